@@ -1,0 +1,446 @@
+"""The expression language of masks: integers over indices, and truths over integers.
+
+A rule says which query may see which key. Bound to two lengths it becomes one tree of the nodes below, over the
+indices `q`, `k`, `b` (batch) and `h` (head). The tree is *folded* (see `fold`): exactly with NumPy, over intervals to
+classify whole tiles, and to text inside a kernel. Nothing here knows which fold will come.
+
+Python semantics hold everywhere: `//` and `%` floor. Divisors are positive constants, so no fold can divide by zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+INDEX_NAMES = ("b", "h", "q", "k")
+_ASK_OPERATORS = "Python's `and`, `or`, `not` and `if` cannot be traced: write & | ~ with parentheses instead"
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """A node of the tree. Nodes compare by identity; `str(node)` is the structure."""
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(f"the truth of `{self}` is not known while a rule is traced; {_ASK_OPERATORS}")
+
+
+class Integer(Expression):
+    """A whole number that depends on the indices."""
+
+    def __add__(self, other: Any) -> Integer:
+        return _binary("+", self, other)
+
+    def __radd__(self, other: Any) -> Integer:
+        return _binary("+", other, self)
+
+    def __sub__(self, other: Any) -> Integer:
+        return _binary("-", self, other)
+
+    def __rsub__(self, other: Any) -> Integer:
+        return _binary("-", other, self)
+
+    def __mul__(self, other: Any) -> Integer:
+        return _binary("*", self, other)
+
+    def __rmul__(self, other: Any) -> Integer:
+        return _binary("*", other, self)
+
+    def __floordiv__(self, other: Any) -> Integer:
+        return _binary("//", self, _divisor("//", other))
+
+    def __mod__(self, other: Any) -> Integer:
+        return _binary("%", self, _divisor("%", other))
+
+    def __neg__(self) -> Integer:
+        return Unary("-", self)
+
+    def __abs__(self) -> Integer:
+        return Unary("abs", self)
+
+    def __lt__(self, other: Any) -> Boolean:
+        return _compare("<", self, other)
+
+    def __le__(self, other: Any) -> Boolean:
+        return _compare("<=", self, other)
+
+    def __gt__(self, other: Any) -> Boolean:
+        return _compare(">", self, other)
+
+    def __ge__(self, other: Any) -> Boolean:
+        return _compare(">=", self, other)
+
+    def __eq__(self, other: object) -> Boolean:  # type: ignore[override]  # builds a node, as the rules' users expect
+        return _compare("==", self, other)
+
+    def __ne__(self, other: object) -> Boolean:  # type: ignore[override]  # builds a node, as the rules' users expect
+        return _compare("!=", self, other)
+
+    __hash__ = object.__hash__
+
+    def __index__(self) -> NoReturn:
+        raise TypeError(
+            f"`{self}` has no value while a rule is traced, so it cannot index an array; use documents(), lengths() or dense()"
+        )
+
+    __int__ = __index__
+
+
+class Boolean(Expression):
+    """True where the query may see the key."""
+
+    def __and__(self, other: Any) -> Boolean:
+        return Logic("&", (self, as_boolean(other)))
+
+    def __rand__(self, other: Any) -> Boolean:
+        return Logic("&", (as_boolean(other), self))
+
+    def __or__(self, other: Any) -> Boolean:
+        return Logic("|", (self, as_boolean(other)))
+
+    def __ror__(self, other: Any) -> Boolean:
+        return Logic("|", (as_boolean(other), self))
+
+    def __invert__(self) -> Boolean:
+        return Logic("~", (self,))
+
+
+@dataclass(frozen=True, eq=False)
+class Index(Integer):
+    """One of the four indices: `b`, `h`, `q` or `k`."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Constant(Integer):
+    """A number known when the rule is bound."""
+
+    value: int
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter(Integer):
+    """A number that a kernel is given at run time: what a constant becomes in a `Skeleton`."""
+
+    slot: int
+
+    def __str__(self) -> str:
+        return f"p{self.slot}"
+
+
+@dataclass(frozen=True, eq=False)
+class Unary(Integer):
+    """`-x` or `abs(x)`."""
+
+    operator: str
+    operand: Integer
+
+    def __str__(self) -> str:
+        return f"abs({self.operand})" if self.operator == "abs" else f"-{self.operand}"
+
+
+@dataclass(frozen=True, eq=False)
+class Binary(Integer):
+    """`x + y`, `x - y`, `x * y`, and with a positive constant on the right `x // y`, `x % y`."""
+
+    operator: str
+    left: Integer
+    right: Integer
+
+    def __str__(self) -> str:
+        return f"({self.left} {self.operator} {self.right})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Mask data: an int32 or bool array with one axis per index that reads it. Compared by content."""
+
+    array: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        assert self.array.dtype in (np.int32, np.bool_), self.array.dtype
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of shape, type and content."""
+        head = f"{self.array.dtype}{self.array.shape}".encode()
+        return hashlib.sha256(head + np.ascontiguousarray(self.array).tobytes()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Table) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __str__(self) -> str:
+        return f"{self.array.dtype}[{'x'.join(map(str, self.array.shape))}]#{self.digest[:6]}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a table in a kernel: its number, element type and rank, without the data."""
+
+    number: int
+    dtype: str
+    rank: int
+
+    def __str__(self) -> str:
+        return f"t{self.number}:{self.dtype}"
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup(Integer):
+    """`table[i, j, ...]` of an int32 table. Indices are within the table wherever the rule is evaluated."""
+
+    table: Table | Slot
+    indices: tuple[Integer, ...]
+
+    def __str__(self) -> str:
+        return f"{self.table}[{', '.join(map(str, self.indices))}]"
+
+
+@dataclass(frozen=True, eq=False)
+class TruthLookup(Boolean):
+    """`table[i, j, ...]` of a boolean table."""
+
+    table: Table | Slot
+    indices: tuple[Integer, ...]
+
+    def __str__(self) -> str:
+        return f"{self.table}[{', '.join(map(str, self.indices))}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Truth(Boolean):
+    """Always true, or always false."""
+
+    value: bool
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class Compare(Boolean):
+    """`x < y` and its five siblings."""
+
+    operator: str
+    left: Integer
+    right: Integer
+
+    def __str__(self) -> str:
+        return f"({self.left} {self.operator} {self.right})"
+
+
+@dataclass(frozen=True, eq=False)
+class Logic(Boolean):
+    """`x & y`, `x | y` or `~x`."""
+
+    operator: str
+    operands: tuple[Boolean, ...]
+
+    def __str__(self) -> str:
+        if self.operator == "~":
+            return f"~{self.operands[0]}"
+        return "(" + f" {self.operator} ".join(map(str, self.operands)) + ")"
+
+
+def as_integer(value: Any) -> Integer:
+    """A node for a node or a Python or NumPy integer; anything else raises TypeError."""
+    if isinstance(value, Integer):
+        return value
+    if isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_)):
+        return Constant(int(value))
+    raise TypeError(f"a rule computes with whole numbers and indices, not with {type(value).__name__} {value!r}")
+
+
+def as_boolean(value: Any) -> Boolean:
+    """A node for a node or a Python or NumPy bool; anything else raises TypeError."""
+    if isinstance(value, Boolean):
+        return value
+    if isinstance(value, (bool, np.bool_)):
+        return Truth(bool(value))
+    raise TypeError(f"a rule must be True or False, got {type(value).__name__} `{value}`; compare it with == or <")
+
+
+def _binary(operator: str, left: Any, right: Any) -> Integer:
+    return Binary(operator, as_integer(left), as_integer(right))
+
+
+def _compare(operator: str, left: Any, right: Any) -> Boolean:
+    return Compare(operator, as_integer(left), as_integer(right))
+
+
+def _divisor(operator: str, value: Any) -> Integer:
+    node = as_integer(value)
+    if not isinstance(node, Constant) or node.value < 1:
+        raise ValueError(f"the right side of {operator} in a rule must be a constant >= 1, got `{node}`")
+    return node
+
+
+Value = TypeVar("Value")
+
+
+class Algebra(Protocol[Value]):
+    """What each node means in one fold. `index`, `constant`, `parameter`, `truth` are leaves."""
+
+    def index(self, name: str) -> Value: ...
+    def constant(self, value: int) -> Value: ...
+    def parameter(self, slot: int) -> Value: ...
+    def truth(self, value: bool) -> Value: ...
+    def lookup(self, table: Table | Slot, indices: tuple[Value, ...]) -> Value: ...
+    def unary(self, operator: str, operand: Value) -> Value: ...
+    def binary(self, operator: str, left: Value, right: Value) -> Value: ...
+    def compare(self, operator: str, left: Value, right: Value) -> Value: ...
+    def logic(self, operator: str, operands: tuple[Value, ...]) -> Value: ...
+
+
+def fold(expression: Expression, algebra: Algebra[Value]) -> Value:
+    """The value of a tree in an algebra; shared nodes are computed once."""
+    done: dict[int, Value] = {}
+
+    def visit(node: Expression) -> Value:
+        if id(node) not in done:
+            done[id(node)] = _step(node, algebra, visit)
+        return done[id(node)]
+
+    return visit(expression)
+
+
+def _step(node: Expression, algebra: Algebra[Value], visit: Callable[[Expression], Value]) -> Value:
+    match node:
+        case Index(name):
+            return algebra.index(name)
+        case Constant(value):
+            return algebra.constant(value)
+        case Parameter(slot):
+            return algebra.parameter(slot)
+        case Truth(value):
+            return algebra.truth(value)
+        case Lookup(table, indices) | TruthLookup(table, indices):
+            return algebra.lookup(table, tuple(visit(index) for index in indices))
+        case Unary(operator, operand):
+            return algebra.unary(operator, visit(operand))
+        case Binary(operator, left, right):
+            return algebra.binary(operator, visit(left), visit(right))
+        case Compare(operator, left, right):
+            return algebra.compare(operator, visit(left), visit(right))
+        case Logic(operator, operands):
+            return algebra.logic(operator, tuple(visit(operand) for operand in operands))
+    raise AssertionError(f"unknown node {type(node).__name__}")
+
+
+def names(expression: Expression) -> frozenset[str]:
+    """The indices that a tree reads, of `b`, `h`, `q`, `k`."""
+    return fold(expression, _Names())
+
+
+class _Names:
+    def index(self, name: str) -> frozenset[str]:
+        return frozenset((name,))
+
+    def constant(self, value: int) -> frozenset[str]:
+        return frozenset()
+
+    def parameter(self, slot: int) -> frozenset[str]:
+        return frozenset()
+
+    def truth(self, value: bool) -> frozenset[str]:
+        return frozenset()
+
+    def lookup(self, table: Table | Slot, indices: tuple[frozenset[str], ...]) -> frozenset[str]:
+        return frozenset().union(*indices)
+
+    def unary(self, operator: str, operand: frozenset[str]) -> frozenset[str]:
+        return operand
+
+    def binary(self, operator: str, left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
+        return left | right
+
+    def compare(self, operator: str, left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
+        return left | right
+
+    def logic(self, operator: str, operands: tuple[frozenset[str], ...]) -> frozenset[str]:
+        return frozenset().union(*operands)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A tree without its numbers and data: all that a kernel's text depends on. Compared by its text.
+
+    Constants become parameters, except divisors (a division by a constant compiles to a multiplication);
+    tables become slots.
+    """
+
+    text: str
+    expression: Boolean
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Skeleton) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+def split(expression: Boolean) -> tuple[Skeleton, tuple[int, ...], tuple[Table, ...]]:
+    """A tree as its skeleton, the parameters' values and the tables, in the order of their slots."""
+    splitter = _Splitter()
+    skeleton = fold(expression, splitter)
+    assert isinstance(skeleton, Boolean)
+    return Skeleton(str(skeleton), skeleton), tuple(splitter.parameters), tuple(splitter.tables)
+
+
+class _Splitter:
+    def __init__(self) -> None:
+        self.parameters: list[int] = []
+        self.tables: list[Table] = []
+
+    def index(self, name: str) -> Expression:
+        return Index(name)
+
+    def constant(self, value: int) -> Expression:
+        return Constant(value)
+
+    def parameter(self, slot: int) -> Expression:
+        raise AssertionError("already a skeleton")
+
+    def truth(self, value: bool) -> Expression:
+        return Truth(value)
+
+    def lookup(self, table: Table | Slot, indices: tuple[Expression, ...]) -> Expression:
+        assert isinstance(table, Table)
+        slot = Slot(len(self.tables), str(table.array.dtype), table.array.ndim)
+        self.tables.append(table)
+        kind = TruthLookup if table.array.dtype == np.bool_ else Lookup
+        return kind(slot, tuple(self._number(index) for index in indices))
+
+    def unary(self, operator: str, operand: Expression) -> Expression:
+        return Unary(operator, self._number(operand))
+
+    def binary(self, operator: str, left: Expression, right: Expression) -> Expression:
+        keep = operator in ("//", "%")
+        return Binary(operator, self._number(left), as_integer(right) if keep else self._number(right))
+
+    def compare(self, operator: str, left: Expression, right: Expression) -> Expression:
+        return Compare(operator, self._number(left), self._number(right))
+
+    def logic(self, operator: str, operands: tuple[Expression, ...]) -> Expression:
+        return Logic(operator, tuple(as_boolean(operand) for operand in operands))
+
+    def _number(self, node: Expression) -> Integer:
+        if not isinstance(node, Constant):
+            return as_integer(node)
+        self.parameters.append(node.value)
+        return Parameter(len(self.parameters) - 1)

@@ -1,0 +1,1 @@
+"""One file per framework: arrays to Buffers and back."""
