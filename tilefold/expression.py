@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 INDEX_NAMES = ("b", "h", "q", "k")
-_ASK_OPERATORS = "Python's `and`, `or`, `not` and `if` cannot be traced: write & | ~ with parentheses instead"
+_ASK_OPERATORS = (
+    "Python's `and`, `or`, `not` and `if` cannot be traced: write & | ~ with parentheses instead"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,9 @@ class Expression:
     """A node of the tree. Nodes compare by identity; `str(node)` is the structure."""
 
     def __bool__(self) -> NoReturn:
-        raise TypeError(f"the truth of `{self}` is not known while a rule is traced; {_ASK_OPERATORS}")
+        raise TypeError(
+            f"the truth of `{self}` is not known while a rule is traced; {_ASK_OPERATORS}"
+        )
 
 
 class Integer(Expression):
@@ -263,7 +267,9 @@ def as_integer(value: Any) -> Integer:
         return value
     if isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_)):
         return Constant(int(value))
-    raise TypeError(f"a rule computes with whole numbers and indices, not with {type(value).__name__} {value!r}")
+    raise TypeError(
+        f"a rule computes with whole numbers and indices, not with {type(value).__name__} {value!r}"
+    )
 
 
 def as_boolean(value: Any) -> Boolean:
@@ -272,7 +278,9 @@ def as_boolean(value: Any) -> Boolean:
         return value
     if isinstance(value, (bool, np.bool_)):
         return Truth(bool(value))
-    raise TypeError(f"a rule must be True or False, got {type(value).__name__} `{value}`; compare it with == or <")
+    raise TypeError(
+        f"a rule must be True or False, got {type(value).__name__} `{value}`; compare it with == or <"
+    )
 
 
 def _binary(operator: str, left: Any, right: Any) -> Integer:
@@ -286,7 +294,9 @@ def _compare(operator: str, left: Any, right: Any) -> Boolean:
 def _divisor(operator: str, value: Any) -> Integer:
     node = as_integer(value)
     if not isinstance(node, Constant) or node.value < 1:
-        raise ValueError(f"the right side of {operator} in a rule must be a constant >= 1, got `{node}`")
+        raise ValueError(
+            f"the right side of {operator} in a rule must be a constant >= 1, got `{node}`"
+        )
     return node
 
 
@@ -431,7 +441,9 @@ class _Splitter:
 
     def binary(self, operator: str, left: Expression, right: Expression) -> Expression:
         keep = operator in ("//", "%")
-        return Binary(operator, self._number(left), as_integer(right) if keep else self._number(right))
+        return Binary(
+            operator, self._number(left), as_integer(right) if keep else self._number(right)
+        )
 
     def compare(self, operator: str, left: Expression, right: Expression) -> Expression:
         return Compare(operator, self._number(left), self._number(right))
