@@ -1,10 +1,12 @@
 """The expression language of masks: integers over indices, and truths over integers.
 
-A rule says which query may see which key. Bound to two lengths it becomes one tree of the nodes below, over the
-indices `q`, `k`, `b` (batch) and `h` (head). The tree is *folded* (see `fold`): exactly with NumPy, over intervals to
-classify whole tiles, and to text inside a kernel. Nothing here knows which fold will come.
+A rule says which query may see which key. Bound to two lengths it becomes one tree of the nodes
+below, over the indices `q`, `k`, `b` (batch) and `h` (head). The tree is *folded* (see `fold`):
+exactly with NumPy, over intervals to classify whole tiles, and to text inside a kernel. Nothing
+here knows which fold will come.
 
-Python semantics hold everywhere: `//` and `%` floor. Divisors are positive constants, so no fold can divide by zero.
+Python semantics hold everywhere: `//` and `%` floor. Divisors are positive constants, so no fold
+can divide by zero.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 
 INDEX_NAMES = ("b", "h", "q", "k")
 _ASK_OPERATORS = (
-    "Python's `and`, `or`, `not` and `if` cannot be traced: write & | ~ with parentheses instead"
+    "Python's `and`, `or`, `not`, `if` and chained comparisons cannot be traced: "
+    "write & | ~ with parentheses instead"
 )
 
 
@@ -58,8 +61,14 @@ class Integer(Expression):
     def __floordiv__(self, other: Any) -> Integer:
         return _binary("//", self, _divisor("//", other))
 
+    def __rfloordiv__(self, other: Any) -> Integer:
+        return _binary("//", other, _divisor("//", self))
+
     def __mod__(self, other: Any) -> Integer:
         return _binary("%", self, _divisor("%", other))
+
+    def __rmod__(self, other: Any) -> Integer:
+        return _binary("%", other, _divisor("%", self))
 
     def __neg__(self) -> Integer:
         return Unary("-", self)
@@ -89,7 +98,8 @@ class Integer(Expression):
 
     def __index__(self) -> NoReturn:
         raise TypeError(
-            f"`{self}` has no value while a rule is traced, so it cannot index an array; use documents(), lengths() or dense()"
+            f"`{self}` has no value while a rule is traced, so it cannot index an array; "
+            "use documents(), lengths() or dense()"
         )
 
     __int__ = __index__
@@ -112,6 +122,14 @@ class Boolean(Expression):
 
     def __invert__(self) -> Boolean:
         return Logic("~", (self,))
+
+    def __eq__(self, other: object) -> NoReturn:
+        raise TypeError(f"`{self}` == `{other}`: == compares numbers; write (a & b) | ~(a | b)")
+
+    def __ne__(self, other: object) -> NoReturn:
+        raise TypeError(f"`{self}` != `{other}`: != compares numbers; write (a | b) & ~(a & b)")
+
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +187,7 @@ class Binary(Integer):
 
 @dataclass(frozen=True)
 class Table:
-    """Mask data: an int32 or bool array with one axis per index that reads it. Compared by content."""
+    """Mask data: an int32 or bool array, one axis per index that reads it; equal by content."""
 
     array: NDArray[Any]
 
@@ -206,7 +224,7 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Lookup(Integer):
-    """`table[i, j, ...]` of an int32 table. Indices are within the table wherever the rule is evaluated."""
+    """`table[i, j, ...]` of an int32 table; indices are within it wherever a rule is evaluated."""
 
     table: Table | Slot
     indices: tuple[Integer, ...]
@@ -279,7 +297,8 @@ def as_boolean(value: Any) -> Boolean:
     if isinstance(value, (bool, np.bool_)):
         return Truth(bool(value))
     raise TypeError(
-        f"a rule must be True or False, got {type(value).__name__} `{value}`; compare it with == or <"
+        f"a rule must be True or False, got {type(value).__name__} `{value}`; "
+        "compare it with == or <"
     )
 
 
@@ -304,17 +323,34 @@ Value = TypeVar("Value")
 
 
 class Algebra(Protocol[Value]):
-    """What each node means in one fold. `index`, `constant`, `parameter`, `truth` are leaves."""
+    """What each node means in one fold."""
 
-    def index(self, name: str) -> Value: ...
-    def constant(self, value: int) -> Value: ...
-    def parameter(self, slot: int) -> Value: ...
-    def truth(self, value: bool) -> Value: ...
-    def lookup(self, table: Table | Slot, indices: tuple[Value, ...]) -> Value: ...
-    def unary(self, operator: str, operand: Value) -> Value: ...
-    def binary(self, operator: str, left: Value, right: Value) -> Value: ...
-    def compare(self, operator: str, left: Value, right: Value) -> Value: ...
-    def logic(self, operator: str, operands: tuple[Value, ...]) -> Value: ...
+    def index(self, name: str) -> Value:
+        """The value of `b`, `h`, `q` or `k`."""
+
+    def constant(self, value: int) -> Value:
+        """The value of a number."""
+
+    def parameter(self, slot: int) -> Value:
+        """The value of a kernel's parameter."""
+
+    def truth(self, value: bool) -> Value:
+        """The value of True or False."""
+
+    def lookup(self, table: Table | Slot, indices: tuple[Value, ...]) -> Value:
+        """The value of `table[indices]`, a number or a truth as the table's type says."""
+
+    def unary(self, operator: str, operand: Value) -> Value:
+        """The value of `-x` or `abs(x)`."""
+
+    def binary(self, operator: str, left: Value, right: Value) -> Value:
+        """The value of `x + y`, `x - y`, `x * y`, `x // y` or `x % y`."""
+
+    def compare(self, operator: str, left: Value, right: Value) -> Value:
+        """The truth of `x < y` or a sibling."""
+
+    def logic(self, operator: str, operands: tuple[Value, ...]) -> Value:
+        """The truth of `x & y`, `x | y` or `~x`."""
 
 
 def fold(expression: Expression, algebra: Algebra[Value]) -> Value:
@@ -388,10 +424,10 @@ class _Names:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A tree without its numbers and data: all that a kernel's text depends on. Compared by its text.
+    """A tree without its numbers and data: all that a kernel's text depends on. Equal by its text.
 
-    Constants become parameters, except divisors (a division by a constant compiles to a multiplication);
-    tables become slots.
+    Constants become parameters, except divisors (a division by a constant compiles to a
+    multiplication); tables become slots.
     """
 
     text: str
@@ -405,7 +441,7 @@ class Skeleton:
 
 
 def split(expression: Boolean) -> tuple[Skeleton, tuple[int, ...], tuple[Table, ...]]:
-    """A tree as its skeleton, the parameters' values and the tables, in the order of their slots."""
+    """A tree as its skeleton, the parameters' values and the tables, in the slots' order."""
     splitter = _Splitter()
     skeleton = fold(expression, splitter)
     assert isinstance(skeleton, Boolean)
