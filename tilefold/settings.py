@@ -1,0 +1,106 @@
+"""Every environment variable that tilefold reads, declared once, with its type.
+
+Each is read when it is asked for, never at import, so a program may set them before its first call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+ISAS = ("avx512", "avx2", "sse2", "neon")
+"""The instruction-set levels that the CPU kernels are written for, widest first."""
+
+
+@dataclass(frozen=True)
+class Setting(Generic[T]):
+    """One environment variable: its name, how its text becomes a value, and what it means."""
+
+    name: str
+    read: Callable[[str], T]
+    allowed: str
+    default: T
+    meaning: str
+
+    def get(self) -> T:
+        """Return the variable's value, or the default where it is unset or empty.
+
+        Raises `ValueError` naming the variable, its text and what is allowed.
+        """
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.read(text)
+        except ValueError:
+            raise ValueError(f"{self.name} must be {self.allowed}, not {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def _isa(text: str) -> str:
+    if text.lower() not in ISAS:
+        raise ValueError(text)
+    return text.lower()
+
+
+def _directory(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_absolute():
+        raise ValueError(text)
+    return path
+
+
+NUM_THREADS: Setting[int | None] = Setting(
+    "TILEFOLD_NUM_THREADS",
+    _positive,
+    "a whole number of at least 1",
+    None,
+    "threads per call; without it, the cores that this process may use",
+)
+CPU_ISA: Setting[str | None] = Setting(
+    "TILEFOLD_CPU_ISA",
+    _isa,
+    "one of " + ", ".join(ISAS),
+    None,
+    "the widest instruction set that CPU kernels may use; without it, the widest there is",
+)
+CACHE_DIR: Setting[Path | None] = Setting(
+    "TILEFOLD_CACHE_DIR",
+    _directory,
+    "an absolute path",
+    None,
+    "where compiled kernels are kept; without it, the user's cache directory",
+)
+CACHE_MIB: Setting[int] = Setting(
+    "TILEFOLD_CACHE_MIB",
+    _count,
+    "a whole number of MiB, 0 to keep nothing",
+    256,
+    "how large the kernel cache may grow before the least recently used kernels go",
+)
+
+ALL: tuple[Setting[int | None] | Setting[str | None] | Setting[Path | None] | Setting[int], ...] = (
+    NUM_THREADS,
+    CPU_ISA,
+    CACHE_DIR,
+    CACHE_MIB,
+)
+"""All of them, for `tilefold doctor` and the documentation."""
