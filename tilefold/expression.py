@@ -12,7 +12,7 @@ can divide by zero.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -353,9 +353,14 @@ class Algebra(Protocol[Value]):
         """The truth of `x & y`, `x | y` or `~x`."""
 
 
-def fold(expression: Expression, algebra: Algebra[Value]) -> Value:
-    """The value of a tree in an algebra; shared nodes are computed once."""
-    done: dict[int, Value] = {}
+def fold(
+    expression: Expression, algebra: Algebra[Value], known: Mapping[int, Value] | None = None
+) -> Value:
+    """The value of a tree in an algebra; shared nodes are computed once.
+
+    `known` gives values to some nodes beforehand, by `id(node)`.
+    """
+    done: dict[int, Value] = dict(known or {})
 
     def visit(node: Expression) -> Value:
         if id(node) not in done:
@@ -432,6 +437,8 @@ class Skeleton:
 
     text: str
     expression: Boolean
+    parameters: int
+    slots: tuple[Slot, ...]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Skeleton) and self.text == other.text
@@ -445,7 +452,12 @@ def split(expression: Boolean) -> tuple[Skeleton, tuple[int, ...], tuple[Table, 
     splitter = _Splitter()
     skeleton = fold(expression, splitter)
     assert isinstance(skeleton, Boolean)
-    return Skeleton(str(skeleton), skeleton), tuple(splitter.parameters), tuple(splitter.tables)
+    slots = tuple(
+        Slot(number, str(table.array.dtype), table.array.ndim)
+        for number, table in enumerate(splitter.tables)
+    )
+    whole = Skeleton(str(skeleton), skeleton, len(splitter.parameters), slots)
+    return whole, tuple(splitter.parameters), tuple(splitter.tables)
 
 
 class _Splitter:
