@@ -1,0 +1,53 @@
+"""What every test shares: a kernel cache of its own, and the collection of feature marks."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from features import ROWS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--features-to", help="write which test shows which feature to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # One cache for the whole session, shared by the xdist workers and by child processes.
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="tilefold-test-cache-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["TILEFOLD_CACHE_DIR"] = folder.name
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shown: dict[str, set[str]] = {}
+    for item in items:
+        for mark in item.iter_markers("feature"):
+            unknown = set(mark.args) - ROWS.keys()
+            if unknown or not mark.args:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: tools/features.py knows no feature {mark.args}"
+                )
+            for row in mark.args:
+                shown.setdefault(row, set()).add(item.nodeid.partition("[")[0])
+    if target := config.getoption("--features-to"):
+        table = {row: sorted(tests) for row, tests in sorted(shown.items())}
+        Path(target).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def cache_dir() -> Path:
+    """The session's kernel cache, as TILEFOLD_CACHE_DIR names it."""
+    return Path(os.environ["TILEFOLD_CACHE_DIR"])
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty kernel cache for this test alone."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("TILEFOLD_CACHE_DIR", str(folder))
+    return folder

@@ -1,0 +1,77 @@
+"""The reading order is the import order, and importing tilefold imports no framework."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tilefold"
+
+# The package in reading order: a file imports only from files above it.
+READING_ORDER = """
+settings expression fold blocks mask parse picture buffer problem reference device tables plan
+roofline cache
+backends backends.cpu
+backends.cpu.ir backends.cpu.gemm backends.cpu.softmax backends.cpu.arguments backends.cpu.mask
+backends.cpu.pack backends.cpu.forward backends.cpu.backward
+backends.cpu.threads backends.cpu.runtime backends.cpu.peak
+engine
+frontends frontends.numpy frontends.torch
+api
+bench minilm arrays
+commands commands.run commands.bench commands.inspect commands.mask commands.doctor
+cli __main__
+"""
+ORDER = READING_ORDER.split()
+
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def name_of(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(file: str) -> set[str]:
+    """The modules of tilefold that a file imports, wherever in the file it does so."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tilefold"):
+            assert node.level == 0, f"{file}: write imports in full"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if is_module(inner) else str(node.module))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("tilefold")}
+    return {name.removeprefix("tilefold").removeprefix(".") for name in found}
+
+
+def is_module(dotted: str) -> bool:
+    path = PACKAGE.parent / dotted.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_only_from_files_above_it(file: str) -> None:
+    name = name_of(file)
+    if name == "__init__":
+        return  # the front door names what it likes
+    assert name in ORDER, f"{name} is not in the reading order"
+    above = {*ORDER[: ORDER.index(name)]}
+    allowed = above | (
+        {""} if name in ("cli", "__main__") or name.startswith("commands") else set()
+    )
+    assert imports(file) <= allowed, f"{name} imports {sorted(imports(file) - allowed)} from below"
+
+
+def test_importing_tilefold_imports_no_framework() -> None:
+    code = (
+        "import sys, tilefold, tilefold.cli;"
+        "frameworks = ('torch', 'jax', 'tensorflow', 'matplotlib', 'safetensors');"
+        "print([name for name in frameworks if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

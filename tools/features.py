@@ -1,0 +1,113 @@
+"""Write docs/features.md: each promised feature in our words, and the tests that show it.
+
+The tests say which feature they show with `@pytest.mark.feature("T05")`; this script asks pytest
+to collect them.
+`--check` writes nothing and fails when the page is out of date or a feature has no test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "features.md"
+
+ROWS = {
+    "M01": "Forward without the score matrix; o and lse agree with the dense float64 definition",
+    "M02": "Batch and heads are a loop over the single-head problem, as far as results go",
+    "M03": "Every kernel is written and compiled on the first call; nothing is prebuilt",
+    "M04": "Backward in two passes: no atomics, bit-identical runs, one number of scratch per row",
+    "M05": "dQ is split over queries and dK/dV over keys: each output tile has one owner",
+    "M06": "Any head dimension, odd ones and those beyond the registers included",
+    "M07": "Block sizes come from a table one can ask and override; results do not depend on it",
+    "M10": "A count of instructions per pass, and lower bounds on a device from measured rates",
+    "M12": "A suite of quick tests that ends within seconds",
+    "M14": "An edited generator takes effect at once; a broken one shows the line at fault",
+    "M15": "Tiles that a mask hides are not computed, whatever the rule",
+    "M16": "Lengths of queries and keys are independent; operands may lie transposed",
+    "T01": "float32 and float64, each within its tolerance; half types say so and raise",
+    "T02": "Sequences of one or two dimensions, channel-first layouts, values of another dimension",
+    "T03": "The mask that hides nothing",
+    "T04": "Causal masks in 1-D and in the raster order of 2-D",
+    "T05": "Local windows with a stride, causal or not",
+    "T06": "Queries and keys of different sizes share coordinates in three ways, per dimension",
+    "T07": "Rules cost no memory: hidden tiles are skipped, in 2-D mid-row too",
+    "T08": "Work is spread over batch, heads and sequence",
+    "T09": "Gradients of q, k and v; rows that see nothing have gradient zero",
+    "T10": "The log-sum-exp of every row on request",
+    "T11": "Channel-first example: local window, 8 heads, 1024 queries against 2048 keys",
+    "T12": "Every public function documents its arguments, shapes and errors",
+    "T13": "An ordinary package: a wheel, a plain install and an editable one",
+    "T15": "Bad input raises one line that names the argument; it never ends the process",
+    "S04": "A plain dense computation serves as the baseline",
+    "S05": "A readable reference in plain NumPy, with gradients",
+    "S08": "A sweep over block sizes",
+    "S09": "How long a kernel takes to compile, and to come from the cache",
+    "J01": "The same result from two products and a softmax",
+}  # fmt: skip
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="fail when the page is out of date")
+    check = parser.parse_args().check
+    shown = collect()
+    page = render(shown)
+    missing = sorted(ROWS.keys() - shown.keys())
+    if check and missing:
+        print(f"no test shows {', '.join(missing)}", file=sys.stderr)
+        return 1
+    if check and (not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page):
+        print("docs/features.md is out of date: python tools/features.py", file=sys.stderr)
+        return 1
+    if not check:
+        PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+def collect() -> dict[str, list[str]]:
+    """Feature -> ids of the tests that show it."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "features.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--collect-only",
+            "-qq",
+            "-p",
+            "no:cacheprovider",
+        ]
+        done = subprocess.run(
+            [*command, f"--features-to={target}"], cwd=ROOT, capture_output=True, text=True
+        )
+        if not target.exists():
+            raise SystemExit(done.stdout + done.stderr)
+        table: dict[str, list[str]] = json.loads(target.read_text(encoding="utf-8"))
+    return table
+
+
+def render(shown: dict[str, list[str]]) -> str:
+    """The page's Markdown."""
+    lines = [
+        "# Features",
+        "",
+        "What tilefold promises, and the tests that show it; written by `tools/features.py`.",
+        "",
+        "| | promise | shown by |",
+        "|---|---|---|",
+    ]
+    for row, words in ROWS.items():
+        tests = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in shown.get(row, []))
+        lines.append(f"| {row} | {words} | {tests or 'no test yet'} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
