@@ -8,15 +8,26 @@ compiling short.
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import pkgutil
 import re
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
+import llvmlite
 import llvmlite.binding as llvm
 
+from tilefold import cache
 from tilefold.device import Device, host
 
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A fork waits until no thread compiles: a child would inherit LLVM half way, its locks held.
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 class CompileError(RuntimeError):
@@ -36,7 +47,7 @@ def compile(text: str, device: Device) -> bytes:
     """Compile LLVM IR text to object code for a device. Raises `CompileError`."""
     with _lock:
         machine = _machine(device.triple, device.features)
-        object_code: bytes = machine.emit_object(_optimised(text, device))
+        object_code: bytes = machine.emit_object(_optimised(text, machine))
         return object_code
 
 
@@ -44,17 +55,16 @@ def assembly(text: str, device: Device) -> str:
     """Compile LLVM IR text to readable assembly for a device. Raises `CompileError`."""
     with _lock:
         machine = _machine(device.triple, device.features)
-        listing: str = machine.emit_assembly(_optimised(text, device))
+        listing: str = machine.emit_assembly(_optimised(text, machine))
         return listing
 
 
 def load(binary: bytes, symbol: str) -> Loaded:
-    """Link object code into this process and return the address of one symbol."""
-    device = host()
+    """Link object code for this machine into this process; return the address of one symbol."""
     with _lock:
-        engine = llvm.create_mcjit_compiler(
-            llvm.parse_assembly("", llvm.create_context()), _machine_owned(device)
-        )
+        empty = llvm.parse_assembly("", llvm.create_context())
+        # An engine takes its target machine over, so it gets a new one.
+        engine = llvm.create_mcjit_compiler(empty, _new_machine(host().triple, host().features))
         engine.add_object_file(llvm.ObjectFileRef.from_data(binary))
         engine.finalize_object()
         address = engine.get_function_address(symbol)
@@ -64,17 +74,38 @@ def load(binary: bytes, symbol: str) -> Loaded:
 
 
 def kernel(text: str, symbol: str, device: Device) -> Loaded:
-    """Return the loaded kernel of a text."""
-    return load(compile(text, device), symbol)
+    """Return the loaded kernel of a text, from the cache on disk if it is there.
+
+    Raises `CompileError`, and `ValueError` for a device that this process does not run on.
+    """
+    if device.triple != host().triple:
+        raise ValueError(f"device must be of this machine, {host().triple}, not {device.triple}")
+    store = cache.default()
+    binary = store.get(text, toolchain(device))
+    if binary is None:
+        binary = compile(text, device)
+        store.put(text, toolchain(device), binary, suffix=".ll")
+    return load(binary, symbol)
 
 
-def _optimised(text: str, device: Device) -> llvm.ModuleRef:
+@functools.lru_cache(maxsize=16)
+def toolchain(device: Device) -> str:
+    """Return what, beside the text, decides about the object code, as one line.
+
+    This file is part of it by its checksum: another choice of passes makes other keys.
+    """
+    versions = f"LLVM {llvm.llvm_version_info} llvmlite {llvmlite.__version__}"
+    passes = hashlib.sha256(pkgutil.get_data(__name__, Path(__file__).name) or b"").hexdigest()
+    return f"{versions} {device.triple} {device.features} {passes}"
+
+
+def _optimised(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
     try:
         module = llvm.parse_assembly(text, llvm.create_context())
         module.verify()
     except RuntimeError as error:
         raise CompileError(_explain(text, str(error))) from None
-    _run_passes(module, _machine(device.triple, device.features))
+    _run_passes(module, machine)
     return module
 
 
@@ -99,11 +130,6 @@ def _run_passes(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
 @functools.lru_cache(maxsize=16)
 def _machine(triple: str, features: str) -> llvm.TargetMachine:
     return _new_machine(triple, features)
-
-
-def _machine_owned(device: Device) -> llvm.TargetMachine:
-    """A target machine of its own for an engine, which takes it over."""
-    return _new_machine(device.triple, device.features)
 
 
 def _new_machine(triple: str, features: str) -> llvm.TargetMachine:
