@@ -159,6 +159,8 @@ def _header(key: str, binary: bytes) -> bytes:
 
 
 def _make(path: Path) -> None:
+    if not path.is_absolute():  # "~/.cache", where the user has no home
+        raise OSError("not an absolute path")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
 
