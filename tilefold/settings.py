@@ -16,6 +16,9 @@ T = TypeVar("T")
 ISAS = ("avx512", "avx2", "sse2", "neon")
 """The instruction-set levels that the CPU kernels are written for, widest first."""
 
+MAX_THREADS = 1024
+"""More is refused: OpenMP runtimes end the process when the system gives them no more threads."""
+
 
 @dataclass(frozen=True)
 class Setting(Generic[T]):
@@ -41,9 +44,9 @@ class Setting(Generic[T]):
             raise ValueError(f"{self.name} must be {self.allowed}, not {text!r}") from None
 
 
-def _positive(text: str) -> int:
+def _threads(text: str) -> int:
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= MAX_THREADS:
         raise ValueError(text)
     return value
 
@@ -70,8 +73,8 @@ def _directory(text: str) -> Path:
 
 NUM_THREADS: Setting[int | None] = Setting(
     "TILEFOLD_NUM_THREADS",
-    _positive,
-    "a whole number of at least 1",
+    _threads,
+    f"a whole number from 1 to {MAX_THREADS}",
     None,
     "threads per call; without it, the cores that this process may use",
 )

@@ -26,9 +26,6 @@ from pathlib import Path
 from tilefold import settings
 from tilefold.device import host
 
-MAX_THREADS = 1024
-"""More is refused: OpenMP runtimes end the process when the system gives them no more threads."""
-
 _requested: int | None = None
 
 
@@ -47,8 +44,9 @@ def set_num_threads(n: int) -> None:
     Raises `ValueError` unless n is a whole number from 1 to 1024.
     """
     global _requested
-    if isinstance(n, bool) or not hasattr(n, "__index__") or not 1 <= n.__index__() <= MAX_THREADS:
-        raise ValueError(f"n must be a whole number from 1 to {MAX_THREADS}, not {n!r}")
+    whole = hasattr(n, "__index__") and not isinstance(n, bool)
+    if not whole or not 1 <= n.__index__() <= settings.MAX_THREADS:
+        raise ValueError(f"n must be a whole number from 1 to {settings.MAX_THREADS}, not {n!r}")
     _requested = n.__index__()
 
 
@@ -70,7 +68,7 @@ def describe() -> str:
 
 @functools.lru_cache(maxsize=1)
 def _default_num_threads() -> int:
-    return min(settings.NUM_THREADS.get() or host().cores, MAX_THREADS)
+    return settings.NUM_THREADS.get() or min(host().cores, settings.MAX_THREADS)
 
 
 @functools.lru_cache(maxsize=4096)
