@@ -1,0 +1,49 @@
+"""Checks of single arguments. An error names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """A whole number of at least `least` as an int.
+
+    >>> whole("window", 0, 1)
+    Traceback (most recent call last):
+    ValueError: window must be a whole number >= 1, got 0
+    """
+    refused = f"{name} must be a whole number >= {least}, got {shown(value)}"
+    if isinstance(value, bool):
+        raise TypeError(refused)
+    try:
+        number = operator.index(value)
+    except Exception:
+        raise TypeError(refused) from None
+    if number < least:
+        raise ValueError(refused)
+    return number
+
+
+def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises ValueError unless the value is one of those allowed.
+
+    >>> choice("align", "front", ("end", "start"))
+    Traceback (most recent call last):
+    ValueError: align must be 'end' or 'start', got 'front'
+    """
+    if not any(
+        value is option or (type(value) is type(option) and value == option) for option in allowed
+    ):
+        *head, tail = map(repr, allowed)
+        raise ValueError(f"{name} must be {', '.join(head)} or {tail}, got {shown(value)}")
+
+
+def shown(value: Any, width: int = 60) -> str:
+    """The value in one short line.
+
+    >>> shown(list(range(99)), 12)
+    '[0, 1, 2,...'
+    """
+    text = " ".join(repr(value).split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."
