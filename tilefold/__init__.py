@@ -1,0 +1,58 @@
+"""Exact attention, forward and backward, in kernels compiled on the spot. Start at `attention`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tilefold.api import attention, attention_backward
+    from tilefold.backends.cpu.threads import get_num_threads, set_num_threads
+    from tilefold.mask import (
+        Rule,
+        causal,
+        chunked,
+        dense,
+        documents,
+        full,
+        lengths,
+        local,
+        prefix,
+        rule,
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "Rule",
+    "attention",
+    "attention_backward",
+    "causal",
+    "chunked",
+    "dense",
+    "documents",
+    "full",
+    "get_num_threads",
+    "lengths",
+    "local",
+    "prefix",
+    "rule",
+    "set_num_threads",
+]
+
+_HOMES = dict.fromkeys(__all__, "tilefold.mask") | {
+    "attention": "tilefold.api",
+    "attention_backward": "tilefold.api",
+    "get_num_threads": "tilefold.backends.cpu.threads",
+    "set_num_threads": "tilefold.backends.cpu.threads",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import tilefold` alone loads not even NumPy."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tilefold' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,152 @@
+"""The two calls: attention and its gradients, on whatever arrays they are given.
+
+The arrays choose the frontend. A framework is looked for among the modules that the program has
+already imported, so none is ever imported for its absence.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from tilefold.mask import Rule
+from tilefold.problem import as_rule, as_scale
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    layout: str = "bhnd",
+    return_lse: bool = False,
+) -> Any:
+    """Exact attention: softmax(scale * q k^T) v, each query over the keys that `mask` lets it see.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, 5, 8))
+    >>> o = tilefold.attention(q, k, v, mask=tilefold.causal())
+    >>> bool(np.allclose(o[:, :, 0], v[:, :, 0]))  # the first query sees the first key alone
+    True
+    >>> o, lse = tilefold.attention(q, k, v, return_lse=True)
+    >>> o.shape, lse.shape
+    ((1, 2, 5, 8), (1, 2, 5))
+
+    The scores are made a tile at a time and folded into a running softmax, so memory grows with
+    the lengths and not with their product; tiles that the mask hides are skipped.
+
+    Arguments
+        q: (batch, heads_q, len_q, dim)
+        k: (batch, heads_kv, len_k, dim); heads_q is a multiple of heads_kv, and query head h reads
+            key head h // (heads_q // heads_kv)
+        v: (batch, heads_kv, len_k, dim_v)
+            All three are NumPy arrays, or objects with `__array_interface__` or `__dlpack__`, or
+            torch tensors; on the CPU, all float32 or all float64. They are read where they lie,
+            whatever their strides, and never modified. (Arrays that are byte-swapped, misaligned or
+            have strides between their items are copied first.)
+        mask: which query sees which key, a rule such as `causal() & local(256)`; None is `full()`
+        scale: a finite number; None is 1 / sqrt(dim)
+        layout: the order of the axes of q, k, v and o. "bhnd" is as above; "bnhd" is (batch,
+            sequence, heads, dim); "bhdn" is (batch, heads, dim, sequence)
+        return_lse: also return the log-sum-exp of each query's scores
+
+    Returns
+        o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous; a torch tensor
+            where q is one (differentiable with respect to q, k and v), else a NumPy array
+        lse: with return_lse, (batch, heads_q, len_q) in any layout, natural logarithm; gradients
+            do not flow through it
+
+    A query that sees no key gets o = 0 and lse = -inf. What a query may not see never reaches it,
+    whatever it holds, NaN and infinity included; what it sees follows IEEE arithmetic.
+
+    Raises
+        TypeError: q, k or v is not an array, their types are mixed or are not floating point, or
+            mask is not a rule
+        ValueError: shapes do not fit together or to the mask, or scale or layout is not allowed
+        NotImplementedError: half types, and arrays that are not on the CPU
+
+    The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by
+    Milakov and Gimelshein (2018, arXiv:1805.02867).
+    """
+    frontend = _frontend(q=q, k=k, v=v)
+    o, lse = frontend.attention(q, k, v, as_rule(mask), as_scale(scale), layout)
+    return (o, lse) if return_lse else o
+
+
+def attention_backward(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    *,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    layout: str = "bhnd",
+) -> tuple[Any, Any, Any]:
+    """The gradients of sum(do * attention(q, k, v)) with respect to q, k and v.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, 5, 8))
+    >>> o, lse = tilefold.attention(q, k, v, mask=tilefold.causal(), return_lse=True)
+    >>> do = np.ones_like(o)
+    >>> dq, dk, dv = tilefold.attention_backward(do, q, k, v, o, lse, mask=tilefold.causal())
+    >>> bool(np.allclose(dv.sum(axis=2), do.sum(axis=2)))  # the weights of each query sum to 1
+    True
+
+    For frameworks without automatic differentiation; torch tensors need it only for their own
+    autograd functions, since `attention` is differentiable there.
+
+    Arguments
+        do: (batch, heads_q, len_q, dim_v), the gradient of the result with respect to o
+        q, k, v: as given to `attention`
+        o, lse: as `attention(..., return_lse=True)` returned them
+        mask, scale, layout: as given to `attention`; all arrays but lse are in the layout
+
+    Returns
+        dq, dk, dv, each of the shape and type of its input. A query that sees no key, and a key
+        that no query sees, have gradient 0.
+
+    Raises
+        As `attention` does; ValueError too where do, o or lse has another shape than q, k and v ask
+
+    The probabilities are computed again from lse, a tile at a time (Dao et al., 2022,
+    arXiv:2205.14135, Algorithm 4), and results are the same from run to run.
+    """
+    frontend = _frontend(q=q, k=k, v=v, do=do, o=o, lse=lse)
+    gradients: tuple[Any, Any, Any] = frontend.attention_backward(
+        do, q, k, v, o, lse, as_rule(mask), as_scale(scale), layout
+    )
+    return gradients
+
+
+def _frontend(**arrays: Any) -> ModuleType:
+    """The frontend of all arguments. Raises TypeError where torch tensors meet other arrays."""
+    kind = getattr(sys.modules.get("torch"), "Tensor", ())
+    tensors = [name for name, array in arrays.items() if isinstance(array, kind)]
+    if not tensors:
+        return _numpy()
+    if len(tensors) == len(arrays):
+        return _torch()
+    other = next(name for name in arrays if name not in tensors)
+    raise TypeError(
+        f"{other} must be a torch tensor as {tensors[0]} is, got {type(arrays[other]).__name__}"
+    )
+
+
+def _numpy() -> ModuleType:
+    from tilefold.frontends import numpy
+
+    return numpy
+
+
+def _torch() -> ModuleType:
+    from tilefold.frontends import torch
+
+    return torch

@@ -1,0 +1,202 @@
+"""PyTorch CPU tensors: two operators that autograd, `torch.compile` and `opcheck` understand.
+
+`tilefold::attention` has a derivative, `tilefold::attention_backward` has none (so second
+derivatives raise). Both take the mask as a `Rule`: it is registered as an opaque value, a constant
+of the compiled graph that is guarded by equality, so another rule compiles another graph.
+
+Tensors are read where they lie, whatever their strides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.opaque_object import register_opaque_type
+
+from tilefold import engine
+from tilefold.buffer import Buffer
+from tilefold.mask import Rule
+from tilefold.problem import (
+    ITEM_BYTES,
+    LAYOUTS,
+    Problem,
+    check_layout,
+    check_shape,
+    common_dtype,
+    describe,
+    shape_lse,
+    shape_o,
+)
+
+_LSE_AXES = (0, 1, 2)
+_rules: dict[str, Rule] = {}
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Return o and lse; see `tilefold.attention`."""
+    check_layout(layout)
+    _check(q=q, k=k, v=v)
+    result: tuple[Tensor, Tensor] = _attention(q, k, v, mask, scale, layout)
+    return result
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv; see `tilefold.attention_backward`."""
+    check_layout(layout)
+    _check(q=q, k=k, v=v, do=do, o=o, lse=lse)
+    result: tuple[Tensor, Tensor, Tensor] = _backward(do, q, k, v, o, lse, mask, scale, layout)
+    return result
+
+
+def _constant(key: str) -> Rule:
+    """The rule that a compiled graph names."""
+    return _rules[key]
+
+
+def _write(rule: Rule) -> tuple[str, dict[str, Any]]:
+    """A rule as the code of a compiled graph spells it, and the names in that spelling."""
+    key = repr(rule)
+    while _rules.setdefault(key, rule) != rule:  # data is not part of what a rule prints
+        key += "'"
+    return f"_constant({key!r})", {"_constant": _constant}
+
+
+Rule.__fx_repr__ = _write  # type: ignore[attr-defined]  # PyTorch looks for the method there
+register_opaque_type(Rule, typ="value")
+
+
+@torch.library.custom_op("tilefold::attention", mutates_args=(), device_types="cpu")
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str
+) -> tuple[Tensor, Tensor]:
+    problem = _problem(q, k, v, scale, mask, layout)
+    o = q.new_empty(shape_o(problem, layout))
+    lse = q.new_empty(shape_lse(problem))
+    if problem.empty:
+        return o.zero_(), lse.fill_(-torch.inf)
+    axes = LAYOUTS[layout]
+    buffers = [_buffer(tensor, problem.dtype, axes) for tensor in (q, k, v, o)]
+    engine.forward(problem, *buffers, _buffer(lse, problem.dtype, _LSE_AXES))
+    return o, lse
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str
+) -> tuple[Tensor, Tensor]:
+    axes = LAYOUTS[layout]
+    sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
+    return q.new_empty([sizes[axis] for axis in axes]), q.new_empty(sizes[:3])
+
+
+@torch.library.custom_op("tilefold::attention_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = _problem(q, k, v, scale, mask, layout)
+    check_shape("do", tuple(do.shape), shape_o(problem, layout))
+    check_shape("o", tuple(o.shape), shape_o(problem, layout))
+    check_shape("lse", tuple(lse.shape), shape_lse(problem))
+    dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+    if problem.empty:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    axes = LAYOUTS[layout]
+    inputs = [_buffer(tensor, problem.dtype, axes) for tensor in (do, q, k, v, o)]
+    outputs = [_buffer(tensor, problem.dtype, axes) for tensor in (dq, dk, dv)]
+    engine.backward(problem, *inputs, _buffer(lse, problem.dtype, _LSE_AXES), *outputs)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.rest = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, o, lse)
+
+
+def _gradients(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(do, *ctx.saved_tensors, *ctx.rest), None, None, None)
+
+
+def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError(
+        "second derivatives of tilefold.attention are not implemented: do not pass"
+        " create_graph=True, or use torch's own attention where you need them"
+    )
+
+
+_attention.register_autograd(_gradients, setup_context=_save)
+_backward.register_autograd(_refuse)
+
+
+def _check(**tensors: Tensor) -> None:
+    """Raise unless all are dense CPU tensors of one type; a compiler's stand-ins pass too."""
+    for name, tensor in tensors.items():
+        if tensor.device.type not in ("cpu", "meta"):
+            raise NotImplementedError(
+                f"{name} is on {tensor.device}; only tensors on the CPU are implemented so far:"
+                f" pass {name}.cpu()"
+            )
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} is {tensor.layout}; pass {name}.to_dense()")
+    common_dtype(
+        {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    )
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Rule, layout: str
+) -> Problem:
+    dtype = str(q.dtype).removeprefix("torch.")
+    return describe(tuple(q.shape), tuple(k.shape), tuple(v.shape), dtype, scale, mask, layout)
+
+
+def _buffer(tensor: Tensor, dtype: str, axes: tuple[int, ...]) -> Buffer:
+    """A tensor's memory, or that of a copy where it is misaligned; `axes` as in `LAYOUTS`."""
+    if tensor.data_ptr() % ITEM_BYTES[dtype]:
+        tensor = tensor.clone()
+    shape, strides = tensor.shape, tensor.stride()
+    return Buffer(
+        tensor.data_ptr(),
+        tuple([shape[axis] for axis in axes]),
+        tuple([strides[axis] for axis in axes]),
+        dtype,
+        tensor,
+    )
