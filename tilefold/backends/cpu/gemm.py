@@ -41,8 +41,9 @@ class Shape:
 
     def at(self, body: Body, base: Value, row: Operand, column: int, stride: int) -> Value:
         """The address of vector `column` of row `row` of a scratch matrix."""
-        index = body.add(body.mul(row, stride) if isinstance(row, Value) else row * stride,
-                         column * self.lanes)
+        index = body.add(
+            body.mul(row, stride) if isinstance(row, Value) else row * stride, column * self.lanes
+        )
         return body.offset(base, self.scalar, index)
 
 

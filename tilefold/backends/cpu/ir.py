@@ -215,9 +215,7 @@ class Body:
         if position.text == "0" and position.lanes == 1:
             return base
         type_ = vector(position.lanes, "ptr")
-        return self.result(
-            hint, type_, f"getelementptr {element}, {base.typed}, {position.typed}"
-        )
+        return self.result(hint, type_, f"getelementptr {element}, {base.typed}, {position.typed}")
 
     def load(self, pointer: Value, type_: str, hint: str = "x", align: int | None = None) -> Value:
         """A load aligned to the element, or to `align` bytes where the address is known to be."""
@@ -248,9 +246,7 @@ class Body:
     # Control ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def loop(
-        self, hint: str, start: Operand, stop: Operand, step: Operand = 1
-    ) -> Iterator[Value]:
+    def loop(self, hint: str, start: Operand, stop: Operand, step: Operand = 1) -> Iterator[Value]:
         """`for index in range(start, stop, step)`; the test is at the bottom, behind one guard."""
         first, last = self.operand(start), self.operand(stop)
         counter = self.variable("i64", first, f"{hint}.at")
@@ -358,9 +354,7 @@ class Module:
         kind = "define internal" if internal else "define"
         attributes = "#1" if internal else "#0"
         body.line("ret void")
-        self._functions.append(
-            f"{kind} void @{name}({head}) {attributes} {{\n{body.text()}\n}}"
-        )
+        self._functions.append(f"{kind} void @{name}({head}) {attributes} {{\n{body.text()}\n}}")
 
     def text(self) -> str:
         """The module. Without the two width attributes LLVM may split vectors in halves."""

@@ -1,0 +1,170 @@
+"""One block of the parallel axis: where it is, its part of scratch, its operands, its mask.
+
+Forward and dQ put queries in the lanes and traverse keys; dK/dV puts keys in the lanes and traverses
+queries. A `Block` says which, so that the passes read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tilefold.backends.cpu import gemm, pack, work
+from tilefold.backends.cpu.arguments import Arguments
+from tilefold.backends.cpu.ir import Body, Module, Operand, Value
+from tilefold.backends.cpu.mask import MaskText
+from tilefold.backends.cpu.softmax import LOG2_E
+from tilefold.backends.cpu.tile import Matrix
+from tilefold.plan import PARALLEL, KernelSpec
+
+SCALARS = {"float32": "float", "float64": "double"}
+"""LLVM's name of the type that a kernel computes in."""
+
+
+def regions(spec: KernelSpec) -> dict[str, int]:
+    """Scratch of one worker: elements of each region, in order. Every region is whole vectors."""
+    width = spec.block_parallel
+    tile = -(-spec.block_traverse // spec.rows) * spec.rows * width
+    dim, dim_v = spec.dim * width, spec.dim_v * width
+    rows_of_k = width * -(-spec.dim // spec.lanes) * spec.lanes
+    return {
+        "forward": {"q": dim, "o": dim_v, "p": tile},
+        "delta": {"o": dim_v, "do": dim_v, "delta": width},
+        "backward_dq": {
+            **{"q": dim, "do": dim_v, "dq": dim, "p": tile, "ds": tile},
+            **{"lse": width, "delta": width},
+        },
+        "backward_dkv": {"k": dim, "v": dim_v, "dk": dim, "dv": dim_v, "p": tile, "ds": tile},
+        "backward": {
+            **{"k": dim, "v": dim_v, "dk": dim, "dv": dim_v, "p": tile, "ds": tile},
+            **{"k_rows": rows_of_k},
+        },
+    }[spec.operation]
+
+
+def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
+    """A module with one kernel named after the operation: `write` runs once per work item."""
+    scalar = SCALARS[spec.dtype]
+    shape = gemm.Shape(spec.rows, spec.vectors, spec.lanes, scalar)
+    module = Module(title, spec.lanes * (32 if scalar == "float" else 64))
+    pack.define_pack(module, shape)
+    pack.define_unpack(module, shape)
+    argument = Value("%arguments", "ptr")
+    with module.function(spec.operation, [argument]) as body:
+        arguments = Arguments(body, spec, argument)
+        scratch = work.scratch_of_worker(body, arguments)
+        with work.items(body, arguments) as item:
+            write(Block(body, spec, shape, arguments, scratch, item))
+    return module.text()
+
+
+class Block:
+    """The frame in which one work item is written."""
+
+    def __init__(
+        self,
+        body: Body,
+        spec: KernelSpec,
+        shape: gemm.Shape,
+        arguments: Arguments,
+        scratch: Value,
+        item: work.Item,
+    ) -> None:
+        self.body, self.spec, self.shape, self.arguments = body, spec, shape, arguments
+        self.parallel = PARALLEL[spec.operation]
+        self.b, self.h, self.row = item.b, item.h, item.row
+        self._scratch = scratch
+        self._begin()
+
+    def _begin(self) -> None:
+        body = self.body
+        self.length = self.arguments[f"len_{self.parallel}"]
+        self.first = body.mul(self.row, self.shape.width, "first")
+        left = body.sub(self.length, self.first)
+        self.valid = body.minimum(left, self.shape.width, "valid")
+
+    def at_row(self, row: Value) -> None:
+        """Move to another block row of the same item."""
+        self.row = row
+        self._begin()
+
+    def scale(self) -> Value:
+        """The scale of the scores, in the kernel's type."""
+        scale = self.body.cast("bitcast", self.arguments["scale"], "double", "scale")
+        if self.shape.scalar == "double":
+            return scale
+        return self.body.cast("fptrunc", scale, self.shape.scalar, "scale")
+
+    def scale_log2(self) -> Value:
+        """scale * log2(e), rounded once."""
+        body = self.body
+        scale = body.cast("bitcast", self.arguments["scale"], "double", "scale")
+        factor = body.binary("fmul", scale, body.constant(LOG2_E, "double"), "factor")
+        if self.shape.scalar == "double":
+            return factor
+        return body.cast("fptrunc", factor, self.shape.scalar, "factor")
+
+    def scalar(self, number: float) -> Value:
+        """A constant of the kernel's type."""
+        return self.body.constant(number, self.shape.scalar)
+
+    def splat(self, number: float) -> Value:
+        """A constant in every lane."""
+        return self.body.constant(number, self.shape.vector)
+
+    def region(self, name: str) -> Value:
+        """The address of a region of this worker's scratch."""
+        offset = 0
+        for region, elements in regions(self.spec).items():
+            if region == name:
+                break
+            offset += elements
+        return self.body.offset(self._scratch, self.shape.scalar, offset, f"{name}.scratch")
+
+    def at(self, scratch: Value, row: Operand, column: int) -> Value:
+        """The address of one vector in a scratch matrix as wide as the block."""
+        return self.shape.at(self.body, scratch, row, column, self.shape.width)
+
+    def zero(self, name: str, rows: int) -> None:
+        """Fill the first rows of a region with zeros."""
+        region, zero = self.region(name), self.splat(0.0)
+        with self.body.loop("d", 0, rows) as d:
+            for j in range(self.shape.vectors):
+                self.body.store(zero, self.at(region, d, j))
+
+    def matrix(self, name: str, h: Value) -> Matrix:
+        """An operand of the traversed side, for one head."""
+        head = self.arguments.rows_of(name, self.shape.scalar, self.b, h)
+        return Matrix(head, self.arguments[f"{name}_s"], self.arguments[f"{name}_d"])
+
+    def pack(self, name: str, dim: int, factor: Value) -> Value:
+        """Bring the block's rows of an operand, turned and multiplied, to the region of its name."""
+        region = self.region(name)
+        place = [*self._place(name), Value(str(dim), "i64"), factor]
+        self.body.invoke(pack.PACK, [region, *place])
+        return region
+
+    def unpack(self, name: str, region: Value, dim: int, factor: Value) -> None:
+        """Write a region, multiplied, to the block's rows of an operand."""
+        place = [*self._place(name), Value(str(dim), "i64"), factor]
+        self.body.invoke(pack.UNPACK, [region, *place])
+
+    def _place(self, name: str) -> list[Value]:
+        body, arguments = self.body, self.arguments
+        head = arguments.rows_of(name, self.shape.scalar, self.b, self.h)
+        stride = arguments[f"{name}_s"]
+        start = body.offset(head, self.shape.scalar, body.mul(self.first, stride))
+        d_stride = arguments[f"{name}_d"] if f"{name}_d" in arguments else Value("0", "i64")
+        return [start, stride, d_stride, self.valid]
+
+    def mask(self, h: Value) -> MaskText:
+        """The rule on this block, for query head `h`."""
+        return MaskText(
+            self.body,
+            self.spec,
+            self.arguments,
+            parallel=self.parallel,
+            block=self.first,
+            length=self.length,
+            b=self.b,
+            h=h,
+        )

@@ -1,0 +1,192 @@
+"""The forward kernel: queries in the lanes, keys walked tile by tile, softmax folded as it goes.
+
+    for each block of queries:                               one owner
+        Q^T <- scale log2(e) Q^T;  O^T <- 0;  m <- -inf;  l <- 0
+        for each tile of keys that the plan names:
+            S^T <- K Q^T                                     rows are keys, lanes are queries
+            S^T <- masked where the rule says no             partial tiles only
+            m_new <- max(m, rows of S^T);  alpha <- 2^(m - m_new)
+            P^T <- 2^(S^T - m_new);  l <- alpha l + sum of rows
+            O^T <- alpha O^T + V^T P^T
+        O <- O / l;  lse <- (m + log2 l) ln 2                empty rows: 0 and -inf
+
+All statistics are vertical: one register per vector of queries, no reduction across lanes (Dao et al. 2022,
+Algorithm 1, turned by a quarter). A pair that the rule forbids contributes nothing, whatever its numbers are:
+its score is replaced by a marker that no arithmetic produces, and its weight by -0.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tilefold.backends.cpu import work
+from tilefold.backends.cpu.block import Block, emit
+from tilefold.backends.cpu.gemm import Accumulators
+from tilefold.backends.cpu.ir import Value, Variable, vector
+from tilefold.backends.cpu.mask import MaskText
+from tilefold.backends.cpu.softmax import LN_2, exp2, log2
+from tilefold.backends.cpu.tile import Tile
+from tilefold.plan import KernelSpec
+
+
+def forward(spec: KernelSpec) -> str:
+    """The text of the forward kernel."""
+    title = __doc__.split("\n\n")[1] if __doc__ else ""
+    return emit(spec, title, lambda block: _Forward(block).write())
+
+
+class _Forward:
+    """One block of queries, from the first tile to the outputs."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.body = block, block.body
+        self.shape, self.spec = block.shape, block.spec
+        h_kv = self.body.binary("udiv", block.h, block.arguments["group"], "h_kv")
+        self.keys = block.matrix("k", h_kv)
+        self.values = block.matrix("v", h_kv)
+        self._lowest = block.splat(float("-inf"))
+        self.o_total, self.weights = block.region("o"), block.region("p")
+
+    def write(self) -> None:
+        body, shape, spec, block = self.body, self.shape, self.spec, self.block
+        body.comment("Q^T <- scale log2(e) Q^T;  O^T <- 0;  m <- -inf;  l <- 0")
+        self.q_packed = block.pack("q", spec.dim, block.scale_log2())
+        block.zero("o", spec.dim_v)
+        never = body.constant(0, vector(shape.lanes, "i1"))
+        columns = range(shape.vectors)
+        self.m = [body.variable(shape.vector, self._lowest, "m") for _ in columns]
+        self.l = [body.variable(shape.vector, block.splat(0.0), "l") for _ in columns]
+        self.seen = [body.variable(never.type, never, "seen") for _ in columns]
+        work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self._tile)
+        self._finish()
+
+    def _tile(self, first: Value, count: Value, masked: bool) -> None:
+        body, spec = self.body, self.spec
+        tile = Tile(body, self.shape, first, count)
+        tops = [body.variable(self.shape.vector, self._lowest, "top") for _ in self.m]
+        body.comment("S^T <- K Q^T, and the largest of each lane")
+        if masked:
+            mask = self.block.mask(self.block.h)
+            tile.scores(
+                self.keys,
+                self.q_packed,
+                spec.dim,
+                lambda row, scores: self._keep_visible(tile, mask, tops, row, scores),
+            )
+        else:
+            tile.scores(
+                self.keys,
+                self.q_packed,
+                spec.dim,
+                lambda row, scores: self._keep(tile, tops, row, scores, scores),
+            )
+            every = body.constant(-1, vector(self.shape.lanes, "i1"))
+            for place in self.seen:
+                body.write(place, every)
+        safe_m, alphas = self._raise_maximum(tops)
+        self._weigh(tile, safe_m, alphas, masked)
+        body.comment("O^T <- alpha O^T + V^T P^T")
+        tile.accumulate_safely(
+            masked, self.values, self.weights, self.weights, self.o_total, spec.dim_v, alphas
+        )
+
+    def _keep_visible(
+        self,
+        tile: Tile,
+        mask: MaskText,
+        tops: list[Variable],
+        row: Value,
+        scores: Accumulators,
+    ) -> None:
+        """Keep a block of scores, marked where the rule says no, and note which lanes saw a key."""
+        body = self.body
+        body.comment("S^T <- marked where the rule says no")
+        marked, candidates = [], []
+        for truths, line in zip(tile.allowed_rows(mask, row), scores, strict=True):
+            pairs = list(zip(truths, line, strict=True))
+            marked.append([tile.mark(truth, score, "score") for truth, score in pairs])
+            candidates.append([body.select(truth, score, self._lowest) for truth, score in pairs])
+            for place, truth in zip(self.seen, truths, strict=True):
+                body.write(place, body.binary("or", body.read(place), truth, "seen"))
+        self._keep(tile, tops, row, marked, candidates)
+
+    def _keep(
+        self,
+        tile: Tile,
+        tops: list[Variable],
+        row: Value,
+        scores: Accumulators,
+        candidates: Accumulators,
+    ) -> None:
+        """Store a block of scores and fold the candidates into the maximum of the tile."""
+        body = self.body
+        for i, line in enumerate(scores):
+            for j, score in enumerate(line):
+                body.store(score, tile.at(self.weights, body.add(row, i), j))
+        for place, column in zip(tops, zip(*candidates, strict=True), strict=True):
+            top = _fold_pairs(list(column), lambda a, b: body.larger(a, b, "top"))
+            body.write(place, body.larger(top, body.read(place), "top"))
+
+    def _raise_maximum(self, tops: list[Variable]) -> tuple[list[Value], list[Value]]:
+        """Update m; give what to subtract from scores (0 while m is -inf) and alpha, by vector."""
+        body = self.body
+        body.comment("m_new <- max(m, rows of S^T);  alpha <- 2^(m - m_new)")
+        safe_m, alphas = [], []
+        for m, top in zip(self.m, tops, strict=True):
+            old = body.read(m, "m.old")
+            new = body.larger(body.read(top), old, "m.new")
+            body.write(m, new)
+            nothing = body.compare("oeq", new, self._lowest)
+            safe_m.append(body.select(nothing, self.block.splat(0.0), new, "m.safe"))
+            change = body.binary("fsub", old, safe_m[-1])
+            alphas.append(exp2(body, change, bounded=True, hint="alpha"))
+        return safe_m, alphas
+
+    def _weigh(self, tile: Tile, safe_m: list[Value], alphas: list[Value], masked: bool) -> None:
+        body = self.body
+        body.comment("P^T <- 2^(S^T - m_new);  l <- alpha l + sum of rows")
+        sums = [body.variable(self.shape.vector, self.block.splat(0.0), "sum") for _ in self.l]
+        with body.loop("r", 0, tile.count) as row:
+            for j, (m, total) in enumerate(zip(safe_m, sums, strict=True)):
+                place = tile.at(self.weights, row, j)
+                score = body.load(place, self.shape.vector, "s")
+                weight = exp2(body, body.binary("fsub", score, m, "e"), bounded=True)
+                if masked:
+                    weight = tile.mark_where(tile.marked(score, "score"), weight, "weight")
+                body.store(weight, place)
+                body.write(total, body.binary("fadd", body.read(total), weight, "sum"))
+        for l, alpha, total in zip(self.l, alphas, sums, strict=True):
+            body.write(l, body.multiply_add(body.read(l), alpha, body.read(total), "l"))
+
+    def _finish(self) -> None:
+        body, block, spec = self.body, self.block, self.spec
+        body.comment("O <- O / l;  empty rows: 0")
+        inverses = [body.binary("fdiv", block.splat(1.0), body.read(l), "inverse") for l in self.l]
+        seen = [body.read(place, "seen") for place in self.seen]
+        with body.loop("d", 0, spec.dim_v) as d:
+            for j, inverse in enumerate(inverses):
+                place = block.at(self.o_total, d, j)
+                value = body.binary("fmul", body.load(place, self.shape.vector), inverse)
+                body.store(body.select(seen[j], value, block.splat(0.0)), place)
+        block.unpack("o", self.o_total, spec.dim_v, block.scalar(1.0))
+        body.comment("lse <- (m + log2 l) ln 2;  empty rows: -inf")
+        for j, (m, l) in enumerate(zip(self.m, self.l, strict=True)):
+            lse = body.select(seen[j], self._lse(body.read(m), body.read(l)), self._lowest, "lse")
+            body.store(lse, block.at(self.weights, 0, j))
+        block.unpack("lse", self.weights, 1, block.scalar(1.0))
+
+    def _lse(self, m: Value, l: Value) -> Value:
+        """NaN where l is 0 or NaN although keys were seen: all scores were -inf, or one was NaN."""
+        body, block = self.body, self.block
+        exponent = body.binary("fadd", m, log2(body, l))
+        lse = body.binary("fmul", exponent, block.splat(LN_2))
+        return body.select(body.compare("ogt", l, block.splat(0.0)), lse, block.splat(float("nan")))
+
+
+def _fold_pairs(values: list[Value], operation: Callable[[Value, Value], Value]) -> Value:
+    """Fold values as a balanced tree, so that the chain of dependent instructions stays short."""
+    while len(values) > 1:
+        rest = values[-1:] if len(values) % 2 else []
+        pairs = zip(values[::2], values[1::2], strict=False)
+        values = [operation(a, b) for a, b in pairs] + rest
+    return values[0]

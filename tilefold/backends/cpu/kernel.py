@@ -1,0 +1,53 @@
+"""From a spec to a function in memory: emit, find in the cache or compile, load; and its argument block."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tilefold.backends.cpu import backward, forward, runtime
+from tilefold.backends.cpu.arguments import names
+from tilefold.backends.cpu.block import regions
+from tilefold.device import Device
+from tilefold.plan import KernelSpec
+
+_GENERATORS = {
+    "forward": forward.forward,
+    "delta": backward.delta,
+    "backward_dq": backward.dq,
+    "backward_dkv": backward.dkv,
+    "backward": backward.fused,
+}
+
+
+@dataclass(frozen=True)
+class CpuKernel:
+    """A loaded kernel: its address, the words of its argument block, the scratch of one worker."""
+
+    loaded: runtime.Loaded
+    names: tuple[str, ...]
+    workspace_bytes: int
+
+
+def emit(spec: KernelSpec) -> str:
+    """The LLVM text of a kernel; works on every machine."""
+    return _GENERATORS[spec.operation](spec)
+
+
+@lru_cache(maxsize=512)
+def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
+    """The kernel of a spec, compiled for the device unless the disk cache has it."""
+    loaded = runtime.kernel(emit(spec), spec.operation, device)
+    return CpuKernel(loaded, names(spec), workspace_bytes(spec))
+
+
+def workspace_bytes(spec: KernelSpec) -> int:
+    """Scratch of one worker, a whole number of 64-byte lines and one page apart from the next."""
+    item_bytes = 4 if spec.dtype == "float32" else 8
+    return -(-sum(regions(spec).values()) * item_bytes // 64) * 64
+
+
+def double_bits(number: float) -> int:
+    """A double as the 64-bit integer with the same bits."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])

@@ -1,0 +1,206 @@
+"""The text fold of a rule: the line inside a kernel that says which pairs of a partial tile may meet.
+
+Along the parallel axis the indices are vectors, along the traversed axis one number. Whatever does
+not depend on the traversed index is computed once per tile, the rest once per row of the tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tilefold.backends.cpu.arguments import Arguments
+from tilefold.backends.cpu.ir import Body, Value, overload, vector
+from tilefold.expression import (
+    Binary,
+    Compare,
+    Expression,
+    Logic,
+    Lookup,
+    Slot,
+    Table,
+    TruthLookup,
+    Unary,
+    fold,
+    names,
+)
+from tilefold.plan import KernelSpec
+
+Lanes = tuple[Value, ...]
+"""One value per element of the parallel block: a vector for each of the tile's vectors."""
+
+Folded = Value | Lanes
+
+_OPCODES = {"+": "add", "-": "sub", "*": "mul"}
+_EXTREMES = {"min": "llvm.smin", "max": "llvm.smax"}
+_CONDITIONS = {"<": "slt", "<=": "sle", ">": "sgt", ">=": "sge", "==": "eq", "!=": "ne"}
+_LOGIC = {"&": "and", "|": "or"}
+
+
+class MaskText:
+    """Writes the mask of the rows of one tile: `row(index)` gives a truth for each parallel lane."""
+
+    def __init__(
+        self,
+        body: Body,
+        spec: KernelSpec,
+        arguments: Arguments,
+        *,
+        parallel: str,
+        block: Value,
+        length: Value,
+        b: Value,
+        h: Value,
+    ) -> None:
+        self._body = body
+        self._spec = spec
+        self._arguments = arguments
+        self._traverse = "k" if parallel == "q" else "q"
+        self._integer = f"i{spec.index_bits}"
+        self._known: dict[int, Folded] = {}
+        self._indices: dict[str, Folded] = {
+            parallel: self._lanes(block, length),
+            "b": self._narrow(b),
+            "h": self._narrow(h),
+        }
+        self._fold_before_rows(spec.mask.expression)
+
+    def row(self, index: Value) -> Lanes:
+        """The truths of the pairs of row `index` of the traversed axis with the parallel block."""
+        self._indices[self._traverse] = self._narrow(index)
+        return self._wide(fold(self._spec.mask.expression, self, self._known))
+
+    def _fold_before_rows(self, node: Expression) -> None:
+        if self._traverse not in names(node):
+            self._known[id(node)] = fold(node, self, self._known)
+            return
+        for child in _children(node):
+            self._fold_before_rows(child)
+
+    def _narrow(self, value: Value) -> Value:
+        return self._body.cast("trunc", value, self._integer, "i")
+
+    def _lanes(self, block: Value, length: Value) -> Lanes:
+        """The parallel indices; lanes past the end repeat the last one, so that no table is read past its end."""
+        body, lanes = self._body, self._spec.lanes
+        first = body.splat(self._narrow(block), lanes, "i")
+        last = body.splat(body.sub(self._narrow(length), 1), lanes, "last")
+        count = ", ".join(f"{self._integer} {lane}" for lane in range(lanes))
+        iota = Value(f"<{count}>" if lanes > 1 else "0", first.type)
+        indices = []
+        for j in range(self._spec.vectors):
+            offset = body.add(body.add(first, iota), j * lanes) if j else body.add(first, iota)
+            indices.append(body.minimum(offset, last, "i"))
+        return tuple(indices)
+
+    def _wide(self, value: Folded) -> Lanes:
+        if isinstance(value, tuple):
+            return value
+        return (self._body.splat(value, self._spec.lanes),) * self._spec.vectors
+
+    def _each(self, operation: Callable[..., Value], *operands: Folded) -> Folded:
+        """One operation on scalars, or on each vector as soon as one operand has lanes."""
+        if all(isinstance(operand, Value) for operand in operands):
+            return operation(*operands)
+        return tuple(operation(*column) for column in zip(*map(self._wide, operands), strict=True))
+
+    # The algebra -----------------------------------------------------------------------------------------
+
+    def index(self, name: str) -> Folded:
+        return self._indices[name]
+
+    def constant(self, value: int) -> Folded:
+        return Value(str(value), self._integer)
+
+    def parameter(self, slot: int) -> Folded:
+        return self._narrow(self._arguments[f"p{slot}"])
+
+    def truth(self, value: bool) -> Folded:
+        return Value("true" if value else "false", "i1")
+
+    def lookup(self, table: Table | Slot, indices: tuple[Folded, ...]) -> Folded:
+        assert isinstance(table, Slot)
+        strides = [self._arguments[f"t{table.number}_{axis}"] for axis in range(table.rank)]
+        return self._each(lambda *at: self._read(table, strides, at), *indices)
+
+    def _read(self, table: Slot, strides: list[Value], indices: tuple[Value, ...]) -> Value:
+        body = self._body
+        position: Value | None = None
+        for index, stride in zip(indices, strides, strict=True):
+            wide = body.cast("sext", index, vector(index.lanes, "i64"))
+            term = body.mul(wide, body.splat(stride, index.lanes))
+            position = term if position is None else body.add(position, term)
+        assert position is not None
+        element = "i32" if table.dtype == "int32" else "i8"
+        address = body.offset(self._arguments[f"t{table.number}"], element, position, "at")
+        found = self._gather(address, element)
+        if table.dtype == "int32":
+            return body.cast("sext", found, vector(found.lanes, self._integer))
+        return body.compare("ne", found, body.constant(0, found.type))
+
+    def _gather(self, address: Value, element: str) -> Value:
+        body = self._body
+        if address.lanes == 1:
+            return body.load(address, element, "found")
+        type_ = vector(address.lanes, element)
+        everywhere = Value("splat (i1 true)", vector(address.lanes, "i1"))
+        nothing = Value("poison", type_)
+        name = f"llvm.masked.gather.{overload(type_)}.{overload(address.type)}"
+        align = Value(str(4 if element == "i32" else 1), "i32")
+        return body.call(name, type_, [address, align, everywhere, nothing], "found")
+
+    def unary(self, operator: str, operand: Folded) -> Folded:
+        body = self._body
+        if operator == "-":
+            return self._each(lambda x: body.sub(body.constant(0, x.type), x), operand)
+        no = Value("false", "i1")
+        return self._each(
+            lambda x: body.call(f"llvm.abs.{overload(x.type)}", x.type, [x, no]), operand
+        )
+
+    def binary(self, operator: str, left: Folded, right: Folded) -> Folded:
+        body = self._body
+        if operator in ("//", "%"):
+            return self._each(lambda x, y: self._floor(operator, x, y), left, right)
+        if operator in _EXTREMES:
+            name = _EXTREMES[operator]
+            return self._each(
+                lambda x, y: body.call(f"{name}.{overload(x.type)}", x.type, [x, y]), left, right
+            )
+        return self._each(lambda x, y: body.binary(_OPCODES[operator], x, y), left, right)
+
+    def _floor(self, operator: str, x: Value, y: Value) -> Value:
+        """Python's `//` and `%` by a positive divisor: LLVM's truncate, so step back below zero."""
+        body = self._body
+        rest = body.binary("srem", x, y)
+        below = body.compare("slt", rest, body.constant(0, rest.type))
+        if operator == "%":
+            return body.select(below, body.add(rest, y), rest)
+        return body.add(body.binary("sdiv", x, y), body.cast("sext", below, rest.type))
+
+    def compare(self, operator: str, left: Folded, right: Folded) -> Folded:
+        condition = _CONDITIONS[operator]
+        return self._each(lambda x, y: self._body.compare(condition, x, y), left, right)
+
+    def logic(self, operator: str, operands: tuple[Folded, ...]) -> Folded:
+        body = self._body
+        if operator == "~":
+            return self._each(
+                lambda x: body.binary("xor", x, body.constant(-1, x.type)), operands[0]
+            )
+        total = operands[0]
+        for operand in operands[1:]:
+            total = self._each(lambda x, y: body.binary(_LOGIC[operator], x, y), total, operand)
+        return total
+
+
+def _children(node: Expression) -> tuple[Expression, ...]:
+    match node:
+        case Binary(_, left, right) | Compare(_, left, right):
+            return (left, right)
+        case Unary(_, operand):
+            return (operand,)
+        case Logic(_, operands):
+            return operands
+        case Lookup(_, indices) | TruthLookup(_, indices):
+            return indices
+    return ()

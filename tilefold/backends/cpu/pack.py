@@ -1,0 +1,147 @@
+"""Moves between the caller's arrays and a worker's scratch, where the parallel axis lies in the lanes.
+
+    pack:    scratch[d, lane] = array[lane, d] * factor     lanes past the end become 0
+    unpack:  array[lane, d]   = scratch[d, lane] * factor   only lanes that exist
+
+Arrays may have any strides. Whole squares of lanes x lanes go through a transpose in registers when
+`d` is contiguous, whole vectors are copied when the lanes are, and the rest goes number by number.
+Both are functions of their own: every kernel calls them for several operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tilefold.backends.cpu.gemm import Shape
+from tilefold.backends.cpu.ir import Body, Module, Value
+
+PACK, UNPACK = "pack", "unpack"
+
+
+def define_pack(module: Module, shape: Shape) -> None:
+    """`pack(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`."""
+    with module.function(PACK, _parameters(shape), internal=True) as body:
+        move = _Move(body, shape)
+        with body.loop("block", 0, shape.width, shape.lanes) as block:
+            start = body.variable("i64", Value("0", "i64"), "start")
+            whole = move.whole(block)
+            with body.when(body.binary("and", whole, move.dim_contiguous), "squares"):
+                with body.loop("d", 0, move.squares_end, shape.lanes) as d:
+                    for i, column in enumerate(transpose(body, move.load_rows(block, d))):
+                        body.store(move.scaled(column), move.scratch(body.add(d, i), block))
+                body.write(start, move.squares_end)
+            with body.when(body.binary("and", whole, move.lanes_contiguous), "vectors"):
+                with body.loop("d", 0, move.dim) as d:
+                    line = body.load(move.array(block, d), shape.vector)
+                    body.store(move.scaled(line), move.scratch(d, block))
+                body.write(start, move.dim)
+            with (
+                body.loop("d", body.read(start), move.dim) as d,
+                body.loop("lane", 0, shape.lanes) as lane,
+            ):
+                place = body.add(block, lane)
+                inside = body.compare("slt", place, move.valid)
+                safe = body.minimum(place, body.sub(move.valid, 1))
+                number = move.scaled(body.load(move.array(safe, d), shape.scalar))
+                number = body.select(inside, number, body.constant(0.0, shape.scalar))
+                body.store(number, move.scratch(d, place))
+
+
+def define_unpack(module: Module, shape: Shape) -> None:
+    """`unpack(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`."""
+    with module.function(UNPACK, _parameters(shape), internal=True) as body:
+        move = _Move(body, shape)
+        with body.loop("block", 0, shape.width, shape.lanes) as block:
+            start = body.variable("i64", Value("0", "i64"), "start")
+            whole = move.whole(block)
+            with body.when(body.binary("and", whole, move.dim_contiguous), "squares"):
+                with body.loop("d", 0, move.squares_end, shape.lanes) as d:
+                    lines = [
+                        body.load(move.scratch(body.add(d, i), block), shape.vector)
+                        for i in range(shape.lanes)
+                    ]
+                    for i, row in enumerate(transpose(body, lines)):
+                        body.store(move.scaled(row), move.array(body.add(block, i), d))
+                body.write(start, move.squares_end)
+            with body.when(body.binary("and", whole, move.lanes_contiguous), "vectors"):
+                with body.loop("d", 0, move.dim) as d:
+                    line = body.load(move.scratch(d, block), shape.vector)
+                    body.store(move.scaled(line), move.array(block, d))
+                body.write(start, move.dim)
+            end = body.minimum(move.valid, body.add(block, shape.lanes))
+            with (
+                body.loop("d", body.read(start), move.dim) as d,
+                body.loop("lane", block, end) as lane,
+            ):
+                number = body.load(move.scratch(d, lane), shape.scalar)
+                body.store(move.scaled(number), move.array(lane, d))
+
+
+def transpose(body: Body, rows: Sequence[Value]) -> list[Value]:
+    """The columns of a square of vectors: at each step halves of half the size change places."""
+    lanes = len(rows)
+    result = list(rows)
+    half = lanes // 2
+    while half:
+        upper = [lane if not lane & half else lanes + lane - half for lane in range(lanes)]
+        lower = [lane + half if not lane & half else lanes + lane for lane in range(lanes)]
+        for i in range(lanes):
+            if not i & half:
+                a, b = result[i], result[i + half]
+                result[i] = body.shuffle(a, b, upper)
+                result[i + half] = body.shuffle(a, b, lower)
+        half //= 2
+    return result
+
+
+def _parameters(shape: Shape) -> list[Value]:
+    integers = ("lane_stride", "d_stride", "valid", "dim")
+    return [
+        Value("%scratch", "ptr"),
+        Value("%array", "ptr"),
+        *(Value(f"%{name}", "i64") for name in integers),
+        Value("%factor", shape.scalar),
+    ]
+
+
+class _Move:
+    """The addresses that both directions share."""
+
+    def __init__(self, body: Body, shape: Shape) -> None:
+        self._body, self._shape = body, shape
+        scratch, array, lane_stride, d_stride, valid, dim, factor = _parameters(shape)
+        self._scratch, self._array = scratch, array
+        self._lane_stride, self._d_stride = lane_stride, d_stride
+        self.valid, self.dim, self._factor = valid, dim, factor
+        self._factors = body.splat(factor, shape.lanes, "factors")
+        one = Value("1", "i64")
+        self.dim_contiguous = body.compare("eq", self._d_stride, one)
+        lanes_contiguous = body.compare("eq", self._lane_stride, one)
+        both = body.binary("and", self.dim_contiguous, lanes_contiguous)
+        self.lanes_contiguous = body.binary("xor", lanes_contiguous, both)
+        self.squares_end = body.sub(self.dim, body.binary("urem", self.dim, shape.lanes))
+
+    def scaled(self, value: Value) -> Value:
+        """A number or a vector times the factor."""
+        factor = self._factors if value.lanes > 1 else self._factor
+        return self._body.binary("fmul", value, factor)
+
+    def whole(self, block: Value) -> Value:
+        """Whether all lanes of the vector that begins at `block` exist."""
+        return self._body.compare("sle", self._body.add(block, self._shape.lanes), self.valid)
+
+    def scratch(self, d: Value, lane: Value) -> Value:
+        index = self._body.add(self._body.mul(d, self._shape.width), lane)
+        return self._body.offset(self._scratch, self._shape.scalar, index)
+
+    def array(self, lane: Value, d: Value) -> Value:
+        body = self._body
+        index = body.add(body.mul(lane, self._lane_stride), body.mul(d, self._d_stride))
+        return body.offset(self._array, self._shape.scalar, index)
+
+    def load_rows(self, block: Value, d: Value) -> list[Value]:
+        body = self._body
+        return [
+            body.load(self.array(body.add(block, i), d), self._shape.vector)
+            for i in range(self._shape.lanes)
+        ]

@@ -1,0 +1,214 @@
+"""A Problem on a Device becomes a Plan: which kernels, which blocks, which tiles, in which order.
+
+Nothing here depends on how many threads will run: so results do not either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.blocks import Runs, runs
+from tilefold.device import Device
+from tilefold.expression import Boolean, Skeleton, Table, Truth, split
+from tilefold.fold import index_bits
+from tilefold.problem import ITEM_BYTES, Problem
+from tilefold.tables import FAMILIES, RegisterTile
+
+OPERATIONS = ("forward", "backward")
+
+PARALLEL = {
+    "forward": "q",
+    "delta": "q",
+    "backward_dq": "q",
+    "backward_dkv": "k",
+    "backward": "k",
+}
+"""The axis that lies in the lanes, by kernel."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What changes the text of a kernel, and nothing else: no lengths, batch, heads or mask data.
+
+    The register tile is `rows` broadcast rows by `vectors` vectors of `lanes` elements. The
+    parallel axis lies in the lanes, `block_parallel` at a time; the traversed axis is walked
+    `block_traverse` rows at a time.
+    """
+
+    operation: str
+    dtype: str
+    dim: int
+    dim_v: int
+    lanes: int
+    vectors: int
+    rows: int
+    block_traverse: int
+    mask: Skeleton
+    index_bits: int
+
+    @property
+    def block_parallel(self) -> int:
+        """Rows of the parallel axis in one block."""
+        return self.lanes * self.vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel of a plan, and the work that its workers share.
+
+    `order` names block rows, heaviest first: of one head where all heads are alike (and is walked
+    once for each), else of all heads. Item = (b * heads + h) * block_rows + block row.
+    """
+
+    spec: KernelSpec
+    runs: Runs
+    order: NDArray[np.int64]
+    items: int
+    heads: int
+    block_rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The kernels of one operation in the order in which they run, and the data of the mask."""
+
+    problem: Problem
+    device: Device
+    operation: str
+    launches: tuple[Launch, ...]
+    parameters: tuple[int, ...]
+    tables: tuple[Table, ...]
+
+
+@lru_cache(maxsize=128)
+def plan(
+    problem: Problem,
+    device: Device,
+    operation: str,
+    form: str = "auto",
+    tile: RegisterTile | None = None,
+    block_traverse: int | None = None,
+) -> Plan:
+    """The plan of an operation, "forward" or "backward".
+
+    `form` is how the backward pass is split: "fused" (5 products per pair, one owner per key
+    head), "split" (7 products, one owner per block of queries, then of keys) or "auto". `tile` and
+    `block_traverse` override the tables; results depend on them only by rounding.
+    """
+    expression = problem.mask.bind(problem.len_q, problem.len_k)
+    bits = index_bits(expression, problem.batch, problem.heads_q, problem.len_q, problem.len_k)
+    skeleton, parameters, tables = split(expression)
+    launches = []
+    for kernel in _kernels(problem, device, operation, form):
+        spec = _spec(problem, device, kernel, skeleton, bits, tile, block_traverse)
+        launches.append(_launch(problem, spec, expression))
+    return Plan(problem, device, operation, tuple(launches), parameters, tables)
+
+
+GRANULE = 32
+"""Traversed rows that are classified together; a run is cut into tiles only inside the kernel."""
+
+_MANY = 256
+"""Elements of the parallel axis above which the widest tile always serves: fewer kernels to compile."""
+
+
+def _kernels(problem: Problem, device: Device, operation: str, form: str) -> tuple[str, ...]:
+    """The kernels of an operation in order. The fused backward wins where its owners fill the cores.
+
+    Time in products per pair: fused 5 for each round of owners, split 7 spread over all cores. The
+    device's cores count, not the threads that happen to be set, so results stay the same.
+    """
+    if operation == "forward":
+        return ("forward",)
+    assert operation == "backward" and form in ("auto", "fused", "split"), (operation, form)
+    if form == "auto":
+        owners = problem.batch * problem.heads_kv
+        rounds = -(-owners // device.cores)
+        form = "fused" if 5 * rounds * device.cores <= 7 * owners else "split"
+    return ("delta", "backward") if form == "fused" else ("delta", "backward_dq", "backward_dkv")
+
+
+def _spec(
+    problem: Problem,
+    device: Device,
+    kernel: str,
+    skeleton: Skeleton,
+    bits: int,
+    tile: RegisterTile | None,
+    block_traverse: int | None,
+) -> KernelSpec:
+    family = FAMILIES[device.isa]
+    item_bytes = ITEM_BYTES[problem.dtype]
+    lanes = family.lanes(item_bytes)
+    length = problem.len_q if PARALLEL[kernel] == "q" else problem.len_k
+    tile = tile or _register_tile(family.tiles, lanes, length)
+    if block_traverse is None:
+        rows = family.scratch_bytes // (tile.vectors * lanes * item_bytes)
+        block_traverse = max(1, rows // tile.rows) * tile.rows
+    return KernelSpec(
+        operation=kernel,
+        dtype=problem.dtype,
+        dim=problem.dim,
+        dim_v=problem.dim_v,
+        lanes=lanes,
+        vectors=tile.vectors,
+        rows=tile.rows,
+        block_traverse=block_traverse,
+        mask=skeleton,
+        index_bits=bits,
+    )
+
+
+def _register_tile(tiles: tuple[RegisterTile, ...], lanes: int, length: int) -> RegisterTile:
+    """The widest tile, or for a short axis the one that wastes least: padded lanes x loads."""
+    if length > _MANY:
+        return tiles[0]
+
+    def cost(tile: RegisterTile) -> float:
+        width = tile.vectors * lanes
+        return -(-length // width) * width * max(0.75, tile.loads_per_product)
+
+    return min(tiles, key=cost)
+
+
+def _launch(problem: Problem, spec: KernelSpec, expression: Boolean) -> Launch:
+    parallel = PARALLEL[spec.operation]
+    lengths = {"q": problem.len_q, "k": problem.len_k}
+    length = lengths.pop(parallel)
+    (traversed,) = lengths.values()
+    block_rows = -(-length // spec.block_parallel)
+    visited = runs(
+        expression if spec.operation != "delta" else Truth(False),
+        parallel=parallel,
+        batch=problem.batch,
+        heads=problem.heads_q,
+        len_parallel=length,
+        len_traverse=traversed,
+        block_parallel=spec.block_parallel,
+        block_traverse=GRANULE,
+    )
+    heads = problem.heads_q if parallel == "q" else problem.heads_kv
+    if spec.operation == "backward":
+        order, items = np.arange(problem.batch * heads), problem.batch * heads
+    else:
+        order = _heaviest_first(visited, problem, heads, block_rows)
+        items = problem.batch * heads * block_rows
+    return Launch(spec, visited, order.astype(np.int64), items, heads, block_rows)
+
+
+def _heaviest_first(visited: Runs, problem: Problem, heads: int, rows: int) -> NDArray[np.int64]:
+    """Block rows by the traversed elements that they visit, most first; ties keep their order."""
+    lengths = np.concatenate([[0], np.cumsum(visited.runs[:, 1] - visited.runs[:, 0])])
+    work = (lengths[visited.rows[1:]] - lengths[visited.rows[:-1]]).reshape(
+        visited.planes_b, visited.planes_h, rows
+    )
+    if visited.planes_b == visited.planes_h == 1:
+        work = work.reshape(rows)
+    else:
+        shape = (problem.batch, problem.heads_q, rows)
+        work = np.broadcast_to(work, shape).reshape(problem.batch, heads, -1, rows).sum(2).ravel()
+    return np.argsort(-work, kind="stable")
