@@ -1,0 +1,145 @@
+"""What this processor can reach at most: multiply-adds, exponentials and reads, measured.
+
+Three small kernels, written with the same generator as attention, run on the same threads:
+
+    multiply-add:  acc[i] = acc[i] * a + b      on as many independent registers as there are
+    exponential:   x[i] = exp2(x[i] - 1)        the exp2 of `softmax`, several chains at once
+    read:          acc[i] += memory[...]        over more memory than the caches hold
+
+The best of several runs counts: what disturbs a measurement only ever makes it slower. Results are
+kept in the kernel cache, for this device, type and number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import cache
+from tilefold.backends.cpu import runtime, threads
+from tilefold.backends.cpu.ir import Body, Module, Value, Variable, alignment, vector
+from tilefold.backends.cpu.softmax import exp2
+from tilefold.device import Device
+from tilefold.roofline import Rates
+
+Writer = Callable[[Body, Value, Value, str], None]
+
+SCALARS = {"float32": "float", "float64": "double"}
+RUNS = 15
+ITEMS_PER_WORKER = 4
+STEPS = 20_000  # a work item takes 20 to 70 microseconds at 4.5 GHz with AVX-512 (AMD EPYC)
+CHAINS = 8
+READ_ITEM_BYTES = 1 << 18
+READ_BYTES = (1 << 26, 1 << 28)  # at least and at most, else four times the last cache
+_VERSION = "rates 1"
+
+
+def rates(device: Device, dtype: str, workers: int) -> Rates:
+    """The measured rates of this machine, from the cache where they are known."""
+    kept = cache.default()
+    question = json.dumps([device.name, device.triple, device.features, dtype, workers])
+    if answer := kept.get(question, _VERSION):
+        return Rates(**json.loads(answer))
+    measured = measure(device, dtype, workers)
+    kept.put(question, _VERSION, json.dumps(measured.__dict__).encode(), ".json")
+    return measured
+
+
+def measure(device: Device, dtype: str, workers: int) -> Rates:
+    """Measure now; takes about half a second."""
+    lanes = device.vector_bytes // np.dtype(dtype).itemsize
+    steps = STEPS * workers * ITEMS_PER_WORKER * lanes
+    registers = device.vector_registers - 4
+    items = workers * ITEMS_PER_WORKER
+    small = np.full((items + 1) * lanes, 0.5, dtype)
+    adds = _best(device, dtype, workers, _multiply_adds(registers), items, small)
+    exponentials = _best(device, dtype, workers, _exponentials, items, small)
+    size = min(max(4 * device.l3_bytes, READ_BYTES[0]), READ_BYTES[1])
+    large = np.ones(size // np.dtype(dtype).itemsize, dtype)
+    reading = _best(device, dtype, workers, _reads, size // READ_ITEM_BYTES, large)
+    return Rates(
+        device=device.name,
+        dtype=dtype,
+        workers=workers,
+        flops_per_second=2 * steps * registers / adds,
+        exponentials_per_second=steps * CHAINS / exponentials,
+        bytes_per_second=(size // READ_ITEM_BYTES) * READ_ITEM_BYTES / reading,
+    )
+
+
+def _best(
+    device: Device, dtype: str, workers: int, write: Writer, items: int, data: NDArray[Any]
+) -> float:
+    """Seconds of the fastest run of a kernel over so many work items."""
+    kernel = runtime.kernel(_text(device, dtype, write), "peak", device)
+    arguments = (ctypes.c_int64 * 3)(0, items, data.ctypes.data)
+    best = float("inf")
+    for _ in range(RUNS):
+        arguments[0] = 0
+        start = time.perf_counter()
+        threads.run(kernel.address, ctypes.addressof(arguments), workers)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _text(device: Device, dtype: str, write: Writer) -> str:
+    scalar = SCALARS[dtype]
+    module = Module("a measurement of peak rates", device.vector_bytes * 8)
+    type_ = vector(device.vector_bytes // np.dtype(dtype).itemsize, scalar)
+    arguments = Value("%arguments", "ptr")
+    with module.function("peak", [arguments]) as body:
+        items = body.load(body.offset(arguments, "i64", 1), "i64", "items")
+        data = body.load(body.offset(arguments, "i64", 2), "ptr", "data")
+        with body.forever("work") as end:
+            item = body.result("item", "i64", "atomicrmw add ptr %arguments, i64 1 monotonic")
+            body.leave_unless(body.compare("slt", item, items), end)
+            write(body, data, item, type_)
+    return module.text()
+
+
+def _multiply_adds(registers: int) -> Writer:
+    def write(body: Body, data: Value, item: Value, type_: str) -> None:
+        factor = body.load(data, type_, "a")
+        places = [body.variable(type_, factor, "acc") for _ in range(registers)]
+        with body.loop("step", 0, STEPS):
+            for place in places:
+                body.write(place, body.multiply_add(body.read(place), factor, factor, "acc"))
+        _keep(body, data, item, places)
+
+    return write
+
+
+def _exponentials(body: Body, data: Value, item: Value, type_: str) -> None:
+    places = [body.variable(type_, body.load(data, type_), "x") for _ in range(CHAINS)]
+    one = body.constant(1.0, type_)
+    with body.loop("step", 0, STEPS):
+        for place in places:
+            below = body.binary("fsub", body.read(place), one, "x")
+            body.write(place, exp2(body, below, bounded=True))
+    _keep(body, data, item, places)
+
+
+def _reads(body: Body, data: Value, item: Value, type_: str) -> None:
+    places = [body.variable(type_, body.constant(0.0, type_), "acc") for _ in range(CHAINS)]
+    start = body.offset(data, "i8", body.mul(item, READ_ITEM_BYTES), "start")
+    vectors = READ_ITEM_BYTES // (Value("", type_).lanes * alignment(type_))
+    with body.loop("step", 0, vectors, CHAINS) as step:
+        for number, place in enumerate(places):
+            address = body.offset(start, type_, body.add(step, number))
+            total = body.binary("fadd", body.read(place), body.load(address, type_), "acc")
+            body.write(place, total)
+    _keep(body, start, Value("-1", "i64"), places)
+
+
+def _keep(body: Body, data: Value, item: Value, places: list[Variable]) -> None:
+    """Store the sum of all registers, so that nothing above is dead code."""
+    total = body.read(places[0])
+    for place in places[1:]:
+        total = body.binary("fadd", total, body.read(place))
+    body.store(total, body.offset(data, total.type, body.add(item, 1)))

@@ -1,0 +1,217 @@
+"""`tilefold bench`: this machine, against the peers that are installed, turn by turn."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import importlib.util
+import io
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tilefold
+from tilefold import bench, parse
+from tilefold.backends.cpu import peak, threads
+from tilefold.bench import Case, Row
+from tilefold.commands import specification, terminal
+from tilefold.device import host
+from tilefold.files import write_atomically
+from tilefold.mask import Rule
+from tilefold.problem import ITEM_BYTES
+from tilefold.roofline import bounds, visible_pairs
+
+SHAPES = ("1,8,2048,64", "1,8,2048,128")
+MASKS = ("full()", "causal()")
+
+
+def register(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure this machine, with the peers that are installed",
+        description="Measure tilefold and other implementations turn by turn in one process."
+        " Options with several values measure every combination.",
+        epilog=terminal.EXIT_CODES,
+    )
+    parser.set_defaults(main=main)
+    parser.add_argument("--shape", nargs="+", default=SHAPES, metavar=specification.SHAPE)
+    specification.add_sizes(parser)
+    parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
+    parser.add_argument("--mask", nargs="+", default=MASKS, metavar="RULE")
+    parser.add_argument(
+        "--operation", nargs="+", choices=bench.OPERATIONS, default=list(bench.OPERATIONS)
+    )
+    parser.add_argument("--threads", nargs="+", type=int, help="default: as many as cores")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=tuple(bench.PEERS),
+        help="default: torch, if it is installed; --peers alone for none",
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="per combination (default 2)")
+    parser.add_argument("--save", metavar="FOLDER", help="write JSON, CSV and a PNG plot there")
+    parser.add_argument("--name", default="attention", help="of the saved files")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure every combination and show the table."""
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds must be more than 0, not {options.seconds}")
+    peers = _peers(options.peers)
+    cases = _cases(options)
+    found: list[list[Row]] = []
+    with terminal.progress() as bar:
+        task = bar.add_task("Measuring", total=len(cases))
+        for case in cases:
+            bar.update(task, description=_label(case))
+            found.append(bench.measure(case, peers, seconds=options.seconds))
+            bar.advance(task)
+    document = _document(found)
+    if options.save:
+        _save(Path(options.save), options.name, document, found, peers)
+    if options.json:
+        terminal.print_json(document)
+    else:
+        _show(found, peers)
+        if options.save:
+            terminal.out().print(f"written to {options.save}/{options.name}.json, .csv and .png")
+    return 0
+
+
+def _peers(wanted: Sequence[str] | None) -> list[str]:
+    if wanted is None:
+        return ["torch"] if importlib.util.find_spec("torch") else []
+    for name in wanted:
+        if not importlib.util.find_spec(name):
+            raise ModuleNotFoundError(f"the peer {name} is not installed: pip install {name}")
+    return list(wanted)
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    masks: list[Rule] = [parse.parse(text) for text in options.mask]
+    workers = options.threads or [threads.get_num_threads()]
+    cases = []
+    for dtype in options.dtype:
+        for number in workers:
+            for operation in options.operation:
+                for text in options.shape:
+                    for mask in masks:
+                        problem = specification.problem(options, text, mask, dtype)
+                        cases.append(Case(problem, operation, number))
+    return cases
+
+
+def _label(case: Case) -> str:
+    return f"{case.operation} {case.shape} {case.problem.mask}"
+
+
+def _share(row: Row) -> tuple[float, str]:
+    """The share of the roofline that a row reaches, and what binds."""
+    problem = row.case.problem
+    rates = peak.rates(host(), problem.dtype, row.case.threads)
+    least = bounds(problem, row.case.operation, visible_pairs(problem), rates)
+    return least.seconds / row.median, least.binding
+
+
+def _show(found: list[list[Row]], peers: Sequence[str]) -> None:
+    dtypes = sorted({rows[0].case.problem.dtype for rows in found})
+    columns = ["", ">thr", ">tilefold", ">GFLOP/s", ">bound"]
+    for peer in peers:
+        columns += [f">{peer}", ">ratio"]
+    lines = []
+    for rows in found:
+        own = rows[0]
+        share, _ = _share(own)
+        label = _label(own.case) + (f" {own.case.problem.dtype}" if len(dtypes) > 1 else "")
+        line = [
+            label,
+            str(own.case.threads),
+            terminal.seconds(own.median),
+            f"{own.gflops:,.0f}",
+            f"{share:.0%}",
+        ]
+        for row in rows[1:]:
+            line += [terminal.seconds(row.median), f"{row.median / own.median:.2f}"]
+        lines.append(line)
+    title = f"{host().name}, {host().isa}, {' and '.join(dtypes)}"
+    console = terminal.out()
+    console.print(terminal.table(title, columns, lines))
+    console.print("medians; bound: share of the measured roofline reached; ratio: peer / tilefold")
+
+
+def _document(found: list[list[Row]]) -> dict[str, Any]:
+    device = host()
+    rows = []
+    for group in found:
+        for row in group:
+            share, binding = _share(row)
+            rows.append(row.record(group[0]) | {"share_of_bound": share, "binding": binding})
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": {"name": device.name, "isa": device.isa, "cores": device.cores},
+        "versions": _versions(),
+        "threads_of": threads.describe(),
+        "rows": rows,
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"tilefold": tilefold.__version__, "python": platform.python_version()}
+    for name in ("numpy", "llvmlite", "torch"):
+        if importlib.util.find_spec(name):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _save(
+    folder: Path, name: str, document: dict[str, Any], found: list[list[Row]], peers: Sequence[str]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(document["rows"][0]))
+    writer.writeheader()
+    writer.writerows(document["rows"])
+    write_atomically(folder / f"{name}.json", (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(folder / f"{name}.csv", text.getvalue().encode())
+    write_atomically(folder / f"{name}.png", _plot(document, found, peers))
+
+
+def _plot(document: dict[str, Any], found: list[list[Row]], peers: Sequence[str]) -> bytes:
+    """Bars: operations per second of each implementation in each case."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("--save draws a plot: pip install 'tilefold[bench]'") from None
+    names = ["tilefold", *peers]
+    colours = ["#0b6e99", "#c9c5bd", "#e3a857"]
+    figure = Figure(figsize=(8, 1.2 + 0.24 * len(found) * len(names)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(names)
+    for number, (name, colour) in enumerate(zip(names, colours, strict=False)):
+        at = [index + number * height for index in range(len(found))]
+        speeds = [rows[number].gflops for rows in found]
+        bars = axes.barh(at, speeds, height * 0.92, label=name, color=colour)
+        axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+    many_dtypes = len({rows[0].case.problem.dtype for rows in found}) > 1
+    labels = []
+    for rows in found:
+        case = rows[0].case
+        dtype = f" {case.problem.dtype}" if many_dtypes else ""
+        labels.append(f"{_label(case)}{dtype}, {case.threads} thr")
+    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(found))], labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("GFLOP/s over visible pairs (median; more is better)", fontsize=9)
+    machine = document["machine"]
+    axes.set_title(f"{machine['name']}, {machine['isa']}", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.08)
+    figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()

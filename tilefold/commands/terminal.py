@@ -1,0 +1,146 @@
+"""How commands speak: tables that fit 80 columns, numbers with three digits, JSON for programs.
+
+What a person came for goes to the standard output; progress and notes go to the standard error, so
+that output can be piped. Without a terminal nothing moves and nothing is coloured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+__all__ = [
+    "EXIT_CODES",
+    "Failure",
+    "Parser",
+    "digits",
+    "escape",
+    "grid",
+    "notes",
+    "out",
+    "print_json",
+    "progress",
+    "rate",
+    "seconds",
+    "shorten",
+    "size",
+    "table",
+]
+
+EXIT_CODES = "exit codes: 0 success, 1 a check failed, 2 bad input, 130 interrupted"
+
+
+class Failure(Exception):
+    """A check that a command makes did not hold; ends the program with exit code 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad usage is one line on the standard error, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def out() -> Console:
+    """Where results are shown."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def notes() -> Console:
+    """Where progress and remarks are shown."""
+    return Console(stderr=True, highlight=False)
+
+
+def progress() -> Progress:
+    """A bar with a description, a count and the time; silent where there is no terminal."""
+    console = notes()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on the standard output."""
+    json.dump(value, sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table without a frame; columns whose name begins with `>` are aligned to the right."""
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
+    for number, column in enumerate(columns):
+        justify = "right" if column.startswith(">") else "left"
+        made.add_column(
+            column.removeprefix(">"),
+            justify=justify,  # type: ignore[arg-type]  # rich wants a literal
+            header_style="dim",
+            overflow="fold",
+            no_wrap=number > 0,
+        )
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def grid() -> Table:
+    """Columns side by side without a header: the last one takes the room that is left."""
+    made = Table.grid(padding=(0, 2, 0, 0))
+    made.add_column(justify="right", style="bold", no_wrap=True)
+    made.add_column(style="cyan", no_wrap=True)
+    made.add_column(ratio=1)
+    return made
+
+
+def shorten(text: str, letters: int) -> str:
+    """The beginning of a text, cut at a space, safe to print."""
+    return escape(textwrap.shorten(text, letters, placeholder=" ..."))
+
+
+def seconds(value: float) -> str:
+    """A time with its unit: `4.21 ms`."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
+        if value * factor >= 1:
+            return f"{digits(value * factor)} {unit}"
+    return f"{digits(value * 1e9)} ns"
+
+
+def rate(per_second: float, unit: str) -> str:
+    """Billions or millions per second: `412 GFLOP/s`."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if per_second >= factor:
+            return f"{digits(per_second / factor)} {prefix}{unit}/s"
+    return f"{digits(per_second)} {unit}/s"
+
+
+def size(number_bytes: float) -> str:
+    """Bytes with a binary unit: `1.50 MiB`."""
+    for factor, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if number_bytes >= factor:
+            return f"{digits(number_bytes / factor)} {unit}"
+    return f"{int(number_bytes)} bytes"
+
+
+def digits(value: float) -> str:
+    """Three significant digits, never in powers of ten: `4.21`, `42.1`, `421`, `4210`."""
+    for limit, places in ((10, 2), (100, 1)):
+        if abs(value) < limit:
+            return f"{value:.{places}f}"
+    return f"{value:,.0f}"
