@@ -45,5 +45,14 @@ def shown(value: Any, width: int = 60) -> str:
     >>> shown(list(range(99)), 12)
     '[0, 1, 2,...'
     """
-    text = " ".join(repr(value).split())
-    return text if len(text) <= width else f"{text[: width - 3]}..."
+    return shorten(repr(value), width)
+
+
+def shorten(text: str, width: int) -> str:
+    """A text as one line of at most `width` characters.
+
+    >>> shorten("one line\\nand another", 12)
+    'one line ...'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."

@@ -109,16 +109,16 @@ class Boolean(Expression):
     """True where the query may see the key."""
 
     def __and__(self, other: Any) -> Boolean:
-        return Logic("&", (self, as_boolean(other)))
+        return _join("&", self, other)
 
     def __rand__(self, other: Any) -> Boolean:
-        return Logic("&", (as_boolean(other), self))
+        return _join("&", other, self)
 
     def __or__(self, other: Any) -> Boolean:
-        return Logic("|", (self, as_boolean(other)))
+        return _join("|", self, other)
 
     def __ror__(self, other: Any) -> Boolean:
-        return Logic("|", (as_boolean(other), self))
+        return _join("|", other, self)
 
     def __invert__(self) -> Boolean:
         return Logic("~", (self,))
@@ -308,6 +308,15 @@ def _binary(operator: str, left: Any, right: Any) -> Integer:
 
 def _compare(operator: str, left: Any, right: Any) -> Boolean:
     return Compare(operator, as_integer(left), as_integer(right))
+
+
+def _join(operator: str, left: Any, right: Any) -> Boolean:
+    """Joins of joins are one join: a chain of a thousand is one node deep."""
+    parts: list[Boolean] = []
+    for side in (as_boolean(left), as_boolean(right)):
+        flat = isinstance(side, Logic) and side.operator == operator
+        parts.extend(side.operands if isinstance(side, Logic) and flat else (side,))
+    return Logic(operator, tuple(parts))
 
 
 def _divisor(operator: str, value: Any) -> Integer:

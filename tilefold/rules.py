@@ -255,4 +255,9 @@ def rule(function: Callable[..., Any]) -> Rule:
             taken[parameter.name] = Index(parameter.name)
         elif parameter.default is parameter.empty:
             raise TypeError(f"{allowed}; got {str(parameter)!r}")
-    return Traced(as_boolean(function(**taken)), tuple(taken))
+    traced = Traced(as_boolean(function(**taken)), tuple(taken))
+    try:
+        hash(traced)
+    except RecursionError:
+        raise ValueError("rule: the function builds an expression nested too deeply") from None
+    return traced
