@@ -129,7 +129,7 @@ class _Entry:
 
     def remove(self, directory: int) -> None:
         for name in self.names:
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
+            with contextlib.suppress(OSError):  # another process was faster, or it is a directory
                 os.unlink(name, dir_fd=directory)
 
 

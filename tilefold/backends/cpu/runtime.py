@@ -7,12 +7,13 @@ compiling short.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import pkgutil
 import re
-import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,15 @@ import llvmlite.binding as llvm
 from tilefold import cache
 from tilefold.device import Device, host
 
-_lock = threading.RLock()
+# llvmlite holds one lock during every call into LLVM, so any number of threads may compile. A fork
+# must wait for it: a child would inherit LLVM half way through a call, and the lock held for ever.
+# There is no public name for that lock.
+_llvm_lock = getattr(llvm.ffi.lib, "_lock", contextlib.nullcontext())
 if hasattr(os, "register_at_fork"):
-    # A fork waits until no thread compiles: a child would inherit LLVM half way, its locks held.
     os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+        before=_llvm_lock.__enter__,
+        after_in_parent=lambda: _llvm_lock.__exit__(None, None, None),
+        after_in_child=lambda: _llvm_lock.__exit__(None, None, None),
     )
 
 
@@ -45,29 +50,29 @@ class Loaded:
 
 def compile(text: str, device: Device) -> bytes:
     """Compile LLVM IR text to object code for a device. Raises `CompileError`."""
-    with _lock:
-        machine = _machine(device.triple, device.features)
-        object_code: bytes = machine.emit_object(_optimised(text, machine))
-        return object_code
+    machine = _machine(device.triple, device.features)
+    with _optimised(text, machine) as module:
+        object_code: bytes = machine.emit_object(module)
+    return object_code
 
 
 def assembly(text: str, device: Device) -> str:
     """Compile LLVM IR text to readable assembly for a device. Raises `CompileError`."""
-    with _lock:
-        machine = _machine(device.triple, device.features)
-        listing: str = machine.emit_assembly(_optimised(text, machine))
-        return listing
+    machine = _machine(device.triple, device.features)
+    with _optimised(text, machine) as module:
+        listing: str = machine.emit_assembly(module)
+    return listing
 
 
 def load(binary: bytes, symbol: str) -> Loaded:
     """Link object code for this machine into this process; return the address of one symbol."""
-    with _lock:
-        empty = llvm.parse_assembly("", llvm.create_context())
-        # An engine takes its target machine over, so it gets a new one.
-        engine = llvm.create_mcjit_compiler(empty, _new_machine(host().triple, host().features))
-        engine.add_object_file(llvm.ObjectFileRef.from_data(binary))
-        engine.finalize_object()
-        address = engine.get_function_address(symbol)
+    # An engine wants a module to begin with. This one is of the global context, which outlives
+    # every engine, and the target machine is a new one, since the engine takes it over.
+    empty = llvm.parse_assembly("")
+    engine = llvm.create_mcjit_compiler(empty, _new_machine(host().triple, host().features))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(binary))
+    engine.finalize_object()
+    address = engine.get_function_address(symbol)
     if not address:
         raise CompileError(f"the object code holds no symbol {symbol!r}")
     return Loaded(address, symbol, engine)
@@ -99,14 +104,25 @@ def toolchain(device: Device) -> str:
     return f"{versions} {device.triple} {device.features} {passes}"
 
 
-def _optimised(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
-    try:
-        module = llvm.parse_assembly(text, llvm.create_context())
-        module.verify()
-    except RuntimeError as error:
-        raise CompileError(_explain(text, str(error))) from None
-    _run_passes(module, machine)
-    return module
+@contextlib.contextmanager
+def _optimised(text: str, machine: llvm.TargetMachine) -> Iterator[llvm.ModuleRef]:
+    """The parsed and cleaned module of a text.
+
+    Module and context are closed here, in this order. Left to the garbage collector, which ends
+    the members of a cycle in any order, a module could outlive its context and end the process.
+    """
+    with llvm.create_context() as context:
+        try:
+            module = llvm.parse_assembly(text, context)
+        except RuntimeError as error:
+            raise CompileError(_explain(text, str(error))) from None
+        with module:
+            try:
+                module.verify()
+            except RuntimeError as error:
+                raise CompileError(_explain(text, str(error))) from None
+            _run_passes(module, machine)
+            yield module
 
 
 def _run_passes(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
@@ -115,16 +131,18 @@ def _run_passes(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
     LLVM's function simplification (sroa, early-cse, instcombine, licm, gvn, dead code) at level 2,
     without loop unrolling; the vectorisers are no part of it.
     """
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = False
-    options.slp_vectorization = False
-    options.loop_unrolling = False
-    options.loop_interleaving = False
-    builder = llvm.create_pass_builder(machine, options)
-    passes = builder.getFunctionPassManager()
-    for function in module.functions:
-        if not function.is_declaration:
-            passes.run(function, builder)
+    with llvm.create_pipeline_tuning_options(speed_level=2) as options:
+        options.loop_vectorization = False
+        options.slp_vectorization = False
+        options.loop_unrolling = False
+        options.loop_interleaving = False
+        with (
+            llvm.create_pass_builder(machine, options) as builder,
+            builder.getFunctionPassManager() as passes,
+        ):
+            for function in module.functions:
+                if not function.is_declaration:
+                    passes.run(function, builder)
 
 
 @functools.lru_cache(maxsize=16)
