@@ -17,6 +17,7 @@ from torch._library.opaque_object import register_opaque_type
 
 from tilefold import engine
 from tilefold.buffer import Buffer
+from tilefold.coordinates import Coordinates
 from tilefold.mask import Rule
 from tilefold.problem import (
     ITEM_BYTES,
@@ -31,7 +32,7 @@ from tilefold.problem import (
 )
 
 _LSE_AXES = (0, 1, 2)
-_rules: dict[str, Rule] = {}
+_constants: dict[str, object] = {}
 
 
 def attention(
@@ -62,21 +63,22 @@ def attention_backward(
     return result
 
 
-def _constant(key: str) -> Rule:
-    """The rule that a compiled graph names."""
-    return _rules[key]
+def _constant(key: str) -> object:
+    """The value that a compiled graph names."""
+    return _constants[key]
 
 
-def _write(rule: Rule) -> tuple[str, dict[str, Any]]:
-    """A rule as the code of a compiled graph spells it, and the names in that spelling."""
-    key = repr(rule)
-    while _rules.setdefault(key, rule) != rule:  # data is not part of what a rule prints
+def _write(value: object) -> tuple[str, dict[str, Any]]:
+    """A value as the code of a compiled graph spells it, and the names in that spelling."""
+    key = repr(value)
+    while _constants.setdefault(key, value) != value:  # data is not part of what a rule prints
         key += "'"
     return f"_constant({key!r})", {"_constant": _constant}
 
 
-Rule.__fx_repr__ = _write  # type: ignore[attr-defined]  # PyTorch looks for the method there
-register_opaque_type(Rule, typ="value")
+for _kind in (Coordinates, Rule):
+    _kind.__fx_repr__ = _write  # type: ignore[attr-defined]  # where PyTorch looks for it
+    register_opaque_type(_kind, typ="value")
 
 
 @torch.library.custom_op("tilefold::attention", mutates_args=(), device_types="cpu")
