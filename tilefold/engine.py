@@ -85,6 +85,7 @@ def _launch(plan: Plan, launch: Launch, buffers: Mapping[str, Buffer], workers: 
         runs.runs.ctypes.data,
         row_b,
         launch.block_rows if runs.planes_h > 1 else 0,
+        launch.item_rows,
         launch.block_rows,
         _workspace(workers * function.workspace_bytes),
         function.workspace_bytes,

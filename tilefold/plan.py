@@ -61,15 +61,22 @@ class Launch:
     """One kernel of a plan, and the work that its workers share.
 
     `order` names block rows, heaviest first: of one head where all heads are alike (and is walked
-    once for each), else of all heads. Item = (b * heads + h) * block_rows + block row.
+    once for each), else of all heads. Item = (b * heads + h) * item_rows + block row; where a head
+    is one item (the fused backward), item_rows is 1.
     """
 
+    problem: Problem
     spec: KernelSpec
     runs: Runs
     order: NDArray[np.int64]
-    items: int
     heads: int
+    item_rows: int
     block_rows: int
+
+    @property
+    def items(self) -> int:
+        """How many work items there are, over batch and heads."""
+        return self.problem.batch * self.heads * self.item_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,11 +200,10 @@ def _launch(problem: Problem, spec: KernelSpec, expression: Boolean) -> Launch:
     )
     heads = problem.heads_q if parallel == "q" else problem.heads_kv
     if spec.operation == "backward":
-        order, items = np.arange(problem.batch * heads), problem.batch * heads
+        order, item_rows = np.zeros(1), 1
     else:
-        order = _heaviest_first(visited, problem, heads, block_rows)
-        items = problem.batch * heads * block_rows
-    return Launch(spec, visited, order.astype(np.int64), items, heads, block_rows)
+        order, item_rows = _heaviest_first(visited, problem, heads, block_rows), block_rows
+    return Launch(problem, spec, visited, order.astype(np.int64), heads, item_rows, block_rows)
 
 
 def _heaviest_first(visited: Runs, problem: Problem, heads: int, rows: int) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ WORK = (
     "runs",  # address of (first, last, masked) int64
     "row_b",  # block rows of the plan per batch entry, 0 where all are alike
     "row_h",
+    "item_rows",  # items per head: its block rows, or 1 where a head is one item
     "block_rows",
     "workspace",
     "workspace_bytes",

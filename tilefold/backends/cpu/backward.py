@@ -1,5 +1,402 @@
-def delta(spec):
-    raise NotImplementedError
+"""The backward kernels: the probabilities are made again from lse, a tile at a time.
+
+    P = 2^(S - lse)    dP = dO V^T    dS = P (dP - delta)    delta = rowsum(dO O)
+
+    delta         parallel over queries:  delta <- rowsum(dO O)
+    backward_dq   parallel over queries:  dQ += dS K                            3 products per pair
+    backward_dkv  parallel over keys:     dV += P^T dO;  dK += dS^T Q           4 products
+    backward      parallel over heads:    dK, dV and dQ from the same P and dS  5 products, not 7
+
+Every output tile has one owner and is summed in ascending order: no atomics, bit-identical from run to run,
+and no scratch but one number per query (Dao et al. 2022, Algorithm 4; split in two passes as in
+metal-flash-attention). Each pass is the forward pass with other operands: what is parallel lies in the lanes.
+"""
+
+from __future__ import annotations
+
+from tilefold.backends.cpu import gemm, work
+from tilefold.backends.cpu.block import Block, emit
+from tilefold.backends.cpu.ir import Operand, Value, Variable, overload, vector
+from tilefold.backends.cpu.mask import MaskText
+from tilefold.backends.cpu.softmax import LOG2_E, exp2
+from tilefold.backends.cpu.tile import Matrix, Tile
+from tilefold.expression import Truth
+from tilefold.plan import KernelSpec
 
 
-dq = dkv = fused = delta
+def delta(spec: KernelSpec) -> str:
+    """The text of the kernel that writes delta."""
+    return emit(spec, "delta <- rowsum(dO O)", _write_delta)
+
+
+def dq(spec: KernelSpec) -> str:
+    """The text of the kernel that is parallel over queries."""
+    title = """
+for each block of queries:                               one owner
+    for each tile of keys that the plan names:
+        S^T <- K Q^T;  P^T <- 2^(S^T - lse)              rows are keys, lanes are queries
+        dP^T <- V dO^T;  dS^T <- P^T (dP^T - delta)
+        dQ^T += K^T dS^T
+    dQ <- scale dQ"""
+    return emit(spec, title.strip(), lambda block: _QueryGradient(block).write())
+
+
+def dkv(spec: KernelSpec) -> str:
+    """The text of the kernel that is parallel over keys."""
+    title = """
+for each block of keys:                                  one owner
+    for each query head of the group, for each tile of queries that the plan names:
+        S <- Q K^T;  P <- 2^(S - lse)                    rows are queries, lanes are keys
+        dP <- dO V^T;  dS <- P (dP - delta)
+        dV^T += dO^T P;  dK^T += Q^T dS
+    dK <- scale dK"""
+    return emit(spec, title.strip(), lambda block: _KeyGradients(block).write())
+
+
+def fused(spec: KernelSpec) -> str:
+    """The text of the kernel that is parallel over heads."""
+    title = """
+for each key head:                                       one owner
+    dQ <- 0
+    for each block of keys, each query head of the group, each tile of queries that the plan names:
+        S <- Q K^T;  P <- 2^(S - lse)                    rows are queries, lanes are keys
+        dP <- dO V^T;  dS <- P (dP - delta)
+        dV^T += dO^T P;  dK^T += Q^T dS;  dQ += dS (scale K)
+    dK <- scale dK"""
+    return emit(spec, title.strip(), lambda block: _AllGradients(block).write())
+
+
+def _write_delta(block: Block) -> None:
+    body, shape, spec = block.body, block.shape, block.spec
+    one = block.scalar(1.0)
+    o, do = block.pack("o", spec.dim_v, one), block.pack("do", spec.dim_v, one)
+    totals = [body.variable(shape.vector, block.splat(0.0)) for _ in range(shape.vectors)]
+    with body.loop("d", 0, spec.dim_v) as d:
+        for j, total in enumerate(totals):
+            left = body.load(block.at(o, d, j), shape.vector)
+            right = body.load(block.at(do, d, j), shape.vector)
+            body.write(total, body.multiply_add(left, right, body.read(total)))
+    region = block.region("delta")
+    for j, total in enumerate(totals):
+        body.store(body.read(total), block.at(region, 0, j))
+    block.unpack("delta", region, 1, one)
+
+
+class _QueryGradient:
+    """One block of queries."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.body = block, block.body
+        self.shape, self.spec = block.shape, block.spec
+        h_kv = self.body.binary("udiv", block.h, block.arguments["group"], "h_kv")
+        self.keys, self.values = block.matrix("k", h_kv), block.matrix("v", h_kv)
+        self.p, self.ds, self.dq = block.region("p"), block.region("ds"), block.region("dq")
+
+    def write(self) -> None:
+        body, block, spec = self.body, self.block, self.spec
+        body.comment("Q^T <- scale log2(e) Q^T;  dO^T;  lse <- log2(e) lse;  dQ^T <- 0")
+        one = block.scalar(1.0)
+        self.q_packed = block.pack("q", spec.dim, block.scale_log2())
+        self.do_packed = block.pack("do", spec.dim_v, one)
+        lse, delta = block.pack("lse", 1, block.scalar(LOG2_E)), block.pack("delta", 1, one)
+        columns = range(self.shape.vectors)
+        self.lse = [body.load(block.at(lse, 0, j), self.shape.vector, "lse") for j in columns]
+        self.delta = [body.load(block.at(delta, 0, j), self.shape.vector, "delta") for j in columns]
+        block.zero("dq", spec.dim)
+        work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self._tile)
+        block.unpack("dq", self.dq, spec.dim, block.scale())
+
+    def _tile(self, first: Value, count: Value, masked: bool) -> None:
+        body, spec = self.body, self.spec
+        tile = Tile(body, self.shape, first, count)
+        mask = self.block.mask(self.block.h) if masked else None
+        body.comment("S^T <- K Q^T")
+        _store_scores(tile, self.keys, self.q_packed, spec.dim, self.p, mask)
+        body.comment("dP^T <- V dO^T;  P^T <- 2^(S^T - lse);  dS^T <- P^T (dP^T - delta)")
+
+        def use(row: Value, dp: gemm.Accumulators) -> None:
+            for i, line in enumerate(dp):
+                _store_differences(
+                    tile, body.add(row, i), line, self.p, self.ds, self.lse, self.delta, masked
+                )
+
+        tile.scores(self.values, self.do_packed, spec.dim_v, use)
+        body.comment("dQ^T += K^T dS^T")
+        tile.accumulate_safely(masked, self.keys, self.ds, self.p, self.dq, spec.dim)
+
+
+class _KeyGradients:
+    """One block of keys."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.body = block, block.body
+        self.shape, self.spec = block.shape, block.spec
+        self.p, self.ds = block.region("p"), block.region("ds")
+        self.dk, self.dv = block.region("dk"), block.region("dv")
+
+    def write(self) -> None:
+        body, block, spec = self.body, self.block, self.spec
+        body.comment("K^T <- scale log2(e) K^T;  V^T;  dK^T <- 0;  dV^T <- 0")
+        self.k_packed = block.pack("k", spec.dim, block.scale_log2())
+        self.v_packed = block.pack("v", spec.dim_v, block.scalar(1.0))
+        block.zero("dk", spec.dim)
+        block.zero("dv", spec.dim_v)
+        group = block.arguments["group"]
+        with body.loop("g", 0, group) as g:
+            h = body.add(body.mul(block.h, group), g, "h_q")
+            self._take_head(h)
+            work.tiles(body, spec, block.arguments, block.b, h, block.row, self._tile)
+        block.unpack("dk", self.dk, spec.dim, block.scale())
+        block.unpack("dv", self.dv, spec.dim_v, block.scalar(1.0))
+
+    def _take_head(self, h: Value) -> None:
+        """The operands of one query head."""
+        block, arguments, scalar = self.block, self.block.arguments, self.shape.scalar
+        self.h_q = h
+        self.queries, self.do = block.matrix("q", h), block.matrix("do", h)
+        self.lse_head = arguments.rows_of("lse", scalar, block.b, h)
+        self.delta_head = arguments.rows_of("delta", scalar, block.b, h)
+
+    def _tile(self, first: Value, count: Value, masked: bool) -> None:
+        body, spec = self.body, self.spec
+        tile = Tile(body, self.shape, first, count)
+        mask = self.block.mask(self.h_q) if masked else None
+        body.comment("S <- Q K^T")
+        _store_scores(tile, self.queries, self.k_packed, spec.dim, self.p, mask)
+        body.comment("dP <- dO V^T;  P <- 2^(S - lse);  dS <- P (dP - delta)")
+
+        def use(row: Value, dp: gemm.Accumulators) -> None:
+            for i, line in enumerate(dp):
+                lse = self._of_query("lse", self.lse_head, tile, body.add(row, i), LOG2_E)
+                delta = self._of_query("delta", self.delta_head, tile, body.add(row, i), None)
+                columns = self.shape.vectors
+                _store_differences(
+                    tile,
+                    body.add(row, i),
+                    line,
+                    self.p,
+                    self.ds,
+                    [lse] * columns,
+                    [delta] * columns,
+                    masked,
+                )
+
+        tile.scores(self.do, self.v_packed, spec.dim_v, use)
+        body.comment("dV^T += dO^T P;  dK^T += Q^T dS")
+        tile.accumulate_safely(masked, self.do, self.p, self.p, self.dv, spec.dim_v)
+        tile.accumulate_safely(masked, self.queries, self.ds, self.p, self.dk, spec.dim)
+
+    def _of_query(
+        self, name: str, head: Value, tile: Tile, row: Value, factor: float | None
+    ) -> Value:
+        """The number of one query in all lanes; past the tile's end, of its last query."""
+        body, shape = self.body, self.shape
+        index = body.mul(tile.inside(row), self.block.arguments[f"{name}_s"])
+        number = body.load(body.offset(head, shape.scalar, index), shape.scalar, name)
+        if factor is not None:
+            number = body.binary("fmul", number, self.block.scalar(factor), name)
+        return body.splat(number, shape.lanes, name)
+
+
+class _AllGradients(_KeyGradients):
+    """All blocks of keys of one key head, and the dQ of its query heads."""
+
+    def write(self) -> None:
+        body, block = self.body, self.block
+        body.comment("dQ <- 0")
+        group = block.arguments["group"]
+        with body.loop("g", 0, group) as g:
+            self._zero_dq(block.matrix("dq", body.add(body.mul(block.h, group), g)))
+        with body.loop("keys", 0, block.arguments["block_rows"]) as row:
+            block.at_row(row)
+            self.k_rows, self.k_finite = self._copy_keys()
+            super().write()
+
+    def _take_head(self, h: Value) -> None:
+        super()._take_head(h)
+        self.dq = self.block.matrix("dq", h)
+
+    def _tile(self, first: Value, count: Value, masked: bool) -> None:
+        super()._tile(first, count, masked)
+        body = self.body
+        tile = Tile(body, self.shape, first, count)
+        body.comment("dQ += dS (scale K)")
+        if not masked:
+            self._add_dq(tile)
+            return
+        with body.choose(body.read(self.k_finite), "finite") as branch:
+            self._add_dq(tile)
+            branch.otherwise()
+            self._add_visible_dq(tile)
+
+    @property
+    def _line(self) -> int:
+        """Elements of one row of `k_rows`: dim in whole vectors."""
+        return -(-self.spec.dim // self.shape.lanes) * self.shape.lanes
+
+    def _zero_dq(self, dq: Matrix) -> None:
+        body, zero = self.body, self.block.scalar(0.0)
+        with body.loop("q", 0, self.block.arguments["len_q"]) as q:
+            row = body.offset(dq.address, self.shape.scalar, body.mul(q, dq.row_stride))
+            with body.loop("d", 0, self.spec.dim) as d:
+                body.store(zero, body.offset(row, self.shape.scalar, d))
+
+    def _copy_keys(self) -> tuple[Value, Variable]:
+        """scale K of the block, row by row in whole vectors; and whether K is finite there."""
+        body, block, scalar = self.body, self.block, self.shape.scalar
+        region = block.region("k_rows")
+        keys = block.matrix("k", block.h)
+        scale = block.scale()
+        with body.loop("key", 0, block.valid) as key:
+            index = body.mul(body.add(block.first, key), keys.row_stride)
+            source = body.offset(keys.address, scalar, index)
+            target = body.offset(region, scalar, body.mul(key, self._line))
+            with body.loop("d", 0, self.spec.dim) as d:
+                number = body.load(body.offset(source, scalar, body.mul(d, keys.d_stride)), scalar)
+                body.store(body.binary("fmul", number, scale), body.offset(target, scalar, d))
+            with body.loop("d", self.spec.dim, self._line) as d:
+                body.store(block.scalar(0.0), body.offset(target, scalar, d))
+        finite = body.variable("i1", Value("true", "i1"), "k.finite")
+        if not isinstance(self.spec.mask.expression, Truth):
+            whole = Tile(body, self.shape, block.first, block.valid)
+            body.write(finite, whole.finite(keys, self.spec.dim))
+        return region, finite
+
+    def _add_dq(self, tile: Tile) -> None:
+        """dq rows += dS rows x k_rows: rows of queries broadcast, the head dim in the lanes."""
+        body, rows = self.body, self.shape.rows
+        step = self.shape.width
+        whole_rows = body.sub(tile.count, body.binary("urem", tile.count, rows))
+        whole_columns = self.spec.dim - self.spec.dim % step
+        rest = -(-(self.spec.dim - whole_columns) // self.shape.lanes)
+        for start, stop, height in ((0, whole_rows, rows), (whole_rows, tile.count, 1)):
+            with body.loop("q", start, stop, height) as row:
+                if whole_columns:
+                    with body.loop("d", 0, whole_columns, step) as d:
+                        self._add_dq_tile(tile, row, height, d, self.shape.vectors)
+                if rest:
+                    self._add_dq_tile(tile, row, height, whole_columns, rest)
+
+    def _add_dq_tile(self, tile: Tile, row: Value, height: int, d: Operand, vectors: int) -> None:
+        body, scalar = self.body, self.shape.scalar
+        shape = gemm.Shape(height, vectors, self.shape.lanes, scalar)
+        weights = [
+            body.offset(self.ds, scalar, body.mul(body.add(row, i), self.shape.width))
+            for i in range(height)
+        ]
+        targets = [self._dq_at(body.add(tile.first, body.add(row, i)), d) for i in range(height)]
+        totals = gemm.multiply(
+            body,
+            shape,
+            height,
+            weights,
+            1,
+            body.offset(self.k_rows, scalar, d),
+            self._line,
+            self.block.valid,
+            lambda i, j: self._load_dq(targets[i], d, j),
+        )
+        for target, line in zip(targets, totals, strict=True):
+            for j, total in enumerate(line):
+                self._store_dq(total, target, d, j)
+
+    def _dq_at(self, query: Value, d: Operand) -> Value:
+        body, scalar = self.body, self.shape.scalar
+        row = body.offset(self.dq.address, scalar, body.mul(query, self.dq.row_stride))
+        return body.offset(row, scalar, d)
+
+    def _tail(self, d: Operand, j: int) -> Value | None:
+        """The lanes of a vector of dq that exist, where not all do."""
+        if isinstance(d, Value):
+            return None
+        left = self.spec.dim - d - j * self.shape.lanes
+        if left >= self.shape.lanes:
+            return None
+        bits = ", ".join(f"i1 {int(lane < left)}" for lane in range(self.shape.lanes))
+        return Value(f"<{bits}>", vector(self.shape.lanes, "i1"))
+
+    def _load_dq(self, row: Value, d: Operand, j: int) -> Value:
+        body, type_ = self.body, self.shape.vector
+        place = body.offset(row, self.shape.scalar, j * self.shape.lanes)
+        tail = self._tail(d, j)
+        if tail is None:
+            return body.load(place, type_, "dq")
+        name = f"llvm.masked.load.{overload(type_)}.p0"
+        align = Value("4" if self.shape.scalar == "float" else "8", "i32")
+        return body.call(name, type_, [place, align, tail, self.block.splat(0.0)], "dq")
+
+    def _store_dq(self, total: Value, row: Value, d: Operand, j: int) -> None:
+        body = self.body
+        place = body.offset(row, self.shape.scalar, j * self.shape.lanes)
+        tail = self._tail(d, j)
+        if tail is None:
+            body.store(total, place)
+            return
+        name = f"llvm.masked.store.{overload(total.type)}.p0"
+        align = Value("4" if self.shape.scalar == "float" else "8", "i32")
+        arguments = [total, place, align, tail]
+        body.module.declare(name, "void", [argument.type for argument in arguments])
+        body.invoke(name, arguments)
+
+    def _add_visible_dq(self, tile: Tile) -> None:
+        """As `_add_dq`, pair by pair without the forbidden ones: for keys with infinities or NaN."""
+        body, scalar, width = self.body, self.shape.scalar, self.shape.width
+        marker = tile.marker("weight").element
+        with body.loop("q", 0, tile.count) as q, body.loop("key", 0, self.block.valid) as key:
+            pair = body.add(body.mul(q, width), key)
+            bits = body.load(body.offset(self.p, scalar, pair), marker, "bits")
+            forbidden = body.constant(tile.marker_bits("weight"), marker)
+            with body.when(body.compare("ne", bits, forbidden), "visible"):
+                weight = body.load(body.offset(self.ds, scalar, pair), scalar)
+                target = self._dq_at(body.add(tile.first, q), 0)
+                source = body.offset(self.k_rows, scalar, body.mul(key, self._line))
+                with body.loop("d", 0, self.spec.dim) as d:
+                    place = body.offset(target, scalar, d)
+                    number = body.load(body.offset(source, scalar, d), scalar)
+                    total = body.multiply_add(weight, number, body.load(place, scalar))
+                    body.store(total, place)
+
+
+def _store_scores(
+    tile: Tile, matrix: Matrix, packed: Value, dim: int, scores: Value, mask: MaskText | None
+) -> None:
+    """Scores of a tile into scratch, marked where the rule says no."""
+    body = tile.body
+
+    def use(row: Value, block: gemm.Accumulators) -> None:
+        if mask is not None:
+            block = [
+                [tile.mark(truth, score, "score") for truth, score in zip(*lines, strict=True)]
+                for lines in zip(tile.allowed_rows(mask, row), block, strict=True)
+            ]
+        for i, line in enumerate(block):
+            for j, score in enumerate(line):
+                body.store(score, tile.at(scores, body.add(row, i), j))
+
+    tile.scores(matrix, packed, dim, use)
+
+
+def _store_differences(
+    tile: Tile,
+    row: Value,
+    dp: list[Value],
+    p: Value,
+    ds: Value,
+    lse: list[Value],
+    delta: list[Value],
+    masked: bool,
+) -> None:
+    """One row of P over its scores in `p`, and of dS = P (dP - delta) in `ds`."""
+    body, shape = tile.body, tile.shape
+    for j, gradient in enumerate(dp):
+        place = tile.at(p, row, j)
+        score = body.load(place, shape.vector, "s")
+        weight = exp2(body, body.binary("fsub", score, lse[j], "e"), bounded=False)
+        difference = body.binary("fsub", gradient, delta[j], "e")
+        change = body.binary("fmul", weight, difference, "ds")
+        if masked:
+            forbidden = tile.marked(score, "score")
+            weight = tile.mark_where(forbidden, weight, "weight")
+            change = body.select(forbidden, body.constant(0.0, shape.vector), change, "ds")
+        body.store(weight, place)
+        body.store(change, tile.at(ds, row, j))

@@ -38,14 +38,15 @@ class Tile:
     first: Value
     count: Value
 
+    def marker_bits(self, kind: str) -> int:
+        """The bits of a forbidden "score" or "weight"."""
+        sign = 1 << (int(FORMATS[self.shape.scalar].integer[1:]) - 1)
+        return {"score": _SIGNALLING_NAN[self.shape.scalar], "weight": sign}[kind]
+
     def marker(self, kind: str) -> Value:
-        """The bits of a forbidden score or weight, as a vector of integers."""
-        format_ = FORMATS[self.shape.scalar]
-        bits = {
-            "score": _SIGNALLING_NAN[self.shape.scalar],
-            "weight": 1 << (int(format_.integer[1:]) - 1),
-        }[kind]
-        return self.body.constant(bits, vector(self.shape.lanes, format_.integer))
+        """Those bits as a vector of integers."""
+        integers = vector(self.shape.lanes, FORMATS[self.shape.scalar].integer)
+        return self.body.constant(self.marker_bits(kind), integers)
 
     def marked(self, value: Value, kind: str) -> Value:
         """A truth per lane: the pair is forbidden."""
@@ -66,19 +67,22 @@ class Tile:
         """The address of one vector of a row of a scratch matrix as wide as the tile."""
         return self.shape.at(self.body, scratch, row, column, self.shape.width)
 
-    def rows_of(self, matrix: Matrix, row: Operand, rows: int) -> list[Value]:
+    def rows_of(self, matrix: Matrix, row: Value, rows: int) -> list[Value]:
         """Addresses of `rows` rows of the traversed side; past the tile's end, of its last row.
 
         What is computed from a repeated row is equal to what the last row gives, and is not used.
         """
         body = self.body
-        last = body.sub(self.count, 1)
         addresses = []
         for i in range(rows):
-            inside = body.add(self.first, body.minimum(body.add(row, i), last))
-            index = body.mul(inside, matrix.row_stride)
+            index = body.mul(self.inside(body.add(row, i)), matrix.row_stride)
             addresses.append(body.offset(matrix.address, self.shape.scalar, index, "row"))
         return addresses
+
+    def inside(self, row: Value) -> Value:
+        """The traversed index of a row of the tile; past the tile's end, of its last row."""
+        body = self.body
+        return body.add(self.first, body.minimum(row, body.sub(self.count, 1)), "inside")
 
     def scores(
         self,
@@ -105,12 +109,8 @@ class Tile:
 
     def allowed_rows(self, mask: MaskText, row: Value) -> list[tuple[Value, ...]]:
         """The rule's truths for one block of rows, repeated past the end like the rows themselves."""
-        body = self.body
-        last = body.sub(self.count, 1)
-        return [
-            mask.row(body.add(self.first, body.minimum(body.add(row, i), last)))
-            for i in range(self.shape.rows)
-        ]
+        rows = range(self.shape.rows)
+        return [mask.row(self.inside(self.body.add(row, i))) for i in rows]
 
     def accumulate(
         self,
