@@ -76,16 +76,26 @@ def documents(ids_q: Any, ids_k: Any = None) -> Rule:
     Raises TypeError or ValueError for other arrays, and ValueError once the rule meets lengths or
     a batch that they do not have.
     """
-    array_q = _integers("documents: ids_q", ids_q, (1, 2))
-    array_k = array_q if ids_k is None else _integers("documents: ids_k", ids_k, (1, 2))
-    if not (_narrow(array_q) and _narrow(array_k)):
-        both = np.concatenate((array_q.ravel(), array_k.ravel()))
-        ranks = np.unique(both, return_inverse=True)[1].reshape(-1)
-        array_q, array_k = (
-            ranks[: array_q.size].reshape(array_q.shape),
-            ranks[array_q.size :].reshape(array_k.shape),
-        )
-    return Documents(_table(array_q, np.int32), _table(array_k, np.int32))
+    given = {"ids_q": ids_q} if ids_k is None else {"ids_q": ids_q, "ids_k": ids_k}
+    arrays = [_integers(f"documents: {name}", ids, (1, 2)) for name, ids in given.items()]
+    if not all(_fits_int32(array) for array in arrays):
+        arrays = _ranks(arrays)
+    tables = [_table(array, np.int32) for array in arrays]
+    return Documents(tables[0], tables[-1])
+
+
+def _fits_int32(array: NDArray[Any]) -> bool:
+    return not array.size or bool(array.min() >= INT32.min and array.max() <= INT32.max)
+
+
+def _ranks(arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Arrays of the same order and equalities with small numbers, as int32 tables hold them."""
+    flat = [array.reshape(-1) for array in arrays]
+    if len({array.dtype.kind for array in arrays}) > 1:  # int64 and uint64 would meet in float64
+        flat = [array.astype(object) for array in flat]
+    ranks = np.unique(np.concatenate(flat), return_inverse=True)[1].reshape(-1)
+    parts = np.split(ranks, np.cumsum([array.size for array in arrays])[:-1])
+    return [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,7 +135,7 @@ def lengths(n_k: Any) -> Rule:
     Raises TypeError or ValueError for other values, and ValueError once an array meets a batch of
     another size.
     """
-    if np.ndim(n_k) == 0 and not hasattr(n_k, "__dlpack__"):
+    if isinstance(n_k, int):
         return Lengths(whole("lengths: n_k", n_k, 0))
     array = _integers("lengths: n_k", n_k, (0, 1))
     if array.ndim == 0:
@@ -218,10 +228,6 @@ def _integers(name: str, value: Any, ranks: tuple[int, ...]) -> NDArray[Any]:
         axes = " or ".join(map(str, ranks))
         raise ValueError(f"{name} must have {axes} axes, got {array.ndim} in shape {array.shape}")
     return array if array.dtype.kind in "iu" else array.astype(np.int32)
-
-
-def _narrow(array: NDArray[Any]) -> bool:
-    return not array.size or bool(array.min() >= INT32.min and array.max() <= INT32.max)
 
 
 def _table(array: NDArray[Any], kind: type[np.generic]) -> Table:

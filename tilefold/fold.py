@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.expression import Boolean, Slot, Table, fold
-from tilefold.summary import Summary
+from tilefold.summary import Summary, entire
 
 Array = NDArray[Any]
 
@@ -280,8 +280,10 @@ class _Extent(_Intervals):
     def lookup(
         self, table: Table | Slot, indices: tuple[Range | Certainty, ...]
     ) -> Range | Certainty:
-        known = super().lookup(table, indices)
-        return self._see(known) if isinstance(known, Range) else known
+        assert isinstance(table, Table)
+        if table.array.dtype == np.bool_:
+            return Certainty(*entire(table))
+        return self._see(Range(*entire(table)))
 
     def unary(self, operator: str, operand: Range | Certainty) -> Range | Certainty:
         low, high, _ = _range(operand)

@@ -105,7 +105,8 @@ class Rule(ABC):
         """The checked expression, and batch and heads with 1 where they do not matter."""
         for name, size in (("len_q", len_q), ("len_k", len_k)):
             whole(name, size, 0)
-        read = names(self.bind(len_q, len_k))
+        expression = self.bind(len_q, len_k)
+        read = names(expression)
         for name, letter, given in (("batch", "b", batch), ("heads", "h", heads)):
             if given is not None:
                 whole(name, given, 0)
@@ -113,7 +114,6 @@ class Rule(ABC):
                 raise ValueError(f"{self!r} depends on {letter}, so {name} must be given, got None")
         sizes = (1 if batch is None else batch, 1 if heads is None else heads)
         self.check(*sizes, len_q, len_k)
-        expression = self.bind(len_q, len_k)
         index_bits(expression, *sizes, len_q, len_k)
         return expression, sizes
 

@@ -69,7 +69,7 @@ class Summary:
         simple = len(ranged) + len(points) == len(axes) and len(ranged) <= 1 + truths
         single = all(np.array_equal(indices[axis].low, indices[axis].high) for axis in points)
         if not simple or not single or table.array.size == 0:
-            return _whole(table)
+            return entire(table)
         place = tuple(np.asarray(indices[axis].low) for axis in points)
         if not ranged:
             value = table.array[place]
@@ -88,17 +88,12 @@ class Summary:
         return self._kept[key].bounds(place, blocks)
 
 
-def _whole(table: Table) -> Bounds:
-    if table.array.size == 0:
-        return (
-            Bounds(np.bool_(True), np.bool_(False))
-            if table.array.dtype == np.bool_
-            else Bounds(np.int64(0), np.int64(0))
-        )
-    low, high = table.array.min(), table.array.max()
-    if table.array.dtype == np.bool_:
-        return Bounds(low, high)
-    return Bounds(np.int64(low), np.int64(high))
+def entire(table: Table) -> Bounds:
+    """The smallest and largest entry of a whole table; of an empty one, whatever."""
+    array = table.array if table.array.size else np.zeros(1, table.array.dtype)
+    low, high = array.min(), array.max()
+    truths = array.dtype == np.bool_
+    return Bounds(low, high) if truths else Bounds(np.int64(low), np.int64(high))
 
 
 def _reduce(array: Array, axis: int, grain: int, function: Any) -> Array:
