@@ -258,7 +258,7 @@ def _write_png(picture: Picture, place: Path) -> None:
         ) from None
     rows, columns = picture.marks.shape
     ratio = min(max(rows / columns, 0.2), 3)  # long strips are stretched, others keep squares
-    figure = Figure(figsize=(6, 1.4 + 5 * ratio), dpi=150)
+    figure = Figure(figsize=(6, 1.4 + 5 * ratio), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot()
     colours = ListedColormap([mark.colour for mark in MARKS])
@@ -269,8 +269,8 @@ def _write_png(picture: Picture, place: Path) -> None:
     axes.vlines(np.arange(right, columns, right) - 0.5, -0.5, rows - 0.5, colors="white", lw=0.8)
     axes.set(xticks=[], yticks=[], xlabel=picture.summary, title=picture.title)
     patches = [Patch(color=MARKS[kind].colour, label=name) for kind, name in picture.legend]
-    axes.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4)
-    figure.savefig(place, bbox_inches="tight")
+    figure.legend(handles=patches, loc="outside lower center", ncols=4)
+    figure.savefig(place)
 
 
 def _steps(picture: Picture) -> tuple[int, int]:
