@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "tilefold"
 
 # The package in reading order: a file imports only from files above it.
 READING_ORDER = """
-settings check expression summary fold blocks rules data coordinates mask parse picture buffer problem reference device tables plan
+settings check nodes expression summary fold blocks rules data coordinates mask parse picture buffer problem reference device tables plan
 roofline cache
 backends backends.cpu
 backends.cpu.ir backends.cpu.gemm backends.cpu.softmax backends.cpu.arguments backends.cpu.mask

@@ -1,332 +1,65 @@
-"""The expression language of masks: integers over indices, and truths over integers.
+"""The expression language of masks: its nodes, and how a tree of them is folded.
 
-A rule says which query may see which key. Bound to two lengths it becomes one tree of the nodes
-below, over the indices `q`, `k`, `b` (batch) and `h` (head). The tree is *folded* (see `fold`):
-exactly with NumPy, over intervals to classify whole tiles, and to text inside a kernel. Nothing
-here knows which fold will come.
-
-Python semantics hold everywhere: `//` and `%` floor. Divisors are positive constants, so no fold
-can divide by zero.
+A rule says which query may see which key. Bound to two lengths it becomes one tree of `nodes` over
+the indices `q`, `k`, `b` (batch) and `h` (head). The tree is *folded* (see `fold`): exactly with
+NumPy, over intervals to classify whole tiles, and to text inside a kernel. Nothing here knows which
+fold will come.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-INDEX_NAMES = ("b", "h", "q", "k")
-_ASK_OPERATORS = (
-    "Python's `and`, `or`, `not`, `if` and chained comparisons cannot be traced: "
-    "write & | ~ with parentheses instead"
+from tilefold.nodes import (
+    INDEX_NAMES,
+    Binary,
+    Boolean,
+    Compare,
+    Constant,
+    Expression,
+    Index,
+    Integer,
+    Logic,
+    Lookup,
+    Parameter,
+    Slot,
+    Table,
+    Truth,
+    TruthLookup,
+    Unary,
+    as_boolean,
+    as_integer,
 )
 
-
-@dataclass(frozen=True, eq=False)
-class Expression:
-    """A node of the tree. Nodes compare by identity; `str(node)` is the structure."""
-
-    def __bool__(self) -> NoReturn:
-        raise TypeError(
-            f"the truth of `{self}` is not known while a rule is traced; {_ASK_OPERATORS}"
-        )
-
-
-class Integer(Expression):
-    """A whole number that depends on the indices."""
-
-    def __add__(self, other: Any) -> Integer:
-        return _binary("+", self, other)
-
-    def __radd__(self, other: Any) -> Integer:
-        return _binary("+", other, self)
-
-    def __sub__(self, other: Any) -> Integer:
-        return _binary("-", self, other)
-
-    def __rsub__(self, other: Any) -> Integer:
-        return _binary("-", other, self)
-
-    def __mul__(self, other: Any) -> Integer:
-        return _binary("*", self, other)
-
-    def __rmul__(self, other: Any) -> Integer:
-        return _binary("*", other, self)
-
-    def __floordiv__(self, other: Any) -> Integer:
-        return _binary("//", self, _divisor("//", other))
-
-    def __rfloordiv__(self, other: Any) -> Integer:
-        return _binary("//", other, _divisor("//", self))
-
-    def __mod__(self, other: Any) -> Integer:
-        return _binary("%", self, _divisor("%", other))
-
-    def __rmod__(self, other: Any) -> Integer:
-        return _binary("%", other, _divisor("%", self))
-
-    def __neg__(self) -> Integer:
-        return Unary("-", self)
-
-    def __abs__(self) -> Integer:
-        return Unary("abs", self)
-
-    def __lt__(self, other: Any) -> Boolean:
-        return _compare("<", self, other)
-
-    def __le__(self, other: Any) -> Boolean:
-        return _compare("<=", self, other)
-
-    def __gt__(self, other: Any) -> Boolean:
-        return _compare(">", self, other)
-
-    def __ge__(self, other: Any) -> Boolean:
-        return _compare(">=", self, other)
-
-    def __eq__(self, other: object) -> Boolean:  # type: ignore[override]  # builds a node, as the rules' users expect
-        return _compare("==", self, other)
-
-    def __ne__(self, other: object) -> Boolean:  # type: ignore[override]  # builds a node, as the rules' users expect
-        return _compare("!=", self, other)
-
-    __hash__ = object.__hash__
-
-    def __index__(self) -> NoReturn:
-        raise TypeError(
-            f"`{self}` has no value while a rule is traced, so it cannot index an array; "
-            "use documents(), lengths() or dense()"
-        )
-
-    __int__ = __index__
-
-
-class Boolean(Expression):
-    """True where the query may see the key."""
-
-    def __and__(self, other: Any) -> Boolean:
-        return _join("&", self, other)
-
-    def __rand__(self, other: Any) -> Boolean:
-        return _join("&", other, self)
-
-    def __or__(self, other: Any) -> Boolean:
-        return _join("|", self, other)
-
-    def __ror__(self, other: Any) -> Boolean:
-        return _join("|", other, self)
-
-    def __invert__(self) -> Boolean:
-        return Logic("~", (self,))
-
-    def __eq__(self, other: object) -> NoReturn:
-        raise TypeError(f"`{self}` == `{other}`: == compares numbers; write (a & b) | ~(a | b)")
-
-    def __ne__(self, other: object) -> NoReturn:
-        raise TypeError(f"`{self}` != `{other}`: != compares numbers; write (a | b) & ~(a & b)")
-
-    __hash__ = object.__hash__
-
-
-@dataclass(frozen=True, eq=False)
-class Index(Integer):
-    """One of the four indices: `b`, `h`, `q` or `k`."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, eq=False)
-class Constant(Integer):
-    """A number known when the rule is bound."""
-
-    value: int
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-
-@dataclass(frozen=True, eq=False)
-class Parameter(Integer):
-    """A number that a kernel is given at run time: what a constant becomes in a `Skeleton`."""
-
-    slot: int
-
-    def __str__(self) -> str:
-        return f"p{self.slot}"
-
-
-@dataclass(frozen=True, eq=False)
-class Unary(Integer):
-    """`-x` or `abs(x)`."""
-
-    operator: str
-    operand: Integer
-
-    def __str__(self) -> str:
-        return f"abs({self.operand})" if self.operator == "abs" else f"-{self.operand}"
-
-
-@dataclass(frozen=True, eq=False)
-class Binary(Integer):
-    """`x + y`, `x - y`, `x * y`, and with a positive constant on the right `x // y`, `x % y`."""
-
-    operator: str
-    left: Integer
-    right: Integer
-
-    def __str__(self) -> str:
-        return f"({self.left} {self.operator} {self.right})"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Mask data: an int32 or bool array, one axis per index that reads it; equal by content."""
-
-    array: NDArray[Any]
-
-    def __post_init__(self) -> None:
-        assert self.array.dtype in (np.int32, np.bool_), self.array.dtype
-
-    @cached_property
-    def digest(self) -> str:
-        """A hash of shape, type and content."""
-        head = f"{self.array.dtype}{self.array.shape}".encode()
-        return hashlib.sha256(head + np.ascontiguousarray(self.array).tobytes()).hexdigest()[:16]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Table) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __str__(self) -> str:
-        return f"{self.array.dtype}[{'x'.join(map(str, self.array.shape))}]#{self.digest[:6]}"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place for a table in a kernel: its number, element type and rank, without the data."""
-
-    number: int
-    dtype: str
-    rank: int
-
-    def __str__(self) -> str:
-        return f"t{self.number}:{self.dtype}"
-
-
-@dataclass(frozen=True, eq=False)
-class Lookup(Integer):
-    """`table[i, j, ...]` of an int32 table; indices are within it wherever a rule is evaluated."""
-
-    table: Table | Slot
-    indices: tuple[Integer, ...]
-
-    def __str__(self) -> str:
-        return f"{self.table}[{', '.join(map(str, self.indices))}]"
-
-
-@dataclass(frozen=True, eq=False)
-class TruthLookup(Boolean):
-    """`table[i, j, ...]` of a boolean table."""
-
-    table: Table | Slot
-    indices: tuple[Integer, ...]
-
-    def __str__(self) -> str:
-        return f"{self.table}[{', '.join(map(str, self.indices))}]"
-
-
-@dataclass(frozen=True, eq=False)
-class Truth(Boolean):
-    """Always true, or always false."""
-
-    value: bool
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-
-@dataclass(frozen=True, eq=False)
-class Compare(Boolean):
-    """`x < y` and its five siblings."""
-
-    operator: str
-    left: Integer
-    right: Integer
-
-    def __str__(self) -> str:
-        return f"({self.left} {self.operator} {self.right})"
-
-
-@dataclass(frozen=True, eq=False)
-class Logic(Boolean):
-    """`x & y`, `x | y` or `~x`."""
-
-    operator: str
-    operands: tuple[Boolean, ...]
-
-    def __str__(self) -> str:
-        if self.operator == "~":
-            return f"~{self.operands[0]}"
-        return "(" + f" {self.operator} ".join(map(str, self.operands)) + ")"
-
-
-def as_integer(value: Any) -> Integer:
-    """A node for a node or a Python or NumPy integer; anything else raises TypeError."""
-    if isinstance(value, Integer):
-        return value
-    if isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_)):
-        return Constant(int(value))
-    raise TypeError(
-        f"a rule computes with whole numbers and indices, not with {type(value).__name__} {value!r}"
-    )
-
-
-def as_boolean(value: Any) -> Boolean:
-    """A node for a node or a Python or NumPy bool; anything else raises TypeError."""
-    if isinstance(value, Boolean):
-        return value
-    if isinstance(value, (bool, np.bool_)):
-        return Truth(bool(value))
-    raise TypeError(
-        f"a rule must be True or False, got {type(value).__name__} `{value}`; "
-        "compare it with == or <"
-    )
-
-
-def _binary(operator: str, left: Any, right: Any) -> Integer:
-    return Binary(operator, as_integer(left), as_integer(right))
-
-
-def _compare(operator: str, left: Any, right: Any) -> Boolean:
-    return Compare(operator, as_integer(left), as_integer(right))
-
-
-def _join(operator: str, left: Any, right: Any) -> Boolean:
-    """Joins of joins are one join: a chain of a thousand is one node deep."""
-    parts: list[Boolean] = []
-    for side in (as_boolean(left), as_boolean(right)):
-        flat = isinstance(side, Logic) and side.operator == operator
-        parts.extend(side.operands if isinstance(side, Logic) and flat else (side,))
-    return Logic(operator, tuple(parts))
-
-
-def _divisor(operator: str, value: Any) -> Integer:
-    node = as_integer(value)
-    if not isinstance(node, Constant) or node.value < 1:
-        raise ValueError(
-            f"the right side of {operator} in a rule must be a constant >= 1, got `{node}`"
-        )
-    return node
-
+__all__ = [
+    "INDEX_NAMES",
+    "Algebra",
+    "Binary",
+    "Boolean",
+    "Compare",
+    "Constant",
+    "Expression",
+    "Index",
+    "Integer",
+    "Logic",
+    "Lookup",
+    "Parameter",
+    "Skeleton",
+    "Slot",
+    "Table",
+    "Truth",
+    "TruthLookup",
+    "Unary",
+    "as_boolean",
+    "as_integer",
+    "fold",
+    "names",
+    "split",
+]
 
 Value = TypeVar("Value")
 
