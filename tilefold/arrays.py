@@ -33,7 +33,8 @@ def load(place: str, default: str) -> Array:
             return _no_name(name, place, np.load(path, allow_pickle=False))
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
-                return archive[_pick(archive.files, name, default, place)]
+                found: Array = archive[_pick(archive.files, name, default, place)]
+                return found
         return _load_safetensors(path, name, default, place)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None

@@ -8,6 +8,8 @@ whatever an implementation really computes.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,16 +20,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import api, reference
+from tilefold import api, engine, reference
 from tilefold.backends.cpu import threads
+from tilefold.buffer import Buffer
+from tilefold.device import host
 from tilefold.mask import causal, full
+from tilefold.plan import plan
 from tilefold.problem import Problem
 from tilefold.roofline import visible_pairs
+from tilefold.tables import FAMILIES
 
 Array = NDArray[Any]
 Call = Callable[[], object]
 
 OPERATIONS = ("forward", "backward")
+SWEEP_TRAVERSE = (32, 64, 128, 256)
+"""Traversed rows per block that a sweep tries, cut to whole register tiles."""
+
 _SIZES = ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")
 
 
@@ -41,7 +50,7 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """The sizes of q in short, `1,8,2048,64`, and after a slash those of v where they differ."""
+        """The sizes of q, `1,8,2048,64`, and after a slash those of v where they differ."""
         problem = self.problem
         q = (problem.batch, problem.heads_q, problem.len_q, problem.dim)
         v = (problem.batch, problem.heads_kv, problem.len_k, problem.dim_v)
@@ -67,8 +76,13 @@ class Row:
     case: Case
     name: str
     seconds: tuple[float, ...]
-    flops: int
+    pairs: int
     first_call_seconds: float
+
+    @property
+    def flops(self) -> int:
+        """Operations over visible pairs."""
+        return self.case.problem.flops(self.case.operation, self.pairs)
 
     @property
     def median(self) -> float:
@@ -147,7 +161,7 @@ def torch_peer(case: Case, a: Arrays) -> Call:
             q.shape[2], k.shape[2], case.problem.batch, case.problem.heads_q
         )
         options["attn_mask"] = torch.from_numpy(np.ascontiguousarray(dense))
-    attend = torch.nn.functional.scaled_dot_product_attention
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
     if case.operation == "forward":
         return lambda: attend(q, k, v, **options)
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -177,24 +191,54 @@ def turn_by_turn(
     return times
 
 
-def measure(case: Case, peers: Sequence[str] = (), *, seconds: float = 1.0) -> list[Row]:
+def measure(
+    case: Case, peers: Sequence[str] = (), *, seconds: float = 1.0, sweep: bool = False
+) -> list[Row]:
     """Time tilefold and the peers on one case; tilefold's row comes first.
 
-    A first call of each compiles what has to be compiled; it is reported by itself.
+    With `sweep` every block size of `block_sizes` follows, as rows of their own. A first call of
+    each compiles what has to be compiled; it is reported by itself.
     """
+    for peer in peers:
+        # Before any call of ours: threads are then those of the peer's runtime, not a second team.
+        importlib.import_module(peer)
     with _threads(case.threads):
         inputs = arrays(case)
         calls = {"tilefold": own(case, inputs)} | {p: PEERS[p](case, inputs) for p in peers}
+        if sweep:
+            calls |= block_sizes(case, inputs)
         first = turn_by_turn(calls, seconds=0, least=1)
         times = turn_by_turn(calls, seconds=seconds)
-    flops = case.problem.flops(case.operation, visible_pairs(case.problem))
-    return [Row(case, n, tuple(times[n]), flops, first[n][0]) for n in calls]
+    pairs = visible_pairs(case.problem)
+    return [Row(case, n, tuple(times[n]), pairs, first[n][0]) for n in calls]
 
 
-def speedup(rows: Sequence[Row], peer: str) -> float:
-    """The peer's median over tilefold's."""
-    by_name = {row.name: row for row in rows}
-    return by_name[peer].median / by_name["tilefold"].median
+def block_sizes(case: Case, a: Arrays) -> dict[str, Call]:
+    """The same call with other register tiles and blocks: `6x4 by 96` is 6 rows of 4 vectors, and
+    about 96 traversed rows at a time.
+    """
+    outputs = [np.empty_like(x) for x in (a.q, a.k, a.v, a.o, a.lse)]
+    named = {"q": a.q, "k": a.k, "v": a.v, "do": a.do, "o": a.o, "lse": a.lse}
+    if case.operation == "forward":
+        named |= {"o": outputs[3], "lse": outputs[4]}
+    else:
+        named |= {"dq": outputs[0], "dk": outputs[1], "dv": outputs[2]}
+    operands = {name: _buffer(array) for name, array in named.items()}
+    calls: dict[str, Call] = {}
+    for tile in FAMILIES[host().isa].tiles:
+        for wanted in SWEEP_TRAVERSE:
+            block = max(1, wanted // tile.rows) * tile.rows
+            made = plan(
+                case.problem, host(), case.operation, "auto", tile=tile, block_traverse=block
+            )
+            label = f"{tile.rows}x{tile.vectors} by {wanted}"
+            calls[label] = functools.partial(engine.run, made, operands)
+    return calls
+
+
+def _buffer(array: Array) -> Buffer:
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    return Buffer(array.ctypes.data, array.shape, strides, str(array.dtype), array)
 
 
 @contextmanager

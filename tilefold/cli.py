@@ -20,9 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except Failure as failure:
         return _complain(options.command, failure, 1)
-    except (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError):
-            # The reader has gone, as `head` does; Python would complain again when it flushes at exit.
+            # The reader has gone, as `head` goes; Python would complain again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         return _complain(options.command, error, 2)

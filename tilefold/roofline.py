@@ -1,9 +1,9 @@
 """Lower bounds of a problem on a device: arithmetic, exponentials, bytes, and which one binds.
 
-A pass over P visible (query, key) pairs cannot take less time than its multiply-adds at the measured
-peak rate, its exponentials at theirs, or its arrays through memory once. (Williams, Waterman and
-Patterson, "Roofline", 2009.) Exponentials get a bound of their own: on every device of the last
-years products became faster and exponentials did not.
+A pass over visible (query, key) pairs cannot take less time than its multiply-adds at the
+measured peak rate, its exponentials at theirs, or its arrays through memory once (Williams,
+Waterman and Patterson, "Roofline", 2009). Exponentials get a bound of their own: on every device of
+the last years products became faster and exponentials did not.
 
 `instruction_count` is the count of metal-flash-attention (Turner, 2024): a multiply-add is one
 instruction, and the softmax of a pair is taken as 5. Forward makes 2 D + 5 per pair, dQ 3 D + 5,

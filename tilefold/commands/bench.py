@@ -23,7 +23,7 @@ from tilefold.device import host
 from tilefold.files import write_atomically
 from tilefold.mask import Rule
 from tilefold.problem import ITEM_BYTES
-from tilefold.roofline import bounds, visible_pairs
+from tilefold.roofline import Rates, bounds
 
 SHAPES = ("1,8,2048,64", "1,8,2048,128")
 MASKS = ("full()", "causal()")
@@ -53,6 +53,7 @@ def register(commands: Any) -> None:
         choices=tuple(bench.PEERS),
         help="default: torch, if it is installed; --peers alone for none",
     )
+    parser.add_argument("--sweep", action="store_true", help="measure other block sizes too")
     parser.add_argument("--seconds", type=float, default=2.0, help="per combination (default 2)")
     parser.add_argument("--save", metavar="FOLDER", help="write JSON, CSV and a PNG plot there")
     parser.add_argument("--name", default="attention", help="of the saved files")
@@ -70,15 +71,19 @@ def main(options: argparse.Namespace) -> int:
         task = bar.add_task("Measuring", total=len(cases))
         for case in cases:
             bar.update(task, description=_label(case))
-            found.append(bench.measure(case, peers, seconds=options.seconds))
+            seconds, sweep = options.seconds, options.sweep
+            found.append(bench.measure(case, peers, seconds=seconds, sweep=sweep))
             bar.advance(task)
-    document = _document(found)
+    rates = _rates(cases)
+    document = _document(found, rates)
     if options.save:
         _save(Path(options.save), options.name, document, found, peers)
     if options.json:
         terminal.print_json(document)
     else:
-        _show(found, peers)
+        _show(found, peers, rates)
+        if options.sweep:
+            _show_sweep(found)
         if options.save:
             terminal.out().print(f"written to {options.save}/{options.name}.json, .csv and .png")
     return 0
@@ -111,15 +116,24 @@ def _label(case: Case) -> str:
     return f"{case.operation} {case.shape} {case.problem.mask}"
 
 
-def _share(row: Row) -> tuple[float, str]:
+Measured = dict[tuple[str, int], Rates]
+
+
+def _rates(cases: Sequence[Case]) -> Measured:
+    """What the machine can do at most, measured in the same minute as the rest."""
+    wanted = {(case.problem.dtype, case.threads) for case in cases}
+    return {(dtype, n): peak.rates(host(), dtype, n, again=True) for dtype, n in wanted}
+
+
+def _share(row: Row, rates: Measured) -> tuple[float, str]:
     """The share of the roofline that a row reaches, and what binds."""
     problem = row.case.problem
-    rates = peak.rates(host(), problem.dtype, row.case.threads)
-    least = bounds(problem, row.case.operation, visible_pairs(problem), rates)
+    known = rates[problem.dtype, row.case.threads]
+    least = bounds(problem, row.case.operation, row.pairs, known)
     return least.seconds / row.median, least.binding
 
 
-def _show(found: list[list[Row]], peers: Sequence[str]) -> None:
+def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None:
     dtypes = sorted({rows[0].case.problem.dtype for rows in found})
     columns = ["", ">thr", ">tilefold", ">GFLOP/s", ">bound"]
     for peer in peers:
@@ -127,7 +141,7 @@ def _show(found: list[list[Row]], peers: Sequence[str]) -> None:
     lines = []
     for rows in found:
         own = rows[0]
-        share, _ = _share(own)
+        share, _ = _share(own, rates)
         label = _label(own.case) + (f" {own.case.problem.dtype}" if len(dtypes) > 1 else "")
         line = [
             label,
@@ -136,7 +150,7 @@ def _show(found: list[list[Row]], peers: Sequence[str]) -> None:
             f"{own.gflops:,.0f}",
             f"{share:.0%}",
         ]
-        for row in rows[1:]:
+        for row in rows[1 : 1 + len(peers)]:
             line += [terminal.seconds(row.median), f"{row.median / own.median:.2f}"]
         lines.append(line)
     title = f"{host().name}, {host().isa}, {' and '.join(dtypes)}"
@@ -145,12 +159,31 @@ def _show(found: list[list[Row]], peers: Sequence[str]) -> None:
     console.print("medians; bound: share of the measured roofline reached; ratio: peer / tilefold")
 
 
-def _document(found: list[list[Row]]) -> dict[str, Any]:
+def _show_sweep(found: list[list[Row]]) -> None:
+    """Per case, the medians of every register tile (down) and block (across)."""
+    console = terminal.out()
+    for rows in found:
+        times = {row.name: row.median for row in rows if " by " in row.name}
+        best = min(times.values())
+        tiles = list(dict.fromkeys(name.partition(" by ")[0] for name in times))
+        blocks = list(dict.fromkeys(name.partition(" by ")[2] for name in times))
+        lines = []
+        for tile in tiles:
+            cells = [times[f"{tile} by {block}"] for block in blocks]
+            marked = [terminal.seconds(t) + (" *" if t == best else "  ") for t in cells]
+            lines.append([tile, *marked])
+        title = f"{_label(rows[0].case)}, {rows[0].case.threads} threads: rows x vectors, by rows"
+        console.print()
+        console.print(terminal.table(title, ["", *(f">{block}" for block in blocks)], lines))
+    console.print("traversed rows per block across; * the fastest")
+
+
+def _document(found: list[list[Row]], rates: Measured) -> dict[str, Any]:
     device = host()
     rows = []
     for group in found:
         for row in group:
-            share, binding = _share(row)
+            share, binding = _share(row, rates)
             rows.append(row.record(group[0]) | {"share_of_bound": share, "binding": binding})
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

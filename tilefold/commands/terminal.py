@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,6 +24,7 @@ __all__ = [
     "Parser",
     "digits",
     "escape",
+    "facts",
     "grid",
     "notes",
     "out",
@@ -81,11 +82,9 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without a frame; columns whose name begins with `>` are aligned to the right."""
-    made = Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False
-    )
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
+    """A line and a table without a frame; columns named `>...` are aligned to the right."""
+    made = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         justify = "right" if column.startswith(">") else "left"
         made.add_column(
@@ -97,7 +96,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         )
     for row in rows:
         made.add_row(*row)
-    return made
+    return Group(f"[bold]{escape(title)}[/]", made)
 
 
 def grid() -> Table:
@@ -106,6 +105,14 @@ def grid() -> Table:
     made.add_column(justify="right", style="bold", no_wrap=True)
     made.add_column(style="cyan", no_wrap=True)
     made.add_column(ratio=1)
+    return made
+
+
+def facts() -> Table:
+    """A name and what is to be said of it, line by line."""
+    made = Table.grid(padding=(0, 2, 0, 0))
+    made.add_column(style="bold", no_wrap=True, min_width=8)
+    made.add_column(ratio=1, overflow="fold")
     return made
 
 

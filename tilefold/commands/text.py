@@ -25,13 +25,13 @@ from tilefold.commands import terminal
 from tilefold.device import host
 from tilefold.mask import Rule
 from tilefold.problem import Problem
-from tilefold.roofline import bounds, visible_pairs
+from tilefold.roofline import bounds
 
 Array = NDArray[Any]
 
 QUESTION = "How do I make sure that a file is closed when an error occurs?"
-SHORTEST_WORDS = 20  # shorter paragraphs of the manual are mostly headings and signatures
-CHECKED = 24  # paragraphs that are encoded again in float64; all of them would take minutes
+SHORTEST_WORDS = 40  # shorter paragraphs of the manual are mostly headings and signatures
+CHECKED = 16  # paragraphs encoded again in float64; all of them would take minutes
 BENCHMARK = [("forward", "full()"), ("forward", "causal()"), ("backward", "causal()")]
 PICTURE = "causal() & local(12) | prefix(3)"
 LARGEST_ERROR = (
@@ -76,7 +76,7 @@ def add_options(group: Any) -> None:
     group.add_argument("question", nargs="?", help=f"default: {QUESTION!r}")
     group.add_argument("--top", type=int, default=5, help="paragraphs to show (default 5)")
     group.add_argument("--paragraphs", type=int, help="encode so many only")
-    group.add_argument("--picture", default="out/mask.png", help="default: out/mask.png")
+    group.add_argument("--picture", default="out/mask.svg", help="default: out/mask.svg")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -117,7 +117,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def paragraphs() -> tuple[list[str], list[str]]:
-    """Topics and paragraphs of the manual that comes with Python (`help("WITH")`), no text twice."""
+    """Topics and paragraphs of the manual inside Python (`help("WITH")`), no text twice."""
     from pydoc_data.topics import topics
 
     found: dict[str, str] = {}
@@ -187,8 +187,8 @@ def _benchmark() -> list[tuple[bench.Row, float, str]]:
         for operation, mask in bar.track(BENCHMARK, description="Measuring"):
             case = bench.Case(_problem(parse.parse(mask)), operation, workers)
             row = bench.measure(case, seconds=0.5)[0]
-            rates = peak.rates(host(), "float32", workers)
-            least = bounds(case.problem, operation, visible_pairs(case.problem), rates)
+            rates = peak.rates(host(), "float32", workers, again=True)
+            least = bounds(case.problem, operation, row.pairs, rates)
             rows.append((row, least.seconds / row.median, least.binding))
     return rows
 
@@ -292,7 +292,10 @@ class Report:
 
     def picture(self, place: str) -> None:
         """A mask, drawn to a file."""
-        raise NotImplementedError(place)
+        drawn = picture.draw(parse.parse(PICTURE), 48, 48, 8, 8)
+        picture.save(drawn, place)
+        self._values["picture"] = place
+        self._fact("picture", f"{terminal.escape(PICTURE)}, written to {terminal.escape(place)}")
 
     def close(self) -> None:
         """Print the document, if it is one."""

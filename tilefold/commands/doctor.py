@@ -1,0 +1,204 @@
+"""`tilefold doctor`: what this machine has, what works here, and a self-test of a few seconds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import tilefold
+from tilefold import api, cache, parse, reference, settings
+from tilefold.backends.cpu import threads
+from tilefold.commands import terminal
+from tilefold.device import host
+
+# (batch, heads_q, heads_kv, len_q, len_k, dim, dim_v) and mask: tails, grouped queries, rows that
+# see nothing
+CASES = (
+    ((1, 2, 2, 64, 64, 64, 64), "full()"),
+    ((2, 4, 2, 113, 203, 40, 24), "causal()"),
+    ((1, 2, 1, 130, 130, 77, 77), "causal() & local(9) | prefix(2)"),
+    ((1, 1, 1, 70, 50, 3, 5), "causal(sync='scale_end')"),
+)
+TOLERANCES = {"float32": 1e-4, "float64": 1e-12}
+"""Largest error, relative to the largest number of the exact result."""
+
+ABSENT = {
+    "nvidia": "no kernels for NVIDIA GPUs in this version",
+    "amd": "no kernels for AMD GPUs in this version",
+    "apple": "no kernels for Apple GPUs in this version",
+}
+
+
+def register(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what this machine has, what works, and a self-test",
+        description="Show what this machine has and what works here, and test it in a few seconds.",
+        epilog=terminal.EXIT_CODES,
+    )
+    parser.set_defaults(main=main)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One case of the self-test; `error` is relative, `problem` the text of a failure."""
+
+    case: str
+    error: float
+    passed: bool
+    seconds: float
+    problem: str = ""
+
+
+def main(options: argparse.Namespace) -> int:
+    """Look, test, show; exit code 1 if a test fails."""
+    checks = [check for dtype in TOLERANCES for case in CASES for check in _test(*case, dtype)]
+    document = _document(checks)
+    if options.json:
+        terminal.print_json(document)
+    else:
+        _show(document, checks)
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise terminal.Failure(f"{len(failed)} of {len(checks)} self-tests failed")
+    return 0
+
+
+def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
+    """Forward and backward of one case against the dense float64 definition."""
+    batch, heads_q, heads_kv, len_q, len_k, dim, dim_v = sizes
+    rule, rng = parse.parse(mask), np.random.default_rng(0)
+    q, k, v, do = (
+        rng.standard_normal(shape).astype(dtype)
+        for shape in (
+            (batch, heads_q, len_q, dim),
+            (batch, heads_kv, len_k, dim),
+            (batch, heads_kv, len_k, dim_v),
+            (batch, heads_q, len_q, dim_v),
+        )
+    )
+    wanted = reference.attention(q, k, v, mask=rule)
+    gradients = reference.attention_backward(do, q, k, v, *wanted, mask=rule)
+    name = f"{dtype} {','.join(map(str, sizes))} {mask}"
+
+    def check(operation: str, call: Any, expected: Any) -> Check:
+        start = time.perf_counter()
+        try:
+            found = call()
+        except Exception as raised:  # whatever is wrong here is the doctor's to report
+            text = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+            return Check(f"{operation} {name}", np.inf, False, time.perf_counter() - start, text)
+        seconds = time.perf_counter() - start
+        error = max(map(_error, found, expected))
+        return Check(f"{operation} {name}", error, error < TOLERANCES[dtype], seconds)
+
+    inputs = (do, q, k, v, *(array.astype(dtype) for array in wanted))
+    return [
+        check("forward", lambda: api.attention(q, k, v, mask=rule, return_lse=True), wanted),
+        check("backward", lambda: api.attention_backward(*inputs, mask=rule), gradients),
+    ]
+
+
+def _error(found: Any, expected: Any) -> float:
+    """The largest difference; infinities must agree, NaN must not occur."""
+    finite = np.isfinite(expected)
+    if (
+        not np.array_equal(np.isfinite(found), finite)
+        or (found[~finite] != expected[~finite]).any()
+    ):
+        return float("inf")
+    difference = np.abs(found[finite] - expected[finite]).max(initial=0)
+    return float(difference / max(1.0, np.abs(expected[finite]).max(initial=0)))
+
+
+def _document(checks: list[Check]) -> dict[str, Any]:
+    device, kept = host(), cache.default()
+    works = all(check.passed for check in checks)
+    reason = next((check.problem or check.case for check in checks if not check.passed), None)
+    backends: dict[str, Any] = {"cpu": {"works": works, "reason": reason}}
+    backends |= {name: {"works": False, "reason": why} for name, why in ABSENT.items()}
+    return {
+        "versions": {"tilefold": tilefold.__version__, "python": platform.python_version()}
+        | {name: _version(name) for name in ("numpy", "llvmlite", "torch")},
+        "system": platform.platform(),
+        "device": {
+            "name": device.name,
+            "isa": device.isa,
+            "triple": device.triple,
+            "features": device.features.split(","),
+            "cores": device.cores,
+            "l1_bytes": device.l1_bytes,
+            "l2_bytes": device.l2_bytes,
+            "l3_bytes": device.l3_bytes,
+        },
+        "threads": {"count": threads.get_num_threads(), "of": threads.describe()},
+        "cache": {
+            "directory": str(kept.directory),
+            "bytes": kept.size(),
+            "kernels": kept.count(),
+            "problem": kept.problem(),
+        },
+        "settings": {
+            setting.name: None if setting.get() == setting.default else str(setting.get())
+            for setting in settings.ALL
+        },
+        "backends": backends,
+        "self_test": [
+            {**check.__dict__, "error": check.error if np.isfinite(check.error) else None}
+            for check in checks
+        ],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _show(document: dict[str, Any], checks: list[Check]) -> None:
+    console = terminal.out()
+    device, kept = document["device"], document["cache"]
+    facts = terminal.facts()
+    versions = [f"{name} {version}" for name, version in document["versions"].items() if version]
+    facts.add_row("versions", ", ".join(versions))
+    facts.add_row("system", document["system"])
+    facts.add_row("device", f"{device['name']}, {device['isa']}, {device['cores']} cores")
+    sizes = [terminal.size(device[f"l{level}_bytes"]) for level in (1, 2, 3)]
+    facts.add_row(
+        "caches", " ".join(f"L{n} {size}," for n, size in enumerate(sizes, 1)).rstrip(",")
+    )
+    facts.add_row("features", " ".join(name.lstrip("+") for name in device["features"]))
+    facts.add_row("threads", f"{document['threads']['count']} of {document['threads']['of']}")
+    held = f"{kept['kernels']} kernels, {terminal.size(kept['bytes'])}"
+    facts.add_row("cache", f"{kept['directory']} ({kept['problem'] or held})")
+    for name, text in document["settings"].items():
+        if text:
+            facts.add_row("setting", f"{name}={text}")
+    for name, backend in document["backends"].items():
+        sign = "[green]works[/]" if backend["works"] else f"[dim]absent: {backend['reason']}[/]"
+        if name == "cpu" and not backend["works"]:
+            sign = f"[red]fails: {terminal.escape(backend['reason'])}[/]"
+        facts.add_row(name, sign)
+    console.print(facts)
+    console.print()
+    rows = [
+        [
+            terminal.escape(check.case),
+            "[green]passed[/]" if check.passed else "[red]FAILED[/]",
+            f"{check.error:.0e}",
+            terminal.seconds(check.seconds),
+        ]
+        for check in checks
+    ]
+    title = "Self-test against dense float64"
+    console.print(terminal.table(title, ["", "", ">error", ">time"], rows))

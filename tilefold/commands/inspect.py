@@ -1,0 +1,192 @@
+"""`tilefold inspect`: what a specification becomes, without any data.
+
+The plan, the tiles that it visits, the lower bounds on this machine, and one kernel as LLVM text or
+as assembly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from tilefold import parse, plan, roofline
+from tilefold.backends.cpu import kernel, peak, runtime, threads
+from tilefold.commands import specification, terminal
+from tilefold.device import host
+from tilefold.plan import Launch, Plan
+
+
+def register(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "inspect",
+        help="the plan, the bounds, the text and the assembly of any specification",
+        description=__doc__.partition("\n\n")[2],
+        epilog=terminal.EXIT_CODES,
+    )
+    parser.set_defaults(main=main)
+    parser.add_argument("--shape", default="1,8,2048,64", metavar=specification.SHAPE)
+    specification.add_sizes(parser)
+    specification.add_dtype(parser)
+    parser.add_argument("--mask", default="full()", metavar="RULE")
+    parser.add_argument("--operation", choices=plan.OPERATIONS, default="forward")
+    parser.add_argument("--form", choices=("auto", "fused", "split"), default="auto")
+    parser.add_argument("--isa", help="a narrower instruction set of this machine, such as avx2")
+    parser.add_argument("--kernel", help="which kernel of the plan --text and --asm show")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--text", action="store_true", help="print the kernel's LLVM text")
+    shown.add_argument("--asm", action="store_true", help="print the kernel's assembly")
+    shown.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Show what the options ask for."""
+    device = host().lowered(options.isa) if options.isa else host()
+    mask = parse.parse(options.mask)
+    problem = specification.problem(options, options.shape, mask, options.dtype)
+    start = time.perf_counter()
+    made = plan.plan(problem, device, options.operation, options.form)
+    planned = time.perf_counter() - start
+    if options.text or options.asm:
+        text = kernel.emit(_pick(made, options.kernel).spec)
+        print(text if options.text else runtime.assembly(text, device), end="")
+        return 0
+    picked = [_pick(made, options.kernel)] if options.kernel else made.launches
+    rates = peak.rates(device, problem.dtype, threads.get_num_threads())
+    document = {
+        "problem": _problem(made),
+        "device": {"name": device.name, "isa": device.isa, "workers": rates.workers},
+        "plan_seconds": planned,
+        "rates": dict(rates.__dict__),
+        "kernels": [_describe(made, launch, rates) for launch in picked],
+    }
+    if options.json:
+        terminal.print_json(document)
+    else:
+        _show(document)
+    return 0
+
+
+def _pick(made: Plan, name: str | None) -> Launch:
+    """A kernel by name; without one, the one with the most to do."""
+    launches = {launch.spec.operation: launch for launch in made.launches}
+    if name is None:
+        return launches[next(n for n in launches if n in roofline.PASSES)]
+    if name not in launches:
+        raise ValueError(f"--kernel must be one of {', '.join(launches)}, not {name!r}")
+    return launches[name]
+
+
+def _problem(made: Plan) -> dict[str, Any]:
+    problem = made.problem
+    values = {name: value for name, value in problem.__dict__.items() if name != "mask"}
+    return values | {"mask": str(problem.mask), "operation": made.operation}
+
+
+def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, Any]:
+    spec, runs, problem = launch.spec, launch.runs, made.problem
+    parallel = plan.PARALLEL[spec.operation]
+    masked = runs.runs[:, 2]
+    pairs = roofline.computed_pairs(problem, parallel, runs, spec.block_parallel)
+    described: dict[str, Any] = {
+        "kernel": spec.operation,
+        "parallel": parallel,
+        "work_items": launch.items,
+        "block_parallel": spec.block_parallel,
+        "block_traverse": spec.block_traverse,
+        "register_tile": [spec.rows, spec.vectors, spec.lanes],
+        "index_bits": spec.index_bits,
+        "scratch_bytes_per_worker": kernel.workspace_bytes(spec),
+        "block_rows": launch.block_rows,
+        "full_runs": int((masked == 0).sum()),
+        "masked_runs": int((masked == 1).sum()),
+        "first_runs": [
+            [[int(x) for x in run] for run in runs.runs[runs.rows[row] : runs.rows[row + 1]]]
+            for row in range(min(3, len(runs.rows) - 1))
+        ],
+        "computed_pairs": pairs,
+        "computed_share": pairs / problem.pairs if problem.pairs else 0.0,
+        "mask_expression": spec.mask.text,
+    }
+    if spec.operation in roofline.PASSES:
+        least = roofline.bounds(problem, spec.operation, pairs, rates)
+        described["instructions"] = roofline.instruction_count(
+            spec.operation, pairs, problem.dim, problem.dim_v
+        )
+        described["bounds"] = dict(least.__dict__) | {
+            "seconds": least.seconds,
+            "binding": least.binding,
+        }
+    return described
+
+
+def _show(document: dict[str, Any]) -> None:
+    console = terminal.out()
+    problem, device, rates = (document[name] for name in ("problem", "device", "rates"))
+    sizes = ", ".join(
+        f"{name} {problem[name]}"
+        for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")
+    )
+    facts = terminal.facts()
+    facts.add_row("problem", f"{problem['operation']}, {problem['dtype']}, {sizes}")
+    facts.add_row("mask", terminal.escape(problem["mask"]))
+    facts.add_row("device", f"{device['name']}, {device['isa']}, {device['workers']} threads")
+    measured = (
+        terminal.rate(rates["flops_per_second"], "FLOP"),
+        terminal.rate(rates["exponentials_per_second"], "exp"),
+        terminal.rate(rates["bytes_per_second"], "B"),
+    )
+    facts.add_row("measured", ", ".join(measured))
+    facts.add_row("planned in", terminal.seconds(document["plan_seconds"]))
+    console.print(facts)
+    for described in document["kernels"]:
+        console.print()
+        console.print(_kernel_facts(described))
+    if bounded := [k for k in document["kernels"] if "bounds" in k]:
+        console.print()
+        console.print(_bounds_table(bounded))
+
+
+def _kernel_facts(described: dict[str, Any]) -> Any:
+    rows, vectors, lanes = described["register_tile"]
+    parallel = "queries" if described["parallel"] == "q" else "keys"
+    traversed = "keys" if described["parallel"] == "q" else "queries"
+    facts = terminal.facts()
+    facts.add_row("kernel", f"[bold]{described['kernel']}[/]")
+    facts.add_row(
+        "work", f"{described['work_items']:,} items in {described['block_rows']:,} block rows"
+    )
+    if described["kernel"] in roofline.PASSES:
+        blocks = (
+            f"{described['block_parallel']} {parallel} x {described['block_traverse']} {traversed}"
+        )
+        facts.add_row("blocks", f"{blocks}; registers {rows} x {vectors} vectors of {lanes}")
+        scratch = terminal.size(described["scratch_bytes_per_worker"])
+        facts.add_row("scratch", f"{scratch} per worker")
+        share = f"{described['computed_share']:.1%} of all pairs are computed"
+        counts = f"{described['full_runs']:,} full and {described['masked_runs']:,} masked runs"
+        facts.add_row("runs", f"{counts}; {share}")
+        for row, runs in enumerate(described["first_runs"]):
+            spans = [f"{a}:{b}{' masked' if m else ''}" for a, b, m in runs[:4]]
+            more = ", ..." if len(runs) > 4 else ""
+            facts.add_row(f"  row {row}", ", ".join(spans) + more if spans else "nothing")
+        facts.add_row("mask text", terminal.escape(described["mask_expression"]))
+    return facts
+
+
+def _bounds_table(kernels: list[dict[str, Any]]) -> Any:
+    rows = []
+    for described in kernels:
+        least = described["bounds"]
+        rows.append(
+            [
+                described["kernel"],
+                terminal.seconds(least["arithmetic_seconds"]),
+                terminal.seconds(least["exponential_seconds"]),
+                terminal.seconds(least["bytes_seconds"]),
+                f"{terminal.seconds(least['seconds'])} ({least['binding']})",
+            ]
+        )
+    title = "No faster than, at the measured rates"
+    return terminal.table(title, ["", ">arithmetic", ">exponentials", ">bytes", ">bound"], rows)

@@ -1,0 +1,59 @@
+"""`tilefold mask`: draw a rule, with the tiles that are skipped, full and partial."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tilefold import parse, picture
+from tilefold.commands import terminal
+
+
+def register(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "mask",
+        help="draw a mask in the terminal, or to a file",
+        description="Draw which query may see which key, and what becomes of each tile.",
+        epilog=terminal.EXIT_CODES,
+    )
+    parser.set_defaults(main=main)
+    parser.add_argument("rule", help='such as "(causal() & local(256)) | prefix(4)"')
+    parser.add_argument("--len-q", type=int, default=16, help="queries (default 16)")
+    parser.add_argument("--len-k", type=int, help="keys (default: as many as queries)")
+    parser.add_argument("--block-q", type=int, help="queries of a tile")
+    parser.add_argument("--block-k", type=int, help="keys of a tile")
+    parser.add_argument("--batch", type=int, default=1, help="for rules that depend on it")
+    parser.add_argument("--heads", type=int, default=1, help="for rules that depend on them")
+    parser.add_argument("--b", type=int, default=0, help="the batch entry to draw")
+    parser.add_argument("--h", type=int, default=0, help="the head to draw")
+    parser.add_argument("--save", metavar="FILE", help="write it to FILE.svg or FILE.png")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Draw the mask."""
+    rule = parse.parse(options.rule)
+    len_k = options.len_q if options.len_k is None else options.len_k
+    drawn = picture.draw(
+        rule,
+        options.len_q,
+        len_k,
+        options.block_q,
+        options.block_k,
+        batch=options.batch,
+        heads=options.heads,
+        b=options.b,
+        h=options.h,
+    )
+    if options.save:
+        picture.save(drawn, options.save)
+    if options.json:
+        tiles = drawn.counts._asdict() | {"block_q": drawn.block_q, "block_k": drawn.block_k}
+        sizes = {"len_q": options.len_q, "len_k": len_k}
+        terminal.print_json({"mask": str(rule), **sizes, "tiles": tiles, "saved": options.save})
+        return 0
+    terminal.out().print(drawn)
+    if options.save:
+        terminal.notes().print(f"written to {options.save}", soft_wrap=True)
+    return 0
