@@ -92,32 +92,36 @@ def _array(name: str, value: Any) -> Array:
     """An argument as an array, without a copy."""
     if type(value) is np.ndarray:
         return value
+    kind = type(value).__name__
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array; pass its data, and what to hide as `mask`")
+        raise TypeError(
+            f"{name} must be an array without a mask of its own, got {kind}; pass its data, and"
+            " what to hide as `mask`"
+        )
     if hasattr(value, "__array_interface__"):
         return np.asarray(value)
     if hasattr(value, "__cuda_array_interface__"):
-        raise NotImplementedError(_elsewhere(name, value, "a GPU"))
+        raise NotImplementedError(_elsewhere(name, kind, "a GPU"))
     if not hasattr(value, "__dlpack__"):
         raise TypeError(
-            f"{name} is a {type(value).__name__}; it must be a NumPy array, a torch tensor or an"
-            " object with __dlpack__ or __array_interface__"
+            f"{name} must be a NumPy array, a torch tensor or an object with __dlpack__ or"
+            f" __array_interface__, got {kind}"
         )
     device, _ = value.__dlpack_device__()
     if device != _DLPACK_CPU:
-        raise NotImplementedError(_elsewhere(name, value, f"DLPack device {int(device)}"))
+        raise NotImplementedError(_elsewhere(name, kind, f"DLPack device {int(device)}"))
     try:
         return np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(
-            f"{name} is a {type(value).__name__} that NumPy cannot view: {error}"
+            f"{name} must be an array that NumPy can view, got {kind}: {error}"
         ) from error
 
 
-def _elsewhere(name: str, value: object, device: str) -> str:
+def _elsewhere(name: str, kind: str, device: str) -> str:
     return (
-        f"{name} is a {type(value).__name__} on {device}; only arrays on the CPU are implemented so"
-        " far: copy it there first"
+        f"{name} is a {kind} on {device}, and only the CPU is implemented so far; copy it there"
+        " first"
     )
 
 

@@ -173,11 +173,13 @@ def _check(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.device.type not in ("cpu", "meta"):
             raise NotImplementedError(
-                f"{name} is on {tensor.device}; only tensors on the CPU are implemented so far:"
-                f" pass {name}.cpu()"
+                f"{name} is on {tensor.device}, and only the CPU is implemented so far; pass"
+                f" {name}.cpu()"
             )
         if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} is {tensor.layout}; pass {name}.to_dense()")
+            raise TypeError(
+                f"{name} must be a strided tensor, got {tensor.layout}; pass {name}.to_dense()"
+            )
     common_dtype(
         {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     )

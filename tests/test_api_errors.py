@@ -1,0 +1,293 @@
+"""Every message of the border, once: it names the argument, what is allowed and what was given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tilefold
+from tilefold import attention, attention_backward, causal, dense, documents, full, lengths
+from tilefold.problem import Problem
+
+
+def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+def huge(*shape: int) -> np.ndarray:
+    """An array of any size in four bytes of memory."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+def backward(**changed: Any) -> Any:
+    """attention_backward on arrays that fit, but for those given."""
+    q = zeros(1, 2, 3, 4)
+    fitting = {"do": q, "q": q, "k": q, "v": q, "o": q, "lse": zeros(1, 2, 3)}
+    return attention_backward(**{**fitting, **changed})
+
+
+class OnGpu:
+    """What a GPU array looks like from outside."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (1, 1, 1, 1), "typestr": "<f4", "version": 3}
+
+
+class OnGpuByDlpack:
+    def __dlpack__(self, **_: Any) -> Any:
+        raise AssertionError("not asked for")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+
+class Unreadable:
+    def __dlpack__(self, **_: Any) -> Any:
+        raise BufferError("four bits per element")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+Q = zeros(2, 4, 5, 8)
+CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "rank": (
+        lambda: attention(zeros(5, 8), Q, Q),
+        ValueError,
+        "q must have four axes, (batch, heads, sequence, dim) in layout bhnd, got shape (5, 8)",
+    ),
+    "rank in another layout": (
+        lambda: attention(Q, Q, zeros(5), layout="bhdn"),
+        ValueError,
+        "v must have four axes, (batch, heads, dim, sequence) in layout bhdn, got shape (5,)",
+    ),
+    "batch": (
+        lambda: attention(Q, zeros(3, 4, 5, 8), Q),
+        ValueError,
+        "the batch of k must be 2 as that of q, got 3: q is (2, 4, 5, 8) and k (3, 4, 5, 8) in"
+        " layout bhnd",
+    ),
+    "dim": (
+        lambda: attention(Q, zeros(2, 4, 5, 7), Q),
+        ValueError,
+        "the dim of k must be 8 as that of q, got 7: q is (2, 4, 5, 8) and k (2, 4, 5, 7) in"
+        " layout bhnd",
+    ),
+    "batch of v": (
+        lambda: attention(Q, Q, zeros(1, 4, 5, 8)),
+        ValueError,
+        "the batch of v must be 2 as that of k, got 1: k is (2, 4, 5, 8) and v (1, 4, 5, 8) in"
+        " layout bhnd",
+    ),
+    "heads of v": (
+        lambda: attention(Q, Q, zeros(2, 2, 5, 8)),
+        ValueError,
+        "the heads of v must be 4 as that of k, got 2: k is (2, 4, 5, 8) and v (2, 2, 5, 8) in"
+        " layout bhnd",
+    ),
+    "length of v": (
+        lambda: attention(Q, Q, zeros(2, 4, 6, 8)),
+        ValueError,
+        "the sequence of v must be 5 as that of k, got 6: k is (2, 4, 5, 8) and v (2, 4, 6, 8) in"
+        " layout bhnd",
+    ),
+    "groups": (
+        lambda: attention(Q, zeros(2, 3, 5, 8), zeros(2, 3, 5, 8)),
+        ValueError,
+        "the heads of q must be a multiple of the heads of k and v, got 4 and 3",
+    ),
+    "no key heads": (
+        lambda: attention(Q, zeros(2, 0, 5, 8), zeros(2, 0, 5, 8)),
+        ValueError,
+        "the heads of q must be a multiple of the heads of k and v, got 4 and 0",
+    ),
+    "dim of zero": (
+        lambda: attention(zeros(1, 1, 2, 0), zeros(1, 1, 2, 0), zeros(1, 1, 2, 3)),
+        ValueError,
+        "dim must be from 1 to 2147483647, got 0",
+    ),
+    "dim_v of zero": (
+        lambda: attention(Q, Q, zeros(2, 4, 5, 0)),
+        ValueError,
+        "dim_v must be from 1 to 2147483647, got 0",
+    ),
+    "length": (
+        lambda: attention(huge(1, 1, 2**31, 1), huge(1, 1, 1, 1), huge(1, 1, 1, 1)),
+        ValueError,
+        "len_q must be from 0 to 2147483647, got 2147483648",
+    ),
+    "batch and heads": (
+        lambda: attention(*[huge(2**16, 2**15, 1, 1)] * 3),
+        ValueError,
+        "batch * heads must be below 2147483648, got 2147483648",
+    ),
+    "layout": (
+        lambda: attention(Q, Q, Q, layout="bnh"),
+        ValueError,
+        "layout must be 'bhnd', 'bnhd' or 'bhdn', got 'bnh'",
+    ),
+    "layout of another type": (
+        lambda: attention(Q, Q, Q, layout=["bhnd"]),  # type: ignore[arg-type]  # the point
+        ValueError,
+        "layout must be 'bhnd', 'bnhd' or 'bhdn', got ['bhnd']",
+    ),
+    "scale": (
+        lambda: attention(Q, Q, Q, scale=float("inf")),
+        ValueError,
+        "scale must be a finite number, got inf",
+    ),
+    "scale of another type": (
+        lambda: attention(Q, Q, Q, scale="big"),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "scale must be a finite number, or None for 1 / sqrt(dim), got 'big'",
+    ),
+    "scale of several numbers": (
+        lambda: attention(Q, Q, Q, scale=np.ones(2)),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "scale must be a finite number, or None for 1 / sqrt(dim), got array([1., 1.])",
+    ),
+    "mask is an array": (
+        lambda: attention(Q, Q, Q, mask=np.ones(2, bool)),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "mask must be a rule such as tilefold.causal(), got array([ True, True]); wrap an array of"
+        " bool as tilefold.dense(array)",
+    ),
+    "mask is a name": (
+        lambda: attention(Q, Q, Q, mask="causal"),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "mask must be a rule such as tilefold.causal(), got 'causal'; write"
+        " tilefold.rule(function) or combine tilefold's rules with & | ~",
+    ),
+    "dense mask": (
+        lambda: attention(Q, Q, Q, mask=dense(np.ones((5, 4), bool))),
+        ValueError,
+        "dense(array[5x4]) of shape (5, 4) does not broadcast to (2, 4, 5, 5)",
+    ),
+    "documents": (
+        lambda: attention(Q, Q, Q, mask=documents([0, 1])),
+        ValueError,
+        "documents(ids[2]): ids_q has 2 entries, but len_q is 5; give one id per position",
+    ),
+    "lengths": (
+        lambda: attention(Q, Q, Q, mask=lengths([1, 2, 3])),
+        ValueError,
+        "lengths(n_k[3]): n_k is for a batch of 3, but batch is 2",
+    ),
+    "grid": (
+        lambda: attention(Q, Q, Q, mask=causal(sync="scale_end", grid_q=(2, 3))),
+        ValueError,
+        'causal(sync="scale_end", grid_q=(2, 3)): grid_q=(2, 3) holds 6 positions, but len_q is 5;'
+        " height x width must equal it",
+    ),
+    "mask that does not fit empty arrays": (
+        lambda: attention(zeros(0, 1, 5, 2), *[zeros(0, 1, 5, 2)] * 2, mask=documents([0])),
+        ValueError,
+        "documents(ids[1]): ids_q has 1 entries, but len_q is 5; give one id per position",
+    ),
+    "half": (
+        lambda: attention(Q, Q.astype(np.float16), Q),
+        NotImplementedError,
+        "k is float16, and half types are not implemented yet; convert to float32",
+    ),
+    "integers": (
+        lambda: attention(Q.astype(np.int64), Q, Q),
+        TypeError,
+        "q must be of float32 or float64, got int64",
+    ),
+    "objects": (
+        lambda: attention(Q, Q, Q.astype(object)),
+        TypeError,
+        "v must be of float32 or float64, got object",
+    ),
+    "mixed types": (
+        lambda: attention(Q, Q.astype(np.float64), Q),
+        TypeError,
+        "k must be of float32 as q is, got float64",
+    ),
+    "no array": (
+        lambda: attention([[[[1.0]]]], Q, Q),
+        TypeError,
+        "q must be a NumPy array, a torch tensor or an object with __dlpack__ or"
+        " __array_interface__, got list",
+    ),
+    "masked array": (
+        lambda: attention(np.ma.array(Q), Q, Q),
+        TypeError,
+        "q must be an array without a mask of its own, got MaskedArray; pass its data, and what to"
+        " hide as `mask`",
+    ),
+    "GPU": (
+        lambda: attention(OnGpu(), Q, Q),
+        NotImplementedError,
+        "q is a OnGpu on a GPU, and only the CPU is implemented so far; copy it there first",
+    ),
+    "GPU through DLPack": (
+        lambda: attention(Q, OnGpuByDlpack(), Q),
+        NotImplementedError,
+        "k is a OnGpuByDlpack on DLPack device 2, and only the CPU is implemented so far; copy it"
+        " there first",
+    ),
+    "DLPack that fails": (
+        lambda: attention(Q, Q, Unreadable()),
+        TypeError,
+        "v must be an array that NumPy can view, got Unreadable: four bits per element",
+    ),
+    "shape of do": (
+        lambda: backward(do=zeros(1, 2, 3, 5)),
+        ValueError,
+        "do must have shape (1, 2, 3, 4) to go with q, k and v, got (1, 2, 3, 5)",
+    ),
+    "shape of o": (
+        lambda: backward(o=zeros(2, 3, 4)),
+        ValueError,
+        "o must have shape (1, 2, 3, 4) to go with q, k and v, got (2, 3, 4)",
+    ),
+    "shape of lse": (
+        lambda: backward(lse=zeros(1, 3, 2)),
+        ValueError,
+        "lse must have shape (1, 2, 3) to go with q, k and v, got (1, 3, 2)",
+    ),
+    "type of lse": (
+        lambda: backward(lse=zeros(1, 2, 3, dtype=np.float64)),
+        TypeError,
+        "lse must be of float32 as q is, got float64",
+    ),
+    "lse is missing": (
+        lambda: backward(lse=None),
+        TypeError,
+        "lse must be a NumPy array, a torch tensor or an object with __dlpack__ or"
+        " __array_interface__, got NoneType",
+    ),
+    "type of a problem": (
+        lambda: Problem(1, 1, 1, 1, 1, 1, 1, "int8", 1.0, full()),
+        ValueError,
+        "dtype must be 'float32' or 'float64', got 'int8'",
+    ),
+    "name": (
+        lambda: tilefold.attend,
+        AttributeError,
+        "module 'tilefold' has no attribute 'attend'",
+    ),
+}
+
+
+@pytest.mark.feature("T15")
+@pytest.mark.parametrize("case", CASES)
+def test_message(case: str) -> None:
+    call, kind, message = CASES[case]
+    with pytest.raises(kind, match=f"^{re.escape(message)}$") as caught:
+        call()
+    assert caught.type is kind
+
+
+@pytest.mark.feature("T01")
+@pytest.mark.parametrize("name", ["q", "k", "v", "do", "o", "lse"])
+def test_half_types_say_that_they_are_not_there_yet(name: str) -> None:
+    shape = (1, 2, 3) if name == "lse" else (1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match=f"^{name} is float16, and half types are not"):
+        backward(**{name: np.zeros(shape, np.float16)})
