@@ -17,14 +17,14 @@ from tilefold.plan import Launch, Plan, plan
 from tilefold.problem import Problem
 
 _ALONE_FLOPS = 1e6
-"""Below this a second thread costs more than it helps: 10 us of one core at 100 GFLOP/s (not tuned)."""
+"""Below this one thread works: 10 us of a core at 100 GFLOP/s (not tuned)."""
 
 _local = threading.local()
 
 
 def forward(problem: Problem, q: Buffer, k: Buffer, v: Buffer, o: Buffer, lse: Buffer) -> None:
     """Write o and lse."""
-    run(plan(problem, host(), "forward"), dict(q=q, k=k, v=v, o=o, lse=lse))
+    run(plan(problem, host(), "forward"), {"q": q, "k": k, "v": v, "o": o, "lse": lse})
 
 
 def backward(
@@ -41,17 +41,18 @@ def backward(
 ) -> None:
     """Write dq, dk and dv.
 
-    The fused kernel adds to whole rows of dq, so it needs them contiguous; the split form takes any strides.
+    The fused kernel adds to whole rows of dq, so it needs them contiguous; the split form takes any
+    strides.
     """
     form = "auto" if dq.strides[3] == 1 else "split"
     run(
         plan(problem, host(), "backward", form),
-        dict(do=do, q=q, k=k, v=v, o=o, lse=lse, dq=dq, dk=dk, dv=dv),
+        {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv},
     )
 
 
 def run(plan: Plan, operands: Mapping[str, Buffer]) -> None:
-    """Run the kernels of a plan one after the other; `operands` by their names in the plan's kernels."""
+    """Run the kernels of a plan in order; `operands` by their names in the kernels."""
     buffers = dict(operands)
     problem = plan.problem
     if plan.operation == "backward":

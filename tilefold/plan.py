@@ -120,11 +120,11 @@ GRANULE = 32
 """Traversed rows that are classified together; a run is cut into tiles only inside the kernel."""
 
 _MANY = 256
-"""Elements of the parallel axis above which the widest tile always serves: fewer kernels to compile."""
+"""Parallel elements above which the widest tile always serves, so that fewer kernels compile."""
 
 
 def _kernels(problem: Problem, device: Device, operation: str, form: str) -> tuple[str, ...]:
-    """The kernels of an operation in order. The fused backward wins where its owners fill the cores.
+    """The kernels of an operation, in order: fused backward where its owners fill the cores.
 
     Time in products per pair: fused 5 for each round of owners, split 7 spread over all cores. The
     device's cores count, not the threads that happen to be set, so results stay the same.
@@ -200,10 +200,10 @@ def _launch(problem: Problem, spec: KernelSpec, expression: Boolean) -> Launch:
     )
     heads = problem.heads_q if parallel == "q" else problem.heads_kv
     if spec.operation == "backward":
-        order, item_rows = np.zeros(1), 1
+        order, item_rows = np.zeros(1, np.int64), 1
     else:
         order, item_rows = _heaviest_first(visited, problem, heads, block_rows), block_rows
-    return Launch(problem, spec, visited, order.astype(np.int64), heads, item_rows, block_rows)
+    return Launch(problem, spec, visited, order, heads, item_rows, block_rows)
 
 
 def _heaviest_first(visited: Runs, problem: Problem, heads: int, rows: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RegisterTile:
-    """`rows` broadcast rows by `vectors` vectors; `loads_per_product` says how busy the load units are."""
+    """A block of accumulators: `rows` broadcast rows by `vectors` vectors."""
 
     rows: int
     vectors: int

@@ -3,13 +3,13 @@
     P = 2^(S - lse)    dP = dO V^T    dS = P (dP - delta)    delta = rowsum(dO O)
 
     delta         parallel over queries:  delta <- rowsum(dO O)
-    backward_dq   parallel over queries:  dQ += dS K                            3 products per pair
-    backward_dkv  parallel over keys:     dV += P^T dO;  dK += dS^T Q           4 products
-    backward      parallel over heads:    dK, dV and dQ from the same P and dS  5 products, not 7
+    backward_dq   parallel over queries:  dQ += dS K                      3 products per pair
+    backward_dkv  parallel over keys:     dV += P^T dO;  dK += dS^T Q     4 products
+    backward      parallel over heads:    all three from the same dS      5 products, not 7
 
-Every output tile has one owner and is summed in ascending order: no atomics, bit-identical from run to run,
-and no scratch but one number per query (Dao et al. 2022, Algorithm 4; split in two passes as in
-metal-flash-attention). Each pass is the forward pass with other operands: what is parallel lies in the lanes.
+Every output tile has one owner and is summed in ascending order: no atomics, bit-identical from
+run to run, and no scratch but one number per query (Dao et al. 2022, Algorithm 4, in two passes or
+in one). Each pass is the forward pass with other operands: what is parallel lies in the lanes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def fused(spec: KernelSpec) -> str:
     title = """
 for each key head:                                       one owner
     dQ <- 0
-    for each block of keys, each query head of the group, each tile of queries that the plan names:
+    for each block of keys, each query head of the group, each tile of queries:
         S <- Q K^T;  P <- 2^(S - lse)                    rows are queries, lanes are keys
         dP <- dO V^T;  dS <- P (dP - delta)
         dV^T += dO^T P;  dK^T += Q^T dS;  dQ += dS (scale K)
@@ -339,7 +339,7 @@ class _AllGradients(_KeyGradients):
         body.invoke(name, arguments)
 
     def _add_visible_dq(self, tile: Tile) -> None:
-        """As `_add_dq`, pair by pair without the forbidden ones: for keys with infinities or NaN."""
+        """As `_add_dq`, pair by pair without the forbidden ones, for keys that are not finite."""
         body, scalar, width = self.body, self.shape.scalar, self.shape.width
         marker = tile.marker("weight").element
         with body.loop("q", 0, tile.count) as q, body.loop("key", 0, self.block.valid) as key:

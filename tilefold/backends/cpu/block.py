@@ -1,7 +1,7 @@
 """One block of the parallel axis: where it is, its part of scratch, its operands, its mask.
 
-Forward and dQ put queries in the lanes and traverse keys; dK/dV puts keys in the lanes and traverses
-queries. A `Block` says which, so that the passes read alike.
+Forward and dQ put queries in the lanes and traverse keys; dK/dV puts keys in the lanes and
+traverses queries. A `Block` says which, so that the passes read alike.
 """
 
 from __future__ import annotations
@@ -26,18 +26,15 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     tile = -(-spec.block_traverse // spec.rows) * spec.rows * width
     dim, dim_v = spec.dim * width, spec.dim_v * width
     rows_of_k = width * -(-spec.dim // spec.lanes) * spec.lanes
+    pair = {"p": tile, "ds": tile}
+    by_query = {"q": dim, "do": dim_v, "dq": dim, "lse": width, "delta": width} | pair
+    by_key = {"k": dim, "v": dim_v, "dk": dim, "dv": dim_v} | pair
     return {
         "forward": {"q": dim, "o": dim_v, "p": tile},
         "delta": {"o": dim_v, "do": dim_v, "delta": width},
-        "backward_dq": {
-            **{"q": dim, "do": dim_v, "dq": dim, "p": tile, "ds": tile},
-            **{"lse": width, "delta": width},
-        },
-        "backward_dkv": {"k": dim, "v": dim_v, "dk": dim, "dv": dim_v, "p": tile, "ds": tile},
-        "backward": {
-            **{"k": dim, "v": dim_v, "dk": dim, "dv": dim_v, "p": tile, "ds": tile},
-            **{"k_rows": rows_of_k},
-        },
+        "backward_dq": by_query,
+        "backward_dkv": by_key,
+        "backward": by_key | {"k_rows": rows_of_k},
     }[spec.operation]
 
 
@@ -137,7 +134,7 @@ class Block:
         return Matrix(head, self.arguments[f"{name}_s"], self.arguments[f"{name}_d"])
 
     def pack(self, name: str, dim: int, factor: Value) -> Value:
-        """Bring the block's rows of an operand, turned and multiplied, to the region of its name."""
+        """Bring the block's rows of an operand, turned and multiplied, to its region."""
         region = self.region(name)
         place = [*self._place(name), Value(str(dim), "i64"), factor]
         self.body.invoke(pack.PACK, [region, *place])

@@ -10,9 +10,9 @@
             O^T <- alpha O^T + V^T P^T
         O <- O / l;  lse <- (m + log2 l) ln 2                empty rows: 0 and -inf
 
-All statistics are vertical: one register per vector of queries, no reduction across lanes (Dao et al. 2022,
-Algorithm 1, turned by a quarter). A pair that the rule forbids contributes nothing, whatever its numbers are:
-its score is replaced by a marker that no arithmetic produces, and its weight by -0.0.
+All statistics are vertical: one register per vector of queries, no reduction across lanes (Dao et
+al. 2022, Algorithm 1, turned by a quarter). A pair that the rule forbids contributes nothing,
+whatever its numbers are: its score becomes a marker that no arithmetic produces, its weight -0.0.
 """
 
 from __future__ import annotations
@@ -155,13 +155,14 @@ class _Forward:
                     weight = tile.mark_where(tile.marked(score, "score"), weight, "weight")
                 body.store(weight, place)
                 body.write(total, body.binary("fadd", body.read(total), weight, "sum"))
-        for l, alpha, total in zip(self.l, alphas, sums, strict=True):
-            body.write(l, body.multiply_add(body.read(l), alpha, body.read(total), "l"))
+        for place, alpha, total in zip(self.l, alphas, sums, strict=True):
+            body.write(place, body.multiply_add(body.read(place), alpha, body.read(total), "l"))
 
     def _finish(self) -> None:
         body, block, spec = self.body, self.block, self.spec
         body.comment("O <- O / l;  empty rows: 0")
-        inverses = [body.binary("fdiv", block.splat(1.0), body.read(l), "inverse") for l in self.l]
+        one = block.splat(1.0)
+        inverses = [body.binary("fdiv", one, body.read(place), "inverse") for place in self.l]
         seen = [body.read(place, "seen") for place in self.seen]
         with body.loop("d", 0, spec.dim_v) as d:
             for j, inverse in enumerate(inverses):
@@ -170,17 +171,20 @@ class _Forward:
                 body.store(body.select(seen[j], value, block.splat(0.0)), place)
         block.unpack("o", self.o_total, spec.dim_v, block.scalar(1.0))
         body.comment("lse <- (m + log2 l) ln 2;  empty rows: -inf")
-        for j, (m, l) in enumerate(zip(self.m, self.l, strict=True)):
-            lse = body.select(seen[j], self._lse(body.read(m), body.read(l)), self._lowest, "lse")
+        for j, (m, total) in enumerate(zip(self.m, self.l, strict=True)):
+            lse = self._lse(body.read(m), body.read(total))
+            lse = body.select(seen[j], lse, self._lowest, "lse")
             body.store(lse, block.at(self.weights, 0, j))
         block.unpack("lse", self.weights, 1, block.scalar(1.0))
 
-    def _lse(self, m: Value, l: Value) -> Value:
+    def _lse(self, m: Value, total: Value) -> Value:
         """NaN where l is 0 or NaN although keys were seen: all scores were -inf, or one was NaN."""
         body, block = self.body, self.block
-        exponent = body.binary("fadd", m, log2(body, l))
+        exponent = body.binary("fadd", m, log2(body, total))
         lse = body.binary("fmul", exponent, block.splat(LN_2))
-        return body.select(body.compare("ogt", l, block.splat(0.0)), lse, block.splat(float("nan")))
+        return body.select(
+            body.compare("ogt", total, block.splat(0.0)), lse, block.splat(float("nan"))
+        )
 
 
 def _fold_pairs(values: list[Value], operation: Callable[[Value, Value], Value]) -> Value:

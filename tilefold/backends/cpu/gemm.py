@@ -5,9 +5,10 @@
         for i in range(rows):    a    = A[i, c]           (one number, in all lanes)
             for j in range(vectors): C[i, j] += a * b[j]
 
-A is read number by number, so any strides will do and nothing of it is ever packed; B is a row of vectors in scratch.
-Every product of attention has this form when the parallel axis lies in the lanes (BLIS, Van Zee and van de Geijn
-2015, calls it the micro-kernel; it is the only code that knows how many registers there are).
+A is read number by number, so any strides will do and nothing of it is ever packed; B is a row of
+vectors in scratch. Every product of attention has this form when the parallel axis lies in the
+lanes (BLIS, Van Zee and van de Geijn 2015, calls it the micro-kernel; it is the only code that
+knows how many registers there are).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Accumulators = list[list[Value]]
 
 @dataclass(frozen=True)
 class Shape:
-    """A register tile: `rows` broadcast rows by `vectors` vectors of `lanes` elements of type `scalar`."""
+    """A register tile: `rows` broadcast rows by `vectors` vectors of `lanes` x `scalar`."""
 
     rows: int
     vectors: int
@@ -58,9 +59,10 @@ def multiply(
     count: Operand,
     start: Callable[[int, int], Value],
 ) -> Accumulators:
-    """C[i][j] = start(i, j) + sum over c < count of left[i][c * left_step] * right[c * right_stride + j].
+    """C[i][j] = start(i, j) + the sum over c < count of A[i][c] * B[c][j].
 
-    `left` holds the address of each row's first number. `right_stride` counts elements of scratch.
+    A[i][c] is `left[i][c * left_step]`: `left` holds the address of each row's first number. B[c] is
+    the row of vectors at `right[c * right_stride]` in scratch. Steps and strides count elements.
     """
     places = [
         [body.variable(shape.vector, start(i, j), "acc") for j in range(shape.vectors)]
@@ -90,7 +92,7 @@ def zeros(body: Body, shape: Shape) -> Callable[[int, int], Value]:
 def row_tiles(
     body: Body, dim: int, rows: int, tile: Callable[[Operand, int], None], hint: str = "row"
 ) -> None:
-    """`tile(first, rows)` over `dim` rows known when the kernel is written: full tiles in a loop, then the rest."""
+    """`tile(first, rows)` over `dim` rows, a constant: full tiles in a loop, then the rest."""
     full = dim - dim % rows
     if full == rows:
         tile(0, rows)

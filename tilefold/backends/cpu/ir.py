@@ -1,8 +1,8 @@
 """LLVM IR as text: values with types, named instructions, counted loops, and nothing more.
 
-A generator reads like the loop nest it writes. State that changes lives in a `Variable` (an alloca in the entry
-block); LLVM's SROA turns it into registers, so no generator writes a phi. The text is indented by loop depth and
-carries the generator's comments: it is what `tilefold inspect` shows.
+A generator reads like the loop nest it writes. State that changes lives in a `Variable` (an alloca
+in the entry block); LLVM's SROA turns it into registers, so no generator writes a phi. The text is
+indented by loop depth and carries the generator's comments: it is what `tilefold inspect` shows.
 
 Reference: LLVM Language Reference Manual, https://llvm.org/docs/LangRef.html.
 """
@@ -77,7 +77,7 @@ class Body:
         """All lines, the allocas of the variables first."""
         return "\n".join(["entry:", *self._allocas, *self._lines])
 
-    # Names, lines, comments ------------------------------------------------------------------------------
+    # Names, lines, comments -----------------------------------------------------------------------
 
     def name(self, hint: str) -> str:
         """A fresh name that starts with `hint`."""
@@ -102,7 +102,7 @@ class Body:
         self.line(f"{value.text} = {text}")
         return value
 
-    # Constants -------------------------------------------------------------------------------------------
+    # Constants ------------------------------------------------------------------------------------
 
     def operand(self, value: Operand, type_: str = "i64") -> Value:
         """A Python integer as a constant of `type_`; a Value as it is."""
@@ -111,14 +111,12 @@ class Body:
     def constant(self, number: float, type_: str) -> Value:
         """A number as a constant of a scalar or vector type, exact to the last bit."""
         scalar = Value("", type_).element
-        if scalar in ("float", "double"):
-            text = float_text(number, scalar)
-        else:
-            text = str(int(number))
+        floating = scalar in ("float", "double")
+        text = float_text(number, scalar) if floating else str(int(number))
         lanes = Value("", type_).lanes
         return Value(text if lanes == 1 else f"splat ({scalar} {text})", type_)
 
-    # Arithmetic ------------------------------------------------------------------------------------------
+    # Arithmetic -----------------------------------------------------------------------------------
 
     def binary(self, opcode: str, left: Operand, right: Operand, hint: str = "t") -> Value:
         """`opcode left, right`; a Python integer takes the type of the other side."""
@@ -207,7 +205,7 @@ class Body:
         """A call without a result."""
         self.line(f"call void @{name}({', '.join(argument.typed for argument in arguments)})")
 
-    # Memory ----------------------------------------------------------------------------------------------
+    # Memory ---------------------------------------------------------------------------------------
 
     def offset(self, base: Value, element: str, index: Operand, hint: str = "p") -> Value:
         """The address of `base[index]`; a vector of indices gives a vector of addresses."""
@@ -243,11 +241,11 @@ class Body:
         assert place.type == value.type, (place, value)
         self.line(f"store {value.typed}, ptr {place.address}")
 
-    # Control ---------------------------------------------------------------------------------------------
+    # Control --------------------------------------------------------------------------------------
 
     @contextmanager
     def loop(self, hint: str, start: Operand, stop: Operand, step: Operand = 1) -> Iterator[Value]:
-        """`for index in range(start, stop, step)`; the test is at the bottom, behind one guard."""
+        """`for index in range(start, stop, step)`; the test is at the bottom, after one guard."""
         first, last = self.operand(start), self.operand(stop)
         counter = self.variable("i64", first, f"{hint}.at")
         body, end = self.name(f"{hint}.body"), self.name(f"{hint}.end")
@@ -298,7 +296,7 @@ class Body:
 
     @contextmanager
     def choose(self, condition: Value, hint: str = "if") -> Iterator[Otherwise]:
-        """What is written inside runs where the condition holds; after `.otherwise()`, elsewhere."""
+        """What is written inside runs where it holds; after `.otherwise()`, where it does not."""
         branch = Otherwise(self, self.name(f"{hint}.no"), self.name(f"{hint}.end"))
         yes = self.name(f"{hint}.yes")
         self.line(f"br {condition.typed}, label %{yes}, label %{branch.no}")

@@ -1,4 +1,4 @@
-"""From a spec to a function in memory: emit, find in the cache or compile, load; and its argument block."""
+"""From a spec to a function in memory: emit, find in the cache or compile, load."""
 
 from __future__ import annotations
 

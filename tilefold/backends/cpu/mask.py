@@ -1,4 +1,4 @@
-"""The text fold of a rule: the line inside a kernel that says which pairs of a partial tile may meet.
+"""The text fold of a rule: the lines of a kernel that say which pairs of a partial tile may meet.
 
 Along the parallel axis the indices are vectors, along the traversed axis one number. Whatever does
 not depend on the traversed index is computed once per tile, the rest once per row of the tile.
@@ -26,7 +26,7 @@ from tilefold.expression import (
 from tilefold.plan import KernelSpec
 
 Lanes = tuple[Value, ...]
-"""One value per element of the parallel block: a vector for each of the tile's vectors."""
+"""A value for each element of the parallel block: a vector for each vector of the tile."""
 
 Folded = Value | Lanes
 
@@ -37,7 +37,7 @@ _LOGIC = {"&": "and", "|": "or"}
 
 
 class MaskText:
-    """Writes the mask of the rows of one tile: `row(index)` gives a truth for each parallel lane."""
+    """Writes the mask of one tile: `row(index)` gives a truth for each parallel lane."""
 
     def __init__(
         self,
@@ -51,48 +51,55 @@ class MaskText:
         b: Value,
         h: Value,
     ) -> None:
-        self._body = body
-        self._spec = spec
-        self._arguments = arguments
+        self._expression = spec.mask.expression
         self._traverse = "k" if parallel == "q" else "q"
-        self._integer = f"i{spec.index_bits}"
-        self._known: dict[int, Folded] = {}
-        self._indices: dict[str, Folded] = {
-            parallel: self._lanes(block, length),
-            "b": self._narrow(b),
-            "h": self._narrow(h),
+        self._text = _Text(body, spec, arguments)
+        self._text.indices = {
+            parallel: self._text.lanes(block, length),
+            "b": self._text.narrow(b),
+            "h": self._text.narrow(h),
         }
-        self._fold_before_rows(spec.mask.expression)
+        self._known: dict[int, Folded] = {}
+        self._fold_before_rows(self._expression)
 
     def row(self, index: Value) -> Lanes:
         """The truths of the pairs of row `index` of the traversed axis with the parallel block."""
-        self._indices[self._traverse] = self._narrow(index)
-        return self._wide(fold(self._spec.mask.expression, self, self._known))
+        self._text.indices[self._traverse] = self._text.narrow(index)
+        return self._text.wide(fold(self._expression, self._text, self._known))
 
     def _fold_before_rows(self, node: Expression) -> None:
         if self._traverse not in names(node):
-            self._known[id(node)] = fold(node, self, self._known)
+            self._known[id(node)] = fold(node, self._text, self._known)
             return
         for child in _children(node):
             self._fold_before_rows(child)
 
-    def _narrow(self, value: Value) -> Value:
+
+class _Text:
+    """The algebra: a number is one value, or lanes as soon as it depends on the parallel index."""
+
+    def __init__(self, body: Body, spec: KernelSpec, arguments: Arguments) -> None:
+        self._body, self._spec, self._arguments = body, spec, arguments
+        self._integer = f"i{spec.index_bits}"
+        self.indices: dict[str, Folded] = {}
+
+    def narrow(self, value: Value) -> Value:
         return self._body.cast("trunc", value, self._integer, "i")
 
-    def _lanes(self, block: Value, length: Value) -> Lanes:
-        """The parallel indices; lanes past the end repeat the last one, so that no table is read past its end."""
-        body, lanes = self._body, self._spec.lanes
-        first = body.splat(self._narrow(block), lanes, "i")
-        last = body.splat(body.sub(self._narrow(length), 1), lanes, "last")
-        count = ", ".join(f"{self._integer} {lane}" for lane in range(lanes))
-        iota = Value(f"<{count}>" if lanes > 1 else "0", first.type)
+    def lanes(self, block: Value, length: Value) -> Lanes:
+        """The parallel indices; lanes past the end repeat the last, to stay inside the tables."""
+        body, count = self._body, self._spec.lanes
+        first = body.splat(self.narrow(block), count, "i")
+        last = body.splat(body.sub(self.narrow(length), 1), count, "last")
+        steps = ", ".join(f"{self._integer} {lane}" for lane in range(count))
+        iota = Value(f"<{steps}>" if count > 1 else "0", first.type)
         indices = []
         for j in range(self._spec.vectors):
-            offset = body.add(body.add(first, iota), j * lanes) if j else body.add(first, iota)
+            offset = body.add(body.add(first, iota), j * count) if j else body.add(first, iota)
             indices.append(body.minimum(offset, last, "i"))
         return tuple(indices)
 
-    def _wide(self, value: Folded) -> Lanes:
+    def wide(self, value: Folded) -> Lanes:
         if isinstance(value, tuple):
             return value
         return (self._body.splat(value, self._spec.lanes),) * self._spec.vectors
@@ -101,18 +108,16 @@ class MaskText:
         """One operation on scalars, or on each vector as soon as one operand has lanes."""
         if all(isinstance(operand, Value) for operand in operands):
             return operation(*operands)
-        return tuple(operation(*column) for column in zip(*map(self._wide, operands), strict=True))
-
-    # The algebra -----------------------------------------------------------------------------------------
+        return tuple(operation(*column) for column in zip(*map(self.wide, operands), strict=True))
 
     def index(self, name: str) -> Folded:
-        return self._indices[name]
+        return self.indices[name]
 
     def constant(self, value: int) -> Folded:
         return Value(str(value), self._integer)
 
     def parameter(self, slot: int) -> Folded:
-        return self._narrow(self._arguments[f"p{slot}"])
+        return self.narrow(self._arguments[f"p{slot}"])
 
     def truth(self, value: bool) -> Folded:
         return Value("true" if value else "false", "i1")

@@ -1,4 +1,4 @@
-"""Moves between the caller's arrays and a worker's scratch, where the parallel axis lies in the lanes.
+"""Moves between the caller's arrays and a worker's scratch, where the lanes are parallel rows.
 
     pack:    scratch[d, lane] = array[lane, d] * factor     lanes past the end become 0
     unpack:  array[lane, d]   = scratch[d, lane] * factor   only lanes that exist

@@ -1,7 +1,8 @@
 """Exponentials and logarithms to base 2 on vectors, written with plain arithmetic.
 
-The base is 2 because 2^x splits into an exponent field and a short polynomial; the scores arrive already multiplied
-by log2(e). Everything here works on vectors of any width of `float` or `double` and calls no library.
+The base is 2 because 2^x splits into an exponent field and a short polynomial; the scores arrive
+already multiplied by log2(e). Everything here works on vectors of any width of `float` or `double`
+and calls no library.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Format:
     log2_terms: int
 
 
-# exp2 on [-1/2, 1/2]. float: minimax of degree 6 with the first term held at 1; largest relative error 7.9e-8 with
-# float arithmetic (half a unit in the last place is 6.0e-8; degree 5 gives 1.7e-7). double: Taylor terms to degree
-# 13, truncation error 1.5e-17.
+# exp2 on [-1/2, 1/2]. float: minimax of degree 6 with the first term held at 1; largest relative
+# error 7.9e-8 with float arithmetic (half a unit in the last place is 6.0e-8; degree 5 gives
+# 1.7e-7). double: Taylor terms to degree 13, truncation error 1.5e-17.
 _EXP2_FLOAT = (
     1.0,
     0.6931471824645996,
@@ -40,8 +41,8 @@ _EXP2_FLOAT = (
 )
 _EXP2_DOUBLE = tuple(LN_2**n / math.factorial(n) for n in range(14))
 
-# log2(x) = 2 / ln 2 * atanh(t), t = (x - 1) / (x + 1), |t| <= 0.172: truncation t^(2n+1) / (2n+1) after n terms is
-# below 1e-8 for n = 5 and below 1e-18 for n = 12.
+# log2(x) = 2 / ln 2 * atanh(t), t = (x - 1) / (x + 1), |t| <= 0.172: truncation t^(2n+1) / (2n+1)
+# after n terms is below 1e-8 for n = 5 and below 1e-18 for n = 12.
 FORMATS = {
     "float": Format("i32", 23, 127, _EXP2_FLOAT, 5),
     "double": Format("i64", 52, 1023, _EXP2_DOUBLE, 12),
@@ -53,8 +54,9 @@ def exp2(body: Body, x: Value, *, bounded: bool, hint: str = "p") -> Value:
 
     `bounded` promises x <= 0, or NaN (the forward pass); without it large x give infinity.
 
-    Adding 1.5 * 2^mantissa_bits rounds x to a whole number n and leaves n in the low bits: with the bias added too,
-    those bits shifted up are the number 2^n. The last step multiplies, so that NaN survives.
+    Adding 1.5 * 2^mantissa_bits rounds x to a whole number n and leaves n in the low bits: with the
+    bias added too, those bits shifted up are the number 2^n. The last step multiplies, so that NaN
+    survives.
     """
     format_ = FORMATS[x.element]
     lowest = body.constant(-format_.bias, x.type)

@@ -1,10 +1,11 @@
-"""One tile of a pass: the steps that forward, dQ and dK/dV share, in the tile's own coordinates.
+"""One tile of a pass: the steps that forward, dQ and dK/dV share.
 
-The rows of a tile are `count` rows of the traversed axis, its lanes the parallel block. Scores and weights of the
-tile lie in scratch, row by row.
+The rows of a tile are `count` rows of the traversed axis, its lanes the parallel block. Scores and
+weights of the tile lie in scratch, row by row.
 
-Pairs that the rule forbids carry markers, so that no later step asks the rule again and nothing leaks from them:
-a score becomes a signalling NaN, which arithmetic never returns, and a weight becomes -0.0, which no exponential is.
+Pairs that the rule forbids carry markers, so that no later step asks the rule again and nothing
+leaks from them: a score becomes a signalling NaN, which arithmetic never returns, and a weight
+becomes -0.0, which no exponential is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _SIGNALLING_NAN = {"float": 0x7FA00000, "double": 0x7FF4000000000000}
 
 @dataclass(frozen=True)
 class Matrix:
-    """A caller's matrix as a tile sees it: the address of its first row, and its strides in elements."""
+    """An operand of one head: the address of its first row, and its strides in elements."""
 
     address: Value
     row_stride: Value
@@ -91,7 +92,7 @@ class Tile:
         dim: int,
         use: Callable[[Value, gemm.Accumulators], None],
     ) -> None:
-        """`use(first row, block of registers)` for each block of rows of matrix x packed (dim x lanes)."""
+        """`use(first row, block)` for each register block of matrix x packed (dim x lanes)."""
         body, shape = self.body, self.shape
         with body.loop("r", 0, self.count, shape.rows) as row:
             block = gemm.multiply(
@@ -108,7 +109,7 @@ class Tile:
             use(row, block)
 
     def allowed_rows(self, mask: MaskText, row: Value) -> list[tuple[Value, ...]]:
-        """The rule's truths for one block of rows, repeated past the end like the rows themselves."""
+        """The rule's truths for one block of rows, repeated past the end like the rows."""
         rows = range(self.shape.rows)
         return [mask.row(self.inside(self.body.add(row, i))) for i in rows]
 
@@ -120,7 +121,7 @@ class Tile:
         dim: int,
         factors: list[Value] | None = None,
     ) -> None:
-        """total (dim x lanes) <- factors * total + matrix^T (dim x count) x weights (count x lanes)."""
+        """total (dim x lanes) <- factors * total + matrix^T (dim x count) x weights."""
         body, shape = self.body, self.shape
         start = body.mul(self.first, matrix.row_stride)
         corner = body.offset(matrix.address, shape.scalar, start, "corner")
@@ -155,8 +156,8 @@ class Tile:
     ) -> None:
         """As `accumulate`, but leaves out the pairs whose entry in `marks` is a forbidden weight.
 
-        0 * NaN is NaN, so a forbidden row of `matrix` with a NaN must not be multiplied at all. This
-        is for tiles that hold such numbers: one row of d at a time, slow and rare.
+        0 * NaN is NaN, so a forbidden row of `matrix` with a NaN must not be multiplied at all.
+        This is for tiles that hold such numbers: one row of d at a time, slow and rare.
         """
         body, shape = self.body, self.shape
         with body.loop("d", 0, dim) as d:
@@ -205,7 +206,7 @@ class Tile:
 
         Reads along whichever axis is contiguous, a vector at a time: about 1 % of a tile's work.
         """
-        body, shape = self.body, self.shape
+        body = self.body
         total = body.variable("i1", Value("true", "i1"), "finite")
         one = Value("1", "i64")
         contiguous_rows = body.compare("eq", matrix.row_stride, one)

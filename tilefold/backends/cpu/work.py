@@ -1,12 +1,12 @@
-"""How a kernel finds its work: blocks of the parallel axis from a shared counter, tiles from the plan's runs.
+"""How a kernel finds its work: items from a shared counter, tiles from the plan's runs.
 
     while (ticket = next_item++) < items:
         item = heaviest first; (batch, head, block row) = item
         for (first, last, masked) in runs of the block row:
             for tile in range(first, last, block_traverse): ...
 
-An item owns its outputs, and its tiles come in ascending order: so results do not depend on how many
-workers there are or which of them takes what.
+An item owns its outputs, and its tiles come in ascending order: so results do not depend on how
+many workers there are or which of them takes what.
 """
 
 from __future__ import annotations
