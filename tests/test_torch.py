@@ -1,0 +1,322 @@
+"""PyTorch CPU tensors: autograd, opcheck, torch.compile, and the messages of that frontend."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tilefold
+from tilefold import Rule, attention, attention_backward, reference
+from tilefold.frontends import torch as frontend
+from tilefold.problem import LAYOUTS
+
+RULES = [
+    tilefold.full(),
+    tilefold.causal(),
+    tilefold.causal("start") & tilefold.local(3),
+    ~tilefold.documents([0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0]) | tilefold.prefix(2),
+    tilefold.dense(np.tril(np.ones((7, 5), bool))),
+    tilefold.lengths([3, 5]),
+    tilefold.rule(lambda h, q, k: (q + k + h) % 3 != 0),
+]
+
+
+def tensors(dtype: torch.dtype = torch.float64, layout: str = "bhnd") -> list[Tensor]:
+    """q, k, v that require gradients: two sizes of head groups, length and dim."""
+    torch.manual_seed(0)
+    shapes = (2, 4, 7, 3), (2, 2, 5, 3), (2, 2, 5, 2)
+    drawn = [torch.randn(shape, dtype=dtype).permute(LAYOUTS[layout]) for shape in shapes]
+    return [tensor.contiguous().requires_grad_() for tensor in drawn]
+
+
+def value_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    o = function(*inputs)
+    weights = torch.linspace(-1, 1, o.numel(), dtype=o.dtype).reshape(o.shape)
+    return [o, *torch.autograd.grad((o * weights).sum(), inputs)]
+
+
+def same(got: list[Tensor], want: list[Tensor]) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.feature("T09")
+@pytest.mark.parametrize("mask", RULES, ids=repr)
+def test_gradcheck(mask: Rule) -> None:
+    assert torch.autograd.gradcheck(lambda *inputs: attention(*inputs, mask=mask), tensors())
+
+
+@pytest.mark.feature("T02")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_agrees_with_the_reference(layout: str, dtype: torch.dtype) -> None:
+    inputs = tensors(dtype, layout)
+    o, lse = attention(*inputs, mask=tilefold.causal(), layout=layout, return_lse=True)
+    do = torch.randn_like(o)
+    gradients = torch.autograd.grad(o, inputs, do)
+    axes = LAYOUTS[layout]
+    q, k, v, canonical_do = (x.detach().permute(axes).double().numpy() for x in (*inputs, do))
+    expected = reference.attention(q, k, v, mask=tilefold.causal())
+    slopes = reference.attention_backward(canonical_do, q, k, v, *expected, mask=tilefold.causal())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for got, want in zip((o, *gradients), (expected[0], *slopes), strict=True):
+        assert got.dtype == dtype and got.is_contiguous()
+        values = got.detach().permute(axes).numpy()
+        np.testing.assert_allclose(values, want, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(lse.numpy(), expected[1], rtol=tolerance)
+
+
+def test_explicit_backward_is_what_autograd_computes() -> None:
+    inputs = tensors()
+    o, lse = attention(*inputs, scale=0.3, return_lse=True)
+    do = torch.randn_like(o)
+    explicit = attention_backward(do, *inputs, o, lse, scale=0.3)
+    same(list(explicit), list(torch.autograd.grad(o, inputs, do)))
+
+
+def test_gradients_of_a_broadcast_sum_and_of_views() -> None:
+    """`sum().backward()` hands over a do of strides zero; inputs are views of one tensor."""
+    packed = torch.randn(2, 7, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = packed.unbind(2)
+    attention(q, k, v, layout="bnhd").sum().backward()
+    assert packed.grad is not None
+    dense = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    attention(*dense, layout="bnhd").sum().backward()
+    for index, tensor in enumerate(dense):
+        torch.testing.assert_close(packed.grad[:, :, index], tensor.grad)
+
+
+def test_only_the_asked_gradients_flow() -> None:
+    q, k, v = tensors()
+    attention(q, k.detach(), v.detach()).sum().backward()
+    assert q.grad is not None and k.grad is None and v.grad is None
+    with torch.no_grad():
+        assert not attention(q, k, v).requires_grad
+
+
+@pytest.mark.feature("T10")
+def test_lse_carries_no_gradient() -> None:
+    o, lse = attention(*tensors(), return_lse=True)
+    assert o.requires_grad and not lse.requires_grad
+
+
+def test_second_derivatives_raise() -> None:
+    q, k, v = tensors()
+    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"^second derivatives of tilefold\.attention"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("view", [lambda x: x[::2], lambda x: x.mT.contiguous().mT, torch.flip])
+def test_strided_tensors(view: Any) -> None:
+    base = torch.randn(4, 2, 6, 5, dtype=torch.float64)
+    given = torch.flip(base, (0, 2)) if view is torch.flip else view(base)
+    assert torch.equal(
+        attention(given, given, given),
+        attention(*[given.contiguous()] * 3),
+    )
+
+
+def test_lazy_negation_and_misaligned_memory() -> None:
+    plain = torch.randn(1, 1, 3, 4, dtype=torch.float64)
+    negated = torch.complex(torch.zeros_like(plain), plain).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(attention(negated, plain, plain), attention(-plain, plain, plain))
+    raw = np.zeros(97, np.uint8)
+    raw[1:] = np.frombuffer(plain.numpy().tobytes(), np.uint8)
+    crooked = torch.frombuffer(raw, dtype=torch.float64, offset=1, count=12).reshape(plain.shape)
+    assert crooked.data_ptr() % 8
+    assert torch.equal(attention(crooked, plain, plain), attention(plain, plain, plain))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4)])
+def test_empty_axes(shape: tuple[int, ...]) -> None:
+    inputs = [torch.ones(shape, requires_grad=True) for _ in range(3)]
+    o, lse = attention(*inputs, return_lse=True)
+    assert o.shape == shape and lse.shape == shape[:3]
+    o.sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.shape == shape for tensor in inputs)
+
+
+def test_tensors_without_data_give_shapes() -> None:
+    q, k, v = (tensor.to("meta") for tensor in tensors())
+    o, lse = attention(q, k, v, return_lse=True)
+    assert o.device.type == "meta" and o.shape == (2, 4, 7, 2) and lse.shape == (2, 4, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [tilefold.full(), RULES[3]], ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(mask: Rule, layout: str) -> None:
+    inputs = tensors(layout=layout)
+    torch.library.opcheck(frontend._attention, (*inputs, mask, None, layout))
+    o, lse = attention(*inputs, mask=mask, layout=layout, return_lse=True)
+    saved = [tensor.detach() for tensor in (o, *inputs, o, lse)]
+    torch.library.opcheck(frontend._backward, (*saved, mask, 0.5, layout))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [None, *RULES], ids=repr)
+def test_compile(mask: Rule | None) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, lse = attention(2 * q, k, v, mask=mask, scale=0.3, return_lse=True)
+        return o * lse.isfinite()[..., None]
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    same(value_and_gradients(compiled, tensors()), value_and_gradients(model, tensors()))
+
+
+@pytest.mark.slow
+def test_compile_with_rules_made_and_joined_inside() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        near = tilefold.causal() & tilefold.local(3, align="start")
+        return attention(q, k, v, mask=near | ~tilefold.prefix(4) | tilefold.chunked(2))
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    same(value_and_gradients(compiled, tensors()), value_and_gradients(model, tensors()))
+
+
+@pytest.mark.slow
+def test_compile_again_for_another_rule_alone() -> None:
+    graphs = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def model(q: Tensor, k: Tensor, v: Tensor, mask: Rule) -> Tensor:
+        return attention(q, k, v, mask=mask)
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    ids = [0, 0, 1, 1, 1, 0, 0]
+    for expected, mask in (
+        (1, tilefold.documents(ids, ids[:5])),
+        (2, tilefold.documents(ids, ids[2:])),
+        (2, tilefold.documents(list(ids), ids[:5])),
+        (3, tilefold.causal()),
+        (3, tilefold.causal()),
+    ):
+        same([compiled(*tensors(), mask)], [model(*tensors(), mask)])
+        assert len(graphs) == expected
+
+
+@pytest.mark.slow
+def test_compile_with_lengths_that_change() -> None:
+    compiled = torch.compile(
+        lambda q, k: attention(q, k, k, mask=tilefold.causal()),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for len_q, len_k in ((5, 7), (9, 6), (11, 30)):
+        q, k = torch.randn(1, 2, len_q, 4), torch.randn(1, 2, len_k, 4)
+        assert torch.equal(compiled(q, k), attention(q, k, k, mask=tilefold.causal()))
+
+
+FIRST = """
+import torch, tilefold
+{before}
+q = torch.randn(1, 1, 4, 8, requires_grad=True)
+f = lambda q: tilefold.attention(q, q, q, mask={mask})
+torch.compile(f, fullgraph=True, backend='aot_eager')(q).sum().backward()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["None", "tilefold.causal()", "made"])
+def test_the_first_call_may_be_a_compiled_one(mask: str) -> None:
+    code = FIRST.format(mask=mask, before="made = tilefold.causal() & tilefold.local(2)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+Q = torch.zeros(1, 2, 3, 4)
+ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "NumPy beside torch": (
+        lambda: attention(Q, Q.numpy(), Q),
+        TypeError,
+        "k must be a torch tensor as q is, got ndarray",
+    ),
+    "torch beside NumPy": (
+        lambda: attention_backward(Q.numpy(), Q, Q, Q, Q, Q[..., 0]),
+        TypeError,
+        "do must be a torch tensor as q is, got ndarray",
+    ),
+    "half": (
+        lambda: attention(Q, Q, Q.bfloat16()),
+        NotImplementedError,
+        "v is bfloat16, and half types are not implemented yet; convert to float32",
+    ),
+    "integers": (
+        lambda: attention(Q.int(), Q, Q),
+        TypeError,
+        "q must be of float32 or float64, got int32",
+    ),
+    "complex": (
+        lambda: attention(Q, Q * 1j, Q),
+        TypeError,
+        "k must be of float32 or float64, got complex64",
+    ),
+    "mixed types": (
+        lambda: attention(Q, Q, Q.double()),
+        TypeError,
+        "v must be of float32 as q is, got float64",
+    ),
+    "sparse": (
+        lambda: attention(Q, Q.to_sparse(), Q),
+        TypeError,
+        "k must be a strided tensor, got torch.sparse_coo; pass k.to_dense()",
+    ),
+    "another device": (
+        lambda: frontend._check(q=Q, k=OnGpu()),  # type: ignore[arg-type]  # no GPU here
+        NotImplementedError,
+        "k is on cuda:0, and only the CPU is implemented so far; pass k.cpu()",
+    ),
+    "rank": (
+        lambda: attention(Q[0], Q, Q),
+        ValueError,
+        "q must have four axes, (batch, heads, sequence, dim) in layout bhnd, got shape (2, 3, 4)",
+    ),
+    "dim": (
+        lambda: attention(Q, Q[..., :3], Q),
+        ValueError,
+        "the dim of k must be 4 as that of q, got 3: q is (1, 2, 3, 4) and k (1, 2, 3, 3) in"
+        " layout bhnd",
+    ),
+    "layout": (
+        lambda: attention(Q, Q, Q, layout="nbhd"),
+        ValueError,
+        "layout must be 'bhnd', 'bnhd' or 'bhdn', got 'nbhd'",
+    ),
+    "shape of lse": (
+        lambda: attention_backward(Q, Q, Q, Q, Q, Q),
+        ValueError,
+        "lse must have shape (1, 2, 3) to go with q, k and v, got (1, 2, 3, 4)",
+    ),
+    "mask": (
+        lambda: attention(Q, Q, Q, mask=torch.ones(3, 3)),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "mask must be a rule such as tilefold.causal(), got tensor([[1., 1., 1.], [1., 1., 1.],"
+        " [1., 1., 1.]]); wrap an array of bool as tilefold.dense(array)",
+    ),
+}
+
+
+class OnGpu:
+    device = torch.device("cuda:0")
+
+
+@pytest.mark.feature("T15")
+@pytest.mark.parametrize("case", ERRORS)
+def test_message(case: str) -> None:
+    call, kind, message = ERRORS[case]
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        call()
