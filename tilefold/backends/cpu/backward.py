@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from tilefold.backends.cpu import gemm, work
 from tilefold.backends.cpu.block import Block, emit
-from tilefold.backends.cpu.ir import Operand, Value, Variable, overload, vector
+from tilefold.backends.cpu.ir import Value
 from tilefold.backends.cpu.mask import MaskText
 from tilefold.backends.cpu.softmax import LOG2_E, exp2
 from tilefold.backends.cpu.tile import Matrix, Tile
-from tilefold.expression import Truth
 from tilefold.plan import KernelSpec
 
 
@@ -50,20 +49,7 @@ for each block of keys:                                  one owner
         dP <- dO V^T;  dS <- P (dP - delta)
         dV^T += dO^T P;  dK^T += Q^T dS
     dK <- scale dK"""
-    return emit(spec, title.strip(), lambda block: _KeyGradients(block).write())
-
-
-def fused(spec: KernelSpec) -> str:
-    """The text of the kernel that is parallel over heads."""
-    title = """
-for each key head:                                       one owner
-    dQ <- 0
-    for each block of keys, each query head of the group, each tile of queries:
-        S <- Q K^T;  P <- 2^(S - lse)                    rows are queries, lanes are keys
-        dP <- dO V^T;  dS <- P (dP - delta)
-        dV^T += dO^T P;  dK^T += Q^T dS;  dQ += dS (scale K)
-    dK <- scale dK"""
-    return emit(spec, title.strip(), lambda block: _AllGradients(block).write())
+    return emit(spec, title.strip(), lambda block: KeyGradients(block).write())
 
 
 def _write_delta(block: Block) -> None:
@@ -103,10 +89,10 @@ class _QueryGradient:
         self.lse = [body.load(block.at(lse, 0, j), self.shape.vector, "lse") for j in columns]
         self.delta = [body.load(block.at(delta, 0, j), self.shape.vector, "delta") for j in columns]
         block.zero("dq", spec.dim)
-        work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self._tile)
+        work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self.tile)
         block.unpack("dq", self.dq, spec.dim, block.scale())
 
-    def _tile(self, first: Value, count: Value, masked: bool) -> None:
+    def tile(self, first: Value, count: Value, masked: bool) -> None:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.block.h) if masked else None
@@ -125,8 +111,8 @@ class _QueryGradient:
         tile.accumulate_safely(masked, self.keys, self.ds, self.p, self.dq, spec.dim)
 
 
-class _KeyGradients:
-    """One block of keys."""
+class KeyGradients:
+    """One block of keys; the fused kernel adds dQ to it."""
 
     def __init__(self, block: Block) -> None:
         self.block, self.body = block, block.body
@@ -135,6 +121,7 @@ class _KeyGradients:
         self.dk, self.dv = block.region("dk"), block.region("dv")
 
     def write(self) -> None:
+        """Write the block's dk and dv."""
         body, block, spec = self.body, self.block, self.spec
         body.comment("K^T <- scale log2(e) K^T;  V^T;  dK^T <- 0;  dV^T <- 0")
         self.k_packed = block.pack("k", spec.dim, block.scale_log2())
@@ -144,20 +131,21 @@ class _KeyGradients:
         group = block.arguments["group"]
         with body.loop("g", 0, group) as g:
             h = body.add(body.mul(block.h, group), g, "h_q")
-            self._take_head(h)
-            work.tiles(body, spec, block.arguments, block.b, h, block.row, self._tile)
+            self.take_head(h)
+            work.tiles(body, spec, block.arguments, block.b, h, block.row, self.tile)
         block.unpack("dk", self.dk, spec.dim, block.scale())
         block.unpack("dv", self.dv, spec.dim_v, block.scalar(1.0))
 
-    def _take_head(self, h: Value) -> None:
-        """The operands of one query head."""
+    def take_head(self, h: Value) -> None:
+        """Turn to the operands of one query head."""
         block, arguments, scalar = self.block, self.block.arguments, self.shape.scalar
         self.h_q = h
         self.queries, self.do = block.matrix("q", h), block.matrix("do", h)
         self.lse_head = arguments.rows_of("lse", scalar, block.b, h)
         self.delta_head = arguments.rows_of("delta", scalar, block.b, h)
 
-    def _tile(self, first: Value, count: Value, masked: bool) -> None:
+    def tile(self, first: Value, count: Value, masked: bool) -> None:
+        """Add one tile of queries."""
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.h_q) if masked else None
@@ -196,165 +184,6 @@ class _KeyGradients:
         if factor is not None:
             number = body.binary("fmul", number, self.block.scalar(factor), name)
         return body.splat(number, shape.lanes, name)
-
-
-class _AllGradients(_KeyGradients):
-    """All blocks of keys of one key head, and the dQ of its query heads."""
-
-    def write(self) -> None:
-        body, block = self.body, self.block
-        body.comment("dQ <- 0")
-        group = block.arguments["group"]
-        with body.loop("g", 0, group) as g:
-            self._zero_dq(block.matrix("dq", body.add(body.mul(block.h, group), g)))
-        with body.loop("keys", 0, block.arguments["block_rows"]) as row:
-            block.at_row(row)
-            self.k_rows, self.k_finite = self._copy_keys()
-            super().write()
-
-    def _take_head(self, h: Value) -> None:
-        super()._take_head(h)
-        self.dq = self.block.matrix("dq", h)
-
-    def _tile(self, first: Value, count: Value, masked: bool) -> None:
-        super()._tile(first, count, masked)
-        body = self.body
-        tile = Tile(body, self.shape, first, count)
-        body.comment("dQ += dS (scale K)")
-        if not masked:
-            self._add_dq(tile)
-            return
-        with body.choose(body.read(self.k_finite), "finite") as branch:
-            self._add_dq(tile)
-            branch.otherwise()
-            self._add_visible_dq(tile)
-
-    @property
-    def _line(self) -> int:
-        """Elements of one row of `k_rows`: dim in whole vectors."""
-        return -(-self.spec.dim // self.shape.lanes) * self.shape.lanes
-
-    def _zero_dq(self, dq: Matrix) -> None:
-        body, zero = self.body, self.block.scalar(0.0)
-        with body.loop("q", 0, self.block.arguments["len_q"]) as q:
-            row = body.offset(dq.address, self.shape.scalar, body.mul(q, dq.row_stride))
-            with body.loop("d", 0, self.spec.dim) as d:
-                body.store(zero, body.offset(row, self.shape.scalar, d))
-
-    def _copy_keys(self) -> tuple[Value, Variable]:
-        """scale K of the block, row by row in whole vectors; and whether K is finite there."""
-        body, block, scalar = self.body, self.block, self.shape.scalar
-        region = block.region("k_rows")
-        keys = block.matrix("k", block.h)
-        scale = block.scale()
-        with body.loop("key", 0, block.valid) as key:
-            index = body.mul(body.add(block.first, key), keys.row_stride)
-            source = body.offset(keys.address, scalar, index)
-            target = body.offset(region, scalar, body.mul(key, self._line))
-            with body.loop("d", 0, self.spec.dim) as d:
-                number = body.load(body.offset(source, scalar, body.mul(d, keys.d_stride)), scalar)
-                body.store(body.binary("fmul", number, scale), body.offset(target, scalar, d))
-            with body.loop("d", self.spec.dim, self._line) as d:
-                body.store(block.scalar(0.0), body.offset(target, scalar, d))
-        finite = body.variable("i1", Value("true", "i1"), "k.finite")
-        if not isinstance(self.spec.mask.expression, Truth):
-            whole = Tile(body, self.shape, block.first, block.valid)
-            body.write(finite, whole.finite(keys, self.spec.dim))
-        return region, finite
-
-    def _add_dq(self, tile: Tile) -> None:
-        """dq rows += dS rows x k_rows: rows of queries broadcast, the head dim in the lanes."""
-        body, rows = self.body, self.shape.rows
-        step = self.shape.width
-        whole_rows = body.sub(tile.count, body.binary("urem", tile.count, rows))
-        whole_columns = self.spec.dim - self.spec.dim % step
-        rest = -(-(self.spec.dim - whole_columns) // self.shape.lanes)
-        for start, stop, height in ((0, whole_rows, rows), (whole_rows, tile.count, 1)):
-            with body.loop("q", start, stop, height) as row:
-                if whole_columns:
-                    with body.loop("d", 0, whole_columns, step) as d:
-                        self._add_dq_tile(tile, row, height, d, self.shape.vectors)
-                if rest:
-                    self._add_dq_tile(tile, row, height, whole_columns, rest)
-
-    def _add_dq_tile(self, tile: Tile, row: Value, height: int, d: Operand, vectors: int) -> None:
-        body, scalar = self.body, self.shape.scalar
-        shape = gemm.Shape(height, vectors, self.shape.lanes, scalar)
-        weights = [
-            body.offset(self.ds, scalar, body.mul(body.add(row, i), self.shape.width))
-            for i in range(height)
-        ]
-        targets = [self._dq_at(body.add(tile.first, body.add(row, i)), d) for i in range(height)]
-        totals = gemm.multiply(
-            body,
-            shape,
-            height,
-            weights,
-            1,
-            body.offset(self.k_rows, scalar, d),
-            self._line,
-            self.block.valid,
-            lambda i, j: self._load_dq(targets[i], d, j),
-        )
-        for target, line in zip(targets, totals, strict=True):
-            for j, total in enumerate(line):
-                self._store_dq(total, target, d, j)
-
-    def _dq_at(self, query: Value, d: Operand) -> Value:
-        body, scalar = self.body, self.shape.scalar
-        row = body.offset(self.dq.address, scalar, body.mul(query, self.dq.row_stride))
-        return body.offset(row, scalar, d)
-
-    def _tail(self, d: Operand, j: int) -> Value | None:
-        """The lanes of a vector of dq that exist, where not all do."""
-        if isinstance(d, Value):
-            return None
-        left = self.spec.dim - d - j * self.shape.lanes
-        if left >= self.shape.lanes:
-            return None
-        bits = ", ".join(f"i1 {int(lane < left)}" for lane in range(self.shape.lanes))
-        return Value(f"<{bits}>", vector(self.shape.lanes, "i1"))
-
-    def _load_dq(self, row: Value, d: Operand, j: int) -> Value:
-        body, type_ = self.body, self.shape.vector
-        place = body.offset(row, self.shape.scalar, j * self.shape.lanes)
-        tail = self._tail(d, j)
-        if tail is None:
-            return body.load(place, type_, "dq")
-        name = f"llvm.masked.load.{overload(type_)}.p0"
-        align = Value("4" if self.shape.scalar == "float" else "8", "i32")
-        return body.call(name, type_, [place, align, tail, self.block.splat(0.0)], "dq")
-
-    def _store_dq(self, total: Value, row: Value, d: Operand, j: int) -> None:
-        body = self.body
-        place = body.offset(row, self.shape.scalar, j * self.shape.lanes)
-        tail = self._tail(d, j)
-        if tail is None:
-            body.store(total, place)
-            return
-        name = f"llvm.masked.store.{overload(total.type)}.p0"
-        align = Value("4" if self.shape.scalar == "float" else "8", "i32")
-        arguments = [total, place, align, tail]
-        body.module.declare(name, "void", [argument.type for argument in arguments])
-        body.invoke(name, arguments)
-
-    def _add_visible_dq(self, tile: Tile) -> None:
-        """As `_add_dq`, pair by pair without the forbidden ones, for keys that are not finite."""
-        body, scalar, width = self.body, self.shape.scalar, self.shape.width
-        marker = tile.marker("weight").element
-        with body.loop("q", 0, tile.count) as q, body.loop("key", 0, self.block.valid) as key:
-            pair = body.add(body.mul(q, width), key)
-            bits = body.load(body.offset(self.p, scalar, pair), marker, "bits")
-            forbidden = body.constant(tile.marker_bits("weight"), marker)
-            with body.when(body.compare("ne", bits, forbidden), "visible"):
-                weight = body.load(body.offset(self.ds, scalar, pair), scalar)
-                target = self._dq_at(body.add(tile.first, q), 0)
-                source = body.offset(self.k_rows, scalar, body.mul(key, self._line))
-                with body.loop("d", 0, self.spec.dim) as d:
-                    place = body.offset(target, scalar, d)
-                    number = body.load(body.offset(source, scalar, d), scalar)
-                    total = body.multiply_add(weight, number, body.load(place, scalar))
-                    body.store(total, place)
 
 
 def _store_scores(

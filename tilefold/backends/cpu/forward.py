@@ -155,8 +155,9 @@ class _Forward:
                     weight = tile.mark_where(tile.marked(score, "score"), weight, "weight")
                 body.store(weight, place)
                 body.write(total, body.binary("fadd", body.read(total), weight, "sum"))
-        for place, alpha, total in zip(self.l, alphas, sums, strict=True):
-            body.write(place, body.multiply_add(body.read(place), alpha, body.read(total), "l"))
+        for running, alpha, total in zip(self.l, alphas, sums, strict=True):
+            new = body.multiply_add(body.read(running), alpha, body.read(total), "l")
+            body.write(running, new)
 
     def _finish(self) -> None:
         body, block, spec = self.body, self.block, self.spec

@@ -61,8 +61,8 @@ def multiply(
 ) -> Accumulators:
     """C[i][j] = start(i, j) + the sum over c < count of A[i][c] * B[c][j].
 
-    A[i][c] is `left[i][c * left_step]`: `left` holds the address of each row's first number. B[c] is
-    the row of vectors at `right[c * right_stride]` in scratch. Steps and strides count elements.
+    A[i][c] is `left[i][c * left_step]`: `left` holds the address of each row's first number. B[c]
+    is the row of vectors at `right[c * right_stride]` in scratch. Steps and strides count elements.
     """
     places = [
         [body.variable(shape.vector, start(i, j), "acc") for j in range(shape.vectors)]

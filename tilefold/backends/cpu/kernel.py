@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tilefold.backends.cpu import backward, forward, runtime
+from tilefold.backends.cpu import backward, forward, fused, runtime
 from tilefold.backends.cpu.arguments import names
 from tilefold.backends.cpu.block import regions
 from tilefold.device import Device
@@ -17,7 +17,7 @@ _GENERATORS = {
     "delta": backward.delta,
     "backward_dq": backward.dq,
     "backward_dkv": backward.dkv,
-    "backward": backward.fused,
+    "backward": fused.fused,
 }
 
 
