@@ -209,10 +209,13 @@ def test_a_bad_number_of_threads_is_refused(n: object) -> None:
 
 
 def test_the_number_comes_from_the_environment_else_from_the_cores() -> None:
-    code = "print(threads.get_num_threads(), host().cores)"
-    assert in_a_fresh_process(code, TILEFOLD_NUM_THREADS="7").split()[0] == "7"
-    default, cores = in_a_fresh_process(code, TILEFOLD_NUM_THREADS="").split()
-    assert default == cores
+    code = """
+print(threads.get_num_threads())
+threads._default_num_threads.cache_clear()
+del os.environ["TILEFOLD_NUM_THREADS"]
+print(threads.get_num_threads() == host().cores)
+"""
+    assert in_a_fresh_process(code, TILEFOLD_NUM_THREADS="7").split() == ["7", "True"]
 
 
 # Which team -----------------------------------------------------------------------------------
@@ -313,6 +316,24 @@ print(os.waitstatus_to_exitcode(status))
 
 
 @needs_fork
+@pytest.mark.slow
+def test_attention_after_a_fork() -> None:
+    code = """
+import tilefold
+q = np.random.default_rng(1).standard_normal((2, 3, 200, 40), dtype=np.float32)
+tilefold.set_num_threads(4)
+expected = tilefold.attention(q, q, q, mask=tilefold.causal()).tobytes()
+child = os.fork()
+same = tilefold.attention(q, q, q, mask=tilefold.causal()).tobytes() == expected
+if child == 0:
+    os._exit(17 if same else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same)
+"""
+    assert in_a_fresh_process(code) == "17 True"
+
+
+@needs_fork
+@pytest.mark.slow
 def test_forked_worker_processes_work() -> None:
     code = """
 import multiprocessing
@@ -327,6 +348,7 @@ if __name__ == "__main__":
 
 
 @needs_fork
+@pytest.mark.slow
 def test_a_fork_while_other_threads_are_inside() -> None:
     code = """
 going = True
@@ -357,6 +379,7 @@ print(set(codes))
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux only")
+@pytest.mark.slow
 def test_first_imported_in_a_forked_child_it_is_known_to_be_one() -> None:
     code = """
 from multiprocessing import get_context

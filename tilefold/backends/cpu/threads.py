@@ -30,18 +30,37 @@ _requested: int | None = None
 
 
 def get_num_threads() -> int:
-    """Return how many threads a call may use.
+    """How many threads a call may use.
+
+    >>> import tilefold
+    >>> tilefold.get_num_threads() >= 1
+    True
 
     That is the number given to `set_num_threads`, else TILEFOLD_NUM_THREADS, else the cores that
-    this process may use.
+    this process may use: those of its affinity mask, within the quota of its control group.
+    Results do not depend on it, to the last bit.
+
+    Raises
+        ValueError: TILEFOLD_NUM_THREADS is no whole number from 1 to 1024
     """
     return _requested or _default_num_threads()
 
 
 def set_num_threads(n: int) -> None:
-    """Set how many threads each following call may use, in this process; more than cores is fine.
+    """Set how many threads each following call may use, in this process.
 
-    Raises `ValueError` unless n is a whole number from 1 to 1024.
+    >>> import tilefold
+    >>> before = tilefold.get_num_threads()
+    >>> tilefold.set_num_threads(2)
+    >>> tilefold.get_num_threads()
+    2
+    >>> tilefold.set_num_threads(before)
+
+    Arguments
+        n: a whole number from 1 to 1024; more than there are cores is fine
+
+    Raises
+        ValueError: n is anything else
     """
     global _requested
     whole = hasattr(n, "__index__") and not isinstance(n, bool)
