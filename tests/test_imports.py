@@ -17,8 +17,9 @@ settings check nodes expression summary fold blocks rules data coordinates mask 
 roofline cache
 backends backends.cpu
 backends.cpu.ir backends.cpu.gemm backends.cpu.softmax backends.cpu.arguments backends.cpu.mask
-backends.cpu.pack backends.cpu.forward backends.cpu.backward
-backends.cpu.threads backends.cpu.runtime backends.cpu.peak
+backends.cpu.pack backends.cpu.tile backends.cpu.work backends.cpu.block
+backends.cpu.forward backends.cpu.backward backends.cpu.fused
+backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak
 engine
 frontends frontends.numpy frontends.torch
 api
