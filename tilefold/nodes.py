@@ -30,6 +30,18 @@ class Expression:
             f"the truth of `{self}` is not known while a rule is traced; {_ASK_OPERATORS}"
         )
 
+    __array_ufunc__ = None  # NumPy's numbers leave operators to the node on the other side
+
+    def __array__(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise _valueless(self)
+
+
+def _valueless(node: Expression) -> TypeError:
+    return TypeError(
+        f"`{node}` has no value while a rule is traced, so it cannot index an array; "
+        "use documents(), lengths() or dense()"
+    )
+
 
 class Integer(Expression):
     """A whole number that depends on the indices."""
@@ -91,10 +103,7 @@ class Integer(Expression):
     __hash__ = object.__hash__
 
     def __index__(self) -> NoReturn:
-        raise TypeError(
-            f"`{self}` has no value while a rule is traced, so it cannot index an array; "
-            "use documents(), lengths() or dense()"
-        )
+        raise _valueless(self)
 
     __int__ = __index__
 

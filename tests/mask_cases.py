@@ -1,0 +1,250 @@
+"""Random masks for property tests: sizes, a rule that fits them, and what it means pair by pair.
+
+A case carries its own definition, written in plain Python integers and independent of the package:
+`sees(b, h, q, k)` for every pair. So a test can compare any fold of the rule with the definition.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tilefold import mask
+from tilefold.rules import Rule
+
+Sees = Callable[[int, int, int, int], bool]
+SYNCS = ("none_front", "scale_front", "scale_end")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a problem; the grids are None for 1-D sequences."""
+
+    batch: int
+    heads: int
+    len_q: int
+    len_k: int
+    grid_q: tuple[int, int] | None = None
+    grid_k: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rule, sizes that it fits, and its definition."""
+
+    rule: Rule
+    sizes: Sizes
+    sees: Sees
+
+    def dense(self) -> NDArray[np.bool_]:
+        """The definition as an array (batch, heads, len_q, len_k)."""
+        s = self.sizes
+        shape = (s.batch, s.heads, s.len_q, s.len_k)
+        return np.array([self.sees(*index) for index in np.ndindex(shape)], bool).reshape(shape)
+
+
+def coordinate(
+    size_q: int, size_k: int, sync: str
+) -> tuple[Callable[[int], int], Callable[[int], int]]:
+    """The coordinates of query and key along one dimension."""
+    longest = max(size_q, size_k)
+    step_q, step_k = longest // size_q, longest // size_k
+    if sync == "none_front":
+        return (lambda i: i), (lambda j: j)
+    if sync == "none_end":
+        return (lambda i: i + size_k - size_q), (lambda j: j)
+    if sync == "scale_front":
+        return (lambda i: i * step_q), (lambda j: j * step_k)
+    return (lambda i: (i + 1) * step_q - 1), (lambda j: (j + 1) * step_k - 1)
+
+
+def places(sizes: Sizes, sync: str) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
+    """The coordinates of query and key as tuples, one number per dimension."""
+    if sizes.grid_q is None or sizes.grid_k is None:
+        place_q, place_k = coordinate(sizes.len_q, sizes.len_k, sync)
+        return (lambda q: (place_q(q),)), (lambda k: (place_k(k),))
+    rows = coordinate(sizes.grid_q[0], sizes.grid_k[0], sync)
+    columns = coordinate(sizes.grid_q[1], sizes.grid_k[1], sync)
+    width_q, width_k = sizes.grid_q[1], sizes.grid_k[1]
+    return (
+        lambda q: (rows[0](q // width_q), columns[0](q % width_q)),
+        lambda k: (rows[1](k // width_k), columns[1](k % width_k)),
+    )
+
+
+def sees_causal(sizes: Sizes, sync: str) -> Sees:
+    place_q, place_k = places(sizes, sync)
+    return lambda b, h, q, k: place_q(q) >= place_k(k)  # tuples compare in raster order
+
+
+def sees_local(sizes: Sizes, sync: str, window: int, stride: int, causal: bool) -> Sees:
+    place_q, place_k = places(sizes, sync)
+    ordered = sees_causal(sizes, sync)
+
+    def sees(b: int, h: int, q: int, k: int) -> bool:
+        apart = [abs(x - y) for x, y in zip(place_q(q), place_k(k), strict=True)]
+        near = all(d % stride == 0 and d // stride < window for d in apart)
+        return near and (not causal or ordered(b, h, q, k))
+
+    return sees
+
+
+@st.composite
+def all_sizes(draw: st.DrawFn, longest: int = 24) -> Sizes:
+    batch, heads = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    if draw(st.booleans()):
+        length = st.integers(1, longest)
+        return Sizes(batch, heads, draw(length), draw(length))
+    side = st.integers(1, max(1, int(longest**0.5) + 1))
+    grid_q, grid_k = draw(st.tuples(side, side)), draw(st.tuples(side, side))
+    return Sizes(batch, heads, grid_q[0] * grid_q[1], grid_k[0] * grid_k[1], grid_q, grid_k)
+
+
+@st.composite
+def _positions(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
+    """causal and local, with every way to align or synchronise."""
+    grids = {}
+    if sizes.grid_q is not None:
+        if draw(st.booleans()):
+            grids = {"grid_q": sizes.grid_q, "grid_k": sizes.grid_k}
+        else:
+            sizes = Sizes(sizes.batch, sizes.heads, sizes.len_q, sizes.len_k)
+    way = draw(st.sampled_from(("end", "start", *SYNCS)))
+    given = {"sync": way} if way in SYNCS else {"align": way}
+    sync = {"end": "none_end", "start": "none_front"}.get(way, way)
+    if draw(st.booleans()):
+        return mask.causal(**given, **grids), sees_causal(sizes, sync)
+    window, stride = draw(st.integers(1, 9)), draw(st.integers(1, 3))
+    ordered = draw(st.booleans())
+    rule = mask.local(window, stride, causal=ordered, **given, **grids)
+    return rule, sees_local(sizes, sync, window, stride, ordered)
+
+
+@st.composite
+def _plain(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
+    """full, prefix, chunked and lengths of one number."""
+    number = draw(st.integers(0, sizes.len_k + 2))
+    match draw(st.sampled_from(("full", "prefix", "prefix causal", "chunked", "lengths"))):
+        case "full":
+            return mask.full(), lambda b, h, q, k: True
+        case "prefix":
+            return mask.prefix(number, causal=False), lambda b, h, q, k: k < number
+        case "prefix causal":
+            shift = sizes.len_k - sizes.len_q
+            return mask.prefix(number), lambda b, h, q, k: k < number or k <= q + shift
+        case "chunked":
+            size = number + 1
+            return mask.chunked(size), lambda b, h, q, k: q // size == k // size
+    return mask.lengths(number), lambda b, h, q, k: k < number
+
+
+@st.composite
+def _data(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
+    """documents, lengths and dense."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    match draw(st.sampled_from(("documents", "lengths", "dense"))):
+        case "documents":
+            sides = []
+            for length in (sizes.len_q, sizes.len_k):
+                shape = (sizes.batch, length) if draw(st.booleans()) else (length,)
+                ids = random.integers(-2, 3, shape)
+                sides.append(np.sort(ids) if draw(st.booleans()) else ids)
+            whole = [np.broadcast_to(ids, (sizes.batch, ids.shape[-1])) for ids in sides]
+            return (
+                mask.documents(*sides),
+                lambda b, h, q, k: bool(whole[0][b, q] == whole[1][b, k]),
+            )
+        case "lengths":
+            n_k = random.integers(0, sizes.len_k + 2, sizes.batch)
+            return mask.lengths(n_k), lambda b, h, q, k: bool(k < n_k[b])
+    shape = (sizes.batch, sizes.heads, sizes.len_q, sizes.len_k)
+    given = tuple(size if draw(st.booleans()) else 1 for size in shape)
+    given = given[draw(st.integers(0, 3)) :]
+    array = random.random(given) < draw(st.sampled_from((0.02, 0.5, 0.98)))
+    return mask.dense(array), lambda b, h, q, k: bool(np.broadcast_to(array, shape)[b, h, q, k])
+
+
+Formula = Callable[[Any, Any, Any, Any], Any]
+
+
+@st.composite
+def _numbers(draw: st.DrawFn, depth: int) -> Formula:
+    """Whole numbers over the indices, as functions that serve Python's integers and symbols."""
+    kind = draw(st.sampled_from(("index", "constant", "binary", "divide", "abs", "negate")))
+    if depth == 0 or kind == "index":
+        which = draw(st.integers(0, 3))
+        return lambda *indices: indices[which]
+    if kind == "constant":
+        value = draw(st.integers(-9, 9))
+        return lambda *indices: value
+    left = draw(_numbers(depth - 1))
+    if kind == "abs":
+        return lambda *indices: abs(left(*indices))
+    if kind == "negate":
+        return lambda *indices: -left(*indices)
+    if kind == "divide":
+        apply = draw(st.sampled_from((operator.floordiv, operator.mod)))
+        divisor = draw(st.integers(1, 7))
+        return lambda *indices: apply(left(*indices), divisor)
+    join = draw(st.sampled_from((operator.add, operator.sub, operator.mul)))
+    right = draw(_numbers(depth - 1))
+    return lambda *indices: join(left(*indices), right(*indices))
+
+
+@st.composite
+def _truths(draw: st.DrawFn, depth: int) -> Formula:
+    kind = draw(st.sampled_from(("compare", "&", "|", "~")))
+    if depth == 0 or kind == "compare":
+        names = (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne)
+        compare = draw(st.sampled_from(names))
+        first, second = draw(_numbers(2)), draw(_numbers(2))
+        return lambda *indices: _truth(compare(first(*indices), second(*indices)))
+    left = draw(_truths(depth - 1))
+    if kind == "~":
+        return lambda *indices: ~left(*indices)
+    join = operator.and_ if kind == "&" else operator.or_
+    right = draw(_truths(depth - 1))
+    return lambda *indices: join(left(*indices), right(*indices))
+
+
+def _truth(value: Any) -> Any:
+    return np.bool_(value) if isinstance(value, bool) else value
+
+
+@st.composite
+def traced(draw: st.DrawFn) -> tuple[Rule, Sees]:
+    """A user's own rule with a random body."""
+    formula = draw(_truths(2))
+    return (
+        mask.rule(lambda b, h, q, k: formula(b, h, q, k)),
+        lambda b, h, q, k: bool(formula(b, h, q, k)),
+    )
+
+
+@st.composite
+def _composed(draw: st.DrawFn, sizes: Sizes, depth: int, data: bool) -> tuple[Rule, Sees]:
+    kind = draw(st.sampled_from(("leaf", "&", "|", "~"))) if depth else "leaf"
+    if kind == "leaf":
+        leaves = [_positions(sizes), _positions(sizes), _plain(sizes), traced()]
+        return draw(st.one_of(*leaves, *([_data(sizes)] if data else [])))
+    rule, sees = draw(_composed(sizes, depth - 1, data))
+    if kind == "~":
+        return ~rule, lambda b, h, q, k: not sees(b, h, q, k)
+    other, sees_other = draw(_composed(sizes, depth - 1, data))
+    if kind == "&":
+        return rule & other, lambda b, h, q, k: sees(b, h, q, k) and sees_other(b, h, q, k)
+    return rule | other, lambda b, h, q, k: sees(b, h, q, k) or sees_other(b, h, q, k)
+
+
+@st.composite
+def cases(draw: st.DrawFn, longest: int = 24, depth: int = 2, data: bool = True) -> Case:
+    """Random compositions of all rules, on 1-D and 2-D sequences; without arrays if not `data`."""
+    sizes = draw(all_sizes(longest))
+    rule, sees = draw(_composed(sizes, depth, data))
+    return Case(rule, sizes, sees)
