@@ -39,7 +39,7 @@ def attention(
     The scores are made a tile at a time and folded into a running softmax, so memory grows with
     the lengths and not with their product; tiles that the mask hides are skipped.
 
-    Arguments
+    Arguments:
         q: (batch, heads_q, len_q, dim)
         k: (batch, heads_kv, len_k, dim); heads_q is a multiple of heads_kv, and query head h reads
             key head h // (heads_q // heads_kv)
@@ -54,7 +54,7 @@ def attention(
             sequence, heads, dim); "bhdn" is (batch, heads, dim, sequence)
         return_lse: also return the log-sum-exp of each query's scores
 
-    Returns
+    Returns:
         o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous; a torch tensor
             where q is one (differentiable with respect to q, k and v), else a NumPy array
         lse: with return_lse, (batch, heads_q, len_q) in any layout, natural logarithm; gradients
@@ -63,7 +63,7 @@ def attention(
     A query that sees no key gets o = 0 and lse = -inf. What a query may not see never reaches it,
     whatever it holds, NaN and infinity included; what it sees follows IEEE arithmetic.
 
-    Raises
+    Raises:
         TypeError: q, k or v is not an array, their types are mixed or are not floating point, or
             mask is not a rule
         ValueError: shapes do not fit together or to the mask, or scale or layout is not allowed
@@ -103,17 +103,17 @@ def attention_backward(
     For frameworks without automatic differentiation; torch tensors need it only for their own
     autograd functions, since `attention` is differentiable there.
 
-    Arguments
+    Arguments:
         do: (batch, heads_q, len_q, dim_v), the gradient of the result with respect to o
         q, k, v: as given to `attention`
         o, lse: as `attention(..., return_lse=True)` returned them
         mask, scale, layout: as given to `attention`; all arrays but lse are in the layout
 
-    Returns
+    Returns:
         dq, dk, dv, each of the shape and type of its input. A query that sees no key, and a key
         that no query sees, have gradient 0.
 
-    Raises
+    Raises:
         As `attention` does; ValueError too where do, o or lse has another shape than q, k and v ask
 
     The probabilities are computed again from lse, a tile at a time (Dao et al., 2022,
