@@ -6,8 +6,9 @@ FlashAttention (Dao et al., 2022, arXiv:2205.14135, Algorithm 1): the scores of 
 folded into a running softmax.
 
 What a masked pair holds never matters: products run over the visible keys of each query, so a NaN
-in a key reaches exactly the queries that see it. Visible pairs follow IEEE arithmetic. A query that
-sees no key has o = 0, lse = -inf and no gradients.
+in a key reaches exactly the queries that see it. Visible pairs follow IEEE arithmetic: a query all
+of whose scores are -inf, or one of them +inf, has no mean and gets NaN. A query that sees no key
+has o = 0, lse = -inf and no gradients.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def attention(
             m = _shift(_row_max(s))
             p = np.where(visible, np.exp(s - m[:, None]), 0)
             total = p.sum(axis=1)
-            seen = visible.any(axis=1, keepdims=True)
-            o[at] = np.where(seen, _product(p, visible, v[at_kv]) / total[:, None], 0)
+            seen: Array = visible.any(axis=1)
+            total[seen & (total == 0)] = np.nan  # only scores of -inf: 0 / 0
+            o[at] = np.where(seen[:, None], _product(p, visible, v[at_kv]) / total[:, None], 0)
             lse[at] = m + np.log(total)
     return o, lse
 
@@ -137,7 +139,8 @@ def tiled(
                     old = o[at][rows], total[at][rows], m[at][rows]
                     new = _fold_tile(*old, s, tile, v[at_kv][keys])
                     o[at][rows], total[at][rows], m[at][rows] = new
-            o[at][visible.any(axis=1) & (total[at] == 0)] = np.nan  # 0 / 0: only scores of -inf
+            lost: Array = visible.any(axis=1) & (total[at] == 0)  # only scores of -inf: 0 / 0
+            o[at][lost] = total[at][lost] = np.nan
     return o, total, m
 
 

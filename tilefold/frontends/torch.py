@@ -77,7 +77,7 @@ def _write(value: object) -> tuple[str, dict[str, Any]]:
 
 
 for _kind in (Coordinates, Rule):
-    _kind.__fx_repr__ = _write  # type: ignore[attr-defined]  # where PyTorch looks for it
+    _kind.__fx_repr__ = _write  # type: ignore[union-attr]  # where PyTorch looks for it
     register_opaque_type(_kind, typ="value")
 
 
@@ -91,8 +91,9 @@ def _attention(
     if problem.empty:
         return o.zero_(), lse.fill_(-torch.inf)
     axes = LAYOUTS[layout]
-    buffers = [_buffer(tensor, problem.dtype, axes) for tensor in (q, k, v, o)]
-    engine.forward(problem, *buffers, _buffer(lse, problem.dtype, _LSE_AXES))
+    operands = [_buffer(tensor, problem.dtype, axes) for tensor in (q, k, v, o)]
+    operands.append(_buffer(lse, problem.dtype, _LSE_AXES))
+    engine.forward(problem, *operands)
     return o, lse
 
 
@@ -125,9 +126,9 @@ def _backward(
     if problem.empty:
         return dq.zero_(), dk.zero_(), dv.zero_()
     axes = LAYOUTS[layout]
-    inputs = [_buffer(tensor, problem.dtype, axes) for tensor in (do, q, k, v, o)]
-    outputs = [_buffer(tensor, problem.dtype, axes) for tensor in (dq, dk, dv)]
-    engine.backward(problem, *inputs, _buffer(lse, problem.dtype, _LSE_AXES), *outputs)
+    operands = [_buffer(tensor, problem.dtype, axes) for tensor in (do, q, k, v, o, dq, dk, dv)]
+    operands.insert(5, _buffer(lse, problem.dtype, _LSE_AXES))
+    engine.backward(problem, *operands)
     return dq, dk, dv
 
 
