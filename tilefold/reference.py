@@ -55,7 +55,7 @@ def attention(
             m = _shift(_row_max(s))
             p = np.where(visible, np.exp(s - m[:, None]), 0)
             total = p.sum(axis=1)
-            seen: Array = visible.any(axis=1)
+            seen = np.count_nonzero(visible, axis=1) > 0
             total[seen & (total == 0)] = np.nan  # only scores of -inf: 0 / 0
             o[at] = np.where(seen[:, None], _product(p, visible, v[at_kv]) / total[:, None], 0)
             lse[at] = m + np.log(total)
@@ -139,7 +139,9 @@ def tiled(
                     old = o[at][rows], total[at][rows], m[at][rows]
                     new = _fold_tile(*old, s, tile, v[at_kv][keys])
                     o[at][rows], total[at][rows], m[at][rows] = new
-            lost: Array = visible.any(axis=1) & (total[at] == 0)  # only scores of -inf: 0 / 0
+            lost = (np.count_nonzero(visible, axis=1) > 0) & (
+                total[at] == 0
+            )  # only scores of -inf: 0 / 0
             o[at][lost] = total[at][lost] = np.nan
     return o, total, m
 
