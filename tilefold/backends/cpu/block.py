@@ -43,14 +43,14 @@ def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
     scalar = SCALARS[spec.dtype]
     shape = gemm.Shape(spec.rows, spec.vectors, spec.lanes, scalar)
     module = Module(title, spec.lanes * (32 if scalar == "float" else 64))
-    pack.define_pack(module, shape)
-    pack.define_unpack(module, shape)
     argument = Value("%arguments", "ptr")
     with module.function(spec.operation, [argument]) as body:
         arguments = Arguments(body, spec, argument)
         scratch = work.scratch_of_worker(body, arguments)
         with work.items(body, arguments) as item:
             write(Block(body, spec, shape, arguments, scratch, item))
+    pack.define_pack(module, shape)
+    pack.define_unpack(module, shape)
     return module.text()
 
 

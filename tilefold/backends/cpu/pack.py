@@ -25,11 +25,13 @@ def define_pack(module: Module, shape: Shape) -> None:
         with body.loop("block", 0, shape.width, shape.lanes) as block:
             start = body.variable("i64", Value("0", "i64"), "start")
             whole = move.whole(block)
+            body.comment("d is contiguous: squares of lanes x lanes, turned in registers")
             with body.when(body.binary("and", whole, move.dim_contiguous), "squares"):
                 with body.loop("d", 0, move.squares_end, shape.lanes) as d:
                     for i, column in enumerate(transpose(body, move.load_rows(block, d))):
                         body.store(move.scaled(column), move.scratch(body.add(d, i), block))
                 body.write(start, move.squares_end)
+            body.comment("lanes are contiguous: whole vectors")
             with body.when(body.binary("and", whole, move.lanes_contiguous), "vectors"):
                 with body.loop("d", 0, move.dim) as d:
                     line = body.load(move.array(block, d), shape.vector)
@@ -54,6 +56,7 @@ def define_unpack(module: Module, shape: Shape) -> None:
         with body.loop("block", 0, shape.width, shape.lanes) as block:
             start = body.variable("i64", Value("0", "i64"), "start")
             whole = move.whole(block)
+            body.comment("d is contiguous: squares of lanes x lanes, turned in registers")
             with body.when(body.binary("and", whole, move.dim_contiguous), "squares"):
                 with body.loop("d", 0, move.squares_end, shape.lanes) as d:
                     lines = [
@@ -63,6 +66,7 @@ def define_unpack(module: Module, shape: Shape) -> None:
                     for i, row in enumerate(transpose(body, lines)):
                         body.store(move.scaled(row), move.array(body.add(block, i), d))
                 body.write(start, move.squares_end)
+            body.comment("lanes are contiguous: whole vectors")
             with body.when(body.binary("and", whole, move.lanes_contiguous), "vectors"):
                 with body.loop("d", 0, move.dim) as d:
                     line = body.load(move.scratch(d, block), shape.vector)
