@@ -23,7 +23,7 @@ Array = NDArray[Any]
 FAN = 8  # a super-tile is 8 x 8 of the next finer kind; 4 and 16 plan a 1M window no faster
 TOP_TILES = 1 << 14  # grids up to this many tiles are classified at once, without super-tiles
 CHUNK_TILES = 1 << 16  # tiles classified at a time: their int64 bounds stay within a 2 MiB cache
-COMPACT_SEGMENTS = 1 << 20  # above this many, segments are merged before more are made
+COMPACT_SEGMENTS = 1 << 18  # above this many (8 MiB), segments are merged before more are made
 
 SKIP, PARTIAL, FULL = 0, 1, 2
 
@@ -147,9 +147,9 @@ class _Scan:
     def segments(self, planes: int, grid: _Grid) -> _Segments:
         """The merged segments of all planes, in the order of rows and columns."""
         self.summary = Summary({self.parallel: grid.block_row, self.traverse: grid.block_column})
-        found = [_no_segments()]
+        found = _Found(grid.columns)
         if not planes * grid.rows * grid.columns:
-            return found[0]
+            return found.merged()
         span = 1
         while -(-grid.rows // span) * -(-grid.columns // span) > TOP_TILES:
             span *= FAN
@@ -166,9 +166,7 @@ class _Scan:
             descend = []
             for part in _chunks(parents, fan):
                 states = self.classify(part, fan, level)
-                found.append(_expand(_segments(part, states, level, span == 1), span, level, grid))
-                if sum(len(segments.row) for segments in found) > COMPACT_SEGMENTS:
-                    found = [_merge(found, grid.columns)]
+                found.add(_expand(_segments(part, states, level, span == 1), span, level, grid))
                 if span > 1:
                     which, row, column = np.nonzero(states == PARTIAL)
                     plane, top, left = (values[which] for values in part)
@@ -176,7 +174,7 @@ class _Scan:
             parents = tuple(np.concatenate(parts) for parts in zip(*descend, strict=True))
             fan = (min(FAN, grid.rows), min(FAN, grid.columns))
             span = span // FAN if parents else 0
-        return _merge(found, grid.columns)
+        return found.merged()
 
     def classify(self, part: tuple[Array, ...], fan: tuple[int, int], level: _Grid) -> Array:
         """SKIP, PARTIAL or FULL for the tiles (parent, row, column) below each parent."""
@@ -253,6 +251,25 @@ def _merge(found: list[_Segments], columns: int) -> _Segments:
     return _Segments(row[starts], first[starts], last[ends], kind[starts])
 
 
-def _no_segments() -> _Segments:
-    empty = np.zeros(0, np.int64)
-    return _Segments(empty, empty, empty, empty.astype(np.int8))
+class _Found:
+    """Segments on their way to runs, merged now and then so that they take little memory."""
+
+    def __init__(self, columns: int) -> None:
+        empty = np.zeros(0, np.int64)
+        self.columns = columns
+        self.parts = [_Segments(empty, empty, empty, empty.astype(np.int8))]
+        self.size = 0
+        self.limit = COMPACT_SEGMENTS
+
+    def add(self, segments: _Segments) -> None:
+        self.parts.append(segments)
+        self.size += len(segments.row)
+        if self.size > self.limit:
+            self.merged()
+
+    def merged(self) -> _Segments:
+        """All segments in order; the next merge waits until there are twice as many."""
+        whole = _merge(self.parts, self.columns)
+        self.parts, self.size = [whole], len(whole.row)
+        self.limit = max(COMPACT_SEGMENTS, 2 * self.size)
+        return whole

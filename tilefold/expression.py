@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -102,14 +103,14 @@ def fold(
 
     `known` gives values to some nodes beforehand, by `id(node)`.
     """
-    done: dict[int, Value] = dict(known or {})
+    return _visit(dict(known or {}), algebra, expression)
 
-    def visit(node: Expression) -> Value:
-        if id(node) not in done:
-            done[id(node)] = _step(node, algebra, visit)
-        return done[id(node)]
 
-    return visit(expression)
+def _visit(done: dict[int, Value], algebra: Algebra[Value], node: Expression) -> Value:
+    # No closure that calls itself: such a cycle would keep the values until the next collection.
+    if id(node) not in done:
+        done[id(node)] = _step(node, algebra, partial(_visit, done, algebra))
+    return done[id(node)]
 
 
 def _step(node: Expression, algebra: Algebra[Value], visit: Callable[[Expression], Value]) -> Value:
