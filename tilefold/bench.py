@@ -99,6 +99,7 @@ class Row:
         problem = self.case.problem
         sizes = {name: getattr(problem, name) for name in _SIZES}
         return sizes | {
+            "shape": self.case.shape,
             "dtype": problem.dtype,
             "mask": str(problem.mask),
             "operation": self.case.operation,

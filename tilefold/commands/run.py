@@ -10,6 +10,7 @@ import numpy as np
 
 from tilefold import api, arrays, parse
 from tilefold.commands import terminal, text
+from tilefold.mask import full
 from tilefold.problem import LAYOUTS
 
 DESCRIPTION = """Without --q, --k, --v: encode real text with a real transformer whose attention is
@@ -57,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _own_arrays(options: argparse.Namespace) -> None:
-    mask = parse.parse(options.mask) if options.mask else None
+    mask = full() if options.mask is None else parse.parse(options.mask)
     q, k, v = (arrays.load(getattr(options, name), name) for name in "qkv")
     start = time.perf_counter()
     o, lse = api.attention(
@@ -74,7 +75,7 @@ def _own_arrays(options: argparse.Namespace) -> None:
                 "lse": options.lse,
                 "shape": list(o.shape),
                 "dtype": str(o.dtype),
-                "mask": str(mask) if mask else "full()",
+                "mask": str(mask),
                 "seconds": seconds,
                 "finite": bool(np.isfinite(o).all()),
             }

