@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tilefold import mask
 from tilefold.rules import Rule
+
+# No time limit per example: a busy machine is not a failing test.
+settings.register_profile("tilefold", deadline=None)
+settings.load_profile("tilefold")
 
 Sees = Callable[[int, int, int, int], bool]
 SYNCS = ("none_front", "scale_front", "scale_end")

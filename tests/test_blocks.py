@@ -91,7 +91,6 @@ def check_cover(found: Runs, visible: NDArray[np.bool_], block: int) -> None:
 
 @pytest.mark.feature("M15", "T07")
 @settings(
-    max_examples=250,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the patch is the same for all
 )
 @given(
@@ -137,7 +136,7 @@ def test_runs_cover_what_is_visible(
 
 
 @pytest.mark.feature("M15", "T07")
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=mask_cases.cases(longest=40), block=st.integers(1, 6))
 def test_super_tiles_change_nothing(
     case: Case, block: int, monkeypatch: pytest.MonkeyPatch

@@ -92,10 +92,7 @@ def known_of(
 BLOCKS = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-@pytest.mark.feature("T07", "M15")
-@settings(max_examples=300)
-@given(mask_cases.cases(longest=36), BLOCKS)
-def test_no_tile_is_called_full_or_skipped_that_is_not(case: Case, blocks: tuple[int, int]) -> None:
+def check_tiles(case: Case, blocks: tuple[int, int]) -> None:
     s = case.sizes
     expression = case.rule.bind(s.len_q, s.len_k)
     visible = case.dense()
@@ -106,8 +103,23 @@ def test_no_tile_is_called_full_or_skipped_that_is_not(case: Case, blocks: tuple
         assert not (truly_some & ~some).any(), "a tile is called skipped"
 
 
+@pytest.mark.feature("T07", "M15")
+@given(mask_cases.cases(longest=36), BLOCKS)
+def test_no_tile_is_called_full_or_skipped_that_is_not(case: Case, blocks: tuple[int, int]) -> None:
+    check_tiles(case, blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("T07", "M15")
+@settings(max_examples=1000)
+@given(mask_cases.cases(longest=49, depth=3), BLOCKS)
+def test_no_tile_of_many_masks_is_called_what_it_is_not(
+    case: Case, blocks: tuple[int, int]
+) -> None:
+    check_tiles(case, blocks)
+
+
 @pytest.mark.feature("T07")
-@settings(max_examples=300)
 @given(mask_cases.cases(longest=30), st.data())
 def test_tiles_of_any_extent(case: Case, data: st.DataObject) -> None:
     """Tiles that lie on no grid, over ranges of the batch and the heads too."""

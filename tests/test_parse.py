@@ -22,7 +22,7 @@ def test_the_examples_of_the_documentation_are_true() -> None:
     assert (failed, tried > 0) == (0, True)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(mask_cases.cases(depth=3, data=False))
 def test_what_a_rule_prints_reads_back_as_the_rule(case: Case) -> None:
     again = parse(repr(case.rule))
