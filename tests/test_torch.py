@@ -238,6 +238,21 @@ def test_the_first_call_may_be_a_compiled_one(mask: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.feature("T15")
+def test_an_old_torch_is_named() -> None:
+    code = """
+import torch, tilefold
+torch.__version__ = torch.torch_version.TorchVersion("2.9.1")
+try:
+    tilefold.attention(*[torch.zeros(1, 1, 1, 1)] * 3)
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("tensors need PyTorch 2.12 or newer, found 2.9.1; ")
+
+
 Q = torch.zeros(1, 2, 3, 4)
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "NumPy beside torch": (

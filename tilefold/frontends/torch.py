@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.opaque_object import register_opaque_type
 
 from tilefold import engine
 from tilefold.buffer import Buffer
@@ -30,6 +29,13 @@ from tilefold.problem import (
     shape_lse,
     shape_o,
 )
+
+# 2.12, 2.13 and 2.15 pass the tests; 2.11 knows opaque values of its own classes alone.
+if torch.__version__ < (2, 12):
+    raise ImportError(
+        f"tensors need PyTorch 2.12 or newer, found {torch.__version__}; upgrade it, or pass"
+        " arrays (tensor.numpy())"
+    )
 
 _LSE_AXES = (0, 1, 2)
 _constants: dict[str, object] = {}
@@ -76,9 +82,19 @@ def _write(value: object) -> tuple[str, dict[str, Any]]:
     return f"_constant({key!r})", {"_constant": _constant}
 
 
-for _kind in (Coordinates, Rule):
-    _kind.__fx_repr__ = _write  # type: ignore[union-attr]  # where PyTorch looks for it
-    register_opaque_type(_kind, typ="value")
+def _register(kind: Any) -> None:
+    """Make values of a class constants of compiled graphs."""
+    from torch._library import opaque_object
+
+    kind.__fx_repr__ = _write
+    if hasattr(opaque_object, "register_custom_class"):  # its name in PyTorch 2.15
+        opaque_object.register_custom_class(kind, typ="constant")
+    else:
+        opaque_object.register_opaque_type(kind, typ="value")
+
+
+_register(Coordinates)
+_register(Rule)
 
 
 @torch.library.custom_op("tilefold::attention", mutates_args=(), device_types="cpu")
