@@ -28,7 +28,7 @@ def test_unset_or_empty_means_the_default(
         (settings.CACHE_DIR, "/somewhere/else", Path("/somewhere/else")),
         (settings.CACHE_MIB, "0", 0),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_text_becomes_a_value(
     setting: settings.Setting[object], text: str, value: object, monkeypatch: pytest.MonkeyPatch
@@ -72,7 +72,7 @@ def test_text_becomes_a_value(
             "TILEFOLD_CACHE_MIB must be a whole number of MiB, 0 to keep nothing, not '-1'",
         ),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_a_bad_value_is_named_in_one_line(
     setting: settings.Setting[object], text: str, message: str, monkeypatch: pytest.MonkeyPatch
