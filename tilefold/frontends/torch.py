@@ -31,7 +31,7 @@ from tilefold.problem import (
 )
 
 # 2.12, 2.13 and 2.15 pass the tests; 2.11 knows opaque values of its own classes alone.
-if torch.__version__ < (2, 12):
+if torch.__version__ < "2.12":  # a TorchVersion, which compares releases
     raise ImportError(
         f"tensors need PyTorch 2.12 or newer, found {torch.__version__}; upgrade it, or pass"
         " arrays (tensor.numpy())"
