@@ -63,6 +63,9 @@ def attention(
     A query that sees no key gets o = 0 and lse = -inf. What a query may not see never reaches it,
     whatever it holds, NaN and infinity included; what it sees follows IEEE arithmetic.
 
+    Under `torch.compile` a rule is a constant of the graph. Rules that carry data, and `rule(...)`,
+    are made outside the compiled function.
+
     Raises:
         TypeError: q, k or v is not an array, their types are mixed or are not floating point, or
             mask is not a rule

@@ -2,9 +2,11 @@
 
 `tilefold::attention` has a derivative, `tilefold::attention_backward` has none (so second
 derivatives raise). Both take the mask as a `Rule`: it is registered as an opaque value, a constant
-of the compiled graph that is guarded by equality, so another rule compiles another graph.
+of the compiled graph that is guarded by equality, so another rule compiles another graph. Rules
+over positions may be made and joined inside a compiled function; rules that carry data, and
+`rule(...)`, are made outside of it and used inside.
 
-Tensors are read where they lie, whatever their strides.
+Tensors are read where they lie, whatever their strides. lse carries no gradient.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from tilefold.problem import (
     shape_o,
 )
 
-# 2.12, 2.13 and 2.15 pass the tests; 2.11 knows opaque values of its own classes alone.
+# 2.12 and 2.13 pass all tests, 2.15 (a CUDA build) all but its own opcheck, which trips over a
+# warning of its own; 2.11 takes opaque values of its own classes alone.
 if torch.__version__ < "2.12":  # a TorchVersion, which compares releases
     raise ImportError(
         f"tensors need PyTorch 2.12 or newer, found {torch.__version__}; upgrade it, or pass"
