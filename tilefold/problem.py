@@ -113,7 +113,7 @@ class Problem:
         return elements[operation] * ITEM_BYTES[self.dtype]
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16)  # few, since masks of big data are kept alive; a miss costs some 10 us
 def describe(
     shape_q: Shape,
     shape_k: Shape,
