@@ -1,0 +1,293 @@
+"""The one table of cases: what attention is asked to compute, by tests and benchmarks alike.
+
+A case says shapes, heads, dims, rule, layout and how the arrays lie in memory; so does its id.
+`CASES` covers every value of every axis, and every pair of values of the axes in `PAIRS`: the full
+product would be millions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tilefold import Rule, causal, chunked, dense, documents, full, lengths, local, prefix, rule
+from tilefold.problem import Problem, default_scale
+
+SHAPES = [
+    *[(1, 1), (3, 3), (64, 32), (113, 203), (128, 217), (239, 1), (799, 3), (1, 799)],
+    *[(108, 256), (384, 256), (1023, 1024), (1024, 1023)],
+]
+DIMS = [1, 2, 3, 16, 40, 64, 77, 80, 95, 128, 199, 256, 384, 512]
+HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
+DIM_V = {
+    "same": lambda dim: dim,
+    "wider": lambda dim: dim + 13,
+    "narrower": lambda dim: -(-dim // 2),
+}
+LAYOUTS = ["bhnd", "bnhd", "bhdn"]
+MEMORY = ["packed", "padded", "reversed", "step2", "broadcast", "transposed", "misaligned"]
+SCALES = [None, 0.3, 1.0, -0.5]
+SYNCS = ["none_front", "scale_front", "scale_end"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a rule may depend on."""
+
+    batch: int
+    heads: int
+    len_q: int
+    len_k: int
+
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """The two lengths as 2-D sequences, as square as they factor."""
+        return {"grid_q": grid(self.len_q), "grid_k": grid(self.len_k)}
+
+    def random(self) -> np.random.Generator:
+        """Data of a rule, the same for the same sizes."""
+        return np.random.default_rng([self.batch, self.heads, self.len_q, self.len_k])
+
+
+def grid(length: int) -> tuple[int, int]:
+    """(height, width) with width >= height.
+
+    >>> grid(203), grid(384), grid(1023)
+    ((7, 29), (16, 24), (31, 33))
+    """
+    height = next(n for n in range(math.isqrt(length), 0, -1) if length % n == 0)
+    return height, length // height
+
+
+def _documents(sizes: Sizes) -> Rule:
+    """Some of the queries belong to no document of any key, and the other way round."""
+    ids_q = sizes.random().integers(0, 5, sizes.len_q)
+    return documents(np.sort(ids_q), np.sort(sizes.random().integers(1, 6, sizes.len_k)))
+
+
+def _documents_of_batch(sizes: Sizes) -> Rule:
+    ids = [sizes.random().integers(0, 3, (sizes.batch, n)) for n in (sizes.len_q, sizes.len_k)]
+    return documents(*ids)
+
+
+def _dense(*axes: str) -> Callable[[Sizes], Rule]:
+    def make(sizes: Sizes) -> Rule:
+        names = {"b": sizes.batch, "h": sizes.heads, "q": sizes.len_q, "k": sizes.len_k}
+        return dense(sizes.random().random([names.get(axis, 1) for axis in axes]) < 0.6)
+
+    return make
+
+
+RULES: dict[str, Callable[[Sizes], Rule]] = {
+    "full": lambda _: full(),
+    "causal": lambda _: causal(),
+    "causal-start": lambda _: causal("start"),
+    **{f"causal-{sync}": lambda _, sync=sync: causal(sync=sync) for sync in SYNCS},
+    "causal-2d": lambda n: causal(**n.grids),
+    "causal-2d-start": lambda n: causal("start", **n.grids),
+    **{f"causal-2d-{sync}": lambda n, sync=sync: causal(sync=sync, **n.grids) for sync in SYNCS},
+    "local": lambda _: local(20),
+    "local-1": lambda _: local(1),
+    "local-start-stride": lambda _: local(9, stride=4, align="start"),
+    "local-causal": lambda _: local(33, causal=True),
+    **{f"local-{sync}": lambda _, sync=sync: local(7, 2, sync=sync) for sync in SYNCS},
+    "local-2d": lambda n: local(3, **n.grids),
+    **{f"local-2d-{sync}": lambda n, sync=sync: local(3, sync=sync, **n.grids) for sync in SYNCS},
+    **{
+        f"local-2d-causal-{sync}": lambda n, sync=sync: local(
+            2, 2, causal=True, sync=sync, **n.grids
+        )
+        for sync in SYNCS
+    },
+    "prefix": lambda _: prefix(17),
+    "prefix-alone": lambda _: prefix(5, causal=False),
+    "documents": _documents,
+    "documents-of-batch": _documents_of_batch,
+    "lengths": lambda n: lengths(n.len_k - n.len_k // 3),
+    "lengths-of-batch": lambda n: lengths([n.len_k * 2 // 3, n.len_k, 0][: n.batch]),
+    "chunked": lambda _: chunked(24),
+    "dense": _dense("q", "k"),
+    "dense-keys": _dense("b", "1", "1", "k"),
+    "dense-queries": _dense("h", "q", "1"),
+    "dense-all": _dense("b", "h", "q", "k"),
+    "every-third": lambda _: rule(lambda q, k: (q - k) % 3 == 0),
+    "heads-differ": lambda _: rule(lambda b, h, q, k: abs(q - k) < 8 * (h + 1) + b),
+    "nothing": lambda _: ~full(),
+    "window-and-prefix": lambda _: (causal() & local(25)) | prefix(4),
+    "other-documents": lambda n: ~_documents(n) & causal("start"),
+    "later-in-chunk": lambda n: ~causal("start") & (chunked(40) | lengths(n.len_k // 4)),
+    **{
+        f"random-{seed}": lambda n, seed=seed: random_rule(random.Random(seed), n)
+        for seed in range(8)
+    },
+}
+"""Every rule, in every sync mode and dimension, and compositions of them, by name."""
+
+
+def random_rule(draw: random.Random, sizes: Sizes, depth: int = 2) -> Rule:
+    """A composition of any rules. `draw` is a seeded generator, or hypothesis's."""
+    kind = draw.randrange(5) if depth else 0
+    if kind <= 1:
+        return _random_leaf(draw, sizes)
+    if kind == 2:
+        return ~random_rule(draw, sizes, depth - 1)
+    left, right = (random_rule(draw, sizes, depth - 1) for _ in range(2))
+    return left & right if kind == 3 else left | right
+
+
+def _random_leaf(draw: random.Random, sizes: Sizes) -> Rule:
+    longest = max(sizes.len_q, sizes.len_k)
+    place = draw.choice(
+        [
+            {},
+            {"align": "start"},
+            {"sync": draw.choice(SYNCS)},
+            sizes.grids,
+            {"sync": draw.choice(SYNCS), **sizes.grids},
+        ]
+    )
+    a, b, n = draw.randint(-2, 2), draw.randint(-2, 2), draw.randint(1, 9)
+    data = np.random.default_rng(draw.randrange(1000))
+    leaves: list[Callable[[], Rule]] = [
+        lambda: causal(**place),
+        lambda: local(
+            draw.randint(1, longest + 1),
+            draw.choice([1, 1, 2, 4]),
+            causal=draw.random() < 0.5,
+            **place,
+        ),
+        lambda: prefix(draw.randint(0, sizes.len_k), causal=draw.random() < 0.5),
+        lambda: chunked(draw.randint(1, longest)),
+        lambda: lengths(draw.randint(0, sizes.len_k)),
+        lambda: lengths(data.integers(0, sizes.len_k + 1, sizes.batch)),
+        lambda: documents(
+            data.integers(0, n, sizes.len_q), np.sort(data.integers(0, n, sizes.len_k))
+        ),
+        lambda: documents(
+            *(data.integers(0, n, (sizes.batch, length)) for length in (sizes.len_q, sizes.len_k))
+        ),
+        lambda: dense(
+            data.random(
+                [
+                    draw.choice([1, size])
+                    for size in (sizes.batch, sizes.heads, sizes.len_q, sizes.len_k)
+                ]
+            )
+            < 0.5
+        ),
+        lambda: rule(lambda q, k: (a * q + b * k) % n < max(1, n // 2)),
+        lambda: rule(lambda b, h, q, k: abs(q // n - k + h) <= b + n),
+    ]
+    return draw.choice(leaves)()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: sizes, rule by its name in `RULES`, layout and memory of the arrays."""
+
+    shape: tuple[int, int] = (64, 32)
+    dim: int = 16
+    rule: str = "full"
+    layout: str = "bhnd"
+    heads: str = "mha"
+    memory: str = "packed"
+    dim_v: str = "same"
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        scale = "" if self.scale is None else f"-scale{self.scale}"
+        width = "" if self.dim_v == "same" else f"v{DIM_V[self.dim_v](self.dim)}"
+        lengths = "x".join(map(str, self.shape))
+        start = f"{lengths}-d{self.dim}{width}-{self.heads}-{self.rule}"
+        return f"{start}-{self.layout}-{self.memory}{scale}"
+
+    @property
+    def sizes(self) -> Sizes:
+        """Batch and heads; long sequences have a batch of one, for the time they take."""
+        batch = 2 if math.prod(self.shape) < 60000 else 1
+        return Sizes(batch, HEADS[self.heads][0], *self.shape)
+
+    def mask(self) -> Rule:
+        """The rule at these sizes."""
+        return RULES[self.rule](self.sizes)
+
+    def problem(self, dtype: str) -> Problem:
+        """The case as tilefold's planner takes it."""
+        sizes = self.sizes
+        return Problem(
+            batch=sizes.batch,
+            heads_q=sizes.heads,
+            heads_kv=HEADS[self.heads][1],
+            len_q=sizes.len_q,
+            len_k=sizes.len_k,
+            dim=self.dim,
+            dim_v=DIM_V[self.dim_v](self.dim),
+            dtype=dtype,
+            scale=default_scale(self.dim) if self.scale is None else self.scale,
+            mask=self.mask(),
+        )
+
+
+AXES: dict[str, list[object]] = {
+    "shape": list(SHAPES),
+    "dim": list(DIMS),
+    "rule": list(RULES),
+    "layout": list(LAYOUTS),
+    "heads": list(HEADS),
+    "memory": list(MEMORY),
+    "dim_v": list(DIM_V),
+    "scale": list(SCALES),
+}
+"""Every axis of a `Case` and its values."""
+
+PAIRS = [
+    *[("shape", "layout"), ("shape", "heads"), ("dim", "layout"), ("dim", "heads")],
+    *[("dim", "dim_v"), ("layout", "memory"), ("heads", "memory"), ("layout", "dim_v")],
+]
+"""Axes that meet in the kernels' text or in their loops: all pairs of their values are tested."""
+
+Setting = tuple[str, object]
+
+
+def cover(axes: dict[str, list[object]], pairs: list[tuple[str, str]]) -> Iterator[Case]:
+    """Cases with every value of every axis and every pair of values of `pairs`, greedily few."""
+    draw = random.Random(0)
+    wanted: set[frozenset[Setting]] = set()
+    for group in [*((axis,) for axis in axes), *pairs]:
+        values = [[(axis, value) for value in axes[axis]] for axis in group]
+        wanted |= {frozenset(settings) for settings in itertools.product(*values)}
+    while wanted:
+        seed = min(wanted, key=lambda group: (-len(group), sorted(map(repr, group))))
+        candidates = [
+            {axis: draw.choice(values) for axis, values in axes.items()} | dict(seed)
+            for _ in range(60)
+        ]
+        scored = [
+            ({group for group in wanted if group <= set(candidate.items())}, candidate)
+            for candidate in candidates
+        ]
+        met, best = max(scored, key=lambda pair: len(pair[0]))
+        wanted -= met
+        yield replace(Case(), **best)
+
+
+LARGE = [(128, 217), (108, 256), (384, 256)]
+"""Shapes of many tiles, which factor into 2-D grids of different sizes and not by whole ratios."""
+
+CASES = list(
+    dict.fromkeys(
+        [
+            *cover(AXES, PAIRS),
+            *(
+                Case(LARGE[i % 3], 16, name, LAYOUTS[i % 2], list(HEADS)[i // 2 % 3])
+                for i, name in enumerate(RULES)
+            ),
+        ]
+    )
+)
+"""All of them: the covering, and every rule on many tiles."""

@@ -1,0 +1,107 @@
+"""The one comparison: raises, and shows the worst place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tilefold import Rule, reference
+
+Array = NDArray[Any]
+
+
+def assert_near(name: str, got: ArrayLike, want: ArrayLike, tolerance: ArrayLike) -> None:
+    """Raises AssertionError unless |got - want| <= tolerance; NaN and infinities must agree.
+
+    >>> assert_near("o", [1.0, 2.5], [1.0, 2.0], 0.1)
+    Traceback (most recent call last):
+    AssertionError: o: 1 of 2 numbers differ; worst at (1,): got 2.5, want 2.0, error 0.5 > 0.1
+    """
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"{name}: got shape {got.shape}, want {want.shape}"
+    error = errors(got, want)
+    allowed = np.broadcast_to(tolerance, want.shape)
+    wrong = ~(error <= allowed)
+    if wrong.any():
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = np.where(wrong, np.nan_to_num(error / allowed, nan=np.inf, posinf=np.inf), -1)
+        at = tuple(int(i) for i in np.unravel_index(np.argmax(ratio), want.shape))
+        raise AssertionError(
+            f"{name}: {wrong.sum()} of {wrong.size} numbers differ; worst at {at}: got "
+            f"{float(got[at])!r}, want {float(want[at])!r}, error {float(error[at]):.3g} > "
+            f"{float(allowed[at]):.3g}"
+        )
+
+
+def assert_same(name: str, got: ArrayLike, want: ArrayLike) -> None:
+    """Raises AssertionError unless both hold the same bits, but for the payload of a NaN."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.dtype == want.dtype and got.shape == want.shape, (name, got.dtype, got.shape)
+    same = (got == want) & (np.signbit(got) == np.signbit(want)) | np.isnan(got) & np.isnan(want)
+    if not same.all():
+        at = tuple(int(i) for i in np.argwhere(~same)[0])
+        raise AssertionError(
+            f"{name}: {(~same).sum()} of {same.size} numbers differ; first at {at}: got "
+            f"{float(got[at])!r}, want {float(want[at])!r}"
+        )
+
+
+def errors(got: Array, want: Array) -> Array:
+    """|got - want|: 0 where both are NaN or the same infinity, infinite where only one is."""
+    with np.errstate(invalid="ignore"):
+        error = np.abs(got - want)
+    error[(got == want) | (np.isnan(got) & np.isnan(want))] = 0
+    error[np.isnan(error)] = np.inf
+    return error
+
+
+def roundings(
+    operands: Mapping[str, Array], results: Mapping[str, Array], mask: Rule, scale: float
+) -> dict[str, float]:
+    """How far rounding every intermediate number once could move each result, in units of the type.
+
+    A score s that is off by |s| moves its weight p by p |s|; p, dp, delta and every term of a sum
+    are rounded too, each by its own size. All float64, nothing cancelled, the largest over the
+    array. It is the floor of a tolerance: a dense computation may be exact by luck (one key: p = 1
+    and dp = delta), and another way to compute the same is not bound to be lucky there.
+    """
+    do, q, k, v = (operands[name].astype(np.float64) for name in ("do", "q", "k", "v"))
+    batch, heads_q, len_q, _ = q.shape
+    heads_kv, len_k = k.shape[1:3]
+    group = heads_q // heads_kv
+    visible = mask.to_dense(len_q, len_k, batch, heads_q)
+    keys, values = (np.repeat(array, group, axis=1) for array in (k, v))
+    s = scale * (q @ keys.swapaxes(2, 3))
+    with np.errstate(invalid="ignore", over="ignore"):
+        p = np.where(visible, np.exp(s - results["lse"][..., None]), 0)
+    delta = (do * results["o"]).sum(axis=3, keepdims=True)
+    dp = do @ values.swapaxes(2, 3)
+    moved = p * (1 + abs(s))
+    ds = abs(scale) * (moved * abs(dp - delta) + p * (abs(dp) + abs(delta)))
+
+    def over_group(array: Array) -> Array:
+        return array.reshape(batch, heads_kv, group, *array.shape[2:]).sum(axis=2)
+
+    terms = {
+        "o": moved @ abs(values),
+        "lse": np.where(visible, 1 + abs(s), 0),
+        "dq": ds @ abs(keys),
+        "dk": over_group(ds.swapaxes(2, 3) @ abs(q)),
+        "dv": over_group(moved.swapaxes(2, 3) @ abs(do)),
+    }
+    return {name: float(array.max(initial=0)) for name, array in terms.items()}
+
+
+def dense(
+    operands: Mapping[str, Array], mask: Rule, scale: float, dtype: str = "float64"
+) -> dict[str, Array]:
+    """o, lse, dq, dk and dv by the reference, computed in `dtype`."""
+    q, k, v, do = (operands[name] for name in ("q", "k", "v", "do"))
+    o, lse = reference.attention(q, k, v, mask=mask, scale=scale, dtype=dtype)
+    gradients = reference.attention_backward(
+        do, q, k, v, o, lse, mask=mask, scale=scale, dtype=dtype
+    )
+    return dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients), strict=True))

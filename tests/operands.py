@@ -1,0 +1,151 @@
+"""Arrays of a case as a caller might hold them: any layout, any strides, and the same as Buffers.
+
+The memory around an array is filled with a sentinel, to be found again untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import engine
+from tilefold.buffer import Buffer
+from tilefold.device import host
+from tilefold.plan import plan
+from tilefold.problem import LAYOUTS, Problem
+
+Array = NDArray[Any]
+SENTINEL = 12345.0
+SHARED_AXES = {"q": (0,), "k": (1,), "v": (2,), "do": (3,)}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An array (canonical axes), all the memory around it, and which of that is the array."""
+
+    array: Array
+    base: Array
+    inside: Array
+
+    def untouched(self) -> bool:
+        """Whether the memory around the array still holds the sentinel."""
+        return bool((self.base[~self.inside] == SENTINEL).all())
+
+
+def canonical(array: Array, layout: str) -> Array:
+    """A view with the axes (batch, heads, sequence, dim) of an array in a layout, and back."""
+    return array.transpose(LAYOUTS[layout])
+
+
+def place(shape: tuple[int, ...], dtype: str, layout: str, memory: str, name: str = "") -> Placed:
+    """An array of a canonical shape whose memory is laid out as said; it holds the sentinel."""
+    order = LAYOUTS[layout] if len(shape) == 4 else (0, 1, 2)
+    outer = tuple(shape[axis] for axis in order)
+    shared = [axis in SHARED_AXES.get(name, ()) for axis in order]
+    base = _base(_around(outer, memory, shared), dtype, misaligned=memory == "misaligned")
+    inside = np.full(base.shape, memory == "broadcast")
+    if memory != "broadcast":
+        _view(inside, outer, memory)[...] = True
+    return Placed(_view(base, outer, memory).transpose(order), base, inside)
+
+
+def _around(outer: tuple[int, ...], memory: str, shared: list[bool]) -> tuple[int, ...]:
+    """The shape of the memory that holds an array."""
+    match memory:
+        case "padded":
+            return tuple(size + 1 + axis for axis, size in enumerate(outer))
+        case "step2":
+            return tuple(2 * size for size in outer)
+        case "broadcast":
+            return tuple(1 if one else size for one, size in zip(shared, outer, strict=True))
+        case "transposed":
+            return outer[::-1]
+    return outer
+
+
+def _view(base: Array, outer: tuple[int, ...], memory: str) -> Array:
+    """The array in the memory around it."""
+    match memory:
+        case "padded":
+            return base[tuple(slice(1, size + 1) for size in outer)]
+        case "reversed":
+            return base[(slice(None, None, -1),) * len(outer)]
+        case "step2":
+            return base[(slice(1, None, 2),) * len(outer)]
+        case "broadcast":
+            return np.broadcast_to(base, outer)
+        case "transposed":
+            return base.transpose()
+    return base
+
+
+def _base(shape: tuple[int, ...], dtype: str, *, misaligned: bool) -> Array:
+    item = np.dtype(dtype).itemsize
+    memory = np.empty(int(np.prod(shape)) * item + item, np.uint8)
+    shift = 1 if misaligned else 0
+    base = memory[shift : memory.size - item + shift].view(dtype).reshape(shape)
+    base[...] = SENTINEL
+    return base
+
+
+def fill(placed: Placed, random: np.random.Generator) -> Array:
+    """Give an array normal numbers; return it."""
+    numbers = random.normal(size=placed.base.shape)
+    placed.base[placed.inside] = numbers[placed.inside]
+    return placed.array
+
+
+def inputs(problem: Problem, layout: str, memory: str, seed: int = 0) -> dict[str, Array]:
+    """q, k, v and do with the canonical axes, of normal numbers."""
+    random = np.random.default_rng(seed)
+    p = problem
+    shapes = {
+        "q": (p.batch, p.heads_q, p.len_q, p.dim),
+        "k": (p.batch, p.heads_kv, p.len_k, p.dim),
+        "v": (p.batch, p.heads_kv, p.len_k, p.dim_v),
+        "do": (p.batch, p.heads_q, p.len_q, p.dim_v),
+    }
+    return {
+        name: fill(place(shape, p.dtype, layout, memory, name), random)
+        for name, shape in shapes.items()
+    }
+
+
+def buffer(array: Array) -> Buffer:
+    """A canonical array as the engine takes it; a copy of one that is not aligned."""
+    array = np.require(array, requirements="A")
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    return Buffer(array.ctypes.data, array.shape, strides, array.dtype.name, array)
+
+
+def run(problem: Problem, operation: str, operands: Mapping[str, Array], **options: Any) -> None:
+    """Run one plan on canonical arrays; `options` as `plan` takes them. Outputs must be aligned."""
+    buffers = {name: buffer(array) for name, array in operands.items()}
+    engine.run(plan(problem, host(), operation, **options), buffers)
+
+
+def forward(problem: Problem, operands: Mapping[str, Array], **options: Any) -> dict[str, Array]:
+    """o and lse, contiguous."""
+    shape = (problem.batch, problem.heads_q, problem.len_q)
+    results = {
+        "o": np.full((*shape, problem.dim_v), SENTINEL, problem.dtype),
+        "lse": np.full(shape, SENTINEL, problem.dtype),
+    }
+    names = ("q", "k", "v")
+    run(problem, "forward", {**{name: operands[name] for name in names}, **results}, **options)
+    return results
+
+
+def backward(
+    problem: Problem, operands: Mapping[str, Array], form: str, **options: Any
+) -> dict[str, Array]:
+    """dq, dk and dv, contiguous; `operands` holds do, q, k, v, o and lse."""
+    results = {f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"}
+    names = ("do", "q", "k", "v", "o", "lse")
+    given = {name: operands[name] for name in names}
+    run(problem, "backward", {**given, **results}, form=form, **options)
+    return results
