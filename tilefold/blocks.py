@@ -234,7 +234,7 @@ def _expand(segments: _Segments, span: int, level: _Grid, grid: _Grid) -> _Segme
     return _Segments(
         fine,
         np.repeat(first * span, height),
-        np.repeat(np.minimum(last * span, grid.columns), height),
+        np.repeat(last * span, height),
         np.repeat(kind, height),
     )
 
