@@ -1,0 +1,175 @@
+"""Memory between two pages that no one may touch: one step outside an array ends the process.
+
+Every array of a call lies there flush against the page before it or after it: arguments (which
+become read-only), results, the mask's tables, the plan's lists, the argument block, the scratch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+from trial import Memory
+
+from tilefold import engine
+from tilefold.backends.cpu import threads
+from tilefold.backends.cpu.kernel import CpuKernel
+from tilefold.buffer import Buffer
+from tilefold.device import Device
+from tilefold.expression import Table
+from tilefold.plan import KernelSpec, Plan
+from tilefold.problem import Problem
+
+Array = NDArray[Any]
+PAGE = mmap.PAGESIZE
+SIDES = ("before", "after")
+
+_NO_ACCESS, _READ_ONLY = 0, 1  # PROT_NONE and PROT_READ on every system
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+class GuardedMemory(Memory):
+    """Arrays flush against the forbidden page "before" or "after" them; `close` ends them all.
+
+    `short` names an array that lies one element too far, its outermost element on the forbidden
+    page: a kernel that touches every element must die, or this harness overlooks overruns.
+    """
+
+    def __init__(self, side: str, short: str | None = None) -> None:
+        self._side = side
+        self._short = short
+        self._pages: dict[str, tuple[int, int]] = {}
+        self._old: list[tuple[int, int]] = []
+
+    def allocate(self, name: str, elements: int, dtype: str) -> Array:
+        """See `Memory.allocate`."""
+        size = elements * np.dtype(dtype).itemsize
+        inside = -(-size // PAGE) * PAGE
+        first = self._map(name, inside)
+        ctypes.memset(first, 0xFF, inside)
+        start = first if self._side == "before" else first + inside - size
+        raw = (ctypes.c_ubyte * size).from_address(start)
+        return np.frombuffer(raw, np.uint8).view(dtype) if size else np.empty(0, dtype)
+
+    def address(self, name: str, array: Array) -> int:
+        """See `Memory.address`."""
+        return array.__array_interface__["data"][0] + self._shift(name, array.itemsize)
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """See `Memory.freeze`."""
+        for name in names:
+            _protect(*self._pages[name], _READ_ONLY)
+
+    def copy(self, name: str, array: Array, *, frozen: bool = True) -> Array:
+        """The same numbers in this memory, contiguous, and read-only unless not `frozen`."""
+        array = np.ascontiguousarray(array)
+        copy = self.allocate(name, array.size, str(array.dtype))
+        address = self.address(name, copy)
+        flat = array.reshape(-1)
+        if name == self._short:  # what is left of it stands where it should, seen from its start
+            flat = flat[1:] if self._side == "before" else flat[:-1]
+        where = max(address, self._pages[name][0])
+        ctypes.memmove(where, flat.ctypes.data, flat.nbytes)
+        if frozen:
+            self.freeze([name])
+        view = (ctypes.c_ubyte * array.nbytes).from_address(address)
+        return np.frombuffer(view, np.uint8).view(array.dtype).reshape(array.shape)
+
+    def scratch(self, name: str, elements: int, dtype: str) -> int:
+        """The address of fresh memory, each bit of it set."""
+        shift = self._shift(name, 64 if name == "workspace" else np.dtype(dtype).itemsize)
+        return self.allocate(name, elements, dtype).ctypes.data + shift
+
+    def move(self, plan: Plan) -> Plan:
+        """See `Memory.move`."""
+        tables = [Table(self.copy(f"table {i}", t.array)) for i, t in enumerate(plan.tables)]
+        launches = []
+        for launch in plan.launches:
+            runs = replace(
+                launch.runs,
+                rows=self.copy("rows", launch.runs.rows),
+                runs=self.copy("runs", launch.runs.runs) if len(launch.runs.runs) else EMPTY_RUNS,
+            )
+            order = self.copy("order", launch.order)
+            launches.append(replace(launch, runs=runs, order=order))
+        return replace(plan, tables=tuple(tables), launches=tuple(launches))
+
+    def close(self) -> None:
+        """Give the memory back; no array in it may be used any more."""
+        for first, inside in (*self._old, *self._pages.values()):
+            _libc.munmap(first - PAGE, inside + 2 * PAGE)
+        self._old, self._pages = [], {}
+
+    def _map(self, name: str, inside: int) -> int:
+        if name in self._pages:
+            self._old.append(self._pages[name])
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        base = _libc.mmap(None, inside + 2 * PAGE, access, kind, -1, 0)
+        assert base not in (None, ctypes.c_void_p(-1).value), ctypes.get_errno()
+        first = int(base) + PAGE
+        _protect(first - PAGE, PAGE, _NO_ACCESS)
+        _protect(first + inside, PAGE, _NO_ACCESS)
+        self._pages[name] = (first, inside)
+        return first
+
+    def _shift(self, name: str, size: int) -> int:
+        if name != self._short:
+            return 0
+        return -size if self._side == "before" else size
+
+
+EMPTY_RUNS = np.empty((0, 3), np.int64)
+
+
+@contextmanager
+def guarded(side: str, short: str | None = None) -> Iterator[GuardedMemory]:
+    """Guarded memory, in which the engine puts its scratch and its argument blocks meanwhile."""
+    memory = GuardedMemory(side, short)
+    words = 0
+
+    def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
+        nonlocal words
+        found = real_kernel(spec, device)
+        words = len(found.names)
+        return found
+
+    def run(address: int, arguments: int, workers: int) -> None:
+        block = np.frombuffer((ctypes.c_int64 * words).from_address(arguments), np.int64)
+        copy = memory.copy("argument block", block, frozen=False)  # its two counters count
+        real_run(address, copy.ctypes.data, workers)
+
+    def workspace(size: int) -> int:
+        return memory.scratch("workspace", size, "uint8")
+
+    def row_buffer(problem: Problem) -> Buffer:
+        real = real_row_buffer(problem)
+        elements = problem.batch * problem.heads_q * problem.len_q
+        return replace(real, pointer=memory.scratch("delta", elements, problem.dtype))
+
+    real_kernel, real_run, real_row_buffer = engine.kernel, threads.run, engine._row_buffer
+    with (
+        mock.patch.object(engine, "kernel", kernel),
+        mock.patch.object(threads, "run", run),
+        mock.patch.object(engine, "_workspace", workspace),
+        mock.patch.object(engine, "_row_buffer", row_buffer),
+    ):
+        yield memory
+    memory.close()
+
+
+def _protect(first: int, size: int, access: int) -> None:
+    if _libc.mprotect(first, size, access):
+        raise OSError(ctypes.get_errno(), "mprotect failed")

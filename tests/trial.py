@@ -1,0 +1,250 @@
+"""One problem with numbers of its own: laid out in memory, run through the engine, compared.
+
+Tests that ask where arrays may lie, on which machine or on how many threads kernels run, and not
+which numbers come out, share these numbers, these layouts and this comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import Rule, engine, full, reference
+from tilefold.buffer import Buffer
+from tilefold.device import Device, host
+from tilefold.plan import Plan, plan
+from tilefold.problem import Problem, default_scale
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+PASSES = (("forward", "auto"), ("backward", "split"), ("backward", "fused"))
+"""Every operation in every form."""
+
+INPUTS = {"forward": ("q", "k", "v"), "backward": ("do", "q", "k", "v", "o", "lse")}
+OUTPUTS = {"forward": ("o", "lse"), "backward": ("dq", "dk", "dv")}
+
+TOLERANCE = {"float32": 5e-4, "float64": 1e-10}
+"""Largest error relative to the largest number of an array, or to 1 where that is larger.
+
+It tells wrong from right; how precise results are is for the tests that compare with float32.
+"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array lies: its axes from the outermost in, the innermost stride, gaps, direction.
+
+    `gap` elements lie between the entries of every axis; `shared` heads are one and the same.
+    """
+
+    order: Shape = (0, 1, 2, 3)
+    step: int = 1
+    gap: int = 0
+    backwards: bool = False
+    shared: bool = False
+
+    def strides(self, shape: Shape) -> Shape:
+        """Strides in elements of an array of a canonical shape."""
+        strides = [0] * len(shape)
+        size = self.step
+        for axis in reversed([axis for axis in self.order if axis < len(shape)]):
+            if not (self.shared and axis == 1):
+                strides[axis] = size
+                size = size * shape[axis] + self.gap
+        if self.backwards:
+            strides[1], strides[2] = -strides[1], -strides[2]
+        return tuple(strides)
+
+
+LAYOUTS = {
+    "bhnd": Layout(),
+    "bnhd": Layout((0, 2, 1, 3)),
+    "bhdn": Layout((0, 1, 3, 2)),
+    "padded bhnd": Layout(gap=3),
+    "padded bhdn": Layout((0, 1, 3, 2), gap=5),
+    "no unit stride": Layout(step=2, gap=1),
+    "backwards": Layout(gap=1, backwards=True),
+    "shared heads": Layout(shared=True),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A problem, how its arrays lie, and whether what no one may look at holds NaN."""
+
+    problem: Problem
+    layout: str = "bhnd"
+    poisoned: bool = False
+
+    def __str__(self) -> str:
+        p = self.problem
+        sizes = f"{p.batch}x{p.heads_q}/{p.heads_kv} {p.len_q}x{p.len_k} dim {p.dim}/{p.dim_v}"
+        return f"{sizes} {p.dtype} {p.mask} {self.layout}{' poisoned' * self.poisoned}"
+
+
+def problem(
+    len_q: int,
+    len_k: int,
+    dim: int,
+    mask: Rule | None = None,
+    dtype: str = "float32",
+    *,
+    dim_v: int | None = None,
+    batch: int = 1,
+    heads: tuple[int, int] = (2, 1),
+) -> Problem:
+    """A problem with what most trials do not care about filled in."""
+    sizes = (batch, *heads, len_q, len_k, dim, dim_v or dim)
+    return Problem(*sizes, dtype, default_scale(dim), full() if mask is None else mask)
+
+
+def numbers(trial: Trial) -> dict[str, Array]:
+    """The arguments in the problem's type, and what comes out by definition in float64."""
+    p = trial.problem
+    random = np.random.default_rng(p.len_q * 1000 + p.len_k)
+    given = {}
+    for name in ("q", "k", "v", "do"):
+        given[name] = random.normal(size=shape_of(p, name)).astype(p.dtype)
+        if LAYOUTS[trial.layout].shared:
+            given[name][...] = given[name][:, :1]
+    if trial.poisoned:
+        _poison(p, given)
+    o, lse = reference.attention(given["q"], given["k"], given["v"], mask=p.mask, scale=p.scale)
+    given["o"], given["lse"] = o.astype(p.dtype), lse.astype(p.dtype)
+    arguments = [given[name] for name in ("do", "q", "k", "v", "o", "lse")]
+    gradients = reference.attention_backward(*arguments, mask=p.mask, scale=p.scale)
+    expected = dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients), strict=True))
+    return given | {f"expected {name}": array for name, array in expected.items()}
+
+
+def shape_of(p: Problem, name: str) -> Shape:
+    """The canonical shape of an argument or a result."""
+    q_side, k_side = (p.batch, p.heads_q, p.len_q), (p.batch, p.heads_kv, p.len_k)
+    if name == "lse":
+        return q_side
+    side = k_side if name in ("k", "v", "dk", "dv") else q_side
+    return (*side, p.dim if name in ("q", "k", "dq", "dk") else p.dim_v)
+
+
+def _poison(p: Problem, given: dict[str, Array]) -> None:
+    """NaN in keys that no query sees and in queries that see no key."""
+    seen = p.mask.to_dense(p.len_q, p.len_k, batch=p.batch, heads=p.heads_q)
+    seen = np.broadcast_to(seen, (p.batch, p.heads_q, p.len_q, p.len_k))
+    blind = ~seen.any(axis=3)
+    groups = seen.reshape(p.batch, p.heads_kv, -1, p.len_q, p.len_k)
+    unseen = ~groups.any(axis=(2, 3))
+    for name, rows in (("q", blind), ("do", blind), ("k", unseen), ("v", unseen)):
+        given[name][rows] = np.nan
+
+
+class Memory:
+    """Where arrays lie: here, wherever NumPy puts them."""
+
+    def allocate(self, name: str, elements: int, dtype: str) -> Array:
+        """Exactly so many elements, every bit of them set: floats are NaN."""
+        item = np.dtype(dtype).itemsize
+        return np.full(elements * item, 0xFF, np.uint8).view(dtype)
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Arrays that no one should write to from now on."""
+
+    def address(self, name: str, array: Array) -> int:
+        """Where a kernel is told that an array begins."""
+        return int(array.__array_interface__["data"][0])
+
+    def move(self, plan: Plan) -> Plan:
+        """The plan with its own arrays in this memory."""
+        return plan
+
+
+def run(
+    trial: Trial,
+    given: dict[str, Array],
+    operation: str,
+    form: str = "auto",
+    memory: Memory | None = None,
+    device: Device | None = None,
+) -> dict[str, Array]:
+    """Run one operation on arrays laid out as the trial says; compare, and return its results.
+
+    Raises AssertionError where a result is wrong, an argument changed or a gap was written to.
+    """
+    memory = memory or Memory()
+    p = trial.problem
+    flats: dict[str, Array] = {}
+    views: dict[str, Array] = {}
+    for name in (*INPUTS[operation], *OUTPUTS[operation]):
+        layout = _layout_of(name, trial, operation, form)
+        shape = shape_of(p, name)
+        flats[name], views[name] = _place(memory, name, shape, layout.strides(shape), p.dtype)
+        if name in INPUTS[operation]:
+            views[name][...] = given[name]
+    memory.freeze(INPUTS[operation])
+    before = {name: flats[name].tobytes() for name in INPUTS[operation]}
+    buffers = {name: _buffer(memory, name, view, p.dtype) for name, view in views.items()}
+    engine.run(memory.move(plan(p, device or host(), operation, form)), buffers)
+    for name, old in before.items():
+        assert flats[name].tobytes() == old, f"{name} was modified"
+    for name in OUTPUTS[operation]:
+        compare(name, views[name], given[f"expected {name}"])
+        _check_gaps(name, flats[name], views[name])
+    return {name: views[name] for name in OUTPUTS[operation]}
+
+
+def _layout_of(name: str, trial: Trial, operation: str, form: str) -> Layout:
+    """As the trial says, but results share nothing, and fused wants rows of dq as they are."""
+    layout = LAYOUTS[trial.layout]
+    if layout.shared and name not in ("q", "k", "v", "do"):
+        return LAYOUTS["bhnd"]
+    if name == "dq" and form == "fused" and (layout.step != 1 or layout.order[-1] != 3):
+        return LAYOUTS["padded bhnd"]
+    return layout
+
+
+def _place(
+    memory: Memory, name: str, shape: Shape, strides: Shape, dtype: str
+) -> tuple[Array, Array]:
+    """Exactly the elements that the strides span, and the array as a view of them."""
+    reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
+    lowest = sum(min(0, far) for far in reach)
+    highest = sum(max(0, far) for far in reach)
+    flat = memory.allocate(name, highest - lowest + 1, dtype)
+    in_bytes = tuple(stride * flat.itemsize for stride in strides)
+    return flat, np.lib.stride_tricks.as_strided(flat[-lowest:], shape, in_bytes)
+
+
+def _buffer(memory: Memory, name: str, view: Array, dtype: str) -> Buffer:
+    strides = tuple(stride // view.itemsize for stride in view.strides)
+    return Buffer(memory.address(name, view), view.shape, strides, dtype, view)
+
+
+def compare(name: str, found: Array, expected: Array) -> None:
+    """Raise and show the worst place unless two arrays agree, NaN and infinities included."""
+    assert found.shape == expected.shape, (name, found.shape, expected.shape)
+    usual = np.isfinite(expected)
+    same = np.array_equal(found[~usual], expected[~usual], equal_nan=True)
+    assert same, f"{name}: NaN or infinities are not where they should be"
+    error = np.abs(np.where(usual, found, 0) - np.where(usual, expected, 0))
+    allowed = TOLERANCE[str(found.dtype)] * max(1.0, np.abs(expected[usual]).max(initial=0))
+    if not (error <= allowed).all():
+        worst = np.unravel_index(
+            np.nanargmax(np.where(np.isnan(error), np.inf, error)), found.shape
+        )
+        place = tuple(int(index) for index in worst)
+        raise AssertionError(f"{name}{place} is {found[worst]!r}, not {expected[worst]!r}")
+
+
+def _check_gaps(name: str, flat: Array, view: Array) -> None:
+    """What lies between the elements of a result keeps its bits."""
+    touched = np.zeros(flat.size, np.bool_)
+    start = (view.__array_interface__["data"][0] - flat.ctypes.data) // flat.itemsize
+    np.lib.stride_tricks.as_strided(
+        touched[start:], view.shape, tuple(stride // flat.itemsize for stride in view.strides)
+    )[...] = True
+    gaps = flat.view(np.uint8).reshape(-1, flat.itemsize)[~touched]
+    assert (gaps == 0xFF).all(), f"{name}: a gap between its rows was written to"
