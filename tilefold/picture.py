@@ -214,7 +214,8 @@ def svg(picture: Picture) -> str:
     rows, columns = picture.marks.shape
     cell = max(4, min(24, 576 // max(rows, columns)))
     left, top = 16, 44
-    width = max(columns * cell + 2 * left, 480)
+    letters = max(8 * len(picture.title), 7 * len(picture.summary), 420)  # their widths, at most
+    width = max(columns * cell, letters) + 2 * left
     height = rows * cell + top + 48
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
