@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # One cache for the whole session, shared by the xdist workers and by child processes.
-    if not hasattr(config, "workerinput"):
-        folder = tempfile.TemporaryDirectory(prefix="tilefold-test-cache-")
-        config.add_cleanup(folder.cleanup)
-        os.environ["TILEFOLD_CACHE_DIR"] = folder.name
+    # One cache for all tests, their child processes and the next session. Names of kernels are
+    # hashes of their text, so none is ever stale; tests of compiling take `fresh_cache`.
+    folder = config.rootpath / ".pytest_cache" / "kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["TILEFOLD_CACHE_DIR"] = str(folder)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

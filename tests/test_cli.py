@@ -270,6 +270,7 @@ def test_doctor_finds_this_machine_healthy(capsys: Any, cache_dir: Path) -> None
     assert len(answer["self_test"]) == 2 * 2 * len(doctor.CASES)
 
 
+@pytest.mark.slow
 def test_doctor_reports_what_is_wrong(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(q: Any, k: Any, v: Any, **_: Any) -> Any:
         return np.zeros((*q.shape[:3], v.shape[3])), np.zeros(q.shape[:3])

@@ -86,7 +86,7 @@ def test_an_editable_install_follows_the_source(tmp_path: Path) -> None:
 @pytest.mark.feature("M12")
 def test_the_quick_suite_ends_within_seconds(record_property: pytest.RecordProperty) -> None:
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow"]
     said = call(*command, "-n", "2", "--ignore", __file__)
     seconds = time.monotonic() - start
     record_property("quick_suite_seconds", round(seconds, 1))
@@ -129,6 +129,7 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_python_in_the_pages_runs(page: str) -> None:
     blocks = re.findall(

@@ -32,6 +32,7 @@ def test_batch_and_heads_are_a_loop_over_single_heads() -> None:
             assert np.array_equal(single_lse, lse[one])
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T11", "T02")
 def test_channel_first_local_window_between_sequences_of_different_sizes() -> None:
     q, k, v = normal(1, 8, 32, 1024), normal(1, 8, 32, 2048, seed=1), normal(1, 8, 16, 2048, seed=2)
