@@ -5,8 +5,10 @@ Nothing here depends on how many threads will run: so results do not either.
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,8 +92,45 @@ class Plan:
     parameters: tuple[int, ...]
     tables: tuple[Table, ...]
 
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        arrays = [table.array for table in self.tables]
+        for launch in self.launches:
+            arrays += [launch.runs.rows, launch.runs.runs, launch.order]
+        return sum(array.nbytes for array in arrays)
 
-@lru_cache(maxsize=128)
+
+class _Recent:
+    """The newest plans, up to a number of them and of bytes; always the last one."""
+
+    def __init__(self, plans: int, data_bytes: int) -> None:
+        self._most, self._most_bytes = plans, data_bytes
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Plan | None:
+        with self._lock:
+            found = self._plans.get(key)
+            if found is not None:
+                self._plans.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, plan: Plan) -> Plan:
+        with self._lock:
+            self._plans[key] = plan
+            held = sum(plan.data_bytes for plan in self._plans.values())
+            while len(self._plans) > 1 and (
+                len(self._plans) > self._most or held > self._most_bytes
+            ):
+                _, oldest = self._plans.popitem(last=False)
+                held -= oldest.data_bytes
+        return plan
+
+
+_recent = _Recent(plans=128, data_bytes=256 * 2**20)
+
+
 def plan(
     problem: Problem,
     device: Device,
@@ -105,7 +144,23 @@ def plan(
     `form` is how the backward pass is split: "fused" (5 products per pair, one owner per key
     head), "split" (7 products, one owner per block of queries, then of keys) or "auto". `tile` and
     `block_traverse` override the tables; results depend on them only by rounding.
+
+    Plans are kept for the next call of the same problem: the newest ones, as far as their data
+    (mask tables and runs) fit 256 MiB.
     """
+    key = (problem, device, operation, form, tile, block_traverse)
+    found = _recent.get(key)
+    return found if found is not None else _recent.put(key, _plan(*key))
+
+
+def _plan(
+    problem: Problem,
+    device: Device,
+    operation: str,
+    form: str,
+    tile: RegisterTile | None,
+    block_traverse: int | None,
+) -> Plan:
     expression = problem.mask.bind(problem.len_q, problem.len_k)
     bits = index_bits(expression, problem.batch, problem.heads_q, problem.len_q, problem.len_k)
     skeleton, parameters, tables = split(expression)

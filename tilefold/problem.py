@@ -27,8 +27,8 @@ LAYOUTS: Final[dict[str, tuple[int, int, int, int]]] = {
 AXES: Final = ("batch", "heads", "sequence", "dim")
 ITEM_BYTES: Final = {"float32": 4, "float64": 8}
 HALF_TYPES: Final = ("float16", "bfloat16")
-LIMIT: Final = 2**31
-"""Lengths, dims and batch * heads stay below: kernels and mask tables count in 32 bits."""
+LIMIT: Final = 2**31 - 2**10
+"""Lengths, dims and batch * heads stay below: 32 bits count them to the end of the last block."""
 
 _FULL = full()
 

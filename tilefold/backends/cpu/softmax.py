@@ -52,7 +52,8 @@ FORMATS = {
 def exp2(body: Body, x: Value, *, bounded: bool, hint: str = "p") -> Value:
     """2**x in each lane; NaN stays NaN, and what is below the smallest normal number becomes 0.
 
-    `bounded` promises x <= 0, or NaN (the forward pass); without it large x give infinity.
+    `bounded` promises x <= 0, or NaN (the forward pass). Without it x is cut at 0: a probability
+    made again from lse is never above 1, even where lse was rounded to less than the largest score.
 
     Adding 1.5 * 2^mantissa_bits rounds x to a whole number n and leaves n in the low bits: with the
     bias added too, those bits shifted up are the number 2^n. The last step multiplies, so that NaN
@@ -62,7 +63,7 @@ def exp2(body: Body, x: Value, *, bounded: bool, hint: str = "p") -> Value:
     lowest = body.constant(-format_.bias, x.type)
     x = body.larger(lowest, x, "e")
     if not bounded:
-        highest = body.constant(format_.bias + 1, x.type)
+        highest = body.constant(0.0, x.type)
         x = body.select(body.compare("olt", highest, x), highest, x, "e")
     magic = body.constant(1.5 * 2.0**format_.mantissa_bits + format_.bias, x.type)
     rounded = body.binary("fadd", x, magic, "e")
