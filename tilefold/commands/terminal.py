@@ -111,7 +111,7 @@ def grid() -> Table:
 def facts() -> Table:
     """A name and what is to be said of it, line by line."""
     made = Table.grid(padding=(0, 2, 0, 0))
-    made.add_column(style="bold", no_wrap=True, min_width=8)
+    made.add_column(style="bold", no_wrap=True, min_width=10)
     made.add_column(ratio=1, overflow="fold")
     return made
 

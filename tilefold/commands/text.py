@@ -304,7 +304,7 @@ class Report:
         drawn = picture.draw(parse.parse(PICTURE), 48, 48, 8, 8)
         picture.save(drawn, place)
         self._values["picture"] = place
-        self._fact("picture", f"{terminal.escape(PICTURE)}, written to {terminal.escape(place)}")
+        self._fact("picture", f"{terminal.escape(place)}, of {terminal.escape(PICTURE)}")
 
     def close(self) -> None:
         """Print the document, if it is one."""
