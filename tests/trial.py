@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from compare import assert_near
 from numpy.typing import NDArray
 
 from tilefold import Rule, engine, full, reference
@@ -224,19 +225,9 @@ def _buffer(memory: Memory, name: str, view: Array, dtype: str) -> Buffer:
 
 
 def compare(name: str, found: Array, expected: Array) -> None:
-    """Raise and show the worst place unless two arrays agree, NaN and infinities included."""
-    assert found.shape == expected.shape, (name, found.shape, expected.shape)
-    usual = np.isfinite(expected)
-    same = np.array_equal(found[~usual], expected[~usual], equal_nan=True)
-    assert same, f"{name}: NaN or infinities are not where they should be"
-    error = np.abs(np.where(usual, found, 0) - np.where(usual, expected, 0))
-    allowed = TOLERANCE[str(found.dtype)] * max(1.0, np.abs(expected[usual]).max(initial=0))
-    if not (error <= allowed).all():
-        worst = np.unravel_index(
-            np.nanargmax(np.where(np.isnan(error), np.inf, error)), found.shape
-        )
-        place = tuple(int(index) for index in worst)
-        raise AssertionError(f"{name}{place} is {found[worst]!r}, not {expected[worst]!r}")
+    """Raises AssertionError where a result is wrong."""
+    largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
+    assert_near(name, found, expected, TOLERANCE[str(found.dtype)] * max(1, largest))
 
 
 def _check_gaps(name: str, flat: Array, view: Array) -> None:
