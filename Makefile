@@ -29,7 +29,7 @@ check: $(VENV)/test.stamp  ## format, lint, types, import order, the feature tab
 bench: $(VENV)/test.stamp  ## this machine against the peers that are installed
 	$(BIN)/tilefold bench --peers torch --save benchmarks/results $(ARGS)
 
-docs: $(VENV)/docs.stamp  ## the site, strictly
+docs: $(VENV)/docs.stamp $(VENV)/test.stamp  ## the site, strictly
 	$(BIN)/python tools/features.py
 	$(BIN)/mkdocs build --strict $(ARGS)
 
