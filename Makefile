@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-JOBS   ?= 2
+JOBS   ?= auto
 ARGS   ?=
 
 .PHONY: run test quick check bench docs format clean

@@ -237,6 +237,7 @@ def test_rates_are_plausible_and_kept(dtype: str, fresh_cache: Any, monkeypatch:
     assert again.flops_per_second >= rates.flops_per_second
 
 
+@pytest.mark.slow
 def test_no_measured_time_beats_the_roofline() -> None:
     asked = problem(len_q=512, len_k=512, dim=64, dim_v=64)
     (row,) = bench.measure(bench.Case(asked, threads=1), seconds=0.05)

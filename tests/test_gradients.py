@@ -57,6 +57,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T09")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_finite_differences(case: Case) -> None:

@@ -172,6 +172,7 @@ def test_products_fill_the_registers_and_nothing_spills(isa: str, dtype: str, ma
             assert not spilled, (spec.operation, spilled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("isa", "dtype"), [pair for pair in PRODUCT if FORBIDDEN[pair[0]]])
 def test_no_instruction_of_a_wider_level(isa: str, dtype: str) -> None:
     for spec, listing in listings(isa, dtype, causal()):
@@ -179,6 +180,7 @@ def test_no_instruction_of_a_wider_level(isa: str, dtype: str) -> None:
         assert not wider, (spec.operation, wider[:3])
 
 
+@pytest.mark.slow
 def test_a_wider_level_would_be_noticed() -> None:
     for narrow, wide in (("avx2", "avx512"), ("sse2", "avx2")):
         for spec, listing in listings(wide, "float32", full()):

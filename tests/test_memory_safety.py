@@ -147,6 +147,7 @@ def read(side: str, index: int) -> None:
         print(ctypes.c_ubyte.from_address(start + index).value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "index", "end"),
     [

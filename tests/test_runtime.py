@@ -266,6 +266,7 @@ def test_threads_may_compile_at_once(fresh_cache: Path) -> None:
     assert results == [[100 * (i % 2) * number + i for i in range(5)] for number in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.feature("S09")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_largest_kernel_compiles_within_a_second(dtype: str) -> None:

@@ -48,6 +48,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T09")
 @pytest.mark.parametrize("mask", RULES, ids=repr)
 def test_gradcheck(mask: Rule) -> None:
