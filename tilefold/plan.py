@@ -5,6 +5,7 @@ Nothing here depends on how many threads will run: so results do not either.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -127,8 +128,14 @@ class _Recent:
                 held -= oldest.data_bytes
         return plan
 
+    def unlock(self) -> None:
+        """In a forked child: whoever held the lock at the fork is not there to release it."""
+        self._lock = threading.Lock()
+
 
 _recent = _Recent(plans=128, data_bytes=256 * 2**20)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_recent.unlock)
 
 
 def plan(
