@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Buffer:
     """A view of someone's memory, its axes in the canonical order (batch, heads, sequence, dim).
 
-    `strides` count elements, may be zero or negative, and belong to `shape`'s axes. `owner` keeps the memory alive.
-    The log-sum-exp has the axes (batch, heads, sequence).
+    `strides` count elements, may be zero or negative, and belong to `shape`'s axes. `owner` keeps
+    the memory alive. The log-sum-exp has the axes (batch, heads, sequence).
     """
 
     pointer: int
