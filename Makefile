@@ -31,7 +31,7 @@ bench: $(VENV)/test.stamp  ## this machine against the peers that are installed
 
 docs: $(VENV)/docs.stamp $(VENV)/test.stamp  ## the site, strictly
 	$(BIN)/python tools/features.py
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 format: $(VENV)/test.stamp  ## rewrite the files the way `check` wants them
 	$(BIN)/ruff format .
