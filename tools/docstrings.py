@@ -1,8 +1,8 @@
 """An extension of griffe for the API page: docstrings as they are written here, turned to Markdown.
 
 Markdown would take an example's `>>>` for a quotation and join the lines of a list of arguments. An
-example reaches from its first `>>>` to the next empty line, as doctest reads it; a section is a line
-such as `Arguments:` and the indented lines below it.
+example reaches from its first `>>>` to the next empty line, as doctest reads it; a section is a
+line such as `Arguments:` and the indented lines below it.
 """
 
 from __future__ import annotations

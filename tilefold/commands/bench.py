@@ -46,7 +46,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--operation", nargs="+", choices=bench.OPERATIONS, default=list(bench.OPERATIONS)
     )
-    parser.add_argument("--threads", nargs="+", type=int, help="default: as many as cores")
+    parser.add_argument("--threads", nargs="+", type=int, help="default: 1, and as many as cores")
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -100,7 +100,7 @@ def _peers(wanted: Sequence[str] | None) -> list[str]:
 
 def _cases(options: argparse.Namespace) -> list[Case]:
     masks: list[Rule] = [parse.parse(text) for text in options.mask]
-    workers = options.threads or [threads.get_num_threads()]
+    workers = options.threads or sorted({1, threads.get_num_threads()})
     cases = []
     for dtype in options.dtype:
         for number in workers:
@@ -243,7 +243,7 @@ def _plot(document: dict[str, Any], found: list[list[Row]], peers: Sequence[str]
     machine = document["machine"]
     axes.set_title(f"{machine['name']}, {machine['isa']}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.08)
+    axes.margins(x=0.08, y=0.02)
     figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
