@@ -254,18 +254,24 @@ PAIRS = [
 Setting = tuple[str, object]
 
 
-def cover(axes: dict[str, list[object]], pairs: list[tuple[str, str]]) -> Iterator[Case]:
-    """Cases with every value of every axis and every pair of values of `pairs`, greedily few."""
+LARGE = [(128, 217), (108, 256), (384, 256)]
+"""Shapes of many tiles, which factor into 2-D grids of different sizes and not by whole ratios."""
+
+
+def cover() -> Iterator[Case]:
+    """Few cases: every value of every axis, every pair of `PAIRS`, each rule on a large shape."""
     draw = random.Random(0)
-    wanted: set[frozenset[Setting]] = set()
-    for group in [*((axis,) for axis in axes), *pairs]:
-        values = [[(axis, value) for value in axes[axis]] for axis in group]
+    wanted: set[frozenset[Setting]] = {
+        frozenset([("rule", name), ("shape", LARGE[i % 3])]) for i, name in enumerate(RULES)
+    }
+    for group in [*((axis,) for axis in AXES), *PAIRS]:
+        values = [[(axis, value) for value in AXES[axis]] for axis in group]
         wanted |= {frozenset(settings) for settings in itertools.product(*values)}
     while wanted:
         seed = min(wanted, key=lambda group: (-len(group), sorted(map(repr, group))))
         candidates = [
-            {axis: draw.choice(values) for axis, values in axes.items()} | dict(seed)
-            for _ in range(60)
+            {axis: draw.choice(values) for axis, values in AXES.items()} | dict(seed)
+            for _ in range(100)
         ]
         scored = [
             ({group for group in wanted if group <= set(candidate.items())}, candidate)
@@ -276,18 +282,5 @@ def cover(axes: dict[str, list[object]], pairs: list[tuple[str, str]]) -> Iterat
         yield replace(Case(), **best)
 
 
-LARGE = [(128, 217), (108, 256), (384, 256)]
-"""Shapes of many tiles, which factor into 2-D grids of different sizes and not by whole ratios."""
-
-CASES = list(
-    dict.fromkeys(
-        [
-            *cover(AXES, PAIRS),
-            *(
-                Case(LARGE[i % 3], 16, name, LAYOUTS[i % 2], list(HEADS)[i // 2 % 3])
-                for i, name in enumerate(RULES)
-            ),
-        ]
-    )
-)
-"""All of them: the covering, and every rule on many tiles."""
+CASES = list(cover())
+"""The table."""

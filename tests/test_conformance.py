@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from functools import lru_cache
 
@@ -44,20 +45,24 @@ def tolerances(
 ) -> dict[str, float]:
     """What a result may be off by.
 
-    float64: 1e-12 of the largest number. float32: twice the largest error of the same computation
-    done dense by NumPy. Both on a floor of a few roundings (see `compare.roundings`): 2 in float32,
-    where fuzzing 3,000 random problems needed 1.6, and 8 in float64, where it needed 4.
+    float64: 1e-12 of its largest number. float32: twice the largest error of the same computation
+    done dense by NumPy in float32. Both on a floor of a few roundings of every number on the way
+    (`compare.roundings`): 2, and sqrt(n) / 4 more, n being the longer head dimension. For a kernel
+    sums n products in one chain, whose error grows like sqrt(n), where NumPy takes several chains
+    and adds them up. Of 2,000 random problems the worst was 5.1 over twice the dense error, where
+    the floor is 7.7 (n = 512).
     """
     moves = roundings(operands, want, problem.mask, problem.scale)
+    units = (2 + math.sqrt(max(problem.dim, problem.dim_v)) / 4) * UNITS[dtype]
     if dtype == "float64":
-        largest = {name: float(abs(finite(array)).max(initial=0)) for name, array in want.items()}
-        return {name: 1e-12 * largest[name] + 8 * UNITS[dtype] * moves[name] for name in want}
-    low = dense(operands, problem.mask, problem.scale, dtype)
-    error = {
-        name: float(abs(finite(low[name]) - finite(array)).max(initial=0))
-        for name, array in want.items()
-    }
-    return {name: 2 * error[name] + 2 * UNITS[dtype] * moves[name] for name in want}
+        allowed = {name: 1e-12 * abs(finite(array)).max(initial=0) for name, array in want.items()}
+    else:
+        low = dense(operands, problem.mask, problem.scale, dtype)
+        allowed = {
+            name: 2 * abs(finite(low[name]) - finite(array)).max(initial=0)
+            for name, array in want.items()
+        }
+    return {name: float(allowed[name] + units * moves[name]) for name in want}
 
 
 def finite(array: Array) -> Array:
@@ -108,7 +113,6 @@ def test_backward_in_both_forms(case: Case, form: str, dtype: str) -> None:
     """Into arrays that lie as oddly as the inputs, with nothing written around them."""
     operands, want, tolerance = definition(case, dtype)
     problem = case.problem(dtype)
-    o, lse = (want[name].astype(dtype) for name in ("o", "lse"))
     memory = "packed" if case.memory in ("broadcast", "misaligned") else case.memory
     into = {
         f"d{name}": place(operands[name].shape, dtype, case.layout, memory)
@@ -117,7 +121,7 @@ def test_backward_in_both_forms(case: Case, form: str, dtype: str) -> None:
     if form == "fused" and into["dq"].array.strides[3] != into["dq"].array.itemsize:
         into["dq"] = place(operands["q"].shape, dtype, "bnhd", "padded")
     outputs = {name: placed.array for name, placed in into.items()}
-    run(problem, "backward", {**operands, "o": o, "lse": lse, **outputs}, form=form)
+    run(problem, "backward", {**operands, **forward(problem, operands), **outputs}, form=form)
     for name, array in outputs.items():
         assert into[name].untouched(), f"the kernel wrote around {name}"
         assert_near(name, array, want[name], tolerance[name])
