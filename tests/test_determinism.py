@@ -82,6 +82,7 @@ def test_the_same_bits_on_any_number_of_threads(mask: str, dtype: str, workers: 
                 assert_same(f"{name} of {operation} {form} on {count} threads", again[name], array)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T08")
 def test_the_same_bits_from_run_to_run(workers: list[int]) -> None:
     trial = a_trial("documents of batch")

@@ -173,6 +173,7 @@ def test_products_fill_the_registers_and_nothing_spills(isa: str, dtype: str, ma
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("isa", "dtype"), [pair for pair in PRODUCT if FORBIDDEN[pair[0]]])
 def test_no_instruction_of_a_wider_level(isa: str, dtype: str) -> None:
     for spec, listing in listings(isa, dtype, causal()):
@@ -180,6 +181,7 @@ def test_no_instruction_of_a_wider_level(isa: str, dtype: str) -> None:
         assert not wider, (spec.operation, wider[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_wider_level_would_be_noticed() -> None:
     for narrow, wide in (("avx2", "avx512"), ("sse2", "avx2")):
