@@ -285,12 +285,9 @@ def test_the_largest_kernel_compiles_within_a_second(dtype: str) -> None:
     )
     texts = [emit(launch.spec) for launch in plan(problem, host(), "backward", "fused").launches]
     text = max(texts, key=len)
-    seconds = []
-    for _ in range(2):  # the machine may be busy with something else for a moment
-        start = time.perf_counter()
-        runtime.compile(text, host())
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1
+    start = time.thread_time()  # of the processor: the machine may be busy with something else
+    runtime.compile(text, host())
+    assert time.thread_time() - start < 1
 
 
 @pytest.mark.feature("S09")
