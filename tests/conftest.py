@@ -15,6 +15,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # NumPy's products on one thread: several test processes with teams of their own take twice as
+    # long. Read when NumPy is imported, so it must be set before any test is collected.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # One cache for all tests, their child processes and the next session. Names of kernels are
     # hashes of their text, so none is ever stale; tests of compiling take `fresh_cache`.
     folder = config.rootpath / ".pytest_cache" / "kernels"
