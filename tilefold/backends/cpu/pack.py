@@ -10,6 +10,7 @@ Both are functions of their own: every kernel calls them for several operands.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from tilefold.backends.cpu.gemm import Shape
@@ -20,65 +21,38 @@ PACK, UNPACK = "pack", "unpack"
 
 def define_pack(module: Module, shape: Shape) -> None:
     """`pack(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`."""
-    with module.function(PACK, _parameters(shape), internal=True) as body:
-        move = _Move(body, shape)
-        with body.loop("block", 0, shape.width, shape.lanes) as block:
-            start = body.variable("i64", Value("0", "i64"), "start")
-            whole = move.whole(block)
-            body.comment("d is contiguous: squares of lanes x lanes, turned in registers")
-            with body.when(body.binary("and", whole, move.dim_contiguous), "squares"):
-                with body.loop("d", 0, move.squares_end, shape.lanes) as d:
-                    for i, column in enumerate(transpose(body, move.load_rows(block, d))):
-                        body.store(move.scaled(column), move.scratch(body.add(d, i), block))
-                body.write(start, move.squares_end)
-            body.comment("lanes are contiguous: whole vectors")
-            with body.when(body.binary("and", whole, move.lanes_contiguous), "vectors"):
-                with body.loop("d", 0, move.dim) as d:
-                    line = body.load(move.array(block, d), shape.vector)
-                    body.store(move.scaled(line), move.scratch(d, block))
-                body.write(start, move.dim)
-            with (
-                body.loop("d", body.read(start), move.dim) as d,
-                body.loop("lane", 0, shape.lanes) as lane,
-            ):
-                place = body.add(block, lane)
-                inside = body.compare("slt", place, move.valid)
-                safe = body.minimum(place, body.sub(move.valid, 1))
-                number = move.scaled(body.load(move.array(safe, d), shape.scalar))
-                number = body.select(inside, number, body.constant(0.0, shape.scalar))
-                body.store(number, move.scratch(d, place))
+    _define(module, PACK, shape, _Pack)
 
 
 def define_unpack(module: Module, shape: Shape) -> None:
     """`unpack(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`."""
-    with module.function(UNPACK, _parameters(shape), internal=True) as body:
-        move = _Move(body, shape)
+    _define(module, UNPACK, shape, _Unpack)
+
+
+def _define(module: Module, name: str, shape: Shape, direction: type[_Move]) -> None:
+    """Both directions: a vector of lanes at a time, the widest way that its strides allow."""
+    with module.function(name, _parameters(shape), internal=True) as body:
+        move = direction(body, shape)
         with body.loop("block", 0, shape.width, shape.lanes) as block:
             start = body.variable("i64", Value("0", "i64"), "start")
             whole = move.whole(block)
             body.comment("d is contiguous: squares of lanes x lanes, turned in registers")
             with body.when(body.binary("and", whole, move.dim_contiguous), "squares"):
                 with body.loop("d", 0, move.squares_end, shape.lanes) as d:
-                    lines = [
-                        body.load(move.scratch(body.add(d, i), block), shape.vector)
-                        for i in range(shape.lanes)
-                    ]
-                    for i, row in enumerate(transpose(body, lines)):
-                        body.store(move.scaled(row), move.array(body.add(block, i), d))
+                    move.square(block, d)
                 body.write(start, move.squares_end)
             body.comment("lanes are contiguous: whole vectors")
             with body.when(body.binary("and", whole, move.lanes_contiguous), "vectors"):
                 with body.loop("d", 0, move.dim) as d:
-                    line = body.load(move.scratch(d, block), shape.vector)
-                    body.store(move.scaled(line), move.array(block, d))
+                    move.line(block, d)
                 body.write(start, move.dim)
-            end = body.minimum(move.valid, body.add(block, shape.lanes))
+            body.comment("the rest: number by number")
+            end = move.end(block)
             with (
                 body.loop("d", body.read(start), move.dim) as d,
                 body.loop("lane", block, end) as lane,
             ):
-                number = body.load(move.scratch(d, lane), shape.scalar)
-                body.store(move.scaled(number), move.array(lane, d))
+                move.number(lane, d)
 
 
 def transpose(body: Body, rows: Sequence[Value]) -> list[Value]:
@@ -108,8 +82,8 @@ def _parameters(shape: Shape) -> list[Value]:
     ]
 
 
-class _Move:
-    """The addresses that both directions share."""
+class _Move(ABC):
+    """The addresses that both directions share, and what each does at one place."""
 
     def __init__(self, body: Body, shape: Shape) -> None:
         self._body, self._shape = body, shape
@@ -143,9 +117,64 @@ class _Move:
         index = body.add(body.mul(lane, self._lane_stride), body.mul(d, self._d_stride))
         return body.offset(self._array, self._shape.scalar, index)
 
-    def load_rows(self, block: Value, d: Value) -> list[Value]:
-        body = self._body
-        return [
-            body.load(self.array(body.add(block, i), d), self._shape.vector)
-            for i in range(self._shape.lanes)
+    @abstractmethod
+    def square(self, block: Value, d: Value) -> None:
+        """Move lanes x lanes numbers, turned."""
+
+    @abstractmethod
+    def line(self, block: Value, d: Value) -> None:
+        """Move one vector."""
+
+    @abstractmethod
+    def number(self, lane: Value, d: Value) -> None:
+        """Move one number."""
+
+    @abstractmethod
+    def end(self, block: Value) -> Value:
+        """One past the last lane to move one by one."""
+
+
+class _Pack(_Move):
+    def square(self, block: Value, d: Value) -> None:
+        body, lanes = self._body, self._shape.lanes
+        rows = [
+            body.load(self.array(body.add(block, i), d), self._shape.vector) for i in range(lanes)
         ]
+        for i, column in enumerate(transpose(body, rows)):
+            body.store(self.scaled(column), self.scratch(body.add(d, i), block))
+
+    def line(self, block: Value, d: Value) -> None:
+        numbers = self._body.load(self.array(block, d), self._shape.vector)
+        self._body.store(self.scaled(numbers), self.scratch(d, block))
+
+    def number(self, lane: Value, d: Value) -> None:
+        body, scalar = self._body, self._shape.scalar
+        inside = body.compare("slt", lane, self.valid)
+        safe = body.minimum(lane, body.sub(self.valid, 1))
+        number = self.scaled(body.load(self.array(safe, d), scalar))
+        number = body.select(inside, number, body.constant(0.0, scalar))
+        body.store(number, self.scratch(d, lane))
+
+    def end(self, block: Value) -> Value:
+        return self._body.add(block, self._shape.lanes)
+
+
+class _Unpack(_Move):
+    def square(self, block: Value, d: Value) -> None:
+        body, lanes = self._body, self._shape.lanes
+        columns = [
+            body.load(self.scratch(body.add(d, i), block), self._shape.vector) for i in range(lanes)
+        ]
+        for i, row in enumerate(transpose(body, columns)):
+            body.store(self.scaled(row), self.array(body.add(block, i), d))
+
+    def line(self, block: Value, d: Value) -> None:
+        numbers = self._body.load(self.scratch(d, block), self._shape.vector)
+        self._body.store(self.scaled(numbers), self.array(block, d))
+
+    def number(self, lane: Value, d: Value) -> None:
+        number = self._body.load(self.scratch(d, lane), self._shape.scalar)
+        self._body.store(self.scaled(number), self.array(lane, d))
+
+    def end(self, block: Value) -> Value:
+        return self._body.minimum(self.valid, self._body.add(block, self._shape.lanes))
