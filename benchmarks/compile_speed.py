@@ -23,6 +23,7 @@ import tilefold
 from tilefold import cache
 from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.kernel import emit
+from tilefold.circumstances import circumstances
 from tilefold.device import host
 from tilefold.plan import KernelSpec, plan
 from tilefold.problem import Problem
@@ -63,7 +64,7 @@ def main() -> None:
         rows = [row for case in CASES for row in measure(*case, repeats=arguments.repeats)]
         rows += first_call()
     if arguments.json:
-        content = {"device": device.name, "isa": device.isa, "rows": rows}
+        content = {**circumstances(), "rows": rows}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

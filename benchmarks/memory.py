@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import tilefold
-from tilefold.device import host
+from tilefold.circumstances import circumstances
 from tilefold.parse import parse
 
 MIB = 2**20
@@ -43,8 +43,7 @@ def main() -> None:
     attend(arrays(chosen.heads, SHORT, chosen.dim), mask)
     passes = attend(arrays(chosen.heads, chosen.length, chosen.dim), mask)
     document = {
-        "device": host().name,
-        "isa": host().isa,
+        **circumstances(),
         "threads": tilefold.get_num_threads(),
         "shape": [1, chosen.heads, chosen.length, chosen.dim],
         "dtype": "float32",

@@ -8,8 +8,6 @@ tilefold: `python benchmarks/plan_speed.py`.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 import time
 import tracemalloc
@@ -20,6 +18,7 @@ import numpy as np
 
 from tilefold import causal, dense, documents, full, lengths, local, prefix, rule
 from tilefold.blocks import Counts, Runs, count, runs
+from tilefold.circumstances import circumstances
 from tilefold.mask import Rule
 
 MILLION = 1 << 20
@@ -109,10 +108,7 @@ def main() -> int:
     print(
         json.dumps(
             {
-                "machine": platform.machine(),
-                "cores": os.cpu_count(),
-                "python": platform.python_version(),
-                "numpy": np.__version__,
+                **circumstances(),
                 "promise": f"{PROMISED!r}: < {LIMIT_MS} ms, < {LIMIT_MIB} MiB",
                 "kept": kept,
                 "rows": rows,

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "tilefold"
 # The package in reading order: a file imports only from files above it.
 READING_ORDER = """
 settings check files nodes expression summary fold blocks rules data coordinates mask parse picture
-buffer problem reference device tables plan roofline cache
+buffer problem reference device circumstances tables plan roofline cache
 backends backends.cpu
 backends.cpu.ir backends.cpu.gemm backends.cpu.softmax backends.cpu.arguments backends.cpu.mask
 backends.cpu.pack backends.cpu.tile backends.cpu.work backends.cpu.block

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
 import importlib.util
 import io
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tilefold
 from tilefold import bench, parse
 from tilefold.backends.cpu import peak, threads
 from tilefold.bench import Case, Row
+from tilefold.circumstances import circumstances
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.files import write_atomically
@@ -179,27 +176,16 @@ def _show_sweep(found: list[list[Row]]) -> None:
 
 
 def _document(found: list[list[Row]], rates: Measured) -> dict[str, Any]:
-    device = host()
     rows = []
     for group in found:
         for row in group:
             share, binding = _share(row, rates)
             rows.append(row.record(group[0]) | {"share_of_bound": share, "binding": binding})
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"name": device.name, "isa": device.isa, "cores": device.cores},
-        "versions": _versions(),
+        **circumstances(),
         "threads_of": threads.describe(),
         "rows": rows,
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"tilefold": tilefold.__version__, "python": platform.python_version()}
-    for name in ("numpy", "llvmlite", "torch"):
-        if importlib.util.find_spec(name):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def _save(

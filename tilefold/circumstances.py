@@ -1,0 +1,50 @@
+"""What a measurement must say beside its figures: when, on which machine, with which versions."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tilefold.device import host
+
+_MEASURED_WITH = ("tilefold", "numpy", "llvmlite", "torch")
+
+
+def circumstances() -> dict[str, Any]:
+    """Date, machine, versions and commit, as values of a JSON document."""
+    device = host()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": {"name": device.name, "isa": device.isa, "cores": device.cores},
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _MEASURED_WITH:
+        if importlib.util.find_spec(name):
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:  # imported from a folder on the path
+                continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package lies in, marked when files differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
