@@ -38,13 +38,19 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, marked when files differ from it."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
+    """The commit of the checkout that this package lies in, marked where the package differs."""
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
         return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        commit = _git(package, "rev-parse", "--short=12", "HEAD")
+        changed = _git(package, "status", "--porcelain", "--", ".")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
