@@ -116,6 +116,7 @@ RULES: dict[str, Callable[[Sizes], Rule]] = {
     "dense-queries": _dense("h", "q", "1"),
     "dense-all": _dense("b", "h", "q", "k"),
     "every-third": lambda _: rule(lambda q, k: (q - k) % 3 == 0),
+    "past-32-bits": lambda _: rule(lambda q, k: (q * 10**8 - k * 10**9) % 7 < 4),
     "heads-differ": lambda _: rule(lambda b, h, q, k: abs(q - k) < 8 * (h + 1) + b),
     "nothing": lambda _: ~full(),
     "window-and-prefix": lambda _: (causal() & local(25)) | prefix(4),

@@ -61,12 +61,13 @@ def errors(got: Array, want: Array) -> Array:
 def roundings(
     operands: Mapping[str, Array], results: Mapping[str, Array], mask: Rule, scale: float
 ) -> dict[str, float]:
-    """How far rounding every intermediate number once could move each result, in units of the type.
+    """How far rounding every intermediate number could move each result, in units of the type.
 
-    A score s that is off by |s| moves its weight p by p |s|; p, dp, delta and every term of a sum
-    are rounded too, each by its own size. All float64, nothing cancelled, the largest over the
-    array. It is the floor of a tolerance: a dense computation may be exact by luck (one key: p = 1
-    and dp = delta), and another way to compute the same is not bound to be lucky there.
+    A sum is off by the sum of its terms' sizes, whatever cancels (the running sums of one chain are
+    as large as that within a small factor); a score that is off by t moves its weight p by p t. The
+    largest over the array, in float64. It is the floor of a tolerance: a dense computation may be
+    exact by luck (one key: p = 1 and dp = delta) or sum in several chains, and another way to
+    compute the same is not bound to be lucky there.
     """
     do, q, k, v = (operands[name].astype(np.float64) for name in ("do", "q", "k", "v"))
     batch, heads_q, len_q, _ = q.shape
@@ -77,17 +78,18 @@ def roundings(
     s = scale * (q @ keys.swapaxes(2, 3))
     with np.errstate(invalid="ignore", over="ignore"):
         p = np.where(visible, np.exp(s - results["lse"][..., None]), 0)
-    delta = (do * results["o"]).sum(axis=3, keepdims=True)
-    dp = do @ values.swapaxes(2, 3)
-    moved = p * (1 + abs(s))
-    ds = abs(scale) * (moved * abs(dp - delta) + p * (abs(dp) + abs(delta)))
+    slope = do @ values.swapaxes(2, 3) - (do * results["o"]).sum(axis=3, keepdims=True)
+    terms_s = abs(scale) * (abs(q) @ abs(keys).swapaxes(2, 3))
+    terms_slope = abs(do) @ abs(values).swapaxes(2, 3) + abs(do * results["o"]).sum(3)[..., None]
+    moved = p * (1 + terms_s)
+    ds = abs(scale) * (moved * abs(slope) + p * terms_slope)
 
     def over_group(array: Array) -> Array:
         return array.reshape(batch, heads_kv, group, *array.shape[2:]).sum(axis=2)
 
     terms = {
         "o": moved @ abs(values),
-        "lse": np.where(visible, 1 + abs(s), 0),
+        "lse": np.where(visible, 1 + terms_s, 0),
         "dq": ds @ abs(keys),
         "dk": over_group(ds.swapaxes(2, 3) @ abs(q)),
         "dv": over_group(moved.swapaxes(2, 3) @ abs(do)),
