@@ -57,7 +57,11 @@ def assert_as_defined(sizes: Problem, operands: dict[str, Array], dtype: str = "
 
 @pytest.mark.feature("M01", "T09")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", [full(), causal(), local(20)], ids=repr)
+@pytest.mark.parametrize(
+    "mask",
+    [causal(), *(pytest.param(m, marks=pytest.mark.slow) for m in (full(), local(20)))],
+    ids=repr,
+)
 def test_a_bad_query_reaches_no_other(mask: Rule, dtype: str) -> None:
     sizes = problem(mask, dtype)
     operands = inputs(sizes, "bhnd", "packed")
@@ -96,7 +100,10 @@ UNSEEN: dict[str, tuple[Rule, Array]] = {
 
 @pytest.mark.feature("M01", "M15", "T07", "T09")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize(
+    "name",
+    ["padding", *(pytest.param(n, marks=pytest.mark.slow) for n in UNSEEN if n != "padding")],
+)
 def test_what_no_query_sees_changes_nothing(name: str, dtype: str) -> None:
     mask, unseen = UNSEEN[name]
     sizes = problem(mask, dtype)
