@@ -55,13 +55,10 @@ def assert_as_defined(sizes: Problem, operands: dict[str, Array], dtype: str = "
         assert_near(name, got, expected, RTOL[sizes.dtype] * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M01", "T09")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "mask",
-    [causal(), *(pytest.param(m, marks=pytest.mark.slow) for m in (full(), local(20)))],
-    ids=repr,
-)
+@pytest.mark.parametrize("mask", [full(), causal(), local(20)], ids=repr)
 def test_a_bad_query_reaches_no_other(mask: Rule, dtype: str) -> None:
     sizes = problem(mask, dtype)
     operands = inputs(sizes, "bhnd", "packed")
@@ -142,6 +139,7 @@ def test_a_bad_key_reaches_exactly_those_who_see_it(value: float, held: str, dty
     assert_as_defined(sizes, operands)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M01", "T09")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_see_nothing_are_zero_whatever_they_hold(dtype: str) -> None:

@@ -109,6 +109,7 @@ def test_scratch_does_not_grow_with_the_lengths() -> None:
             assert workspace_bytes(one.spec) == workspace_bytes(other.spec) < 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M02")
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_heads_are_a_loop_over_key_heads(form: str) -> None:
@@ -263,6 +264,7 @@ def test_a_broken_token_shows_its_line_and_mending_it_works(
     assert_near("o", tilefold.attention(q, k, v), want, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M14", "M03")
 def test_an_edited_generator_takes_effect_at_once(
     monkeypatch: pytest.MonkeyPatch, fresh_kernels: Path
