@@ -306,5 +306,6 @@ def fork_while_plans_are_looked_up() -> None:
     thread.join()
 
 
+@pytest.mark.slow
 def test_a_fork_while_a_plan_is_looked_up() -> None:
     assert in_a_fresh_process("fork_while_plans_are_looked_up()") == ["right"]

@@ -261,6 +261,7 @@ def integers_of(node: Expression) -> Iterator[Integer]:
 
 @settings(max_examples=200)
 @given(mask_cases.cases(longest=12))
+@pytest.mark.slow
 def test_every_node_stays_within_the_width_of_indices(case: Case) -> None:
     s = case.sizes
     expression = case.rule.bind(s.len_q, s.len_k)

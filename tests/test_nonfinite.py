@@ -59,6 +59,7 @@ def assert_as_defined(sizes: Problem, operands: dict[str, Array], dtype: str = "
 @pytest.mark.feature("M01", "T09")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", [full(), causal(), local(20)], ids=repr)
+@pytest.mark.slow
 def test_a_bad_query_reaches_no_other(mask: Rule, dtype: str) -> None:
     sizes = problem(mask, dtype)
     operands = inputs(sizes, "bhnd", "packed")
@@ -142,6 +143,7 @@ def test_a_bad_key_reaches_exactly_those_who_see_it(value: float, held: str, dty
 @pytest.mark.slow
 @pytest.mark.feature("M01", "T09")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_rows_that_see_nothing_are_zero_whatever_they_hold(dtype: str) -> None:
     lens = (LEN_K, 40)
     sizes = problem(causal(), dtype, lens=lens)

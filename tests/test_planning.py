@@ -112,6 +112,7 @@ def test_scratch_does_not_grow_with_the_lengths() -> None:
 @pytest.mark.slow
 @pytest.mark.feature("M02")
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_gradients_of_heads_are_a_loop_over_key_heads(form: str) -> None:
     sizes = problem(causal() & local(40), 70, 90)
     operands = inputs(sizes, "bhnd", "packed")

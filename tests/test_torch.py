@@ -58,6 +58,7 @@ def test_gradcheck(mask: Rule) -> None:
 @pytest.mark.feature("T02")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.slow
 def test_agrees_with_the_reference(layout: str, dtype: torch.dtype) -> None:
     inputs = tensors(dtype, layout)
     o, lse = attention(*inputs, mask=tilefold.causal(), layout=layout, return_lse=True)
