@@ -138,6 +138,7 @@ def test_runs_cover_what_is_visible(
 @pytest.mark.feature("M15", "T07")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=mask_cases.cases(longest=40), block=st.integers(1, 6))
+@pytest.mark.slow
 def test_super_tiles_change_nothing(
     case: Case, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

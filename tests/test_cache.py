@@ -323,6 +323,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_several_processes_compile_at_once(fresh_cache: Path) -> None:
     running = [
         subprocess.Popen(

@@ -122,6 +122,7 @@ def test_work_is_spread_over_batch_heads_and_sequence() -> None:
 
 @pytest.mark.feature("T08")
 @pytest.mark.parametrize(("operation", "form"), PASSES)
+@pytest.mark.slow
 def test_four_workers_share_the_work(
     operation: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

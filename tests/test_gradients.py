@@ -87,6 +87,7 @@ def test_gradients_are_finite_differences(case: Case) -> None:
 
 
 @pytest.mark.feature("T09")
+@pytest.mark.slow
 def test_rows_and_keys_without_partners_have_no_gradient() -> None:
     random = np.random.default_rng(0)
     q, k, v, do = random.normal(size=(4, 1, 2, 50, 24))

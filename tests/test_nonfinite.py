@@ -102,6 +102,7 @@ UNSEEN: dict[str, tuple[Rule, Array]] = {
     "name",
     ["padding", *(pytest.param(n, marks=pytest.mark.slow) for n in UNSEEN if n != "padding")],
 )
+@pytest.mark.slow
 def test_what_no_query_sees_changes_nothing(name: str, dtype: str) -> None:
     mask, unseen = UNSEEN[name]
     sizes = problem(mask, dtype)

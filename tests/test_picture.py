@@ -148,6 +148,7 @@ def test_pictures_are_saved(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["mask.SVG"]
 
 
+@pytest.mark.slow
 def test_png_shows_the_colours(tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image")
     save(draw(causal(), 8, 8), tmp_path / "mask.png")
