@@ -1,4 +1,4 @@
-"""A Problem on a Device becomes a Plan: which kernels, which blocks, which tiles, in which order.
+"""Planning: the kernels that solve a Problem on a Device, their blocks, tiles and order.
 
 Nothing here depends on how many threads will run: so results do not either.
 """

@@ -2,8 +2,8 @@
 
 Dense, one (batch, head) at a time, in float64 unless asked otherwise; with `dtype=np.float32` it is
 attention in basic operations, the baseline of accuracy and speed. `tiled` is the forward pass of
-FlashAttention (Dao et al., 2022, arXiv:2205.14135, Algorithm 1): the scores of one tile at a time,
-folded into a running softmax.
+FlashAttention (Dao et al., 2022, arXiv:2205.14135, Algorithm 1): one tile of keys after the
+other, with a maximum and a sum per query that follow.
 
 What a masked pair holds never matters: products run over the visible keys of each query, so a NaN
 in a key reaches exactly the queries that see it. Visible pairs follow IEEE arithmetic: a query all
