@@ -10,14 +10,11 @@ from collections.abc import Callable
 
 from tilefold.backends.cpu import gemm, pack, work
 from tilefold.backends.cpu.arguments import Arguments
-from tilefold.backends.cpu.ir import Body, Module, Operand, Value
+from tilefold.backends.cpu.ir import SCALARS, Body, Module, Operand, Value
 from tilefold.backends.cpu.mask import MaskText
 from tilefold.backends.cpu.softmax import LOG2_E
 from tilefold.backends.cpu.tile import Matrix
 from tilefold.plan import PARALLEL, KernelSpec
-
-SCALARS = {"float32": "float", "float64": "double"}
-"""LLVM's name of the type that a kernel computes in."""
 
 
 def regions(spec: KernelSpec) -> dict[str, int]:

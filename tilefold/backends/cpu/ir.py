@@ -10,6 +10,7 @@ Reference: LLVM Language Reference Manual, https://llvm.org/docs/LangRef.html.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class Value:
 
 
 Operand = Value | int
+
+SCALARS = {"float32": "float", "float64": "double"}
+"""LLVM's name of the type that a kernel computes in."""
 
 
 def vector(lanes: int, element: str) -> str:
@@ -378,8 +382,6 @@ def alignment(type_: str) -> int:
 
 def float_text(number: float, scalar: str) -> str:
     """A float constant as LLVM wants it: the bits of a double, rounded to `scalar` before."""
-    import struct
-
     if scalar == "float":
         number = struct.unpack("<f", struct.pack("<f", number))[0]
     return f"0x{struct.unpack('<Q', struct.pack('<d', number))[0]:016X}"

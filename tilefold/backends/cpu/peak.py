@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 
 from tilefold import cache
 from tilefold.backends.cpu import runtime, threads
-from tilefold.backends.cpu.ir import Body, Module, Value, Variable, alignment, vector
+from tilefold.backends.cpu.ir import SCALARS, Body, Module, Value, Variable, alignment, vector
 from tilefold.backends.cpu.softmax import exp2
 from tilefold.device import Device
 from tilefold.roofline import Rates
 
 Writer = Callable[[Body, Value, Value, str], None]
 
-SCALARS = {"float32": "float", "float64": "double"}
 SECONDS = 0.1  # of each of the three; a run takes 0.1 ms to 10 ms
 ITEMS_PER_WORKER = 4
 STEPS = 20_000  # a work item takes 20 to 70 microseconds at 4.5 GHz with AVX-512 (AMD EPYC)
