@@ -7,6 +7,7 @@ file, and come back in one.
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -26,8 +27,7 @@ from tilefold.backends.cpu.arguments import OPERANDS, names
 from tilefold.backends.cpu.kernel import CpuKernel, emit, workspace_bytes
 from tilefold.buffer import Buffer
 from tilefold.device import Device
-from tilefold.plan import KernelSpec, Plan
-from tilefold.problem import Problem
+from tilefold.plan import KernelSpec, Plan, Scratch
 
 Array = NDArray[Any]
 DRIVER = Path(__file__).with_name("driver.c")
@@ -155,17 +155,16 @@ def emulated(folder: Path) -> Iterator[Emulator]:
     def workspace(size: int) -> int:
         return int(emulator.allocate("workspace", size, "uint8").ctypes.data)
 
-    def row_buffer(problem: Problem) -> Buffer:
-        real = real_row_buffer(problem)
-        elements = problem.batch * problem.heads_q * problem.len_q
-        array = emulator.allocate("delta", elements, problem.dtype)
+    def allocate(name: str, scratch: Scratch) -> Buffer:
+        real = real_allocate(name, scratch)
+        array = emulator.allocate(name, math.prod(scratch.shape), scratch.dtype)
         return replace(real, pointer=array.ctypes.data, owner=array)
 
-    real_row_buffer = engine._row_buffer
+    real_allocate = engine._allocate
     with (
         mock.patch.object(engine, "kernel", emulator.kernel),
         mock.patch.object(threads, "run", emulator.run),
         mock.patch.object(engine, "_workspace", workspace),
-        mock.patch.object(engine, "_row_buffer", row_buffer),
+        mock.patch.object(engine, "_allocate", allocate),
     ):
         yield emulator

@@ -7,6 +7,7 @@ become read-only), results, the mask's tables, the plan's lists, the argument bl
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,7 @@ from tilefold.backends.cpu.kernel import CpuKernel
 from tilefold.buffer import Buffer
 from tilefold.device import Device
 from tilefold.expression import Table
-from tilefold.plan import KernelSpec, Plan
-from tilefold.problem import Problem
+from tilefold.plan import KernelSpec, Plan, Scratch
 
 Array = NDArray[Any]
 PAGE = mmap.PAGESIZE
@@ -154,17 +154,17 @@ def guarded(side: str, short: str | None = None) -> Iterator[GuardedMemory]:
     def workspace(size: int) -> int:
         return memory.scratch("workspace", size, "uint8")
 
-    def row_buffer(problem: Problem) -> Buffer:
-        real = real_row_buffer(problem)
-        elements = problem.batch * problem.heads_q * problem.len_q
-        return replace(real, pointer=memory.scratch("delta", elements, problem.dtype))
+    def allocate(name: str, scratch: Scratch) -> Buffer:
+        real = real_allocate(name, scratch)
+        pointer = memory.scratch(name, math.prod(scratch.shape), scratch.dtype)
+        return replace(real, pointer=pointer)
 
-    real_kernel, real_run, real_row_buffer = engine.kernel, threads.run, engine._row_buffer
+    real_kernel, real_run, real_allocate = engine.kernel, threads.run, engine._allocate
     with (
         mock.patch.object(engine, "kernel", kernel),
         mock.patch.object(threads, "run", run),
         mock.patch.object(engine, "_workspace", workspace),
-        mock.patch.object(engine, "_row_buffer", row_buffer),
+        mock.patch.object(engine, "_allocate", allocate),
     ):
         yield memory
     memory.close()

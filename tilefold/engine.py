@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 
@@ -13,7 +14,7 @@ from tilefold.backends.cpu.arguments import OPERANDS
 from tilefold.backends.cpu.kernel import double_bits, kernel
 from tilefold.buffer import Buffer
 from tilefold.device import host
-from tilefold.plan import Launch, Plan, plan
+from tilefold.plan import Launch, Plan, Scratch, plan
 from tilefold.problem import Problem
 
 _ALONE_FLOPS = 1e6
@@ -54,21 +55,25 @@ def backward(
 def run(plan: Plan, operands: Mapping[str, Buffer]) -> None:
     """Run the kernels of a plan in order; `operands` by their names in the kernels."""
     buffers = dict(operands)
+    for name, scratch in plan.buffers.items():
+        buffers[name] = _allocate(name, scratch)
     problem = plan.problem
-    if plan.operation == "backward":
-        buffers["delta"] = _row_buffer(problem)
     pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
     small = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
     for launch in plan.launches:
         _launch(plan, launch, buffers, 1 if small else threads.get_num_threads())
 
 
-def _row_buffer(problem: Problem) -> Buffer:
-    """Scratch with one number per query."""
-    shape = (problem.batch, problem.heads_q, problem.len_q)
-    array = np.empty(shape, problem.dtype)
-    strides = (shape[1] * shape[2], shape[2], 1)
-    return Buffer(array.ctypes.data, shape, strides, problem.dtype, array)
+def _allocate(name: str, scratch: Scratch) -> Buffer:
+    """Memory of a plan's buffer, from the start of a cache line; `name` is for who watches it."""
+    itemsize = np.dtype(scratch.dtype).itemsize
+    size = math.prod(scratch.shape) * itemsize
+    held = np.empty(size + 64, np.uint8)
+    strides = [1]
+    for length in reversed(scratch.shape[1:]):
+        strides.insert(0, strides[0] * length)
+    address = _aligned(held.ctypes.data)
+    return Buffer(address, scratch.shape, tuple(strides), scratch.dtype, held)
 
 
 def _launch(plan: Plan, launch: Launch, buffers: Mapping[str, Buffer], workers: int) -> None:
@@ -115,5 +120,8 @@ def _workspace(size: int) -> int:
     held: NDArray[np.uint8] | None = getattr(_local, "workspace", None)
     if held is None or held.size < size + 64:
         held = _local.workspace = np.empty(size + 64, np.uint8)
-    address: int = held.ctypes.data
+    return _aligned(held.ctypes.data)
+
+
+def _aligned(address: int) -> int:
     return -(-address // 64) * 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,9 +82,20 @@ class Launch:
         return self.problem.batch * self.heads * self.item_rows
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """An array that the kernels of a plan hand to each other: contiguous, not set beforehand."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The kernels of one operation in the order in which they run, and the data of the mask."""
+    """The kernels of one operation in the order in which they run, and the data of the mask.
+
+    `buffers` are operands that no caller gives, by their names in the kernels.
+    """
 
     problem: Problem
     device: Device
@@ -92,6 +103,7 @@ class Plan:
     launches: tuple[Launch, ...]
     parameters: tuple[int, ...]
     tables: tuple[Table, ...]
+    buffers: Mapping[str, Scratch]
 
     @property
     def data_bytes(self) -> int:
@@ -175,7 +187,11 @@ def _plan(
     for kernel in _kernels(problem, device, operation, form):
         spec = _spec(problem, device, kernel, skeleton, bits, tile, block_traverse)
         launches.append(_launch(problem, spec, expression))
-    return Plan(problem, device, operation, tuple(launches), parameters, tables)
+    buffers = {}
+    if operation == "backward":
+        rows = (problem.batch, problem.heads_q, problem.len_q)
+        buffers["delta"] = Scratch(rows, problem.dtype)
+    return Plan(problem, device, operation, tuple(launches), parameters, tables, buffers)
 
 
 GRANULE = 32
