@@ -191,18 +191,18 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "half": (
         lambda: attention(Q, Q.astype(np.float16), Q),
-        NotImplementedError,
-        "k is float16, and half types are not implemented yet; convert to float32",
+        TypeError,
+        "k must be of float32 as q is, got float16",
     ),
     "integers": (
         lambda: attention(Q.astype(np.int64), Q, Q),
         TypeError,
-        "q must be of float32 or float64, got int64",
+        "q must be of float32, float64, float16 or bfloat16, got int64",
     ),
     "objects": (
         lambda: attention(Q, Q, Q.astype(object)),
         TypeError,
-        "v must be of float32 or float64, got object",
+        "v must be of float32, float64, float16 or bfloat16, got object",
     ),
     "mixed types": (
         lambda: attention(Q, Q.astype(np.float64), Q),
@@ -255,7 +255,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "type of lse": (
         lambda: backward(lse=zeros(1, 2, 3, dtype=np.float64)),
         TypeError,
-        "lse must be of float32 as q is, got float64",
+        "lse must be of float32 where q is float32, got float64",
     ),
     "lse is missing": (
         lambda: backward(lse=None),
@@ -266,7 +266,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "type of a problem": (
         lambda: Problem(1, 1, 1, 1, 1, 1, 1, "int8", 1.0, full()),
         ValueError,
-        "dtype must be 'float32' or 'float64', got 'int8'",
+        "dtype must be 'float32', 'float64', 'float16' or 'bfloat16', got 'int8'",
     ),
     "name": (
         lambda: tilefold.attend,
@@ -286,8 +286,9 @@ def test_message(case: str) -> None:
 
 
 @pytest.mark.feature("T01")
-@pytest.mark.parametrize("name", ["q", "k", "v", "do", "o", "lse"])
-def test_half_types_say_that_they_are_not_there_yet(name: str) -> None:
-    shape = (1, 2, 3) if name == "lse" else (1, 2, 3, 4)
-    with pytest.raises(NotImplementedError, match=f"^{name} is float16, and half types are not"):
-        backward(**{name: np.zeros(shape, np.float16)})
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_lse_of_another_type_than_statistics_have(dtype: type) -> None:
+    with pytest.raises(
+        TypeError, match=f"^lse must be of float32 where q is float32, got {np.dtype(dtype)}$"
+    ):
+        backward(lse=np.zeros((1, 2, 3), dtype))

@@ -175,7 +175,7 @@ def test_bad_options_are_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["run", "--what"], ["bench", "--dtype", "float16"]]
+    "arguments", [[], ["fly"], ["run", "--what"], ["bench", "--dtype", "float8"]]
 )
 def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -16,7 +16,8 @@ READING_ORDER = """
 settings check files nodes expression summary fold blocks rules data coordinates mask parse picture
 buffer problem reference device circumstances tables plan roofline cache
 backends backends.cpu
-backends.cpu.ir backends.cpu.gemm backends.cpu.softmax backends.cpu.arguments backends.cpu.mask
+backends.cpu.ir backends.cpu.convert backends.cpu.gemm backends.cpu.softmax
+backends.cpu.arguments backends.cpu.mask
 backends.cpu.pack backends.cpu.tile backends.cpu.work backends.cpu.block
 backends.cpu.forward backends.cpu.backward backends.cpu.fused
 backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak

@@ -19,7 +19,7 @@ from tilefold.backends.cpu.kernel import kernel, workspace_bytes
 from tilefold.backends.cpu.runtime import CompileError
 from tilefold.device import Device, host
 from tilefold.plan import GRANULE, PARALLEL, plan
-from tilefold.problem import ITEM_BYTES, Problem
+from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 from tilefold.tables import FAMILIES
 
 FORMS = ("fused", "split")
@@ -41,7 +41,7 @@ def fresh_kernels(fresh_cache: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.feature("M07", "S08")
-@pytest.mark.parametrize("dtype", ITEM_BYTES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_results_do_not_depend_on_the_blocks(dtype: str) -> None:
     sizes = problem(causal() & local(60), 130, 170, dtype=dtype)
     operands = inputs(sizes, "bhnd", "packed")
@@ -69,18 +69,19 @@ def test_results_do_not_depend_on_the_blocks(dtype: str) -> None:
 def test_every_plan_fits_the_machine(isa: str) -> None:
     device = Device("cpu", "any", isa, "", "", 4)
     family = FAMILIES[isa]
-    for dtype, item_bytes in ITEM_BYTES.items():
+    for dtype in ITEM_BYTES:
+        computed = ITEM_BYTES[STATISTICS[dtype]]
         for dim in (1, 77, 512):
             for length in (1, 17, 100, 5000):
                 sizes = problem(causal(), length, length, dim=dim, dtype=dtype)
                 for operation, form in (("forward", "auto"), *(("backward", f) for f in FORMS)):
                     for launch in plan(sizes, device, operation, form).launches:
                         spec = launch.spec
-                        assert spec.lanes * item_bytes == device.vector_bytes
+                        assert spec.lanes * computed == device.vector_bytes
                         held = spec.rows * spec.vectors + spec.vectors + 1
                         assert held <= device.vector_registers, spec
                         assert spec.block_traverse % spec.rows == 0, spec
-                        scores = spec.block_traverse * spec.block_parallel * item_bytes
+                        scores = spec.block_traverse * spec.block_parallel * computed
                         assert scores <= family.scratch_bytes, spec
 
 

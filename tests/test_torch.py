@@ -269,18 +269,18 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "half": (
         lambda: attention(Q, Q, Q.bfloat16()),
-        NotImplementedError,
-        "v is bfloat16, and half types are not implemented yet; convert to float32",
+        TypeError,
+        "v must be of float32 as q is, got bfloat16",
     ),
     "integers": (
         lambda: attention(Q.int(), Q, Q),
         TypeError,
-        "q must be of float32 or float64, got int32",
+        "q must be of float32, float64, float16 or bfloat16, got int32",
     ),
     "complex": (
         lambda: attention(Q, Q * 1j, Q),
         TypeError,
-        "k must be of float32 or float64, got complex64",
+        "k must be of float32, float64, float16 or bfloat16, got complex64",
     ),
     "mixed types": (
         lambda: attention(Q, Q, Q.double()),

@@ -45,7 +45,8 @@ def attention(
             key head h // (heads_q // heads_kv)
         v: (batch, heads_kv, len_k, dim_v)
             All three are NumPy arrays, or objects with `__array_interface__` or `__dlpack__`, or
-            torch tensors; on the CPU, all float32 or all float64. They are read where they lie,
+            torch tensors; on the CPU, all float32, float64, float16 or bfloat16 (in NumPy, that
+            of ml_dtypes). They are read where they lie,
             whatever their strides, and never modified. (Arrays that are byte-swapped, misaligned or
             have strides between their items are copied first.)
         mask: which query sees which key, a rule such as `causal() & local(256)`; None is `full()`
@@ -57,8 +58,8 @@ def attention(
     Returns:
         o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous; a torch tensor
             where q is one (differentiable with respect to q, k and v), else a NumPy array
-        lse: with return_lse, (batch, heads_q, len_q) in any layout, natural logarithm; gradients
-            do not flow through it
+        lse: with return_lse, (batch, heads_q, len_q) in any layout, natural logarithm, float64 for
+            float64 and float32 for all others; gradients do not flow through it
 
     A query that sees no key gets o = 0 and lse = -inf. What a query may not see never reaches it,
     whatever it holds, NaN and infinity included; what it sees follows IEEE arithmetic.
@@ -70,7 +71,7 @@ def attention(
         TypeError: q, k or v is not an array, their types are mixed or are not floating point, or
             mask is not a rule
         ValueError: shapes do not fit together or to the mask, or scale or layout is not allowed
-        NotImplementedError: half types, and arrays that are not on the CPU
+        NotImplementedError: arrays that are not on the CPU
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by
     Milakov and Gimelshein (2018, arXiv:1805.02867).

@@ -67,6 +67,11 @@ class Device:
         """How many vector registers the instruction set names."""
         return _VECTOR_REGISTERS[self.isa]
 
+    @property
+    def converts_float16(self) -> bool:
+        """Whether there are instructions between float16 and float32."""
+        return self.isa == "neon" or self.has("f16c")
+
     def has(self, feature: str) -> bool:
         """Whether kernels may use a feature, by LLVM's name of it: `device.has("amx-bf16")`."""
         return f"+{feature}" in self.features.split(",")

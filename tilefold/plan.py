@@ -18,7 +18,7 @@ from tilefold.blocks import Runs, runs
 from tilefold.device import Device
 from tilefold.expression import Boolean, Skeleton, Table, Truth, split
 from tilefold.fold import index_bits
-from tilefold.problem import ITEM_BYTES, Problem
+from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 from tilefold.tables import FAMILIES, RegisterTile
 
 OPERATIONS = ("forward", "backward")
@@ -39,7 +39,7 @@ class KernelSpec:
 
     The register tile is `rows` broadcast rows by `vectors` vectors of `lanes` elements. The
     parallel axis lies in the lanes, `block_parallel` at a time; the traversed axis is walked
-    `block_traverse` rows at a time.
+    `block_traverse` rows at a time. `native_half`: the machine converts float16 itself.
     """
 
     operation: str
@@ -52,6 +52,7 @@ class KernelSpec:
     block_traverse: int
     mask: Skeleton
     index_bits: int
+    native_half: bool = False
 
     @property
     def block_parallel(self) -> int:
@@ -190,7 +191,7 @@ def _plan(
     buffers = {}
     if operation == "backward":
         rows = (problem.batch, problem.heads_q, problem.len_q)
-        buffers["delta"] = Scratch(rows, problem.dtype)
+        buffers["delta"] = Scratch(rows, STATISTICS[problem.dtype])
     return Plan(problem, device, operation, tuple(launches), parameters, tables, buffers)
 
 
@@ -210,6 +211,8 @@ def _kernels(problem: Problem, device: Device, operation: str, form: str) -> tup
     if operation == "forward":
         return ("forward",)
     assert operation == "backward" and form in ("auto", "fused", "split"), (operation, form)
+    if ITEM_BYTES[problem.dtype] < ITEM_BYTES[STATISTICS[problem.dtype]]:
+        form = "split"  # the fused form sums dQ in the caller's array, which rounds every sum
     if form == "auto":
         owners = problem.batch * problem.heads_kv
         rounds = -(-owners // device.cores)
@@ -227,7 +230,7 @@ def _spec(
     block_traverse: int | None,
 ) -> KernelSpec:
     family = FAMILIES[device.isa]
-    item_bytes = ITEM_BYTES[problem.dtype]
+    item_bytes = ITEM_BYTES[STATISTICS[problem.dtype]]
     lanes = family.lanes(item_bytes)
     length = problem.len_q if PARALLEL[kernel] == "q" else problem.len_k
     tile = tile or _register_tile(family.tiles, lanes, length)
@@ -245,6 +248,7 @@ def _spec(
         block_traverse=block_traverse,
         mask=skeleton,
         index_bits=bits,
+        native_half=problem.dtype == "float16" and device.converts_float16,
     )
 
 

@@ -25,8 +25,15 @@ LAYOUTS: Final[dict[str, tuple[int, int, int, int]]] = {
     "bhdn": (0, 1, 3, 2),
 }
 AXES: Final = ("batch", "heads", "sequence", "dim")
-ITEM_BYTES: Final = {"float32": 4, "float64": 8}
-HALF_TYPES: Final = ("float16", "bfloat16")
+ITEM_BYTES: Final = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+STATISTICS: Final = {
+    "float32": "float32",
+    "float64": "float64",
+    "float16": "float32",
+    "bfloat16": "float32",
+}
+"""The type that is computed in, and that of lse, by the type of the arrays."""
+
 LIMIT: Final = 2**31 - 2**10
 """Lengths, dims and batch * heads stay below: 32 bits count them to the end of the last block."""
 
@@ -106,11 +113,8 @@ class Problem:
         v = self.batch * self.heads_kv * self.len_k * self.dim_v
         o = self.batch * self.heads_q * self.len_q * self.dim_v
         lse = self.batch * self.heads_q * self.len_q
-        elements = {
-            "forward": q + k + v + o + lse,
-            "backward": 2 * (q + k + v + o) + lse,
-        }
-        return elements[operation] * ITEM_BYTES[self.dtype]
+        elements = {"forward": q + k + v + o, "backward": 2 * (q + k + v + o)}[operation]
+        return elements * ITEM_BYTES[self.dtype] + lse * ITEM_BYTES[STATISTICS[self.dtype]]
 
 
 @lru_cache(maxsize=16)  # few, since masks of big data are kept alive; a miss costs some 10 us
@@ -193,18 +197,21 @@ def as_scale(scale: Any) -> float | None:
 
 
 def common_dtype(dtypes: Mapping[str, str]) -> str:
-    """The one type of all arguments. Raises TypeError, and NotImplementedError for half types."""
+    """The one type of all arguments. Raises TypeError."""
     first, expected = next(iter(dtypes.items()))
     for name, dtype in dtypes.items():
-        if dtype in HALF_TYPES:
-            raise NotImplementedError(
-                f"{name} is {dtype}, and half types are not implemented yet; convert to float32"
-            )
         if dtype not in ITEM_BYTES:
-            raise TypeError(f"{name} must be of {' or '.join(ITEM_BYTES)}, got {dtype}")
+            allowed = ", ".join([*ITEM_BYTES][:-1]) + f" or {[*ITEM_BYTES][-1]}"
+            raise TypeError(f"{name} must be of {allowed}, got {dtype}")
         if dtype != expected:
             raise TypeError(f"{name} must be of {expected} as {first} is, got {dtype}")
     return expected
+
+
+def check_lse(dtype: str, expected: str) -> None:
+    """Raises TypeError where lse is not of the type that `STATISTICS` says."""
+    if dtype != STATISTICS[expected]:
+        raise TypeError(f"lse must be of {STATISTICS[expected]} where q is {expected}, got {dtype}")
 
 
 def check_layout(layout: Any) -> None:

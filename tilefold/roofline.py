@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilefold import blocks, fold
-from tilefold.problem import ITEM_BYTES, Problem
+from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 
 SOFTMAX_INSTRUCTIONS = 5
 
@@ -90,7 +90,11 @@ def bounds(problem: Problem, operation: str, pairs: int, rates: Rates) -> Bounds
     by_dim, by_dim_v = _products(operation)
     flops = 2 * pairs * (by_dim * problem.dim + by_dim_v * problem.dim_v)
     sizes = _sizes(problem)
-    moved = ITEM_BYTES[problem.dtype] * sum(sizes[name] for name in _OPERANDS[operation])
+    statistics = ITEM_BYTES[STATISTICS[problem.dtype]]
+    moved = sum(
+        sizes[name] * (statistics if name == "lse" else ITEM_BYTES[problem.dtype])
+        for name in _OPERANDS[operation]
+    )
     return Bounds(
         arithmetic_seconds=flops / rates.flops_per_second,
         exponential_seconds=pairs / rates.exponentials_per_second,

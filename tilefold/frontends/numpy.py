@@ -19,7 +19,9 @@ from tilefold.mask import Rule
 from tilefold.problem import (
     ITEM_BYTES,
     LAYOUTS,
+    STATISTICS,
     check_layout,
+    check_lse,
     check_shape,
     common_dtype,
     describe,
@@ -29,7 +31,8 @@ from tilefold.problem import (
 
 Array = NDArray[Any]
 
-_NAMES = {np.dtype(name): name for name in ITEM_BYTES}
+# bfloat16 is no type of NumPy's own: `common_dtype` knows that of ml_dtypes by its name.
+_NAMES = {np.dtype(name): name for name in ITEM_BYTES if name != "bfloat16"}
 _DLPACK_CPU = 1
 
 
@@ -41,15 +44,15 @@ def attention(
     q, k, v = _array("q", q), _array("k", k), _array("v", v)
     dtype = _dtype(q=q, k=k, v=v)
     problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout)
-    o = np.empty(shape_o(problem, layout), dtype)
-    lse = np.empty(shape_lse(problem), dtype)
+    o = np.empty(shape_o(problem, layout), q.dtype.newbyteorder("="))
+    lse = np.empty(shape_lse(problem), STATISTICS[dtype])
     if problem.empty:
         o.fill(0)
         lse.fill(-np.inf)
     else:
         axes = LAYOUTS[layout]
         q, k, v, into = (_buffer(array, dtype, axes) for array in (q, k, v, o))
-        engine.forward(problem, q, k, v, into, _buffer(lse, dtype, _LSE_AXES))
+        engine.forward(problem, q, k, v, into, _buffer(lse, STATISTICS[dtype], _LSE_AXES))
     return o, lse
 
 
@@ -68,12 +71,13 @@ def attention_backward(
     check_layout(layout)
     do, q, k, v = _array("do", do), _array("q", q), _array("k", k), _array("v", v)
     o, lse = _array("o", o), _array("lse", lse)
-    dtype = _dtype(q=q, k=k, v=v, do=do, o=o, lse=lse)
+    dtype = _dtype(q=q, k=k, v=v, do=do, o=o)
+    check_lse(lse.dtype.name, dtype)
     problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout)
     check_shape("do", do.shape, shape_o(problem, layout))
     check_shape("o", o.shape, shape_o(problem, layout))
     check_shape("lse", lse.shape, shape_lse(problem))
-    dq, dk, dv = (np.empty(array.shape, dtype) for array in (q, k, v))
+    dq, dk, dv = (np.empty(array.shape, q.dtype.newbyteorder("=")) for array in (q, k, v))
     if problem.empty:
         for gradient in (dq, dk, dv):
             gradient.fill(0)
@@ -81,7 +85,8 @@ def attention_backward(
         axes = LAYOUTS[layout]
         do, q, k, v, o = (_buffer(array, dtype, axes) for array in (do, q, k, v, o))
         into = (_buffer(gradient, dtype, axes) for gradient in (dq, dk, dv))
-        engine.backward(problem, do, q, k, v, o, _buffer(lse, dtype, _LSE_AXES), *into)
+        statistics = _buffer(lse, STATISTICS[dtype], _LSE_AXES)
+        engine.backward(problem, do, q, k, v, o, statistics, *into)
     return dq, dk, dv
 
 
@@ -126,7 +131,7 @@ def _elsewhere(name: str, kind: str, device: str) -> str:
 
 
 def _dtype(**arrays: Array) -> str:
-    """The one element type of all arrays. Raises TypeError or NotImplementedError."""
+    """The one element type of all arrays. Raises TypeError."""
     dtypes = [array.dtype for array in arrays.values()]
     name = _NAMES.get(dtypes[0])
     if name is not None and dtypes.count(dtypes[0]) == len(dtypes):
@@ -142,7 +147,7 @@ def _buffer(array: Array, dtype: str, axes: tuple[int, ...]) -> Buffer:
     for stride in array.strides:
         crooked |= stride
     if crooked & (item - 1) or not array.dtype.isnative:
-        array = np.array(array, dtype, order="C")
+        array = np.array(array, array.dtype.newbyteorder("="), order="C")
         pointer = array.__array_interface__["data"][0]
     shape, strides = array.shape, array.strides
     return Buffer(

@@ -23,8 +23,10 @@ from tilefold.mask import Rule
 from tilefold.problem import (
     ITEM_BYTES,
     LAYOUTS,
+    STATISTICS,
     Problem,
     check_layout,
+    check_lse,
     check_shape,
     common_dtype,
     describe,
@@ -67,7 +69,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv; see `tilefold.attention_backward`."""
     check_layout(layout)
-    _check(q=q, k=k, v=v, do=do, o=o, lse=lse)
+    dtype = _check(q=q, k=k, v=v, do=do, o=o)
+    _check_place("lse", lse)
+    check_lse(_name(lse), dtype)
     result: tuple[Tensor, Tensor, Tensor] = _backward(do, q, k, v, o, lse, mask, scale, layout)
     return result
 
@@ -106,12 +110,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     problem = _problem(q, k, v, scale, mask, layout)
     o = q.new_empty(shape_o(problem, layout))
-    lse = q.new_empty(shape_lse(problem))
+    lse = q.new_empty(shape_lse(problem), dtype=_statistics(q))
     if problem.empty:
         return o.zero_(), lse.fill_(-torch.inf)
     axes = LAYOUTS[layout]
     operands = [_buffer(tensor, problem.dtype, axes) for tensor in (q, k, v, o)]
-    operands.append(_buffer(lse, problem.dtype, _LSE_AXES))
+    operands.append(_buffer(lse, STATISTICS[problem.dtype], _LSE_AXES))
     engine.forward(problem, *operands)
     return o, lse
 
@@ -122,7 +126,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     axes = LAYOUTS[layout]
     sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
-    return q.new_empty([sizes[axis] for axis in axes]), q.new_empty(sizes[:3])
+    lse = q.new_empty(sizes[:3], dtype=_statistics(q))
+    return q.new_empty([sizes[axis] for axis in axes]), lse
 
 
 @torch.library.custom_op("tilefold::attention_backward", mutates_args=(), device_types="cpu")
@@ -146,7 +151,7 @@ def _backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     axes = LAYOUTS[layout]
     operands = [_buffer(tensor, problem.dtype, axes) for tensor in (do, q, k, v, o, dq, dk, dv)]
-    operands.insert(5, _buffer(lse, problem.dtype, _LSE_AXES))
+    operands.insert(5, _buffer(lse, STATISTICS[problem.dtype], _LSE_AXES))
     engine.backward(problem, *operands)
     return dq, dk, dv
 
@@ -188,28 +193,40 @@ _attention.register_autograd(_gradients, setup_context=_save)
 _backward.register_autograd(_refuse)
 
 
-def _check(**tensors: Tensor) -> None:
-    """Raise unless all are dense CPU tensors of one type; a compiler's stand-ins pass too."""
+def _check(**tensors: Tensor) -> str:
+    """The one type of dense CPU tensors. Raises for others; a compiler's stand-ins pass too."""
     for name, tensor in tensors.items():
-        if tensor.device.type not in ("cpu", "meta"):
-            raise NotImplementedError(
-                f"{name} is on {tensor.device}, and only the CPU is implemented so far; pass"
-                f" {name}.cpu()"
-            )
-        if tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must be a strided tensor, got {tensor.layout}; pass {name}.to_dense()"
-            )
-    common_dtype(
-        {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
-    )
+        _check_place(name, tensor)
+    return common_dtype({name: _name(tensor) for name, tensor in tensors.items()})
+
+
+def _check_place(name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"{name} is on {tensor.device}, and only the CPU is implemented so far; pass"
+            f" {name}.cpu()"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a strided tensor, got {tensor.layout}; pass {name}.to_dense()"
+        )
+
+
+def _name(tensor: Tensor) -> str:
+    """The name of a tensor's type."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _statistics(tensor: Tensor) -> torch.dtype:
+    """The type of lse where q is a tensor of this type."""
+    kind: torch.dtype = getattr(torch, STATISTICS[_name(tensor)])
+    return kind
 
 
 def _problem(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Rule, layout: str
 ) -> Problem:
-    dtype = str(q.dtype).removeprefix("torch.")
-    return describe(tuple(q.shape), tuple(k.shape), tuple(v.shape), dtype, scale, mask, layout)
+    return describe(tuple(q.shape), tuple(k.shape), tuple(v.shape), _name(q), scale, mask, layout)
 
 
 def _buffer(tensor: Tensor, dtype: str, axes: tuple[int, ...]) -> Buffer:

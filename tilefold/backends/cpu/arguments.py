@@ -42,7 +42,8 @@ OPERANDS = {
     "backward": ("q", "k", "v", "do", "lse", "delta", "dq", "dk", "dv"),
 }
 
-_PER_ROW = ("lse", "delta")
+PER_ROW = ("lse", "delta")
+"""Operands with one number per query."""
 
 
 @lru_cache(maxsize=256)
@@ -53,7 +54,7 @@ def names(spec: KernelSpec) -> tuple[str, ...]:
     """
     words = list(WORK)
     for operand in OPERANDS[spec.operation]:
-        axes = "bhs" if operand in _PER_ROW else "bhsd"
+        axes = "bhs" if operand in PER_ROW else "bhsd"
         words += [operand, *(f"{operand}_{axis}" for axis in axes)]
     words += [f"p{slot}" for slot in range(spec.mask.parameters)]
     for slot in spec.mask.slots:

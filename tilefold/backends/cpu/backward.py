@@ -96,8 +96,10 @@ class _QueryGradient:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.block.h) if masked else None
+        keys = self.block.near(tile, tile.of(self.keys), "near", spec.dim)
+        values = self.block.near(tile, tile.of(self.values), "near_v", spec.dim_v)
         body.comment("S^T <- K Q^T")
-        _store_scores(tile, self.keys, self.q_packed, spec.dim, self.p, mask)
+        _store_scores(tile, keys, self.q_packed, spec.dim, self.p, mask)
         body.comment("dP^T <- V dO^T;  P^T <- 2^(S^T - lse);  dS^T <- P^T (dP^T - delta)")
 
         def use(row: Value, dp: gemm.Accumulators) -> None:
@@ -106,9 +108,9 @@ class _QueryGradient:
                     tile, body.add(row, i), line, self.p, self.ds, self.lse, self.delta, masked
                 )
 
-        tile.scores(self.values, self.do_packed, spec.dim_v, use)
+        tile.scores(values, self.do_packed, spec.dim_v, use)
         body.comment("dQ^T += K^T dS^T")
-        tile.accumulate_safely(masked, self.keys, self.ds, self.p, self.dq, spec.dim)
+        tile.accumulate_safely(masked, keys, self.ds, self.p, self.dq, spec.dim)
 
 
 class KeyGradients:
@@ -138,19 +140,21 @@ class KeyGradients:
 
     def take_head(self, h: Value) -> None:
         """Turn to the operands of one query head."""
-        block, arguments, scalar = self.block, self.block.arguments, self.shape.scalar
+        block, arguments = self.block, self.block.arguments
         self.h_q = h
         self.queries, self.do = block.matrix("q", h), block.matrix("do", h)
-        self.lse_head = arguments.rows_of("lse", scalar, block.b, h)
-        self.delta_head = arguments.rows_of("delta", scalar, block.b, h)
+        self.lse_head = arguments.rows_of("lse", self.shape.scalar, block.b, h)
+        self.delta_head = arguments.rows_of("delta", self.shape.scalar, block.b, h)
 
     def tile(self, first: Value, count: Value, masked: bool) -> None:
         """Add one tile of queries."""
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.h_q) if masked else None
+        queries = self.block.near(tile, tile.of(self.queries), "near", spec.dim)
+        do = self.block.near(tile, tile.of(self.do), "near_v", spec.dim_v)
         body.comment("S <- Q K^T")
-        _store_scores(tile, self.queries, self.k_packed, spec.dim, self.p, mask)
+        _store_scores(tile, queries, self.k_packed, spec.dim, self.p, mask)
         body.comment("dP <- dO V^T;  P <- 2^(S - lse);  dS <- P (dP - delta)")
 
         def use(row: Value, dp: gemm.Accumulators) -> None:
@@ -169,10 +173,10 @@ class KeyGradients:
                     masked,
                 )
 
-        tile.scores(self.do, self.v_packed, spec.dim_v, use)
+        tile.scores(do, self.v_packed, spec.dim_v, use)
         body.comment("dV^T += dO^T P;  dK^T += Q^T dS")
-        tile.accumulate_safely(masked, self.do, self.p, self.p, self.dv, spec.dim_v)
-        tile.accumulate_safely(masked, self.queries, self.ds, self.p, self.dk, spec.dim)
+        tile.accumulate_safely(masked, do, self.p, self.p, self.dv, spec.dim_v)
+        tile.accumulate_safely(masked, queries, self.ds, self.p, self.dk, spec.dim)
 
     def _of_query(
         self, name: str, head: Value, tile: Tile, row: Value, factor: float | None

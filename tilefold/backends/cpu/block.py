@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tilefold.backends.cpu import gemm, pack, work
-from tilefold.backends.cpu.arguments import Arguments
-from tilefold.backends.cpu.ir import SCALARS, Body, Module, Operand, Value
+from tilefold.backends.cpu.arguments import PER_ROW, Arguments
+from tilefold.backends.cpu.convert import SCALARS, Kept
+from tilefold.backends.cpu.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.mask import MaskText
 from tilefold.backends.cpu.softmax import LOG2_E
-from tilefold.backends.cpu.tile import Matrix
+from tilefold.backends.cpu.tile import Matrix, Tile, whole_vectors
 from tilefold.plan import PARALLEL, KernelSpec
 
 
@@ -22,17 +23,39 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     width = spec.block_parallel
     tile = -(-spec.block_traverse // spec.rows) * spec.rows * width
     dim, dim_v = spec.dim * width, spec.dim_v * width
-    rows_of_k = width * -(-spec.dim // spec.lanes) * spec.lanes
+    rows_of_k = width * whole_vectors(spec.dim, spec.lanes)
     pair = {"p": tile, "ds": tile}
     by_query = {"q": dim, "do": dim_v, "dq": dim, "lse": width, "delta": width} | pair
     by_key = {"k": dim, "v": dim_v, "dk": dim, "dv": dim_v} | pair
-    return {
+    found = {
         "forward": {"q": dim, "o": dim_v, "p": tile},
         "delta": {"o": dim_v, "do": dim_v, "delta": width},
         "backward_dq": by_query,
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
     }[spec.operation]
+    if Kept(spec.dtype, spec.native_half).converts:
+        found |= _near_regions(spec)
+    return found
+
+
+def _near_regions(spec: KernelSpec) -> dict[str, int]:
+    """Places for the widened rows of a tile: keys (queries) and values (dO), one after the other
+    where the kernel is done with the first."""
+
+    def size(dim: int) -> int:
+        traversed, lanes = spec.block_traverse, spec.lanes
+        as_rows, turned = (
+            whole_vectors(dim, lanes) * traversed,
+            whole_vectors(traversed, lanes) * dim,
+        )
+        return whole_vectors(max(as_rows, turned), lanes)
+
+    if spec.operation == "delta":
+        return {}
+    if spec.operation == "forward":
+        return {"near": max(size(spec.dim), size(spec.dim_v))}
+    return {"near": size(spec.dim), "near_v": size(spec.dim_v)}
 
 
 def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
@@ -46,8 +69,6 @@ def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
         scratch = work.scratch_of_worker(body, arguments)
         with work.items(body, arguments) as item:
             write(Block(body, spec, shape, arguments, scratch, item))
-    pack.define_pack(module, shape)
-    pack.define_unpack(module, shape)
     return module.text()
 
 
@@ -127,26 +148,40 @@ class Block:
 
     def matrix(self, name: str, h: Value) -> Matrix:
         """An operand of the traversed side, for one head."""
-        head = self.arguments.rows_of(name, self.shape.scalar, self.b, h)
-        return Matrix(head, self.arguments[f"{name}_s"], self.arguments[f"{name}_d"])
+        kept = self.kept(name)
+        head = self.arguments.rows_of(name, kept.stored, self.b, h)
+        return Matrix(head, self.arguments[f"{name}_s"], self.arguments[f"{name}_d"], kept)
+
+    def kept(self, name: str) -> Kept:
+        """How the numbers of an operand lie in memory."""
+        kept = Kept(self.spec.dtype, self.spec.native_half)
+        return kept.computed if name in PER_ROW else kept
+
+    def near(self, tile: Tile, rows: Matrix, region: str, dim: int) -> Matrix:
+        """A tile's rows as numbers to compute with, in a region where they have to be widened."""
+        if not rows.kept.converts:
+            return rows
+        return tile.near(rows, self.region(region), self.spec.block_traverse, dim)
 
     def pack(self, name: str, dim: int, factor: Value) -> Value:
         """Bring the block's rows of an operand, turned and multiplied, to its region."""
         region = self.region(name)
         place = [*self._place(name), Value(str(dim), "i64"), factor]
-        self.body.invoke(pack.PACK, [region, *place])
+        self.body.invoke(pack.pack(self.body.module, self.shape, self.kept(name)), [region, *place])
         return region
 
     def unpack(self, name: str, region: Value, dim: int, factor: Value) -> None:
         """Write a region, multiplied, to the block's rows of an operand."""
         place = [*self._place(name), Value(str(dim), "i64"), factor]
-        self.body.invoke(pack.UNPACK, [region, *place])
+        function = pack.unpack(self.body.module, self.shape, self.kept(name))
+        self.body.invoke(function, [region, *place])
 
     def _place(self, name: str) -> list[Value]:
         body, arguments = self.body, self.arguments
-        head = arguments.rows_of(name, self.shape.scalar, self.b, self.h)
+        kept = self.kept(name)
+        head = arguments.rows_of(name, kept.stored, self.b, self.h)
         stride = arguments[f"{name}_s"]
-        start = body.offset(head, self.shape.scalar, body.mul(self.first, stride))
+        start = kept.at(body, head, body.mul(self.first, stride))
         d_stride = arguments[f"{name}_d"] if f"{name}_d" in arguments else Value("0", "i64")
         return [start, stride, d_stride, self.valid]
 

@@ -64,18 +64,19 @@ class _Forward:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         tops = [body.variable(self.shape.vector, self._lowest, "top") for _ in self.m]
+        keys = self.block.near(tile, tile.of(self.keys), "near", spec.dim)
         body.comment("S^T <- K Q^T, and the largest of each lane")
         if masked:
             mask = self.block.mask(self.block.h)
             tile.scores(
-                self.keys,
+                keys,
                 self.q_packed,
                 spec.dim,
                 lambda row, scores: self._keep_visible(tile, mask, tops, row, scores),
             )
         else:
             tile.scores(
-                self.keys,
+                keys,
                 self.q_packed,
                 spec.dim,
                 lambda row, scores: self._keep(tile, tops, row, scores, scores),
@@ -86,8 +87,9 @@ class _Forward:
         safe_m, alphas = self._raise_maximum(tops)
         self._weigh(tile, safe_m, alphas, masked)
         body.comment("O^T <- alpha O^T + V^T P^T")
+        values = self.block.near(tile, tile.of(self.values), "near", spec.dim_v)
         tile.accumulate_safely(
-            masked, self.values, self.weights, self.weights, self.o_total, spec.dim_v, alphas
+            masked, values, self.weights, self.weights, self.o_total, spec.dim_v, alphas
         )
 
     def _keep_visible(

@@ -96,7 +96,7 @@ class _AllGradients(KeyGradients):
         finite = body.variable("i1", Value("true", "i1"), "k.finite")
         if not isinstance(self.spec.mask.expression, Truth):
             whole = Tile(body, self.shape, block.first, block.valid)
-            body.write(finite, whole.finite(keys, self.spec.dim))
+            body.write(finite, whole.finite(whole.of(keys), self.spec.dim))
         return region, finite
 
     def _add_dq(self, tile: Tile) -> None:

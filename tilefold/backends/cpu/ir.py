@@ -42,9 +42,6 @@ class Value:
 
 Operand = Value | int
 
-SCALARS = {"float32": "float", "float64": "double"}
-"""LLVM's name of the type that a kernel computes in."""
-
 
 def vector(lanes: int, element: str) -> str:
     """The type of `lanes` elements; the element itself when there is one lane."""
@@ -53,7 +50,7 @@ def vector(lanes: int, element: str) -> str:
 
 def overload(type_: str) -> str:
     """The suffix of an intrinsic for a type: `v16f32`, `i64`, `v8p0`."""
-    short = {"float": "f32", "double": "f64", "ptr": "p0"}
+    short = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "ptr": "p0"}
     value = Value("", type_)
     element = short.get(value.element, value.element)
     return f"v{value.lanes}{element}" if value.lanes > 1 else element
@@ -339,6 +336,10 @@ class Module:
         self._functions: list[str] = []
         self._defined: set[str] = set()
 
+    def defines(self, name: str) -> bool:
+        """Whether a function of that name is there, or being written."""
+        return name in self._defined
+
     def declare(self, name: str, type_: str, arguments: Sequence[str]) -> None:
         """An intrinsic that some body calls."""
         if name not in self._defined:
@@ -377,7 +378,8 @@ class Module:
 def alignment(type_: str) -> int:
     """Bytes of one element of a type."""
     element = Value("", type_).element
-    return {"float": 4, "double": 8, "ptr": 8}.get(element) or max(1, int(element[1:]) // 8)
+    known = {"half": 2, "bfloat": 2, "float": 4, "double": 8, "ptr": 8}
+    return known.get(element) or max(1, int(element[1:]) // 8)
 
 
 def float_text(number: float, scalar: str) -> str:

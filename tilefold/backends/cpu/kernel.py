@@ -11,6 +11,7 @@ from tilefold.backends.cpu.arguments import names
 from tilefold.backends.cpu.block import regions
 from tilefold.device import Device
 from tilefold.plan import KernelSpec
+from tilefold.problem import ITEM_BYTES, STATISTICS
 
 _GENERATORS = {
     "forward": forward.forward,
@@ -44,7 +45,7 @@ def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
 
 def workspace_bytes(spec: KernelSpec) -> int:
     """Scratch of one worker, a whole number of 64-byte lines and one page apart from the next."""
-    item_bytes = 4 if spec.dtype == "float32" else 8
+    item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]
     return -(-sum(regions(spec).values()) * item_bytes // 64) * 64
 
 

@@ -2,10 +2,11 @@
 
     pack:    scratch[d, lane] = array[lane, d] * factor     lanes past the end become 0
     unpack:  array[lane, d]   = scratch[d, lane] * factor   only lanes that exist
+    widen:   scratch[i, j]    = array[i, j]                 as numbers to compute with
 
 Arrays may have any strides. Whole squares of lanes x lanes go through a transpose in registers when
 `d` is contiguous, whole vectors are copied when the lanes are, and the rest goes number by number.
-Both are functions of their own: every kernel calls them for several operands.
+Each is a function of its own, one for each type of array: kernels call them for several operands.
 """
 
 from __future__ import annotations
@@ -13,26 +14,55 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from tilefold.backends.cpu.convert import Kept
 from tilefold.backends.cpu.gemm import Shape
 from tilefold.backends.cpu.ir import Body, Module, Value
 
-PACK, UNPACK = "pack", "unpack"
+
+def pack(module: Module, shape: Shape, kept: Kept) -> str:
+    """`(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`: its name."""
+    return _defined(module, f"pack_{kept.dtype}", shape, kept, _Pack)
 
 
-def define_pack(module: Module, shape: Shape) -> None:
-    """`pack(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`."""
-    _define(module, PACK, shape, _Pack)
+def unpack(module: Module, shape: Shape, kept: Kept) -> str:
+    """`(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`: its name."""
+    return _defined(module, f"unpack_{kept.dtype}", shape, kept, _Unpack)
 
 
-def define_unpack(module: Module, shape: Shape) -> None:
-    """`unpack(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`."""
-    _define(module, UNPACK, shape, _Unpack)
+def widen(module: Module, shape: Shape, kept: Kept) -> str:
+    """`(scratch, array, outer, inner, outer stride, inner stride, line)`: its name.
+
+    Lines of `line` elements in scratch; whole vectors where the inner stride is 1.
+    """
+    name = f"widen_{kept.dtype}"
+    if module.defines(name):
+        return name
+    integers = ("outer", "inner", "outer_stride", "inner_stride", "line")
+    parameters = [Value("%scratch", "ptr"), Value("%array", "ptr")]
+    parameters += [Value(f"%{integer}", "i64") for integer in integers]
+    scratch, array, outer, inner, outer_stride, inner_stride, line = parameters
+    with module.function(name, parameters, internal=True) as body:
+        unit = body.compare("eq", inner_stride, Value("1", "i64"))
+        whole = body.sub(inner, body.binary("urem", inner, shape.lanes))
+        vectors_end = body.select(unit, whole, Value("0", "i64"))
+        with body.loop("i", 0, outer) as i:
+            source = kept.at(body, array, body.mul(i, outer_stride))
+            target = body.offset(scratch, shape.scalar, body.mul(i, line))
+            with body.loop("j", 0, vectors_end, shape.lanes) as j:
+                numbers = kept.load(body, kept.at(body, source, j), shape.lanes)
+                body.store(numbers, body.offset(target, shape.scalar, j))
+            with body.loop("j", vectors_end, inner) as j:
+                number = kept.load(body, kept.at(body, source, body.mul(j, inner_stride)))
+                body.store(number, body.offset(target, shape.scalar, j))
+    return name
 
 
-def _define(module: Module, name: str, shape: Shape, direction: type[_Move]) -> None:
+def _defined(module: Module, name: str, shape: Shape, kept: Kept, direction: type[_Move]) -> str:
     """Both directions: a vector of lanes at a time, the widest way that its strides allow."""
+    if module.defines(name):
+        return name
     with module.function(name, _parameters(shape), internal=True) as body:
-        move = direction(body, shape)
+        move = direction(body, shape, kept)
         with body.loop("block", 0, shape.width, shape.lanes) as block:
             start = body.variable("i64", Value("0", "i64"), "start")
             whole = move.whole(block)
@@ -53,6 +83,7 @@ def _define(module: Module, name: str, shape: Shape, direction: type[_Move]) -> 
                 body.loop("lane", block, end) as lane,
             ):
                 move.number(lane, d)
+    return name
 
 
 def transpose(body: Body, rows: Sequence[Value]) -> list[Value]:
@@ -85,8 +116,8 @@ def _parameters(shape: Shape) -> list[Value]:
 class _Move(ABC):
     """The addresses that both directions share, and what each does at one place."""
 
-    def __init__(self, body: Body, shape: Shape) -> None:
-        self._body, self._shape = body, shape
+    def __init__(self, body: Body, shape: Shape, kept: Kept) -> None:
+        self._body, self._shape, self._kept = body, shape, kept
         scratch, array, lane_stride, d_stride, valid, dim, factor = _parameters(shape)
         self._scratch, self._array = scratch, array
         self._lane_stride, self._d_stride = lane_stride, d_stride
@@ -112,10 +143,18 @@ class _Move(ABC):
         index = self._body.add(self._body.mul(d, self._shape.width), lane)
         return self._body.offset(self._scratch, self._shape.scalar, index)
 
+    def load(self, lane: Value, d: Value, lanes: int = 1) -> Value:
+        """Numbers of the array, ready to compute with."""
+        return self._kept.load(self._body, self.array(lane, d), lanes)
+
+    def store(self, value: Value, lane: Value, d: Value) -> None:
+        """Numbers to the array, times the factor, rounded to what it holds."""
+        self._kept.store(self._body, self.scaled(value), self.array(lane, d))
+
     def array(self, lane: Value, d: Value) -> Value:
         body = self._body
         index = body.add(body.mul(lane, self._lane_stride), body.mul(d, self._d_stride))
-        return body.offset(self._array, self._shape.scalar, index)
+        return self._kept.at(body, self._array, index)
 
     @abstractmethod
     def square(self, block: Value, d: Value) -> None:
@@ -137,21 +176,19 @@ class _Move(ABC):
 class _Pack(_Move):
     def square(self, block: Value, d: Value) -> None:
         body, lanes = self._body, self._shape.lanes
-        rows = [
-            body.load(self.array(body.add(block, i), d), self._shape.vector) for i in range(lanes)
-        ]
+        rows = [self.load(body.add(block, i), d, lanes) for i in range(lanes)]
         for i, column in enumerate(transpose(body, rows)):
             body.store(self.scaled(column), self.scratch(body.add(d, i), block))
 
     def line(self, block: Value, d: Value) -> None:
-        numbers = self._body.load(self.array(block, d), self._shape.vector)
+        numbers = self.load(block, d, self._shape.lanes)
         self._body.store(self.scaled(numbers), self.scratch(d, block))
 
     def number(self, lane: Value, d: Value) -> None:
         body, scalar = self._body, self._shape.scalar
         inside = body.compare("slt", lane, self.valid)
         safe = body.minimum(lane, body.sub(self.valid, 1))
-        number = self.scaled(body.load(self.array(safe, d), scalar))
+        number = self.scaled(self.load(safe, d))
         number = body.select(inside, number, body.constant(0.0, scalar))
         body.store(number, self.scratch(d, lane))
 
@@ -166,15 +203,13 @@ class _Unpack(_Move):
             body.load(self.scratch(body.add(d, i), block), self._shape.vector) for i in range(lanes)
         ]
         for i, row in enumerate(transpose(body, columns)):
-            body.store(self.scaled(row), self.array(body.add(block, i), d))
+            self.store(row, body.add(block, i), d)
 
     def line(self, block: Value, d: Value) -> None:
-        numbers = self._body.load(self.scratch(d, block), self._shape.vector)
-        self._body.store(self.scaled(numbers), self.array(block, d))
+        self.store(self._body.load(self.scratch(d, block), self._shape.vector), block, d)
 
     def number(self, lane: Value, d: Value) -> None:
-        number = self._body.load(self.scratch(d, lane), self._shape.scalar)
-        self._body.store(self.scaled(number), self.array(lane, d))
+        self.store(self._body.load(self.scratch(d, lane), self._shape.scalar), lane, d)
 
     def end(self, block: Value) -> Value:
         return self._body.minimum(self.valid, self._body.add(block, self._shape.lanes))

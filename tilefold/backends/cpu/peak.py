@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from tilefold import cache
 from tilefold.backends.cpu import runtime, threads
-from tilefold.backends.cpu.ir import SCALARS, Body, Module, Value, Variable, alignment, vector
+from tilefold.backends.cpu.convert import SCALARS
+from tilefold.backends.cpu.ir import Body, Module, Value, Variable, alignment, vector
 from tilefold.backends.cpu.softmax import exp2
 from tilefold.device import Device
 from tilefold.roofline import Rates

@@ -11,9 +11,10 @@ becomes -0.0, which no exponential is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tilefold.backends.cpu import gemm
+from tilefold.backends.cpu import gemm, pack
+from tilefold.backends.cpu.convert import Kept
 from tilefold.backends.cpu.ir import Body, Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.mask import MaskText
 from tilefold.backends.cpu.softmax import FORMATS
@@ -23,11 +24,28 @@ _SIGNALLING_NAN = {"float": 0x7FA00000, "double": 0x7FF4000000000000}
 
 @dataclass(frozen=True)
 class Matrix:
-    """An operand of one head: the address of its first row, and its strides in elements."""
+    """Rows of an operand: the address of the first, strides in elements, how numbers are kept.
+
+    Those of a whole head, or those of one tile.
+    """
 
     address: Value
     row_stride: Value
     d_stride: Value
+    kept: Kept
+
+    def row(self, body: Body, index: Operand, hint: str = "row") -> Value:
+        """The address of a row."""
+        return self.kept.at(body, self.address, body.mul(index, self.row_stride), hint)
+
+    def at(self, body: Body, row: Value, d: Operand) -> Value:
+        """The address of one number of a row, given the row's address."""
+        return self.kept.at(body, row, body.mul(d, self.d_stride))
+
+
+def whole_vectors(elements: int, lanes: int) -> int:
+    """Elements rounded up to whole vectors."""
+    return -(-elements // lanes) * lanes
 
 
 @dataclass(frozen=True)
@@ -68,22 +86,45 @@ class Tile:
         """The address of one vector of a row of a scratch matrix as wide as the tile."""
         return self.shape.at(self.body, scratch, row, column, self.shape.width)
 
+    def of(self, matrix: Matrix) -> Matrix:
+        """The tile's rows of an operand, where they lie."""
+        return replace(matrix, address=matrix.row(self.body, self.first, "corner"))
+
+    def near(self, rows: Matrix, scratch: Value, capacity: int, dim: int) -> Matrix:
+        """The tile's rows as numbers to compute with: where they lie, or widened into scratch.
+
+        A copy keeps the axis contiguous that is contiguous; `capacity` rows must fit.
+        """
+        if not rows.kept.converts:
+            return rows
+        body, lanes = self.body, self.shape.lanes
+        turned = body.compare("eq", rows.row_stride, Value("1", "i64"), "turned")
+
+        def pick(if_turned: Operand, otherwise: Operand) -> Value:
+            return body.select(turned, body.operand(if_turned), body.operand(otherwise), "near")
+
+        line = pick(whole_vectors(capacity, lanes), whole_vectors(dim, lanes))
+        outer, inner = pick(dim, self.count), pick(self.count, dim)
+        outer_stride = pick(rows.d_stride, rows.row_stride)
+        inner_stride = pick(rows.row_stride, rows.d_stride)
+        place = [scratch, rows.address, outer, inner, outer_stride, inner_stride, line]
+        body.invoke(pack.widen(body.module, self.shape, rows.kept), place)
+        return Matrix(scratch, pick(1, line), pick(line, 1), rows.kept.computed)
+
     def rows_of(self, matrix: Matrix, row: Value, rows: int) -> list[Value]:
-        """Addresses of `rows` rows of the traversed side; past the tile's end, of its last row.
+        """Addresses of `rows` of the tile's rows; past the tile's end, of its last row.
 
         What is computed from a repeated row is equal to what the last row gives, and is not used.
         """
         body = self.body
-        addresses = []
-        for i in range(rows):
-            index = body.mul(self.inside(body.add(row, i)), matrix.row_stride)
-            addresses.append(body.offset(matrix.address, self.shape.scalar, index, "row"))
-        return addresses
+        return [matrix.row(body, self._clipped(body.add(row, i))) for i in range(rows)]
 
     def inside(self, row: Value) -> Value:
         """The traversed index of a row of the tile; past the tile's end, of its last row."""
-        body = self.body
-        return body.add(self.first, body.minimum(row, body.sub(self.count, 1)), "inside")
+        return self.body.add(self.first, self._clipped(row), "inside")
+
+    def _clipped(self, row: Value) -> Value:
+        return self.body.minimum(row, self.body.sub(self.count, 1))
 
     def scores(
         self,
@@ -92,7 +133,10 @@ class Tile:
         dim: int,
         use: Callable[[Value, gemm.Accumulators], None],
     ) -> None:
-        """`use(first row, block)` for each register block of matrix x packed (dim x lanes)."""
+        """`use(first row, block)` for each register block of matrix x packed (dim x lanes).
+
+        `matrix` holds the tile's rows, as numbers to compute with.
+        """
         body, shape = self.body, self.shape
         with body.loop("r", 0, self.count, shape.rows) as row:
             block = gemm.multiply(
@@ -123,14 +167,9 @@ class Tile:
     ) -> None:
         """total (dim x lanes) <- factors * total + matrix^T (dim x count) x weights."""
         body, shape = self.body, self.shape
-        start = body.mul(self.first, matrix.row_stride)
-        corner = body.offset(matrix.address, shape.scalar, start, "corner")
 
         def tile(first: Operand, rows: int) -> None:
-            left = [
-                body.offset(corner, shape.scalar, body.mul(body.add(first, i), matrix.d_stride))
-                for i in range(rows)
-            ]
+            left = [matrix.at(body, matrix.address, body.add(first, i)) for i in range(rows)]
 
             def begin(i: int, j: int) -> Value:
                 old = body.load(self.at(total, body.add(first, i), j), shape.vector, "total")
@@ -167,11 +206,7 @@ class Tile:
                 scaled = old if factors is None else body.binary("fmul", old, factors[j])
                 places.append(body.variable(shape.vector, scaled, "acc"))
             with body.loop("c", 0, self.count) as c:
-                index = body.add(
-                    body.mul(body.add(self.first, c), matrix.row_stride),
-                    body.mul(d, matrix.d_stride),
-                )
-                number = body.load(body.offset(matrix.address, shape.scalar, index), shape.scalar)
+                number = matrix.kept.load(body, matrix.at(body, matrix.row(body, c), d))
                 wide = body.splat(number, shape.lanes)
                 for j, place in enumerate(places):
                     weight = body.load(self.at(weights, c, j), shape.vector)
@@ -221,8 +256,6 @@ class Tile:
     ) -> None:
         """Fold finiteness over outer x inner; vectors along `inner` where its stride is 1."""
         body, shape = self.body, self.shape
-        start = body.mul(self.first, matrix.row_stride)
-        corner = body.offset(matrix.address, shape.scalar, start)
         outer_stride = matrix.d_stride if along_rows else matrix.row_stride
         inner_stride = matrix.row_stride if along_rows else matrix.d_stride
         zero = body.constant(0.0, shape.vector)
@@ -232,14 +265,14 @@ class Tile:
         vectors_end = body.select(unit, whole, Value("0", "i64"))
         scalar_total = body.variable(shape.scalar, body.constant(0.0, shape.scalar), "zero")
         with body.loop("o", 0, outer) as o:
-            line = body.offset(corner, shape.scalar, body.mul(o, outer_stride))
+            line = matrix.kept.at(body, matrix.address, body.mul(o, outer_stride))
             with body.loop("i", 0, vectors_end, shape.lanes) as i:
-                numbers = body.load(body.offset(line, shape.scalar, i), shape.vector)
+                numbers = matrix.kept.load(body, matrix.kept.at(body, line, i), shape.lanes)
                 folded = body.multiply_add(numbers, zero, body.read(wide_total))
                 body.write(wide_total, folded)
             with body.loop("i", vectors_end, inner) as i:
-                at = body.offset(line, shape.scalar, body.mul(i, inner_stride))
-                number = body.load(at, shape.scalar)
+                at = matrix.kept.at(body, line, body.mul(i, inner_stride))
+                number = matrix.kept.load(body, at)
                 zero_scalar = body.constant(0.0, shape.scalar)
                 folded = body.multiply_add(number, zero_scalar, body.read(scalar_total))
                 body.write(scalar_total, folded)
