@@ -264,6 +264,7 @@ def test_doctor_finds_this_machine_healthy(capsys: Any, cache_dir: Path) -> None
     assert cli.main(["doctor", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["backends"]["cpu"] == {"works": True, "reason": None}
+    assert (answer["device"]["amx"] == "ready") == ("+amx-tile" in answer["device"]["features"])
     assert not answer["backends"]["nvidia"]["works"]
     assert "NVIDIA" in answer["backends"]["nvidia"]["reason"]
     assert answer["cache"]["directory"] == str(cache_dir)

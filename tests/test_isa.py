@@ -25,8 +25,10 @@ from tilefold.problem import Problem
 from tilefold.tables import FAMILIES
 
 ROOT = Path(__file__).parents[1]
+AVX512 = "+avx2,+fma,+avx512f,+avx512bw,+avx512dq,+avx512vl"
 X86 = {
-    "avx512": "+avx2,+fma,+avx512f,+avx512bw,+avx512dq,+avx512vl",
+    "amx": f"{AVX512},+avx512bf16,+amx-tile,+amx-bf16",
+    "avx512": AVX512,
     "avx2": "+avx2,+fma",
     "sse2": "+sse2",
 }

@@ -22,6 +22,7 @@ from tilefold.backends.cpu.kernel import emit
 from tilefold.device import host
 from tilefold.plan import plan
 from tilefold.problem import Problem
+from tilefold.settings import ISAS
 
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -66,7 +67,7 @@ def result(loaded: runtime.Loaded) -> int:
 
 
 @pytest.mark.feature("M03")
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2", "neon"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_text_becomes_code_that_runs(isa: str) -> None:
     try:
         device = host().lowered(isa)

@@ -59,7 +59,7 @@ def test_text_becomes_a_value(
         (
             settings.CPU_ISA,
             "mmx",
-            "TILEFOLD_CPU_ISA must be one of avx512, avx2, sse2, neon, not 'mmx'",
+            "TILEFOLD_CPU_ISA must be one of amx, avx512, avx2, sse2, neon, not 'mmx'",
         ),
         (
             settings.CACHE_DIR,

@@ -2,10 +2,16 @@
 
 Instruction sets come from LLVM's host *feature* flags, never from the CPU's name: under a
 hypervisor the name is often wrong, while the flags are what processor and kernel really report.
+
+AMX is more than a flag: a process may touch tiles only after it asked Linux for their state, which
+Linux, a container's filter or an old version may refuse. It is asked once, before a `Device` first
+has AMX; a refusal leaves the vectors. Other systems have no such question, and get no AMX.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import functools
 import os
 import platform
@@ -23,20 +29,28 @@ _ALLOWED = {
 _ALLOWED["avx512"] = (
     _ALLOWED["avx2"] + " avx512f avx512cd avx512bw avx512dq avx512vl avx512ifma avx512vbmi "
     "avx512vbmi2 avx512vnni avx512bitalg avx512vpopcntdq avx512bf16 avx512fp16 gfni vaes "
-    "vpclmulqdq amx-tile amx-bf16 amx-int8 amx-fp16"
+    "vpclmulqdq"
 )
+_ALLOWED["amx"] = _ALLOWED["avx512"] + " amx-tile amx-bf16 amx-int8 amx-fp16"
 """What each level may use, where the machine has it."""
 
+_AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 _REQUIRED: dict[str, tuple[str, ...]] = {
-    "avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+    "avx512": _AVX512,
     "avx2": ("avx2", "fma"),
     "sse2": ("sse2",),
     "neon": ("neon",),
 }
 """What a machine must have to be of a level; widest first."""
 
-_VECTOR_BYTES = {"avx512": 64, "avx2": 32, "sse2": 16, "neon": 16}
-_VECTOR_REGISTERS = {"avx512": 32, "avx2": 16, "sse2": 16, "neon": 32}
+_VECTOR_BYTES = {"amx": 64, "avx512": 64, "avx2": 32, "sse2": 16, "neon": 16}
+_VECTOR_REGISTERS = {"amx": 32, "avx512": 32, "avx2": 16, "sse2": 16, "neon": 32}
+
+_SYS_ARCH_PRCTL = 158
+_ARCH_GET_XCOMP_PERM, _ARCH_REQ_XCOMP_PERM = 0x1022, 0x1023
+_XTILEDATA = 18
+"""The number of the tiles' data among the parts of a processor's extended state."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +109,11 @@ def _host(isa: str | None) -> Device:
     import llvmlite.binding as llvm
 
     triple = llvm.get_process_triple()
-    baseline = {"sse2"} if triple.startswith(("x86_64", "amd64")) else {"neon"}
-    try:
-        present = {name for name, on in llvm.get_host_cpu_features().items() if on} | baseline
-    except RuntimeError:
-        present = baseline
+    present = _present()
+    # Asked for only where AMX may be used: a process with tile state has larger signal frames.
+    vectors_only = {name for name in present if not name.startswith("amx-")}
+    if present != vectors_only and (isa in _levels(vectors_only) or _tile_state_refused()):
+        present = vectors_only
     levels = _levels(present)
     if isa is not None and isa not in levels:
         allowed = ", ".join(levels)
@@ -119,6 +133,60 @@ def _host(isa: str | None) -> Device:
         l2_bytes=l2_bytes,
         l3_bytes=l3_bytes,
     )
+
+
+def amx() -> str:
+    """Return in words whether kernels may use AMX in this process."""
+    if "amx-tile" not in _present():
+        return "not on this processor"
+    isa = settings.CPU_ISA.get()
+    if isa not in (None, "amx"):
+        return f"off, since {settings.CPU_ISA.name}={isa}"
+    if refused := _tile_state_refused():
+        name = errno.errorcode.get(refused, f"error {refused}")
+        return (
+            f"the processor has it, the system refuses tile state ({name}: {os.strerror(refused)})"
+        )
+    return "ready"
+
+
+def _present() -> set[str]:
+    """The features that processor and system report, by LLVM's names."""
+    import llvmlite.binding as llvm
+
+    triple = llvm.get_process_triple()
+    baseline = {"sse2"} if triple.startswith(("x86_64", "amd64")) else {"neon"}
+    try:
+        return {name for name, on in llvm.get_host_cpu_features().items() if on} | baseline
+    except RuntimeError:
+        return baseline
+
+
+@functools.cache
+def _tile_state_refused() -> int:
+    """Ask the system for tile state; return 0, or the number of the error that it answers with.
+
+    LLVM's flags only say that the system can keep tiles, not that this process may have any. What
+    Linux grants holds for all threads, those that run already too, and for children by fork. It
+    refuses with ENOSPC where a thread has a signal stack that is too small for tiles.
+    """
+    if platform.system() != "Linux":
+        return errno.ENOSYS
+    if refused := _arch_prctl(_ARCH_REQ_XCOMP_PERM, _XTILEDATA):
+        return refused
+    # A filter of system calls may answer 0 to one that it does not let through.
+    granted = ctypes.c_uint64()
+    refused = _arch_prctl(_ARCH_GET_XCOMP_PERM, ctypes.addressof(granted))
+    return refused or (0 if granted.value >> _XTILEDATA & 1 else errno.EPERM)
+
+
+def _arch_prctl(code: int, argument: int) -> int:
+    """Linux's system call on x86-64; returns 0, or the number of the error."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    libc.syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_ulong]
+    failed = libc.syscall(_SYS_ARCH_PRCTL, code, argument) != 0
+    return ctypes.get_errno() if failed else 0
 
 
 def _levels(present: set[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-ISAS = ("avx512", "avx2", "sse2", "neon")
+ISAS = ("amx", "avx512", "avx2", "sse2", "neon")
 """The instruction-set levels that the CPU kernels are written for, widest first."""
 
 MAX_THREADS = 1024

@@ -56,13 +56,15 @@ class Family:
 #   AVX2     6x2 125  5x2 118  2x4 117  3x3 116  3x4 70 (spills)  4x3 68 (spills)
 #   SSE2     2x4 47  4x2 44  5x2 44  3x3 43  6x2 41  4x3 35 (spills)
 # The narrow tiles of AVX2 and SSE2 spill nothing and are not tuned; NEON is not measured at all.
+_AVX512 = Family(
+    vector_bytes=64,
+    registers=32,
+    tiles=(RegisterTile(6, 4), RegisterTile(8, 3), RegisterTile(10, 2), RegisterTile(12, 1)),
+    scratch_bytes=32768,
+)
 FAMILIES = {
-    "avx512": Family(
-        vector_bytes=64,
-        registers=32,
-        tiles=(RegisterTile(6, 4), RegisterTile(8, 3), RegisterTile(10, 2), RegisterTile(12, 1)),
-        scratch_bytes=32768,
-    ),
+    "amx": _AVX512,
+    "avx512": _AVX512,
     "avx2": Family(
         vector_bytes=32,
         registers=16,

@@ -15,7 +15,7 @@ import tilefold
 from tilefold import api, cache, parse, reference, settings
 from tilefold.backends.cpu import threads
 from tilefold.commands import terminal
-from tilefold.device import host
+from tilefold.device import amx, host
 
 # (batch, heads_q, heads_kv, len_q, len_k, dim, dim_v) and mask: tails, grouped queries, rows that
 # see nothing
@@ -134,6 +134,7 @@ def _document(checks: list[Check]) -> dict[str, Any]:
             "isa": device.isa,
             "triple": device.triple,
             "features": device.features.split(","),
+            "amx": amx(),
             "cores": device.cores,
             "l1_bytes": device.l1_bytes,
             "l2_bytes": device.l2_bytes,
@@ -178,6 +179,7 @@ def _show(document: dict[str, Any], checks: list[Check]) -> None:
         "caches", " ".join(f"L{n} {size}," for n, size in enumerate(sizes, 1)).rstrip(",")
     )
     facts.add_row("features", " ".join(name.lstrip("+") for name in device["features"]))
+    facts.add_row("AMX", device["amx"])
     facts.add_row("threads", f"{document['threads']['count']} of {document['threads']['of']}")
     held = f"{kept['kernels']} kernels, {terminal.size(kept['bytes'])}"
     facts.add_row("cache", f"{kept['directory']} ({kept['problem'] or held})")
