@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from features import ROWS
+
+if TYPE_CHECKING:
+    from amx import Amx
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,3 +58,14 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("TILEFOLD_CACHE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture
+def amx() -> Iterator[Amx]:
+    """A machine with AMX, the processor's own or in software; fails a test that misuses tiles."""
+    import amx as tiles  # not above: it imports tilefold, and that NumPy
+
+    if reason := tiles.missing():
+        pytest.skip(reason)
+    with tiles.amx() as machine:
+        yield machine
