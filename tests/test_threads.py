@@ -218,6 +218,45 @@ print(threads.get_num_threads() == host().cores)
     assert in_a_fresh_process(code, TILEFOLD_NUM_THREADS="7").split() == ["7", "True"]
 
 
+# One core and more threads than cores. A quota stands for a control group's, which only root makes.
+CONFINED = {
+    "one core": ("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", {}, 1),
+    "a quota below one core": ("device._quota = lambda: 0.5", {}, 1),
+    "more threads than cores": ("", {"TILEFOLD_NUM_THREADS": "64"}, 64),
+    "more threads than the one core": (
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})",
+        {"TILEFOLD_NUM_THREADS": "64"},
+        64,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
+@pytest.mark.parametrize("confined", CONFINED)
+def test_attention_on_a_confined_machine(confined: str) -> None:
+    how, environment, number = CONFINED[confined]
+    code = f"""
+import tilefold
+from compare import assert_near
+from tilefold import device, reference
+{how}
+q = np.random.default_rng(1).standard_normal((2, 3, 200, 40), dtype=np.float32)
+mask = tilefold.causal()
+exact = reference.attention(q, q, q, mask=mask)
+found = tilefold.attention(q, q, q, mask=mask, return_lse=True)
+assert_near("o", found[0], exact[0], 1e-5)
+gradients = tilefold.attention_backward(q, q, q, q, *found, mask=mask)
+wanted = reference.attention_backward(q, q, q, q, *exact, mask=mask)
+for name, found, expected in zip(("dq", "dk", "dv"), gradients, wanted, strict=True):
+    assert_near(name, found, expected, 1e-4)
+print(threads.get_num_threads(), host().cores)
+"""
+    threads_used, cores = map(int, in_a_fresh_process(code, **environment).split())
+    assert threads_used == number
+    assert cores == 1 or not how
+
+
 # Which team -----------------------------------------------------------------------------------
 
 MAPS = """\

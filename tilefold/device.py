@@ -110,7 +110,7 @@ def _host(isa: str | None) -> Device:
 
     triple = llvm.get_process_triple()
     present = _present()
-    # Asked for only where AMX may be used: a process with tile state has larger signal frames.
+    # Not asked where AMX is off: a process with tile state needs larger signal stacks.
     vectors_only = {name for name in present if not name.startswith("amx-")}
     if present != vectors_only and (isa in _levels(vectors_only) or _tile_state_refused()):
         present = vectors_only
