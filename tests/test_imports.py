@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "tilefold"
 # The package in reading order: a file imports only from files above it.
 READING_ORDER = """
 settings check files nodes expression summary fold blocks rules data coordinates mask parse picture
-buffer problem reference device circumstances tables plan roofline cache
+buffer problem reference device circumstances cache tables winners plan roofline
 backends backends.cpu
 backends.cpu.ir backends.cpu.convert backends.cpu.gemm backends.cpu.softmax
 backends.cpu.arguments backends.cpu.mask
@@ -24,9 +24,9 @@ backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak
 engine
 frontends frontends.numpy frontends.torch
 api
-arrays bench minilm
+arrays bench tuning minilm
 commands commands.terminal commands.specification commands.text
-commands.run commands.bench commands.inspect commands.mask commands.doctor
+commands.run commands.bench commands.tune commands.inspect commands.mask commands.doctor
 cli __main__
 """
 ORDER = READING_ORDER.split()

@@ -203,7 +203,7 @@ def measure(
     for peer in peers:
         # Before any call of ours: threads are then those of the peer's runtime, not a second team.
         importlib.import_module(peer)
-    with _threads(case.threads):
+    with using_threads(case.threads):
         inputs = arrays(case)
         calls = {"tilefold": own(case, inputs)} | {p: PEERS[p](case, inputs) for p in peers}
         if sweep:
@@ -218,13 +218,7 @@ def block_sizes(case: Case, a: Arrays) -> dict[str, Call]:
     """The same call with other register tiles and blocks: `6x4 by 96` is 6 rows of 4 vectors, and
     about 96 traversed rows at a time.
     """
-    outputs = [np.empty_like(x) for x in (a.q, a.k, a.v, a.o, a.lse)]
-    named = {"q": a.q, "k": a.k, "v": a.v, "do": a.do, "o": a.o, "lse": a.lse}
-    if case.operation == "forward":
-        named |= {"o": outputs[3], "lse": outputs[4]}
-    else:
-        named |= {"dq": outputs[0], "dk": outputs[1], "dv": outputs[2]}
-    operands = {name: _buffer(array) for name, array in named.items()}
+    buffers = operands(case, a)
     calls: dict[str, Call] = {}
     for tile in FAMILIES[host().isa].tiles:
         for wanted in SWEEP_TRAVERSE:
@@ -232,9 +226,19 @@ def block_sizes(case: Case, a: Arrays) -> dict[str, Call]:
             made = plan(
                 case.problem, host(), case.operation, "auto", tile=tile, block_traverse=block
             )
-            label = f"{tile.rows}x{tile.vectors} by {wanted}"
-            calls[label] = functools.partial(engine.run, made, operands)
+            calls[f"{tile} by {wanted}"] = functools.partial(engine.run, made, buffers)
     return calls
+
+
+def operands(case: Case, a: Arrays) -> dict[str, Buffer]:
+    """The arrays of a case by their names in the kernels, with outputs of their own."""
+    outputs = [np.empty_like(x) for x in (a.q, a.k, a.v, a.o, a.lse)]
+    named = {"q": a.q, "k": a.k, "v": a.v, "do": a.do, "o": a.o, "lse": a.lse}
+    if case.operation == "forward":
+        named |= {"o": outputs[3], "lse": outputs[4]}
+    else:
+        named |= {"dq": outputs[0], "dk": outputs[1], "dv": outputs[2]}
+    return {name: _buffer(array) for name, array in named.items()}
 
 
 def _buffer(array: Array) -> Buffer:
@@ -243,7 +247,8 @@ def _buffer(array: Array) -> Buffer:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def using_threads(number: int) -> Iterator[None]:
+    """So many threads inside, as many as before after it."""
     before = threads.get_num_threads()
     threads.set_num_threads(number)
     try:

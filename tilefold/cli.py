@@ -1,4 +1,4 @@
-"""The command `tilefold`: run, bench, inspect, mask, doctor."""
+"""The command `tilefold`: run, bench, tune, inspect, mask, doctor."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tilefold.commands import bench, doctor, inspect, mask, run
+from tilefold.commands import bench, doctor, inspect, mask, run, tune
 from tilefold.commands.terminal import EXIT_CODES, Failure, Parser
 
-COMMANDS = (run, bench, inspect, mask, doctor)
+COMMANDS = (run, bench, tune, inspect, mask, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold import winners
 from tilefold.blocks import Runs, runs
 from tilefold.device import Device
 from tilefold.expression import Boolean, Skeleton, Table, Truth, split
 from tilefold.fold import index_bits
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 from tilefold.tables import FAMILIES, RegisterTile
+from tilefold.winners import Blocks, Key
 
 OPERATIONS = ("forward", "backward")
 
@@ -141,12 +143,18 @@ class _Recent:
                 held -= oldest.data_bytes
         return plan
 
+    def clear(self) -> None:
+        """Forget all plans: what they were made from has changed."""
+        with self._lock:
+            self._plans.clear()
+
     def unlock(self) -> None:
         """In a forked child: whoever held the lock at the fork is not there to release it."""
         self._lock = threading.Lock()
 
 
 _recent = _Recent(plans=128, data_bytes=256 * 2**20)
+winners.when_changed(_recent.clear)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_recent.unlock)
 
@@ -198,9 +206,6 @@ def _plan(
 GRANULE = 32
 """Traversed rows that are classified together; a run is cut into tiles only inside the kernel."""
 
-_MANY = 256
-"""Parallel elements above which the widest tile always serves, so that fewer kernels compile."""
-
 
 def _kernels(problem: Problem, device: Device, operation: str, form: str) -> tuple[str, ...]:
     """The kernels of an operation, in order: fused backward where its owners fill the cores.
@@ -229,32 +234,63 @@ def _spec(
     tile: RegisterTile | None,
     block_traverse: int | None,
 ) -> KernelSpec:
-    family = FAMILIES[device.isa]
-    item_bytes = ITEM_BYTES[STATISTICS[problem.dtype]]
-    lanes = family.lanes(item_bytes)
-    length = problem.len_q if PARALLEL[kernel] == "q" else problem.len_k
-    tile = tile or _register_tile(family.tiles, lanes, length)
-    if block_traverse is None:
-        rows = family.scratch_bytes // (tile.vectors * lanes * item_bytes)
-        block_traverse = max(1, rows // tile.rows) * tile.rows
+    blocks = _blocks(problem, device, kernel, skeleton, tile)
     return KernelSpec(
         operation=kernel,
         dtype=problem.dtype,
         dim=problem.dim,
         dim_v=problem.dim_v,
-        lanes=lanes,
-        vectors=tile.vectors,
-        rows=tile.rows,
-        block_traverse=block_traverse,
+        lanes=_lanes(problem, device),
+        vectors=blocks.tile.vectors,
+        rows=blocks.tile.rows,
+        block_traverse=blocks.block_traverse if block_traverse is None else block_traverse,
         mask=skeleton,
         index_bits=bits,
         native_half=problem.dtype == "float16" and device.converts_float16,
     )
 
 
+def _blocks(
+    problem: Problem, device: Device, kernel: str, mask: Skeleton, tile: RegisterTile | None
+) -> Blocks:
+    """Those of the tile that is asked for, else what was measured here, else the table's."""
+    if tile is not None:
+        return usual_blocks(problem, device, tile)
+    winner = winners.find(device, winner_key(problem, device, kernel, mask))
+    return winner.best.blocks if winner else table_blocks(problem, device, kernel)
+
+
+def winner_key(problem: Problem, device: Device, kernel: str, mask: Skeleton) -> Key:
+    """What a choice of blocks for one kernel of a plan depends on, beside the machine."""
+    length = winners.length_class(_length(problem, kernel), _lanes(problem, device))
+    return Key(kernel, problem.dtype, problem.dim, problem.dim_v, mask.text, length)
+
+
+def table_blocks(problem: Problem, device: Device, kernel: str) -> Blocks:
+    """What `tables` say of one kernel of a plan."""
+    tiles = FAMILIES[device.isa].tiles
+    tile = _register_tile(tiles, _lanes(problem, device), _length(problem, kernel))
+    return usual_blocks(problem, device, tile)
+
+
+def usual_blocks(problem: Problem, device: Device, tile: RegisterTile) -> Blocks:
+    """A register tile with as many traversed rows as the scratch of `tables` holds."""
+    item_bytes = ITEM_BYTES[STATISTICS[problem.dtype]]
+    return Blocks(tile, FAMILIES[device.isa].block_traverse(tile, item_bytes))
+
+
+def _lanes(problem: Problem, device: Device) -> int:
+    return FAMILIES[device.isa].lanes(ITEM_BYTES[STATISTICS[problem.dtype]])
+
+
+def _length(problem: Problem, kernel: str) -> int:
+    """Of the axis that lies in the lanes."""
+    return problem.len_q if PARALLEL[kernel] == "q" else problem.len_k
+
+
 def _register_tile(tiles: tuple[RegisterTile, ...], lanes: int, length: int) -> RegisterTile:
     """The widest tile, or for a short axis the one that wastes least: padded lanes x loads."""
-    if length > _MANY:
+    if length > winners.LONG:
         return tiles[0]
 
     def cost(tile: RegisterTile) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import tilefold
-from tilefold import api, cache, parse, reference, settings
+from tilefold import api, cache, parse, reference, settings, winners
 from tilefold.backends.cpu import threads
 from tilefold.commands import terminal
 from tilefold.device import amx, host
@@ -147,6 +147,7 @@ def _document(checks: list[Check]) -> dict[str, Any]:
             "kernels": kept.count(),
             "problem": kept.problem(),
         },
+        "tuned": {"winners": len(winners.here(device)), "problem": winners.load().problem},
         "settings": {
             setting.name: None if setting.get() == setting.default else str(setting.get())
             for setting in settings.ALL
@@ -183,6 +184,9 @@ def _show(document: dict[str, Any], checks: list[Check]) -> None:
     facts.add_row("threads", f"{document['threads']['count']} of {document['threads']['of']}")
     held = f"{kept['kernels']} kernels, {terminal.size(kept['bytes'])}"
     facts.add_row("cache", f"{kept['directory']} ({kept['problem'] or held})")
+    tuned = document["tuned"]
+    count = f"{tuned['winners']} winners for this machine (see `tilefold tune`)"
+    facts.add_row("tuned", "; ".join(filter(None, (count, tuned["problem"]))))
     for name, text in document["settings"].items():
         if text:
             facts.add_row("setting", f"{name}={text}")

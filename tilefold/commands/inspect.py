@@ -7,14 +7,18 @@ as assembly.
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
+from dataclasses import asdict
 from typing import Any
 
-from tilefold import parse, plan, roofline
+from tilefold import parse, plan, roofline, settings, winners
 from tilefold.backends.cpu import kernel, peak, runtime, threads
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.plan import Launch, Plan
+from tilefold.tables import FAMILIES
+from tilefold.winners import Winner
 
 
 def register(commands: Any) -> None:
@@ -110,6 +114,7 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
         "mask_expression": spec.mask.text,
     }
     if spec.operation in roofline.PASSES:
+        described["choice"] = _choice(made, launch)
         least = roofline.bounds(problem, spec.operation, pairs, rates)
         described["instructions"] = roofline.instruction_count(
             spec.operation, pairs, problem.dim, problem.dim_v
@@ -119,6 +124,55 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
             "binding": least.binding,
         }
     return described
+
+
+def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
+    """Where the blocks come from, and what other ones would cost as far as anybody measured."""
+    problem, device, spec = made.problem, made.device, launch.spec
+    table = plan.table_blocks(problem, device, spec.operation)
+    winner = winners.find(device, plan.winner_key(problem, device, spec.operation, spec.mask))
+    row = FAMILIES[device.isa].row(table.tile)
+    assert row is not None, table
+    return {
+        "source": "tuned" if winner else "table",
+        "family": device.isa,
+        "table": str(table),
+        "table_measured": row.measured,
+        "tuned": _tuned(winner) if winner else None,
+        "tune": None if winner else _tune_command(made),
+    }
+
+
+def _tuned(winner: Winner) -> dict[str, Any]:
+    """The record, and seconds of the table's and the worst blocks over those of the best."""
+    best = winner.best.seconds
+    return asdict(winner) | {
+        "cost_of_table": winner.table.seconds / best - 1,
+        "cost_of_worst": winner.worst.seconds / best - 1,
+        "table_blocks": str(winner.table.blocks),
+        "worst_blocks": str(winner.worst.blocks),
+    }
+
+
+def _tune_command(made: Plan) -> str:
+    """What to type to measure this specification."""
+    problem = made.problem
+    shape = (problem.batch, problem.heads_q, problem.len_q, problem.dim)
+    words = ["tilefold", "tune", "--shape", ",".join(map(str, shape))]
+    for option, value, usual in (
+        ("--len-k", problem.len_k, problem.len_q),
+        ("--heads-kv", problem.heads_kv, problem.heads_q),
+        ("--dim-v", problem.dim_v, problem.dim),
+        ("--dtype", problem.dtype, "float32"),
+        ("--mask", problem.mask, "full()"),
+    ):
+        if str(value) != str(usual):
+            words += [option, str(value)]
+    words += ["--operation", made.operation]
+    lowered = (
+        [] if made.device.isa == host().isa else [f"{settings.CPU_ISA.name}={made.device.isa}"]
+    )
+    return " ".join([*lowered, shlex.join(words)])
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -162,6 +216,7 @@ def _kernel_facts(described: dict[str, Any]) -> Any:
             f"{described['block_parallel']} {parallel} x {described['block_traverse']} {traversed}"
         )
         facts.add_row("blocks", f"{blocks}; registers {rows} x {vectors} vectors of {lanes}")
+        _add_choice(facts, described["choice"])
         scratch = terminal.size(described["scratch_bytes_per_worker"])
         facts.add_row("scratch", f"{scratch} per worker")
         share = f"{described['computed_share']:.1%} of all pairs are computed"
@@ -173,6 +228,21 @@ def _kernel_facts(described: dict[str, Any]) -> Any:
             facts.add_row(f"  row {row}", ", ".join(spans) + more if spans else "nothing")
         facts.add_row("mask text", terminal.escape(described["mask_expression"]))
     return facts
+
+
+def _add_choice(facts: Any, choice: dict[str, Any]) -> None:
+    table = f"{choice['family']} {choice['table']} (measured: {choice['table_measured']})"
+    tuned = choice["tuned"]
+    if tuned is None:
+        facts.add_row("chosen by", f"the table's row {table}")
+        facts.add_row("tuned", f"nothing here; to measure: {terminal.escape(choice['tune'])}")
+        return
+    of = f"{tuned['candidates']} candidates on {tuned['date'][:10]}"
+    facts.add_row("chosen by", f"tilefold tune, the best of {of}, shape {tuned['shape']}")
+    facts.add_row("table's row", table)
+    worst = f"the worst, {tuned['worst_blocks']}, {tuned['cost_of_worst']:.1%}"
+    row = f"the table's row would cost {tuned['cost_of_table']:.1%} of the time more"
+    facts.add_row("if wrong", f"{row}; {worst}")
 
 
 def _bounds_table(kernels: list[dict[str, Any]]) -> Any:

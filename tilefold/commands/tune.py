@@ -1,0 +1,174 @@
+"""`tilefold tune`: the fastest blocks for given shapes on this machine, kept for the planner.
+
+Candidates are measured turn by turn with the blocks of the built-in table, on random data. The
+winners go to a file beside the kernel cache, which every later call reads; results change by
+rounding only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tilefold import bench, parse, tuning, winners
+from tilefold.backends.cpu import threads
+from tilefold.bench import Case
+from tilefold.circumstances import circumstances
+from tilefold.commands import specification, terminal
+from tilefold.problem import ITEM_BYTES
+from tilefold.tuning import Tuned
+
+
+def register(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "tune",
+        help="find the fastest block sizes for your shapes, and keep them",
+        description=__doc__.partition("\n\n")[2],
+        epilog=terminal.EXIT_CODES,
+    )
+    parser.set_defaults(main=main)
+    parser.add_argument("--shape", nargs="+", default=["1,8,2048,64"], metavar=specification.SHAPE)
+    specification.add_sizes(parser)
+    parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
+    parser.add_argument("--mask", nargs="+", default=["full()"], metavar="RULE")
+    parser.add_argument(
+        "--operation", nargs="+", choices=bench.OPERATIONS, default=list(bench.OPERATIONS)
+    )
+    parser.add_argument("--form", choices=("auto", "fused", "split"), default="auto")
+    parser.add_argument("--threads", type=int, help="default: as many as cores")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="per kernel, beside compiling (default 6)"
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--dry-run", action="store_true", help="measure, but keep nothing")
+    group.add_argument("--forget", action="store_true", help="remove all kept winners, then stop")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure, keep and show; or forget."""
+    if options.forget:
+        return _forget(options.json)
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds must be more than 0, not {options.seconds}")
+    if not options.dry_run:
+        winners.check()
+    found = _measure(_cases(options), options.seconds, options.form)
+    if not options.dry_run:
+        tuning.keep(found)
+    document = _document(found, stored=not options.dry_run)
+    if options.json:
+        terminal.print_json(document)
+    else:
+        _show(document)
+    return 0
+
+
+def _forget(as_json: bool) -> int:
+    count = winners.forget()
+    if as_json:
+        terminal.print_json({"path": str(winners.path()), "forgotten": count})
+    else:
+        terminal.out().print(f"{count} winners forgotten", soft_wrap=True)
+    return 0
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    workers = threads.get_num_threads() if options.threads is None else options.threads
+    return [
+        Case(specification.problem(options, text, parse.parse(mask), dtype), operation, workers)
+        for dtype in options.dtype
+        for operation in options.operation
+        for text in options.shape
+        for mask in options.mask
+    ]
+
+
+def _measure(cases: list[Case], seconds: float, form: str) -> list[Tuned]:
+    found: list[Tuned] = []
+    with terminal.progress() as bar:
+        total = tuning.STAGES * sum(len(tuning.passes(case, form)) for case in cases)
+        task = bar.add_task("", total=total, completed=-1)
+
+        def note(text: str) -> None:
+            bar.update(task, description=text, advance=1)
+
+        for case in cases:
+            found += tuning.tune(case, seconds=seconds, form=form, note=note)
+    return found
+
+
+def _document(found: list[Tuned], stored: bool) -> dict[str, Any]:
+    return {
+        **circumstances(),
+        "path": str(winners.path()) if stored else None,
+        "kernels": [_describe(tuned) for tuned in found],
+    }
+
+
+def _describe(tuned: Tuned) -> dict[str, Any]:
+    case, key = tuned.case, tuned.key
+    return {
+        "kernel": key.kernel,
+        "shape": case.shape,
+        "dtype": key.dtype,
+        "mask": str(case.problem.mask),
+        "threads": case.threads,
+        "table": str(tuned.table),
+        "winner": str(tuned.best.blocks),
+        "gain": 1 / tuned.best.ratio - 1,
+        "candidates": [
+            {
+                "blocks": str(trial.blocks),
+                "rows": trial.blocks.tile.rows,
+                "vectors": trial.blocks.tile.vectors,
+                "block_traverse": trial.blocks.block_traverse,
+                "seconds": tuned.timed(trial).seconds,
+                "ratio": trial.ratio,
+                "rounds": trial.rounds,
+            }
+            for trial in tuned.trials
+        ],
+    }
+
+
+def _show(document: dict[str, Any]) -> None:
+    console = terminal.out()
+    machine = document["machine"]
+    console.print(f"{machine['name']}, {machine['isa']}")
+    for tuned in document["kernels"]:
+        console.print()
+        console.print(_candidates(tuned))
+        console.print(_verdict(tuned))
+    console.print()
+    kept = f"kept in {document['path']}" if document["path"] else "nothing kept (--dry-run)"
+    console.print(kept, soft_wrap=True, markup=False)
+
+
+def _candidates(tuned: dict[str, Any]) -> Any:
+    marks = {tuned["table"]: "the table's row", tuned["winner"]: "winner"}
+    if tuned["table"] == tuned["winner"]:
+        marks[tuned["winner"]] = "winner, the table's row"
+    rows = []
+    for trial in tuned["candidates"]:
+        rows.append(
+            [
+                f"{trial['rows']}x{trial['vectors']}",
+                str(trial["block_traverse"]),
+                terminal.seconds(trial["seconds"]),
+                f"{trial['ratio']:.3f}",
+                str(trial["rounds"]),
+                marks.get(trial["blocks"], ""),
+            ]
+        )
+    title = f"{tuned['kernel']} {tuned['shape']} {tuned['dtype']} {tuned['mask']}"
+    columns = ["tile", ">traversed", ">time", ">ratio", ">rounds", ""]
+    count = f"{tuned['threads']} thread{'s' * (tuned['threads'] > 1)}"
+    return terminal.table(f"{title}, {count}", columns, rows)
+
+
+def _verdict(tuned: dict[str, Any]) -> str:
+    if tuned["winner"] == tuned["table"]:
+        return f"the table's row stays: nothing is {tuning.LEAST_GAIN:.0%} faster"
+    return f"{tuned['winner']} is {tuned['gain']:.1%} faster than the table's row"
