@@ -294,6 +294,7 @@ static int decode_memory(instruction *found, const uint8_t *code, const greg_t *
     const int by_rows = found->kind != LDTILECFG && found->kind != STTILECFG;
     const uint8_t *next = code + 5;
     uint64_t address = 0;
+    found->stride = 0;
     int absolute = 0, relative = 0;
     if (rm == 4) {
         const uint8_t sib = *next++;
@@ -374,14 +375,18 @@ static void execute(const instruction *it)
     }
 }
 
+/* Executes the tile instruction at fault and those that follow on it without another between: a
+   signal costs far more than the work of an instruction. */
 static void on_illegal(int number, siginfo_t *info, void *context)
 {
     const int error = errno;
     greg_t *values = ((ucontext_t *)context)->uc_mcontext.gregs;
     instruction found = {0};
     if (decode(&found, (const uint8_t *)values[REG_RIP], values)) {
-        execute(&found);
-        values[REG_RIP] += found.length;
+        do {
+            execute(&found);
+            values[REG_RIP] += found.length;
+        } while (decode(&found, (const uint8_t *)values[REG_RIP], values));
     } else if (before.sa_flags & SA_SIGINFO) {
         before.sa_sigaction(number, info, context);
     } else if (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN) {
