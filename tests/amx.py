@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 from tilefold import device
 from tilefold.device import Device
@@ -101,9 +102,8 @@ def missing() -> str | None:
 @contextmanager
 def amx() -> Iterator[Amx]:
     """Tiles until the end of the block, which checks what the kernels did with them."""
-    real = device.host().isa == "amx"
-    made = Amx(_device(), not real, _library())
-    if not real:
+    made = _machine()
+    if made.emulated:
         made.library.amx_install()
     made.reset()
     try:
@@ -111,8 +111,19 @@ def amx() -> Iterator[Amx]:
         made.check()
     finally:
         made.reset()
-        if not real:
+        if made.emulated:
             made.library.amx_remove()
+
+
+@contextmanager
+def everywhere() -> Iterator[Amx]:
+    """As `amx`, and `host()` is the machine with AMX meanwhile: all calls run on tiles."""
+
+    def host(isa: str | None) -> Device:
+        return made.device if isa is None else made.device.lowered(isa)
+
+    with amx() as made, mock.patch.object(device, "_host", host):
+        yield made
 
 
 def tile_instructions(listing: str) -> list[str]:
@@ -120,19 +131,19 @@ def tile_instructions(listing: str) -> list[str]:
     return re.findall(rf"^\s+((?:{'|'.join(KINDS)})\b.*?)\s*(?:#.*)?$", listing, re.MULTILINE)
 
 
-def _device() -> Device:
+@functools.cache
+def _machine() -> Amx:
     host = device.host()
     if host.isa == "amx":
-        return host
+        return Amx(host, False, _library())
     features = f"{host.lowered('avx512').features},+amx-tile,+amx-bf16"
-    return replace(host, isa="amx", features=features)
+    return Amx(replace(host, isa="amx", features=features), True, _library())
 
 
 def _compiler() -> str | None:
     return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
-@functools.cache
 def _library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "amx.so"

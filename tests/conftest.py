@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--amx",
+        action="store_true",
+        help="run every call of this process on AMX, in software where the processor has none",
+    )
     parser.addoption("--features-to", help="write which test shows which feature to this JSON file")
 
 
@@ -60,11 +65,26 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
-def amx() -> Iterator[Amx]:
-    """A machine with AMX, the processor's own or in software; fails a test that misuses tiles."""
+@pytest.fixture(autouse=True)
+def amx_everywhere(request: pytest.FixtureRequest) -> Iterator[Amx | None]:
+    """The machine that `--amx` makes of this one for the test; None without the option."""
+    if not request.config.getoption("--amx"):
+        yield None
+        return
     import amx as tiles  # not above: it imports tilefold, and that NumPy
 
+    with tiles.everywhere() as machine:
+        yield machine
+
+
+@pytest.fixture
+def amx(amx_everywhere: Amx | None) -> Iterator[Amx]:
+    """A machine with AMX, the processor's own or in software; fails a test that misuses tiles."""
+    import amx as tiles
+
+    if amx_everywhere:
+        yield amx_everywhere
+        return
     if reason := tiles.missing():
         pytest.skip(reason)
     with tiles.amx() as machine:

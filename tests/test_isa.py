@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import amx
 import pytest
 from cases import RULES, Sizes
 from trial import PASSES, Trial, numbers, problem, run
@@ -21,7 +22,7 @@ from tilefold.backends.cpu.kernel import emit
 from tilefold.device import Device, host
 from tilefold.mask import Rule
 from tilefold.plan import KernelSpec, plan
-from tilefold.problem import Problem
+from tilefold.problem import ITEM_BYTES, Problem
 from tilefold.tables import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -57,9 +58,9 @@ def trials(dtype: str) -> list[Trial]:
 
 
 def check_results(isa: str) -> None:
-    """Every trial in every pass; for a process that TILEFOLD_CPU_ISA lowers to `isa`."""
+    """Every trial in every pass; for a process whose machine is of level `isa`."""
     assert host().isa == isa
-    for trial in (*trials("float32"), *trials("float64")):
+    for trial in (trial for dtype in ITEM_BYTES for trial in trials(dtype)):
         given = numbers(trial)
         for operation, form in PASSES:
             print(trial, operation, form, flush=True)
@@ -70,23 +71,31 @@ def check_results(isa: str) -> None:
 @pytest.mark.feature("M01", "M04", "T01")
 @pytest.mark.parametrize("isa", X86)
 def test_results_at_every_level(isa: str) -> None:
-    try:
-        host().lowered(isa)
-    except ValueError as error:
-        pytest.skip(f"this machine has no {isa}: {error}")
+    code = f"from test_isa import *\ncheck_results({isa!r})"
+    environment = {"TILEFOLD_CPU_ISA": isa}
+    if isa == "amx" and host().isa != "amx":
+        if reason := amx.missing():
+            pytest.skip(reason)
+        code = code.replace("check_results", "with amx.everywhere(): check_results")
+        environment = {}
+    else:
+        try:
+            host().lowered(isa)
+        except ValueError as error:
+            pytest.skip(f"this machine has no {isa}: {error}")
     done = subprocess.run(
-        [sys.executable, "-c", f"from test_isa import *\ncheck_results({isa!r})"],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={
             **os.environ,
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-            "TILEFOLD_CPU_ISA": isa,
+            **environment,
         },
     )
     assert done.returncode == 0, (done.stdout.splitlines()[-1:], done.stderr)
-    assert len(done.stdout.splitlines()) == 2 * len(TRIALS) * len(PASSES)
+    assert len(done.stdout.splitlines()) == len(ITEM_BYTES) * len(TRIALS) * len(PASSES)
 
 
 # Instructions ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
 import numpy as np
 from compare import assert_near
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from tilefold import Rule, engine, full, reference
 from tilefold.buffer import Buffer
 from tilefold.device import Device, host
 from tilefold.plan import Plan, plan
-from tilefold.problem import Problem, default_scale
+from tilefold.problem import STATISTICS, Problem, default_scale
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -29,7 +30,7 @@ PASSES = (("forward", "auto"), ("backward", "split"), ("backward", "fused"))
 INPUTS = {"forward": ("q", "k", "v"), "backward": ("do", "q", "k", "v", "o", "lse")}
 OUTPUTS = {"forward": ("o", "lse"), "backward": ("dq", "dk", "dv")}
 
-TOLERANCE = {"float32": 5e-4, "float64": 1e-10}
+TOLERANCE = {"float32": 5e-4, "float64": 1e-10, "float16": 4e-3, "bfloat16": 3e-2}
 """Largest error relative to the largest number of an array, or to 1 where that is larger.
 
 It tells wrong from right; how precise results are is for the tests that compare with float32.
@@ -116,11 +117,16 @@ def numbers(trial: Trial) -> dict[str, Array]:
     if trial.poisoned:
         _poison(p, given)
     o, lse = reference.attention(given["q"], given["k"], given["v"], mask=p.mask, scale=p.scale)
-    given["o"], given["lse"] = o.astype(p.dtype), lse.astype(p.dtype)
+    given["o"], given["lse"] = o.astype(p.dtype), lse.astype(dtype_of(p, "lse"))
     arguments = [given[name] for name in ("do", "q", "k", "v", "o", "lse")]
     gradients = reference.attention_backward(*arguments, mask=p.mask, scale=p.scale)
     expected = dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients), strict=True))
     return given | {f"expected {name}": array for name, array in expected.items()}
+
+
+def dtype_of(p: Problem, name: str) -> str:
+    """The type of an argument or a result."""
+    return STATISTICS[p.dtype] if name == "lse" else p.dtype
 
 
 def shape_of(p: Problem, name: str) -> Shape:
@@ -182,12 +188,13 @@ def run(
     for name in (*INPUTS[operation], *OUTPUTS[operation]):
         layout = _layout_of(name, trial, operation, form)
         shape = shape_of(p, name)
-        flats[name], views[name] = _place(memory, name, shape, layout.strides(shape), p.dtype)
+        strides, dtype = layout.strides(shape), dtype_of(p, name)
+        flats[name], views[name] = _place(memory, name, shape, strides, dtype)
         if name in INPUTS[operation]:
             views[name][...] = given[name]
     memory.freeze(INPUTS[operation])
     before = {name: flats[name].tobytes() for name in INPUTS[operation]}
-    buffers = {name: _buffer(memory, name, view, p.dtype) for name, view in views.items()}
+    buffers = {name: _buffer(memory, name, view) for name, view in views.items()}
     engine.run(memory.move(plan(p, device or host(), operation, form)), buffers)
     for name, old in before.items():
         assert flats[name].tobytes() == old, f"{name} was modified"
@@ -219,9 +226,9 @@ def _place(
     return flat, np.lib.stride_tricks.as_strided(flat[-lowest:], shape, in_bytes)
 
 
-def _buffer(memory: Memory, name: str, view: Array, dtype: str) -> Buffer:
+def _buffer(memory: Memory, name: str, view: Array) -> Buffer:
     strides = tuple(stride // view.itemsize for stride in view.strides)
-    return Buffer(memory.address(name, view), view.shape, strides, dtype, view)
+    return Buffer(memory.address(name, view), view.shape, strides, str(view.dtype), view)
 
 
 def compare(name: str, found: Array, expected: Array) -> None:
