@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tilefold import bench, blocks, parse, roofline
+from tilefold import bench, blocks, parse, peers, roofline, workload
 from tilefold.backends.cpu import peak, threads
 from tilefold.device import host
 from tilefold.plan import PARALLEL, plan
 from tilefold.problem import Problem
+from tilefold.workload import Case
 
 
 def problem(mask: str = "full()", **changes: Any) -> Problem:
@@ -138,7 +139,7 @@ def test_rounds_end_with_the_time_or_with_the_number() -> None:
 
 
 def test_a_row_is_the_median_of_its_rounds() -> None:
-    case = bench.Case(problem("causal()", dim_v=8))
+    case = Case(problem("causal()", dim_v=8))
     row = bench.Row(case, "tilefold", (3.0, 1.0, 2.0), pairs=100, first_call_seconds=4.0)
     assert (row.median, row.gflops) == (2.0, 100 * 2 * (16 + 8) / 2 / 1e9)
     peer = bench.Row(case, "peer", (5.0,), pairs=100, first_call_seconds=4.0)
@@ -147,31 +148,89 @@ def test_a_row_is_the_median_of_its_rounds() -> None:
     assert (record["tilefold_speedup"], record["shape"]) == (2.5, "1,2,96,16/1,2,96,8")
 
 
+MASKED = ["full()", "causal()", "local(9)"]
+CANNOT = {
+    ("flex", "backward"): "no backward on the CPU",
+    ("onnxruntime", "backward"): "no gradients",
+    ("openvino", "backward"): "no gradients",
+    ("onnxruntime", "bfloat16"): "is float32 on the CPU",
+    ("onnxruntime", "float16"): "is float32 on the CPU",
+    ("openvino", "float16"): "not float16",
+    ("jax", "float16"): "no float16 on the CPU",
+}
+"""What a peer has no way to do, by operation or type, and how its adapter says so."""
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the peers' own
 @pytest.mark.feature("S04", "J01")
-@pytest.mark.parametrize("operation", bench.OPERATIONS)
-@pytest.mark.parametrize("mask", ["full()", "causal()", "local(9)"])
-def test_peers_compute_the_same_as_we_do(operation: str, mask: str) -> None:
-    torch = pytest.importorskip("torch")
-    asked = problem(mask, heads_q=4, len_q=40, len_k=40)
-    case = bench.Case(asked, operation)
-    before = torch.get_num_threads()
-    inputs = bench.arrays(case)
-    ours = bench.own(case, inputs)()
-    for peer in bench.PEERS.values():
-        theirs = peer(case, inputs)()
-        if operation == "forward":
-            pairs = [(ours, theirs[0] if isinstance(theirs, tuple) else theirs)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("operation", workload.OPERATIONS)
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_peer_computes_what_we_do_or_says_that_it_cannot(
+    name: str, operation: str, dtype: str
+) -> None:
+    peer = peers.PEERS[name]
+    if peer.missing:
+        pytest.skip(f"{peer.missing} is not installed")
+    reason = CANNOT.get((name, operation)) or CANNOT.get((name, dtype))
+    for mask in MASKED:
+        asked = problem(mask, heads_q=4, heads_kv=4, len_q=40, len_k=40, dtype=dtype)
+        case = Case(asked, operation, threads=host().cores)
+        rows = bench.measure(case, [name], seconds=0)
+        assert [row.name for row in rows] == ["tilefold", name]
+        if reason is None:
+            assert rows[1].reason is None
+            assert rows[1].median > 0
         else:
-            pairs = list(zip(ours, theirs, strict=True))
-        for mine, other in pairs:
-            np.testing.assert_allclose(mine, np.asarray(other), atol=2e-5)
-    torch.set_num_threads(before)
+            assert reason in str(rows[1].reason)
+            assert rows[1].record(rows[0])["median_seconds"] is None
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name not in ("torch", "numpy")])
+def test_a_peer_that_is_not_installed_is_named(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda module: None)
+    assert peers.PEERS[name].missing == peers.PEERS[name].modules[0]
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: Any) -> None:
+    def other(case: Case, a: workload.Arrays) -> workload.Call:
+        return lambda: 1.01 * workload.own(case, a)()  # type: ignore[operator]
+
+    monkeypatch.setattr(peers, "PEERS", {"other": peers.Peer(("numpy",), other)})
+    rows = bench.measure(Case(problem()), ["other"], seconds=0)
+    assert rows[1].seconds == ()
+    assert "other computes something else: relative error 1.0e-02" in str(rows[1].reason)
+    assert rows[0].reason is None
+
+
+def test_a_result_that_is_not_a_number_is_something_else() -> None:
+    case, o = Case(problem()), np.ones((1, 2, 96, 16))
+    with pytest.raises(ArithmeticError, match="relative error nan"):
+        peers.check("numpy", case, (o, o), (o * np.nan, o))
+
+
+def test_a_peer_in_another_layout_is_turned_before_it_is_compared(monkeypatch: Any) -> None:
+    turned = {"other": peers.Peer(("numpy",), workload.own, "bnhd")}
+    monkeypatch.setattr(peers, "PEERS", turned)
+    case, o = Case(problem()), np.ones((1, 2, 96, 16))
+    assert peers.check("other", case, o, o.swapaxes(1, 2)) == 0
+    with pytest.raises(ArithmeticError, match=r"gives \(1, 96, 2, 16\) where"):
+        peers.check("other", case, o, o)
+
+
+def test_both_passes_in_one_call_are_the_two() -> None:
+    case = Case(problem("causal()"), workload.BOTH)
+    inputs = workload.arrays(case)
+    expected = workload.own(Case(case.problem, "backward"), inputs)()
+    for mine, theirs in zip(expected, workload.own(case, inputs)(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert case.flops(100) == sum(case.problem.flops(each, 100) for each in workload.OPERATIONS)
 
 
 def test_measuring_leaves_the_number_of_threads_as_it_was() -> None:
     before = threads.get_num_threads()
-    rows = bench.measure(bench.Case(problem(), threads=1), ["numpy"], seconds=0)
+    rows = bench.measure(Case(problem(), threads=1), ["numpy"], seconds=0)
     assert [row.name for row in rows] == ["tilefold", "numpy"]
     assert all(len(row.seconds) == 3 and row.pairs == 2 * 96 * 96 for row in rows)
     assert threads.get_num_threads() == before
@@ -179,11 +238,11 @@ def test_measuring_leaves_the_number_of_threads_as_it_was() -> None:
 
 @pytest.mark.slow
 @pytest.mark.feature("S08", "M07")
-@pytest.mark.parametrize("operation", bench.OPERATIONS)
+@pytest.mark.parametrize("operation", workload.OPERATIONS)
 def test_other_block_sizes_give_the_same_result(operation: str) -> None:
-    case = bench.Case(problem("causal()", len_q=150, len_k=170), operation)
-    inputs = bench.arrays(case)
-    expected = bench.own(case, inputs)()
+    case = Case(problem("causal()", len_q=150, len_k=170), operation)
+    inputs = workload.arrays(case)
+    expected = workload.own(case, inputs)()
     swept = bench.block_sizes(case, inputs)
     assert len(swept) >= 8
     names = ["o"] if operation == "forward" else ["dq", "dk", "dv"]
@@ -224,7 +283,7 @@ def compile_seconds(asked: Problem) -> float:
 
 @pytest.mark.slow
 @pytest.mark.feature("M10")
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_rates_are_plausible_and_kept(dtype: str, fresh_cache: Any, monkeypatch: Any) -> None:
     rates = peak.rates(host(), dtype, 1)
     assert 1e9 < rates.flops_per_second < 1e12
@@ -237,10 +296,19 @@ def test_rates_are_plausible_and_kept(dtype: str, fresh_cache: Any, monkeypatch:
     assert again.flops_per_second >= rates.flops_per_second
 
 
+def test_reading_reads_all_of_an_array_and_changes_nothing() -> None:
+    data = np.arange(2 * peak.READ_ITEM_BYTES // 2, dtype=np.float16)
+    before = data.copy()
+    peak.reader(host(), data, 1)()
+    np.testing.assert_array_equal(data, before)
+    with pytest.raises(ValueError, match="a multiple of 262144 bytes, got 524286"):
+        peak.reader(host(), data[1:], 1)
+
+
 @pytest.mark.slow
 def test_no_measured_time_beats_the_roofline() -> None:
     asked = problem(len_q=512, len_k=512, dim=64, dim_v=64)
-    (row,) = bench.measure(bench.Case(asked, threads=1), seconds=0.05)
+    (row,) = bench.measure(Case(asked, threads=1), seconds=0.05)
     rates = peak.rates(host(), "float32", 1, again=True)
     least = roofline.bounds(asked, "forward", row.pairs, rates)
     assert least.seconds < 1.1 * min(row.seconds)  # 1.1: the two are measured one after the other

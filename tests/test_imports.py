@@ -24,7 +24,7 @@ backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak
 engine
 frontends frontends.numpy frontends.torch
 api
-arrays bench tuning minilm
+arrays workload peers bench tuning minilm
 commands commands.terminal commands.specification commands.text
 commands.run commands.bench commands.tune commands.inspect commands.mask commands.doctor
 cli __main__

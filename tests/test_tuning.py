@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tilefold import bench, cli, parse, plan, tuning, winners
-from tilefold.bench import Call, Case
+from tilefold import cli, parse, plan, tuning, winners, workload
 from tilefold.device import host
 from tilefold.problem import ITEM_BYTES, Problem
 from tilefold.tables import FAMILIES, RegisterTile
 from tilefold.winners import Blocks
+from tilefold.workload import Call, Case
 
 Model = Callable[[Blocks], float]
 
@@ -176,10 +176,10 @@ def test_no_block_holds_the_traversed_axis_twice(timed: Any) -> None:
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_what_is_measured_computes_the_same(operation: str, dtype: str) -> None:
     asked = case(operation, "causal()", len_q=70, len_k=90, dtype=dtype)
-    inputs = bench.arrays(asked)
+    inputs = workload.arrays(asked)
     names = ["o"] if operation == "forward" else ["dq", "dk", "dv"]
     tolerance = {"float16": 5e-3, "float32": 5e-6, "float64": 1e-13}[dtype]
-    wanted = bench.own(asked, inputs)()
+    wanted = workload.own(asked, inputs)()
     wanted = dict(zip(names, [wanted] if operation == "forward" else wanted, strict=True))
     for kernel in tuning.passes(asked, "split"):
         race = tuning._Race(asked, "split", kernel, inputs, lambda _: None)

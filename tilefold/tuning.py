@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tilefold import engine, winners
-from tilefold.bench import Arrays, Call, Case, arrays, operands, turn_by_turn, using_threads
+from tilefold.bench import operands, turn_by_turn, using_threads
 from tilefold.circumstances import circumstances
 from tilefold.device import host
 from tilefold.plan import PARALLEL, Plan, plan, table_blocks, usual_blocks, winner_key
 from tilefold.roofline import PASSES
 from tilefold.tables import FAMILIES, RegisterTile
 from tilefold.winners import Blocks, Key, Machine, Timed, Winner
+from tilefold.workload import Arrays, Call, Case, arrays
 
 TRAVERSE = (32, 64, 128, 256, 512)
 """Traversed rows per block that are tried, cut to whole register tiles."""

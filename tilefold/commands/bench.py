@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import io
 import json
 from collections.abc import Sequence
@@ -13,14 +12,16 @@ from typing import Any
 
 from tilefold import bench, parse
 from tilefold.backends.cpu import peak, threads
-from tilefold.bench import Case, Row
+from tilefold.bench import Row
 from tilefold.circumstances import circumstances
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.files import write_atomically
 from tilefold.mask import Rule
+from tilefold.peers import PEERS
 from tilefold.problem import ITEM_BYTES
-from tilefold.roofline import Rates, bounds
+from tilefold.roofline import Rates
+from tilefold.workload import OPERATIONS, PASSES, Case
 
 SHAPES = ("1,8,2048,64", "1,8,2048,128")
 MASKS = ("full()", "causal()")
@@ -40,14 +41,12 @@ def register(commands: Any) -> None:
     specification.add_sizes(parser)
     parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
     parser.add_argument("--mask", nargs="+", default=MASKS, metavar="RULE")
-    parser.add_argument(
-        "--operation", nargs="+", choices=bench.OPERATIONS, default=list(bench.OPERATIONS)
-    )
+    parser.add_argument("--operation", nargs="+", choices=tuple(PASSES), default=list(OPERATIONS))
     parser.add_argument("--threads", nargs="+", type=int, help="default: 1, and as many as cores")
     parser.add_argument(
         "--peers",
         nargs="*",
-        choices=tuple(bench.PEERS),
+        choices=tuple(PEERS),
         help="default: torch, if it is installed; --peers alone for none",
     )
     parser.add_argument("--sweep", action="store_true", help="measure other block sizes too")
@@ -88,10 +87,10 @@ def main(options: argparse.Namespace) -> int:
 
 def _peers(wanted: Sequence[str] | None) -> list[str]:
     if wanted is None:
-        return ["torch"] if importlib.util.find_spec("torch") else []
+        return ["torch"] if PEERS["torch"].missing is None else []
     for name in wanted:
-        if not importlib.util.find_spec(name):
-            raise ModuleNotFoundError(f"the peer {name} is not installed: pip install {name}")
+        if missing := PEERS[name].missing:
+            raise ModuleNotFoundError(f"the peer {name} is not installed: pip install {missing}")
     return list(wanted)
 
 
@@ -124,10 +123,9 @@ def _rates(cases: Sequence[Case]) -> Measured:
 
 def _share(row: Row, rates: Measured) -> tuple[float, str]:
     """The share of the roofline that a row reaches, and what binds."""
-    problem = row.case.problem
-    known = rates[problem.dtype, row.case.threads]
-    least = bounds(problem, row.case.operation, row.pairs, known)
-    return least.seconds / row.median, least.binding
+    known = rates[row.case.problem.dtype, row.case.threads]
+    least, binding = row.case.least_seconds(row.pairs, known)
+    return least / row.median, binding
 
 
 def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None:
@@ -148,12 +146,17 @@ def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None
             f"{share:.0%}",
         ]
         for row in rows[1 : 1 + len(peers)]:
-            line += [terminal.seconds(row.median), f"{row.median / own.median:.2f}"]
+            if row.reason:
+                line += ["cannot", ""]
+            else:
+                line += [terminal.seconds(row.median), f"{row.median / own.median:.2f}"]
         lines.append(line)
     title = f"{host().name}, {host().isa}, {' and '.join(dtypes)}"
     console = terminal.out()
     console.print(terminal.table(title, columns, lines))
     console.print("medians; bound: share of the measured roofline reached; ratio: peer / tilefold")
+    for reason in dict.fromkeys(row.reason for rows in found for row in rows if row.reason):
+        console.print(f"cannot: {terminal.escape(reason)}")
 
 
 def _show_sweep(found: list[list[Row]]) -> None:
@@ -179,7 +182,7 @@ def _document(found: list[list[Row]], rates: Measured) -> dict[str, Any]:
     rows = []
     for group in found:
         for row in group:
-            share, binding = _share(row, rates)
+            share, binding = (None, None) if row.reason else _share(row, rates)
             rows.append(row.record(group[0]) | {"share_of_bound": share, "binding": binding})
     return {
         **circumstances(),
@@ -208,15 +211,16 @@ def _plot(document: dict[str, Any], found: list[list[Row]], peers: Sequence[str]
     except ModuleNotFoundError:
         raise ModuleNotFoundError("--save draws a plot: pip install 'tilefold[bench]'") from None
     names = ["tilefold", *peers]
-    colours = ["#0b6e99", "#c9c5bd", "#e3a857"]
+    colours = ["#0b6e99", "#c9c5bd", "#e3a857", "#8aa399", "#b5838d", "#7d8597", "#d4c2a8", "#444"]
     figure = Figure(figsize=(8, 1.2 + 0.24 * len(found) * len(names)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(names)
     for number, (name, colour) in enumerate(zip(names, colours, strict=False)):
         at = [index + number * height for index in range(len(found))]
-        speeds = [rows[number].gflops for rows in found]
+        speeds = [0 if rows[number].reason else rows[number].gflops for rows in found]
         bars = axes.barh(at, speeds, height * 0.92, label=name, color=colour)
-        axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+        labels = [f"{speed:.0f}" if speed else "cannot" for speed in speeds]
+        axes.bar_label(bars, labels, padding=3, fontsize=8)
     many_dtypes = len({rows[0].case.problem.dtype for rows in found}) > 1
     labels = []
     for rows in found:

@@ -26,6 +26,7 @@ from tilefold.device import host
 from tilefold.mask import Rule
 from tilefold.problem import Problem
 from tilefold.roofline import bounds
+from tilefold.workload import Case
 
 Array = NDArray[Any]
 
@@ -194,7 +195,7 @@ def _benchmark() -> list[tuple[bench.Row, float, str]]:
     rows = []
     with terminal.progress() as bar:
         for operation, mask in bar.track(BENCHMARK, description="Measuring"):
-            case = bench.Case(_problem(parse.parse(mask)), operation, workers)
+            case = Case(_problem(parse.parse(mask)), operation, workers)
             row = bench.measure(case, seconds=0.5)[0]
             rates = peak.rates(host(), "float32", workers, again=True)
             least = bounds(case.problem, operation, row.pairs, rates)

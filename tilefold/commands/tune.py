@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tilefold import bench, parse, tuning, winners
+from tilefold import parse, tuning, winners
 from tilefold.backends.cpu import threads
-from tilefold.bench import Case
 from tilefold.circumstances import circumstances
 from tilefold.commands import specification, terminal
 from tilefold.problem import ITEM_BYTES
 from tilefold.tuning import Tuned
+from tilefold.workload import OPERATIONS, Case
 
 
 def register(commands: Any) -> None:
@@ -32,9 +32,7 @@ def register(commands: Any) -> None:
     specification.add_sizes(parser)
     parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
     parser.add_argument("--mask", nargs="+", default=["full()"], metavar="RULE")
-    parser.add_argument(
-        "--operation", nargs="+", choices=bench.OPERATIONS, default=list(bench.OPERATIONS)
-    )
+    parser.add_argument("--operation", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--form", choices=("auto", "fused", "split"), default="auto")
     parser.add_argument("--threads", type=int, help="default: as many as cores")
     parser.add_argument(

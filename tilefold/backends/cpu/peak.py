@@ -28,9 +28,12 @@ from tilefold.backends.cpu.convert import SCALARS
 from tilefold.backends.cpu.ir import Body, Module, Value, Variable, alignment, vector
 from tilefold.backends.cpu.softmax import exp2
 from tilefold.device import Device
+from tilefold.problem import ITEM_BYTES, STATISTICS
 from tilefold.roofline import Rates
 
-Writer = Callable[[Body, Value, Value, str], None]
+Run = Callable[[], None]
+Writer = Callable[[Body, Value, Value, Value, str], None]
+"""Writes the work of one item: its body, the data, the item's number, its result, the type."""
 
 SECONDS = 0.1  # of each of the three; a run takes 0.1 ms to 10 ms
 ITEMS_PER_WORKER = 4
@@ -60,16 +63,16 @@ def rates(device: Device, dtype: str, workers: int, *, again: bool = False) -> R
 
 def measure(device: Device, dtype: str, workers: int) -> Rates:
     """Measure now; takes about half a second."""
-    lanes = device.vector_bytes // np.dtype(dtype).itemsize
+    computed = STATISTICS[dtype]
+    lanes = device.vector_bytes // ITEM_BYTES[computed]
     steps = STEPS * workers * ITEMS_PER_WORKER * lanes
     registers = device.vector_registers - 4
     items = workers * ITEMS_PER_WORKER
-    small = np.full((items + 1) * lanes, 0.5, dtype)
-    adds = _best(device, dtype, workers, _multiply_adds(registers), items, small)
-    exponentials = _best(device, dtype, workers, _exponentials, items, small)
+    small = np.full(lanes, 0.5, computed)
+    adds = _best(_runner(device, workers, _multiply_adds(registers), items, small))
+    exponentials = _best(_runner(device, workers, _exponentials, items, small))
     size = min(max(4 * device.l3_bytes, READ_BYTES[0]), READ_BYTES[1])
-    large = np.ones(size // np.dtype(dtype).itemsize, dtype)
-    reading = _best(device, dtype, workers, _reads, size // READ_ITEM_BYTES, large)
+    reading = _best(reader(device, np.ones(size // ITEM_BYTES[computed], computed), workers))
     return Rates(
         device=device.name,
         dtype=dtype,
@@ -80,17 +83,38 @@ def measure(device: Device, dtype: str, workers: int) -> Rates:
     )
 
 
-def _best(
-    device: Device, dtype: str, workers: int, write: Writer, items: int, data: NDArray[Any]
-) -> float:
-    """Seconds of the fastest run of a kernel over so many work items."""
-    kernel = runtime.kernel(_text(device, dtype, write), "peak", device)
-    arguments = (ctypes.c_int64 * 3)(0, items, data.ctypes.data)
+def reader(device: Device, data: NDArray[Any], workers: int) -> Run:
+    """A call that reads a contiguous array once, whatever its type.
+
+    Raises ValueError where the array is no multiple of `READ_ITEM_BYTES`.
+    """
+    items, rest = divmod(data.nbytes, READ_ITEM_BYTES)
+    if rest or not data.flags.c_contiguous:
+        raise ValueError(
+            f"data must be contiguous and a multiple of {READ_ITEM_BYTES} bytes, got {data.nbytes}"
+        )
+    return _runner(device, workers, _reads, items, data.reshape(-1).view(np.float32))
+
+
+def _runner(device: Device, workers: int, write: Writer, items: int, data: NDArray[Any]) -> Run:
+    """A call of a kernel over so many work items, each of which has a vector for its result."""
+    kernel = runtime.kernel(_text(device, data.dtype.name, write), "peak", device)
+    results = np.empty(items * device.vector_bytes, np.int8)
+    arguments = (ctypes.c_int64 * 4)(0, items, data.ctypes.data, results.ctypes.data)
+
+    def run(_keep_alive: object = (data, results)) -> None:
+        arguments[0] = 0
+        threads.run(kernel.address, ctypes.addressof(arguments), workers)
+
+    return run
+
+
+def _best(run: Run) -> float:
+    """Seconds of the fastest of some runs."""
     best = float("inf")
     end = time.perf_counter() + SECONDS
     while (start := time.perf_counter()) < end:
-        arguments[0] = 0
-        threads.run(kernel.address, ctypes.addressof(arguments), workers)
+        run()
         best = min(best, time.perf_counter() - start)
     return best
 
@@ -103,36 +127,37 @@ def _text(device: Device, dtype: str, write: Writer) -> str:
     with module.function("peak", [arguments]) as body:
         items = body.load(body.offset(arguments, "i64", 1), "i64", "items")
         data = body.load(body.offset(arguments, "i64", 2), "ptr", "data")
+        results = body.load(body.offset(arguments, "i64", 3), "ptr", "results")
         with body.forever("work") as end:
             item = body.result("item", "i64", "atomicrmw add ptr %arguments, i64 1 monotonic")
             body.leave_unless(body.compare("slt", item, items), end)
-            write(body, data, item, type_)
+            write(body, data, item, body.offset(results, type_, item, "result"), type_)
     return module.text()
 
 
 def _multiply_adds(registers: int) -> Writer:
-    def write(body: Body, data: Value, item: Value, type_: str) -> None:
+    def write(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
         factor = body.load(data, type_, "a")
         places = [body.variable(type_, factor, "acc") for _ in range(registers)]
         with body.loop("step", 0, STEPS):
             for place in places:
                 body.write(place, body.multiply_add(body.read(place), factor, factor, "acc"))
-        _keep(body, data, item, places)
+        _keep(body, result, places)
 
     return write
 
 
-def _exponentials(body: Body, data: Value, item: Value, type_: str) -> None:
+def _exponentials(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
     places = [body.variable(type_, body.load(data, type_), "x") for _ in range(CHAINS)]
     one = body.constant(1.0, type_)
     with body.loop("step", 0, STEPS):
         for place in places:
             below = body.binary("fsub", body.read(place), one, "x")
             body.write(place, exp2(body, below, bounded=True))
-    _keep(body, data, item, places)
+    _keep(body, result, places)
 
 
-def _reads(body: Body, data: Value, item: Value, type_: str) -> None:
+def _reads(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
     places = [body.variable(type_, body.constant(0.0, type_), "acc") for _ in range(CHAINS)]
     start = body.offset(data, "i8", body.mul(item, READ_ITEM_BYTES), "start")
     vectors = READ_ITEM_BYTES // (Value("", type_).lanes * alignment(type_))
@@ -141,12 +166,12 @@ def _reads(body: Body, data: Value, item: Value, type_: str) -> None:
             address = body.offset(start, type_, body.add(step, number))
             total = body.binary("fadd", body.read(place), body.load(address, type_), "acc")
             body.write(place, total)
-    _keep(body, start, Value("-1", "i64"), places)
+    _keep(body, result, places)
 
 
-def _keep(body: Body, data: Value, item: Value, places: list[Variable]) -> None:
+def _keep(body: Body, result: Value, places: list[Variable]) -> None:
     """Store the sum of all registers, so that nothing above is dead code."""
     total = body.read(places[0])
     for place in places[1:]:
         total = body.binary("fadd", total, body.read(place))
-    body.store(total, body.offset(data, total.type, body.add(item, 1)))
+    body.store(total, result)
