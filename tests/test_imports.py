@@ -18,7 +18,8 @@ buffer problem reference device circumstances cache tables winners plan roofline
 backends backends.cpu
 backends.cpu.ir backends.cpu.convert backends.cpu.gemm backends.cpu.softmax
 backends.cpu.arguments backends.cpu.mask
-backends.cpu.pack backends.cpu.tile backends.cpu.work backends.cpu.block
+backends.cpu.pack backends.cpu.pairs backends.cpu.tile backends.cpu.amx backends.cpu.work
+backends.cpu.block backends.cpu.products
 backends.cpu.forward backends.cpu.backward backends.cpu.fused
 backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak
 engine

@@ -22,9 +22,8 @@ from tilefold import engine, peers
 from tilefold.backends.cpu import threads
 from tilefold.buffer import Buffer
 from tilefold.device import host
-from tilefold.plan import plan
+from tilefold.plan import family, plan
 from tilefold.roofline import visible_pairs
-from tilefold.tables import FAMILIES
 from tilefold.workload import Array, Arrays, Call, Case, arrays, own
 
 SWEEP_TRAVERSE = (32, 64, 128, 256)
@@ -154,7 +153,7 @@ def block_sizes(case: Case, a: Arrays) -> dict[str, Call]:
     """
     buffers = operands(case, a)
     calls: dict[str, Call] = {}
-    for tile in FAMILIES[host().isa].tiles:
+    for tile in family(case.problem, host(), case.operation).tiles:
         for wanted in SWEEP_TRAVERSE:
             block = max(1, wanted // tile.rows) * tile.rows
             made = plan(

@@ -20,7 +20,7 @@ from tilefold.device import Device
 from tilefold.expression import Boolean, Skeleton, Table, Truth, split
 from tilefold.fold import index_bits
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
-from tilefold.tables import FAMILIES, RegisterTile
+from tilefold.tables import FAMILIES, PAIRS, Family, RegisterTile
 from tilefold.winners import Blocks, Key
 
 OPERATIONS = ("forward", "backward")
@@ -42,6 +42,9 @@ class KernelSpec:
     The register tile is `rows` broadcast rows by `vectors` vectors of `lanes` elements. The
     parallel axis lies in the lanes, `block_parallel` at a time; the traversed axis is walked
     `block_traverse` rows at a time. `native_half`: the machine converts float16 itself.
+
+    `unit` multiplies: "fma" numbers, "dot" pairs of bfloat16, "amx" tiles of such pairs. With pairs
+    every operand is a sum of `parts` bfloat16 numbers.
     """
 
     operation: str
@@ -55,6 +58,8 @@ class KernelSpec:
     mask: Skeleton
     index_bits: int
     native_half: bool = False
+    unit: str = "fma"
+    parts: int = 1
 
     @property
     def block_parallel(self) -> int:
@@ -235,6 +240,7 @@ def _spec(
     block_traverse: int | None,
 ) -> KernelSpec:
     blocks = _blocks(problem, device, kernel, skeleton, tile)
+    unit, parts = _unit(problem, device, kernel)
     return KernelSpec(
         operation=kernel,
         dtype=problem.dtype,
@@ -247,6 +253,8 @@ def _spec(
         mask=skeleton,
         index_bits=bits,
         native_half=problem.dtype == "float16" and device.converts_float16,
+        unit=unit,
+        parts=parts,
     )
 
 
@@ -255,7 +263,7 @@ def _blocks(
 ) -> Blocks:
     """Those of the tile that is asked for, else what was measured here, else the table's."""
     if tile is not None:
-        return usual_blocks(problem, device, tile)
+        return usual_blocks(problem, device, kernel, tile)
     winner = winners.find(device, winner_key(problem, device, kernel, mask))
     return winner.best.blocks if winner else table_blocks(problem, device, kernel)
 
@@ -268,15 +276,15 @@ def winner_key(problem: Problem, device: Device, kernel: str, mask: Skeleton) ->
 
 def table_blocks(problem: Problem, device: Device, kernel: str) -> Blocks:
     """What `tables` say of one kernel of a plan."""
-    tiles = FAMILIES[device.isa].tiles
+    tiles = family(problem, device, kernel).tiles
     tile = _register_tile(tiles, _lanes(problem, device), _length(problem, kernel))
-    return usual_blocks(problem, device, tile)
+    return usual_blocks(problem, device, kernel, tile)
 
 
-def usual_blocks(problem: Problem, device: Device, tile: RegisterTile) -> Blocks:
+def usual_blocks(problem: Problem, device: Device, kernel: str, tile: RegisterTile) -> Blocks:
     """A register tile with as many traversed rows as the scratch of `tables` holds."""
     item_bytes = ITEM_BYTES[STATISTICS[problem.dtype]]
-    return Blocks(tile, FAMILIES[device.isa].block_traverse(tile, item_bytes))
+    return Blocks(tile, family(problem, device, kernel).block_traverse(tile, item_bytes))
 
 
 def _lanes(problem: Problem, device: Device) -> int:
@@ -286,6 +294,28 @@ def _lanes(problem: Problem, device: Device) -> int:
 def _length(problem: Problem, kernel: str) -> int:
     """Of the axis that lies in the lanes."""
     return problem.len_q if PARALLEL[kernel] == "q" else problem.len_k
+
+
+def _unit(problem: Problem, device: Device, kernel: str) -> tuple[str, int]:
+    """What multiplies, and of how many bfloat16 numbers an operand is the sum.
+
+    Pairs of bfloat16 for bfloat16 itself where the machine has instructions for them. float16
+    numbers are exactly sums of two: three products of tiles take 3/16 of the time of one product
+    in float32, three products of pairs 3/2 of it.
+    """
+    if kernel == "delta":
+        return "fma", 1
+    if device.isa == "amx":
+        return {"bfloat16": ("amx", 1), "float16": ("amx", 2)}.get(problem.dtype, ("fma", 1))
+    if problem.dtype == "bfloat16" and device.has("avx512bf16"):
+        return "dot", 1
+    return "fma", 1
+
+
+def family(problem: Problem, device: Device, kernel: str) -> Family:
+    """The table of a kernel of a plan: that of what multiplies in it."""
+    unit, _ = _unit(problem, device, kernel)
+    return FAMILIES[device.isa] if unit == "fma" else PAIRS[unit]
 
 
 def _register_tile(tiles: tuple[RegisterTile, ...], lanes: int, length: int) -> RegisterTile:

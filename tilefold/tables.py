@@ -10,7 +10,8 @@ The rows serve machines that nobody measured; `tilefold tune` measures the one a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,16 @@ class Family:
 
     `table` from the widest tile to the narrowest: a wide one reads less per product, a narrow one
     wastes fewer lanes on a short sequence. `scratch_bytes` bounds the scores of one tile, which
-    decides how many rows are traversed at a time.
+    decides how many rows are traversed at a time. The rows of a tile are a multiple of `row_step`,
+    traversed rows one of `traverse_step`.
     """
 
     vector_bytes: int
     registers: int
     table: tuple[Row, ...]
     scratch_bytes: int
+    row_step: int = 1
+    traverse_step: int = 1
 
     @property
     def tiles(self) -> tuple[RegisterTile, ...]:
@@ -72,7 +76,8 @@ class Family:
     def block_traverse(self, tile: RegisterTile, item_bytes: int) -> int:
         """Traversed rows at a time: whole register tiles, as many as the scratch holds."""
         rows = self.scratch_bytes // (tile.vectors * self.lanes(item_bytes) * item_bytes)
-        return max(1, rows // tile.rows) * tile.rows
+        step = math.lcm(tile.rows, self.traverse_step)
+        return max(1, rows // step) * step
 
     def candidates(self) -> tuple[RegisterTile, ...]:
         """The table's tiles and others worth measuring: the tallest ones of each width that fit.
@@ -81,11 +86,17 @@ class Family:
         x86 has registers for.
         """
         found = list(self.tiles)
+        if self.traverse_step > 1:
+            return tuple(found)
         for vectors in range(1, 7):
             tallest = min(12, (self.registers - 1) // vectors - 1)
             for rows in range(tallest, max(1, tallest - 3), -1):
                 tile = RegisterTile(rows, vectors)
-                if tile not in found and 2 * rows * vectors >= self.registers:
+                if (
+                    rows % self.row_step == 0
+                    and tile not in found
+                    and 2 * rows * vectors >= self.registers
+                ):
                     found.append(tile)
         return tuple(found)
 
@@ -140,3 +151,18 @@ FAMILIES = {
         scratch_bytes=8192,
     ),
 }
+
+PAIRS = {
+    "dot": replace(_AVX512, row_step=2),
+    "amx": Family(
+        vector_bytes=64,
+        registers=32,
+        table=tuple(Row(RegisterTile(2, vectors), _NOT_MEASURED) for vectors in (8, 6, 4, 2)),
+        scratch_bytes=65536,
+        row_step=2,
+        traverse_step=32,
+    ),
+}
+"""Kernels that multiply bfloat16 pairs, by the unit that does. Tiles of AMX have a shape of their
+own: what is chosen for them is how many vectors of the parallel axis a block has, by twos.
+"""

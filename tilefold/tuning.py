@@ -21,9 +21,9 @@ from tilefold import engine, winners
 from tilefold.bench import operands, turn_by_turn, using_threads
 from tilefold.circumstances import circumstances
 from tilefold.device import host
-from tilefold.plan import PARALLEL, Plan, plan, table_blocks, usual_blocks, winner_key
+from tilefold.plan import PARALLEL, Plan, family, plan, table_blocks, usual_blocks, winner_key
 from tilefold.roofline import PASSES
-from tilefold.tables import FAMILIES, RegisterTile
+from tilefold.tables import RegisterTile
 from tilefold.winners import Blocks, Key, Machine, Timed, Winner
 from tilefold.workload import Arrays, Call, Case, arrays
 
@@ -120,7 +120,7 @@ class _Race:
     def __init__(self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note) -> None:
         self._case, self._form, self._kernel, self._note = case, form, kernel, note
         self._operands = operands(case, inputs)
-        self._family = FAMILIES[host().isa]
+        self._family = family(case.problem, host(), kernel)
         self._table = table_blocks(case.problem, host(), kernel)
         self._trials: dict[Blocks, Trial] = {}
         self._table_seconds = 0.0
@@ -148,7 +148,7 @@ class _Race:
     def _usual(self, tile: RegisterTile) -> Blocks:
         if tile == self._table.tile:
             return self._table
-        return usual_blocks(self._case.problem, host(), tile)
+        return usual_blocks(self._case.problem, host(), self._kernel, tile)
 
     def _fastest(self) -> list[Blocks]:
         return sorted(self._trials, key=lambda blocks: self._trials[blocks].ratio)

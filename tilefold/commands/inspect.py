@@ -17,7 +17,6 @@ from tilefold.backends.cpu import kernel, peak, runtime, threads
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.plan import Launch, Plan
-from tilefold.tables import FAMILIES
 from tilefold.winners import Winner
 
 
@@ -131,11 +130,11 @@ def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
     problem, device, spec = made.problem, made.device, launch.spec
     table = plan.table_blocks(problem, device, spec.operation)
     winner = winners.find(device, plan.winner_key(problem, device, spec.operation, spec.mask))
-    row = FAMILIES[device.isa].row(table.tile)
+    row = plan.family(problem, device, spec.operation).row(table.tile)
     assert row is not None, table
     return {
         "source": "tuned" if winner else "table",
-        "family": device.isa,
+        "family": device.isa if spec.unit == "fma" else f"{device.isa}, {spec.unit}",
         "table": str(table),
         "table_measured": row.measured,
         "tuned": _tuned(winner) if winner else None,

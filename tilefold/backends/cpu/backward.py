@@ -14,10 +14,13 @@ in one). Each pass is the forward pass with other operands: what is parallel lie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tilefold.backends.cpu import gemm, work
 from tilefold.backends.cpu.block import Block, emit
 from tilefold.backends.cpu.ir import Value
 from tilefold.backends.cpu.mask import MaskText
+from tilefold.backends.cpu.products import Products, Right, products
 from tilefold.backends.cpu.softmax import LOG2_E, exp2
 from tilefold.backends.cpu.tile import Matrix, Tile
 from tilefold.plan import KernelSpec
@@ -74,6 +77,7 @@ class _QueryGradient:
     def __init__(self, block: Block) -> None:
         self.block, self.body = block, block.body
         self.shape, self.spec = block.shape, block.spec
+        self.products = products(block)
         h_kv = self.body.binary("udiv", block.h, block.arguments["group"], "h_kv")
         self.keys, self.values = block.matrix("k", h_kv), block.matrix("v", h_kv)
         self.p, self.ds, self.dq = block.region("p"), block.region("ds"), block.region("dq")
@@ -82,8 +86,8 @@ class _QueryGradient:
         body, block, spec = self.body, self.block, self.spec
         body.comment("Q^T <- scale log2(e) Q^T;  dO^T;  lse <- log2(e) lse;  dQ^T <- 0")
         one = block.scalar(1.0)
-        self.q_packed = block.pack("q", spec.dim, block.scale_log2())
-        self.do_packed = block.pack("do", spec.dim_v, one)
+        self.q_packed = self.products.pack("q", spec.dim, block.scale_log2())
+        self.do_packed = self.products.pack("do", spec.dim_v)
         lse, delta = block.pack("lse", 1, block.scalar(LOG2_E)), block.pack("delta", 1, one)
         columns = range(self.shape.vectors)
         self.lse = [body.load(block.at(lse, 0, j), self.shape.vector, "lse") for j in columns]
@@ -96,21 +100,22 @@ class _QueryGradient:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.block.h) if masked else None
-        keys = self.block.near(tile, tile.of(self.keys), "near", spec.dim)
-        values = self.block.near(tile, tile.of(self.values), "near_v", spec.dim_v)
+        made = self.products.sides
+        keys = made(tile, self.keys, "left", spec.dim, rows=True, columns=True)
+        values = made(tile, self.values, "left_v", spec.dim_v, rows=True, columns=False)
         body.comment("S^T <- K Q^T")
-        _store_scores(tile, keys, self.q_packed, spec.dim, self.p, mask)
+        _store_scores(self.products, tile, keys.rows, self.q_packed, self.p, mask)
         body.comment("dP^T <- V dO^T;  P^T <- 2^(S^T - lse);  dS^T <- P^T (dP^T - delta)")
 
         def use(row: Value, dp: gemm.Accumulators) -> None:
-            for i, line in enumerate(dp):
-                _store_differences(
-                    tile, body.add(row, i), line, self.p, self.ds, self.lse, self.delta, masked
-                )
+            statistics = [(self.lse, self.delta)] * len(dp)
+            _keep_differences(self.products, tile, row, dp, statistics, masked, ("ds",))
 
-        tile.scores(values, self.do_packed, spec.dim_v, use)
+        self.products.scores(tile, values.rows, self.do_packed, spec.dim_v, use)
         body.comment("dQ^T += K^T dS^T")
-        tile.accumulate_safely(masked, keys, self.ds, self.p, self.dq, spec.dim)
+        self.products.accumulate_safely(
+            masked, tile, self.keys, keys.columns, "ds", self.dq, spec.dim
+        )
 
 
 class KeyGradients:
@@ -119,6 +124,7 @@ class KeyGradients:
     def __init__(self, block: Block) -> None:
         self.block, self.body = block, block.body
         self.shape, self.spec = block.shape, block.spec
+        self.products = products(block)
         self.p, self.ds = block.region("p"), block.region("ds")
         self.dk, self.dv = block.region("dk"), block.region("dv")
 
@@ -126,8 +132,8 @@ class KeyGradients:
         """Write the block's dk and dv."""
         body, block, spec = self.body, self.block, self.spec
         body.comment("K^T <- scale log2(e) K^T;  V^T;  dK^T <- 0;  dV^T <- 0")
-        self.k_packed = block.pack("k", spec.dim, block.scale_log2())
-        self.v_packed = block.pack("v", spec.dim_v, block.scalar(1.0))
+        self.k_packed = self.products.pack("k", spec.dim, block.scale_log2())
+        self.v_packed = self.products.pack("v", spec.dim_v)
         block.zero("dk", spec.dim)
         block.zero("dv", spec.dim_v)
         group = block.arguments["group"]
@@ -151,32 +157,26 @@ class KeyGradients:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.h_q) if masked else None
-        queries = self.block.near(tile, tile.of(self.queries), "near", spec.dim)
-        do = self.block.near(tile, tile.of(self.do), "near_v", spec.dim_v)
+        made = self.products.sides
+        queries = made(tile, self.queries, "left", spec.dim, rows=True, columns=True)
+        do = made(tile, self.do, "left_v", spec.dim_v, rows=True, columns=True)
         body.comment("S <- Q K^T")
-        _store_scores(tile, queries, self.k_packed, spec.dim, self.p, mask)
+        _store_scores(self.products, tile, queries.rows, self.k_packed, self.p, mask)
         body.comment("dP <- dO V^T;  P <- 2^(S - lse);  dS <- P (dP - delta)")
 
         def use(row: Value, dp: gemm.Accumulators) -> None:
-            for i, line in enumerate(dp):
+            statistics = []
+            for i in range(len(dp)):
                 lse = self._of_query("lse", self.lse_head, tile, body.add(row, i), LOG2_E)
                 delta = self._of_query("delta", self.delta_head, tile, body.add(row, i), None)
-                columns = self.shape.vectors
-                _store_differences(
-                    tile,
-                    body.add(row, i),
-                    line,
-                    self.p,
-                    self.ds,
-                    [lse] * columns,
-                    [delta] * columns,
-                    masked,
-                )
+                statistics.append(([lse] * self.shape.vectors, [delta] * self.shape.vectors))
+            _keep_differences(self.products, tile, row, dp, statistics, masked, ("p", "ds"))
 
-        tile.scores(do, self.v_packed, spec.dim_v, use)
+        self.products.scores(tile, do.rows, self.v_packed, spec.dim_v, use)
         body.comment("dV^T += dO^T P;  dK^T += Q^T dS")
-        tile.accumulate_safely(masked, do, self.p, self.p, self.dv, spec.dim_v)
-        tile.accumulate_safely(masked, queries, self.ds, self.p, self.dk, spec.dim)
+        accumulate = self.products.accumulate_safely
+        accumulate(masked, tile, self.do, do.columns, "p", self.dv, spec.dim_v)
+        accumulate(masked, tile, self.queries, queries.columns, "ds", self.dk, spec.dim)
 
     def _of_query(
         self, name: str, head: Value, tile: Tile, row: Value, factor: float | None
@@ -191,7 +191,12 @@ class KeyGradients:
 
 
 def _store_scores(
-    tile: Tile, matrix: Matrix, packed: Value, dim: int, scores: Value, mask: MaskText | None
+    products: Products,
+    tile: Tile,
+    left: Sequence[Matrix],
+    right: Right,
+    scores: Value,
+    mask: MaskText | None,
 ) -> None:
     """Scores of a tile into scratch, marked where the rule says no."""
     body = tile.body
@@ -206,30 +211,57 @@ def _store_scores(
             for j, score in enumerate(line):
                 body.store(score, tile.at(scores, body.add(row, i), j))
 
-    tile.scores(matrix, packed, dim, use)
+    products.scores(tile, left, right, products.spec.dim, use)
 
 
-def _store_differences(
+def _keep_differences(
+    products: Products,
+    tile: Tile,
+    row: Value,
+    dp: gemm.Accumulators,
+    statistics: list[tuple[list[Value], list[Value]]],
+    masked: bool,
+    kept: tuple[str, ...],
+) -> None:
+    """Rows of P over their scores, where "p" is to be kept, and of dS = P (dP - delta)."""
+    body = tile.body
+    for start in range(0, len(dp), products.step):
+        rows = range(start, start + products.step)
+        lines = [
+            _differences(products, tile, body.add(row, i), dp[i], *statistics[i], masked)
+            for i in rows
+        ]
+        first = body.add(row, start)
+        weights, changes = ([line[k] for line in lines] for k in (0, 1))
+        if "p" in kept:
+            products.keep(tile, "p", first, weights, masked)
+        elif masked:
+            products.mark(tile, first, weights)
+        products.keep(tile, "ds", first, changes, masked)
+
+
+def _differences(
+    products: Products,
     tile: Tile,
     row: Value,
     dp: list[Value],
-    p: Value,
-    ds: Value,
     lse: list[Value],
     delta: list[Value],
     masked: bool,
-) -> None:
-    """One row of P over its scores in `p`, and of dS = P (dP - delta) in `ds`."""
-    body, shape = tile.body, tile.shape
+) -> tuple[list[Value], list[Value]]:
+    """One row of P, made again from its scores, and of dS."""
+    body, vector_ = tile.body, tile.shape.vector
+    scores = products.block.region("p")
+    weights, changes = [], []
     for j, gradient in enumerate(dp):
-        place = tile.at(p, row, j)
-        score = body.load(place, shape.vector, "s")
+        score = body.load(tile.at(scores, row, j), vector_, "s")
         weight = exp2(body, body.binary("fsub", score, lse[j], "e"), bounded=False)
         difference = body.binary("fsub", gradient, delta[j], "e")
         change = body.binary("fmul", weight, difference, "ds")
         if masked:
             forbidden = tile.marked(score, "score")
             weight = tile.mark_where(forbidden, weight, "weight")
-            change = body.select(forbidden, body.constant(0.0, shape.vector), change, "ds")
-        body.store(weight, place)
-        body.store(change, tile.at(ds, row, j))
+            change = body.select(forbidden, body.constant(0.0, vector_), change, "ds")
+        weights.append(weight)
+        changes.append(change)
+    return weights, changes

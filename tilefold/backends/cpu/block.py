@@ -7,8 +7,9 @@ traverses queries. A `Block` says which, so that the passes read alike.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
-from tilefold.backends.cpu import gemm, pack, work
+from tilefold.backends.cpu import amx, gemm, pack, work
 from tilefold.backends.cpu.arguments import PER_ROW, Arguments
 from tilefold.backends.cpu.convert import SCALARS, Kept
 from tilefold.backends.cpu.ir import Body, Module, Operand, Value
@@ -21,8 +22,9 @@ from tilefold.plan import PARALLEL, KernelSpec
 def regions(spec: KernelSpec) -> dict[str, int]:
     """Scratch of one worker: elements of each region, in order. Every region is whole vectors."""
     width = spec.block_parallel
-    tile = -(-spec.block_traverse // spec.rows) * spec.rows * width
-    dim, dim_v = spec.dim * width, spec.dim_v * width
+    tile = padded(spec.block_traverse, spec.rows) * width
+    unit = 1 if spec.unit != "amx" else 32
+    dim, dim_v = padded(spec.dim, unit) * width, padded(spec.dim_v, unit) * width
     rows_of_k = width * whole_vectors(spec.dim, spec.lanes)
     pair = {"p": tile, "ds": tile}
     by_query = {"q": dim, "do": dim_v, "dq": dim, "lse": width, "delta": width} | pair
@@ -34,9 +36,50 @@ def regions(spec: KernelSpec) -> dict[str, int]:
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
     }[spec.operation]
+    if spec.unit != "fma":
+        return found | _pair_regions(spec)
     if Kept(spec.dtype, spec.native_half).converts:
-        found |= _near_regions(spec)
+        return found | _near_regions(spec)
     return found
+
+
+def padded(elements: int, unit: int) -> int:
+    """A number of elements rounded up to whole units."""
+    return -(-elements // unit) * unit
+
+
+def line_of(inner: int, width: int) -> int:
+    """Numbers of one line of a left side in bfloat16: whole chunks of the block's width."""
+    return padded(inner, width)
+
+
+def _pair_regions(spec: KernelSpec) -> dict[str, int]:
+    """32-bit words: right sides and weights as pairs, lines of left sides, staging between them."""
+    width, traversed = spec.block_parallel, spec.block_traverse
+    unit = 32 if spec.unit == "amx" else 2
+    rows = padded(traversed, unit)
+
+    def right(dim: int) -> int:
+        return spec.parts * padded(dim, unit) // 2 * width
+
+    def left(dim: int) -> int:
+        return spec.parts * rows * line_of(dim, width) // 2
+
+    def columns(dim: int) -> int:
+        return spec.parts * padded(dim, unit) * line_of(traversed, width) // 2
+
+    dim, dim_v = spec.dim, spec.dim_v
+    staging = {"staging": max(padded(dim, unit), padded(dim_v, unit), rows) * width}
+    if spec.operation == "forward":
+        own = {"q": right(dim), "p_pairs": right(traversed)}
+        return own | staging | {"left": left(dim), "left_columns": columns(dim_v)}
+    lines = {"left": left(dim), "left_columns": columns(dim), "left_v": left(dim_v)}
+    if spec.operation == "backward_dq":
+        own = {"q": right(dim), "do": right(dim_v), "ds_pairs": right(traversed)}
+        return own | staging | lines
+    own = {"k": right(dim), "v": right(dim_v)}
+    weights = {"p_pairs": right(traversed), "ds_pairs": right(traversed)}
+    return own | weights | staging | lines | {"left_v_columns": columns(dim_v)}
 
 
 def _near_regions(spec: KernelSpec) -> dict[str, int]:
@@ -54,20 +97,21 @@ def _near_regions(spec: KernelSpec) -> dict[str, int]:
     if spec.operation == "delta":
         return {}
     if spec.operation == "forward":
-        return {"near": max(size(spec.dim), size(spec.dim_v))}
-    return {"near": size(spec.dim), "near_v": size(spec.dim_v)}
+        return {"left": max(size(spec.dim), size(spec.dim_v))}
+    return {"left": size(spec.dim), "left_v": size(spec.dim_v)}
 
 
 def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
     """A module with one kernel named after the operation: `write` runs once per work item."""
     scalar = SCALARS[spec.dtype]
-    shape = gemm.Shape(spec.rows, spec.vectors, spec.lanes, scalar)
+    shape = gemm.Shape(spec.rows, spec.vectors, spec.lanes, scalar, spec.unit == "dot")
     module = Module(title, spec.lanes * (32 if scalar == "float" else 64))
     argument = Value("%arguments", "ptr")
     with module.function(spec.operation, [argument]) as body:
         arguments = Arguments(body, spec, argument)
         scratch = work.scratch_of_worker(body, arguments)
-        with work.items(body, arguments) as item:
+        tiles = amx.configured(body) if spec.unit == "amx" else nullcontext()
+        with tiles, work.items(body, arguments) as item:
             write(Block(body, spec, shape, arguments, scratch, item))
     return module.text()
 
@@ -128,11 +172,9 @@ class Block:
 
     def region(self, name: str) -> Value:
         """The address of a region of this worker's scratch."""
-        offset = 0
-        for region, elements in regions(self.spec).items():
-            if region == name:
-                break
-            offset += elements
+        sizes = regions(self.spec)
+        names = [*sizes]
+        offset = sum(sizes[before] for before in names[: names.index(name)])
         return self.body.offset(self._scratch, self.shape.scalar, offset, f"{name}.scratch")
 
     def at(self, scratch: Value, row: Operand, column: int) -> Value:
@@ -163,9 +205,9 @@ class Block:
             return rows
         return tile.near(rows, self.region(region), self.spec.block_traverse, dim)
 
-    def pack(self, name: str, dim: int, factor: Value) -> Value:
-        """Bring the block's rows of an operand, turned and multiplied, to its region."""
-        region = self.region(name)
+    def pack(self, name: str, dim: int, factor: Value, into: str | None = None) -> Value:
+        """Bring the block's rows of an operand, turned and multiplied, to a region (its own)."""
+        region = self.region(into or name)
         place = [*self._place(name), Value(str(dim), "i64"), factor]
         self.body.invoke(pack.pack(self.body.module, self.shape, self.kept(name)), [region, *place])
         return region

@@ -24,6 +24,7 @@ from tilefold.backends.cpu.block import Block, emit
 from tilefold.backends.cpu.gemm import Accumulators
 from tilefold.backends.cpu.ir import Value, Variable, vector
 from tilefold.backends.cpu.mask import MaskText
+from tilefold.backends.cpu.products import products
 from tilefold.backends.cpu.softmax import LN_2, exp2, log2
 from tilefold.backends.cpu.tile import Tile
 from tilefold.plan import KernelSpec
@@ -41,6 +42,7 @@ class _Forward:
     def __init__(self, block: Block) -> None:
         self.block, self.body = block, block.body
         self.shape, self.spec = block.shape, block.spec
+        self.products = products(block)
         h_kv = self.body.binary("udiv", block.h, block.arguments["group"], "h_kv")
         self.keys = block.matrix("k", h_kv)
         self.values = block.matrix("v", h_kv)
@@ -50,7 +52,7 @@ class _Forward:
     def write(self) -> None:
         body, shape, spec, block = self.body, self.shape, self.spec, self.block
         body.comment("Q^T <- scale log2(e) Q^T;  O^T <- 0;  m <- -inf;  l <- 0")
-        self.q_packed = block.pack("q", spec.dim, block.scale_log2())
+        self.q_packed = self.products.pack("q", spec.dim, block.scale_log2())
         block.zero("o", spec.dim_v)
         never = body.constant(0, vector(shape.lanes, "i1"))
         columns = range(shape.vectors)
@@ -64,19 +66,21 @@ class _Forward:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         tops = [body.variable(self.shape.vector, self._lowest, "top") for _ in self.m]
-        keys = self.block.near(tile, tile.of(self.keys), "near", spec.dim)
+        keys = self.products.sides(tile, self.keys, "left", spec.dim, rows=True, columns=False)
         body.comment("S^T <- K Q^T, and the largest of each lane")
         if masked:
             mask = self.block.mask(self.block.h)
-            tile.scores(
-                keys,
+            self.products.scores(
+                tile,
+                keys.rows,
                 self.q_packed,
                 spec.dim,
                 lambda row, scores: self._keep_visible(tile, mask, tops, row, scores),
             )
         else:
-            tile.scores(
-                keys,
+            self.products.scores(
+                tile,
+                keys.rows,
                 self.q_packed,
                 spec.dim,
                 lambda row, scores: self._keep(tile, tops, row, scores, scores),
@@ -87,9 +91,11 @@ class _Forward:
         safe_m, alphas = self._raise_maximum(tops)
         self._weigh(tile, safe_m, alphas, masked)
         body.comment("O^T <- alpha O^T + V^T P^T")
-        values = self.block.near(tile, tile.of(self.values), "near", spec.dim_v)
-        tile.accumulate_safely(
-            masked, values, self.weights, self.weights, self.o_total, spec.dim_v, alphas
+        values = self.products.sides(
+            tile, self.values, "left", spec.dim_v, rows=False, columns=True
+        )
+        self.products.accumulate_safely(
+            masked, tile, self.values, values.columns, "p", self.o_total, spec.dim_v, alphas
         )
 
     def _keep_visible(
@@ -148,15 +154,21 @@ class _Forward:
         body = self.body
         body.comment("P^T <- 2^(S^T - m_new);  l <- alpha l + sum of rows")
         sums = [body.variable(self.shape.vector, self.block.splat(0.0), "sum") for _ in self.l]
-        with body.loop("r", 0, tile.count) as row:
-            for j, (m, total) in enumerate(zip(safe_m, sums, strict=True)):
-                place = tile.at(self.weights, row, j)
-                score = body.load(place, self.shape.vector, "s")
-                weight = exp2(body, body.binary("fsub", score, m, "e"), bounded=True)
-                if masked:
-                    weight = tile.mark_where(tile.marked(score, "score"), weight, "weight")
-                body.store(weight, place)
-                body.write(total, body.binary("fadd", body.read(total), weight, "sum"))
+        self.products.pad(tile, self.weights)
+        with body.loop("r", 0, tile.count, self.products.step) as row:
+            lines = []
+            for i in range(self.products.step):
+                line = []
+                for j, (m, total) in enumerate(zip(safe_m, sums, strict=True)):
+                    place = tile.at(self.weights, body.add(row, i), j)
+                    score = body.load(place, self.shape.vector, "s")
+                    weight = exp2(body, body.binary("fsub", score, m, "e"), bounded=True)
+                    if masked:
+                        weight = tile.mark_where(tile.marked(score, "score"), weight, "weight")
+                    body.write(total, body.binary("fadd", body.read(total), weight, "sum"))
+                    line.append(weight)
+                lines.append(line)
+            self.products.keep(tile, "p", row, lines, masked)
         for running, alpha, total in zip(self.l, alphas, sums, strict=True):
             new = body.multiply_add(body.read(running), alpha, body.read(total), "l")
             body.write(running, new)

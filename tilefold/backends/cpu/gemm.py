@@ -5,7 +5,7 @@
         for i in range(rows):    a    = A[i, c]           (one number, in all lanes)
             for j in range(vectors): C[i, j] += a * b[j]
 
-A is read number by number, so any strides will do and nothing of it is ever packed; B is a row of
+A is read number by number, so any strides will do and nothing of it need be packed; B is a row of
 vectors in scratch. Every product of attention has this form when the parallel axis lies in the
 lanes (BLIS, Van Zee and van de Geijn 2015, calls it the micro-kernel; it is the only code that
 knows how many registers there are).
@@ -16,19 +16,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tilefold.backends.cpu.ir import Body, Operand, Value, vector
+from tilefold.backends.cpu.ir import Body, Operand, Value, alignment, vector
 
 Accumulators = list[list[Value]]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A register tile: `rows` broadcast rows by `vectors` vectors of `lanes` x `scalar`."""
+    """A register tile: `rows` broadcast rows by `vectors` vectors of `lanes` x `scalar`.
+
+    `pairs`: A and B hold pairs of bfloat16 numbers that follow each other in the contraction, 32
+    bits each, and one instruction multiplies and adds both (AVX512-BF16).
+    """
 
     rows: int
     vectors: int
     lanes: int
     scalar: str
+    pairs: bool = False
 
     @property
     def width(self) -> int:
@@ -39,6 +44,11 @@ class Shape:
     def vector(self) -> str:
         """The type of one register."""
         return vector(self.lanes, self.scalar)
+
+    @property
+    def operand(self) -> str:
+        """The type of what is read of A and B at one step of the contraction."""
+        return "i32" if self.pairs else self.scalar
 
     def at(self, body: Body, base: Value, row: Operand, column: int, stride: int) -> Value:
         """The address of vector `column` of row `row` of a scratch matrix."""
@@ -62,8 +72,10 @@ def multiply(
     """C[i][j] = start(i, j) + the sum over c < count of A[i][c] * B[c][j].
 
     A[i][c] is `left[i][c * left_step]`: `left` holds the address of each row's first number. B[c]
-    is the row of vectors at `right[c * right_stride]` in scratch. Steps and strides count elements.
+    is the row of vectors at `right[c * right_stride]` in scratch. Steps and strides count elements;
+    with pairs, `count` and those of B count pairs, and `left_step` counts bfloat16 numbers.
     """
+    element = "i16" if shape.pairs else shape.scalar
     places = [
         [body.variable(shape.vector, start(i, j), "acc") for j in range(shape.vectors)]
         for i in range(rows)
@@ -72,15 +84,25 @@ def multiply(
         vectors = []
         for j in range(shape.vectors):
             address = shape.at(body, right, c, j, right_stride)
-            vectors.append(body.load(address, shape.vector, "b"))
+            vectors.append(body.load(address, vector(shape.lanes, shape.operand), "b"))
         position = body.mul(c, left_step)
         for i in range(rows):
-            number = body.load(body.offset(left[i], shape.scalar, position), shape.scalar, "a")
+            address = body.offset(left[i], element, position)
+            number = body.load(address, shape.operand, "a", align=alignment(element))
             wide = body.splat(number, shape.lanes, "a")
             for j in range(shape.vectors):
                 total = body.read(places[i][j], "acc")
-                body.write(places[i][j], body.multiply_add(wide, vectors[j], total, "acc"))
+                body.write(places[i][j], _add_product(body, shape, wide, vectors[j], total))
     return [[body.read(place, "acc") for place in line] for line in places]
+
+
+def _add_product(body: Body, shape: Shape, left: Value, right: Value, total: Value) -> Value:
+    if not shape.pairs:
+        return body.multiply_add(left, right, total, "acc")
+    halves = vector(2 * shape.lanes, "bfloat")
+    pairs = [body.cast("bitcast", value, halves, "pair") for value in (left, right)]
+    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * shape.lanes}"
+    return body.call(name, shape.vector, [total, *pairs], "acc")
 
 
 def zeros(body: Body, shape: Shape) -> Callable[[int, int], Value]:

@@ -333,6 +333,7 @@ class Module:
         self._title = title
         self._vector_bits = vector_bits
         self._declared: dict[str, str] = {}
+        self._constants: dict[str, str] = {}
         self._functions: list[str] = []
         self._defined: set[str] = set()
 
@@ -344,6 +345,13 @@ class Module:
         """An intrinsic that some body calls."""
         if name not in self._defined:
             self._declared[name] = f"declare {type_} @{name}({', '.join(arguments)})"
+
+    def constant(self, name: str, content: bytes, align: int) -> Value:
+        """The address of constant bytes."""
+        text = "".join(f"\\{byte:02X}" for byte in content)
+        kind = f"private unnamed_addr constant [{len(content)} x i8]"
+        self._constants[name] = f'@{name} = {kind} c"{text}", align {align}'
+        return Value(f"@{name}", "ptr")
 
     @contextmanager
     def function(
@@ -371,7 +379,8 @@ class Module:
             f"attributes #1 = {{ nounwind noinline {width} }}",
         ]
         declared = [self._declared[name] for name in sorted(self._declared)]
-        parts = [title, "\n".join(declared), *self._functions, "\n".join(attributes)]
+        head = [*self._constants.values(), *declared]
+        parts = [title, "\n".join(head), *self._functions, "\n".join(attributes)]
         return "\n\n".join(parts) + "\n"
 
 

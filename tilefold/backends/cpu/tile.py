@@ -10,8 +10,9 @@ becomes -0.0, which no exponential is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from tilefold.backends.cpu import gemm, pack
 from tilefold.backends.cpu.convert import Kept
@@ -46,6 +47,20 @@ class Matrix:
 def whole_vectors(elements: int, lanes: int) -> int:
     """Elements rounded up to whole vectors."""
     return -(-elements // lanes) * lanes
+
+
+Scores = Callable[[Value, gemm.Accumulators], None]
+"""Takes a block of scores: (the first of its rows in the tile, the block)."""
+
+Side = TypeVar("Side")
+
+
+@dataclass(frozen=True)
+class Factor(Generic[Side]):
+    """A left side, and the right side in scratch that it is multiplied with."""
+
+    left: Side
+    right: Value
 
 
 @dataclass(frozen=True)
@@ -126,31 +141,35 @@ class Tile:
     def _clipped(self, row: Value) -> Value:
         return self.body.minimum(row, self.body.sub(self.count, 1))
 
-    def scores(
-        self,
-        matrix: Matrix,
-        packed: Value,
-        dim: int,
-        use: Callable[[Value, gemm.Accumulators], None],
-    ) -> None:
-        """`use(first row, block)` for each register block of matrix x packed (dim x lanes).
+    def scores(self, factors: Sequence[Factor[Matrix]], contraction: Value, use: Scores) -> None:
+        """`use(first row, block)` for each register block of the sum of left x right.
 
-        `matrix` holds the tile's rows, as numbers to compute with.
+        The left sides hold the tile's rows, the right sides `contraction` rows in scratch.
         """
         body, shape = self.body, self.shape
         with body.loop("r", 0, self.count, shape.rows) as row:
-            block = gemm.multiply(
-                body,
-                shape,
-                shape.rows,
-                self.rows_of(matrix, row, shape.rows),
-                matrix.d_stride,
-                packed,
-                shape.width,
-                dim,
-                gemm.zeros(body, shape),
-            )
+            block = None
+            for factor in factors:
+                left = self.rows_of(factor.left, row, shape.rows)
+                step = factor.left.d_stride
+                block = self._multiply(factor, left, step, contraction, shape.rows, block)
+            assert block is not None
             use(row, block)
+
+    def _multiply(
+        self,
+        factor: Factor[Matrix],
+        left: list[Value],
+        step: Operand,
+        contraction: Value,
+        rows: int,
+        total: gemm.Accumulators | None,
+    ) -> gemm.Accumulators:
+        """One left x right, added to `total` where there is one."""
+        body, shape = self.body, self.shape
+        start = gemm.zeros(body, shape) if total is None else lambda i, j: total[i][j]
+        right, width = factor.right, shape.width
+        return gemm.multiply(body, shape, rows, left, step, right, width, contraction, start)
 
     def allowed_rows(self, mask: MaskText, row: Value) -> list[tuple[Value, ...]]:
         """The rule's truths for one block of rows, repeated past the end like the rows."""
@@ -159,25 +178,29 @@ class Tile:
 
     def accumulate(
         self,
-        matrix: Matrix,
-        weights: Value,
+        factors: Sequence[Factor[Matrix]],
+        contraction: Value,
         total: Value,
         dim: int,
-        factors: list[Value] | None = None,
+        scales: list[Value] | None = None,
     ) -> None:
-        """total (dim x lanes) <- factors * total + matrix^T (dim x count) x weights."""
+        """total (dim x lanes) <- scales * total + the sum of left^T (dim x rows) x right."""
         body, shape = self.body, self.shape
 
         def tile(first: Operand, rows: int) -> None:
-            left = [matrix.at(body, matrix.address, body.add(first, i)) for i in range(rows)]
-
-            def begin(i: int, j: int) -> Value:
-                old = body.load(self.at(total, body.add(first, i), j), shape.vector, "total")
-                return old if factors is None else body.binary("fmul", old, factors[j])
-
-            block = gemm.multiply(
-                body, shape, rows, left, matrix.row_stride, weights, shape.width, self.count, begin
-            )
+            block: gemm.Accumulators = []
+            for i in range(rows):
+                places = [self.at(total, body.add(first, i), j) for j in range(shape.vectors)]
+                block.append([body.load(place, shape.vector, "total") for place in places])
+            if scales is not None:
+                block = [
+                    [body.binary("fmul", old, by) for old, by in zip(line, scales, strict=True)]
+                    for line in block
+                ]
+            for factor in factors:
+                matrix = factor.left
+                left = [matrix.at(body, matrix.address, body.add(first, i)) for i in range(rows)]
+                block = self._multiply(factor, left, matrix.row_stride, contraction, rows, block)
             for i, line in enumerate(block):
                 for j, value in enumerate(line):
                     body.store(value, self.at(total, body.add(first, i), j))
@@ -191,7 +214,7 @@ class Tile:
         marks: Value,
         total: Value,
         dim: int,
-        factors: list[Value] | None = None,
+        scales: list[Value] | None = None,
     ) -> None:
         """As `accumulate`, but leaves out the pairs whose entry in `marks` is a forbidden weight.
 
@@ -203,7 +226,7 @@ class Tile:
             places = []
             for j in range(shape.vectors):
                 old = body.load(self.at(total, d, j), shape.vector, "total")
-                scaled = old if factors is None else body.binary("fmul", old, factors[j])
+                scaled = old if scales is None else body.binary("fmul", old, scales[j])
                 places.append(body.variable(shape.vector, scaled, "acc"))
             with body.loop("c", 0, self.count) as c:
                 number = matrix.kept.load(body, matrix.at(body, matrix.row(body, c), d))
@@ -216,25 +239,6 @@ class Tile:
                     body.write(place, body.select(self.marked(mark, "weight"), old, new))
             for j, place in enumerate(places):
                 body.store(body.read(place), self.at(total, d, j))
-
-    def accumulate_safely(
-        self,
-        masked: bool,
-        matrix: Matrix,
-        weights: Value,
-        marks: Value,
-        total: Value,
-        dim: int,
-        factors: list[Value] | None = None,
-    ) -> None:
-        """`accumulate`, or in a partial tile that holds infinities or NaN, `accumulate_visible`."""
-        if not masked:
-            self.accumulate(matrix, weights, total, dim, factors)
-            return
-        with self.body.choose(self.finite(matrix, dim), "finite") as branch:
-            self.accumulate(matrix, weights, total, dim, factors)
-            branch.otherwise()
-            self.accumulate_visible(matrix, weights, marks, total, dim, factors)
 
     def finite(self, matrix: Matrix, dim: int) -> Value:
         """Whether every number of the tile's rows of `matrix` is finite: 0 * x summed stays 0.

@@ -1,0 +1,358 @@
+"""How a kernel multiplies: in float, in bfloat16 pairs, or on AMX tiles.
+
+Every product of a pass is left x right. The right side lies in scratch with the parallel block in
+its lanes: operands of the block itself, or the weights of a tile. The left side is of the traversed
+axis, read along d for scores (`rows`) and along the traversed axis for sums (`columns`).
+
+    unit   left                                   right                    one step
+    fma    numbers where they lie, any strides    rows of floats           a * b, one number
+    dot    lines of bfloat16, contiguous          rows of bfloat16 pairs   two numbers
+    amx    as dot                                 as dot                   16 x 16 x 32 numbers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilefold.backends.cpu import amx, gemm, pairs
+from tilefold.backends.cpu.block import Block, line_of, padded
+from tilefold.backends.cpu.convert import Kept
+from tilefold.backends.cpu.ir import Operand, Value
+from tilefold.backends.cpu.tile import Factor, Matrix, Scores, Side, Tile
+
+
+@dataclass(frozen=True)
+class Right:
+    """The right side, in parts that sum to it; scores are to be multiplied by `factor`."""
+
+    parts: tuple[Value, ...]
+    factor: Value | None = None
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A tile's rows of an operand as left sides, in parts, read along d and along the rows."""
+
+    rows: tuple[Matrix, ...]
+    columns: tuple[Matrix, ...]
+
+
+def products(block: Block) -> Products:
+    """The products of a kernel, by its spec's unit."""
+    kind = {"fma": Products, "dot": _PairProducts, "amx": _TileProducts}[block.spec.unit]
+    return kind(block)
+
+
+class Products:
+    """Products in the type of the scores, number by number."""
+
+    step = 1
+    """Rows of weights that are kept together."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.body = block, block.body
+        self.shape, self.spec = block.shape, block.spec
+
+    def pack(self, name: str, dim: int, factor: Value | None = None) -> Right:
+        """The block's rows of an operand as the right side, multiplied by a factor."""
+        one = self.block.scalar(1.0)
+        return Right((self.block.pack(name, dim, one if factor is None else factor),))
+
+    def sides(
+        self, tile: Tile, matrix: Matrix, region: str, dim: int, *, rows: bool, columns: bool
+    ) -> Sides:
+        """A tile's rows of an operand as left sides, as far as they are wanted."""
+        near = (self.block.near(tile, tile.of(matrix), region, dim),)
+        return Sides(near, near)
+
+    def scores(
+        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
+    ) -> None:
+        """`use(first row, block)` for each block of rows of left x right, over d."""
+        tile.scores(_factors(left, right), Value(str(dim), "i64"), _multiplied(self, right, use))
+
+    def pad(self, tile: Tile, scores: Value) -> None:
+        """Complete the scores to a multiple of `step` rows: what is added weighs nothing."""
+
+    def keep(
+        self, tile: Tile, region: str, row: Value, lines: gemm.Accumulators, masked: bool
+    ) -> None:
+        """Keep `step` rows of weights, or more, for `accumulate_safely`."""
+        scratch = self.block.region(region)
+        for i, line in enumerate(lines):
+            for j, value in enumerate(line):
+                self.body.store(value, tile.at(scratch, self.body.add(row, i), j))
+
+    def mark(self, tile: Tile, row: Value, weights: gemm.Accumulators) -> None:
+        """Keep rows of P for their marks alone."""
+        Products.keep(self, tile, "p", row, weights, True)
+
+    def kept(self, tile: Tile, region: str) -> Right:
+        """The weights that were kept in a region as the right side, once all rows are there."""
+        return Right((self.block.region(region),))
+
+    def accumulate(
+        self,
+        tile: Tile,
+        left: Sequence[Matrix],
+        right: Right,
+        total: Value,
+        dim: int,
+        factors: list[Value] | None = None,
+    ) -> None:
+        """total (dim x lanes) <- factors * total + left^T x right, over the tile's rows."""
+        tile.accumulate(_factors(left, right), tile.count, total, dim, factors)
+
+    def accumulate_safely(
+        self,
+        masked: bool,
+        tile: Tile,
+        matrix: Matrix,
+        left: Sequence[Matrix],
+        region: str,
+        total: Value,
+        dim: int,
+        factors: list[Value] | None = None,
+    ) -> None:
+        """`accumulate` of the weights kept in a region, without those of forbidden pairs.
+
+        They are 0, and 0 times a number is 0; in a partial tile where `matrix` holds infinities or
+        NaN they are left out one by one. The marks are those of region "p".
+        """
+        right = self.kept(tile, region)
+        if not masked:
+            self.accumulate(tile, left, right, total, dim, factors)
+            return
+        rows, block = tile.of(matrix), self.block
+        with self.body.choose(tile.finite(rows, dim), "finite") as branch:
+            self.accumulate(tile, left, right, total, dim, factors)
+            branch.otherwise()
+            weights, marks = block.region(region), block.region("p")
+            tile.accumulate_visible(rows, weights, marks, total, dim, factors)
+
+
+class _PairProducts(Products):
+    """Products of bfloat16 pairs: two numbers of the contraction in one step.
+
+    The instruction takes denormal numbers for 0, and sums below the normal ones become 0.
+    """
+
+    step = 2
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block)
+        self._unit = 32 if self.spec.unit == "amx" else 2
+        self._parts = self.spec.parts
+
+    def pack(self, name: str, dim: int, factor: Value | None = None) -> Right:
+        body, block = self.body, self.block
+        staging = block.pack(name, dim, block.scalar(1.0), "staging")
+        rows = padded(dim, self._unit)
+        for row in range(dim, rows):
+            for j in range(self.shape.vectors):
+                body.store(block.splat(0.0), block.at(staging, row, j))
+        function = pairs.interleave(body.module, self.shape, self._parts)
+        part = rows // 2 * self.shape.width
+        right = block.region(name)
+        body.invoke(function, [right, staging, *_integers(rows // 2, part)])
+        return Right(self._in_parts(right, part), factor)
+
+    def sides(
+        self, tile: Tile, matrix: Matrix, region: str, dim: int, *, rows: bool, columns: bool
+    ) -> Sides:
+        matrix = tile.of(matrix)
+        return Sides(
+            self._lines(tile, matrix, region, dim, turned=False) if rows else (),
+            self._lines(tile, matrix, f"{region}_columns", dim, turned=True) if columns else (),
+        )
+
+    def _lines(
+        self, tile: Tile, matrix: Matrix, region: str, dim: int, *, turned: bool
+    ) -> tuple[Matrix, ...]:
+        """Lines along the contraction, in a region unless they lie so already."""
+        body, spec = self.body, self.spec
+        width, traversed = self.shape.width, spec.block_traverse
+        line = line_of(traversed if turned else dim, width)
+        part = line * padded(dim if turned else traversed, self._unit)
+        outer, inner = Value(str(dim), "i64"), tile.count
+        outer_stride, inner_stride = matrix.d_stride, matrix.row_stride
+        if not turned:
+            outer, inner = inner, outer
+            outer_stride, inner_stride = inner_stride, outer_stride
+        scratch = self.block.region(region)
+        function = pairs.lines(body.module, self.shape, matrix.kept, self._parts)
+        strides = [outer_stride, inner_stride, *_integers(line, part)]
+        arguments = [scratch, matrix.address, self.block.region("staging"), outer, inner, *strides]
+        address, stride = scratch, Value(str(line), "i64")
+        if self._parts == 1 and matrix.kept.dtype == "bfloat16":
+            direct = self._direct(tile, dim, inner_stride, turned=turned)
+            with body.when(body.binary("xor", direct, Value("true", "i1")), "copy"):
+                body.invoke(function, arguments)
+            address = body.select(direct, matrix.address, scratch, "left")
+            stride = body.select(direct, outer_stride, stride, "line")
+        else:
+            body.invoke(function, arguments)
+        kept, two = Kept("bfloat16", False), Value("2", "i64")
+        strides = [two, stride] if turned else [stride, two]
+        places = [address, *(body.offset(address, "i16", part * i) for i in range(1, self._parts))]
+        return tuple(Matrix(place, strides[0], strides[1], kept) for place in places)
+
+    def _direct(self, tile: Tile, dim: int, inner_stride: Value, *, turned: bool) -> Value:
+        """Whether lines lie in the array itself, and whole: no step reads past an end."""
+        body = self.body
+        contiguous = body.compare("eq", inner_stride, Value("1", "i64"))
+        if not turned and self._unit == 2:
+            return contiguous if dim % 2 == 0 else Value("false", "i1")
+        if dim % (16 if turned else self._unit) and self._unit > 2:
+            return Value("false", "i1")
+        rest = body.binary("and", tile.count, self._unit - 1)
+        whole = body.compare("eq", rest, Value("0", "i64"))
+        return body.binary("and", contiguous, whole)
+
+    def scores(
+        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
+    ) -> None:
+        words = Value(str(padded(dim, 2) // 2), "i64")
+        tile.scores(_factors(left, right), words, _multiplied(self, right, use))
+
+    def pad(self, tile: Tile, scores: Value) -> None:
+        body = self.body
+        odd = body.compare("ne", body.binary("and", tile.count, 1), Value("0", "i64"))
+        with body.when(odd, "odd"):
+            for j in range(self.shape.vectors):
+                body.store(self.block.splat(float("-inf")), tile.at(scores, tile.count, j))
+
+    def keep(
+        self, tile: Tile, region: str, row: Value, lines: gemm.Accumulators, masked: bool
+    ) -> None:
+        if masked:
+            super().keep(tile, region, row, lines, masked)
+        body = self.body
+        target = self.block.region(f"{region}_pairs")
+        part = Value(str(self._words_of_weights), "i64")
+        half = body.binary("lshr", row, 1)
+        for i in range(0, len(lines), 2):
+            for j, (first, second) in enumerate(zip(lines[i], lines[i + 1], strict=True)):
+                place = tile.at(target, body.add(half, i // 2), j)
+                pairs.store_words(body, place, part, first, second, self._parts)
+
+    def kept(self, tile: Tile, region: str) -> Right:
+        """Rows past the tile's end, up to a whole step, become 0 here."""
+        body = self.body
+        right = self._in_parts(self.block.region(f"{region}_pairs"), self._words_of_weights)
+        odd = body.compare("ne", body.binary("and", tile.count, 1), Value("0", "i64"))
+        words = body.binary("lshr", tile.count, 1)
+        for part in right:
+            with body.when(odd, "odd"):
+                for j in range(self.shape.vectors):
+                    place = tile.at(part, words, j)
+                    word = body.load(place, f"<{pairs.LANES} x i32>")
+                    body.store(body.binary("and", word, 0xFFFF), place)
+            if self._unit > 2:
+                whole = body.add(tile.count, self._unit - 1)
+                end = body.mul(body.binary("lshr", whole, self._unit.bit_length() - 1), 16)
+                first = body.binary("lshr", body.add(tile.count, 1), 1)
+                with body.loop("rest", first, end) as row:
+                    for j in range(self.shape.vectors):
+                        body.store(self.block.splat(0.0), tile.at(part, row, j))
+        return Right(right)
+
+    def accumulate(
+        self,
+        tile: Tile,
+        left: Sequence[Matrix],
+        right: Right,
+        total: Value,
+        dim: int,
+        factors: list[Value] | None = None,
+    ) -> None:
+        words = self.body.binary("lshr", self.body.add(tile.count, 1), 1)
+        tile.accumulate(_factors(left, right), words, total, dim, factors)
+
+    @property
+    def _words_of_weights(self) -> int:
+        """Words of one part of a tile's weights."""
+        return padded(self.spec.block_traverse, self._unit) // 2 * self.shape.width
+
+    def _in_parts(self, right: Value, words: int) -> tuple[Value, ...]:
+        return tuple(self.body.offset(right, "i32", words * part) for part in range(self._parts))
+
+
+class _TileProducts(_PairProducts):
+    """Products of bfloat16 pairs on AMX tiles."""
+
+    def scores(
+        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
+    ) -> None:
+        body, shape = self.body, self.shape
+        staging = self.block.region("staging")
+        use = _multiplied(self, right, use)
+        depth = Value(str(padded(dim, amx.DEPTH) // amx.DEPTH), "i64")
+        with body.loop("r", 0, tile.count, 2 * amx.ROWS) as first:
+            lines = [amx.Lines(matrix.row(body, first), matrix.row_stride) for matrix in left]
+            amx.panel(body, shape, _factors(lines, right), depth, staging, 2, start=None)
+            last = body.minimum(body.sub(tile.count, first), 2 * amx.ROWS)
+            with body.loop("i", 0, last, shape.rows) as i:
+                block = []
+                for k in range(shape.rows):  # past the end the last row again, as `rows_of` does
+                    row = body.minimum(body.add(i, k), body.sub(last, 1))
+                    places = [tile.at(staging, row, j) for j in range(shape.vectors)]
+                    block.append([body.load(place, shape.vector, "s") for place in places])
+                use(body.add(first, i), block)
+
+    def accumulate(
+        self,
+        tile: Tile,
+        left: Sequence[Matrix],
+        right: Right,
+        total: Value,
+        dim: int,
+        factors: list[Value] | None = None,
+    ) -> None:
+        body, shape = self.body, self.shape
+        if factors is not None:
+            with body.loop("d", 0, dim) as d:
+                for j, factor in enumerate(factors):
+                    place = tile.at(total, d, j)
+                    old = body.load(place, shape.vector, "total")
+                    body.store(body.binary("fmul", old, factor), place)
+        depth = body.binary("lshr", body.add(tile.count, amx.DEPTH - 1), 5)
+
+        def panel(first: Operand, rows: int) -> None:
+            lines = [
+                amx.Lines(matrix.at(body, matrix.address, first), matrix.d_stride)
+                for matrix in left
+            ]
+            target = tile.at(total, first, 0)
+            amx.panel(body, shape, _factors(lines, right), depth, target, rows // 16, start=target)
+
+        gemm.row_tiles(body, padded(dim, amx.ROWS), 2 * amx.ROWS, panel, "d")
+
+
+def _factors(left: Sequence[Side], right: Right) -> list[Factor[Side]]:
+    """The products whose sum is left x right: all but those of two low parts."""
+    return [
+        Factor(a, b)
+        for i, a in enumerate(left)
+        for j, b in enumerate(right.parts)
+        if i + j < len(left)
+    ]
+
+
+def _multiplied(products: Products, right: Right, use: Scores) -> Scores:
+    """`use` with scores that have the right side's factor."""
+    factor = right.factor
+    if factor is None:
+        return use
+    body, shape = products.body, products.shape
+
+    def scaled(row: Value, block: gemm.Accumulators) -> None:
+        wide = body.splat(factor, shape.lanes, "factor")
+        use(row, [[body.binary("fmul", value, wide, "s") for value in line] for line in block])
+
+    return scaled
+
+
+def _integers(*numbers: int) -> list[Value]:
+    return [Value(str(number), "i64") for number in numbers]
