@@ -18,7 +18,7 @@ from tilefold.backends.cpu import block, ir, work
 from tilefold.backends.cpu.kernel import kernel, workspace_bytes
 from tilefold.backends.cpu.runtime import CompileError
 from tilefold.device import Device, host
-from tilefold.plan import GRANULE, PARALLEL, plan
+from tilefold.plan import GRANULE, PARALLEL, family, plan
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 from tilefold.tables import FAMILIES
 
@@ -68,7 +68,6 @@ def test_results_do_not_depend_on_the_blocks(dtype: str) -> None:
 @pytest.mark.parametrize("isa", FAMILIES)
 def test_every_plan_fits_the_machine(isa: str) -> None:
     device = Device("cpu", "any", isa, "", "", 4)
-    family = FAMILIES[isa]
     for dtype in ITEM_BYTES:
         computed = ITEM_BYTES[STATISTICS[dtype]]
         for dim in (1, 77, 512):
@@ -82,7 +81,9 @@ def test_every_plan_fits_the_machine(isa: str) -> None:
                         assert held <= device.vector_registers, spec
                         assert spec.block_traverse % spec.rows == 0, spec
                         scores = spec.block_traverse * spec.block_parallel * computed
-                        assert scores <= family.scratch_bytes, spec
+                        table = family(sizes, device, spec.operation)
+                        assert scores <= table.scratch_bytes, spec
+                        assert spec.block_traverse % table.traverse_step == 0, spec
 
 
 @pytest.mark.feature("M07")
