@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -61,7 +62,7 @@ class Emulator(Memory):
     cut: str | None = None
     arrays: dict[str, Array] = field(default_factory=dict)
     programs: dict[tuple[KernelSpec, str], Path] = field(default_factory=dict)
-    spec: KernelSpec | None = None
+    loaded: list[tuple[KernelSpec, Path]] = field(default_factory=list)
 
     def allocate(self, name: str, elements: int, dtype: str) -> Array:
         """See `Memory.allocate`."""
@@ -82,7 +83,7 @@ class Emulator(Memory):
         return replace(plan, tables=tuple(tables))
 
     def kernel(self, spec: KernelSpec, device: Device) -> CpuKernel:
-        """Compile and link a kernel; remember it as the one to run next."""
+        """Compile and link a kernel; its address is its number among those that were asked for."""
         key = (spec, device.features)
         if key not in self.programs:
             program = self.folder / f"kernel{len(self.programs)}"
@@ -92,19 +93,19 @@ class Emulator(Memory):
             command = [COMPILER, *options, str(DRIVER), str(kernel), "-o", str(program)]
             subprocess.run(command, check=True, timeout=60)
             self.programs[key] = program
-        self.spec, self.program = spec, self.programs[key]
-        nowhere = runtime.Loaded(0, spec.operation, None)
-        return CpuKernel(nowhere, names(spec), workspace_bytes(spec))
+        self.loaded.append((spec, self.programs[key]))
+        number = runtime.Loaded(len(self.loaded) - 1, spec.operation, None)
+        return CpuKernel(number, names(spec), workspace_bytes(spec))
 
-    def run(self, _address: int, arguments: int, _workers: int) -> None:
-        """Run the kernel of the last `kernel` on one thread."""
-        assert self.spec is not None
-        words = list((ctypes.c_int64 * len(names(self.spec))).from_address(arguments))
+    def run(self, address: int, arguments: int, _workers: int) -> None:
+        """Run a kernel of `kernel` on one thread."""
+        spec, program = self.loaded[address]
+        words = list((ctypes.c_int64 * len(names(spec))).from_address(arguments))
         arrays = list(self.arrays.values())
         pointers = [
             (place, *_find(words[place], arrays))
-            for place, name in enumerate(names(self.spec))
-            if _is_pointer(name, self.spec)
+            for place, name in enumerate(names(spec))
+            if _is_pointer(name, spec)
         ]
         given, taken = self.folder / "given", self.folder / "taken"
         numbers = [self.side == "after", len(words), len(pointers), len(arrays), *words]
@@ -116,7 +117,7 @@ class Emulator(Memory):
         numbers += sizes
         parts = [array.tobytes()[:size] for array, size in zip(arrays, sizes, strict=True)]
         given.write_bytes(np.array(numbers, np.int64).tobytes() + b"".join(parts))
-        command = [EMULATOR, str(self.program), str(given), str(taken)]
+        command = [EMULATOR, str(program), str(given), str(taken)]
         code = subprocess.run(
             command,
             timeout=120,
@@ -124,7 +125,7 @@ class Emulator(Memory):
             cwd=self.folder,  # it may leave a core file
         ).returncode
         ended = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
-        assert code == 0, f"{self.spec.operation} {ended}"
+        assert code == 0, f"{spec.operation} {ended}"
         results = memoryview(taken.read_bytes())
         for array in arrays:
             result = np.frombuffer(results[: array.nbytes], array.dtype).reshape(array.shape)
@@ -152,8 +153,8 @@ def emulated(folder: Path) -> Iterator[Emulator]:
     """The engine runs its kernels under the emulator meanwhile."""
     emulator = Emulator(folder)
 
-    def workspace(size: int) -> int:
-        return int(emulator.allocate("workspace", size, "uint8").ctypes.data)
+    def workspace(size: int) -> SimpleNamespace:
+        return SimpleNamespace(pointer=emulator.allocate("workspace", size, "uint8").ctypes.data)
 
     def allocate(name: str, scratch: Scratch) -> Buffer:
         real = real_allocate(name, scratch)

@@ -12,6 +12,7 @@ import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -138,21 +139,21 @@ EMPTY_RUNS = np.empty((0, 3), np.int64)
 def guarded(side: str, short: str | None = None) -> Iterator[GuardedMemory]:
     """Guarded memory, in which the engine puts its scratch and its argument blocks meanwhile."""
     memory = GuardedMemory(side, short)
-    words = 0
+    words: dict[int, int] = {}
 
     def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
-        nonlocal words
         found = real_kernel(spec, device)
-        words = len(found.names)
+        words[found.loaded.address] = len(found.names)
         return found
 
     def run(address: int, arguments: int, workers: int) -> None:
-        block = np.frombuffer((ctypes.c_int64 * words).from_address(arguments), np.int64)
+        size = words[address]
+        block = np.frombuffer((ctypes.c_int64 * size).from_address(arguments), np.int64)
         copy = memory.copy("argument block", block, frozen=False)  # its two counters count
         real_run(address, copy.ctypes.data, workers)
 
-    def workspace(size: int) -> int:
-        return memory.scratch("workspace", size, "uint8")
+    def workspace(size: int) -> SimpleNamespace:
+        return SimpleNamespace(pointer=memory.scratch("workspace", size, "uint8"))
 
     def allocate(name: str, scratch: Scratch) -> Buffer:
         real = real_allocate(name, scratch)

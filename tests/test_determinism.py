@@ -186,7 +186,7 @@ def test_a_thread_has_scratch_of_its_own() -> None:
     here = engine._workspace(4096)
     with ThreadPoolExecutor(1) as pool:
         there = pool.submit(engine._workspace, 4096).result()
-        assert engine._workspace(4096) == here != there
+        assert engine._workspace(4096).pointer == here.pointer != there.pointer
 
 
 # After a fork ---------------------------------------------------------------------------------

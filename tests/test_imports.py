@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "tilefold"
 
 # The package in reading order: a file imports only from files above it.
 READING_ORDER = """
-settings check files nodes expression summary fold blocks rules data coordinates mask parse picture
+settings check files recent
+nodes expression summary fold blocks rules data coordinates mask parse picture
 buffer problem reference device circumstances cache tables winners plan roofline
 backends backends.cpu
 backends.cpu.ir backends.cpu.convert backends.cpu.gemm backends.cpu.softmax

@@ -34,9 +34,15 @@ def problem(mask: Rule, len_q: int = 300, len_k: int = 420, **changes: Any) -> P
 @pytest.fixture
 def fresh_kernels(fresh_cache: Path) -> Iterator[Path]:
     """No kernel in memory or on disk, before the test and after it."""
-    kernel.cache_clear()
+    forget()
     yield fresh_cache
+    forget()
+
+
+def forget() -> None:
+    """Make this process as new: no kernel is loaded, and no call prepared."""
     kernel.cache_clear()
+    engine._calls.clear()
 
 
 @pytest.mark.slow
@@ -277,11 +283,11 @@ def test_an_edited_generator_takes_effect_at_once(
     before = tilefold.attention(q, k, v)
     with monkeypatch.context() as edited:
         edited.setattr(block, "LOG2_E", 1.0)
-        kernel.cache_clear()  # a new process
+        forget()
         other = tilefold.attention(q, k, v)
     want, _ = reference.attention(q, k, v, scale=np.log(2) / np.sqrt(6))
     assert_near("o to the base 2", other, want, 1e-12)
-    kernel.cache_clear()
+    forget()
     assert_same("o", tilefold.attention(q, k, v), before)
 
 

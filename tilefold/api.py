@@ -130,18 +130,27 @@ def attention_backward(
     return gradients
 
 
+_known: dict[type, ModuleType] = {}
+"""The frontends of the plain arrays that were met: a look-up, where asking torch takes a while."""
+
+
 def _frontend(**arrays: Any) -> ModuleType:
     """The frontend of all arguments. Raises TypeError where torch tensors meet other arrays."""
-    kind = getattr(sys.modules.get("torch"), "Tensor", ())
-    tensors = [name for name, array in arrays.items() if isinstance(array, kind)]
-    if not tensors:
-        return _numpy()
-    if len(tensors) == len(arrays):
-        return _torch()
-    other = next(name for name in arrays if name not in tensors)
-    raise TypeError(
-        f"{other} must be a torch tensor as {tensors[0]} is, got {type(arrays[other]).__name__}"
-    )
+    kinds = {*map(type, arrays.values())}
+    kind = kinds.pop()
+    if not kinds and kind in _known:
+        return _known[kind]
+    tensor = getattr(sys.modules.get("torch"), "Tensor", ())
+    tensors = [name for name, array in arrays.items() if isinstance(array, tensor)]
+    if 0 < len(tensors) < len(arrays):
+        other = next(name for name in arrays if name not in tensors)
+        raise TypeError(
+            f"{other} must be a torch tensor as {tensors[0]} is, got {type(arrays[other]).__name__}"
+        )
+    frontend = _torch() if tensors else _numpy()
+    if kind in frontend.PLAIN:
+        _known[kind] = frontend
+    return frontend
 
 
 def _numpy() -> ModuleType:

@@ -1,85 +1,163 @@
-"""Runs a plan on buffers: fills the argument blocks, hands them to the threads."""
+"""Runs plans: a call is prepared once for the strides of its operands, then run on any pointers.
+
+What a prepared call does again is little: it copies a template of each argument block, writes the
+pointers into it, and hands it to the threads. A call that is running owns its block, and a thread
+its workspace, so any number of threads may run one prepared call at the same time.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tilefold import winners
 from tilefold.backends.cpu import threads
-from tilefold.backends.cpu.arguments import OPERANDS
-from tilefold.backends.cpu.kernel import double_bits, kernel
+from tilefold.backends.cpu.arguments import OPERANDS, WORK
+from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
 from tilefold.buffer import Buffer
 from tilefold.device import host
 from tilefold.plan import Launch, Plan, Scratch, plan
-from tilefold.problem import Problem
+from tilefold.problem import LAYOUTS, Problem, Shape, shape_lse, shape_o, shapes_qkv
+from tilefold.recent import Recent
+
+GIVEN = {
+    "forward": ("q", "k", "v", "o", "lse"),
+    "backward": ("do", "q", "k", "v", "o", "lse", "dq", "dk", "dv"),
+}
+"""The operands that a caller gives to each operation, in order."""
 
 _ALONE_FLOPS = 1e6
 """Below this one thread works: 10 us of a core at 100 GFLOP/s (not tuned)."""
 
-_local = threading.local()
+_WORKSPACE = WORK.index("workspace")
+
+Strides = tuple[int, ...]
 
 
-def forward(problem: Problem, q: Buffer, k: Buffer, v: Buffer, o: Buffer, lse: Buffer) -> None:
-    """Write o and lse."""
-    run(plan(problem, host(), "forward"), {"q": q, "k": k, "v": v, "o": o, "lse": lse})
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A plan made ready for operands of certain strides: all but where they lie and who works.
+
+    `results` are the shapes of what it writes, in the layout of the caller.
+    """
+
+    plan: Plan
+    steps: tuple[_Step, ...]
+    alone: bool
+    results: tuple[Shape, ...]
+
+    def run(self, *pointers: int) -> None:
+        """Run the kernels in order on operands at these addresses, in the order of `GIVEN`.
+
+        Whoever calls keeps the operands alive meanwhile.
+        """
+        made = [_allocate(name, scratch) for name, scratch in self.plan.buffers.items()]
+        pointers += tuple([buffer.pointer for buffer in made])
+        workers = 1 if self.alone else threads.get_num_threads()
+        for step in self.steps:
+            step.run(pointers, workers)
 
 
-def backward(
-    problem: Problem,
-    do: Buffer,
-    q: Buffer,
-    k: Buffer,
-    v: Buffer,
-    o: Buffer,
-    lse: Buffer,
-    dq: Buffer,
-    dk: Buffer,
-    dv: Buffer,
-) -> None:
-    """Write dq, dk and dv.
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One kernel of a call: its argument block but for the workspace and the operands' addresses.
+
+    `places` says which word of the block takes which pointer of the call.
+    """
+
+    kernel: CpuKernel
+    items: int
+    words: type[ctypes.Array[ctypes.c_int64]]
+    template: bytes
+    places: tuple[tuple[int, int], ...]
+
+    def run(self, pointers: Sequence[int], workers: int) -> None:
+        workers = min(workers, self.items)
+        workspace = _workspace(workers * self.kernel.workspace_bytes)
+        block = self.words.from_buffer_copy(self.template)
+        block[_WORKSPACE] = workspace.pointer
+        for place, operand in self.places:
+            block[place] = pointers[operand]
+        threads.run(self.kernel.loaded.address, ctypes.addressof(block), workers)
+
+
+_calls: Recent[Call] = Recent(most=128, most_bytes=256 * 2**20)
+winners.when_changed(_calls.clear)
+
+
+def recent(key: Hashable) -> Call | None:
+    """The call that was kept under a key, if it is one for this device."""
+    call = _calls.get(key)
+    return call if call is not None and call.plan.device is host() else None
+
+
+def keep(key: Hashable, call: Call) -> Call:
+    """Keep a call for `recent`: the newest ones, as far as their plans' data fit 256 MiB."""
+    return _calls.put(key, call, call.plan.data_bytes)
+
+
+def forward(problem: Problem, layout: str, *strides: Strides) -> Call:
+    """The call that reads q, k and v and writes o and lse.
+
+    `strides` are those of q, k and v, in elements, axes in the order of the layout; what is written
+    is contiguous in that order.
+    """
+    results = shape_o(problem, layout), shape_lse(problem)
+    operands = _named("forward", layout, [*strides, *map(_contiguous, results)])
+    return prepare(plan(problem, host(), "forward"), operands, results)
+
+
+def backward(problem: Problem, layout: str, *strides: Strides) -> Call:
+    """The call that reads do, q, k, v, o and lse and writes dq, dk and dv; as `forward`.
 
     The fused kernel adds to whole rows of dq, so it needs them contiguous; the split form takes any
     strides.
     """
-    form = "auto" if dq.strides[3] == 1 else "split"
-    run(
-        plan(problem, host(), "backward", form),
-        {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv},
-    )
+    results = shapes_qkv(problem, layout)
+    operands = _named("backward", layout, [*strides, *map(_contiguous, results)])
+    form = "auto" if operands["dq"][3] == 1 else "split"
+    return prepare(plan(problem, host(), "backward", form), operands, results)
 
 
 def run(plan: Plan, operands: Mapping[str, Buffer]) -> None:
     """Run the kernels of a plan in order; `operands` by their names in the kernels."""
-    buffers = dict(operands)
-    for name, scratch in plan.buffers.items():
-        buffers[name] = _allocate(name, scratch)
+    strides = {name: buffer.strides for name, buffer in operands.items()}
+    call = prepare(plan, strides, results=())
+    call.run(*[operands[name].pointer for name in GIVEN[plan.operation]])
+
+
+def prepare(plan: Plan, strides: Mapping[str, Strides], results: tuple[Shape, ...]) -> Call:
+    """A plan's kernels, compiled and loaded, and argument blocks for operands of these strides.
+
+    Here the axes of `strides` are canonical.
+    """
     problem = plan.problem
     pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
-    small = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
-    for launch in plan.launches:
-        _launch(plan, launch, buffers, 1 if small else threads.get_num_threads())
+    alone = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
+    ordered = {name: strides[name] for name in GIVEN[plan.operation]}
+    ordered |= {name: _contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
+    steps = tuple(_step(plan, launch, ordered) for launch in plan.launches)
+    return Call(plan, steps, alone, results)
 
 
-def _allocate(name: str, scratch: Scratch) -> Buffer:
-    """Memory of a plan's buffer, from the start of a cache line; `name` is for who watches it."""
-    itemsize = np.dtype(scratch.dtype).itemsize
-    size = math.prod(scratch.shape) * itemsize
-    held = np.empty(size + 64, np.uint8)
-    strides = [1]
-    for length in reversed(scratch.shape[1:]):
-        strides.insert(0, strides[0] * length)
-    address = _aligned(held.ctypes.data)
-    return Buffer(address, scratch.shape, tuple(strides), scratch.dtype, held)
+def _named(operation: str, layout: str, strides: Sequence[Strides]) -> dict[str, Strides]:
+    """Strides by the names of the operands, with their axes in the canonical order."""
+    axes = LAYOUTS[layout]
+    return {
+        name: tuple([given[axis] for axis in axes]) if name != "lse" else given
+        for name, given in zip(GIVEN[operation], strides, strict=True)
+    }
 
 
-def _launch(plan: Plan, launch: Launch, buffers: Mapping[str, Buffer], workers: int) -> None:
+def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
+    """The argument block of a launch; `strides` of all operands, in the order of the pointers."""
     problem, spec, runs = plan.problem, launch.spec, launch.runs
     function = kernel(spec, plan.device)
-    workers = max(1, min(workers, launch.items))
     row_b = runs.planes_h * launch.block_rows if runs.planes_b > 1 else 0
     words = [
         0,
@@ -93,7 +171,7 @@ def _launch(plan: Plan, launch: Launch, buffers: Mapping[str, Buffer], workers: 
         launch.block_rows if runs.planes_h > 1 else 0,
         launch.item_rows,
         launch.block_rows,
-        _workspace(workers * function.workspace_bytes),
+        0,
         function.workspace_bytes,
         launch.heads,
         problem.heads_q // problem.heads_kv,
@@ -101,27 +179,56 @@ def _launch(plan: Plan, launch: Launch, buffers: Mapping[str, Buffer], workers: 
         problem.len_k,
         double_bits(problem.scale),
     ]
+    order = list(strides)
+    places = []
     for name in OPERANDS[spec.operation]:
-        buffer = buffers[name]
-        words.append(buffer.pointer)
-        words.extend(buffer.strides)
-    words.extend(plan.parameters)
+        places.append((len(words), order.index(name)))
+        words += [0, *strides[name]]
+    words += plan.parameters
     for table in plan.tables:
-        words.append(table.array.ctypes.data)
         item = table.array.itemsize
-        words.extend(stride // item for stride in table.array.strides)
+        words += [table.array.ctypes.data, *(stride // item for stride in table.array.strides)]
     assert len(words) == len(function.names), (len(words), function.names)
-    block = np.array(words, np.int64)
-    threads.run(function.loaded.address, block.ctypes.data, workers)
+    template = np.array(words, np.int64).tobytes()
+    return _Step(function, launch.items, ctypes.c_int64 * len(words), template, tuple(places))
 
 
-def _workspace(size: int) -> int:
-    """The address of this thread's scratch, aligned to a cache line; grown when it is too small."""
-    held: NDArray[np.uint8] | None = getattr(_local, "workspace", None)
-    if held is None or held.size < size + 64:
-        held = _local.workspace = np.empty(size + 64, np.uint8)
-    return _aligned(held.ctypes.data)
+def _contiguous(shape: Sequence[int]) -> Strides:
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.insert(0, strides[0] * length)
+    return tuple(strides)
 
 
-def _aligned(address: int) -> int:
-    return -(-address // 64) * 64
+def _allocate(name: str, scratch: Scratch) -> Buffer:
+    """Memory of a plan's buffer, from the start of a cache line; `name` is for who watches it."""
+    held = _Memory(math.prod(scratch.shape) * np.dtype(scratch.dtype).itemsize)
+    return Buffer(held.pointer, scratch.shape, _contiguous(scratch.shape), scratch.dtype, held)
+
+
+class _Memory:
+    """Some bytes from the start of a cache line."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._array = np.empty(size + 64, np.uint8)
+        self.pointer = -(-self._array.ctypes.data // 64) * 64
+
+
+class _Local(threading.local):
+    workspace = _Memory(0)
+
+
+_local = _Local()
+
+
+def _workspace(size: int) -> _Memory:
+    """This thread's scratch, made anew when it is too small.
+
+    Who runs a kernel holds it until the kernel is done: a call from a finaliser, in the same thread
+    and before the kernel begins, may make a larger one.
+    """
+    held = _local.workspace
+    if held.size < size:
+        held = _local.workspace = _Memory(size)
+    return held

@@ -5,10 +5,7 @@ Nothing here depends on how many threads will run: so results do not either.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +17,7 @@ from tilefold.device import Device
 from tilefold.expression import Boolean, Skeleton, Table, Truth, split
 from tilefold.fold import index_bits
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
+from tilefold.recent import Recent
 from tilefold.tables import FAMILIES, PAIRS, Family, RegisterTile
 from tilefold.winners import Blocks, Key
 
@@ -122,46 +120,8 @@ class Plan:
         return sum(array.nbytes for array in arrays)
 
 
-class _Recent:
-    """The newest plans, up to a number of them and of bytes; always the last one."""
-
-    def __init__(self, plans: int, data_bytes: int) -> None:
-        self._most, self._most_bytes = plans, data_bytes
-        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Plan | None:
-        with self._lock:
-            found = self._plans.get(key)
-            if found is not None:
-                self._plans.move_to_end(key)
-            return found
-
-    def put(self, key: Hashable, plan: Plan) -> Plan:
-        with self._lock:
-            self._plans[key] = plan
-            held = sum(plan.data_bytes for plan in self._plans.values())
-            while len(self._plans) > 1 and (
-                len(self._plans) > self._most or held > self._most_bytes
-            ):
-                _, oldest = self._plans.popitem(last=False)
-                held -= oldest.data_bytes
-        return plan
-
-    def clear(self) -> None:
-        """Forget all plans: what they were made from has changed."""
-        with self._lock:
-            self._plans.clear()
-
-    def unlock(self) -> None:
-        """In a forked child: whoever held the lock at the fork is not there to release it."""
-        self._lock = threading.Lock()
-
-
-_recent = _Recent(plans=128, data_bytes=256 * 2**20)
+_recent: Recent[Plan] = Recent(most=128, most_bytes=256 * 2**20)
 winners.when_changed(_recent.clear)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_recent.unlock)
 
 
 def plan(
@@ -183,7 +143,10 @@ def plan(
     """
     key = (problem, device, operation, form, tile, block_traverse)
     found = _recent.get(key)
-    return found if found is not None else _recent.put(key, _plan(*key))
+    if found is None:
+        made = _plan(*key)
+        found = _recent.put(key, made, made.data_bytes)
+    return found
 
 
 def _plan(

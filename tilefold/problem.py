@@ -216,13 +216,22 @@ def check_lse(dtype: str, expected: str) -> None:
 
 def check_layout(layout: Any) -> None:
     """Raises ValueError for a layout that is not one of `LAYOUTS`."""
-    choice("layout", layout, tuple(LAYOUTS))
+    if type(layout) is not str or layout not in LAYOUTS:
+        choice("layout", layout, tuple(LAYOUTS))
 
 
 def check_shape(name: str, shape: Shape, expected: Shape) -> None:
     """Raises ValueError where do, o or lse has not the shape that q, k and v ask for."""
     if shape != expected:
         raise ValueError(f"{name} must have shape {expected} to go with q, k and v, got {shape}")
+
+
+def shapes_qkv(problem: Problem, layout: str) -> tuple[Shape, Shape, Shape]:
+    """The shapes of q, k and v, and of their gradients, in a layout."""
+    axes, keys = LAYOUTS[layout], (problem.batch, problem.heads_kv, problem.len_k)
+    q = (problem.batch, problem.heads_q, problem.len_q, problem.dim)
+    k, v = (*keys, problem.dim), (*keys, problem.dim_v)
+    return tuple(q[a] for a in axes), tuple(k[a] for a in axes), tuple(v[a] for a in axes)
 
 
 def shape_o(problem: Problem, layout: str) -> Shape:

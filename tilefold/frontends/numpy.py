@@ -8,17 +8,16 @@ are viewed as arrays; results are NumPy arrays, contiguous in the layout of the 
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilefold import engine
-from tilefold.buffer import Buffer
 from tilefold.mask import Rule
 from tilefold.problem import (
     ITEM_BYTES,
-    LAYOUTS,
     STATISTICS,
     check_layout,
     check_lse,
@@ -31,6 +30,9 @@ from tilefold.problem import (
 
 Array = NDArray[Any]
 
+PLAIN = (np.ndarray,)
+"""Types of arrays that are of this frontend, whatever else they are."""
+
 # bfloat16 is no type of NumPy's own: `common_dtype` knows that of ml_dtypes by its name.
 _NAMES = {np.dtype(name): name for name in ITEM_BYTES if name != "bfloat16"}
 _DLPACK_CPU = 1
@@ -42,17 +44,18 @@ def attention(
     """Return o and lse; see `tilefold.attention`."""
     check_layout(layout)
     q, k, v = _array("q", q), _array("k", k), _array("v", v)
-    dtype = _dtype(q=q, k=k, v=v)
-    problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout)
-    o = np.empty(shape_o(problem, layout), q.dtype.newbyteorder("="))
-    lse = np.empty(shape_lse(problem), STATISTICS[dtype])
-    if problem.empty:
-        o.fill(0)
-        lse.fill(-np.inf)
-    else:
-        axes = LAYOUTS[layout]
-        q, k, v, into = (_buffer(array, dtype, axes) for array in (q, k, v, o))
-        engine.forward(problem, q, k, v, into, _buffer(lse, STATISTICS[dtype], _LSE_AXES))
+    key = ("numpy forward", mask, scale, layout, *_form(q), *_form(k), *_form(v))
+    call = engine.recent(key)
+    if call is None:
+        dtype = _dtype(q=q, k=k, v=v)
+        problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout)
+        if problem.empty:
+            o = np.zeros(shape_o(problem, layout), q.dtype)
+            return o, np.full(shape_lse(problem), -np.inf, STATISTICS[dtype])
+        call = engine.keep(key, engine.forward(problem, layout, *map(_strides, (q, k, v))))
+    shape, rows = call.results
+    o, lse = np.empty(shape, q.dtype), np.empty(rows, STATISTICS[call.plan.problem.dtype])
+    call.run(_pointer(q), _pointer(k), _pointer(v), _pointer(o), _pointer(lse))
     return o, lse
 
 
@@ -71,32 +74,35 @@ def attention_backward(
     check_layout(layout)
     do, q, k, v = _array("do", do), _array("q", q), _array("k", k), _array("v", v)
     o, lse = _array("o", o), _array("lse", lse)
-    dtype = _dtype(q=q, k=k, v=v, do=do, o=o)
-    check_lse(lse.dtype.name, dtype)
-    problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout)
-    check_shape("do", do.shape, shape_o(problem, layout))
-    check_shape("o", o.shape, shape_o(problem, layout))
-    check_shape("lse", lse.shape, shape_lse(problem))
-    dq, dk, dv = (np.empty(array.shape, q.dtype.newbyteorder("=")) for array in (q, k, v))
-    if problem.empty:
-        for gradient in (dq, dk, dv):
-            gradient.fill(0)
-    else:
-        axes = LAYOUTS[layout]
-        do, q, k, v, o = (_buffer(array, dtype, axes) for array in (do, q, k, v, o))
-        into = (_buffer(gradient, dtype, axes) for gradient in (dq, dk, dv))
-        statistics = _buffer(lse, STATISTICS[dtype], _LSE_AXES)
-        engine.backward(problem, do, q, k, v, o, statistics, *into)
+    given = do, q, k, v, o, lse
+    key = ("numpy backward", mask, scale, layout, *[_form(array) for array in given])
+    call = engine.recent(key)
+    if call is None:
+        dtype = _dtype(q=q, k=k, v=v, do=do, o=o)
+        check_lse(lse.dtype.name, dtype)
+        problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout)
+        check_shape("do", do.shape, shape_o(problem, layout))
+        check_shape("o", o.shape, shape_o(problem, layout))
+        check_shape("lse", lse.shape, shape_lse(problem))
+        if problem.empty:
+            dq, dk, dv = (np.zeros(array.shape, q.dtype) for array in (q, k, v))
+            return dq, dk, dv
+        call = engine.keep(key, engine.backward(problem, layout, *map(_strides, given)))
+    dq, dk, dv = (np.empty(shape, q.dtype) for shape in call.results)
+    call.run(*[_pointer(array) for array in (*given, dq, dk, dv)])
     return dq, dk, dv
 
 
-_LSE_AXES = (0, 1, 2)
-
-
 def _array(name: str, value: Any) -> Array:
-    """An argument as an array, without a copy."""
-    if type(value) is np.ndarray:
-        return value
+    """An argument as an array whose items are aligned and in native byte order."""
+    array: Array = value if type(value) is np.ndarray else _viewed(name, value)
+    if array.flags.aligned and array.dtype.isnative:
+        return array
+    return np.array(array, array.dtype.newbyteorder("="), order="C")
+
+
+def _viewed(name: str, value: Any) -> Array:
+    """What is no plain array as one, without a copy."""
     kind = type(value).__name__
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
@@ -139,21 +145,38 @@ def _dtype(**arrays: Array) -> str:
     return common_dtype({name: array.dtype.name for name, array in arrays.items()})
 
 
-def _buffer(array: Array, dtype: str, axes: tuple[int, ...]) -> Buffer:
-    """An array's memory, or that of a copy; `axes` say where the canonical axes stand."""
-    item = ITEM_BYTES[dtype]
-    pointer = array.__array_interface__["data"][0]
-    crooked = pointer
-    for stride in array.strides:
-        crooked |= stride
-    if crooked & (item - 1) or not array.dtype.isnative:
-        array = np.array(array, array.dtype.newbyteorder("="), order="C")
-        pointer = array.__array_interface__["data"][0]
-    shape, strides = array.shape, array.strides
-    return Buffer(
-        pointer,
-        tuple([shape[axis] for axis in axes]),
-        tuple([strides[axis] // item for axis in axes]),
-        dtype,
-        array,
+def _form(array: Array) -> tuple[Any, ...]:
+    """All of an array that a prepared call depends on."""
+    return array.shape, array.strides, array.dtype
+
+
+def _strides(array: Array) -> tuple[int, ...]:
+    """In elements."""
+    return tuple([stride // array.itemsize for stride in array.strides])
+
+
+class _Interface(ctypes.Structure):
+    """NumPy's description of an array for C, version 3 of its array interface."""
+
+    _fields_ = (
+        ("two", ctypes.c_int),
+        ("nd", ctypes.c_int),
+        ("typekind", ctypes.c_char),
+        ("itemsize", ctypes.c_int),
+        ("flags", ctypes.c_int),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("data", ctypes.c_size_t),
     )
+
+
+_described_at = ctypes.pythonapi.PyCapsule_GetPointer
+_described_at.restype = ctypes.c_void_p
+_described_at.argtypes = [ctypes.py_object, ctypes.c_void_p]
+
+
+def _pointer(array: Array) -> int:
+    """Where an array's first item lies; half the time of `array.ctypes.data`."""
+    capsule = array.__array_struct__
+    pointer: int = _Interface.from_address(_described_at(capsule, None)).data
+    return pointer

@@ -6,6 +6,11 @@ of the compiled graph that is guarded by equality, so another rule compiles anot
 over positions may be made and joined inside a compiled function; rules that carry data, and
 `rule(...)`, are made outside of it and used inside.
 
+PyTorch takes longer to find its way to such an operator than a small call takes in all. So a call
+that nobody but autograd could observe runs at once, with a `torch.autograd.Function` where
+gradients are wanted; compilers, tracers, modes, transforms, profilers and subclasses meet the
+operators.
+
 Tensors are read where they lie, whatever their strides. lse carries no gradient.
 """
 
@@ -15,13 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tilefold import engine
-from tilefold.buffer import Buffer
 from tilefold.coordinates import Coordinates
 from tilefold.mask import Rule
 from tilefold.problem import (
-    ITEM_BYTES,
     LAYOUTS,
     STATISTICS,
     Problem,
@@ -42,7 +46,9 @@ if torch.__version__ < "2.12":  # a TorchVersion, which compares releases
         " arrays (tensor.numpy())"
     )
 
-_LSE_AXES = (0, 1, 2)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors that do what they do without calling back into Python."""
+
 _constants: dict[str, object] = {}
 
 
@@ -51,8 +57,13 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Return o and lse; see `tilefold.attention`."""
     check_layout(layout)
-    _check(q=q, k=k, v=v)
-    result: tuple[Tensor, Tensor] = _attention(q, k, v, mask, scale, layout)
+    result: tuple[Tensor, Tensor]
+    if _unobserved(q, k, v):
+        run = _Attention.apply if _recorded(q, k, v) else _forward
+        result = run(q, k, v, mask, scale, layout)
+    else:
+        _check(q=q, k=k, v=v)
+        result = _attention(q, k, v, mask, scale, layout)
     return result
 
 
@@ -69,11 +80,101 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv; see `tilefold.attention_backward`."""
     check_layout(layout)
-    dtype = _check(q=q, k=k, v=v, do=do, o=o)
-    _check_place("lse", lse)
-    check_lse(_name(lse), dtype)
-    result: tuple[Tensor, Tensor, Tensor] = _backward(do, q, k, v, o, lse, mask, scale, layout)
+    given = do, q, k, v, o, lse
+    if _unobserved(*given) and not _recorded(*given):
+        return _slopes(*given, mask, scale, layout)
+    _check_all(*given)
+    result: tuple[Tensor, Tensor, Tensor] = _backward(*given, mask, scale, layout)
     return result
+
+
+def _unobserved(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors, and nothing of torch's watches what is done to them."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:
+        if not (
+            type(tensor) in PLAIN
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
+            and not tensor.is_neg()
+        ):
+            return False
+    return True
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether autograd wants to hear of a call."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str
+) -> tuple[Tensor, Tensor]:
+    """o and lse, below autograd."""
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    key = ("torch forward", mask, scale, layout, *_form(q), *_form(k), *_form(v))
+    call = engine.recent(key)
+    if call is None:
+        _check(q=q, k=k, v=v)
+        problem = _problem(q, k, v, scale, mask, layout)
+        if problem.empty:
+            o = q.new_zeros(shape_o(problem, layout))
+            return o, q.new_full(shape_lse(problem), -torch.inf, dtype=_statistics(q))
+        strides = q.stride(), k.stride(), v.stride()
+        call = engine.keep(key, engine.forward(problem, layout, *strides))
+    shape, rows = call.results
+    o, lse = q.new_empty(*shape), q.new_empty(*rows, dtype=_statistics(q))
+    call.run(q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr())
+    return o, lse
+
+
+def _slopes(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, below autograd."""
+    do, q, k, v, o, lse = given = [_aligned(tensor) for tensor in (do, q, k, v, o, lse)]
+    key = ("torch backward", mask, scale, layout, *[_form(tensor) for tensor in given])
+    call = engine.recent(key)
+    if call is None:
+        _check_all(*given)
+        problem = _problem(q, k, v, scale, mask, layout)
+        check_shape("do", tuple(do.shape), shape_o(problem, layout))
+        check_shape("o", tuple(o.shape), shape_o(problem, layout))
+        check_shape("lse", tuple(lse.shape), shape_lse(problem))
+        if problem.empty:
+            return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        strides = [tensor.stride() for tensor in given]
+        call = engine.keep(key, engine.backward(problem, layout, *strides))
+    dq, dk, dv = (q.new_empty(*shape) for shape in call.results)
+    call.run(*[tensor.data_ptr() for tensor in (*given, dq, dk, dv)])
+    return dq, dk, dv
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one whose items lie across their natural boundaries."""
+    return tensor if tensor.data_ptr() % tensor.itemsize == 0 else tensor.clone()
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """All of a tensor that a prepared call depends on."""
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _constant(key: str) -> object:
@@ -108,16 +209,7 @@ _register(Rule)
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str
 ) -> tuple[Tensor, Tensor]:
-    problem = _problem(q, k, v, scale, mask, layout)
-    o = q.new_empty(shape_o(problem, layout))
-    lse = q.new_empty(shape_lse(problem), dtype=_statistics(q))
-    if problem.empty:
-        return o.zero_(), lse.fill_(-torch.inf)
-    axes = LAYOUTS[layout]
-    operands = [_buffer(tensor, problem.dtype, axes) for tensor in (q, k, v, o)]
-    operands.append(_buffer(lse, STATISTICS[problem.dtype], _LSE_AXES))
-    engine.forward(problem, *operands)
-    return o, lse
+    return _forward(q, k, v, mask, scale, layout)
 
 
 @_attention.register_fake
@@ -142,18 +234,7 @@ def _backward(
     scale: float | None,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(q, k, v, scale, mask, layout)
-    check_shape("do", tuple(do.shape), shape_o(problem, layout))
-    check_shape("o", tuple(o.shape), shape_o(problem, layout))
-    check_shape("lse", tuple(lse.shape), shape_lse(problem))
-    dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
-    if problem.empty:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    axes = LAYOUTS[layout]
-    operands = [_buffer(tensor, problem.dtype, axes) for tensor in (do, q, k, v, o, dq, dk, dv)]
-    operands.insert(5, _buffer(lse, STATISTICS[problem.dtype], _LSE_AXES))
-    engine.backward(problem, *operands)
-    return dq, dk, dv
+    return _slopes(do, q, k, v, o, lse, mask, scale, layout)
 
 
 @_backward.register_fake
@@ -179,7 +260,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(do, *ctx.saved_tensors, *ctx.rest), None, None, None)
+    return (*attention_backward(do, *ctx.saved_tensors, *ctx.rest), None, None, None)
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -191,6 +272,25 @@ def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
 
 _attention.register_autograd(_gradients, setup_context=_save)
 _backward.register_autograd(_refuse)
+
+
+class _Attention(torch.autograd.Function):
+    """`tilefold::attention` for autograd alone."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gradients)
+
+
+def _check_all(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
+    """Raises for tensors that a backward pass cannot read."""
+    dtype = _check(q=q, k=k, v=v, do=do, o=o)
+    _check_place("lse", lse)
+    check_lse(_name(lse), dtype)
 
 
 def _check(**tensors: Tensor) -> str:
@@ -217,9 +317,12 @@ def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+_DTYPES = {getattr(torch, name): getattr(torch, kind) for name, kind in STATISTICS.items()}
+
+
 def _statistics(tensor: Tensor) -> torch.dtype:
     """The type of lse where q is a tensor of this type."""
-    kind: torch.dtype = getattr(torch, STATISTICS[_name(tensor)])
+    kind: torch.dtype = _DTYPES[tensor.dtype]
     return kind
 
 
@@ -227,17 +330,3 @@ def _problem(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Rule, layout: str
 ) -> Problem:
     return describe(tuple(q.shape), tuple(k.shape), tuple(v.shape), _name(q), scale, mask, layout)
-
-
-def _buffer(tensor: Tensor, dtype: str, axes: tuple[int, ...]) -> Buffer:
-    """A tensor's memory, or that of a copy where it is misaligned; `axes` as in `LAYOUTS`."""
-    if tensor.data_ptr() % ITEM_BYTES[dtype]:
-        tensor = tensor.clone()
-    shape, strides = tensor.shape, tensor.stride()
-    return Buffer(
-        tensor.data_ptr(),
-        tuple([shape[axis] for axis in axes]),
-        tuple([strides[axis] for axis in axes]),
-        dtype,
-        tensor,
-    )
