@@ -63,6 +63,7 @@ def attention(
         result = run(q, k, v, mask, scale, layout)
     else:
         _check(q=q, k=k, v=v)
+        _refuse_tangents(q, k, v)
         result = _attention(q, k, v, mask, scale, layout)
     return result
 
@@ -84,6 +85,7 @@ def attention_backward(
     if _unobserved(*given) and not _recorded(*given):
         return _slopes(*given, mask, scale, layout)
     _check_all(*given)
+    _refuse_tangents(*given)
     result: tuple[Tensor, Tensor, Tensor] = _backward(*given, mask, scale, layout)
     return result
 
@@ -165,6 +167,18 @@ def _slopes(
     dq, dk, dv = (q.new_empty(*shape) for shape in call.results)
     call.run(*[tensor.data_ptr() for tensor in (*given, dq, dk, dv)])
     return dq, dk, dv
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Raises where tensors carry forward-mode derivatives: the operators would lose them."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    unpack: Any = forward_ad.unpack_dual
+    if any(unpack(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "forward-mode derivatives of tilefold.attention are not implemented: use backward(),"
+            " or torch's own attention where you need them"
+        )
 
 
 def _aligned(tensor: Tensor) -> Tensor:
