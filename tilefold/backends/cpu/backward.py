@@ -255,7 +255,8 @@ def _differences(
     weights, changes = [], []
     for j, gradient in enumerate(dp):
         score = body.load(tile.at(scores, row, j), vector_, "s")
-        weight = exp2(body, body.binary("fsub", score, lse[j], "e"), bounded=False)
+        exponent = body.binary("fsub", score, lse[j], "e")
+        weight = exp2(body, exponent, bounded=False, terms=products.exp2_terms)
         difference = body.binary("fsub", gradient, delta[j], "e")
         change = body.binary("fmul", weight, difference, "ds")
         if masked:

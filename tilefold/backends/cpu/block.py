@@ -66,7 +66,8 @@ def _pair_regions(spec: KernelSpec) -> dict[str, int]:
         return spec.parts * rows * line_of(dim, width) // 2
 
     def columns(dim: int) -> int:
-        return spec.parts * padded(dim, unit) * line_of(traversed, width) // 2
+        lines = spec.parts * padded(dim, unit) * line_of(traversed, width) // 2
+        return max(lines, rows // 2 * padded(dim, 16))
 
     dim, dim_v = spec.dim, spec.dim_v
     staging = {"staging": max(padded(dim, unit), padded(dim_v, unit), rows) * width}

@@ -136,13 +136,21 @@ class _Forward:
             body.write(place, body.larger(top, body.read(place), "top"))
 
     def _raise_maximum(self, tops: list[Variable]) -> tuple[list[Value], list[Value]]:
-        """Update m; give what to subtract from scores (0 while m is -inf) and alpha, by vector."""
+        """Update m; give what to subtract from scores (0 while m is -inf) and alpha, by vector.
+
+        Where it costs much to rescale O, m stays while the largest score exceeds it by little, as
+        in FlashAttention-4: any m gives the same result, as long as no weight overflows.
+        """
         body = self.body
         body.comment("m_new <- max(m, rows of S^T);  alpha <- 2^(m - m_new)")
+        slack = self.products.slack
         safe_m, alphas = [], []
         for m, top in zip(self.m, tops, strict=True):
             old = body.read(m, "m.old")
             new = body.larger(body.read(top), old, "m.new")
+            if slack:
+                limit = body.binary("fadd", old, self.block.splat(slack))
+                new = body.select(body.compare("ogt", new, limit), new, old, "m.new")
             body.write(m, new)
             nothing = body.compare("oeq", new, self._lowest)
             safe_m.append(body.select(nothing, self.block.splat(0.0), new, "m.safe"))
@@ -162,7 +170,8 @@ class _Forward:
                 for j, (m, total) in enumerate(zip(safe_m, sums, strict=True)):
                     place = tile.at(self.weights, body.add(row, i), j)
                     score = body.load(place, self.shape.vector, "s")
-                    weight = exp2(body, body.binary("fsub", score, m, "e"), bounded=True)
+                    exponent = body.binary("fsub", score, m, "e")
+                    weight = exp2(body, exponent, bounded=True, terms=self.products.exp2_terms)
                     if masked:
                         weight = tile.mark_where(tile.marked(score, "score"), weight, "weight")
                     body.write(total, body.binary("fadd", body.read(total), weight, "sum"))

@@ -7,6 +7,11 @@ for each two rows of numbers:
     lines:       left[i, c]   = array[i, c]                      contraction along the line
     interleave:  right[c, j]  = (rows[2 c, j], rows[2 c + 1, j])
 
+Arrays of bfloat16 with contiguous rows have two shorter ways to the words of their columns:
+
+    zip_rows:    words[c, d]  = (array[2 c, d], array[2 c + 1, d])
+    turn:        left[d, c]   = array[c, d]                  squares of words, turned in registers
+
 A float32 is the sum of three bfloat16 numbers and nearly that of two, a float16 number exactly that
 of two. With `parts` = 2 each operand is kept as such a sum, and a product takes three: high high,
 high low, low high (Henry, Tang and Heinecke, 2019, arXiv:1904.06376).
@@ -122,3 +127,77 @@ def lines(module: Module, shape: Shape, kept: Kept, parts: int) -> str:
                     there = place if not part else body.offset(place, "i16", part_stride)
                     body.store(narrow(body, value), there)
     return name
+
+
+def zip_rows(module: Module) -> str:
+    """`(words, array, rows, dim, row stride, line)`: its name. A last odd row goes with zeros.
+
+    For rows of bfloat16, contiguous along `dim`; lines of `line` words.
+    """
+    name = "zip_rows"
+    if module.defines(name):
+        return name
+    parameters = _rows_parameters("words")
+    words, array, rows, dim, row_stride, line = parameters
+    with module.function(name, parameters, internal=True) as body:
+        whole = body.sub(dim, body.binary("urem", dim, LANES))
+        with body.loop("row", 0, rows, 2) as row:
+            first = body.offset(array, "i16", body.mul(row, row_stride))
+            following = body.offset(first, "i16", row_stride)
+            there = body.compare("slt", body.add(row, 1), rows)
+            second = body.select(there, following, first, "second")
+            target = body.offset(words, "i32", body.mul(body.binary("lshr", row, 1), line))
+            with body.loop("d", 0, whole, LANES) as d:
+                _zip(body, target, first, second, there, d, LANES)
+            with body.loop("d", whole, dim) as d:
+                _zip(body, target, first, second, there, d, 1)
+    return name
+
+
+def _zip(
+    body: Body, target: Value, first: Value, second: Value, there: Value, d: Value, lanes: int
+) -> None:
+    """Words of `lanes` numbers of two rows; of the first alone where the second is not there."""
+    halves, wide = vector(lanes, "i16"), vector(lanes, "i32")
+    low = body.cast("zext", body.load(body.offset(first, "i16", d), halves), wide, "low")
+    high = body.cast("zext", body.load(body.offset(second, "i16", d), halves), wide, "high")
+    high = body.select(there, high, body.constant(0, wide), "high")
+    word = body.binary("or", body.binary("shl", high, 16), low, "word")
+    body.store(word, body.offset(target, "i32", d))
+
+
+def turn(module: Module) -> str:
+    """`(left, array, rows, dim, row stride, line)`: its name. Multiples of 32 rows and of 16 dims.
+
+    For rows of bfloat16, contiguous along `dim`; lines of `line` numbers.
+    """
+    name = "turn"
+    if module.defines(name):
+        return name
+    parameters = _rows_parameters("left")
+    left, array, rows, dim, row_stride, line = parameters
+    halves, wide = vector(LANES, "i16"), vector(LANES, "i32")
+    with (
+        module.function(name, parameters, internal=True) as body,
+        body.loop("row", 0, rows, 2 * LANES) as row,
+        body.loop("d", 0, dim, LANES) as d,
+    ):
+        corner = body.offset(array, "i16", body.add(body.mul(row, row_stride), d))
+        lanes = []
+        for i in range(2 * LANES):
+            place = body.offset(corner, "i16", body.mul(row_stride, i))
+            lanes.append(body.cast("zext", body.load(place, halves), wide))
+        words = [
+            body.binary("or", body.binary("shl", high, 16), low, "word")
+            for low, high in zip(lanes[::2], lanes[1::2], strict=True)
+        ]
+        target = body.offset(left, "i16", body.add(body.mul(d, line), row))
+        for i, column in enumerate(pack.transpose(body, words)):
+            body.store(column, body.offset(target, "i16", body.mul(line, i)), align=2)
+    return name
+
+
+def _rows_parameters(target: str) -> list[Value]:
+    integers = ("rows", "dim", "row_stride", "line")
+    pointers = [Value(f"%{target}", "ptr"), Value("%array", "ptr")]
+    return pointers + [Value(f"%{integer}", "i64") for integer in integers]

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from tilefold.backends.cpu import amx, gemm, pairs
 from tilefold.backends.cpu.block import Block, line_of, padded
 from tilefold.backends.cpu.convert import Kept
-from tilefold.backends.cpu.ir import Operand, Value
+from tilefold.backends.cpu.ir import Operand, Value, Variable, overload
+from tilefold.backends.cpu.softmax import EXP2_COARSE
 from tilefold.backends.cpu.tile import Factor, Matrix, Scores, Side, Tile
 
 
@@ -49,6 +50,12 @@ class Products:
 
     step = 1
     """Rows of weights that are kept together."""
+
+    slack = 0.0
+    """How far, in powers of 2, the largest score may exceed m before sums are rescaled."""
+
+    exp2_terms: tuple[float, ...] | None = None
+    """The polynomial of the weights, where less than the precision of the scores will do."""
 
     def __init__(self, block: Block) -> None:
         self.block, self.body = block, block.body
@@ -144,6 +151,8 @@ class _PairProducts(Products):
         super().__init__(block)
         self._unit = 32 if self.spec.unit == "amx" else 2
         self._parts = self.spec.parts
+        if self._parts == 1:
+            self.exp2_terms = EXP2_COARSE
 
     def pack(self, name: str, dim: int, factor: Value | None = None) -> Right:
         body, block = self.body, self.block
@@ -163,52 +172,113 @@ class _PairProducts(Products):
     ) -> Sides:
         matrix = tile.of(matrix)
         return Sides(
-            self._lines(tile, matrix, region, dim, turned=False) if rows else (),
-            self._lines(tile, matrix, f"{region}_columns", dim, turned=True) if columns else (),
+            self._rows(tile, matrix, self.block.region(region), dim) if rows else (),
+            self._columns(tile, matrix, region, dim) if columns else (),
         )
 
-    def _lines(
-        self, tile: Tile, matrix: Matrix, region: str, dim: int, *, turned: bool
-    ) -> tuple[Matrix, ...]:
-        """Lines along the contraction, in a region unless they lie so already."""
-        body, spec = self.body, self.spec
-        width, traversed = self.shape.width, spec.block_traverse
-        line = line_of(traversed if turned else dim, width)
-        part = line * padded(dim if turned else traversed, self._unit)
-        outer, inner = Value(str(dim), "i64"), tile.count
-        outer_stride, inner_stride = matrix.d_stride, matrix.row_stride
-        if not turned:
-            outer, inner = inner, outer
-            outer_stride, inner_stride = inner_stride, outer_stride
-        scratch = self.block.region(region)
-        function = pairs.lines(body.module, self.shape, matrix.kept, self._parts)
-        strides = [outer_stride, inner_stride, *_integers(line, part)]
-        arguments = [scratch, matrix.address, self.block.region("staging"), outer, inner, *strides]
-        address, stride = scratch, Value(str(line), "i64")
-        if self._parts == 1 and matrix.kept.dtype == "bfloat16":
-            direct = self._direct(tile, dim, inner_stride, turned=turned)
-            with body.when(body.binary("xor", direct, Value("true", "i1")), "copy"):
-                body.invoke(function, arguments)
-            address = body.select(direct, matrix.address, scratch, "left")
-            stride = body.select(direct, outer_stride, stride, "line")
-        else:
-            body.invoke(function, arguments)
-        kept, two = Kept("bfloat16", False), Value("2", "i64")
-        strides = [two, stride] if turned else [stride, two]
-        places = [address, *(body.offset(address, "i16", part * i) for i in range(1, self._parts))]
-        return tuple(Matrix(place, strides[0], strides[1], kept) for place in places)
-
-    def _direct(self, tile: Tile, dim: int, inner_stride: Value, *, turned: bool) -> Value:
-        """Whether lines lie in the array itself, and whole: no step reads past an end."""
+    def _rows(self, tile: Tile, matrix: Matrix, scratch: Value, dim: int) -> tuple[Matrix, ...]:
+        """Lines along d: in scratch, or where they lie as such and no step reads past an end."""
         body = self.body
-        contiguous = body.compare("eq", inner_stride, Value("1", "i64"))
-        if not turned and self._unit == 2:
-            return contiguous if dim % 2 == 0 else Value("false", "i1")
-        if dim % (16 if turned else self._unit) and self._unit > 2:
+        line = line_of(dim, self.shape.width)
+        part = line * padded(self.spec.block_traverse, self._unit)
+        direct = self._holds_lines(matrix, matrix.d_stride, dim)
+        if self._unit > 2:
+            direct = body.binary("and", direct, self._whole(tile.count))
+        with body.when(body.binary("xor", direct, Value("true", "i1")), "copy"):
+            strides = (matrix.row_stride, matrix.d_stride)
+            self._copy(matrix, scratch, (tile.count, _integer(dim)), strides, line, part)
+        address = body.select(direct, matrix.address, scratch, "left")
+        stride = body.select(direct, matrix.row_stride, Value(str(line), "i64"), "line")
+        return self._in_lines(address, stride, Value("2", "i64"), part)
+
+    def _columns(self, tile: Tile, matrix: Matrix, region: str, dim: int) -> tuple[Matrix, ...]:
+        """Lines along the rows, or words of two rows: where they lie, else the shortest way."""
+        body = self.body
+        scratch = self.block.region(f"{region}_columns")
+        line = line_of(self.spec.block_traverse, self.shape.width)
+        part = line * padded(dim, self._unit)
+        two = Value("2", "i64")
+        address = body.variable("ptr", scratch, "left")
+        d_stride = body.variable("i64", Value(str(line), "i64"), "line")
+        step = body.variable("i64", two, "step")
+        direct = self._holds_lines(matrix, matrix.row_stride, dim if self._unit > 2 else 0)
+        direct = body.binary("and", direct, self._whole(tile.count))
+        with body.choose(direct, "direct") as branch:
+            body.write(address, matrix.address)
+            body.write(d_stride, matrix.d_stride)
+            branch.otherwise()
+            with body.choose(self._can_zip(tile, matrix, dim), "contiguous") as short:
+                self._zip(tile, matrix, scratch, dim, line, d_stride, step)
+                short.otherwise()
+                strides = (matrix.d_stride, matrix.row_stride)
+                self._copy(matrix, scratch, (_integer(dim), tile.count), strides, line, part)
+        return self._in_lines(body.read(address), body.read(step), body.read(d_stride), part)
+
+    def _can_zip(self, tile: Tile, matrix: Matrix, dim: int) -> Value:
+        """Whether the words of two rows are made from whole rows of bfloat16."""
+        body = self.body
+        if self._parts > 1 or matrix.kept.dtype != "bfloat16":
             return Value("false", "i1")
-        rest = body.binary("and", tile.count, self._unit - 1)
-        whole = body.compare("eq", rest, Value("0", "i64"))
-        return body.binary("and", contiguous, whole)
+        contiguous = body.compare("eq", matrix.d_stride, Value("1", "i64"))
+        if self._unit == 2:
+            return contiguous
+        fits = self._whole(tile.count) if dim % pairs.LANES == 0 else Value("false", "i1")
+        return body.binary("and", contiguous, fits)
+
+    def _zip(
+        self,
+        tile: Tile,
+        matrix: Matrix,
+        scratch: Value,
+        dim: int,
+        line: int,
+        d_stride: Variable,
+        step: Variable,
+    ) -> None:
+        """Pairs take words in any order of their axes, tiles of AMX take lines."""
+        body = self.body
+        place = [scratch, matrix.address, tile.count, *_integers(dim), matrix.row_stride]
+        if self._unit > 2:
+            body.invoke(pairs.turn(body.module), [*place, *_integers(line)])
+            return
+        words = padded(dim, pairs.LANES)
+        body.invoke(pairs.zip_rows(body.module), [*place, *_integers(words)])
+        body.write(d_stride, Value("2", "i64"))
+        body.write(step, Value(str(2 * words), "i64"))
+
+    def _copy(
+        self,
+        matrix: Matrix,
+        scratch: Value,
+        sizes: tuple[Value, Value],
+        strides: tuple[Value, Value],
+        line: int,
+        part: int,
+    ) -> None:
+        """Lines in scratch of any array; sizes and strides are of the lines, then along them."""
+        body = self.body
+        function = pairs.lines(body.module, self.shape, matrix.kept, self._parts)
+        pointers = [scratch, matrix.address, self.block.region("staging")]
+        body.invoke(function, [*pointers, *sizes, *strides, *_integers(line, part)])
+
+    def _in_lines(
+        self, address: Value, row_stride: Value, d_stride: Value, part: int
+    ) -> tuple[Matrix, ...]:
+        places = [address]
+        places += [self.body.offset(address, "i16", part * i) for i in range(1, self._parts)]
+        kept = Kept("bfloat16", False)
+        return tuple(Matrix(place, row_stride, d_stride, kept) for place in places)
+
+    def _holds_lines(self, matrix: Matrix, stride: Value, size: int) -> Value:
+        """Whether an array of bfloat16 is contiguous along an axis of whole steps."""
+        if self._parts > 1 or matrix.kept.dtype != "bfloat16" or size % self._unit:
+            return Value("false", "i1")
+        return self.body.compare("eq", stride, Value("1", "i64"))
+
+    def _whole(self, count: Value) -> Value:
+        """Whether so many rows are whole steps."""
+        rest = self.body.binary("and", count, self._unit - 1)
+        return self.body.compare("eq", rest, Value("0", "i64"))
 
     def scores(
         self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
@@ -280,7 +350,13 @@ class _PairProducts(Products):
 
 
 class _TileProducts(_PairProducts):
-    """Products of bfloat16 pairs on AMX tiles."""
+    """Products of bfloat16 pairs on AMX tiles.
+
+    Sums lie in memory between two tiles, so to rescale them is a pass of its own, left out where no
+    factor differs from 1.
+    """
+
+    slack = 8.0
 
     def scores(
         self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
@@ -312,11 +388,7 @@ class _TileProducts(_PairProducts):
     ) -> None:
         body, shape = self.body, self.shape
         if factors is not None:
-            with body.loop("d", 0, dim) as d:
-                for j, factor in enumerate(factors):
-                    place = tile.at(total, d, j)
-                    old = body.load(place, shape.vector, "total")
-                    body.store(body.binary("fmul", old, factor), place)
+            self._rescale(tile, total, dim, factors)
         depth = body.binary("lshr", body.add(tile.count, amx.DEPTH - 1), 5)
 
         def panel(first: Operand, rows: int) -> None:
@@ -328,6 +400,22 @@ class _TileProducts(_PairProducts):
             amx.panel(body, shape, _factors(lines, right), depth, target, rows // 16, start=target)
 
         gemm.row_tiles(body, padded(dim, amx.ROWS), 2 * amx.ROWS, panel, "d")
+
+    def _rescale(self, tile: Tile, total: Value, dim: int, factors: list[Value]) -> None:
+        body, shape = self.body, self.shape
+        one = self.block.splat(1.0)
+        change = body.compare("une", factors[0], one)
+        for factor in factors[1:]:
+            change = body.binary("or", change, body.compare("une", factor, one))
+        name = f"llvm.vector.reduce.or.{overload(change.type)}"
+        with (
+            body.when(body.call(name, "i1", [change], "change"), "rescale"),
+            body.loop("d", 0, dim) as d,
+        ):
+            for j, factor in enumerate(factors):
+                place = tile.at(total, d, j)
+                old = body.load(place, shape.vector, "total")
+                body.store(body.binary("fmul", old, factor), place)
 
 
 def _factors(left: Sequence[Side], right: Right) -> list[Factor[Side]]:
@@ -355,4 +443,8 @@ def _multiplied(products: Products, right: Right, use: Scores) -> Scores:
 
 
 def _integers(*numbers: int) -> list[Value]:
-    return [Value(str(number), "i64") for number in numbers]
+    return [_integer(number) for number in numbers]
+
+
+def _integer(number: int) -> Value:
+    return Value(str(number), "i64")

@@ -41,6 +41,17 @@ _EXP2_FLOAT = (
 )
 _EXP2_DOUBLE = tuple(LN_2**n / math.factorial(n) for n in range(14))
 
+EXP2_COARSE = (
+    1.0,
+    0.6931241750717163,
+    0.24024099111557007,
+    0.055906426161527634,
+    0.009582843631505966,
+)
+"""Minimax of degree 4, largest relative error 2.9e-6: for weights that are rounded to bfloat16
+(2e-3) before anything but their sum sees them.
+"""
+
 # log2(x) = 2 / ln 2 * atanh(t), t = (x - 1) / (x + 1), |t| <= 0.172: truncation t^(2n+1) / (2n+1)
 # after n terms is below 1e-8 for n = 5 and below 1e-18 for n = 12.
 FORMATS = {
@@ -49,11 +60,21 @@ FORMATS = {
 }
 
 
-def exp2(body: Body, x: Value, *, bounded: bool, hint: str = "p") -> Value:
+def exp2(
+    body: Body,
+    x: Value,
+    *,
+    bounded: bool,
+    terms: tuple[float, ...] | None = None,
+    hint: str = "p",
+) -> Value:
     """2**x in each lane; NaN stays NaN, and what is below the smallest normal number becomes 0.
 
-    `bounded` promises x <= 0, or NaN (the forward pass). Without it x is cut at 0: a probability
-    made again from lse is never above 1, even where lse was rounded to less than the largest score.
+    `terms` are those of the polynomial, to the precision of x without them.
+
+    `bounded` promises that x is not far above 0, or NaN (the forward pass). Without it x is cut at
+    0: a probability made again from lse is never above 1, even where lse was rounded to less than
+    the largest score.
 
     Adding 1.5 * 2^mantissa_bits rounds x to a whole number n and leaves n in the low bits: with the
     bias added too, those bits shifted up are the number 2^n. The last step multiplies, so that NaN
@@ -69,8 +90,9 @@ def exp2(body: Body, x: Value, *, bounded: bool, hint: str = "p") -> Value:
     rounded = body.binary("fadd", x, magic, "e")
     whole = body.binary("fsub", rounded, magic, "e")
     fraction = body.binary("fsub", x, whole, "e")
-    power = body.constant(format_.exp2_terms[-1], x.type)
-    for term in format_.exp2_terms[-2::-1]:
+    terms = terms or format_.exp2_terms
+    power = body.constant(terms[-1], x.type)
+    for term in terms[-2::-1]:
         power = body.multiply_add(power, fraction, body.constant(term, x.type), "e")
     integers = vector(x.lanes, format_.integer)
     field = body.cast("bitcast", rounded, integers, "e")
