@@ -107,3 +107,45 @@ def dense(
         do, q, k, v, o, lse, mask=mask, scale=scale, dtype=dtype
     )
     return dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients), strict=True))
+
+
+def dense_rounded(operands: Mapping[str, Array], mask: Rule, scale: float) -> dict[str, Array]:
+    """`dense` in the half type of the operands, as a matrix unit does it: the measure of precision.
+
+    Products of halves are summed in float32, and softmax, lse and delta are float32 too. What goes
+    into a second product is rounded to the half type first: P, normalised, and dS. Results are
+    rounded once; those of grouped queries are summed before. The backward pass takes this forward
+    pass's own o and lse. Operands are finite.
+    """
+    kept = operands["q"].dtype
+    q, k, v, do = (operands[name].astype(np.float32) for name in ("q", "k", "v", "do"))
+    batch, heads_q, len_q, _ = q.shape
+    heads_kv, len_k = k.shape[1:3]
+    group = heads_q // heads_kv
+    visible = mask.to_dense(len_q, len_k, batch, heads_q)
+
+    def rounded(array: Array) -> Array:
+        return array.astype(kept).astype(np.float32)
+
+    def grouped(array: Array) -> Array:
+        return array.reshape(batch, heads_kv, group, *array.shape[2:]).sum(axis=2)
+
+    keys, values = (np.repeat(array, group, axis=1) for array in (k, v))
+    factor = np.float32(scale)
+    with np.errstate(all="ignore"):
+        s = np.where(visible, factor * (q @ keys.swapaxes(2, 3)), np.float32(-np.inf))
+        m = s.max(axis=3, initial=-np.inf, keepdims=True)
+        p = np.where(visible, np.exp(s - m), np.float32(0))
+        total = p.sum(axis=3, keepdims=True)
+        p = np.where(total > 0, p / total, np.float32(0))
+        lse = (m + np.log(total))[..., 0]
+        o = rounded(rounded(p) @ values)
+        p = np.where(visible, np.exp(s - lse[..., None]), np.float32(0))
+        ds = p * (do @ values.swapaxes(2, 3) - (do * o).sum(axis=3, keepdims=True))
+        found = {
+            "o": o,
+            "dq": factor * (rounded(ds) @ keys),
+            "dk": factor * grouped(rounded(ds).swapaxes(2, 3) @ q),
+            "dv": grouped(rounded(p).swapaxes(2, 3) @ do),
+        }
+        return {"lse": lse} | {name: array.astype(kept) for name, array in found.items()}

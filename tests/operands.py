@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,10 +17,11 @@ from tilefold import engine
 from tilefold.buffer import Buffer
 from tilefold.device import host
 from tilefold.plan import plan
-from tilefold.problem import LAYOUTS, Problem
+from tilefold.problem import LAYOUTS, STATISTICS, Problem
 
 Array = NDArray[Any]
-SENTINEL = 12345.0
+SENTINEL = 12288.0
+"""A number that every type holds exactly."""
 SHARED_AXES = {"q": (0,), "k": (1,), "v": (2,), "do": (3,)}
 
 
@@ -133,7 +135,7 @@ def forward(problem: Problem, operands: Mapping[str, Array], **options: Any) -> 
     shape = (problem.batch, problem.heads_q, problem.len_q)
     results = {
         "o": np.full((*shape, problem.dim_v), SENTINEL, problem.dtype),
-        "lse": np.full(shape, SENTINEL, problem.dtype),
+        "lse": np.full(shape, SENTINEL, STATISTICS[problem.dtype]),
     }
     names = ("q", "k", "v")
     run(problem, "forward", {**{name: operands[name] for name in names}, **results}, **options)
