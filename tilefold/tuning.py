@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -162,7 +163,7 @@ class _Race:
         first = turn_by_turn(calls, seconds=0, least=1, most=1)
         repeats = max(1, round(TURN_SECONDS / min(first[str(self._table)])))
         turns = {name: _repeated(call, repeats) for name, call in calls.items()}
-        times = turn_by_turn(turns, seconds=seconds)
+        times = turn_by_turn(turns, seconds=seconds, clock=clock(self._case.threads))
         beside = times[str(self._table)]
         self._table_seconds = statistics.median(beside) / repeats
         for blocks in entered:
@@ -185,6 +186,15 @@ class _Race:
         others = [name for name in PASSES if name != self._kernel]
         launches = [launch for launch in made.launches if launch.spec.operation not in others]
         return replace(made, launches=tuple(launches))
+
+
+def clock(workers: int) -> Callable[[], float]:
+    """The time of this thread where it works alone, so that neighbours do not count; else of all.
+
+    Windows counts a thread's time in steps of 16 ms, which is too coarse.
+    """
+    alone = workers == 1 and time.get_clock_info("thread_time").resolution < 1e-6
+    return time.thread_time if alone else time.perf_counter
 
 
 def cut(tile: RegisterTile, rows: int) -> Blocks:

@@ -147,9 +147,24 @@ def path() -> Path:
     return cache.default().directory / FILE
 
 
+@functools.cache
 def load() -> Kept:
     """What is kept, read when this process first asks."""
-    return _read(path())
+    place = path()
+    try:
+        content = place.read_bytes()
+    except FileNotFoundError:
+        return Kept({})
+    except OSError as error:
+        return Kept({}, f"{place} cannot be read: {error.strerror or error}")
+    try:
+        document = json.loads(content)
+        entries = document["winners"] if document["format"] == FORMAT else None
+    except (*_UNUSABLE, RecursionError):
+        entries = None
+    if not isinstance(entries, list):
+        return Kept({}, f"{place} is not a file of this version's winners")
+    return _parse_all(entries, place)
 
 
 def check() -> None:
@@ -162,17 +177,16 @@ def check() -> None:
 def keep(new: Mapping[tuple[Machine, Key], Winner]) -> None:
     """Add winners to the file, in place of older ones of the same keys. Raises OSError."""
     check()
-    place = path()
-    _read.cache_clear()  # another process may have written since
+    load.cache_clear()  # another process may have written since
     merged = load().winners | dict(new)
     document = {"format": FORMAT, "winners": [_entry(*item) for item in merged.items()]}
-    write_atomically(place, (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(path(), (json.dumps(document, indent=1) + "\n").encode())
     _changed()
 
 
 def forget() -> int:
     """Remove the file and return how many winners were in it. Raises OSError."""
-    _read.cache_clear()
+    load.cache_clear()
     count = len(load().winners)
     path().unlink(missing_ok=True)
     _changed()
@@ -188,27 +202,9 @@ _listeners: list[Callable[[], None]] = []
 
 
 def _changed() -> None:
-    _read.cache_clear()
+    load.cache_clear()
     for listener in _listeners:
         listener()
-
-
-@functools.lru_cache(maxsize=4)
-def _read(place: Path) -> Kept:
-    try:
-        content = place.read_bytes()
-    except FileNotFoundError:
-        return Kept({})
-    except OSError as error:
-        return Kept({}, f"{place} cannot be read: {error.strerror or error}")
-    try:
-        document = json.loads(content)
-        entries = document["winners"] if document["format"] == FORMAT else None
-    except (*_UNUSABLE, RecursionError):
-        entries = None
-    if not isinstance(entries, list):
-        return Kept({}, f"{place} is not a file of this version's winners")
-    return _parse_all(entries, place)
 
 
 def _parse_all(entries: Iterable[Any], place: Path) -> Kept:
