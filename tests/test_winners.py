@@ -143,6 +143,7 @@ def test_another_machine_has_other_winners() -> None:
     assert Machine.of(replace(here, cores=here.cores + 1)) == Machine.of(here)
 
 
+@pytest.mark.slow
 def test_results_with_a_winner_are_those_of_the_definition(cache: Path) -> None:
     asked = problem(causal(), length=150, len_k=170)
     for kernel in ("forward", "backward", "backward_dq", "backward_dkv"):

@@ -17,6 +17,7 @@ from tilefold.backends.cpu import kernel, peak, runtime, threads
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.plan import Launch, Plan
+from tilefold.tables import MEASURED
 from tilefold.winners import Winner
 
 
@@ -230,10 +231,14 @@ def _kernel_facts(described: dict[str, Any]) -> Any:
 
 
 def _add_choice(facts: Any, choice: dict[str, Any]) -> None:
-    table = f"{choice['family']} {choice['table']} (measured: {choice['table_measured']})"
+    table = f"{choice['family']} {choice['table']}"
     tuned = choice["tuned"]
     if tuned is None:
-        facts.add_row("chosen by", f"the table's row {table}")
+        facts.add_row("chosen by", f"the table's row, {table}")
+        if measured := choice["table_measured"]:
+            facts.add_row("measured", f"{measured}: {MEASURED}")
+        else:
+            facts.add_row("measured", "never: there was no such machine")
         facts.add_row("tuned", f"nothing here; to measure: {terminal.escape(choice['tune'])}")
         return
     of = f"{tuned['candidates']} candidates on {tuned['date'][:10]}"
