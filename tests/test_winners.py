@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tilefold
-from tilefold import bench, plan, reference, winners
+from tilefold import plan, reference, winners, workload
 from tilefold.device import Device, host
 from tilefold.expression import split
 from tilefold.mask import Rule, causal, full, local
@@ -148,7 +148,7 @@ def test_results_with_a_winner_are_those_of_the_definition(cache: Path) -> None:
     asked = problem(causal(), length=150, len_k=170)
     for kernel in ("forward", "backward", "backward_dq", "backward_dkv"):
         keep(asked, kernel)
-    a = bench.arrays(bench.Case(asked))
+    a = workload.arrays(workload.Case(asked))
     o, lse = tilefold.attention(a.q, a.k, a.v, mask=causal(), return_lse=True)
     wanted = reference.attention(a.q, a.k, a.v, mask=causal())
     np.testing.assert_allclose(o, wanted[0], atol=2e-6)
