@@ -198,7 +198,7 @@ def test_what_is_measured_computes_the_same(operation: str, dtype: str) -> None:
             call = race._call(race._usual(tile))
             call()
             for name in outputs:
-                found = call.args[1][name].owner
+                found = race._operands[name].owner
                 np.testing.assert_allclose(
                     found.astype("float64"), wanted[name].astype("float64"), atol=tolerance
                 )

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import winners
+from tilefold import tables, winners
 from tilefold.blocks import Runs, runs
 from tilefold.device import Device
 from tilefold.expression import Boolean, Skeleton, Table, Truth, split
 from tilefold.fold import index_bits
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 from tilefold.recent import Recent
-from tilefold.tables import FAMILIES, PAIRS, Family, RegisterTile
+from tilefold.tables import FAMILIES, Family, RegisterTile
 from tilefold.winners import Blocks, Key
 
 OPERATIONS = ("forward", "backward")
@@ -233,8 +233,17 @@ def _blocks(
 
 def winner_key(problem: Problem, device: Device, kernel: str, mask: Skeleton) -> Key:
     """What a choice of blocks for one kernel of a plan depends on, beside the machine."""
-    length = winners.length_class(_length(problem, kernel), _lanes(problem, device))
-    return Key(kernel, problem.dtype, problem.dim, problem.dim_v, mask.text, length)
+    unit, parts = _unit(problem, device, kernel)
+    return Key(
+        kernel=kernel,
+        dtype=problem.dtype,
+        unit=unit,
+        parts=parts,
+        dim=problem.dim,
+        dim_v=problem.dim_v,
+        mask=mask.text,
+        length=winners.length_class(_length(problem, kernel), _lanes(problem, device)),
+    )
 
 
 def table_blocks(problem: Problem, device: Device, kernel: str) -> Blocks:
@@ -278,7 +287,7 @@ def _unit(problem: Problem, device: Device, kernel: str) -> tuple[str, int]:
 def family(problem: Problem, device: Device, kernel: str) -> Family:
     """The table of a kernel of a plan: that of what multiplies in it."""
     unit, _ = _unit(problem, device, kernel)
-    return FAMILIES[device.isa] if unit == "fma" else PAIRS[unit]
+    return tables.family(device.isa, unit)
 
 
 def _register_tile(tiles: tuple[RegisterTile, ...], lanes: int, length: int) -> RegisterTile:

@@ -77,10 +77,22 @@ class Family:
         return self.vector_bytes // item_bytes
 
     def block_traverse(self, tile: RegisterTile, item_bytes: int) -> int:
-        """Traversed rows at a time: whole register tiles, as many as the scratch holds."""
+        """Traversed rows at a time: as many as the scratch holds."""
         rows = self.scratch_bytes // (tile.vectors * self.lanes(item_bytes) * item_bytes)
+        return self.cut(tile, rows)
+
+    def cut(self, tile: RegisterTile, rows: int) -> int:
+        """So many traversed rows or less, in whole register tiles; at least one of these."""
         step = math.lcm(tile.rows, self.traverse_step)
         return max(1, rows // step) * step
+
+    def allows(self, tile: RegisterTile, block_traverse: int) -> bool:
+        """Whether kernels can have this tile and so many traversed rows at a time."""
+        return (
+            tile.registers <= self.registers
+            and tile.rows % self.row_step == 0
+            and block_traverse == self.cut(tile, block_traverse)
+        )
 
     def candidates(self) -> tuple[RegisterTile, ...]:
         """The table's tiles and others worth measuring: the tallest ones of each width that fit.
@@ -172,11 +184,11 @@ FAMILIES = {
 }
 
 PAIRS = {
-    "dot": replace(_AVX512, row_step=2),
+    "dot": replace(_AVX512, table=tuple(Row(row.tile, None) for row in _AVX512.table), row_step=2),
     "amx": Family(
         vector_bytes=64,
         registers=32,
-        table=tuple(Row(RegisterTile(2, vectors), _NOT_MEASURED) for vectors in (8, 6, 4, 2)),
+        table=tuple(Row(RegisterTile(2, vectors), None) for vectors in (8, 6, 4, 2)),
         scratch_bytes=65536,
         row_step=2,
         traverse_step=32,
@@ -185,3 +197,8 @@ PAIRS = {
 """Kernels that multiply bfloat16 pairs, by the unit that does. Tiles of AMX have a shape of their
 own: what is chosen for them is how many vectors of the parallel axis a block has, by twos.
 """
+
+
+def family(isa: str, unit: str) -> Family:
+    """The table of an instruction set and of what multiplies: see `plan.KernelSpec`."""
+    return FAMILIES[isa] if unit == "fma" else PAIRS[unit]

@@ -131,7 +131,7 @@ class _Race:
         self._stage("tiles", [self._usual(tile) for tile in self._family.candidates()], share)
         best = dict.fromkeys(blocks.tile for blocks in self._fastest())
         heights = self._heights()
-        others = [cut(tile, rows) for tile in list(best)[:KEPT_TILES] for rows in heights]
+        others = [self._cut(tile, rows) for tile in list(best)[:KEPT_TILES] for rows in heights]
         self._stage("blocks", [blocks for blocks in others if blocks not in self._trials], share)
         self._stage("the best", self._fastest()[:KEPT_BLOCKS], share)
         trials = tuple(self._trials[blocks] for blocks in self._fastest())
@@ -150,6 +150,9 @@ class _Race:
         if tile == self._table.tile:
             return self._table
         return usual_blocks(self._case.problem, host(), self._kernel, tile)
+
+    def _cut(self, tile: RegisterTile, rows: int) -> Blocks:
+        return Blocks(tile, self._family.cut(tile, rows))
 
     def _fastest(self) -> list[Blocks]:
         return sorted(self._trials, key=lambda blocks: self._trials[blocks].ratio)
@@ -171,7 +174,11 @@ class _Race:
             self._trials[blocks] = Trial(blocks, statistics.median(ratios), len(ratios))
 
     def _call(self, blocks: Blocks) -> Call:
-        return functools.partial(engine.run, self._plan(blocks), self._operands)
+        made, given = self._plan(blocks), self._operands
+        strides = {name: buffer.strides for name, buffer in given.items()}
+        call = engine.prepare(made, strides, results=())
+        pointers = [given[name].pointer for name in engine.GIVEN[self._case.operation]]
+        return functools.partial(call.run, *pointers)
 
     def _plan(self, blocks: Blocks) -> Plan:
         """The kernel alone, after what prepares its operands."""
@@ -195,11 +202,6 @@ def clock(workers: int) -> Callable[[], float]:
     """
     alone = workers == 1 and time.get_clock_info("thread_time").resolution < 1e-6
     return time.thread_time if alone else time.perf_counter
-
-
-def cut(tile: RegisterTile, rows: int) -> Blocks:
-    """About so many traversed rows, in whole register tiles."""
-    return Blocks(tile, max(1, rows // tile.rows) * tile.rows)
 
 
 def _repeated(call: Call, repeats: int) -> Call:

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tilefold import cache
+from tilefold import cache, tables
 from tilefold.device import Device
 from tilefold.files import write_atomically
-from tilefold.tables import FAMILIES, RegisterTile
+from tilefold.tables import Family, RegisterTile
 
 FORMAT = "tilefold winners 1"
 """The first entry of the file. The number goes up when the generators change so much that what was
@@ -59,12 +59,14 @@ class Machine:
 class Key:
     """What a choice of blocks depends on, beside the machine.
 
-    `mask` is the text of its skeleton. `length` is that of the parallel axis in whole vectors up
-    to `LONG`, and 0 above: see `length_class`.
+    `unit` and `parts` say how the kernel multiplies: see `plan.KernelSpec`. `mask` is the text of
+    its skeleton. `length` is that of the parallel axis: see `length_class`.
     """
 
     kernel: str
     dtype: str
+    unit: str
+    parts: int
     dim: int
     dim_v: int
     mask: str
@@ -229,7 +231,8 @@ def _entry(where: tuple[Machine, Key], winner: Winner) -> dict[str, Any]:
 def _parse(entry: dict[str, Any]) -> tuple[Machine, Key, Winner]:
     """An entry of the file. Raises one of `_UNUSABLE`."""
     machine, key = Machine(**entry["machine"]), Key(**entry["key"])
-    timed = {name: _timed(entry[name], machine) for name in ("best", "table", "worst")}
+    family = tables.family(machine.isa, key.unit)
+    timed = {name: _timed(entry[name], family) for name in ("best", "table", "worst")}
     rest = {name: value for name, value in entry.items() if name not in ("machine", "key")}
     winner = Winner(**rest | timed)
     for part in (machine, key, winner):
@@ -239,13 +242,12 @@ def _parse(entry: dict[str, Any]) -> tuple[Machine, Key, Winner]:
     return machine, key, winner
 
 
-def _timed(value: Any, machine: Machine) -> Timed:
+def _timed(value: Any, family: Family) -> Timed:
     tile = RegisterTile(**value["blocks"]["tile"])
     block, seconds = value["blocks"]["block_traverse"], float(value["seconds"])
     sizes = (tile.rows, tile.vectors, block)
     _check(all(type(size) is int and 1 <= size <= LONGEST_BLOCK for size in sizes), sizes)
-    _check(block % tile.rows == 0, sizes)
-    _check(tile.registers <= FAMILIES[machine.isa].registers, sizes)
+    _check(family.allows(tile, block), sizes)
     _check(0 < seconds < float("inf"), seconds)
     return Timed(Blocks(tile, block), seconds)
 
