@@ -131,6 +131,21 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "layout must be 'bhnd', 'bnhd' or 'bhdn', got 'bnh'",
     ),
+    "precision": (
+        lambda: attention(Q, Q, Q, precision="low"),
+        ValueError,
+        "precision must be 'highest', 'high' or 'medium', got 'low'",
+    ),
+    "precision of another type": (
+        lambda: attention(Q, Q, Q, precision=None),  # type: ignore[arg-type]  # the point
+        ValueError,
+        "precision must be 'highest', 'high' or 'medium', got None",
+    ),
+    "precision of gradients of another type": (
+        lambda: backward(precision=["high"]),
+        ValueError,
+        "precision must be 'highest', 'high' or 'medium', got ['high']",
+    ),
     "layout of another type": (
         lambda: attention(Q, Q, Q, layout=["bhnd"]),  # type: ignore[arg-type]  # the point
         ValueError,

@@ -18,6 +18,7 @@ from tilefold import Rule, attention, attention_backward, engine, reference
 from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.kernel import kernel
 from tilefold.device import host
+from tilefold.problem import PRECISIONS, Problem
 
 Array = NDArray[Any]
 
@@ -102,6 +103,36 @@ def test_scale_and_type_and_lengths_are_part_of_a_call(prepared: list[str]) -> N
     check((q, k[:, :, :50], v[:, :, :50]))
     attention(*(array.astype(np.float32) for array in (q, k, v)))
     assert prepared.count("forward") == 5
+
+
+def test_precision_is_part_of_a_call_of_float32_alone(
+    prepared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = engine.plan
+
+    def plan(problem: Problem, *rest: Any) -> Any:
+        seen.append(problem.precision)
+        return real(problem, *rest)
+
+    monkeypatch.setattr(engine, "plan", plan)
+    for dtype in (np.float32, np.float64):
+        q, k, v = (array.astype(dtype) for array in inputs())
+        for _ in range(2):
+            for precision in PRECISIONS:
+                o, lse = attention(q, k, v, precision=precision, return_lse=True)
+                attention_backward(o, q, k, v, o, lse, precision=precision)
+    expected = [*PRECISIONS, *["highest"] * 3]
+    assert seen == [precision for precision in expected for _ in range(2)]
+
+
+def test_a_problem_of_another_type_has_no_precision_to_choose() -> None:
+    def made(dtype: str, precision: str) -> Problem:
+        return Problem(1, 1, 1, 2, 2, 4, 4, dtype, 0.5, tilefold.full(), precision)
+
+    assert made("float32", "high") != made("float32", "highest")
+    with pytest.raises(ValueError, match=r"^precision must be"):
+        made("float64", "high")
 
 
 def test_the_number_of_threads_may_change_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:

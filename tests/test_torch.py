@@ -159,10 +159,10 @@ def test_tensors_without_data_give_shapes() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(mask: Rule, layout: str) -> None:
     inputs = tensors(layout=layout)
-    torch.library.opcheck(frontend._attention, (*inputs, mask, None, layout))
+    torch.library.opcheck(frontend._attention, (*inputs, mask, None, layout, "high"))
     o, lse = attention(*inputs, mask=mask, layout=layout, return_lse=True)
     saved = [tensor.detach() for tensor in (o, *inputs, o, lse)]
-    torch.library.opcheck(frontend._backward, (*saved, mask, 0.5, layout))
+    torch.library.opcheck(frontend._backward, (*saved, mask, 0.5, layout, "high"))
 
 
 @pytest.mark.slow

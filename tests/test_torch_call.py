@@ -28,7 +28,7 @@ def direct(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    result: Tensor = frontend._attention(q, k, v, MASK, None, "bhnd")[0]
+    result: Tensor = frontend._attention(q, k, v, MASK, None, "bhnd", "highest")[0]
     return result
 
 
@@ -345,6 +345,28 @@ def test_strides_and_types_are_part_of_a_prepared_call(monkeypatch: pytest.Monke
             single = direct(q.float(), k.float(), v.float())
             torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-5)
     assert prepared == ["forward"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_precision_reaches_the_planner(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[str, str]] = set()
+    real = engine.plan
+
+    def plan(problem: Any, device: Any, operation: str, *rest: Any) -> Any:
+        seen.add((operation, problem.precision))
+        return real(problem, device, operation, *rest)
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result: Tensor = tilefold.attention(q, k, v, precision="medium")
+        return result
+
+    engine._calls.clear()
+    monkeypatch.setattr(engine, "plan", plan)
+    function = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    q, k, v = (tensor.float() for tensor in tensors())
+    function(q.requires_grad_(), k, v).sum().backward()
+    assert seen == {("forward", "medium"), ("backward", "medium")}
 
 
 def test_arrays_and_tensors_of_one_form_are_not_mixed_up() -> None:

@@ -22,6 +22,7 @@ def attention(
     mask: Rule | None = None,
     scale: float | None = None,
     layout: str = "bhnd",
+    precision: str = "highest",
     return_lse: bool = False,
 ) -> Any:
     """Exact attention: softmax(scale * q k^T) v, each query over the keys that `mask` lets it see.
@@ -53,6 +54,11 @@ def attention(
         scale: a finite number; None is 1 / sqrt(dim)
         layout: the order of the axes of q, k, v and o. "bhnd" is as above; "bnhd" is (batch,
             sequence, heads, dim); "bhdn" is (batch, heads, dim, sequence)
+        precision: how exact the products of float32 arrays must be at least, with the meaning of
+            `torch.set_float32_matmul_precision`: "highest", float32 throughout; "high", as if the
+            factors had about the 16 bits of two bfloat16 numbers; "medium", one bfloat16 number.
+            A machine without fast products of bfloat16 computes more exactly than asked. Other
+            types accept it, and it has no effect there. Torch's own setting is never read.
         return_lse: also return the log-sum-exp of each query's scores
 
     Returns:
@@ -70,14 +76,15 @@ def attention(
     Raises:
         TypeError: q, k or v is not an array, their types are mixed or are not floating point, or
             mask is not a rule
-        ValueError: shapes do not fit together or to the mask, or scale or layout is not allowed
+        ValueError: shapes do not fit together or to the mask, or scale, layout or
+            precision is not allowed
         NotImplementedError: arrays that are not on the CPU
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by
     Milakov and Gimelshein (2018, arXiv:1805.02867).
     """
     frontend = _frontend(q=q, k=k, v=v)
-    o, lse = frontend.attention(q, k, v, as_rule(mask), as_scale(scale), layout)
+    o, lse = frontend.attention(q, k, v, as_rule(mask), as_scale(scale), layout, precision)
     return (o, lse) if return_lse else o
 
 
@@ -92,6 +99,7 @@ def attention_backward(
     mask: Rule | None = None,
     scale: float | None = None,
     layout: str = "bhnd",
+    precision: str = "highest",
 ) -> tuple[Any, Any, Any]:
     """The gradients of sum(do * attention(q, k, v)) with respect to q, k and v.
 
@@ -112,6 +120,7 @@ def attention_backward(
         q, k, v: as given to `attention`
         o, lse: as `attention(..., return_lse=True)` returned them
         mask, scale, layout: as given to `attention`; all arrays but lse are in the layout
+        precision: of the products, as for `attention`
 
     Returns:
         dq, dk, dv, each of the shape and type of its input. A query that sees no key, and a key
@@ -125,7 +134,7 @@ def attention_backward(
     """
     frontend = _frontend(q=q, k=k, v=v, do=do, o=o, lse=lse)
     gradients: tuple[Any, Any, Any] = frontend.attention_backward(
-        do, q, k, v, o, lse, as_rule(mask), as_scale(scale), layout
+        do, q, k, v, o, lse, as_rule(mask), as_scale(scale), layout, precision
     )
     return gradients
 

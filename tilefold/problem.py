@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final
 
 from tilefold.check import choice, shown
@@ -34,6 +33,9 @@ STATISTICS: Final = {
 }
 """The type that is computed in, and that of lse, by the type of the arrays."""
 
+PRECISIONS: Final = ("highest", "high", "medium")
+"""How exact the products of float32 arrays are, with the meaning of torch's own setting."""
+
 LIMIT: Final = 2**31 - 2**10
 """Lengths, dims and batch * heads stay below: 32 bits count them to the end of the last block."""
 
@@ -44,8 +46,9 @@ _FULL = full()
 class Problem:
     """What attention is asked to compute. Lengths count tokens, dims count elements.
 
-    Query head h reads key head h // (heads_q // heads_kv) (grouped queries). Raises ValueError
-    unless everything fits together.
+    Query head h reads key head h // (heads_q // heads_kv) (grouped queries). `precision` says how
+    exact products of float32 numbers must be at least; other types have no choice, and "highest".
+    Raises ValueError unless everything fits together.
     """
 
     batch: int
@@ -58,9 +61,11 @@ class Problem:
     dtype: str
     scale: float
     mask: Rule
+    precision: str = "highest"
 
     def __post_init__(self) -> None:
         choice("dtype", self.dtype, tuple(ITEM_BYTES))
+        choice("precision", self.precision, PRECISIONS if self.dtype == "float32" else ("highest",))
         if not math.isfinite(self.scale):
             raise ValueError(f"scale must be a finite number, got {self.scale}")
         self._check_sizes()
@@ -117,7 +122,6 @@ class Problem:
         return elements * ITEM_BYTES[self.dtype] + lse * ITEM_BYTES[STATISTICS[self.dtype]]
 
 
-@lru_cache(maxsize=16)  # few, since masks of big data are kept alive; a miss costs some 10 us
 def describe(
     shape_q: Shape,
     shape_k: Shape,
@@ -126,9 +130,14 @@ def describe(
     scale: float | None,
     mask: Rule,
     layout: str,
+    precision: str,
 ) -> Problem:
-    """The Problem of arrays of these shapes, whose axes lie as `layout` says. Raises ValueError."""
+    """The Problem of arrays of these shapes, whose axes lie as `layout` says. Raises ValueError.
+
+    Only float32 has a choice of precision; what is asked of other types has no effect.
+    """
     check_layout(layout)
+    check_precision(precision)
     raw = {"q": shape_q, "k": shape_k, "v": shape_v}
     q, k, v = (_canonical(name, shape, layout) for name, shape in raw.items())
     for axis, name, shape, other, expected in (
@@ -154,6 +163,7 @@ def describe(
         dtype=dtype,
         scale=default_scale(q[3]) if scale is None else scale,
         mask=mask,
+        precision=precision if dtype == "float32" else "highest",
     )
 
 
@@ -218,6 +228,12 @@ def check_layout(layout: Any) -> None:
     """Raises ValueError for a layout that is not one of `LAYOUTS`."""
     if type(layout) is not str or layout not in LAYOUTS:
         choice("layout", layout, tuple(LAYOUTS))
+
+
+def check_precision(precision: Any) -> None:
+    """Raises ValueError for a precision that is not one of `PRECISIONS`."""
+    if type(precision) is not str or precision not in PRECISIONS:
+        choice("precision", precision, PRECISIONS)
 
 
 def check_shape(name: str, shape: Shape, expected: Shape) -> None:

@@ -204,8 +204,7 @@ def _benchmark() -> list[tuple[bench.Row, float, str]]:
 
 
 def _problem(mask: Rule) -> Problem:
-    sizes = {"batch": 1, "heads_q": 8, "heads_kv": 8, "len_q": 1024, "len_k": 1024}
-    return Problem(**sizes, dim=64, dim_v=64, dtype="float32", scale=0.125, mask=mask)
+    return Problem(1, 8, 8, 1024, 1024, 64, 64, dtype="float32", scale=0.125, mask=mask)
 
 
 class Report:

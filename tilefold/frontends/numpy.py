@@ -21,6 +21,7 @@ from tilefold.problem import (
     STATISTICS,
     check_layout,
     check_lse,
+    check_precision,
     check_shape,
     common_dtype,
     describe,
@@ -39,16 +40,17 @@ _DLPACK_CPU = 1
 
 
 def attention(
-    q: Any, k: Any, v: Any, mask: Rule, scale: float | None, layout: str
+    q: Any, k: Any, v: Any, mask: Rule, scale: float | None, layout: str, precision: str
 ) -> tuple[Array, Array]:
     """Return o and lse; see `tilefold.attention`."""
     check_layout(layout)
+    check_precision(precision)
     q, k, v = _array("q", q), _array("k", k), _array("v", v)
-    key = ("numpy forward", mask, scale, layout, *_form(q), *_form(k), *_form(v))
+    key = ("numpy forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
     call = engine.recent(key)
     if call is None:
         dtype = _dtype(q=q, k=k, v=v)
-        problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout)
+        problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout, precision)
         if problem.empty:
             o = np.zeros(shape_o(problem, layout), q.dtype)
             return o, np.full(shape_lse(problem), -np.inf, STATISTICS[dtype])
@@ -69,18 +71,20 @@ def attention_backward(
     mask: Rule,
     scale: float | None,
     layout: str,
+    precision: str,
 ) -> tuple[Array, Array, Array]:
     """Return dq, dk and dv; see `tilefold.attention_backward`."""
     check_layout(layout)
+    check_precision(precision)
     do, q, k, v = _array("do", do), _array("q", q), _array("k", k), _array("v", v)
     o, lse = _array("o", o), _array("lse", lse)
     given = do, q, k, v, o, lse
-    key = ("numpy backward", mask, scale, layout, *[_form(array) for array in given])
+    key = ("numpy backward", mask, scale, layout, precision, *[_form(array) for array in given])
     call = engine.recent(key)
     if call is None:
         dtype = _dtype(q=q, k=k, v=v, do=do, o=o)
         check_lse(lse.dtype.name, dtype)
-        problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout)
+        problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout, precision)
         check_shape("do", do.shape, shape_o(problem, layout))
         check_shape("o", o.shape, shape_o(problem, layout))
         check_shape("lse", lse.shape, shape_lse(problem))

@@ -31,6 +31,7 @@ from tilefold.problem import (
     Problem,
     check_layout,
     check_lse,
+    check_precision,
     check_shape,
     common_dtype,
     describe,
@@ -53,18 +54,19 @@ _constants: dict[str, object] = {}
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Return o and lse; see `tilefold.attention`."""
     check_layout(layout)
+    check_precision(precision)
     result: tuple[Tensor, Tensor]
     if _unobserved(q, k, v):
         run = _Attention.apply if _recorded(q, k, v) else _forward
-        result = run(q, k, v, mask, scale, layout)
+        result = run(q, k, v, mask, scale, layout, precision)
     else:
         _check(q=q, k=k, v=v)
         _refuse_tangents(q, k, v)
-        result = _attention(q, k, v, mask, scale, layout)
+        result = _attention(q, k, v, mask, scale, layout, precision)
     return result
 
 
@@ -78,15 +80,17 @@ def attention_backward(
     mask: Rule,
     scale: float | None,
     layout: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv; see `tilefold.attention_backward`."""
     check_layout(layout)
+    check_precision(precision)
     given = do, q, k, v, o, lse
     if _unobserved(*given) and not _recorded(*given):
-        return _slopes(*given, mask, scale, layout)
+        return _slopes(*given, mask, scale, layout, precision)
     _check_all(*given)
     _refuse_tangents(*given)
-    result: tuple[Tensor, Tensor, Tensor] = _backward(*given, mask, scale, layout)
+    result: tuple[Tensor, Tensor, Tensor] = _backward(*given, mask, scale, layout, precision)
     return result
 
 
@@ -119,15 +123,15 @@ def _recorded(*tensors: Tensor) -> bool:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     """o and lse, below autograd."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    key = ("torch forward", mask, scale, layout, *_form(q), *_form(k), *_form(v))
+    key = ("torch forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
     call = engine.recent(key)
     if call is None:
         _check(q=q, k=k, v=v)
-        problem = _problem(q, k, v, scale, mask, layout)
+        problem = _problem(q, k, v, scale, mask, layout, precision)
         if problem.empty:
             o = q.new_zeros(shape_o(problem, layout))
             return o, q.new_full(shape_lse(problem), -torch.inf, dtype=_statistics(q))
@@ -149,14 +153,15 @@ def _slopes(
     mask: Rule,
     scale: float | None,
     layout: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, below autograd."""
     do, q, k, v, o, lse = given = [_aligned(tensor) for tensor in (do, q, k, v, o, lse)]
-    key = ("torch backward", mask, scale, layout, *[_form(tensor) for tensor in given])
+    key = ("torch backward", mask, scale, layout, precision, *[_form(tensor) for tensor in given])
     call = engine.recent(key)
     if call is None:
         _check_all(*given)
-        problem = _problem(q, k, v, scale, mask, layout)
+        problem = _problem(q, k, v, scale, mask, layout, precision)
         check_shape("do", tuple(do.shape), shape_o(problem, layout))
         check_shape("o", tuple(o.shape), shape_o(problem, layout))
         check_shape("lse", tuple(lse.shape), shape_lse(problem))
@@ -221,14 +226,14 @@ _register(Rule)
 
 @torch.library.custom_op("tilefold::attention", mutates_args=(), device_types="cpu")
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
 ) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, mask, scale, layout)
+    return _forward(q, k, v, mask, scale, layout, precision)
 
 
 @_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     axes = LAYOUTS[layout]
     sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
@@ -247,8 +252,9 @@ def _backward(
     mask: Rule,
     scale: float | None,
     layout: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _slopes(do, q, k, v, o, lse, mask, scale, layout)
+    return _slopes(do, q, k, v, o, lse, mask, scale, layout, precision)
 
 
 @_backward.register_fake
@@ -262,6 +268,7 @@ def _(
     mask: Rule,
     scale: float | None,
     layout: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -274,7 +281,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*attention_backward(do, *ctx.saved_tensors, *ctx.rest), None, None, None)
+    return (*attention_backward(do, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -341,6 +348,7 @@ def _statistics(tensor: Tensor) -> torch.dtype:
 
 
 def _problem(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Rule, layout: str
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Rule, layout: str, precision: str
 ) -> Problem:
-    return describe(tuple(q.shape), tuple(k.shape), tuple(v.shape), _name(q), scale, mask, layout)
+    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    return describe(*shapes, _name(q), scale, mask, layout, precision)
