@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,24 @@ PARALLEL = {
 """The axis that lies in the lanes, by kernel."""
 
 
+class Multiplier(NamedTuple):
+    """What multiplies: "fma" numbers, "dot" pairs of bfloat16, "amx" tiles of such pairs.
+
+    With pairs every operand is a sum of `parts` bfloat16 numbers.
+    """
+
+    unit: str
+    parts: int = 1
+
+    @property
+    def terms(self) -> int:
+        """Products that make one: all of two parts but that of the low ones."""
+        return self.parts * (self.parts + 1) // 2
+
+
+FMA = Multiplier("fma")
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """What changes the text of a kernel, and nothing else: no lengths, batch, heads or mask data.
@@ -40,9 +59,6 @@ class KernelSpec:
     The register tile is `rows` broadcast rows by `vectors` vectors of `lanes` elements. The
     parallel axis lies in the lanes, `block_parallel` at a time; the traversed axis is walked
     `block_traverse` rows at a time. `native_half`: the machine converts float16 itself.
-
-    `unit` multiplies: "fma" numbers, "dot" pairs of bfloat16, "amx" tiles of such pairs. With pairs
-    every operand is a sum of `parts` bfloat16 numbers.
     """
 
     operation: str
@@ -56,8 +72,7 @@ class KernelSpec:
     mask: Skeleton
     index_bits: int
     native_half: bool = False
-    unit: str = "fma"
-    parts: int = 1
+    products: Multiplier = FMA
 
     @property
     def block_parallel(self) -> int:
@@ -203,7 +218,6 @@ def _spec(
     block_traverse: int | None,
 ) -> KernelSpec:
     blocks = _blocks(problem, device, kernel, skeleton, tile)
-    unit, parts = _unit(problem, device, kernel)
     return KernelSpec(
         operation=kernel,
         dtype=problem.dtype,
@@ -216,8 +230,7 @@ def _spec(
         mask=skeleton,
         index_bits=bits,
         native_half=problem.dtype == "float16" and device.converts_float16,
-        unit=unit,
-        parts=parts,
+        products=multiplier(problem, device, kernel),
     )
 
 
@@ -233,7 +246,7 @@ def _blocks(
 
 def winner_key(problem: Problem, device: Device, kernel: str, mask: Skeleton) -> Key:
     """What a choice of blocks for one kernel of a plan depends on, beside the machine."""
-    unit, parts = _unit(problem, device, kernel)
+    unit, parts = multiplier(problem, device, kernel)
     return Key(
         kernel=kernel,
         dtype=problem.dtype,
@@ -268,26 +281,26 @@ def _length(problem: Problem, kernel: str) -> int:
     return problem.len_q if PARALLEL[kernel] == "q" else problem.len_k
 
 
-def _unit(problem: Problem, device: Device, kernel: str) -> tuple[str, int]:
-    """What multiplies, and of how many bfloat16 numbers an operand is the sum.
+def multiplier(problem: Problem, device: Device, kernel: str) -> Multiplier:
+    """What multiplies in a kernel.
 
     Pairs of bfloat16 for bfloat16 itself where the machine has instructions for them. float16
     numbers are exactly sums of two: three products of tiles take 3/16 of the time of one product
     in float32, three products of pairs 3/2 of it.
     """
     if kernel == "delta":
-        return "fma", 1
+        return FMA
     if device.isa == "amx":
-        return {"bfloat16": ("amx", 1), "float16": ("amx", 2)}.get(problem.dtype, ("fma", 1))
+        parts = {"bfloat16": 1, "float16": 2}.get(problem.dtype)
+        return Multiplier("amx", parts) if parts else FMA
     if problem.dtype == "bfloat16" and device.has("avx512bf16"):
-        return "dot", 1
-    return "fma", 1
+        return Multiplier("dot", 1)
+    return FMA
 
 
 def family(problem: Problem, device: Device, kernel: str) -> Family:
     """The table of a kernel of a plan: that of what multiplies in it."""
-    unit, _ = _unit(problem, device, kernel)
-    return tables.family(device.isa, unit)
+    return tables.family(device.isa, multiplier(problem, device, kernel).unit)
 
 
 def _register_tile(tiles: tuple[RegisterTile, ...], lanes: int, length: int) -> RegisterTile:

@@ -19,6 +19,7 @@ from tilefold.device import host
 from tilefold.files import write_atomically
 from tilefold.mask import Rule
 from tilefold.peers import PEERS
+from tilefold.plan import Multiplier, multiplier
 from tilefold.problem import ITEM_BYTES
 from tilefold.roofline import Rates
 from tilefold.workload import OPERATIONS, PASSES, Case
@@ -112,18 +113,23 @@ def _label(case: Case) -> str:
     return f"{case.operation} {case.shape} {case.problem.mask}"
 
 
-Measured = dict[tuple[str, int], Rates]
+Measured = dict[tuple[str, int, Multiplier], Rates]
 
 
 def _rates(cases: Sequence[Case]) -> Measured:
     """What the machine can do at most, measured in the same minute as the rest."""
-    wanted = {(case.problem.dtype, case.threads) for case in cases}
-    return {(dtype, n): peak.rates(host(), dtype, n, again=True) for dtype, n in wanted}
+    wanted = {_rated(case) for case in cases}
+    return {rated: peak.rates(host(), *rated, again=True) for rated in wanted}
+
+
+def _rated(case: Case) -> tuple[str, int, Multiplier]:
+    """What the rates of a case depend on: type, threads and what multiplies."""
+    return case.problem.dtype, case.threads, multiplier(case.problem, host(), case.operation)
 
 
 def _share(row: Row, rates: Measured) -> tuple[float, str]:
     """The share of the roofline that a row reaches, and what binds."""
-    known = rates[row.case.problem.dtype, row.case.threads]
+    known = rates[_rated(row.case)]
     least, binding = row.case.least_seconds(row.pairs, known)
     return least / row.median, binding
 

@@ -57,7 +57,8 @@ def main(options: argparse.Namespace) -> int:
         print(text if options.text else runtime.assembly(text, device), end="")
         return 0
     picked = [_pick(made, options.kernel)] if options.kernel else made.launches
-    rates = peak.rates(device, problem.dtype, threads.get_num_threads())
+    products = plan.multiplier(problem, device, options.operation)
+    rates = peak.rates(device, problem.dtype, threads.get_num_threads(), products)
     document = {
         "problem": _problem(made),
         "device": {"name": device.name, "isa": device.isa, "workers": rates.workers},
@@ -135,7 +136,9 @@ def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
     assert row is not None, table
     return {
         "source": "tuned" if winner else "table",
-        "family": device.isa if spec.unit == "fma" else f"{device.isa}, {spec.unit}",
+        "family": device.isa
+        if spec.products.unit == "fma"
+        else f"{device.isa}, {spec.products.unit}",
         "table": str(table),
         "table_measured": row.measured,
         "tuned": _tuned(winner) if winner else None,

@@ -23,7 +23,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     """Scratch of one worker: elements of each region, in order. Every region is whole vectors."""
     width = spec.block_parallel
     tile = padded(spec.block_traverse, spec.rows) * width
-    unit = 1 if spec.unit != "amx" else 32
+    unit = 1 if spec.products.unit != "amx" else 32
     dim, dim_v = padded(spec.dim, unit) * width, padded(spec.dim_v, unit) * width
     rows_of_k = width * whole_vectors(spec.dim, spec.lanes)
     pair = {"p": tile, "ds": tile}
@@ -36,7 +36,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
     }[spec.operation]
-    if spec.unit != "fma":
+    if spec.products.unit != "fma":
         return found | _pair_regions(spec)
     if Kept(spec.dtype, spec.native_half).converts:
         return found | _near_regions(spec)
@@ -56,17 +56,17 @@ def line_of(inner: int, width: int) -> int:
 def _pair_regions(spec: KernelSpec) -> dict[str, int]:
     """32-bit words: right sides and weights as pairs, lines of left sides, staging between them."""
     width, traversed = spec.block_parallel, spec.block_traverse
-    unit = 32 if spec.unit == "amx" else 2
+    unit = 32 if spec.products.unit == "amx" else 2
     rows = padded(traversed, unit)
 
     def right(dim: int) -> int:
-        return spec.parts * padded(dim, unit) // 2 * width
+        return spec.products.parts * padded(dim, unit) // 2 * width
 
     def left(dim: int) -> int:
-        return spec.parts * rows * line_of(dim, width) // 2
+        return spec.products.parts * rows * line_of(dim, width) // 2
 
     def columns(dim: int) -> int:
-        lines = spec.parts * padded(dim, unit) * line_of(traversed, width) // 2
+        lines = spec.products.parts * padded(dim, unit) * line_of(traversed, width) // 2
         return max(lines, rows // 2 * padded(dim, 16))
 
     dim, dim_v = spec.dim, spec.dim_v
@@ -105,13 +105,13 @@ def _near_regions(spec: KernelSpec) -> dict[str, int]:
 def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
     """A module with one kernel named after the operation: `write` runs once per work item."""
     scalar = SCALARS[spec.dtype]
-    shape = gemm.Shape(spec.rows, spec.vectors, spec.lanes, scalar, spec.unit == "dot")
+    shape = gemm.Shape(spec.rows, spec.vectors, spec.lanes, scalar, spec.products.unit == "dot")
     module = Module(title, spec.lanes * (32 if scalar == "float" else 64))
     argument = Value("%arguments", "ptr")
     with module.function(spec.operation, [argument]) as body:
         arguments = Arguments(body, spec, argument)
         scratch = work.scratch_of_worker(body, arguments)
-        tiles = amx.configured(body) if spec.unit == "amx" else nullcontext()
+        tiles = amx.configured(body) if spec.products.unit == "amx" else nullcontext()
         with tiles, work.items(body, arguments) as item:
             write(Block(body, spec, shape, arguments, scratch, item))
     return module.text()

@@ -92,11 +92,12 @@ def multiply(
             wide = body.splat(number, shape.lanes, "a")
             for j in range(shape.vectors):
                 total = body.read(places[i][j], "acc")
-                body.write(places[i][j], _add_product(body, shape, wide, vectors[j], total))
+                body.write(places[i][j], add_product(body, shape, wide, vectors[j], total))
     return [[body.read(place, "acc") for place in line] for line in places]
 
 
-def _add_product(body: Body, shape: Shape, left: Value, right: Value, total: Value) -> Value:
+def add_product(body: Body, shape: Shape, left: Value, right: Value, total: Value) -> Value:
+    """total + left * right; with pairs, both products of every word."""
     if not shape.pairs:
         return body.multiply_add(left, right, total, "acc")
     halves = vector(2 * shape.lanes, "bfloat")

@@ -2,7 +2,8 @@
 
 Three small kernels, written with the same generator as attention, run on the same threads:
 
-    multiply-add:  acc[i] = acc[i] * a + b      on as many independent registers as there are
+    multiply-add:  acc[i] += a * b              on as many independent registers as there are, by
+                                                what multiplies: numbers, pairs, or tiles of pairs
     exponential:   x[i] = exp2(x[i] - 1)        the exp2 of `softmax`, several chains at once
     read:          acc[i] += memory[...]        over more memory than the caches hold
 
@@ -23,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold import cache
-from tilefold.backends.cpu import runtime, threads
+from tilefold.backends.cpu import amx, gemm, runtime, threads
 from tilefold.backends.cpu.convert import SCALARS
 from tilefold.backends.cpu.ir import Body, Module, Value, Variable, alignment, vector
-from tilefold.backends.cpu.softmax import exp2
+from tilefold.backends.cpu.softmax import EXP2_COARSE, exp2
 from tilefold.device import Device
+from tilefold.plan import FMA, Multiplier
 from tilefold.problem import ITEM_BYTES, STATISTICS
 from tilefold.roofline import Rates
 
@@ -41,19 +43,24 @@ STEPS = 20_000  # a work item takes 20 to 70 microseconds at 4.5 GHz with AVX-51
 CHAINS = 8
 READ_ITEM_BYTES = 1 << 18
 READ_BYTES = (1 << 26, 1 << 28)  # at least and at most, else four times the last cache
-_VERSION = "rates 1"
+_VERSION = "rates 2"
 _MEASURED = ("flops_per_second", "exponentials_per_second", "bytes_per_second")
 
 
-def rates(device: Device, dtype: str, workers: int, *, again: bool = False) -> Rates:
-    """The best rates seen on this machine: kept ones, or with `again` also those of a new look."""
+def rates(
+    device: Device, dtype: str, workers: int, products: Multiplier = FMA, *, again: bool = False
+) -> Rates:
+    """The best rates seen on this machine: kept ones, or with `again` also those of a new look.
+
+    `products` says what multiplies (`plan.multiplier`).
+    """
     kept = cache.default()
-    question = json.dumps([device.name, device.triple, device.features, dtype, workers])
+    question = json.dumps([device.name, device.triple, device.features, dtype, workers, *products])
     answer = kept.get(question, _VERSION)
     known = Rates(**json.loads(answer)) if answer else None
     if known and not again:
         return known
-    seen = measure(device, dtype, workers)
+    seen = measure(device, dtype, workers, products)
     if known:
         best = {name: max(getattr(seen, name), getattr(known, name)) for name in _MEASURED}
         seen = replace(seen, **best)
@@ -61,24 +68,30 @@ def rates(device: Device, dtype: str, workers: int, *, again: bool = False) -> R
     return seen
 
 
-def measure(device: Device, dtype: str, workers: int) -> Rates:
+def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA) -> Rates:
     """Measure now; takes about half a second."""
     computed = STATISTICS[dtype]
     lanes = device.vector_bytes // ITEM_BYTES[computed]
-    steps = STEPS * workers * ITEMS_PER_WORKER * lanes
+    steps = STEPS * workers * ITEMS_PER_WORKER
     registers = device.vector_registers - 4
     items = workers * ITEMS_PER_WORKER
     small = np.full(lanes, 0.5, computed)
-    adds = _best(_runner(device, workers, _multiply_adds(registers), items, small))
-    exponentials = _best(_runner(device, workers, _exponentials, items, small))
+    writer, flops = {
+        "fma": (_multiply_adds(registers), 2 * lanes * registers),
+        "dot": (_pair_products(registers), 4 * lanes * registers),
+        "amx": (_tile_products, 4 * 2 * amx.ROWS**2 * amx.DEPTH),
+    }[products.unit]
+    adds = _best(_runner(device, workers, writer, items, small))
+    coarse = products.unit != "fma" and products.parts == 1
+    exponentials = _best(_runner(device, workers, _exponentials(coarse), items, small))
     size = min(max(4 * device.l3_bytes, READ_BYTES[0]), READ_BYTES[1])
     reading = _best(reader(device, np.ones(size // ITEM_BYTES[computed], computed), workers))
     return Rates(
         device=device.name,
         dtype=dtype,
         workers=workers,
-        flops_per_second=2 * steps * registers / adds,
-        exponentials_per_second=steps * CHAINS / exponentials,
+        flops_per_second=flops * steps / products.terms / adds,
+        exponentials_per_second=lanes * steps * CHAINS / exponentials,
         bytes_per_second=(size // READ_ITEM_BYTES) * READ_ITEM_BYTES / reading,
     )
 
@@ -147,14 +160,39 @@ def _multiply_adds(registers: int) -> Writer:
     return write
 
 
-def _exponentials(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
-    places = [body.variable(type_, body.load(data, type_), "x") for _ in range(CHAINS)]
-    one = body.constant(1.0, type_)
-    with body.loop("step", 0, STEPS):
-        for place in places:
-            below = body.binary("fsub", body.read(place), one, "x")
-            body.write(place, exp2(body, below, bounded=True))
-    _keep(body, result, places)
+def _pair_products(registers: int) -> Writer:
+    def write(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
+        lanes = Value("", type_).lanes
+        shape = gemm.Shape(1, 1, lanes, "float", pairs=True)
+        words = body.load(data, vector(lanes, "i32"), "words")
+        start = body.constant(0.0, type_)
+        places = [body.variable(type_, start, "acc") for _ in range(registers)]
+        with body.loop("step", 0, STEPS):
+            for place in places:
+                body.write(place, gemm.add_product(body, shape, words, words, body.read(place)))
+        _keep(body, result, places)
+
+    return write
+
+
+def _tile_products(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
+    with amx.configured(body):
+        amx.products(body, STEPS)
+    body.store(body.constant(0.0, type_), result)
+
+
+def _exponentials(coarse: bool) -> Writer:
+    def write(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
+        places = [body.variable(type_, body.load(data, type_), "x") for _ in range(CHAINS)]
+        one = body.constant(1.0, type_)
+        terms = EXP2_COARSE if coarse else None
+        with body.loop("step", 0, STEPS):
+            for place in places:
+                below = body.binary("fsub", body.read(place), one, "x")
+                body.write(place, exp2(body, below, bounded=True, terms=terms))
+        _keep(body, result, places)
+
+    return write
 
 
 def _reads(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:

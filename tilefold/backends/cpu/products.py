@@ -41,7 +41,7 @@ class Sides:
 
 def products(block: Block) -> Products:
     """The products of a kernel, by its spec's unit."""
-    kind = {"fma": Products, "dot": _PairProducts, "amx": _TileProducts}[block.spec.unit]
+    kind = {"fma": Products, "dot": _PairProducts, "amx": _TileProducts}[block.spec.products.unit]
     return kind(block)
 
 
@@ -149,8 +149,8 @@ class _PairProducts(Products):
 
     def __init__(self, block: Block) -> None:
         super().__init__(block)
-        self._unit = 32 if self.spec.unit == "amx" else 2
-        self._parts = self.spec.parts
+        self._unit = 32 if self.spec.products.unit == "amx" else 2
+        self._parts = self.spec.products.parts
         if self._parts == 1:
             self.exp2_terms = EXP2_COARSE
 
