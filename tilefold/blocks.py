@@ -86,8 +86,11 @@ def runs(
     len_traverse: int,
     block_parallel: int,
     block_traverse: int,
+    group: int = 1,
 ) -> Runs:
     """The runs of each block row of a mask, block rows along `parallel` ("q" or "k").
+
+    Each `group` of heads shares its block rows: they visit what any of its heads sees.
 
     >>> from tilefold.expression import Index
     >>> sizes = dict(batch=1, heads=1, len_parallel=4, len_traverse=4)
@@ -100,9 +103,9 @@ def runs(
     assert block_parallel > 0 and block_traverse > 0, (block_parallel, block_traverse)
     read = names(expression)
     planes_b, planes_h = (
-        size if name in read else 1 for name, size in (("b", batch), ("h", heads))
+        size if name in read else 1 for name, size in (("b", batch), ("h", heads // group))
     )
-    scan = _Scan(expression, parallel, planes_h, len_parallel, len_traverse)
+    scan = _Scan(expression, parallel, planes_h, group, len_parallel, len_traverse)
     grid = _Grid(
         -(-len_parallel // block_parallel),
         -(-len_traverse // block_traverse),
@@ -134,6 +137,7 @@ class _Scan:
         expression: Boolean,
         parallel: str,
         planes_h: int,
+        group: int,
         len_parallel: int,
         len_traverse: int,
     ) -> None:
@@ -141,6 +145,7 @@ class _Scan:
         self.parallel = parallel
         self.traverse = "k" if parallel == "q" else "q"
         self.planes_h = planes_h
+        self.group = group
         self.len_parallel = len_parallel
         self.len_traverse = len_traverse
 
@@ -181,10 +186,10 @@ class _Scan:
         plane, top, left = (values[:, None, None] for values in part)
         rows = top + np.arange(fan[0])[:, None]
         columns = left + np.arange(fan[1])
-        batch, head = plane // self.planes_h, plane % self.planes_h
+        batch, head = plane // self.planes_h, plane % self.planes_h * self.group
         ranges = {
             "b": (batch, batch),
-            "h": (head, head),
+            "h": (head, head + (self.group - 1)),
             self.parallel: _elements(rows, level.block_row, self.len_parallel),
             self.traverse: _elements(columns, level.block_column, self.len_traverse),
         }

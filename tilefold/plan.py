@@ -6,13 +6,13 @@ Nothing here depends on how many threads will run: so results do not either.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import tables, winners
+from tilefold import splits, tables, winners
 from tilefold.blocks import Runs, runs
 from tilefold.device import Device
 from tilefold.expression import Boolean, Skeleton, Table, Truth, split
@@ -23,9 +23,15 @@ from tilefold.tables import FAMILIES, Family, RegisterTile
 from tilefold.winners import Blocks, Key
 
 OPERATIONS = ("forward", "backward")
+FORMS = ("auto", "tiled", "decode", "fused", "split")
+"""How an operation is done: forward "tiled" or "decode", backward "fused" or "split"."""
+
+DECODE = ("decode", "decode_part", "merge")
+"""Kernels whose rows hold one query each, the head dimension in the lanes."""
 
 PARALLEL = {
     "forward": "q",
+    **dict.fromkeys(DECODE, "q"),
     "delta": "q",
     "backward_dq": "q",
     "backward_dkv": "k",
@@ -58,7 +64,8 @@ class KernelSpec:
 
     The register tile is `rows` broadcast rows by `vectors` vectors of `lanes` elements. The
     parallel axis lies in the lanes, `block_parallel` at a time; the traversed axis is walked
-    `block_traverse` rows at a time. `native_half`: the machine converts float16 itself.
+    `block_traverse` rows at a time. In the kernels of `DECODE`, `rows` is how many queries a worker
+    holds at most. `native_half`: the machine converts float16 itself.
     """
 
     operation: str
@@ -78,6 +85,15 @@ class KernelSpec:
     def block_parallel(self) -> int:
         """Rows of the parallel axis in one block."""
         return self.lanes * self.vectors
+
+    @property
+    def state_width(self) -> int:
+        """Elements that "decode_part" leaves of one query: O in whole vectors, m and l."""
+        return self.whole(self.dim_v) + 2 * self.lanes
+
+    def whole(self, dim: int) -> int:
+        """A dimension rounded up to whole vectors."""
+        return -(-dim // self.lanes) * self.lanes
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +117,16 @@ class Launch:
     def items(self) -> int:
         """How many work items there are, over batch and heads."""
         return self.problem.batch * self.heads * self.item_rows
+
+    @property
+    def splits(self) -> int:
+        """Block rows that share the same rows of the parallel axis: parts of the traversed one."""
+        return self.block_rows if self.spec.operation in DECODE else 1
+
+    @property
+    def block_parallel(self) -> int:
+        """Rows of the parallel axis in a block row: all queries where they are few."""
+        return self.problem.len_q if self.spec.operation in DECODE else self.spec.block_parallel
 
 
 @dataclass(frozen=True)
@@ -149,9 +175,11 @@ def plan(
 ) -> Plan:
     """The plan of an operation, "forward" or "backward".
 
-    `form` is how the backward pass is split: "fused" (5 products per pair, one owner per key
-    head), "split" (7 products, one owner per block of queries, then of keys) or "auto". `tile` and
-    `block_traverse` override the tables; results depend on them only by rounding.
+    `form` is how it is done. Forward: "tiled" (queries in the lanes) or "decode" (few queries, the
+    head dimension in the lanes, keys split among workers). Backward: "fused" (5 products per pair,
+    one owner per key head) or "split" (7 products, one owner per block of queries, then of keys).
+    "auto" takes what is predicted to be faster. `tile` and `block_traverse` override the tables;
+    results depend on them only by rounding.
 
     Plans are kept for the next call of the same problem: the newest ones, as far as their data
     (mask tables and runs) fit 256 MiB.
@@ -175,11 +203,15 @@ def _plan(
     expression = problem.mask.bind(problem.len_q, problem.len_k)
     bits = index_bits(expression, problem.batch, problem.heads_q, problem.len_q, problem.len_k)
     skeleton, parameters, tables = split(expression)
-    launches = []
-    for kernel in _kernels(problem, device, operation, form):
-        spec = _spec(problem, device, kernel, skeleton, bits, tile, block_traverse)
-        launches.append(_launch(problem, spec, expression))
-    buffers = {}
+    launches: list[Launch] = []
+    buffers: dict[str, Scratch] = {}
+    if operation == "forward" and _decodes(problem, device, form, tile):
+        spec = _decode_spec(problem, device, skeleton, bits, block_traverse)
+        launches, buffers = _decode(problem, device, spec, expression)
+    else:
+        for kernel in _kernels(problem, device, operation, form):
+            spec = _spec(problem, device, kernel, skeleton, bits, tile, block_traverse)
+            launches.append(_launch(problem, spec, expression))
     if operation == "backward":
         rows = (problem.batch, problem.heads_q, problem.len_q)
         buffers["delta"] = Scratch(rows, STATISTICS[problem.dtype])
@@ -206,6 +238,88 @@ def _kernels(problem: Problem, device: Device, operation: str, form: str) -> tup
         rounds = -(-owners // device.cores)
         form = "fused" if 5 * rounds * device.cores <= 7 * owners else "split"
     return ("delta", "backward") if form == "fused" else ("delta", "backward_dq", "backward_dkv")
+
+
+def _decodes(problem: Problem, device: Device, form: str, tile: RegisterTile | None = None) -> bool:
+    """Whether the decode kernel serves: where it is predicted to be faster than the tiled one.
+
+    Work is counted in vector multiply-adds per key, and divided by the cores that can share it. A
+    register tile of queries takes all its lanes, empty or not; a row of the decode kernel takes its
+    own products, the sums across lanes, and one vector of exponentials for a vector of keys.
+    """
+    assert form in FORMS, form  # those of the backward pass leave the choice open here
+    rows = problem.heads_q // max(1, problem.heads_kv) * problem.len_q
+    if form == "tiled" or tile or problem.empty:
+        return False
+    if form == "decode" or rows > splits.MOST_ROWS:
+        if rows > splits.MOST_ROWS and form == "decode":
+            most = f"at most {splits.MOST_ROWS} queries for each key head, over all query heads"
+            raise ValueError(f"form 'decode' takes {most}, got {rows}")
+        return form == "decode"
+    lanes = _lanes(problem, device)
+    tile = table_blocks(problem, device, "forward").tile
+    multiplies = multiplier(problem, device, "forward")
+    heads = problem.batch * problem.heads_q
+    blocks = heads * -(-problem.len_q // (tile.vectors * lanes))
+    product = splits.UNIT[multiplies.unit] * multiplies.terms
+    products = product * (problem.dim + problem.dim_v)
+    tiled = blocks * tile.vectors * (products + splits.EXP) / min(device.cores, blocks)
+    work = heads * problem.len_q * splits.row_work(problem, lanes)
+    owners = problem.batch * problem.heads_kv * splits.most_splits(problem, lanes, problem.len_k)
+    return work / min(device.cores, owners) < tiled
+
+
+def _decode_spec(
+    problem: Problem, device: Device, skeleton: Skeleton, bits: int, block_traverse: int | None
+) -> KernelSpec:
+    """One vector of keys at a time; a tile of keys and one of values share the first cache."""
+    lanes = _lanes(problem, device)
+    return KernelSpec(
+        operation="decode",
+        dtype=problem.dtype,
+        dim=problem.dim,
+        dim_v=problem.dim_v,
+        lanes=lanes,
+        vectors=1,
+        rows=splits.MOST_ROWS,
+        block_traverse=-(-(block_traverse or splits.TILE) // lanes) * lanes,
+        mask=skeleton,
+        index_bits=bits,
+        native_half=problem.dtype == "float16" and device.converts_float16,
+    )
+
+
+def _decode(
+    problem: Problem, device: Device, spec: KernelSpec, expression: Boolean
+) -> tuple[list[Launch], dict[str, Scratch]]:
+    """One launch, or where the keys of a head are split two, and what the first leaves."""
+    heads = problem.heads_kv
+    visited = runs(
+        expression,
+        parallel="q",
+        batch=problem.batch,
+        heads=problem.heads_q,
+        len_parallel=problem.len_q,
+        len_traverse=problem.len_k,
+        block_parallel=problem.len_q,
+        block_traverse=GRANULE,
+        group=problem.heads_q // heads,
+    )
+    keys = splits.keys_per_split(visited, problem, device, spec.lanes)
+    visited = splits.cut(visited, keys)
+    count = visited.block_rows
+    order = _heaviest_first(visited, problem, heads, count)
+    if count == 1:
+        return [Launch(problem, spec, visited, order, heads, 1, 1)], {}
+    part = replace(spec, operation="decode_part")
+    merge = replace(spec, operation="merge")
+    nothing = Runs(np.zeros(2, np.int64), np.zeros((0, 3), np.int64), 1, 1)
+    launches = [
+        Launch(problem, part, visited, order, heads, count, count),
+        Launch(problem, merge, nothing, np.zeros(1, np.int64), problem.heads_q, 1, count),
+    ]
+    shape = (problem.batch, problem.heads_q, count * problem.len_q, spec.state_width)
+    return launches, {"part": Scratch(shape, STATISTICS[problem.dtype])}
 
 
 def _spec(
@@ -288,7 +402,7 @@ def multiplier(problem: Problem, device: Device, kernel: str) -> Multiplier:
     numbers are exactly sums of two: three products of tiles take 3/16 of the time of one product
     in float32, three products of pairs 3/2 of it.
     """
-    if kernel == "delta":
+    if kernel == "delta" or kernel in DECODE:
         return FMA
     if device.isa == "amx":
         parts = {"bfloat16": 1, "float16": 2}.get(problem.dtype)
@@ -348,6 +462,6 @@ def _heaviest_first(visited: Runs, problem: Problem, heads: int, rows: int) -> N
     if visited.planes_b == visited.planes_h == 1:
         work = work.reshape(rows)
     else:
-        shape = (problem.batch, problem.heads_q, rows)
+        shape = (problem.batch, max(heads, visited.planes_h), rows)
         work = np.broadcast_to(work, shape).reshape(problem.batch, heads, -1, rows).sum(2).ravel()
     return np.argsort(-work, kind="stable")

@@ -24,18 +24,23 @@ SOFTMAX_INSTRUCTIONS = 5
 # Products of each pass by the length of their sum or row: (times dim, times dim_v).
 _PRODUCTS = {
     "forward": (1, 1),  # S = Q K^T; O = P V
+    "decode": (1, 1),  # the same, one query in a row
+    "decode_part": (1, 1),
     "backward_dq": (2, 1),  # S; dP = dO V^T; dQ = dS K
     "backward_dkv": (2, 2),  # S^T; dP^T; dV = P^T dO; dK = dS^T Q
     "backward": (3, 2),  # S; dP; dQ; dK; dV
 }
 _OPERANDS = {
     "forward": ("q", "k", "v", "o", "lse"),
+    "decode": ("q", "k", "v", "o", "lse"),
+    "decode_part": ("q", "k", "v", "o", "lse"),
     "backward_dq": ("q", "k", "v", "o", "do", "lse", "q"),
     "backward_dkv": ("q", "k", "v", "do", "lse", "lse", "k", "v"),
     "backward": ("q", "k", "v", "o", "do", "lse", "q", "k", "v"),
 }
 PASSES = tuple(_PRODUCTS)
-"""The passes that have a count: forward, the two of the split backward, and the fused one."""
+"""The passes that have a count: forward and its forms for few queries, the two of the split
+backward, and the fused one."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,13 @@ def visible_pairs(problem: Problem, block: int = 64, tiles_at_once: int = 256) -
     return full * alike
 
 
-def computed_pairs(problem: Problem, parallel: str, found: blocks.Runs, block: int) -> int:
-    """Pairs in the tiles that a plan visits, over batch and query heads: what kernels compute."""
+def computed_pairs(
+    problem: Problem, parallel: str, found: blocks.Runs, block: int, splits: int = 1
+) -> int:
+    """Pairs in the tiles that a plan visits, over batch and query heads: what kernels compute.
+
+    `splits` block rows share each block of the parallel axis.
+    """
     length = problem.len_q if parallel == "q" else problem.len_k
     if not found.block_rows:
         return 0
@@ -156,7 +166,7 @@ def computed_pairs(problem: Problem, parallel: str, found: blocks.Runs, block: i
         np.append(found.runs[:, 1] - found.runs[:, 0], 0),
         np.minimum(found.rows[:-1], len(found.runs)),
     ) * (np.diff(found.rows) > 0)
-    row = np.arange(len(per_row)) % found.block_rows
+    row = np.arange(len(per_row)) % found.block_rows // splits
     height = np.minimum(block, length - row * block)
     alike = (problem.batch // found.planes_b) * (problem.heads_q // found.planes_h)
     return int((per_row * height).sum()) * alike

@@ -22,7 +22,16 @@ from tilefold import engine, winners
 from tilefold.bench import operands, turn_by_turn, using_threads
 from tilefold.circumstances import circumstances
 from tilefold.device import host
-from tilefold.plan import PARALLEL, Plan, family, plan, table_blocks, usual_blocks, winner_key
+from tilefold.plan import (
+    DECODE,
+    PARALLEL,
+    Plan,
+    family,
+    plan,
+    table_blocks,
+    usual_blocks,
+    winner_key,
+)
 from tilefold.roofline import PASSES
 from tilefold.tables import RegisterTile
 from tilefold.winners import Blocks, Key, Machine, Timed, Winner
@@ -103,9 +112,15 @@ def tune(
 
 
 def passes(case: Case, form: str = "auto") -> list[str]:
-    """The kernels of a case that have blocks to choose."""
+    """The kernels of a case that have blocks to choose. Raises ValueError where none has."""
     launches = plan(case.problem, host(), case.operation, form).launches
-    return [launch.spec.operation for launch in launches if launch.spec.operation in PASSES]
+    kernels = [launch.spec.operation for launch in launches]
+    if set(kernels) <= set(DECODE):
+        raise ValueError(
+            f"shape {case.shape} has few queries: the decode kernel serves it, and has no blocks"
+            " to choose"
+        )
+    return [kernel for kernel in kernels if kernel in PASSES]
 
 
 def keep(found: Iterable[Tuned]) -> None:

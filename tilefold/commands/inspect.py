@@ -35,7 +35,7 @@ def register(commands: Any) -> None:
     specification.add_dtype(parser)
     parser.add_argument("--mask", default="full()", metavar="RULE")
     parser.add_argument("--operation", choices=plan.OPERATIONS, default="forward")
-    parser.add_argument("--form", choices=("auto", "fused", "split"), default="auto")
+    parser.add_argument("--form", choices=plan.FORMS, default="auto")
     parser.add_argument("--isa", help="a narrower instruction set of this machine, such as avx2")
     parser.add_argument("--kernel", help="which kernel of the plan --text and --asm show")
     shown = parser.add_mutually_exclusive_group()
@@ -93,17 +93,18 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
     spec, runs, problem = launch.spec, launch.runs, made.problem
     parallel = plan.PARALLEL[spec.operation]
     masked = runs.runs[:, 2]
-    pairs = roofline.computed_pairs(problem, parallel, runs, spec.block_parallel)
+    pairs = roofline.computed_pairs(problem, parallel, runs, launch.block_parallel, launch.splits)
     described: dict[str, Any] = {
         "kernel": spec.operation,
         "parallel": parallel,
         "work_items": launch.items,
-        "block_parallel": spec.block_parallel,
+        "block_parallel": launch.block_parallel,
         "block_traverse": spec.block_traverse,
         "register_tile": [spec.rows, spec.vectors, spec.lanes],
         "index_bits": spec.index_bits,
         "scratch_bytes_per_worker": kernel.workspace_bytes(spec),
         "block_rows": launch.block_rows,
+        "splits": launch.splits,
         "full_runs": int((masked == 0).sum()),
         "masked_runs": int((masked == 1).sum()),
         "first_runs": [
@@ -115,7 +116,8 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
         "mask_expression": spec.mask.text,
     }
     if spec.operation in roofline.PASSES:
-        described["choice"] = _choice(made, launch)
+        if spec.operation not in plan.DECODE:  # which has no tile to choose
+            described["choice"] = _choice(made, launch)
         least = roofline.bounds(problem, spec.operation, pairs, rates)
         described["instructions"] = roofline.instruction_count(
             spec.operation, pairs, problem.dim, problem.dim_v
@@ -211,15 +213,19 @@ def _kernel_facts(described: dict[str, Any]) -> Any:
     traversed = "keys" if described["parallel"] == "q" else "queries"
     facts = terminal.facts()
     facts.add_row("kernel", f"[bold]{described['kernel']}[/]")
+    kind = "splits of keys" if described["kernel"] in plan.DECODE else "block rows"
     facts.add_row(
-        "work", f"{described['work_items']:,} items in {described['block_rows']:,} block rows"
+        "work", f"{described['work_items']:,} items in {described['block_rows']:,} {kind}"
     )
     if described["kernel"] in roofline.PASSES:
         blocks = (
             f"{described['block_parallel']} {parallel} x {described['block_traverse']} {traversed}"
         )
-        facts.add_row("blocks", f"{blocks}; registers {rows} x {vectors} vectors of {lanes}")
-        _add_choice(facts, described["choice"])
+        if "choice" in described:
+            facts.add_row("blocks", f"{blocks}; registers {rows} x {vectors} vectors of {lanes}")
+            _add_choice(facts, described["choice"])
+        else:
+            facts.add_row("blocks", f"{blocks}, {lanes} at a time")
         scratch = terminal.size(described["scratch_bytes_per_worker"])
         facts.add_row("scratch", f"{scratch} per worker")
         share = f"{described['computed_share']:.1%} of all pairs are computed"

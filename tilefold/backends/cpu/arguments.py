@@ -36,6 +36,9 @@ COUNTERS = ("next_item", "next_worker")
 
 OPERANDS = {
     "forward": ("q", "k", "v", "o", "lse"),
+    "decode": ("q", "k", "v", "o", "lse"),
+    "decode_part": ("q", "k", "v", "part"),
+    "merge": ("part", "o", "lse"),
     "delta": ("o", "do", "delta"),
     "backward_dq": ("q", "k", "v", "do", "lse", "delta", "dq"),
     "backward_dkv": ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),

@@ -6,15 +6,17 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tilefold.backends.cpu import backward, forward, fused, runtime
+from tilefold.backends.cpu import backward, block, decode, forward, fused, merge, runtime, state
 from tilefold.backends.cpu.arguments import names
-from tilefold.backends.cpu.block import regions
 from tilefold.device import Device
-from tilefold.plan import KernelSpec
+from tilefold.plan import DECODE, KernelSpec
 from tilefold.problem import ITEM_BYTES, STATISTICS
 
 _GENERATORS = {
     "forward": forward.forward,
+    "decode": decode.decode,
+    "decode_part": decode.decode,
+    "merge": merge.merge,
     "delta": backward.delta,
     "backward_dq": backward.dq,
     "backward_dkv": backward.dkv,
@@ -46,6 +48,7 @@ def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
 def workspace_bytes(spec: KernelSpec) -> int:
     """Scratch of one worker, a whole number of 64-byte lines and one page apart from the next."""
     item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]
+    regions = state.regions if spec.operation in DECODE else block.regions
     return -(-sum(regions(spec).values()) * item_bytes // 64) * 64
 
 

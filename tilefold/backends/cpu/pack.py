@@ -6,7 +6,8 @@
 
 Arrays may have any strides. Whole squares of lanes x lanes go through a transpose in registers when
 `d` is contiguous, whole vectors are copied when the lanes are, and the rest goes number by number.
-Each is a function of its own, one for each type of array: kernels call them for several operands.
+Each is a function of its own, one for each type of array and width of scratch: kernels call them
+for several operands.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from tilefold.backends.cpu.ir import Body, Module, Value
 
 def pack(module: Module, shape: Shape, kept: Kept) -> str:
     """`(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`: its name."""
-    return _defined(module, f"pack_{kept.dtype}", shape, kept, _Pack)
+    return _defined(module, f"pack_{kept.dtype}_{shape.width}", shape, kept, _Pack)
 
 
 def unpack(module: Module, shape: Shape, kept: Kept) -> str:
     """`(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`: its name."""
-    return _defined(module, f"unpack_{kept.dtype}", shape, kept, _Unpack)
+    return _defined(module, f"unpack_{kept.dtype}_{shape.width}", shape, kept, _Unpack)
 
 
 def widen(module: Module, shape: Shape, kept: Kept) -> str:

@@ -59,9 +59,19 @@ def items(body: Body, arguments: Arguments) -> Iterator[Item]:
 
 
 def tiles(
-    body: Body, spec: KernelSpec, arguments: Arguments, b: Value, h: Value, row: Value, tile: Tile
+    body: Body,
+    spec: KernelSpec,
+    arguments: Arguments,
+    b: Value,
+    h: Value,
+    row: Value,
+    tile: Tile,
+    whole: int = 1,
 ) -> None:
-    """Write `tile` inside the loops over the runs of a block row and over the tiles of a run."""
+    """Write `tile` inside the loops over the runs of a block row and over the tiles of a run.
+
+    A tile that is no multiple of `whole` counts as one that needs the mask.
+    """
     planes = body.add(body.mul(b, arguments["row_b"]), body.mul(h, arguments["row_h"]))
     entry = body.offset(arguments["rows"], "i64", body.add(planes, row))
     begin = body.load(entry, "i64", "run.first")
@@ -72,10 +82,15 @@ def tiles(
         last = body.load(body.offset(place, "i64", 1), "i64", "last")
         with body.loop("tile", first, last, spec.block_traverse) as start:
             count = body.minimum(body.sub(last, start), spec.block_traverse, "count")
-            if isinstance(spec.mask.expression, Truth):
+            masked: Value | None = None
+            if whole > 1:
+                masked = body.binary("urem", count, whole, "rest")
+            if not isinstance(spec.mask.expression, Truth):
+                flag = body.load(body.offset(place, "i64", 2), "i64", "masked")
+                masked = flag if masked is None else body.binary("or", masked, flag)
+            if masked is None:
                 tile(start, count, False)
             else:
-                masked = body.load(body.offset(place, "i64", 2), "i64", "masked")
                 yes = body.compare("ne", masked, Value("0", "i64"))
                 with body.choose(yes, "masked") as branch:
                     tile(start, count, True)
