@@ -37,7 +37,7 @@ from tilefold.tables import RegisterTile
 from tilefold.winners import Blocks, Key, Machine, Timed, Winner
 from tilefold.workload import Arrays, Call, Case, arrays
 
-TRAVERSE = (32, 64, 128, 256, 512)
+TRAVERSE = (32, 64, 96, 128, 160, 192, 256, 512)
 """Traversed rows per block that are tried, cut to whole register tiles."""
 STAGES = 3
 KEPT_TILES, KEPT_BLOCKS = 3, 4

@@ -17,7 +17,6 @@ from tilefold.backends.cpu import kernel, peak, runtime, threads
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.plan import Launch, Plan
-from tilefold.tables import MEASURED
 from tilefold.winners import Winner
 
 
@@ -134,7 +133,8 @@ def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
     problem, device, spec = made.problem, made.device, launch.spec
     table = plan.table_blocks(problem, device, spec.operation)
     winner = winners.find(device, plan.winner_key(problem, device, spec.operation, spec.mask))
-    row = plan.family(problem, device, spec.operation).row(table.tile)
+    family = plan.family(problem, device, spec.operation)
+    row = family.row(table.tile)
     assert row is not None, table
     return {
         "source": "tuned" if winner else "table",
@@ -142,7 +142,7 @@ def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
         if spec.products.unit == "fma"
         else f"{device.isa}, {spec.products.unit}",
         "table": str(table),
-        "table_measured": row.measured,
+        "table_measured": f"{row.measured}: {family.measured}" if row.measured else None,
         "tuned": _tuned(winner) if winner else None,
         "tune": None if winner else _tune_command(made),
     }
@@ -244,10 +244,8 @@ def _add_choice(facts: Any, choice: dict[str, Any]) -> None:
     tuned = choice["tuned"]
     if tuned is None:
         facts.add_row("chosen by", f"the table's row, {table}")
-        if measured := choice["table_measured"]:
-            facts.add_row("measured", f"{measured}: {MEASURED}")
-        else:
-            facts.add_row("measured", "never: there was no such machine")
+        measured = choice["table_measured"] or "never: there was no such machine"
+        facts.add_row("measured", measured)
         facts.add_row("tuned", f"nothing here; to measure: {terminal.escape(choice['tune'])}")
         return
     of = f"{tuned['candidates']} candidates on {tuned['date'][:10]}"
