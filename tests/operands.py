@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tilefold import engine
 from tilefold.buffer import Buffer
-from tilefold.device import host
+from tilefold.device import Device, host
 from tilefold.plan import plan
 from tilefold.problem import LAYOUTS, STATISTICS, Problem
 
@@ -124,10 +124,17 @@ def buffer(array: Array) -> Buffer:
     return Buffer(array.ctypes.data, array.shape, strides, array.dtype.name, array)
 
 
-def run(problem: Problem, operation: str, operands: Mapping[str, Array], **options: Any) -> None:
+def run(
+    problem: Problem,
+    operation: str,
+    operands: Mapping[str, Array],
+    *,
+    device: Device | None = None,
+    **options: Any,
+) -> None:
     """Run one plan on canonical arrays; `options` as `plan` takes them. Outputs must be aligned."""
     buffers = {name: buffer(array) for name, array in operands.items()}
-    engine.run(plan(problem, host(), operation, **options), buffers)
+    engine.run(plan(problem, device or host(), operation, **options), buffers)
 
 
 def forward(problem: Problem, operands: Mapping[str, Array], **options: Any) -> dict[str, Array]:

@@ -396,19 +396,20 @@ def _length(problem: Problem, kernel: str) -> int:
 
 
 def multiplier(problem: Problem, device: Device, kernel: str) -> Multiplier:
-    """What multiplies in a kernel.
+    """What multiplies in a kernel: pairs of bfloat16 where they are exact enough, and faster.
 
-    Pairs of bfloat16 for bfloat16 itself where the machine has instructions for them. float16
-    numbers are exactly sums of two: three products of tiles take 3/16 of the time of one product
-    in float32, three products of pairs 3/2 of it.
+    A float16 number is exactly the sum of two, a float32 number nearly: three products of tiles
+    take 3/16 of the time of one product in float32, but three products of pairs 3/2 of it. So
+    where there are pairs without tiles, "high" is computed as "highest".
     """
     if kernel == "delta" or kernel in DECODE:
         return FMA
-    if device.isa == "amx":
-        parts = {"bfloat16": 1, "float16": 2}.get(problem.dtype)
-        return Multiplier("amx", parts) if parts else FMA
-    if problem.dtype == "bfloat16" and device.has("avx512bf16"):
-        return Multiplier("dot", 1)
+    kind = problem.precision if problem.dtype == "float32" else problem.dtype
+    parts = {"bfloat16": 1, "medium": 1, "float16": 2, "high": 2}.get(kind)
+    if parts and device.isa == "amx":
+        return Multiplier("amx", parts)
+    if parts == 1 and device.has("avx512bf16"):
+        return Multiplier("dot")
     return FMA
 
 
