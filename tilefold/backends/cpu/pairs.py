@@ -32,21 +32,21 @@ def split(body: Body, value: Value, parts: int) -> list[Value]:
     """Vectors of float that sum to `value`, each but the last exact in bfloat16.
 
     The first is rounded (halves away from 0), or cut off where rounding would make it infinite.
-    What is left of an infinity is 0.
+    An infinity is 1 and an infinity: with 0 as one of its parts, products with it would be NaN.
     """
     if parts == 1:
         return [value]
     integers = vector(value.lanes, "i32")
     bits = body.cast("bitcast", value, integers, "bits")
     infinity = body.constant(0x7F800000, integers)
-    upper, magnitude = 0xFFFF0000 - (1 << 32), 0x7FFFFFFF
+    upper, magnitude, sign = 0xFFFF0000 - (1 << 32), 0x7FFFFFFF, -(1 << 31)
     rounded = body.binary("and", body.add(bits, 0x8000), upper)
     overflow = body.compare("eq", body.binary("and", rounded, magnitude), infinity)
     kept = body.select(overflow, body.binary("and", bits, upper), rounded)
-    high = body.cast("bitcast", kept, value.type, "high")
     infinite = body.compare("eq", body.binary("and", bits, magnitude), infinity)
-    rest = body.binary("fsub", value, high, "low")
-    return [high, body.select(infinite, body.constant(0.0, value.type), rest, "low")]
+    one = body.binary("or", body.binary("and", bits, sign), 0x3F800000)
+    high = body.cast("bitcast", body.select(infinite, one, kept), value.type, "high")
+    return [high, body.binary("fsub", value, high, "low")]
 
 
 def join(body: Body, first: Value, second: Value) -> Value:
