@@ -6,6 +6,8 @@ import ctypes
 import gc
 import platform
 import re
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -186,7 +188,7 @@ def test_errors_in_reference_cycles_are_collected_safely() -> None:
 
 def test_a_missing_symbol_is_named() -> None:
     binary = runtime.compile(constant(1), host())
-    with pytest.raises(runtime.CompileError, match=r"holds no symbol 'colonel'$"):
+    with pytest.raises(runtime.CompileError, match=r"symbol 'colonel': Symbols not found"):
         runtime.load(binary, "colonel")
 
 
@@ -252,6 +254,50 @@ def test_code_lives_as_long_as_its_kernel() -> None:
     del loaded
     gc.collect()
     assert result(kept) == 3
+
+
+FULL = """
+import ctypes, sys
+from pathlib import Path
+from tilefold.backends.cpu import runtime
+
+text, pages = Path(sys.argv[1]).read_text(), int(sys.argv[2])
+binary = runtime.compile(text, runtime.host())
+runtime.load(binary, "forward")  # what LLVM needs for itself is there
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+PRIVATE_ANONYMOUS_WITHOUT_RESERVE = 0x4022
+
+def reserve(size):
+    return libc.mmap(None, size, 0, PRIVATE_ANONYMOUS_WITHOUT_RESERVE, -1, 0)
+
+wide, page = 1 << 33, 4096
+below, size = reserve(wide), 1 << 30
+while size >= page:  # fill every gap above
+    while (at := reserve(size)) > below:
+        pass
+    libc.munmap(at, size)
+    size //= 2
+libc.munmap(below + wide - pages * page, pages * page)
+print(runtime.load(binary, "forward").address > 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.feature("T15")
+@pytest.mark.skipif(sys.platform != "linux", reason="the numbers of mmap are those of Linux")
+@pytest.mark.parametrize("pages", [1, 2, 3, 4, 6])
+def test_a_full_address_space_does_not_end_the_process(tmp_path: Path, pages: int) -> None:
+    # The only gap nearby has room for so many pages: for code, perhaps, and not for constants.
+    asked = Problem(1, 1, 1, 64, 64, 64, 64, "float32", 0.125, tilefold.full())
+    (launch,) = plan(asked, host(), "forward").launches
+    file = tmp_path / "text.ll"
+    file.write_text(emit(launch.spec))
+    command = [sys.executable, "-c", FULL, str(file), str(pages)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_threads_may_compile_at_once(fresh_cache: Path) -> None:
