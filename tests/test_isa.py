@@ -184,6 +184,29 @@ def test_products_fill_the_registers_and_nothing_spills(isa: str, dtype: str, ma
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mask", [full(), causal()], ids=repr)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tile_products_touch_no_memory_but_their_tiles(dtype: str, mask: Rule) -> None:
+    for spec, listing in listings("amx", dtype, mask):
+        if spec.operation == "delta":
+            continue
+        kinds = [line.split()[0] for line in amx.tile_instructions(listing)]
+        assert kinds.count("ldtilecfg") == kinds.count("tilerelease") == 1, spec.operation
+        products = [
+            loop for loop in inner_loops(listing) if any("tdpbf16ps" in line for line in loop)
+        ]
+        assert products, spec.operation
+        for loop in products:
+            counts = {
+                kind: sum(line.startswith(kind) for line in loop)
+                for kind in ("tileload", "tdpbf16ps")
+            }
+            assert counts == {"tileload": 4, "tdpbf16ps": 4}, (spec.operation, loop)
+            others = [line for line in loop if "(" in line and not re.match(r"tileload|lea", line)]
+            assert not others, (spec.operation, others)
+
+
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("isa", "dtype"), [pair for pair in PRODUCT if FORBIDDEN[pair[0]]])
 def test_no_instruction_of_a_wider_level(isa: str, dtype: str) -> None:
