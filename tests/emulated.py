@@ -78,6 +78,7 @@ class Emulator(Memory):
             tables.append(replace(table, array=contiguous))
         for number, launch in enumerate(plan.launches):
             self.arrays[f"order {number}"] = launch.order
+            self.arrays[f"owners {number}"] = launch.owners
             self.arrays[f"rows {number}"] = launch.runs.rows
             self.arrays[f"runs {number}"] = launch.runs.runs
         return replace(plan, tables=tuple(tables))
@@ -136,7 +137,14 @@ class Emulator(Memory):
 
 def _is_pointer(name: str, spec: KernelSpec) -> bool:
     table = name[0] == "t" and name[1:].isdigit()
-    return table or name in ("order", "rows", "runs", "workspace", *OPERANDS[spec.operation])
+    return table or name in (
+        "order",
+        "rows",
+        "runs",
+        "owners",
+        "workspace",
+        *OPERANDS[spec.operation],
+    )
 
 
 def _find(address: int, arrays: list[Array]) -> tuple[int, int]:

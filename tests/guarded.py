@@ -104,7 +104,8 @@ class GuardedMemory(Memory):
                 runs=self.copy("runs", launch.runs.runs) if len(launch.runs.runs) else EMPTY_RUNS,
             )
             order = self.copy("order", launch.order)
-            launches.append(replace(launch, runs=runs, order=order))
+            owners = self.copy("owners", launch.owners)
+            launches.append(replace(launch, runs=runs, order=order, owners=owners))
         return replace(plan, tables=tuple(tables), launches=tuple(launches))
 
     def close(self) -> None:

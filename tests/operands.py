@@ -22,6 +22,14 @@ from tilefold.problem import LAYOUTS, STATISTICS, Problem
 Array = NDArray[Any]
 SENTINEL = 12288.0
 """A number that every type holds exactly."""
+
+FORMS: dict[str, dict[str, Any]] = {
+    "split": {"form": "split"},
+    "fused": {"form": "fused", "owners": 1},
+    "parts": {"form": "fused", "owners": 3, "in_place": False},
+}
+"""The forms of the backward pass, as options of `plan`: fused with one owner, and with several."""
+
 SHARED_AXES = {"q": (0,), "k": (1,), "v": (2,), "do": (3,)}
 
 
@@ -132,7 +140,12 @@ def run(
     device: Device | None = None,
     **options: Any,
 ) -> None:
-    """Run one plan on canonical arrays; `options` as `plan` takes them. Outputs must be aligned."""
+    """Run one plan on canonical arrays; `options` as `plan` takes them. Outputs must be aligned.
+
+    `form` may also be one of `FORMS`.
+    """
+    form = options.pop("form", "auto")
+    options = {**FORMS.get(form, {"form": form}), **options}
     buffers = {name: buffer(array) for name, array in operands.items()}
     engine.run(plan(problem, device or host(), operation, **options), buffers)
 

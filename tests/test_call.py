@@ -111,9 +111,9 @@ def test_precision_is_part_of_a_call_of_float32_alone(
     seen = []
     real = engine.plan
 
-    def plan(problem: Problem, *rest: Any) -> Any:
+    def plan(problem: Problem, *rest: Any, **options: Any) -> Any:
         seen.append(problem.precision)
-        return real(problem, *rest)
+        return real(problem, *rest, **options)
 
     monkeypatch.setattr(engine, "plan", plan)
     for dtype in (np.float32, np.float64):

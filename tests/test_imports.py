@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "tilefold"
 READING_ORDER = """
 settings check files recent
 nodes expression summary fold blocks rules data coordinates mask parse picture
-buffer problem reference device circumstances cache tables winners splits plan roofline
+buffer problem reference device circumstances cache tables owners winners splits plan roofline
 backends backends.cpu
 backends.cpu.ir backends.cpu.convert backends.cpu.gemm backends.cpu.softmax
 backends.cpu.arguments backends.cpu.mask

@@ -14,14 +14,14 @@ from pathlib import Path
 import amx
 import pytest
 from cases import RULES, Sizes
-from trial import PASSES, Trial, numbers, problem, run
+from trial import PASSES, Trial, numbers, planned, problem, run
 
 from tilefold import causal, full
 from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.kernel import emit
 from tilefold.device import Device, host
 from tilefold.mask import Rule
-from tilefold.plan import KernelSpec, plan
+from tilefold.plan import KernelSpec
 from tilefold.problem import ITEM_BYTES, Problem
 from tilefold.tables import FAMILIES
 
@@ -113,7 +113,7 @@ def listings(isa: str, dtype: str, mask: Rule) -> list[tuple[KernelSpec, str]]:
     sizes = Problem(1, 8, 8, 2048, 2048, 64, 64, dtype, 0.125, mask)
     found = []
     for operation, form in PASSES:
-        for launch in plan(sizes, device(isa), operation, form).launches:
+        for launch in planned(sizes, device(isa), operation, form).launches:
             text = runtime.assembly(emit(launch.spec), device(isa))
             found.append((launch.spec, text))
     return found
@@ -168,7 +168,7 @@ STACK = r"\(%rsp|\[sp"
 @pytest.mark.parametrize(("isa", "dtype"), PRODUCT)
 def test_products_fill_the_registers_and_nothing_spills(isa: str, dtype: str, mask: Rule) -> None:
     for spec, listing in listings(isa, dtype, mask):
-        if spec.operation == "delta":
+        if spec.operation in ("delta", "reduce_dq"):
             continue
         size = spec.rows * spec.vectors
         counted = [

@@ -13,13 +13,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compare import assert_near, assert_same, dense
-from operands import Array, backward, forward, inputs
+from operands import FORMS, Array, backward, forward, inputs
 
 import tilefold
 from tilefold import Rule, causal, documents, full, lengths, local
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 
-FORMS = ("fused", "split")
 DTYPES = [
     "float32",
     *(pytest.param(d, marks=pytest.mark.slow) for d in ITEM_BYTES if d != "float32"),

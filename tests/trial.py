@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
 import numpy as np
 from compare import assert_near
 from numpy.typing import NDArray
+from operands import FORMS
 
 from tilefold import Rule, engine, full, reference
 from tilefold.buffer import Buffer
@@ -24,7 +25,7 @@ from tilefold.problem import STATISTICS, Problem, default_scale
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
-PASSES = (("forward", "auto"), ("backward", "split"), ("backward", "fused"))
+PASSES = (("forward", "auto"), *(("backward", form) for form in FORMS))
 """Every operation in every form."""
 
 INPUTS = {"forward": ("q", "k", "v"), "backward": ("do", "q", "k", "v", "o", "lse")}
@@ -195,13 +196,20 @@ def run(
     memory.freeze(INPUTS[operation])
     before = {name: flats[name].tobytes() for name in INPUTS[operation]}
     buffers = {name: _buffer(memory, name, view) for name, view in views.items()}
-    engine.run(memory.move(plan(p, device or host(), operation, form)), buffers)
+    in_place = operation == "forward" or buffers["dq"].strides[3] == 1
+    made = planned(p, device or host(), operation, form, in_place=in_place)
+    engine.run(memory.move(made), buffers)
     for name, old in before.items():
         assert flats[name].tobytes() == old, f"{name} was modified"
     for name in OUTPUTS[operation]:
         compare(name, views[name], given[f"expected {name}"])
         _check_gaps(name, flats[name], views[name])
     return {name: views[name] for name in OUTPUTS[operation]}
+
+
+def planned(p: Problem, device: Device, operation: str, form: str, **options: Any) -> Plan:
+    """The plan of a pass; `options` as `plan` takes them."""
+    return plan(p, device, operation, **{**options, **FORMS.get(form, {})})
 
 
 def _layout_of(name: str, trial: Trial, operation: str, form: str) -> Layout:

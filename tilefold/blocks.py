@@ -49,6 +49,13 @@ class Runs:
         planes = self.planes_b * self.planes_h
         return (len(self.rows) - 1) // planes if planes else 0
 
+    @property
+    def met(self) -> NDArray[np.int64]:
+        """Traversed elements that each block row visits, over all planes."""
+        ends = np.concatenate([[0], np.cumsum(self.runs[:, 1] - self.runs[:, 0])])
+        met: NDArray[np.int64] = ends[self.rows[1:]] - ends[self.rows[:-1]]
+        return met
+
 
 class Counts(NamedTuple):
     """How many tiles of a mask are skipped, full and partial, over all its planes."""

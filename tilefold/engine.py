@@ -113,15 +113,11 @@ def forward(problem: Problem, layout: str, *strides: Strides) -> Call:
 
 
 def backward(problem: Problem, layout: str, *strides: Strides) -> Call:
-    """The call that reads do, q, k, v, o and lse and writes dq, dk and dv; as `forward`.
-
-    The fused kernel adds to whole rows of dq, so it needs them contiguous; the split form takes any
-    strides.
-    """
+    """The call that reads do, q, k, v, o and lse and writes dq, dk and dv; as `forward`."""
     results = shapes_qkv(problem, layout)
     operands = _named("backward", layout, [*strides, *map(_contiguous, results)])
-    form = "auto" if operands["dq"][3] == 1 else "split"
-    return prepare(plan(problem, host(), "backward", form), operands, results)
+    made = plan(problem, host(), "backward", in_place=operands["dq"][3] == 1)
+    return prepare(made, operands, results)
 
 
 def run(plan: Plan, operands: Mapping[str, Buffer]) -> None:
@@ -171,6 +167,7 @@ def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
         launch.block_rows if runs.planes_h > 1 else 0,
         launch.item_rows,
         launch.block_rows,
+        launch.owners.ctypes.data,
         0,
         function.workspace_bytes,
         launch.heads,
@@ -182,8 +179,9 @@ def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
     order = list(strides)
     places = []
     for name in OPERANDS[spec.operation]:
-        places.append((len(words), order.index(name)))
-        words += [0, *strides[name]]
+        actual = launch.buffers.get(name, name)
+        places.append((len(words), order.index(actual)))
+        words += [0, *strides[actual]]
     words += plan.parameters
     for table in plan.tables:
         item = table.array.itemsize

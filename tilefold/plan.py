@@ -5,8 +5,8 @@ Nothing here depends on how many threads will run: so results do not either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from tilefold.blocks import Runs, runs
 from tilefold.device import Device
 from tilefold.expression import Boolean, Skeleton, Table, Truth, split
 from tilefold.fold import index_bits
+from tilefold.owners import COLUMNS, Sides, fastest, rows_of_parts, split_time
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 from tilefold.recent import Recent
 from tilefold.tables import FAMILIES, Family, RegisterTile
@@ -36,6 +37,7 @@ PARALLEL = {
     "backward_dq": "q",
     "backward_dkv": "k",
     "backward": "k",
+    "reduce_dq": "q",
 }
 """The axis that lies in the lanes, by kernel."""
 
@@ -96,13 +98,18 @@ class KernelSpec:
         return -(-dim // self.lanes) * self.lanes
 
 
+_NO_OWNERS = np.zeros((1, COLUMNS), np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """One kernel of a plan, and the work that its workers share.
 
     `order` names block rows, heaviest first: of one head where all heads are alike (and is walked
-    once for each), else of all heads. Item = (b * heads + h) * item_rows + block row; where a head
-    is one item (the fused backward), item_rows is 1.
+    once for each), else of all heads. Item = (b * heads + h) * item_rows + block row. In the fused
+    backward an item is an owner of several block rows: item_rows and `order` count owners, and
+    `owners` says what each has (see `Sides.deal`). `buffers` names the arrays of operands that go
+    by another name.
     """
 
     problem: Problem
@@ -112,6 +119,8 @@ class Launch:
     heads: int
     item_rows: int
     block_rows: int
+    owners: NDArray[np.int64] = field(default_factory=lambda: _NO_OWNERS)
+    buffers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def items(self) -> int:
@@ -157,7 +166,7 @@ class Plan:
         """Bytes of the mask's tables and of the runs."""
         arrays = [table.array for table in self.tables]
         for launch in self.launches:
-            arrays += [launch.runs.rows, launch.runs.runs, launch.order]
+            arrays += [launch.runs.rows, launch.runs.runs, launch.order, launch.owners]
         return sum(array.nbytes for array in arrays)
 
 
@@ -172,19 +181,23 @@ def plan(
     form: str = "auto",
     tile: RegisterTile | None = None,
     block_traverse: int | None = None,
+    *,
+    owners: int | None = None,
+    in_place: bool = True,
 ) -> Plan:
     """The plan of an operation, "forward" or "backward".
 
     `form` is how it is done. Forward: "tiled" (queries in the lanes) or "decode" (few queries, the
     head dimension in the lanes, keys split among workers). Backward: "fused" (5 products per pair,
-    one owner per key head) or "split" (7 products, one owner per block of queries, then of keys).
-    "auto" takes what is predicted to be faster. `tile` and `block_traverse` override the tables;
-    results depend on them only by rounding.
+    so many `owners` to each key head) or "split" (7 products, one owner per block of queries, then
+    of keys). "auto" takes what is predicted to be faster. With `in_place` the rows of dq are
+    contiguous: a single owner may sum them where they lie, unless they hold a half type. `tile` and
+    `block_traverse` override the tables; results depend on all of these only by rounding.
 
     Plans are kept for the next call of the same problem: the newest ones, as far as their data
     (mask tables and runs) fit 256 MiB.
     """
-    key = (problem, device, operation, form, tile, block_traverse)
+    key = (problem, device, operation, form, tile, block_traverse, owners, in_place)
     found = _recent.get(key)
     if found is None:
         made = _plan(*key)
@@ -199,45 +212,73 @@ def _plan(
     form: str,
     tile: RegisterTile | None,
     block_traverse: int | None,
+    owners: int | None,
+    in_place: bool,
 ) -> Plan:
     expression = problem.mask.bind(problem.len_q, problem.len_k)
     bits = index_bits(expression, problem.batch, problem.heads_q, problem.len_q, problem.len_k)
     skeleton, parameters, tables = split(expression)
-    launches: list[Launch] = []
+
+    def launch(kernel: str) -> Launch:
+        spec = _spec(problem, device, kernel, skeleton, bits, tile, block_traverse)
+        return _launch(problem, spec, expression)
+
     buffers: dict[str, Scratch] = {}
-    if operation == "forward" and _decodes(problem, device, form, tile):
+    if operation == "backward":
+        launches, buffers = _backward(problem, device, form, launch, owners, in_place)
+    elif _decodes(problem, device, form, tile):
         spec = _decode_spec(problem, device, skeleton, bits, block_traverse)
         launches, buffers = _decode(problem, device, spec, expression)
     else:
-        for kernel in _kernels(problem, device, operation, form):
-            spec = _spec(problem, device, kernel, skeleton, bits, tile, block_traverse)
-            launches.append(_launch(problem, spec, expression))
-    if operation == "backward":
-        rows = (problem.batch, problem.heads_q, problem.len_q)
-        buffers["delta"] = Scratch(rows, STATISTICS[problem.dtype])
+        launches = [launch("forward")]
     return Plan(problem, device, operation, tuple(launches), parameters, tables, buffers)
+
+
+def _backward(
+    problem: Problem,
+    device: Device,
+    form: str,
+    launch: Callable[[str], Launch],
+    owners: int | None,
+    in_place: bool,
+) -> tuple[list[Launch], dict[str, Scratch]]:
+    """The launches of the backward pass and their buffers."""
+    assert form in ("auto", "fused", "split"), form
+    row = (problem.batch, problem.heads_q, problem.len_q)
+    computed = STATISTICS[problem.dtype]
+    launches, buffers = [launch("delta")], {"delta": Scratch(row, computed)}
+    fused, reduce = launch("backward"), launch("reduce_dq")
+    sides = Sides(problem, fused.runs, reduce.spec.block_parallel, fused.spec.block_parallel)
+    in_place = in_place and computed == problem.dtype
+    line = -(-problem.dim // fused.spec.lanes) * fused.spec.lanes
+    faster = multiplier(problem, device, "backward_dkv") != fused.spec.products
+    if form == "auto" and faster:  # the fused kernel multiplies one by one, and the others do not
+        form = "split"
+    if owners is None and form != "split" and not problem.empty:
+        row_bytes = line * ITEM_BYTES[computed]
+        owners, time = fastest(sides, device.cores, row_bytes, in_place)
+        if form == "auto" and split_time(sides, device.cores) < time:
+            form = "split"
+    if form == "split":
+        return [*launches, launch("backward_dq"), launch("backward_dkv")], buffers
+    owners = max(1, min(owners or 1, fused.block_rows))
+    alone = owners == 1 and in_place
+    dealt = sides.alone if alone else sides.deal(owners)
+    fused = replace(
+        fused,
+        order=np.argsort(-sides.shares(dealt), kind="stable"),
+        item_rows=owners,
+        owners=dealt,
+        buffers={"dq_parts": "dq"} if alone else {},
+    )
+    if alone:
+        return [*launches, fused], buffers
+    buffers["dq_parts"] = Scratch((*row[:2], rows_of_parts(dealt), line), computed)
+    return [*launches, fused, replace(reduce, runs=sides.parts(dealt), owners=dealt)], buffers
 
 
 GRANULE = 32
 """Traversed rows that are classified together; a run is cut into tiles only inside the kernel."""
-
-
-def _kernels(problem: Problem, device: Device, operation: str, form: str) -> tuple[str, ...]:
-    """The kernels of an operation, in order: fused backward where its owners fill the cores.
-
-    Time in products per pair: fused 5 for each round of owners, split 7 spread over all cores. The
-    device's cores count, not the threads that happen to be set, so results stay the same.
-    """
-    if operation == "forward":
-        return ("forward",)
-    assert operation == "backward" and form in ("auto", "fused", "split"), (operation, form)
-    if ITEM_BYTES[problem.dtype] < ITEM_BYTES[STATISTICS[problem.dtype]]:
-        form = "split"  # the fused form sums dQ in the caller's array, which rounds every sum
-    if form == "auto":
-        owners = problem.batch * problem.heads_kv
-        rounds = -(-owners // device.cores)
-        form = "fused" if 5 * rounds * device.cores <= 7 * owners else "split"
-    return ("delta", "backward") if form == "fused" else ("delta", "backward_dq", "backward_dkv")
 
 
 def _decodes(problem: Problem, device: Device, form: str, tile: RegisterTile | None = None) -> bool:
@@ -402,7 +443,7 @@ def multiplier(problem: Problem, device: Device, kernel: str) -> Multiplier:
     take 3/16 of the time of one product in float32, but three products of pairs 3/2 of it. So
     where there are pairs without tiles, "high" is computed as "highest".
     """
-    if kernel == "delta" or kernel in DECODE:
+    if kernel in ("delta", "backward", "reduce_dq", *DECODE):
         return FMA
     kind = problem.precision if problem.dtype == "float32" else problem.dtype
     parts = {"bfloat16": 1, "medium": 1, "float16": 2, "high": 2}.get(kind)
@@ -430,6 +471,9 @@ def _register_tile(tiles: tuple[RegisterTile, ...], lanes: int, length: int) -> 
     return min(tiles, key=cost)
 
 
+_MASKED = ("forward", "backward_dq", "backward_dkv", "backward")
+
+
 def _launch(problem: Problem, spec: KernelSpec, expression: Boolean) -> Launch:
     parallel = PARALLEL[spec.operation]
     lengths = {"q": problem.len_q, "k": problem.len_k}
@@ -437,7 +481,7 @@ def _launch(problem: Problem, spec: KernelSpec, expression: Boolean) -> Launch:
     (traversed,) = lengths.values()
     block_rows = -(-length // spec.block_parallel)
     visited = runs(
-        expression if spec.operation != "delta" else Truth(False),
+        expression if spec.operation in _MASKED else Truth(False),
         parallel=parallel,
         batch=problem.batch,
         heads=problem.heads_q,
@@ -447,19 +491,13 @@ def _launch(problem: Problem, spec: KernelSpec, expression: Boolean) -> Launch:
         block_traverse=GRANULE,
     )
     heads = problem.heads_q if parallel == "q" else problem.heads_kv
-    if spec.operation == "backward":
-        order, item_rows = np.zeros(1, np.int64), 1
-    else:
-        order, item_rows = _heaviest_first(visited, problem, heads, block_rows), block_rows
-    return Launch(problem, spec, visited, order, heads, item_rows, block_rows)
+    order = _heaviest_first(visited, problem, heads, block_rows)
+    return Launch(problem, spec, visited, order, heads, block_rows, block_rows)
 
 
 def _heaviest_first(visited: Runs, problem: Problem, heads: int, rows: int) -> NDArray[np.int64]:
     """Block rows by the traversed elements that they visit, most first; ties keep their order."""
-    lengths = np.concatenate([[0], np.cumsum(visited.runs[:, 1] - visited.runs[:, 0])])
-    work = (lengths[visited.rows[1:]] - lengths[visited.rows[:-1]]).reshape(
-        visited.planes_b, visited.planes_h, rows
-    )
+    work: NDArray[np.int64] = visited.met.reshape(visited.planes_b, visited.planes_h, rows)
     if visited.planes_b == visited.planes_h == 1:
         work = work.reshape(rows)
     else:

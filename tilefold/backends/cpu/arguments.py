@@ -21,8 +21,9 @@ WORK = (
     "runs",  # address of (first, last, masked) int64
     "row_b",  # block rows of the plan per batch entry, 0 where all are alike
     "row_h",
-    "item_rows",  # items per head: its block rows, or 1 where a head is one item
+    "item_rows",  # items per head: its block rows, or in the fused backward its owners
     "block_rows",
+    "owners",  # address of int64 (first row, last row, first query, last query, part)
     "workspace",
     "workspace_bytes",
     "heads",  # heads on the parallel side
@@ -42,11 +43,15 @@ OPERANDS = {
     "delta": ("o", "do", "delta"),
     "backward_dq": ("q", "k", "v", "do", "lse", "delta", "dq"),
     "backward_dkv": ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),
-    "backward": ("q", "k", "v", "do", "lse", "delta", "dq", "dk", "dv"),
+    "backward": ("q", "k", "v", "do", "lse", "delta", "dq_parts", "dk", "dv"),
+    "reduce_dq": ("dq_parts", "dq"),
 }
 
 PER_ROW = ("lse", "delta")
 """Operands with one number per query."""
+
+COMPUTED = (*PER_ROW, "dq_parts")
+"""Operands in the type that is computed in, whatever that of the others."""
 
 
 @lru_cache(maxsize=256)
@@ -73,7 +78,7 @@ class Arguments:
         self._block = block
         self._position = {name: index for index, name in enumerate(names(spec))}
         self._values: dict[str, Value] = {}
-        addresses = {*OPERANDS[spec.operation], "order", "rows", "runs", "workspace"}
+        addresses = {*OPERANDS[spec.operation], "order", "rows", "runs", "owners", "workspace"}
         addresses |= {f"t{slot.number}" for slot in spec.mask.slots}
         for name in names(spec):
             if name not in COUNTERS:

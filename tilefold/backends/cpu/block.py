@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from tilefold.backends.cpu import amx, gemm, pack, work
-from tilefold.backends.cpu.arguments import PER_ROW, Arguments
+from tilefold.backends.cpu.arguments import COMPUTED, Arguments
 from tilefold.backends.cpu.convert import SCALARS, Kept
 from tilefold.backends.cpu.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.mask import MaskText
@@ -35,6 +35,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
         "backward_dq": by_query,
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
+        "reduce_dq": {"dq_parts": dim, "dq": dim},
     }[spec.operation]
     if spec.products.unit != "fma":
         return found | _pair_regions(spec)
@@ -95,7 +96,7 @@ def _near_regions(spec: KernelSpec) -> dict[str, int]:
         )
         return whole_vectors(max(as_rows, turned), lanes)
 
-    if spec.operation == "delta":
+    if spec.operation in ("delta", "reduce_dq"):
         return {}
     if spec.operation == "forward":
         return {"left": max(size(spec.dim), size(spec.dim_v))}
@@ -198,7 +199,7 @@ class Block:
     def kept(self, name: str) -> Kept:
         """How the numbers of an operand lie in memory."""
         kept = Kept(self.spec.dtype, self.spec.native_half)
-        return kept.computed if name in PER_ROW else kept
+        return kept.computed if name in COMPUTED else kept
 
     def near(self, tile: Tile, rows: Matrix, region: str, dim: int) -> Matrix:
         """A tile's rows as numbers to compute with, in a region where they have to be widened."""
@@ -206,10 +207,15 @@ class Block:
             return rows
         return tile.near(rows, self.region(region), self.spec.block_traverse, dim)
 
-    def pack(self, name: str, dim: int, factor: Value, into: str | None = None) -> Value:
-        """Bring the block's rows of an operand, turned and multiplied, to a region (its own)."""
+    def pack(
+        self, name: str, dim: int, factor: Value, into: str | None = None, skipped: Operand = 0
+    ) -> Value:
+        """Bring the block's rows of an operand, turned and multiplied, to a region (its own).
+
+        They lie `skipped` rows further on in its head than the block says.
+        """
         region = self.region(into or name)
-        place = [*self._place(name), Value(str(dim), "i64"), factor]
+        place = [*self._place(name, skipped), Value(str(dim), "i64"), factor]
         self.body.invoke(pack.pack(self.body.module, self.shape, self.kept(name)), [region, *place])
         return region
 
@@ -219,12 +225,13 @@ class Block:
         function = pack.unpack(self.body.module, self.shape, self.kept(name))
         self.body.invoke(function, [region, *place])
 
-    def _place(self, name: str) -> list[Value]:
+    def _place(self, name: str, skipped: Operand = 0) -> list[Value]:
         body, arguments = self.body, self.arguments
         kept = self.kept(name)
         head = arguments.rows_of(name, kept.stored, self.b, self.h)
         stride = arguments[f"{name}_s"]
-        start = kept.at(body, head, body.mul(self.first, stride))
+        first = body.add(self.first, skipped)
+        start = kept.at(body, head, body.mul(first, stride))
         d_stride = arguments[f"{name}_d"] if f"{name}_d" in arguments else Value("0", "i64")
         return [start, stride, d_stride, self.valid]
 

@@ -21,6 +21,7 @@ _GENERATORS = {
     "backward_dq": backward.dq,
     "backward_dkv": backward.dkv,
     "backward": fused.fused,
+    "reduce_dq": fused.reduce_dq,
 }
 
 

@@ -58,6 +58,22 @@ def items(body: Body, arguments: Arguments) -> Iterator[Item]:
         yield Item(b, h, row)
 
 
+@contextmanager
+def runs(
+    body: Body, arguments: Arguments, b: Value, h: Value, row: Value
+) -> Iterator[tuple[Value, Value, Value]]:
+    """Each run of a block row: its address, its first element, and one past its last one."""
+    planes = body.add(body.mul(b, arguments["row_b"]), body.mul(h, arguments["row_h"]))
+    entry = body.offset(arguments["rows"], "i64", body.add(planes, row))
+    begin = body.load(entry, "i64", "run.first")
+    end = body.load(body.offset(entry, "i64", 1), "i64", "run.last")
+    with body.loop("run", begin, end) as run:
+        place = body.offset(arguments["runs"], "i64", body.mul(run, 3))
+        first = body.load(place, "i64", "first")
+        last = body.load(body.offset(place, "i64", 1), "i64", "last")
+        yield place, first, last
+
+
 def tiles(
     body: Body,
     spec: KernelSpec,
@@ -72,30 +88,25 @@ def tiles(
 
     A tile that is no multiple of `whole` counts as one that needs the mask.
     """
-    planes = body.add(body.mul(b, arguments["row_b"]), body.mul(h, arguments["row_h"]))
-    entry = body.offset(arguments["rows"], "i64", body.add(planes, row))
-    begin = body.load(entry, "i64", "run.first")
-    end = body.load(body.offset(entry, "i64", 1), "i64", "run.last")
-    with body.loop("run", begin, end) as run:
-        place = body.offset(arguments["runs"], "i64", body.mul(run, 3))
-        first = body.load(place, "i64", "first")
-        last = body.load(body.offset(place, "i64", 1), "i64", "last")
-        with body.loop("tile", first, last, spec.block_traverse) as start:
-            count = body.minimum(body.sub(last, start), spec.block_traverse, "count")
-            masked: Value | None = None
-            if whole > 1:
-                masked = body.binary("urem", count, whole, "rest")
-            if not isinstance(spec.mask.expression, Truth):
-                flag = body.load(body.offset(place, "i64", 2), "i64", "masked")
-                masked = flag if masked is None else body.binary("or", masked, flag)
-            if masked is None:
+    with (
+        runs(body, arguments, b, h, row) as (place, first, last),
+        body.loop("tile", first, last, spec.block_traverse) as start,
+    ):
+        count = body.minimum(body.sub(last, start), spec.block_traverse, "count")
+        masked: Value | None = None
+        if whole > 1:
+            masked = body.binary("urem", count, whole, "rest")
+        if not isinstance(spec.mask.expression, Truth):
+            flag = body.load(body.offset(place, "i64", 2), "i64", "masked")
+            masked = flag if masked is None else body.binary("or", masked, flag)
+        if masked is None:
+            tile(start, count, False)
+        else:
+            yes = body.compare("ne", masked, Value("0", "i64"))
+            with body.choose(yes, "masked") as branch:
+                tile(start, count, True)
+                branch.otherwise()
                 tile(start, count, False)
-            else:
-                yes = body.compare("ne", masked, Value("0", "i64"))
-                with body.choose(yes, "masked") as branch:
-                    tile(start, count, True)
-                    branch.otherwise()
-                    tile(start, count, False)
 
 
 def _take(body: Body, arguments: Arguments, name: str) -> Value:
