@@ -28,6 +28,8 @@ check: $(VENV)/test.stamp  ## format, lint, types, import order, the feature tab
 
 bench: $(VENV)/test.stamp  ## this machine against the peers that are installed
 	$(BIN)/tilefold bench --peers torch --save benchmarks/results $(ARGS)
+	$(BIN)/python benchmarks/figures.py --save benchmarks/results
+	$(BIN)/python benchmarks/comparison.py --save benchmarks/results
 
 docs: $(VENV)/docs.stamp $(VENV)/test.stamp  ## the site, strictly
 	$(BIN)/python tools/features.py

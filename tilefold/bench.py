@@ -29,6 +29,11 @@ from tilefold.workload import Array, Arrays, Call, Case, arrays, own
 SWEEP_TRAVERSE = (32, 64, 128, 256)
 """Traversed rows per block that a sweep tries, cut to whole register tiles."""
 
+PAUSE = 0.01
+"""Seconds before each turn where implementations have teams of their own: an OpenMP team spins for
+some 5 ms after its work, on cores that belong to the next turn.
+"""
+
 _SIZES = ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")
 
 
@@ -73,6 +78,7 @@ class Row:
             **sizes,
             "shape": self.case.shape,
             "dtype": problem.dtype,
+            "precision": problem.precision,
             "mask": str(problem.mask),
             "operation": self.case.operation,
             "threads": self.case.threads,
@@ -89,9 +95,13 @@ def turn_by_turn(
     seconds: float,
     least: int = 3,
     most: int = 1000,
+    pause: float = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Times of each call by a clock, in rounds of one turn each, for about `seconds` in all."""
+    """Times of each call by a clock, in rounds of one turn each, for about `seconds` in all.
+
+    `pause` seconds pass before each turn.
+    """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
@@ -100,6 +110,8 @@ def turn_by_turn(
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            if pause:
+                time.sleep(pause)
             start = clock()
             calls[name]()
             times[name].append(clock() - start)
@@ -136,11 +148,12 @@ def measure(
             swept = block_sizes(case, inputs)
             firsts |= {label: first_call(call)[0] for label, call in swept.items()}
             calls |= swept
-        times = {name: tuple(each) for name, each in turn_by_turn(calls, seconds=seconds).items()}
+        pause = PAUSE if any(peers.PEERS[name].own_team for name in names) else 0
+        timed = turn_by_turn(calls, seconds=seconds, pause=pause)
     pairs = visible_pairs(case.problem)
     order = dict.fromkeys(["tilefold", *names, *calls])
     return [
-        Row(case, n, times.get(n, ()), pairs, firsts.get(n, math.nan), reasons.get(n))
+        Row(case, n, tuple(timed.get(n, ())), pairs, firsts.get(n, math.nan), reasons.get(n))
         for n in order
     ]
 

@@ -31,12 +31,14 @@ TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2
 class Peer:
     """An implementation: what to import before anything runs, and how its call is made.
 
-    `layout` is that of its results. `environment` is set before the import.
+    `layout` is that of its results. `own_team`: it has threads of its own, not those of the OpenMP
+    runtime that tilefold and torch share. `environment` is set before the import.
     """
 
     modules: tuple[str, ...]
     make: Callable[[Case, Arrays], Call]
     layout: str = "bhnd"
+    own_team: bool = False
     environment: Mapping[str, str] | None = None
 
     @property
@@ -67,7 +69,8 @@ def torch_peer(case: Case, a: Arrays) -> Call:
     import torch
 
     torch.set_num_threads(case.threads)
-    q, k, v, do = (_tensor(x) for x in (a.q, a.k, a.v, a.do))
+    torch.set_float32_matmul_precision(case.problem.precision)
+    q, k, v, do = (tensor(x) for x in (a.q, a.k, a.v, a.do))
     options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if _square_causal(case):
         options["is_causal"] = True
@@ -91,7 +94,7 @@ def flex_peer(case: Case, a: Arrays) -> Call:
     _only_forward(case, "FlexAttention has no backward on the CPU")
     problem = case.problem
     torch.set_num_threads(case.threads)
-    q, k, v = (_tensor(x) for x in (a.q, a.k, a.v))
+    q, k, v = (tensor(x) for x in (a.q, a.k, a.v))
     options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if problem.mask != full():
         # Without data a rule prints as the Python that FlexAttention asks for.
@@ -247,14 +250,15 @@ def keras_peer(case: Case, a: Arrays) -> Call:
 PEERS: Mapping[str, Peer] = {
     "torch": Peer(("torch",), torch_peer),
     "flex": Peer(("torch",), flex_peer),
-    "onnxruntime": Peer(("onnx", "onnxruntime"), onnxruntime_peer, "bnhd"),
-    "openvino": Peer(("openvino",), openvino_peer),
-    "jax": Peer(("jax",), jax_peer, "bnhd"),
+    "onnxruntime": Peer(("onnx", "onnxruntime"), onnxruntime_peer, "bnhd", own_team=True),
+    "openvino": Peer(("openvino",), openvino_peer, own_team=True),
+    "jax": Peer(("jax",), jax_peer, "bnhd", own_team=True),
     "keras": Peer(
         ("tensorflow", "keras"),
         keras_peer,
         "bnhd",
-        {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        own_team=True,
+        environment={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"},
     ),
     "numpy": Peer(("numpy",), numpy_peer),
 }
@@ -286,7 +290,7 @@ def _results(value: object) -> list[NDArray[np.float64]]:
     return found
 
 
-def _tensor(x: Array) -> Any:
+def tensor(x: Array) -> Any:
     """A torch tensor that shares an array's memory; torch reads no bfloat16 of NumPy's."""
     import torch
 

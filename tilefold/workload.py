@@ -85,21 +85,21 @@ def arrays(case: Case, seed: int = 0) -> Arrays:
     q = random(problem.heads_q, problem.len_q, problem.dim)
     k = random(problem.heads_kv, problem.len_k, problem.dim)
     v = random(problem.heads_kv, problem.len_k, problem.dim_v)
-    o, lse = api.attention(q, k, v, mask=problem.mask, return_lse=True)
+    o, lse = api.attention(q, k, v, mask=problem.mask, return_lse=True, precision=problem.precision)
     do = random(problem.heads_q, problem.len_q, problem.dim_v)
     return Arrays(q, k, v, do, o, lse)
 
 
 def own(case: Case, a: Arrays) -> Call:
     """tilefold, through its public functions."""
-    mask = case.problem.mask
+    options: dict[str, Any] = {"mask": case.problem.mask, "precision": case.problem.precision}
     if case.operation == "forward":
-        return lambda: api.attention(a.q, a.k, a.v, mask=mask)
+        return lambda: api.attention(a.q, a.k, a.v, **options)
     if case.operation == "backward":
-        return lambda: api.attention_backward(a.do, a.q, a.k, a.v, a.o, a.lse, mask=mask)
+        return lambda: api.attention_backward(a.do, a.q, a.k, a.v, a.o, a.lse, **options)
 
     def both() -> object:
-        o, lse = api.attention(a.q, a.k, a.v, mask=mask, return_lse=True)
-        return api.attention_backward(a.do, a.q, a.k, a.v, o, lse, mask=mask)
+        o, lse = api.attention(a.q, a.k, a.v, return_lse=True, **options)
+        return api.attention_backward(a.do, a.q, a.k, a.v, o, lse, **options)
 
     return both

@@ -1,0 +1,346 @@
+"""The figures that the CPU backend is to reach, measured in one run: ratios, shares and verdicts.
+
+    python benchmarks/figures.py [--seconds 2] [--save benchmarks/results] [--only decode]
+
+Each row is a floor: how many times as fast as a peer, turn by turn in one process on the same
+random data; a share of the read bandwidth of the same minute; how well threads scale; how long a
+kernel compiles. A row that cannot be measured here says why. `share` is that of the roofline at the
+rates that this machine reached in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tilefold import bench, parse, workload
+from tilefold.backends.cpu import peak, runtime, threads
+from tilefold.backends.cpu.kernel import emit
+from tilefold.circumstances import circumstances
+from tilefold.commands import terminal
+from tilefold.device import host
+from tilefold.files import write_atomically
+from tilefold.peers import PEERS, check, tensor
+from tilefold.plan import Multiplier, multiplier, plan
+from tilefold.problem import Problem, default_scale
+from tilefold.roofline import Rates, visible_pairs
+from tilefold.workload import BOTH, Case
+
+D64, D128, LONG = "1,8,2048,64", "1,8,2048,128", "1,2,8192,64"
+WINDOW = "causal() & local(256)"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is asked: `floor` times as fast as the peer, unless `kind` says otherwise.
+
+    `kind` is a key of `KINDS`. `threads` is "1" or "all"; `needs` an instruction set without which
+    the floor does not hold, by LLVM's name; `keys` the length of keys where queries are fewer.
+    """
+
+    what: str
+    floor: float
+    shape: str
+    threads: str = "all"
+    dtype: str = "float32"
+    mask: str = "full()"
+    operation: str = "forward"
+    peer: str | None = "torch"
+    needs: str | None = None
+    precision: str = "highest"
+    keys: int | None = None
+    kind: str = "ratio"
+
+    @property
+    def case(self) -> Case:
+        """What is timed."""
+        batch, heads, length, dim = (int(part) for part in self.shape.split(","))
+        problem = Problem(
+            batch=batch,
+            heads_q=heads,
+            heads_kv=heads,
+            len_q=length,
+            len_k=self.keys or length,
+            dim=dim,
+            dim_v=dim,
+            dtype=self.dtype,
+            scale=default_scale(dim),
+            mask=parse.parse(self.mask),
+            precision=self.precision,
+        )
+        return Case(problem, self.operation, 1 if self.threads == "1" else host().cores)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found: `value` is compared with the floor. `reason`: why there is no verdict."""
+
+    figure: Figure
+    value: float | None = None
+    seconds: float | None = None
+    other_seconds: float | None = None
+    share: float | None = None
+    binding: str | None = None
+    reason: str | None = None
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """`reached`, `not reached`, or `not measured` with the reason."""
+        if self.reason or self.value is None:
+            return f"not measured: {self.reason}"
+        kept = (
+            self.value <= self.figure.floor
+            if self.figure.kind == "compile"
+            else (self.value >= self.figure.floor)
+        )
+        return "reached" if kept else "not reached"
+
+
+def figures() -> Iterator[Figure]:
+    """All rows, in the order in which they are shown."""
+    both = ("1", "all")
+    for shape, floors in ((D64, (1.35, 1.35)), (D128, (1.2, 1.25))):
+        for number, floor in zip(both, floors, strict=True):
+            yield Figure("forward", floor, shape, number)
+    for shape in (D64, D128, LONG):
+        for number in both:
+            yield Figure("forward", 1.6, shape, number, mask="causal()")
+    for shape in (D64, D128):
+        for number in both:
+            yield Figure('forward, precision="high"', 2.0, shape, number, precision="high")
+    amx = "amx-bf16"
+    for dtype, floors in (("bfloat16", (2.5, 2.0)), ("float16", (3.0, 3.0))):
+        for shape, floor in zip((D64, D128), floors, strict=True):
+            for number in both:
+                yield Figure("forward", floor, shape, number, dtype, needs=amx)
+    for dtype, floors in (("float32", (1.25, 2.0)), ("bfloat16", (2.0, 3.0))):
+        for shape, floor in zip((D64, LONG), floors, strict=True):
+            yield Figure("backward", floor, shape, dtype=dtype, operation="backward")
+    for dtype in ("float32", "bfloat16"):
+        yield Figure("window", 1.5, "1,8,16384,64", "all", dtype, WINDOW, peer="flex")
+    yield Figure("window, both passes", 10, "1,8,4096,64", mask=WINDOW, operation=BOTH)
+    for shape, keys in (("1,8,1,64", 32768), ("1,1,1,64", 131072)):
+        for dtype in ("float32", "bfloat16", "float16"):
+            yield Figure("decode", 0.9, shape, dtype=dtype, keys=keys, kind="reading")
+    for frontend in ("NumPy", "torch"):
+        yield Figure(f"whole call, {frontend}", 1.0, "1,12,64,32", kind=f"call {frontend}")
+    yield Figure("1 to 4 threads", 3.6, D64, peer=None, kind="scaling")
+    yield Figure("first compile", 0.6, D64, "1", peer=None, kind="compile")
+
+
+def measure(figure: Figure, seconds: float) -> Result:
+    """Measure one row; a row that cannot be measured says why."""
+    missing = _missing(figure)
+    if missing:
+        return Result(figure, reason=missing)
+    with bench.using_threads(figure.case.threads):
+        found = KINDS[figure.kind](figure, seconds)
+    if found.reason is None and figure.needs and not host().has(figure.needs):
+        return replace(found, reason=f"the floor is one of {figure.needs}, here {host().isa}")
+    return found
+
+
+def _missing(figure: Figure) -> str | None:
+    """Why a row cannot be measured at all."""
+    if figure.peer and (module := PEERS[figure.peer].missing):
+        return f"{module} is not installed"
+    return None
+
+
+# Kinds -----------------------------------------------------------------------------------------
+
+
+def _ratio(figure: Figure, seconds: float) -> Result:
+    """Against the peer, turn by turn."""
+    assert figure.peer
+    own, other = bench.measure(figure.case, [figure.peer], seconds=seconds)
+    share, binding = _share(own.case, own.median, own.pairs)
+    result = Result(figure, None, own.median, None, share, binding, other.reason)
+    if other.reason:
+        return result
+    notes = {f"{figure.peer}_first_call_seconds": other.first_call_seconds}
+    ratio = other.median / own.median
+    return replace(result, value=ratio, other_seconds=other.median, notes=notes)
+
+
+def _reading(figure: Figure, seconds: float) -> Result:
+    """The time of reading keys and values once, as a share of the time of the call."""
+    case = figure.case
+    inputs = workload.arrays(case)
+    read = [peak.reader(host(), array, case.threads) for array in (inputs.k, inputs.v)]
+
+    def reading() -> None:
+        for each in read:
+            each()
+
+    own, other = workload.own(case, inputs), PEERS["torch"].make(case, inputs)
+    check("torch", case, own(), other())
+    calls = {"tilefold": own, "torch": other, "reading": reading}
+    median = _medians(calls, seconds)
+    return Result(
+        figure,
+        value=median["reading"] / median["tilefold"],
+        seconds=median["tilefold"],
+        other_seconds=median["torch"],
+        share=median["reading"] / median["tilefold"],
+        binding="bytes",
+        notes={
+            "bytes_per_second_read": (inputs.k.nbytes + inputs.v.nbytes) / median["reading"],
+            "torch_ratio": median["torch"] / median["tilefold"],
+        },
+    )
+
+
+def _call(figure: Figure, seconds: float, *, as_tensors: bool) -> Result:
+    """A whole call so small that it is mostly overhead, from one frontend."""
+    case = figure.case
+    inputs = workload.arrays(case)
+    other = PEERS["torch"].make(case, inputs)
+    if as_tensors:
+        q, k, v = (tensor(each) for each in (inputs.q, inputs.k, inputs.v))
+        inputs = replace(inputs, q=q, k=k, v=v)
+    own = workload.own(case, inputs)
+    check("torch", case, own(), other())
+    median = _medians({"tilefold": own, "torch": other}, seconds)
+    share, binding = _share(case, median["tilefold"], visible_pairs(case.problem))
+    ratio = median["torch"] / median["tilefold"]
+    return Result(figure, ratio, median["tilefold"], median["torch"], share, binding)
+
+
+def _scaling(figure: Figure, seconds: float) -> Result:
+    """One thread against four, or against as many as there are cores."""
+    case, most = figure.case, min(4, host().cores)
+    own = workload.own(case, workload.arrays(case))
+
+    def with_threads(number: int) -> Callable[[], object]:
+        def call() -> object:
+            threads.set_num_threads(number)
+            return own()
+
+        return call
+
+    median = _medians({str(number): with_threads(number) for number in (1, most)}, seconds)
+    ratio = median["1"] / median[str(most)]
+    share, binding = _share(replace(case, threads=most), median[str(most)], case.problem.pairs)
+    reason = f"there are {most} cores" if most < 4 else None
+    notes = {"threads": most}
+    return Result(figure, ratio, median[str(most)], median["1"], share, binding, reason, notes)
+
+
+def _compile(figure: Figure, seconds: float) -> Result:
+    """The slowest kernel of all rows, from its specification to a loaded function, uncached."""
+    times = {}
+    for case in dict.fromkeys(each.case for each in figures() if _missing(each) is None):
+        for operation in workload.PASSES[case.operation]:
+            for launch in plan(case.problem, host(), operation).launches:
+                if launch.spec not in times:
+                    start = time.perf_counter()
+                    binary = runtime.compile(emit(launch.spec), host())
+                    runtime.load(binary, launch.spec.operation)
+                    times[launch.spec] = time.perf_counter() - start
+    slowest = max(times.values())
+    return Result(figure, slowest, slowest, notes={"kernels": len(times)})
+
+
+KINDS: dict[str, Callable[[Figure, float], Result]] = {
+    "ratio": _ratio,
+    "reading": _reading,
+    "call NumPy": functools.partial(_call, as_tensors=False),
+    "call torch": functools.partial(_call, as_tensors=True),
+    "scaling": _scaling,
+    "compile": _compile,
+}
+"""How a row is measured, and what its value is."""
+
+
+def _medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    bench.turn_by_turn(calls, seconds=0, least=1)
+    times = bench.turn_by_turn(calls, seconds=seconds)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+@functools.cache
+def _rates(dtype: str, workers: int, products: Multiplier) -> Rates:
+    """What the machine reaches at most in this run."""
+    return peak.rates(host(), dtype, workers, products, again=True)
+
+
+def _share(case: Case, seconds: float, pairs: int) -> tuple[float, str]:
+    """The share of the roofline, and which bound binds."""
+    products = multiplier(case.problem, host(), workload.PASSES[case.operation][-1])
+    rates = _rates(case.problem.dtype, case.threads, products)
+    least, binding = case.least_seconds(pairs, rates)
+    return least / seconds, binding
+
+
+# Tables ----------------------------------------------------------------------------------------
+
+COLUMNS = ("", "shape", ">threads", ">tilefold", ">other", ">value", ">floor", ">roofline", "")
+
+
+def cells(result: Result) -> list[str]:
+    """A row as text."""
+    figure = result.figure
+    shape = figure.shape + (f", {figure.keys} keys" if figure.keys else "")
+    what = f"{figure.what} {figure.mask} {figure.dtype}".replace(" full()", "")
+    other = "" if result.other_seconds is None else terminal.seconds(result.other_seconds)
+    return [
+        what,
+        shape,
+        figure.threads,
+        "" if result.seconds is None else terminal.seconds(result.seconds),
+        f"{other} {figure.peer}" if other and figure.peer else other,
+        "" if result.value is None else _value(figure, result.value),
+        _value(figure, figure.floor),
+        "" if result.share is None else f"{result.share:.0%}",
+        result.verdict,
+    ]
+
+
+def _value(figure: Figure, value: float) -> str:
+    if figure.kind == "reading":
+        return f"{value:.0%}"
+    return f"{value:.2f} s" if figure.kind == "compile" else f"{value:.2f}"
+
+
+def record(result: Result) -> dict[str, Any]:
+    """A row as plain values."""
+    return asdict(result) | {"verdict": result.verdict}
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=2.0, help="per row (default 2)")
+    parser.add_argument("--save", type=Path, help="write figures.json into this folder")
+    parser.add_argument("--only", default="", help="rows whose name or type has this text")
+    options = parser.parse_args()
+    if PEERS["torch"].missing is None:
+        PEERS["torch"].load()  # before any call of ours: one team of threads for both
+    wanted = [each for each in figures() if options.only in f"{each.what} {each.dtype}"]
+    results = []
+    with terminal.progress() as bar:
+        for figure in bar.track(wanted, description="Measuring"):
+            results.append(measure(figure, options.seconds))
+    console = terminal.out()
+    title = f"{host().name}, {host().isa}, {host().cores} cores"
+    console.print(terminal.table(title, COLUMNS, (cells(result) for result in results)))
+    console.print("value: other / tilefold; decode: share of the bandwidth that reading reached")
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        document = circumstances() | {"rows": [record(result) for result in results]}
+        text = json.dumps(document, indent=1) + "\n"
+        write_atomically(options.save / "figures.json", text.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
