@@ -245,6 +245,20 @@ def test_a_dry_run_keeps_nothing(cache: Path, narrow_wins: None, capsys: Any) ->
     assert not (cache / "tuned.json").exists()
 
 
+def test_precision_and_what_multiplies_are_said(cache: Path, timed: Any, capsys: Any) -> None:
+    timed(lambda _: 1.0)
+    assert cli.main([*TINY, "--precision", "medium", "--dtype", "float32", "float64"]) == 0
+    said = capsys.readouterr().out
+    assert "forward 1,2,300,16 float32 (medium) full()" in said
+    assert "forward 1,2,300,16 float64 full()" in said  # which has one precision
+    units = {key.dtype: key.unit for _, key in winners.load().winners}
+    medium = case(precision="medium").problem
+    assert units == {
+        "float32": plan.multiplier(medium, host(), "forward").unit,
+        "float64": "fma",
+    }
+
+
 def test_programs_read_json(cache: Path, narrow_wins: None, capsys: Any) -> None:
     assert cli.main([*TINY, "--mask", "full()", "causal()", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -285,6 +299,7 @@ def test_inspect_prices_the_rows(
         (["--len-k", "50"], "tilefold tune --shape 1,2,300,16 --len-k 50 --operation forward"),
         (["--mask", "causal()"], "tune --shape 1,2,300,16 --mask 'causal()' --operation forward"),
         (["--dtype", "float64", "--operation", "backward"], "float64 --operation backward"),
+        (["--precision", "high"], "--shape 1,2,300,16 --precision high --operation forward"),
         (["--heads-kv", "1", "--dim-v", "8"], "--heads-kv 1 --dim-v 8 --operation forward"),
     ],
 )

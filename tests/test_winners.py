@@ -158,6 +158,19 @@ def test_results_with_a_winner_are_those_of_the_definition(cache: Path) -> None:
         np.testing.assert_allclose(found, exact, atol=2e-5)
 
 
+def test_a_call_that_was_made_before_takes_the_winner(cache: Path) -> None:
+    """Calls are prepared once, and remember their kernels."""
+    asked = problem(dim=19)
+    a = workload.arrays(workload.Case(asked))
+    kernels = []
+    for blocks in (OTHER, Blocks(RegisterTile(2, 1), 62)):
+        keep(asked, blocks=blocks)
+        tilefold.attention(a.q, a.k, a.v, scale=asked.scale)
+        kernels.append({path.name for path in cache.glob("*.bin")})
+    assert len(kernels[0]) == 2  # the table's, of `arrays`, and the first winner's
+    assert len(kernels[1] - kernels[0]) == 1
+
+
 # The file --------------------------------------------------------------------------------------
 
 

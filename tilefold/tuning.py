@@ -189,11 +189,16 @@ class _Race:
             self._trials[blocks] = Trial(blocks, statistics.median(ratios), len(ratios))
 
     def _call(self, blocks: Blocks) -> Call:
-        made, given = self._plan(blocks), self._operands
-        strides = {name: buffer.strides for name, buffer in given.items()}
-        call = engine.prepare(made, strides, results=())
-        pointers = [given[name].pointer for name in engine.GIVEN[self._case.operation]]
-        return functools.partial(call.run, *pointers)
+        """The first of these calls compiles; they are quick to make."""
+        strides = {name: buffer.strides for name, buffer in self._operands.items()}
+        names = engine.GIVEN[self._case.operation]
+        pointers = [self._operands[name].pointer for name in names]
+
+        @functools.cache
+        def prepared() -> engine.Call:
+            return engine.prepare(self._plan(blocks), strides, results=())
+
+        return lambda: prepared().run(*pointers)
 
     def _plan(self, blocks: Blocks) -> Plan:
         """The kernel alone, after what prepares its operands."""

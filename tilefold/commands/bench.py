@@ -40,6 +40,7 @@ def register(commands: Any) -> None:
     parser.set_defaults(main=main)
     parser.add_argument("--shape", nargs="+", default=SHAPES, metavar=specification.SHAPE)
     specification.add_sizes(parser)
+    specification.add_precision(parser)
     parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
     parser.add_argument("--mask", nargs="+", default=MASKS, metavar="RULE")
     parser.add_argument("--operation", nargs="+", choices=tuple(PASSES), default=list(OPERATIONS))
@@ -113,6 +114,10 @@ def _label(case: Case) -> str:
     return f"{case.operation} {case.shape} {case.problem.mask}"
 
 
+def _kind(case: Case) -> str:
+    return specification.kind(case.problem.dtype, case.problem.precision)
+
+
 Measured = dict[tuple[str, int, Multiplier], Rates]
 
 
@@ -135,7 +140,7 @@ def _share(row: Row, rates: Measured) -> tuple[float, str]:
 
 
 def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None:
-    dtypes = sorted({rows[0].case.problem.dtype for rows in found})
+    dtypes = sorted({_kind(rows[0].case) for rows in found})
     columns = ["", ">thr", ">tilefold", ">GFLOP/s", ">bound"]
     for peer in peers:
         columns += [f">{peer}", ">ratio"]
@@ -143,7 +148,7 @@ def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None
     for rows in found:
         own = rows[0]
         share, _ = _share(own, rates)
-        label = _label(own.case) + (f" {own.case.problem.dtype}" if len(dtypes) > 1 else "")
+        label = _label(own.case) + (f" {_kind(own.case)}" if len(dtypes) > 1 else "")
         line = [
             label,
             str(own.case.threads),

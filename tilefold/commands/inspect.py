@@ -31,6 +31,7 @@ def register(commands: Any) -> None:
     parser.set_defaults(main=main)
     parser.add_argument("--shape", default="1,8,2048,64", metavar=specification.SHAPE)
     specification.add_sizes(parser)
+    specification.add_precision(parser)
     specification.add_dtype(parser)
     parser.add_argument("--mask", default="full()", metavar="RULE")
     parser.add_argument("--operation", choices=plan.OPERATIONS, default="forward")
@@ -169,6 +170,7 @@ def _tune_command(made: Plan) -> str:
         ("--heads-kv", problem.heads_kv, problem.heads_q),
         ("--dim-v", problem.dim_v, problem.dim),
         ("--dtype", problem.dtype, "float32"),
+        ("--precision", problem.precision, "highest"),
         ("--mask", problem.mask, "full()"),
     ):
         if str(value) != str(usual):
@@ -188,7 +190,8 @@ def _show(document: dict[str, Any]) -> None:
         for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")
     )
     facts = terminal.facts()
-    facts.add_row("problem", f"{problem['operation']}, {problem['dtype']}, {sizes}")
+    kind = specification.kind(problem["dtype"], problem["precision"])
+    facts.add_row("problem", f"{problem['operation']}, {kind}, {sizes}")
     facts.add_row("mask", terminal.escape(problem["mask"]))
     facts.add_row("device", f"{device['name']}, {device['isa']}, {device['workers']} threads")
     measured = (

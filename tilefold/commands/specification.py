@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tilefold.mask import Rule
-from tilefold.problem import ITEM_BYTES, Problem, default_scale
+from tilefold.problem import ITEM_BYTES, PRECISIONS, Problem, default_scale
 
 SHAPE = "BATCH,HEADS,LENGTH,DIM"
 
@@ -35,8 +35,20 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """The option `--precision`."""
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="highest", help="of products in float32"
+    )
+
+
+def kind(dtype: str, precision: str) -> str:
+    """A type, and the precision of its products where it is not the highest: `float32 (high)`."""
+    return dtype if precision == "highest" else f"{dtype} ({precision})"
+
+
 def problem(options: argparse.Namespace, text: str, mask: Rule, dtype: str) -> Problem:
-    """The problem of a shape's text and the options of `add_sizes`."""
+    """The problem of a shape's text and the options of `add_sizes` and `add_precision`."""
     batch, heads, length, dim = shape(text)
     return Problem(
         batch=batch,
@@ -49,4 +61,5 @@ def problem(options: argparse.Namespace, text: str, mask: Rule, dtype: str) -> P
         dtype=dtype,
         scale=default_scale(dim),
         mask=mask,
+        precision=options.precision if dtype == "float32" else "highest",
     )

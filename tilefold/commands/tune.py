@@ -30,6 +30,7 @@ def register(commands: Any) -> None:
     parser.set_defaults(main=main)
     parser.add_argument("--shape", nargs="+", default=["1,8,2048,64"], metavar=specification.SHAPE)
     specification.add_sizes(parser)
+    specification.add_precision(parser)
     parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
     parser.add_argument("--mask", nargs="+", default=["full()"], metavar="RULE")
     parser.add_argument("--operation", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
@@ -111,6 +112,8 @@ def _describe(tuned: Tuned) -> dict[str, Any]:
         "kernel": key.kernel,
         "shape": case.shape,
         "dtype": key.dtype,
+        "precision": case.problem.precision,
+        "unit": key.unit,
         "mask": str(case.problem.mask),
         "threads": case.threads,
         "table": str(tuned.table),
@@ -160,7 +163,8 @@ def _candidates(tuned: dict[str, Any]) -> Any:
                 marks.get(trial["blocks"], ""),
             ]
         )
-    title = f"{tuned['kernel']} {tuned['shape']} {tuned['dtype']} {tuned['mask']}"
+    kind = specification.kind(tuned["dtype"], tuned["precision"])
+    title = f"{tuned['kernel']} {tuned['shape']} {kind} {tuned['mask']}"
     columns = ["tile", ">traversed", ">time", ">ratio", ">rounds", ""]
     count = f"{tuned['threads']} thread{'s' * (tuned['threads'] > 1)}"
     return terminal.table(f"{title}, {count}", columns, rows)
