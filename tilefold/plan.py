@@ -251,9 +251,6 @@ def _backward(
     sides = Sides(problem, fused.runs, reduce.spec.block_parallel, fused.spec.block_parallel)
     in_place = in_place and computed == problem.dtype
     line = -(-problem.dim // fused.spec.lanes) * fused.spec.lanes
-    faster = multiplier(problem, device, "backward_dkv") != fused.spec.products
-    if form == "auto" and faster:  # the fused kernel multiplies one by one, and the others do not
-        form = "split"
     if owners is None and form != "split" and not problem.empty:
         row_bytes = line * ITEM_BYTES[computed]
         owners, time = fastest(sides, device.cores, row_bytes, in_place)
@@ -443,7 +440,7 @@ def multiplier(problem: Problem, device: Device, kernel: str) -> Multiplier:
     take 3/16 of the time of one product in float32, but three products of pairs 3/2 of it. So
     where there are pairs without tiles, "high" is computed as "highest".
     """
-    if kernel in ("delta", "backward", "reduce_dq", *DECODE):
+    if kernel in ("delta", "reduce_dq", *DECODE):
         return FMA
     kind = problem.precision if problem.dtype == "float32" else problem.dtype
     parts = {"bfloat16": 1, "medium": 1, "float16": 2, "high": 2}.get(kind)

@@ -25,6 +25,9 @@ from tilefold.backends.cpu.softmax import LOG2_E, exp2
 from tilefold.backends.cpu.tile import Matrix, Tile
 from tilefold.plan import KernelSpec
 
+Statistics = list[tuple[list[Value], list[Value]]]
+"""lse and delta of each row of a block, by vector."""
+
 
 def delta(spec: KernelSpec) -> str:
     """The text of the kernel that writes delta."""
@@ -170,13 +173,19 @@ class KeyGradients:
                 lse = self._of_query("lse", self.lse_head, tile, body.add(row, i), LOG2_E)
                 delta = self._of_query("delta", self.delta_head, tile, body.add(row, i), None)
                 statistics.append(([lse] * self.shape.vectors, [delta] * self.shape.vectors))
-            _keep_differences(self.products, tile, row, dp, statistics, masked, ("p", "ds"))
+            self.keep(tile, row, dp, statistics, masked)
 
         self.products.scores(tile, do.rows, self.v_packed, spec.dim_v, use)
         body.comment("dV^T += dO^T P;  dK^T += Q^T dS")
         accumulate = self.products.accumulate_safely
         accumulate(masked, tile, self.do, do.columns, "p", self.dv, spec.dim_v)
         accumulate(masked, tile, self.queries, queries.columns, "ds", self.dk, spec.dim)
+
+    def keep(
+        self, tile: Tile, row: Value, dp: gemm.Accumulators, statistics: Statistics, masked: bool
+    ) -> gemm.Accumulators:
+        """Keep rows of P and of dS for the products that follow; return those of dS."""
+        return _keep_differences(self.products, tile, row, dp, statistics, masked, ("p", "ds"))
 
     def _of_query(
         self, name: str, head: Value, tile: Tile, row: Value, factor: float | None
@@ -219,12 +228,13 @@ def _keep_differences(
     tile: Tile,
     row: Value,
     dp: gemm.Accumulators,
-    statistics: list[tuple[list[Value], list[Value]]],
+    statistics: Statistics,
     masked: bool,
     kept: tuple[str, ...],
-) -> None:
+) -> gemm.Accumulators:
     """Rows of P over their scores, where "p" is to be kept, and of dS = P (dP - delta)."""
     body = tile.body
+    found = []
     for start in range(0, len(dp), products.step):
         rows = range(start, start + products.step)
         lines = [
@@ -238,6 +248,8 @@ def _keep_differences(
         elif masked:
             products.mark(tile, first, weights)
         products.keep(tile, "ds", first, changes, masked)
+        found += changes
+    return found
 
 
 def _differences(

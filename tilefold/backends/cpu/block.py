@@ -81,7 +81,11 @@ def _pair_regions(spec: KernelSpec) -> dict[str, int]:
         return own | staging | lines
     own = {"k": right(dim), "v": right(dim_v)}
     weights = {"p_pairs": right(traversed), "ds_pairs": right(traversed)}
-    return own | weights | staging | lines | {"left_v_columns": columns(dim_v)}
+    found = own | weights | staging | lines | {"left_v_columns": columns(dim_v)}
+    if spec.operation == "backward":
+        words = spec.products.parts * width // 2
+        found |= {"ds_lines": words * rows, "k_words": words * whole_vectors(dim, spec.lanes)}
+    return found
 
 
 def _near_regions(spec: KernelSpec) -> dict[str, int]:

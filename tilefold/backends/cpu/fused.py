@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from tilefold.backends.cpu import gemm, work
-from tilefold.backends.cpu.backward import KeyGradients
-from tilefold.backends.cpu.block import Block, emit
+from tilefold.backends.cpu import amx, gemm, pairs, work
+from tilefold.backends.cpu.backward import KeyGradients, Statistics
+from tilefold.backends.cpu.block import Block, emit, padded
 from tilefold.backends.cpu.ir import Operand, Value, Variable, overload, vector
-from tilefold.backends.cpu.tile import Matrix, Tile
+from tilefold.backends.cpu.tile import Factor, Matrix, Tile
 from tilefold.expression import Truth
 from tilefold.owners import COLUMNS, FIRST_QUERY, FIRST_ROW, LAST_QUERY, LAST_ROW, PART
 from tilefold.plan import KernelSpec
@@ -38,7 +38,8 @@ for each owner of blocks of keys:
         dP <- dO V^T;  dS <- P (dP - delta)
         dV^T += dO^T P;  dK^T += Q^T dS;  dQ += dS (scale K)
     dK <- scale dK"""
-    return emit(spec, title.strip(), lambda block: _AllGradients(block).write())
+    kind = {"fma": _AllGradients, "dot": _PairGradients, "amx": _TileGradients}[spec.products.unit]
+    return emit(spec, title.strip(), lambda block: kind(block).write())
 
 
 def reduce_dq(spec: KernelSpec) -> str:
@@ -142,12 +143,20 @@ class _AllGradients(KeyGradients):
         if self.spec.dim > whole:
             use(whole, -(-(self.spec.dim - whole) // self.shape.lanes))
 
+    def key_factor(self) -> Value:
+        """What the copy of K is multiplied by, so that dQ need not be."""
+        return self.block.scale()
+
+    def ds_factor(self) -> Value:
+        """What dS still lacks."""
+        return self.block.scalar(1.0)
+
     def _copy_keys(self) -> tuple[Value, Variable]:
         """scale K of the block, row by row in whole vectors; and whether K is finite there."""
         body, block, scalar = self.body, self.block, self.shape.scalar
         region = block.region("k_rows")
         keys = block.matrix("k", block.h)
-        scale = block.scale()
+        scale = self.key_factor()
         with body.loop("key", 0, block.valid) as key:
             source = keys.row(body, body.add(block.first, key))
             target = body.offset(region, scalar, body.mul(key, self._line))
@@ -171,27 +180,30 @@ class _AllGradients(KeyGradients):
                 self._columns(partial(self._add_dq_tile, tile, row, height))
 
     def _add_dq_tile(self, tile: Tile, row: Value, height: int, d: Operand, vectors: int) -> None:
-        body, scalar = self.body, self.shape.scalar
-        shape = gemm.Shape(height, vectors, self.shape.lanes, scalar)
-        weights = [
-            body.offset(self.ds, scalar, body.mul(body.add(row, i), self.shape.width))
-            for i in range(height)
-        ]
+        body = self.body
+        shape = replace(self.shape, rows=height, vectors=vectors)
         targets = [self._dq_at(body.add(tile.first, body.add(row, i)), d) for i in range(height)]
-        totals = gemm.multiply(
-            body,
-            shape,
-            height,
-            weights,
-            1,
-            body.offset(self.k_rows, scalar, d),
-            self._line,
-            self.block.valid,
-            lambda i, j: self._load_dq(targets[i], d, j),
-        )
+        start = partial(self._load_dq_of, targets, d)
+        totals = self._multiply(shape, row, d, start)
         for target, line in zip(targets, totals, strict=True):
             for j, total in enumerate(line):
                 self._store_dq(total, target, d, j)
+
+    def _multiply(
+        self, shape: gemm.Shape, row: Value, d: Operand, start: Callable[[int, int], Value]
+    ) -> gemm.Accumulators:
+        """start + dS rows x k_rows, over the block's keys."""
+        body, scalar = self.body, self.shape.scalar
+        weights = [
+            body.offset(self.ds, scalar, body.mul(body.add(row, i), self.shape.width))
+            for i in range(shape.rows)
+        ]
+        right = body.offset(self.k_rows, scalar, d)
+        valid = self.block.valid
+        return gemm.multiply(body, shape, shape.rows, weights, 1, right, self._line, valid, start)
+
+    def _load_dq_of(self, rows: list[Value], d: Operand, i: int, j: int) -> Value:
+        return self._load_dq(rows[i], d, j)
 
     def _dq_at(self, query: Value, d: Operand) -> Value:
         body, scalar = self.body, self.shape.scalar
@@ -241,6 +253,7 @@ class _AllGradients(KeyGradients):
             forbidden = body.constant(tile.marker_bits("weight"), marker)
             with body.when(body.compare("ne", bits, forbidden), "visible"):
                 weight = body.load(body.offset(self.ds, scalar, pair), scalar)
+                weight = body.binary("fmul", weight, self.ds_factor())
                 target = self._dq_at(body.add(tile.first, q), 0)
                 source = body.offset(self.k_rows, scalar, body.mul(key, self._line))
                 with body.loop("d", 0, self.spec.dim) as d:
@@ -248,3 +261,106 @@ class _AllGradients(KeyGradients):
                     number = body.load(body.offset(source, scalar, d), scalar)
                     total = body.multiply_add(weight, number, body.load(place, scalar))
                     body.store(total, place)
+
+
+class _PairGradients(_AllGradients):
+    """With dS as lines of bfloat16, and K as words of two keys.
+
+    The scale goes into dS, which is rounded anyway: scale K would be rounded once more.
+    """
+
+    def key_factor(self) -> Value:
+        return self.block.scalar(1.0)
+
+    def ds_factor(self) -> Value:
+        return self.block.scale()
+
+    @property
+    def _parts(self) -> int:
+        return self.spec.products.parts
+
+    @property
+    def _words_of_keys(self) -> int:
+        """Words of one part of K."""
+        return self.shape.width // 2 * self._line
+
+    @property
+    def _numbers_of_lines(self) -> int:
+        """Numbers of one part of the lines of dS."""
+        unit = amx.DEPTH if self.spec.products.unit == "amx" else 2
+        return padded(self.spec.block_traverse, unit) * self.shape.width
+
+    def _copy_keys(self) -> tuple[Value, Variable]:
+        body, block = self.body, self.block
+        rows, finite = super()._copy_keys()
+        with body.loop("key", block.valid, self.shape.width) as key:
+            for j in range(self._line // self.shape.lanes):
+                place = self.shape.at(body, rows, key, j, self._line)
+                body.store(block.splat(0.0), place)
+        shape = replace(self.shape, vectors=self._line // self.shape.lanes)
+        function = pairs.interleave(body.module, shape, self._parts)
+        sizes = (self.shape.width // 2, self._words_of_keys)
+        numbers = [Value(str(size), "i64") for size in sizes]
+        body.invoke(function, [block.region("k_words"), rows, *numbers])
+        return rows, finite
+
+    def keep(
+        self, tile: Tile, row: Value, dp: gemm.Accumulators, statistics: Statistics, masked: bool
+    ) -> gemm.Accumulators:
+        body = self.body
+        changes = super().keep(tile, row, dp, statistics, masked)
+        scale = body.splat(self.ds_factor(), self.shape.lanes, "scale")
+        for i, line in enumerate(changes):
+            place = self._line_of(body.add(row, i))
+            for j, change in enumerate(line):
+                value = body.binary("fmul", change, scale, "ds")
+                for part, number in enumerate(pairs.split(body, value, self._parts)):
+                    offset = part * self._numbers_of_lines + j * self.shape.lanes
+                    body.store(pairs.narrow(body, number), body.offset(place, "i16", offset))
+        return changes
+
+    def _line_of(self, row: Operand) -> Value:
+        """The address of a line of dS."""
+        lines = self.block.region("ds_lines")
+        return self.body.offset(lines, "i16", self.body.mul(row, self.shape.width))
+
+    def _multiply(
+        self, shape: gemm.Shape, row: Value, d: Operand, start: Callable[[int, int], Value]
+    ) -> gemm.Accumulators:
+        body = self.body
+        lines = [self._line_of(body.add(row, i)) for i in range(shape.rows)]
+        right = body.offset(self.block.region("k_words"), "i32", d)
+        words = body.binary("lshr", body.add(self.block.valid, 1), 1)
+        return gemm.multiply(body, shape, shape.rows, lines, 2, right, self._line, words, start)
+
+
+class _TileGradients(_PairGradients):
+    """With tiles of dS and of K; what they give is added to dQ from scratch."""
+
+    def _add_dq(self, tile: Tile) -> None:
+        body, block = self.body, self.block
+        staging, width = block.region("staging"), self.shape.width
+        shape = replace(self.shape, vectors=self._line // self.shape.lanes)
+        depth = body.binary("lshr", body.add(block.valid, amx.DEPTH - 1), 5)
+        words = block.region("k_words")
+        with body.loop("q", 0, tile.count, 2 * amx.ROWS) as first:
+            line = self._line_of(first)
+            factors = [
+                Factor(
+                    amx.Lines(
+                        body.offset(line, "i16", a * self._numbers_of_lines),
+                        Value(str(width), "i64"),
+                    ),
+                    body.offset(words, "i32", b * self._words_of_keys),
+                )
+                for a in range(self._parts)
+                for b in range(self._parts - a)
+            ]
+            amx.panel(body, shape, factors, depth, staging, 2, start=None)
+            last = body.minimum(body.sub(tile.count, first), 2 * amx.ROWS)
+            with body.loop("i", 0, last) as i:
+                target = self._dq_at(body.add(tile.first, body.add(first, i)), 0)
+                for j in range(shape.vectors):
+                    more = body.load(shape.at(body, staging, i, j, self._line), shape.vector)
+                    total = body.binary("fadd", self._load_dq(target, 0, j), more)
+                    self._store_dq(total, target, 0, j)

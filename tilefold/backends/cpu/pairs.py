@@ -65,7 +65,7 @@ def narrow(body: Body, value: Value) -> Value:
 
 def interleave(module: Module, shape: Shape, parts: int) -> str:
     """`(right, rows in scratch, pairs, words between the parts)`: its name."""
-    name = f"interleave_{parts}"
+    name = f"interleave_{shape.vectors}_{parts}"
     if module.defines(name):
         return name
     parameters = [Value("%right", "ptr"), Value("%rows", "ptr")]
