@@ -34,6 +34,9 @@ GIVEN = {
 _ALONE_FLOPS = 1e6
 """Below this one thread works: 10 us of a core at 100 GFLOP/s (not tuned)."""
 
+_ALONE_BYTES = 2**18
+"""And below this: 10 us of a core at 25 GB/s (not tuned)."""
+
 _WORKSPACE = WORK.index("workspace")
 
 Strides = tuple[int, ...]
@@ -134,7 +137,8 @@ def prepare(plan: Plan, strides: Mapping[str, Strides], results: tuple[Shape, ..
     """
     problem = plan.problem
     pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
-    alone = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
+    few_flops = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
+    alone = few_flops and problem.bytes(plan.operation) < _ALONE_BYTES
     ordered = {name: strides[name] for name in GIVEN[plan.operation]}
     ordered |= {name: _contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
     steps = tuple(_step(plan, launch, ordered) for launch in plan.launches)
