@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tilefold.api import attention, attention_backward
+    from tilefold.api import attention, attention_backward, merge
     from tilefold.backends.cpu.threads import get_num_threads, set_num_threads
     from tilefold.mask import (
         Rule,
@@ -32,6 +32,7 @@ __all__ = [
     "get_num_threads",
     "lengths",
     "local",
+    "merge",
     "prefix",
     "rule",
     "set_num_threads",
@@ -40,6 +41,7 @@ __all__ = [
 _HOMES = dict.fromkeys(__all__, "tilefold.mask") | {
     "attention": "tilefold.api",
     "attention_backward": "tilefold.api",
+    "merge": "tilefold.api",
     "get_num_threads": "tilefold.backends.cpu.threads",
     "set_num_threads": "tilefold.backends.cpu.threads",
 }

@@ -139,6 +139,50 @@ def attention_backward(
     return gradients
 
 
+def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, *, layout: str = "bhnd") -> tuple[Any, Any]:
+    """Attention over two sets of keys, from the results over each: the sets share no key.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, 6, 8))
+    >>> first = tilefold.attention(q, k[:, :, :4], v[:, :, :4], return_lse=True)
+    >>> second = tilefold.attention(q, k[:, :, 4:], v[:, :, 4:], return_lse=True)
+    >>> o, lse = tilefold.merge(*first, *second)
+    >>> bool(np.allclose(o, tilefold.attention(q, k, v)))
+    True
+
+    For keys that come in pieces: from several machines, or a prompt that many queries share and
+    what follows it. The order of the two does not matter but for rounding, and any number of
+    results merge one by one.
+
+    Arguments:
+        o1, o2: (batch, heads, len_q, dim_v) in the layout, as `attention` returned them
+        lse1, lse2: (batch, heads, len_q), as `attention(..., return_lse=True)` returned them, in
+            float64 where o1 is float64, else in float32
+        layout: the order of the axes of o1, o2 and o, as for `attention`
+            All four are NumPy arrays (or what NumPy can view), or all torch tensors, on any device.
+
+    Returns:
+        o, lse: of the shapes and types of o1 and lse1. A query that saw no key in one part
+            (lse = -inf) has the result of the other; one that saw none in both has o = 0 and
+            lse = -inf.
+
+    Results carry no gradient. The gradients of the parts follow from the merged results: for each
+    part, `attention_backward(do, q, k1, v1, o, lse)` is what its keys and values add, and dq is the
+    sum over the parts.
+
+    Raises:
+        TypeError: an argument is not an array, or their types do not fit together
+        ValueError: shapes do not fit together, or layout is not allowed
+
+    Each part is weighed by its share of the sum of exponentials (Milakov and Gimelshein, 2018,
+    arXiv:1805.02867, section 3.1).
+    """
+    frontend = _frontend(o1=o1, lse1=lse1, o2=o2, lse2=lse2)
+    merged: tuple[Any, Any] = frontend.merge(o1, lse1, o2, lse2, layout)
+    return merged
+
+
 _known: dict[type, ModuleType] = {}
 """The frontends of the plain arrays that were met: a look-up, where asking torch takes a while."""
 

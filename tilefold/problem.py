@@ -250,6 +250,28 @@ def shapes_qkv(problem: Problem, layout: str) -> tuple[Shape, Shape, Shape]:
     return tuple(q[a] for a in axes), tuple(k[a] for a in axes), tuple(v[a] for a in axes)
 
 
+def check_parts(
+    shapes: Mapping[str, Shape], dtypes: Mapping[str, str], layout: str
+) -> tuple[int, int, int, int]:
+    """Check partial results o1, lse1, o2 and lse2; return where the axes of o1 stand.
+
+    Raises TypeError or ValueError unless they fit together.
+    """
+    check_layout(layout)
+    dtype = common_dtype({name: dtypes[name] for name in ("o1", "o2")})
+    rows = _canonical("o1", shapes["o1"], layout)[:3]
+    for name, expected in (("o2", shapes["o1"]), ("lse1", rows), ("lse2", rows)):
+        if shapes[name] != expected:
+            raise ValueError(
+                f"{name} must have shape {expected} to go with o1, which is {shapes['o1']} in"
+                f" layout {layout}, got {shapes[name]}"
+            )
+        if name != "o2" and dtypes[name] != STATISTICS[dtype]:
+            kind = STATISTICS[dtype]
+            raise TypeError(f"{name} must be of {kind} where o1 is {dtype}, got {dtypes[name]}")
+    return LAYOUTS[layout]
+
+
 def shape_o(problem: Problem, layout: str) -> Shape:
     """The shape of o and do in a layout."""
     canonical = (problem.batch, problem.heads_q, problem.len_q, problem.dim_v)

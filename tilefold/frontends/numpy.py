@@ -21,6 +21,7 @@ from tilefold.problem import (
     STATISTICS,
     check_layout,
     check_lse,
+    check_parts,
     check_precision,
     check_shape,
     common_dtype,
@@ -95,6 +96,30 @@ def attention_backward(
     dq, dk, dv = (np.empty(shape, q.dtype) for shape in call.results)
     call.run(*[_pointer(array) for array in (*given, dq, dk, dv)])
     return dq, dk, dv
+
+
+def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, Array]:
+    """Return o and lse; see `tilefold.merge`."""
+    given = {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
+    arrays = {name: _array(name, value) for name, value in given.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    dtypes = {name: array.dtype.name for name, array in arrays.items()}
+    axes = check_parts(shapes, dtypes, layout)
+    lses = np.stack((arrays["lse1"], arrays["lse2"]))
+    unseen = lses == -np.inf
+    nothing = unseen.all(axis=0)
+    with np.errstate(invalid="ignore", under="ignore"):
+        top = lses.max(axis=0)
+        weights = np.exp(lses - np.where(nothing, 0, top))
+        total = np.where(nothing, 1, weights.sum(axis=0))
+        lse = np.where(nothing, -np.inf, top + np.log(total)).astype(lses.dtype)
+        o = np.zeros(arrays["o1"].transpose(axes).shape, lses.dtype)
+        for number, name in enumerate(("o1", "o2")):
+            part = arrays[name].transpose(axes).astype(lses.dtype)
+            share = (weights[number] / total)[..., None]
+            o += np.where(unseen[number][..., None], 0, share * part)
+    merged = np.ascontiguousarray(o.transpose(axes))  # each layout is its own inverse
+    return merged.astype(arrays["o1"].dtype), lse
 
 
 def _array(name: str, value: Any) -> Array:

@@ -31,6 +31,7 @@ from tilefold.problem import (
     Problem,
     check_layout,
     check_lse,
+    check_parts,
     check_precision,
     check_shape,
     common_dtype,
@@ -92,6 +93,26 @@ def attention_backward(
     _refuse_tangents(*given)
     result: tuple[Tensor, Tensor, Tensor] = _backward(*given, mask, scale, layout, precision)
     return result
+
+
+@torch.no_grad()
+def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Return o and lse; see `tilefold.merge`."""
+    given = {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    axes = check_parts(shapes, {name: _name(tensor) for name, tensor in given.items()}, layout)
+    lses = torch.stack((lse1, lse2))
+    unseen = lses == -torch.inf
+    nothing = unseen.all(0)
+    top = lses.max(0).values
+    weights = torch.exp(lses - top.masked_fill(nothing, 0))
+    total = weights.sum(0).masked_fill(nothing, 1)
+    lse = (top + total.log()).masked_fill(nothing, -torch.inf)
+    shares = (weights / total).unsqueeze(-1)
+    parts = [o.permute(axes).to(lse.dtype) for o in (o1, o2)]
+    parts = [part.masked_fill(unseen[i].unsqueeze(-1), 0) for i, part in enumerate(parts)]
+    o = shares[0] * parts[0] + shares[1] * parts[1]
+    return o.permute(axes).to(o1.dtype).contiguous(), lse  # each layout is its own inverse
 
 
 def _unobserved(*tensors: Tensor) -> bool:
