@@ -24,12 +24,14 @@ check: $(VENV)/test.stamp  ## format, lint, types, import order, the feature tab
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python tools/features.py --check
+	$(BIN)/python tools/results.py --check
 	$(BIN)/python -m pytest --quiet tests/test_imports.py
 
 bench: $(VENV)/test.stamp  ## this machine against the peers that are installed
 	$(BIN)/tilefold bench --peers torch --save benchmarks/results $(ARGS)
 	$(BIN)/python benchmarks/figures.py --save benchmarks/results
 	$(BIN)/python benchmarks/comparison.py --save benchmarks/results
+	$(BIN)/python tools/results.py
 
 docs: $(VENV)/docs.stamp $(VENV)/test.stamp  ## the site, strictly
 	$(BIN)/python tools/features.py

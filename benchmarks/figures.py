@@ -92,6 +92,12 @@ class Result:
     reason: str | None = None
     notes: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Result:
+        """The result that `record` made a row of."""
+        fields = {name: value for name, value in row.items() if name != "verdict"}
+        return cls(**fields | {"figure": Figure(**row["figure"])})
+
     @property
     def verdict(self) -> str:
         """`reached`, `not reached`, or `not measured` with the reason."""
@@ -284,17 +290,27 @@ def _share(case: Case, seconds: float, pairs: int) -> tuple[float, str]:
 
 # Tables ----------------------------------------------------------------------------------------
 
-COLUMNS = ("", "shape", ">threads", ">tilefold", ">other", ">value", ">floor", ">roofline", "")
+COLUMNS = (
+    "",
+    "shape",
+    ">threads",
+    ">tilefold",
+    ">other",
+    ">value",
+    ">floor",
+    ">roofline",
+    "verdict",
+)
 
 
 def cells(result: Result) -> list[str]:
     """A row as text."""
     figure = result.figure
     shape = figure.shape + (f", {figure.keys} keys" if figure.keys else "")
-    what = f"{figure.what} {figure.mask} {figure.dtype}".replace(" full()", "")
+    mask = "" if figure.mask == "full()" else f" {figure.mask}"
     other = "" if result.other_seconds is None else terminal.seconds(result.other_seconds)
     return [
-        what,
+        f"{figure.what}{mask}, {figure.dtype}",
         shape,
         figure.threads,
         "" if result.seconds is None else terminal.seconds(result.seconds),

@@ -10,6 +10,7 @@ from typing import Any
 import comparison
 import figures
 import pytest
+import results
 from figures import Figure, Result
 
 from tilefold import peers, workload
@@ -155,3 +156,56 @@ def test_a_bound_process_has_the_cores_that_it_is_given() -> None:
     found = comparison.bound(1, 0, 16, ["torch"])
     assert {row["threads"] for row in found} == {1}
     assert {row["name"] for row in found} == {"tilefold", "torch"}
+
+
+# The pages -------------------------------------------------------------------------------------
+
+CIRCUMSTANCES = {
+    "date": "2026-11-21T03:15:01+00:00",
+    "machine": {"name": "A processor", "isa": "avx2", "cores": 3},
+    "versions": {"torch": "2.13.0"},
+    "commit": "0123456789ab",
+}
+
+
+def test_the_pages_say_what_the_files_say() -> None:
+    for name, block in results.blocks().items():
+        page = (results.ROOT / name).read_text(encoding="utf-8")
+        assert results.replaced(page, block) == page, f"{name}: python tools/results.py"
+    picture = results.ROOT / "docs" / "images" / results.PICTURE.name
+    assert picture.exists() == results.PICTURE.exists()
+    assert not picture.exists() or picture.read_bytes() == results.PICTURE.read_bytes()
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    page = "a\n<!-- RESULTS BEGIN: x -->\nold\n<!-- RESULTS END -->\nb"
+    assert results.replaced(page, "new") == f"a\n{results.BEGIN}\nnew\n{results.END}\nb"
+    for broken in ("a", page + page):
+        with pytest.raises(ValueError, match="one block of results"):
+            results.replaced(broken, "new")
+
+
+def test_verdicts_are_counted_over_what_could_be_judged() -> None:
+    figure = Figure("forward", 1.5, figures.D64, dtype="bfloat16")
+    found = [
+        Result(figure, 2.0, 0.5, 1.0, 0.75, "arithmetic"),
+        Result(figure, 1.0, 1.0, 1.0, 0.5, "arithmetic"),
+        Result(figure, 9.0, 0.1, 0.9, 0.5, "bytes", reason="no AMX"),
+    ]
+    rows = json.loads(json.dumps([figures.record(result) for result in found]))
+    assert [Result.of(row) for row in rows] == found
+    text = "\n".join(results.floors(CIRCUMSTANCES | {"rows": rows}))
+    assert "1 of the 2 figures" in " ".join(text.split())
+    assert "1 could not be judged" in " ".join(text.split())
+    assert "| forward, bfloat16 | 1,8,2048,64 | all | 500 ms | 1.00 s torch | 2.00 |" in text
+    assert "| 1.50 | 75% | reached |" in text
+    assert "| not measured: no AMX |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the peers' own
+def test_the_comparison_says_what_a_peer_cannot(rows: list[comparison.Row]) -> None:
+    lines = results.others(CIRCUMSTANCES | {"rows": rows})
+    assert "| | tilefold | torch | flex |" in "\n".join(lines).replace("|  |", "| |")
+    assert "- `-`: FlexAttention has no backward on the CPU" in lines
+    assert "Versions: torch 2.13.0." in "\n".join(lines)

@@ -30,8 +30,8 @@ SWEEP_TRAVERSE = (32, 64, 128, 256)
 """Traversed rows per block that a sweep tries, cut to whole register tiles."""
 
 PAUSE = 0.01
-"""Seconds before each turn where implementations have teams of their own: an OpenMP team spins for
-some 5 ms after its work, on cores that belong to the next turn.
+"""Seconds before each turn where implementations have teams of their own: GNU's OpenMP spins for
+some 7 ms after its work (EPYC, 2 cores), on cores that belong to the next turn.
 """
 
 _SIZES = ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")

@@ -12,7 +12,10 @@ from typing import Any
 
 from tilefold.device import host
 
-_MEASURED_WITH = ("tilefold", "numpy", "llvmlite", "torch")
+_MEASURED_WITH = (
+    *("tilefold", "numpy", "llvmlite", "ml_dtypes"),
+    *("torch", "onnxruntime", "openvino", "jax", "keras", "tensorflow"),
+)
 
 
 def circumstances() -> dict[str, Any]:

@@ -1,0 +1,200 @@
+"""Write what was measured into the pages: README.md and docs/performance.md, between their marks.
+
+Every figure of those blocks comes from benchmarks/results/*.json, which `make bench` and the other
+scripts of benchmarks/ write. `--check` writes nothing and fails when a page says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tilefold.commands import terminal
+from tilefold.peers import PEERS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = RESULTS / "comparison.png"
+BEGIN = "<!-- RESULTS BEGIN: written by tools/results.py from benchmarks/results/*.json -->"
+END = "<!-- RESULTS END -->"
+WIDTH = 118
+
+sys.path.append(str(ROOT / "benchmarks"))  # rows know how they are shown
+
+import comparison  # noqa: E402
+import figures  # noqa: E402
+
+Document = dict[str, Any]
+
+
+def main() -> int:
+    """Write the blocks, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="fail when a page is out of date")
+    check = parser.parse_args().check
+    for name, block in blocks().items():
+        page = ROOT / name
+        before = page.read_text(encoding="utf-8")
+        after = replaced(before, block)
+        if check and before != after:
+            print(f"{name} is out of date: python tools/results.py", file=sys.stderr)
+            return 1
+        if not check:
+            page.write_text(after, encoding="utf-8")
+    if not check and PICTURE.exists():
+        shutil.copyfile(PICTURE, ROOT / "docs" / "images" / PICTURE.name)
+    return 0
+
+
+def blocks() -> dict[str, str]:
+    """What stands between the marks of each page."""
+    short = [*matrix(load("cpu")), "", *promises()]
+    long = list(short)
+    if (RESULTS / "figures.json").exists():
+        long += ["", "### Figures", "", *floors(load("figures"))]
+    if (RESULTS / "comparison.json").exists():
+        long += ["", "### Other implementations", "", *others(load("comparison"))]
+    return {"README.md": "\n".join(short), "docs/performance.md": "\n".join(long)}
+
+
+def replaced(page: str, block: str) -> str:
+    """A page with another block. Raises ValueError where it has no marks."""
+    pattern = re.compile(r"<!-- RESULTS BEGIN.*?-->\n.*?<!-- RESULTS END -->", re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise ValueError("a page has one block of results, between its marks")
+    return pattern.sub(lambda _: f"{BEGIN}\n{block}\n{END}", page)
+
+
+def wrapped(text: str) -> str:
+    """Prose in lines."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def load(name: str) -> Document:
+    """A file of results."""
+    document: Document = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def matrix(document: Document) -> list[str]:
+    """tilefold against torch, by number of threads."""
+    rows = {}
+    for row in document["rows"]:
+        case = (row["operation"], row["shape"], row["mask"], row["dtype"])
+        rows.setdefault(case, {})[row["threads"], row["name"]] = row
+    numbers = sorted({row["threads"] for row in document["rows"]})
+    columns = [
+        column
+        for number in numbers
+        for column in ("1 thread" if number == 1 else f"{number} threads", "torch", "ratio")
+    ]
+    lines = []
+    for (operation, shape, mask, _), cells in rows.items():
+        line = [f"{operation}, {' x '.join(shape.split(','))}, `{mask}`"]
+        for number in numbers:
+            own, other = cells[number, "tilefold"], cells[number, "torch"]
+            line += [terminal.seconds(each["median_seconds"]) for each in (own, other)]
+            line.append(f"**{other['tilefold_speedup']:.2f}**")
+        lines.append(line)
+    types = " and ".join(sorted({row["dtype"] for row in document["rows"]}))
+    return [
+        wrapped(
+            f"{machine(document)}, against `scaled_dot_product_attention` of PyTorch"
+            f" {document['versions']['torch']}, medians taken turn by turn in one process on random"
+            f" data ({when(document)}):"
+        ),
+        "",
+        *table([f"{types}, batch x heads x length x dim", *columns], lines),
+    ]
+
+
+def promises() -> list[str]:
+    """Memory, planning and compiling, each from its own file."""
+    memory, planning, compiling = load("memory"), load("plan_speed"), load("compile_speed")
+    extra = {name: max(0, each["extra_mib"]) for name, each in memory["passes"].items()}
+    million = [row for row in planning["rows"] if row["mask"] == planning["promise"].split(":")[0]]
+    kernels = [row for row in compiling["rows"] if "compile_s" in row]
+    shape = " x ".join(map(str, memory["shape"]))
+    text = (
+        f"Beyond inputs and outputs, {shape} takes {extra['forward']:.1f} MiB forward and"
+        f" {extra['backward']:.1f} MiB backward, where the scores would take"
+        f" {memory['score_matrix_mib'] / 1024:.0f} GiB. A window of 4096 over"
+        f" {million[0]['length']:,} tokens is planned in"
+        f" {max(row['milliseconds'] for row in million):.0f} ms and"
+        f" {max(row['peak_mib'] for row in million):.0f} MiB. A kernel compiles in at most"
+        f" {max(row['compile_s'] for row in kernels):.2f} s and comes from the disk cache in"
+        f" {1e3 * max(row['cached_s'] for row in kernels):.1f} ms."
+    )
+    return [wrapped(text)]
+
+
+def floors(document: Document) -> list[str]:
+    """The table of figures, with verdicts."""
+    found = [figures.Result.of(row) for row in document["rows"]]
+    reached = sum(result.verdict == "reached" for result in found)
+    judged = sum(result.reason is None for result in found)
+    text = (
+        f"{machine(document)}, {when(document)}: {reached} of the {judged} figures that could be"
+        f" judged there are reached; {len(found) - judged} could not be judged. The value is the"
+        " peer's median over tilefold's, of rounds taken turn by turn; of decoding, the time of"
+        " reading keys and values once over that of the call. The roofline is that of the rates of"
+        " the same run."
+    )
+    return [wrapped(text), "", *table(figures.COLUMNS, [figures.cells(each) for each in found])]
+
+
+def others(document: Document) -> list[str]:
+    """All implementations at one shape: a table, what some cannot do, the picture."""
+    rows = document["rows"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    lines = []
+    for case in comparison.cases(rows):
+        cells = {row["name"]: row for row in rows if comparison.label(row) == case}
+        lines.append([case, *(comparison.cell(cells[name]) for name in names)])
+    modules = dict.fromkeys(module for name in names[1:] for module in PEERS[name].modules)
+    known = document["versions"]
+    versions = [f"{module} {known[module]}" for module in modules if module in known]
+    reasons = dict.fromkeys(row["reason"] for row in rows if row["reason"])
+    text = (
+        f"{rows[0]['shape']} on {machine(document)}, {when(document)}, medians of rounds taken"
+        " turn by turn; each number of threads in a process that is bound to so many cores."
+        f" Versions: {', '.join(versions)}."
+    )
+    return [
+        wrapped(text),
+        "",
+        *table(["", *(f">{name}" for name in names)], lines),
+        "",
+        *(f"- `-`: {reason}" for reason in reasons),
+        "",
+        "![Operations per second of all implementations](images/comparison.png)",
+    ]
+
+
+def machine(document: Document) -> str:
+    """Where it was measured."""
+    found = document["machine"]
+    return f"{found['name']} ({found['isa']}, {found['cores']} cores)"
+
+
+def when(document: Document) -> str:
+    """When it was measured, and of which commit."""
+    return f"{document['date'][:10]}, commit `{document['commit']}`"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown; columns named `>...` are aligned to the right."""
+    rules = ["---:" if column.startswith(">") else "---" for column in columns]
+    heads = [column.removeprefix(">") for column in columns]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, rules, *rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
