@@ -136,6 +136,28 @@ def directory_symbolic_link(path: Path) -> None:
     path.parent.symlink_to(real)
 
 
+@pytest.mark.feature("M14")
+def test_what_was_noted_comes_back(store: cache.Cache) -> None:
+    assert store.note("why") is None
+    store.put_note("why", b"because")
+    assert store.note("why") == b"because"
+    assert store.note("why not") is None
+    store.put_note("why", b"therefore")
+    assert store.note("why") == b"therefore"
+    store.put("why", "a question", BINARY)  # the same name, and yet another file
+    assert store.note("why") == b"therefore"
+    assert store.get("why", "a question") == BINARY
+
+
+def test_notes_are_no_kernels_but_take_room_and_go_with_them(store: cache.Cache) -> None:
+    store.put(TEXT, TOOLCHAIN, BINARY)
+    before = store.size()
+    store.put_note("why", b"because")
+    assert store.count() == 1 and store.size() > before
+    assert store.clear() == 1
+    assert store.note("why") is None and list(store.directory.iterdir()) == []
+
+
 DAMAGE = [
     truncate,
     empty,
@@ -166,6 +188,20 @@ def test_a_damaged_entry_is_never_loaded_but_replaced(
     assert store.get(TEXT, TOOLCHAIN) is None
     store.put(TEXT, TOOLCHAIN, BINARY)
     assert store.get(TEXT, TOOLCHAIN) == BINARY
+
+
+@pytest.mark.parametrize(
+    "damage", [d for d in DAMAGE if d is not keep_the_header_alone], ids=lambda d: d.__name__
+)
+def test_a_damaged_note_is_never_believed_but_replaced(
+    damage: Callable[[Path], None], store: cache.Cache
+) -> None:
+    store.put_note("why", BINARY)
+    (path,) = store.directory.glob("*.note")
+    damage(path)
+    assert store.note("why") is None
+    store.put_note("why", BINARY)
+    assert store.note("why") == BINARY
 
 
 @pytest.mark.parametrize(

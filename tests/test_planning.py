@@ -15,7 +15,7 @@ from trial import PASSES, planned
 
 import tilefold
 from tilefold import Rule, causal, documents, engine, full, local, reference
-from tilefold.backends.cpu import block, ir, work
+from tilefold.backends.cpu import ir, work
 from tilefold.backends.cpu.kernel import kernel, workspace_bytes
 from tilefold.backends.cpu.runtime import CompileError
 from tilefold.device import Device, host
@@ -279,19 +279,3 @@ def test_a_broken_token_shows_its_line_and_mending_it_works(
     assert_near("o", tilefold.attention(q, k, v), want, 1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.feature("M14", "M03")
-def test_an_edited_generator_takes_effect_at_once(
-    monkeypatch: pytest.MonkeyPatch, fresh_kernels: Path
-) -> None:
-    """The key of a kernel is its text, so nothing has to be told that the generator changed."""
-    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1, 20, 6))
-    before = tilefold.attention(q, k, v)
-    with monkeypatch.context() as edited:
-        edited.setattr(block, "LOG2_E", 1.0)
-        forget()
-        other = tilefold.attention(q, k, v)
-    want, _ = reference.attention(q, k, v, scale=np.log(2) / np.sqrt(6))
-    assert_near("o to the base 2", other, want, 1e-12)
-    forget()
-    assert_same("o", tilefold.attention(q, k, v), before)

@@ -3,6 +3,10 @@
 An entry's name is the SHA-256 of the kernel's text and of the toolchain that compiled it: there is
 no key to forget a field of. The text is kept beside the binary for people to read.
 
+Writing a text takes longer than reading a binary. So what a text was written from is kept too, as
+a *note*: a small file whose name is the hash of a question, and which says the answer. Notes are
+trusted no more than binaries are.
+
 Machine code is only loaded from where nobody else could have put it: the directory and the file
 must be real (no symbolic links), belong to this user, and be writable by nobody else; a header
 carries the length and a checksum. An entry that fails any of this is treated as absent, and the
@@ -19,14 +23,14 @@ import re
 import secrets
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import platformdirs
-
 from tilefold import settings
 
+_NOTE = "a question"
+"""Stands for the toolchain in the names of notes, so that no kernel shares one."""
 _MAGIC = b"tilefold kernel 1\n"
 _OURS = re.compile(r"[0-9a-f]{64}\.[a-z]{1,8}(\.[0-9a-f]{16})?")
 
@@ -40,44 +44,62 @@ class Cache:
 
     def get(self, text: str, toolchain: str) -> bytes | None:
         """Return the binary that a toolchain made of a text, or None if there is none to trust."""
-        key = _key(text, toolchain)
+        return self.binary(key(text, toolchain))
+
+    def binary(self, key: str) -> bytes | None:
+        """Return the binary under a key, or None if there is none to trust."""
+        return self._load(key, ".bin")
+
+    def note(self, question: str) -> bytes | None:
+        """Return the answer that was noted to a question, or None if there is none to trust."""
+        return self._load(key(question, _NOTE), ".note")
+
+    def _load(self, key: str, suffix: str) -> bytes | None:
         try:
             with _opened(self.directory) as directory:
-                content = _read(f"{key}.bin", directory)
+                content = _read(f"{key}{suffix}", directory)
         except OSError:
             return None
-        binary = content[len(_header(key, b"")) :]
-        return binary if content == _header(key, binary) + binary else None
+        rest = content[len(_header(key, b"")) :]
+        return rest if content == _header(key, rest) + rest else None
 
     def put(self, text: str, toolchain: str, binary: bytes, suffix: str = ".ll") -> None:
         """Keep a binary and its text. A directory that cannot be written to is left alone."""
-        key = _key(text, toolchain)
-        content = _header(key, binary) + binary
-        if len(content) > self.limit_bytes:
+        name = key(text, toolchain)
+        content = _header(name, binary) + binary
+        self._keep({f"{name}{suffix}": text.encode(), f"{name}.bin": content})
+
+    def put_note(self, question: str, answer: bytes) -> None:
+        """Keep the answer to a question, as `put` keeps binaries."""
+        name = key(question, _NOTE)
+        self._keep({f"{name}.note": _header(name, answer) + answer})
+
+    def _keep(self, files: Mapping[str, bytes]) -> None:
+        if max(map(len, files.values())) > self.limit_bytes:
             return
         # Nothing depends on the entry being there, so no failure to write one is an error.
         with contextlib.suppress(OSError):
             _make(self.directory)
             with _opened(self.directory) as directory:
-                _write(f"{key}{suffix}", text.encode(), directory)
-                _write(f"{key}.bin", content, directory)
+                for name, content in files.items():
+                    _write(name, content, directory)
                 self._evict(directory)
 
     def size(self) -> int:
-        """Return the bytes that all kernels and their texts take."""
+        """Return the bytes that all kernels, their texts and the notes take."""
         return sum(entry.bytes for entry in self._entries())
 
     def count(self) -> int:
         """Return how many kernels are kept."""
-        return len(self._entries())
+        return sum(entry.kernel for entry in self._entries())
 
     def clear(self) -> int:
-        """Remove every kernel and return how many that were. Files of other names stay."""
+        """Remove every kernel and note; return how many kernels. Files of other names stay."""
         entries = self._entries()
         with contextlib.suppress(OSError), _opened(self.directory) as directory:
             for entry in entries:
                 entry.remove(directory)
-        return len(entries)
+        return sum(entry.kernel for entry in entries)
 
     def problem(self) -> str | None:
         """Return why this directory cannot be used, in one line, or None if it can."""
@@ -111,21 +133,33 @@ class Cache:
             total -= entry.bytes
 
 
+def key(text: str, toolchain: str) -> str:
+    """Return the name of what a toolchain made of a text."""
+    name = toolchain.encode()
+    return hashlib.sha256(b"%d\n%s%s" % (len(name), name, text.encode())).hexdigest()
+
+
 def default() -> Cache:
     """Return the cache of this user: TILEFOLD_CACHE_DIR, or the system's place for such things."""
     directory = settings.CACHE_DIR.get()
     if directory is None:
+        import platformdirs  # here, since a first call counts its milliseconds
+
         directory = platformdirs.user_cache_path("tilefold", appauthor=False) / "kernels"
     return Cache(directory, settings.CACHE_MIB.get() * 1024 * 1024)
 
 
 @dataclass
 class _Entry:
-    """The files of one kernel: binary, text, and temporary ones of writers that did not finish."""
+    """The files of one kernel (binary, text) or one note, and of writers that did not finish."""
 
     names: list[str] = field(default_factory=list)
     bytes: int = 0
     used: float = 0.0
+
+    @property
+    def kernel(self) -> bool:
+        return not all(".note" in name for name in self.names)
 
     def remove(self, directory: int) -> None:
         for name in self.names:
@@ -145,11 +179,6 @@ def _entries(directory: int) -> list[_Entry]:
             entry.bytes += status.st_size
             entry.used = max(entry.used, status.st_mtime)
     return list(entries.values())
-
-
-def _key(text: str, toolchain: str) -> str:
-    name = toolchain.encode()
-    return hashlib.sha256(b"%d\n%s%s" % (len(name), name, text.encode())).hexdigest()
 
 
 def _header(key: str, binary: bytes) -> bytes:

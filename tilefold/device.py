@@ -15,7 +15,6 @@ import errno
 import functools
 import os
 import platform
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -275,6 +274,8 @@ def _read(path: Path) -> str:
 
 
 def _sysctl(name: str) -> str:
+    import subprocess  # on macOS alone; a first call counts its milliseconds
+
     try:
         done = subprocess.run(
             ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False

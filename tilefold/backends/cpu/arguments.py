@@ -7,9 +7,12 @@ words are constant during a call but the two counters from which workers pull th
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from tilefold.backends.cpu.ir import Body, Value
 from tilefold.plan import KernelSpec
+
+if TYPE_CHECKING:
+    from tilefold.backends.cpu.ir import Body, Value
 
 WORK = (
     "next_item",  # counter: the next entry of the work list

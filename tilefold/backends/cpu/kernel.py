@@ -1,28 +1,28 @@
-"""From a spec to a function in memory: emit, find in the cache or compile, load."""
+"""From a spec to a function in memory: emit, find in the cache or compile, load.
+
+A kernel's name on disk is the hash of its text. Where the same sources of this package wrote the
+text of the same spec before, that name was noted, and neither the text is written nor a generator
+imported: that is most of what a first call would take.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 
-from tilefold.backends.cpu import backward, block, decode, forward, fused, merge, runtime, state
+from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.arguments import names
 from tilefold.device import Device
+from tilefold.expression import Skeleton
 from tilefold.plan import DECODE, KernelSpec
 from tilefold.problem import ITEM_BYTES, STATISTICS
 
-_GENERATORS = {
-    "forward": forward.forward,
-    "decode": decode.decode,
-    "decode_part": decode.decode,
-    "merge": merge.merge,
-    "delta": backward.delta,
-    "backward_dq": backward.dq,
-    "backward_dkv": backward.dkv,
-    "backward": fused.fused,
-    "reduce_dq": fused.reduce_dq,
-}
+_PACKAGE = Path(__file__).parents[2]
+_SOURCES = (_PACKAGE, Path(__file__).parent)
+"""Where all lies that a generator could import: by the reading order, nothing else stands above."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,70 @@ class CpuKernel:
 
 def emit(spec: KernelSpec) -> str:
     """The LLVM text of a kernel; works on every machine."""
-    return _GENERATORS[spec.operation](spec)
+    # The generators are imported where a text is wanted, which a first call seldom does.
+    from tilefold.backends.cpu import backward, decode, forward, fused, merge
+
+    generators = {
+        "forward": forward.forward,
+        "decode": decode.decode,
+        "decode_part": decode.decode,
+        "merge": merge.merge,
+        "delta": backward.delta,
+        "backward_dq": backward.dq,
+        "backward_dkv": backward.dkv,
+        "backward": fused.fused,
+        "reduce_dq": fused.reduce_dq,
+    }
+    return generators[spec.operation](spec)
 
 
 @lru_cache(maxsize=512)
 def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
     """The kernel of a spec, compiled for the device unless the disk cache has it."""
-    loaded = runtime.kernel(emit(spec), spec.operation, device)
-    return CpuKernel(loaded, names(spec), workspace_bytes(spec))
+    written_by = _loaded_sources()
+    question = f"{written_by}\n{_spelt(spec)}"
+    found = runtime.recall(question, spec.operation, device) if written_by else None
+    if found is None:
+        text = emit(spec)
+        found = runtime.kernel(text, spec.operation, device), workspace_bytes(spec)
+        if written_by and written_by == sources():  # else someone is just editing a generator
+            runtime.note(question, text, device, found[1])
+    loaded, scratch_bytes = found
+    return CpuKernel(loaded, names(spec), scratch_bytes)
+
+
+def sources() -> str:
+    """A checksum of all sources that a text could depend on; empty where they cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(path for folder in _SOURCES for path in folder.iterdir()):
+            if path.suffix == ".py":
+                content = path.read_bytes()
+                digest.update(b"%s %d\n%s" % (path.name.encode(), len(content), content))
+    except OSError:  # the package is in an archive
+        return ""
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _loaded_sources() -> str:
+    """The sources as this process first met them."""
+    return sources()
+
+
+def _spelt(spec: KernelSpec) -> str:
+    """All fields of a spec; a mask by its text, which is what makes two of them equal."""
+    values = ((field.name, getattr(spec, field.name)) for field in fields(spec))
+    return "\n".join(
+        f"{name} {value.text if isinstance(value, Skeleton) else repr(value)}"
+        for name, value in values
+    )
 
 
 def workspace_bytes(spec: KernelSpec) -> int:
     """Scratch of one worker, a whole number of 64-byte lines and one page apart from the next."""
+    from tilefold.backends.cpu import block, state
+
     item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]
     regions = state.regions if spec.operation in DECODE else block.regions
     return -(-sum(regions(spec).values()) * item_bytes // 64) * 64

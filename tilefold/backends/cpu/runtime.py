@@ -99,14 +99,43 @@ def kernel(text: str, symbol: str, device: Device) -> Loaded:
 
     Raises `CompileError`, and `ValueError` for a device that this process does not run on.
     """
-    if device.triple != host().triple:
-        raise ValueError(f"device must be of this machine, {host().triple}, not {device.triple}")
+    _check_host(device)
     store = cache.default()
     binary = store.get(text, toolchain(device))
     if binary is None:
         binary = compile(text, device)
         store.put(text, toolchain(device), binary, suffix=".ll")
     return load(binary, symbol)
+
+
+def recall(question: str, symbol: str, device: Device) -> tuple[Loaded, int] | None:
+    """Return the kernel whose text was the answer to a question, and the number noted with it.
+
+    None where nobody noted it, or its binary is gone: then the text must be written.
+    """
+    _check_host(device)
+    store = cache.default()
+    answer = store.note(_asked(question, device))
+    if answer is None:
+        return None
+    name, number = answer.decode().split()
+    binary = store.binary(name)
+    return None if binary is None else (load(binary, symbol), int(number))
+
+
+def note(question: str, text: str, device: Device, number: int) -> None:
+    """Keep for `recall` that a text is the answer to a question, and a number beside it."""
+    answer = f"{cache.key(text, toolchain(device))} {number}"
+    cache.default().put_note(_asked(question, device), answer.encode())
+
+
+def _asked(question: str, device: Device) -> str:
+    return f"{toolchain(device)}\n{question}"
+
+
+def _check_host(device: Device) -> None:
+    if device.triple != host().triple:
+        raise ValueError(f"device must be of this machine, {host().triple}, not {device.triple}")
 
 
 @functools.lru_cache(maxsize=16)
