@@ -138,6 +138,47 @@ def test_the_table_stays_unless_others_are_clearly_faster(
     assert (found.best.blocks != table) == wins
 
 
+def test_noise_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast in most rounds of a stage, but not in the last; or in the median, but not surely."""
+    table = plan.table_blocks(case().problem, host(), "forward")
+    noisy = [0.5, 0.5, 0.5, 1.5, 1.5]
+    stages: list[int] = []
+
+    def turns(calls: Mapping[str, Call], **limits: Any) -> dict[str, list[float]]:
+        if limits.get("most") == 1:
+            return {name: [1.0] for name in calls}
+        stages.append(limits["least"])
+        once = [0.5] * 5 if len(stages) < tuning.STAGES else noisy
+        return {name: [1.0] * 5 if blocks(name) == table else once for name in calls}
+
+    monkeypatch.setattr(tuning, "turn_by_turn", turns)
+    (found,) = tuning.tune(case(), seconds=1)
+    assert found.trials[0].ratio == 0.5 and found.trials[0].share == 0.6
+    assert found.best.blocks == table
+    assert stages == [tuning.LEAST_ROUNDS] * 2 + [tuning.LEAST_LAST_ROUNDS]
+    noisy[3] = 0.5
+    stages.clear()
+    (found,) = tuning.tune(case(), seconds=1)
+    assert found.best.blocks != table
+
+
+def test_only_the_last_stage_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = plan.table_blocks(case().problem, host(), "forward")
+    stages: list[list[str]] = []
+
+    def turns(calls: Mapping[str, Call], **limits: Any) -> dict[str, list[float]]:
+        if limits.get("most") != 1:
+            stages.append(list(calls))
+        time = 0.9 if len(stages) < tuning.STAGES else 1.1  # the table looked slow at first
+        return {name: [1.0 if blocks(name) == table else time] * 3 for name in calls}
+
+    monkeypatch.setattr(tuning, "turn_by_turn", turns)
+    (found,) = tuning.tune(case(), seconds=1)
+    assert min(trial.ratio for trial in found.trials) == 0.9
+    assert found.best.blocks == table
+    assert {str(trial.blocks) for trial in found.trials if trial.last} == set(stages[-1])
+
+
 def test_a_clock_that_drifts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ratios are of one round; medians of each candidate alone would be those of the drift."""
     table = plan.table_blocks(case().problem, host(), "forward")
@@ -266,7 +307,10 @@ def test_programs_read_json(cache: Path, narrow_wins: None, capsys: Any) -> None
     assert [kernel["mask"] for kernel in answer["kernels"]] == ["full()", "causal()"]
     for kernel in answer["kernels"]:
         ratios = [candidate["ratio"] for candidate in kernel["candidates"]]
-        assert ratios == sorted(ratios)
+        last = [candidate["last_stage"] for candidate in kernel["candidates"]]
+        assert last == sorted(last, reverse=True) and sum(last) == tuning.KEPT_BLOCKS + 1
+        assert ratios[: sum(last)] == sorted(ratios[: sum(last)])
+        assert ratios[sum(last) :] == sorted(ratios[sum(last) :])
         assert kernel["winner"] == kernel["candidates"][0]["blocks"]
         assert kernel["gain"] == pytest.approx(1 / ratios[0] - 1)
         assert kernel["table"] in {candidate["blocks"] for candidate in kernel["candidates"]}

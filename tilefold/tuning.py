@@ -7,7 +7,8 @@ For each pass of a case, on random data:
     the best four of all
 
 The table's blocks run in every round. What is compared is a candidate's time over theirs in the
-same round, and the median of that over the rounds: a clock that drifts slows both.
+same round, and the median of that over the rounds: a clock that drifts slows both. Who is first
+among many by noise is not first again among few: only the last stage decides.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ TRAVERSE = (32, 64, 96, 128, 160, 192, 256, 512)
 STAGES = 3
 KEPT_TILES, KEPT_BLOCKS = 3, 4
 """How many go on into the second and the third stage."""
-LEAST_GAIN = 0.01
-"""The table's blocks win unless others are faster by more: less is noise on a shared machine."""
+LEAST_GAIN, LEAST_SHARE = 0.01, 0.75
+"""The table's blocks win unless others are faster by more, and faster in so many of the rounds:
+less is noise on a shared machine.
+"""
+LEAST_ROUNDS, LEAST_LAST_ROUNDS = 3, 9
+"""Rounds of a stage, and of the last one, however long they take."""
 TURN_SECONDS = 1e-3
 """Shorter calls are repeated within a turn, so that the clock and the loop do not count."""
 
@@ -52,16 +57,21 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """Blocks and their time over that of the table's blocks, the median over so many rounds."""
+    """Blocks and their time over that of the table's blocks, the median over so many rounds.
+
+    `share` of the rounds saw them faster. `last`: these are the rounds of the last stage.
+    """
 
     blocks: Blocks
     ratio: float
+    share: float
     rounds: int
+    last: bool
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured of one kernel; `trials` begin with the fastest."""
+    """What was measured of one kernel; `trials` by speed, those of the last stage before others."""
 
     case: Case
     key: Key
@@ -71,9 +81,10 @@ class Tuned:
 
     @property
     def best(self) -> Trial:
-        """The fastest trial, or the table's blocks where nothing is clearly faster."""
-        if self.trials[0].ratio < 1 - LEAST_GAIN:
-            return self.trials[0]
+        """The fastest trial of the last stage, or the table's where nothing is clearly faster."""
+        fastest = self.trials[0]
+        if fastest.ratio < 1 - LEAST_GAIN and fastest.share >= LEAST_SHARE:
+            return fastest
         return next(trial for trial in self.trials if trial.blocks == self.table)
 
     def timed(self, trial: Trial) -> Timed:
@@ -85,7 +96,7 @@ class Tuned:
         return Winner(
             best=self.timed(self.best),
             table=Timed(self.table, self.table_seconds),
-            worst=self.timed(self.trials[-1]),
+            worst=self.timed(max(self.trials, key=lambda trial: trial.ratio)),
             candidates=len(self.trials),
             shape=self.case.shape,
             threads=self.case.threads,
@@ -99,7 +110,7 @@ def tune(
 ) -> list[Tuned]:
     """Measure the candidates for each pass of a case, for about `seconds` each.
 
-    Compiling comes on top, and no stage has fewer than three rounds. `note` hears what is being
+    Compiling comes on top, and no stage has fewer than `LEAST_ROUNDS`. `note` hears what is being
     done, `STAGES` times for each pass. Raises ValueError for a problem without pairs.
     """
     if case.problem.empty:
@@ -148,12 +159,12 @@ class _Race:
         heights = self._heights()
         others = [self._cut(tile, rows) for tile in list(best)[:KEPT_TILES] for rows in heights]
         self._stage("blocks", [blocks for blocks in others if blocks not in self._trials], share)
-        self._stage("the best", self._fastest()[:KEPT_BLOCKS], share)
-        trials = tuple(self._trials[blocks] for blocks in self._fastest())
+        self._stage("the best", self._fastest()[:KEPT_BLOCKS], share, last=True)
+        trials = sorted(self._trials.values(), key=lambda trial: (not trial.last, trial.ratio))
         made = self._plan(self._table)
         (launch,) = [one for one in made.launches if one.spec.operation == self._kernel]
         key = winner_key(self._case.problem, host(), self._kernel, launch.spec.mask)
-        return Tuned(self._case, key, self._table, self._table_seconds, trials)
+        return Tuned(self._case, key, self._table, self._table_seconds, tuple(trials))
 
     def _heights(self) -> list[int]:
         """Numbers of traversed rows to try: no more than one that holds the whole axis."""
@@ -172,7 +183,9 @@ class _Race:
     def _fastest(self) -> list[Blocks]:
         return sorted(self._trials, key=lambda blocks: self._trials[blocks].ratio)
 
-    def _stage(self, what: str, candidates: Sequence[Blocks], seconds: float) -> None:
+    def _stage(
+        self, what: str, candidates: Sequence[Blocks], seconds: float, last: bool = False
+    ) -> None:
         """Measure the candidates beside the table's blocks, in rounds of one turn each."""
         self._note(f"{self._kernel} {self._case.shape} {self._case.problem.mask}: {what}")
         entered = dict.fromkeys([self._table, *candidates])
@@ -181,12 +194,16 @@ class _Race:
         first = turn_by_turn(calls, seconds=0, least=1, most=1)
         repeats = max(1, round(TURN_SECONDS / min(first[str(self._table)])))
         turns = {name: _repeated(call, repeats) for name, call in calls.items()}
-        times = turn_by_turn(turns, seconds=seconds, clock=clock(self._case.threads))
+        least = LEAST_LAST_ROUNDS if last else LEAST_ROUNDS
+        timer = clock(self._case.threads)
+        times = turn_by_turn(turns, seconds=seconds, least=least, clock=timer)
         beside = times[str(self._table)]
         self._table_seconds = statistics.median(beside) / repeats
         for blocks in entered:
             ratios = [mine / own for mine, own in zip(times[str(blocks)], beside, strict=True)]
-            self._trials[blocks] = Trial(blocks, statistics.median(ratios), len(ratios))
+            faster = sum(ratio < 1 for ratio in ratios) / len(ratios)
+            median = statistics.median(ratios)
+            self._trials[blocks] = Trial(blocks, median, faster, len(ratios), last)
 
     def _call(self, blocks: Blocks) -> Call:
         """The first of these calls compiles; they are quick to make."""

@@ -11,7 +11,6 @@ import argparse
 from typing import Any
 
 from tilefold import parse, tuning, winners
-from tilefold.backends.cpu import threads
 from tilefold.circumstances import circumstances
 from tilefold.commands import specification, terminal
 from tilefold.problem import ITEM_BYTES
@@ -35,7 +34,12 @@ def register(commands: Any) -> None:
     parser.add_argument("--mask", nargs="+", default=["full()"], metavar="RULE")
     parser.add_argument("--operation", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--form", choices=("auto", "fused", "split"), default="auto")
-    parser.add_argument("--threads", type=int, help="default: as many as cores")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="default 1, which neighbours disturb least; winners serve any number",
+    )
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="per kernel, beside compiling (default 6)"
     )
@@ -74,9 +78,12 @@ def _forget(as_json: bool) -> int:
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
-    workers = threads.get_num_threads() if options.threads is None else options.threads
     return [
-        Case(specification.problem(options, text, parse.parse(mask), dtype), operation, workers)
+        Case(
+            specification.problem(options, text, parse.parse(mask), dtype),
+            operation,
+            options.threads,
+        )
         for dtype in options.dtype
         for operation in options.operation
         for text in options.shape
@@ -128,6 +135,8 @@ def _describe(tuned: Tuned) -> dict[str, Any]:
                 "seconds": tuned.timed(trial).seconds,
                 "ratio": trial.ratio,
                 "rounds": trial.rounds,
+                "share_faster": trial.share,
+                "last_stage": trial.last,
             }
             for trial in tuned.trials
         ],
@@ -172,5 +181,5 @@ def _candidates(tuned: dict[str, Any]) -> Any:
 
 def _verdict(tuned: dict[str, Any]) -> str:
     if tuned["winner"] == tuned["table"]:
-        return f"the table's row stays: nothing is {tuning.LEAST_GAIN:.0%} faster"
+        return f"the table's row stays: nothing is surely {tuning.LEAST_GAIN:.0%} faster"
     return f"{tuned['winner']} is {tuned['gain']:.1%} faster than the table's row"
