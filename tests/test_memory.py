@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tilefold.device import host
+from tilefold.parse import parse
+from tilefold.plan import Scratch, plan
+from tilefold.problem import Problem, default_scale
 
 ROOT = Path(__file__).parents[1]
 LIMIT_MIB = 32
@@ -36,9 +42,15 @@ def peaks(length: int, mask: str, **environment: str) -> dict[str, Any]:
 
 
 def check(document: dict[str, Any]) -> None:
+    """More cores than heads take parts of dQ too, which are linear in the length like dQ itself."""
+    batch, heads, length, dim = document["shape"]
+    sizes = (batch, heads, heads, length, length, dim, dim)
+    problem = Problem(*sizes, "float32", default_scale(dim), parse(document["mask"]))
+    parts = plan(problem, host(), "backward").buffers.get("dq_parts", Scratch((0,), "float32"))
+    allowed = {"forward": LIMIT_MIB, "backward": LIMIT_MIB + 4 * math.prod(parts.shape) / 2**20}
     for name, found in document["passes"].items():
         # A little less than nothing: freed pages used again. Much less: the results were not seen.
-        assert -16 <= found["extra_mib"] <= LIMIT_MIB, (name, found)
+        assert -16 <= found["extra_mib"] <= allowed[name], (name, found)
 
 
 @pytest.mark.feature("M01", "M04")

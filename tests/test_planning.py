@@ -277,5 +277,3 @@ def test_a_broken_token_shows_its_line_and_mending_it_works(
     assert "= cal <" in shown and "@llvm.fmuladd" in shown
     want, _ = reference.attention(q, k, v)
     assert_near("o", tilefold.attention(q, k, v), want, 1e-12)
-
-

@@ -30,11 +30,14 @@ SPLIT_PRODUCTS = (3, 4)
 
 That time follows their number was measured on one core of an AMD EPYC (Zen 4), float32, one head,
 split / fused turn by turn, 2026-11-21: dense 2048 x 64 1.41, 8192 x 64 1.38, 2048 x 128 1.40,
-8192 x 128 1.32, 4096 x 40 1.38, causal 2048 x 64 1.40; 7 / 5 is 1.4.
+8192 x 128 1.32, 4096 x 40 1.38, causal 2048 x 64 1.40; bfloat16 pairs 2048 x 64 1.37, 2048 x 128
+1.38; float16 1.39, 1.37; 7 / 5 is 1.4.
 """
 
 ROW_PRODUCTS = 40
-"""What a row of a part costs (set to zero, read again, added), in products of a query and a key."""
+"""What a row of a part costs (set to zero, read again, added), in float32 products of a query and a
+key. Measured as above, 8 owners less one: 19 to 50; bfloat16 pairs 63 and 76 of theirs, which take
+half the time; float16 38."""
 
 BLOCK_QUERIES = 16
 """What a block row of keys costs whatever it meets, in queries that it meets (not tuned)."""
@@ -50,13 +53,18 @@ and after those of the owner before."""
 
 
 @dataclass(frozen=True, eq=False)
-class Sides:
-    """A problem as its owners see it: block rows of keys with their runs, and blocks of queries."""
+class Dealer:
+    """A problem as its owners see it: block rows of keys with their runs, and blocks of queries.
+
+    A row of a part takes `row_bytes`; `product` is the time of a product in those of float32.
+    """
 
     problem: Problem
     runs: Runs
     block_q: int
     block_k: int
+    row_bytes: int
+    product: float = 1.0
 
     @property
     def heads_q(self) -> int:
@@ -151,37 +159,37 @@ class Sides:
         return Runs(rows, np.stack((begin, end, np.zeros_like(end)), axis=1), 1, 1)
 
 
-def split_time(sides: Sides, cores: int) -> float:
+def split_time(dealer: Dealer, cores: int) -> float:
     """Time of the split form: 3 and 4 products with every block for itself, on the busiest core."""
-    counts = (sides.heads_q * sides.blocks_q, sides.heads_kv * sides.runs.block_rows)
+    counts = (dealer.heads_q * dealer.blocks_q, dealer.heads_kv * dealer.runs.block_rows)
     rounds = [-(-count // cores) / max(1, count) for count in counts]
     products = sum(n * share for n, share in zip(SPLIT_PRODUCTS, rounds, strict=True))
-    return products * sides.heads_q * float(sides.work.sum())
+    return products * dealer.heads_q * float(dealer.work.sum())
 
 
-def fastest(sides: Sides, cores: int, row_bytes: int, in_place: bool) -> tuple[int, float]:
+def fastest(dealer: Dealer, cores: int, in_place: bool) -> tuple[int, float]:
     """The number of owners of each key head that takes the least time, and that time.
 
     Time counts products of a query with a block row of keys, on the core with the most to do: 5 for
     every query that the heaviest owner meets, as often as the cores go round for all owners, and
-    the rows of the parts, `row_bytes` each, spread over the cores. So on 4 cores 1 head gets 4
-    owners, 5 / 4 where split takes 7 / 4. With 3 heads one owner each takes 5, four 15 / 4.
+    the rows of the parts, spread over the cores. So on 4 cores 1 head gets 4 owners, 5 / 4 where
+    split takes 7 / 4. With 3 heads one owner each takes 5, four 15 / 4.
 
     A single owner needs no part where it may sum dQ `in_place`. The parts of several keep to
     `PARTS_SHARE`, so memory is linear in the lengths: few heads on very many cores may be served
     better by the split form.
     """
-    most = PARTS_SHARE * sides.problem.bytes("backward")
+    most = PARTS_SHARE * dealer.problem.bytes("backward")
     times: dict[int, float] = {}
-    for owners in range(1, max(1, min(cores, sides.runs.block_rows)) + 1):
-        dealt = sides.deal(owners)
-        rows = sides.heads_q * rows_of_parts(dealt)
-        if owners > 1 and rows * row_bytes > most:
+    for owners in range(1, max(1, min(cores, dealer.runs.block_rows)) + 1):
+        dealt = dealer.deal(owners)
+        rows = dealer.heads_q * rows_of_parts(dealt)
+        if owners > 1 and rows * dealer.row_bytes > most:
             break
-        rounds = -(-sides.heads_kv * owners // cores)
-        times[owners] = FUSED_PRODUCTS * rounds * float(sides.shares(dealt).max()) * sides.group
+        rounds = -(-dealer.heads_kv * owners // cores)
+        times[owners] = FUSED_PRODUCTS * rounds * float(dealer.shares(dealt).max()) * dealer.group
         if owners > 1 or not in_place:
-            times[owners] += ROW_PRODUCTS * rows / sides.block_k / cores
+            times[owners] += ROW_PRODUCTS / dealer.product * rows / dealer.block_k / cores
     owners = min(times, key=lambda count: times[count])
     return owners, times[owners]
 

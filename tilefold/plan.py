@@ -17,7 +17,7 @@ from tilefold.blocks import Runs, runs
 from tilefold.device import Device
 from tilefold.expression import Boolean, Skeleton, Table, Truth, split
 from tilefold.fold import index_bits
-from tilefold.owners import COLUMNS, Sides, fastest, rows_of_parts, split_time
+from tilefold.owners import COLUMNS, Dealer, fastest, rows_of_parts, split_time
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 from tilefold.recent import Recent
 from tilefold.tables import FAMILIES, Family, RegisterTile
@@ -108,7 +108,7 @@ class Launch:
     `order` names block rows, heaviest first: of one head where all heads are alike (and is walked
     once for each), else of all heads. Item = (b * heads + h) * item_rows + block row. In the fused
     backward an item is an owner of several block rows: item_rows and `order` count owners, and
-    `owners` says what each has (see `Sides.deal`). `buffers` names the arrays of operands that go
+    `owners` says what each has (see `Dealer.deal`). `buffers` names the arrays of operands that go
     by another name.
     """
 
@@ -248,22 +248,29 @@ def _backward(
     computed = STATISTICS[problem.dtype]
     launches, buffers = [launch("delta")], {"delta": Scratch(row, computed)}
     fused, reduce = launch("backward"), launch("reduce_dq")
-    sides = Sides(problem, fused.runs, reduce.spec.block_parallel, fused.spec.block_parallel)
     in_place = in_place and computed == problem.dtype
+    products = fused.spec.products
     line = -(-problem.dim // fused.spec.lanes) * fused.spec.lanes
+    dealer = Dealer(
+        problem,
+        fused.runs,
+        block_q=reduce.spec.block_parallel,
+        block_k=fused.spec.block_parallel,
+        row_bytes=line * ITEM_BYTES[computed],
+        product=splits.UNIT[products.unit] * products.terms,
+    )
     if owners is None and form != "split" and not problem.empty:
-        row_bytes = line * ITEM_BYTES[computed]
-        owners, time = fastest(sides, device.cores, row_bytes, in_place)
-        if form == "auto" and split_time(sides, device.cores) < time:
+        owners, time = fastest(dealer, device.cores, in_place)
+        if form == "auto" and split_time(dealer, device.cores) < time:
             form = "split"
     if form == "split":
         return [*launches, launch("backward_dq"), launch("backward_dkv")], buffers
     owners = max(1, min(owners or 1, fused.block_rows))
     alone = owners == 1 and in_place
-    dealt = sides.alone if alone else sides.deal(owners)
+    dealt = dealer.alone if alone else dealer.deal(owners)
     fused = replace(
         fused,
-        order=np.argsort(-sides.shares(dealt), kind="stable"),
+        order=np.argsort(-dealer.shares(dealt), kind="stable"),
         item_rows=owners,
         owners=dealt,
         buffers={"dq_parts": "dq"} if alone else {},
@@ -271,7 +278,7 @@ def _backward(
     if alone:
         return [*launches, fused], buffers
     buffers["dq_parts"] = Scratch((*row[:2], rows_of_parts(dealt), line), computed)
-    return [*launches, fused, replace(reduce, runs=sides.parts(dealt), owners=dealt)], buffers
+    return [*launches, fused, replace(reduce, runs=dealer.parts(dealt), owners=dealt)], buffers
 
 
 GRANULE = 32

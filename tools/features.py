@@ -22,7 +22,7 @@ ROWS = {
     "M02": "Batch and heads are a loop over the single-head problem, as far as results go",
     "M03": "Every kernel is written and compiled on the first call; nothing is prebuilt",
     "M04": "Backward in two passes: no atomics, bit-identical runs, one number of scratch per row",
-    "M05": "dQ is split over queries and dK/dV over keys: each output tile has one owner",
+    "M05": "Each output tile has one owner, however dQ, dK and dV are split over queries and keys",
     "M06": "Any head dimension, odd ones and those beyond the registers included",
     "M07": "Block sizes come from a table one can ask and override; results do not depend on it",
     "M10": "A count of instructions per pass, and lower bounds on a device from measured rates",
