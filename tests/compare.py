@@ -1,16 +1,28 @@
-"""The one comparison: raises, and shows the worst place."""
+"""The one comparison: raises, and shows the worst place. What results may be off by, and why."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tilefold import Rule, reference
+from tilefold.problem import Problem
 
 Array = NDArray[Any]
+
+UNITS = {
+    "float32": 2.0**-24,
+    "float64": 2.0**-53,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+}
+"""What a number is off by at most, relative to it, when it is rounded once."""
+
+HALVES = ("float16", "bfloat16")
 
 
 def assert_near(name: str, got: ArrayLike, want: ArrayLike, tolerance: ArrayLike) -> None:
@@ -40,7 +52,9 @@ def assert_same(name: str, got: ArrayLike, want: ArrayLike) -> None:
     """Raises AssertionError unless both hold the same bits, but for the payload of a NaN."""
     got, want = np.asarray(got), np.asarray(want)
     assert got.dtype == want.dtype and got.shape == want.shape, (name, got.dtype, got.shape)
-    same = (got == want) & (np.signbit(got) == np.signbit(want)) | np.isnan(got) & np.isnan(want)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        both = np.isnan(got) & np.isnan(want)
+        same = (got == want) & (np.signbit(got) == np.signbit(want)) | both
     if not same.all():
         at = tuple(int(i) for i in np.argwhere(~same)[0])
         raise AssertionError(
@@ -149,3 +163,64 @@ def dense_rounded(operands: Mapping[str, Array], mask: Rule, scale: float) -> di
             "dv": grouped(rounded(p).swapaxes(2, 3) @ do),
         }
         return {"lse": lse} | {name: array.astype(kept) for name, array in found.items()}
+
+
+def tolerances(
+    problem: Problem,
+    operands: Mapping[str, Array],
+    want: Mapping[str, Array],
+) -> dict[str, float]:
+    """What a result may be off by.
+
+    float64: 1e-12 of its largest number. float32: twice the largest error of the same computation
+    done dense by NumPy in float32. Both on a floor of a few roundings of the terms of every sum
+    (`roundings`): 3 in float32, of which these cases and 120 random ones need 1.7 at most;
+    and 6 in float64, where the definition rounds as much itself. Half types: see `_of_halves`.
+    """
+    dtype = problem.dtype
+    moves = roundings(operands, want, problem.mask, problem.scale)
+    if dtype in HALVES:
+        return _of_halves(problem, operands, want, moves)
+    units = {"float32": 3, "float64": 6}[dtype] * UNITS[dtype]
+    if dtype == "float64":
+        allowed = {name: 1e-12 * largest(array) for name, array in want.items()}
+    else:
+        low = dense(operands, problem.mask, problem.scale, dtype)
+        allowed = {name: 2 * largest_error(low[name], array) for name, array in want.items()}
+    return {name: allowed[name] + units * moves[name] for name in want}
+
+
+def _of_halves(
+    problem: Problem,
+    operands: Mapping[str, Array],
+    want: Mapping[str, Array],
+    moves: Mapping[str, float],
+) -> dict[str, float]:
+    """Twice the largest error of a dense computation in the type, for gradients three times.
+
+    At least one rounding of the largest result, since the other may be exact by luck; and the floor
+    of float32, in which sums are made. lse is float32, and held to what float32 is.
+    """
+    low = dense_rounded(operands, problem.mask, problem.scale)
+    kept = problem.dtype
+    least = float(ml_dtypes.finfo(kept).smallest_subnormal) / 2
+    allowed = {"lse": 2 * largest_error(low["lse"], want["lse"])}
+    for name, times in (("o", 2), ("dq", 3), ("dk", 3), ("dv", 3)):
+        once = max(UNITS[kept] * largest(want[name]), least)
+        allowed[name] = max(times * largest_error(low[name], want[name]), once)
+    return {name: allowed[name] + 3 * UNITS["float32"] * moves[name] for name in want}
+
+
+def largest(array: Array) -> float:
+    """The size of the largest number, -inf left out."""
+    return float(abs(finite(array)).max(initial=0))
+
+
+def largest_error(got: Array, want: Array) -> float:
+    """The size of the largest difference, -inf left out."""
+    return float(abs(finite(got) - finite(want)).max(initial=0))
+
+
+def finite(array: Array) -> Array:
+    """0 for the -inf in lse, which must be met exactly."""
+    return np.where(np.isneginf(array), 0, array).astype(np.float64)

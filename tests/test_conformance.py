@@ -6,27 +6,15 @@ import random
 from functools import lru_cache
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import pytest
 from cases import AXES, CASES, LAYOUTS, MEMORY, PAIRS, Case, Sizes, random_rule
-from compare import assert_near, assert_same, dense, dense_rounded, roundings
+from compare import HALVES, UNITS, assert_near, assert_same, dense, tolerances
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import FORMS, Array, backward, canonical, forward, inputs, place, run
 
 import tilefold
 from tilefold.problem import STATISTICS, Problem, default_scale
-
-UNITS = {
-    "float32": 2.0**-24,
-    "float64": 2.0**-53,
-    "float16": 2.0**-11,
-    "bfloat16": 2.0**-8,
-}
-"""What a number is off by at most, relative to it, when it is rounded once."""
-
-HALVES = ("float16", "bfloat16")
 
 QUICK = [
     Case((113, 203), 16, "window-and-prefix", "bhnd", "gqa", "padded"),
@@ -54,67 +42,6 @@ SHOWS = pytest.mark.feature(
 )
 
 
-def tolerances(
-    problem: Problem,
-    operands: dict[str, Array],
-    want: dict[str, Array],
-    dtype: str,
-) -> dict[str, float]:
-    """What a result may be off by.
-
-    float64: 1e-12 of its largest number. float32: twice the largest error of the same computation
-    done dense by NumPy in float32. Both on a floor of a few roundings of the terms of every sum
-    (`compare.roundings`): 3 in float32, of which these cases and 120 random ones need 1.7 at most;
-    and 6 in float64, where the definition rounds as much itself. Half types: see `_of_halves`.
-    """
-    moves = roundings(operands, want, problem.mask, problem.scale)
-    if dtype in HALVES:
-        return _of_halves(problem, operands, want, moves)
-    units = {"float32": 3, "float64": 6}[dtype] * UNITS[dtype]
-    if dtype == "float64":
-        allowed = {name: 1e-12 * largest(array) for name, array in want.items()}
-    else:
-        low = dense(operands, problem.mask, problem.scale, dtype)
-        allowed = {name: 2 * largest_error(low[name], array) for name, array in want.items()}
-    return {name: allowed[name] + units * moves[name] for name in want}
-
-
-def _of_halves(
-    problem: Problem,
-    operands: dict[str, Array],
-    want: dict[str, Array],
-    moves: dict[str, float],
-) -> dict[str, float]:
-    """Twice the largest error of a dense computation in the type, for gradients three times.
-
-    At least one rounding of the largest result, since the other may be exact by luck; and the floor
-    of float32, in which sums are made. lse is float32, and held to what float32 is.
-    """
-    low = dense_rounded(operands, problem.mask, problem.scale)
-    kept = problem.dtype
-    least = float(ml_dtypes.finfo(kept).smallest_subnormal) / 2
-    allowed = {"lse": 2 * largest_error(low["lse"], want["lse"])}
-    for name, times in (("o", 2), ("dq", 3), ("dk", 3), ("dv", 3)):
-        once = max(UNITS[kept] * largest(want[name]), least)
-        allowed[name] = max(times * largest_error(low[name], want[name]), once)
-    return {name: allowed[name] + 3 * UNITS["float32"] * moves[name] for name in want}
-
-
-def largest(array: Array) -> float:
-    """The size of the largest number, -inf left out."""
-    return float(abs(finite(array)).max(initial=0))
-
-
-def largest_error(got: Array, want: Array) -> float:
-    """The size of the largest difference, -inf left out."""
-    return float(abs(finite(got) - finite(want)).max(initial=0))
-
-
-def finite(array: Array) -> Array:
-    """0 for the -inf in lse, which must be met exactly."""
-    return np.where(np.isneginf(array), 0, array).astype(np.float64)
-
-
 @lru_cache(maxsize=2)
 def definition(
     case: Case, dtype: str
@@ -123,7 +50,7 @@ def definition(
     problem = case.problem(dtype)
     operands = inputs(problem, case.layout, case.memory)
     want = dense(operands, problem.mask, problem.scale)
-    return operands, want, tolerances(problem, operands, want, dtype)
+    return operands, want, tolerances(problem, operands, want)
 
 
 @SHOWS
@@ -212,7 +139,7 @@ def test_any_problem(drawn: tuple[Problem, str, str]) -> None:
     problem, layout, memory = drawn
     operands = inputs(problem, layout, memory)
     want = dense(operands, problem.mask, problem.scale)
-    tolerance = tolerances(problem, operands, want, problem.dtype)
+    tolerance = tolerances(problem, operands, want)
     got = forward(problem, operands)
     for name in got:
         assert_near(name, got[name], want[name], tolerance[name])
