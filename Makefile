@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= auto
 ARGS   ?=
 
-.PHONY: run test quick check bench docs format clean
+.PHONY: run test quick check peers bench docs format clean
 
 run: $(VENV)/run.stamp  ## the main job: real text through a real transformer
 	$(BIN)/tilefold run $(ARGS)
@@ -26,6 +26,8 @@ check: $(VENV)/test.stamp  ## format, lint, types, import order, the feature tab
 	$(BIN)/python tools/features.py --check
 	$(BIN)/python tools/results.py --check
 	$(BIN)/python -m pytest --quiet tests/test_imports.py
+
+peers: $(VENV)/peers.stamp  ## install all peers of the benchmark, 4 GB
 
 bench: $(VENV)/test.stamp  ## this machine against the peers that are installed
 	$(BIN)/tilefold bench --peers torch --save benchmarks/results $(ARGS)
@@ -54,6 +56,10 @@ $(VENV)/run.stamp: pyproject.toml | $(BIN)/python
 
 $(VENV)/test.stamp: pyproject.toml $(VENV)/run.stamp | $(BIN)/python
 	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/peers.stamp: pyproject.toml $(VENV)/test.stamp | $(BIN)/python
+	$(PIP) --editable '.[peers]'
 	touch $@
 
 $(VENV)/docs.stamp: pyproject.toml | $(BIN)/python

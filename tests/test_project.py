@@ -96,7 +96,7 @@ def test_the_quick_suite_ends_within_seconds(record_property: pytest.RecordPrope
 
 
 def test_the_targets_are_there_and_make_knows_what_to_do() -> None:
-    for target in ("run", "test", "quick", "check", "bench", "docs"):
+    for target in ("run", "test", "quick", "check", "peers", "bench", "docs"):
         assert call("make", "--dry-run", "--always-make", target)
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")

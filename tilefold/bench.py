@@ -39,7 +39,10 @@ _SIZES = ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")
 
 @dataclass(frozen=True)
 class Row:
-    """What one implementation reached in one case, or the reason why it has no times."""
+    """What one implementation reached in one case, or the reason why it has no times.
+
+    `prepare_seconds` passed before its first call: arrays turned, graphs and masks built.
+    """
 
     case: Case
     name: str
@@ -47,6 +50,7 @@ class Row:
     pairs: int
     first_call_seconds: float
     reason: str | None = None
+    prepare_seconds: float = 0
 
     @property
     def flops(self) -> int:
@@ -70,6 +74,7 @@ class Row:
         timed = {
             "median_seconds": self.median,
             "best_seconds": min(self.seconds, default=None),
+            "prepare_seconds": self.prepare_seconds,
             "first_call_seconds": self.first_call_seconds,
             "gflops": self.gflops,
             "tilefold_speedup": self.median / own.median if own else None,
@@ -135,9 +140,12 @@ def measure(
         calls = {"tilefold": own(case, inputs)}
         first, expected = first_call(calls["tilefold"])
         firsts, reasons = {"tilefold": first}, {}
+        prepared: dict[str, float] = {}
         for name in names:
+            start = time.perf_counter()
             try:
                 call = peers.PEERS[name].make(case, inputs)
+                prepared[name] = time.perf_counter() - start
                 firsts[name], found = first_call(call)
                 peers.check(name, case, expected, found)
             except (NotImplementedError, ArithmeticError) as error:
@@ -153,7 +161,15 @@ def measure(
     pairs = visible_pairs(case.problem)
     order = dict.fromkeys(["tilefold", *names, *calls])
     return [
-        Row(case, n, tuple(timed.get(n, ())), pairs, firsts.get(n, math.nan), reasons.get(n))
+        Row(
+            case,
+            n,
+            tuple(timed.get(n, ())),
+            pairs,
+            firsts.get(n, math.nan),
+            reasons.get(n),
+            prepared.get(n, 0),
+        )
         for n in order
     ]
 

@@ -143,11 +143,19 @@ def floors(document: Document) -> list[str]:
     text = (
         f"{machine(document)}, {when(document)}: {reached} of the {judged} figures that could be"
         f" judged there are reached; {len(found) - judged} could not be judged. The value is the"
-        " peer's median over tilefold's, of rounds taken turn by turn; of decoding, the time of"
-        " reading keys and values once over that of the call. The roofline is that of the rates of"
-        " the same run."
+        " peer's median over tilefold's, of rounds taken turn by turn; of decoding, keys and values"
+        " per second as a share of the bandwidth at which 256 MiB are read in the same rounds."
+        " The roofline is that of the rates of the same run."
     )
-    return [wrapped(text), "", *table(figures.COLUMNS, [figures.cells(each) for each in found])]
+    flex = [result for result in found if result.figure.peer == "flex" and result.notes]
+    notes = [
+        f"- FlexAttention, {result.figure.dtype}: {result.notes['peer_prepare_seconds']:.1f} s for"
+        f" the block mask and {result.notes['peer_first_call_seconds']:.1f} s for the first call,"
+        " which compiles, are not in its time."
+        for result in flex
+    ]
+    rows = table(figures.COLUMNS, [figures.cells(result) for result in found])
+    return [wrapped(text), "", *rows, "", *notes]
 
 
 def others(document: Document) -> list[str]:
