@@ -20,7 +20,6 @@ import contextlib
 import hashlib
 import os
 import re
-import secrets
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -108,7 +107,7 @@ class Cache:
         try:
             _make(self.directory)
             with _opened(self.directory) as directory:
-                name = f"{secrets.token_hex(32)}.bin"
+                name = f"{os.urandom(32).hex()}.bin"
                 _write(name, b"", directory)
                 os.unlink(name, dir_fd=directory)
         except OSError as error:
@@ -223,7 +222,7 @@ def _read(name: str, directory: int) -> bytes:
 
 def _write(name: str, content: bytes, directory: int) -> None:
     """Write under a temporary name, then rename: readers see all of a file or nothing."""
-    temporary = f"{name}.{secrets.token_hex(8)}"
+    temporary = f"{name}.{os.urandom(8).hex()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:
         try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, then rename. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         with temporary.open("xb") as file:
             file.write(content)

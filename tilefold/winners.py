@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -159,6 +158,8 @@ def load() -> Kept:
         return Kept({})
     except OSError as error:
         return Kept({}, f"{place} cannot be read: {error.strerror or error}")
+    import json  # where there is something to read; a first call counts its milliseconds
+
     try:
         document = json.loads(content)
         entries = document["winners"] if document["format"] == FORMAT else None
@@ -181,6 +182,8 @@ def keep(new: Mapping[tuple[Machine, Key], Winner]) -> None:
     check()
     load.cache_clear()  # another process may have written since
     merged = load().winners | dict(new)
+    import json
+
     document = {"format": FORMAT, "winners": [_entry(*item) for item in merged.items()]}
     write_atomically(path(), (json.dumps(document, indent=1) + "\n").encode())
     _changed()

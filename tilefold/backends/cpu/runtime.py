@@ -12,11 +12,9 @@ import functools
 import hashlib
 import itertools
 import os
-import pkgutil
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -145,8 +143,15 @@ def toolchain(device: Device) -> str:
     This file is part of it by its checksum: another choice of passes makes other keys.
     """
     versions = f"LLVM {llvm.llvm_version_info} llvmlite {llvmlite.__version__}"
-    passes = hashlib.sha256(pkgutil.get_data(__name__, Path(__file__).name) or b"").hexdigest()
+    passes = hashlib.sha256(_source()).hexdigest()
     return f"{versions} {device.triple} {device.features} {passes}"
+
+
+def _source() -> bytes:
+    """This file, in a folder or an archive."""
+    assert __spec__ is not None and __spec__.loader is not None
+    content: bytes = __spec__.loader.get_data(__file__)  # type: ignore[attr-defined]  # it is there
+    return content
 
 
 @contextlib.contextmanager
