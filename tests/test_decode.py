@@ -23,10 +23,12 @@ from trial import LAYOUTS, Trial, numbers, problem, run
 
 import tilefold
 from tilefold import Rule, causal, engine, full, lengths, local, splits
+from tilefold import plan as planning
 from tilefold.backends.cpu.kernel import workspace_bytes
 from tilefold.blocks import Runs
 from tilefold.device import Device, host
 from tilefold.plan import plan
+from tilefold.problem import LAYOUTS as LAYOUTS_OF_CALLS
 from tilefold.problem import Problem
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +61,39 @@ def shorten(patch: pytest.MonkeyPatch) -> Device:
     patch.setattr(splits, "TILE", 32)
     patch.setattr(splits, "most_splits", lambda *_: 1000)
     return replace(host(), name="many small splits", cores=8)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("M01", "T08", "T10")
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("number", range(len(TRIALS)))
+def test_results_of_heads_together(number: int, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where heads lie side by side, here wherever they lie."""
+    device = shorten(monkeypatch) if cut else replace(host(), cores=1)
+    monkeypatch.setattr(planning, "_decodes", lambda *_: True)
+    this = trial(number, "float32")
+    first = plan(this.problem, device, "forward", "interleaved").launches[0]
+    assert first.bundle == this.problem.heads_kv and first.heads == 1
+    run(this, numbers(this), "forward", "interleaved", device=device)
+
+
+@pytest.mark.feature("T02", "T08")
+def test_heads_side_by_side_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = []
+
+    def planned(*arguments: Any) -> Any:
+        forms.append(arguments[3])
+        return plan(*arguments)
+
+    monkeypatch.setattr(engine, "plan", planned)
+    sizes = problem(1, 300, 16, batch=1, heads=(4, 4))
+    for layout, axes in LAYOUTS_OF_CALLS.items():
+        shapes = [tuple(shape[axis] for axis in axes) for shape in ((1, 4, 1, 16), (1, 4, 300, 16))]
+        strides = [engine._contiguous(shapes[name != "q"]) for name in "qkv"]
+        engine.forward(sizes, layout, *strides)
+    assert forms == ["auto", "interleaved", "auto"]
+    assert splits.bundle(sizes) == 4
+    assert splits.bundle(problem(5, 300, 16, heads=(64, 32))) == 8, "of at most 128 rows"
 
 
 def trial(number: int, dtype: str) -> Trial:

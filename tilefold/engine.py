@@ -112,7 +112,9 @@ def forward(problem: Problem, layout: str, *strides: Strides) -> Call:
     """
     results = shape_o(problem, layout), shape_lse(problem)
     operands = _named("forward", layout, [*strides, *map(_contiguous, results)])
-    return prepare(plan(problem, host(), "forward"), operands, results)
+    together = all(0 < abs(operands[name][1]) < abs(operands[name][2]) for name in ("k", "v"))
+    form = "interleaved" if together else "auto"
+    return prepare(plan(problem, host(), "forward", form), operands, results)
 
 
 def backward(problem: Problem, layout: str, *strides: Strides) -> Call:
@@ -176,6 +178,7 @@ def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
         function.workspace_bytes,
         launch.heads,
         problem.heads_q // problem.heads_kv,
+        launch.bundle,
         problem.len_q,
         problem.len_k,
         double_bits(problem.scale),

@@ -24,7 +24,7 @@ from tilefold.tables import FAMILIES, Family, RegisterTile
 from tilefold.winners import Blocks, Key
 
 OPERATIONS = ("forward", "backward")
-FORMS = ("auto", "tiled", "decode", "fused", "split")
+FORMS = ("auto", "interleaved", "tiled", "decode", "fused", "split")
 """How an operation is done: forward "tiled" or "decode", backward "fused" or "split"."""
 
 DECODE = ("decode", "decode_part", "merge")
@@ -108,8 +108,8 @@ class Launch:
     `order` names block rows, heaviest first: of one head where all heads are alike (and is walked
     once for each), else of all heads. Item = (b * heads + h) * item_rows + block row. In the fused
     backward an item is an owner of several block rows: item_rows and `order` count owners, and
-    `owners` says what each has (see `Dealer.deal`). `buffers` names the arrays of operands that go
-    by another name.
+    `owners` says what each has (see `Dealer.deal`). Where few queries are decoded an item is of
+    `bundle` key heads. `buffers` names the arrays of operands that go by another name.
     """
 
     problem: Problem
@@ -121,6 +121,7 @@ class Launch:
     block_rows: int
     owners: NDArray[np.int64] = field(default_factory=lambda: _NO_OWNERS)
     buffers: Mapping[str, str] = field(default_factory=dict)
+    bundle: int = 1
 
     @property
     def items(self) -> int:
@@ -190,9 +191,11 @@ def plan(
     `form` is how it is done. Forward: "tiled" (queries in the lanes) or "decode" (few queries, the
     head dimension in the lanes, keys split among workers). Backward: "fused" (5 products per pair,
     so many `owners` to each key head) or "split" (7 products, one owner per block of queries, then
-    of keys). "auto" takes what is predicted to be faster. With `in_place` the rows of dq are
-    contiguous: a single owner may sum them where they lie, unless they hold a half type. `tile` and
-    `block_traverse` override the tables; results depend on all of these only by rounding.
+    of keys). "auto" takes what is predicted to be faster, and so does "interleaved", for keys whose
+    heads lie side by side: there a worker decodes the same keys of many heads. With `in_place` the
+    rows of dq are contiguous: a single owner may sum them where they lie, unless they hold a half
+    type. `tile` and `block_traverse` override the tables; results depend on all of these only by
+    rounding.
 
     Plans are kept for the next call of the same problem: the newest ones, as far as their data
     (mask tables and runs) fit 256 MiB.
@@ -228,7 +231,8 @@ def _plan(
         launches, buffers = _backward(problem, device, form, launch, owners, in_place)
     elif _decodes(problem, device, form, tile):
         spec = _decode_spec(problem, device, skeleton, bits, block_traverse)
-        launches, buffers = _decode(problem, device, spec, expression)
+        bundle = splits.bundle(problem) if form == "interleaved" else 1
+        launches, buffers = _decode(problem, device, spec, expression, bundle)
     else:
         launches = [launch("forward")]
     return Plan(problem, device, operation, tuple(launches), parameters, tables, buffers)
@@ -335,10 +339,10 @@ def _decode_spec(
 
 
 def _decode(
-    problem: Problem, device: Device, spec: KernelSpec, expression: Boolean
+    problem: Problem, device: Device, spec: KernelSpec, expression: Boolean, bundle: int
 ) -> tuple[list[Launch], dict[str, Scratch]]:
     """One launch, or where the keys of a head are split two, and what the first leaves."""
-    heads = problem.heads_kv
+    heads = problem.heads_kv // bundle
     visited = runs(
         expression,
         parallel="q",
@@ -350,17 +354,17 @@ def _decode(
         block_traverse=GRANULE,
         group=problem.heads_q // heads,
     )
-    keys = splits.keys_per_split(visited, problem, device, spec.lanes)
+    keys = splits.keys_per_split(visited, problem, device, spec.lanes, bundle)
     visited = splits.cut(visited, keys)
     count = visited.block_rows
     order = _heaviest_first(visited, problem, heads, count)
     if count == 1:
-        return [Launch(problem, spec, visited, order, heads, 1, 1)], {}
+        return [Launch(problem, spec, visited, order, heads, 1, 1, bundle=bundle)], {}
     part = replace(spec, operation="decode_part")
     merge = replace(spec, operation="merge")
     nothing = Runs(np.zeros(2, np.int64), np.zeros((0, 3), np.int64), 1, 1)
     launches = [
-        Launch(problem, part, visited, order, heads, count, count),
+        Launch(problem, part, visited, order, heads, count, count, bundle=bundle),
         Launch(problem, merge, nothing, np.zeros(1, np.int64), problem.heads_q, 1, count),
     ]
     shape = (problem.batch, problem.heads_q, count * problem.len_q, spec.state_width)

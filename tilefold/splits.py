@@ -52,16 +52,33 @@ def most_splits(problem: Problem, lanes: int, keys: int) -> int:
     return max(1, int(keys * max(reading, computing) / _LEAST_SECONDS))
 
 
-def keys_per_split(visited: Runs, problem: Problem, device: Device, lanes: int) -> int:
-    """How many keys a split visits: a few splits per core, none small, all of whole tiles."""
+def bundle(problem: Problem) -> int:
+    """How many key heads one worker reads in turn, where they lie side by side: all it can hold.
+
+    A head alone would take a few lines of memory out of every row; with its neighbours rows are
+    read whole. Layout bnhd, 8 heads of dim 64, one core of a busy EPYC (Zen 4), float32: 44 % of
+    the bandwidth of plain reading instead of 23 %.
+    """
+    rows = problem.heads_q // problem.heads_kv * problem.len_q
+    fitting = range(1, MOST_ROWS // rows + 1)
+    return max(heads for heads in fitting if problem.heads_kv % heads == 0)
+
+
+def keys_per_split(
+    visited: Runs, problem: Problem, device: Device, lanes: int, bundle: int = 1
+) -> int:
+    """How many keys a split visits: a few splits per core, none small, all of whole tiles.
+
+    A split is of `bundle` heads.
+    """
     per_row = _visited(visited)
     most = max(1, int(per_row.max(initial=0)))
-    owners = problem.batch * problem.heads_kv
+    owners = problem.batch * problem.heads_kv // bundle
     items = ITEMS_PER_CORE * device.cores
     if owners >= items or device.cores == 1:
         return most
     total = int(per_row.sum()) * (owners // max(1, len(per_row)))
-    keys = max(-(-total // items), -(-most // most_splits(problem, lanes, most)))
+    keys = max(-(-total // items), -(-most // most_splits(problem, lanes, most * bundle)))
     return max(1, -(-keys // TILE)) * TILE
 
 

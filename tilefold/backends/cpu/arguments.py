@@ -31,6 +31,7 @@ WORK = (
     "workspace_bytes",
     "heads",  # heads on the parallel side
     "group",  # query heads per key head
+    "bundle",  # key heads per item of the decode kernel
     "len_q",
     "len_k",
     "scale",  # bits of a double

@@ -1,6 +1,7 @@
 """The decode kernel: few queries against many keys, the head dimension in the lanes.
 
-    for each (batch, key head, split of its keys):           one owner
+    for each (batch, key heads, split of their keys):        one owner; one head, or those that
+                                                             lie side by side in memory
         Q <- scale log2(e) Q;  O <- 0;  m <- -inf;  l <- -0  rows: all queries that share the keys
         for each tile of keys that the plan names:           read from memory once
             for each vector of keys, for each row:
@@ -78,19 +79,22 @@ class _Decode:
         self.arguments, self.lanes = frame.arguments, frame.spec.lanes
         self.keys = self._operand("k", self.spec.dim)
         self.values = self._operand("v", self.spec.dim_v)
-        self.first_head = self.body.mul(frame.item.h, self.arguments["group"], "head")
+        self.bundle = self.arguments["bundle"]
+        self.heads = self.body.mul(self.bundle, self.arguments["group"], "heads")
+        self.first_head = self.body.mul(frame.item.h, self.heads, "head")
         self.queries, self.weights = frame.region("q"), frame.region("p")
 
     def _operand(self, name: str, dim: int) -> _Rows:
         item, kept = self.frame.item, self.frame.kept
-        head = self.arguments.rows_of(name, kept.stored, item.b, item.h)
+        first = self.body.mul(item.h, self.arguments["bundle"], "h_kv")
+        head = self.arguments.rows_of(name, kept.stored, item.b, first)
         return _Rows(name, dim, head, self.arguments[f"{name}_s"], kept)
 
     def write(self) -> None:
         body, frame, arguments = self.body, self.frame, self.arguments
         body.comment("Q <- scale log2(e) Q;  O <- 0;  m <- -inf;  l <- -0")
         factor = self._scale_log2()
-        with body.loop("g", 0, arguments["group"]) as g:
+        with body.loop("g", 0, self.heads) as g:
             h = body.add(self.first_head, g, "h")
             array = arguments.rows_of("q", frame.kept.stored, frame.item.b, h)
             packed = self._query(body.mul(g, arguments["len_q"]))
@@ -106,11 +110,15 @@ class _Decode:
                 frame.finish(self._state(h, row), h, i)
 
     @contextmanager
-    def _rows(self) -> Iterator[tuple[Value, Value, Value]]:
-        """For each row: its query head, its query, its number."""
+    def _rows(self, h_kv: Value | None = None) -> Iterator[tuple[Value, Value, Value]]:
+        """For each row, of one key head of the bundle or all: its query head, query and number."""
         body, arguments = self.body, self.arguments
+        first, last = Value("0", "i64"), self.heads
+        if h_kv:
+            first = body.mul(h_kv, arguments["group"])
+            last = body.add(first, arguments["group"])
         with (
-            body.loop("g", 0, arguments["group"]) as g,
+            body.loop("g", first, last) as g,
             body.loop("i", 0, arguments["len_q"]) as i,
         ):
             row = body.add(body.mul(g, arguments["len_q"]), i, "row")
@@ -142,29 +150,36 @@ class _Decode:
         body, lanes = self.body, self.lanes
         keys, values = self.keys.moved(body, first), self.values.moved(body, first)
         body.comment("S <- K q, masked where the rule says no")
-        with body.loop("c", 0, count, lanes) as c:
+        with body.loop("c", 0, count, lanes) as c, body.loop("h_kv", 0, self.bundle) as h_kv:
             left = body.minimum(body.sub(count, c), lanes, "left")
 
             def score(near: _Rows) -> None:
-                with self._rows() as (h, i, row):
+                with self._rows(h_kv) as (h, i, row):
                     scores = self._products(near, self._query(row))
                     if masked:
                         allowed = self._allowed(body.add(first, c), left, h, i)
                         scores = self.frame.marks.mark(allowed, scores, "score")
                     body.store(scores, self._weight(row, c))
 
-            self._near(keys.moved(body, c), left, lanes if masked else 1, score)
+            rows = self._of_head(keys.moved(body, c), h_kv)
+            self._near(rows, left, lanes if masked else 1, score)
         with self._rows() as (h, _, row):
             self._weigh(self._state(h, row), row, count, masked)
         body.comment("O <- O + P V")
-        with body.loop("c", 0, count, VALUES) as c:
+        with body.loop("c", 0, count, VALUES) as c, body.loop("h_kv", 0, self.bundle) as h_kv:
             left = body.minimum(body.sub(count, c), VALUES, "left")
 
             def add(near: _Rows) -> None:
-                with self._rows() as (h, _, row):
+                with self._rows(h_kv) as (h, _, row):
                     self._add_values(self._state(h, row), near, self._weight(row, c), left, masked)
 
-            self._near(values.moved(body, c), left, 1, add)
+            self._near(self._of_head(values.moved(body, c), h_kv), left, 1, add)
+
+    def _of_head(self, rows: _Rows, h_kv: Value) -> _Rows:
+        """The same rows of another key head of the bundle."""
+        elements = self.body.mul(h_kv, self.arguments[f"{rows.name}_h"])
+        address = rows.kept.at(self.body, rows.address, elements, rows.name)
+        return replace(rows, address=address)
 
     def _near(self, rows: _Rows, count: Value, whole: int, use: Callable[[_Rows], None]) -> None:
         """`use` a few rows with d contiguous. Where they do not lie so they are copied first.
