@@ -7,7 +7,8 @@
 - *whole call*: cached calls of (1, 12, 64, 32) float32 beside torch's SDPA, turn by turn.
 - *alone or together*: one thread and all threads on the same kernel, at sizes around the bound
   below which one thread works alone.
-- *first call*: fresh processes, with the package and the kernel in the page cache.
+- *first call*: fresh processes, with bytecode and kernel on disk and all of it in the page cache.
+  `import_for_a_call` is what a program pays once, by its first use of `tilefold.attention`.
 
 torch is measured where it is installed.
 """
@@ -203,7 +204,12 @@ def turn_by_turn(
 def fresh_process(processes: int) -> dict[str, Any]:
     """Medians and minima in milliseconds of the stages of a program that makes one call."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TILEFOLD_CACHE_DIR": str(Path(folder) / "kernels")}
+        environment = {
+            **os.environ,
+            "TILEFOLD_CACHE_DIR": str(Path(folder) / "kernels"),
+            "PYTHONPYCACHEPREFIX": str(Path(folder) / "bytecode"),
+            "PYTHONDONTWRITEBYTECODE": "",  # an installed package has its bytecode
+        }
         rows = []
         for _ in range(processes + 1):
             command = [sys.executable, "-c", FIRST_CALL]
