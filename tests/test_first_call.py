@@ -173,6 +173,17 @@ def test_without_sources_texts_are_written(
     assert len(emitted) == 2 and list(fresh_cache.glob("*.note")) == []
 
 
+def test_bytecode_without_sources_counts_as_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_SOURCES", (tmp_path,))
+    seen = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "forward.pyc").write_bytes(content)
+        seen.add(kernels.sources())
+    assert len(seen) == 2
+
+
 def test_other_sources_and_other_devices_have_other_answers(fresh_cache: Path) -> None:
     text = "define i64 @f(ptr %x) {\n  ret i64 3\n}\n"
     runtime.kernel(text, "f", host())

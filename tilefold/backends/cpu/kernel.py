@@ -69,11 +69,11 @@ def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
 
 
 def sources() -> str:
-    """A checksum of all sources that a text could depend on; empty where they cannot be read."""
+    """A checksum of all code that a text could depend on; empty where it cannot be read."""
     digest = hashlib.sha256()
     try:
         for path in sorted(path for folder in _SOURCES for path in folder.iterdir()):
-            if path.suffix == ".py":
+            if path.is_file():  # sources, or bytecode where a package comes without them
                 content = path.read_bytes()
                 digest.update(b"%s %d\n%s" % (path.name.encode(), len(content), content))
     except OSError:  # the package is in an archive
