@@ -21,7 +21,7 @@ from tilefold.backends.cpu.runtime import CompileError
 from tilefold.device import Device, host
 from tilefold.plan import DECODE, GRANULE, PARALLEL, family, plan
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
-from tilefold.tables import FAMILIES
+from tilefold.tables import FAMILIES, RegisterTile
 
 
 def problem(mask: Rule, len_q: int = 300, len_k: int = 420, **changes: Any) -> Problem:
@@ -95,6 +95,27 @@ def test_every_plan_fits_the_machine(isa: str) -> None:
                         assert spec.block_traverse % table.traverse_step == 0, spec
 
 
+@pytest.mark.feature("M07", "T07")
+@pytest.mark.parametrize("isa", ["avx512", "neon"])
+def test_a_narrow_window_has_narrow_blocks_where_they_were_measured(isa: str) -> None:
+    device = Device("cpu", "any", isa, "", "", 4)
+    widest = FAMILIES[isa].tiles[0].vectors
+
+    def vectors(rule: Rule, length: int = 4096) -> set[int]:
+        asked = problem(rule, length, length)
+        made = [plan(asked, device, "forward"), plan(asked, device, "backward", "split")]
+        launches = [launch for one in made for launch in one.launches]
+        return {one.spec.vectors for one in launches if one.spec.operation != "delta"}
+
+    for rule in (full(), causal(), causal() & local(1024), local(600)):
+        assert vectors(rule) == {widest}
+    narrow = {2} if isa == "avx512" else {widest}
+    for rule in (causal() & local(64), causal() & local(256), local(50, stride=3)):
+        assert vectors(rule) == narrow
+    assert vectors(causal(), 512) == narrow
+    assert vectors(full() & ~full(), 512) == {widest}
+
+
 @pytest.mark.feature("M07")
 def test_an_override_is_what_the_plan_says() -> None:
     tile = FAMILIES[host().isa].tiles[-1]
@@ -113,7 +134,7 @@ def test_scratch_does_not_grow_with_the_lengths() -> None:
     for operation, form in PASSES:
         short, long = (
             planned(problem(causal(), length, length), host(), operation, form).launches
-            for length in (300, 30000)
+            for length in (3000, 30000)
         )
         for one, other in zip(short, long, strict=True):
             assert one.spec == other.spec
@@ -228,7 +249,7 @@ def test_keys_outside_of_the_runs_are_not_even_read() -> None:
     """A kernel without a mask, given the runs of a window: NaN in all other keys stays unseen."""
     sizes = problem(full(), batch=1, heads_q=1, heads_kv=1)
     window = plan(replace(sizes, mask=causal() & local(30)), host(), "forward").launches[0]
-    made = plan(sizes, host(), "forward")
+    made = plan(sizes, host(), "forward", tile=RegisterTile(window.spec.rows, window.spec.vectors))
     made = replace(made, launches=(replace(made.launches[0], runs=window.runs),))
     width = made.launches[0].spec.block_parallel
     assert width == window.spec.block_parallel

@@ -17,7 +17,7 @@ import tilefold
 from tilefold import plan, reference, winners, workload
 from tilefold.device import Device, host
 from tilefold.expression import split
-from tilefold.mask import Rule, causal, full, local
+from tilefold.mask import Rule, causal, full, lengths, local
 from tilefold.problem import Problem
 from tilefold.tables import FAMILIES, RegisterTile
 from tilefold.winners import Blocks, Key, Machine, Timed, Winner
@@ -46,15 +46,17 @@ def key_of(problem: Problem, kernel: str = "forward", device: Device | None = No
 
 
 def winner(blocks: Blocks = OTHER, **changes: Any) -> Winner:
-    table = Timed(Blocks(RegisterTile(4, 2), 128), 2.0)
     worst = Timed(Blocks(RegisterTile(2, 2), 32), 3.0)
+    table = Timed(Blocks(RegisterTile(4, 2), 128), 2.0)
     fields: dict[str, Any] = {"candidates": 9, "shape": "1,2,300,16", "threads": 1}
-    fields |= {"date": "2026-11-21T08:00:00+00:00", "versions": {"tilefold": "0.1.0"}} | changes
-    return Winner(best=Timed(blocks, 1.0), table=table, worst=worst, **fields)
+    fields |= {"date": "2026-11-21T08:00:00+00:00", "versions": {"tilefold": "0.1.0"}}
+    return Winner(**{"best": Timed(blocks, 1.0), "table": table, "worst": worst} | fields | changes)
 
 
 def keep(problem: Problem, kernel: str = "forward", blocks: Blocks = OTHER) -> None:
-    winners.keep({(Machine.of(host()), key_of(problem, kernel)): winner(blocks)})
+    table = Timed(plan.table_blocks(problem, host(), kernel), 2.0)
+    found = winner(blocks, table=table)
+    winners.keep({(Machine.of(host()), key_of(problem, kernel)): found})
 
 
 def planned(problem: Problem, operation: str = "forward", **options: Any) -> dict[str, Blocks]:
@@ -103,7 +105,8 @@ def test_a_winner_serves_one_kernel_of_a_plan(cache: Path) -> None:
         (problem(dim=24), False),
         (problem(dim_v=16), False),
         (problem(dtype="float64"), False),
-        (problem(causal() & local(9)), True),
+        (problem(lengths((50,))), True),
+        (problem(causal() & local(9), len_k=300), False),  # of which the table has another row
     ],
     ids=lambda value: str(value) if isinstance(value, bool) else None,
 )
@@ -117,9 +120,9 @@ def test_a_winner_serves_what_it_was_measured_for(
 def test_a_mask_with_a_winner_of_its_own_takes_it(cache: Path) -> None:
     own = Blocks(RegisterTile(2, 1), 34)
     keep(problem())
-    keep(problem(causal()), blocks=own)
-    assert planned(problem(causal()))["forward"] == own
-    assert planned(problem(local(5)))["forward"] == OTHER
+    keep(problem(local(5)), blocks=own)
+    assert planned(problem(local(5)))["forward"] == own
+    assert planned(problem(lengths((50,))))["forward"] == OTHER
     assert planned(problem())["forward"] == OTHER
 
 
@@ -180,7 +183,9 @@ def test_the_file_is_beside_the_kernels_and_is_read_once(
     keep(problem())
     assert winners.path() == cache / "tuned.json"
     kept = winners.load()
-    assert kept.problem is None and list(kept.winners.values()) == [winner()]
+    assert kept.problem is None and [found.best.blocks for found in kept.winners.values()] == [
+        OTHER
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda _: pytest.fail("read again"))
         for length in range(300, 310):

@@ -69,6 +69,11 @@ class Family:
         """The register tiles of the table, in its order."""
         return tuple(row.tile for row in self.table)
 
+    @property
+    def measured_tiles(self) -> tuple[RegisterTile, ...]:
+        """The first tile, and those others of which a measurement says what they cost."""
+        return tuple(row.tile for n, row in enumerate(self.table) if n == 0 or row.measured)
+
     def row(self, tile: RegisterTile) -> Row | None:
         """The row of a tile, if the table has one."""
         return next((row for row in self.table if row.tile == tile), None)

@@ -2,8 +2,9 @@
 
 The planner asks here before it reads `tables`. A winner serves the machine, kernel, types, head
 dims, mask and length class that it was measured for; a mask without a winner of its own takes that
-of full(), as the tables do. Block sizes change results by rounding only, so nothing but speed hangs
-on this file: one that is damaged is left out, with the reason for `tilefold doctor`.
+of full() where the tables have the same row for both. Block sizes change results by rounding only,
+so nothing but speed hangs on this file: one that is damaged is left out, with the reason for
+`tilefold doctor`.
 
 The file is read once per process. `keep` and `forget` replace it, and tell who remembers plans.
 """
@@ -128,13 +129,14 @@ def length_class(length: int, lanes: int) -> int:
     return 0 if length > LONG else -(-length // lanes) * lanes
 
 
-def find(device: Device, key: Key) -> Winner | None:
-    """The winner for a key on a machine, else the one of its dense mask."""
+def find(device: Device, key: Key, table: Blocks) -> Winner | None:
+    """The winner for a key on a machine, else that of full() if the table's row is the same."""
     kept = load().winners
     if not kept:
         return None
     machine = Machine.of(device)
-    return kept.get((machine, key)) or kept.get((machine, replace(key, mask=DENSE)))
+    own, dense = kept.get((machine, key)), kept.get((machine, replace(key, mask=DENSE)))
+    return own or (dense if dense and dense.table.blocks == table else None)
 
 
 def here(device: Device) -> dict[Key, Winner]:

@@ -133,7 +133,8 @@ def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
     """Where the blocks come from, and what other ones would cost as far as anybody measured."""
     problem, device, spec = made.problem, made.device, launch.spec
     table = plan.table_blocks(problem, device, spec.operation)
-    winner = winners.find(device, plan.winner_key(problem, device, spec.operation, spec.mask))
+    key = plan.winner_key(problem, device, spec.operation, spec.mask)
+    winner = winners.find(device, key, table)
     family = plan.family(problem, device, spec.operation)
     row = family.row(table.tile)
     assert row is not None, table
