@@ -15,7 +15,7 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,11 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """`reached`, `not reached`, or `not measured` with the reason."""
+        """`reached`, `not reached`, or `not measured` where there is a reason."""
         if self.reason or self.value is None:
-            return f"not measured: {self.reason}"
-        kept = (
-            self.value <= self.figure.floor
-            if self.figure.kind == "compile"
-            else (self.value >= self.figure.floor)
-        )
+            return "not measured"
+        floor = self.figure.floor
+        kept = self.value <= floor if self.figure.kind == "compile" else self.value >= floor
         return "reached" if kept else "not reached"
 
 
@@ -133,8 +130,8 @@ def figures() -> Iterator[Figure]:
         for shape, floor in zip((D64, LONG), floors, strict=True):
             yield Figure("backward", floor, shape, dtype=dtype, operation="backward")
     for dtype in ("float32", "bfloat16"):
-        yield Figure("window", 1.5, "1,8,16384,64", "all", dtype, WINDOW, peer="flex")
-    yield Figure("window, both passes", 10, "1,8,4096,64", mask=WINDOW, operation=BOTH)
+        yield Figure("window 256", 1.5, "1,8,16384,64", "all", dtype, WINDOW, peer="flex")
+    yield Figure("window 256, both passes", 10, "1,8,4096,64", mask=WINDOW, operation=BOTH)
     for shape, keys in (("1,8,1,64", 32768), ("1,1,1,64", 131072)):
         for dtype in ("float32", "bfloat16", "float16"):
             yield Figure("decode", 0.9, shape, dtype=dtype, keys=keys, kind="reading")
@@ -300,7 +297,7 @@ def _share(case: Case, seconds: float, pairs: int) -> tuple[float, str]:
 COLUMNS = (
     "",
     "shape",
-    ">threads",
+    ">thr",
     ">tilefold",
     ">other",
     ">value",
@@ -313,8 +310,8 @@ COLUMNS = (
 def cells(result: Result) -> list[str]:
     """A row as text."""
     figure = result.figure
-    shape = figure.shape + (f", {figure.keys} keys" if figure.keys else "")
-    mask = "" if figure.mask == "full()" else f" {figure.mask}"
+    shape = figure.shape + (f" x {figure.keys}" if figure.keys else "")
+    mask = f" {figure.mask}" if figure.mask == "causal()" else ""
     other = "" if result.other_seconds is None else terminal.seconds(result.other_seconds)
     return [
         f"{figure.what}{mask}, {figure.dtype}",
@@ -333,6 +330,18 @@ def _value(figure: Figure, value: float) -> str:
     if figure.kind == "reading":
         return f"{value:.0%}"
     return f"{value:.2f} s" if figure.kind == "compile" else f"{value:.2f}"
+
+
+def reasons(results: Sequence[Result]) -> list[str]:
+    """Why rows were not measured, each reason once, with the rows that it holds for."""
+    rows: dict[str, list[str]] = {}
+    for result in results:
+        if result.reason:
+            rows.setdefault(result.reason, []).append(cells(result)[0])
+    return [
+        f"not measured: {', '.join(dict.fromkeys(names))}: {reason}"
+        for reason, names in rows.items()
+    ]
 
 
 def record(result: Result) -> dict[str, Any]:
@@ -360,6 +369,8 @@ def main() -> None:
     console.print(
         "value: other / tilefold; decode: share of the bandwidth that reading memory reached"
     )
+    for line in reasons(results):
+        console.print(terminal.escape(line))
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
         document = circumstances() | {"rows": [record(result) for result in results]}

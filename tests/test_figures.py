@@ -48,14 +48,17 @@ def test_a_decoding_row_has_one_query_and_many_keys() -> None:
 def test_a_ratio_has_a_floor_and_a_time_a_ceiling(kind: str, value: float, verdict: str) -> None:
     figure = Figure("forward", 1.35, figures.D64, kind=kind)
     assert Result(figure, value).verdict == verdict
-    assert Result(figure, value, reason="no AMX").verdict == "not measured: no AMX"
+    assert Result(figure, value, reason="no AMX").verdict == "not measured"
 
 
 def test_a_row_whose_peer_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     result = figures.measure(TABLE[0], 0)
-    assert result.verdict == "not measured: torch is not installed"
-    assert figures.cells(result)[-4:] == ["", "1.35", "", "not measured: torch is not installed"]
+    assert (result.verdict, result.reason) == ("not measured", "torch is not installed")
+    assert figures.cells(result)[-4:] == ["", "1.35", "", "not measured"]
+    assert figures.reasons([result] * 2) == [
+        "not measured: forward, float32: torch is not installed"
+    ]
 
 
 def small(kind: str, **changes: Any) -> Figure:
@@ -86,7 +89,7 @@ def test_a_row_has_value_times_and_share(figure: Figure) -> None:
     if figure.kind != "reading":
         assert math.isclose(result.value, result.other_seconds / result.seconds)
     if figure.kind == "scaling" and host().cores < 4:
-        assert result.verdict == f"not measured: there are {host().cores} cores"
+        assert result.reason == f"there are {host().cores} cores"
     else:
         assert result.verdict == "reached"
     assert all(isinstance(cell, str) for cell in figures.cells(result))
@@ -98,14 +101,14 @@ def test_a_floor_of_another_instruction_set_is_measured_and_not_judged() -> None
     pytest.importorskip("torch")
     result = figures.measure(small("ratio", needs="no-such-feature"), 0)
     assert result.value
-    assert result.verdict.startswith("not measured: the floor is one of no-such-feature")
+    assert str(result.reason).startswith("the floor is one of no-such-feature, here ")
 
 
 @pytest.mark.slow
 def test_a_peer_that_cannot_is_the_reason() -> None:
     pytest.importorskip("torch")
     result = figures.measure(small("ratio", peer="flex", operation="backward"), 0)
-    assert result.verdict == "not measured: FlexAttention has no backward on the CPU"
+    assert result.reason == "FlexAttention has no backward on the CPU"
     assert result.seconds and result.value is None
 
 
@@ -199,7 +202,8 @@ def test_verdicts_are_counted_over_what_could_be_judged() -> None:
     assert "1 could not be judged" in " ".join(text.split())
     assert "| forward, bfloat16 | 1,8,2048,64 | all | 500 ms | 1.00 s torch | 2.00 |" in text
     assert "| 1.50 | 75% | reached |" in text
-    assert "| not measured: no AMX |" in text
+    assert "| not measured |" in text
+    assert "- not measured: forward, bfloat16: no AMX" in text
 
 
 @pytest.mark.slow

@@ -148,7 +148,8 @@ def floors(document: Document) -> list[str]:
         " The roofline is that of the rates of the same run."
     )
     flex = [result for result in found if result.figure.peer == "flex" and result.notes]
-    notes = [
+    notes = [f"- {line}" for line in figures.reasons(found)]
+    notes += [
         f"- FlexAttention, {result.figure.dtype}: {result.notes['peer_prepare_seconds']:.1f} s for"
         f" the block mask and {result.notes['peer_first_call_seconds']:.1f} s for the first call,"
         " which compiles, are not in its time."
