@@ -32,7 +32,11 @@ GIVEN = {
 """The operands that a caller gives to each operation, in order."""
 
 _ALONE_FLOPS = 1e6
-"""Below this one thread works: 10 us of a core at 100 GFLOP/s (not tuned)."""
+"""Below this one thread works. Between two bounds measured on Zen 4 (EPYC, two cores, float32):
+calls that follow each other gain by a second thread from 0.3e6, since handing work to a team that
+still spins takes 1.6 us; after a pause of 5 ms, when it sleeps, waking it takes some 35 us, which
+pays from 6e6. `benchmarks/call_cost.py` measures both.
+"""
 
 _ALONE_BYTES = 2**18
 """And below this: 10 us of a core at 25 GB/s (not tuned)."""
