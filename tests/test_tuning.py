@@ -270,7 +270,7 @@ def test_the_winner_is_shown_kept_and_used(
 
     assert cli.main(["inspect", "--shape", "1,2,300,16"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "tilefold tune, the best of" in said and "table's row would cost 10" in said
+    assert "tilefold tune, the best of" in said and "the table's row takes 10" in said
 
     assert cli.main(["tune", "--forget"]) == 0
     assert capsys.readouterr().out == "1 winners forgotten\n"

@@ -255,8 +255,8 @@ def _add_choice(facts: Any, choice: dict[str, Any]) -> None:
     of = f"{tuned['candidates']} candidates on {tuned['date'][:10]}"
     facts.add_row("chosen by", f"tilefold tune, the best of {of}, shape {tuned['shape']}")
     facts.add_row("table's row", table)
+    row = f"the table's row takes {tuned['cost_of_table']:.1%} longer"
     worst = f"the worst, {tuned['worst_blocks']}, {tuned['cost_of_worst']:.1%}"
-    row = f"the table's row would cost {tuned['cost_of_table']:.1%} of the time more"
     facts.add_row("if wrong", f"{row}; {worst}")
 
 
