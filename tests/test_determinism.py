@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -63,8 +64,13 @@ def a_trial(mask: str = "causal", dtype: str = "float32", length: int = LENGTH) 
 
 @pytest.mark.slow
 @pytest.mark.feature("T08", "M04", "M05")
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [
+        *itertools.product(MASKS, ["float32", "float64"]),
+        *[("causal", "bfloat16"), ("heads differ", "float16")],
+    ],
+)
 def test_the_same_bits_on_any_number_of_threads(mask: str, dtype: str, workers: list[int]) -> None:
     trial = a_trial(mask, dtype)
     given = numbers(trial)

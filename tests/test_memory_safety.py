@@ -17,11 +17,13 @@ from pathlib import Path
 
 import pytest
 from cases import CASES, RULES, Sizes
+from compare import HALVES
 from guarded import SIDES, guarded
 from trial import LAYOUTS, PASSES, Trial, numbers, problem, run
 
 from tilefold import set_num_threads
 from tilefold.backends.cpu.arguments import OPERANDS
+from tilefold.problem import ITEM_BYTES
 
 ROOT = Path(__file__).parents[1]
 PARTS = 8
@@ -63,13 +65,14 @@ def attempt(trial: Trial) -> None:
 
 
 def trials(part: int) -> Iterator[Trial]:
-    """One part of the shared cases, every third one in float64 as well.
+    """One part of the shared cases, every third one in float64 too, the next in a half type.
 
     The layouts take turns, and so does NaN where no one may look.
     """
     for number, (case, layout) in enumerate(zip(CASES, itertools.cycle(LAYOUTS))):
         if number % PARTS == part:
-            for dtype in ("float32", "float64")[: 2 if number % 3 == 0 else 1]:
+            others = (["float64"], [HALVES[number // 3 % 2]], [])[number % 3]
+            for dtype in ("float32", *others):
                 yield Trial(case.problem(dtype), layout, poisoned=number // 2 % 2 == 0)
 
 
@@ -96,7 +99,7 @@ def every_length(dtype: str) -> Iterator[Trial]:
 
 @pytest.mark.slow
 @pytest.mark.feature("M16")
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
 def test_every_length(dtype: str) -> None:
     calls = check(child(f"for t in every_length({dtype!r}): attempt(t)\nprint('done')"))
     assert calls == 2 * len(PASSES) * 139

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
 import pytest
 from cases import RULES, Sizes
+from compare import HALVES
 from emulated import MISSING, PACKAGES, emulated
 from guarded import SIDES
 from trial import PASSES, Trial, numbers, problem, run
@@ -64,16 +66,25 @@ def test_the_tools_are_here_where_they_must_be() -> None:
 @needs_tools
 @pytest.mark.slow
 @pytest.mark.feature("M01", "M04", "M16", "T01")
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("number", range(len(TRIALS)), ids=lambda number: TRIALS[number][0])
+@pytest.mark.parametrize(
+    ("number", "dtype"),
+    [
+        *itertools.product(range(len(TRIALS)), ["float32", "float64"]),
+        *((number, HALVES[number % 2]) for number in range(0, len(TRIALS), 2)),
+        (3, "float16"),
+        (4, "bfloat16"),
+    ],
+    ids=lambda value: TRIALS[value][0] if isinstance(value, int) else value,
+)
 def test_every_pass_under_the_emulator(number: int, dtype: str, tmp_path: Path) -> None:
     attempt(number, dtype, "baseline", tmp_path)
 
 
 @needs_tools
 @pytest.mark.slow
-def test_the_newest_features_under_the_emulator(tmp_path: Path) -> None:
-    attempt(3, "float32", "newest", tmp_path)
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+def test_the_newest_features_under_the_emulator(dtype: str, tmp_path: Path) -> None:
+    attempt(3, dtype, "newest", tmp_path)
 
 
 @needs_tools

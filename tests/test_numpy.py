@@ -6,15 +6,18 @@ import array
 import ctypes
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from compare import HALVES, UNITS, assert_near
 from numpy.typing import NDArray
 
 import tilefold
 from tilefold import attention, attention_backward, causal, engine, reference
-from tilefold.problem import LAYOUTS
+from tilefold.problem import ITEM_BYTES, LAYOUTS, STATISTICS
 
 Array = NDArray[Any]
+TOLERANCES = {"float64": 1e-12, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 SHAPES = {"q": (2, 4, 5, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 6), "do": (2, 4, 5, 6)}
 
 
@@ -76,7 +79,7 @@ FORMS = [every_second, backwards, misaligned, records, swapped, read_only, fortr
 
 @pytest.mark.feature("T02", "M16")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
 def test_layouts(layout: str, dtype: str) -> None:
     canonical = normal(dtype, **SHAPES)
     given = {name: in_layout(value, layout) for name, value in canonical.items()}
@@ -88,12 +91,13 @@ def test_layouts(layout: str, dtype: str) -> None:
     slopes = reference.attention_backward(
         do, **canonical, o=expected[0], lse=expected[1], mask=causal()
     )
-    tolerance = 1e-12 if dtype == "float64" else 2e-5
+    tolerance = TOLERANCES[dtype]
     for got, want in zip((o, *gradients), (expected[0], *slopes), strict=True):
         assert got.dtype == dtype and got.flags.c_contiguous and got.flags.owndata
-        np.testing.assert_allclose(got, in_layout(want, layout), rtol=tolerance, atol=tolerance)
-    assert lse.dtype == dtype
-    np.testing.assert_allclose(lse, expected[1], rtol=tolerance)
+        found = got.astype(np.float64)
+        np.testing.assert_allclose(found, in_layout(want, layout), rtol=tolerance, atol=tolerance)
+    assert lse.dtype == STATISTICS[dtype]
+    np.testing.assert_allclose(lse, expected[1], rtol=TOLERANCES[STATISTICS[dtype]])
 
 
 @pytest.mark.feature("T02")
@@ -112,6 +116,25 @@ def test_forms_of_the_same_numbers(form: Any, layout: str) -> None:
     for got, want in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
     assert before == {name: value.tobytes() for name, value in given.items()}
+
+
+@pytest.mark.feature("T01", "T02")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_forms_of_the_same_halves(form: Any, dtype: str) -> None:
+    plain = normal(dtype, **SHAPES)
+    given = {name: form(value) for name, value in plain.items()}
+    results = []
+    for arrays in (plain, given):
+        inputs = {name: arrays[name] for name in "qkv"}
+        o, lse = attention(**inputs, return_lse=True)
+        slopes = attention_backward(arrays["do"], **inputs, o=o, lse=lse)
+        assert all(array.dtype == np.dtype(dtype) for array in (o, *slopes))
+        assert lse.dtype == np.float32
+        results.append((o, lse, *slopes))
+    for got, want in zip(*results, strict=True):
+        unit = UNITS[got.dtype.name]  # sums in another order: rounded the other way at most
+        assert_near(form.__name__, got, want, 8 * unit * abs(want).astype(np.float64).max())
 
 
 def operands_of(
@@ -181,6 +204,23 @@ class ByDlpack:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.given.__dlpack_device__()
+
+
+@pytest.mark.feature("T01", "T15")
+def test_other_arrays_of_half_types() -> None:
+    """NumPy views float16 both ways; it has no name for bfloat16, and that is what is said."""
+    given = normal("float16", q=(1, 2, 5, 8))["q"]
+    expected = attention(given, given, given)
+    for kind in (ByInterface, ByDlpack):
+        assert np.array_equal(attention(kind(given), given, kind(given)), expected)
+    short = given.astype("bfloat16")
+    with pytest.raises(TypeError, match=r"pass array\.view\(ml_dtypes\.bfloat16\)$"):
+        attention(ByInterface(short), short, short)
+    with pytest.raises(TypeError, match=r"^k must be an array that NumPy can view, got ByDlpack: "):
+        attention(short, ByDlpack(short), short)
+    small = given.astype(ml_dtypes.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"^q must be of .* or bfloat16, got float8_e4m3fn$"):
+        attention(small, small, small)
 
 
 @pytest.mark.parametrize("kind", [ByInterface, ByDlpack])

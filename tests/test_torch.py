@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,10 @@ RULES = [
     tilefold.lengths([3, 5]),
     tilefold.rule(lambda h, q, k: (q + k + h) % 3 != 0),
 ]
+
+
+HALVES = (torch.float16, torch.bfloat16)
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def tensors(dtype: torch.dtype = torch.float64, layout: str = "bhnd") -> list[Tensor]:
@@ -57,7 +62,7 @@ def test_gradcheck(mask: Rule) -> None:
 
 @pytest.mark.feature("T02")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.slow
 def test_agrees_with_the_reference(layout: str, dtype: torch.dtype) -> None:
     inputs = tensors(dtype, layout)
@@ -68,12 +73,13 @@ def test_agrees_with_the_reference(layout: str, dtype: torch.dtype) -> None:
     q, k, v, canonical_do = (x.detach().permute(axes).double().numpy() for x in (*inputs, do))
     expected = reference.attention(q, k, v, mask=tilefold.causal())
     slopes = reference.attention_backward(canonical_do, q, k, v, *expected, mask=tilefold.causal())
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    tolerance = TOLERANCES[dtype]
     for got, want in zip((o, *gradients), (expected[0], *slopes), strict=True):
         assert got.dtype == dtype and got.is_contiguous()
-        values = got.detach().permute(axes).numpy()
+        values = got.detach().permute(axes).double().numpy()
         np.testing.assert_allclose(values, want, rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(lse.numpy(), expected[1], rtol=tolerance)
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    np.testing.assert_allclose(lse.numpy(), expected[1], rtol=min(tolerance, 1e-5))
 
 
 def test_explicit_backward_is_what_autograd_computes() -> None:
@@ -82,6 +88,32 @@ def test_explicit_backward_is_what_autograd_computes() -> None:
     do = torch.randn_like(o)
     explicit = attention_backward(do, *inputs, o, lse, scale=0.3)
     same(list(explicit), list(torch.autograd.grad(o, inputs, do)))
+
+
+@pytest.mark.feature("T01", "T09")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_types(dtype: torch.dtype) -> None:
+    """Gradients in the type of their inputs, and the same numbers as NumPy arrays give."""
+    inputs = tensors(dtype)
+    o, lse = attention(*inputs, mask=RULES[2], return_lse=True)
+    do = torch.randn_like(o)
+    gradients = torch.autograd.grad(o, inputs, do)
+    explicit = attention_backward(do, *inputs, o, lse, mask=RULES[2])
+    assert [x.dtype for x in (o, lse, *gradients)] == [dtype, torch.float32, *[dtype] * 3]
+    arrays = [as_numpy(tensor) for tensor in (do, *inputs, o)]
+    slopes = attention_backward(*arrays, lse.numpy(), mask=RULES[2])
+    for got, again, array in zip(gradients, explicit, slopes, strict=True):
+        assert torch.equal(got, again)
+        np.testing.assert_array_equal(as_numpy(got), array)
+    shapes = [tensor.to("meta") for tensor in inputs]
+    o, lse = attention(*shapes, return_lse=True)
+    assert (o.dtype, lse.dtype) == (dtype, torch.float32)
+
+
+def as_numpy(tensor: Tensor) -> Any:
+    """The same numbers in NumPy's type."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return tensor.detach().float().numpy().astype(np.dtype(name))
 
 
 def test_gradients_of_a_broadcast_sum_and_of_views() -> None:
@@ -163,6 +195,27 @@ def test_opcheck(mask: Rule, layout: str) -> None:
     o, lse = attention(*inputs, mask=mask, layout=layout, return_lse=True)
     saved = [tensor.detach() for tensor in (o, *inputs, o, lse)]
     torch.library.opcheck(frontend._backward, (*saved, mask, 0.5, layout, "high"))
+
+
+@pytest.mark.slow
+@pytest.mark.feature("T01")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_opcheck_and_compile_of_half_types(dtype: torch.dtype) -> None:
+    inputs = tensors(dtype)
+    options = (tilefold.causal(), None, "bhnd", "highest")
+    torch.library.opcheck(frontend._attention, (*inputs, *options))
+    o, lse = attention(*inputs, mask=tilefold.causal(), return_lse=True)
+    saved = [tensor.detach() for tensor in (o, *inputs, o, lse)]
+    torch.library.opcheck(frontend._backward, (*saved, *options))
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, mask=tilefold.causal())
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = value_and_gradients(compiled, inputs)
+    assert [tensor.dtype for tensor in got] == [dtype] * 4
+    for a, b in zip(got, value_and_gradients(model, inputs), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.slow
@@ -271,6 +324,16 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: attention(Q, Q, Q.bfloat16()),
         TypeError,
         "v must be of float32 as q is, got bfloat16",
+    ),
+    "mixed halves": (
+        lambda: attention(Q.half(), Q.bfloat16(), Q.half()),
+        TypeError,
+        "k must be of float16 as q is, got bfloat16",
+    ),
+    "lse of half types": (
+        lambda: attention_backward(*[Q.half()] * 5, Q[..., 0].half()),
+        TypeError,
+        "lse must be of float32 where q is float16, got float16",
     ),
     "integers": (
         lambda: attention(Q.int(), Q, Q),

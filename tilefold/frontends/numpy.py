@@ -171,7 +171,14 @@ def _dtype(**arrays: Array) -> str:
     name = _NAMES.get(dtypes[0])
     if name is not None and dtypes.count(dtypes[0]) == len(dtypes):
         return name
-    return common_dtype({name: array.dtype.name for name, array in arrays.items()})
+    names = {name: array.dtype.name for name, array in arrays.items()}
+    for name, found in names.items():
+        if found == "void16":
+            raise TypeError(
+                f"{name} must be an array whose type has a name, got two bytes without one; if they"
+                " are bfloat16 numbers, pass array.view(ml_dtypes.bfloat16)"
+            )
+    return common_dtype(names)
 
 
 def _form(array: Array) -> tuple[Any, ...]:
