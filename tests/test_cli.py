@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compare import HALVES, assert_near
 
 import tilefold
 from tilefold import api, arrays, cli, parse, reference
@@ -87,6 +88,43 @@ def test_run_reads_and_writes_safetensors(files: Path) -> None:
     expected, _ = reference.attention(q, k, v)
     found = library.load_file(files / "o.safetensors")["o"]
     np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.feature("T01")
+@pytest.mark.parametrize("suffix", ["npy", "npz", "safetensors"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_run_reads_and_writes_half_types(
+    tmp_path: Path, dtype: str, suffix: str, capsys: Any
+) -> None:
+    if suffix == "safetensors":
+        pytest.importorskip("safetensors")
+    given = {name: array.astype(dtype) for name, array in zip("qkv", made(), strict=True)}
+    places = {name: f"{name}.{suffix}" for name in "qkv"}
+    for name, array in given.items():
+        arrays.save(str(tmp_path / places[name]), {name: array})
+    assert tilefold_run(tmp_path, **places, out=f"o.{suffix}") == 0
+    assert f"o (2, 4, 30, 8) {dtype}" in capsys.readouterr().out
+    found = arrays.load(str(tmp_path / f"o.{suffix}"), "o")
+    expected, _ = reference.attention(*given.values())
+    assert found.dtype == np.dtype(dtype)
+    assert_near("o", found, expected, 3e-2)
+
+
+def test_bfloat16_without_ml_dtypes_is_one_line(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    np.save(files / "q.npy", made()[0].astype("bfloat16"))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert tilefold_run(files) == 2
+    said = "bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes\n"
+    assert error_of(capsys).endswith(said)
+
+
+def test_run_names_what_safetensors_may_hold(files: Path, capsys: Any) -> None:
+    library = pytest.importorskip("safetensors.numpy")
+    library.save_file({"q": np.zeros((1, 1, 2, 3), np.int32)}, files / "q.safetensors")
+    assert tilefold_run(files, q="q.safetensors") == 2
+    assert error_of(capsys).endswith("'q' must be of F32, F64, F16, BF16, got I32\n")
 
 
 def test_run_takes_layouts(files: Path) -> None:
@@ -269,7 +307,7 @@ def test_doctor_finds_this_machine_healthy(capsys: Any, cache_dir: Path) -> None
     assert "NVIDIA" in answer["backends"]["nvidia"]["reason"]
     assert answer["cache"]["directory"] == str(cache_dir)
     assert answer["cache"]["kernels"] > 0
-    assert len(answer["self_test"]) == 2 * 2 * len(doctor.CASES)
+    assert len(answer["self_test"]) == 2 * len(doctor.SELF_TEST)
 
 
 @pytest.mark.slow
@@ -284,8 +322,8 @@ def test_doctor_reports_what_is_wrong(capsys: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(api, "attention_backward", broken)
     assert cli.main(["doctor"]) == 1
     said = capsys.readouterr()
-    assert said.out.count("FAILED") == 2 * 2 * len(doctor.CASES)
-    assert said.err == "tilefold doctor: 16 of 16 self-tests failed\n"
+    assert said.out.count("FAILED") == 2 * len(doctor.SELF_TEST)
+    assert said.err == "tilefold doctor: 24 of 24 self-tests failed\n"
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def test_a_file_imports_only_from_files_above_it(file: str) -> None:
 def test_importing_tilefold_imports_no_framework() -> None:
     code = (
         "import sys, tilefold, tilefold.cli;"
-        "frameworks = ('torch', 'jax', 'tensorflow', 'matplotlib', 'safetensors');"
+        "frameworks = ('torch', 'jax', 'tensorflow', 'matplotlib', 'safetensors', 'ml_dtypes');"
         "print([name for name in frameworks if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,6 +2,9 @@
 
 `file.npz:name` picks one array of a file that holds several. A file holds numbers or it is refused:
 an object array of NumPy's would run code of its author's choice when it is read.
+
+bfloat16 is a type of ml_dtypes, not of NumPy, which writes such arrays as two bytes without a name.
+That is how they are read too.
 """
 
 from __future__ import annotations
@@ -19,7 +22,22 @@ from tilefold.files import write_atomically
 
 Array = NDArray[Any]
 
+_SAFETENSORS_TYPES = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}
 SUFFIXES = (".npy", ".npz", ".safetensors")
+
+
+def element_type(name: str) -> np.dtype[Any]:
+    """NumPy's type of a name. Raises ModuleNotFoundError for bfloat16 without ml_dtypes."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes"
+        ) from None
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
 
 
 def load(place: str, default: str) -> Array:
@@ -30,11 +48,10 @@ def load(place: str, default: str) -> Array:
     path, name = _split(place)
     try:
         if path.suffix == ".npy":
-            return _no_name(name, place, np.load(path, allow_pickle=False))
+            return _typed(_no_name(name, place, np.load(path, allow_pickle=False)))
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
-                found: Array = archive[_pick(archive.files, name, default, place)]
-                return found
+                return _typed(archive[_pick(archive.files, name, default, place)])
         return _load_safetensors(path, name, default, place)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
@@ -63,8 +80,13 @@ def save(place: str, arrays: Mapping[str, Array]) -> None:
     elif path.suffix == ".npz":
         np.savez(content, **arrays)  # type: ignore[arg-type]  # the stub takes allow_pickle for an array
     else:
-        content.write(_safetensors().save(dict(arrays)))
+        content.write(_safetensors().numpy.save(dict(arrays)))
     write_atomically(path, content.getvalue())
+
+
+def _typed(array: Array) -> Array:
+    """bfloat16 numbers where two bytes have no name: NumPy knows none for them."""
+    return array.view(element_type("bfloat16")) if array.dtype.name == "void16" else array
 
 
 def _split(place: str) -> tuple[Path, str | None]:
@@ -94,12 +116,19 @@ def _pick(names: Iterable[str], name: str | None, default: str, place: str) -> s
 def _load_safetensors(path: Path, name: str | None, default: str, place: str) -> Array:
     library = _safetensors()
     try:
-        tensors: dict[str, Array] = library.load_file(path)
+        tensors = dict(library.deserialize(path.read_bytes()))
     except FileNotFoundError:
         raise
     except Exception as error:  # the library's own exception type derives from Exception alone
         raise ValueError(str(error)) from None
-    return tensors[_pick(tensors, name, default, place)]
+    wanted = _pick(tensors, name, default, place)
+    kind, shape = tensors[wanted]["dtype"], tensors[wanted]["shape"]
+    if kind not in _SAFETENSORS_TYPES:
+        allowed = ", ".join(_SAFETENSORS_TYPES)
+        raise ValueError(f"{wanted!r} must be of {allowed}, got {kind}")
+    dtype = element_type(_SAFETENSORS_TYPES[kind])
+    array: Array = np.frombuffer(tensors[wanted]["data"], dtype).reshape(shape)
+    return array
 
 
 def _safetensors() -> Any:
@@ -109,4 +138,4 @@ def _safetensors() -> Any:
         raise ModuleNotFoundError(
             "reading .safetensors needs the package safetensors: pip install 'tilefold[run]'"
         ) from None
-    return safetensors.numpy
+    return safetensors

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold import api
+from tilefold.arrays import element_type
 from tilefold.problem import Problem
 from tilefold.roofline import Rates, bounds
 
@@ -62,15 +63,6 @@ class Arrays:
     do: Array
     o: Array
     lse: Array
-
-
-def element_type(name: str) -> np.dtype[Any]:
-    """NumPy's type of a name; bfloat16 is that of ml_dtypes."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        name = ml_dtypes.bfloat16
-    return np.dtype(name)
 
 
 def arrays(case: Case, seed: int = 0) -> Arrays:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 import tilefold
-from tilefold import api, cache, parse, reference, settings, winners
+from tilefold import api, arrays, cache, parse, reference, settings, winners
 from tilefold.backends.cpu import threads
 from tilefold.commands import terminal
 from tilefold.device import amx, host
+from tilefold.problem import STATISTICS
 
 # (batch, heads_q, heads_kv, len_q, len_k, dim, dim_v) and mask: tails, grouped queries, rows that
 # see nothing
@@ -25,8 +26,13 @@ CASES = (
     ((1, 2, 1, 130, 130, 77, 77), "local(9) | chunked(50)"),
     ((1, 1, 1, 70, 50, 3, 5), "causal(sync='scale_end')"),
 )
-TOLERANCES = {"float32": 1e-4, "float64": 1e-12}
+TOLERANCES = {"float32": 1e-4, "float64": 1e-12, "float16": 4e-3, "bfloat16": 3e-2}
 """Largest error, relative to the largest number of the exact result."""
+
+SELF_TEST = [(case, dtype) for dtype in ("float32", "float64") for case in CASES] + [
+    (case, dtype) for dtype in ("float16", "bfloat16") for case in CASES[:2]
+]
+"""What is tested; bfloat16 where ml_dtypes is there, which has the type."""
 
 ABSENT = {
     "nvidia": "no kernels for NVIDIA GPUs in this version",
@@ -60,7 +66,8 @@ class Check:
 
 def main(options: argparse.Namespace) -> int:
     """Look, test, show; exit code 1 if a test fails."""
-    checks = [check for dtype in TOLERANCES for case in CASES for check in _test(*case, dtype)]
+    known = {dtype for dtype in TOLERANCES if dtype != "bfloat16" or _version("ml_dtypes")}
+    checks = [check for case, dtype in SELF_TEST if dtype in known for check in _test(*case, dtype)]
     document = _document(checks)
     if options.json:
         terminal.print_json(document)
@@ -77,7 +84,7 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
     batch, heads_q, heads_kv, len_q, len_k, dim, dim_v = sizes
     rule, rng = parse.parse(mask), np.random.default_rng(0)
     q, k, v, do = (
-        rng.standard_normal(shape).astype(dtype)
+        rng.standard_normal(shape).astype(arrays.element_type(dtype))
         for shape in (
             (batch, heads_q, len_q, dim),
             (batch, heads_kv, len_k, dim),
@@ -100,7 +107,8 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
         error = max(map(_error, found, expected))
         return Check(f"{operation} {name}", error, error < TOLERANCES[dtype], seconds)
 
-    inputs = (do, q, k, v, *(array.astype(dtype) for array in wanted))
+    o, lse = wanted
+    inputs = (do, q, k, v, o.astype(q.dtype), lse.astype(STATISTICS[dtype]))
     return [
         check("forward", lambda: api.attention(q, k, v, mask=rule, return_lse=True), wanted),
         check("backward", lambda: api.attention_backward(*inputs, mask=rule), gradients),
@@ -109,6 +117,7 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
 
 def _error(found: Any, expected: Any) -> float:
     """The largest difference; infinities must agree, NaN must not occur."""
+    found = found.astype(np.float64)
     finite = np.isfinite(expected)
     if (
         not np.array_equal(np.isfinite(found), finite)
@@ -127,7 +136,7 @@ def _document(checks: list[Check]) -> dict[str, Any]:
     backends |= {name: {"works": False, "reason": why} for name, why in ABSENT.items()}
     return {
         "versions": {"tilefold": tilefold.__version__, "python": platform.python_version()}
-        | {name: _version(name) for name in ("numpy", "llvmlite", "torch")},
+        | {name: _version(name) for name in ("numpy", "llvmlite", "ml_dtypes", "torch")},
         "system": platform.platform(),
         "device": {
             "name": device.name,
