@@ -25,8 +25,9 @@ from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.kernel import emit
 from tilefold.circumstances import circumstances
 from tilefold.device import host
-from tilefold.plan import KernelSpec, plan
+from tilefold.plan import plan
 from tilefold.problem import Problem
+from tilefold.spec import KernelSpec
 
 MASKS = {
     "full()": tilefold.full(),

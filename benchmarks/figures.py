@@ -25,14 +25,16 @@ import numpy as np
 from tilefold import bench, parse, workload
 from tilefold.backends.cpu import peak, runtime, threads
 from tilefold.backends.cpu.kernel import emit
+from tilefold.choice import multiplier
 from tilefold.circumstances import circumstances
 from tilefold.commands import terminal
 from tilefold.device import host
 from tilefold.files import write_atomically
 from tilefold.peers import PEERS, check, tensor
-from tilefold.plan import Multiplier, multiplier, plan
+from tilefold.plan import plan
 from tilefold.problem import Problem, default_scale
 from tilefold.roofline import Rates, visible_pairs
+from tilefold.spec import Multiplier
 from tilefold.workload import BOTH, Case
 
 D64, D128, LONG = "1,8,2048,64", "1,8,2048,128", "1,2,8192,64"

@@ -28,7 +28,8 @@ from tilefold.backends.cpu.arguments import OPERANDS, names
 from tilefold.backends.cpu.kernel import CpuKernel, emit, workspace_bytes
 from tilefold.buffer import Buffer
 from tilefold.device import Device
-from tilefold.plan import KernelSpec, Plan, Scratch
+from tilefold.plan import Plan, Scratch
+from tilefold.spec import KernelSpec
 
 Array = NDArray[Any]
 DRIVER = Path(__file__).with_name("driver.c")

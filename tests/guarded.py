@@ -26,7 +26,8 @@ from tilefold.backends.cpu.kernel import CpuKernel
 from tilefold.buffer import Buffer
 from tilefold.device import Device
 from tilefold.expression import Table
-from tilefold.plan import KernelSpec, Plan, Scratch
+from tilefold.plan import Plan, Scratch
+from tilefold.spec import KernelSpec
 
 Array = NDArray[Any]
 PAGE = mmap.PAGESIZE

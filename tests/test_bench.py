@@ -11,8 +11,9 @@ import pytest
 from tilefold import bench, blocks, parse, peers, roofline, workload
 from tilefold.backends.cpu import peak, threads
 from tilefold.device import host
-from tilefold.plan import PARALLEL, plan
+from tilefold.plan import plan
 from tilefold.problem import Problem
+from tilefold.spec import PARALLEL
 from tilefold.workload import Case
 
 

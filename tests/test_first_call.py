@@ -16,8 +16,9 @@ from tilefold import cache
 from tilefold.backends.cpu import kernel as kernels
 from tilefold.backends.cpu import runtime
 from tilefold.device import host
-from tilefold.plan import KernelSpec, plan
+from tilefold.plan import plan
 from tilefold.problem import Problem
+from tilefold.spec import KernelSpec
 
 PACKAGE = Path(tilefold.__file__).parent
 

@@ -15,12 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "tilefold"
 READING_ORDER = """
 settings check files recent
 nodes expression summary fold blocks rules data coordinates mask parse picture
-buffer problem reference device circumstances cache tables owners winners splits plan roofline
+buffer problem reference device circumstances cache tables owners winners splits
+spec choice plan roofline
 backends backends.cpu
 backends.cpu.ir backends.cpu.convert backends.cpu.gemm backends.cpu.softmax
 backends.cpu.arguments backends.cpu.mask
 backends.cpu.pack backends.cpu.pairs backends.cpu.tile backends.cpu.amx backends.cpu.work
-backends.cpu.block backends.cpu.products
+backends.cpu.block backends.cpu.multiply backends.cpu.products
 backends.cpu.forward backends.cpu.backward backends.cpu.fused
 backends.cpu.sums backends.cpu.state backends.cpu.decode backends.cpu.merge
 backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak

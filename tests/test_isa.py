@@ -21,8 +21,8 @@ from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.kernel import emit
 from tilefold.device import Device, host
 from tilefold.mask import Rule
-from tilefold.plan import KernelSpec
 from tilefold.problem import ITEM_BYTES, Problem
+from tilefold.spec import KernelSpec
 from tilefold.tables import FAMILIES
 
 ROOT = Path(__file__).parents[1]

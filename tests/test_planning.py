@@ -18,9 +18,11 @@ from tilefold import Rule, causal, documents, engine, full, local, reference
 from tilefold.backends.cpu import ir, work
 from tilefold.backends.cpu.kernel import kernel, workspace_bytes
 from tilefold.backends.cpu.runtime import CompileError
+from tilefold.choice import GRANULE, family
 from tilefold.device import Device, host
-from tilefold.plan import DECODE, GRANULE, PARALLEL, family, plan
+from tilefold.plan import plan
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
+from tilefold.spec import DECODE, PARALLEL
 from tilefold.tables import FAMILIES, RegisterTile
 
 

@@ -10,10 +10,11 @@ from amx import Amx
 from operands import Array, backward, forward, inputs
 
 from tilefold import causal, full, reference
+from tilefold.choice import multiplier
 from tilefold.device import Device, host
 from tilefold.mask import Rule
-from tilefold.plan import FMA, Multiplier, multiplier
 from tilefold.problem import Problem, default_scale
+from tilefold.spec import FMA, Multiplier
 
 FULL = full()
 

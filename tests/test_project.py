@@ -73,8 +73,8 @@ def test_an_editable_install_follows_the_source(tmp_path: Path) -> None:
     assert str(copy) in call(python, "-c", USE, cwd=tmp_path)
     gemm = copy / "tilefold" / "backends" / "cpu" / "gemm.py"
     before = gemm.read_text(encoding="utf-8")
-    assert "body.multiply_add(wide" in before
-    edited = before.replace("body.multiply_add(wide", "body.multiply_ad(wide")
+    assert "body.multiply_add(left" in before
+    edited = before.replace("body.multiply_add(left", "body.multiply_ad(left")
     gemm.write_text(edited, encoding="utf-8")
     done = subprocess.run([str(python), "-c", USE], cwd=tmp_path, capture_output=True, text=True)
     assert "multiply_ad" in done.stderr

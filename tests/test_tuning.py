@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tilefold import cli, parse, plan, tuning, winners, workload
+from tilefold import choice, cli, parse, plan, tuning, winners, workload
 from tilefold.backends.cpu import peak
 from tilefold.device import host
 from tilefold.problem import ITEM_BYTES, Problem
@@ -94,7 +94,7 @@ def test_the_row_of_every_plan_is_in_the_table(isa: str, operation: str) -> None
             asked = case(len_q=length, len_k=length, dtype=dtype).problem
             form = "tiled" if operation == "forward" else "auto"
             for launch in plan.plan(asked, device, operation, form).launches:
-                found = plan.table_blocks(asked, device, launch.spec.operation)
+                found = choice.table_blocks(asked, device, launch.spec.operation)
                 assert FAMILIES[device.isa].row(found.tile) is not None
                 assert launch.spec.block_traverse == found.block_traverse
 
@@ -113,7 +113,7 @@ def test_the_fastest_candidate_wins_and_the_others_are_priced(timed: Any) -> Non
 
     stages = timed(model)
     (found,) = tuning.tune(case(), seconds=1)
-    table = plan.table_blocks(case().problem, host(), "forward")
+    table = choice.table_blocks(case().problem, host(), "forward")
     assert found.table == table
     assert all(stage[0] == str(table) for stage in stages)  # in every round, the first one too
     best = min((trial.blocks for trial in found.trials), key=model)
@@ -132,7 +132,7 @@ def test_the_fastest_candidate_wins_and_the_others_are_priced(timed: Any) -> Non
 def test_the_table_stays_unless_others_are_clearly_faster(
     timed: Any, gain: float, wins: bool
 ) -> None:
-    table = plan.table_blocks(case().problem, host(), "forward")
+    table = choice.table_blocks(case().problem, host(), "forward")
     timed(lambda candidate: 1.0 if candidate == table else 1.0 - gain)
     (found,) = tuning.tune(case(), seconds=1)
     assert (found.best.blocks != table) == wins
@@ -140,7 +140,7 @@ def test_the_table_stays_unless_others_are_clearly_faster(
 
 def test_noise_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fast in most rounds of a stage, but not in the last; or in the median, but not surely."""
-    table = plan.table_blocks(case().problem, host(), "forward")
+    table = choice.table_blocks(case().problem, host(), "forward")
     noisy = [0.5, 0.5, 0.5, 1.5, 1.5]
     stages: list[int] = []
 
@@ -163,7 +163,7 @@ def test_noise_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_last_stage_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = plan.table_blocks(case().problem, host(), "forward")
+    table = choice.table_blocks(case().problem, host(), "forward")
     stages: list[list[str]] = []
 
     def turns(calls: Mapping[str, Call], **limits: Any) -> dict[str, list[float]]:
@@ -181,7 +181,7 @@ def test_only_the_last_stage_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_clock_that_drifts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ratios are of one round; medians of each candidate alone would be those of the drift."""
-    table = plan.table_blocks(case().problem, host(), "forward")
+    table = choice.table_blocks(case().problem, host(), "forward")
     drift = [1.0, 10.0, 100.0, 1000.0, 1e4]
 
     def turns(calls: Mapping[str, Call], **limits: Any) -> dict[str, list[float]]:
@@ -295,7 +295,7 @@ def test_precision_and_what_multiplies_are_said(cache: Path, timed: Any, capsys:
     units = {key.dtype: key.unit for _, key in winners.load().winners}
     medium = case(precision="medium").problem
     assert units == {
-        "float32": plan.multiplier(medium, host(), "forward").unit,
+        "float32": choice.multiplier(medium, host(), "forward").unit,
         "float64": "fma",
     }
 

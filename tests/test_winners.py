@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import tilefold
-from tilefold import plan, reference, winners, workload
+from tilefold import choice, plan, reference, winners, workload
 from tilefold.device import Device, host
 from tilefold.expression import split
 from tilefold.mask import Rule, causal, full, lengths, local
@@ -42,7 +42,7 @@ def problem(mask: Rule | None = None, length: int = 300, **changes: Any) -> Prob
 
 def key_of(problem: Problem, kernel: str = "forward", device: Device | None = None) -> Key:
     skeleton, _, _ = split(problem.mask.bind(problem.len_q, problem.len_k))
-    return plan.winner_key(problem, device or host(), kernel, skeleton)
+    return choice.winner_key(problem, device or host(), kernel, skeleton)
 
 
 def winner(blocks: Blocks = OTHER, **changes: Any) -> Winner:
@@ -54,7 +54,7 @@ def winner(blocks: Blocks = OTHER, **changes: Any) -> Winner:
 
 
 def keep(problem: Problem, kernel: str = "forward", blocks: Blocks = OTHER) -> None:
-    table = Timed(plan.table_blocks(problem, host(), kernel), 2.0)
+    table = Timed(choice.table_blocks(problem, host(), kernel), 2.0)
     found = winner(blocks, table=table)
     winners.keep({(Machine.of(host()), key_of(problem, kernel)): found})
 
@@ -76,7 +76,7 @@ def planned(problem: Problem, operation: str = "forward", **options: Any) -> dic
 def test_a_winner_overrides_the_table_and_is_overridden_by_the_caller(cache: Path) -> None:
     asked = problem()
     table = planned(asked)
-    assert table == {"forward": plan.table_blocks(asked, host(), "forward")}
+    assert table == {"forward": choice.table_blocks(asked, host(), "forward")}
     keep(asked)  # the plan of the line above is remembered; it must not survive this
     assert planned(asked) == {"forward": OTHER}
     tile = FAMILIES[host().isa].tiles[0]
@@ -234,7 +234,7 @@ def test_a_damaged_file_is_left_out_with_a_reason(cache: Path, content: bytes) -
     asked = problem()
     keep(asked)
     damage(cache, content)
-    assert planned(asked)["forward"] == plan.table_blocks(asked, host(), "forward")
+    assert planned(asked)["forward"] == choice.table_blocks(asked, host(), "forward")
     said = winners.load().problem
     assert said == f"{cache / 'tuned.json'} is not a file of this version's winners"
     keep(asked)  # and is replaced by the next measurement

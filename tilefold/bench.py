@@ -21,8 +21,9 @@ import numpy as np
 from tilefold import engine, peers
 from tilefold.backends.cpu import threads
 from tilefold.buffer import Buffer
+from tilefold.choice import family
 from tilefold.device import host
-from tilefold.plan import family, plan
+from tilefold.plan import plan
 from tilefold.roofline import visible_pairs
 from tilefold.workload import Array, Arrays, Call, Case, arrays, own
 

@@ -5,99 +5,37 @@ Nothing here depends on how many threads will run: so results do not either.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import splits, tables, winners
+from tilefold import splits, winners
 from tilefold.blocks import Runs, runs
+from tilefold.choice import (
+    GRANULE,
+    MASKED,
+    blocks_for,
+    bound,
+    lanes_of,
+    multiplier,
+    parallel_length,
+    table_blocks,
+    visited_by,
+)
 from tilefold.device import Device
-from tilefold.expression import Boolean, Skeleton, Table, Truth, split
+from tilefold.expression import Boolean, Skeleton, Table, split
 from tilefold.fold import index_bits
 from tilefold.owners import COLUMNS, Dealer, fastest, rows_of_parts, split_time
 from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
 from tilefold.recent import Recent
-from tilefold.tables import FAMILIES, Family, RegisterTile
-from tilefold.winners import Blocks, Key
+from tilefold.spec import DECODE, PARALLEL, KernelSpec
+from tilefold.tables import RegisterTile
 
 OPERATIONS = ("forward", "backward")
 FORMS = ("auto", "interleaved", "tiled", "decode", "fused", "split")
 """How an operation is done: forward "tiled" or "decode", backward "fused" or "split"."""
-
-DECODE = ("decode", "decode_part", "merge")
-"""Kernels whose rows hold one query each, the head dimension in the lanes."""
-
-PARALLEL = {
-    "forward": "q",
-    **dict.fromkeys(DECODE, "q"),
-    "delta": "q",
-    "backward_dq": "q",
-    "backward_dkv": "k",
-    "backward": "k",
-    "reduce_dq": "q",
-}
-"""The axis that lies in the lanes, by kernel."""
-
-
-class Multiplier(NamedTuple):
-    """What multiplies: "fma" numbers, "dot" pairs of bfloat16, "amx" tiles of such pairs.
-
-    With pairs every operand is a sum of `parts` bfloat16 numbers.
-    """
-
-    unit: str
-    parts: int = 1
-
-    @property
-    def terms(self) -> int:
-        """Products that make one: all of two parts but that of the low ones."""
-        return self.parts * (self.parts + 1) // 2
-
-
-FMA = Multiplier("fma")
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """What changes the text of a kernel, and nothing else: no lengths, batch, heads or mask data.
-
-    The register tile is `rows` broadcast rows by `vectors` vectors of `lanes` elements. The
-    parallel axis lies in the lanes, `block_parallel` at a time; the traversed axis is walked
-    `block_traverse` rows at a time. In the kernels of `DECODE`, `rows` is how many queries a worker
-    holds at most. `native_half`: the machine converts float16 itself.
-    """
-
-    operation: str
-    dtype: str
-    dim: int
-    dim_v: int
-    lanes: int
-    vectors: int
-    rows: int
-    block_traverse: int
-    mask: Skeleton
-    index_bits: int
-    native_half: bool = False
-    products: Multiplier = FMA
-
-    @property
-    def block_parallel(self) -> int:
-        """Rows of the parallel axis in one block."""
-        return self.lanes * self.vectors
-
-    @property
-    def state_width(self) -> int:
-        """Elements that "decode_part" leaves of one query: O in whole vectors, m and l."""
-        return self.whole(self.dim_v) + 2 * self.lanes
-
-    def whole(self, dim: int) -> int:
-        """A dimension rounded up to whole vectors."""
-        return -(-dim // self.lanes) * self.lanes
-
 
 _NO_OWNERS = np.zeros((1, COLUMNS), np.int64)
 
@@ -219,7 +157,7 @@ def _plan(
     owners: int | None,
     in_place: bool,
 ) -> Plan:
-    expression = _bound(problem)
+    expression = bound(problem)
     bits = index_bits(expression, problem.batch, problem.heads_q, problem.len_q, problem.len_k)
     skeleton, parameters, tables = split(expression)
 
@@ -286,10 +224,6 @@ def _backward(
     return [*launches, fused, replace(reduce, runs=dealer.parts(dealt), owners=dealt)], buffers
 
 
-GRANULE = 32
-"""Traversed rows that are classified together; a run is cut into tiles only inside the kernel."""
-
-
 def _decodes(problem: Problem, device: Device, form: str, tile: RegisterTile | None = None) -> bool:
     """Whether the decode kernel serves: where it is predicted to be faster than the tiled one.
 
@@ -306,7 +240,7 @@ def _decodes(problem: Problem, device: Device, form: str, tile: RegisterTile | N
             most = f"at most {splits.MOST_ROWS} queries for each key head, over all query heads"
             raise ValueError(f"form 'decode' takes {most}, got {rows}")
         return form == "decode"
-    lanes = _lanes(problem, device)
+    lanes = lanes_of(problem, device)
     tile = table_blocks(problem, device, "forward").tile
     multiplies = multiplier(problem, device, "forward")
     heads = problem.batch * problem.heads_q
@@ -323,7 +257,7 @@ def _decode_spec(
     problem: Problem, device: Device, skeleton: Skeleton, bits: int, block_traverse: int | None
 ) -> KernelSpec:
     """One vector of keys at a time; a tile of keys and one of values share the first cache."""
-    lanes = _lanes(problem, device)
+    lanes = lanes_of(problem, device)
     return KernelSpec(
         operation="decode",
         dtype=problem.dtype,
@@ -381,13 +315,13 @@ def _spec(
     tile: RegisterTile | None,
     block_traverse: int | None,
 ) -> KernelSpec:
-    blocks = _blocks(problem, device, kernel, skeleton, tile)
+    blocks = blocks_for(problem, device, kernel, skeleton, tile)
     return KernelSpec(
         operation=kernel,
         dtype=problem.dtype,
         dim=problem.dim,
         dim_v=problem.dim_v,
-        lanes=_lanes(problem, device),
+        lanes=lanes_of(problem, device),
         vectors=blocks.tile.vectors,
         rows=blocks.tile.rows,
         block_traverse=blocks.block_traverse if block_traverse is None else block_traverse,
@@ -398,156 +332,11 @@ def _spec(
     )
 
 
-def _blocks(
-    problem: Problem, device: Device, kernel: str, mask: Skeleton, tile: RegisterTile | None
-) -> Blocks:
-    """Those of the tile that is asked for, else what was measured here, else the table's."""
-    if tile is not None:
-        return usual_blocks(problem, device, kernel, tile)
-    table = table_blocks(problem, device, kernel)
-    winner = winners.find(device, winner_key(problem, device, kernel, mask), table)
-    return winner.best.blocks if winner else table
-
-
-def winner_key(problem: Problem, device: Device, kernel: str, mask: Skeleton) -> Key:
-    """What a choice of blocks for one kernel of a plan depends on, beside the machine."""
-    unit, parts = multiplier(problem, device, kernel)
-    return Key(
-        kernel=kernel,
-        dtype=problem.dtype,
-        unit=unit,
-        parts=parts,
-        dim=problem.dim,
-        dim_v=problem.dim_v,
-        mask=mask.text,
-        length=winners.length_class(_length(problem, kernel), _lanes(problem, device)),
-    )
-
-
-def table_blocks(problem: Problem, device: Device, kernel: str) -> Blocks:
-    """What `tables` say of one kernel of a plan."""
-    rows, lanes = family(problem, device, kernel), _lanes(problem, device)
-    if _length(problem, kernel) <= winners.LONG:
-        tile = _for_length(rows.tiles, lanes, _length(problem, kernel))
-    elif kernel in _MASKED:
-        tile = _for_mask(rows.measured_tiles, lanes, problem, PARALLEL[kernel])
-    else:
-        tile = rows.tiles[0]
-    return usual_blocks(problem, device, kernel, tile)
-
-
-def usual_blocks(problem: Problem, device: Device, kernel: str, tile: RegisterTile) -> Blocks:
-    """A register tile with as many traversed rows as the scratch of `tables` holds."""
-    item_bytes = ITEM_BYTES[STATISTICS[problem.dtype]]
-    return Blocks(tile, family(problem, device, kernel).block_traverse(tile, item_bytes))
-
-
-def _lanes(problem: Problem, device: Device) -> int:
-    return FAMILIES[device.isa].lanes(ITEM_BYTES[STATISTICS[problem.dtype]])
-
-
-def _length(problem: Problem, kernel: str) -> int:
-    """Of the axis that lies in the lanes."""
-    return problem.len_q if PARALLEL[kernel] == "q" else problem.len_k
-
-
-def multiplier(problem: Problem, device: Device, kernel: str) -> Multiplier:
-    """What multiplies in a kernel: pairs of bfloat16 where they are exact enough, and faster.
-
-    A float16 number is exactly the sum of two, a float32 number nearly: three products of tiles
-    take 3/16 of the time of one product in float32, but three products of pairs 3/2 of it. So
-    where there are pairs without tiles, "high" is computed as "highest".
-    """
-    if kernel in ("delta", "reduce_dq", *DECODE):
-        return FMA
-    kind = problem.precision if problem.dtype == "float32" else problem.dtype
-    parts = {"bfloat16": 1, "medium": 1, "float16": 2, "high": 2}.get(kind)
-    if parts and device.isa == "amx":
-        return Multiplier("amx", parts)
-    if parts == 1 and device.has("avx512bf16"):
-        return Multiplier("dot")
-    return FMA
-
-
-def family(problem: Problem, device: Device, kernel: str) -> Family:
-    """The table of a kernel of a plan: that of what multiplies in it."""
-    return tables.family(device.isa, multiplier(problem, device, kernel).unit)
-
-
-def _cost(tile: RegisterTile) -> float:
-    """Of a product, as far as loads bind it: those of three loads for four products are free."""
-    return max(0.75, tile.loads_per_product)
-
-
-def _for_length(tiles: tuple[RegisterTile, ...], lanes: int, length: int) -> RegisterTile:
-    """For a short axis the tile that wastes least: padded lanes, and what a product costs."""
-
-    def cost(tile: RegisterTile) -> float:
-        width = tile.vectors * lanes
-        return -(-length // width) * width * _cost(tile)
-
-    return min(tiles, key=cost)
-
-
-_MASKED = ("forward", "backward_dq", "backward_dkv", "backward")
-LEAST_SAVED = 0.05
-"""Of the visited pairs: a narrower block must save so many to be taken. float32, 1 x 1 x 4096 x 64,
-10x2 beside 6x4 on one core of an AMD EPYC (Zen 4), forward and backward, 2026-11-21:
-`causal() & local(64)` saves 25 % of the pairs and took 18 % and 9 % less time, `local(256)` 10 %
-and 6 % and 5 %, `local(1024)` 3 % and 2 % and 0 %; `causal()` at 512 tokens 6 % and 5 % and 4 %.
-"""
-
-
-def _for_mask(
-    tiles: tuple[RegisterTile, ...], lanes: int, problem: Problem, parallel: str
-) -> RegisterTile:
-    """The widest tile, or under a narrow window one whose blocks visit fewer pairs."""
-    widest = best = tiles[0]
-    if isinstance(_bound(problem), Truth):
-        return widest
-    width = widest.vectors * lanes
-    met = _visited(problem, parallel, width).met
-    if not met.any():
-        return widest
-    least = (1 - LEAST_SAVED) * width * int(met.sum())
-    for tile in tiles[1:]:
-        narrow = tile.vectors * lanes
-        cost = _cost(tile) / _cost(widest)
-        # Where a window ends, a block reaches as much less far as it is narrower.
-        if cost * (1 - (width - narrow) / met.mean()) < 1 - LEAST_SAVED:
-            pairs = cost * narrow * int(_visited(problem, parallel, narrow).met.sum())
-            if pairs < least:
-                best, least = tile, pairs
-    return best
-
-
-def _bound(problem: Problem) -> Boolean:
-    return problem.mask.bind(problem.len_q, problem.len_k)
-
-
-@functools.lru_cache(maxsize=4)  # few, since they may be large; `_launch` asks again at once
-def _visited(problem: Problem, parallel: str, width: int) -> Runs:
-    """The runs of blocks that are so wide."""
-    length, traversed = problem.len_q, problem.len_k
-    if parallel == "k":
-        length, traversed = traversed, length
-    return runs(
-        _bound(problem),
-        parallel=parallel,
-        batch=problem.batch,
-        heads=problem.heads_q,
-        len_parallel=length,
-        len_traverse=traversed,
-        block_parallel=width,
-        block_traverse=GRANULE,
-    )
-
-
 def _launch(problem: Problem, spec: KernelSpec) -> Launch:
     parallel = PARALLEL[spec.operation]
-    block_rows = -(-_length(problem, spec.operation) // spec.block_parallel)
-    if spec.operation in _MASKED:
-        visited = _visited(problem, parallel, spec.block_parallel)
+    block_rows = -(-parallel_length(problem, spec.operation) // spec.block_parallel)
+    if spec.operation in MASKED:
+        visited = visited_by(problem, parallel, spec.block_parallel)
     else:
         visited = Runs(np.zeros(block_rows + 1, np.int64), np.zeros((0, 3), np.int64), 1, 1)
     heads = problem.heads_q if parallel == "q" else problem.heads_kv

@@ -21,19 +21,12 @@ from dataclasses import dataclass, replace
 
 from tilefold import engine, winners
 from tilefold.bench import operands, turn_by_turn, using_threads
+from tilefold.choice import family, table_blocks, usual_blocks, winner_key
 from tilefold.circumstances import circumstances
 from tilefold.device import host
-from tilefold.plan import (
-    DECODE,
-    PARALLEL,
-    Plan,
-    family,
-    plan,
-    table_blocks,
-    usual_blocks,
-    winner_key,
-)
+from tilefold.plan import Plan, plan
 from tilefold.roofline import PASSES
+from tilefold.spec import DECODE, PARALLEL
 from tilefold.tables import RegisterTile
 from tilefold.winners import Blocks, Key, Machine, Timed, Winner
 from tilefold.workload import Arrays, Call, Case, arrays

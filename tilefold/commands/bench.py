@@ -13,15 +13,16 @@ from typing import Any
 from tilefold import bench, parse
 from tilefold.backends.cpu import peak, threads
 from tilefold.bench import Row
+from tilefold.choice import multiplier
 from tilefold.circumstances import circumstances
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.files import write_atomically
 from tilefold.mask import Rule
 from tilefold.peers import PEERS
-from tilefold.plan import Multiplier, multiplier
 from tilefold.problem import ITEM_BYTES
 from tilefold.roofline import Rates
+from tilefold.spec import Multiplier
 from tilefold.workload import OPERATIONS, PASSES, Case
 
 SHAPES = ("1,8,2048,64", "1,8,2048,128")

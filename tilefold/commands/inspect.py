@@ -12,11 +12,12 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from tilefold import parse, plan, roofline, settings, winners
+from tilefold import choice, parse, plan, roofline, settings, winners
 from tilefold.backends.cpu import kernel, peak, runtime, threads
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.plan import Launch, Plan
+from tilefold.spec import DECODE, PARALLEL
 from tilefold.winners import Winner
 
 
@@ -57,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
         print(text if options.text else runtime.assembly(text, device), end="")
         return 0
     picked = [_pick(made, options.kernel)] if options.kernel else made.launches
-    products = plan.multiplier(problem, device, options.operation)
+    products = choice.multiplier(problem, device, options.operation)
     rates = peak.rates(device, problem.dtype, threads.get_num_threads(), products)
     document = {
         "problem": _problem(made),
@@ -91,7 +92,7 @@ def _problem(made: Plan) -> dict[str, Any]:
 
 def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, Any]:
     spec, runs, problem = launch.spec, launch.runs, made.problem
-    parallel = plan.PARALLEL[spec.operation]
+    parallel = PARALLEL[spec.operation]
     masked = runs.runs[:, 2]
     pairs = roofline.computed_pairs(problem, parallel, runs, launch.block_parallel, launch.splits)
     described: dict[str, Any] = {
@@ -116,7 +117,7 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
         "mask_expression": spec.mask.text,
     }
     if spec.operation in roofline.PASSES:
-        if spec.operation not in plan.DECODE:  # which has no tile to choose
+        if spec.operation not in DECODE:  # which has no tile to choose
             described["choice"] = _choice(made, launch)
         least = roofline.bounds(problem, spec.operation, pairs, rates)
         described["instructions"] = roofline.instruction_count(
@@ -132,10 +133,10 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
 def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
     """Where the blocks come from, and what other ones would cost as far as anybody measured."""
     problem, device, spec = made.problem, made.device, launch.spec
-    table = plan.table_blocks(problem, device, spec.operation)
-    key = plan.winner_key(problem, device, spec.operation, spec.mask)
+    table = choice.table_blocks(problem, device, spec.operation)
+    key = choice.winner_key(problem, device, spec.operation, spec.mask)
     winner = winners.find(device, key, table)
-    family = plan.family(problem, device, spec.operation)
+    family = choice.family(problem, device, spec.operation)
     row = family.row(table.tile)
     assert row is not None, table
     return {
@@ -217,7 +218,7 @@ def _kernel_facts(described: dict[str, Any]) -> Any:
     traversed = "keys" if described["parallel"] == "q" else "queries"
     facts = terminal.facts()
     facts.add_row("kernel", f"[bold]{described['kernel']}[/]")
-    kind = "splits of keys" if described["kernel"] in plan.DECODE else "block rows"
+    kind = "splits of keys" if described["kernel"] in DECODE else "block rows"
     facts.add_row(
         "work", f"{described['work_items']:,} items in {described['block_rows']:,} {kind}"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from tilefold.plan import KernelSpec
+from tilefold.spec import KernelSpec
 
 if TYPE_CHECKING:
     from tilefold.backends.cpu.ir import Body, Value

@@ -20,10 +20,11 @@ from tilefold.backends.cpu import gemm, work
 from tilefold.backends.cpu.block import Block, emit
 from tilefold.backends.cpu.ir import Value
 from tilefold.backends.cpu.mask import MaskText
-from tilefold.backends.cpu.products import Products, Right, products
+from tilefold.backends.cpu.multiply import Products, Right
+from tilefold.backends.cpu.products import products
 from tilefold.backends.cpu.softmax import LOG2_E, exp2
 from tilefold.backends.cpu.tile import Matrix, Tile
-from tilefold.plan import KernelSpec
+from tilefold.spec import KernelSpec
 
 Statistics = list[tuple[list[Value], list[Value]]]
 """lse and delta of each row of a block, by vector."""

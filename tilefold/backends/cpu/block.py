@@ -16,7 +16,7 @@ from tilefold.backends.cpu.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.mask import MaskText
 from tilefold.backends.cpu.softmax import LOG2_E
 from tilefold.backends.cpu.tile import Matrix, Tile, whole_vectors
-from tilefold.plan import PARALLEL, KernelSpec
+from tilefold.spec import PARALLEL, KernelSpec
 
 
 def regions(spec: KernelSpec) -> dict[str, int]:

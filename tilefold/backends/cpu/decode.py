@@ -35,7 +35,7 @@ from tilefold.backends.cpu.mask import MaskText
 from tilefold.backends.cpu.softmax import LOG2_E, exp2
 from tilefold.backends.cpu.state import VALUES, Frame, emit
 from tilefold.backends.cpu.sums import push
-from tilefold.plan import KernelSpec
+from tilefold.spec import KernelSpec
 
 CHUNK = 8
 """Vectors along d that are multiplied, or summed, in registers at a time."""

@@ -27,7 +27,7 @@ from tilefold.backends.cpu.mask import MaskText
 from tilefold.backends.cpu.products import products
 from tilefold.backends.cpu.softmax import LN_2, exp2, log2
 from tilefold.backends.cpu.tile import Tile
-from tilefold.plan import KernelSpec
+from tilefold.spec import KernelSpec
 
 
 def forward(spec: KernelSpec) -> str:

@@ -25,7 +25,7 @@ from tilefold.backends.cpu.ir import Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.tile import Factor, Matrix, Tile
 from tilefold.expression import Truth
 from tilefold.owners import COLUMNS, FIRST_QUERY, FIRST_ROW, LAST_QUERY, LAST_ROW, PART
-from tilefold.plan import KernelSpec
+from tilefold.spec import KernelSpec
 
 
 def fused(spec: KernelSpec) -> str:

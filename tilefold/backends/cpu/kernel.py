@@ -17,8 +17,8 @@ from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.arguments import names
 from tilefold.device import Device
 from tilefold.expression import Skeleton
-from tilefold.plan import DECODE, KernelSpec
 from tilefold.problem import ITEM_BYTES, STATISTICS
+from tilefold.spec import DECODE, KernelSpec
 
 _PACKAGE = Path(__file__).parents[2]
 _SOURCES = (_PACKAGE, Path(__file__).parent)

@@ -23,7 +23,7 @@ from tilefold.expression import (
     fold,
     names,
 )
-from tilefold.plan import KernelSpec
+from tilefold.spec import KernelSpec
 
 Lanes = tuple[Value, ...]
 """A value for each element of the parallel block: a vector for each vector of the tile."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from tilefold.backends.cpu.ir import Value
 from tilefold.backends.cpu.softmax import exp2
 from tilefold.backends.cpu.state import Frame, emit
-from tilefold.plan import KernelSpec
+from tilefold.spec import KernelSpec
 
 
 def merge(spec: KernelSpec) -> str:

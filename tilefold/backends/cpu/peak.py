@@ -29,9 +29,9 @@ from tilefold.backends.cpu.convert import SCALARS
 from tilefold.backends.cpu.ir import Body, Module, Value, Variable, alignment, vector
 from tilefold.backends.cpu.softmax import EXP2_COARSE, exp2
 from tilefold.device import Device
-from tilefold.plan import FMA, Multiplier
 from tilefold.problem import ITEM_BYTES, STATISTICS
 from tilefold.roofline import Rates
+from tilefold.spec import FMA, Multiplier
 
 Run = Callable[[], None]
 Writer = Callable[[Body, Value, Value, Value, str], None]
@@ -52,7 +52,7 @@ def rates(
 ) -> Rates:
     """The best rates seen on this machine: kept ones, or with `again` also those of a new look.
 
-    `products` says what multiplies (`plan.multiplier`).
+    `products` says what multiplies (`choice.multiplier`).
     """
     kept = cache.default()
     question = json.dumps([device.name, device.triple, device.features, dtype, workers, *products])

@@ -1,142 +1,22 @@
-"""How a kernel multiplies: in float, in bfloat16 pairs, or on AMX tiles.
-
-Every product of a pass is left x right. The right side lies in scratch with the parallel block in
-its lanes: operands of the block itself, or the weights of a tile. The left side is of the traversed
-axis, read along d for scores (`rows`) and along the traversed axis for sums (`columns`).
-
-    unit   left                                   right                    one step
-    fma    numbers where they lie, any strides    rows of floats           a * b, one number
-    dot    lines of bfloat16, contiguous          rows of bfloat16 pairs   two numbers
-    amx    as dot                                 as dot                   16 x 16 x 32 numbers
-"""
+"""Products of bfloat16 pairs, in vectors or on AMX tiles, and which products a kernel has."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tilefold.backends.cpu import amx, gemm, pairs
 from tilefold.backends.cpu.block import Block, line_of, padded
 from tilefold.backends.cpu.convert import Kept
 from tilefold.backends.cpu.ir import Operand, Value, Variable, overload
+from tilefold.backends.cpu.multiply import Products, Right, Sides, factors_of, multiplied
 from tilefold.backends.cpu.softmax import EXP2_COARSE
-from tilefold.backends.cpu.tile import Factor, Matrix, Scores, Side, Tile
-
-
-@dataclass(frozen=True)
-class Right:
-    """The right side, in parts that sum to it; scores are to be multiplied by `factor`."""
-
-    parts: tuple[Value, ...]
-    factor: Value | None = None
-
-
-@dataclass(frozen=True)
-class Sides:
-    """A tile's rows of an operand as left sides, in parts, read along d and along the rows."""
-
-    rows: tuple[Matrix, ...]
-    columns: tuple[Matrix, ...]
+from tilefold.backends.cpu.tile import Matrix, Scores, Tile
 
 
 def products(block: Block) -> Products:
     """The products of a kernel, by its spec's unit."""
     kind = {"fma": Products, "dot": _PairProducts, "amx": _TileProducts}[block.spec.products.unit]
     return kind(block)
-
-
-class Products:
-    """Products in the type of the scores, number by number."""
-
-    step = 1
-    """Rows of weights that are kept together."""
-
-    slack = 0.0
-    """How far, in powers of 2, the largest score may exceed m before sums are rescaled."""
-
-    exp2_terms: tuple[float, ...] | None = None
-    """The polynomial of the weights, where less than the precision of the scores will do."""
-
-    def __init__(self, block: Block) -> None:
-        self.block, self.body = block, block.body
-        self.shape, self.spec = block.shape, block.spec
-
-    def pack(self, name: str, dim: int, factor: Value | None = None) -> Right:
-        """The block's rows of an operand as the right side, multiplied by a factor."""
-        one = self.block.scalar(1.0)
-        return Right((self.block.pack(name, dim, one if factor is None else factor),))
-
-    def sides(
-        self, tile: Tile, matrix: Matrix, region: str, dim: int, *, rows: bool, columns: bool
-    ) -> Sides:
-        """A tile's rows of an operand as left sides, as far as they are wanted."""
-        near = (self.block.near(tile, tile.of(matrix), region, dim),)
-        return Sides(near, near)
-
-    def scores(
-        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
-    ) -> None:
-        """`use(first row, block)` for each block of rows of left x right, over d."""
-        tile.scores(_factors(left, right), Value(str(dim), "i64"), _multiplied(self, right, use))
-
-    def pad(self, tile: Tile, scores: Value) -> None:
-        """Complete the scores to a multiple of `step` rows: what is added weighs nothing."""
-
-    def keep(
-        self, tile: Tile, region: str, row: Value, lines: gemm.Accumulators, masked: bool
-    ) -> None:
-        """Keep `step` rows of weights, or more, for `accumulate_safely`."""
-        scratch = self.block.region(region)
-        for i, line in enumerate(lines):
-            for j, value in enumerate(line):
-                self.body.store(value, tile.at(scratch, self.body.add(row, i), j))
-
-    def mark(self, tile: Tile, row: Value, weights: gemm.Accumulators) -> None:
-        """Keep rows of P for their marks alone."""
-        Products.keep(self, tile, "p", row, weights, True)
-
-    def kept(self, tile: Tile, region: str) -> Right:
-        """The weights that were kept in a region as the right side, once all rows are there."""
-        return Right((self.block.region(region),))
-
-    def accumulate(
-        self,
-        tile: Tile,
-        left: Sequence[Matrix],
-        right: Right,
-        total: Value,
-        dim: int,
-        factors: list[Value] | None = None,
-    ) -> None:
-        """total (dim x lanes) <- factors * total + left^T x right, over the tile's rows."""
-        tile.accumulate(_factors(left, right), tile.count, total, dim, factors)
-
-    def accumulate_safely(
-        self,
-        masked: bool,
-        tile: Tile,
-        matrix: Matrix,
-        left: Sequence[Matrix],
-        region: str,
-        total: Value,
-        dim: int,
-        factors: list[Value] | None = None,
-    ) -> None:
-        """`accumulate` of the weights kept in a region, without those of forbidden pairs.
-
-        They are 0, and 0 times a number is 0; in a partial tile where `matrix` holds infinities or
-        NaN they are left out one by one. The marks are those of region "p".
-        """
-        right = self.kept(tile, region)
-        if not masked:
-            self.accumulate(tile, left, right, total, dim, factors)
-            return
-        rows, block = tile.of(matrix), self.block
-        with self.body.choose(tile.finite(rows, dim), "finite") as branch:
-            self.accumulate(tile, left, right, total, dim, factors)
-            branch.otherwise()
-            weights, marks = block.region(region), block.region("p")
-            tile.accumulate_visible(rows, weights, marks, total, dim, factors)
 
 
 class _PairProducts(Products):
@@ -284,7 +164,7 @@ class _PairProducts(Products):
         self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
     ) -> None:
         words = Value(str(padded(dim, 2) // 2), "i64")
-        tile.scores(_factors(left, right), words, _multiplied(self, right, use))
+        tile.scores(factors_of(left, right), words, multiplied(self, right, use))
 
     def pad(self, tile: Tile, scores: Value) -> None:
         body = self.body
@@ -338,7 +218,7 @@ class _PairProducts(Products):
         factors: list[Value] | None = None,
     ) -> None:
         words = self.body.binary("lshr", self.body.add(tile.count, 1), 1)
-        tile.accumulate(_factors(left, right), words, total, dim, factors)
+        tile.accumulate(factors_of(left, right), words, total, dim, factors)
 
     @property
     def _words_of_weights(self) -> int:
@@ -363,11 +243,11 @@ class _TileProducts(_PairProducts):
     ) -> None:
         body, shape = self.body, self.shape
         staging = self.block.region("staging")
-        use = _multiplied(self, right, use)
+        use = multiplied(self, right, use)
         depth = Value(str(padded(dim, amx.DEPTH) // amx.DEPTH), "i64")
         with body.loop("r", 0, tile.count, 2 * amx.ROWS) as first:
             lines = [amx.Lines(matrix.row(body, first), matrix.row_stride) for matrix in left]
-            amx.panel(body, shape, _factors(lines, right), depth, staging, 2, start=None)
+            amx.panel(body, shape, factors_of(lines, right), depth, staging, 2, start=None)
             last = body.minimum(body.sub(tile.count, first), 2 * amx.ROWS)
             with body.loop("i", 0, last, shape.rows) as i:
                 block = []
@@ -397,7 +277,9 @@ class _TileProducts(_PairProducts):
                 for matrix in left
             ]
             target = tile.at(total, first, 0)
-            amx.panel(body, shape, _factors(lines, right), depth, target, rows // 16, start=target)
+            amx.panel(
+                body, shape, factors_of(lines, right), depth, target, rows // 16, start=target
+            )
 
         gemm.row_tiles(body, padded(dim, amx.ROWS), 2 * amx.ROWS, panel, "d")
 
@@ -416,30 +298,6 @@ class _TileProducts(_PairProducts):
                 place = tile.at(total, d, j)
                 old = body.load(place, shape.vector, "total")
                 body.store(body.binary("fmul", old, factor), place)
-
-
-def _factors(left: Sequence[Side], right: Right) -> list[Factor[Side]]:
-    """The products whose sum is left x right: all but those of two low parts."""
-    return [
-        Factor(a, b)
-        for i, a in enumerate(left)
-        for j, b in enumerate(right.parts)
-        if i + j < len(left)
-    ]
-
-
-def _multiplied(products: Products, right: Right, use: Scores) -> Scores:
-    """`use` with scores that have the right side's factor."""
-    factor = right.factor
-    if factor is None:
-        return use
-    body, shape = products.body, products.shape
-
-    def scaled(row: Value, block: gemm.Accumulators) -> None:
-        wide = body.splat(factor, shape.lanes, "factor")
-        use(row, [[body.binary("fmul", value, wide, "s") for value in line] for line in block])
-
-    return scaled
 
 
 def _integers(*numbers: int) -> list[Value]:

@@ -17,7 +17,7 @@ from tilefold.backends.cpu.gemm import Shape
 from tilefold.backends.cpu.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.softmax import LN_2, log2
 from tilefold.backends.cpu.tile import Tile
-from tilefold.plan import KernelSpec
+from tilefold.spec import KernelSpec
 
 VALUES = 32
 """Values that every row adds before the next: they stay in the first cache meanwhile."""

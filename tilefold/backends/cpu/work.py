@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from tilefold.backends.cpu.arguments import Arguments
 from tilefold.backends.cpu.ir import Body, Value
 from tilefold.expression import Truth
-from tilefold.plan import KernelSpec
+from tilefold.spec import KernelSpec
 
 Tile = Callable[[Value, Value, bool], None]
 """Writes one tile: (first traversed row, how many rows, whether it needs the mask)."""
