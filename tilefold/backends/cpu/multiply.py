@@ -100,10 +100,10 @@ class Products:
         right: Right,
         total: Value,
         dim: int,
-        factors: list[Value] | None = None,
+        scales: list[Value] | None = None,
     ) -> None:
-        """total (dim x lanes) <- factors * total + left^T x right, over the tile's rows."""
-        tile.accumulate(factors_of(left, right), tile.count, total, dim, factors)
+        """total (dim x lanes) <- scales * total + left^T x right, over the tile's rows."""
+        tile.accumulate(factors_of(left, right), tile.count, total, dim, scales)
 
     def accumulate_safely(
         self,
@@ -114,7 +114,7 @@ class Products:
         region: str,
         total: Value,
         dim: int,
-        factors: list[Value] | None = None,
+        scales: list[Value] | None = None,
     ) -> None:
         """`accumulate` of the weights kept in a region, without those of forbidden pairs.
 
@@ -123,14 +123,14 @@ class Products:
         """
         right = self.kept(tile, region)
         if not masked:
-            self.accumulate(tile, left, right, total, dim, factors)
+            self.accumulate(tile, left, right, total, dim, scales)
             return
         rows, block = tile.of(matrix), self.block
         with self.body.choose(tile.finite(rows, dim), "finite") as branch:
-            self.accumulate(tile, left, right, total, dim, factors)
+            self.accumulate(tile, left, right, total, dim, scales)
             branch.otherwise()
             weights, marks = block.region(region), block.region("p")
-            tile.accumulate_visible(rows, weights, marks, total, dim, factors)
+            tile.accumulate_visible(rows, weights, marks, total, dim, scales)
 
 
 def factors_of(left: Sequence[Side], right: Right) -> list[Factor[Side]]:

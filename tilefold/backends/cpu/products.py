@@ -215,10 +215,10 @@ class _PairProducts(Products):
         right: Right,
         total: Value,
         dim: int,
-        factors: list[Value] | None = None,
+        scales: list[Value] | None = None,
     ) -> None:
         words = self.body.binary("lshr", self.body.add(tile.count, 1), 1)
-        tile.accumulate(factors_of(left, right), words, total, dim, factors)
+        tile.accumulate(factors_of(left, right), words, total, dim, scales)
 
     @property
     def _words_of_weights(self) -> int:
@@ -264,11 +264,11 @@ class _TileProducts(_PairProducts):
         right: Right,
         total: Value,
         dim: int,
-        factors: list[Value] | None = None,
+        scales: list[Value] | None = None,
     ) -> None:
         body, shape = self.body, self.shape
-        if factors is not None:
-            self._rescale(tile, total, dim, factors)
+        if scales is not None:
+            self._rescale(tile, total, dim, scales)
         depth = body.binary("lshr", body.add(tile.count, amx.DEPTH - 1), 5)
 
         def panel(first: Operand, rows: int) -> None:
@@ -283,21 +283,21 @@ class _TileProducts(_PairProducts):
 
         gemm.row_tiles(body, padded(dim, amx.ROWS), 2 * amx.ROWS, panel, "d")
 
-    def _rescale(self, tile: Tile, total: Value, dim: int, factors: list[Value]) -> None:
+    def _rescale(self, tile: Tile, total: Value, dim: int, scales: list[Value]) -> None:
         body, shape = self.body, self.shape
         one = self.block.splat(1.0)
-        change = body.compare("une", factors[0], one)
-        for factor in factors[1:]:
-            change = body.binary("or", change, body.compare("une", factor, one))
+        change = body.compare("une", scales[0], one)
+        for scale in scales[1:]:
+            change = body.binary("or", change, body.compare("une", scale, one))
         name = f"llvm.vector.reduce.or.{overload(change.type)}"
         with (
             body.when(body.call(name, "i1", [change], "change"), "rescale"),
             body.loop("d", 0, dim) as d,
         ):
-            for j, factor in enumerate(factors):
+            for j, scale in enumerate(scales):
                 place = tile.at(total, d, j)
                 old = body.load(place, shape.vector, "total")
-                body.store(body.binary("fmul", old, factor), place)
+                body.store(body.binary("fmul", old, scale), place)
 
 
 def _integers(*numbers: int) -> list[Value]:
