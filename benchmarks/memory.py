@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 
 import tilefold
+from tilefold.arrays import element_type
 from tilefold.circumstances import circumstances
 from tilefold.parse import parse
+from tilefold.problem import ITEM_BYTES
 
 MIB = 2**20
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -36,17 +38,18 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=65536)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--dtype", choices=tuple(ITEM_BYTES), default="float32")
     parser.add_argument("--mask", default="full()")
     parser.add_argument("--save", type=Path, help="write the document to this file too")
     chosen = parser.parse_args()
     mask = parse(chosen.mask)
-    attend(arrays(chosen.heads, SHORT, chosen.dim), mask)
-    passes = attend(arrays(chosen.heads, chosen.length, chosen.dim), mask)
+    attend(arrays(chosen.heads, SHORT, chosen.dim, chosen.dtype), mask)
+    passes = attend(arrays(chosen.heads, chosen.length, chosen.dim, chosen.dtype), mask)
     document = {
         **circumstances(),
         "threads": tilefold.get_num_threads(),
         "shape": [1, chosen.heads, chosen.length, chosen.dim],
-        "dtype": "float32",
+        "dtype": chosen.dtype,
         "mask": str(mask),
         "score_matrix_mib": round(4 * chosen.heads * chosen.length**2 / MIB, 1),
         "passes": passes,
@@ -57,10 +60,11 @@ def main() -> None:
         chosen.save.write_text(text, encoding="utf-8")
 
 
-def arrays(heads: int, length: int, dim: int) -> list[Any]:
+def arrays(heads: int, length: int, dim: int, dtype: str = "float32") -> list[Any]:
     """q, k, v and do, every page of them written to."""
-    random = np.random.default_rng(0)
-    return [random.standard_normal((1, heads, length, dim), np.float32) for _ in range(4)]
+    random, kind = np.random.default_rng(0), element_type(dtype)
+    shape = (1, heads, length, dim)
+    return [random.standard_normal(shape, np.float32).astype(kind, copy=False) for _ in range(4)]
 
 
 def attend(given: list[Any], mask: tilefold.Rule) -> dict[str, dict[str, float]]:

@@ -26,9 +26,9 @@ pytestmark = [
 ]
 
 
-def peaks(length: int, mask: str, **environment: str) -> dict[str, Any]:
-    """What `benchmarks/memory.py` reports of 8 heads of dimension 64 in float32."""
-    options = ["--length", str(length), "--mask", mask]
+def peaks(length: int, mask: str, dtype: str = "float32", **environment: str) -> dict[str, Any]:
+    """What `benchmarks/memory.py` reports of 8 heads of dimension 64."""
+    options = ["--length", str(length), "--mask", mask, "--dtype", dtype]
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "memory.py"), *options],
         capture_output=True,
@@ -45,7 +45,7 @@ def check(document: dict[str, Any]) -> None:
     """More cores than heads take parts of dQ too, which are linear in the length like dQ itself."""
     batch, heads, length, dim = document["shape"]
     sizes = (batch, heads, heads, length, length, dim, dim)
-    problem = Problem(*sizes, "float32", default_scale(dim), parse(document["mask"]))
+    problem = Problem(*sizes, document["dtype"], default_scale(dim), parse(document["mask"]))
     parts = plan(problem, host(), "backward").buffers.get("dq_parts", Scratch((0,), "float32"))
     allowed = {"forward": LIMIT_MIB, "backward": LIMIT_MIB + 4 * math.prod(parts.shape) / 2**20}
     for name, found in document["passes"].items():
@@ -59,6 +59,14 @@ def test_65536_tokens_take_32_mib_beyond_inputs_and_outputs(mask: str) -> None:
     document = peaks(65536, mask)
     assert document["passes"]["forward"]["outputs_mib"] == 130
     assert document["passes"]["backward"]["outputs_mib"] == 384
+    check(document)
+
+
+@pytest.mark.feature("M01", "T01")
+def test_half_types_are_not_widened_as_a_whole() -> None:
+    document = peaks(65536, "causal() & local(64)", "bfloat16")
+    assert document["passes"]["forward"]["outputs_mib"] == 66
+    assert document["passes"]["backward"]["outputs_mib"] == 192
     check(document)
 
 

@@ -125,11 +125,11 @@ def things(operation: str, form: str) -> list[str]:
     return [*sorted(operands), *lists]
 
 
-def fates(operation: str, form: str, side: str) -> None:
+def fates(operation: str, form: str, side: str, dtype: str) -> None:
     """For each thing: lay it one element onto the forbidden page; print how a call ends."""
     set_num_threads(1)
     ids = RULES["documents-of-batch"](Sizes(1, 2, 600, 600))
-    trial = Trial(problem(600, 600, 16, ids))
+    trial = Trial(problem(600, 600, 16, ids, dtype))
     given = numbers(trial)
     for name in [None, *things(operation, form)]:
         pid = os.fork()
@@ -141,10 +141,11 @@ def fates(operation: str, form: str, side: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("operation", "form"), PASSES)
-def test_one_element_too_far_is_noticed(operation: str, form: str, side: str) -> None:
-    done = child(f"fates({operation!r}, {form!r}, {side!r})")
+def test_one_element_too_far_is_noticed(operation: str, form: str, side: str, dtype: str) -> None:
+    done = child(f"fates({operation!r}, {form!r}, {side!r}, {dtype!r})")
     assert done.returncode == 0, done.stderr
     words = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
     found = {name: int(code) for name, code in words}
