@@ -80,12 +80,14 @@ def multiply(
         [body.variable(shape.vector, start(i, j), "acc") for j in range(shape.vectors)]
         for i in range(rows)
     ]
+    step = body.variable("i64", Value("0", "i64"), "position")
     with body.loop("c", 0, count) as c:
         vectors = []
         for j in range(shape.vectors):
             address = shape.at(body, right, c, j, right_stride)
             vectors.append(body.load(address, vector(shape.lanes, shape.operand), "b"))
-        position = body.mul(c, left_step)
+        position = body.read(step)
+        body.write(step, body.add(position, left_step))
         for i in range(rows):
             address = body.offset(left[i], element, position)
             number = body.load(address, shape.operand, "a", align=alignment(element))
