@@ -353,9 +353,9 @@ def test_precision_reaches_the_planner(compiled: bool, monkeypatch: pytest.Monke
     seen: set[tuple[str, str]] = set()
     real = engine.plan
 
-    def plan(problem: Any, device: Any, operation: str, *rest: Any) -> Any:
+    def plan(problem: Any, device: Any, operation: str, *rest: Any, **options: Any) -> Any:
         seen.add((operation, problem.precision))
-        return real(problem, device, operation, *rest)
+        return real(problem, device, operation, *rest, **options)
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result: Tensor = tilefold.attention(q, k, v, precision="medium")
