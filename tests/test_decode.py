@@ -342,7 +342,7 @@ def touch(dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.feature("M01", "M16", "T15")
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no mprotect")
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_nothing_outside_of_the_arrays_is_touched(dtype: str) -> None:
     assert len(child(f"touch({dtype!r})")) == 4 * len(TRIALS)
 
