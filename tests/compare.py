@@ -75,7 +75,12 @@ def errors(got: Array, want: Array) -> Array:
 
 
 def roundings(
-    operands: Mapping[str, Array], results: Mapping[str, Array], mask: Rule, scale: float
+    operands: Mapping[str, Array],
+    results: Mapping[str, Array],
+    mask: Rule,
+    scale: float,
+    *,
+    exact_scores: bool = False,
 ) -> dict[str, float]:
     """How far rounding every intermediate number could move each result, in units of the type.
 
@@ -83,7 +88,7 @@ def roundings(
     as large as that within a small factor); a score that is off by t moves its weight p by p t. The
     largest over the array, in float64. It is the floor of a tolerance: a dense computation may be
     exact by luck (one key: p = 1 and dp = delta) or sum in several chains, and another way to
-    compute the same is not bound to be lucky there.
+    compute the same is not bound to be lucky there. `exact_scores`: of what follows the scores.
     """
     do, q, k, v = (operands[name].astype(np.float64) for name in ("do", "q", "k", "v"))
     batch, heads_q, len_q, _ = q.shape
@@ -95,7 +100,7 @@ def roundings(
     with np.errstate(invalid="ignore", over="ignore"):
         p = np.where(visible, np.exp(s - results["lse"][..., None]), 0)
     slope = do @ values.swapaxes(2, 3) - (do * results["o"]).sum(axis=3, keepdims=True)
-    terms_s = abs(scale) * (abs(q) @ abs(keys).swapaxes(2, 3))
+    terms_s = abs(scale) * (abs(q) @ abs(keys).swapaxes(2, 3)) * (not exact_scores)
     terms_slope = abs(do) @ abs(values).swapaxes(2, 3) + abs(do * results["o"]).sum(3)[..., None]
     moved = p * (1 + terms_s)
     ds = abs(scale) * (moved * abs(slope) + p * terms_slope)
@@ -200,20 +205,28 @@ def _of_halves(
 ) -> dict[str, float]:
     """Twice the largest error of a dense computation in the type, for gradients three times.
 
-    At least one rounding of the largest result, since the other may be exact by luck; and the floor
-    of float32, in which sums are made. lse is float32, and held to what float32 is; but where
-    numbers are multiplied in two parts, the product of the low parts is left out of every term.
+    At least one rounding of the largest result, since the other may be exact by luck. Where values
+    are equal, dQ and dK are 0 and what comes out is rounding alone: there one of the largest term.
+    And the floor of float32, in which sums are made; but where numbers are multiplied in two parts,
+    the product of the low parts is left out of every term. lse is held to what float32 is, and with
+    pairs to the error of the exponential, which is as near as weights of a half type need.
     """
     low = dense_rounded(operands, problem.mask, problem.scale)
     kept = problem.dtype
     least = float(ml_dtypes.finfo(kept).smallest_subnormal) / 2
-    parts = max(launch.spec.products.parts for launch in plan(problem, host(), "forward").launches)
-    left_out = UNITS["bfloat16"] ** 2 * moves["lse"] if parts > 1 else 0.0
-    allowed = {"lse": 2 * largest_error(low["lse"], want["lse"]) + left_out}
+    terms = roundings(operands, want, problem.mask, problem.scale, exact_scores=True)
+    products = [launch.spec.products for launch in plan(problem, host(), "forward").launches]
+    exponential = 3e-6 if any(each.unit != "fma" for each in products) else 0.0
+    allowed = {"lse": 2 * largest_error(low["lse"], want["lse"]) + exponential}
     for name, times in (("o", 2), ("dq", 3), ("dk", 3), ("dv", 3)):
-        once = max(UNITS[kept] * largest(want[name]), least)
+        size = largest(want[name])
+        if name in ("dq", "dk") and size < UNITS["float32"] * terms[name]:
+            size = terms[name]
+        once = max(UNITS[kept] * size, least)
         allowed[name] = max(times * largest_error(low[name], want[name]), once)
-    return {name: allowed[name] + 3 * UNITS["float32"] * moves[name] for name in want}
+    two_parts = any(each.parts > 1 for each in products)
+    units = UNITS["bfloat16"] ** 2 if two_parts else 3 * UNITS["float32"]
+    return {name: allowed[name] + units * moves[name] for name in want}
 
 
 def largest(array: Array) -> float:
