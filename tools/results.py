@@ -144,7 +144,7 @@ def floors(document: Document) -> list[str]:
         f"{machine(document)}, {when(document)}: {reached} of the {judged} figures that could be"
         f" judged there are reached; {len(found) - judged} could not be judged. The value is the"
         " peer's median over tilefold's, of rounds taken turn by turn; of decoding, keys and values"
-        " per second as a share of the bandwidth at which 256 MiB are read in the same rounds."
+        " per second as a share of the speed at which as many bytes are read in the same rounds."
         " The roofline is that of the rates of the same run."
     )
     flex = [result for result in found if result.figure.peer == "flex" and result.notes]
