@@ -186,7 +186,7 @@ def check_rounding(dtype: str, scale: float, layout: str, device: Device) -> Non
 
 @pytest.mark.slow
 @pytest.mark.feature("T01")
-@pytest.mark.parametrize(("layout", "level"), PLACES)
+@pytest.mark.parametrize(("layout", "level"), PLACES[: len(devices()) + 1])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_results_are_rounded_once_to_the_nearest(dtype: str, level: str, layout: str) -> None:
     for scale in SCALES[dtype]:
@@ -286,26 +286,27 @@ SEEDS = 4
 def test_errors_are_not_above_those_of_torch(dtype: str, dim: int, mask: Rule) -> None:
     """The same numbers through both; errors against float64.
 
-    The root of the mean square is never above torch's, but for two percent where both round the
-    same once. The largest error is that of one number in 60000 and falls on either side by chance:
-    over 8 inputs of each of these cases it was up to 1.4 times torch's, in the dQ of causal queries
-    that see two keys, where nearly all of it is what o lost when it was rounded (delta sums dO o),
-    and up to 2 times smaller. So it is compared on average, and each within a half.
+    The root of the mean square is not above torch's; where both round the same (dQ of bfloat16) it
+    is by chance 3 % to either side. The largest error is that of one number in 60000, and more of a
+    chance: over 8 inputs of each of these cases it was up to 1.4 times torch's, in the dQ of causal
+    queries that see two keys, where nearly all of it is what o lost when it was rounded (delta sums
+    dO o), and down to a third. So both are compared on average, and each input within some more.
     """
-    ratios: dict[str, list[float]] = {name: [] for name in ("o", "dq", "dk", "dv")}
+    largest: dict[str, list[float]] = {name: [] for name in ("o", "dq", "dk", "dv")}
+    means: dict[str, list[float]] = {name: [] for name in largest}
     for seed in range(SEEDS):
         sizes = problem(dtype, (512, 512), (dim, dim), heads=2, scale=default_scale(dim), mask=mask)
         operands = inputs(sizes, "bhnd", "packed", seed)
         want = dense(operands, mask, sizes.scale)
         ours = through(lambda *inputs: tilefold.attention(*inputs, mask=mask), operands)
         theirs = through(lambda *inputs: of_torch(*inputs, is_causal=mask == causal()), operands)
-        for name, found in ratios.items():
+        for name in largest:
             error, other = (abs(results[name] - want[name]) for results in (ours, theirs))
-            assert np.sqrt((error**2).mean()) <= 1.02 * np.sqrt((other**2).mean()), (seed, name)
-            found.append(error.max() / other.max())
-            assert found[-1] <= 1.5, (seed, name)
-    for name, found in ratios.items():
-        assert np.mean(found) <= 1.05, (name, found)
+            largest[name].append(error.max() / other.max())
+            means[name].append(np.sqrt((error**2).mean() / (other**2).mean()))
+    for name in largest:
+        assert max(means[name]) <= 1.05 and np.mean(means[name]) <= 1.01, (name, means[name])
+        assert max(largest[name]) <= 1.5 and np.mean(largest[name]) <= 1.05, (name, largest[name])
 
 
 of_torch = torch.nn.functional.scaled_dot_product_attention
