@@ -54,8 +54,8 @@ def attention(
         scale: a finite number; None is 1 / sqrt(dim)
         layout: the order of the axes of q, k, v and o. "bhnd" is as above; "bnhd" is (batch,
             sequence, heads, dim); "bhdn" is (batch, heads, dim, sequence)
-        precision: how exact the products of float32 arrays must be at least, with the meaning of
-            `torch.set_float32_matmul_precision`: "highest", float32 throughout; "high", as if the
+        precision: how exact the products of float32 arrays must be at least, in the words of
+            `torch.set_float32_matmul_precision`: "highest", all in float32; "high", as if the
             factors had about the 16 bits of two bfloat16 numbers; "medium", one bfloat16 number.
             A machine without fast products of bfloat16 computes more exactly than asked. Other
             types accept it, and it has no effect there. Torch's own setting is never read.
