@@ -220,6 +220,7 @@ def test_a_peer_in_another_layout_is_turned_before_it_is_compared(monkeypatch: A
         peers.check("other", case, o, o)
 
 
+@pytest.mark.slow
 def test_both_passes_in_one_call_are_the_two() -> None:
     case = Case(problem("causal()"), workload.BOTH)
     inputs = workload.arrays(case)

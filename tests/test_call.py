@@ -105,6 +105,7 @@ def test_scale_and_type_and_lengths_are_part_of_a_call(prepared: list[str]) -> N
     assert prepared.count("forward") == 5
 
 
+@pytest.mark.slow
 def test_precision_is_part_of_a_call_of_float32_alone(
     prepared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,11 +112,9 @@ def check_every_number_passes(dtype: str, layout: str, device: Device, heads: in
         assert_same(f"dv ({form})", dv, np.broadcast_to(expected, shape))
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T01")
-@pytest.mark.parametrize(
-    ("layout", "level"),
-    [PLACES[0], *(pytest.param(*place, marks=pytest.mark.slow) for place in PLACES[1:])],
-)
+@pytest.mark.parametrize(("layout", "level"), PLACES)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_number_passes_through_unchanged(dtype: str, level: str, layout: str) -> None:
     check_every_number_passes(dtype, layout, devices()[level])

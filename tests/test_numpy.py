@@ -77,6 +77,7 @@ def fortran(given: Array) -> Array:
 FORMS = [every_second, backwards, misaligned, records, swapped, read_only, fortran]
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T02", "M16")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
@@ -118,6 +119,7 @@ def test_forms_of_the_same_numbers(form: Any, layout: str) -> None:
     assert before == {name: value.tobytes() for name, value in given.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T01", "T02")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", HALVES)

@@ -60,6 +60,7 @@ def test_errors_on_tiles(precision: str, dim: int, mask: Rule, amx: Amx) -> None
     assert (tiles > 0) == (precision != "highest")
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T01")
 @pytest.mark.parametrize("precision", LIMITS)
 def test_errors_here(precision: str) -> None:

@@ -82,6 +82,7 @@ def test_agrees_with_the_reference(layout: str, dtype: torch.dtype) -> None:
     np.testing.assert_allclose(lse.numpy(), expected[1], rtol=min(tolerance, 1e-5))
 
 
+@pytest.mark.slow
 def test_explicit_backward_is_what_autograd_computes() -> None:
     inputs = tensors()
     o, lse = attention(*inputs, scale=0.3, return_lse=True)
@@ -90,6 +91,7 @@ def test_explicit_backward_is_what_autograd_computes() -> None:
     same(list(explicit), list(torch.autograd.grad(o, inputs, do)))
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T01", "T09")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_types(dtype: torch.dtype) -> None:

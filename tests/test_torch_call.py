@@ -290,6 +290,7 @@ def outcome(case: Callable[[Function], Any], function: Function) -> Any:
         return type(error), str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its tracers and of vmap
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_the_direct_call_is_what_the_operator_is(case: Callable[[Function], Any]) -> None:
