@@ -193,7 +193,7 @@ def _backward(
     fused, reduce = launch("backward"), launch("reduce_dq")
     in_place = in_place and computed == problem.dtype
     products = fused.spec.products
-    line = -(-problem.dim // fused.spec.lanes) * fused.spec.lanes
+    line = fused.spec.whole(problem.dim)
     dealer = Dealer(
         problem,
         fused.runs,
@@ -269,7 +269,7 @@ def _decode_spec(
         block_traverse=-(-(block_traverse or splits.TILE) // lanes) * lanes,
         mask=skeleton,
         index_bits=bits,
-        native_half=problem.dtype == "float16" and device.converts_float16,
+        native_half=_native_half(problem, device),
     )
 
 
@@ -306,6 +306,11 @@ def _decode(
     return launches, {"part": Scratch(shape, STATISTICS[problem.dtype])}
 
 
+def _native_half(problem: Problem, device: Device) -> bool:
+    """Whether there are float16 numbers, and the machine converts them itself."""
+    return problem.dtype == "float16" and device.converts_float16
+
+
 def _spec(
     problem: Problem,
     device: Device,
@@ -327,7 +332,7 @@ def _spec(
         block_traverse=blocks.block_traverse if block_traverse is None else block_traverse,
         mask=skeleton,
         index_bits=bits,
-        native_half=problem.dtype == "float16" and device.converts_float16,
+        native_half=_native_half(problem, device),
         products=multiplier(problem, device, kernel),
     )
 

@@ -36,6 +36,11 @@ class Multiplier(NamedTuple):
     parts: int = 1
 
     @property
+    def step(self) -> int:
+        """Numbers of a sum in one product: operands are padded to a multiple."""
+        return {"fma": 1, "dot": 2, "amx": 32}[self.unit]
+
+    @property
     def terms(self) -> int:
         """Products that make one: all of two parts but that of the low ones."""
         return self.parts * (self.parts + 1) // 2

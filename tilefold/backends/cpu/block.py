@@ -15,7 +15,7 @@ from tilefold.backends.cpu.convert import SCALARS, Kept
 from tilefold.backends.cpu.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.mask import MaskText
 from tilefold.backends.cpu.softmax import LOG2_E
-from tilefold.backends.cpu.tile import Matrix, Tile, whole_vectors
+from tilefold.backends.cpu.tile import Matrix, Tile, padded
 from tilefold.spec import PARALLEL, KernelSpec
 
 
@@ -25,7 +25,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     tile = padded(spec.block_traverse, spec.rows) * width
     unit = 1 if spec.products.unit != "amx" else 32
     dim, dim_v = padded(spec.dim, unit) * width, padded(spec.dim_v, unit) * width
-    rows_of_k = width * whole_vectors(spec.dim, spec.lanes)
+    rows_of_k = width * spec.whole(spec.dim)
     pair = {"p": tile, "ds": tile}
     by_query = {"q": dim, "do": dim_v, "dq": dim, "lse": width, "delta": width} | pair
     by_key = {"k": dim, "v": dim_v, "dk": dim, "dv": dim_v} | pair
@@ -44,30 +44,20 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     return found
 
 
-def padded(elements: int, unit: int) -> int:
-    """A number of elements rounded up to whole units."""
-    return -(-elements // unit) * unit
-
-
-def line_of(inner: int, width: int) -> int:
-    """Numbers of one line of a left side in bfloat16: whole chunks of the block's width."""
-    return padded(inner, width)
-
-
 def _pair_regions(spec: KernelSpec) -> dict[str, int]:
     """32-bit words: right sides and weights as pairs, lines of left sides, staging between them."""
     width, traversed = spec.block_parallel, spec.block_traverse
-    unit = 32 if spec.products.unit == "amx" else 2
+    unit = spec.products.step
     rows = padded(traversed, unit)
 
     def right(dim: int) -> int:
         return spec.products.parts * padded(dim, unit) // 2 * width
 
     def left(dim: int) -> int:
-        return spec.products.parts * rows * line_of(dim, width) // 2
+        return spec.products.parts * rows * padded(dim, width) // 2
 
     def columns(dim: int) -> int:
-        lines = spec.products.parts * padded(dim, unit) * line_of(traversed, width) // 2
+        lines = spec.products.parts * padded(dim, unit) * padded(traversed, width) // 2
         return max(lines, rows // 2 * padded(dim, 16))
 
     dim, dim_v = spec.dim, spec.dim_v
@@ -84,21 +74,20 @@ def _pair_regions(spec: KernelSpec) -> dict[str, int]:
     found = own | weights | staging | lines | {"left_v_columns": columns(dim_v)}
     if spec.operation == "backward":
         words = spec.products.parts * width // 2
-        found |= {"ds_lines": words * rows, "k_words": words * whole_vectors(dim, spec.lanes)}
+        found |= {"ds_lines": words * rows, "k_words": words * spec.whole(dim)}
     return found
 
 
 def _near_regions(spec: KernelSpec) -> dict[str, int]:
-    """Places for the widened rows of a tile: keys (queries) and values (dO), one after the other
-    where the kernel is done with the first."""
+    """Places for a tile's widened rows: of keys or queries, of values or dO; forward shares one."""
 
     def size(dim: int) -> int:
         traversed, lanes = spec.block_traverse, spec.lanes
         as_rows, turned = (
-            whole_vectors(dim, lanes) * traversed,
-            whole_vectors(traversed, lanes) * dim,
+            padded(dim, lanes) * traversed,
+            padded(traversed, lanes) * dim,
         )
-        return whole_vectors(max(as_rows, turned), lanes)
+        return padded(max(as_rows, turned), lanes)
 
     if spec.operation in ("delta", "reduce_dq"):
         return {}

@@ -20,9 +20,9 @@ from functools import partial
 
 from tilefold.backends.cpu import amx, gemm, pairs, work
 from tilefold.backends.cpu.backward import KeyGradients, Statistics
-from tilefold.backends.cpu.block import Block, emit, padded
+from tilefold.backends.cpu.block import Block, emit
 from tilefold.backends.cpu.ir import Operand, Value, Variable, overload, vector
-from tilefold.backends.cpu.tile import Factor, Matrix, Tile
+from tilefold.backends.cpu.tile import Factor, Matrix, Tile, padded
 from tilefold.expression import Truth
 from tilefold.owners import COLUMNS, FIRST_QUERY, FIRST_ROW, LAST_QUERY, LAST_ROW, PART
 from tilefold.spec import KernelSpec
@@ -122,7 +122,7 @@ class _AllGradients(KeyGradients):
     @property
     def _line(self) -> int:
         """Elements of one row of `k_rows`: dim in whole vectors."""
-        return -(-self.spec.dim // self.shape.lanes) * self.shape.lanes
+        return self.spec.whole(self.spec.dim)
 
     def _zero_dq(self, query: Value) -> None:
         """Set one row of the part to zero."""
@@ -287,8 +287,7 @@ class _PairGradients(_AllGradients):
     @property
     def _numbers_of_lines(self) -> int:
         """Numbers of one part of the lines of dS."""
-        unit = amx.DEPTH if self.spec.products.unit == "amx" else 2
-        return padded(self.spec.block_traverse, unit) * self.shape.width
+        return padded(self.spec.block_traverse, self.spec.products.step) * self.shape.width
 
     def _copy_keys(self) -> tuple[Value, Variable]:
         body, block = self.body, self.block

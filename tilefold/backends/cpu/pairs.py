@@ -162,8 +162,12 @@ def _zip(
     low = body.cast("zext", body.load(body.offset(first, "i16", d), halves), wide, "low")
     high = body.cast("zext", body.load(body.offset(second, "i16", d), halves), wide, "high")
     high = body.select(there, high, body.constant(0, wide), "high")
-    word = body.binary("or", body.binary("shl", high, 16), low, "word")
-    body.store(word, body.offset(target, "i32", d))
+    body.store(_word(body, low, high), body.offset(target, "i32", d))
+
+
+def _word(body: Body, low: Value, high: Value) -> Value:
+    """Two numbers of 16 bits, as integers of 32, in one word."""
+    return body.binary("or", body.binary("shl", high, 16), low, "word")
 
 
 def turn(module: Module) -> str:
@@ -187,10 +191,7 @@ def turn(module: Module) -> str:
         for i in range(2 * LANES):
             place = body.offset(corner, "i16", body.mul(row_stride, i))
             lanes.append(body.cast("zext", body.load(place, halves), wide))
-        words = [
-            body.binary("or", body.binary("shl", high, 16), low, "word")
-            for low, high in zip(lanes[::2], lanes[1::2], strict=True)
-        ]
+        words = [_word(body, *two) for two in zip(lanes[::2], lanes[1::2], strict=True)]
         target = body.offset(left, "i16", body.add(body.mul(d, line), row))
         for i, column in enumerate(pack.transpose(body, words)):
             body.store(column, body.offset(target, "i16", body.mul(line, i)), align=2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tilefold.backends.cpu import amx, gemm, pairs
-from tilefold.backends.cpu.block import Block, line_of, padded
+from tilefold.backends.cpu.block import Block
 from tilefold.backends.cpu.convert import Kept
 from tilefold.backends.cpu.ir import Operand, Value, Variable, overload
 from tilefold.backends.cpu.multiply import Products, Right, Sides, factors_of, multiplied
 from tilefold.backends.cpu.softmax import EXP2_COARSE
-from tilefold.backends.cpu.tile import Matrix, Scores, Tile
+from tilefold.backends.cpu.tile import Matrix, Scores, Tile, padded
 
 
 def products(block: Block) -> Products:
@@ -29,7 +29,7 @@ class _PairProducts(Products):
 
     def __init__(self, block: Block) -> None:
         super().__init__(block)
-        self._unit = 32 if self.spec.products.unit == "amx" else 2
+        self._unit = self.spec.products.step
         self._parts = self.spec.products.parts
         if self._parts == 1:
             self.exp2_terms = EXP2_COARSE
@@ -59,7 +59,7 @@ class _PairProducts(Products):
     def _rows(self, tile: Tile, matrix: Matrix, scratch: Value, dim: int) -> tuple[Matrix, ...]:
         """Lines along d: in scratch, or where they lie as such and no step reads past an end."""
         body = self.body
-        line = line_of(dim, self.shape.width)
+        line = padded(dim, self.shape.width)
         part = line * padded(self.spec.block_traverse, self._unit)
         direct = self._holds_lines(matrix, matrix.d_stride, dim)
         if self._unit > 2:
@@ -75,7 +75,7 @@ class _PairProducts(Products):
         """Lines along the rows, or words of two rows: where they lie, else the shortest way."""
         body = self.body
         scratch = self.block.region(f"{region}_columns")
-        line = line_of(self.spec.block_traverse, self.shape.width)
+        line = padded(self.spec.block_traverse, self.shape.width)
         part = line * padded(dim, self._unit)
         two = Value("2", "i64")
         address = body.variable("ptr", scratch, "left")
@@ -168,10 +168,14 @@ class _PairProducts(Products):
 
     def pad(self, tile: Tile, scores: Value) -> None:
         body = self.body
-        odd = body.compare("ne", body.binary("and", tile.count, 1), Value("0", "i64"))
-        with body.when(odd, "odd"):
+        with body.when(self._odd(tile), "odd"):
             for j in range(self.shape.vectors):
                 body.store(self.block.splat(float("-inf")), tile.at(scores, tile.count, j))
+
+    def _odd(self, tile: Tile) -> Value:
+        """Whether the last row has no other to make words with."""
+        rest = self.body.binary("and", tile.count, 1)
+        return self.body.compare("ne", rest, Value("0", "i64"))
 
     def keep(
         self, tile: Tile, region: str, row: Value, lines: gemm.Accumulators, masked: bool
@@ -191,7 +195,7 @@ class _PairProducts(Products):
         """Rows past the tile's end, up to a whole step, become 0 here."""
         body = self.body
         right = self._in_parts(self.block.region(f"{region}_pairs"), self._words_of_weights)
-        odd = body.compare("ne", body.binary("and", tile.count, 1), Value("0", "i64"))
+        odd = self._odd(tile)
         words = body.binary("lshr", tile.count, 1)
         for part in right:
             with body.when(odd, "odd"):

@@ -44,9 +44,9 @@ class Matrix:
         return self.kept.at(body, row, body.mul(d, self.d_stride))
 
 
-def whole_vectors(elements: int, lanes: int) -> int:
-    """Elements rounded up to whole vectors."""
-    return -(-elements // lanes) * lanes
+def padded(elements: int, unit: int) -> int:
+    """A number of elements rounded up to whole units."""
+    return -(-elements // unit) * unit
 
 
 Scores = Callable[[Value, gemm.Accumulators], None]
@@ -106,19 +106,17 @@ class Tile:
         return replace(matrix, address=matrix.row(self.body, self.first, "corner"))
 
     def near(self, rows: Matrix, scratch: Value, capacity: int, dim: int) -> Matrix:
-        """The tile's rows as numbers to compute with: where they lie, or widened into scratch.
+        """The tile's rows widened into scratch, as numbers to compute with.
 
-        A copy keeps the axis contiguous that is contiguous; `capacity` rows must fit.
+        The axis that is contiguous stays so; `capacity` rows must fit.
         """
-        if not rows.kept.converts:
-            return rows
         body, lanes = self.body, self.shape.lanes
         turned = body.compare("eq", rows.row_stride, Value("1", "i64"), "turned")
 
         def pick(if_turned: Operand, otherwise: Operand) -> Value:
             return body.select(turned, body.operand(if_turned), body.operand(otherwise), "near")
 
-        line = pick(whole_vectors(capacity, lanes), whole_vectors(dim, lanes))
+        line = pick(padded(capacity, lanes), padded(dim, lanes))
         outer, inner = pick(dim, self.count), pick(self.count, dim)
         outer_stride = pick(rows.d_stride, rows.row_stride)
         inner_stride = pick(rows.row_stride, rows.d_stride)
