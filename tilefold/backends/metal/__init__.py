@@ -1,0 +1,1 @@
+"""Attention as Metal Shading Language, written at run time for Apple GPUs."""

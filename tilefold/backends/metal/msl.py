@@ -1,0 +1,127 @@
+"""Metal Shading Language as text: lines and blocks, and how numbers lie in memory and registers.
+
+Text is ASCII, since `torch.mps.compile_shader` takes nothing else. What is written here compiles
+as it stands; whoever reads it should not see that a program wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+UNROLL = "#pragma clang loop unroll(full)"
+
+WIDEN = """
+// bfloat16 is the upper half of a float. GPUs before Apple9 emulate it, slower than this.
+static inline float widen(const ushort bits) {
+    return as_type<float>(uint(bits) << 16);
+}
+
+// To the nearest, ties to even; a NaN stays one.
+static inline ushort narrow(const float x) {
+    const uint bits = as_type<uint>(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        return ushort((bits >> 16) | 0x40u);
+    }
+    return ushort((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+""".strip()
+
+
+class Text:
+    """The text of a kernel on its way.
+
+    >>> text = Text()
+    >>> with text.block("if (x)"):
+    ...     text("y = 1;")
+    >>> print(text)
+    if (x) {
+        y = 1;
+    }
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._depth = 0
+
+    def __call__(self, *lines: str) -> None:
+        """Add lines at the present depth; a string of several lines keeps its own indentation."""
+        for part in lines:
+            for line in part.split("\n"):
+                self._lines.append("    " * self._depth + line if line.strip() else "")
+
+    def note(self, *lines: str) -> None:
+        """Add a comment."""
+        self(*(f"// {line}" if line else "//" for line in lines))
+
+    @contextmanager
+    def block(self, head: str, end: str = "}") -> Iterator[None]:
+        """A block under its head, such as `if (x)`; `end` closes it."""
+        self(f"{head} {{")
+        self._depth += 1
+        yield
+        self._depth -= 1
+        self(end)
+
+    @contextmanager
+    def loop(self, name: str, stop: int, step: int = 1, *, unroll: bool = True) -> Iterator[None]:
+        """A loop over 0 <= name < stop, both known: unrolled where arrays of registers need it."""
+        if unroll:
+            self(UNROLL)
+        with self.block(f"for (ushort {name} = 0; {name} < {stop}; {name} += {step})"):
+            yield
+
+    def __str__(self) -> str:
+        text = "\n".join(self._lines)
+        assert text.isascii(), "Metal text must be ASCII"
+        return text
+
+
+@dataclass(frozen=True)
+class Element:
+    """A number of an array: its type in memory, and the type that it is multiplied in."""
+
+    memory: str
+    compute: str
+
+    def read(self, value: str, to: str = "") -> str:
+        """The text of a number read from memory, as `to` or the type that is multiplied."""
+        to = to or self.compute
+        if self.memory == "ushort":
+            value, found = f"widen({value})", "float"
+        else:
+            found = self.memory
+        return value if found == to else f"{to}({value})"
+
+    def write(self, value: str) -> str:
+        """The text of a float as it is written to memory."""
+        if self.memory == "ushort":
+            return f"narrow({value})"
+        return value if self.memory == "float" else f"{self.memory}({value})"
+
+
+FLOAT = Element("float", "float")
+
+BYTES = {"float": 4, "half": 2, "bfloat": 2, "ushort": 2}
+"""Bytes of a number in Metal."""
+
+
+def element(dtype: str, bfloat: bool) -> Element:
+    """How numbers of a type are held; without `bfloat` those of bfloat16 are widened to float.
+
+    >>> element("bfloat16", bfloat=False)
+    Element(memory='ushort', compute='float')
+    """
+    if dtype == "bfloat16" and not bfloat:
+        return Element("ushort", "float")
+    name = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}[dtype]
+    return Element(name, name)
+
+
+def open_text(text: Text, title: str, algorithm: Sequence[str], *, widens: bool) -> None:
+    """The start of every text: what it computes and how, and the one header that it needs."""
+    text.note(title, "", *algorithm)
+    text("#include <metal_stdlib>", "using namespace metal;", "")
+    if widens:
+        text(WIDEN, "")
