@@ -26,7 +26,7 @@ backends.cpu.forward backends.cpu.backward backends.cpu.fused
 backends.cpu.sums backends.cpu.state backends.cpu.decode backends.cpu.merge
 backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak
 backends.metal backends.metal.spec backends.metal.msl backends.metal.fragment
-backends.metal.arguments
+backends.metal.arguments backends.metal.mask
 engine
 frontends frontends.numpy frontends.torch
 api

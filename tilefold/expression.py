@@ -57,6 +57,7 @@ __all__ = [
     "Unary",
     "as_boolean",
     "as_integer",
+    "children",
     "fold",
     "names",
     "split",
@@ -134,6 +135,20 @@ def _step(node: Expression, algebra: Algebra[Value], visit: Callable[[Expression
         case Logic(operator, operands):
             return algebra.logic(operator, tuple(visit(operand) for operand in operands))
     raise AssertionError(f"unknown node {type(node).__name__}")
+
+
+def children(node: Expression) -> tuple[Expression, ...]:
+    """The nodes that a node is made of."""
+    match node:
+        case Binary(_, left, right) | Compare(_, left, right):
+            return (left, right)
+        case Unary(_, operand):
+            return (operand,)
+        case Logic(_, operands):
+            return operands
+        case Lookup(_, indices) | TruthLookup(_, indices):
+            return indices
+    return ()
 
 
 def names(expression: Expression) -> frozenset[str]:

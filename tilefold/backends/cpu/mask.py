@@ -10,19 +10,7 @@ from collections.abc import Callable
 
 from tilefold.backends.cpu.arguments import Arguments
 from tilefold.backends.cpu.ir import Body, Value, overload, vector
-from tilefold.expression import (
-    Binary,
-    Compare,
-    Expression,
-    Logic,
-    Lookup,
-    Slot,
-    Table,
-    TruthLookup,
-    Unary,
-    fold,
-    names,
-)
+from tilefold.expression import Expression, Slot, Table, children, fold, names
 from tilefold.spec import KernelSpec
 
 Lanes = tuple[Value, ...]
@@ -71,7 +59,7 @@ class MaskText:
         if self._traverse not in names(node):
             self._known[id(node)] = fold(node, self._text, self._known)
             return
-        for child in _children(node):
+        for child in children(node):
             self._fold_before_rows(child)
 
 
@@ -196,16 +184,3 @@ class _Text:
         for operand in operands[1:]:
             total = self._each(lambda x, y: body.binary(_LOGIC[operator], x, y), total, operand)
         return total
-
-
-def _children(node: Expression) -> tuple[Expression, ...]:
-    match node:
-        case Binary(_, left, right) | Compare(_, left, right):
-            return (left, right)
-        case Unary(_, operand):
-            return (operand,)
-        case Logic(_, operands):
-            return operands
-        case Lookup(_, indices) | TruthLookup(_, indices):
-            return indices
-    return ()
