@@ -54,7 +54,12 @@ class Argument(NamedTuple):
     @property
     def declaration(self) -> str:
         """The parameter, but for the number of its buffer."""
-        return f"device {'' if self.written else 'const '}{self.type}* {self.name}"
+        return f"device {'' if self.written else 'const '}{self.type}* {variable(self.name)}"
+
+
+def variable(name: str) -> str:
+    """What an array is called in the text: `do` is a keyword there."""
+    return "dO" if name == "do" else name
 
 
 def arrays(spec: MetalSpec) -> tuple[Argument, ...]:

@@ -6,7 +6,7 @@ as it stands; whoever reads it should not see that a program wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,18 +58,34 @@ class Text:
     @contextmanager
     def block(self, head: str, end: str = "}") -> Iterator[None]:
         """A block under its head, such as `if (x)`; `end` closes it."""
-        self(f"{head} {{")
+        self(f"{head} {{" if head else "{")
         self._depth += 1
         yield
         self._depth -= 1
         self(end)
 
     @contextmanager
+    def either(self, condition: str) -> Iterator[Callable[[], None]]:
+        """An `if` with an `else`, which begins where what it yields is called."""
+        self(f"if ({condition}) {{")
+        self._depth += 1
+
+        def otherwise() -> None:
+            self._depth -= 1
+            self("} else {")
+            self._depth += 1
+
+        yield otherwise
+        self._depth -= 1
+        self("}")
+
+    @contextmanager
     def loop(self, name: str, stop: int, step: int = 1, *, unroll: bool = True) -> Iterator[None]:
         """A loop over 0 <= name < stop, both known: unrolled where arrays of registers need it."""
         if unroll:
             self(UNROLL)
-        with self.block(f"for (ushort {name} = 0; {name} < {stop}; {name} += {step})"):
+        advance = f"++{name}" if step == 1 else f"{name} += {step}"
+        with self.block(f"for (ushort {name} = 0; {name} < {stop}; {advance})"):
             yield
 
     def __str__(self) -> str:

@@ -68,7 +68,8 @@ class MetalSpec:
     `cached` names the operands of `HELD` that stay in registers. With `staged` the traversed
     operands always pass through threadgroup memory, else only tiles at an edge do. `bfloat`: the
     GPU multiplies bfloat16 itself, else such numbers are widened by their bits. `unit`: the
-    elements of a row lie side by side in every operand.
+    elements of a row lie side by side in every operand. `wide`: offsets inside a tile may pass 31
+    bits. The last two follow from the strides of the arrays, which a plan does not know.
     """
 
     operation: str
@@ -79,9 +80,10 @@ class MetalSpec:
     cached: tuple[str, ...]
     staged: bool
     bfloat: bool
-    unit: bool
     mask: Skeleton
     index_bits: int
+    unit: bool = True
+    wide: bool = False
 
     def __post_init__(self) -> None:
         assert self.operation in HELD, self.operation
