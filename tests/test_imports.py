@@ -29,6 +29,7 @@ backends.metal backends.metal.spec backends.metal.msl backends.metal.fragment
 backends.metal.arguments backends.metal.mask
 backends.metal.frame backends.metal.products backends.metal.softmax
 backends.metal.forward backends.metal.backward
+backends.metal.matmul2d
 backends.metal.source
 engine
 frontends frontends.numpy frontends.torch

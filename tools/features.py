@@ -50,6 +50,14 @@ ROWS = {
     "S08": "A sweep over block sizes",
     "S09": "How long a kernel takes to compile, and to come from the cache",
     "J01": "The same result from two products and a softmax",
+    "J04": "A typed 8x8 fragment: load and store with an origin, fill, product, sum, transposed",
+    "J05": "A typed description of Metal 4's matmul2d: sizes, transposes, precision, mode",
+    "J06": "Its table of types: every pair as an integer or float64 product, others refused",
+    "J07": "Its operands are views of device or threadgroup memory, of any rank, and their slices",
+    "J08": "A product is a sum over steps of K, however many, the last one partial",
+    "J09": "A product of matrices made of tiles of 64 x 64, within 3e-7 of float64",
+    "J10": "Attention of a square head is one kernel, launched once",
+    "J12": "The product and its number of simdgroups are in the text; another number is refused",
 }  # fmt: skip
 
 
