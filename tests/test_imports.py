@@ -33,6 +33,7 @@ backends.metal.matmul2d
 backends.metal.source
 engine
 frontends frontends.numpy frontends.torch
+implementations implementations.torch implementations.numpy
 api
 arrays workload peers bench tuning minilm
 commands commands.terminal commands.specification commands.text
