@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "tilefold"
 
 # The package in reading order: a file imports only from files above it.
 READING_ORDER = """
-settings check files recent
+settings check files recent once
 nodes expression summary fold blocks rules data coordinates mask parse picture
 buffer problem reference device circumstances cache tables owners winners splits
 spec choice plan roofline
