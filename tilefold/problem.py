@@ -306,3 +306,11 @@ def shape_o(problem: Problem, layout: str) -> Shape:
 def shape_lse(problem: Problem) -> Shape:
     """The shape of the log-sum-exp, the same in every layout."""
     return (problem.batch, problem.heads_q, problem.len_q)
+
+
+def contiguous(shape: Shape) -> tuple[int, ...]:
+    """The strides of an array of this shape without gaps, in elements."""
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.insert(0, strides[0] * length)
+    return tuple(strides)
