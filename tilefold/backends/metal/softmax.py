@@ -44,9 +44,9 @@ def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
     text("const float correction = fast::exp2(m - m_new);", "m = m_new;", "l *= correction;")
     count = spec.blocks.traverse // SIDE
     text(fragment(weight_type).declare("p", count))
-    weight = f"const {weight_type} weight = {_as(weight_type, 'fast::exp2(x - m)')};"
-    lines = [weight, f"{at(f'p[j / {SIDE}]', 'e')} = weight;", f"l += {_float(weight_type)};"]
-    columns(text, spec, "s", lines)
+    value = "weight" if weight_type == "float" else f"{weight_type}(weight)"
+    lines = ["const float weight = fast::exp2(x - m);", f"{at(f'p[j / {SIDE}]', 'e')} = {value};"]
+    columns(text, spec, "s", [*lines, "l += weight;"])
 
 
 def end(text: Text) -> None:
@@ -92,11 +92,3 @@ def convert(text: Text, spec: MetalSpec, name: str, source: str, kind: str) -> s
     text(fragment(kind).declare(name, spec.blocks.traverse // SIDE))
     columns(text, spec, source, [f"{at(f'{name}[j / {SIDE}]', 'e')} = {kind}(x);"])
     return name
-
-
-def _as(kind: str, value: str) -> str:
-    return value if kind == "float" else f"{kind}({value})"
-
-
-def _float(kind: str) -> str:
-    return "weight" if kind == "float" else "float(weight)"
