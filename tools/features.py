@@ -51,6 +51,8 @@ ROWS = {
     "S09": "How long a kernel takes to compile, and to come from the cache",
     "A03": "Types are options of one call; unknown types and implementations are named and refused",
     "A06": "What an implementation cannot do raises with the reason; none stands in for another",
+    "A07": "A list of calls is prepared first and launched in one go; results are those of each",
+    "A10": "Kernels compile in the background ahead of their calls, which wait for what they need",
     "J01": "The same result from two products and a softmax",
     "J02": "The same result from the framework's own fused attention",
     "J04": "A typed 8x8 fragment: load and store with an origin, fill, product, sum, transposed",
