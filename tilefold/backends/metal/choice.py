@@ -1,0 +1,235 @@
+"""Which blocks a kernel gets and what it keeps in registers: a row of the tables, made to fit.
+
+A simdgroup holds 8 rows of an operand in its 32 lanes, so a row of width W costs each thread W / 4
+numbers: inputs in the type that is multiplied, sums in float32. A tile of scores costs a quarter of
+its columns, in float32. Where that is more than the family's budget, first the traverse block
+shrinks, which costs no traffic while the sums are in registers; then operands leave, in the order
+in which they leave the tables: inputs, which are read again for each tile, before sums, which are
+read and written for each tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from tilefold.backends.metal import tables
+from tilefold.backends.metal.families import MetalFamily
+from tilefold.backends.metal.fragment import TYPES
+from tilefold.backends.metal.frame import stage_elements
+from tilefold.backends.metal.msl import BYTES, element
+from tilefold.backends.metal.spec import HELD, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
+from tilefold.expression import Truth, split
+
+LEAVING = {
+    "forward": ("q", "o"),
+    "decode": ("q", "o"),
+    "merge": (),
+    "backward_dq": ("do", "q", "dq"),
+    "backward_dkv": ("k", "v", "dk", "dv"),
+}
+"""Operands in the order in which they leave the registers."""
+
+SCORES = {"forward": 1, "decode": 1, "merge": 0, "backward_dq": 2, "backward_dkv": 3}
+"""Tiles of float32 scores that live at once: S; S and dP; over keys also the rows of delta, which
+vary along a tile's columns there and take as much."""
+
+LEAST_TRAVERSE, LEAST_PAGED = 32, 64
+"""How far the traverse block shrinks to keep an operand: to the shortest of the tables' rows, and
+for an input beside paged sums to the shortest of those rows that page all sums."""
+
+UNTUNED = {
+    "decode": (Blocks(8, 32, 32), ("q", "o")),
+    "merge": (Blocks(8, 8, 8), ()),
+}
+"""Blocks of kernels that have no table. Decoding: one simdgroup to a threadgroup, so that few rows
+of many heads and splits are spread over the cores."""
+
+_STEP = 2 * SIDE
+_ANY = split(Truth(True))[0]
+
+
+class Eviction(NamedTuple):
+    """An operand that the table keeps in registers and the choice does not, and why."""
+
+    operand: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The blocks and cached operands of a kernel, and what they take of each thread and group.
+
+    `start` says where they come from; `registers` are bytes of each thread, by what they hold.
+    """
+
+    family: MetalFamily
+    operation: str
+    start: str
+    blocks: Blocks
+    cached: tuple[str, ...]
+    registers: tuple[tuple[str, int], ...]
+    threadgroup_bytes: int
+    shrunk: str = ""
+    evicted: tuple[Eviction, ...] = ()
+
+    @property
+    def register_bytes(self) -> int:
+        """Bytes of tiles that a thread keeps alive."""
+        return sum(size for _, size in self.registers)
+
+    @property
+    def takes(self) -> str:
+        """What the blocks take, in words."""
+        return f"{self.blocks} takes {self.register_bytes} bytes of registers"
+
+    @property
+    def fits(self) -> bool:
+        """Whether the registers do."""
+        return self.register_bytes <= self.family.register_bytes
+
+    def explain(self) -> list[str]:
+        """What was chosen and why, as lines of text."""
+        parts = ", ".join(f"{name} {size}" for name, size in self.registers)
+        return [
+            f"{self.operation}: {self.blocks}, cached {' '.join(self.cached) or 'nothing'}",
+            f"  from {self.start}",
+            *([f"  {self.shrunk}"] if self.shrunk else []),
+            *(f"  {name} leaves the registers: {reason}" for name, reason in self.evicted),
+            f"  registers {self.register_bytes} of {self.family.register_bytes} bytes: {parts}",
+            f"  threadgroup {self.threadgroup_bytes} of {self.family.threadgroup_bytes} bytes",
+        ]
+
+
+def choose(
+    family: MetalFamily,
+    operation: str,
+    dtype: str,
+    dim: int,
+    dim_v: int,
+    *,
+    blocks: Blocks | None = None,
+    cached: Sequence[str] | None = None,
+) -> Choice:
+    """The choice for a kernel. `blocks` and `cached` override the tables, and are kept as given.
+
+    Raises ValueError where what is given does not fit the family, NotImplementedError for float64.
+
+    >>> from tilefold.backends.metal.families import family
+    >>> for line in choose(family("apple7"), "forward", "float16", 96, 96).explain():
+    ...     print(line)
+    forward: 32 x 64 x 32, cached q o
+      from table apple7, dim up to 96: 32 x 128 x 32, cached q o
+      traverse shrinks to 64: 32 x 128 x 32 takes 272 bytes of registers
+      registers 208 of 216 bytes: q 48, o 96, tiles 64
+      threadgroup 5120 of 32768 bytes
+    """
+    if dtype not in TYPES:
+        raise NotImplementedError(
+            f"{dtype} is not a type of Apple's GPUs, which have {', '.join(TYPES)}: compute it on"
+            " the CPU"
+        )
+    others = [name for name in cached or () if name not in HELD[operation]]
+    if others:
+        allowed = ", ".join(HELD[operation]) or "nothing"
+        raise ValueError(f"{operation} keeps any of {allowed} in registers, got {others[0]}")
+    asked = _Asked(family, operation, dtype, dim, dim_v)
+    start, row_blocks, row_cached = asked.row()
+    first = asked.choice(start, blocks or row_blocks, row_cached if cached is None else cached)
+    asked.check(first)
+    leaving = [] if cached is not None else [x for x in LEAVING[operation] if x in first.cached]
+    evicted: list[Eviction] = []
+    for operand in (*leaving, None):
+        kept = [name for name in first.cached if all(name != gone for gone, _ in evicted)]
+        longest = first.blocks.traverse
+        least = longest if blocks else _STEP if cached is not None else _least(kept)
+        traverses = [longest, *range((longest - 1) // _STEP * _STEP, least - 1, -_STEP)]
+        options = [asked.choice(start, replace(first.blocks, traverse=n), kept) for n in traverses]
+        for made in options:
+            if made.fits:
+                return replace(made, shrunk=_shrunk(options[0], made), evicted=tuple(evicted))
+        tightest = options[-1]
+        if operand is not None:
+            evicted.append(Eviction(operand, f"with it {tightest.takes}"))
+    raise ValueError(
+        f"{operation} of {dtype}, dim {dim}, dim_v {dim_v}, with {' '.join(kept) or 'nothing'}"
+        f" cached: {tightest.takes} per thread; {family.name} has {family.register_bytes}"
+    )
+
+
+def _least(kept: Sequence[str]) -> int:
+    """How far the traverse block shrinks before another operand leaves."""
+    if not kept:
+        return _STEP
+    return LEAST_TRAVERSE if any(name in SUMS for name in kept) else LEAST_PAGED
+
+
+def _shrunk(before: Choice, after: Choice) -> str:
+    if before.blocks == after.blocks:
+        return ""
+    return f"traverse shrinks to {after.blocks.traverse}: {before.takes}"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a choice is asked for."""
+
+    family: MetalFamily
+    operation: str
+    dtype: str
+    dim: int
+    dim_v: int
+
+    def row(self) -> tuple[str, Blocks, tuple[str, ...]]:
+        """Where to start: the words for it, blocks and cached operands."""
+        if self.operation in UNTUNED:
+            blocks, cached = UNTUNED[self.operation]
+            return "a block that nobody tuned", blocks, cached
+        widest = max(self.dim, self.dim_v)
+        row = tables.row(self.family.table, self.operation, self.dtype, widest)
+        return f"table {self.family.table}, {row}", row.blocks, row.cached
+
+    def choice(self, start: str, blocks: Blocks, cached: Sequence[str]) -> Choice:
+        """These blocks and operands, with what they take; no head block is wider than a row."""
+        blocks = replace(blocks, head=min(blocks.head, whole(max(self.dim, self.dim_v))))
+        held = tuple(name for name in HELD[self.operation] if name in cached)
+        spec = self._spec(blocks, held)
+        number = BYTES[element(self.dtype, self.family.bfloat).compute]
+        registers = [
+            (name, whole(spec.width(name)) // 4 * (4 if name in SUMS else number)) for name in held
+        ]
+        if SCORES[self.operation]:
+            registers.append(("tiles", SCORES[self.operation] * blocks.traverse))
+        if any(name in SUMS and name not in held for name in HELD[self.operation]):
+            registers.append(("page", blocks.head))
+        stage = stage_elements(spec) * number
+        return Choice(self.family, self.operation, start, blocks, held, tuple(registers), stage)
+
+    def _spec(self, blocks: Blocks, cached: tuple[str, ...]) -> MetalSpec:
+        return MetalSpec(
+            operation=self.operation,
+            dtype=self.dtype,
+            dim=self.dim,
+            dim_v=self.dim_v,
+            blocks=blocks,
+            cached=cached,
+            staged=self.family.staged,
+            bfloat=self.family.bfloat,
+            mask=_ANY,
+            index_bits=32,
+        )
+
+    def check(self, made: Choice) -> None:
+        """Raises ValueError for blocks that no eviction makes legal."""
+        threads = SIMD * made.blocks.parallel // SIDE
+        if threads > self.family.threads:
+            raise ValueError(
+                f"blocks {made.blocks} take {threads} threads, 32 for each 8 of the parallel block;"
+                f" {self.family.name} has {self.family.threads} in a threadgroup"
+            )
+        if made.threadgroup_bytes > self.family.threadgroup_bytes:
+            raise ValueError(
+                f"blocks {made.blocks} of {self.dtype} take {made.threadgroup_bytes} bytes of"
+                f" threadgroup memory; {self.family.name} has {self.family.threadgroup_bytes}"
+            )
