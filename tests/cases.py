@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -259,19 +260,24 @@ LARGE = [(128, 217), (108, 256), (384, 256)]
 """Shapes of many tiles, which factor into 2-D grids of different sizes and not by whole ratios."""
 
 
-def cover() -> Iterator[Case]:
-    """Few cases: every value of every axis, every pair of `PAIRS`, each rule on a large shape."""
+def cover(
+    axes: Mapping[str, list[Any]] = AXES,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+    large: Sequence[tuple[int, int]] = LARGE,
+) -> Iterator[Case]:
+    """Few cases: every value of every axis, every pair of `pairs`, each rule on a large shape."""
     draw = random.Random(0)
     wanted: set[frozenset[Setting]] = {
-        frozenset([("rule", name), ("shape", LARGE[i % 3])]) for i, name in enumerate(RULES)
+        frozenset([("rule", name), ("shape", large[i % len(large)])])
+        for i, name in enumerate(RULES)
     }
-    for group in [*((axis,) for axis in AXES), *PAIRS]:
-        values = [[(axis, value) for value in AXES[axis]] for axis in group]
+    for group in [*((axis,) for axis in axes), *pairs]:
+        values = [[(axis, value) for value in axes[axis]] for axis in group]
         wanted |= {frozenset(settings) for settings in itertools.product(*values)}
     while wanted:
         seed = min(wanted, key=lambda group: (-len(group), sorted(map(repr, group))))
         candidates = [
-            {axis: draw.choice(values) for axis, values in AXES.items()} | dict(seed)
+            {axis: draw.choice(values) for axis, values in axes.items()} | dict(seed)
             for _ in range(100)
         ]
         scored = [

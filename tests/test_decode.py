@@ -29,7 +29,7 @@ from tilefold.blocks import Runs
 from tilefold.device import Device, host
 from tilefold.plan import plan
 from tilefold.problem import LAYOUTS as LAYOUTS_OF_CALLS
-from tilefold.problem import Problem
+from tilefold.problem import Problem, contiguous
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +89,7 @@ def test_heads_side_by_side_are_read_together(monkeypatch: pytest.MonkeyPatch) -
     sizes = problem(1, 300, 16, batch=1, heads=(4, 4))
     for layout, axes in LAYOUTS_OF_CALLS.items():
         shapes = [tuple(shape[axis] for axis in axes) for shape in ((1, 4, 1, 16), (1, 4, 300, 16))]
-        strides = [engine._contiguous(shapes[name != "q"]) for name in "qkv"]
+        strides = [contiguous(shapes[name != "q"]) for name in "qkv"]
         engine.forward(sizes, layout, *strides)
     assert forms == ["auto", "interleaved", "auto"]
     assert splits.bundle(sizes) == 4

@@ -25,6 +25,7 @@ def test_unset_or_empty_means_the_default(
         (settings.NUM_THREADS, "3", 3),
         (settings.NUM_THREADS, " 1024 ", 1024),
         (settings.CPU_ISA, "AVX2", "avx2"),
+        (settings.METAL_FAMILY, "Apple8", "apple8"),
         (settings.CACHE_DIR, "/somewhere/else", Path("/somewhere/else")),
         (settings.CACHE_MIB, "0", 0),
     ],
@@ -60,6 +61,11 @@ def test_text_becomes_a_value(
             settings.CPU_ISA,
             "mmx",
             "TILEFOLD_CPU_ISA must be one of amx, avx512, avx2, sse2, neon, not 'mmx'",
+        ),
+        (
+            settings.METAL_FAMILY,
+            "m1",
+            "TILEFOLD_METAL_FAMILY must be one of apple7, apple8, apple9, apple10, not 'm1'",
         ),
         (
             settings.CACHE_DIR,

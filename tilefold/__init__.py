@@ -18,9 +18,11 @@ if TYPE_CHECKING:
         prefix,
         rule,
     )
+    from tilefold.problem import Problem
 
 __version__ = "0.1.0"
 __all__ = [
+    "Problem",
     "Rule",
     "attention",
     "attention_backward",
@@ -42,6 +44,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.mask") | {
     "attention": "tilefold.api",
     "attention_backward": "tilefold.api",
     "merge": "tilefold.api",
+    "Problem": "tilefold.problem",
     "get_num_threads": "tilefold.backends.cpu.threads",
     "set_num_threads": "tilefold.backends.cpu.threads",
 }

@@ -10,6 +10,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from tilefold.implementations import KERNEL, find
 from tilefold.mask import Rule
 from tilefold.problem import as_rule, as_scale
 
@@ -24,6 +25,7 @@ def attention(
     layout: str = "bhnd",
     precision: str = "highest",
     return_lse: bool = False,
+    impl: str = KERNEL,
 ) -> Any:
     """Exact attention: softmax(scale * q k^T) v, each query over the keys that `mask` lets it see.
 
@@ -60,6 +62,7 @@ def attention(
             A machine without fast products of bfloat16 computes more exactly than asked. Other
             types accept it, and it has no effect there. Torch's own setting is never read.
         return_lse: also return the log-sum-exp of each query's scores
+        impl: who computes it, for comparison and trust (see below); none stands in for another
 
     Returns:
         o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous; a torch tensor
@@ -70,21 +73,37 @@ def attention(
     A query that sees no key gets o = 0 and lse = -inf. What a query may not see never reaches it,
     whatever it holds, NaN and infinity included; what it sees follows IEEE arithmetic.
 
+    With `impl` the same answer comes another way:
+        "kernel": tilefold's own kernels, whose memory is linear in the lengths
+        "composed": two products and a softmax of NumPy's or torch's own, in the type of lse. They
+            hold len_q x len_k scores, weights and a mask. Torch tensors may be on any device
+        "native": torch's `scaled_dot_product_attention`, on any device, and for NumPy arrays too
+            where torch is installed. It has no lse: with return_lse composed scores are added
+        "tensorops": Metal 4's matrix units, on Apple GPUs that have them
+    With "composed" and "native" gradients are torch's, its own setting stands for `precision`, and
+    NaN or infinity in what a query may not see can reach it, multiplied by 0.
+
     Under `torch.compile` a rule is a constant of the graph. Rules that carry data, and `rule(...)`,
-    are made outside the compiled function.
+    are made outside the compiled function. Only "kernel" can be part of a graph.
 
     Raises:
         TypeError: q, k or v is not an array, their types are mixed or are not floating point, or
             mask is not a rule
-        ValueError: shapes do not fit together or to the mask, or scale, layout or
-            precision is not allowed
-        NotImplementedError: arrays that are not on the CPU
+        ValueError: shapes do not fit together or to the mask, or scale, layout, precision or impl
+            is not allowed
+        NotImplementedError: arrays that are not on the CPU, or what an `impl` has no way to do
+        ModuleNotFoundError: impl is "native" on NumPy arrays, and torch is not installed
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by
     Milakov and Gimelshein (2018, arXiv:1805.02867).
     """
     frontend = _frontend(q=q, k=k, v=v)
-    o, lse = frontend.attention(q, k, v, as_rule(mask), as_scale(scale), layout, precision)
+    rule, factor = as_rule(mask), as_scale(scale)
+    if impl == KERNEL:
+        o, lse = frontend.attention(q, k, v, rule, factor, layout, precision)
+    else:
+        run = find(impl, frontend.__name__.rpartition(".")[2])
+        o, lse = run(q, k, v, rule, factor, layout, precision, return_lse)
     return (o, lse) if return_lse else o
 
 

@@ -22,7 +22,15 @@ from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
 from tilefold.buffer import Buffer
 from tilefold.device import host
 from tilefold.plan import Launch, Plan, Scratch, plan
-from tilefold.problem import LAYOUTS, Problem, Shape, shape_lse, shape_o, shapes_qkv
+from tilefold.problem import (
+    LAYOUTS,
+    Problem,
+    Shape,
+    contiguous,
+    shape_lse,
+    shape_o,
+    shapes_qkv,
+)
 from tilefold.recent import Recent
 
 GIVEN = {
@@ -115,7 +123,7 @@ def forward(problem: Problem, layout: str, *strides: Strides) -> Call:
     is contiguous in that order.
     """
     results = shape_o(problem, layout), shape_lse(problem)
-    operands = _named("forward", layout, [*strides, *map(_contiguous, results)])
+    operands = _named("forward", layout, [*strides, *map(contiguous, results)])
     together = all(0 < abs(operands[name][1]) < abs(operands[name][2]) for name in ("k", "v"))
     form = "interleaved" if together else "auto"
     return prepare(plan(problem, host(), "forward", form), operands, results)
@@ -124,7 +132,7 @@ def forward(problem: Problem, layout: str, *strides: Strides) -> Call:
 def backward(problem: Problem, layout: str, *strides: Strides) -> Call:
     """The call that reads do, q, k, v, o and lse and writes dq, dk and dv; as `forward`."""
     results = shapes_qkv(problem, layout)
-    operands = _named("backward", layout, [*strides, *map(_contiguous, results)])
+    operands = _named("backward", layout, [*strides, *map(contiguous, results)])
     made = plan(problem, host(), "backward", in_place=operands["dq"][3] == 1)
     return prepare(made, operands, results)
 
@@ -146,7 +154,7 @@ def prepare(plan: Plan, strides: Mapping[str, Strides], results: tuple[Shape, ..
     few_flops = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
     alone = few_flops and problem.bytes(plan.operation) < _ALONE_BYTES
     ordered = {name: strides[name] for name in GIVEN[plan.operation]}
-    ordered |= {name: _contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
+    ordered |= {name: contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
     steps = tuple(_step(plan, launch, ordered) for launch in plan.launches)
     return Call(plan, steps, alone, results)
 
@@ -202,17 +210,10 @@ def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
     return _Step(function, launch.items, ctypes.c_int64 * len(words), template, tuple(places))
 
 
-def _contiguous(shape: Sequence[int]) -> Strides:
-    strides = [1]
-    for length in reversed(shape[1:]):
-        strides.insert(0, strides[0] * length)
-    return tuple(strides)
-
-
 def _allocate(name: str, scratch: Scratch) -> Buffer:
     """Memory of a plan's buffer, from the start of a cache line; `name` is for who watches it."""
     held = _Memory(math.prod(scratch.shape) * np.dtype(scratch.dtype).itemsize)
-    return Buffer(held.pointer, scratch.shape, _contiguous(scratch.shape), scratch.dtype, held)
+    return Buffer(held.pointer, scratch.shape, contiguous(scratch.shape), scratch.dtype, held)
 
 
 class _Memory:

@@ -46,6 +46,10 @@ _FULL = full()
 class Problem:
     """What attention is asked to compute. Lengths count tokens, dims count elements.
 
+    >>> import tilefold
+    >>> tilefold.Problem.of((1, 8, 2048, 64), (1, 2, 512, 64), mask=tilefold.causal()).len_k
+    512
+
     Query head h reads key head h // (heads_q // heads_kv) (grouped queries). `precision` says how
     exact products of float32 numbers must be at least; other types have no choice, and "highest".
     Raises ValueError unless everything fits together.
@@ -70,6 +74,27 @@ class Problem:
             raise ValueError(f"scale must be a finite number, got {self.scale}")
         self._check_sizes()
         self.mask.check(self.batch, self.heads_q, self.len_q, self.len_k)
+
+    @classmethod
+    def of(
+        cls,
+        q: Shape,
+        k: Shape | None = None,
+        v: Shape | None = None,
+        *,
+        dtype: str = "float32",
+        mask: Rule | None = None,
+        scale: float | None = None,
+        layout: str = "bhnd",
+        precision: str = "highest",
+    ) -> Problem:
+        """The problem of a call of `attention` with arrays of these shapes and this type.
+
+        k has the shape of q unless it is given, and v that of k; the rest is as for `attention`.
+        """
+        k = q if k is None else k
+        v = k if v is None else v
+        return describe(q, k, v, dtype, as_scale(scale), as_rule(mask), layout, precision)
 
     def _check_sizes(self) -> None:
         for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v"):
@@ -281,3 +306,11 @@ def shape_o(problem: Problem, layout: str) -> Shape:
 def shape_lse(problem: Problem) -> Shape:
     """The shape of the log-sum-exp, the same in every layout."""
     return (problem.batch, problem.heads_q, problem.len_q)
+
+
+def contiguous(shape: Shape) -> tuple[int, ...]:
+    """The strides of an array of this shape without gaps, in elements."""
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.insert(0, strides[0] * length)
+    return tuple(strides)

@@ -16,6 +16,9 @@ T = TypeVar("T")
 ISAS = ("amx", "avx512", "avx2", "sse2", "neon")
 """The instruction-set levels that the CPU kernels are written for, widest first."""
 
+METAL_FAMILIES = ("apple7", "apple8", "apple9", "apple10")
+"""The families of GPUs that the Metal kernels are written for, oldest first."""
+
 MAX_THREADS = 1024
 """More is refused: OpenMP runtimes end the process when the system gives them no more threads."""
 
@@ -64,6 +67,12 @@ def _isa(text: str) -> str:
     return text.lower()
 
 
+def _metal_family(text: str) -> str:
+    if text.lower() not in METAL_FAMILIES:
+        raise ValueError(text)
+    return text.lower()
+
+
 def _directory(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_absolute():
@@ -85,6 +94,13 @@ CPU_ISA: Setting[str | None] = Setting(
     None,
     "the widest instruction set that CPU kernels may use; without it, the widest there is",
 )
+METAL_FAMILY: Setting[str | None] = Setting(
+    "TILEFOLD_METAL_FAMILY",
+    _metal_family,
+    "one of " + ", ".join(METAL_FAMILIES),
+    None,
+    "the family of the Apple GPU, whose blocks and limits kernels follow; without it, by its name",
+)
 CACHE_DIR: Setting[Path | None] = Setting(
     "TILEFOLD_CACHE_DIR",
     _directory,
@@ -103,6 +119,7 @@ CACHE_MIB: Setting[int] = Setting(
 ALL: tuple[Setting[int | None] | Setting[str | None] | Setting[Path | None] | Setting[int], ...] = (
     NUM_THREADS,
     CPU_ISA,
+    METAL_FAMILY,
     CACHE_DIR,
     CACHE_MIB,
 )

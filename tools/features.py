@@ -49,7 +49,12 @@ ROWS = {
     "S05": "A readable reference in plain NumPy, with gradients",
     "S08": "A sweep over block sizes",
     "S09": "How long a kernel takes to compile, and to come from the cache",
+    "A03": "Types are options of one call; unknown types and implementations are named and refused",
+    "A06": "What an implementation cannot do raises with the reason; none stands in for another",
+    "A07": "A list of calls is prepared first and launched in one go; results are those of each",
+    "A10": "Kernels compile in the background ahead of their calls, which wait for what they need",
     "J01": "The same result from two products and a softmax",
+    "J02": "The same result from the framework's own fused attention",
     "J04": "A typed 8x8 fragment: load and store with an origin, fill, product, sum, transposed",
     "J05": "A typed description of Metal 4's matmul2d: sizes, transposes, precision, mode",
     "J06": "Its table of types: every pair as an integer or float64 product, others refused",
@@ -58,6 +63,7 @@ ROWS = {
     "J09": "A product of matrices made of tiles of 64 x 64, within 3e-7 of float64",
     "J10": "Attention of a square head is one kernel, launched once",
     "J12": "The product and its number of simdgroups are in the text; another number is refused",
+    "J13": "What is not there is shown with the reason",
 }  # fmt: skip
 
 

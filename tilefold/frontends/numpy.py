@@ -46,11 +46,11 @@ def attention(
     """Return o and lse; see `tilefold.attention`."""
     check_layout(layout)
     check_precision(precision)
-    q, k, v = _array("q", q), _array("k", k), _array("v", v)
+    q, k, v = as_array("q", q), as_array("k", k), as_array("v", v)
     key = ("numpy forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
     call = engine.recent(key)
     if call is None:
-        dtype = _dtype(q=q, k=k, v=v)
+        dtype = element_name(q=q, k=k, v=v)
         problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout, precision)
         if problem.empty:
             o = np.zeros(shape_o(problem, layout), q.dtype)
@@ -77,13 +77,13 @@ def attention_backward(
     """Return dq, dk and dv; see `tilefold.attention_backward`."""
     check_layout(layout)
     check_precision(precision)
-    do, q, k, v = _array("do", do), _array("q", q), _array("k", k), _array("v", v)
-    o, lse = _array("o", o), _array("lse", lse)
+    do, q, k, v = as_array("do", do), as_array("q", q), as_array("k", k), as_array("v", v)
+    o, lse = as_array("o", o), as_array("lse", lse)
     given = do, q, k, v, o, lse
     key = ("numpy backward", mask, scale, layout, precision, *[_form(array) for array in given])
     call = engine.recent(key)
     if call is None:
-        dtype = _dtype(q=q, k=k, v=v, do=do, o=o)
+        dtype = element_name(q=q, k=k, v=v, do=do, o=o)
         check_lse(lse.dtype.name, dtype)
         problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout, precision)
         check_shape("do", do.shape, shape_o(problem, layout))
@@ -101,7 +101,7 @@ def attention_backward(
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, Array]:
     """Return o and lse; see `tilefold.merge`."""
     given = {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
-    arrays = {name: _array(name, value) for name, value in given.items()}
+    arrays = {name: as_array(name, value) for name, value in given.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
     axes = check_parts(shapes, dtypes, layout)
@@ -122,7 +122,7 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, A
     return merged.astype(arrays["o1"].dtype), lse
 
 
-def _array(name: str, value: Any) -> Array:
+def as_array(name: str, value: Any) -> Array:
     """An argument as an array whose items are aligned and in native byte order."""
     array: Array = value if type(value) is np.ndarray else _viewed(name, value)
     if array.flags.aligned and array.dtype.isnative:
@@ -165,7 +165,7 @@ def _elsewhere(name: str, kind: str, device: str) -> str:
     )
 
 
-def _dtype(**arrays: Array) -> str:
+def element_name(**arrays: Array) -> str:
     """The one element type of all arrays. Raises TypeError."""
     dtypes = [array.dtype for array in arrays.values()]
     name = _NAMES.get(dtypes[0])

@@ -17,6 +17,7 @@ from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.arguments import names
 from tilefold.device import Device
 from tilefold.expression import Skeleton
+from tilefold.once import once
 from tilefold.problem import ITEM_BYTES, STATISTICS
 from tilefold.spec import DECODE, KernelSpec
 
@@ -53,7 +54,7 @@ def emit(spec: KernelSpec) -> str:
     return generators[spec.operation](spec)
 
 
-@lru_cache(maxsize=512)
+@once(most=512)
 def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
     """The kernel of a spec, compiled for the device unless the disk cache has it."""
     written_by = _loaded_sources()

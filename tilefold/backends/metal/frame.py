@@ -75,6 +75,8 @@ def written(spec: MetalSpec, title: str, algorithm: Sequence[str], body: Text) -
             text(*PLACE)
         if "stage" in used:
             text(f"threadgroup {number.compute} stage[{stage_elements(spec)}];")
+        if "oddities" in used:
+            text(f"threadgroup bool oddities[{spec.simdgroups}];")
         text("", str(body))
     return str(text) + "\n"
 
@@ -110,7 +112,10 @@ def _const(argument: Argument) -> str:
 
 @contextmanager
 def tiles(text: Text, spec: MetalSpec, head: str = "h") -> Iterator[None]:
-    """The walk over the tiles that the block row visits: `start`, `last`, `masked`, `whole`."""
+    """The walk over the tiles that the block row visits: `start`, `last`, `masked`, `edge`.
+
+    A tile at an `edge` has pairs that may not meet: the rule forbids them, or the run has ended.
+    """
     step = spec.blocks.traverse
     text(f"const long visited = b * row_b + {head} * row_h + block;")
     with text.block("for (long run = run_rows[visited]; run < run_rows[visited + 1]; ++run)"):
@@ -118,7 +123,8 @@ def tiles(text: Text, spec: MetalSpec, head: str = "h") -> Iterator[None]:
         if masks(spec):
             text("const bool masked = runs[3 * run + 2] != 0;")
         with text.block(f"for (int start = first; start < last; start += {step})"):
-            text(f"const bool whole = start + {step} <= last;")
+            overhangs = f"start + {step} > last"
+            text(f"const bool edge = {f'masked || {overhangs}' if masks(spec) else overhangs};")
             yield
 
 
@@ -135,21 +141,13 @@ def columns(text: Text, spec: MetalSpec, array: str, lines: Sequence[str]) -> No
 
 
 def seen(spec: MetalSpec, parallel: str, traverse: str) -> str:
-    """Whether a pair of the tile may meet, at an edge or in a masked run.
-
-    `traverse` may be past the run, and then reads the tables at the last row.
-    """
+    """Whether a pair of a tile at an edge may meet; the rule is not asked about what is past it."""
     within = f"{traverse} < last"
     if not masks(spec):
         return within
-    rows = [parallel, f"min({traverse}, last - 1)"]
-    q, k = rows if PARALLEL[spec.operation] == "q" else reversed(rows)
+    queries = PARALLEL[spec.operation] == "q"
+    q, k = (parallel, traverse) if queries else (traverse, parallel)
     return f"{within} && (!masked || {mask.call(spec.mask, b='b', h='h', q=q, k=k)})"
-
-
-def edge(spec: MetalSpec) -> str:
-    """Whether a tile has pairs that may not meet."""
-    return "masked || !whole" if masks(spec) else "!whole"
 
 
 def over_row(text: Text, value: str, join: str) -> None:

@@ -9,21 +9,25 @@ Both walk the head dimension in blocks. An operand of the parallel axis is held 
 read again for each tile; a sum that registers do not hold is kept in pages, float32 in device
 memory, which are read and written once for each tile: a long `traverse` block pays for that.
 
-Tiles of a traversed operand are read where they lie if they are whole, and pass through threadgroup
-memory at the edges, where zeros fill what is not there; or always, on GPUs whose cores do not cache
-what several simdgroups read.
+Tiles of a traversed operand are read where they lie, and pass through threadgroup memory at an
+edge, where zeros fill what is not there; or always, on GPUs whose cores do not cache what several
+simdgroups read.
+
+A weight of 0 does not keep NaN and infinities out of a product. A tile at an edge that holds any is
+"wild", and is added pair by pair, without the pairs that may not meet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 from tilefold.backends.metal.fragment import Fragment, at, multiply_accumulate
-from tilefold.backends.metal.frame import stage_stride
+from tilefold.backends.metal.frame import seen, stage_stride
 from tilefold.backends.metal.msl import Text, element
-from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
+from tilefold.backends.metal.spec import PARALLEL, SIDE, MetalSpec, whole
 
 Reader = Callable[[str, str], str]
 """The text of a number of the present tile, given its row and column beside the lane's place."""
@@ -45,7 +49,7 @@ class Products:
     """The products of one kernel.
 
     The text has `row` pointers for operands of the parallel axis, `head` pointers for traversed
-    ones, and the tile's `start`, `last` and `whole` (see `frame.tiles`).
+    ones, and the tile's `start`, `last` and `edge` (see `frame.tiles`).
     """
 
     def __init__(self, text: Text, spec: MetalSpec) -> None:
@@ -137,7 +141,7 @@ class Products:
                     self._turn_page(name, block, correction)
                 total = f"{name}_sum[(d0 + d) / {SIDE}]" if cached else f"page[d / {SIDE}]"
                 place = "fragment_row", "fragment_column"
-                for read in self._tile(traversed, block, place, kind):
+                for read in self._tile(traversed, block, place, kind, (total, weights)):
                     with (
                         text.loop("j", spec.blocks.traverse, SIDE),
                         text.loop("d", block.width, SIDE),
@@ -205,16 +209,22 @@ class Products:
         return "inside" if block.exact else f"inside && column < {self._spec.width(name)}"
 
     def _tile(
-        self, name: str, block: HeadBlock, place: tuple[str, str], kind: str
+        self,
+        name: str,
+        block: HeadBlock,
+        place: tuple[str, str],
+        kind: str,
+        added: tuple[str, str] | None = None,
     ) -> Iterator[Reader]:
         """How to read a block of the tile: once for each way that it may lie; write the product.
 
-        `place` is the lane's row and column in a fragment of it.
+        `place` is the lane's row and column in a fragment of it. `added`: the sum and the weights
+        of a product that must keep out what is wild.
         """
         text = self._text
         row, column = place
         if not self._spec.staged and block.exact:
-            with text.either("whole") as otherwise:
+            with text.either("!edge") as otherwise:
                 argument = f"device const {self._number.memory}*"
                 lane = f"{row} * {name}_n + {self.column(name, column)}"
                 text(f"{argument} lane_of_{name} = {name}_tile + {lane};")
@@ -223,34 +233,83 @@ class Products:
                     kind,
                 )
                 otherwise()
-                yield self._stage(name, block, place, kind)
+                yield from self._staged(name, block, place, kind, added)
         else:
-            yield self._stage(name, block, place, kind)
+            yield from self._staged(name, block, place, kind, added)
 
-    def _stage(self, name: str, block: HeadBlock, place: tuple[str, str], kind: str) -> Reader:
-        """Copy a block of the tile to threadgroup memory, zeros where there is nothing."""
+    def _staged(
+        self,
+        name: str,
+        block: HeadBlock,
+        place: tuple[str, str],
+        kind: str,
+        added: tuple[str, str] | None,
+    ) -> Iterator[Reader]:
+        self._stage(name, block, watch=added is not None)
+        lane = f"{place[0]} * {stage_stride(self._spec)} + {place[1]}"
+        read = partial(self._read_staged, lane, kind)
+        if added is None:
+            yield read
+            return
+        with self._text.either("wild") as otherwise:
+            self._add_wild(*added, block)
+            otherwise()
+            yield read
+
+    def _read_staged(self, lane: str, kind: str, r: str, d: str) -> str:
+        value = f"stage[{lane} + {_by(r, stage_stride(self._spec))} + {d}]"
+        return value if kind == self._number.compute else f"{kind}({value})"
+
+    def _stage(self, name: str, block: HeadBlock, *, watch: bool) -> None:
+        """Copy a block of the tile to threadgroup memory, zeros where there is nothing.
+
+        With `watch`, `wild` tells whether a tile at an edge holds NaN or infinities.
+        """
         text, spec = self._text, self._spec
-        stride, compute = stage_stride(spec), self._number.compute
+        compute = self._number.compute
         count = spec.blocks.traverse * block.width
         text("threadgroup_barrier(mem_flags::mem_threadgroup);")
+        if watch:
+            text("bool odd = false;")
         head = f"for (ushort i = thread_index; i < {count}; i += {spec.threads})"
         with text.block(head):
             text(f"const ushort r = i / {block.width};", f"const ushort d = i % {block.width};")
             there = "start + r < last"
             if not block.exact:
                 there += f" && d0 + d < {spec.width(name)}"
-            value = self._number.read(
-                f"{name}_tile[r * {name}_n + {self.column(name, 'd0 + d')}]", compute
-            )
-            text(f"stage[r * {stride} + d] = {there} ? {value} : {compute}(0);")
+            at_ = f"{name}_tile[r * {name}_n + {self.column(name, 'd0 + d')}]"
+            text(f"const {compute} x = {there} ? {self._number.read(at_, compute)} : {compute}(0);")
+            text(f"stage[r * {stage_stride(spec)} + d] = x;")
+            if watch:
+                # By its bits: fast mathematics take isfinite for true.
+                value = "x" if compute == "float" else "float(x)"
+                text(f"odd |= (as_type<uint>({value}) & 0x7f800000u) == 0x7f800000u;")
+        if watch:
+            text("odd = simd_any(odd);")
+            with text.block("if (lane == 0)"):
+                text("oddities[simdgroup] = odd;")
         text("threadgroup_barrier(mem_flags::mem_threadgroup);")
-        lane = f"{place[0]} * {stride} + {place[1]}"
+        if watch:
+            text("bool wild = false;")
+            with text.loop("i", spec.simdgroups):
+                text("wild |= oddities[i] && edge;")
 
-        def read(r: str, d: str) -> str:
-            value = f"stage[{lane} + {_by(r, stride)} + {d}]"
-            return value if kind == compute else f"{kind}({value})"
-
-        return read
+    def _add_wild(self, total: str, weights: str, block: HeadBlock) -> None:
+        """Add the pairs of a wild tile that may meet, one by one; weights come from their lanes."""
+        text, spec = self._text, self._spec
+        other, mine = ("key", "query") if PARALLEL[spec.operation] == "q" else ("query", "key")
+        with text.loop("j", spec.blocks.traverse, SIDE), text.loop("c", SIDE, unroll=False):
+            text("const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);")
+            element_ = f"float({at(f'{weights}[j / {SIDE}]', 'c % 2')})"
+            text(f"const float weight = simd_shuffle({element_}, holder);")
+            text(f"const int {other} = start + j + c;")
+            with (
+                text.block(f"if ({seen(spec, f'{mine}_inside', other)})"),
+                text.loop("d", block.width, SIDE),
+                text.loop("e", 2),
+            ):
+                value = f"stage[(j + c) * {stage_stride(spec)} + d + fragment_column + e]"
+                text(f"{at(total, 'e')} += weight * float({value});")
 
     def _read_row(self, target: str, name: str, d: str, exact: bool) -> None:
         """Two elements of this lane's row, from column `d` of the head dimension; zeros past it."""

@@ -10,7 +10,7 @@ Score modifications will stand where scores are scaled: before the mask, in ever
 from __future__ import annotations
 
 from tilefold.backends.metal.fragment import at
-from tilefold.backends.metal.frame import LOWEST, MASKED, columns, edge, over_row, seen
+from tilefold.backends.metal.frame import LOWEST, MASKED, columns, over_row, seen
 from tilefold.backends.metal.msl import Text
 from tilefold.backends.metal.products import fragment
 from tilefold.backends.metal.spec import SIDE, MetalSpec
@@ -35,7 +35,7 @@ def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
     text.note("m' = max(m, rowmax s)")
     text("float m_new = m;")
     columns(text, spec, "s", ["x = x * factor;"])
-    with text.block(f"if ({edge(spec)})"):
+    with text.block("if (edge)"):
         lines = [f"const int key = {COLUMN};", f"const bool seen = {seen(spec, row, 'key')};"]
         columns(text, spec, "s", [*lines, f"x = seen ? x : {MASKED};"])
     columns(text, spec, "s", ["m_new = max(m_new, x);"])
@@ -44,9 +44,9 @@ def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
     text("const float correction = fast::exp2(m - m_new);", "m = m_new;", "l *= correction;")
     count = spec.blocks.traverse // SIDE
     text(fragment(weight_type).declare("p", count))
-    weight = f"const {weight_type} weight = {_as(weight_type, 'fast::exp2(x - m)')};"
-    lines = [weight, f"{at(f'p[j / {SIDE}]', 'e')} = weight;", f"l += {_float(weight_type)};"]
-    columns(text, spec, "s", lines)
+    value = "weight" if weight_type == "float" else f"{weight_type}(weight)"
+    lines = ["const float weight = fast::exp2(x - m);", f"{at(f'p[j / {SIDE}]', 'e')} = {value};"]
+    columns(text, spec, "s", [*lines, "l += weight;"])
 
 
 def end(text: Text) -> None:
@@ -58,23 +58,31 @@ def weights(text: Text, spec: MetalSpec, parallel: str, statistic: str) -> None:
     """The weights of the tile `s` in place, by the finished statistics.
 
     `statistic` is the text of lse log2(e) for an element; `parallel` is "query" or "key".
-    Hidden pairs weigh 0 by their mask: exp2(0 - lse) of a padded score may be infinite.
+    Hidden pairs weigh 0 by their mask: exp2(0 - lse) of a padded score may be infinite. They weigh
+    -0.0, which no exponential is, so that `slopes` knows them.
     """
     text.note("p = exp2(s - lse)")
     other = "key" if parallel == "query" else "query"
     raised = f"fast::exp2(x * factor - {statistic})"
     truth = f"const bool seen = {seen(spec, f'{parallel}_inside', other)};"
-    with text.either(edge(spec)) as otherwise:
-        lines = [f"const int {other} = {COLUMN};", truth, f"x = seen ? {raised} : 0.0f;"]
+    with text.either("edge") as otherwise:
+        lines = [f"const int {other} = {COLUMN};", truth, f"x = seen ? {raised} : -0.0f;"]
         columns(text, spec, "s", lines)
         otherwise()
         columns(text, spec, "s", [f"x = {raised};"])
 
 
 def slopes(text: Text, spec: MetalSpec, delta: str) -> None:
-    """dS = P (dP - delta) of a tile, in place of dP; the scale waits for the end of the sum."""
+    """dS = P (dP - delta) of a tile, in place of dP; the scale waits for the end of the sum.
+
+    What is hidden is 0 even where dP is NaN or infinite.
+    """
     text.note("ds = p (dp - delta)")
-    columns(text, spec, "dp", [f"x = {at(f's[j / {SIDE}]', 'e')} * (x - {delta});"])
+    weight = f"const float weight = {at(f's[j / {SIDE}]', 'e')};"
+    columns(text, spec, "dp", [weight, f"x = weight * (x - {delta});"])
+    with text.block("if (edge)"):
+        hidden = f"const bool hidden = as_type<uint>({at(f's[j / {SIDE}]', 'e')}) == 0x80000000u;"
+        columns(text, spec, "dp", [hidden, "x = hidden ? 0.0f : x;"])
 
 
 def convert(text: Text, spec: MetalSpec, name: str, source: str, kind: str) -> str:
@@ -84,11 +92,3 @@ def convert(text: Text, spec: MetalSpec, name: str, source: str, kind: str) -> s
     text(fragment(kind).declare(name, spec.blocks.traverse // SIDE))
     columns(text, spec, source, [f"{at(f'{name}[j / {SIDE}]', 'e')} = {kind}(x);"])
     return name
-
-
-def _as(kind: str, value: str) -> str:
-    return value if kind == "float" else f"{kind}({value})"
-
-
-def _float(kind: str) -> str:
-    return "weight" if kind == "float" else "float(weight)"

@@ -1,0 +1,248 @@
+"""The four implementations: the same answer as the dense float64 definition, or a clear refusal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
+import numpy as np
+import pytest
+import torch
+from cases import Case
+from compare import assert_near, dense, tolerances
+from numpy.typing import NDArray
+from operands import canonical, inputs
+
+import tilefold
+from tilefold import attention, implementations, reference
+from tilefold.device import host
+from tilefold.implementations.torch import array_of, tensor_of
+from tilefold.plan import plan
+from tilefold.problem import LAYOUTS, Problem
+
+Array = NDArray[Any]
+
+PRESENT = ("composed", "native", "kernel")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+CASES = [
+    Case((33, 20), 16, "full", "bhnd", "gqa"),
+    Case((40, 40), 8, "causal", "bnhd", "mha"),
+    Case((20, 33), 24, "causal-start", "bhnd", "mqa", dim_v="wider"),
+    Case((33, 20), 5, "causal", "bhdn", "gqa", dim_v="narrower", scale=-0.5),
+    Case((24, 24), 40, "documents", "bhnd", "gqa", memory="padded", scale=0.3),
+    Case((17, 30), 16, "dense-all", "bnhd", "mha", memory="reversed"),
+    Case((16, 16), 7, "lengths-of-batch", "bhdn", "mqa", memory="transposed"),
+    Case((9, 12), 3, "nothing", "bhnd", "gqa"),
+    Case((12, 16), 8, "heads-differ", "bhnd", "mha", memory="broadcast"),
+]
+"""Every layout, group of heads and kind of rule; rows that see nothing; scales of both signs."""
+
+
+def by_torch(operands: dict[str, Array], problem: Problem, layout: str, impl: str) -> Any:
+    """o, lse, dq, dk and dv by tensors and their autograd, as arrays with the canonical axes."""
+    q, k, v = (
+        tensor_of(canonical(operands[name], layout)).requires_grad_() for name in ("q", "k", "v")
+    )
+    do = tensor_of(canonical(operands["do"], layout))
+    options: dict[str, Any] = {"mask": problem.mask, "scale": problem.scale, "layout": layout}
+    o, lse = attention(q, k, v, **options, return_lse=True, impl=impl)
+    assert o.dtype == q.dtype and o.is_contiguous() and o.shape == do.shape
+    assert not lse.requires_grad
+    without = attention(q, k, v, **options, impl=impl)
+    assert torch.equal(without, o)
+    gradients = torch.autograd.grad(o, (q, k, v), do)
+    found = {"o": o.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+    dtype = operands["q"].dtype
+    arrays = {name: canonical(array_of(x, dtype), layout) for name, x in found.items()}
+    return arrays | {"lse": lse.numpy()}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")  # it finds NaN that is masked later
+@pytest.mark.feature("J01", "J02", "A03")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("impl", ["composed", "native"])
+def test_tensors_and_their_gradients_agree_with_the_definition(
+    impl: str, case: Case, dtype: str
+) -> None:
+    problem = case.problem(dtype)
+    operands = inputs(problem, case.layout, case.memory)
+    want = dense(operands, problem.mask, problem.scale)
+    allowed = tolerances(problem, operands, want)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        got = by_torch(operands, problem, case.layout, impl)
+    for name in want:
+        assert_near(name, got[name], want[name], allowed[name])
+
+
+@pytest.mark.feature("J01", "J02", "A03")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("impl", ["composed", "native"])
+def test_arrays_agree_with_the_definition(impl: str, case: Case, dtype: str) -> None:
+    problem = case.problem(dtype)
+    operands = inputs(problem, case.layout, case.memory)
+    want = dense(operands, problem.mask, problem.scale)
+    allowed = tolerances(problem, operands, want)
+    q, k, v = (canonical(operands[name], case.layout) for name in ("q", "k", "v"))
+    options: dict[str, Any] = {"mask": problem.mask, "scale": case.scale, "layout": case.layout}
+    o, lse = attention(q, k, v, **options, return_lse=True, impl=impl)
+    assert o.dtype == q.dtype and o.flags.c_contiguous
+    assert_near("o", canonical(o, case.layout), want["o"], allowed["o"])
+    assert_near("lse", lse, want["lse"], allowed["lse"])
+    assert np.array_equal(attention(q, k, v, **options, impl=impl), o)
+
+
+@pytest.mark.feature("J01", "J02")
+@pytest.mark.parametrize("impl", PRESENT)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-2), ("float32", 3.5e-4)])
+def test_an_uneven_small_case_is_near_by_norm(
+    impl: str, masked: bool, dtype: str, tolerance: float
+) -> None:
+    """Shapes and tolerances of the fused operation that this row of the table describes."""
+    random = np.random.default_rng(1)
+    q, k, v = (random.normal(size=(1, 2, n, 8)).astype(dtype) for n in (12, 16, 16))
+    mask = tilefold.dense(random.random((12, 16)) < 0.7) if masked else None
+    want, _ = reference.attention(q, k, v, mask=mask)
+    got = attention(q, k, v, mask=mask, impl=impl).astype(np.float64)
+    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+
+
+@pytest.mark.feature("J01", "J10")
+@pytest.mark.parametrize("n", [8, 64])
+def test_square_cases_in_float16_are_near_by_norm_and_one_kernel(n: int) -> None:
+    q, k, v = np.random.default_rng(2).normal(size=(3, 2, 3, n, n)).astype(np.float16)
+    want, _ = reference.attention(q, k, v)
+    for impl in PRESENT:
+        got = attention(q, k, v, impl=impl).astype(np.float64)
+        assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want), impl
+    problem = Problem(2, 3, 3, n, n, n, n, "float16", n**-0.5, tilefold.full())
+    assert len(plan(problem, host(), "forward").launches) == 1
+
+
+@pytest.mark.parametrize("impl", ["composed", "native"])
+@pytest.mark.parametrize(("len_q", "len_k", "batch"), [(0, 3, 2), (3, 0, 2), (3, 3, 0)])
+def test_empty_calls(impl: str, len_q: int, len_k: int, batch: int) -> None:
+    shapes = [(batch, 4, len_q, 8), (batch, 2, len_k, 8), (batch, 2, len_k, 5)]
+    for mask in (None, tilefold.causal()):
+        tensors = [torch.ones(shape, requires_grad=True) for shape in shapes]
+        o, lse = attention(*tensors, mask=mask, return_lse=True, impl=impl)
+        o.sum().backward()
+        assert o.shape == (batch, 4, len_q, 5) and (o == 0).all()
+        assert lse.shape == (batch, 4, len_q) and (lse == -torch.inf).all()
+        assert all((x.grad == 0).all() for x in tensors)
+        o, lse = attention(*map(np.ones, shapes), mask=mask, return_lse=True, impl=impl)
+        assert o.shape == (batch, 4, len_q, 5) and (o == 0).all() and o.dtype == np.float64
+        assert lse.shape == (batch, 4, len_q) and (lse == -np.inf).all()
+
+
+def test_the_default_is_the_kernel() -> None:
+    q, k, v = np.random.default_rng(3).normal(size=(3, 1, 2, 50, 16)).astype(np.float32)
+    assert np.array_equal(attention(q, k, v), attention(q, k, v, impl="kernel"))
+
+
+@pytest.mark.parametrize("impl", ["composed", "native"])
+def test_what_is_causal_in_torch_too_is_given_by_its_flag(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag counts from the first query and key: with other lengths it is another rule."""
+    seen: list[dict[str, Any]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for align, len_k, flagged in [
+        ("end", 6, True),
+        ("end", 9, False),
+        ("start", 6, True),
+        ("start", 9, True),
+    ]:
+        q, k = torch.randn(1, 2, 6, 8), torch.randn(1, 2, len_k, 8)
+        mask = tilefold.causal(align)
+        got = attention(q, k, k, mask=mask, impl=impl)
+        torch.testing.assert_close(got, attention(q, k, k, mask=mask))
+        if impl == "native":
+            options = seen.pop()
+            assert ("is_causal" in options, "attn_mask" in options) == (flagged, not flagged)
+    assert not seen
+
+
+@pytest.mark.parametrize("impl", ["composed", "native"])
+def test_a_rule_is_not_built_twice(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = tilefold.local(3) & tilefold.rule(lambda q, k: (q + k) % 5 != 2)
+    q, k, v = torch.randn(3, 1, 2, 11, 8).unbind()
+    first = attention(q, k, v, mask=mask, impl=impl)
+    monkeypatch.setattr(type(mask), "to_dense", lambda *_: pytest.fail("built again"))
+    assert torch.equal(attention(q, k, v, mask=mask, impl=impl), first)
+
+
+# Refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("A03", "A06")
+@pytest.mark.parametrize("array", [np.ones((1, 1, 2, 3)), torch.ones(1, 1, 2, 3)])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"impl": "fused"},
+            ValueError,
+            "impl must be 'composed', 'native', 'kernel' or 'tensorops', got 'fused'",
+        ),
+        ({"impl": None}, ValueError, "impl must be 'composed', .* got None"),
+        ({"impl": "tensorops"}, NotImplementedError, "impl='tensorops' runs on Apple GPUs"),
+        ({"impl": "native", "layout": "nhd"}, ValueError, "layout must be"),
+        ({"impl": "composed", "precision": "low"}, ValueError, "precision must be"),
+        ({"impl": "native", "scale": float("nan")}, ValueError, "scale must be a finite number"),
+        ({"impl": "composed", "mask": tilefold.lengths([1, 2])}, ValueError, "batch"),
+    ],
+)
+def test_bad_arguments_are_named(
+    array: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        attention(array, array, array, **options)
+
+
+@pytest.mark.feature("A03")
+@pytest.mark.parametrize("impl", ["composed", "native"])
+def test_types_and_shapes_are_checked_as_for_the_kernel(impl: str) -> None:
+    q = np.ones((1, 1, 2, 3))
+    for bad, error in [(q.astype(int), TypeError), (q.astype("f4"), TypeError), (q[0], ValueError)]:
+        for turn in (np.asarray, torch.from_numpy):
+            messages = []
+            for each in (impl, "kernel"):
+                with pytest.raises(error) as raised:
+                    attention(turn(q), turn(bad), turn(q), impl=each)
+                messages.append(str(raised.value))
+            assert messages[0] == messages[1]
+    with pytest.raises(ValueError, match=re.escape("k must be on cpu as q is, got meta")):
+        there = torch.ones(1, 1, 2, 3, device="meta")
+        attention(torch.ones(1, 1, 2, 3), there, there, impl=impl)
+
+
+def test_native_on_arrays_without_torch_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = np.ones((1, 1, 2, 3))
+    monkeypatch.delitem(sys.modules, "tilefold.implementations.torch")
+    monkeypatch.delattr(implementations, "torch")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install torch, or choose impl='composed'"):
+        attention(q, q, q, impl="native")
+
+
+def test_arrays_that_torch_cannot_share_are_copied() -> None:
+    kept = np.arange(6.0)
+    fixed = kept.copy()
+    fixed.flags.writeable = False
+    for array in (kept[::-1], fixed, np.broadcast_to(kept, (2, 6))):
+        assert np.array_equal(tensor_of(array).numpy(), array)
+    assert tensor_of(kept).data_ptr() == kept.ctypes.data
+    bits = np.arange(6).astype("bfloat16")
+    assert np.array_equal(array_of(tensor_of(bits), bits.dtype), bits)
+    assert [*LAYOUTS] == ["bhnd", "bnhd", "bhdn"]

@@ -1,0 +1,176 @@
+"""The other implementations on torch tensors, on any device, differentiable by torch's own ops.
+
+"composed" and "native" are what a user of the framework would write, so what non-finite numbers do
+there is torch's: a hidden key is multiplied by 0, and 0 * NaN is NaN. How exact the products of
+float32 tensors are is torch's setting (`torch.set_float32_matmul_precision`) too. What a query that
+sees no key gets is tilefold's own: o = 0, lse = -inf and gradients 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tilefold.mask import Rule, causal, full
+from tilefold.problem import LAYOUTS, STATISTICS, Problem, common_dtype, describe
+from tilefold.recent import Recent
+
+Array = NDArray[Any]
+
+
+def composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+    precision: str,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """o and lse by two products and a softmax, in the type of lse, for all pairs at once."""
+    problem = _problem(q, k, v, mask, scale, layout, precision)
+    axes = LAYOUTS[layout]
+    queries, keys, values = (x.permute(axes) for x in (q, k, v))
+    s, nothing = _scores(problem, queries, keys)
+    p = s.softmax(dim=3)
+    if nothing is not None:
+        p = p.masked_fill(nothing, 0)
+    o = _of_groups(problem, p) @ values.to(s.dtype)
+    o = o.reshape(problem.batch, problem.heads_q, problem.len_q, problem.dim_v)
+    return o.permute(axes).to(q.dtype).contiguous(), _lse(s, nothing) if wants_lse else None
+
+
+def native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+    precision: str,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """o by `scaled_dot_product_attention`; lse, which that has none of, by the composed scores."""
+    problem = _problem(q, k, v, mask, scale, layout, precision)
+    if problem.empty:  # no fused kernel takes a length of 0
+        return composed(q, k, v, mask, scale, layout, precision, wants_lse)
+    axes = LAYOUTS[layout]
+    queries, keys, values = (x.permute(axes) for x in (q, k, v))
+    options: dict[str, Any] = {"scale": problem.scale}
+    if problem.heads_q != problem.heads_kv:
+        options["enable_gqa"] = True
+    nothing = None
+    if _is_causal(problem):
+        options["is_causal"] = True
+    elif mask != full():
+        hidden, nothing = _hidden(problem, q.device)
+        options["attn_mask"] = ~hidden
+    o = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, **options)
+    if nothing is not None:
+        o = o.masked_fill(nothing, 0)
+    lse = None
+    if wants_lse:
+        with torch.no_grad():
+            lse = _lse(*_scores(problem, queries, keys))
+    return o.permute(axes).contiguous(), lse
+
+
+def tensorops(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
+    """Raises NotImplementedError: no kernel of this version uses Metal's tensor operations."""
+    raise NotImplementedError(
+        f"impl='tensorops' runs on Apple GPUs by Metal 4, and q is on {q.device}; choose"
+        " impl='composed', 'native' or 'kernel'"
+    )
+
+
+def tensor_of(array: Array) -> Tensor:
+    """A tensor that shares an array's memory, or a copy where torch has no such tensor.
+
+    Torch takes no negative strides and no read-only memory, and bfloat16 by its bits alone.
+    """
+    if not array.flags.writeable or min(array.strides, default=0) < 0:
+        array = array.copy()
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def array_of(tensor: Tensor, dtype: np.dtype[Any]) -> Array:
+    """A tensor's memory as an array of the same type, which NumPy calls `dtype`."""
+    if tensor.dtype == torch.bfloat16:
+        bits: Array = tensor.view(torch.int16).numpy()
+        return bits.view(dtype)
+    return tensor.numpy()
+
+
+def _scores(problem: Problem, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scores of all pairs, -inf where the rule hides them, and which rows see nothing, if any.
+
+    The scores of such a row stay: softmax of -inf alone is NaN, and so would its gradients be.
+    """
+    kind = getattr(torch, STATISTICS[problem.dtype])
+    scaled = _of_groups(problem, queries.to(kind) * problem.scale)
+    s = scaled @ keys.to(kind).transpose(2, 3)
+    s = s.reshape(problem.batch, problem.heads_q, problem.len_q, problem.len_k)
+    if problem.mask == full():
+        return s, None
+    hidden, nothing = _hidden(problem, queries.device)
+    return s.masked_fill(hidden, -torch.inf), nothing
+
+
+def _of_groups(problem: Problem, rows: Tensor) -> Tensor:
+    """Rows of the query heads that share a key head as those of one matrix."""
+    group = problem.heads_q // max(1, problem.heads_kv)
+    shape = problem.batch, problem.heads_kv, group * problem.len_q, rows.shape[3]
+    return rows.reshape(shape)
+
+
+def _lse(s: Tensor, nothing: Tensor | None) -> Tensor:
+    """The log-sum-exp of each row of scores; gradients do not flow through it."""
+    lse = s.detach().logsumexp(dim=3)
+    return lse if nothing is None else lse.masked_fill(nothing[..., 0], -torch.inf)
+
+
+_masks: Recent[tuple[Tensor, Tensor | None]] = Recent(most=8, most_bytes=64 * 2**20)
+
+
+def _hidden(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Which pairs are hidden, in rows that see something, and which rows see nothing, if any."""
+    sizes = problem.len_q, problem.len_k, problem.batch, problem.heads_q
+    key = (problem.mask, *sizes, device)
+    made = _masks.get(key)
+    if made is None:
+        visible = problem.mask.to_dense(*sizes)
+        nothing = ~visible.any(axis=3, keepdims=True)
+        hidden = torch.from_numpy(~(visible | nothing)).to(device)
+        empty = torch.from_numpy(nothing).to(device) if nothing.any() else None
+        made = _masks.put(key, (hidden, empty), visible.nbytes)
+    return made
+
+
+def _is_causal(problem: Problem) -> bool:
+    """Whether torch's own causal flag, which counts from the first query and key, says the same."""
+    square = problem.len_q == problem.len_k
+    return problem.mask == causal("start") or (square and problem.mask == causal())
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
+) -> Problem:
+    """Checks what torch itself would not, or would say less clearly."""
+    names = {"q": q, "k": k, "v": v}
+    for name, tensor in names.items():
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} as q is, got {tensor.device}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{name} must be a strided tensor, got {tensor.layout}; pass {name}.to_dense()"
+            )
+    dtype = common_dtype({name: str(x.dtype).removeprefix("torch.") for name, x in names.items()})
+    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    return describe(*shapes, dtype, scale, mask, layout, precision)
