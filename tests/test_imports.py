@@ -30,6 +30,7 @@ backends.metal.arguments backends.metal.mask
 backends.metal.frame backends.metal.products backends.metal.softmax
 backends.metal.forward backends.metal.backward
 backends.metal.matmul2d
+backends.metal.activation backends.metal.gemm backends.metal.rows
 backends.metal.families backends.metal.tables backends.metal.choice
 backends.metal.source
 engine

@@ -1,0 +1,104 @@
+"""Products and softmax of their own on Apple GPUs: what their texts say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from tilefold import cache
+from tilefold.backends.metal import gemm, rows
+from tilefold.backends.metal.gemm import GemmBlocks, GemmSpec
+from tilefold.backends.metal.rows import SoftmaxSpec
+
+ONE = GemmBlocks(32, 32, 8, split=(1, 1))
+FOUR = GemmBlocks(48, 48, 24, split=(2, 2))
+
+PRODUCT = GemmSpec("bfloat16", "bfloat16", "bfloat16", FOUR, staged=True, bfloat=False)
+OTHER_PRODUCT: dict[str, Any] = {
+    "a": "float16",
+    "b": "float32",
+    "c": "float32",
+    "blocks": GemmBlocks(32, 48, 24, split=(2, 2)),
+    "staged": False,
+    "bfloat": True,
+    "unit": False,
+    "transpose_a": True,
+    "transpose_b": True,
+    "bias": "row",
+    "activation": "relu",
+}
+SOFTMAX = SoftmaxSpec("bfloat16", rows=4, bfloat=False, lse=False)
+OTHER_SOFTMAX: dict[str, Any] = {"dtype": "float16", "rows": 1, "bfloat": True, "lse": True}
+
+
+@pytest.mark.feature("A05")
+@pytest.mark.parametrize("name", [field.name for field in fields(GemmSpec)])
+def test_every_field_of_a_product_makes_another_kernel(name: str) -> None:
+    other = replace(PRODUCT, **{name: OTHER_PRODUCT[name]})
+    texts = [gemm.emit(spec) for spec in (PRODUCT, other, PRODUCT)]
+    keys = [cache.key(text, "metal") for text in texts]
+    assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.feature("A05")
+@pytest.mark.parametrize("name", [field.name for field in fields(GemmBlocks)])
+@pytest.mark.parametrize("staged", [False, True])
+def test_every_length_of_a_block_makes_another_kernel(name: str, staged: bool) -> None:
+    other = replace(FOUR, **{name: (1, 1) if name == "split" else 64})
+    specs = [replace(PRODUCT, staged=staged, blocks=blocks) for blocks in (FOUR, other)]
+    assert gemm.emit(specs[0]) != gemm.emit(specs[1])
+
+
+@pytest.mark.feature("A05")
+@pytest.mark.parametrize("name", [field.name for field in fields(SoftmaxSpec)])
+def test_every_field_of_a_softmax_makes_another_kernel(name: str) -> None:
+    other = replace(SOFTMAX, **{name: OTHER_SOFTMAX[name]})
+    assert rows.emit(SOFTMAX) != rows.emit(other)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_texts_are_plain_and_fit_a_screen(staged: bool) -> None:
+    product = replace(PRODUCT, staged=staged, bias="column", activation="gelu", unit=False)
+    for text in (gemm.emit(product), rows.emit(replace(SOFTMAX, rows=1, lse=True))):
+        assert text.isascii()
+        assert max(map(len, text.splitlines())) <= 120
+        assert text.startswith("// ") and text.count("[[buffer(") == len(set(buffers(text)))
+
+
+def buffers(text: str) -> list[str]:
+    return [part.partition(")")[0] for part in text.split("[[buffer(")[1:]]
+
+
+@pytest.mark.feature("A03")
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("a", "float64", "the type of a must be 'float32', 'float16' or 'bfloat16', got 'float64'"),
+        ("b", "int8", "the type of b must be"),
+        ("c", "float16", "the type of c must be 'float32' or 'bfloat16', got 'float16'"),
+        ("bias", "both", "bias must be None, 'column' or 'row', got 'both'"),
+        ("activation", "sine", "activation must be None, 'relu', 'gelu', 'silu' or 'tanh'"),
+        ("blocks", GemmBlocks(64, 64, 64, split=(2, 2)), "64 x 64 x 64 take 34816"),
+        ("blocks", GemmBlocks(96, 48, 8, split=(12, 6)), "threads must be at most 1024"),
+    ],
+)
+def test_what_no_kernel_has_is_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        replace(PRODUCT, **{field: value})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("lengths", [(44, 48, 8), (48, 0, 8), (48, 48, 4), (-16, 48, 8)])
+def test_blocks_are_whole_fragments(lengths: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="must be a multiple of"):
+        GemmBlocks(*lengths, split=(2, 2))
+
+
+@pytest.mark.parametrize("name", ["gemm", "rows", "activation"])
+def test_examples(name: str) -> None:
+    failed, _ = doctest.testmod(importlib.import_module(f"tilefold.backends.metal.{name}"))
+    assert failed == 0
