@@ -220,6 +220,43 @@ def test_a_peer_in_another_layout_is_turned_before_it_is_compared(monkeypatch: A
         peers.check("other", case, o, o)
 
 
+@pytest.mark.feature("J01", "J02", "J13")
+@pytest.mark.parametrize("operation", workload.PASSES)
+def test_implementations_are_checked_and_timed_side_by_side(operation: str) -> None:
+    names = ["kernel", "composed", "native", "tensorops"]
+    asked = problem("causal() & local(30)", heads_q=4, len_q=40, len_k=33)
+    rows = bench.measure_implementations(Case(asked, operation), names, "cpu", seconds=0)
+    assert [row.name for row in rows] == names
+    assert all(len(row.seconds) == 3 and row.reason is None for row in rows[:3])
+    assert rows[3].seconds == () and "Apple GPUs" in str(rows[3].reason)
+    assert [row.record(rows[0])["tilefold_speedup"] is None for row in rows] == [False] * 3 + [True]
+    assert rows[1].record(rows[3])["tilefold_speedup"] is None
+
+
+def test_an_implementation_that_computes_something_else_or_runs_out_of_memory_is_not_timed(
+    monkeypatch: Any,
+) -> None:
+    from tilefold.implementations import torch as ways
+
+    real = ways.composed
+    monkeypatch.setattr(ways, "composed", lambda *a: (1.01 * real(*a)[0], None))
+
+    def full(*_: Any) -> Any:
+        raise RuntimeError("not enough memory:\nyou tried to allocate 8 GiB")
+
+    monkeypatch.setattr(ways, "native", full)
+    rows = bench.measure_implementations(Case(problem()), ["composed", "native"], "cpu", seconds=0)
+    assert [row.seconds for row in rows] == [(), ()]
+    assert "composed computes something else: relative error 1.0e-02" in str(rows[0].reason)
+    assert rows[1].reason == "not enough memory: you tried to allocate 8 GiB"
+
+
+def test_no_float64_on_apple_gpus() -> None:
+    asked = problem(dtype="float64")
+    (row,) = bench.measure_implementations(Case(asked), ["composed"], "mps", seconds=0)
+    assert row.reason == "torch has no float64 on Apple GPUs"
+
+
 @pytest.mark.slow
 def test_both_passes_in_one_call_are_the_two() -> None:
     case = Case(problem("causal()"), workload.BOTH)

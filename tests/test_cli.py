@@ -201,6 +201,9 @@ class Trap:
         (["inspect", "--isa", "neon2"], "isa must be one of"),
         (["inspect", "--kernel", "backward"], "--kernel must be one of forward, not 'backward'"),
         (["bench", "--seconds", "0"], "--seconds must be more than 0"),
+        (["bench", "--device", "cpu"], "--device says where --impl runs"),
+        (["bench", "--impl", "kernel", "--sweep"], "--sweep goes with peers"),
+        (["bench", "--impl", "kernel", "--device", "tpu"], "--device must be cpu"),
         (["bench", "--threads", "0", "--peers"], "n must be a whole number from 1 to"),
     ],
 )
@@ -213,7 +216,15 @@ def test_bad_options_are_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["run", "--what"], ["bench", "--dtype", "float8"]]
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["run", "--what"],
+        ["bench", "--dtype", "float8"],
+        ["bench", "--impl", "dense"],
+        ["bench", "--impl", "kernel", "--peers", "torch"],
+    ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -342,6 +353,25 @@ def test_bench_measures_shows_and_saves(tmp_path: Path, capsys: Any) -> None:
     assert {"tilefold", "numpy"} < {row["name"] for row in rows}
     assert (tmp_path / "small.csv").read_text(encoding="utf-8").count("\n") == len(rows) + 1
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.feature("J13")
+def test_bench_shows_implementations_side_by_side(tmp_path: Path, capsys: Any) -> None:
+    arguments = ["bench", "--shape", "1,2,64,16", "--seconds", "0.01", "--threads", "1"]
+    more = ["--impl", "composed", "native", "kernel", "tensorops", "--mask", "causal()"]
+    more += ["--device", "cpu", "--operation", "forward"]
+    assert cli.main([*arguments, *more]) == 0
+    said = capsys.readouterr().out
+    assert "tensors on cpu" in said.splitlines()[0]
+    assert re.search(r"forward 1,2,64,16 causal\(\) float32 +1 +kernel .* 1.00 *\n", said)
+    assert re.search(r"\n +composed .*\n +native .*\n +tensorops +cannot *\n", said)
+    assert "ratio: each / kernel\ncannot: impl='tensorops' runs on Apple GPUs" in said
+    assert cli.main([*arguments, *more, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["device"] == "cpu"
+    names = ["kernel", "composed", "native", "tensorops"]
+    assert [row["name"] for row in document["rows"]] == names
+    assert [row["median_seconds"] is None for row in document["rows"]] == [False] * 3 + [True]
 
 
 # Where output goes -----------------------------------------------------------------------------

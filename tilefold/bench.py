@@ -11,9 +11,9 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class Row:
         return self.flops / self.median / 1e9
 
     def record(self, own: Row | None) -> dict[str, Any]:
-        """The row as plain values, beside tilefold's row of the same case."""
+        """The row as plain values, beside tilefold's row of the same case, if that has times."""
         problem = self.case.problem
         sizes = {name: getattr(problem, name) for name in _SIZES}
         timed = {
@@ -78,7 +78,7 @@ class Row:
             "prepare_seconds": self.prepare_seconds,
             "first_call_seconds": self.first_call_seconds,
             "gflops": self.gflops,
-            "tilefold_speedup": self.median / own.median if own else None,
+            "tilefold_speedup": self.median / own.median if own and not own.reason else None,
         }
         return {
             **sizes,
@@ -140,38 +140,82 @@ def measure(
         inputs = arrays(case)
         calls = {"tilefold": own(case, inputs)}
         first, expected = first_call(calls["tilefold"])
-        firsts, reasons = {"tilefold": first}, {}
-        prepared: dict[str, float] = {}
-        for name in names:
-            start = time.perf_counter()
-            try:
-                call = peers.PEERS[name].make(case, inputs)
-                prepared[name] = time.perf_counter() - start
-                firsts[name], found = first_call(call)
-                peers.check(name, case, expected, found)
-            except (NotImplementedError, ArithmeticError) as error:
-                reasons[name] = str(error)
-            else:
-                calls[name] = call
+        firsts = {"tilefold": first}
+        makers = {name: functools.partial(peers.PEERS[name].make, case, inputs) for name in names}
+        started = _start(case, makers, expected)
+        calls |= started.calls
         if sweep:
             swept = block_sizes(case, inputs)
             firsts |= {label: first_call(call)[0] for label, call in swept.items()}
             calls |= swept
         pause = PAUSE if any(peers.PEERS[name].own_team for name in names) else 0
         timed = turn_by_turn(calls, seconds=seconds, pause=pause)
+    started.firsts |= firsts
+    return _rows(case, dict.fromkeys(["tilefold", *names, *calls]), started, timed)
+
+
+def measure_implementations(
+    case: Case, names: Sequence[str], device: str, *, seconds: float = 1.0
+) -> list[Row]:
+    """Time some of `implementations.NAMES` on one case, on tensors on a device of torch's.
+
+    Each has a row, in this order; what they are checked against is tilefold's result on the CPU.
+    One that cannot do the case, or has not the memory for it, has the reason instead of times.
+    """
+    with using_threads(case.threads):
+        inputs = arrays(case)
+        expected = own(case, inputs)()
+        makers = {
+            name: functools.partial(peers.implementation, name, device, case, inputs)
+            for name in names
+        }
+        started = _start(case, makers, expected)
+        timed = turn_by_turn(started.calls, seconds=seconds) if started.calls else {}
+    return _rows(case, names, started, timed)
+
+
+@dataclass
+class _Started:
+    """Implementations made ready, by name: their calls, or the reasons why there is none."""
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    prepared: dict[str, float] = field(default_factory=dict)
+    firsts: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def _start(case: Case, makers: Mapping[str, Callable[[], Call]], expected: object) -> _Started:
+    """Make each call, make it once, and keep those that return what is expected."""
+    started = _Started()
+    for name, make in makers.items():
+        start = time.perf_counter()
+        try:
+            call = make()
+            started.prepared[name] = time.perf_counter() - start
+            started.firsts[name], found = first_call(call)
+            peers.check(name, case, expected, found)
+        except (RuntimeError, ArithmeticError, MemoryError) as error:
+            started.reasons[name] = " ".join(str(error).split())
+        else:
+            started.calls[name] = call
+    return started
+
+
+def _rows(
+    case: Case, order: Iterable[str], started: _Started, timed: Mapping[str, Sequence[float]]
+) -> list[Row]:
     pairs = visible_pairs(case.problem)
-    order = dict.fromkeys(["tilefold", *names, *calls])
     return [
         Row(
             case,
-            n,
-            tuple(timed.get(n, ())),
+            name,
+            tuple(timed.get(name, ())),
             pairs,
-            firsts.get(n, math.nan),
-            reasons.get(n),
-            prepared.get(n, 0),
+            started.firsts.get(name, math.nan),
+            started.reasons.get(name),
+            started.prepared.get(name, 0),
         )
-        for n in order
+        for name in order
     ]
 
 

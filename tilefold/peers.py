@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import reference
+from tilefold import api, reference
 from tilefold.device import host
 from tilefold.mask import causal, full
 from tilefold.workload import Array, Arrays, Call, Case
@@ -247,6 +247,37 @@ def keras_peer(case: Case, a: Arrays) -> Call:
     return lambda: taped()()
 
 
+def implementation(name: str, device: str, case: Case, a: Arrays) -> Call:
+    """One of `implementations.NAMES` on torch tensors on a device, gradients by autograd.
+
+    The call returns when the device is done.
+    """
+    import torch
+
+    from tilefold.implementations.torch import finish, tensor_of
+
+    problem = case.problem
+    if device == "mps" and problem.dtype == "float64":
+        raise NotImplementedError("torch has no float64 on Apple GPUs")
+    torch.set_num_threads(case.threads)
+    torch.set_float32_matmul_precision(problem.precision)
+    q, k, v, do = (tensor_of(x).to(device) for x in (a.q, a.k, a.v, a.do))
+    options: dict[str, Any] = {"mask": problem.mask, "precision": problem.precision, "impl": name}
+    inputs = [q, k, v]
+    if case.operation != "forward":
+        inputs = [x.detach().requires_grad_() for x in inputs]
+    kept = api.attention(*inputs, **options) if case.operation == "backward" else None
+
+    def call() -> object:
+        made = api.attention(*inputs, **options) if kept is None else kept
+        if case.operation != "forward":
+            made = torch.autograd.grad(made, inputs, do, retain_graph=made is kept)
+        finish(device)
+        return made
+
+    return call
+
+
 PEERS: Mapping[str, Peer] = {
     "torch": Peer(("torch",), torch_peer),
     "flex": Peer(("torch",), flex_peer),
@@ -267,9 +298,10 @@ PEERS: Mapping[str, Peer] = {
 
 def check(name: str, case: Case, expected: object, found: object) -> float:
     """The relative error of a peer's result. Raises ArithmeticError where it is something else."""
+    layout = PEERS[name].layout if name in PEERS else "bhnd"
     errors = []
     for mine, theirs in zip(_results(expected), _results(found), strict=True):
-        turned = theirs.swapaxes(1, 2) if PEERS[name].layout == "bnhd" else theirs
+        turned = theirs.swapaxes(1, 2) if layout == "bnhd" else theirs
         if turned.shape != mine.shape:
             raise ArithmeticError(f"{name} gives {turned.shape} where {mine.shape} is asked for")
         errors.append(float(np.linalg.norm(turned - mine) / np.linalg.norm(mine)))
@@ -285,7 +317,7 @@ def _results(value: object) -> list[NDArray[np.float64]]:
     found = []
     for each in many:
         if hasattr(each, "detach"):
-            each = each.detach().double()
+            each = each.detach().cpu().double()
         found.append(np.asarray(each).astype(np.float64))
     return found
 

@@ -18,6 +18,7 @@ from tilefold.circumstances import circumstances
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.files import write_atomically
+from tilefold.implementations import NAMES
 from tilefold.mask import Rule
 from tilefold.peers import PEERS
 from tilefold.problem import ITEM_BYTES
@@ -46,12 +47,20 @@ def register(commands: Any) -> None:
     parser.add_argument("--mask", nargs="+", default=MASKS, metavar="RULE")
     parser.add_argument("--operation", nargs="+", choices=tuple(PASSES), default=list(OPERATIONS))
     parser.add_argument("--threads", nargs="+", type=int, help="default: 1, and as many as cores")
-    parser.add_argument(
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument(
         "--peers",
         nargs="*",
         choices=tuple(PEERS),
         help="default: torch, if it is installed; --peers alone for none",
     )
+    beside.add_argument(
+        "--impl",
+        nargs="+",
+        choices=NAMES,
+        help="implementations of attention(impl=...) on torch tensors, in place of peers",
+    )
+    parser.add_argument("--device", help="of --impl, as torch names it; default: a GPU, if any")
     parser.add_argument("--sweep", action="store_true", help="measure other block sizes too")
     parser.add_argument("--seconds", type=float, default=2.0, help="per combination (default 2)")
     parser.add_argument("--save", metavar="FOLDER", help="write JSON, CSV and a PNG plot there")
@@ -63,24 +72,31 @@ def main(options: argparse.Namespace) -> int:
     """Measure every combination and show the table."""
     if not options.seconds > 0:
         raise ValueError(f"--seconds must be more than 0, not {options.seconds}")
-    peers = _peers(options.peers)
-    cases = _cases(options)
+    device, names = _device(options), _names(options)
+    cases = _cases(options, device)
     found: list[list[Row]] = []
     with terminal.progress() as bar:
         task = bar.add_task("Measuring", total=len(cases))
         for case in cases:
             bar.update(task, description=_label(case))
             seconds, sweep = options.seconds, options.sweep
-            found.append(bench.measure(case, peers, seconds=seconds, sweep=sweep))
+            if device:
+                rows = bench.measure_implementations(case, names, device, seconds=seconds)
+            else:
+                rows = bench.measure(case, names[1:], seconds=seconds, sweep=sweep)
+            found.append(rows)
             bar.advance(task)
-    rates = _rates(cases)
-    document = _document(found, rates)
+    rates = {} if device else _rates(cases)
+    document = _document(found, rates, device)
     if options.save:
-        _save(Path(options.save), options.name, document, found, peers)
+        _save(Path(options.save), options.name, document, found, names)
     if options.json:
         terminal.print_json(document)
     else:
-        _show(found, peers, rates)
+        if device:
+            _show_implementations(found, device)
+        else:
+            _show(found, names[1:], rates)
         if options.sweep:
             _show_sweep(found)
         if options.save:
@@ -88,18 +104,41 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _peers(wanted: Sequence[str] | None) -> list[str]:
-    if wanted is None:
-        return ["torch"] if PEERS["torch"].missing is None else []
-    for name in wanted:
+def _names(options: argparse.Namespace) -> list[str]:
+    """What is measured, in order; the others are compared with the first."""
+    if options.impl:
+        first = "kernel" if "kernel" in options.impl else options.impl[0]
+        return list(dict.fromkeys([first, *options.impl]))
+    if options.peers is None:
+        return ["tilefold", "torch"] if PEERS["torch"].missing is None else ["tilefold"]
+    for name in options.peers:
         if missing := PEERS[name].missing:
             raise ModuleNotFoundError(f"the peer {name} is not installed: pip install {missing}")
-    return list(wanted)
+    return ["tilefold", *options.peers]
 
 
-def _cases(options: argparse.Namespace) -> list[Case]:
+def _device(options: argparse.Namespace) -> str | None:
+    """Where implementations are measured; None where peers are."""
+    if not options.impl:
+        if options.device:
+            raise ValueError("--device says where --impl runs; peers run on the CPU")
+        return None
+    if options.sweep:
+        raise ValueError("--sweep goes with peers, not with --impl")
+    if PEERS["torch"].missing:
+        raise ModuleNotFoundError("--impl measures torch tensors: pip install torch")
+    from tilefold.implementations.torch import devices
+
+    there = devices()
+    if options.device not in (None, *there):
+        raise ValueError(f"--device must be {' or '.join(there)} here, not {options.device}")
+    return options.device or there[-1]
+
+
+def _cases(options: argparse.Namespace, device: str | None) -> list[Case]:
     masks: list[Rule] = [parse.parse(text) for text in options.mask]
-    workers = options.threads or sorted({1, threads.get_num_threads()})
+    every = threads.get_num_threads()
+    workers = options.threads or (sorted({1, every}) if device in (None, "cpu") else [every])
     cases = []
     for dtype in options.dtype:
         for number in workers:
@@ -167,8 +206,32 @@ def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None
     console = terminal.out()
     console.print(terminal.table(title, columns, lines))
     console.print("medians; bound: share of the measured roofline reached; ratio: peer / tilefold")
+    _show_reasons(found)
+
+
+def _show_implementations(found: list[list[Row]], device: str) -> None:
+    """A line per case and implementation, compared with the first of each case."""
+    lines = []
+    for rows in found:
+        case, first = rows[0].case, rows[0]
+        label = [f"{_label(case)} {_kind(case)}", str(case.threads)]
+        for row in rows:
+            line = [*label, row.name, "cannot", "", ""]
+            if not row.reason:
+                ratio = "" if first.reason else f"{row.median / first.median:.2f}"
+                line[3:] = [terminal.seconds(row.median), f"{row.gflops:,.0f}", ratio]
+            lines.append(line)
+            label = ["", ""]
+    columns = ["", ">thr", "", ">median", ">GFLOP/s", ">ratio"]
+    console = terminal.out()
+    console.print(terminal.table(f"{host().name}, tensors on {device}", columns, lines))
+    console.print(f"ratio: each / {found[0][0].name}")
+    _show_reasons(found)
+
+
+def _show_reasons(found: list[list[Row]]) -> None:
     for reason in dict.fromkeys(row.reason for rows in found for row in rows if row.reason):
-        console.print(f"cannot: {terminal.escape(reason)}")
+        terminal.out().print(f"cannot: {terminal.escape(reason)}")
 
 
 def _show_sweep(found: list[list[Row]]) -> None:
@@ -190,21 +253,23 @@ def _show_sweep(found: list[list[Row]]) -> None:
     console.print("traversed rows per block across; * the fastest")
 
 
-def _document(found: list[list[Row]], rates: Measured) -> dict[str, Any]:
+def _document(found: list[list[Row]], rates: Measured, device: str | None) -> dict[str, Any]:
     rows = []
     for group in found:
         for row in group:
-            share, binding = (None, None) if row.reason else _share(row, rates)
+            known = rates and not row.reason
+            share, binding = _share(row, rates) if known else (None, None)
             rows.append(row.record(group[0]) | {"share_of_bound": share, "binding": binding})
     return {
         **circumstances(),
         "threads_of": threads.describe(),
+        "device": device or "cpu",
         "rows": rows,
     }
 
 
 def _save(
-    folder: Path, name: str, document: dict[str, Any], found: list[list[Row]], peers: Sequence[str]
+    folder: Path, name: str, document: dict[str, Any], found: list[list[Row]], names: Sequence[str]
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -213,16 +278,15 @@ def _save(
     writer.writerows(document["rows"])
     write_atomically(folder / f"{name}.json", (json.dumps(document, indent=1) + "\n").encode())
     write_atomically(folder / f"{name}.csv", text.getvalue().encode())
-    write_atomically(folder / f"{name}.png", _plot(document, found, peers))
+    write_atomically(folder / f"{name}.png", _plot(document, found, names))
 
 
-def _plot(document: dict[str, Any], found: list[list[Row]], peers: Sequence[str]) -> bytes:
+def _plot(document: dict[str, Any], found: list[list[Row]], names: Sequence[str]) -> bytes:
     """Bars: operations per second of each implementation in each case."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ModuleNotFoundError("--save draws a plot: pip install 'tilefold[bench]'") from None
-    names = ["tilefold", *peers]
     colours = ["#0b6e99", "#c9c5bd", "#e3a857", "#8aa399", "#b5838d", "#7d8597", "#d4c2a8", "#444"]
     figure = Figure(figsize=(8, 1.2 + 0.24 * len(found) * len(names)), layout="constrained")
     axes = figure.subplots()

@@ -88,6 +88,18 @@ def tensorops(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor 
     )
 
 
+def devices() -> tuple[str, ...]:
+    """The devices here, as torch names them: the CPU, and one more where there is one."""
+    there = torch.accelerator.current_accelerator(check_available=True)
+    return ("cpu",) if there is None else ("cpu", there.type)
+
+
+def finish(device: str) -> None:
+    """Wait for what was asked of a device; the CPU is done when a call returns."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
 def tensor_of(array: Array) -> Tensor:
     """A tensor that shares an array's memory, or a copy where torch has no such tensor.
 
