@@ -33,6 +33,9 @@ backends.metal.matmul2d
 backends.metal.activation backends.metal.gemm backends.metal.rows
 backends.metal.families backends.metal.tables backends.metal.choice
 backends.metal.source
+backends.metal.emulator backends.metal.emulator.fault backends.metal.emulator.signature
+backends.metal.emulator.toolchain backends.metal.emulator.arguments
+backends.metal.emulator.launch backends.metal.emulate
 engine
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy

@@ -49,6 +49,13 @@ def test_a_wheel_holds_the_package_and_runs_with_its_dependencies_alone(tmp_path
     names = set(zipfile.ZipFile(wheel).namelist())
     package = ROOT / "tilefold"
     sources = {f"tilefold/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
+    emulator = package / "backends" / "metal" / "emulator"
+    stand_ins = {path for path in emulator.rglob("*") if path.is_file()}
+    sources |= {
+        f"tilefold/{path.relative_to(package).as_posix()}"
+        for path in stand_ins
+        if "__pycache__" not in path.parts
+    }
     assert {name for name in names if ".dist-info/" not in name} == sources
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -1,0 +1,183 @@
+"""Kernels of Metal run on the CPU, from their own text, to find what is wrong with them.
+
+The call is that of `torch.mps.compile_shader`, the arrays are NumPy's or PyTorch's:
+
+    library = compile_shader(text)
+    library.tilefold_softmax(x, y, [rows, columns], 0.125, threads=(128, 4), group_size=(128, 1))
+
+The text, unchanged, is compiled as C++ with headers that stand in for `<metal_stdlib>`. A launch
+runs in a process of its own: threadgroups one after the other, each thread a fiber, the 32 lanes of
+a simdgroup in lockstep at each of its operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tilefold.backends.metal.emulator import arguments, signature, toolchain
+from tilefold.backends.metal.emulator.fault import Fault
+from tilefold.backends.metal.emulator.launch import Launch
+from tilefold.backends.metal.emulator.signature import Entry
+from tilefold.check import choice
+
+TIMEOUT_SECONDS = 300.0
+"""A launch that has not ended by then is taken for one that never will."""
+
+
+def available(check: str = "fast") -> str | None:
+    """Return why kernels cannot be run here with this check, or None if they can."""
+    choice("check", check, tuple(toolchain.CHECKS))
+    return toolchain.reason(check)
+
+
+def compile_shader(text: str, check: str = "fast") -> Library:
+    """Compile a text of Metal for the CPU.
+
+    Raises SyntaxError where it does not compile, `Fault` where Metal would refuse it, and
+    NotImplementedError where there is no compiler.
+    """
+    if reason := available(check):
+        raise NotImplementedError(f"kernels cannot be emulated here: {reason}")
+    signature.check_text(text)
+    entries = signature.entries(text)
+    library = toolchain.built(text, list(entries.values()), check)
+    _check_threadgroup_memory(toolchain.symbols(library)[1:], entries)
+    return Library(text, entries, check)
+
+
+class Library:
+    """The kernels of a text, as attributes. `counters` is what the last launch did."""
+
+    def __init__(self, text: str, entries: Mapping[str, Entry], check: str) -> None:
+        self.text = text
+        self.check = check
+        self.counters: dict[str, int] = {}
+        self._entries = dict(entries)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._entries]
+
+    def __getattr__(self, name: str) -> Function:
+        entries = self.__dict__.get("_entries", {})
+        if name not in entries:
+            raise AttributeError(f"no kernel {name!r}; there are {', '.join(entries)}")
+        return Function(self, entries[name])
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel. Calling it runs it; the results are in the arrays when the call returns."""
+
+    library: Library
+    entry: Entry
+
+    @property
+    def max_threads_per_threadgroup(self) -> int:
+        """What the text promises, or what every GPU has."""
+        return self.entry.promised or signature.MOST_THREADS
+
+    @property
+    def thread_execution_width(self) -> int:
+        """Lanes of a simdgroup."""
+        return 32
+
+    def __call__(
+        self,
+        *values: Any,
+        threads: int | Sequence[int] | None = None,
+        group_size: int | Sequence[int] | None = None,
+        arg_casts: str | Mapping[int, str] | None = None,
+    ) -> None:
+        """Run the kernel on a grid of `threads` in all, `group_size` of them together.
+
+        The n-th value is buffer n: an array, a number (int64, float32 or as `arg_casts` says) or a
+        list of numbers.
+        """
+        entry = self.entry
+        numbers = [each.buffer for each in entry.buffers]
+        if numbers != list(range(len(values))):
+            raise Fault(
+                "argument",
+                f"{entry.name}: {len(values)} values where the buffers are {numbers}",
+            )
+        bound: list[arguments.View | bytes] = []
+        for index, (value, parameter) in enumerate(zip(values, entry.buffers, strict=True)):
+            found = arguments.view(value, parameter)
+            if found is not None:
+                bound.append(arguments.checked(entry, found, parameter))
+            else:
+                cast = arguments.cast_of(arg_casts, index)
+                bound.append(arguments.scalars(entry, value, parameter, cast))
+        grid, group = self._grid(threads, group_size, bound)
+        library = self.library
+        launch = Launch(
+            library.text,
+            entry,
+            list(library._entries.values()),
+            library.check,
+            grid,
+            group,
+            TIMEOUT_SECONDS,
+        )
+        library.counters = launch.run(bound)
+
+    def _grid(
+        self,
+        threads: int | Sequence[int] | None,
+        group_size: int | Sequence[int] | None,
+        bound: Sequence[arguments.View | bytes],
+    ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Both as three numbers, checked as Metal does."""
+        if threads is None:
+            arrays = [each for each in bound if isinstance(each, arguments.View)]
+            if not arrays:
+                raise ValueError(f"{self.entry.name}: threads must be given where no array is")
+            threads = math.prod(arrays[0].shape)
+        grid = _tuple("threads", threads)
+        most = self.max_threads_per_threadgroup
+        group = (
+            _tuple("group_size", group_size)
+            if group_size is not None
+            else (min(most, grid[0]), *[1] * (len(grid) - 1))
+        )
+        if len(grid) != len(group):
+            raise ValueError(f"group_size {group} must have as many numbers as threads {grid}")
+        if math.prod(group) > most:
+            raise Fault(
+                "refused",
+                f"{self.entry.name}: a group of {math.prod(group)} threads where {most} are the"
+                " most",
+            )
+        padding = (1,) * (3 - len(grid))
+        x, y, z = (*grid, *padding)
+        a, b, c = (*group, *padding)
+        return (x, y, z), (a, b, c)
+
+
+def _tuple(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) else tuple(int(each) for each in value)
+    if not 1 <= len(numbers) <= 3 or min(numbers) < 1:
+        raise ValueError(f"{name} must be 1 to 3 numbers of at least 1, not {value}")
+    return numbers
+
+
+def _check_threadgroup_memory(
+    arrays: Sequence[tuple[str, int, int]], entries: Mapping[str, Entry]
+) -> None:
+    """Raise `Fault` if a kernel has too much of it, or other functions have any."""
+    totals = dict.fromkeys(entries, 0)
+    for name, _, size in arrays:
+        owner = next((each for each in entries if name.startswith(f"_ZZ{len(each)}{each}")), None)
+        if owner is None:
+            raise Fault("refused", f"{name} is threadgroup memory outside of a kernel's body")
+        totals[owner] += -(-size // 16) * 16
+    for owner, total in totals.items():
+        if total > signature.MOST_THREADGROUP_BYTES:
+            raise Fault(
+                "refused",
+                f"{owner}: {total} bytes of threadgroup memory where"
+                f" {signature.MOST_THREADGROUP_BYTES} are the most",
+            )

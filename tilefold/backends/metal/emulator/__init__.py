@@ -1,0 +1,1 @@
+"""Metal kernels on the CPU: the parts of `tilefold.backends.metal.emulate`."""

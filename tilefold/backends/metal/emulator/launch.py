@@ -1,0 +1,193 @@
+"""One launch: the arguments go to a process of its own in a file, and the results come back in it.
+
+A process, so that a kernel that goes astray takes nothing with it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tilefold.backends.metal.emulator import toolchain
+from tilefold.backends.metal.emulator.arguments import Region, View, regions
+from tilefold.backends.metal.emulator.fault import Fault
+from tilefold.backends.metal.emulator.signature import Entry
+
+COUNTERS = (
+    "multiplies",
+    "shuffles",
+    "reductions",
+    "simdgroup_barriers",
+    "threadgroup_barriers",
+    "matrix_loads",
+    "matrix_stores",
+    "exponentials",
+    "elements",
+    "tensor_multiplies",
+    "device_loads",
+    "device_stores",
+    "threadgroup_loads",
+    "threadgroup_stores",
+    "private_loads",
+    "private_stores",
+)
+"""What the runtime counts, in the order of `Count` in lanes.h."""
+
+_HEADER = 10
+_KINDS = {
+    "out-of-bounds-read": "out-of-bounds read",
+    "out-of-bounds-write": "out-of-bounds write",
+    "unwritten": "unwritten memory",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is run: a compiled kernel on a grid, `threads` in all and `group` of them together."""
+
+    text: str
+    entry: Entry
+    entries: Sequence[Entry]
+    check: str
+    threads: tuple[int, int, int]
+    group: tuple[int, int, int]
+    timeout_seconds: float
+
+    def run(self, bound: Sequence[View | bytes]) -> dict[str, int]:
+        """Run it, write what it wrote to the caller's arrays, return what was counted."""
+        library = toolchain.built(self.text, self.entries, self.check)
+        places = regions(bound, self.entry.buffers)
+        with tempfile.NamedTemporaryFile(prefix="tilefold-") as file:
+            path = Path(file.name)
+            path.write_bytes(self._packed(library, places, len(bound)))
+            self._call(library, path, bound, places)
+            content = path.read_bytes()
+        start = (_HEADER + len(COUNTERS) + 2 * (len(places) + len(bound))) * 8
+        for region in places:
+            self._take(region, content[start : start + len(region.content)], bound)
+            start += len(region.content)
+        return dict(
+            zip(COUNTERS, struct.unpack_from(f"<{len(COUNTERS)}Q", content, 80), strict=True)
+        )
+
+    def _packed(self, library: Path, places: list[Region], count: int) -> bytes:
+        _, address, size = toolchain.symbols(library)[0]
+        words = [*self.threads, *self.group, len(places), count, address, size]
+        words += [0] * len(COUNTERS)
+        start = (len(words) + 2 * (len(places) + count)) * 8
+        where = {}
+        for number, region in enumerate(places):
+            words += [len(region.content), start]
+            start += len(region.content)
+            where.update({index: (number, at) for index, at in region.places.items()})
+        for index in range(count):
+            words += where[index]
+        return struct.pack(f"<{len(words)}Q", *words) + b"".join(r.content for r in places)
+
+    def _call(
+        self, library: Path, path: Path, bound: Sequence[View | bytes], places: list[Region]
+    ) -> None:
+        command = [str(toolchain.runner(self.check)), str(library), str(path), self.entry.name]
+        environment = dict(toolchain.CHECKS[self.check].environment)
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=self.timeout_seconds,
+                env=environment,
+            )
+        except subprocess.TimeoutExpired:
+            raise Fault("time", f"{self.entry.name}: no end in {self.timeout_seconds} s") from None
+        if done.returncode == 0:
+            return
+        said = [line for line in done.stdout.splitlines() if line.startswith("fault ")]
+        if not said:
+            raise Fault("crash", f"{self.entry.name}: status {done.returncode}\n{done.stderr}")
+        raise self._fault(said[0], bound, places, library)
+
+    def _fault(
+        self, said: str, bound: Sequence[View | bytes], places: list[Region], library: Path
+    ) -> Fault:
+        """The exception for what the runtime said."""
+        known = dict(re.findall(r"(\w+)=([^ ]*)", said.partition(" text=")[0]))
+        text = said.partition(" text=")[2]
+        known |= dict(re.findall(r"(pc|region|offset|section|bytes|address)=([^ ]*)", text))
+        kind = _KINDS.get(known["kind"]) or known["kind"]
+        where = text if "pc" not in known else text.partition(" ")[2]
+        if "region" in known:
+            where = self._place(known, bound, places)
+        elif "section" in known:
+            where = self._array(int(known["section"]), library)
+        elif "address" in known:
+            where = f"address {known['address']}, far from any argument"
+        line = int(known.get("line", 0))
+        if not line and int(known.get("pc", "0"), 16):
+            traced = toolchain.built(self.text, self.entries, self.check, lines=True)
+            line = toolchain.line_of(traced, int(known["pc"], 16))[1] or int(known.get("last", 0))
+        parts = [f"{self.entry.name}: {where}"]
+        if line:
+            parts.append(f"line {line}: `{self.text.splitlines()[line - 1].strip()}`")
+        if "lane" in known:
+            group = known["group"].replace(",", ", ")
+            parts.append(
+                f"lane {known['lane']} of simdgroup {known['simdgroup']}, threadgroup ({group})"
+            )
+        return Fault(kind, "; ".join(parts))
+
+    def _place(
+        self, known: dict[str, str], bound: Sequence[View | bytes], places: list[Region]
+    ) -> str:
+        """An address in a region as an argument and an offset."""
+        region, at = places[int(known["region"])], int(known["offset"])
+        index, start = max(region.places.items(), key=lambda item: (item[1] <= max(at, 0), item[1]))
+        argument = bound[index]
+        size = len(argument) if isinstance(argument, bytes) else argument.size
+        parameter = self.entry.buffers[index]
+        return f"{parameter.name} [[buffer({index})]], byte {at - start} of {size}"
+
+    def _array(self, at: int, library: Path) -> str:
+        """An address in threadgroup memory as an array and an offset."""
+        (_, base, _), *arrays = toolchain.symbols(library)
+        for name, address, size in arrays:
+            if address <= at + base < address + size:
+                return f"threadgroup array {_plain(name)}, byte {at + base - address} of {size}"
+        return "threadgroup memory outside of its arrays"
+
+    def _take(self, region: Region, result: bytes, bound: Sequence[View | bytes]) -> None:
+        """Give the caller what the kernel wrote to its arrays; nothing else may have changed."""
+        written = [
+            (argument, at)
+            for index, at in region.places.items()
+            if isinstance(argument := bound[index], View) and self.entry.buffers[index].written
+        ]
+        if not written or not result:
+            return
+        expected = bytearray(region.content)
+        for each, at in written:
+            each.over(expected, at)[...] = each.over(result, at)
+        if expected != result:
+            old, new = (np.frombuffer(each, np.uint8) for each in (expected, result))
+            at = int(np.flatnonzero(old != new)[0])
+            known = {"region": "0", "offset": str(at)}
+            raise Fault(
+                "out-of-bounds write",
+                f"{self.entry.name}: {self._place(known, bound, [region])}, which lies between the"
+                " elements of the view",
+            )
+        for each, at in written:
+            each.elements()[...] = each.over(result, at)
+
+
+def _plain(symbol: str) -> str:
+    """A variable's own name out of `_ZZ6kernel...E5stage`."""
+    match = re.search(r"E(\d+)(\w+)$", symbol)
+    return match[2] if match else symbol

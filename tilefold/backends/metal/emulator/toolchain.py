@@ -1,0 +1,258 @@
+"""The compilers: where they are, and what they make of a kernel's text; kept in the kernel cache.
+
+A kernel is a shared object of its own, made at -O0 without any header of the C++ library: 0.1 s on
+this project's two-core machines, where the run itself takes milliseconds. The runtime that loads it
+is compiled once for each way of checking.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilefold import cache
+from tilefold.backends.metal.emulator.signature import Entry
+
+FOLDER = Path(__file__).parent
+SECTION = "tilefold_threadgroup"
+"""Where threadgroup arrays lie in a compiled kernel. The dot that some checks put before it keeps
+AddressSanitizer from leaving such variables alone."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A way of checking: what is added to the compilers' options."""
+
+    clang: bool
+    kernel: tuple[str, ...] = ()
+    runtime: tuple[str, ...] = ()
+    link: tuple[str, ...] = ()
+    section: str = SECTION
+    environment: tuple[tuple[str, str], ...] = ()
+    library: str = ""
+    """The part of Clang's runtime that it needs."""
+
+
+CHECKS = {
+    "fast": Check(clang=False),
+}
+"""The ways of checking, by name."""
+
+_COMMON = ("-std=c++17", "-w", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off")
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: its command, and what tells it from another one."""
+
+    command: tuple[str, ...]
+    identity: str
+    clang: bool
+
+
+def reason(check: str) -> str | None:
+    """Why a check cannot be made here, or None where it can."""
+    if not sys.platform.startswith("linux"):
+        return "kernels are emulated on Linux only"
+    try:
+        _compiler(CHECKS[check].clang, CHECKS[check].library)
+    except FileNotFoundError as error:
+        return str(error)
+    return None
+
+
+def built(text: str, entries: Sequence[Entry], check: str, *, lines: bool = False) -> Path:
+    """The shared object of a text. Raises SyntaxError with what the compiler said.
+
+    With `lines` its addresses can be traced back to lines of the text.
+    """
+    options = CHECKS[check]
+    enter = '#include "kernel.metal"\n' + "".join(entry.enter() for entry in entries)
+    flags = [
+        *_COMMON,
+        "-O0",
+        "-shared",
+        *options.kernel,
+        *_machine(),
+        "-I",
+        str(FOLDER / "include"),
+    ]
+    flags += [f'-DTILEFOLD_SECTION="{options.section}"', *(["-g1"] if lines else [])]
+    return _made(
+        {"kernel.metal": text, "enter.cpp": enter},
+        _compiler(options.clang, options.library),
+        [flags],
+        text,
+    )
+
+
+def runner(check: str) -> Path:
+    """The program that loads a kernel and runs it."""
+    options = CHECKS[check]
+    flags = [*_COMMON, "-O2", *options.runtime, *_machine(), "-I", str(FOLDER)]
+    return _made(
+        {"runtime.cpp": (FOLDER / "runtime.cpp").read_text(encoding="ascii")},
+        _compiler(options.clang, options.library),
+        [[*flags, "-c"], [*options.link, "-rdynamic", "-lm", "-ldl"]],
+        "",
+    )
+
+
+def symbols(library: Path) -> tuple[tuple[str, int, int], ...]:
+    """The variables in threadgroup memory: name, address and bytes; the section itself is first."""
+    content = library.read_bytes()
+    sections = _sections(content)
+    held = [n for n, each in enumerate(sections) if each.name.lstrip(".") == SECTION]
+    if not held:
+        return (("", 0, 0),)
+    section = sections[held[0]]
+    found = [("", section.address, section.size)]
+    for table in (each for each in sections if each.name == ".symtab"):
+        strings = sections[table.link]
+        for at in range(table.offset, table.offset + table.size, 24):
+            name, _info, _other, index, value, size = struct.unpack_from("<IBBHQQ", content, at)
+            if index == held[0] and size:
+                found.append((_string(content, strings.offset + name), value, size))
+    return tuple(found)
+
+
+def line_of(library: Path, address: int) -> tuple[str, int]:
+    """File and line of an address; ("", 0) where nobody knows."""
+    tool = shutil.which("addr2line") or shutil.which("llvm-addr2line")
+    if tool is None or address == 0:
+        return "", 0
+    command = [tool, "-i", "-e", str(library), hex(address)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    for place in done.stdout.splitlines():
+        file, _, line = place.partition(" ")[0].rpartition(":")
+        if Path(file).name == "kernel.metal" and line.isdigit():
+            return "kernel.metal", int(line)
+    return "", 0
+
+
+@dataclass(frozen=True)
+class _Section:
+    name: str
+    address: int
+    offset: int
+    size: int
+    link: int
+
+
+def _sections(content: bytes) -> list[_Section]:
+    """The table of sections of a 64-bit ELF file."""
+    (start,) = struct.unpack_from("<Q", content, 0x28)
+    width, count, names = struct.unpack_from("<HHH", content, 0x3A)
+    rows = [struct.unpack_from("<IIQQQQII", content, start + n * width) for n in range(count)]
+    return [
+        _Section(_string(content, rows[names][4] + row[0]), row[3], row[4], row[5], row[6])
+        for row in rows
+    ]
+
+
+def _string(content: bytes, start: int) -> str:
+    return content[start : content.index(b"\0", start)].decode()
+
+
+def _made(files: dict[str, str], compiler: Compiler, steps: list[list[str]], kept: str) -> Path:
+    """What the compiler makes of files in one or two steps, from the cache if it is there."""
+    plain = [[flag.replace(str(FOLDER), "") for flag in step] for step in steps]
+    toolchain = f"{compiler.identity} {plain} {_headers()} {sorted(files.items())}"
+    store = cache.default()
+    name = cache.key(kept, toolchain)
+    target = _folder() / name
+    if target.exists():
+        return target
+    binary = store.get(kept, toolchain)
+    if binary is None:
+        binary = _compiled(files, compiler, steps)
+        store.put(kept, toolchain, binary, suffix=".metal")
+    target.write_bytes(binary)
+    target.chmod(0o700)
+    return target
+
+
+def _compiled(files: dict[str, str], compiler: Compiler, steps: list[list[str]]) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="tilefold-") as name:
+        folder = Path(name)
+        for file, content in files.items():
+            (folder / file).write_text(content, encoding="ascii")
+        made = list(files)[-1]
+        for number, step in enumerate(steps):
+            target = f"made{number}.o"
+            command = [*compiler.command, *step[:1], made, "-o", target, *step[1:]]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                raise SyntaxError(f"{' '.join(compiler.command)}:\n{done.stderr}")
+            made = target
+        return (folder / made).read_bytes()
+
+
+@functools.cache
+def _folder() -> Path:
+    """A folder of this process, for programs that are loaded from a file. Removed at its end."""
+    folder = tempfile.TemporaryDirectory(prefix="tilefold-")
+    _kept.append(folder)
+    return Path(folder.name)
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@functools.cache
+def _headers() -> str:
+    """The hash of everything in C++."""
+    files = sorted(path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".py")
+    texts = (f"{path.name}\n{path.read_text(encoding='ascii')}" for path in files
+             if path.suffix != ".pyc")  # fmt: skip
+    return cache.key("\n".join(texts), "")
+
+
+@functools.cache
+def _machine() -> tuple[str, ...]:
+    """Options for this processor: with F16C, conversions of half are an instruction each."""
+    try:
+        known = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
+    except OSError:
+        return ()
+    return ("-mavx2", "-mf16c", "-mfma") if {"avx2", "f16c", "fma"} <= set(known) else ()
+
+
+@functools.cache
+def _compiler(clang: bool, library: str) -> Compiler:
+    """The first compiler that serves. Raises FileNotFoundError that says which were looked for."""
+    names = [f"clang++-{n}" for n in range(22, 15, -1)]
+    names = ["clang++", *names] if clang else [os.environ.get("CXX", ""), "clang++", *names, "g++"]
+    for name in filter(None, names):
+        found = shutil.which(name)
+        if found and (not library or _has(found, library)):
+            path = Path(found).resolve()
+            status = path.stat()
+            identity = f"{path} {status.st_size} {status.st_mtime_ns}"
+            return Compiler((found,), identity, "clang" in path.name)
+    if not clang and importlib.util.find_spec("ziglang"):
+        command = (sys.executable, "-m", "ziglang", "c++")
+        return Compiler(command, f"ziglang {importlib.util.find_spec('ziglang')}", True)
+    wanted = "Clang with its sanitizers (clang-19, libclang-rt-19-dev)" if library else "a compiler"
+    raise FileNotFoundError(f"{wanted} is not here: looked for {', '.join(filter(None, names))}")
+
+
+def _has(compiler: str, library: str) -> bool:
+    """Whether a Clang finds a part of its runtime."""
+    machine = os.uname().machine
+    names = (f"libclang_rt.{library}-{machine}.a", f"libclang_rt.{library}.a")
+    for name in names:
+        command = [compiler, f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+        if Path(found).is_absolute() and Path(found).exists():
+            return True
+    return False
