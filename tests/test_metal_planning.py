@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import doctest
 
+import numpy as np
 import pytest
+from cases import RULES
+from cases import Sizes as Lengths
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tilefold import causal, documents, full, local
 from tilefold.backends.metal import choice, families, tables
 from tilefold.backends.metal.choice import LEAVING, choose
 from tilefold.backends.metal.families import FAMILIES, family
-from tilefold.backends.metal.spec import HELD, SUMS, Blocks, whole
+from tilefold.backends.metal.plan import KEYS_PER_SPLIT, Launch, plan
+from tilefold.backends.metal.spec import HELD, PARALLEL, SUMS, Blocks, whole
+from tilefold.problem import Problem
 
 DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = ("forward", "backward_dq", "backward_dkv")
@@ -126,3 +132,161 @@ def test_float64_is_refused() -> None:
         choose(family("apple9"), "forward", "float64", 64, 64)
     with pytest.raises(ValueError, match="family must be"):
         family("apple6")
+
+
+def problem(mask: object = None, **options: object) -> Problem:
+    """Batch 2, 4 query heads on 2 key heads, 300 queries and 420 keys."""
+    shapes = {"q": (2, 4, 300, 24), "k": (2, 2, 420, 24), "v": (2, 2, 420, 40)}
+    return Problem.of(**{**shapes, "mask": mask, **options})  # type: ignore[arg-type]
+
+
+def all_launches(asked: Problem, name: str) -> list[Launch]:
+    return [x for op in ("forward", "backward") for x in plan(asked, name, op).launches]
+
+
+@pytest.mark.feature("M05")
+@pytest.mark.parametrize("name", ["apple7", "apple9"])
+def test_every_block_row_has_one_threadgroup_in_each_head(name: str) -> None:
+    kernels = []
+    for launch in all_launches(problem(causal() & local(100)), name):
+        spec = launch.spec
+        length, heads = (300, 4) if PARALLEL[spec.operation] == "q" else (420, 2)
+        rows = -(-length // spec.blocks.parallel)
+        assert launch.grid == (rows, heads, 2)
+        assert launch.threads == (rows * spec.threads, heads, 2)
+        assert sorted(launch.order) == list(range(rows))
+        assert np.all(np.diff(launch.runs.met[launch.order]) <= 0)
+        kernels.append(spec.operation)
+    assert kernels == list(KERNELS)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("M15")
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_block_rows_visit_what_the_rule_shows_and_little_else(rule: str) -> None:
+    mask = RULES[rule](Lengths(2, 4, 300, 420))
+    asked = problem(mask)
+    visible = mask.to_dense(300, 420, 2, 4)
+    for launch in all_launches(asked, "apple9"):
+        over_q = PARALLEL[launch.spec.operation] == "q"
+        seen = visible if over_q else visible.swapaxes(2, 3)
+        runs, width = launch.runs, launch.spec.blocks.parallel
+        for b in range(runs.planes_b):
+            for h in range(runs.planes_h):
+                for row in range(runs.block_rows):
+                    index = (b * runs.planes_h + h) * runs.block_rows + row
+                    visits = np.zeros(seen.shape[3], np.int64)
+                    block = seen[b, h, row * width : (row + 1) * width]
+                    for first, last, masked in runs.runs[runs.rows[index] : runs.rows[index + 1]]:
+                        visits[first:last] += 1
+                        assert masked or block[:, first:last].all()
+                    assert visits.max(initial=0) <= 1
+                    assert visits[block.any(0)].all()
+    if rule in ("local", "causal", "chunked"):
+        assert 0 < plan(asked, "apple9", "forward").launches[0].runs.met.sum() < 0.75 * 19 * 420
+
+
+@pytest.mark.feature("M01", "M04")
+def test_scratch_is_a_number_per_row_and_the_pages_of_sums() -> None:
+    for name in ("apple7", "apple9"):
+        assert not plan(problem(), name, "forward").buffers
+        buffers = plan(problem(), name, "backward").buffers
+        assert buffers["delta"].shape == (2, 4, 300) and buffers["delta"].dtype == "float32"
+        for sum_, shape in (("dk_page", (2, 2, 420, 24)), ("dv_page", (2, 2, 420, 40))):
+            paged = (
+                sum_.removesuffix("_page")
+                not in plan(problem(), name, "backward").launches[1].spec.cached
+            )
+            assert (sum_ in buffers) == paged
+            assert not paged or buffers[sum_].shape == shape
+    wide = {"q": (2, 4, 300, 400), "k": (2, 2, 420, 400), "v": (2, 2, 420, 500)}
+    assert plan(problem(**wide), "apple9", "forward").buffers["o_page"].shape == (2, 4, 300, 500)
+    assert plan(problem(**wide), "apple9", "backward").buffers.keys() == {
+        *("delta", "dq_page", "dk_page", "dv_page")
+    }
+
+
+@pytest.mark.feature("M03", "A05")
+def test_a_spec_forgets_lengths_batch_heads_and_numbers_of_the_rule() -> None:
+    short = all_launches(problem(causal() & local(100)), "apple9")
+    longer = {"q": (1, 6, 900, 24), "k": (1, 3, 700, 24), "v": (1, 3, 700, 40)}
+    long = all_launches(problem(causal() & local(70), **longer), "apple9")
+    assert [launch.spec for launch in short] == [launch.spec for launch in long]
+    other = all_launches(problem(causal()), "apple9")
+    assert short[0].spec != other[0].spec
+
+
+@pytest.mark.feature("M07")
+def test_a_plan_is_overridden_by_kernel_and_kept() -> None:
+    asked = problem()
+    blocks, cached = {"backward_dkv": Blocks(8, 48, 24)}, {"backward_dq": ("dq",)}
+    made = plan(asked, "apple9", "backward", blocks=blocks, cached=cached)
+    dq, dkv = made.launches
+    assert dq.spec.cached == ("dq",) and dq.spec.blocks != blocks["backward_dkv"]
+    assert dkv.spec.blocks == blocks["backward_dkv"] and dkv.grid[0] == 53
+    assert plan(asked, "apple9", "backward", blocks=blocks, cached=cached) is made
+    assert plan(asked, "apple8", "backward", blocks=blocks, cached=cached) is not made
+    blocks = Blocks(24, 40, 8)
+    (launch,) = plan(asked, "apple9", "forward", blocks=blocks, cached=("q",)).launches
+    assert (launch.spec.blocks, launch.spec.cached) == (blocks, ("q",))
+    for unknown, message in (
+        ({"operation": "training"}, "operation must be"),
+        ({"form": "fused"}, "form must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(asked, "apple9", **{"operation": "forward", **unknown})
+    with pytest.raises(NotImplementedError, match="float64"):
+        plan(problem(dtype="float64"), "apple9", "forward")
+
+
+@pytest.mark.feature("M07")
+def test_a_plan_explains_itself() -> None:
+    asked = problem(q=(2, 4, 300, 96), k=(2, 2, 420, 96), v=(2, 2, 420, 96), dtype="bfloat16")
+    assert plan(asked, "apple7", "backward").explain() == (
+        """\
+backward_dq: 32 x 48 x 32, cached dq
+  from table apple7, dim up to 96: 32 x 64 x 32, cached dq
+  traverse shrinks to 48: 32 x 64 x 32 takes 224 bytes of registers
+  registers 192 of 216 bytes: dq 96, tiles 96
+  threadgroup 6912 of 32768 bytes
+  grid 10 x 4 x 2 threadgroups of 128 threads
+backward_dkv: 32 x 48 x 32, cached nothing
+  from table apple7, dim up to 96: 32 x 64 x 32, cached dv
+  traverse shrinks to 48: 32 x 64 x 32 takes 224 bytes of registers
+  dv leaves the registers: with it 32 x 32 x 32 takes 224 bytes of registers
+  registers 176 of 216 bytes: tiles 144, page 32
+  threadgroup 6912 of 32768 bytes
+  grid 14 x 2 x 2 threadgroups of 128 threads
+scratch delta: 2 x 4 x 300 float32
+scratch dk_page: 2 x 2 x 420 x 96 float32
+scratch dv_page: 2 x 2 x 420 x 96 float32""".splitlines()
+    )
+
+
+@pytest.mark.parametrize(("len_q", "len_k"), [(0, 7), (7, 0), (0, 0)])
+def test_a_plan_of_nothing_has_empty_grids_or_empty_runs(len_q: int, len_k: int) -> None:
+    shapes = {"q": (2, 4, len_q, 8), "k": (2, 2, len_k, 8), "v": (2, 2, len_k, 8)}
+    for launch in all_launches(problem(documents([0] * len_q, [0] * len_k), **shapes), "apple9"):
+        length = len_q if PARALLEL[launch.spec.operation] == "q" else len_k
+        assert launch.grid[0] == -(-length // launch.spec.blocks.parallel)
+        assert not launch.runs.met.any()
+
+
+@pytest.mark.feature("M05", "M15")
+@pytest.mark.parametrize("mask", [full(), causal() & local(1500)])
+def test_decoding_cuts_keys_into_splits_and_rows_into_fragments(mask: object) -> None:
+    shapes = {"q": (2, 12, 3, 200), "k": (2, 3, 2000, 200), "v": (2, 3, 2000, 96)}
+    made = plan(problem(mask, **shapes), "apple9", "forward", form="decode")
+    part, merge = made.launches
+    count = part.splits
+    assert part.grid == (2 * count, 3, 2)  # 4 heads x 3 queries are 2 fragments
+    assert merge.grid == (3, 12, 2) and merge.splits == count
+    assert sorted(part.order) == list(range(2 * count))
+    assert np.all(np.diff(part.runs.met[part.order % count]) <= 0)
+    assert part.runs.met.max() <= KEYS_PER_SPLIT
+    first = 0 if mask == full() else 480  # a run begins with a granule of 32
+    assert part.runs.met.sum() == 2000 - first
+    assert made.buffers["part_o"].shape == (2, 12, count, 3, 96)
+    assert made.buffers["part_m"].shape == made.buffers["part_l"].shape == (2, 12, count, 3)
+    with pytest.raises(ValueError, match="no query or no key"):
+        plan(problem(k=(2, 2, 0, 24), v=(2, 2, 0, 24)), "apple9", "forward", form="decode")

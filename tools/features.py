@@ -31,7 +31,6 @@ ROWS = {
     "M14": "An edited generator takes effect at once; a broken one shows the line at fault",
     "M15": "Tiles that a mask hides are not computed, whatever the rule",
     "M16": "Lengths of queries and keys are independent; operands may lie transposed",
-    "A03": "One function for each operation, types as options; a type it does not take is refused",
     "A05": "What stays the same in a kernel is in its text, and another text is another kernel",
     "T01": "float64, float32, bfloat16 and float16, both passes, each within its tolerance",
     "T02": "Sequences of one or two dimensions, channel-first layouts, values of another dimension",

@@ -91,7 +91,7 @@ class Choice:
 
     def explain(self) -> list[str]:
         """What was chosen and why, as lines of text."""
-        parts = ", ".join(f"{name} {size}" for name, size in self.registers)
+        parts = ", ".join(f"{name} {size}" for name, size in self.registers) or "no tiles"
         return [
             f"{self.operation}: {self.blocks}, cached {' '.join(self.cached) or 'nothing'}",
             f"  from {self.start}",

@@ -1,0 +1,259 @@
+"""Planning for Apple GPUs: the kernels of an operation, what each threadgroup visits, and scratch.
+
+A plan knows lengths and masks but no strides: the texts that follow from it serve them all.
+Backward is two kernels, since the second one reads the delta that the first one writes. A forward
+pass with few queries and many keys is two kernels too: keys are split among threadgroups, whose
+parts are then merged in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import check, splits
+from tilefold.backends.metal import families
+from tilefold.backends.metal.arguments import pages
+from tilefold.backends.metal.choice import Choice, choose
+from tilefold.backends.metal.families import MetalFamily
+from tilefold.backends.metal.spec import PARALLEL, Blocks, MetalSpec
+from tilefold.blocks import Runs, runs
+from tilefold.choice import GRANULE, bound, visited_by
+from tilefold.expression import Table, split
+from tilefold.fold import index_bits
+from tilefold.plan import Scratch
+from tilefold.problem import Problem
+from tilefold.recent import Recent
+
+FORMS = ("auto", "tiled", "decode")
+"""How a forward pass is done: "decode" splits the keys of few queries."""
+
+KEYS_PER_SPLIT = 256
+"""Keys that a threadgroup of the decode kernel visits. Its part, 8 rows of dim_v float32
+numbers, is written and read: a sixteenth of the bytes of float16 keys and values. Not tuned."""
+
+Asked = Blocks | Mapping[str, Blocks] | None
+"""Blocks for all kernels of a plan, or by operation."""
+
+Kept = Sequence[str] | Mapping[str, Sequence[str]] | None
+"""Cached operands of the only kernel of a plan, or by operation."""
+
+_NOTHING = Runs(np.zeros(1, np.int64), np.zeros((0, 3), np.int64), 1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel of a plan, and the work that its threadgroups share.
+
+    `grid` counts threadgroups, over block rows, heads and batch. `order` gives each threadgroup
+    along the first axis its block row, the heaviest first over all heads; in the decode kernel that
+    is row block * splits + split.
+    """
+
+    spec: MetalSpec
+    choice: Choice
+    runs: Runs
+    order: NDArray[np.int64]
+    grid: tuple[int, int, int]
+    splits: int = 1
+
+    @property
+    def threads(self) -> tuple[int, int, int]:
+        """Threads of the whole grid, each threadgroup having `spec.threads` of them."""
+        groups, heads, batch = self.grid
+        return (groups * self.spec.threads, heads, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class MetalPlan:
+    """The kernels of one operation in the order in which they run, and the data of the mask.
+
+    `buffers` are arrays that the kernels hand to each other, by their names in the kernels.
+    """
+
+    problem: Problem
+    family: MetalFamily
+    operation: str
+    launches: tuple[Launch, ...]
+    parameters: tuple[int, ...]
+    tables: tuple[Table, ...]
+    buffers: Mapping[str, Scratch]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        arrays = [table.array for table in self.tables]
+        for launch in self.launches:
+            arrays += [launch.runs.rows, launch.runs.runs, launch.order]
+        return sum(array.nbytes for array in arrays)
+
+    def explain(self) -> list[str]:
+        """What was chosen for each kernel and why, as lines of text."""
+        lines = []
+        for launch in self.launches:
+            lines += launch.choice.explain()
+            groups, heads, batch = launch.grid
+            size = launch.spec.threads
+            lines.append(f"  grid {groups} x {heads} x {batch} threadgroups of {size} threads")
+        for name, scratch in self.buffers.items():
+            shape = " x ".join(map(str, scratch.shape))
+            lines.append(f"scratch {name}: {shape} {scratch.dtype}")
+        return lines
+
+
+_recent: Recent[MetalPlan] = Recent(most=128, most_bytes=256 * 2**20)
+
+
+def plan(
+    problem: Problem,
+    family: str,
+    operation: str,
+    *,
+    form: str = "auto",
+    blocks: Asked = None,
+    cached: Kept = None,
+) -> MetalPlan:
+    """The plan of an operation, "forward" or "backward", on a GPU of a family such as "apple9".
+
+    `form` is how a forward pass is done: see `FORMS`. `blocks` and `cached` override the tables; by
+    operation ("forward", "decode", "backward_dq", "backward_dkv") where they differ. Results depend
+    on all of these only by rounding.
+
+    Raises ValueError for what no GPU of the family can run, NotImplementedError for float64.
+    """
+    key = (problem, family, operation, form, _frozen(blocks), _frozen(cached))
+    found = _recent.get(key)
+    if found is None:
+        made = _Planner(problem, families.family(family), blocks, cached).plan(operation, form)
+        found = _recent.put(key, made, made.data_bytes)
+    return found
+
+
+def _frozen(asked: Any) -> object:
+    """An option as a part of a key."""
+    if isinstance(asked, Mapping):
+        return tuple((name, _frozen(value)) for name, value in sorted(asked.items()))
+    return asked if asked is None or isinstance(asked, Blocks) else tuple(asked)
+
+
+class _Planner:
+    """One problem on one family."""
+
+    def __init__(self, problem: Problem, family: MetalFamily, blocks: Asked, cached: Kept) -> None:
+        self._problem, self._family = problem, family
+        self._blocks, self._cached = blocks, cached
+        self._expression = bound(problem)
+        sizes = (problem.batch, problem.heads_q, problem.len_q, problem.len_k)
+        self._bits = index_bits(self._expression, *sizes)
+        self._mask, self._parameters, self._tables = split(self._expression)
+
+    def plan(self, operation: str, form: str) -> MetalPlan:
+        check.choice("operation", operation, ("forward", "backward"))
+        check.choice("form", form, FORMS)
+        row = (self._problem.batch, self._problem.heads_q, self._problem.len_q)
+        buffers: dict[str, Scratch] = {}
+        if operation == "backward":
+            buffers["delta"] = Scratch(row, "float32")
+            launches = [self._tiled("backward_dq"), self._tiled("backward_dkv")]
+        elif self._decodes(form):
+            launches = self._decode()
+            shape = (*row[:2], launches[0].splits, row[2])
+            buffers["part_o"] = Scratch((*shape, self._problem.dim_v), "float32")
+            buffers |= {name: Scratch(shape, "float32") for name in ("part_m", "part_l")}
+        else:
+            launches = [self._tiled("forward")]
+        for launch in launches:
+            buffers |= {name: self._page(launch.spec, name) for name in pages(launch.spec)}
+        problem, family = self._problem, self._family
+        made = tuple(launches)
+        return MetalPlan(problem, family, operation, made, self._parameters, self._tables, buffers)
+
+    def _page(self, spec: MetalSpec, name: str) -> Scratch:
+        """The pages of a sum: float32, as the operand's rows but contiguous."""
+        problem, operand = self._problem, name.removesuffix("_page")
+        if PARALLEL[spec.operation] == "q":
+            rows = (problem.batch, problem.heads_q, problem.len_q)
+        else:
+            rows = (problem.batch, problem.heads_kv, problem.len_k)
+        return Scratch((*rows, spec.width(operand)), "float32")
+
+    def _spec(self, operation: str) -> tuple[MetalSpec, Choice]:
+        problem, family = self._problem, self._family
+        blocks, cached = self._blocks, self._cached
+        made = choose(
+            family,
+            operation,
+            problem.dtype,
+            problem.dim,
+            problem.dim_v,
+            blocks=blocks.get(operation) if isinstance(blocks, Mapping) else blocks,
+            cached=cached.get(operation) if isinstance(cached, Mapping) else cached,
+        )
+        spec = MetalSpec(
+            operation=operation,
+            dtype=problem.dtype,
+            dim=problem.dim,
+            dim_v=problem.dim_v,
+            blocks=made.blocks,
+            cached=made.cached,
+            staged=family.staged,
+            bfloat=family.bfloat,
+            mask=self._mask,
+            index_bits=self._bits,
+        )
+        return spec, made
+
+    def _tiled(self, operation: str) -> Launch:
+        """A kernel whose threadgroups own a block row each."""
+        problem = self._problem
+        spec, made = self._spec(operation)
+        parallel = PARALLEL[operation]
+        visited = visited_by(problem, parallel, spec.blocks.parallel)
+        heads = problem.heads_q if parallel == "q" else problem.heads_kv
+        grid = (visited.block_rows, heads, problem.batch)
+        return Launch(spec, made, visited, _heaviest_first(visited), grid)
+
+    def _decodes(self, form: str) -> bool:
+        problem = self._problem
+        if form == "decode" and problem.empty:
+            raise ValueError("form 'decode' splits keys, and there is no query or no key")
+        return form == "decode"
+
+    def _decode(self) -> list[Launch]:
+        """The kernel that leaves a part for each split, and the one that merges them."""
+        problem = self._problem
+        spec, made = self._spec("decode")
+        group = problem.heads_q // problem.heads_kv
+        visited = runs(
+            self._expression,
+            parallel="q",
+            batch=problem.batch,
+            heads=problem.heads_q,
+            len_parallel=problem.len_q,
+            len_traverse=problem.len_k,
+            block_parallel=problem.len_q,
+            block_traverse=GRANULE,
+            group=group,
+        )
+        visited = splits.cut(visited, KEYS_PER_SPLIT)
+        count = visited.block_rows
+        blocks = -(-group * problem.len_q // spec.blocks.parallel)
+        order = (_heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
+        grid = (len(order), problem.heads_kv, problem.batch)
+        merge, merged = self._spec("merge")
+        rows = (problem.len_q, problem.heads_q, problem.batch)
+        return [
+            Launch(spec, made, visited, order, grid, count),
+            Launch(merge, merged, _NOTHING, np.zeros(1, np.int64), rows, count),
+        ]
+
+
+def _heaviest_first(visited: Runs) -> NDArray[np.int64]:
+    """Block rows by what they visit over all planes, most first; ties keep their order."""
+    planes = visited.planes_b * visited.planes_h
+    work = visited.met.reshape(planes, visited.block_rows).sum(0)
+    return np.argsort(-work, kind="stable")
