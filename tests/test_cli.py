@@ -309,6 +309,7 @@ def test_mask_draws_and_saves(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.feature("J13")
 def test_doctor_finds_this_machine_healthy(capsys: Any, cache_dir: Path) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -319,6 +320,12 @@ def test_doctor_finds_this_machine_healthy(capsys: Any, cache_dir: Path) -> None
     assert answer["cache"]["directory"] == str(cache_dir)
     assert answer["cache"]["kernels"] > 0
     assert len(answer["self_test"]) == 2 * len(doctor.SELF_TEST)
+    ways = {(each["name"], each["arrays"]): each for each in answer["implementations"]}
+    for arrays in ("NumPy arrays", "tensors on cpu"):
+        for name in ("composed", "native", "kernel"):
+            assert ways[name, arrays]["passed"] and ways[name, arrays]["error"] < 1e-5
+        absent = ways["tensorops", arrays]
+        assert not absent["passed"] and "Apple GPUs" in absent["reason"]
 
 
 @pytest.mark.slow
@@ -333,8 +340,35 @@ def test_doctor_reports_what_is_wrong(capsys: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(api, "attention_backward", broken)
     assert cli.main(["doctor"]) == 1
     said = capsys.readouterr()
-    assert said.out.count("FAILED") == 2 * len(doctor.SELF_TEST)
+    own, _, implementations = said.out.partition("Implementations")
+    assert own.count("FAILED") == 2 * len(doctor.SELF_TEST)
+    assert re.search(r"kernel +\S+ FAILED", implementations)
     assert said.err == "tilefold doctor: 24 of 24 self-tests failed\n"
+
+
+def test_doctor_fails_where_an_implementation_is_wrong_or_broken(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilefold.implementations import numpy as ways
+
+    real = ways.composed
+
+    def wrong(*given: Any) -> Any:
+        o, lse = real(*given)
+        return 1.001 * o, lse
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setattr(doctor, "SELF_TEST", [])
+    monkeypatch.setattr(ways, "composed", wrong)
+    monkeypatch.setattr(ways, "native", broken)
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "tilefold doctor: wrong or broken: implementation composed, native\n"
+    assert re.search(r"composed +\de-04 FAILED +\de-0[67]\n", said.out)
+    assert "native, NumPy arrays: RuntimeError: no such instruction" in said.out
+    assert re.search(r"largest difference between two: \de-04", said.out)
 
 
 @pytest.mark.slow

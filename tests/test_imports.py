@@ -40,7 +40,7 @@ engine
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy
 api
-arrays workload peers bench tuning minilm
+arrays workload peers agreement bench tuning minilm
 commands commands.terminal commands.specification commands.text
 commands.run commands.bench commands.tune commands.inspect commands.mask commands.doctor
 cli __main__

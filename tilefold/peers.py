@@ -300,7 +300,7 @@ def check(name: str, case: Case, expected: object, found: object) -> float:
     """The relative error of a peer's result. Raises ArithmeticError where it is something else."""
     layout = PEERS[name].layout if name in PEERS else "bhnd"
     errors = []
-    for mine, theirs in zip(_results(expected), _results(found), strict=True):
+    for mine, theirs in zip(results(expected), results(found), strict=True):
         turned = theirs.swapaxes(1, 2) if layout == "bnhd" else theirs
         if turned.shape != mine.shape:
             raise ArithmeticError(f"{name} gives {turned.shape} where {mine.shape} is asked for")
@@ -311,7 +311,7 @@ def check(name: str, case: Case, expected: object, found: object) -> float:
     return error
 
 
-def _results(value: object) -> list[NDArray[np.float64]]:
+def results(value: object) -> list[NDArray[np.float64]]:
     """What a call returned, as arrays of float64."""
     many = value if isinstance(value, (tuple, list)) else (value,)
     found = []

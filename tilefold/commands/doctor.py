@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 import tilefold
-from tilefold import api, arrays, cache, parse, reference, settings, winners
+from tilefold import agreement, api, arrays, cache, parse, reference, settings, winners
+from tilefold.agreement import Agreement
 from tilefold.backends.cpu import threads
 from tilefold.commands import terminal
 from tilefold.device import amx, host
@@ -68,15 +69,26 @@ def main(options: argparse.Namespace) -> int:
     """Look, test, show; exit code 1 if a test fails."""
     known = {dtype for dtype in TOLERANCES if dtype != "bfloat16" or _version("ml_dtypes")}
     checks = [check for case, dtype in SELF_TEST if dtype in known for check in _test(*case, dtype)]
-    document = _document(checks)
+    agreed = agreement.check()
+    document = _document(checks, agreed)
     if options.json:
         terminal.print_json(document)
     else:
         _show(document, checks)
+        _show_agreements(agreed)
     failed = [check for check in checks if not check.passed]
     if failed:
         raise terminal.Failure(f"{len(failed)} of {len(checks)} self-tests failed")
+    if wrong := [each.implementation for each in agreed if not _right(each)]:
+        raise terminal.Failure(f"wrong or broken: implementation {', '.join(dict.fromkeys(wrong))}")
     return 0
+
+
+def _right(each: Agreement) -> bool:
+    """Whether an implementation agrees with the definition, or only is not there."""
+    if each.error is None:
+        return not each.broken
+    return each.error < TOLERANCES[agreement.PROBLEM.dtype]
 
 
 def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
@@ -104,7 +116,7 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
             text = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
             return Check(f"{operation} {name}", np.inf, False, time.perf_counter() - start, text)
         seconds = time.perf_counter() - start
-        error = max(map(_error, found, expected))
+        error = max(map(agreement.error, found, expected))
         return Check(f"{operation} {name}", error, error < TOLERANCES[dtype], seconds)
 
     o, lse = wanted
@@ -115,20 +127,7 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
     ]
 
 
-def _error(found: Any, expected: Any) -> float:
-    """The largest difference; infinities must agree, NaN must not occur."""
-    found = found.astype(np.float64)
-    finite = np.isfinite(expected)
-    if (
-        not np.array_equal(np.isfinite(found), finite)
-        or (found[~finite] != expected[~finite]).any()
-    ):
-        return float("inf")
-    difference = np.abs(found[finite] - expected[finite]).max(initial=0)
-    return float(difference / max(1.0, np.abs(expected[finite]).max(initial=0)))
-
-
-def _document(checks: list[Check]) -> dict[str, Any]:
+def _document(checks: list[Check], agreed: list[Agreement]) -> dict[str, Any]:
     device, kept = host(), cache.default()
     works = all(check.passed for check in checks)
     reason = next((check.problem or check.case for check in checks if not check.passed), None)
@@ -162,6 +161,16 @@ def _document(checks: list[Check]) -> dict[str, Any]:
             for setting in settings.ALL
         },
         "backends": backends,
+        "implementations": [
+            {
+                "name": each.implementation,
+                "arrays": each.arrays,
+                "error": each.error if each.error is not None and np.isfinite(each.error) else None,
+                "passed": each.error is not None and _right(each),
+                "reason": each.reason,
+            }
+            for each in agreed
+        ],
         "self_test": [
             {**check.__dict__, "error": check.error if np.isfinite(check.error) else None}
             for check in checks
@@ -217,3 +226,25 @@ def _show(document: dict[str, Any], checks: list[Check]) -> None:
     ]
     title = "Self-test against dense float64"
     console.print(terminal.table(title, ["", "", ">error", ">time"], rows))
+
+
+def _show_agreements(agreed: list[Agreement]) -> None:
+    """Implementations down, kinds of arrays across; what is absent or wrong with its reason."""
+    console = terminal.out()
+    kinds = list(dict.fromkeys(each.arrays for each in agreed))
+    lines: dict[str, list[str]] = {}
+    for each in agreed:
+        cell = "[dim]absent[/]" if each.error is None else f"{each.error:.0e}"
+        if not _right(each):
+            cell = "[red]FAILED[/]" if each.error is None else f"[red]{cell} FAILED[/]"
+        lines.setdefault(each.implementation, [each.implementation]).append(cell)
+    problem = agreement.PROBLEM
+    console.print()
+    columns = ["", *(f">{kind}" for kind in kinds)]
+    title = f"Implementations against dense float64: largest errors, {problem.mask}"
+    console.print(terminal.table(title, columns, list(lines.values())))
+    console.print(f"largest difference between two: {agreement.largest_difference(agreed):.0e}")
+    for each in agreed:
+        if each.reason:
+            name = f"{each.implementation}, {each.arrays}: {each.reason}"
+            console.print(terminal.escape(name))
