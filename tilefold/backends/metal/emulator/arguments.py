@@ -63,20 +63,19 @@ class View:
         return [] if 0 in self.shape else list(zip(self.shape, self.strides, strict=True))
 
     def over(self, memory: Any, offset: int) -> NDArray[Any]:
-        """The elements as bits, of memory whose byte `offset` is the lowest of the view."""
+        """The elements as bits, of memory in which the first one begins at byte `offset`."""
         kind = np.dtype(f"V{self.itemsize}")
-        start = offset + self.first
-        elements: NDArray[Any] = np.ndarray(self.shape, kind, memory, start, self.strides)
+        elements: NDArray[Any] = np.ndarray(self.shape, kind, memory, offset, self.strides)
         return elements
 
     def elements(self) -> NDArray[Any]:
         """The caller's own elements as bits."""
-        return self.over((ctypes.c_ubyte * self.size).from_address(self.low), 0)
+        return self.over((ctypes.c_ubyte * self.size).from_address(self.low), self.first)
 
 
 @dataclass
 class Region:
-    """Memory of the emulated device: its bytes, and the arguments in it by their start."""
+    """Memory of the emulated device: its bytes, and where the arguments' first elements are."""
 
     content: bytes
     places: dict[int, int]
@@ -166,7 +165,7 @@ def regions(bound: Sequence[View | bytes], parameters: Sequence[Parameter]) -> l
         low = min(each.low for each in spans.values())
         end = max(each.low + each.size for each in spans.values())
         content = ctypes.string_at(low, end - low) if end > low else b""
-        found.append(Region(content, {i: each.low - low for i, each in spans.items()}))
+        found.append(Region(content, {i: each.address - low for i, each in spans.items()}))
     return found
 
 
