@@ -23,6 +23,20 @@ def compiler() -> None:
         pytest.skip(reason)
 
 
+def test_a_kernel_is_given_the_first_element_of_a_reversed_array() -> None:
+    text = f"""{HEAD}
+kernel void copy(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                 constant long* strides [[buffer(2)]], ushort lane [[thread_index_in_simdgroup]]) {{
+    y[lane * strides[1]] = x[lane * strides[0]];
+}}
+"""
+    x, y = np.arange(32, dtype=np.float32), np.empty((2, 32), np.float32)
+    library = emulate.compile_shader(text)
+    library.copy(x[::-1], y[0], [-1, 1], threads=32, group_size=32)
+    library.copy(x, y[1, ::-1], [1, -1], threads=32, group_size=32)
+    assert (y == x[::-1]).all()
+
+
 PRODUCT = (
     HEAD
     + """
