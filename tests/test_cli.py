@@ -321,10 +321,10 @@ def test_doctor_finds_this_machine_healthy(capsys: Any, cache_dir: Path) -> None
     assert answer["cache"]["kernels"] > 0
     assert len(answer["self_test"]) == 2 * len(doctor.SELF_TEST)
     ways = {(each["name"], each["arrays"]): each for each in answer["implementations"]}
-    for arrays in ("NumPy arrays", "tensors on cpu"):
+    for kind in ("NumPy arrays", "tensors on cpu"):
         for name in ("composed", "native", "kernel"):
-            assert ways[name, arrays]["passed"] and ways[name, arrays]["error"] < 1e-5
-        absent = ways["tensorops", arrays]
+            assert ways[name, kind]["passed"] and ways[name, kind]["error"] < 1e-5
+        absent = ways["tensorops", kind]
         assert not absent["passed"] and "Apple GPUs" in absent["reason"]
 
 
@@ -366,9 +366,9 @@ def test_doctor_fails_where_an_implementation_is_wrong_or_broken(
     assert cli.main(["doctor"]) == 1
     said = capsys.readouterr()
     assert said.err == "tilefold doctor: wrong or broken: implementation composed, native\n"
-    assert re.search(r"composed +\de-04 FAILED +\de-0[67]\n", said.out)
+    assert re.search(r"composed +\de-0\d FAILED +\de-0[67]\n", said.out)
     assert "native, NumPy arrays: RuntimeError: no such instruction" in said.out
-    assert re.search(r"largest difference between two: \de-04", said.out)
+    assert re.search(r"largest difference between two: \de-0[34]", said.out)
 
 
 @pytest.mark.slow
