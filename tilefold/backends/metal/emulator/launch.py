@@ -66,7 +66,7 @@ class Launch:
         places = regions(bound, self.entry.buffers)
         with tempfile.NamedTemporaryFile(prefix="tilefold-") as file:
             path = Path(file.name)
-            path.write_bytes(self._packed(library, places, bound))
+            path.write_bytes(self._packed(library, places, len(bound)))
             self._call(library, path, bound, places)
             content = path.read_bytes()
         start = (_HEADER + len(COUNTERS) + 2 * (len(places) + len(bound))) * 8
@@ -77,21 +77,18 @@ class Launch:
             zip(COUNTERS, struct.unpack_from(f"<{len(COUNTERS)}Q", content, 80), strict=True)
         )
 
-    def _packed(
-        self, library: Path, places: list[Region], bound: Sequence[View | bytes]
-    ) -> bytes:
+    def _packed(self, library: Path, places: list[Region], count: int) -> bytes:
         _, address, size = toolchain.symbols(library)[0]
-        words = [*self.threads, *self.group, len(places), len(bound), address, size]
+        words = [*self.threads, *self.group, len(places), count, address, size]
         words += [0] * len(COUNTERS)
-        start = (len(words) + 2 * (len(places) + len(bound))) * 8
+        start = (len(words) + 2 * (len(places) + count)) * 8
         where = {}
         for number, region in enumerate(places):
             words += [len(region.content), start]
             start += len(region.content)
             where.update({index: (number, at) for index, at in region.places.items()})
-        for index, each in enumerate(bound):  # a kernel is given the place of the first element
-            number, low = where[index]
-            words += number, low + (each.first if isinstance(each, View) else 0)
+        for index in range(count):
+            words += where[index]
         return struct.pack(f"<{len(words)}Q", *words) + b"".join(r.content for r in places)
 
     def _call(
