@@ -49,10 +49,11 @@ def emit(spec: MetalSpec) -> str:
         products.end_tile("o")
     text("")
     softmax.end(text)
-    text("const bool empty = l == 0.0f;", "const float inverse = empty ? 0.0f : 1.0f / l;")
+    text("const float inverse = any ? 1.0f / l : 0.0f;")
     products.finish("o", "inverse")
     with text.block("if (inside && fragment_column == 0)"):
-        text("lse[row] = empty ? -INFINITY : (m + log2(l)) * M_LN2_F;")
+        text("const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;")
+        text("lse[row] = any ? sum : -INFINITY;")
     title = "Attention, forward: o = softmax(scale q k^T) v and lse = log rowsum exp(scale q k^T)."
     return frame.written(spec, title, ALGORITHM, text)
 

@@ -23,8 +23,8 @@ FACTOR = "const float factor = scale * M_LOG2E_F;"
 
 
 def begin(text: Text) -> None:
-    """The running maximum and this lane's part of the sum."""
-    text(FACTOR, f"float m = {LOWEST};", "float l = 0.0f;")
+    """The running maximum, this lane's part of the sum, and whether it saw any pair."""
+    text(FACTOR, f"float m = {LOWEST};", "float l = 0.0f;", "ushort any = 0;")
 
 
 def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
@@ -35,9 +35,11 @@ def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
     text.note("m' = max(m, rowmax s)")
     text("float m_new = m;")
     columns(text, spec, "s", ["x = x * factor;"])
-    with text.block("if (edge)"):
+    with text.either("edge") as otherwise:
         lines = [f"const int key = {COLUMN};", f"const bool seen = {seen(spec, row, 'key')};"]
-        columns(text, spec, "s", [*lines, f"x = seen ? x : {MASKED};"])
+        columns(text, spec, "s", [*lines, "any |= seen;", f"x = seen ? x : {MASKED};"])
+        otherwise()
+        text("any = 1;")
     columns(text, spec, "s", ["m_new = max(m_new, x);"])
     over_row(text, "m_new", "max({x}, {y})")
     text.note("p = exp2(s - m'), l = l correction + rowsum p")
@@ -50,8 +52,12 @@ def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
 
 
 def end(text: Text) -> None:
-    """The whole sum of the row; rows without a visible key have l = 0."""
+    """The whole sum of the row; a row without a visible key is empty.
+
+    A row of scores of -inf alone is none: its o and lse are NaN, as 0 / 0 is.
+    """
     over_row(text, "l", "{x} + {y}")
+    over_row(text, "any", "{x} | {y}")
 
 
 def weights(text: Text, spec: MetalSpec, parallel: str, statistic: str) -> None:
