@@ -36,10 +36,11 @@ backends.metal.source
 backends.metal.emulator backends.metal.emulator.fault backends.metal.emulator.signature
 backends.metal.emulator.toolchain backends.metal.emulator.arguments
 backends.metal.emulator.launch backends.metal.emulate
-engine
+backends.metal.dispatch backends.metal.calls backends.metal.runtime backends.metal.commands
+engine compiling
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy
-api
+api metal
 arrays workload peers agreement bench tuning minilm
 commands commands.terminal commands.specification commands.text
 commands.run commands.bench commands.tune commands.inspect commands.mask commands.doctor

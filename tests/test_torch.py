@@ -360,7 +360,8 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another device": (
         lambda: frontend._check(q=Q, k=OnGpu()),  # type: ignore[arg-type]  # no GPU here
         NotImplementedError,
-        "k is on cuda:0, and only the CPU is implemented so far; pass k.cpu()",
+        "k is on cuda:0, and only the CPU and Apple GPUs (mps) are implemented so far; pass"
+        " k.cpu()",
     ),
     "rank": (
         lambda: attention(Q[0], Q, Q),

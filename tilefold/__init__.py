@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilefold.api import attention, attention_backward, merge
     from tilefold.backends.cpu.threads import get_num_threads, set_num_threads
+    from tilefold.compiling import compile_async
     from tilefold.mask import (
         Rule,
         causal,
@@ -28,6 +29,7 @@ __all__ = [
     "attention_backward",
     "causal",
     "chunked",
+    "compile_async",
     "dense",
     "documents",
     "full",
@@ -45,6 +47,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.mask") | {
     "attention_backward": "tilefold.api",
     "merge": "tilefold.api",
     "Problem": "tilefold.problem",
+    "compile_async": "tilefold.compiling",
     "get_num_threads": "tilefold.backends.cpu.threads",
     "set_num_threads": "tilefold.backends.cpu.threads",
 }
@@ -52,6 +55,8 @@ _HOMES = dict.fromkeys(__all__, "tilefold.mask") | {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `import tilefold` alone loads not even NumPy."""
+    if name == "metal":
+        return import_module("tilefold.metal")  # which the import makes an attribute of the package
     if name not in _HOMES:
         raise AttributeError(f"module 'tilefold' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -60,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "metal"})

@@ -1,22 +1,28 @@
 """`tilefold inspect`: what a specification becomes, without any data.
 
 The plan, the tiles that it visits, the lower bounds on this machine, and one kernel as LLVM text or
-as assembly.
+as assembly. With `--backend metal` it prints the text of one Metal kernel alone, on any machine,
+so that an app can take it: `tilefold inspect --shape 1,8,2048,64 --backend metal > forward.metal`.
+Its entry is called tilefold_ and the name of the kernel, such as tilefold_forward; its first lines
+say how to launch it.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import textwrap
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from tilefold import choice, parse, plan, roofline, settings, winners
+from tilefold import choice, metal, parse, plan, roofline, settings, winners
 from tilefold.backends.cpu import kernel, peak, runtime, threads
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.plan import Launch, Plan
+from tilefold.problem import Problem
 from tilefold.spec import DECODE, PARALLEL
 from tilefold.winners import Winner
 
@@ -39,6 +45,14 @@ def register(commands: Any) -> None:
     parser.add_argument("--form", choices=plan.FORMS, default="auto")
     parser.add_argument("--isa", help="a narrower instruction set of this machine, such as avx2")
     parser.add_argument("--kernel", help="which kernel of the plan --text and --asm show")
+    parser.add_argument("--backend", choices=("cpu", "metal"), default="cpu")
+    parser.add_argument(
+        "--family",
+        choices=settings.METAL_FAMILIES,
+        default="apple9",
+        help="the Apple GPUs that a Metal kernel is written for: apple7 are A14 and M1, apple8 A15"
+        " and M2, apple9 A17, M3 and M4, apple10 A19 and M5",
+    )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--text", action="store_true", help="print the kernel's LLVM text")
     shown.add_argument("--asm", action="store_true", help="print the kernel's assembly")
@@ -47,9 +61,12 @@ def register(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Show what the options ask for."""
-    device = host().lowered(options.isa) if options.isa else host()
     mask = parse.parse(options.mask)
     problem = specification.problem(options, options.shape, mask, options.dtype)
+    if options.backend == "metal":
+        print(_metal(options, problem), end="")
+        return 0
+    device = host().lowered(options.isa) if options.isa else host()
     start = time.perf_counter()
     made = plan.plan(problem, device, options.operation, options.form)
     planned = time.perf_counter() - start
@@ -77,11 +94,39 @@ def main(options: argparse.Namespace) -> int:
 def _pick(made: Plan, name: str | None) -> Launch:
     """A kernel by name; without one, the one with the most to do."""
     launches = {launch.spec.operation: launch for launch in made.launches}
+    return launches[_named(launches, name)]
+
+
+def _named(kernels: Iterable[str], name: str | None) -> str:
+    """A name of a plan's kernels. Raises ValueError."""
+    known = [*kernels]
     if name is None:
-        return launches[next(n for n in launches if n in roofline.PASSES)]
-    if name not in launches:
-        raise ValueError(f"--kernel must be one of {', '.join(launches)}, not {name!r}")
-    return launches[name]
+        return next(kernel for kernel in known if kernel in roofline.PASSES)
+    if name not in known:
+        raise ValueError(f"--kernel must be one of {', '.join(known)}, not {name!r}")
+    return name
+
+
+def _metal(options: argparse.Namespace, problem: Problem) -> str:
+    """The text of a Metal kernel for contiguous arrays."""
+    for option in ("isa", "asm", "json"):
+        if getattr(options, option):
+            raise ValueError(f"--{option} goes with --backend cpu: a Metal kernel is text alone")
+    made = metal.plan(problem, options.family, options.operation)
+    launches = {launch.spec.operation: launch for launch in made.launches}
+    launch = launches[_named(launches, options.kernel)]
+    spec, (x, y, z) = launch.spec, launch.grid
+    family = metal.FAMILIES[options.family]
+    kind = f"{spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, innermost strides 1"
+    facts = [
+        f"{spec.entry}: {kind}, for GPUs of {options.family} ({family.chips}).",
+        f"Threadgroups have {spec.threads} threads; for this shape there are {x} x {y} x {z}.",
+        f"The buffer `sizes` holds, as 64-bit integers: {', '.join(metal.sizes(spec))}.",
+        "Strides count elements. order, run_rows and runs say which tiles the mask leaves, as in"
+        " tilefold/blocks.py.",
+    ]
+    lines = [line for fact in facts for line in textwrap.wrap(fact, 97)]
+    return "".join(f"// {line}".rstrip() + "\n" for line in [*lines, ""]) + metal.emit(spec)
 
 
 def _problem(made: Plan) -> dict[str, Any]:

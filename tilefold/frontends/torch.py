@@ -1,4 +1,4 @@
-"""PyTorch CPU tensors: two operators that autograd, `torch.compile` and `opcheck` understand.
+"""PyTorch tensors: two operators that autograd, `torch.compile` and `opcheck` understand.
 
 `tilefold::attention` has a derivative, `tilefold::attention_backward` has none (so second
 derivatives raise). Both take the mask as a `Rule`: it is registered as an opaque value, a constant
@@ -11,7 +11,8 @@ that nobody but autograd could observe runs at once, with a `torch.autograd.Func
 gradients are wanted; compilers, tracers, modes, transforms, profilers and subclasses meet the
 operators.
 
-Tensors are read where they lie, whatever their strides. lse carries no gradient.
+Tensors are read where they lie, whatever their strides. lse carries no gradient. Those on an Apple
+GPU ("mps") meet the same operators, and Metal kernels inside them.
 """
 
 from __future__ import annotations
@@ -127,10 +128,11 @@ def _unobserved(*tensors: Tensor) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
+    here = tensors[0].is_cpu
     for tensor in tensors:
         if not (
             type(tensor) in PLAIN
-            and tensor.is_cpu
+            and (tensor.is_cpu if here else tensor.is_mps)
             and tensor.layout is torch.strided
             and not tensor.is_neg()
         ):
@@ -147,6 +149,13 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     """o and lse, below autograd."""
+    machine = _machine(q)
+    if machine is not None:
+        from tilefold.backends.metal import calls
+
+        _check(q=q, k=k, v=v)
+        o, lse = calls.forward(machine, q, k, v, mask, scale, layout).run()
+        return o, lse
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     key = ("torch forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
     call = engine.recent(key)
@@ -177,6 +186,13 @@ def _slopes(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, below autograd."""
+    machine = _machine(q)
+    if machine is not None:
+        from tilefold.backends.metal import calls
+
+        _check_all(do, q, k, v, o, lse)
+        dq, dk, dv = calls.backward(machine, do, q, k, v, o, lse, mask, scale, layout).run()
+        return dq, dk, dv
     do, q, k, v, o, lse = given = [_aligned(tensor) for tensor in (do, q, k, v, o, lse)]
     key = ("torch backward", mask, scale, layout, precision, *[_form(tensor) for tensor in given])
     call = engine.recent(key)
@@ -193,6 +209,15 @@ def _slopes(
     dq, dk, dv = (q.new_empty(*shape) for shape in call.results)
     call.run(*[tensor.data_ptr() for tensor in (*given, dq, dk, dv)])
     return dq, dk, dv
+
+
+def _machine(tensor: Tensor) -> Any:
+    """What runs the Metal kernels for a tensor on an Apple GPU; None on the CPU."""
+    if tensor.is_cpu:
+        return None
+    from tilefold.backends.metal import runtime
+
+    return runtime.gpu()
 
 
 def _refuse_tangents(*tensors: Tensor) -> None:
@@ -245,7 +270,7 @@ _register(Coordinates)
 _register(Rule)
 
 
-@torch.library.custom_op("tilefold::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("tilefold::attention", mutates_args=(), device_types=("cpu", "mps"))
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -262,7 +287,9 @@ def _(
     return q.new_empty([sizes[axis] for axis in axes]), lse
 
 
-@torch.library.custom_op("tilefold::attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "tilefold::attention_backward", mutates_args=(), device_types=("cpu", "mps")
+)
 def _backward(
     do: Tensor,
     q: Tensor,
@@ -331,22 +358,28 @@ class _Attention(torch.autograd.Function):
 def _check_all(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
     """Raises for tensors that a backward pass cannot read."""
     dtype = _check(q=q, k=k, v=v, do=do, o=o)
-    _check_place("lse", lse)
+    _check_place("lse", lse, do.device)
     check_lse(_name(lse), dtype)
 
 
 def _check(**tensors: Tensor) -> str:
-    """The one type of dense CPU tensors. Raises for others; a compiler's stand-ins pass too."""
+    """The one type of dense tensors on one device. A compiler's stand-ins pass too; raises."""
+    device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
-        _check_place(name, tensor)
+        _check_place(name, tensor, device)
     return common_dtype({name: _name(tensor) for name, tensor in tensors.items()})
 
 
-def _check_place(name: str, tensor: Tensor) -> None:
-    if tensor.device.type not in ("cpu", "meta"):
+def _check_place(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device.type not in ("cpu", "mps", "meta"):
         raise NotImplementedError(
-            f"{name} is on {tensor.device}, and only the CPU is implemented so far; pass"
-            f" {name}.cpu()"
+            f"{name} is on {tensor.device}, and only the CPU and Apple GPUs (mps) are implemented"
+            f" so far; pass {name}.cpu()"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and others are on {device}: pass"
+            f" {name}.to({str(device)!r}), or the others on {tensor.device}"
         )
     if tensor.layout is not torch.strided:
         raise TypeError(

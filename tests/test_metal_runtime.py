@@ -1,0 +1,457 @@
+"""How Metal kernels are compiled, bound and launched, and what is said where there is no Metal."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import tilefold
+from tilefold import Problem, cli, metal, reference, settings
+from tilefold.backends.cpu import runtime as llvm
+from tilefold.backends.metal import calls, dispatch, emulate, frame, runtime
+from tilefold.backends.metal.arguments import arrays, sizes
+from tilefold.backends.metal.dispatch import CompileError, Emulated, Kept
+
+MASK = tilefold.causal()
+Array = NDArray[Any]
+
+
+@dataclass(eq=False)
+class Recorder:
+    """A machine that notes what is asked of it and computes nothing."""
+
+    family: str = "apple9"
+    kept: Kept = field(default_factory=Kept)
+    texts: list[str] = field(default_factory=list)
+    copied: list[Array] = field(default_factory=list)
+    launched: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    gate: threading.Event | None = None
+    begun: threading.Event = field(default_factory=threading.Event)
+    error: str = ""
+
+    def compile(self, text: str) -> Any:
+        self.texts.append(text)
+        self.begun.set()
+        assert self.gate is None or self.gate.wait(30)
+        if self.error:
+            raise SyntaxError(self.error)
+        return _Library(self)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return np.empty(shape, dtype)
+
+    def upload(self, array: Array) -> Array:
+        self.copied.append(array)
+        return array
+
+    check = Emulated.check
+
+
+@dataclass
+class _Library:
+    machine: Recorder
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **grid: self.machine.launched.append((name, args, grid))
+
+
+def operands(len_q: int = 21, len_k: int = 35, dtype: str = "float32") -> list[Array]:
+    drawn = np.random.default_rng(0)
+    shapes = (1, 4, len_q, 12), (1, 2, len_k, 12), (1, 2, len_k, 9)
+    return [drawn.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def forward(machine: Any, *given: Array, **options: Any) -> tuple[Array, Array]:
+    """o and lse at once: a list of one command."""
+    with metal.queue(machine) as commands:
+        return commands.attention(*given, **options)
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Emulated:
+    """The executor; one for all tests, so that each kernel is compiled once."""
+    if reason := emulate.available():
+        pytest.skip(reason)
+    return Emulated()
+
+
+@pytest.mark.feature("M03")
+def test_a_launch_binds_what_the_text_declares() -> None:
+    machine = Recorder()
+    q, k, v = operands()
+    o, lse = forward(machine, q, k, v, mask=MASK, scale=0.5)
+    ((name, given, grid),) = machine.launched
+    call = machine.kept.calls.get(next(iter(machine.kept.calls._held)))
+    assert call is not None
+    (launch,) = call.plan.launches
+    names = [argument.name for argument in arrays(launch.spec)]
+    bound = dict(zip(names, given, strict=False))
+    assert name == "tilefold_forward"
+    assert bound["q"] is q and bound["v"] is v and bound["o"] is o and bound["lse"] is lse
+    *_, numbers, scale = given
+    assert scale == 0.5 and len(given) == len(names) + 2
+    assert all(type(number) is int for number in numbers), "torch takes Python's own numbers alone"
+    known = dict(zip(sizes(launch.spec), numbers, strict=True))
+    assert (known["len_q"], known["len_k"], known["heads_q"], known["group"]) == (21, 35, 4, 2)
+    assert [known[f"v_{axis}"] for axis in "bhnd"] == [2 * 35 * 9, 35 * 9, 9, 1]
+    threads = launch.spec.threads
+    assert grid == {
+        "threads": (-(-21 // launch.spec.blocks.parallel) * threads, 4, 1),
+        "group_size": (threads, 1, 1),
+    }
+
+
+@pytest.mark.feature("A05")
+def test_one_text_serves_all_lengths_and_data_are_copied_once() -> None:
+    machine = Recorder()
+    for length in (21, 33, 21):
+        forward(
+            machine,
+            *operands(len_q=length),
+            mask=tilefold.documents(np.arange(length) // 7, np.arange(35) // 7),
+        )
+    assert len(machine.texts) == 1 and len(machine.launched) == 3
+    copied = len(machine.copied)
+    forward(machine, *operands(), mask=tilefold.documents(np.arange(21) // 7, np.arange(35) // 7))
+    assert len(machine.copied) == copied
+    forward(machine, *operands(dtype="float16"))
+    assert len(machine.texts) == 2, "another type is another text"
+    fortran = [np.asfortranarray(array) for array in operands(dtype="float16")]
+    forward(machine, *fortran)
+    assert len(machine.texts) == 3, "and so are rows whose numbers lie apart"
+
+
+def test_arrays_without_numbers_are_bound_to_something() -> None:
+    machine = Recorder()
+    hides_all = tilefold.rule(lambda q, k: q + 100 < k)
+    forward(machine, *operands(), mask=hides_all)
+    assert all(array.size for array in machine.copied)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_kernels_of_a_call_are_launched_in_order(backward: bool) -> None:
+    machine = Recorder()
+    q, k, v = operands()
+    with metal.queue(machine) as commands:
+        o, lse = commands.attention(q, k, v)
+        if backward:
+            dq, dk, dv = commands.attention_backward(o, q, k, v, o, lse)
+            assert [x.shape for x in (dq, dk, dv)] == [q.shape, k.shape, v.shape]
+        assert not machine.launched, "nothing runs before the end of the block"
+    names = [name.removeprefix("tilefold_") for name, _, _ in machine.launched]
+    assert names == ["forward", *(["backward_dq", "backward_dkv"] if backward else [])]
+
+
+@pytest.mark.feature("M14")
+def test_a_text_that_metal_rejects_is_one_clear_error() -> None:
+    log = "program_source:7:5: error: unknown type name 'flaot'\n    flaot x;\n    ^"
+    machine = Recorder(error=log)
+    with pytest.raises(CompileError) as raised:
+        forward(machine, *operands())
+    message = str(raised.value)
+    assert "\n" not in message
+    found = re.fullmatch(
+        r"Metal rejected an emitted kernel: program_source:7:5: error: unknown type name 'flaot';"
+        r" the text is (\S+), the log beside it",
+        message,
+    )
+    assert found, message
+    text = Path(found[1])
+    assert "kernel" in text.read_text() and (text.parent / "kernel.log").read_text() == log
+    machine.error = ""
+    forward(machine, *operands())
+    assert len(machine.launched) == 1, "an error is not kept"
+
+
+@pytest.mark.slow
+@pytest.mark.feature("M14", "M03")
+def test_a_bad_word_in_a_generator_is_found_and_its_repair_too(
+    emulated: Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = operands()
+    want, _ = forward(emulated, *given)
+    written = frame.written
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            frame, "written", lambda *parts: written(*parts).replace("fast::exp2(", "fast::expp2(")
+        )
+        with pytest.raises(CompileError, match="expp2"):
+            forward(Emulated(), *given)
+    assert np.array_equal(forward(Emulated(), *given)[0], want)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("A07")
+def test_a_list_of_commands_gives_what_the_calls_give(emulated: Emulated) -> None:
+    q, k, v = operands()
+    do = np.random.default_rng(1).standard_normal((1, 4, 21, 9)).astype(np.float32)
+    commands = metal.queue(emulated)
+    first = commands.attention(q, k, v, mask=MASK)
+    slopes = commands.attention_backward(do, q, k, v, *first, mask=MASK)
+    out = np.empty_like(first[0])
+    second = commands.attention(q, k, v, scale=0.1, out=out)
+    assert len(commands) == 3 and second[0] is out
+    commands.launch()
+    assert len(commands) == 0
+    eager = forward(emulated, q, k, v, mask=MASK)
+    assert all(np.array_equal(a, b) for a, b in zip(first, eager, strict=True))
+    assert np.array_equal(out, forward(emulated, q, k, v, scale=0.1)[0])
+    want = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), mask=MASK)
+    np.testing.assert_allclose(first[0], want[0], rtol=2e-5, atol=2e-5)
+    exact = reference.attention_backward(
+        *(x.astype(np.float64) for x in (do, q, k, v)), *want, mask=MASK
+    )
+    for got, array in zip(slopes, exact, strict=True):
+        np.testing.assert_allclose(got, array, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.feature("A06")
+def test_what_is_not_supported_raises_or_leaves_the_output_alone() -> None:
+    machine = Recorder()
+    q, k, v = operands(dtype="float64")
+    out, lse = np.full((1, 4, 21, 9), 7.0), np.full((1, 4, 21), 7.0, np.float32)
+    with pytest.raises(NotImplementedError, match="float64"), metal.queue(machine) as commands:
+        commands.attention(q, k, v, out=out, lse=lse)
+    with metal.queue(machine, strict=False) as commands:
+        got = commands.attention(q, k, v, out=out, lse=lse)
+        commands.attention(*operands())
+    assert got == (out, lse) or (got[0] is out and got[1] is lse)
+    assert (out == 7).all() and (lse == 7).all()
+    assert len(machine.launched) == 1, "the other command of the list runs"
+    (reason,) = commands.refused
+    assert reason.startswith("q is of float64, which Apple GPUs do not have: ")
+    with pytest.raises(TypeError), metal.queue(machine, strict=False) as commands:
+        commands.attention("q", k, v)  # a mistake is no unsupported variant
+
+
+def test_results_that_are_given_must_fit() -> None:
+    commands = metal.queue(Recorder())
+    q, k, v = operands()
+    with pytest.raises(ValueError, match=r"^out must have shape \(1, 4, 21, 9\)"):
+        commands.attention(q, k, v, out=q)
+    with pytest.raises(TypeError, match=r"^lse must be of float32, got float64$"):
+        commands.attention(q, k, v, lse=np.empty((1, 4, 21)))
+    with pytest.raises(ValueError, match=r"^lse must be contiguous"):
+        commands.attention(q, k, v, lse=np.empty((1, 4, 42), np.float32)[..., ::2])
+    assert not len(commands)
+
+
+def test_a_block_that_raises_launches_nothing() -> None:
+    machine = Recorder()
+    with pytest.raises(ZeroDivisionError), metal.queue(machine) as commands:
+        commands.attention(*operands())
+        _ = 1 // 0
+    assert not machine.launched
+
+
+@pytest.mark.feature("J13")
+@pytest.mark.parametrize(
+    "entry",
+    [
+        metal.gpu,
+        metal.queue,
+        lambda: tilefold.compile_async([Problem.of((1, 1, 4, 8))], device="mps"),
+    ],
+    ids=["gpu", "queue", "compile_async"],
+)
+def test_without_metal_every_entry_says_why(
+    entry: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.gpu.cache_clear()
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(NotImplementedError) as raised:
+        entry()
+    assert str(raised.value) == (
+        "Metal is there on macOS alone, and this is linux; tilefold.metal.emulated() runs the same"
+        " kernels on the CPU"
+    )
+
+
+@pytest.mark.feature("J13", "A06")
+def test_without_metal_a_list_that_is_not_strict_does_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime.gpu.cache_clear()
+    monkeypatch.setattr(sys, "platform", "linux")
+    q, k, v = operands()
+    out = np.full((1, 4, 21, 9), 7, np.float32)
+    with metal.queue(strict=False) as commands:
+        assert commands.attention(q, k, v, out=out)[0] is out
+    assert (out == 7).all() and commands.refused == [runtime.missing()]
+
+
+@pytest.mark.feature("J13")
+def test_a_mac_whose_torch_has_no_mps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="there is no torch to ask")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+    assert "was built without MPS" in str(runtime.missing())
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert "finds no Apple GPU" in str(runtime.missing())
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "not installed" in str(runtime.missing())
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("Apple M1", "apple7"),
+        ("Apple M1 Ultra", "apple7"),
+        ("Apple A14", "apple7"),
+        ("Apple M2 Pro", "apple8"),
+        ("Apple M3 Max", "apple9"),
+        ("Apple M4", "apple9"),
+        ("Apple A18 Pro GPU", "apple9"),
+        ("Apple M5", "apple10"),
+        ("Apple M12 Ultra", "apple10"),
+    ],
+)
+def test_family_by_name(name: str, family: str) -> None:
+    assert runtime.family_of(name) == family
+
+
+@pytest.mark.parametrize(
+    "name", ["AMD Radeon Pro 555", "Apple Paravirtual device", "Apple A13 GPU"]
+)
+def test_a_gpu_of_no_known_family_is_named(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"^the GPU is called '{name}', .*FAMILY to one"):
+        runtime.family_of(name)
+
+
+def test_the_family_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="the name of the GPU comes from torch")
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M1 Max")
+    assert runtime.family() == "apple7"
+    monkeypatch.setenv("TILEFOLD_METAL_FAMILY", "apple10")
+    assert runtime.family() == "apple10"
+    assert tuple(metal.FAMILIES) == settings.METAL_FAMILIES
+
+
+@pytest.mark.feature("A10")
+def test_a_call_waits_for_the_kernel_that_is_being_compiled() -> None:
+    machine = Recorder(gate=threading.Event())
+    known = Problem.of((1, 4, 21, 12), (1, 2, 35, 12), (1, 2, 35, 9), mask=MASK)
+    (future,) = tilefold.compile_async([known], operations=["forward"], device=machine)
+    assert machine.begun.wait(30) and not future.done()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(forward, machine, *operands(), mask=MASK)
+        other = Recorder()
+        forward(other, *operands(), mask=MASK)
+        assert other.launched, "what needs no unfinished kernel does not wait"
+        assert not call.done() and not machine.launched
+        assert machine.gate is not None
+        machine.gate.set()
+        call.result(30)
+    assert future.result(30) is None
+    assert len(machine.texts) == 1 and len(machine.launched) == 1
+
+
+@pytest.mark.feature("A10")
+def test_cpu_kernels_compile_ahead_too(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, gate, texts = threading.Event(), threading.Event(), []
+    compile_ = llvm.compile
+
+    def slow(text: str, device: Any) -> bytes:
+        texts.append(text)
+        begun.set()
+        assert gate.wait(30)
+        return compile_(text, device)
+
+    monkeypatch.setattr(llvm, "compile", slow)
+    shape = (1, 2, 40, 23)
+    futures = tilefold.compile_async([Problem.of(shape, dtype="float64")], operations=["forward"])
+    assert begun.wait(30) and not futures[0].done()
+    q = np.random.default_rng(0).standard_normal(shape)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(tilefold.attention, q, q, q)
+        gate.set()
+        o = call.result(60)
+    assert futures[0].result(60) is None
+    assert len(texts) == len(set(texts)) == 1
+    np.testing.assert_allclose(o, reference.attention(q, q, q)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.feature("A10")
+def test_many_problems_are_compiled_once_each_and_errors_stay_in_their_futures() -> None:
+    machine = Recorder()
+    known = [Problem.of((1, 2, length, dim)) for length in (64, 128, 256) for dim in (8, 16)]
+    for future in tilefold.compile_async(known, device=machine):
+        assert future.result(60) is None
+    assert len(machine.texts) == len({*machine.texts}) == 2 * 3, "lengths share kernels"
+    before = len(machine.texts)
+    forward(machine, *[np.zeros((3, 2, 100, 8), np.float32)] * 3)
+    assert len(machine.texts) == before
+    failing = Recorder(error="error: no")
+    (future,) = tilefold.compile_async(known[:1], device=failing)
+    with pytest.raises(CompileError, match="error: no"):
+        future.result(60)
+
+
+def test_compile_async_names_what_is_wrong() -> None:
+    known = [Problem.of((1, 2, 8, 8))]
+    with pytest.raises(TypeError, match=r"^problems must be tilefold\.Problem objects"):
+        tilefold.compile_async([(1, 2, 8, 8)])  # type: ignore[list-item]  # the point
+    with pytest.raises(
+        ValueError, match=r"^operations must be 'forward' or 'backward', got 'both'"
+    ):
+        tilefold.compile_async(known, operations=["both"])
+    with pytest.raises(ValueError, match=r"^device must be 'cpu' or 'mps', got 'cuda'"):
+        tilefold.compile_async(known, device="cuda")
+    with pytest.raises(ValueError, match=r"^layout must be"):
+        tilefold.compile_async(known, layout="nbhd")
+
+
+def test_public_names_are_there() -> None:
+    assert {*metal.__all__} <= {*dir(metal)}
+    for name in metal.__all__:
+        assert getattr(metal, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'gpus'"):
+        metal.gpus  # noqa: B018  # the point
+    assert calls.LSE == "float32" and dispatch.MOST_BUFFERS == 31
+
+
+@pytest.mark.feature("M03")
+@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkv"])
+def test_inspect_prints_a_file_that_an_app_can_take(kernel: str, capsys: Any) -> None:
+    operation = kernel.partition("_")[0]
+    arguments = ["inspect", "--backend", "metal", "--family", "apple7", "--shape", "2,4,100,24"]
+    code = cli.main([*arguments, "--operation", operation, "--kernel", kernel])
+    said = capsys.readouterr().out
+    assert code == 0 and said.isascii()
+    problem = Problem.of((2, 4, 100, 24))
+    made = metal.plan(problem, "apple7", operation)
+    spec = next(launch.spec for launch in made.launches if launch.spec.operation == kernel)
+    comment, _, text = said.partition("//\n")
+    assert text == metal.emit(spec)
+    assert comment.startswith(f"// tilefold_{kernel}: float32, dim 24, dim_v 24")
+    assert all(line.startswith("// ") for line in comment.splitlines())
+    assert f"have {spec.threads} threads; for this shape there are 4 x 4 x 2." in comment
+    assert "len_q, len_k, heads_q, group" in " ".join(comment.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json"], "--json goes with --backend cpu"),
+        (["--asm"], "--asm goes with --backend cpu"),
+        (["--isa", "avx2"], "--isa goes with --backend cpu"),
+        (["--kernel", "decode"], "--kernel must be one of forward, not 'decode'"),
+        (["--dtype", "float64"], "float64 is not a type of Apple's GPUs"),
+    ],
+)
+def test_inspect_says_what_a_metal_kernel_has_not(
+    options: list[str], message: str, capsys: Any
+) -> None:
+    assert cli.main(["inspect", "--backend", "metal", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""The GPU of this Mac, through PyTorch: texts are compiled by `torch.mps.compile_shader`.
+
+PyTorch's own stream takes the launches, so they run in order with all that torch does on the GPU,
+and nothing waits for them before somebody reads a result. Elsewhere than on a Mac `gpu` raises
+NotImplementedError with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import settings
+from tilefold.backends.metal.dispatch import Array, Kept
+from tilefold.backends.metal.families import FAMILIES
+
+
+@dataclass(frozen=True, eq=False)
+class Mps:
+    """A torch device as a machine; `compiler` is called as `torch.mps.compile_shader` is."""
+
+    device: Any
+    compiler: Callable[[str], Any]
+    family: str
+    kept: Kept = field(default_factory=Kept)
+
+    def compile(self, text: str) -> Any:
+        """The kernels of a text. Raises SyntaxError with Metal's log."""
+        assert text.isascii(), "torch hands texts to Metal as ASCII"
+        return self.compiler(text)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """A tensor whose numbers are not set."""
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+
+    def upload(self, array: NDArray[Any]) -> Array:
+        """A tensor with the numbers of an array."""
+        import torch
+
+        return torch.tensor(np.ascontiguousarray(array), device=self.device)
+
+    def check(self, **arrays: Array) -> None:
+        """Raises for what is not a tensor on the device."""
+        for name, array in arrays.items():
+            place = getattr(array, "device", None)
+            if getattr(place, "type", None) != self.device.type:
+                where = place or f"a {type(array).__name__}"
+                raise TypeError(f"{name} must be a tensor on {self.device}, got {where}")
+
+
+@functools.lru_cache(maxsize=1)
+def gpu() -> Mps:
+    """The GPU that torch's device "mps" is. Raises NotImplementedError where there is none."""
+    if reason := missing():
+        raise NotImplementedError(reason)
+    import torch
+
+    return Mps(torch.device("mps"), torch.mps.compile_shader, family())
+
+
+def missing() -> str | None:
+    """Why Metal kernels cannot run on this machine; None where they can."""
+    advice = "tilefold.metal.emulated() runs the same kernels on the CPU"
+    if sys.platform != "darwin":
+        return f"Metal is there on macOS alone, and this is {sys.platform}; {advice}"
+    try:
+        import torch
+    except ImportError:
+        return f"Metal kernels are compiled through PyTorch, which is not installed; {advice}"
+    if not torch.backends.mps.is_built():
+        return f"this PyTorch ({torch.__version__}) was built without MPS; {advice}"
+    if not torch.backends.mps.is_available():
+        return f"PyTorch finds no Apple GPU, or macOS is too old for it; {advice}"
+    return None
+
+
+def family() -> str:
+    """The family of this Mac's GPU: TILEFOLD_METAL_FAMILY, or by the name that Metal gives it."""
+    import torch
+
+    chosen = settings.METAL_FAMILY.get()
+    return family_of(torch.backends.mps.get_name()) if chosen is None else chosen
+
+
+def family_of(name: str) -> str:
+    """The family of a GPU by its name; a chip newer than all known ones counts as the newest.
+
+    >>> family_of("Apple M1 Max"), family_of("Apple A17 Pro"), family_of("Apple M7")
+    ('apple7', 'apple9', 'apple10')
+    """
+    found = re.fullmatch(r"Apple ([AM])(\d+)\b.*", name)
+    newest = {"A": 0, "M": 0}
+    for known, family in FAMILIES.items():
+        for chip in family.chips.split(", "):
+            if found and chip == found[1] + found[2]:
+                return known
+            newest[chip[0]] = max(newest[chip[0]], int(chip[1:]))
+    if found and int(found[2]) > newest[found[1]]:
+        return [*FAMILIES][-1]
+    raise NotImplementedError(
+        f"the GPU is called {name!r}, which names no chip of a known family: Metal kernels need"
+        f" A14, M1 or newer; if it is one, set {settings.METAL_FAMILY.name} to one of"
+        f" {', '.join(FAMILIES)}"
+    )

@@ -1,0 +1,82 @@
+"""Metal kernels by themselves: what they are made of, their texts, and ways to run them.
+
+`tilefold.attention` needs nothing of this: tensors on an Apple GPU are served by it as they are.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> machine = tilefold.metal.emulated()  # on a Mac: tilefold.metal.gpu(), with tensors on "mps"
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 5, 8), np.float32)
+    >>> with tilefold.metal.queue(machine) as commands:
+    ...     o, lse = commands.attention(q, k, v, mask=tilefold.causal())
+    >>> bool(np.allclose(o[:, :, 0], v[:, :, 0]))  # the first query sees the first key alone
+    True
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tilefold.backends.metal import emulate
+    from tilefold.backends.metal.arguments import sizes
+    from tilefold.backends.metal.commands import Commands as queue
+    from tilefold.backends.metal.dispatch import CompileError
+    from tilefold.backends.metal.dispatch import Emulated as emulated
+    from tilefold.backends.metal.families import FAMILIES
+    from tilefold.backends.metal.fragment import Fragment
+    from tilefold.backends.metal.plan import plan
+    from tilefold.backends.metal.runtime import gpu, missing
+    from tilefold.backends.metal.source import emit
+    from tilefold.backends.metal.spec import Blocks, MetalSpec
+    from tilefold.compiling import compile_async
+
+_BACKEND = "tilefold.backends.metal"
+_HOMES = {
+    "Blocks": (f"{_BACKEND}.spec", "Blocks"),
+    "CompileError": (f"{_BACKEND}.dispatch", "CompileError"),
+    "FAMILIES": (f"{_BACKEND}.families", "FAMILIES"),
+    "Fragment": (f"{_BACKEND}.fragment", "Fragment"),
+    "MetalSpec": (f"{_BACKEND}.spec", "MetalSpec"),
+    "compile_async": ("tilefold.compiling", "compile_async"),
+    "emit": (f"{_BACKEND}.source", "emit"),
+    "emulate": (f"{_BACKEND}.emulate", None),
+    "emulated": (f"{_BACKEND}.dispatch", "Emulated"),
+    "gpu": (f"{_BACKEND}.runtime", "gpu"),
+    "missing": (f"{_BACKEND}.runtime", "missing"),
+    "plan": (f"{_BACKEND}.plan", "plan"),
+    "queue": (f"{_BACKEND}.commands", "Commands"),
+    "sizes": (f"{_BACKEND}.arguments", "sizes"),
+}
+"""Where the public names live: the module, and the name in it (None is the module itself)."""
+
+__all__ = [
+    "FAMILIES",
+    "Blocks",
+    "CompileError",
+    "Fragment",
+    "MetalSpec",
+    "compile_async",
+    "emit",
+    "emulate",
+    "emulated",
+    "gpu",
+    "missing",
+    "plan",
+    "queue",
+    "sizes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tilefold.metal' has no attribute {name!r}")
+    module, inner = _HOMES[name]
+    value: Any = import_module(module)
+    if inner is not None:
+        value = getattr(value, inner)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
