@@ -15,7 +15,7 @@ from tilefold import causal, documents, full, local
 from tilefold.backends.metal import choice, families, tables
 from tilefold.backends.metal.choice import LEAVING, choose
 from tilefold.backends.metal.families import FAMILIES, family
-from tilefold.backends.metal.plan import KEYS_PER_SPLIT, Launch, plan
+from tilefold.backends.metal.plan import FEW_QUERIES, KEYS_PER_SPLIT, MANY_KEYS, Launch, plan
 from tilefold.backends.metal.spec import HELD, PARALLEL, SUMS, Blocks, whole
 from tilefold.problem import Problem
 
@@ -290,3 +290,19 @@ def test_decoding_cuts_keys_into_splits_and_rows_into_fragments(mask: object) ->
     assert made.buffers["part_m"].shape == made.buffers["part_l"].shape == (2, 12, count, 3)
     with pytest.raises(ValueError, match="no query or no key"):
         plan(problem(k=(2, 2, 0, 24), v=(2, 2, 0, 24)), "apple9", "forward", form="decode")
+
+
+@pytest.mark.feature("M07")
+def test_few_queries_of_many_keys_are_decoded_and_no_others() -> None:
+    def kernels(len_q: int, len_k: int, form: str = "auto") -> list[str]:
+        problem = Problem.of((1, 2, len_q, 64), (1, 2, len_k, 64), mask=full())
+        made = plan(problem, "apple9", "forward", form=form)
+        return [launch.spec.operation for launch in made.launches]
+
+    assert kernels(1, MANY_KEYS) == kernels(FEW_QUERIES, 9999) == ["decode", "merge"]
+    assert kernels(1, MANY_KEYS - 1) == kernels(FEW_QUERIES + 1, 9999) == ["forward"]
+    assert kernels(1, 9999, "tiled") == ["forward"]
+    assert kernels(20, 30, "decode") == ["decode", "merge"]
+    window = Problem.of((1, 2, 4, 64), (1, 2, 10**6, 64), mask=causal() & local(1000))
+    part = plan(window, "apple9", "forward").launches[0]
+    assert part.splits == -(-part.runs.met.sum() // KEYS_PER_SPLIT) < 6

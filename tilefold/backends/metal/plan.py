@@ -20,7 +20,7 @@ from tilefold.backends.metal import families
 from tilefold.backends.metal.arguments import pages
 from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
-from tilefold.backends.metal.spec import PARALLEL, Blocks, MetalSpec
+from tilefold.backends.metal.spec import PARALLEL, SIDE, Blocks, MetalSpec
 from tilefold.blocks import Runs, runs
 from tilefold.choice import GRANULE, bound, visited_by
 from tilefold.expression import Table, split
@@ -32,9 +32,16 @@ from tilefold.recent import Recent
 FORMS = ("auto", "tiled", "decode")
 """How a forward pass is done: "decode" splits the keys of few queries."""
 
+FEW_QUERIES = SIDE
+""""auto" decodes so few: the blocks of the tiled kernel, 16 or 32 queries of one head, would be at
+least half empty, where decoding fills fragments with the queries of all heads of a key head."""
+
 KEYS_PER_SPLIT = 256
 """Keys that a threadgroup of the decode kernel visits. Its part, 8 rows of dim_v float32
 numbers, is written and read: a sixteenth of the bytes of float16 keys and values. Not tuned."""
+
+MANY_KEYS = 2 * KEYS_PER_SPLIT
+""""auto" decodes from so many keys, where there is something to split."""
 
 Asked = Blocks | Mapping[str, Blocks] | None
 """Blocks for all kernels of a plan, or by operation."""
@@ -221,7 +228,8 @@ class _Planner:
         problem = self._problem
         if form == "decode" and problem.empty:
             raise ValueError("form 'decode' splits keys, and there is no query or no key")
-        return form == "decode"
+        few = problem.len_q <= FEW_QUERIES and problem.len_k >= MANY_KEYS
+        return form == "decode" or (form == "auto" and few and not problem.empty)
 
     def _decode(self) -> list[Launch]:
         """The kernel that leaves a part for each split, and the one that merges them."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.backends.metal import backward, forward
+from tilefold.backends.metal import backward, decode, forward
 from tilefold.backends.metal.spec import MetalSpec
 
 EMITTERS: dict[str, Callable[[MetalSpec], str]] = {
     "forward": forward.emit,
     "backward_dq": backward.emit_dq,
     "backward_dkv": backward.emit_dkv,
+    "decode": decode.emit,
+    "merge": decode.emit_merge,
 }
 """Who writes a kernel, by its operation."""
 
