@@ -1,0 +1,296 @@
+"""Runs plans of Metal kernels on a machine: binds their arguments and launches them in order.
+
+A machine is whatever compiles a text and calls its kernels the way `torch.mps.compile_shader` does:
+an Apple GPU through PyTorch, or the executor, which runs the same text on the CPU. Launches follow
+each other without a synchronisation between them: both run kernels in the order of the calls.
+
+What a machine compiled stays with it, by the text; so do the runs and tables of a plan, which are
+copied to it once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.metal import emulate, source
+from tilefold.backends.metal.arguments import OPERANDS, RUNS, STRIDED, arrays, sizes
+from tilefold.backends.metal.plan import Launch, MetalPlan
+from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
+from tilefold.check import shown
+from tilefold.once import Once
+from tilefold.recent import Recent
+
+Array = Any
+"""An array of the machine's kind: of NumPy, or a tensor."""
+
+Strides = tuple[int, ...]
+
+MOST_BUFFERS = 31
+"""What Metal binds to one kernel."""
+
+
+class CompileError(RuntimeError):
+    """Metal rejected the text of a kernel; the message says where the text was written."""
+
+
+class Machine(Protocol):
+    """What compiles texts and runs their kernels. `family` is that of the GPU: see `families`."""
+
+    @property
+    def family(self) -> str:
+        """The family of the GPU whose tables and limits plans follow."""
+
+    @property
+    def kept(self) -> Kept:
+        """What was compiled and copied."""
+
+    def compile(self, text: str) -> Any:
+        """An object whose attributes are the kernels of a text. Raises SyntaxError."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """A contiguous array whose numbers are not set."""
+
+    def upload(self, array: NDArray[Any]) -> Array:
+        """A copy of an array where kernels can read it."""
+
+    def check(self, **arrays: Array) -> None:
+        """Raises TypeError, or NotImplementedError, for arrays that kernels cannot read."""
+
+
+class Kept:
+    """What a machine holds for the next call: kernels, and the newest plans' data and calls."""
+
+    def __init__(self) -> None:
+        self.libraries: Once[Any] = Once(most=512)
+        self.kernels: Once[Callable[..., None]] = Once(most=512)
+        self.data: Recent[dict[str, Array]] = Recent(most=128, most_bytes=256 * 2**20)
+        self.calls: Recent[Call] = Recent(most=128, most_bytes=256 * 2**20)
+
+
+@dataclass(frozen=True, eq=False)
+class Emulated:
+    """The executor as a machine: kernels run on the CPU, on NumPy arrays and on CPU tensors.
+
+    `check` is that of `tilefold.metal.emulate.compile_shader`.
+    """
+
+    family: str = "apple9"
+    checks: str = "fast"
+    kept: Kept = field(default_factory=Kept)
+
+    def compile(self, text: str) -> Any:
+        """The kernels of a text, compiled by the system's C++ compiler."""
+        return emulate.compile_shader(text, check=self.checks)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """An array whose numbers are not set."""
+        return np.empty(shape, dtype)
+
+    def upload(self, array: NDArray[Any]) -> Array:
+        """The array itself: there is one memory."""
+        return array
+
+    def check(self, **arrays: Array) -> None:
+        """Raises for what is neither a NumPy array nor a tensor on the CPU."""
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray) and not getattr(array, "is_cpu", False):
+                raise TypeError(
+                    f"{name} must be a NumPy array or a tensor on the CPU, where Metal kernels are"
+                    f" emulated, got {shown(array)}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A plan made ready for operands of certain strides: all but the operands themselves."""
+
+    machine: Machine
+    plan: MetalPlan
+    steps: tuple[_Step, ...]
+
+    def run(self, operands: Mapping[str, Array]) -> None:
+        """Launch the kernels in order on operands by their names; scratch is made here."""
+        made = {
+            name: self.machine.empty(scratch.shape, scratch.dtype)
+            for name, scratch in self.plan.buffers.items()
+        }
+        for step in self.steps:
+            step.launch({**operands, **made})
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One launch: the kernel, the names of its operands, and the arguments that stay the same."""
+
+    kernel: Callable[..., None]
+    operands: tuple[str, ...]
+    constants: tuple[Any, ...]
+    threads: tuple[int, int, int]
+    group_size: tuple[int, int, int]
+
+    def launch(self, operands: Mapping[str, Array]) -> None:
+        given = [operands[name] for name in self.operands]
+        self.kernel(*given, *self.constants, threads=self.threads, group_size=self.group_size)
+
+
+def execute(plan: MetalPlan, machine: Machine, operands: Mapping[str, Array]) -> None:
+    """Run a plan on operands by their names in the kernels, their axes in the canonical order."""
+    strides = {name: strides_of(array) for name, array in operands.items()}
+    prepare(plan, machine, strides).run(operands)
+
+
+def strides_of(array: Array) -> Strides:
+    """The strides of a NumPy array or a tensor, in elements."""
+    if isinstance(array, np.ndarray):
+        return tuple([stride // array.itemsize for stride in array.strides])
+    strides: Strides = array.stride()
+    return strides
+
+
+def prepare(plan: MetalPlan, machine: Machine, strides: Mapping[str, Strides]) -> Call:
+    """A plan's kernels, compiled, and their arguments for operands of these strides.
+
+    Strides count elements, of the canonical axes: batch, heads, sequence, dim.
+    """
+    steps = tuple(_step(plan, launch, machine, strides) for launch in plan.launches)
+    return Call(machine, plan, steps)
+
+
+def kernel(machine: Machine, spec: MetalSpec) -> Callable[..., None]:
+    """The kernel of a spec on a machine, compiled at the first demand. Raises `CompileError`."""
+
+    def make() -> Callable[..., None]:
+        text = source.emit(spec)
+        library = library_of(machine, text)
+        function: Callable[..., None] = getattr(library, spec.entry)
+        return function
+
+    return machine.kept.kernels.get(spec, make)
+
+
+def library_of(machine: Machine, text: str) -> Any:
+    """The kernels of a text on a machine, compiled at the first demand. Raises `CompileError`."""
+
+    def make() -> Any:
+        try:
+            return machine.compile(text)
+        except SyntaxError as error:
+            raise CompileError(_explain(text, str(error))) from error
+
+    return machine.kept.libraries.get(text, make)
+
+
+def _explain(text: str, log: str) -> str:
+    """The compiler's first complaint, and where to look it up."""
+    folder = Path(tempfile.mkdtemp(prefix="tilefold-"))
+    file = folder / "kernel.metal"
+    file.write_text(text, encoding="utf-8")
+    (folder / "kernel.log").write_text(log, encoding="utf-8")
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+    return f"Metal rejected an emitted kernel: {first}; the text is {file}, the log beside it"
+
+
+def _step(
+    plan: MetalPlan, launch: Launch, machine: Machine, strides: Mapping[str, Strides]
+) -> _Step:
+    """A launch with all of its arguments but the operands."""
+    spec = _fitted(launch.spec, strides)
+    names = [argument.name for argument in arrays(spec)]
+    if len(names) + 2 > MOST_BUFFERS:
+        raise NotImplementedError(
+            f"Metal binds {MOST_BUFFERS} buffers to a kernel, and {spec.operation} with this mask"
+            f" takes {len(names) + 2}: join the mask's tables into fewer, or run it on the CPU"
+        )
+    data = _data(machine, plan, launch)
+    given = tuple(name for name in names if name not in data)
+    known = {**_sizes(plan, launch), **_strides(strides)}
+    numbers = [int(known[name]) for name in sizes(spec)]
+    threads = spec.threads
+    groups, heads, batch = launch.grid
+    return _Step(
+        kernel(machine, spec),
+        given,
+        (*[data[name] for name in names if name in data], numbers, float(plan.problem.scale)),
+        (groups * threads, heads, batch),
+        (threads, 1, 1),
+    )
+
+
+def _fitted(spec: MetalSpec, strides: Mapping[str, Strides]) -> MetalSpec:
+    """The spec for operands that lie like this: the plan has forgotten it."""
+    given = {name: strides[name] for name in OPERANDS[spec.operation] if name in STRIDED}
+    rows = max(spec.blocks.parallel, spec.blocks.traverse) + SIDE
+    reach = [
+        rows * abs(along_n) + whole(spec.width(name)) * abs(along_d)
+        for name, (_, _, along_n, along_d) in given.items()
+    ]
+    unit = all(along_d == 1 for _, _, _, along_d in given.values())
+    return replace(spec, unit=unit, wide=max(reach, default=0) >= 2**31)
+
+
+def _sizes(plan: MetalPlan, launch: Launch) -> dict[str, int]:
+    """The whole numbers of a launch that do not depend on where operands lie."""
+    problem, runs = plan.problem, launch.runs
+    rows = runs.block_rows
+    found = {
+        "len_q": problem.len_q,
+        "len_k": problem.len_k,
+        "heads_q": problem.heads_q,
+        "group": problem.heads_q // problem.heads_kv,
+        "row_b": runs.planes_h * rows if runs.planes_b > 1 else 0,
+        "row_h": rows if runs.planes_h > 1 else 0,
+        "splits": launch.splits,
+    }
+    found |= {f"p{number}": value for number, value in enumerate(plan.parameters)}
+    for number, table in enumerate(plan.tables):
+        held = _held(table.array)
+        spans = [stride // held.itemsize for stride in np.ascontiguousarray(held).strides]
+        for axis, (length, span) in enumerate(zip(held.shape, spans, strict=True)):
+            found[f"t{number}_{axis}"] = span if length > 1 else 0
+    return found
+
+
+def _strides(strides: Mapping[str, Strides]) -> dict[str, int]:
+    return {
+        f"{name}_{axis}": stride
+        for name in STRIDED
+        if name in strides
+        for axis, stride in zip("bhnd", strides[name], strict=True)
+    }
+
+
+def _held(table: NDArray[Any]) -> NDArray[Any]:
+    """A table without the copies of a broadcast axis."""
+    cut = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)
+    return table[cut]
+
+
+def _data(machine: Machine, plan: MetalPlan, launch: Launch) -> dict[str, Array]:
+    """The runs of a launch and the tables of the mask on a machine, by their names."""
+    tables = machine.kept.data.get(plan)
+    if tables is None:
+        held = {f"t{number}": _held(table.array) for number, table in enumerate(plan.tables)}
+        tables = {name: _upload(machine, array) for name, array in held.items()}
+        machine.kept.data.put(plan, tables, sum(array.nbytes for array in held.values()))
+    runs = machine.kept.data.get(launch)
+    if runs is None:
+        visited = launch.order, launch.runs.rows, launch.runs.runs
+        runs = {name: _upload(machine, array) for name, array in zip(RUNS, visited, strict=True)}
+        machine.kept.data.put(launch, runs, sum(array.nbytes for array in visited))
+    return runs | tables
+
+
+def _upload(machine: Machine, array: NDArray[Any]) -> Array:
+    """A copy on the machine; of one unused number where there is none, since buffers have bytes."""
+    plain = np.ascontiguousarray(array)
+    if plain.dtype == np.bool_:
+        plain = plain.view(np.uint8)
+    return machine.upload(plain if plain.size else np.zeros(1, plain.dtype))
