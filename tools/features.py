@@ -31,7 +31,7 @@ ROWS = {
     "M14": "An edited generator takes effect at once; a broken one shows the line at fault",
     "M15": "Tiles that a mask hides are not computed, whatever the rule",
     "M16": "Lengths of queries and keys are independent; operands may lie transposed",
-    "A03": "One call for each operation, types as options; unknown types and ways are refused by name",
+    "A03": "One call for each operation, types as options; unknown ones are refused by name",
     "A05": "What stays the same in a kernel is in its text, and another text is another kernel",
     "A06": "What an implementation cannot do raises with the reason; none stands in for another",
     "A07": "A list of calls is prepared first and launched in one go; results are those of each",
