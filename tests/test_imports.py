@@ -29,7 +29,7 @@ backends.metal backends.metal.spec backends.metal.msl backends.metal.fragment
 backends.metal.arguments backends.metal.mask
 backends.metal.frame backends.metal.products backends.metal.softmax
 backends.metal.forward backends.metal.decode backends.metal.backward
-backends.metal.matmul2d
+backends.metal.matmul2d backends.metal.tensorops
 backends.metal.activation backends.metal.gemm backends.metal.rows
 backends.metal.families backends.metal.tables backends.metal.choice backends.metal.plan
 backends.metal.source

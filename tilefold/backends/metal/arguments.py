@@ -45,16 +45,25 @@ from one plane of the runs to the next (0 where all are alike)."""
 
 
 class Argument(NamedTuple):
-    """An array of a kernel: its name, its type in the text and whether the kernel writes it."""
+    """An array of a kernel: its name, its type in the text and whether the kernel writes it.
+
+    Tensor operations take no pointer to const: what they view is not const, though only read.
+    """
 
     name: str
     type: str
     written: bool
+    viewed: bool = False
+
+    @property
+    def const(self) -> str:
+        """What stands before its type."""
+        return "" if self.written or self.viewed else "const "
 
     @property
     def declaration(self) -> str:
         """The parameter, but for the number of its buffer."""
-        return f"device {'' if self.written else 'const '}{self.type}* {variable(self.name)}"
+        return f"device {self.const}{self.type}* {variable(self.name)}"
 
 
 def variable(name: str) -> str:
@@ -70,6 +79,7 @@ def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
             name,
             number if name in STRIDED else "float",
             name in WRITTEN[spec.operation],
+            viewed=spec.tensor_ops,
         )
         for name in OPERANDS[spec.operation]
     ]

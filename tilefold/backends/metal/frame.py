@@ -13,7 +13,7 @@ from functools import partial
 from tilefold.backends.metal import mask
 from tilefold.backends.metal.arguments import Argument, arrays, position, sizes, variable
 from tilefold.backends.metal.fragment import PLACE, ROW_LANES, at
-from tilefold.backends.metal.msl import Text, element, open_text
+from tilefold.backends.metal.msl import HEADERS, Text, element, open_text
 from tilefold.backends.metal.spec import PARALLEL, SIDE, MetalSpec, whole
 from tilefold.expression import Truth
 
@@ -51,11 +51,13 @@ def stage_elements(spec: MetalSpec) -> int:
     return spec.blocks.traverse * stage_stride(spec)
 
 
-def written(spec: MetalSpec, title: str, algorithm: Sequence[str], body: Text) -> str:
+def written(
+    spec: MetalSpec, title: str, algorithm: Sequence[str], body: Text, *, headers: str = HEADERS
+) -> str:
     """A whole text: the kernel `spec.entry` around its body, and what it needs before it."""
     text = Text()
     number = element(spec.dtype, spec.bfloat)
-    open_text(text, title, algorithm, widens=number.memory == "ushort")
+    open_text(text, title, algorithm, widens=number.memory == "ushort", headers=headers)
     used = set(re.findall(r"[A-Za-z_]\w*", str(body)))
     if "visible" in used:
         text(mask.visible(spec.mask, spec.index_bits, partial(position, spec)))
@@ -92,22 +94,18 @@ def head_of(text: Text, spec: MetalSpec, name: str, head: str, *, also: str = ""
     """Where the rows of one head of an operand begin: `k_head`; `also` is added to the offset."""
     argument = _argument(spec, name)
     offset = f"b * {name}_b + {head} * {name}_h{also}"
-    text(f"device {_const(argument)}{argument.type}* {name}_head = {variable(name)} + {offset};")
+    text(f"device {argument.const}{argument.type}* {name}_head = {variable(name)} + {offset};")
 
 
 def row_of(text: Text, spec: MetalSpec, name: str, head: str, row: str) -> None:
     """Where one row of an operand begins: `q_row`."""
     argument = _argument(spec, name)
     offset = f"b * {name}_b + {head} * {name}_h + long({row}) * {name}_n"
-    text(f"device {_const(argument)}{argument.type}* {name}_row = {variable(name)} + {offset};")
+    text(f"device {argument.const}{argument.type}* {name}_row = {variable(name)} + {offset};")
 
 
 def _argument(spec: MetalSpec, name: str) -> Argument:
     return next(argument for argument in arrays(spec) if argument.name == name)
-
-
-def _const(argument: Argument) -> str:
-    return "" if argument.written else "const "
 
 
 @contextmanager

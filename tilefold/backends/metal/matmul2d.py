@@ -110,9 +110,10 @@ class Tile:
 
     @property
     def type(self) -> str:
-        """The type in the text."""
-        element = ELEMENTS[self.dtype]
-        return f"tensor<{self.space} {element}, dextents<int, {self.rank}>, tensor_inline>"
+        """The type in the text. That of threadgroup memory is left to the compiler to deduce."""
+        if self.space == "threadgroup":
+            return "tensor"
+        return f"tensor<device {ELEMENTS[self.dtype]}, dextents<int, {self.rank}>, tensor_inline>"
 
     def declare(
         self,
@@ -248,14 +249,13 @@ class Matmul2d:
             f"matmul2d<{name}_descriptor, execution_simdgroups<{self.simdgroups}>> {name};"
         )
 
-    def destination(self, name: str, product: str) -> str:
-        """A cooperative tensor for the result of `product`; its elements are not set."""
-        return (
-            f"auto {name} = {product}.get_destination_cooperative_tensor<\n"
-            f"    {self.left_tile.type},\n"
-            f"    {self.right_tile.type},\n"
-            f"    {ELEMENTS[self.result]}>();"
-        )
+    def destination(self, name: str, product: str, left: str, right: str) -> str:
+        """A cooperative tensor for the result of `product`; its elements are not set.
+
+        `left` and `right` are views of the operands, already declared, or others of their types.
+        """
+        types = f"decltype({left}), decltype({right}), {ELEMENTS[self.result]}"
+        return f"auto {name} = {product}.get_destination_cooperative_tensor<\n    {types}>();"
 
     def run(self, product: str, left: str, right: str, result: str) -> str:
         """Multiply. Every thread of the simdgroups that run the product must arrive here."""
@@ -310,8 +310,8 @@ def elements(text: Text, tensor: str, *, i: str = "i") -> Iterator[None]:
         text.block(f"for (ushort {i} = 0; {i} < {tensor}.get_capacity(); ++{i})"),
         text.block(f"if ({tensor}.is_valid_element({i}))"),
     ):
-        text(f"const auto place = {tensor}.get_multidimensional_index({i});")
-        text("const int column = place[0], row = place[1];")
+        text(f"const auto index = {tensor}.get_multidimensional_index({i});")
+        text("const int column = index[0], row = index[1];")
         yield
 
 

@@ -135,9 +135,15 @@ def element(dtype: str, bfloat: bool) -> Element:
     return Element(name, name)
 
 
-def open_text(text: Text, title: str, algorithm: Sequence[str], *, widens: bool) -> None:
-    """The start of every text: what it computes and how, and the one header that it needs."""
+HEADERS = "#include <metal_stdlib>\nusing namespace metal;\n"
+"""The one header of kernels on fragments."""
+
+
+def open_text(
+    text: Text, title: str, algorithm: Sequence[str], *, widens: bool, headers: str = HEADERS
+) -> None:
+    """The start of every text: what it computes and how, and the headers that it needs."""
     text.note(title, "", *algorithm)
-    text("#include <metal_stdlib>", "using namespace metal;", "")
+    text(headers)
     if widens:
         text(WIDEN, "")

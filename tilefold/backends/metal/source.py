@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.backends.metal import backward, decode, forward
+from tilefold.backends.metal import backward, decode, forward, tensorops
 from tilefold.backends.metal.spec import MetalSpec
 
 EMITTERS: dict[str, Callable[[MetalSpec], str]] = {
@@ -19,4 +19,4 @@ EMITTERS: dict[str, Callable[[MetalSpec], str]] = {
 
 def emit(spec: MetalSpec) -> str:
     """The Metal Shading Language of a kernel: one text, whose entry is `spec.entry`."""
-    return EMITTERS[spec.operation](spec)
+    return tensorops.emit(spec) if spec.tensor_ops else EMITTERS[spec.operation](spec)

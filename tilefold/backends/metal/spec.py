@@ -27,6 +27,9 @@ PARALLEL = {
 }
 """The axis that is split over threadgroups, by operation."""
 
+TENSOR_ROWS = 16
+"""Rows of the parallel axis that a simdgroup multiplies with tensor operations."""
+
 HELD = {
     "forward": ("q", "o"),
     "decode": ("q", "o"),
@@ -69,7 +72,8 @@ class MetalSpec:
     operands always pass through threadgroup memory, else only tiles at an edge do. `bfloat`: the
     GPU multiplies bfloat16 itself, else such numbers are widened by their bits. `unit`: the
     elements of a row lie side by side in every operand. `wide`: offsets inside a tile may pass 31
-    bits. The last two follow from the strides of the arrays, which a plan does not know.
+    bits. These two follow from the strides of the arrays, which a plan does not know.
+    `tensor_ops`: multiplies by Metal 4's tensor operations, not by fragments.
     """
 
     operation: str
@@ -84,6 +88,7 @@ class MetalSpec:
     index_bits: int
     unit: bool = True
     wide: bool = False
+    tensor_ops: bool = False
 
     def __post_init__(self) -> None:
         assert self.operation in HELD, self.operation
@@ -92,7 +97,7 @@ class MetalSpec:
     @property
     def simdgroups(self) -> int:
         """Simdgroups of a threadgroup."""
-        return self.blocks.parallel // SIDE
+        return self.blocks.parallel // (TENSOR_ROWS if self.tensor_ops else SIDE)
 
     @property
     def threads(self) -> int:
