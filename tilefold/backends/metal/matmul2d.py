@@ -109,11 +109,16 @@ class Tile:
             raise ValueError(f"rank must be a whole number from 1 to {MOST_RANKS}, got {self.rank}")
 
     @property
+    def element(self) -> str:
+        """The type of an element."""
+        return ELEMENTS[self.dtype]
+
+    @property
     def type(self) -> str:
         """The type in the text. That of threadgroup memory is left to the compiler to deduce."""
         if self.space == "threadgroup":
             return "tensor"
-        return f"tensor<device {ELEMENTS[self.dtype]}, dextents<int, {self.rank}>, tensor_inline>"
+        return f"tensor<device {self.element}, dextents<int, {self.rank}>, tensor_inline>"
 
     def declare(
         self,
@@ -289,14 +294,14 @@ class Matmul2d:
                 text(f"const int part = min({stride}, {length} - k);")
                 part = "part"
             sides = (
-                ("a", self.left_tile, left, self.transpose_left, rows),
-                ("b", self.right_tile, right, not self.transpose_right, columns),
+                ("left_part", self.left_tile, left, self.transpose_left, rows),
+                ("right_part", self.right_tile, right, not self.transpose_right, columns),
             )
             for name, tile, (pointer, row), across, others in sides:
                 start = f"{pointer} + k * {row}" if across else f"{pointer} + k"
                 extents = (others, part) if across else (part, others)
                 text(tile.declare(name, start, extents, stride=row))
-            text(self.run(product, "a", "b", result))
+            text(self.run(product, "left_part", "right_part", result))
 
 
 @contextmanager
