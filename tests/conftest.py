@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from features import ROWS
 
 if TYPE_CHECKING:
     from amx import Amx
+
+    from tilefold.backends.metal.emulate import Library
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,3 +91,15 @@ def amx(amx_everywhere: Amx | None) -> Iterator[Amx]:
         pytest.skip(reason)
     with tiles.amx() as machine:
         yield machine
+
+
+@pytest.fixture(scope="session")
+def metal() -> Callable[..., Library]:
+    """`compile_shader` of the executor of Metal texts; a test without a compiler is skipped."""
+    from tilefold.backends.metal import emulate  # not above: it imports tilefold, and that NumPy
+
+    if reason := emulate.available():
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return emulate.compile_shader

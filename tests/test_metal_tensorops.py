@@ -6,11 +6,51 @@ different ways, and the tests of texts run both: the layout on a GPU is not defi
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import metal_kernel
+import ml_dtypes
+import numpy as np
 import pytest
+from compare import UNITS, assert_near, dense, tolerances
+from numpy.typing import NDArray
 
-from tilefold.backends.metal.matmul2d import ELEMENTS, PRODUCTS, Matmul2d, Tile
+from tilefold import Rule, causal, documents, full, local, rule
+from tilefold.backends.metal import tensorops
+from tilefold.backends.metal.arguments import arrays, sizes
+from tilefold.backends.metal.emulator.fault import Fault
+from tilefold.backends.metal.matmul2d import (
+    ELEMENTS,
+    HEADERS,
+    PRODUCTS,
+    Matmul2d,
+    Tile,
+    elements,
+    fill,
+)
+from tilefold.backends.metal.msl import Text
+from tilefold.backends.metal.source import emit
+from tilefold.backends.metal.spec import Blocks, MetalSpec
+from tilefold.blocks import runs
+from tilefold.expression import split
+from tilefold.problem import Problem
+
+Array = NDArray[Any]
+Compile = Callable[..., Any]
+
+LAYOUTS = (0, 1)
+
+TYPES = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "int32": np.int32,
+}
 
 PLAIN = Matmul2d(64, 32, None, "float16", "float16", "float32")
 
@@ -97,3 +137,474 @@ def test_a_tile_has_one_number_for_each_axis() -> None:
         Tile("float32").slice("b", "a", (0,))
     with pytest.raises(ValueError, match="space must be 'device' or 'threadgroup'"):
         Tile("float32", space="constant")
+
+
+def kernel(name: str, product: Matmul2d, *body: str) -> str:
+    """A kernel with the operands a, b, c of a product and whole numbers; one threadgroup."""
+    kinds = [ELEMENTS[dtype] for dtype in (product.left, product.right, product.result)]
+    given = [f"device {kind}* {x} [[buffer({i})]]" for i, (x, kind) in enumerate(zip("abc", kinds))]
+    given += ["constant long* sizes [[buffer(3)]]"]
+    given += ["ushort simdgroup [[simdgroup_index_in_threadgroup]]"]
+    text = Text()
+    text(f"kernel void {name}(")
+    text(*(f"    {parameter}," for parameter in given[:-1]))
+    with text.block(f"    {given[-1]})"):
+        text("const int m = int(sizes[0]), n = int(sizes[1]), k = int(sizes[2]);")
+        text(*body)
+    return f"{text}\n"
+
+
+def views(product: Matmul2d) -> list[str]:
+    """The packed operands and the result as views `left`, `right` and `whole`."""
+    left = ("m", "k") if product.transpose_left else ("k", "m")
+    right = ("k", "n") if product.transpose_right else ("n", "k")
+    return [
+        product.left_tile.declare("left", "a", left),
+        product.right_tile.declare("right", "b", right),
+        Tile(product.result).declare("whole", "c", ("n", "m")),
+    ]
+
+
+def run_product(library: Any, name: str, product: Matmul2d, a: Array, b: Array, c: Array) -> Array:
+    """What a kernel of `kernel` leaves in c: the operands are given untransposed."""
+    (m, k), n = a.shape, b.shape[1]
+    a = np.ascontiguousarray(a.T if product.transpose_left else a)
+    b = np.ascontiguousarray(b.T if product.transpose_right else b)
+    c, threads = c.copy(), 32 * product.simdgroups
+    getattr(library, name)(a, b, c, [m, n, k], threads=threads, group_size=threads)
+    return c
+
+
+def operand(dtype: str, shape: tuple[int, int]) -> Array:
+    random = np.random.default_rng(shape)
+    if dtype in ("int8", "uint8"):
+        limits = np.iinfo(dtype)
+        return random.integers(limits.min, limits.max + 1, shape).astype(dtype)
+    return random.normal(size=shape).astype(TYPES[dtype])
+
+
+def check_product(
+    product: Matmul2d, got: Array, a: Array, b: Array, c: Array | None = None
+) -> None:
+    """Within the rounding of sums in float32, and one of the result."""
+    kind = np.int64 if product.result == "int32" else np.float64
+    a, b = a.astype(kind), b.astype(kind)
+    start = np.zeros((), kind) if c is None else c.astype(kind)
+    want = start + a @ b
+    if product.result == "int32":
+        np.testing.assert_array_equal(got, want)
+    else:
+        terms = abs(start) + abs(a) @ abs(b)
+        allowed = a.shape[1] * UNITS["float32"] * terms + UNITS[product.result] * abs(want)
+        assert_near(str(product), got.astype(np.float64), want, allowed)
+
+
+@pytest.fixture(scope="module")
+def table() -> str:
+    """A kernel for each row of `PRODUCTS`: to memory, and through a cooperative tensor."""
+    text = HEADERS
+    for product in PAIRS:
+        text += kernel(
+            name_of(product, "memory"),
+            product,
+            *views(product),
+            product.declare("multiply"),
+            product.run("multiply", "left", "right", "whole"),
+        )
+    return text
+
+
+PAIRS = [
+    Matmul2d(16, 24, None, left, right, result, mode="multiply")
+    for (left, right), results in PRODUCTS.items()
+    for result in results
+]
+
+
+def name_of(product: Matmul2d, *words: str) -> str:
+    return "_".join((product.left, product.right, product.result, *words))
+
+
+@pytest.mark.slow
+@pytest.mark.feature("J06")
+def test_every_pair_of_types_is_multiplied(metal: Compile, table: str) -> None:
+    library = metal(table)
+    for product in PAIRS:
+        a, b = operand(product.left, (13, 20)), operand(product.right, (20, 21))
+        c = np.zeros((13, 21), TYPES[product.result])
+        got = run_product(library, name_of(product, "memory"), product, a, b, c)
+        check_product(product, got, a, b)
+
+
+FORMS = [
+    replace(
+        PLAIN,
+        m=16,
+        transpose_left=left,
+        transpose_right=right,
+        mode=mode,
+        simdgroups=simdgroups,
+    )
+    for left, right in itertools.product((False, True), repeat=2)
+    for mode, simdgroups in (("multiply", 4), ("multiply_accumulate", 1))
+]
+
+
+def form_name(product: Matmul2d) -> str:
+    sides = "".join("nt"[side] for side in (product.transpose_left, product.transpose_right))
+    return f"{sides}_{product.mode}"
+
+
+def through_registers(product: Matmul2d) -> str:
+    """Adds a product to c through a cooperative tensor, element by element."""
+    text = Text()
+    text(*views(product), product.declare("multiply"))
+    text(product.destination("sum", "multiply", "left", "right"))
+    fill(text, "sum", "1000.0f")
+    text(product.run("multiply", "left", "right", "sum"))
+    with elements(text, "sum"), text.block("if (row < m && column < n)"):
+        text("c[row * n + column] += sum[i];")
+    return kernel(f"{form_name(product)}_registers", product, str(text))
+
+
+@pytest.fixture(scope="module")
+def forms() -> str:
+    """`FORMS` to memory and through registers, and walks over k in steps."""
+    text = HEADERS
+    for product in FORMS:
+        run = [*views(product), product.declare("multiply")]
+        run += [product.run("multiply", "left", "right", "whole")]
+        text += kernel(f"{form_name(product)}_memory", product, *run) + through_registers(product)
+    return text
+
+
+@pytest.mark.slow
+@pytest.mark.feature("J05", "J07")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transposes_modes_and_where_the_result_goes(
+    metal: Compile, forms: str, layout: int
+) -> None:
+    library = metal(forms, tensor_layout=layout)
+    a, b = operand("float16", (13, 20)), operand("float16", (20, 29))
+    c = np.random.default_rng(0).normal(size=(13, 29)).astype(np.float32)
+    for product in FORMS:
+        name, adds = form_name(product), product.mode == "multiply_accumulate"
+        got = run_product(library, f"{name}_memory", product, a, b, c)
+        check_product(product, got, a, b, c if adds else None)
+        got = run_product(library, f"{name}_registers", product, a, b, c)
+        # `multiply` sets the element, whatever it held; the rest adds to the 1000 it was filled by.
+        check_product(product, got, a, b, c + np.float32(1000 if adds else 0))
+
+
+VIEWS = """
+kernel void shapes(device float* a [[buffer(0)]], device int* found [[buffer(1)]]) {
+    REPORTS
+}
+"""
+
+
+@pytest.mark.feature("J07")
+def test_views_of_any_rank_keep_their_extents(metal: Compile) -> None:
+    reports = []
+    for rank in range(1, 9):
+        tile, name = Tile("float32", rank), f"view{rank}"
+        extents = tuple(range(2, 2 + rank))
+        reports.append(tile.declare(name, "a", extents))
+        reports += [
+            f"found[{8 * (rank - 1) + i}] = {name}.extents().extent({i});" for i in range(rank)
+        ]
+    found = np.zeros((8, 8), np.int32)
+    text = HEADERS + VIEWS.replace("REPORTS", "\n    ".join(reports))
+    metal(text).shapes(np.zeros(4, np.float32), found, threads=1, group_size=1)
+    for rank in range(1, 9):
+        assert found[rank - 1].tolist() == [*range(2, 2 + rank), *[0] * (8 - rank)]
+
+
+def strided() -> str:
+    """C = A B where A lies in threadgroup memory, and B and C are slices of wider matrices."""
+    product = replace(PLAIN, m=16, n=24, left_space="threadgroup", mode="multiply", simdgroups=4)
+    text = Text()
+    text("threadgroup half stage[16 * 40];")
+    with text.block("for (int i = thread_index; i < 16 * 20; i += 128)"):
+        text("stage[i / 20 * 40 + i % 20] = a[i];")
+    text("threadgroup_barrier(mem_flags::mem_threadgroup);")
+    text(product.left_tile.declare("left", "stage", (20, 16), stride=40))
+    text(product.right_tile.declare("wide_b", "b", (50, 20), strides=(1, 60)))
+    text(Tile("float32").declare("wide_c", "c", (70, 40)))
+    text(product.right_tile.slice("right", "wide_b", (26, 0)))
+    text(Tile("float32").slice("corner", "wide_c", (46, 24)))
+    text(product.declare("multiply"), product.run("multiply", "left", "right", "corner"))
+    return HEADERS + kernel("strided", product, str(text)).replace(
+        "ushort simdgroup [[simdgroup_index", "ushort thread_index [[thread_index"
+    )
+
+
+@pytest.mark.feature("J07")
+def test_operands_in_threadgroup_memory_and_slices_of_strided_views(metal: Compile) -> None:
+    a, b, c = operand("float16", (16, 20)), operand("float16", (20, 60)), np.zeros((40, 70))
+    c = c.astype(np.float32)
+    metal(strided()).strided(a, b, c, [0, 0, 0], threads=128, group_size=128)
+    check_product(PLAIN, c[24:, 46:], a, b[:, 26:50])
+    c[24:, 46:] = 0
+    assert not c.any()
+
+
+@pytest.mark.feature("J08", "J09")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "length"),
+    [(64, 64, 64), (64, 128, 64), (128, 64, 64), (128, 128, 64), (64, 64, 128), (256, 192, 128)],
+)
+def test_a_product_of_tiles(
+    metal: Compile, rows: int, columns: int, length: int, layout: int
+) -> None:
+    tile = Matmul2d(64, 64, None, "float16", "float16", "float32", simdgroups=4)
+    library = metal(metal_kernel.product(tile), tensor_layout=layout)
+    a, b = operand("float16", (rows, length)), operand("float16", (length, columns))
+    c = metal_kernel.multiply(library, tile, a, b)
+    want = a.astype(np.float64) @ b.astype(np.float64)
+    assert abs(c - want).max() <= 3e-7 * abs(want).max()
+    # Steps give what one call over all of k does: the sum is made in the same order.
+    once = metal(metal_kernel.product(tile, step=1024), tensor_layout=layout)
+    np.testing.assert_array_equal(metal_kernel.multiply(once, tile, a, b), c)
+
+
+@pytest.mark.feature("J08", "J09")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 100, 31), (70, 3, 70)])
+def test_sizes_that_no_tile_divides(metal: Compile, shape: tuple[int, ...], layout: int) -> None:
+    tile = Matmul2d(64, 64, None, "float16", "float16", "float32", simdgroups=4)
+    library = metal(metal_kernel.product(tile), tensor_layout=layout)
+    rows, columns, length = shape
+    a, b = operand("float16", (rows, length)), operand("float16", (length, columns))
+    check_product(tile, metal_kernel.multiply(library, tile, a, b), a, b)
+
+
+@pytest.mark.feature("J08")
+def test_a_known_k_walks_in_whole_steps(metal: Compile) -> None:
+    tile = Matmul2d(64, 64, 32, "float16", "float16", "float32", simdgroups=4)
+    library = metal(metal_kernel.product(tile))
+    a, b = operand("float16", (20, 96)), operand("float16", (96, 64))
+    check_product(tile, metal_kernel.multiply(library, tile, a, b), a, b)
+    with pytest.raises(ValueError, match="k must be a multiple of 32, got 95"):
+        metal_kernel.multiply(library, tile, a[:, :95], b[:95])
+
+
+@pytest.mark.feature("J03")
+def test_the_example_on_fragments(metal: Compile) -> None:
+    library = metal(metal_kernel.layer("bfloat16"))
+    x, w = operand("bfloat16", (16, 40)), operand("bfloat16", (24, 40))
+    y = np.empty((16, 24), np.float32)
+    library.layer(x, w, y, [40, 24], threads=(96, 2), group_size=(32, 1))
+    a, b = x.astype(np.float64), w.astype(np.float64).T
+    assert_near("y", y, np.maximum(a @ b, 0), 40 * UNITS["float32"] * (abs(a) @ abs(b)))
+
+
+def planted(product: Matmul2d, *body: str) -> str:
+    return HEADERS + kernel("planted", product, *views(product), product.declare("multiply"), *body)
+
+
+FAULTS = {
+    "simdgroups": (
+        replace(PLAIN, simdgroups=2),
+        ["multiply.run(left, right, whole);"],
+        "another number of simdgroups",
+    ),
+    "part": (PLAIN, ["if (simdgroup == 0) { multiply.run(left, right, whole); }"], ""),
+    "scope": (
+        replace(PLAIN, simdgroups=4),
+        ["if (simdgroup == 0) { multiply.run(left, right, whole); }"],
+        "part of the threadgroup only",
+    ),
+    "k": (replace(PLAIN, k=64), ["multiply.run(left, right, whole);"], "k is not the descriptor's"),
+    "stride": (
+        PLAIN,
+        ["tensor odd(a, dextents<int, 2>(1, 1), array<int, 2>{2, 1});"],
+        "innermost axis must lie side by side",
+    ),
+    "index": (
+        PLAIN,
+        [
+            PLAIN.destination("sum", "multiply", "left", "right"),
+            "c[0] = sum.get_multidimensional_index(0)[0];",
+        ],
+        "not a valid one",
+    ),
+}
+
+
+@pytest.mark.feature("J12")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_executor_finds_misuse(metal: Compile, fault: str) -> None:
+    product, body, message = FAULTS[fault]
+    library = metal(planted(product, *body), tensor_layout=1)
+    a, b = operand("float16", (16, 20)), operand("float16", (20, 8))
+    c = np.zeros((16, 8), np.float32)
+    launch = {"threads": 128, "group_size": 128}
+    if message:
+        with pytest.raises(Fault, match=message):
+            library.planted(a, b, c, [16, 8, 20], **launch)
+    else:  # the healthy twin: a simdgroup may run a product of its own
+        library.planted(a, b, c, [16, 8, 20], **launch)
+        check_product(PLAIN, c, a, b)
+
+
+@pytest.mark.feature("J06", "J07")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("device const half* x = a; tensor y(x, dextents<int, 1>(4));", "const memory"),
+        ("Matmul", "does not multiply these types"),
+        ("tensor y(a, dextents<int, 9>(1, 1, 1, 1, 1, 1, 1, 1, 1));", "1 to 8 axes"),
+    ],
+)
+def test_what_metal_does_not_compile_the_executor_does_not(
+    metal: Compile, line: str, message: str
+) -> None:
+    if line == "Matmul":
+        other = Tile("int8").declare("bytes", "(device int8_t*)a", (4, 4))
+        line = f"{other} multiply.run(left, bytes, bytes);"
+    with pytest.raises(SyntaxError, match=message):
+        metal(planted(PLAIN, line))
+
+
+def spec_of(problem: Problem, **options: Any) -> tuple[MetalSpec, tuple[int, ...], list[Array]]:
+    skeleton, parameters, tables = split(problem.mask.bind(problem.len_q, problem.len_k))
+    spec = MetalSpec(
+        "forward",
+        problem.dtype,
+        problem.dim,
+        problem.dim_v,
+        Blocks(32, 64, 16),
+        cached=("q", "o"),
+        staged=False,
+        bfloat=True,
+        mask=skeleton,
+        index_bits=32,
+        **options,
+    )
+    return tensorops.variant(spec), parameters, [table.array for table in tables]
+
+
+def forward(compiled: Compile, problem: Problem, given: dict[str, Array]) -> tuple[Array, Array]:
+    """o and lse of one launch of the kernel."""
+    spec, parameters, tables = spec_of(problem)
+    step = spec.blocks
+    visited = runs(
+        problem.mask.bind(problem.len_q, problem.len_k),
+        parallel="q",
+        batch=problem.batch,
+        heads=problem.heads_q,
+        len_parallel=problem.len_q,
+        len_traverse=problem.len_k,
+        block_parallel=step.parallel,
+        block_traverse=step.traverse,
+    )
+    rows = -(-problem.len_q // step.parallel)
+    o = np.full((*given["q"].shape[:3], problem.dim_v), 9, given["q"].dtype)
+    operands = {**given, "o": o, "lse": np.full(o.shape[:3], 9, np.float32)}
+    numbers = {
+        "len_q": problem.len_q,
+        "len_k": problem.len_k,
+        "heads_q": problem.heads_q,
+        "group": problem.heads_q // problem.heads_kv,
+        "row_b": rows * visited.planes_h if visited.planes_b > 1 else 0,
+        "row_h": rows if visited.planes_h > 1 else 0,
+        "splits": 1,
+        **{f"p{i}": value for i, value in enumerate(parameters)},
+    }
+    for name, array in {**operands, **{f"t{i}": t for i, t in enumerate(tables)}}.items():
+        axes = "bhnd" if name in "qkvo" else "01234"
+        for axis, stride in zip(axes, array.strides, strict=False):
+            numbers[f"{name}_{axis}"] = stride // array.itemsize
+    bound = operands | {"order": np.arange(rows)[::-1].copy(), "run_rows": visited.rows}
+    bound |= {"runs": visited.runs} | {f"t{i}": t for i, t in enumerate(tables)}
+    values = [bound[argument.name] for argument in arrays(spec)]
+    library = compiled(emit(spec))
+    library.tilefold_forward(
+        *(value.view(np.uint8) if value.dtype == bool else value for value in values),
+        [numbers[name] for name in sizes(spec)],
+        problem.scale,
+        threads=(rows * spec.threads, problem.heads_q, problem.batch),
+        group_size=(spec.threads, 1, 1),
+    )
+    return o, operands["lse"]
+
+
+def check_forward(
+    compiled: Compile,
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    dim_v: int,
+    dtype: str = "float32",
+    mask: Rule | None = None,
+) -> None:
+    """Compare with the definition, within the tolerances of the CPU's kernels."""
+    random = np.random.default_rng([*q, *k, dim_v])
+    shapes = {"q": q, "k": k, "v": (*k[:3], dim_v), "do": (*q[:3], dim_v)}
+    given = {name: random.normal(size=s).astype(TYPES[dtype]) for name, s in shapes.items()}
+    problem = Problem.of(q, k, shapes["v"], dtype=dtype, mask=mask)
+    o, lse = forward(compiled, problem, {name: given[name] for name in "qkv"})
+    want = dense(given, problem.mask, problem.scale)
+    allowed = tolerances(problem, given, want)
+    assert_near("o", o, want["o"], allowed["o"])
+    assert_near("lse", lse, want["lse"], allowed["lse"])
+
+
+@pytest.mark.slow
+@pytest.mark.feature("J10")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_attention_of_a_square_head_is_one_launch(metal: Compile, dtype: str, layout: int) -> None:
+    def compiled(text: str) -> Any:
+        return metal(text, tensor_layout=layout)
+
+    check_forward(compiled, (2, 2, 64, 64), (2, 2, 64, 64), 64, dtype)
+    check_forward(compiled, (1, 1, 128, 64), (1, 1, 200, 64), 64, dtype)
+
+
+GENERAL = {
+    "causal": ((2, 4, 70, 40), (2, 2, 133, 40), 53, "float16", causal()),
+    "window": ((1, 2, 150, 77), (1, 1, 150, 77), 20, "float32", local(30, causal=True)),
+    "one": ((1, 1, 1, 1), (1, 1, 1, 1), 1, "float32", full()),
+    "panels": ((1, 2, 17, 8), (1, 2, 70, 8), 300, "bfloat16", causal()),
+    "wide": ((1, 1, 30, 200), (1, 1, 33, 200), 256, "float16", full()),
+    "documents": ((2, 1, 65, 16), (2, 1, 65, 16), 16, "float32", documents(np.arange(65) // 20)),
+    "empty": ((1, 1, 20, 16), (1, 1, 40, 16), 16, "float16", rule(lambda b, h, q, k: q > k + 9)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.feature("J10")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", GENERAL)
+def test_attention_of_any_shape_and_mask(metal: Compile, name: str, layout: int) -> None:
+    check_forward(lambda text: metal(text, tensor_layout=layout), *GENERAL[name])
+
+
+def test_what_tensor_operations_do_not_serve_is_refused() -> None:
+    spec, _, _ = spec_of(Problem.of((1, 1, 8, 8)))
+    for change, message in (
+        ({"operation": "backward_dq", "cached": ()}, "forward pass alone, not backward_dq"),
+        ({"dtype": "bfloat16", "bfloat": False}, "bfloat16 only where"),
+        ({"unit": False}, "side by side"),
+        ({"wide": True}, "31 bits"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            tensorops.variant(replace(spec, **change))
+        with pytest.raises(NotImplementedError, match="use the kernels on fragments"):
+            tensorops.emit(replace(spec, **change))
+
+
+def test_the_gate_says_what_a_machine_lacks(metal: Compile) -> None:
+    def broken(text: str) -> None:
+        raise SyntaxError("no header\nmore")
+
+    assert tensorops.gate((26, 2), 17, metal) is None
+    assert tensorops.gate((26, 1), 17, metal) == (
+        "tensor operations need macOS 26.2 or later, this is 26.1"
+    )
+    assert "of generation 17 (M5, A19) or later, this is of 16" in str(
+        tensorops.gate((27, 0), 16, metal)
+    )
+    assert str(tensorops.gate((27, 0), 18, broken)).endswith("does not compile: no header")

@@ -33,27 +33,34 @@ def available(check: str = "fast") -> str | None:
     return toolchain.reason(check)
 
 
-def compile_shader(text: str, check: str = "fast") -> Library:
+def compile_shader(text: str, check: str = "fast", tensor_layout: int = 0) -> Library:
     """Compile a text of Metal for the CPU.
+
+    `tensor_layout`, 0 or 1, is where the elements of a cooperative tensor lie: on a GPU it is not
+    defined, so a text with any must do the same under both.
 
     Raises SyntaxError where it does not compile, `Fault` where Metal would refuse it, and
     NotImplementedError where there is no compiler.
     """
+    choice("tensor_layout", tensor_layout, (0, 1))
     if reason := available(check):
         raise NotImplementedError(f"kernels cannot be emulated here: {reason}")
     signature.check_text(text)
     entries = signature.entries(text)
     library = toolchain.built(text, list(entries.values()), check)
     _check_threadgroup_memory(toolchain.symbols(library)[1:], entries)
-    return Library(text, entries, check)
+    return Library(text, entries, check, tensor_layout)
 
 
 class Library:
     """The kernels of a text, as attributes. `counters` is what the last launch did."""
 
-    def __init__(self, text: str, entries: Mapping[str, Entry], check: str) -> None:
+    def __init__(
+        self, text: str, entries: Mapping[str, Entry], check: str, tensor_layout: int
+    ) -> None:
         self.text = text
         self.check = check
+        self.tensor_layout = tensor_layout
         self.counters: dict[str, int] = {}
         self._entries = dict(entries)
 
@@ -121,6 +128,7 @@ class Function:
             grid,
             group,
             TIMEOUT_SECONDS,
+            library.tensor_layout,
         )
         library.counters = launch.run(bound)
 

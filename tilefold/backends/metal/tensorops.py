@@ -255,7 +255,6 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
     step = spec.blocks.traverse
     number = element(spec.dtype, spec.bfloat).compute
     score = f"scores[tile_row * {step + _SCORE_PAD} + j]"
-    weight = "fast::exp2(x - m)"
     text.note("m' = max(m, rowmax s)")
     text("float m_new = m;")
     columns = f"for (ushort j = side; j < {step}; j += 2)"
@@ -273,9 +272,9 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
     with text.block(columns):
         text(
             f"const float x = {score};",
-            f"const {number} weight = {weight if number == 'float' else f'{number}({weight})'};",
-            f"weights[tile_row * {step} + j] = weight;",
-            f"l += {'weight' if number == 'float' else 'float(weight)'};",
+            "const float weight = fast::exp2(x - m);",
+            f"weights[tile_row * {step} + j] = {_as(number, 'weight')};",
+            "l += weight;",
         )
     _share(text, "correction")
 
@@ -300,6 +299,10 @@ def _values(text: Text, spec: MetalSpec, values: Matmul2d, sums: list[str], pane
             pointer = f"v_head + long(start) * v_n + {panel}{i * head}"
             text(values.right_tile.declare("v_tile", pointer, (f"width_{i}", "keys"), stride="v_n"))
             text(values.run("pv", "p", "v_tile", name))
+
+
+def _as(kind: str, value: str) -> str:
+    return value if kind == "float" else f"{kind}({value})"
 
 
 def _weights(spec: MetalSpec) -> str:

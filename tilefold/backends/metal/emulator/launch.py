@@ -59,6 +59,7 @@ class Launch:
     threads: tuple[int, int, int]
     group: tuple[int, int, int]
     timeout_seconds: float
+    tensor_layout: int
 
     def run(self, bound: Sequence[View | bytes]) -> dict[str, int]:
         """Run it, write what it wrote to the caller's arrays, return what was counted."""
@@ -96,6 +97,7 @@ class Launch:
     ) -> None:
         command = [str(toolchain.runner(self.check)), str(library), str(path), self.entry.name]
         environment = dict(toolchain.CHECKS[self.check].environment)
+        environment["TENSOR_LAYOUT"] = str(self.tensor_layout)
         try:
             done = subprocess.run(
                 command,

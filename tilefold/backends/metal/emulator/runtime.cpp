@@ -452,6 +452,13 @@ void tilefold_barrier(Scope scope, const char* operation, int line, bool orders)
 void tilefold_count(Count what) { ++header->counts[what]; }
 
 unsigned tilefold_lane() { return current->position.lane; }
+unsigned tilefold_thread() { return current->position.index; }
+unsigned tilefold_simdgroups() { return current->position.simdgroups; }
+
+int tilefold_layout() {
+    static const char* given = getenv("TENSOR_LAYOUT");
+    return given ? *given - '0' : 0;
+}
 
 void tilefold_shuffle(const char* operation, int line, void* value, int size, unsigned source) {
     if (source >= lanes_of_simdgroup)

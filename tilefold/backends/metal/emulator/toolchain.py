@@ -47,7 +47,7 @@ CHECKS = {
 }
 """The ways of checking, by name."""
 
-_COMMON = ("-std=c++17", "-w", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off")
+_COMMON = ("-std=c++20", "-w", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@
 namespace emulator {
 
 enum class Scope : int { simdgroup, threadgroup };
+constexpr Scope everyone = Scope::threadgroup;  // that word is a macro once a text has begun
 
 // What is counted, in the order of `Counters` in launch.py. Operations of a simdgroup count once
 // per simdgroup, the rest once per thread.
@@ -52,6 +53,10 @@ void tilefold_depart();
 void tilefold_barrier(emulator::Scope scope, const char* operation, int line, bool orders);
 void tilefold_count(emulator::Count what);
 unsigned tilefold_lane();
+// The number of this thread and of simdgroups in the threadgroup, and how cooperative tensors lie.
+unsigned tilefold_thread();
+unsigned tilefold_simdgroups();
+int tilefold_layout();
 // D = A B + C (or A B without `c`) of 8x8 fragments; the pointers are this lane's two elements.
 void tilefold_multiply(const char* operation, int line, emulator::Type factor, emulator::Type sum,
                        void* d, const void* a, const void* b, const void* c);

@@ -119,7 +119,7 @@ private:
         Parcel parcel{left.data(), right.data(),
                       {left.get_extent(0), left.get_extent(1), right.get_extent(0),
                        right.get_extent(1)}};
-        const auto scope = simdgroups == 1 ? emulator::Scope::simdgroup : emulator::Scope::threadgroup;
+        const auto scope = simdgroups == 1 ? emulator::Scope::simdgroup : emulator::everyone;
         emulator::meet(scope, operation, line, parcel, [&](Parcel* const* all, int count) {
             for (int i = 1; i < count; ++i) {
                 bool same = all[i]->left == all[0]->left && all[i]->right == all[0]->right;
