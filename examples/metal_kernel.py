@@ -4,8 +4,8 @@
 
 `layer` is made of fragments, the 8x8 matrices of every Apple GPU since M1; `product` of Metal 4's
 `matmul2d`. Both texts go to `torch.mps.compile_shader` as they are. On a machine without Metal, and
-before trusting a kernel on one with it, run them on the executor: it finds what reads out of bounds,
-lacks a barrier, or counts on a place of an element that no one has promised.
+before trusting a kernel on one with it, run them on the executor: it finds what reads out of
+bounds, lacks a barrier, or counts on a place of an element that no one has promised.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tilefold.backends.metal import emulate
 from tilefold.backends.metal.fragment import TYPES, Fragment, at, multiply, multiply_accumulate
 from tilefold.backends.metal.msl import Text
 

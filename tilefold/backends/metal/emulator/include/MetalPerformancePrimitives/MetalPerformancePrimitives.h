@@ -3,8 +3,9 @@
 // Every thread of the simdgroups that run a product meets the others, where they must agree on the
 // operands; then each makes the elements of the result that it holds, so that the tools that watch
 // memory see whose reads these are. A meeting orders no memory: that takes a barrier, as it does on
-// a GPU. Sums are made in float (of whole numbers in int), in the order of k. What lies outside of
-// the operands' extents is unwritten in the result. Relaxed precision changes nothing here.
+// a GPU. Eight products at a time are summed exactly and added in float, in the order of k; those of
+// whole numbers in int. How a GPU sums is not known: Apple promises float at least. What lies outside
+// of the operands' extents is unwritten in the result. Relaxed precision changes nothing here.
 #pragma once
 #include "../metal_tensor"
 
@@ -141,13 +142,18 @@ private:
     static T product(const Left& left, const Right& right, emulator::Element at, int steps,
                      Held held) {
         typedef metal::conditional_t<is_same_v<T, int>, int, float> Sum;
+        typedef metal::conditional_t<is_same_v<T, int>, int, double> Exact;
         Sum sum = 0;
         if (descriptor.matmul_mode == matmul2d_descriptor::mode::multiply_accumulate)
             sum = Sum(held());
-        for (int k = 0; k < steps; ++k) {
-            const auto a = descriptor.transpose_left ? left(at.row, k) : left(k, at.row);
-            const auto b = descriptor.transpose_right ? right(k, at.column) : right(at.column, k);
-            sum += Sum(a) * Sum(b);
+        for (int first = 0; first < steps; first += 8) {
+            Exact part = sum;
+            for (int k = first; k < least(first + 8, steps); ++k) {
+                const auto a = descriptor.transpose_left ? left(at.row, k) : left(k, at.row);
+                const auto b = descriptor.transpose_right ? right(k, at.column) : right(at.column, k);
+                part += Exact(Sum(a)) * Exact(Sum(b));
+            }
+            sum = Sum(part);
         }
         return T(sum);
     }
