@@ -56,6 +56,7 @@ ROWS = {
     "S09": "How long a kernel takes to compile, and to come from the cache",
     "J01": "The same result from two products and a softmax",
     "J02": "The same result from the framework's own fused attention",
+    "J03": "Attention in kernels made of 8x8 fragments, as text for Apple GPUs",
     "J04": "A typed 8x8 fragment: load and store with an origin, fill, product, sum, transposed",
     "J05": "A typed description of Metal 4's matmul2d: sizes, transposes, precision, mode",
     "J06": "Its table of types: every pair as an integer or float64 product, others refused",
