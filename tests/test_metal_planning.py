@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from tilefold import causal, documents, full, local
 from tilefold.backends.metal import choice, families, tables
 from tilefold.backends.metal.choice import LEAVING, choose
 from tilefold.backends.metal.families import FAMILIES, family
+from tilefold.backends.metal.msl import BYTES
 from tilefold.backends.metal.plan import FEW_QUERIES, KEYS_PER_SPLIT, MANY_KEYS, Launch, plan
+from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import HELD, PARALLEL, SUMS, Blocks, whole
 from tilefold.problem import Problem
 
@@ -77,6 +80,32 @@ def test_every_choice_fits_its_gpu(
         assert ("page" in held) == (not {*HELD[kernel]} & {*SUMS} <= {*made.cached})
 
 
+@pytest.mark.slow
+@pytest.mark.feature("M07")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["apple7", "apple9"])
+def test_the_text_declares_what_the_choice_counted(name: str, dtype: str) -> None:
+    """Held operands, sums, pages, and the arrays in threadgroup memory."""
+    for dim, dim_v in ((13, 40), (96, 64), (160, 200), (300, 300)):
+        shapes = {"q": (1, 1, 5, dim), "k": (1, 1, 600, dim), "v": (1, 1, 600, dim_v)}
+        asked = problem(causal(), dtype=dtype, **shapes)
+        forms = plan(asked, name, "forward", form="tiled").launches
+        for launch in (*forms, *all_launches(asked, name)):
+            text, made = emit(launch.spec), launch.choice
+            declared = re.findall(r"simdgroup_matrix<(\w+), 8, 8> (\w+)\[(\d+)\];", text)
+            sizes = {array: 2 * int(count) * BYTES[kind] for kind, array, count in declared}
+            counted = dict(made.registers)
+            for operand in made.cached:
+                suffix = "sum" if operand in SUMS else "held"
+                assert sizes[f"{operand}_{suffix}"] == counted[operand], launch.spec
+            assert sizes.get("page", 0) <= counted.get("page", 0)
+            assert ("page" in sizes) == ("page" in counted)
+            assert max(sizes.get("s", 0), sizes.get("dp", 0)) <= counted.get("tiles", 0)
+            arrays = re.findall(r"threadgroup (\w+) \w+\[(\d+)\];", text)
+            shared = sum({"bool": 1, **BYTES}[kind] * int(count) for kind, count in arrays)
+            assert shared == made.threadgroup_bytes <= 32768
+
+
 @pytest.mark.feature("M07")
 def test_what_leaves_the_registers_leaves_in_order_and_says_why() -> None:
     found = []
@@ -116,7 +145,7 @@ def test_a_choice_is_overridden_as_a_whole_or_in_parts() -> None:
     ("options", "message"),
     [
         ({"blocks": Blocks(264, 32, 16)}, "blocks 264 x 32 x 16 take 1056 threads.*has 1024"),
-        ({"blocks": Blocks(16, 128, 64)}, "take 34816 bytes of threadgroup memory.*has 32768"),
+        ({"blocks": Blocks(16, 128, 64)}, "take 34818 bytes of threadgroup memory.*has 32768"),
         ({"blocks": Blocks(16, 520, 8)}, "nothing cached: 16 x 520 x 8 takes 528 bytes.*has 512"),
         ({"cached": ("q", "o")}, "q o cached: .* bytes of registers per thread; apple9 has 512"),
         ({"cached": ("q", "dq")}, "forward keeps any of q, o in registers, got dq"),
@@ -248,14 +277,14 @@ backward_dq: 32 x 48 x 32, cached dq
   from table apple7, dim up to 96: 32 x 64 x 32, cached dq
   traverse shrinks to 48: 32 x 64 x 32 takes 224 bytes of registers
   registers 192 of 216 bytes: dq 96, tiles 96
-  threadgroup 6912 of 32768 bytes
+  threadgroup 6916 of 32768 bytes
   grid 10 x 4 x 2 threadgroups of 128 threads
 backward_dkv: 32 x 48 x 32, cached nothing
   from table apple7, dim up to 96: 32 x 64 x 32, cached dv
   traverse shrinks to 48: 32 x 64 x 32 takes 224 bytes of registers
   dv leaves the registers: with it 32 x 32 x 32 takes 224 bytes of registers
   registers 176 of 216 bytes: tiles 144, page 32
-  threadgroup 6912 of 32768 bytes
+  threadgroup 6916 of 32768 bytes
   grid 14 x 2 x 2 threadgroups of 128 threads
 scratch delta: 2 x 4 x 300 float32
 scratch dk_page: 2 x 2 x 420 x 96 float32

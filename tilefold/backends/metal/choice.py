@@ -123,7 +123,7 @@ def choose(
       from table apple7, dim up to 96: 32 x 128 x 32, cached q o
       traverse shrinks to 64: 32 x 128 x 32 takes 272 bytes of registers
       registers 208 of 216 bytes: q 48, o 96, tiles 64
-      threadgroup 5120 of 32768 bytes
+      threadgroup 5124 of 32768 bytes
     """
     if dtype not in TYPES:
         raise NotImplementedError(
@@ -203,8 +203,9 @@ class _Asked:
             registers.append(("tiles", SCORES[self.operation] * blocks.traverse))
         if any(name in SUMS and name not in held for name in HELD[self.operation]):
             registers.append(("page", blocks.head))
-        stage = stage_elements(spec) * number
-        return Choice(self.family, self.operation, start, blocks, held, tuple(registers), stage)
+        # A tile of a traversed operand, and for each simdgroup a truth.
+        shared = stage_elements(spec) * number + spec.simdgroups if self.operation != "merge" else 0
+        return Choice(self.family, self.operation, start, blocks, held, tuple(registers), shared)
 
     def _spec(self, blocks: Blocks, cached: tuple[str, ...]) -> MetalSpec:
         return MetalSpec(

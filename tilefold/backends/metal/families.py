@@ -1,8 +1,9 @@
 """GPU families of Apple, and what a kernel of each may take.
 
 Limits are those of Apple's Metal Feature Set Tables. `register_bytes` is not a limit of theirs: it
-is how many bytes of tiles a thread plans to keep alive, and is read off the tables of `tables`,
-which were tuned on two of these GPUs. Nobody measured the two that have no table of their own.
+is how many bytes of tiles a thread plans to keep alive, and is read off the tables of `tables`.
+These were tuned on an M1 and an M4, with which Apple8 and Apple10 are taken together: for them
+nobody measured anything. What else was measured is from the same author's spreadsheet (2024).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from tilefold.check import choice
 
 @dataclass(frozen=True)
 class MetalFamily:
-    """One family. `table` is the family whose tuned blocks it uses.
+    """One family. `table` is the family whose tuned blocks it uses, `source` what its values are.
 
     `staged`: traversed operands pass through threadgroup memory, since each simdgroup reading them
     from device memory by itself is slower there. `bfloat`: the GPU multiplies bfloat16 itself.
@@ -34,23 +35,23 @@ class MetalFamily:
 _M1 = (
     "216 bytes: the most that a row of the table plans (dK/dV, float32, dim 56); the register file "
     "of an M1 has 208 for each of 1024 threads, and what spills beyond was accepted there. Staged: "
-    "an M1 Max did 3801 billion instructions a second with K and V staged, 2025 without (forward, "
-    "dim 64). bfloat is emulated before Apple9"
+    "an M1 Max did 3801 billion instructions a second with K and V staged and 2025 with nothing "
+    "staged (forward, float32, dim 64). bfloat is emulated before Apple9"
 )
 _M3 = (
     "512 bytes: the most that a row of the table plans (dQ, float32, dim 192; dK/dV, float32, dim "
     "128); registers are given out as they are needed there. Not staged: an M4 did 1226 billion "
-    "instructions a second with K and V read from device memory, 844 with them staged (forward, "
-    "dim 64)"
+    "instructions a second with K and V read from device memory and all else staged, 755 with K "
+    "and V staged as well (forward, float32, dim 64)"
 )
 
 FAMILIES = {
     family.name: family
     for family in (
         MetalFamily("apple7", "A14, M1", "apple7", 216, True, False, _M1),
-        MetalFamily("apple8", "A15, A16, M2", "apple7", 216, True, False, f"as Apple7: {_M1}"),
+        MetalFamily("apple8", "A15, A16, M2", "apple7", 216, True, False, "as Apple7"),
         MetalFamily("apple9", "A17, A18, M3, M4", "apple9", 512, False, True, _M3),
-        MetalFamily("apple10", "A19, M5", "apple9", 512, False, True, f"as Apple9: {_M3}"),
+        MetalFamily("apple10", "A19, M5", "apple9", 512, False, True, "as Apple9"),
     )
 }
 """By name, oldest first."""
