@@ -37,6 +37,7 @@ backends.metal.emulator backends.metal.emulator.fault backends.metal.emulator.si
 backends.metal.emulator.toolchain backends.metal.emulator.arguments
 backends.metal.emulator.launch backends.metal.emulate
 backends.metal.dispatch backends.metal.calls backends.metal.runtime backends.metal.commands
+backends.metal.standalone
 engine compiling
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy

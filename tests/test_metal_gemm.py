@@ -1,20 +1,26 @@
-"""Products and softmax of their own on Apple GPUs: what their texts say."""
+"""Products and softmax of their own on Apple GPUs: what their texts say, and what is refused."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import os
+import re
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tilefold import cache
-from tilefold.backends.metal import gemm, rows
+from tilefold.backends.metal import emulate, gemm, rows, standalone
+from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.gemm import GemmBlocks, GemmSpec
 from tilefold.backends.metal.rows import SoftmaxSpec
 
-ONE = GemmBlocks(32, 32, 8, split=(1, 1))
+Array = NDArray[Any]
+
 FOUR = GemmBlocks(48, 48, 24, split=(2, 2))
 
 PRODUCT = GemmSpec("bfloat16", "bfloat16", "bfloat16", FOUR, staged=True, bfloat=False)
@@ -98,7 +104,77 @@ def test_blocks_are_whole_fragments(lengths: tuple[int, int, int]) -> None:
         GemmBlocks(*lengths, split=(2, 2))
 
 
-@pytest.mark.parametrize("name", ["gemm", "rows", "activation"])
+def ones(*shape: int, dtype: str = "float32") -> Array:
+    return np.ones(shape, dtype)
+
+
+@pytest.mark.feature("A03")
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        ((ones(2, 3), ones(2, 3)), {}, ValueError, "op(a) is 2 x 3 and op(b) 2 x 3"),
+        ((ones(3), ones(3, 2)), {}, ValueError, "a must have 2 to 4 axes"),
+        ((ones(2, 0), ones(0, 2)), {}, ValueError, "none of length 0"),
+        ((ones(2, 2, 3), ones(4, 3, 2)), {}, ValueError, "the batch of b must be (1, 2) or 1"),
+        ((ones(2, 3, dtype="float64"), ones(3, 2)), {}, TypeError, "got float64"),
+        ((ones(2, 3), ones(3, 2, dtype="int8")), {}, TypeError, "b must be one of float32, float"),
+        ((ones(2, 3), ones(3, 2)), {"dtype": "float16"}, ValueError, "the type of c must be"),
+        ((ones(2, 3), ones(3, 2)), {"beta": 1.0}, ValueError, "beta is 1.0, so c must be given"),
+        ((ones(2, 3), ones(3, 2), ones(2, 3)), {}, ValueError, "float32 of shape (2, 2), got"),
+        (
+            (ones(2, 3), ones(3, 2), np.broadcast_to(ones(1), (2, 2))),
+            {},
+            ValueError,
+            "no axis of it may be broadcast",
+        ),
+        (
+            (ones(2, 3), ones(3, 2)),
+            {"bias": ones(3)},
+            ValueError,
+            "bias must be (..., 2), got (3,)",
+        ),
+        (
+            (ones(2, 3), ones(3, 2)),
+            {"bias": ones(2, dtype="float16")},
+            TypeError,
+            "bias must be float32 as the result is",
+        ),
+        ((ones(2, 3), ones(3, 2)), {"bias": ones(2), "bias_axis": "k"}, ValueError, "bias must be"),
+        ((ones(2, 3), ones(3, 2)), {"activation": "sine"}, ValueError, "activation must be None"),
+        (([[1.0]], ones(1, 1)), {}, TypeError, "a must be a NumPy array or a tensor"),
+    ],
+)
+def test_what_is_no_product_is_refused(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        standalone.gemm(*arguments, **options, machine=Emulated())
+
+
+@pytest.mark.parametrize(
+    "staged, multiplied, length, batch, cores, want",
+    [
+        (True, "float32", 4096, 1, 32, "48 x 48 x 24"),
+        (True, "float16", 4096, 1, 32, "48 x 48 x 32"),
+        (True, "bfloat16", 4096, 1, 32, "48 x 48 x 32"),
+        (True, "float32", 480, 1, 32, "32 x 32 x 32"),  # 100 groups for 192
+        (True, "float32", 480, 2, 32, "48 x 48 x 24"),
+        (True, "float16", 480, 2, 32, "32 x 32 x 32"),  # 200 for 288
+        (True, "float16", 480, 1, 8, "48 x 48 x 32"),
+        (False, "float16", 4096, 1, 10, "32 x 32 x 8"),
+    ],
+)
+def test_the_table_gives_small_products_small_blocks(
+    staged: bool, multiplied: str, length: int, batch: int, cores: int, want: str
+) -> None:
+    blocks = standalone.block_sizes(staged, multiplied, length, length, batch, cores)
+    assert str(blocks) == want
+
+
+@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "standalone"])
 def test_examples(name: str) -> None:
+    if reason := emulate.available():
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
     failed, _ = doctest.testmod(importlib.import_module(f"tilefold.backends.metal.{name}"))
     assert failed == 0

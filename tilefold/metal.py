@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tilefold.backends.metal.runtime import gpu, missing
     from tilefold.backends.metal.source import emit
     from tilefold.backends.metal.spec import Blocks, MetalSpec
+    from tilefold.backends.metal.standalone import gemm, softmax
     from tilefold.compiling import compile_async
 
 _BACKEND = "tilefold.backends.metal"
@@ -40,11 +41,13 @@ _HOMES = {
     "emit": (f"{_BACKEND}.source", "emit"),
     "emulate": (f"{_BACKEND}.emulate", None),
     "emulated": (f"{_BACKEND}.dispatch", "Emulated"),
+    "gemm": (f"{_BACKEND}.standalone", "gemm"),
     "gpu": (f"{_BACKEND}.runtime", "gpu"),
     "missing": (f"{_BACKEND}.runtime", "missing"),
     "plan": (f"{_BACKEND}.plan", "plan"),
     "queue": (f"{_BACKEND}.commands", "Commands"),
     "sizes": (f"{_BACKEND}.arguments", "sizes"),
+    "softmax": (f"{_BACKEND}.standalone", "softmax"),
 }
 """Where the public names live: the module, and the name in it (None is the module itself)."""
 
@@ -58,11 +61,13 @@ __all__ = [
     "emit",
     "emulate",
     "emulated",
+    "gemm",
     "gpu",
     "missing",
     "plan",
     "queue",
     "sizes",
+    "softmax",
 ]
 
 
