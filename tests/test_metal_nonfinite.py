@@ -31,7 +31,7 @@ PLACES = {"k": slice(120, 150), "v": slice(120, 150), "q": slice(20, 25), "do": 
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("family", "dtype"), zip(FAMILIES, RTOL, strict=True))
+@pytest.mark.parametrize(("family", "dtype"), list(zip(FAMILIES, RTOL, strict=True)))
 def test_results_are_as_defined(family: str, dtype: str, rule: str, bad: float) -> None:
     on, problem = machine(family), _problem(RULES[rule], dtype)
     for names in (("k", "v"), ("q",), ("do",)):
