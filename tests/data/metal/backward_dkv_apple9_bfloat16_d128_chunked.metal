@@ -1,0 +1,430 @@
+// Attention, backward over keys: dk and dv.
+//
+// for each query head that reads the key head, and each tile of queries that see the block of keys:
+//     s = k q^T scale, masked            outer product (everything is transposed)
+//     p = exp(s - lse)
+//     dv = dv + p do                     accumulate
+//     dp = v do^T                        outer product
+//     ds = p (dp - delta)
+//     dk = dk + ds q                     accumulate
+// dk = dk scale
+#include <metal_stdlib>
+using namespace metal;
+
+static inline bool visible(const int b, const int h, const int q, const int k,
+                           constant long* sizes) {
+    const int p0 = int(sizes[31]);
+    const int p1 = int(sizes[32]);
+    return q / 64 == k / 64 || (k < p0 || q + p1 >= k);
+}
+
+kernel [[max_total_threads_per_threadgroup(64)]]
+void tilefold_backward_dkv(
+    device const bfloat* q [[buffer(0)]],
+    device const bfloat* k [[buffer(1)]],
+    device const bfloat* v [[buffer(2)]],
+    device const bfloat* dO [[buffer(3)]],
+    device const float* lse [[buffer(4)]],
+    device const float* delta [[buffer(5)]],
+    device bfloat* dk [[buffer(6)]],
+    device bfloat* dv [[buffer(7)]],
+    device const long* order [[buffer(8)]],
+    device const long* run_rows [[buffer(9)]],
+    device const long* runs [[buffer(10)]],
+    constant long* sizes [[buffer(11)]],
+    constant float& scale [[buffer(12)]],
+    uint3 place [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]]) {
+    const int len_q = int(sizes[0]);
+    const int len_k = int(sizes[1]);
+    const int heads_q = int(sizes[2]);
+    const int group = int(sizes[3]);
+    const long row_b = sizes[4];
+    const long row_h = sizes[5];
+    const long q_b = sizes[7];
+    const long q_h = sizes[8];
+    const int q_n = int(sizes[9]);
+    const long k_b = sizes[11];
+    const long k_h = sizes[12];
+    const int k_n = int(sizes[13]);
+    const long v_b = sizes[15];
+    const long v_h = sizes[16];
+    const int v_n = int(sizes[17]);
+    const long do_b = sizes[19];
+    const long do_h = sizes[20];
+    const int do_n = int(sizes[21]);
+    const long dk_b = sizes[23];
+    const long dk_h = sizes[24];
+    const int dk_n = int(sizes[25]);
+    const long dv_b = sizes[27];
+    const long dv_h = sizes[28];
+    const int dv_n = int(sizes[29]);
+    // This lane's place in a fragment of 8x8: one row, two columns.
+    const ushort fragment_row = (lane / 2) % 4 + 4 * (lane / 16);
+    const ushort fragment_column = 2 * (lane % 2) + 4 * ((lane / 8) % 2);
+    threadgroup bfloat stage[1920];
+    threadgroup bool oddities[2];
+
+    const int h_kv = int(place.y);
+    const int b = int(place.z);
+    const int block = int(order[place.x]);
+
+    // The row of this lane. Lanes past the end read the last one and write nothing.
+    const int key = block * 16 + simdgroup * 8 + fragment_row;
+    const bool inside = key < len_k;
+    const int key_inside = min(key, len_k - 1);
+    device const bfloat* k_row = k + b * k_b + h_kv * k_h + long(key_inside) * k_n;
+    device const bfloat* v_row = v + b * v_b + h_kv * v_h + long(key_inside) * v_n;
+    device bfloat* dk_row = dk + b * dk_b + h_kv * dk_h + long(key_inside) * dk_n;
+    device bfloat* dv_row = dv + b * dv_b + h_kv * dv_h + long(key_inside) * dv_n;
+
+    const float factor = scale * M_LOG2E_F;
+    simdgroup_matrix<float, 8, 8> dv_sum[16];
+    #pragma clang loop unroll(full)
+    for (ushort i = 0; i < 16; ++i) {
+        dv_sum[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
+    }
+    simdgroup_matrix<float, 8, 8> dk_sum[16];
+    #pragma clang loop unroll(full)
+    for (ushort i = 0; i < 16; ++i) {
+        dk_sum[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
+    }
+    for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+        device const bfloat* q_head = q + b * q_b + h * q_h;
+        device const bfloat* do_head = dO + b * do_b + h * do_h;
+        const long rows = (long(b) * heads_q + h) * len_q;
+        const long visited = b * row_b + h * row_h + block;
+        for (long run = run_rows[visited]; run < run_rows[visited + 1]; ++run) {
+            const int first = int(runs[3 * run]);
+            const int last = int(runs[3 * run + 1]);
+            const bool masked = runs[3 * run + 2] != 0;
+            for (int start = first; start < last; start += 80) {
+                const bool edge = masked || start + 80 > last;
+                device const bfloat* q_tile = q_head + long(start) * q_n;
+                device const bfloat* do_tile = do_head + long(start) * do_n;
+                // The statistics of the tile's queries, which are its columns.
+                float2 base[10];
+                float2 row_delta[10];
+                #pragma clang loop unroll(full)
+                for (ushort j = 0; j < 80; j += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const long row = rows + min(start + j + fragment_column + e, last - 1);
+                        base[j / 8][e] = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
+                        row_delta[j / 8][e] = delta[row];
+                    }
+                }
+                // s = k q^T
+                simdgroup_matrix<float, 8, 8> s[10];
+                #pragma clang loop unroll(full)
+                for (ushort i = 0; i < 10; ++i) {
+                    s[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
+                }
+                for (ushort d0 = 0; d0 < 128; d0 += 16) {
+                    if (!edge) {
+                        device const bfloat* lane_of_q = q_tile + fragment_column * q_n + fragment_row;
+                        #pragma clang loop unroll(full)
+                        for (ushort d = 0; d < 16; d += 8) {
+                            simdgroup_matrix<bfloat, 8, 8> a;
+                            a.thread_elements()[0] = k_row[d0 + d + fragment_column];
+                            a.thread_elements()[1] = k_row[d0 + d + fragment_column + 1];
+                            #pragma clang loop unroll(full)
+                            for (ushort j = 0; j < 80; j += 8) {
+                                simdgroup_matrix<bfloat, 8, 8> x;
+                                x.thread_elements()[0] = lane_of_q[j * q_n + d0 + d];
+                                x.thread_elements()[1] = lane_of_q[(j + 1) * q_n + d0 + d];
+                                simdgroup_multiply_accumulate(s[j / 8], a, x, s[j / 8]);
+                            }
+                        }
+                    } else {
+                        threadgroup_barrier(mem_flags::mem_threadgroup);
+                        for (ushort i = thread_index; i < 1280; i += 64) {
+                            const ushort r = i / 16;
+                            const ushort d = i % 16;
+                            const bfloat x = start + r < last ? q_tile[r * q_n + d0 + d] : bfloat(0);
+                            stage[r * 24 + d] = x;
+                        }
+                        threadgroup_barrier(mem_flags::mem_threadgroup);
+                        #pragma clang loop unroll(full)
+                        for (ushort d = 0; d < 16; d += 8) {
+                            simdgroup_matrix<bfloat, 8, 8> a;
+                            a.thread_elements()[0] = k_row[d0 + d + fragment_column];
+                            a.thread_elements()[1] = k_row[d0 + d + fragment_column + 1];
+                            #pragma clang loop unroll(full)
+                            for (ushort j = 0; j < 80; j += 8) {
+                                simdgroup_matrix<bfloat, 8, 8> x;
+                                x.thread_elements()[0] = stage[fragment_column * 24 + fragment_row + j * 24 + d];
+                                x.thread_elements()[1] = stage[fragment_column * 24 + fragment_row + (j + 1) * 24 + d];
+                                simdgroup_multiply_accumulate(s[j / 8], a, x, s[j / 8]);
+                            }
+                        }
+                    }
+                }
+                // p = exp2(s - lse)
+                if (edge) {
+                    #pragma clang loop unroll(full)
+                    for (ushort j = 0; j < 80; j += 8) {
+                        #pragma clang loop unroll(full)
+                        for (ushort e = 0; e < 2; ++e) {
+                            const float x = s[j / 8].thread_elements()[e];
+                            const int query = start + j + fragment_column + e;
+                            const bool seen = query < last && (!masked || visible(b, h, query, key_inside, sizes));
+                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(x * factor - base[j / 8][e]) : -0.0f;
+                        }
+                    }
+                } else {
+                    #pragma clang loop unroll(full)
+                    for (ushort j = 0; j < 80; j += 8) {
+                        #pragma clang loop unroll(full)
+                        for (ushort e = 0; e < 2; ++e) {
+                            const float x = s[j / 8].thread_elements()[e];
+                            s[j / 8].thread_elements()[e] = fast::exp2(x * factor - base[j / 8][e]);
+                        }
+                    }
+                }
+                simdgroup_matrix<bfloat, 8, 8> p[10];
+                #pragma clang loop unroll(full)
+                for (ushort j = 0; j < 80; j += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float x = s[j / 8].thread_elements()[e];
+                        p[j / 8].thread_elements()[e] = bfloat(x);
+                    }
+                }
+                // dv = dv + p do
+                #pragma clang loop unroll(full)
+                for (ushort d0 = 0; d0 < 128; d0 += 16) {
+                    if (!edge) {
+                        device const bfloat* lane_of_do = do_tile + fragment_row * do_n + fragment_column;
+                        #pragma clang loop unroll(full)
+                        for (ushort j = 0; j < 80; j += 8) {
+                            #pragma clang loop unroll(full)
+                            for (ushort d = 0; d < 16; d += 8) {
+                                simdgroup_matrix<bfloat, 8, 8> x;
+                                x.thread_elements()[0] = lane_of_do[j * do_n + d0 + d];
+                                x.thread_elements()[1] = lane_of_do[j * do_n + d0 + d + 1];
+                                simdgroup_multiply_accumulate(dv_sum[(d0 + d) / 8], p[j / 8], x, dv_sum[(d0 + d) / 8]);
+                            }
+                        }
+                    } else {
+                        threadgroup_barrier(mem_flags::mem_threadgroup);
+                        bool odd = false;
+                        for (ushort i = thread_index; i < 1280; i += 64) {
+                            const ushort r = i / 16;
+                            const ushort d = i % 16;
+                            const bfloat x = start + r < last ? do_tile[r * do_n + d0 + d] : bfloat(0);
+                            stage[r * 24 + d] = x;
+                            odd |= (as_type<uint>(float(x)) & 0x7f800000u) == 0x7f800000u;
+                        }
+                        odd = simd_any(odd);
+                        if (lane == 0) {
+                            oddities[simdgroup] = odd;
+                        }
+                        threadgroup_barrier(mem_flags::mem_threadgroup);
+                        bool wild = false;
+                        #pragma clang loop unroll(full)
+                        for (ushort i = 0; i < 2; ++i) {
+                            wild |= oddities[i] && edge;
+                        }
+                        if (wild) {
+                            #pragma clang loop unroll(full)
+                            for (ushort j = 0; j < 80; j += 8) {
+                                for (ushort c = 0; c < 8; ++c) {
+                                    const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
+                                    const float weight = simd_shuffle(float(p[j / 8].thread_elements()[c % 2]), holder);
+                                    const int query = start + j + c;
+                                    if (query < last && (!masked || visible(b, h, query, key_inside, sizes))) {
+                                        #pragma clang loop unroll(full)
+                                        for (ushort d = 0; d < 16; d += 8) {
+                                            #pragma clang loop unroll(full)
+                                            for (ushort e = 0; e < 2; ++e) {
+                                                dv_sum[(d0 + d) / 8].thread_elements()[e] += weight * float(stage[(j + c) * 24 + d + fragment_column + e]);
+                                            }
+                                        }
+                                    }
+                                }
+                            }
+                        } else {
+                            #pragma clang loop unroll(full)
+                            for (ushort j = 0; j < 80; j += 8) {
+                                #pragma clang loop unroll(full)
+                                for (ushort d = 0; d < 16; d += 8) {
+                                    simdgroup_matrix<bfloat, 8, 8> x;
+                                    x.thread_elements()[0] = stage[fragment_row * 24 + fragment_column + j * 24 + d];
+                                    x.thread_elements()[1] = stage[fragment_row * 24 + fragment_column + j * 24 + d + 1];
+                                    simdgroup_multiply_accumulate(dv_sum[(d0 + d) / 8], p[j / 8], x, dv_sum[(d0 + d) / 8]);
+                                }
+                            }
+                        }
+                    }
+                }
+                // dp = v do^T
+                simdgroup_matrix<float, 8, 8> dp[10];
+                #pragma clang loop unroll(full)
+                for (ushort i = 0; i < 10; ++i) {
+                    dp[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
+                }
+                for (ushort d0 = 0; d0 < 128; d0 += 16) {
+                    if (!edge) {
+                        device const bfloat* lane_of_do = do_tile + fragment_column * do_n + fragment_row;
+                        #pragma clang loop unroll(full)
+                        for (ushort d = 0; d < 16; d += 8) {
+                            simdgroup_matrix<bfloat, 8, 8> a;
+                            a.thread_elements()[0] = v_row[d0 + d + fragment_column];
+                            a.thread_elements()[1] = v_row[d0 + d + fragment_column + 1];
+                            #pragma clang loop unroll(full)
+                            for (ushort j = 0; j < 80; j += 8) {
+                                simdgroup_matrix<bfloat, 8, 8> x;
+                                x.thread_elements()[0] = lane_of_do[j * do_n + d0 + d];
+                                x.thread_elements()[1] = lane_of_do[(j + 1) * do_n + d0 + d];
+                                simdgroup_multiply_accumulate(dp[j / 8], a, x, dp[j / 8]);
+                            }
+                        }
+                    } else {
+                        threadgroup_barrier(mem_flags::mem_threadgroup);
+                        for (ushort i = thread_index; i < 1280; i += 64) {
+                            const ushort r = i / 16;
+                            const ushort d = i % 16;
+                            const bfloat x = start + r < last ? do_tile[r * do_n + d0 + d] : bfloat(0);
+                            stage[r * 24 + d] = x;
+                        }
+                        threadgroup_barrier(mem_flags::mem_threadgroup);
+                        #pragma clang loop unroll(full)
+                        for (ushort d = 0; d < 16; d += 8) {
+                            simdgroup_matrix<bfloat, 8, 8> a;
+                            a.thread_elements()[0] = v_row[d0 + d + fragment_column];
+                            a.thread_elements()[1] = v_row[d0 + d + fragment_column + 1];
+                            #pragma clang loop unroll(full)
+                            for (ushort j = 0; j < 80; j += 8) {
+                                simdgroup_matrix<bfloat, 8, 8> x;
+                                x.thread_elements()[0] = stage[fragment_column * 24 + fragment_row + j * 24 + d];
+                                x.thread_elements()[1] = stage[fragment_column * 24 + fragment_row + (j + 1) * 24 + d];
+                                simdgroup_multiply_accumulate(dp[j / 8], a, x, dp[j / 8]);
+                            }
+                        }
+                    }
+                }
+                // ds = p (dp - delta)
+                #pragma clang loop unroll(full)
+                for (ushort j = 0; j < 80; j += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float x = dp[j / 8].thread_elements()[e];
+                        const float weight = s[j / 8].thread_elements()[e];
+                        dp[j / 8].thread_elements()[e] = weight * (x - row_delta[j / 8][e]);
+                    }
+                }
+                if (edge) {
+                    #pragma clang loop unroll(full)
+                    for (ushort j = 0; j < 80; j += 8) {
+                        #pragma clang loop unroll(full)
+                        for (ushort e = 0; e < 2; ++e) {
+                            const float x = dp[j / 8].thread_elements()[e];
+                            const bool hidden = as_type<uint>(s[j / 8].thread_elements()[e]) == 0x80000000u;
+                            dp[j / 8].thread_elements()[e] = hidden ? 0.0f : x;
+                        }
+                    }
+                }
+                simdgroup_matrix<bfloat, 8, 8> ds[10];
+                #pragma clang loop unroll(full)
+                for (ushort j = 0; j < 80; j += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float x = dp[j / 8].thread_elements()[e];
+                        ds[j / 8].thread_elements()[e] = bfloat(x);
+                    }
+                }
+                // dk = dk + ds q
+                #pragma clang loop unroll(full)
+                for (ushort d0 = 0; d0 < 128; d0 += 16) {
+                    if (!edge) {
+                        device const bfloat* lane_of_q = q_tile + fragment_row * q_n + fragment_column;
+                        #pragma clang loop unroll(full)
+                        for (ushort j = 0; j < 80; j += 8) {
+                            #pragma clang loop unroll(full)
+                            for (ushort d = 0; d < 16; d += 8) {
+                                simdgroup_matrix<bfloat, 8, 8> x;
+                                x.thread_elements()[0] = lane_of_q[j * q_n + d0 + d];
+                                x.thread_elements()[1] = lane_of_q[j * q_n + d0 + d + 1];
+                                simdgroup_multiply_accumulate(dk_sum[(d0 + d) / 8], ds[j / 8], x, dk_sum[(d0 + d) / 8]);
+                            }
+                        }
+                    } else {
+                        threadgroup_barrier(mem_flags::mem_threadgroup);
+                        bool odd = false;
+                        for (ushort i = thread_index; i < 1280; i += 64) {
+                            const ushort r = i / 16;
+                            const ushort d = i % 16;
+                            const bfloat x = start + r < last ? q_tile[r * q_n + d0 + d] : bfloat(0);
+                            stage[r * 24 + d] = x;
+                            odd |= (as_type<uint>(float(x)) & 0x7f800000u) == 0x7f800000u;
+                        }
+                        odd = simd_any(odd);
+                        if (lane == 0) {
+                            oddities[simdgroup] = odd;
+                        }
+                        threadgroup_barrier(mem_flags::mem_threadgroup);
+                        bool wild = false;
+                        #pragma clang loop unroll(full)
+                        for (ushort i = 0; i < 2; ++i) {
+                            wild |= oddities[i] && edge;
+                        }
+                        if (wild) {
+                            #pragma clang loop unroll(full)
+                            for (ushort j = 0; j < 80; j += 8) {
+                                for (ushort c = 0; c < 8; ++c) {
+                                    const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
+                                    const float weight = simd_shuffle(float(ds[j / 8].thread_elements()[c % 2]), holder);
+                                    const int query = start + j + c;
+                                    if (query < last && (!masked || visible(b, h, query, key_inside, sizes))) {
+                                        #pragma clang loop unroll(full)
+                                        for (ushort d = 0; d < 16; d += 8) {
+                                            #pragma clang loop unroll(full)
+                                            for (ushort e = 0; e < 2; ++e) {
+                                                dk_sum[(d0 + d) / 8].thread_elements()[e] += weight * float(stage[(j + c) * 24 + d + fragment_column + e]);
+                                            }
+                                        }
+                                    }
+                                }
+                            }
+                        } else {
+                            #pragma clang loop unroll(full)
+                            for (ushort j = 0; j < 80; j += 8) {
+                                #pragma clang loop unroll(full)
+                                for (ushort d = 0; d < 16; d += 8) {
+                                    simdgroup_matrix<bfloat, 8, 8> x;
+                                    x.thread_elements()[0] = stage[fragment_row * 24 + fragment_column + j * 24 + d];
+                                    x.thread_elements()[1] = stage[fragment_row * 24 + fragment_column + j * 24 + d + 1];
+                                    simdgroup_multiply_accumulate(dk_sum[(d0 + d) / 8], ds[j / 8], x, dk_sum[(d0 + d) / 8]);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    if (inside) {
+        #pragma clang loop unroll(full)
+        for (ushort d = 0; d < 128; d += 8) {
+            #pragma clang loop unroll(full)
+            for (ushort e = 0; e < 2; ++e) {
+                const ushort column = d + fragment_column + e;
+                dv_row[column] = bfloat(dv_sum[d / 8].thread_elements()[e] * 1.0f);
+            }
+        }
+    }
+    if (inside) {
+        #pragma clang loop unroll(full)
+        for (ushort d = 0; d < 128; d += 8) {
+            #pragma clang loop unroll(full)
+            for (ushort e = 0; e < 2; ++e) {
+                const ushort column = d + fragment_column + e;
+                dk_row[column] = bfloat(dk_sum[d / 8].thread_elements()[e] * scale);
+            }
+        }
+    }
+}
