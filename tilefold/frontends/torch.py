@@ -109,10 +109,16 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tu
     weights = torch.exp(lses - top.masked_fill(nothing, 0))
     total = weights.sum(0).masked_fill(nothing, 1)
     lse = (top + total.log()).masked_fill(nothing, -torch.inf)
-    shares = (weights / total).unsqueeze(-1)
-    parts = [o.permute(axes).to(lse.dtype) for o in (o1, o2)]
-    parts = [part.masked_fill(unseen[i].unsqueeze(-1), 0) for i, part in enumerate(parts)]
-    o = shares[0] * parts[0] + shares[1] * parts[1]
+    parts = [
+        share * part.permute(axes).to(lse.dtype).masked_fill(hidden, 0)
+        for part, share, hidden in zip(
+            (o1, o2),
+            (weights / total).unsqueeze(-1).unbind(),
+            unseen.unsqueeze(-1).unbind(),
+            strict=True,
+        )
+    ]
+    o = parts[0] + parts[1]
     return o.permute(axes).to(o1.dtype).contiguous(), lse  # each layout is its own inverse
 
 
@@ -153,7 +159,6 @@ def _forward(
     if machine is not None:
         from tilefold.backends.metal import calls
 
-        _check(q=q, k=k, v=v)
         o, lse = calls.forward(machine, q, k, v, mask, scale, layout).run()
         return o, lse
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
@@ -190,7 +195,6 @@ def _slopes(
     if machine is not None:
         from tilefold.backends.metal import calls
 
-        _check_all(do, q, k, v, o, lse)
         dq, dk, dv = calls.backward(machine, do, q, k, v, o, lse, mask, scale, layout).run()
         return dq, dk, dv
     do, q, k, v, o, lse = given = [_aligned(tensor) for tensor in (do, q, k, v, o, lse)]

@@ -17,6 +17,7 @@ from tilefold.mask import Rule
 from tilefold.problem import (
     LAYOUTS,
     Problem,
+    Shape,
     check_layout,
     check_lse,
     check_shape,
@@ -31,6 +32,12 @@ from tilefold.problem import (
 LSE = "float32"
 """The type of lse, and of all that kernels compute: a GPU of Apple's has no float64."""
 
+RESULTS = {"forward": ("o", "lse"), "backward": ("dq", "dk", "dv")}
+"""What an operation writes."""
+
+_EMPTY = {"o": 0.0, "lse": -np.inf, "dq": 0.0, "dk": 0.0, "dv": 0.0}
+"""The results where no query meets a key."""
+
 
 @dataclass(frozen=True, eq=False)
 class Bound:
@@ -38,17 +45,29 @@ class Bound:
 
     call: Call | None
     operands: Mapping[str, Array]
-    results: tuple[Array, ...]
-    empty: tuple[float, ...]
+    results: Mapping[str, Array]
 
     def run(self) -> tuple[Array, ...]:
         """Launch the kernels and return the arrays that they write."""
         if self.call is None:
-            for array, value in zip(self.results, self.empty, strict=True):
-                array[...] = value
+            for name, array in self.results.items():
+                array[...] = _EMPTY[name]
         else:
-            self.call.run(self.operands)
-        return self.results
+            self.call.run({**self.operands, **self.results})
+        return tuple(self.results.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What follows from the shapes, strides and types of a call's inputs, found once.
+
+    `call` is for results that are contiguous in the layout.
+    """
+
+    problem: Problem
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    call: Call | None
 
 
 def forward(
@@ -62,13 +81,8 @@ def forward(
     results: Sequence[Array | None] = (None, None),
 ) -> Bound:
     """The call that writes o and lse, into arrays that it makes unless `results` names them."""
-    machine.check(q=q, k=k, v=v)
-    problem = _problem(q, k, v, mask, scale, layout)
-    shapes = shape_o(problem, layout), shape_lse(problem)
-    dtypes = problem.dtype, LSE
-    made = _results(machine, ("out", "lse"), q, shapes, dtypes, results)
-    operands = dict(zip(("q", "k", "v", "o", "lse"), (q, k, v, *made), strict=True))
-    return Bound(_call(machine, problem, "forward", layout, operands), operands, made, (0, -np.inf))
+    given = {"q": q, "k": k, "v": v}
+    return _bind(machine, "forward", given, mask, scale, layout, results)
 
 
 def backward(
@@ -85,17 +99,8 @@ def backward(
     results: Sequence[Array | None] = (None, None, None),
 ) -> Bound:
     """The call that writes dq, dk and dv; as `forward`."""
-    machine.check(do=do, q=q, k=k, v=v, o=o, lse=lse)
-    problem = _problem(q, k, v, mask, scale, layout, do=do, o=o)
-    check_lse(dtype_of(lse), problem.dtype)
-    for name, array in (("do", do), ("o", o)):
-        check_shape(name, tuple(array.shape), shape_o(problem, layout))
-    check_shape("lse", tuple(lse.shape), shape_lse(problem))
-    shapes = shapes_qkv(problem, layout)
-    made = _results(machine, ("dq", "dk", "dv"), q, shapes, (problem.dtype,) * 3, results)
-    names = ("do", "q", "k", "v", "o", "lse", "dq", "dk", "dv")
-    operands = dict(zip(names, (do, q, k, v, o, _packed(lse), *made), strict=True))
-    return Bound(_call(machine, problem, "backward", layout, operands), operands, made, (0, 0, 0))
+    given = {"q": q, "k": k, "v": v, "do": do, "o": o, "lse": lse}
+    return _bind(machine, "backward", given, mask, scale, layout, results)
 
 
 def ready(machine: Machine, problem: Problem, operation: str, layout: str) -> None:
@@ -115,47 +120,93 @@ def dtype_of(array: Array) -> str:
     return str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
 
 
-def _problem(
-    q: Array, k: Array, v: Array, mask: Rule, scale: float | None, layout: str, **others: Array
-) -> Problem:
+def _bind(
+    machine: Machine,
+    operation: str,
+    given: dict[str, Array],
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+    results: Sequence[Array | None],
+) -> Bound:
+    machine.check(**given)
+    if "lse" in given:
+        given["lse"] = _packed(given["lse"])
+    forms = [(array.shape, strides_of(array), array.dtype) for array in given.values()]
+    key = (operation, mask, scale, layout, *forms)
+    known = machine.kept.calls.get(key)
+    if known is None:
+        known = _know(machine, operation, given, mask, scale, layout)
+        size = known.call.plan.data_bytes if known.call else 0
+        known = machine.kept.calls.put(key, known, size)
+    made: dict[str, Array] = {}
+    call = known.call
+    for name, shape, dtype, array in zip(
+        RESULTS[operation], known.shapes, known.dtypes, results, strict=True
+    ):
+        if array is None:
+            made[name] = _empty(given["q"], shape, dtype)
+            continue
+        _check_result(machine, name, array, shape, dtype)
+        made[name] = array
+    if call and any(array is not None for array in results):
+        strides = {name: strides_of(array) for name, array in {**given, **made}.items()}
+        call = _prepare(machine, known.problem, operation, layout, strides)
+    return Bound(call, given, made)
+
+
+def _know(
+    machine: Machine,
+    operation: str,
+    given: Mapping[str, Array],
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+) -> Known:
+    """Checks the inputs, and prepares the call unless it is empty."""
+    problem = _problem(given, mask, scale, layout)
+    shapes: tuple[Shape, ...] = shape_o(problem, layout), shape_lse(problem)
+    dtypes: tuple[str, ...] = problem.dtype, LSE
+    if operation == "backward":
+        check_lse(dtype_of(given["lse"]), problem.dtype)
+        for name, shape in zip(("do", "o", "lse"), (shapes[0], *shapes), strict=True):
+            check_shape(name, tuple(given[name].shape), shape)
+        shapes, dtypes = shapes_qkv(problem, layout), (problem.dtype,) * 3
+    if problem.empty:
+        return Known(problem, shapes, dtypes, None)
+    strides = {name: strides_of(array) for name, array in given.items()}
+    strides |= {
+        name: contiguous(shape) for name, shape in zip(RESULTS[operation], shapes, strict=True)
+    }
+    call = _prepare(machine, problem, operation, layout, strides)
+    return Known(problem, shapes, dtypes, call)
+
+
+def _problem(given: Mapping[str, Array], mask: Rule, scale: float | None, layout: str) -> Problem:
     """What is asked. Products of float32 are in float32 whatever the precision."""
     check_layout(layout)
-    given = {"q": q, "k": k, "v": v, **others}
-    dtype = common_dtype({name: dtype_of(array) for name, array in given.items()})
+    dtype = common_dtype({name: dtype_of(x) for name, x in given.items() if name != "lse"})
     if dtype == "float64":
         raise NotImplementedError(
             "q is of float64, which Apple GPUs do not have: pass float32, or NumPy arrays or"
             " tensors on the CPU to tilefold.attention"
         )
-    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-    return describe(*shapes, dtype, scale, mask, layout, "highest")
+    q, k, v = (tuple(given[name].shape) for name in ("q", "k", "v"))
+    return describe(q, k, v, dtype, scale, mask, layout, "highest")
 
 
-def _results(
-    machine: Machine,
-    names: Sequence[str],
-    like: Array,
-    shapes: Sequence[tuple[int, ...]],
-    dtypes: Sequence[str],
-    given: Sequence[Array | None],
-) -> tuple[Array, ...]:
-    """The arrays that are written: those given, checked, or new ones beside `like`."""
-    made = []
-    for name, shape, dtype, array in zip(names, shapes, dtypes, given, strict=True):
-        if array is None:
-            made.append(_empty(like, shape, dtype))
-            continue
-        machine.check(**{name: array})
-        check_shape(name, tuple(array.shape), shape)
-        if dtype_of(array) != dtype:
-            raise TypeError(f"{name} must be of {dtype}, got {dtype_of(array)}")
-        if name == "lse" and strides_of(array) != contiguous(shape):
-            raise ValueError(f"{name} must be contiguous, got strides {strides_of(array)}")
-        made.append(array)
-    return tuple(made)
+def _check_result(machine: Machine, name: str, array: Array, shape: Shape, dtype: str) -> None:
+    """Raises for an array that is to hold a result and cannot."""
+    called = "out" if name == "o" else name
+    machine.check(**{called: array})
+    check_shape(called, tuple(array.shape), shape)
+    if dtype_of(array) != dtype:
+        raise TypeError(f"{called} must be of {dtype}, got {dtype_of(array)}")
+    if name == "lse" and not _is_packed(array):
+        raise ValueError(f"{called} must be contiguous, got strides {strides_of(array)}")
 
 
-def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
+def _empty(like: Array, shape: Shape, dtype: str) -> Array:
     if isinstance(like, np.ndarray):
         return np.empty(shape, dtype)
     import torch
@@ -163,26 +214,17 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     return like.new_empty(shape, dtype=getattr(torch, dtype))
 
 
+def _is_packed(array: Array) -> bool:
+    if isinstance(array, np.ndarray):
+        return array.flags.c_contiguous
+    return bool(array.is_contiguous())
+
+
 def _packed(array: Array) -> Array:
     """The array, or a contiguous copy."""
     if isinstance(array, np.ndarray):
         return np.ascontiguousarray(array)
     return array.contiguous()
-
-
-def _call(
-    machine: Machine, problem: Problem, operation: str, layout: str, operands: Mapping[str, Array]
-) -> Call | None:
-    """The prepared call, kept for the next one of operands that lie alike."""
-    if problem.empty:
-        return None
-    strides = {name: strides_of(array) for name, array in operands.items()}
-    key = (problem, operation, layout, *strides.values())
-    found = machine.kept.calls.get(key)
-    if found is None:
-        made = _prepare(machine, problem, operation, layout, strides)
-        found = machine.kept.calls.put(key, made, made.plan.data_bytes)
-    return found
 
 
 def _prepare(

@@ -104,7 +104,7 @@ class Commands:
             self.refused.append(str(error))
             return results
         self._bound.append(bound)
-        return bound.results
+        return tuple(bound.results.values())
 
     def _find(self) -> Machine:
         """The machine: without one given, the GPU. Raises NotImplementedError without one."""

@@ -36,6 +36,10 @@ MOST_BUFFERS = 31
 """What Metal binds to one kernel."""
 
 
+MOST_NUMBERS = 4096 // 8
+"""What `setBytes` takes at most, in 64-bit numbers."""
+
+
 class CompileError(RuntimeError):
     """Metal rejected the text of a kernel; the message says where the text was written."""
 
@@ -71,7 +75,7 @@ class Kept:
         self.libraries: Once[Any] = Once(most=512)
         self.kernels: Once[Callable[..., None]] = Once(most=512)
         self.data: Recent[dict[str, Array]] = Recent(most=128, most_bytes=256 * 2**20)
-        self.calls: Recent[Call] = Recent(most=128, most_bytes=256 * 2**20)
+        self.calls: Recent[Any] = Recent(most=128, most_bytes=256 * 2**20)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,6 +217,12 @@ def _step(
     given = tuple(name for name in names if name not in data)
     known = {**_sizes(plan, launch), **_strides(strides)}
     numbers = [int(known[name]) for name in sizes(spec)]
+    if len(numbers) > MOST_NUMBERS:
+        raise NotImplementedError(
+            f"Metal takes {MOST_NUMBERS} whole numbers beside the arrays, and {spec.operation} with"
+            f" this mask has {len(numbers)}: give the mask's numbers as a table (tilefold.dense,"
+            " documents), or run it on the CPU"
+        )
     threads = spec.threads
     groups, heads, batch = launch.grid
     return _Step(
