@@ -50,8 +50,6 @@ VARIANTS = (
     Variant("float16", "float32", "float32", True, True, "row", "silu"),
     Variant("bfloat16", "float16", "float32", False, False, "column", "tanh"),
     Variant("float32", "bfloat16", "bfloat16", True, False, every=3),
-    Variant("float16", "float16", "float32", False, True),
-    Variant("bfloat16", "bfloat16", "float32", False, False),
 )
 SHAPES = (
     *((1, 1, 1), (2, 20, 3), (20, 2, 9), (99, 3, 257), (3, 257, 99), (1, 130, 8), (130, 1, 24)),
@@ -174,7 +172,7 @@ def test_one_text_serves_all_sizes_and_scalars(family: str) -> None:
 
     machine = Listening(family)
     for shape in ((1, 2, 3), (50, 40, 30), (7, 100, 8)):
-        product(machine, Variant(), shape, cores=1)
+        product(machine, VARIANTS[0], shape, cores=1)
     assert len(seen) == 1 and "50" not in seen[0]
 
 
@@ -280,6 +278,7 @@ def test_what_is_not_finite_stays_where_it_is(machine: Emulated) -> None:
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "silu", "tanh"])
+@pytest.mark.parametrize("family", ["apple9"], indirect=True)
 def test_activations_of_numbers_of_any_size(machine: Emulated, name: str) -> None:
     x = np.concatenate([np.linspace(-20, 20, 4001), [-1e30, 1e30, 1e-30, -88.8, 0]])
     a, one = x.astype("float32")[:, None], np.ones((1, 1), "float32")
@@ -288,7 +287,9 @@ def test_activations_of_numbers_of_any_size(machine: Emulated, name: str) -> Non
     assert np.isnan(standalone.gemm(a * np.nan, one, activation=name, machine=machine)).all()
 
 
-@pytest.mark.parametrize("edge", ["m", "n", "k"])
+@pytest.mark.parametrize(
+    "edge, family", [("m", "apple7"), ("n", "apple9"), ("k", "apple7")], indirect=["family"]
+)
 def test_a_forgotten_edge_is_found(family: str, edge: str) -> None:
     """The executor sees the kernel leave an array by one element: these tests can fail."""
 
@@ -304,12 +305,11 @@ def test_a_forgotten_edge_is_found(family: str, edge: str) -> None:
         standalone.gemm(ones, ones, machine=Careless(family))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_tensors_give_tensors(machine: Emulated, dtype: str) -> None:
+def test_tensors_give_tensors(machine: Emulated) -> None:
     torch = pytest.importorskip("torch")
-    kind = getattr(torch, dtype)
-    a, b = torch.ones(3, 4, dtype=kind), torch.ones(5, 4, dtype=kind)
+    a = torch.ones(3, 4, dtype=torch.bfloat16)
+    b = torch.ones(5, 4, dtype=torch.bfloat16)
     c = standalone.gemm(a, b.T, machine=machine)
-    assert isinstance(c, torch.Tensor) and c.dtype == kind and (c == 4).all()
+    assert isinstance(c, torch.Tensor) and c.dtype == torch.bfloat16 and (c == 4).all()
     p, lse = standalone.softmax(a, return_lse=True, machine=machine)
-    assert p.dtype == kind and lse.dtype == torch.float32 and (p == 0.25).all()
+    assert p.dtype == torch.bfloat16 and lse.dtype == torch.float32 and (p == 0.25).all()
