@@ -18,20 +18,21 @@ FAMILIES = ("apple7", "apple9")
 """One of each kind: traversed operands staged and bfloat16 widened, or read where they lie."""
 
 
-def machine(family: str, check: str = "fast") -> dispatch.Emulated:
+def machine(family: str, check: str = "fast", tensor_layout: int = 0) -> dispatch.Emulated:
     """The executor as a GPU of a family; skips, with the reason, where there is no C++ compiler."""
     reason = emulate.available()
     if reason is not None:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    found = _machines.get((family, check))
+    key = family, check, tensor_layout
+    found = _machines.get(key)
     if found is None:
-        found = _machines[family, check] = dispatch.Emulated(family, check)
+        found = _machines[key] = dispatch.Emulated(*key)
     return found
 
 
-_machines: dict[tuple[str, str], dispatch.Emulated] = {}
+_machines: dict[tuple[str, str, int], dispatch.Emulated] = {}
 
 
 def forward(

@@ -5,129 +5,73 @@ Each case runs under both layouts of cooperative tensors that the executor knows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from compare import assert_near, dense, tolerances
-from numpy.typing import NDArray
+from metal import machine
+from operands import SENTINEL, Array, inputs, place
 
 from tilefold import Rule, causal, documents, full, local, rule
-from tilefold.backends.metal import tensorops
-from tilefold.backends.metal.arguments import arrays, sizes
+from tilefold.backends.metal import dispatch, tensorops
+from tilefold.backends.metal import plan as planning
+from tilefold.backends.metal.plan import MetalPlan
 from tilefold.backends.metal.source import emit
-from tilefold.backends.metal.spec import Blocks, MetalSpec
-from tilefold.blocks import runs
-from tilefold.expression import split
+from tilefold.backends.metal.spec import Blocks
 from tilefold.problem import Problem
-
-Array = NDArray[Any]
-Compile = Callable[..., Any]
 
 LAYOUTS = (0, 1)
 
-TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+def plan(problem: Problem) -> MetalPlan:
+    """The plan of a forward pass, its kernel replaced by that of tensor operations."""
+    blocks = tensorops.blocks(problem.dtype, problem.dim_v)
+    made = planning.plan(problem, "apple10", "forward", form="tiled", blocks=blocks, cached=())
+    (launch,) = made.launches
+    launch = replace(launch, spec=tensorops.variant(launch.spec))
+    return replace(made, launches=(launch,), buffers={})
 
 
-def spec_of(problem: Problem, **options: Any) -> tuple[MetalSpec, tuple[int, ...], list[Array]]:
-    skeleton, parameters, tables = split(problem.mask.bind(problem.len_q, problem.len_k))
-    spec = MetalSpec(
-        "forward",
-        problem.dtype,
-        problem.dim,
-        problem.dim_v,
-        Blocks(32, 64, 16),
-        cached=("q", "o"),
-        staged=False,
-        bfloat=True,
-        mask=skeleton,
-        index_bits=32,
-        **options,
-    )
-    return tensorops.variant(spec), parameters, [table.array for table in tables]
+def forward(
+    problem: Problem, operands: Mapping[str, Array], layout: int, into: Array | None = None
+) -> dict[str, Array]:
+    """o and lse of one launch, under a layout of cooperative tensors."""
+    shape = (problem.batch, problem.heads_q, problem.len_q)
+    o = np.full((*shape, problem.dim_v), SENTINEL, problem.dtype) if into is None else into
+    results = {"o": o, "lse": np.full(shape, SENTINEL, np.float32)}
+    given = {name: operands[name] for name in "qkv"}
+    dispatch.execute(plan(problem), machine("apple10", tensor_layout=layout), {**given, **results})
+    return results
 
 
-def forward(compiled: Compile, problem: Problem, given: dict[str, Array]) -> tuple[Array, Array]:
-    """o and lse of one launch of the kernel."""
-    spec, parameters, tables = spec_of(problem)
-    step = spec.blocks
-    visited = runs(
-        problem.mask.bind(problem.len_q, problem.len_k),
-        parallel="q",
-        batch=problem.batch,
-        heads=problem.heads_q,
-        len_parallel=problem.len_q,
-        len_traverse=problem.len_k,
-        block_parallel=step.parallel,
-        block_traverse=step.traverse,
-    )
-    rows = -(-problem.len_q // step.parallel)
-    o = np.full((*given["q"].shape[:3], problem.dim_v), 9, given["q"].dtype)
-    operands = {**given, "o": o, "lse": np.full(o.shape[:3], 9, np.float32)}
-    numbers = {
-        "len_q": problem.len_q,
-        "len_k": problem.len_k,
-        "heads_q": problem.heads_q,
-        "group": problem.heads_q // problem.heads_kv,
-        "row_b": rows * visited.planes_h if visited.planes_b > 1 else 0,
-        "row_h": rows if visited.planes_h > 1 else 0,
-        "splits": 1,
-        **{f"p{i}": value for i, value in enumerate(parameters)},
-    }
-    for name, array in {**operands, **{f"t{i}": t for i, t in enumerate(tables)}}.items():
-        axes = "bhnd" if name in "qkvo" else "01234"
-        for axis, stride in zip(axes, array.strides, strict=False):
-            numbers[f"{name}_{axis}"] = stride // array.itemsize
-    bound = operands | {"order": np.arange(rows)[::-1].copy(), "run_rows": visited.rows}
-    bound |= {"runs": visited.runs} | {f"t{i}": t for i, t in enumerate(tables)}
-    values = [bound[argument.name] for argument in arrays(spec)]
-    library = compiled(emit(spec))
-    library.tilefold_forward(
-        *(value.view(np.uint8) if value.dtype == bool else value for value in values),
-        [numbers[name] for name in sizes(spec)],
-        problem.scale,
-        threads=(rows * spec.threads, problem.heads_q, problem.batch),
-        group_size=(spec.threads, 1, 1),
-    )
-    return o, operands["lse"]
-
-
-def check_forward(
-    compiled: Compile,
-    q: tuple[int, ...],
-    k: tuple[int, ...],
-    dim_v: int,
-    dtype: str = "float32",
-    mask: Rule | None = None,
-) -> None:
+def check(problem: Problem, layout: int, memory: str = "packed") -> None:
     """Compare with the definition, within the tolerances of the CPU's kernels."""
-    random = np.random.default_rng([*q, *k, dim_v])
-    shapes = {"q": q, "k": k, "v": (*k[:3], dim_v), "do": (*q[:3], dim_v)}
-    given = {name: random.normal(size=s).astype(TYPES[dtype]) for name, s in shapes.items()}
-    problem = Problem.of(q, k, shapes["v"], dtype=dtype, mask=mask)
-    o, lse = forward(compiled, problem, {name: given[name] for name in "qkv"})
-    want = dense(given, problem.mask, problem.scale)
-    allowed = tolerances(problem, given, want)
-    assert_near("o", o, want["o"], allowed["o"])
-    assert_near("lse", lse, want["lse"], allowed["lse"])
+    operands = inputs(problem, "bhnd", memory)
+    into = place((*operands["q"].shape[:3], problem.dim_v), problem.dtype, "bhnd", memory)
+    got = forward(problem, operands, layout, into.array)
+    assert into.untouched(), "the kernel wrote around o"
+    want = dense(operands, problem.mask, problem.scale)
+    allowed = tolerances(problem, operands, want)
+    for name, array in got.items():
+        assert_near(name, array, want[name], allowed[name])
 
 
 @pytest.mark.slow
 @pytest.mark.feature("J10")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_attention_of_a_square_head_is_one_launch(metal: Compile, dtype: str, layout: int) -> None:
-    def compiled(text: str) -> Any:
-        return metal(text, tensor_layout=layout)
+@pytest.mark.parametrize("length", [64, 200])
+def test_attention_of_a_head_is_one_launch(dtype: str, length: int, layout: int) -> None:
+    problem = Problem.of((2, 2, 64, 64), (2, 2, length, 64), dtype=dtype)
+    (launch,) = plan(problem).launches
+    assert launch.spec.entry == "tilefold_forward" and launch.grid == (1, 2, 2)
+    check(problem, layout)
 
-    check_forward(compiled, (2, 2, 64, 64), (2, 2, 64, 64), 64, dtype)
-    check_forward(compiled, (1, 1, 128, 64), (1, 1, 200, 64), 64, dtype)
 
-
-GENERAL = {
+GENERAL: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, str, Rule]] = {
     "causal": ((2, 4, 70, 40), (2, 2, 133, 40), 53, "float16", causal()),
     "window": ((1, 2, 150, 77), (1, 1, 150, 77), 20, "float32", local(30, causal=True)),
     "one": ((1, 1, 1, 1), (1, 1, 1, 1), 1, "float32", full()),
@@ -142,33 +86,60 @@ GENERAL = {
 @pytest.mark.feature("J10")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", GENERAL)
-def test_attention_of_any_shape_and_mask(metal: Compile, name: str, layout: int) -> None:
-    check_forward(lambda text: metal(text, tensor_layout=layout), *GENERAL[name])
+def test_attention_of_any_shape_and_mask(name: str, layout: int) -> None:
+    q, k, dim_v, dtype, mask = GENERAL[name]
+    problem = Problem.of(q, k, (*k[:3], dim_v), dtype=dtype, mask=mask)
+    check(problem, layout, "padded" if layout else "packed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["k", "v", "q"])
+def test_what_no_query_may_see_changes_nothing(name: str, bad: float) -> None:
+    mask = documents(np.repeat([0, 1, 2], 15), np.repeat([0, 1, 4], 50))
+    problem = Problem.of((1, 2, 45, 5), (1, 1, 150, 5), (1, 1, 150, 7), mask=mask, scale=0.5)
+    operands = {key: array.copy() for key, array in inputs(problem, "bhnd", "packed").items()}
+    operands[name][:, :, 20 : 30 if name == "q" else 120] = bad
+    with np.errstate(all="ignore"):
+        want = dense(operands, problem.mask, problem.scale)
+    for key, array in forward(problem, operands, layout=1).items():
+        assert_near(key, array, want[key], 1e-5)
+
+
+@pytest.mark.feature("J12")
+def test_sizes_and_simdgroups_are_in_the_text() -> None:
+    (launch,) = plan(Problem.of((1, 1, 8, 8))).launches
+    text = emit(launch.spec)
+    assert "matmul2d_descriptor(\n        16, 32, static_cast<int>(dynamic_extent)" in text
+    assert "max_total_threads_per_threadgroup(128)" in text and launch.spec.threads == 128
+    other = replace(launch.spec, blocks=Blocks(32, 32, 16))
+    assert "max_total_threads_per_threadgroup(64)" in emit(other)
 
 
 def test_what_tensor_operations_do_not_serve_is_refused() -> None:
-    spec, _, _ = spec_of(Problem.of((1, 1, 8, 8)))
+    (launch,) = plan(Problem.of((1, 1, 8, 8))).launches
     for change, message in (
         ({"operation": "backward_dq", "cached": ()}, "forward pass alone, not backward_dq"),
         ({"dtype": "bfloat16", "bfloat": False}, "bfloat16 only where"),
         ({"unit": False}, "side by side"),
         ({"wide": True}, "31 bits"),
     ):
+        spec = replace(launch.spec, **change)
         with pytest.raises(NotImplementedError, match=message):
-            tensorops.variant(replace(spec, **change))
+            tensorops.variant(spec)
         with pytest.raises(NotImplementedError, match="use the kernels on fragments"):
-            tensorops.emit(replace(spec, **change))
+            tensorops.emit(spec)
 
 
-def test_the_gate_says_what_a_machine_lacks(metal: Compile) -> None:
+def test_the_gate_says_what_a_machine_lacks() -> None:
     def broken(text: str) -> None:
         raise SyntaxError("no header\nmore")
 
-    assert tensorops.gate((26, 2), 17, metal) is None
-    assert tensorops.gate((26, 1), 17, metal) == (
+    compiles = machine("apple10").compile
+    assert tensorops.gate((26, 2), 17, compiles) is None
+    assert tensorops.gate((26, 1), 17, compiles) == (
         "tensor operations need macOS 26.2 or later, this is 26.1"
     )
-    assert "of generation 17 (M5, A19) or later, this is of 16" in str(
-        tensorops.gate((27, 0), 16, metal)
-    )
+    old = tensorops.gate((27, 0), 16, compiles)
+    assert old and "of generation 17 (M5, A19) or later, this is of 16" in old
     assert str(tensorops.gate((27, 0), 18, broken)).endswith("does not compile: no header")

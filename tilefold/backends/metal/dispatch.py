@@ -82,16 +82,17 @@ class Kept:
 class Emulated:
     """The executor as a machine: kernels run on the CPU, on NumPy arrays and on CPU tensors.
 
-    `check` is that of `tilefold.metal.emulate.compile_shader`.
+    `checks` and `tensor_layout` are those of `tilefold.metal.emulate.compile_shader`.
     """
 
     family: str = "apple9"
     checks: str = "fast"
+    tensor_layout: int = 0
     kept: Kept = field(default_factory=Kept)
 
     def compile(self, text: str) -> Any:
         """The kernels of a text, compiled by the system's C++ compiler."""
-        return emulate.compile_shader(text, check=self.checks)
+        return emulate.compile_shader(text, self.checks, self.tensor_layout)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """An array whose numbers are not set."""

@@ -211,15 +211,15 @@ def _pass(text: Text, spec: MetalSpec, scores: Matmul2d, values: Matmul2d, panel
         text(f"const int width_{i} = {_width(spec, panel, i)};")
         text(values.destination(name, "pv", "weights_tile", "values_tile"))
         fill(text, name)
-    text(f"float m = {LOWEST};", "float l = 0.0f;")
+    text(f"float m = {LOWEST};", "float l = 0.0f;", "ushort any = 0;")
     with frame.tiles(text, spec):
         text(f"const int keys = min({spec.blocks.traverse}, last - start);")
         _scores(text, spec, scores)
         _softmax(text, spec)
         _values(text, spec, values, sums, panel)
-    text("l += simd_shuffle_xor(l, 1);", "const bool empty = l == 0.0f;")
+    text("l += simd_shuffle_xor(l, 1);", "any |= simd_shuffle_xor(any, 1);")
     text("simdgroup_barrier(mem_flags::mem_threadgroup);")
-    _share(text, "empty ? 0.0f : 1.0f / l")
+    _share(text, "any ? 1.0f / l : 0.0f")
     number = element(spec.dtype, spec.bfloat)
     for i, name in enumerate(sums):
         with elements(text, name), text.block(f"if (row < rows && column < width_{i})"):
@@ -229,7 +229,8 @@ def _pass(text: Text, spec: MetalSpec, scores: Matmul2d, values: Matmul2d, panel
     with text.block("if (inside && side == 0)"):
         text(
             "const long at = (long(b) * heads_q + h) * len_q + query;",
-            "lse[at] = empty ? -INFINITY : (m + log2(l)) * M_LN2_F;",
+            "const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;",
+            "lse[at] = any ? sum : -INFINITY;",
         )
 
 
@@ -262,6 +263,7 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
         text(
             "const int key = start + j;",
             f"const bool seen = inside && {frame.seen(spec, 'query', 'key')};",
+            "any |= seen;",
             f"const float x = seen ? {score} * factor : {MASKED};",
             f"{score} = x;",
             "m_new = max(m_new, x);",
@@ -296,9 +298,43 @@ def _values(text: Text, spec: MetalSpec, values: Matmul2d, sums: list[str], pane
         with text.block(condition):
             with elements(text, name):
                 text(f"{name}[i] *= factors[simdgroup * {TENSOR_ROWS} + row];")
-            pointer = f"v_head + long(start) * v_n + {panel}{i * head}"
-            text(values.right_tile.declare("v_tile", pointer, (f"width_{i}", "keys"), stride="v_n"))
-            text(values.run("pv", "p", "v_tile", name))
+            start = f"v_head + long(start) * v_n + {panel}{i * head}"
+            text(f"device {values.right_tile.element}* v_rows = {start};")
+            extents = (f"width_{i}", "keys")
+            text(values.right_tile.declare("v_tile", "v_rows", extents, stride="v_n"))
+            run = values.run("pv", "p", "v_tile", name)
+            if not frame.masks(spec):
+                text(run)
+                continue
+            _watch(text, values.right_tile.element, f"width_{i}")
+            with text.either("wild") as otherwise:
+                _add_wild(text, spec, name, f"width_{i}")
+                otherwise()
+                text(run)
+
+
+def _watch(text: Text, number: str, width: str) -> None:
+    """Whether a masked tile of V holds NaN or infinities, which a weight of 0 does not hide."""
+    text("bool wild = false;")
+    with text.block("if (masked)"):
+        with text.block(f"for (int i = lane; i < keys * {width}; i += 32)"):
+            value = f"v_rows[i / {width} * v_n + i % {width}]"
+            text(f"const float x = {value if number == 'float' else f'float({value})'};")
+            # By its bits: fast mathematics take isfinite for true.
+            text("wild |= (as_type<uint>(x) & 0x7f800000u) == 0x7f800000u;")
+        text("wild = simd_any(wild);")
+
+
+def _add_wild(text: Text, spec: MetalSpec, name: str, width: str) -> None:
+    """Add the pairs of a wild tile that may meet, one by one."""
+    weight = f"weights[(simdgroup * {TENSOR_ROWS} + row) * {spec.blocks.traverse} + j]"
+    with (
+        elements(text, name),
+        text.block(f"for (int j = 0; row < rows && column < {width} && j < keys; ++j)"),
+    ):
+        text("const int key = start + j;")
+        with text.block(f"if ({frame.seen(spec, 'first_query + row', 'key')})"):
+            text(f"{name}[i] += float({weight}) * float(v_rows[j * v_n + column]);")
 
 
 def _as(kind: str, value: str) -> str:
