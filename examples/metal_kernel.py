@@ -14,11 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tilefold.backends.metal import emulate
-from tilefold.backends.metal.fragment import Fragment, at, multiply_accumulate
-from tilefold.backends.metal.matmul2d import HEADERS, Matmul2d, elements, fill
-from tilefold.backends.metal.msl import HEADERS as STANDARD
-from tilefold.backends.metal.msl import Text
+from tilefold.metal import Fragment, Matmul2d, Text, emulate, fragment, matmul2d
 
 
 def layer(dtype: str) -> str:
@@ -27,7 +23,7 @@ def layer(dtype: str) -> str:
     Arguments of the kernel: x (rows, k), w (columns, k), y (rows, columns), [k, columns].
     """
     text, tile, sums = Text(), Fragment(dtype), Fragment("float32")
-    text(STANDARD)
+    text("#include <metal_stdlib>", "using namespace metal;", "")
     text("kernel void layer(")
     text(f"    device const {tile.element}* x [[buffer(0)]],")
     text(f"    device const {tile.element}* w [[buffer(1)]],")
@@ -39,9 +35,10 @@ def layer(dtype: str) -> str:
         with text.block("for (int k = 0; k < length; k += 8)"):
             text(tile.load("a", "x", "length", origin=("k", "row")))
             text(tile.load("b", "w + column * length + k", "length", transpose=True))
-            text(multiply_accumulate("sum", "a", "b"))
+            text(fragment.multiply_accumulate("sum", "a", "b"))
         with text.loop("e", 2):
-            text(f"{at('sum', 'e')} = max({at('sum', 'e')}, 0.0f);")
+            element = fragment.at("sum", "e")
+            text(f"{element} = max({element}, 0.0f);")
         text(sums.store("sum", "y", "columns", origin=("column", "row")))
     return f"{text}\n"
 
@@ -53,7 +50,7 @@ def product(tile: Matmul2d, step: int = 32) -> str:
     """
     text = Text()
     types = tile.left_tile.element, tile.right_tile.element
-    text(HEADERS)
+    text(matmul2d.HEADERS)
     text(f"kernel [[max_total_threads_per_threadgroup({32 * tile.simdgroups})]]", "void product(")
     text(f"    device {types[0]}* a [[buffer(0)]],", f"    device {types[1]}* b [[buffer(1)]],")
     text("    device float* c [[buffer(2)]],", "    constant long* sizes [[buffer(3)]],")
@@ -69,7 +66,7 @@ def product(tile: Matmul2d, step: int = 32) -> str:
         text(tile.left_tile.declare("some_a", "a_rows", (step, "rows"), stride="length"))
         text(tile.right_tile.declare("some_b", "b_columns", ("columns", step), stride="c_columns"))
         text(tile.declare("multiply"), tile.destination("sum", "multiply", "some_a", "some_b"))
-        fill(text, "sum")
+        matmul2d.fill(text, "sum")
         tile.walk(
             text,
             "multiply",
@@ -81,7 +78,7 @@ def product(tile: Matmul2d, step: int = 32) -> str:
             length="length",
             step=step,
         )
-        with elements(text, "sum"), text.block("if (row < rows && column < columns)"):
+        with matmul2d.elements(text, "sum"), text.block("if (row < rows && column < columns)"):
             text("const long at = long(first_row + row) * c_columns + first_column + column;")
             text("c[at] = sum[i];")
     return f"{text}\n"

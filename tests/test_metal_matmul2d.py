@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import metal_kernel
 import ml_dtypes
 import numpy as np
 import pytest
@@ -194,21 +193,6 @@ def check_product(
         assert_near(str(product), got.astype(np.float64), want, allowed)
 
 
-@pytest.fixture(scope="module")
-def table() -> str:
-    """A kernel for each row of `PRODUCTS`: to memory, and through a cooperative tensor."""
-    text = HEADERS
-    for product in PAIRS:
-        text += kernel(
-            name_of(product, "memory"),
-            product,
-            *views(product),
-            product.declare("multiply"),
-            product.run("multiply", "left", "right", "whole"),
-        )
-    return text
-
-
 PAIRS = [
     Matmul2d(16, 24, None, left, right, result, mode="multiply")
     for (left, right), results in PRODUCTS.items()
@@ -216,18 +200,19 @@ PAIRS = [
 ]
 
 
-def name_of(product: Matmul2d, *words: str) -> str:
-    return "_".join((product.left, product.right, product.result, *words))
-
-
 @pytest.mark.slow
 @pytest.mark.feature("J06")
-def test_every_pair_of_types_is_multiplied(metal: Compile, table: str) -> None:
-    library = metal(table)
-    for product in PAIRS:
+def test_every_pair_of_types_is_multiplied(metal: Compile) -> None:
+    text = HEADERS
+    for number, product in enumerate(PAIRS):
+        run = product.run("multiply", "left", "right", "whole")
+        body = [*views(product), product.declare("multiply"), run]
+        text += kernel(f"product{number}", product, *body)
+    library = metal(text)
+    for number, product in enumerate(PAIRS):
         a, b = operand(product.left, (13, 20)), operand(product.right, (20, 21))
         c = np.zeros((13, 21), TYPES[product.result])
-        got = run_product(library, name_of(product, "memory"), product, a, b, c)
+        got = run_product(library, f"product{number}", product, a, b, c)
         check_product(product, got, a, b)
 
 
@@ -262,24 +247,16 @@ def through_registers(product: Matmul2d) -> str:
     return kernel(f"{form_name(product)}_registers", product, str(text))
 
 
-@pytest.fixture(scope="module")
-def forms() -> str:
-    """`FORMS` to memory and through registers, and walks over k in steps."""
+@pytest.mark.slow
+@pytest.mark.feature("J05", "J07")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transposes_modes_and_where_the_result_goes(metal: Compile, layout: int) -> None:
     text = HEADERS
     for product in FORMS:
         run = [*views(product), product.declare("multiply")]
         run += [product.run("multiply", "left", "right", "whole")]
         text += kernel(f"{form_name(product)}_memory", product, *run) + through_registers(product)
-    return text
-
-
-@pytest.mark.slow
-@pytest.mark.feature("J05", "J07")
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_transposes_modes_and_where_the_result_goes(
-    metal: Compile, forms: str, layout: int
-) -> None:
-    library = metal(forms, tensor_layout=layout)
+    library = metal(text, tensor_layout=layout)
     a, b = operand("float16", (13, 20)), operand("float16", (20, 29))
     c = np.random.default_rng(0).normal(size=(13, 29)).astype(np.float32)
     for product in FORMS:
@@ -342,60 +319,6 @@ def test_operands_in_threadgroup_memory_and_slices_of_strided_views(metal: Compi
     check_product(PLAIN, c[24:, 46:], a, b[:, 26:50])
     c[24:, 46:] = 0
     assert not c.any()
-
-
-@pytest.mark.feature("J08", "J09")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("rows", "columns", "length"),
-    [(64, 64, 64), (64, 128, 64), (128, 64, 64), (128, 128, 64), (64, 64, 128), (256, 192, 128)],
-)
-def test_a_product_of_tiles(
-    metal: Compile, rows: int, columns: int, length: int, layout: int
-) -> None:
-    """The bound is what Metal.jl reports of a GPU, for numbers that are all positive."""
-    tile = Matmul2d(64, 64, None, "float16", "float16", "float32", simdgroups=4)
-    library = metal(metal_kernel.product(tile), tensor_layout=layout)
-    random = np.random.default_rng(0)
-    shapes = (rows, length), (length, columns)
-    a, b = (random.uniform(size=shape).astype(np.float16) for shape in shapes)
-    c = metal_kernel.multiply(library, tile, a, b)
-    want = a.astype(np.float64) @ b.astype(np.float64)
-    assert abs(c - want).max() <= 3e-7 * abs(want).max()
-    # Steps give what one call over all of k does: the sum is made in the same order.
-    once = metal(metal_kernel.product(tile, step=1024), tensor_layout=layout)
-    np.testing.assert_array_equal(metal_kernel.multiply(once, tile, a, b), c)
-
-
-@pytest.mark.feature("J08", "J09")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 100, 31), (70, 3, 70)])
-def test_sizes_that_no_tile_divides(metal: Compile, shape: tuple[int, ...], layout: int) -> None:
-    tile = Matmul2d(64, 64, None, "float16", "float16", "float32", simdgroups=4)
-    library = metal(metal_kernel.product(tile), tensor_layout=layout)
-    rows, columns, length = shape
-    a, b = operand("float16", (rows, length)), operand("float16", (length, columns))
-    check_product(tile, metal_kernel.multiply(library, tile, a, b), a, b)
-
-
-@pytest.mark.feature("J08")
-def test_a_known_k_walks_in_whole_steps(metal: Compile) -> None:
-    tile = Matmul2d(64, 64, 32, "float16", "float16", "float32", simdgroups=4)
-    library = metal(metal_kernel.product(tile))
-    a, b = operand("float16", (20, 96)), operand("float16", (96, 64))
-    check_product(tile, metal_kernel.multiply(library, tile, a, b), a, b)
-    with pytest.raises(ValueError, match="k must be a multiple of 32, got 95"):
-        metal_kernel.multiply(library, tile, a[:, :95], b[:95])
-
-
-@pytest.mark.feature("J04")
-def test_the_example_on_fragments(metal: Compile) -> None:
-    library = metal(metal_kernel.layer("bfloat16"))
-    x, w = operand("bfloat16", (16, 40)), operand("bfloat16", (24, 40))
-    y = np.empty((16, 24), np.float32)
-    library.layer(x, w, y, [40, 24], threads=(96, 2), group_size=(32, 1))
-    a, b = x.astype(np.float64), w.astype(np.float64).T
-    assert_near("y", y, np.maximum(a @ b, 0), 40 * UNITS["float32"] * (abs(a) @ abs(b)))
 
 
 def planted(product: Matmul2d, *body: str) -> str:
@@ -464,3 +387,23 @@ def test_what_metal_does_not_compile_the_executor_does_not(
         line = f"{other} multiply.run(left, bytes, bytes);"
     with pytest.raises(SyntaxError, match=message):
         metal(planted(PLAIN, line))
+
+
+@pytest.mark.feature("J05")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_text_that_counts_on_a_layout_is_found(metal: Compile, layout: int) -> None:
+    body = Text()
+    body(PLAIN.destination("sum", "multiply", "left", "right"), "const uint lane = simdgroup;")
+    fill(body, "sum")
+    body(PLAIN.run("multiply", "left", "right", "sum"))
+    with body.block("for (ushort i = 0; i < 64; ++i)"):
+        body("c[i * 32 + lane] = sum[i];")
+    text = planted(PLAIN, str(body)).replace("simdgroup_index_in_", "thread_index_in_")
+    a, b = operand("float16", (64, 20)), operand("float16", (20, 32))
+    c = np.zeros((64, 32), np.float32)
+    metal(text, tensor_layout=layout).planted(a, b, c, [64, 32, 20], threads=32, group_size=32)
+    if layout == 0:
+        check_product(PLAIN, c, a, b)
+    else:
+        with pytest.raises(AssertionError, match="numbers differ"):
+            check_product(PLAIN, c, a, b)

@@ -16,13 +16,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tilefold.backends.metal import emulate
+    from tilefold.backends.metal import emulate, fragment, matmul2d
     from tilefold.backends.metal.arguments import sizes
     from tilefold.backends.metal.commands import Commands as queue
     from tilefold.backends.metal.dispatch import CompileError
     from tilefold.backends.metal.dispatch import Emulated as emulated
     from tilefold.backends.metal.families import FAMILIES
     from tilefold.backends.metal.fragment import Fragment
+    from tilefold.backends.metal.matmul2d import Matmul2d, Tile
+    from tilefold.backends.metal.msl import Text
     from tilefold.backends.metal.plan import plan
     from tilefold.backends.metal.runtime import gpu, missing
     from tilefold.backends.metal.source import emit
@@ -36,13 +38,18 @@ _HOMES = {
     "CompileError": (f"{_BACKEND}.dispatch", "CompileError"),
     "FAMILIES": (f"{_BACKEND}.families", "FAMILIES"),
     "Fragment": (f"{_BACKEND}.fragment", "Fragment"),
+    "Matmul2d": (f"{_BACKEND}.matmul2d", "Matmul2d"),
     "MetalSpec": (f"{_BACKEND}.spec", "MetalSpec"),
+    "Text": (f"{_BACKEND}.msl", "Text"),
+    "Tile": (f"{_BACKEND}.matmul2d", "Tile"),
     "compile_async": ("tilefold.compiling", "compile_async"),
     "emit": (f"{_BACKEND}.source", "emit"),
     "emulate": (f"{_BACKEND}.emulate", None),
     "emulated": (f"{_BACKEND}.dispatch", "Emulated"),
+    "fragment": (f"{_BACKEND}.fragment", None),
     "gemm": (f"{_BACKEND}.standalone", "gemm"),
     "gpu": (f"{_BACKEND}.runtime", "gpu"),
+    "matmul2d": (f"{_BACKEND}.matmul2d", None),
     "missing": (f"{_BACKEND}.runtime", "missing"),
     "plan": (f"{_BACKEND}.plan", "plan"),
     "queue": (f"{_BACKEND}.commands", "Commands"),
@@ -56,13 +63,18 @@ __all__ = [
     "Blocks",
     "CompileError",
     "Fragment",
+    "Matmul2d",
     "MetalSpec",
+    "Text",
+    "Tile",
     "compile_async",
     "emit",
     "emulate",
     "emulated",
+    "fragment",
     "gemm",
     "gpu",
+    "matmul2d",
     "missing",
     "plan",
     "queue",
