@@ -335,3 +335,7 @@ def test_few_queries_of_many_keys_are_decoded_and_no_others() -> None:
     window = Problem.of((1, 2, 4, 64), (1, 2, 10**6, 64), mask=causal() & local(1000))
     part = plan(window, "apple9", "forward").launches[0]
     assert part.splits == -(-part.runs.met.sum() // KEYS_PER_SPLIT) < 6
+    # Where there are threadgroups enough, keys are not split further.
+    long = Problem.of((2, 8, 1, 64), (2, 4, 10**6, 64))
+    part = plan(long, "apple9", "forward").launches[0]
+    assert part.grid == (part.splits, 4, 2) and 120 < part.splits <= 128

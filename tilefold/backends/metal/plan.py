@@ -37,8 +37,12 @@ FEW_QUERIES = SIDE
 least half empty, where decoding fills fragments with the queries of all heads of a key head."""
 
 KEYS_PER_SPLIT = 256
-"""Keys that a threadgroup of the decode kernel visits. Its part, 8 rows of dim_v float32
+"""Keys that a threadgroup of the decode kernel visits at least. Its part, 8 rows of dim_v float32
 numbers, is written and read: a sixteenth of the bytes of float16 keys and values. Not tuned."""
+
+ENOUGH_GROUPS = 1024
+"""Threadgroups of the decode kernel for which keys are split, no finer: 25 simdgroups for each of
+the 40 cores of the largest GPUs. Not tuned."""
 
 MANY_KEYS = 2 * KEYS_PER_SPLIT
 """"auto" decodes from so many keys, where there is something to split."""
@@ -247,9 +251,11 @@ class _Planner:
             block_traverse=GRANULE,
             group=group,
         )
-        visited = splits.cut(visited, KEYS_PER_SPLIT)
-        count = visited.block_rows
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
+        owners = problem.batch * problem.heads_kv * blocks
+        least = int(visited.met.max(initial=0)) * owners // ENOUGH_GROUPS
+        visited = splits.cut(visited, max(KEYS_PER_SPLIT, -(-least // GRANULE) * GRANULE))
+        count = visited.block_rows
         order = (_heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
         grid = (len(order), problem.heads_kv, problem.batch)
         merge, merged = self._spec("merge")
