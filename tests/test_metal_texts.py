@@ -32,13 +32,15 @@ def test_a_text_reads_as_if_a_person_wrote_it(file: str) -> None:
     """It opens with its algorithm, is indented by its blocks, and names all that it declares."""
     text = TEXTS[file]
     assert re.match(r"// Attention[^\n]*\n//\n// \w", text)
-    depth = 0
+    depth, before = 0, ""
     for number, line in enumerate(text.splitlines(), 1):
         code = line.split("//")[0]
         inside = depth - code.startswith("}" if depth == 0 else 4 * (depth - 1) * " " + "}")
         if code.strip() and not code.lstrip().startswith("device") and "constant" not in code:
             wraps = code.startswith((" " * 27, "    uint3", "    ushort")) and depth == 0
+            wraps = wraps or before.endswith(("(", ",", "<"))
             assert wraps or len(code) - len(code.lstrip()) == 4 * inside, f"line {number}: {line}"
+        before = code
         depth += code.count("{") - code.count("}")
     assert depth == 0
     for name in re.findall(r"const \w+ (\w+) =", text):

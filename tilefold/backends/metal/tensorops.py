@@ -13,6 +13,7 @@ The backward pass stays with fragments. Nothing here has run on hardware.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 from tilefold.backends.metal import frame
@@ -154,7 +155,7 @@ def emit(spec: MetalSpec) -> str:
     if panels:
         text.note("Columns of o and v that do not fit at once: as many passes over the keys.")
         with text.block(f"for (int panel = 0; panel < {spec.dim_v}; panel += {PANEL})"):
-            _pass(text, spec, scores, values, "panel + ")
+            _pass(text, spec, scores, values, "panel")
     else:
         _pass(text, spec, scores, values, "")
     title = "Attention, forward, on tensor operations: o = softmax(scale q k^T) v and lse."
@@ -223,7 +224,7 @@ def _pass(text: Text, spec: MetalSpec, scores: Matmul2d, values: Matmul2d, panel
     number = element(spec.dtype, spec.bfloat)
     for i, name in enumerate(sums):
         with elements(text, name), text.block(f"if (row < rows && column < width_{i})"):
-            offset = f"row * o_n + {panel}{i * spec.blocks.head} + column"
+            offset = f"row * o_n{_columns(spec, panel, i)} + column"
             mean = f"{name}[i] * factors[simdgroup * {TENSOR_ROWS} + row]"
             text(f"o_row[{offset}] = {number.write(mean)};")
     with text.block("if (inside && side == 0)"):
@@ -262,7 +263,7 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
     with text.block(columns):
         text(
             "const int key = start + j;",
-            f"const bool seen = inside && {frame.seen(spec, 'query', 'key')};",
+            f"const bool seen = inside && (!edge || ({frame.seen(spec, 'query', 'key')}));",
             "any |= seen;",
             f"const float x = seen ? {score} * factor : {MASKED};",
             f"{score} = x;",
@@ -290,51 +291,49 @@ def _share(text: Text, value: str) -> None:
 
 def _values(text: Text, spec: MetalSpec, values: Matmul2d, sums: list[str], panel: str) -> None:
     """O = O correction + P V, with P read back as the left operand."""
-    step, head = spec.blocks.traverse, spec.blocks.head
+    step = spec.blocks.traverse
     text.note("o = o correction + p v")
     text(values.left_tile.declare("p", _weights(spec), ("keys", TENSOR_ROWS), stride=step))
     for i, name in enumerate(sums):
-        condition = f"if (width_{i} > 0)" if panel and i else ""
-        with text.block(condition):
+        rows, tile = f"v_rows_{i}", f"v_tile_{i}"
+        with text.block(f"if (width_{i} > 0)") if panel and i else nullcontext():
             with elements(text, name):
                 text(f"{name}[i] *= factors[simdgroup * {TENSOR_ROWS} + row];")
-            start = f"v_head + long(start) * v_n + {panel}{i * head}"
-            text(f"device {values.right_tile.element}* v_rows = {start};")
+            start = f"v_head + long(start) * v_n{_columns(spec, panel, i)}"
+            text(f"device {values.right_tile.element}* {rows} = {start};")
             extents = (f"width_{i}", "keys")
-            text(values.right_tile.declare("v_tile", "v_rows", extents, stride="v_n"))
-            run = values.run("pv", "p", "v_tile", name)
+            text(values.right_tile.declare(tile, rows, extents, stride="v_n"))
+            run = values.run("pv", "p", tile, name)
             if not frame.masks(spec):
                 text(run)
                 continue
-            _watch(text, values.right_tile.element, f"width_{i}")
-            with text.either("wild") as otherwise:
-                _add_wild(text, spec, name, f"width_{i}")
+            _watch(text, values.right_tile.element, i)
+            with text.either(f"wild_{i}") as otherwise:
+                _add_wild(text, spec, name, i)
                 otherwise()
                 text(run)
 
 
-def _watch(text: Text, number: str, width: str) -> None:
+def _watch(text: Text, number: str, i: int) -> None:
     """Whether a masked tile of V holds NaN or infinities, which a weight of 0 does not hide."""
-    text("bool wild = false;")
+    text(f"bool wild_{i} = false;")
     with text.block("if (masked)"):
-        with text.block(f"for (int i = lane; i < keys * {width}; i += 32)"):
-            value = f"v_rows[i / {width} * v_n + i % {width}]"
+        with text.block(f"for (int j = lane; j < keys * width_{i}; j += 32)"):
+            value = f"v_rows_{i}[j / width_{i} * v_n + j % width_{i}]"
             text(f"const float x = {value if number == 'float' else f'float({value})'};")
             # By its bits: fast mathematics take isfinite for true.
-            text("wild |= (as_type<uint>(x) & 0x7f800000u) == 0x7f800000u;")
-        text("wild = simd_any(wild);")
+            text(f"wild_{i} |= (as_type<uint>(x) & 0x7f800000u) == 0x7f800000u;")
+        text(f"wild_{i} = simd_any(wild_{i});")
 
 
-def _add_wild(text: Text, spec: MetalSpec, name: str, width: str) -> None:
+def _add_wild(text: Text, spec: MetalSpec, name: str, i: int) -> None:
     """Add the pairs of a wild tile that may meet, one by one."""
     weight = f"weights[(simdgroup * {TENSOR_ROWS} + row) * {spec.blocks.traverse} + j]"
-    with (
-        elements(text, name),
-        text.block(f"for (int j = 0; row < rows && column < {width} && j < keys; ++j)"),
-    ):
+    within = f"row < rows && column < width_{i}"
+    with elements(text, name), text.block(f"for (int j = 0; {within} && j < keys; ++j)"):
         text("const int key = start + j;")
         with text.block(f"if ({frame.seen(spec, 'first_query + row', 'key')})"):
-            text(f"{name}[i] += float({weight}) * float(v_rows[j * v_n + column]);")
+            text(f"{name}[i] += float({weight}) * float(v_rows_{i}[j * v_n + column]);")
 
 
 def _as(kind: str, value: str) -> str:
@@ -344,6 +343,12 @@ def _as(kind: str, value: str) -> str:
 def _weights(spec: MetalSpec) -> str:
     """Where the P of this simdgroup begins."""
     return f"weights + simdgroup * {TENSOR_ROWS * spec.blocks.traverse}"
+
+
+def _columns(spec: MetalSpec, panel: str, i: int) -> str:
+    """The offset of the first column of a cooperative tensor of O."""
+    first = [*panel.split(), str(i * spec.blocks.head)]
+    return "".join(f" + {term}" for term in first if term not in ("+", "0"))
 
 
 def _width(spec: MetalSpec, panel: str, i: int) -> str:
