@@ -440,6 +440,15 @@ def test_inspect_prints_a_file_that_an_app_can_take(kernel: str, capsys: Any) ->
     assert all(line.startswith("// ") for line in comment.splitlines())
     assert f"have {spec.threads} threads; for this shape there are 4 x 4 x 2." in comment
     assert "len_q, len_k, heads_q, group" in " ".join(comment.split())
+    choice = next(x.choice for x in made.launches if x.spec.operation == kernel)
+    assert all(f"//   {line}\n" in comment for line in choice.explain())
+
+
+def test_inspect_prints_the_kernels_that_decode(capsys: Any) -> None:
+    arguments = ["inspect", "--backend", "metal", "--shape", "2,4,100,24", "--form", "decode"]
+    for kernel in ("decode", "merge"):
+        assert cli.main([*arguments, "--kernel", kernel]) == 0
+        assert f"void tilefold_{kernel}(" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -450,6 +459,7 @@ def test_inspect_prints_a_file_that_an_app_can_take(kernel: str, capsys: Any) ->
         (["--isa", "avx2"], "--isa goes with --backend cpu"),
         (["--kernel", "decode"], "--kernel must be one of forward, not 'decode'"),
         (["--dtype", "float64"], "float64 is not a type of Apple's GPUs"),
+        (["--form", "fused"], "form must be 'auto', 'tiled' or 'decode'"),
     ],
 )
 def test_inspect_says_what_a_metal_kernel_has_not(

@@ -112,7 +112,7 @@ def _metal(options: argparse.Namespace, problem: Problem) -> str:
     for option in ("isa", "asm", "json"):
         if getattr(options, option):
             raise ValueError(f"--{option} goes with --backend cpu: a Metal kernel is text alone")
-    made = metal.plan(problem, options.family, options.operation)
+    made = metal.plan(problem, options.family, options.operation, form=options.form)
     launches = {launch.spec.operation: launch for launch in made.launches}
     launch = launches[_named(launches, options.kernel)]
     spec, (x, y, z) = launch.spec, launch.grid
@@ -126,6 +126,7 @@ def _metal(options: argparse.Namespace, problem: Problem) -> str:
         " tilefold/blocks.py.",
     ]
     lines = [line for fact in facts for line in textwrap.wrap(fact, 97)]
+    lines += ["What was chosen, and why:", *(f"  {line}" for line in launch.choice.explain())]
     return "".join(f"// {line}".rstrip() + "\n" for line in [*lines, ""]) + metal.emit(spec)
 
 
