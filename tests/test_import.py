@@ -12,8 +12,9 @@ from types import ModuleType
 import pytest
 
 import tilefold
-from tilefold import api, problem, reference
+from tilefold import api, compiling, problem, reference
 from tilefold.backends.cpu import threads
+from tilefold.backends.metal import runtime
 
 HEAVY = "numpy llvmlite rich platformdirs torch jax tensorflow matplotlib"
 
@@ -52,6 +53,17 @@ print(*[name for name in ("torch", "jax", "tensorflow", "matplotlib") if name in
     assert fresh(code) == ""
 
 
+def test_the_front_door_of_metal_is_light_too() -> None:
+    code = f"""
+import sys
+import tilefold
+listed = dir(tilefold.metal)
+print(*[name for name in "{HEAVY}".split() if name in sys.modules])
+assert "metal" in dir(tilefold) and "emulate" in listed
+"""
+    assert fresh(code) == ""
+
+
 def test_names_are_listed_before_they_are_used() -> None:
     code = "import tilefold; print(*sorted(set(tilefold.__all__) - set(dir(tilefold))))"
     assert fresh(code) == ""
@@ -59,7 +71,9 @@ def test_names_are_listed_before_they_are_used() -> None:
 
 
 @pytest.mark.feature("T12")
-@pytest.mark.parametrize("module", [api, problem, reference, threads], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [api, compiling, problem, reference, runtime, threads], ids=lambda m: m.__name__
+)
 def test_examples(module: ModuleType) -> None:
     outcome = doctest.testmod(module, raise_on_error=False)
     assert outcome.attempted and not outcome.failed

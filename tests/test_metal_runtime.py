@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import sys
@@ -412,6 +413,39 @@ def test_compile_async_names_what_is_wrong() -> None:
         tilefold.compile_async(known, device="cuda")
     with pytest.raises(ValueError, match=r"^layout must be"):
         tilefold.compile_async(known, layout="nbhd")
+
+
+@pytest.mark.slow
+@pytest.mark.feature("T12")
+def test_examples_run(emulated: Emulated) -> None:
+    outcome = doctest.testmod(metal, raise_on_error=False)
+    assert outcome.attempted and not outcome.failed
+
+
+@pytest.mark.parametrize("machine", [Emulated(), Recorder()], ids=["emulated", "recorder"])
+def test_an_array_that_is_elsewhere_is_named(machine: Any) -> None:
+    q, k, _ = operands()
+    with pytest.raises(TypeError, match=r"^v must be a NumPy array or a tensor on the CPU"):
+        forward(machine, q, k, [1.0])
+
+
+def test_an_array_beside_tensors_of_the_gpu_is_named() -> None:
+    torch = pytest.importorskip("torch", reason="there is no torch to name a device")
+    machine = runtime.Mps(torch.device("mps"), lambda text: None, "apple9")
+    with pytest.raises(TypeError, match=r"^q must be a tensor on mps, got a ndarray$"):
+        machine.check(q=np.zeros(3))
+    with pytest.raises(TypeError, match=r"^q must be a tensor on mps, got cpu$"):
+        machine.check(q=torch.zeros(3))
+
+
+def test_a_mask_with_more_numbers_than_metal_takes_is_refused() -> None:
+    def total(terms: list[Any]) -> Any:
+        half = len(terms) // 2
+        return total(terms[:half]) + total(terms[half:]) if half else terms[0]
+
+    many = tilefold.rule(lambda q, k: total([abs(q - 7 * n) for n in range(600)]) > k)
+    with pytest.raises(NotImplementedError, match=r"^Metal takes 512 whole numbers"):
+        forward(Recorder(), *operands(), mask=many)
 
 
 def test_public_names_are_there() -> None:

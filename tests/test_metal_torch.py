@@ -121,6 +121,16 @@ def test_one_kernel_serves_other_lengths_batches_and_strides(compiler: Compiler)
     np.testing.assert_allclose(o.double().numpy(), want, rtol=2e-5, atol=2e-5)
 
 
+def test_few_queries_split_the_keys(compiler: Compiler) -> None:
+    q, k = torch.randn(1, 4, 2, 12), torch.randn(1, 2, 700, 12)
+    compiler.calls.clear()
+    o, lse = attention(q, k, k, mask=MASK, return_lse=True)
+    assert compiler.calls == ["tilefold_decode", "tilefold_merge"]
+    want, *_, rows = expected([q, k, k], torch.zeros_like(o), mask=MASK)
+    np.testing.assert_allclose(o.double().numpy(), want, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(lse.numpy(), rows, rtol=2e-5, atol=2e-5)
+
+
 def test_gradients_of_a_broadcast_sum_and_explicit_ones() -> None:
     """`sum().backward()` hands over a do of strides zero; a strided lse is packed first."""
     inputs = tensors()

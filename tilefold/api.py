@@ -49,9 +49,10 @@ def attention(
         v: (batch, heads_kv, len_k, dim_v)
             All three are NumPy arrays, or objects with `__array_interface__` or `__dlpack__`, or
             torch tensors; on the CPU, all float32, float64, float16 or bfloat16 (in NumPy, that
-            of ml_dtypes). They are read where they lie,
-            whatever their strides, and never modified. (Arrays that are byte-swapped, misaligned or
-            have strides between their items are copied first.)
+            of ml_dtypes). Torch tensors may also lie on an Apple GPU ("mps"), where there is no
+            float64. They are read where they lie, whatever their strides, and never modified.
+            (Arrays that are byte-swapped, misaligned or have strides between their items are
+            copied first.)
         mask: which query sees which key, a rule such as `causal() & local(256)`; None is `full()`
         scale: a finite number; None is 1 / sqrt(dim)
         layout: the order of the axes of q, k, v and o. "bhnd" is as above; "bnhd" is (batch,
@@ -91,7 +92,7 @@ def attention(
             mask is not a rule
         ValueError: shapes do not fit together or to the mask, or scale, layout, precision or impl
             is not allowed
-        NotImplementedError: arrays that are not on the CPU, or what an `impl` has no way to do
+        NotImplementedError: arrays on other devices than these, or what an `impl` has no way to do
         ModuleNotFoundError: impl is "native" on NumPy arrays, and torch is not installed
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by

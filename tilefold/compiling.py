@@ -44,7 +44,8 @@ def compile_async(
     [None, None]
 
     Nothing has to wait for the futures: a call that needs an unfinished kernel waits for that one
-    alone. Where a compiler fails, so does the future, and so does the call, which tries again.
+    alone. Where a compiler fails, so does the future, and so does the call, which tries again. A
+    program that ends meanwhile waits for what is still to be compiled.
 
     Arguments:
         problems: what will be called, such as `Problem.of((1, 8, 2048, 64), mask=causal())`; the

@@ -11,10 +11,10 @@ copied to it once.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,10 @@ Array = Any
 
 Strides = tuple[int, ...]
 
+Spec = TypeVar("Spec", bound=Hashable)
+
 MOST_BUFFERS = 31
 """What Metal binds to one kernel."""
-
 
 MOST_NUMBERS = 4096 // 8
 """What `setBytes` takes at most, in 64-bit numbers."""
@@ -168,13 +169,16 @@ def prepare(plan: MetalPlan, machine: Machine, strides: Mapping[str, Strides]) -
     return Call(machine, plan, steps)
 
 
-def kernel(machine: Machine, spec: MetalSpec) -> Callable[..., None]:
-    """The kernel of a spec on a machine, compiled at the first demand. Raises `CompileError`."""
+def kernel(
+    machine: Machine, spec: Spec, emit: Callable[[Spec], str], entry: str
+) -> Callable[..., None]:
+    """The kernel of a spec on a machine: at the first demand its text is written and compiled.
+
+    Its handle is kept: each look-up in a library of torch's makes a new one. Raises `CompileError`.
+    """
 
     def make() -> Callable[..., None]:
-        text = source.emit(spec)
-        library = library_of(machine, text)
-        function: Callable[..., None] = getattr(library, spec.entry)
+        function: Callable[..., None] = getattr(library_of(machine, emit(spec)), entry)
         return function
 
     return machine.kept.kernels.get(spec, make)
@@ -227,7 +231,7 @@ def _step(
     threads = spec.threads
     groups, heads, batch = launch.grid
     return _Step(
-        kernel(machine, spec),
+        kernel(machine, spec, source.emit, spec.entry),
         given,
         (*[data[name] for name in names if name in data], numbers, float(plan.problem.scale)),
         (groups * threads, heads, batch),

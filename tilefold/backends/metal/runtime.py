@@ -51,9 +51,9 @@ class Mps:
     def check(self, **arrays: Array) -> None:
         """Raises for what is not a tensor on the device."""
         for name, array in arrays.items():
-            place = getattr(array, "device", None)
+            place = getattr(array, "device", None)  # of NumPy's arrays it is a string
             if getattr(place, "type", None) != self.device.type:
-                where = place or f"a {type(array).__name__}"
+                where = place if hasattr(place, "type") else f"a {type(array).__name__}"
                 raise TypeError(f"{name} must be a tensor on {self.device}, got {where}")
 
 

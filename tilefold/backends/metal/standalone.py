@@ -14,7 +14,7 @@ import numpy as np
 
 from tilefold.backends.metal import gemm as products
 from tilefold.backends.metal import rows
-from tilefold.backends.metal.dispatch import Array, Machine, library_of, strides_of
+from tilefold.backends.metal.dispatch import Array, Machine, kernel, strides_of
 from tilefold.backends.metal.families import family
 from tilefold.backends.metal.gemm import DTYPES, GemmBlocks, GemmSpec
 from tilefold.backends.metal.rows import SoftmaxSpec
@@ -192,7 +192,7 @@ def gemm(
     if bias is not None:
         operands.append(bias)
         sizes += _bias_sizes(bias, types["bias"], kind, (*batch, n if bias_axis == "column" else m))
-    library_of(machine, products.emit(spec)).tilefold_gemm(
+    kernel(machine, spec, products.emit, "tilefold_gemm")(
         *operands,
         c,
         sizes,
@@ -251,7 +251,7 @@ def softmax(
         lse=return_lse,
     )
     lse = [_result("lse", None, shape[:-1], "float32", x)] if return_lse else []
-    library_of(machine, rows.emit(spec)).tilefold_softmax(
+    kernel(machine, spec, rows.emit, "tilefold_softmax")(
         x,
         p,
         *lse,
