@@ -43,9 +43,10 @@ def layer(dtype: str) -> str:
     return f"{text}\n"
 
 
-def product(tile: Matmul2d, step: int = 32) -> str:
+def product(tile: Matmul2d, step: int = 32, then: str = "x") -> str:
     """C = A B of any sizes: a threadgroup for each tile of C, a walk over k in steps.
 
+    `then` is what becomes of an element x of A B, computed in registers before C is written.
     Arguments of the kernel: a (rows, k), b (k, columns), c (rows, columns), [rows, columns, k].
     """
     text = Text()
@@ -80,7 +81,7 @@ def product(tile: Matmul2d, step: int = 32) -> str:
         )
         with matmul2d.elements(text, "sum"), text.block("if (row < rows && column < columns)"):
             text("const long at = long(first_row + row) * c_columns + first_column + column;")
-            text("c[at] = sum[i];")
+            text("const float x = sum[i];", f"c[at] = {then};")
     return f"{text}\n"
 
 

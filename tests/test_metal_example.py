@@ -75,6 +75,15 @@ def test_a_known_k_walks_in_whole_steps(metal: Compile) -> None:
         metal_kernel.multiply(library, tile, a[:, :95], b[:95])
 
 
+@pytest.mark.feature("J11")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_follows_a_product_is_computed_in_registers(metal: Compile, layout: int) -> None:
+    text = metal_kernel.product(TILE, then="max(x, 0.0f)")
+    a, b = operand((20, 40)), operand((40, 70))
+    c = metal_kernel.multiply(metal(text, tensor_layout=layout), TILE, a, b)
+    check("c", c, a, b, least=0)
+
+
 @pytest.mark.feature("J12")
 def test_another_number_of_threads_is_refused_before_the_launch(metal: Compile) -> None:
     library = metal(metal_kernel.product(TILE))

@@ -64,6 +64,7 @@ ROWS = {
     "J08": "A product is a sum over steps of K, however many, the last one partial",
     "J09": "A product of matrices made of tiles of 64 x 64, within 3e-7 of float64",
     "J10": "Attention of a square head is one kernel, launched once",
+    "J11": "Results of products stay in registers, and so does what follows element by element",
     "J12": "The product and its number of simdgroups are in the text; another number is refused",
     "J13": "What is not there is shown with the reason",
 }  # fmt: skip
