@@ -47,8 +47,10 @@ def compile_shader(text: str, check: str = "fast", tensor_layout: int = 0) -> Li
         raise NotImplementedError(f"kernels cannot be emulated here: {reason}")
     signature.check_text(text)
     entries = signature.entries(text)
-    library = toolchain.built(text, list(entries.values()), check)
-    _check_threadgroup_memory(toolchain.symbols(library)[1:], entries)
+    for each in dict.fromkeys(("fast", check)):
+        library = toolchain.built(text, list(entries.values()), each)
+        if each == "fast":
+            _check_threadgroup_memory(toolchain.symbols(library)[1:], entries)
     return Library(text, entries, check, tensor_layout)
 
 

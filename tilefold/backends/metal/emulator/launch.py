@@ -114,27 +114,23 @@ class Launch:
         said = [line for line in done.stdout.splitlines() if line.startswith("fault ")]
         if not said:
             raise Fault("crash", f"{self.entry.name}: status {done.returncode}\n{done.stderr}")
+        # MemorySanitizer's report is the only one that no function of its runtime gives.
+        if " pc=" not in said[0] and (
+            frame := re.search(rf"{re.escape(str(library))}\+0x([0-9a-f]+)", done.stderr)
+        ):
+            said[0] = said[0].replace(" text ", f" pc={frame[1]} text ")
         raise self._fault(said[0], bound, places, library)
 
     def _fault(
         self, said: str, bound: Sequence[View | bytes], places: list[Region], library: Path
     ) -> Fault:
         """The exception for what the runtime said."""
-        known = dict(re.findall(r"(\w+)=([^ ]*)", said.partition(" text=")[0]))
-        text = said.partition(" text=")[2]
-        known |= dict(re.findall(r"(pc|region|offset|section|bytes|address)=([^ ]*)", text))
+        known = dict(re.findall(r"(\w+)=([^ ]*)", said))
+        text = said.partition(" text ")[2]
         kind = _KINDS.get(known["kind"]) or known["kind"]
-        where = text if "pc" not in known else text.partition(" ")[2]
-        if "region" in known:
-            where = self._place(known, bound, places)
-        elif "section" in known:
-            where = self._array(int(known["section"]), library)
-        elif "address" in known:
-            where = f"address {known['address']}, far from any argument"
-        line = int(known.get("line", 0))
-        if not line and int(known.get("pc", "0"), 16):
-            traced = toolchain.built(self.text, self.entries, self.check, lines=True)
-            line = toolchain.line_of(traced, int(known["pc"], 16))[1] or int(known.get("last", 0))
+        where = self._where(known, text, bound, places, library)
+        line = int(known.get("line", 0)) or self._line(known.get("pc", "0"))
+        line = line or int(known.get("last", 0))
         parts = [f"{self.entry.name}: {where}"]
         if line:
             parts.append(f"line {line}: `{self.text.splitlines()[line - 1].strip()}`")
@@ -144,6 +140,37 @@ class Launch:
                 f"lane {known['lane']} of simdgroup {known['simdgroup']}, threadgroup ({group})"
             )
         return Fault(kind, "; ".join(parts))
+
+    def _where(
+        self,
+        known: dict[str, str],
+        text: str,
+        bound: Sequence[View | bytes],
+        places: list[Region],
+        library: Path,
+    ) -> str:
+        """What the fault is about, in words."""
+        if "region" in known:
+            where = self._place(known, bound, places)
+        elif "section" in known:
+            where = self._array(int(known["section"]), library)
+        elif "variable" in known:
+            where = "variables of a thread" if known["variable"] == "1" else "the stack is full"
+        elif "address" in known:
+            where = f"address {known['address']}, far from any argument"
+        else:
+            return text.partition("what=")[2] or text
+        if other := self._line(known.get("other", "0")):
+            where += f", also used in line {other}"
+        said = text.partition("what=")[2]
+        return f"{where}: {said}" if said else where
+
+    def _line(self, pc: str) -> int:
+        """The line of the text at an address of the compiled kernel."""
+        if int(pc, 16) == 0:
+            return 0
+        traced = toolchain.built(self.text, self.entries, self.check, lines=True)
+        return toolchain.line_of(traced, int(pc, 16))
 
     def _place(
         self, known: dict[str, str], bound: Sequence[View | bytes], places: list[Region]
@@ -159,10 +186,16 @@ class Launch:
     def _array(self, at: int, library: Path) -> str:
         """An address in threadgroup memory as an array and an offset."""
         (_, base, _), *arrays = toolchain.symbols(library)
+        # Without what AddressSanitizer puts behind each.
+        plain = toolchain.symbols(toolchain.built(self.text, self.entries, "fast"))
+        sizes = {name: size for name, _, size in plain}
         for name, address, size in arrays:
+            if name.endswith("tilefold_before"):
+                continue
             if address <= at + base < address + size:
-                return f"threadgroup array {_plain(name)}, byte {at + base - address} of {size}"
-        return "threadgroup memory outside of its arrays"
+                place = f"byte {at + base - address} of {sizes.get(name, size)}"
+                return f"threadgroup array {_plain(name)}, {place}"
+        return "threadgroup memory before or between its arrays"
 
     def _take(self, region: Region, result: bytes, bound: Sequence[View | bytes]) -> None:
         """Give the caller what the kernel wrote to its arrays; nothing else may have changed."""

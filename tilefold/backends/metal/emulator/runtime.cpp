@@ -29,7 +29,8 @@ namespace {
 
 constexpr int lanes_of_simdgroup = 32;
 constexpr int most_threads = 1024;
-constexpr size_t stack_bytes = 256 << 10;
+constexpr size_t stack_bytes = sanitizer::fresh_stacks ? 64 << 10 : 256 << 10;
+constexpr size_t stack_guard_bytes = 4096;
 constexpr size_t guard_bytes = 1 << 20;
 
 typedef void (*Entry)(void* const* buffers, const Position* position);
@@ -38,10 +39,12 @@ enum class State { ready, waiting, at_barrier, ended };
 
 struct Lane {
     Fiber fiber;
+    char* stack;
     Position position;
     State state;
     void* parcel;
     sanitizer::Fiber identity;
+    int line;  // of the last operation that it reached
 };
 
 // Where the first of those that wait has arrived: the others must arrive there, too.
@@ -73,6 +76,7 @@ Region* regions;
 void** buffers;
 Entry entry;
 char* section;
+void* library_base;
 
 Lane lanes[most_threads];
 Simdgroup simdgroups[most_threads / lanes_of_simdgroup];
@@ -87,22 +91,26 @@ int parcel_count;
 
 Simdgroup& simdgroup_of(const Lane* lane) { return simdgroups[lane->position.simdgroup]; }
 
-// Says what went wrong, and ends the process: nothing after a fault means anything.
+// Says what went wrong, and ends the process: nothing after a fault means anything. Without
+// memory from the heap: it may be called in the handler of a signal.
 [[noreturn]] void fault(const char* kind, int line, const char* form, ...) {
-    printf("fault kind=%s", kind);
-    if (line) printf(" line=%d", line);
+    static char said[1024];
+    const int most = sizeof said - 1;
+    int used = snprintf(said, most, "fault kind=%s", kind);
+    if (line) used += snprintf(said + used, most - used, " line=%d", line);
     if (current) {
         const Position& p = current->position;
-        printf(" lane=%u simdgroup=%u group=%u,%u,%u", p.lane, p.simdgroup, p.group[0],
-               p.group[1], p.group[2]);
+        used += snprintf(said + used, most - used, " lane=%u simdgroup=%u group=%u,%u,%u last=%d",
+                         p.lane, p.simdgroup, p.group[0], p.group[1], p.group[2], current->line);
     }
-    printf(" text=");
+    used += snprintf(said + used, most - used, " text ");
     va_list words;
     va_start(words, form);
-    vprintf(form, words);
+    used += vsnprintf(said + used, most - used, form, words);
     va_end(words);
-    printf("\n");
-    fflush(stdout);
+    if (used > most - 1) used = most - 1;
+    said[used] = '\n';
+    if (write(STDOUT_FILENO, said, used + 1) < 0) _exit(4);
     _exit(3);
 }
 
@@ -177,6 +185,7 @@ bool arrive_simdgroup(const char* operation, int line) {
     Lane* lane = current;
     Simdgroup& simdgroup = simdgroup_of(lane);
     Meeting& meeting = simdgroup.meeting;
+    lane->line = line;
     if (meeting.arrived == 0) {
         if (simdgroup.size < lanes_of_simdgroup)
             fault("divergence", line, "%s in a simdgroup of only %d threads", operation,
@@ -202,6 +211,7 @@ bool arrive_simdgroup(const char* operation, int line) {
 bool arrive_threadgroup(const char* operation, int line) {
     Lane* lane = current;
     Simdgroup& simdgroup = simdgroup_of(lane);
+    lane->line = line;
     if (barrier.arrived == 0) barrier = {operation, line, 0};
     else if (!same(barrier, operation, line)) apart(barrier, *lane, operation, line);
     if (simdgroup.meeting.arrived) alone(simdgroup.meeting, *lane, operation, line);
@@ -259,11 +269,12 @@ unsigned ceiling(unsigned long a, unsigned long b) { return (a + b - 1) / b; }
 
 char* stack_of(int thread) {
     static char* stacks[most_threads];
-    if (!stacks[thread] || sanitizer::fresh_stacks) {
-        const size_t guard = 4096;
-        char* memory = sanitizer::stack(stack_bytes + guard);
-        mprotect(memory, guard, PROT_NONE);
-        stacks[thread] = memory + guard;
+    if (sanitizer::fresh_stacks) {
+        stacks[thread] = sanitizer::stack(stack_bytes);
+    } else if (!stacks[thread]) {
+        char* memory = sanitizer::stack(stack_bytes + stack_guard_bytes);
+        mprotect(memory, stack_guard_bytes, PROT_NONE);
+        stacks[thread] = memory + stack_guard_bytes;
     }
     return stacks[thread];
 }
@@ -301,8 +312,13 @@ void run_group(unsigned x, unsigned y, unsigned z) {
         p.simdgroup = i / lanes_of_simdgroup;
         p.simdgroups = simdgroup_count;
         lane.state = State::ready;
-        lane.identity = sanitizer::create();
-        lane.fiber.start(stack_of(i), stack_bytes, run_lane);
+        char name[64];
+        snprintf(name, sizeof name, "lane %u of simdgroup %u in threadgroup (%u, %u, %u)", p.lane,
+                 p.simdgroup, x, y, z);
+        lane.identity = sanitizer::create(name);
+        lane.line = 0;
+        lane.stack = stack_of(i);
+        lane.fiber.start(lane.stack, stack_bytes, run_lane);
     }
     current = &lanes[0];
     sanitizer::change(lanes[0].identity);
@@ -311,47 +327,49 @@ void run_group(unsigned x, unsigned y, unsigned z) {
     for (int i = 0; i < thread_count; ++i) sanitizer::destroy(lanes[i].identity);
 }
 
-// Which region an address lies in or nearest to, as region and offset.
-bool locate(const char* address, int& region, long& offset) {
+// Where an address lies, as key=value for launch.py.
+const char* where(const void* address) {
+    static char text[96];
+    const char* at = static_cast<const char*>(address);
     for (unsigned long i = 0; i < header->regions; ++i) {
         const Region& r = regions[i];
-        if (address >= r.before - guard_bytes && address < r.memory + r.size + guard_bytes) {
-            region = i;
-            offset = address - r.memory;
-            return true;
-        }
+        if (at < r.before - guard_bytes || at >= r.memory + r.size + guard_bytes) continue;
+        snprintf(text, sizeof text, "region=%lu offset=%ld", i, long(at - r.memory));
+        return text;
     }
-    return false;
+    for (int i = 0; i < thread_count; ++i) {
+        const char* stack = lanes[i].stack;
+        if (at < stack - stack_guard_bytes || at >= stack + stack_bytes) continue;
+        snprintf(text, sizeof text, "variable=%d", at >= stack);
+        return text;
+    }
+    if (at >= section - stack_guard_bytes && at < section + header->section_bytes + 4096)
+        snprintf(text, sizeof text, "section=%ld", long(at - section));
+    else snprintf(text, sizeof text, "address=%p", address);
+    return text;
 }
 
-void place_of(const void* pc, char* text, size_t size) {
+// An address in the kernel, from its start; 0 if it is not in the kernel.
+unsigned long from_start(const void* pc) {
     Dl_info info;
-    if (pc && dladdr(pc, &info) && info.dli_fbase)
-        snprintf(text, size, "%lx", (unsigned long)((char*)pc - (char*)info.dli_fbase));
-    else
-        snprintf(text, size, "0");
+    const bool known = pc && dladdr(pc, &info) && info.dli_fbase == library_base;
+    return known ? (const char*)pc - (const char*)library_base : 0;
 }
 
 }  // namespace
 
-// A bad access, found by a guard page or by a sanitizer.
-[[noreturn]] void report_access(const void* address, const void* pc, int write, int bytes) {
-    int region = -1;
-    long offset = 0;
-    char place[32];
-    place_of(pc, place, sizeof place);
-    const char* at = static_cast<const char*>(address);
-    const char* kind = write ? "out-of-bounds-write" : "out-of-bounds-read";
-    if (locate(at, region, offset))
-        fault(kind, 0, "pc=%s region=%d offset=%ld bytes=%d", place, region, offset, bytes);
-    if (at >= section - 4096 && at < section + header->section_bytes + 4096)
-        fault(kind, 0, "pc=%s section=%ld bytes=%d", place, long(at - section), bytes);
-    if (current) {
-        const char* stack = stack_of(current - lanes);
-        if (at >= stack - 4096 && at < stack)
-            fault("crash", 0, "pc=%s the stack of a thread is full", place);
-    }
-    fault(kind, 0, "pc=%s address=%p bytes=%d", place, address, bytes);
+void report_access(const void* address, const void* pc, int write, int bytes) {
+    fault(write ? "out-of-bounds-write" : "out-of-bounds-read", 0, "pc=%lx bytes=%d %s",
+          from_start(pc), bytes, where(address));
+}
+
+void report_race(const void* address, const void* pc, const void* other_pc, const char* what) {
+    fault("race", 0, "pc=%lx other=%lx %s what=%s", from_start(pc), from_start(other_pc),
+          where(address), what);
+}
+
+void report_unwritten() {
+    fault("unwritten", 0, "a branch or an address depends on it");
 }
 
 namespace {
@@ -367,9 +385,7 @@ void on_signal(int signal, siginfo_t* info, void* context) {
     pc = reinterpret_cast<void*>(registers->uc_mcontext.pc);
 #endif
     if (signal == SIGSEGV || signal == SIGBUS) report_access(info->si_addr, pc, write, 0);
-    char place[32];
-    place_of(pc, place, sizeof place);
-    fault("crash", 0, "pc=%s %s", place, strsignal(signal));
+    fault("crash", 0, "pc=%lx what=%s", from_start(pc), strsignal(signal));
 }
 
 void catch_signals() {
@@ -412,7 +428,7 @@ void check_canaries() {
         sanitizer::allow(regions[i].before, regions[i].memory - regions[i].before);
         for (char* at = regions[i].memory - 1; at >= regions[i].before; --at)
             if (*reinterpret_cast<unsigned char*>(at) != canary)
-                fault("out-of-bounds-write", 0, "pc=0 region=%lu offset=%ld bytes=1", i,
+                fault("out-of-bounds-write", 0, "region=%lu offset=%ld bytes=1", i,
                       long(at - regions[i].memory));
     }
 }
@@ -431,7 +447,6 @@ bool tilefold_arrive(Scope scope, const char* operation, int line, void* parcel)
 
 void** tilefold_parcels(int* count) {
     *count = parcel_count;
-    sanitizer::written(count, sizeof *count);
     return parcels;
 }
 
@@ -464,8 +479,7 @@ void tilefold_shuffle(const char* operation, int line, void* value, int size, un
     if (source >= lanes_of_simdgroup)
         fault("divergence", line, "%s reads from lane %u", operation, source);
     struct Parcel { char* value; unsigned source; } parcel{static_cast<char*>(value), source};
-    current->parcel = &parcel;
-    if (!arrive_simdgroup(operation, line)) return;
+    if (!tilefold_arrive(Scope::simdgroup, operation, line, &parcel)) return;
     constexpr int largest = 32;
     static char brought[lanes_of_simdgroup][largest];
     for (int i = 0; i < parcel_count; ++i)
@@ -475,24 +489,24 @@ void tilefold_shuffle(const char* operation, int line, void* value, int size, un
         memcpy(mine.value, brought[mine.source], size);
     }
     ++header->counts[shuffles];
+    tilefold_depart();
 }
 
 int tilefold_gather(const char* operation, int line, const void* value, int size, void* all) {
     struct Parcel { const void* value; char* all; } parcel{value, static_cast<char*>(all)};
-    current->parcel = &parcel;
-    if (!arrive_simdgroup(operation, line)) return lanes_of_simdgroup;
+    if (!tilefold_arrive(Scope::simdgroup, operation, line, &parcel)) return lanes_of_simdgroup;
     for (int i = 0; i < parcel_count; ++i)
         for (int n = 0; n < parcel_count; ++n)
             memcpy(static_cast<Parcel*>(parcels[i])->all + n * size,
                    static_cast<Parcel*>(parcels[n])->value, size);
     ++header->counts[reductions];
+    tilefold_depart();
     return lanes_of_simdgroup;
 }
 
 void tilefold_agree(const char* operation, int line, const void* pointer, unsigned long number) {
     struct Parcel { const void* pointer; unsigned long number; } parcel{pointer, number};
-    current->parcel = &parcel;
-    if (!arrive_simdgroup(operation, line)) return;
+    if (!tilefold_arrive(Scope::simdgroup, operation, line, &parcel)) return;
     for (int i = 0; i < parcel_count; ++i) {
         const Parcel& other = *static_cast<Parcel*>(parcels[i]);
         if (other.pointer != pointer || other.number != number)
@@ -500,6 +514,7 @@ void tilefold_agree(const char* operation, int line, const void* pointer, unsign
                   current->position.lane);
     }
     ++header->counts[operation[10] == 'l' ? matrix_loads : matrix_stores];
+    tilefold_depart();
 }
 
 void tilefold_refuse(const char* operation, int line, const char* why) {
@@ -563,15 +578,46 @@ void product(bool accumulates) {
 
 extern "C" void tilefold_multiply(const char* operation, int line, Type factor, Type sum, void* d,
                                   const void* a, const void* b, const void* c) {
+    const void* pc = __builtin_return_address(0);
+    const size_t factor_bytes = factor == Type::of_float ? 8 : 4;
+    const size_t sum_bytes = sum == Type::of_float ? 8 : 4;
+    current->line = line;
+    sanitizer::touch(a, factor_bytes, pc, 0);
+    sanitizer::touch(b, factor_bytes, pc, 0);
+    if (c) sanitizer::touch(c, sum_bytes, pc, 0);
+    sanitizer::touch(d, sum_bytes, pc, 1);
     Factors factors{d, a, b, c};
-    current->parcel = &factors;
-    if (!arrive_simdgroup(operation, line)) return;
+    if (!tilefold_arrive(Scope::simdgroup, operation, line, &factors)) return;
     ++header->counts[multiplies];
     if (factor == Type::of_float) product<float, float>(c);
     else if (factor == Type::of_half)
         sum == Type::of_half ? product<half, half>(c) : product<half, float>(c);
     else sum == Type::of_bfloat ? product<bfloat, bfloat>(c) : product<bfloat, float>(c);
+    tilefold_depart();
 }
+
+#if defined(TILEFOLD_COUNT)
+// Called for every load and store of the kernel. Operations of simdgroups count as what each lane
+// of them does.
+namespace {
+void count_access(const void* address, Count in_device) {
+    const char* at = static_cast<const char*>(address);
+    if (!current) return;
+    int kind = in_device;
+    if (at >= current->stack && at < current->stack + stack_bytes) kind += 4;
+    else if (at >= section && at < section + header->section_bytes) kind += 2;
+    ++header->counts[kind];
+}
+}  // namespace
+#define TILEFOLD_ACCESS(bytes)                                                              \
+    extern "C" void __sanitizer_cov_load##bytes(void* at) { count_access(at, device_loads); } \
+    extern "C" void __sanitizer_cov_store##bytes(void* at) { count_access(at, device_stores); }
+TILEFOLD_ACCESS(1)
+TILEFOLD_ACCESS(2)
+TILEFOLD_ACCESS(4)
+TILEFOLD_ACCESS(8)
+TILEFOLD_ACCESS(16)
+#endif
 
 int main(int, char** arguments) {
     void* library = dlopen(arguments[1], RTLD_NOW);
@@ -588,7 +634,8 @@ int main(int, char** arguments) {
     entry = reinterpret_cast<Entry>(dlsym(library, symbol));
     Dl_info info;
     if (!entry || !dladdr(reinterpret_cast<void*>(entry), &info)) broken(symbol);
-    section = static_cast<char*>(info.dli_fbase) + header->section_offset;
+    library_base = info.dli_fbase;
+    section = static_cast<char*>(library_base) + header->section_offset;
 
     catch_signals();
     // For each region: bytes, and where they stand in the file. For each argument: region, offset.
@@ -604,14 +651,15 @@ int main(int, char** arguments) {
     for (unsigned z = 0; z * header->group[2] < header->grid[2]; ++z)
         for (unsigned y = 0; y * header->group[1] < header->grid[1]; ++y)
             for (unsigned x = 0; x * header->group[0] < header->grid[0]; ++x) run_group(x, y, z);
+    sanitizer::ignore();  // what follows is the host's, when all groups have ended
     check_canaries();
 
     words = reinterpret_cast<unsigned long*>(header + 1);
     for (unsigned long i = 0; i < header->regions; ++i, words += 2) {
         if (const long at = sanitizer::unwritten(regions[i].memory, regions[i].size); at >= 0)
-            fault("unwritten", 0, "pc=0 region=%lu offset=%ld bytes=1", i, at);
+            fault("unwritten", 0, "region=%lu offset=%ld bytes=1", i, at);
         memcpy(content + words[1], regions[i].memory, regions[i].size);
     }
-    fflush(stdout);
+    sanitizer::heed();
     _exit(0);
 }

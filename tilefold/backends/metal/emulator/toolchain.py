@@ -27,6 +27,9 @@ SECTION = "tilefold_threadgroup"
 """Where threadgroup arrays lie in a compiled kernel. The dot that some checks put before it keeps
 AddressSanitizer from leaving such variables alone."""
 
+LINES = ("-g1", "-gdwarf-4")
+"""So that addresses can be traced to lines. addr2line of binutils 2.40 misreads Clang's DWARF 5."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -44,6 +47,47 @@ class Check:
 
 CHECKS = {
     "fast": Check(clang=False),
+    "address": Check(
+        clang=True,
+        kernel=("-fsanitize=address", "-DTILEFOLD_BEFORE", *LINES),
+        runtime=("-DTILEFOLD_ADDRESS",),
+        link=("-fsanitize=address",),
+        section=f".{SECTION}",
+        environment=(
+            (
+                "ASAN_OPTIONS",
+                "detect_leaks=0:detect_stack_use_after_return=0"
+                ":handle_segv=0:handle_sigbus=0:handle_sigfpe=0",
+            ),
+        ),
+        library="asan",
+    ),
+    "memory": Check(
+        clang=True,
+        kernel=("-fsanitize=memory", "-fno-sanitize-memory-param-retval", *LINES),
+        runtime=("-DTILEFOLD_MEMORY", "-fsanitize=memory", "-fno-sanitize-memory-param-retval"),
+        link=("-fsanitize=memory",),
+        environment=(("MSAN_OPTIONS", "symbolize=0:handle_segv=0:handle_sigfpe=0"),),
+        library="msan",
+    ),
+    "count": Check(
+        clang=True,
+        kernel=("-O1", "-fsanitize-coverage=func,trace-loads,trace-stores"),
+        runtime=("-DTILEFOLD_COUNT",),
+    ),
+    "thread": Check(
+        clang=True,
+        kernel=("-fsanitize=thread", *LINES),
+        runtime=("-DTILEFOLD_THREAD",),
+        link=("-fsanitize=thread",),
+        environment=(
+            (
+                "TSAN_OPTIONS",
+                "symbolize=0:handle_segv=0:handle_sigfpe=0:history_size=4:report_signal_unsafe=0",
+            ),
+        ),
+        library="tsan",
+    ),
 }
 """The ways of checking, by name."""
 
@@ -86,7 +130,7 @@ def built(text: str, entries: Sequence[Entry], check: str, *, lines: bool = Fals
         "-I",
         str(FOLDER / "include"),
     ]
-    flags += [f'-DTILEFOLD_SECTION="{options.section}"', *(["-g1"] if lines else [])]
+    flags += [f'-DTILEFOLD_SECTION="{options.section}"', *(LINES if lines else [])]
     return _made(
         {"kernel.metal": text, "enter.cpp": enter},
         _compiler(options.clang, options.library),
@@ -125,18 +169,19 @@ def symbols(library: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple(found)
 
 
-def line_of(library: Path, address: int) -> tuple[str, int]:
-    """File and line of an address; ("", 0) where nobody knows."""
+def line_of(library: Path, address: int) -> int:
+    """The line of the text at an address of the compiled kernel; 0 where nobody knows."""
     tool = shutil.which("addr2line") or shutil.which("llvm-addr2line")
-    if tool is None or address == 0:
-        return "", 0
-    command = [tool, "-i", "-e", str(library), hex(address)]
+    if tool is None:
+        return 0
+    # A sanitizer names the place after its check, which may belong to no line: the one before does.
+    command = [tool, "-i", "-e", str(library), hex(address), hex(address - 1)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     for place in done.stdout.splitlines():
         file, _, line = place.partition(" ")[0].rpartition(":")
         if Path(file).name == "kernel.metal" and line.isdigit():
-            return "kernel.metal", int(line)
-    return "", 0
+            return int(line)
+    return 0
 
 
 @dataclass(frozen=True)
