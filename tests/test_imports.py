@@ -31,7 +31,8 @@ backends.metal.frame backends.metal.products backends.metal.softmax
 backends.metal.forward backends.metal.decode backends.metal.backward
 backends.metal.matmul2d backends.metal.tensorops
 backends.metal.activation backends.metal.gemm backends.metal.rows
-backends.metal.families backends.metal.tables backends.metal.choice backends.metal.plan
+backends.metal.families backends.metal.tables backends.metal.choice backends.metal.visits
+backends.metal.plan
 backends.metal.source
 backends.metal.emulator backends.metal.emulator.fault backends.metal.emulator.signature
 backends.metal.emulator.toolchain backends.metal.emulator.arguments

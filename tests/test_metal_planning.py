@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import re
 
 import numpy as np
@@ -13,13 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilefold import causal, documents, full, local
-from tilefold.backends.metal import choice, families, tables
+from tilefold.backends.metal import choice, families, tables, visits
 from tilefold.backends.metal.choice import LEAVING, choose
 from tilefold.backends.metal.families import FAMILIES, family
 from tilefold.backends.metal.msl import BYTES
 from tilefold.backends.metal.plan import FEW_QUERIES, KEYS_PER_SPLIT, MANY_KEYS, Launch, plan
 from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import HELD, PARALLEL, SUMS, Blocks, whole
+from tilefold.backends.metal.visits import aligned
+from tilefold.blocks import Runs
 from tilefold.problem import Problem
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -27,7 +30,7 @@ KERNELS = ("forward", "backward_dq", "backward_dkv")
 
 
 @pytest.mark.feature("M07")
-@pytest.mark.parametrize("module", [choice, families, tables])
+@pytest.mark.parametrize("module", [choice, families, tables, visits])
 def test_examples(module: object) -> None:
     failed, tried = doctest.testmod(module)  # type: ignore[arg-type]
     assert tried and not failed
@@ -213,6 +216,52 @@ def test_block_rows_visit_what_the_rule_shows_and_little_else(rule: str) -> None
                     assert visits[block.any(0)].all()
     if rule in ("local", "causal", "chunked"):
         assert 0 < plan(asked, "apple9", "forward").launches[0].runs.met.sum() < 0.75 * 19 * 420
+
+
+@pytest.mark.feature("M15")
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 9), st.sampled_from((0, 1, 2))), max_size=8)),
+    st.integers(1, 12),
+)
+def test_runs_become_as_few_tiles_as_cover_them(
+    rows: list[list[tuple[int, int]]], step: int
+) -> None:
+    """Rows of pieces, each skipped, full or masked; nothing seen is lost or seen twice."""
+    ends, found = [0], []
+    for pieces in rows:
+        at = 0
+        for length, kind in pieces:
+            if kind < 2:
+                found.append((at, at + length, kind))
+            at += length
+        ends.append(len(found))
+    before = Runs(np.array(ends), np.array(found, np.int64).reshape(-1, 3), 1, 1)
+    after = aligned(before, step)
+    for row in range(len(rows)):
+        old, new = (each.runs[each.rows[row] : each.rows[row + 1]] for each in (before, after))
+        seen, full = (np.zeros(80, np.int64) for _ in range(2))
+        for first, last, masked in old:
+            seen[first:last] += 1
+            full[first:last] += not masked
+        chains = np.split(seen, np.flatnonzero(np.diff(seen)) + 1)
+        fewest = sum(-(-len(chain) // step) for chain in chains if chain[0])
+        assert sum(-(-(last - first) // step) for first, last, _ in new) == fewest
+        for first, last, masked in new:
+            assert seen[first:last].all() and (masked or full[first:last].all())
+            seen[first:last] = 0
+        assert not seen.any()
+        kinds = [tuple(run) for run in new]
+        assert kinds == sorted(kinds)
+        assert all(a[1] < b[0] or a[2] != b[2] for a, b in itertools.pairwise(kinds))
+
+
+@pytest.mark.feature("M15")
+def test_a_narrow_window_is_one_tile() -> None:
+    asked = problem(
+        causal() & local(64), q=(1, 2, 4096, 64), k=(1, 2, 4096, 64), v=(1, 2, 4096, 64)
+    )
+    launch = plan(asked, "apple9", "forward", blocks=Blocks(16, 128, 32)).launches[0]
+    assert np.diff(launch.runs.rows).max() == 1 and launch.runs.met.max() <= 128
 
 
 @pytest.mark.feature("M01", "M04")

@@ -21,6 +21,7 @@ from tilefold.backends.metal.arguments import pages
 from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
 from tilefold.backends.metal.spec import PARALLEL, SIDE, Blocks, MetalSpec
+from tilefold.backends.metal.visits import aligned
 from tilefold.blocks import Runs, runs
 from tilefold.choice import GRANULE, bound, visited_by
 from tilefold.expression import Table, split
@@ -224,6 +225,7 @@ class _Planner:
         spec, made = self._spec(operation)
         parallel = PARALLEL[operation]
         visited = visited_by(problem, parallel, spec.blocks.parallel)
+        visited = aligned(visited, spec.blocks.traverse)
         heads = problem.heads_q if parallel == "q" else problem.heads_kv
         grid = (visited.block_rows, heads, problem.batch)
         return Launch(spec, made, visited, _heaviest_first(visited), grid)
