@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import json
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -216,6 +218,21 @@ def test_a_list_of_commands_gives_what_the_calls_give(emulated: Emulated) -> Non
     )
     for got, array in zip(slopes, exact, strict=True):
         np.testing.assert_allclose(got, array, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("A07")
+def test_lists_of_1_8_and_64_commands_are_timed(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the script measures calls on tensors")
+    script = Path(__file__).parents[1] / "benchmarks" / "metal_commands.py"
+    file = tmp_path / "rows.json"
+    command = [sys.executable, str(script), "--rounds", "2", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    assert content["without_gpu"] == runtime.missing()
+    assert [row["commands"] for row in content["rows"]] == [1, 8, 64]
+    assert all(value > 0 for row in content["rows"] for value in row.values())
 
 
 @pytest.mark.feature("A06")
