@@ -159,13 +159,15 @@ def views(product: Matmul2d) -> list[str]:
     ]
 
 
-def run_product(library: Any, name: str, product: Matmul2d, a: Array, b: Array, c: Array) -> Array:
+def run_product(
+    library: Any, name: str, product: Matmul2d, a: Array, b: Array, c: Array, option: int = 0
+) -> Array:
     """What a kernel of `kernel` leaves in c: the operands are given untransposed."""
     (m, k), n = a.shape, b.shape[1]
     a = np.ascontiguousarray(a.T if product.transpose_left else a)
     b = np.ascontiguousarray(b.T if product.transpose_right else b)
     c, threads = c.copy(), 32 * product.simdgroups
-    getattr(library, name)(a, b, c, [m, n, k], threads=threads, group_size=threads)
+    getattr(library, name)(a, b, c, [m, n, k, option], threads=threads, group_size=threads)
     return c
 
 
@@ -202,17 +204,26 @@ PAIRS = [
 
 @pytest.mark.slow
 @pytest.mark.feature("J06")
-def test_every_pair_of_types_is_multiplied(metal: Compile) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_pair_of_types_is_multiplied(metal: Compile, layout: int) -> None:
+    """To memory in one layout, to registers and from there to memory in the other."""
     text = HEADERS
     for number, product in enumerate(PAIRS):
-        run = product.run("multiply", "left", "right", "whole")
-        body = [*views(product), product.declare("multiply"), run]
-        text += kernel(f"product{number}", product, *body)
-    library = metal(text)
+        body = Text()
+        body(*views(product), product.declare("multiply"))
+        with body.either("sizes[3] == 0") as otherwise:
+            body(product.run("multiply", "left", "right", "whole"))
+            otherwise()
+            body(product.destination("sum", "multiply", "left", "right"))
+            body(product.run("multiply", "left", "right", "sum"))
+            with elements(body, "sum"), body.block("if (row < m && column < n)"):
+                body("c[row * n + column] = sum[i];")
+        text += kernel(f"product{number}", product, str(body))
+    library = metal(text, tensor_layout=layout)
     for number, product in enumerate(PAIRS):
         a, b = operand(product.left, (13, 20)), operand(product.right, (20, 21))
         c = np.zeros((13, 21), TYPES[product.result])
-        got = run_product(library, f"product{number}", product, a, b, c)
+        got = run_product(library, f"product{number}", product, a, b, c, layout)
         check_product(product, got, a, b)
 
 
