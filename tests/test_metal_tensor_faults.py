@@ -1,0 +1,113 @@
+"""Faults planted in the text on tensor operations: the executor's checks find each of them.
+
+The healthy text passes the same checks under both layouts of cooperative tensors, so every barrier
+in it is needed, and nothing in it rests on what nobody wrote.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from compare import assert_near, dense, tolerances
+from operands import inputs
+from test_metal_tensorops import LAYOUTS, plan
+
+from tilefold import causal
+from tilefold.backends.metal import dispatch, emulate
+from tilefold.backends.metal.emulator.fault import Fault
+from tilefold.problem import Problem
+
+CHECKS = ("address", "memory", "thread")
+BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
+BARRIERS = 4
+
+Edit = Callable[[str], str]
+
+
+@dataclass(frozen=True, eq=False)
+class Edited(dispatch.Emulated):
+    """The executor, on a text that is not quite the emitted one."""
+
+    edit: Edit = str
+
+    def compile(self, text: str) -> Any:
+        edited = self.edit(text)
+        return emulate.compile_shader(edited, self.checks, self.tensor_layout)
+
+
+def run(check: str, edit: Edit = str, layout: int = 1) -> None:
+    """Attention of three tiles of keys by two simdgroups, and one that has no rows."""
+    if reason := emulate.available(check):
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    shapes = (1, 1, 20, 10), (1, 1, 150, 10), (1, 1, 150, 7)
+    problem = Problem.of(*shapes, dtype="float16", mask=causal())
+    operands = inputs(problem, "bhnd", "packed")
+    got = {"o": np.zeros((1, 1, 20, 7), np.float16), "lse": np.zeros((1, 1, 20), np.float32)}
+    given = {name: operands[name] for name in "qkv"}
+    machine = Edited("apple10", check, layout, edit=edit)
+    dispatch.execute(plan(problem), machine, given | got)
+    want = dense(operands, problem.mask, problem.scale)
+    allowed = tolerances(problem, operands, want)
+    for name, array in got.items():
+        assert_near(name, array, want[name], allowed[name])
+
+
+@pytest.mark.slow
+@pytest.mark.feature("J10")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_text_as_it_is_has_none(check: str, layout: int) -> None:
+    run(check, layout=layout)
+
+
+def without(number: int) -> Edit:
+    """The text without one of its barriers."""
+
+    def edit(text: str) -> str:
+        parts = text.split(BARRIER)
+        assert len(parts) == BARRIERS + 1
+        return BARRIER.join(parts[:number]) + BARRIER.join(parts[number:])
+
+    return edit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, BARRIERS + 1))
+def test_a_missing_barrier_is_found(number: int) -> None:
+    with pytest.raises(Fault, match=r"race: tilefold_forward: threadgroup array (scores|factors)"):
+        run("thread", without(number))
+
+
+def replaced(old: str, new: str) -> Edit:
+    def edit(text: str) -> str:
+        assert old in text
+        return text.replace(old, new)
+
+    return edit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(replaced("o_0[i] = 0;", ";"), id="o is not set"),
+        pytest.param(replaced(" s[i] = 0;", ";"), id="s is not set"),
+        pytest.param(replaced("inside && (!edge ||", "(!edge || true ||"), id="what no mask hides"),
+    ],
+)
+def test_a_result_that_nobody_wrote_is_found(edit: Edit) -> None:
+    with pytest.raises(Fault, match="unwritten memory: tilefold_forward"):
+        run("memory", edit)
+
+
+@pytest.mark.slow
+def test_a_view_past_its_array_is_found() -> None:
+    with pytest.raises(Fault, match=r"out-of-bounds read: tilefold_forward: k \[\[buffer\(1\)\]\]"):
+        run("address", replaced("(10, keys)", "(10, 64)"))
