@@ -25,7 +25,10 @@ from tilefold.problem import LAYOUTS, Problem
 Array = NDArray[Any]
 
 PRESENT = ("composed", "native", "kernel")
-DTYPES = ("float32", "float64", "float16", "bfloat16")
+DTYPES = [
+    "float32",
+    *(pytest.param(each, marks=pytest.mark.slow) for each in ("float64", "float16", "bfloat16")),
+]
 CASES = [
     Case((33, 20), 16, "full", "bhnd", "gqa"),
     Case((40, 40), 8, "causal", "bnhd", "mha"),

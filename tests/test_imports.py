@@ -38,14 +38,16 @@ backends.metal.emulator backends.metal.emulator.fault backends.metal.emulator.si
 backends.metal.emulator.toolchain backends.metal.emulator.arguments
 backends.metal.emulator.launch backends.metal.emulate
 backends.metal.dispatch backends.metal.calls backends.metal.runtime backends.metal.commands
-backends.metal.standalone
+backends.metal.standalone backends.metal.gated
 engine compiling
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy
 api metal
 arrays workload peers agreement bench tuning minilm
+selftest utilisation
 commands commands.terminal commands.specification commands.text
-commands.run commands.bench commands.tune commands.inspect commands.mask commands.doctor
+commands.run commands.bench commands.tune commands.inspect commands.mask
+commands.metal commands.doctor
 cli __main__
 """
 ORDER = READING_ORDER.split()

@@ -247,10 +247,10 @@ def keras_peer(case: Case, a: Arrays) -> Call:
     return lambda: taped()()
 
 
-def implementation(name: str, device: str, case: Case, a: Arrays) -> Call:
+def implementation(name: str, device: str, case: Case, a: Arrays, *, wait: bool = True) -> Call:
     """One of `implementations.NAMES` on torch tensors on a device, gradients by autograd.
 
-    The call returns when the device is done.
+    With `wait` the call returns when the device is done.
     """
     import torch
 
@@ -272,7 +272,8 @@ def implementation(name: str, device: str, case: Case, a: Arrays) -> Call:
         made = api.attention(*inputs, **options) if kept is None else kept
         if case.operation != "forward":
             made = torch.autograd.grad(made, inputs, do, retain_graph=made is kept)
-        finish(device)
+        if wait:
+            finish(device)
         return made
 
     return call

@@ -38,7 +38,6 @@ SELF_TEST = [(case, dtype) for dtype in ("float32", "float64") for case in CASES
 ABSENT = {
     "nvidia": "no kernels for NVIDIA GPUs in this version",
     "amd": "no kernels for AMD GPUs in this version",
-    "apple": "no kernels for Apple GPUs in this version",
 }
 
 
@@ -52,6 +51,14 @@ def register(commands: Any) -> None:
     )
     parser.set_defaults(main=main)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    group = parser.add_argument_group("Apple GPUs")
+    group.add_argument(
+        "--metal", action="store_true", help="test all Metal kernels, then time them on the GPU"
+    )
+    group.add_argument(
+        "--emulate", action="store_true", help="with --metal: test them on the CPU, time nothing"
+    )
+    group.add_argument("--save", metavar="FILE", help="with --metal: write one JSON document there")
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,12 @@ class Check:
 
 def main(options: argparse.Namespace) -> int:
     """Look, test, show; exit code 1 if a test fails."""
+    if options.metal:
+        from tilefold.commands import metal
+
+        return metal.main(options)
+    if options.emulate or options.save:
+        raise ValueError("--emulate and --save go with --metal")
     known = {dtype for dtype in TOLERANCES if dtype != "bfloat16" or _version("ml_dtypes")}
     checks = [check for case, dtype in SELF_TEST if dtype in known for check in _test(*case, dtype)]
     agreed = agreement.check()
@@ -133,6 +146,7 @@ def _document(checks: list[Check], agreed: list[Agreement]) -> dict[str, Any]:
     reason = next((check.problem or check.case for check in checks if not check.passed), None)
     backends: dict[str, Any] = {"cpu": {"works": works, "reason": reason}}
     backends |= {name: {"works": False, "reason": why} for name, why in ABSENT.items()}
+    backends["apple"] = _apple(agreed)
     return {
         "versions": {"tilefold": tilefold.__version__, "python": platform.python_version()}
         | {name: _version(name) for name in ("numpy", "llvmlite", "ml_dtypes", "torch")},
@@ -176,6 +190,18 @@ def _document(checks: list[Check], agreed: list[Agreement]) -> dict[str, Any]:
             for check in checks
         ],
     }
+
+
+def _apple(agreed: list[Agreement]) -> dict[str, Any]:
+    """Whether Metal kernels work, by what the implementation made of tensors on the GPU."""
+    from tilefold.backends.metal import runtime
+
+    if reason := runtime.missing():
+        return {"works": False, "reason": reason}
+    wanted = ("kernel", "tensors on mps")
+    own = next(each for each in agreed if (each.implementation, each.arrays) == wanted)
+    works = own.error is not None and _right(own)
+    return {"works": works, "reason": None if works else own.reason or "results are wrong"}
 
 
 def _version(package: str) -> str | None:

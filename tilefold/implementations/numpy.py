@@ -82,6 +82,6 @@ def native(
 def tensorops(q: Any, k: Any, v: Any, *_: Any) -> tuple[Array, Array]:
     """Raises NotImplementedError: arrays of NumPy's are not on an Apple GPU."""
     raise NotImplementedError(
-        "impl='tensorops' runs on Apple GPUs and q is a NumPy array; pass torch tensors on the"
-        " device 'mps', or choose impl='composed', 'native' or 'kernel'"
+        "impl='tensorops' runs on Apple GPUs by Metal 4: q is a NumPy array; pass tensors on the"
+        " device mps, or choose impl='composed', 'native' or 'kernel'"
     )

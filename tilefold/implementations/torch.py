@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tilefold.mask import Rule, causal, full
-from tilefold.problem import LAYOUTS, STATISTICS, Problem, common_dtype, describe
+from tilefold.problem import (
+    LAYOUTS,
+    STATISTICS,
+    Problem,
+    common_dtype,
+    describe,
+    shape_lse,
+    shape_o,
+)
 from tilefold.recent import Recent
 
 Array = NDArray[Any]
@@ -80,12 +88,68 @@ def native(
     return o.permute(axes).contiguous(), lse
 
 
-def tensorops(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
-    """Raises NotImplementedError: no kernel of this version uses Metal's tensor operations."""
+def tensorops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+    precision: str,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """o and lse by Metal's tensor operations, gradients by tilefold's other kernels.
+
+    Raises NotImplementedError with the reason where they are not there.
+    """
+    problem = _problem(q, k, v, mask, scale, layout, precision)
+    reason = f"q is on {q.device}"
+    if q.is_mps:
+        from tilefold.backends.metal import gated, runtime
+
+        found = gated.missing()
+        if found is None:
+            run: Any = _TensorOps.apply
+            result: tuple[Tensor, Tensor] = run(runtime.gpu(), problem, layout, q, k, v)
+            return result
+        reason = found
     raise NotImplementedError(
-        f"impl='tensorops' runs on Apple GPUs by Metal 4, and q is on {q.device}; choose"
-        " impl='composed', 'native' or 'kernel'"
+        f"impl='tensorops' runs on Apple GPUs by Metal 4: {reason}; choose impl='composed',"
+        " 'native' or 'kernel'"
     )
+
+
+class _TensorOps(torch.autograd.Function):
+    """A forward pass by tensor operations on a machine of Metal kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, machine: Any, problem: Problem, layout: str, *given: Tensor) -> Any:
+        from tilefold.backends.metal import dispatch, gated
+
+        axes = LAYOUTS[layout]
+        o = given[0].new_empty(shape_o(problem, layout))
+        lse = given[0].new_empty(shape_lse(problem), dtype=torch.float32)
+        if problem.empty:
+            o.zero_()
+            lse.fill_(-torch.inf)
+        else:
+            views = (tensor.permute(axes) for tensor in (*given, o))
+            operands = dict(zip(("q", "k", "v", "o"), views, strict=True), lse=lse)
+            dispatch.execute(gated.plan(problem, machine.family), machine, operands)
+        ctx.rest = machine, problem, layout
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(*given, o, lse)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, _: Tensor) -> Any:
+        from tilefold.backends.metal import calls
+
+        machine, problem, layout = ctx.rest
+        q, k, v, o, lse = ctx.saved_tensors
+        rest = problem.mask, problem.scale, layout
+        gradients = calls.backward(machine, do, q, k, v, o, lse, *rest).run()
+        return (None, None, None, *gradients)
 
 
 def devices() -> tuple[str, ...]:

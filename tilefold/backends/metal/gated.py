@@ -1,0 +1,40 @@
+"""The forward pass by Metal 4's tensor operations: whether this Mac may run it, and its plan.
+
+The gate is closed unless macOS, the GPU and a test compile all say yes: see `tensorops.gate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import replace
+
+from tilefold.backends.metal import plan as planning
+from tilefold.backends.metal import runtime, tensorops
+from tilefold.backends.metal.plan import MetalPlan
+from tilefold.problem import Problem
+
+GENERATIONS = {"apple7": 13, "apple8": 14, "apple9": 15, "apple10": 17}
+"""Apple's number of the oldest GPUs of each family: M1's, M2's, M3's and M5's."""
+
+
+@functools.lru_cache(maxsize=1)
+def missing() -> str | None:
+    """Why tensor operations cannot run on this machine; None where they can."""
+    if reason := runtime.missing():
+        return reason
+    machine = runtime.gpu()
+    major, minor, *_ = (*map(int, platform.mac_ver()[0].split(".")), 0)
+    return tensorops.gate((major, minor), GENERATIONS[machine.family], machine.compile)
+
+
+def plan(problem: Problem, family: str) -> MetalPlan:
+    """The plan of a forward pass whose kernel is that of `tensorops`.
+
+    Raises NotImplementedError for what tensor operations do not serve.
+    """
+    blocks = tensorops.blocks(problem.dtype, problem.dim_v)
+    made = planning.plan(problem, family, "forward", form="tiled", blocks=blocks, cached=())
+    (launch,) = made.launches
+    launch = replace(launch, spec=tensorops.variant(launch.spec))
+    return replace(made, launches=(launch,), buffers={})
