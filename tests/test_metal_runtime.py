@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 import tilefold
 from tilefold import Problem, cli, metal, reference, settings
+from tilefold.backends.cpu import kernel as kernels
 from tilefold.backends.cpu import runtime as llvm
-from tilefold.backends.metal import calls, dispatch, emulate, frame, runtime
+from tilefold.backends.metal import calls, dispatch, emulate, frame, runtime, standalone
+from tilefold.backends.metal import commands as listed
 from tilefold.backends.metal.arguments import arrays, sizes
 from tilefold.backends.metal.dispatch import CompileError, Emulated, Kept
 
@@ -75,10 +77,8 @@ def operands(len_q: int = 21, len_k: int = 35, dtype: str = "float32") -> list[A
     return [drawn.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def forward(machine: Any, *given: Array, **options: Any) -> tuple[Array, Array]:
-    """o and lse at once: a list of one command."""
-    with metal.queue(machine) as commands:
-        return commands.attention(*given, **options)
+def forward(machine: Any, *given: Any, **options: Any) -> tuple[Array, Array]:
+    return metal.attention(*given, machine=machine, **options)
 
 
 @pytest.fixture(scope="module")
@@ -281,8 +281,12 @@ def test_a_block_that_raises_launches_nothing() -> None:
         metal.gpu,
         metal.queue,
         lambda: tilefold.compile_async([Problem.of((1, 1, 4, 8))], device="mps"),
+        lambda: metal.attention(*operands()),
+        lambda: metal.attention_backward(*[np.ones((1, 1, 4, 8), np.float32)] * 6),
+        lambda: metal.gemm(*[np.ones((4, 4), np.float32)] * 2),
+        lambda: metal.softmax(np.ones((4, 4), np.float32)),
     ],
-    ids=["gpu", "queue", "compile_async"],
+    ids=["gpu", "queue", "compile_async", "attention", "attention_backward", "gemm", "softmax"],
 )
 def test_without_metal_every_entry_says_why(
     entry: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
@@ -307,7 +311,9 @@ def test_without_metal_a_list_that_is_not_strict_does_nothing(
     out = np.full((1, 4, 21, 9), 7, np.float32)
     with metal.queue(strict=False) as commands:
         assert commands.attention(q, k, v, out=out)[0] is out
-    assert (out == 7).all() and commands.refused == [runtime.missing()]
+    assert commands.refused == [runtime.missing()]
+    assert metal.attention(q, k, v, out=out, strict=False)[0] is out
+    assert (out == 7).all()
 
 
 @pytest.mark.feature("J13")
@@ -381,6 +387,7 @@ def test_a_call_waits_for_the_kernel_that_is_being_compiled() -> None:
 def test_cpu_kernels_compile_ahead_too(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, gate, texts = threading.Event(), threading.Event(), []
     compile_ = llvm.compile
+    kernels.kernel.cache_clear()
 
     def slow(text: str, device: Any) -> bytes:
         texts.append(text)
@@ -435,8 +442,9 @@ def test_compile_async_names_what_is_wrong() -> None:
 @pytest.mark.slow
 @pytest.mark.feature("T12")
 def test_examples_run(emulated: Emulated) -> None:
-    outcome = doctest.testmod(metal, raise_on_error=False)
-    assert outcome.attempted and not outcome.failed
+    for module in (metal, listed, standalone):
+        outcome = doctest.testmod(module, raise_on_error=False)
+        assert outcome.attempted and not outcome.failed
 
 
 @pytest.mark.parametrize("machine", [Emulated(), Recorder()], ids=["emulated", "recorder"])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tilefold.backends.metal import emulate, fragment, matmul2d
     from tilefold.backends.metal.arguments import sizes
     from tilefold.backends.metal.commands import Commands as queue
+    from tilefold.backends.metal.commands import attention, attention_backward
     from tilefold.backends.metal.dispatch import CompileError
     from tilefold.backends.metal.dispatch import Emulated as emulated
     from tilefold.backends.metal.families import FAMILIES
@@ -42,6 +43,8 @@ _HOMES = {
     "MetalSpec": (f"{_BACKEND}.spec", "MetalSpec"),
     "Text": (f"{_BACKEND}.msl", "Text"),
     "Tile": (f"{_BACKEND}.matmul2d", "Tile"),
+    "attention": (f"{_BACKEND}.commands", "attention"),
+    "attention_backward": (f"{_BACKEND}.commands", "attention_backward"),
     "compile_async": ("tilefold.compiling", "compile_async"),
     "emit": (f"{_BACKEND}.source", "emit"),
     "emulate": (f"{_BACKEND}.emulate", None),
@@ -67,6 +70,8 @@ __all__ = [
     "MetalSpec",
     "Text",
     "Tile",
+    "attention",
+    "attention_backward",
     "compile_async",
     "emit",
     "emulate",

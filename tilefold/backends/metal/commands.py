@@ -111,3 +111,86 @@ class Commands:
         if self._machine is None:
             self._machine = runtime.gpu()
         return self._machine
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    layout: str = "bhnd",
+    out: Array | None = None,
+    lse: Array | None = None,
+    machine: Machine | None = None,
+    strict: bool = True,
+) -> tuple[Any, Any]:
+    """Exact attention by Metal kernels on a machine; without gradients.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> machine = tilefold.metal.emulated()  # on a Mac: nothing, and tensors on "mps"
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 5, 8), np.float32)
+    >>> o, lse = tilefold.metal.attention(q, k, v, mask=tilefold.causal(), machine=machine)
+    >>> bool(np.allclose(o, tilefold.attention(q, k, v, mask=tilefold.causal()), atol=1e-6))
+    True
+
+    Arguments:
+        q, k, v, mask, scale, layout: as for `tilefold.attention`; float32, float16 or bfloat16
+        out: (batch, heads_q, len_q, dim_v) in the layout, of the type of q: takes o; None makes an
+            array
+        lse: (batch, heads_q, len_q), float32, contiguous: takes lse; None makes an array
+        machine: what runs it; None is the GPU of this Mac
+        strict: where False, what the machine cannot do leaves `out` and `lse` as they are, and
+            they are returned
+
+    Returns:
+        o, lse: the arrays that were written
+
+    Raises:
+        As `tilefold.attention` does; with `strict`, NotImplementedError where there is no Metal
+    """
+    with Commands(machine, strict=strict) as commands:
+        return commands.attention(q, k, v, mask=mask, scale=scale, layout=layout, out=out, lse=lse)
+
+
+def attention_backward(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
+    lse: Array,
+    *,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    layout: str = "bhnd",
+    machine: Machine | None = None,
+) -> tuple[Array, Array, Array]:
+    """The gradients of sum(do * o) with respect to q, k and v, by Metal kernels on a machine.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> machine = tilefold.metal.emulated()  # on a Mac: nothing, and tensors on "mps"
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 5, 8), np.float32)
+    >>> o, lse = tilefold.metal.attention(q, k, v, machine=machine)
+    >>> do = np.ones_like(o)
+    >>> dq, dk, dv = tilefold.metal.attention_backward(do, q, k, v, o, lse, machine=machine)
+    >>> bool(np.allclose(dv.sum(axis=2), do.sum(axis=2)))  # the weights of each query sum to 1
+    True
+
+    Arguments:
+        do, q, k, v, o, lse, mask, scale, layout: as for `tilefold.attention_backward`
+        machine: what runs it; None is the GPU of this Mac
+
+    Returns:
+        dq, dk, dv, each of the shape and type of its input
+
+    Raises:
+        As `tilefold.attention_backward` does; NotImplementedError where there is no Metal
+    """
+    with Commands(machine) as commands:
+        return commands.attention_backward(
+            do, q, k, v, o, lse, mask=mask, scale=scale, layout=layout
+        )
