@@ -20,7 +20,7 @@ FAMILIES = ("apple7", "apple9")
 
 def machine(family: str, check: str = "fast", tensor_layout: int = 0) -> dispatch.Emulated:
     """The executor as a GPU of a family; skips, with the reason, where there is no C++ compiler."""
-    reason = emulate.available()
+    reason = emulate.available(check)
     if reason is not None:
         if os.environ.get("CI"):
             pytest.fail(reason)

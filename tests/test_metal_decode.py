@@ -83,9 +83,14 @@ def test_what_a_query_does_not_see_does_not_leak() -> None:
 
 @pytest.mark.slow
 @pytest.mark.feature("M05")
-def test_rows_fill_several_fragments_and_page_their_sum() -> None:
-    problem = Problem.of((1, 6, 3, 20), (1, 2, 80, 20), mask=causal(), scale=0.3)
-    on = machine("apple7")
+@pytest.mark.parametrize("check", ["fast", "memory", "thread"])
+def test_rows_fill_several_fragments_and_page_their_sum(check: str) -> None:
+    """More rows than a fragment has; a split that sees nothing leaves its part unset."""
+    k, v = (2, 2, 300, 20), (2, 2, 300, 13)
+    problem = Problem.of((2, 6, 5, 20), k, v, mask=causal() & lengths([300, 20]))
+    part, _ = plan(problem, "apple7", "forward", form="decode").launches
+    assert (np.diff(part.runs.rows) == 0).any() and part.grid[0] == 2 * part.splits
+    on = machine("apple7", check)
     operands = inputs(problem, "bhnd", "packed")
     want = dense(operands, problem.mask, problem.scale)
     tolerance = tolerances(problem, operands, want)

@@ -218,6 +218,7 @@ def test_block_rows_visit_what_the_rule_shows_and_little_else(rule: str) -> None
         assert 0 < plan(asked, "apple9", "forward").launches[0].runs.met.sum() < 0.75 * 19 * 420
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M15")
 @given(
     st.lists(st.lists(st.tuples(st.integers(1, 9), st.sampled_from((0, 1, 2))), max_size=8)),
