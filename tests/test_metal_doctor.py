@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ def test_what_is_wrong_fails(
     first = json.loads(said.out)["self_test"][0]
     assert not first["passed"] and not first["absent"]
     assert (first["reason"] or "").startswith(reason or "")
+
+
+def test_without_ml_dtypes_bfloat16_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    monkeypatch.setattr(selftest, "SMALL", selftest.SMALL[1:])
+    tried = selftest.trials(Recorder(), Place(), "none here", few=True)
+    first = next(tried)
+    assert (first.kernel, first.dtype, first.absent) == ("all kernels", "bfloat16", True)
+    assert "pip install ml_dtypes" in str(first.reason)
+    assert {trial.dtype for trial in tried} == {"float16"}
 
 
 def test_a_machine_without_metal_says_so(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,8 @@ def attention(
             A machine without fast products of bfloat16 computes more exactly than asked. Other
             types accept it, and it has no effect there. Torch's own setting is never read.
         return_lse: also return the log-sum-exp of each query's scores
-        impl: who computes it, for comparison and trust (see below); none stands in for another
+        impl: who computes it, for comparison and trust (see below); none stands in for another.
+            The default is "kernel"
 
     Returns:
         o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous; a torch tensor
@@ -74,13 +75,15 @@ def attention(
     A query that sees no key gets o = 0 and lse = -inf. What a query may not see never reaches it,
     whatever it holds, NaN and infinity included; what it sees follows IEEE arithmetic.
 
-    With `impl` the same answer comes another way:
-        "kernel": tilefold's own kernels, whose memory is linear in the lengths
-        "composed": two products and a softmax of NumPy's or torch's own, in the type of lse. They
-            hold len_q x len_k scores, weights and a mask. Torch tensors may be on any device
-        "native": torch's `scaled_dot_product_attention`, on any device, and for NumPy arrays too
-            where torch is installed. It has no lse: with return_lse composed scores are added
-        "tensorops": Metal 4's matrix units, on Apple GPUs that have them
+    The same answer in four ways, by the name that `impl` gives:
+
+    - "kernel": tilefold's own kernels, whose memory is linear in the lengths
+    - "composed": two products and a softmax of NumPy's or torch's own, in the type of lse. They
+      hold len_q x len_k scores, weights and a mask. Torch tensors may be on any device
+    - "native": torch's `scaled_dot_product_attention`, on any device, and for NumPy arrays too
+      where torch is installed. It has no lse: with return_lse composed scores are added
+    - "tensorops": tilefold's forward kernel on Metal 4's matrix units, on Apple GPUs that have them
+
     With "composed" and "native" gradients are torch's, its own setting stands for `precision`, and
     NaN or infinity in what a query may not see can reach it, multiplied by 0.
 

@@ -94,12 +94,21 @@ def trials(machine: Machine, place: Place, missing: str | None, *, few: bool) ->
 
     `missing` says why the machine has no tensor operations, None where it has them.
     """
-    cases = SMALL if few else [(dtype, sizes) for dtype in TOLERANCES for sizes in LARGE]
+    dtypes = []
+    for dtype in TOLERANCES:
+        try:
+            element_type(dtype)
+        except ModuleNotFoundError as error:
+            yield Trial("all kernels", "", dtype, reason=str(error), absent=True)
+        else:
+            dtypes.append(dtype)
+    cases = SMALL if few else [(dtype, sizes) for dtype in dtypes for sizes in LARGE]
     for dtype, (dim, dim_v, len_q, len_k, mask) in cases:
-        shapes = (2, 4, len_q, dim), (2, 2, len_k, dim), (2, 2, len_k, dim_v)
-        problem = Problem.of(*shapes, dtype=dtype, mask=MASKS[mask]())
-        yield from _Attention(machine, place, problem).tiled()
-    for dtype in ("float16",) if few else TOLERANCES:
+        if dtype in dtypes:
+            shapes = (2, 4, len_q, dim), (2, 2, len_k, dim), (2, 2, len_k, dim_v)
+            problem = Problem.of(*shapes, dtype=dtype, mask=MASKS[mask]())
+            yield from _Attention(machine, place, problem).tiled()
+    for dtype in ("float16",) if few else dtypes:
         decoded = Problem.of((2, 4, 3, 64), (2, 2, 600, 64), dtype=dtype, mask=causal())
         yield _Attention(machine, place, decoded).decoded()
         yield _gemm(machine, place, dtype)
