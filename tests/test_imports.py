@@ -38,7 +38,7 @@ backends.metal.emulator backends.metal.emulator.fault backends.metal.emulator.si
 backends.metal.emulator.toolchain backends.metal.emulator.arguments
 backends.metal.emulator.launch backends.metal.emulate
 backends.metal.dispatch backends.metal.calls backends.metal.runtime backends.metal.commands
-backends.metal.standalone backends.metal.gated
+backends.metal.standalone backends.metal.gated backends.metal.model
 engine compiling
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy

@@ -1,0 +1,121 @@
+"""A model of the instructions that a Metal kernel issues, from what the executor counts.
+
+No Apple GPU has run these kernels, so nothing here is a measurement of one. The executor counts
+what a text does: products of fragments, exponentials, shuffles, accesses to memory and to the
+elements of fragments. Each is weighed by what public measurements say that it takes of a core, a
+multiply-add of one lane being 1. What a kernel must do anyway is the count of Turner (2024):
+2 D + 5 for each pair of query and key in the forward pass, 3 D + 5 and 4 D + 5 in the backward ones
+(`roofline.instruction_count`).
+
+    issued per useful one = sum over operations of (weight x count) / ((2 D + 5) pairs)
+
+Its inverse is the share of the peak that is left to a core that issues one instruction after the
+other and never waits, without arithmetic of addresses, loops and masks, and without spilled
+registers. Neighbours that a lane reads are counted one by one, where a GPU may read them at once,
+and since M3 several units of a core work side by side. So a GPU may be above it or below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tilefold.backends.metal import dispatch, source
+from tilefold.backends.metal.dispatch import Emulated
+from tilefold.backends.metal.plan import Launch, plan
+from tilefold.backends.metal.spec import PARALLEL, SIMD
+from tilefold.problem import Problem
+from tilefold.roofline import instruction_count
+
+WEIGHTS = {
+    "multiplies": 512.0,  # 8 x 8 x 8 multiply-adds
+    "exponentials": 4.0,  # a core makes 32 in a cycle, and 128 multiply-adds
+    "shuffles": 2.0 * SIMD,  # 256 bytes in a cycle: 64 lanes of 4
+    "elements": 0.5,  # of a fragment in registers: most statements read one and set one
+    "device_loads": 1.0,
+    "device_stores": 1.0,
+    "threadgroup_loads": 1.0,
+    "threadgroup_stores": 1.0,
+}
+"""Instructions of single lanes for each operation that the executor counts. Rates are those of
+github.com/philipturner/metal-benchmarks for M1; where it has none, an operation is one."""
+
+OPERATIONS = ("forward", "backward_dq", "backward_dkv")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What one kernel does for a tile that a threadgroup visits, `pairs` of queries and keys."""
+
+    operation: str
+    dim: int
+    pairs: int
+    counts: Mapping[str, int]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Instructions issued for each useful one, by operation."""
+        useful = instruction_count(self.operation, self.pairs, self.dim)
+        return {name: WEIGHTS[name] * self.counts[name] / useful for name in WEIGHTS}
+
+    @property
+    def issued(self) -> float:
+        """Instructions issued for each useful one."""
+        return sum(self.shares.values())
+
+
+def model(family: str, operation: str, dtype: str, dim: int, check: str = "count") -> Model:
+    """Run a kernel on the executor over two tiles and over three: the difference is one tile.
+
+    With the check "fast" accesses to memory are not counted. Raises NotImplementedError, with the
+    reason, where the executor cannot run.
+    """
+    machine = Emulated(family, check)
+    blocks = launch(family, operation, dtype, dim, tiles=2).spec.blocks
+    fewer, more = (_counted(machine, operation, dtype, dim, tiles) for tiles in (2, 3))
+    counts = {name: more[name] - fewer[name] for name in WEIGHTS}
+    return Model(operation, dim, blocks.parallel * blocks.traverse, counts)
+
+
+def launch(family: str, operation: str, dtype: str, dim: int, *, tiles: int) -> Launch:
+    """The launch of one threadgroup that visits so many whole tiles; no mask."""
+    spec = _launch(_problem(operation, dtype, dim, 64, 64), family, operation).spec
+    blocks = spec.blocks
+    problem = _problem(operation, dtype, dim, blocks.parallel, tiles * blocks.traverse)
+    return _launch(problem, family, operation)
+
+
+def _problem(operation: str, dtype: str, dim: int, parallel: int, traverse: int) -> Problem:
+    """One head, its lengths by what the operation does with them."""
+    long_q = PARALLEL[operation] == "k"
+    len_q, len_k = (traverse, parallel) if long_q else (parallel, traverse)
+    return Problem.of((1, 1, len_q, dim), (1, 1, len_k, dim), dtype=dtype)
+
+
+def _launch(problem: Problem, family: str, operation: str) -> Launch:
+    name = operation.partition("_")[0]
+    launches = plan(problem, family, name, form="tiled").launches
+    return next(each for each in launches if each.spec.operation == operation)
+
+
+def _counted(
+    machine: Emulated, operation: str, dtype: str, dim: int, tiles: int
+) -> Mapping[str, int]:
+    """What the executor counts in the launch of one threadgroup."""
+    blocks = launch(machine.family, operation, dtype, dim, tiles=tiles).spec.blocks
+    problem = _problem(operation, dtype, dim, blocks.parallel, tiles * blocks.traverse)
+    made = plan(problem, machine.family, operation.partition("_")[0], form="tiled")
+    rng = np.random.default_rng(0)
+    lengths = {"q": problem.len_q, "k": problem.len_k, "v": problem.len_k, "o": problem.len_q}
+    operands = {
+        f"{front}{name}": rng.normal(size=(1, 1, length, dim)).astype(dtype)
+        for name, length in lengths.items()
+        for front in ("", "d")
+    }
+    operands["lse"] = np.full((1, 1, problem.len_q), 8, np.float32)
+    dispatch.execute(made, machine, operands)
+    spec = _launch(problem, machine.family, operation).spec
+    counters: Mapping[str, int] = dispatch.library_of(machine, source.emit(spec)).counters
+    return counters
