@@ -88,7 +88,7 @@ void tilefold_forward(
     matmul2d<pv_descriptor, execution_simdgroups<1>> pv;
     tensor<device half, dextents<int, 2>, tensor_inline> queries(
         q_row, dextents<int, 2>(80, rows), array<int, 2>{1, int(q_n)});
-    // Views of a whole tile of p and v: those of o are made for their types.
+    // Views of a tile of p and of v, for their types: the tensors of o are made for them.
     tensor weights_tile(
         weights + simdgroup * 1024, dextents<int, 2>(64, 16), array<int, 2>{1, 64});
     tensor<device half, dextents<int, 2>, tensor_inline> values_tile(

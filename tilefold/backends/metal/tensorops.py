@@ -144,7 +144,7 @@ def emit(spec: MetalSpec) -> str:
     text("", scores.declare("qk"), values.declare("pv"))
     text(scores.left_tile.declare("queries", "q_row", (spec.dim, "rows"), stride="q_n"))
     step, head = spec.blocks.traverse, spec.blocks.head
-    text.note("Views of a whole tile of p and v: those of o are made for their types.")
+    text.note("Views of a tile of p and of v, for their types: the tensors of o are made for them.")
     for tile, name, start, extents, stride in (
         (values.left_tile, "weights_tile", _weights(spec), (step, TENSOR_ROWS), str(step)),
         (values.right_tile, "values_tile", "v_head", (head, step), "v_n"),
