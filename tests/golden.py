@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tilefold.backends.metal import source
+from tilefold.backends.metal import gated, source
 from tilefold.backends.metal.plan import plan
-from tilefold.backends.metal.tensorops import variant
 from tilefold.parse import parse
 from tilefold.problem import Problem
 
@@ -33,8 +32,8 @@ def texts() -> dict[str, str]:
             file = f"{launch.spec.operation}_{family}_{dtype}_d{dim}_{name}.metal"
             found[file] = source.emit(launch.spec)
     problem = Problem.of((1, 4, 1000, 80), dtype="float16", mask=parse("causal()"))
-    (launch,) = plan(problem, "apple10", "forward", form="tiled").launches
-    found["forward_tensorops_float16_d80_causal.metal"] = source.emit(variant(launch.spec))
+    (launch,) = gated.plan(problem, "apple10").launches
+    found["forward_tensorops_float16_d80_causal.metal"] = source.emit(launch.spec)
     return found
 
 

@@ -15,9 +15,8 @@ from compare import assert_near, dense, tolerances
 from metal import machine
 from operands import SENTINEL, Array, inputs, place
 
-from tilefold import Rule, causal, documents, full, local, rule
-from tilefold.backends.metal import dispatch, tensorops
-from tilefold.backends.metal import plan as planning
+from tilefold import Rule, causal, cli, documents, full, local, rule
+from tilefold.backends.metal import dispatch, gated, tensorops
 from tilefold.backends.metal.plan import MetalPlan
 from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import Blocks
@@ -27,12 +26,8 @@ LAYOUTS = (0, 1)
 
 
 def plan(problem: Problem) -> MetalPlan:
-    """The plan of a forward pass, its kernel replaced by that of tensor operations."""
-    blocks = tensorops.blocks(problem.dtype, problem.dim_v)
-    made = planning.plan(problem, "apple10", "forward", form="tiled", blocks=blocks, cached=())
-    (launch,) = made.launches
-    launch = replace(launch, spec=tensorops.variant(launch.spec))
-    return replace(made, launches=(launch,), buffers={})
+    """The plan of a forward pass on tensor operations."""
+    return gated.plan(problem, "apple10")
 
 
 def forward(
@@ -104,6 +99,36 @@ def test_what_no_query_may_see_changes_nothing(name: str, bad: float) -> None:
         want = dense(operands, problem.mask, problem.scale)
     for key, array in forward(problem, operands, layout=1).items():
         assert_near(key, array, want[key], 1e-5)
+
+
+def test_a_plan_says_what_it_takes() -> None:
+    said = plan(Problem.of((1, 8, 2048, 128), dtype="float16")).explain()
+    assert said == [
+        "forward: 64 x 64 x 64, cached o",
+        "  from blocks for tensor operations, which nobody tuned",
+        "  registers 384 of 512 bytes: o 256, tiles 128",
+        "  threadgroup 25344 of 32768 bytes",
+        "  grid 32 x 8 x 1 threadgroups of 128 threads",
+    ]
+
+
+def test_inspect_prints_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [
+        "--shape",
+        "1,8,2048,128",
+        "--dtype",
+        "float16",
+        "--backend",
+        "metal",
+        "--kernel",
+        "tensorops",
+    ]
+    assert cli.main(["inspect", *given]) == 0
+    spec = plan(Problem.of((1, 8, 2048, 128), dtype="float16")).launches[0].spec
+    said = capsys.readouterr().out
+    assert said.endswith(emit(spec)) and "32 x 8 x 1" in said
+    assert cli.main(["inspect", *given, "--operation", "backward"]) == 2
+    assert "tensor operations make the forward pass alone" in capsys.readouterr().err
 
 
 @pytest.mark.feature("J12")

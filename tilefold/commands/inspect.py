@@ -19,6 +19,7 @@ from typing import Any
 
 from tilefold import choice, metal, parse, plan, roofline, settings, winners
 from tilefold.backends.cpu import kernel, peak, runtime, threads
+from tilefold.backends.metal import gated
 from tilefold.commands import specification, terminal
 from tilefold.device import host
 from tilefold.plan import Launch, Plan
@@ -44,7 +45,11 @@ def register(commands: Any) -> None:
     parser.add_argument("--operation", choices=plan.OPERATIONS, default="forward")
     parser.add_argument("--form", choices=plan.FORMS, default="auto")
     parser.add_argument("--isa", help="a narrower instruction set of this machine, such as avx2")
-    parser.add_argument("--kernel", help="which kernel of the plan --text and --asm show")
+    parser.add_argument(
+        "--kernel",
+        help="which kernel of the plan --text, --asm and --backend metal show; for Metal also"
+        " tensorops, the forward pass of Metal 4",
+    )
     parser.add_argument("--backend", choices=("cpu", "metal"), default="cpu")
     parser.add_argument(
         "--family",
@@ -112,9 +117,14 @@ def _metal(options: argparse.Namespace, problem: Problem) -> str:
     for option in ("isa", "asm", "json"):
         if getattr(options, option):
             raise ValueError(f"--{option} goes with --backend cpu: a Metal kernel is text alone")
-    made = metal.plan(problem, options.family, options.operation, form=options.form)
-    launches = {launch.spec.operation: launch for launch in made.launches}
-    launch = launches[_named(launches, options.kernel)]
+    if options.kernel == "tensorops":
+        if options.operation != "forward":
+            raise ValueError("--kernel tensorops: tensor operations make the forward pass alone")
+        (launch,) = gated.plan(problem, options.family).launches
+    else:
+        made = metal.plan(problem, options.family, options.operation, form=options.form)
+        launches = {launch.spec.operation: launch for launch in made.launches}
+        launch = launches[_named(launches, options.kernel)]
     spec, (x, y, z) = launch.spec, launch.grid
     family = metal.FAMILIES[options.family]
     kind = f"{spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, innermost strides 1"

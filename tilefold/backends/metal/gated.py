@@ -36,5 +36,12 @@ def plan(problem: Problem, family: str) -> MetalPlan:
     blocks = tensorops.blocks(problem.dtype, problem.dim_v)
     made = planning.plan(problem, family, "forward", form="tiled", blocks=blocks, cached=())
     (launch,) = made.launches
-    launch = replace(launch, spec=tensorops.variant(launch.spec))
-    return replace(made, launches=(launch,), buffers={})
+    spec = tensorops.variant(launch.spec)
+    choice = replace(
+        launch.choice,
+        start="blocks for tensor operations, which nobody tuned",
+        cached=spec.cached,
+        registers=tensorops.registers(spec),
+        threadgroup_bytes=tensorops.threadgroup_bytes(spec),
+    )
+    return replace(made, launches=(replace(launch, spec=spec, choice=choice),), buffers={})

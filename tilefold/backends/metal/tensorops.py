@@ -21,7 +21,7 @@ from tilefold.backends.metal.frame import LOWEST, MASKED
 from tilefold.backends.metal.matmul2d import HEADERS, Matmul2d, elements, fill
 from tilefold.backends.metal.msl import BYTES, Text, element
 from tilefold.backends.metal.softmax import FACTOR
-from tilefold.backends.metal.spec import TENSOR_ROWS, Blocks, MetalSpec
+from tilefold.backends.metal.spec import SIMD, TENSOR_ROWS, Blocks, MetalSpec
 
 ALGORITHM = """
 for each tile of keys that the mask lets the block of queries see:
@@ -81,6 +81,20 @@ def variant(spec: MetalSpec) -> MetalSpec:
     )
 
 
+def registers(spec: MetalSpec) -> tuple[tuple[str, int], ...]:
+    """Bytes of each thread that the cooperative tensors take if they are spread evenly."""
+    columns = min(-(-spec.dim_v // spec.blocks.head) * spec.blocks.head, PANEL)
+    bytes_per_column = TENSOR_ROWS * 4 // SIMD
+    return ("o", columns * bytes_per_column), ("tiles", spec.blocks.traverse * bytes_per_column)
+
+
+def threadgroup_bytes(spec: MetalSpec) -> int:
+    """Threadgroup memory: scores, weights, and a factor for each row."""
+    number = element(spec.dtype, spec.bfloat).compute
+    rows, step = spec.blocks.parallel, spec.blocks.traverse
+    return rows * (4 * (step + _SCORE_PAD) + BYTES[number] * step + 4)
+
+
 def gate(
     os_version: tuple[int, int], generation: int, test_compile: Callable[[str], object]
 ) -> str | None:
@@ -137,7 +151,7 @@ def emit(spec: MetalSpec) -> str:
     """
     _check(spec)
     assert spec.tensor_ops, spec
-    assert _memory_bytes(spec) <= MOST_BYTES, spec
+    assert threadgroup_bytes(spec) <= MOST_BYTES, spec
     text = Text()
     scores, values = _products(spec)
     _place(text, spec)
@@ -357,12 +371,6 @@ def _width(spec: MetalSpec, panel: str, i: int) -> str:
     if panel:
         return f"min({head}, {spec.dim_v - i * head} - panel)"
     return str(min(head, spec.dim_v - i * head))
-
-
-def _memory_bytes(spec: MetalSpec) -> int:
-    number = element(spec.dtype, spec.bfloat).compute
-    rows, step = spec.blocks.parallel, spec.blocks.traverse
-    return rows * (4 * (step + _SCORE_PAD) + BYTES[number] * step + 4)
 
 
 def _check(spec: MetalSpec) -> None:
