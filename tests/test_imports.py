@@ -27,7 +27,7 @@ backends.cpu.sums backends.cpu.state backends.cpu.decode backends.cpu.merge
 backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak
 backends.metal backends.metal.spec backends.metal.msl backends.metal.fragment
 backends.metal.arguments backends.metal.mask
-backends.metal.frame backends.metal.products backends.metal.softmax
+backends.metal.frame backends.metal.tile backends.metal.products backends.metal.softmax
 backends.metal.forward backends.metal.decode backends.metal.backward
 backends.metal.matmul2d backends.metal.tensorops
 backends.metal.activation backends.metal.gemm backends.metal.rows

@@ -12,6 +12,7 @@ from tilefold.backends.metal.forward import row
 from tilefold.backends.metal.msl import Text, element
 from tilefold.backends.metal.products import Products
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
+from tilefold.backends.metal.tile import column_of
 
 ALGORITHM_DQ = """
 delta = rowsum(do o)
@@ -57,7 +58,7 @@ def emit_dq(spec: MetalSpec) -> str:
     products.hold("q", "do")
     products.begin("dq")
     with frame.tiles(text, spec):
-        products.tiles("k", "v")
+        products.tiles.begin("k", "v")
         products.outer("s", "q", "k")
         softmax.weights(text, spec, "query", "base")
         products.outer("dp", "do", "v")
@@ -81,8 +82,8 @@ def _delta(text: Text, spec: MetalSpec, products: Products) -> None:
         text.loop("e", 2),
     ):
         text("const ushort column = d + fragment_column + e;")
-        do = number.read(f"do_row[{products.column('do', 'column')}]", "float")
-        o = number.read(f"o_row[{products.column('o', 'column')}]", "float")
+        do = number.read(f"do_row[{column_of(spec, 'do', 'column')}]", "float")
+        o = number.read(f"o_row[{column_of(spec, 'o', 'column')}]", "float")
         if width % SIDE:
             text(f"row_delta += column < {width} ? {do} * {o} : 0.0f;")
         else:
@@ -120,7 +121,7 @@ def emit_dkv(spec: MetalSpec) -> str:
 
 
 def _tile(text: Text, spec: MetalSpec, products: Products) -> None:
-    products.tiles("q", "do")
+    products.tiles.begin("q", "do")
     text.note("The statistics of the tile's queries, which are its columns.")
     count = spec.blocks.traverse // SIDE
     text(f"float2 base[{count}];", f"float2 row_delta[{count}];")

@@ -14,6 +14,7 @@ from tilefold.backends.metal.fragment import at
 from tilefold.backends.metal.msl import Text, element
 from tilefold.backends.metal.products import Products
 from tilefold.backends.metal.spec import SIDE, SIMD, MetalSpec, whole
+from tilefold.backends.metal.tile import column_of
 
 ALGORITHM = """
 rows: the queries of all heads that read a key head, 8 at a time
@@ -51,7 +52,7 @@ def emit(spec: MetalSpec) -> str:
     products.begin("o")
     softmax.begin(text)
     with frame.tiles(text, spec, "h_kv"):
-        products.tiles("k", "v")
+        products.tiles.begin("k", "v")
         products.outer("s", "q", "k")
         softmax.fold(text, spec, products.weight_type, "query_inside")
         products.accumulate("o", "p", "v", products.weight_type, correction="correction")
@@ -94,7 +95,7 @@ def _leave(text: Text, spec: MetalSpec) -> None:
 def emit_merge(spec: MetalSpec) -> str:
     """The text of the kernel that merges the parts of the splits."""
     text = Text()
-    number, products = element(spec.dtype, spec.bfloat), Products(text, spec)
+    number = element(spec.dtype, spec.bfloat)
     text("const int query = int(place.x);")
     text("const int h = int(place.y);", "const int b = int(place.z);")
     frame.row_of(text, spec, "o", "h", "query")
@@ -117,7 +118,7 @@ def emit_merge(spec: MetalSpec) -> str:
             weight = "fast::exp2(part_m[i] - m)"
             value = f"{weight} * part_o[i * {spec.dim_v} + d]"
             text(f"sum += part_l[i] < 0.0f ? 0.0f : {value};")
-        text(f"o_row[{products.column('o', 'd')}] = {number.write('sum * inverse')};")
+        text(f"o_row[{column_of(spec, 'o', 'd')}] = {number.write('sum * inverse')};")
     with text.block("if (lane == 0)"):
         text("const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;")
         text("lse[row * len_q + query] = any ? sum : -INFINITY;")

@@ -42,7 +42,7 @@ def emit(spec: MetalSpec) -> str:
     products.begin("o")
     softmax.begin(text)
     with frame.tiles(text, spec):
-        products.tiles("k", "v")
+        products.tiles.begin("k", "v")
         products.outer("s", "q", "k")
         softmax.fold(text, spec, products.weight_type, "query_inside")
         products.accumulate("o", "p", "v", products.weight_type, correction="correction")

@@ -12,8 +12,8 @@ from __future__ import annotations
 from tilefold.backends.metal.fragment import at
 from tilefold.backends.metal.frame import LOWEST, MASKED, columns, over_row, seen
 from tilefold.backends.metal.msl import Text
-from tilefold.backends.metal.products import fragment
 from tilefold.backends.metal.spec import SIDE, MetalSpec
+from tilefold.backends.metal.tile import fragment
 
 COLUMN = "start + j + fragment_column + e"
 """The row of the traversed operand that is a column of the tile."""

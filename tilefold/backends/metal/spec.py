@@ -72,7 +72,8 @@ class MetalSpec:
     operands always pass through threadgroup memory, else only tiles at an edge do. `bfloat`: the
     GPU multiplies bfloat16 itself, else such numbers are widened by their bits. `unit`: the
     elements of a row lie side by side in every operand. `wide`: offsets inside a tile may pass 31
-    bits. These two follow from the strides of the arrays, which a plan does not know.
+    bits. `vector`, 1, 2 or 4: so many neighbours of a row may be moved at once, and rows are whole
+    in them. These three follow from where the arrays lie, which a plan does not know.
     `tensor_ops`: multiplies by Metal 4's tensor operations, not by fragments.
     """
 
@@ -88,6 +89,7 @@ class MetalSpec:
     index_bits: int
     unit: bool = True
     wide: bool = False
+    vector: int = 1
     tensor_ops: bool = False
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ namespace metal {
 
 template <class T, int n> struct vec;
 
-template <class T> struct vec<T, 2> {
+template <class T> struct alignas(2 * sizeof(T)) vec<T, 2> {
     T x, y;
     vec() = default;
     inline vec(T all) : x(all), y(all) {}
@@ -17,7 +17,7 @@ template <class T> struct vec<T, 2> {
     inline const T& operator[](size_t n) const { return (&x)[n]; }
 };
 
-template <class T> struct vec<T, 3> {
+template <class T> struct alignas(4 * sizeof(T)) vec<T, 3> {
     T x, y, z, padding;
     vec() = default;
     inline vec(T all) : x(all), y(all), z(all), padding() {}
@@ -29,7 +29,7 @@ template <class T> struct vec<T, 3> {
     inline const T& operator[](size_t n) const { return (&x)[n]; }
 };
 
-template <class T> struct vec<T, 4> {
+template <class T> struct alignas(4 * sizeof(T)) vec<T, 4> {
     T x, y, z, w;
     vec() = default;
     inline vec(T all) : x(all), y(all), z(all), w(all) {}
