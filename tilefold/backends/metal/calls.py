@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilefold.backends.metal.dispatch import Array, Call, Machine, Strides, prepare, strides_of
+from tilefold.backends.metal.dispatch import (
+    MOST_TOGETHER,
+    Array,
+    Call,
+    Machine,
+    Strides,
+    aligned,
+    prepare,
+    strides_of,
+)
 from tilefold.backends.metal.plan import plan
 from tilefold.mask import Rule
 from tilefold.problem import (
@@ -112,7 +121,7 @@ def ready(machine: Machine, problem: Problem, operation: str, layout: str) -> No
         shapes |= {"do": o, "dq": q, "dk": k, "dv": v}
     if not problem.empty:
         strides = {name: contiguous(shape) for name, shape in shapes.items()}
-        _prepare(machine, problem, operation, layout, strides)
+        _prepare(machine, problem, operation, layout, strides, MOST_TOGETHER)
 
 
 def dtype_of(array: Array) -> str:
@@ -133,10 +142,11 @@ def _bind(
     if "lse" in given:
         given["lse"] = _packed(given["lse"])
     forms = [(array.shape, strides_of(array), array.dtype) for array in given.values()]
-    key = (operation, mask, scale, layout, *forms)
+    together = aligned(given)
+    key = (operation, mask, scale, layout, together, *forms)
     known = machine.kept.calls.get(key)
     if known is None:
-        known = _know(machine, operation, given, mask, scale, layout)
+        known = _know(machine, operation, given, mask, scale, layout, together)
         size = known.call.plan.data_bytes if known.call else 0
         known = machine.kept.calls.put(key, known, size)
     made: dict[str, Array] = {}
@@ -150,8 +160,9 @@ def _bind(
         _check_result(machine, name, array, shape, dtype)
         made[name] = array
     if call and any(array is not None for array in results):
-        strides = {name: strides_of(array) for name, array in {**given, **made}.items()}
-        call = _prepare(machine, known.problem, operation, layout, strides)
+        every = {**given, **made}
+        strides = {name: strides_of(array) for name, array in every.items()}
+        call = _prepare(machine, known.problem, operation, layout, strides, aligned(every))
     return Bound(call, given, made)
 
 
@@ -162,6 +173,7 @@ def _know(
     mask: Rule,
     scale: float | None,
     layout: str,
+    together: int,
 ) -> Known:
     """Checks the inputs, and prepares the call unless it is empty."""
     problem = _problem(given, mask, scale, layout)
@@ -178,7 +190,7 @@ def _know(
     strides |= {
         name: contiguous(shape) for name, shape in zip(RESULTS[operation], shapes, strict=True)
     }
-    call = _prepare(machine, problem, operation, layout, strides)
+    call = _prepare(machine, problem, operation, layout, strides, together)
     return Known(problem, shapes, dtypes, call)
 
 
@@ -233,10 +245,11 @@ def _prepare(
     operation: str,
     layout: str,
     strides: Mapping[str, Strides],
+    together: int,
 ) -> Call:
     axes = LAYOUTS[layout]
     canonical = {
         name: found if name == "lse" else tuple([found[axis] for axis in axes])
         for name, found in strides.items()
     }
-    return prepare(plan(problem, machine.family, operation), machine, canonical)
+    return prepare(plan(problem, machine.family, operation), machine, canonical, together)

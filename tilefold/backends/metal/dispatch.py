@@ -10,6 +10,7 @@ copied to it once.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,9 @@ Array = Any
 Strides = tuple[int, ...]
 
 Spec = TypeVar("Spec", bound=Hashable)
+
+MOST_TOGETHER = 4
+"""Elements that a thread moves at once, at most: 16 bytes of float32."""
 
 MOST_BUFFERS = 31
 """What Metal binds to one kernel."""
@@ -149,7 +153,7 @@ class _Step:
 def execute(plan: MetalPlan, machine: Machine, operands: Mapping[str, Array]) -> None:
     """Run a plan on operands by their names in the kernels, their axes in the canonical order."""
     strides = {name: strides_of(array) for name, array in operands.items()}
-    prepare(plan, machine, strides).run(operands)
+    prepare(plan, machine, strides, aligned(operands)).run(operands)
 
 
 def strides_of(array: Array) -> Strides:
@@ -160,12 +164,28 @@ def strides_of(array: Array) -> Strides:
     return strides
 
 
-def prepare(plan: MetalPlan, machine: Machine, strides: Mapping[str, Strides]) -> Call:
+def aligned(operands: Mapping[str, Array]) -> int:
+    """How many elements of every operand may be moved at once, by where they begin: 1, 2 or 4."""
+    found = MOST_TOGETHER
+    for array in operands.values():
+        if isinstance(array, np.ndarray):
+            first, size = array.__array_interface__["data"][0], array.itemsize
+        else:  # a buffer of Metal begins at a page, and what a tensor is of it counts elements
+            size = array.element_size()
+            first = array.data_ptr() if array.is_cpu else array.storage_offset() * size
+        found = math.gcd(found, first // size) if first % size == 0 else 1
+    return found
+
+
+def prepare(
+    plan: MetalPlan, machine: Machine, strides: Mapping[str, Strides], together: int
+) -> Call:
     """A plan's kernels, compiled, and their arguments for operands of these strides.
 
-    Strides count elements, of the canonical axes: batch, heads, sequence, dim.
+    Strides count elements, of the canonical axes: batch, heads, sequence, dim. `together` is what
+    `aligned` says of the operands.
     """
-    steps = tuple(_step(plan, launch, machine, strides) for launch in plan.launches)
+    steps = tuple(_step(plan, launch, machine, strides, together) for launch in plan.launches)
     return Call(machine, plan, steps)
 
 
@@ -208,10 +228,14 @@ def _explain(text: str, log: str) -> str:
 
 
 def _step(
-    plan: MetalPlan, launch: Launch, machine: Machine, strides: Mapping[str, Strides]
+    plan: MetalPlan,
+    launch: Launch,
+    machine: Machine,
+    strides: Mapping[str, Strides],
+    together: int,
 ) -> _Step:
     """A launch with all of its arguments but the operands."""
-    spec = _fitted(launch.spec, strides)
+    spec = _fitted(launch.spec, strides, together)
     names = [argument.name for argument in arrays(spec)]
     if len(names) + 2 > MOST_BUFFERS:
         raise NotImplementedError(
@@ -239,16 +263,19 @@ def _step(
     )
 
 
-def _fitted(spec: MetalSpec, strides: Mapping[str, Strides]) -> MetalSpec:
+def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], together: int) -> MetalSpec:
     """The spec for operands that lie like this: the plan has forgotten it."""
     given = {name: strides[name] for name in OPERANDS[spec.operation] if name in STRIDED}
-    rows = max(spec.blocks.parallel, spec.blocks.traverse) + SIDE
+    longest = max(spec.blocks.parallel, spec.blocks.traverse) + SIDE
     reach = [
-        rows * abs(along_n) + whole(spec.width(name)) * abs(along_d)
+        longest * abs(along_n) + whole(spec.width(name)) * abs(along_d)
         for name, (_, _, along_n, along_d) in given.items()
     ]
     unit = all(along_d == 1 for _, _, _, along_d in given.values())
-    return replace(spec, unit=unit, wide=max(reach, default=0) >= 2**31)
+    rows = [step for *along, _ in given.values() for step in along]
+    widths = [spec.width(name) for name in given]
+    vector = math.gcd(together, *rows, *widths) if unit else 1
+    return replace(spec, unit=unit, wide=max(reach, default=0) >= 2**31, vector=vector)
 
 
 def _sizes(plan: MetalPlan, launch: Launch) -> dict[str, int]:
