@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilefold import bench
-from tilefold.backends.metal.dispatch import Machine, prepare, strides_of
+from tilefold.backends.metal.dispatch import Machine, aligned, prepare, strides_of
 from tilefold.backends.metal.plan import plan
 from tilefold.problem import Problem
 from tilefold.roofline import instruction_count
@@ -103,7 +103,8 @@ def measure(
         for launch in made.launches:
             name = launch.spec.operation
             one = replace(made, launches=(launch,), buffers=kept)
-            calls[name] = functools.partial(prepare(one, machine, strides).run, given)
+            call = prepare(one, machine, strides, aligned(operands))
+            calls[name] = functools.partial(call.run, given)
             counts[name] = instruction_count(name, pairs, problem.dim, problem.dim_v)
     for name, run in native.items():
         calls[f"native {name}"] = run
