@@ -313,3 +313,54 @@ def test_tensors_give_tensors(machine: Emulated) -> None:
     assert isinstance(c, torch.Tensor) and c.dtype == torch.bfloat16 and (c == 4).all()
     p, lse = standalone.softmax(a, return_lse=True, machine=machine)
     assert p.dtype == torch.bfloat16 and lse.dtype == torch.float32 and (p == 0.25).all()
+
+
+def checked(family: str, check: str) -> Emulated:
+    """A machine whose executor checks so; skips, with the reason, where it cannot."""
+    if reason := emulate.available(check):
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+    return Emulated(family, check)
+
+
+@pytest.mark.parametrize("check", ["address", "memory", "thread"])
+def test_sanitizers_find_nothing(family: str, check: str) -> None:
+    machine = checked(family, check)
+    product(machine, VARIANTS[1], (37, 50, 19), cores=1)
+    x = np.random.default_rng(9).normal(size=(3, 1100)).astype("float32")
+    for width in (70, 1100):
+        p = standalone.softmax(x[:, :width], machine=machine)
+        assert_near("sums", p.sum(axis=1), np.ones(3), 1e-5)
+
+
+@pytest.mark.parametrize("barrier", [0, 1])
+def test_a_missing_barrier_is_found(barrier: int) -> None:
+    """Before a block is copied over the last one, and before what was copied is read."""
+
+    class Careless(Emulated):
+        def compile(self, text: str) -> Any:
+            parts = text.split("threadgroup_barrier(mem_flags::mem_threadgroup);")
+            assert len(parts) == 3
+            parts[barrier : barrier + 2] = ["".join(parts[barrier : barrier + 2])]
+            joined = "threadgroup_barrier(mem_flags::mem_threadgroup);".join(parts)
+            return super().compile(joined)
+
+    machine = checked("apple7", "thread")
+    ones = np.ones((40, 40), "float32")
+    with pytest.raises(Fault) as caught:
+        standalone.gemm(ones, ones, machine=Careless(machine.family, machine.checks))
+    assert caught.value.kind == "race"
+
+
+def test_a_stage_that_is_not_filled_is_found() -> None:
+    class Careless(Emulated):
+        def compile(self, text: str) -> Any:
+            broken = text.replace("stage_a[r * ", "if (inside) stage_a[r * ")
+            assert broken != text
+            return super().compile(broken)
+
+    machine = checked("apple7", "memory")
+    ones = np.ones((5, 5), "float32")
+    with pytest.raises(Fault) as caught:
+        standalone.gemm(ones, ones, machine=Careless(machine.family, machine.checks))
+    assert caught.value.kind == "unwritten memory"
