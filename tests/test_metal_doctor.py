@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from metal import machine
+from metal_recorder import Recorder
 from metal_rules import Compiler
-from test_metal_runtime import Recorder
 
 import tilefold
 from tilefold import cli, peers, roofline, selftest, utilisation

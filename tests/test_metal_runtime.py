@@ -1,4 +1,4 @@
-"""How Metal kernels are compiled, bound and launched, and what is said where there is no Metal."""
+"""How Metal kernels are compiled, bound and launched."""
 
 from __future__ import annotations
 
@@ -8,77 +8,21 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from metal_recorder import Recorder, forward, operands
 
 import tilefold
-from tilefold import Problem, cli, metal, reference, settings
-from tilefold.backends.cpu import kernel as kernels
-from tilefold.backends.cpu import runtime as llvm
+from tilefold import Problem, metal, reference
 from tilefold.backends.metal import calls, dispatch, emulate, frame, runtime, standalone
 from tilefold.backends.metal import commands as listed
 from tilefold.backends.metal.arguments import arrays, sizes
-from tilefold.backends.metal.dispatch import CompileError, Emulated, Kept
+from tilefold.backends.metal.dispatch import CompileError, Emulated
 
 MASK = tilefold.causal()
-Array = NDArray[Any]
-
-
-@dataclass(eq=False)
-class Recorder:
-    """A machine that notes what is asked of it and computes nothing."""
-
-    family: str = "apple9"
-    kept: Kept = field(default_factory=Kept)
-    texts: list[str] = field(default_factory=list)
-    copied: list[Array] = field(default_factory=list)
-    launched: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    gate: threading.Event | None = None
-    begun: threading.Event = field(default_factory=threading.Event)
-    error: str = ""
-
-    def compile(self, text: str) -> Any:
-        self.texts.append(text)
-        self.begun.set()
-        assert self.gate is None or self.gate.wait(30)
-        if self.error:
-            raise SyntaxError(self.error)
-        return _Library(self)
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return np.empty(shape, dtype)
-
-    def upload(self, array: Array) -> Array:
-        self.copied.append(array)
-        return array
-
-    check = Emulated.check
-
-
-@dataclass
-class _Library:
-    machine: Recorder
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **grid: self.machine.launched.append((name, args, grid))
-
-
-def operands(len_q: int = 21, len_k: int = 35, dtype: str = "float32") -> list[Array]:
-    drawn = np.random.default_rng(0)
-    shapes = (1, 4, len_q, 12), (1, 2, len_k, 12), (1, 2, len_k, 9)
-    return [drawn.standard_normal(shape).astype(dtype) for shape in shapes]
-
-
-def forward(machine: Any, *given: Any, **options: Any) -> tuple[Array, Array]:
-    return metal.attention(*given, machine=machine, **options)
 
 
 @pytest.fixture(scope="module")
@@ -274,171 +218,6 @@ def test_a_block_that_raises_launches_nothing() -> None:
     assert not machine.launched
 
 
-@pytest.mark.feature("J13")
-@pytest.mark.parametrize(
-    "entry",
-    [
-        metal.gpu,
-        metal.queue,
-        lambda: tilefold.compile_async([Problem.of((1, 1, 4, 8))], device="mps"),
-        lambda: metal.attention(*operands()),
-        lambda: metal.attention_backward(*[np.ones((1, 1, 4, 8), np.float32)] * 6),
-        lambda: metal.gemm(*[np.ones((4, 4), np.float32)] * 2),
-        lambda: metal.softmax(np.ones((4, 4), np.float32)),
-    ],
-    ids=["gpu", "queue", "compile_async", "attention", "attention_backward", "gemm", "softmax"],
-)
-def test_without_metal_every_entry_says_why(
-    entry: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime.gpu.cache_clear()
-    monkeypatch.setattr(sys, "platform", "linux")
-    with pytest.raises(NotImplementedError) as raised:
-        entry()
-    assert str(raised.value) == (
-        "Metal is there on macOS alone, and this is linux; tilefold.metal.emulated() runs the same"
-        " kernels on the CPU"
-    )
-
-
-@pytest.mark.feature("J13", "A06")
-def test_without_metal_a_list_that_is_not_strict_does_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    runtime.gpu.cache_clear()
-    monkeypatch.setattr(sys, "platform", "linux")
-    q, k, v = operands()
-    out = np.full((1, 4, 21, 9), 7, np.float32)
-    with metal.queue(strict=False) as commands:
-        assert commands.attention(q, k, v, out=out)[0] is out
-    assert commands.refused == [runtime.missing()]
-    assert metal.attention(q, k, v, out=out, strict=False)[0] is out
-    assert (out == 7).all()
-
-
-@pytest.mark.feature("J13")
-def test_a_mac_whose_torch_has_no_mps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch", reason="there is no torch to ask")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
-    assert "was built without MPS" in str(runtime.missing())
-    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert "finds no Apple GPU" in str(runtime.missing())
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert "not installed" in str(runtime.missing())
-
-
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        ("Apple M1", "apple7"),
-        ("Apple M1 Ultra", "apple7"),
-        ("Apple A14", "apple7"),
-        ("Apple M2 Pro", "apple8"),
-        ("Apple M3 Max", "apple9"),
-        ("Apple M4", "apple9"),
-        ("Apple A18 Pro GPU", "apple9"),
-        ("Apple M5", "apple10"),
-        ("Apple M12 Ultra", "apple10"),
-    ],
-)
-def test_family_by_name(name: str, family: str) -> None:
-    assert runtime.family_of(name) == family
-
-
-@pytest.mark.parametrize(
-    "name", ["AMD Radeon Pro 555", "Apple Paravirtual device", "Apple A13 GPU"]
-)
-def test_a_gpu_of_no_known_family_is_named(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=rf"^the GPU is called '{name}', .*FAMILY to one"):
-        runtime.family_of(name)
-
-
-def test_the_family_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch", reason="the name of the GPU comes from torch")
-    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M1 Max")
-    assert runtime.family() == "apple7"
-    monkeypatch.setenv("TILEFOLD_METAL_FAMILY", "apple10")
-    assert runtime.family() == "apple10"
-    assert tuple(metal.FAMILIES) == settings.METAL_FAMILIES
-
-
-@pytest.mark.feature("A10")
-def test_a_call_waits_for_the_kernel_that_is_being_compiled() -> None:
-    machine = Recorder(gate=threading.Event())
-    known = Problem.of((1, 4, 21, 12), (1, 2, 35, 12), (1, 2, 35, 9), mask=MASK)
-    (future,) = tilefold.compile_async([known], operations=["forward"], device=machine)
-    assert machine.begun.wait(30) and not future.done()
-    with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(forward, machine, *operands(), mask=MASK)
-        other = Recorder()
-        forward(other, *operands(), mask=MASK)
-        assert other.launched, "what needs no unfinished kernel does not wait"
-        assert not call.done() and not machine.launched
-        assert machine.gate is not None
-        machine.gate.set()
-        call.result(30)
-    assert future.result(30) is None
-    assert len(machine.texts) == 1 and len(machine.launched) == 1
-
-
-@pytest.mark.feature("A10")
-def test_cpu_kernels_compile_ahead_too(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, gate, texts = threading.Event(), threading.Event(), []
-    compile_ = llvm.compile
-    kernels.kernel.cache_clear()
-
-    def slow(text: str, device: Any) -> bytes:
-        texts.append(text)
-        begun.set()
-        assert gate.wait(30)
-        return compile_(text, device)
-
-    monkeypatch.setattr(llvm, "compile", slow)
-    shape = (1, 2, 40, 23)
-    futures = tilefold.compile_async([Problem.of(shape, dtype="float64")], operations=["forward"])
-    assert begun.wait(30) and not futures[0].done()
-    q = np.random.default_rng(0).standard_normal(shape)
-    with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(tilefold.attention, q, q, q)
-        gate.set()
-        o = call.result(60)
-    assert futures[0].result(60) is None
-    assert len(texts) == len(set(texts)) == 1
-    np.testing.assert_allclose(o, reference.attention(q, q, q)[0], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.feature("A10")
-def test_many_problems_are_compiled_once_each_and_errors_stay_in_their_futures() -> None:
-    machine = Recorder()
-    known = [Problem.of((1, 2, length, dim)) for length in (64, 128, 256) for dim in (8, 16)]
-    for future in tilefold.compile_async(known, device=machine):
-        assert future.result(60) is None
-    assert len(machine.texts) == len({*machine.texts}) == 2 * 3, "lengths share kernels"
-    before = len(machine.texts)
-    forward(machine, *[np.zeros((3, 2, 100, 8), np.float32)] * 3)
-    assert len(machine.texts) == before
-    failing = Recorder(error="error: no")
-    (future,) = tilefold.compile_async(known[:1], device=failing)
-    with pytest.raises(CompileError, match="error: no"):
-        future.result(60)
-
-
-def test_compile_async_names_what_is_wrong() -> None:
-    known = [Problem.of((1, 2, 8, 8))]
-    with pytest.raises(TypeError, match=r"^problems must be tilefold\.Problem objects"):
-        tilefold.compile_async([(1, 2, 8, 8)])  # type: ignore[list-item]  # the point
-    with pytest.raises(
-        ValueError, match=r"^operations must be 'forward' or 'backward', got 'both'"
-    ):
-        tilefold.compile_async(known, operations=["both"])
-    with pytest.raises(ValueError, match=r"^device must be 'cpu' or 'mps', got 'cuda'"):
-        tilefold.compile_async(known, device="cuda")
-    with pytest.raises(ValueError, match=r"^layout must be"):
-        tilefold.compile_async(known, layout="nbhd")
-
-
 @pytest.mark.slow
 @pytest.mark.feature("T12")
 def test_examples_run(emulated: Emulated) -> None:
@@ -480,49 +259,3 @@ def test_public_names_are_there() -> None:
     with pytest.raises(AttributeError, match="no attribute 'gpus'"):
         metal.gpus  # noqa: B018  # the point
     assert calls.LSE == "float32" and dispatch.MOST_BUFFERS == 31
-
-
-@pytest.mark.feature("M03")
-@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkv"])
-def test_inspect_prints_a_file_that_an_app_can_take(kernel: str, capsys: Any) -> None:
-    operation = kernel.partition("_")[0]
-    arguments = ["inspect", "--backend", "metal", "--family", "apple7", "--shape", "2,4,100,24"]
-    code = cli.main([*arguments, "--operation", operation, "--kernel", kernel])
-    said = capsys.readouterr().out
-    assert code == 0 and said.isascii()
-    problem = Problem.of((2, 4, 100, 24))
-    made = metal.plan(problem, "apple7", operation)
-    spec = next(launch.spec for launch in made.launches if launch.spec.operation == kernel)
-    comment, _, text = said.partition("//\n")
-    assert text == metal.emit(spec)
-    assert comment.startswith(f"// tilefold_{kernel}: float32, dim 24, dim_v 24")
-    assert all(line.startswith("// ") for line in comment.splitlines())
-    assert f"have {spec.threads} threads; for this shape there are 4 x 4 x 2." in comment
-    assert "len_q, len_k, heads_q, group" in " ".join(comment.split())
-    choice = next(x.choice for x in made.launches if x.spec.operation == kernel)
-    assert all(f"//   {line}\n" in comment for line in choice.explain())
-
-
-def test_inspect_prints_the_kernels_that_decode(capsys: Any) -> None:
-    arguments = ["inspect", "--backend", "metal", "--shape", "2,4,100,24", "--form", "decode"]
-    for kernel in ("decode", "merge"):
-        assert cli.main([*arguments, "--kernel", kernel]) == 0
-        assert f"void tilefold_{kernel}(" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--json"], "--json goes with --backend cpu"),
-        (["--asm"], "--asm goes with --backend cpu"),
-        (["--isa", "avx2"], "--isa goes with --backend cpu"),
-        (["--kernel", "decode"], "--kernel must be one of forward, not 'decode'"),
-        (["--dtype", "float64"], "float64 is not a type of Apple's GPUs"),
-        (["--form", "fused"], "form must be 'auto', 'tiled' or 'decode'"),
-    ],
-)
-def test_inspect_says_what_a_metal_kernel_has_not(
-    options: list[str], message: str, capsys: Any
-) -> None:
-    assert cli.main(["inspect", "--backend", "metal", *options]) == 2
-    assert message in capsys.readouterr().err

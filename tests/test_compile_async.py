@@ -1,0 +1,95 @@
+"""Kernels that compile in the background ahead of their calls."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from metal_recorder import Recorder, forward, operands
+
+import tilefold
+from tilefold import Problem, reference
+from tilefold.backends.cpu import kernel as kernels
+from tilefold.backends.cpu import runtime as llvm
+from tilefold.backends.metal.dispatch import CompileError
+
+MASK = tilefold.causal()
+
+
+@pytest.mark.feature("A10")
+def test_a_call_waits_for_the_kernel_that_is_being_compiled() -> None:
+    machine = Recorder(gate=threading.Event())
+    known = Problem.of((1, 4, 21, 12), (1, 2, 35, 12), (1, 2, 35, 9), mask=MASK)
+    (future,) = tilefold.compile_async([known], operations=["forward"], device=machine)
+    assert machine.begun.wait(30) and not future.done()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(forward, machine, *operands(), mask=MASK)
+        other = Recorder()
+        forward(other, *operands(), mask=MASK)
+        assert other.launched, "what needs no unfinished kernel does not wait"
+        assert not call.done() and not machine.launched
+        assert machine.gate is not None
+        machine.gate.set()
+        call.result(30)
+    assert future.result(30) is None
+    assert len(machine.texts) == 1 and len(machine.launched) == 1
+
+
+@pytest.mark.feature("A10")
+def test_cpu_kernels_compile_ahead_too(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, gate, texts = threading.Event(), threading.Event(), []
+    compile_ = llvm.compile
+    kernels.kernel.cache_clear()
+
+    def slow(text: str, device: Any) -> bytes:
+        texts.append(text)
+        begun.set()
+        assert gate.wait(30)
+        return compile_(text, device)
+
+    monkeypatch.setattr(llvm, "compile", slow)
+    shape = (1, 2, 40, 23)
+    futures = tilefold.compile_async([Problem.of(shape, dtype="float64")], operations=["forward"])
+    assert begun.wait(30) and not futures[0].done()
+    q = np.random.default_rng(0).standard_normal(shape)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(tilefold.attention, q, q, q)
+        gate.set()
+        o = call.result(60)
+    assert futures[0].result(60) is None
+    assert len(texts) == len(set(texts)) == 1
+    np.testing.assert_allclose(o, reference.attention(q, q, q)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.feature("A10")
+def test_many_problems_are_compiled_once_each_and_errors_stay_in_their_futures() -> None:
+    machine = Recorder()
+    known = [Problem.of((1, 2, length, dim)) for length in (64, 128, 256) for dim in (8, 16)]
+    for future in tilefold.compile_async(known, device=machine):
+        assert future.result(60) is None
+    assert len(machine.texts) == len({*machine.texts}) == 2 * 3, "lengths share kernels"
+    before = len(machine.texts)
+    forward(machine, *[np.zeros((3, 2, 100, 8), np.float32)] * 3)
+    assert len(machine.texts) == before
+    failing = Recorder(error="error: no")
+    (future,) = tilefold.compile_async(known[:1], device=failing)
+    with pytest.raises(CompileError, match="error: no"):
+        future.result(60)
+
+
+def test_compile_async_names_what_is_wrong() -> None:
+    known = [Problem.of((1, 2, 8, 8))]
+    with pytest.raises(TypeError, match=r"^problems must be tilefold\.Problem objects"):
+        tilefold.compile_async([(1, 2, 8, 8)])  # type: ignore[list-item]  # the point
+    with pytest.raises(
+        ValueError, match=r"^operations must be 'forward' or 'backward', got 'both'"
+    ):
+        tilefold.compile_async(known, operations=["both"])
+    with pytest.raises(ValueError, match=r"^device must be 'cpu' or 'mps', got 'cuda'"):
+        tilefold.compile_async(known, device="cuda")
+    with pytest.raises(ValueError, match=r"^layout must be"):
+        tilefold.compile_async(known, layout="nbhd")

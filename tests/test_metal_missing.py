@@ -1,0 +1,151 @@
+"""What is said where there is no Metal, which GPU is which, and texts for an app to take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from metal_recorder import operands
+
+import tilefold
+from tilefold import Problem, cli, metal, settings
+from tilefold.backends.metal import runtime
+
+
+@pytest.mark.feature("J13")
+@pytest.mark.parametrize(
+    "entry",
+    [
+        metal.gpu,
+        metal.queue,
+        lambda: tilefold.compile_async([Problem.of((1, 1, 4, 8))], device="mps"),
+        lambda: metal.attention(*operands()),
+        lambda: metal.attention_backward(*[np.ones((1, 1, 4, 8), np.float32)] * 6),
+        lambda: metal.gemm(*[np.ones((4, 4), np.float32)] * 2),
+        lambda: metal.softmax(np.ones((4, 4), np.float32)),
+    ],
+    ids=["gpu", "queue", "compile_async", "attention", "attention_backward", "gemm", "softmax"],
+)
+def test_without_metal_every_entry_says_why(
+    entry: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.gpu.cache_clear()
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(NotImplementedError) as raised:
+        entry()
+    assert str(raised.value) == (
+        "Metal is there on macOS alone, and this is linux; tilefold.metal.emulated() runs the same"
+        " kernels on the CPU"
+    )
+
+
+@pytest.mark.feature("J13", "A06")
+def test_without_metal_a_list_that_is_not_strict_does_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime.gpu.cache_clear()
+    monkeypatch.setattr(sys, "platform", "linux")
+    q, k, v = operands()
+    out = np.full((1, 4, 21, 9), 7, np.float32)
+    with metal.queue(strict=False) as commands:
+        assert commands.attention(q, k, v, out=out)[0] is out
+    assert commands.refused == [runtime.missing()]
+    assert metal.attention(q, k, v, out=out, strict=False)[0] is out
+    assert (out == 7).all()
+
+
+@pytest.mark.feature("J13")
+def test_a_mac_whose_torch_has_no_mps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="there is no torch to ask")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+    assert "was built without MPS" in str(runtime.missing())
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert "finds no Apple GPU" in str(runtime.missing())
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "not installed" in str(runtime.missing())
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("Apple M1", "apple7"),
+        ("Apple M1 Ultra", "apple7"),
+        ("Apple A14", "apple7"),
+        ("Apple M2 Pro", "apple8"),
+        ("Apple M3 Max", "apple9"),
+        ("Apple M4", "apple9"),
+        ("Apple A18 Pro GPU", "apple9"),
+        ("Apple M5", "apple10"),
+        ("Apple M12 Ultra", "apple10"),
+    ],
+)
+def test_family_by_name(name: str, family: str) -> None:
+    assert runtime.family_of(name) == family
+
+
+@pytest.mark.parametrize(
+    "name", ["AMD Radeon Pro 555", "Apple Paravirtual device", "Apple A13 GPU"]
+)
+def test_a_gpu_of_no_known_family_is_named(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"^the GPU is called '{name}', .*FAMILY to one"):
+        runtime.family_of(name)
+
+
+def test_the_family_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="the name of the GPU comes from torch")
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M1 Max")
+    assert runtime.family() == "apple7"
+    monkeypatch.setenv("TILEFOLD_METAL_FAMILY", "apple10")
+    assert runtime.family() == "apple10"
+    assert tuple(metal.FAMILIES) == settings.METAL_FAMILIES
+
+
+@pytest.mark.feature("M03")
+@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkv"])
+def test_inspect_prints_a_file_that_an_app_can_take(kernel: str, capsys: Any) -> None:
+    operation = kernel.partition("_")[0]
+    arguments = ["inspect", "--backend", "metal", "--family", "apple7", "--shape", "2,4,100,24"]
+    code = cli.main([*arguments, "--operation", operation, "--kernel", kernel])
+    said = capsys.readouterr().out
+    assert code == 0 and said.isascii()
+    problem = Problem.of((2, 4, 100, 24))
+    made = metal.plan(problem, "apple7", operation)
+    spec = next(launch.spec for launch in made.launches if launch.spec.operation == kernel)
+    comment, _, text = said.partition("//\n")
+    assert text == metal.emit(spec)
+    assert comment.startswith(f"// tilefold_{kernel}: float32, dim 24, dim_v 24")
+    assert all(line.startswith("// ") for line in comment.splitlines())
+    assert f"have {spec.threads} threads; for this shape there are 4 x 4 x 2." in comment
+    assert "len_q, len_k, heads_q, group" in " ".join(comment.split())
+    choice = next(x.choice for x in made.launches if x.spec.operation == kernel)
+    assert all(f"//   {line}\n" in comment for line in choice.explain())
+
+
+def test_inspect_prints_the_kernels_that_decode(capsys: Any) -> None:
+    arguments = ["inspect", "--backend", "metal", "--shape", "2,4,100,24", "--form", "decode"]
+    for kernel in ("decode", "merge"):
+        assert cli.main([*arguments, "--kernel", kernel]) == 0
+        assert f"void tilefold_{kernel}(" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json"], "--json goes with --backend cpu"),
+        (["--asm"], "--asm goes with --backend cpu"),
+        (["--isa", "avx2"], "--isa goes with --backend cpu"),
+        (["--kernel", "decode"], "--kernel must be one of forward, not 'decode'"),
+        (["--dtype", "float64"], "float64 is not a type of Apple's GPUs"),
+        (["--form", "fused"], "form must be 'auto', 'tiled' or 'decode'"),
+    ],
+)
+def test_inspect_says_what_a_metal_kernel_has_not(
+    options: list[str], message: str, capsys: Any
+) -> None:
+    assert cli.main(["inspect", "--backend", "metal", *options]) == 2
+    assert message in capsys.readouterr().err
