@@ -80,7 +80,7 @@ void tilefold_backward_dkv(
     // This lane's place in a fragment of 8x8: one row, two columns.
     const ushort fragment_row = (lane / 2) % 4 + 4 * (lane / 16);
     const ushort fragment_column = 2 * (lane % 2) + 4 * ((lane / 8) % 2);
-    threadgroup float stage[1152];
+    threadgroup float stage[1728];
     threadgroup bool oddities[4];
 
     const int h_kv = int(place.y);
@@ -113,31 +113,19 @@ void tilefold_backward_dkv(
             const int first = int(runs[3 * run]);
             const int last = int(runs[3 * run + 1]);
             const bool masked = runs[3 * run + 2] != 0;
-            for (int start = first; start < last; start += 32) {
-                const bool edge = masked || start + 32 > last;
+            for (int start = first; start < last; start += 48) {
+                const bool edge = masked || start + 48 > last;
                 device const ushort* q_tile = q_head + long(start) * q_n;
                 device const ushort* do_tile = do_head + long(start) * do_n;
-                // The statistics of the tile's queries, which are its columns.
-                float2 base[4];
-                float2 row_delta[4];
-                #pragma clang loop unroll(full)
-                for (ushort j = 0; j < 32; j += 8) {
-                    #pragma clang loop unroll(full)
-                    for (ushort e = 0; e < 2; ++e) {
-                        const long row = rows + min(start + j + fragment_column + e, last - 1);
-                        base[j / 8][e] = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
-                        row_delta[j / 8][e] = delta[row];
-                    }
-                }
                 // s = k q^T
-                simdgroup_matrix<float, 8, 8> s[4];
+                simdgroup_matrix<float, 8, 8> s[6];
                 #pragma clang loop unroll(full)
-                for (ushort i = 0; i < 4; ++i) {
+                for (ushort i = 0; i < 6; ++i) {
                     s[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
                 }
                 for (ushort d0 = 0; d0 < 64; d0 += 32) {
                     threadgroup_barrier(mem_flags::mem_threadgroup);
-                    for (ushort i = thread_index; i < 1024; i += 128) {
+                    for (ushort i = thread_index; i < 1536; i += 128) {
                         const ushort r = i / 32;
                         const ushort d = i % 32;
                         const float x = start + r < last ? widen(q_tile[r * q_n + d0 + d]) : float(0);
@@ -150,7 +138,7 @@ void tilefold_backward_dkv(
                         a.thread_elements()[0] = widen(k_row[d0 + d + fragment_column]);
                         a.thread_elements()[1] = widen(k_row[d0 + d + fragment_column + 1]);
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             simdgroup_matrix<float, 8, 8> x;
                             x.thread_elements()[0] = stage[fragment_column * 36 + fragment_row + j * 36 + d];
                             x.thread_elements()[1] = stage[fragment_column * 36 + fragment_row + (j + 1) * 36 + d];
@@ -161,7 +149,7 @@ void tilefold_backward_dkv(
                 {
                     const ushort d0 = 64;
                     threadgroup_barrier(mem_flags::mem_threadgroup);
-                    for (ushort i = thread_index; i < 512; i += 128) {
+                    for (ushort i = thread_index; i < 768; i += 128) {
                         const ushort r = i / 16;
                         const ushort d = i % 16;
                         const float x = start + r < last ? widen(q_tile[r * q_n + d0 + d]) : float(0);
@@ -174,7 +162,7 @@ void tilefold_backward_dkv(
                         a.thread_elements()[0] = widen(k_row[d0 + d + fragment_column]);
                         a.thread_elements()[1] = widen(k_row[d0 + d + fragment_column + 1]);
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             simdgroup_matrix<float, 8, 8> x;
                             x.thread_elements()[0] = stage[fragment_column * 36 + fragment_row + j * 36 + d];
                             x.thread_elements()[1] = stage[fragment_column * 36 + fragment_row + (j + 1) * 36 + d];
@@ -185,22 +173,26 @@ void tilefold_backward_dkv(
                 // p = exp2(s - lse)
                 if (edge) {
                     #pragma clang loop unroll(full)
-                    for (ushort j = 0; j < 32; j += 8) {
+                    for (ushort j = 0; j < 48; j += 8) {
                         #pragma clang loop unroll(full)
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = s[j / 8].thread_elements()[e];
+                            const long row = rows + min(start + j + fragment_column + e, last - 1);
+                            const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
                             const int query = start + j + fragment_column + e;
                             const bool seen = query < last && (!masked || visible(b, h, query, key_inside, sizes));
-                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(x * factor - base[j / 8][e]) : -0.0f;
+                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(x * factor - base) : -0.0f;
                         }
                     }
                 } else {
                     #pragma clang loop unroll(full)
-                    for (ushort j = 0; j < 32; j += 8) {
+                    for (ushort j = 0; j < 48; j += 8) {
                         #pragma clang loop unroll(full)
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = s[j / 8].thread_elements()[e];
-                            s[j / 8].thread_elements()[e] = fast::exp2(x * factor - base[j / 8][e]);
+                            const long row = rows + min(start + j + fragment_column + e, last - 1);
+                            const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
+                            s[j / 8].thread_elements()[e] = fast::exp2(x * factor - base);
                         }
                     }
                 }
@@ -209,7 +201,7 @@ void tilefold_backward_dkv(
                 for (ushort d0 = 0; d0 < 64; d0 += 32) {
                     threadgroup_barrier(mem_flags::mem_threadgroup);
                     bool odd = false;
-                    for (ushort i = thread_index; i < 1024; i += 128) {
+                    for (ushort i = thread_index; i < 1536; i += 128) {
                         const ushort r = i / 32;
                         const ushort d = i % 32;
                         const float x = start + r < last ? widen(do_tile[r * do_n + d0 + d]) : float(0);
@@ -228,7 +220,7 @@ void tilefold_backward_dkv(
                     }
                     if (wild) {
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             for (ushort c = 0; c < 8; ++c) {
                                 const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
                                 const float weight = simd_shuffle(float(s[j / 8].thread_elements()[c % 2]), holder);
@@ -246,7 +238,7 @@ void tilefold_backward_dkv(
                         }
                     } else {
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             #pragma clang loop unroll(full)
                             for (ushort d = 0; d < 32; d += 8) {
                                 simdgroup_matrix<float, 8, 8> x;
@@ -261,7 +253,7 @@ void tilefold_backward_dkv(
                     const ushort d0 = 64;
                     threadgroup_barrier(mem_flags::mem_threadgroup);
                     bool odd = false;
-                    for (ushort i = thread_index; i < 512; i += 128) {
+                    for (ushort i = thread_index; i < 768; i += 128) {
                         const ushort r = i / 16;
                         const ushort d = i % 16;
                         const float x = start + r < last ? widen(do_tile[r * do_n + d0 + d]) : float(0);
@@ -280,7 +272,7 @@ void tilefold_backward_dkv(
                     }
                     if (wild) {
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             for (ushort c = 0; c < 8; ++c) {
                                 const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
                                 const float weight = simd_shuffle(float(s[j / 8].thread_elements()[c % 2]), holder);
@@ -298,7 +290,7 @@ void tilefold_backward_dkv(
                         }
                     } else {
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             #pragma clang loop unroll(full)
                             for (ushort d = 0; d < 16; d += 8) {
                                 simdgroup_matrix<float, 8, 8> x;
@@ -310,14 +302,14 @@ void tilefold_backward_dkv(
                     }
                 }
                 // dp = v do^T
-                simdgroup_matrix<float, 8, 8> dp[4];
+                simdgroup_matrix<float, 8, 8> dp[6];
                 #pragma clang loop unroll(full)
-                for (ushort i = 0; i < 4; ++i) {
+                for (ushort i = 0; i < 6; ++i) {
                     dp[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
                 }
                 for (ushort d0 = 0; d0 < 64; d0 += 32) {
                     threadgroup_barrier(mem_flags::mem_threadgroup);
-                    for (ushort i = thread_index; i < 1024; i += 128) {
+                    for (ushort i = thread_index; i < 1536; i += 128) {
                         const ushort r = i / 32;
                         const ushort d = i % 32;
                         const float x = start + r < last ? widen(do_tile[r * do_n + d0 + d]) : float(0);
@@ -330,7 +322,7 @@ void tilefold_backward_dkv(
                         a.thread_elements()[0] = widen(v_row[d0 + d + fragment_column]);
                         a.thread_elements()[1] = widen(v_row[d0 + d + fragment_column + 1]);
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             simdgroup_matrix<float, 8, 8> x;
                             x.thread_elements()[0] = stage[fragment_column * 36 + fragment_row + j * 36 + d];
                             x.thread_elements()[1] = stage[fragment_column * 36 + fragment_row + (j + 1) * 36 + d];
@@ -341,7 +333,7 @@ void tilefold_backward_dkv(
                 {
                     const ushort d0 = 64;
                     threadgroup_barrier(mem_flags::mem_threadgroup);
-                    for (ushort i = thread_index; i < 512; i += 128) {
+                    for (ushort i = thread_index; i < 768; i += 128) {
                         const ushort r = i / 16;
                         const ushort d = i % 16;
                         const float x = start + r < last ? widen(do_tile[r * do_n + d0 + d]) : float(0);
@@ -354,7 +346,7 @@ void tilefold_backward_dkv(
                         a.thread_elements()[0] = widen(v_row[d0 + d + fragment_column]);
                         a.thread_elements()[1] = widen(v_row[d0 + d + fragment_column + 1]);
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             simdgroup_matrix<float, 8, 8> x;
                             x.thread_elements()[0] = stage[fragment_column * 36 + fragment_row + j * 36 + d];
                             x.thread_elements()[1] = stage[fragment_column * 36 + fragment_row + (j + 1) * 36 + d];
@@ -364,17 +356,19 @@ void tilefold_backward_dkv(
                 }
                 // ds = p (dp - delta)
                 #pragma clang loop unroll(full)
-                for (ushort j = 0; j < 32; j += 8) {
+                for (ushort j = 0; j < 48; j += 8) {
                     #pragma clang loop unroll(full)
                     for (ushort e = 0; e < 2; ++e) {
                         const float x = dp[j / 8].thread_elements()[e];
+                        const long row = rows + min(start + j + fragment_column + e, last - 1);
+                        const float row_delta = delta[row];
                         const float weight = s[j / 8].thread_elements()[e];
-                        dp[j / 8].thread_elements()[e] = weight * (x - row_delta[j / 8][e]);
+                        dp[j / 8].thread_elements()[e] = weight * (x - row_delta);
                     }
                 }
                 if (edge) {
                     #pragma clang loop unroll(full)
-                    for (ushort j = 0; j < 32; j += 8) {
+                    for (ushort j = 0; j < 48; j += 8) {
                         #pragma clang loop unroll(full)
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = dp[j / 8].thread_elements()[e];
@@ -396,7 +390,7 @@ void tilefold_backward_dkv(
                     }
                     threadgroup_barrier(mem_flags::mem_threadgroup);
                     bool odd = false;
-                    for (ushort i = thread_index; i < 1024; i += 128) {
+                    for (ushort i = thread_index; i < 1536; i += 128) {
                         const ushort r = i / 32;
                         const ushort d = i % 32;
                         const float x = start + r < last ? widen(q_tile[r * q_n + d0 + d]) : float(0);
@@ -415,7 +409,7 @@ void tilefold_backward_dkv(
                     }
                     if (wild) {
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             for (ushort c = 0; c < 8; ++c) {
                                 const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
                                 const float weight = simd_shuffle(float(dp[j / 8].thread_elements()[c % 2]), holder);
@@ -433,7 +427,7 @@ void tilefold_backward_dkv(
                         }
                     } else {
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             #pragma clang loop unroll(full)
                             for (ushort d = 0; d < 32; d += 8) {
                                 simdgroup_matrix<float, 8, 8> x;
@@ -467,7 +461,7 @@ void tilefold_backward_dkv(
                     }
                     threadgroup_barrier(mem_flags::mem_threadgroup);
                     bool odd = false;
-                    for (ushort i = thread_index; i < 512; i += 128) {
+                    for (ushort i = thread_index; i < 768; i += 128) {
                         const ushort r = i / 16;
                         const ushort d = i % 16;
                         const float x = start + r < last ? widen(q_tile[r * q_n + d0 + d]) : float(0);
@@ -486,7 +480,7 @@ void tilefold_backward_dkv(
                     }
                     if (wild) {
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             for (ushort c = 0; c < 8; ++c) {
                                 const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
                                 const float weight = simd_shuffle(float(dp[j / 8].thread_elements()[c % 2]), holder);
@@ -504,7 +498,7 @@ void tilefold_backward_dkv(
                         }
                     } else {
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 32; j += 8) {
+                        for (ushort j = 0; j < 48; j += 8) {
                             #pragma clang loop unroll(full)
                             for (ushort d = 0; d < 16; d += 8) {
                                 simdgroup_matrix<float, 8, 8> x;

@@ -64,7 +64,7 @@ void tilefold_backward_dkv(
     // This lane's place in a fragment of 8x8: one row, two columns.
     const ushort fragment_row = (lane / 2) % 4 + 4 * (lane / 16);
     const ushort fragment_column = 2 * (lane % 2) + 4 * ((lane / 8) % 2);
-    threadgroup bfloat stage[1920];
+    threadgroup bfloat stage[3072];
     threadgroup bool oddities[2];
 
     const int h_kv = int(place.y);
@@ -100,26 +100,14 @@ void tilefold_backward_dkv(
             const int first = int(runs[3 * run]);
             const int last = int(runs[3 * run + 1]);
             const bool masked = runs[3 * run + 2] != 0;
-            for (int start = first; start < last; start += 80) {
-                const bool edge = masked || start + 80 > last;
+            for (int start = first; start < last; start += 128) {
+                const bool edge = masked || start + 128 > last;
                 device const bfloat* q_tile = q_head + long(start) * q_n;
                 device const bfloat* do_tile = do_head + long(start) * do_n;
-                // The statistics of the tile's queries, which are its columns.
-                float2 base[10];
-                float2 row_delta[10];
-                #pragma clang loop unroll(full)
-                for (ushort j = 0; j < 80; j += 8) {
-                    #pragma clang loop unroll(full)
-                    for (ushort e = 0; e < 2; ++e) {
-                        const long row = rows + min(start + j + fragment_column + e, last - 1);
-                        base[j / 8][e] = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
-                        row_delta[j / 8][e] = delta[row];
-                    }
-                }
                 // s = k q^T
-                simdgroup_matrix<float, 8, 8> s[10];
+                simdgroup_matrix<float, 8, 8> s[16];
                 #pragma clang loop unroll(full)
-                for (ushort i = 0; i < 10; ++i) {
+                for (ushort i = 0; i < 16; ++i) {
                     s[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
                 }
                 for (ushort d0 = 0; d0 < 128; d0 += 16) {
@@ -131,7 +119,7 @@ void tilefold_backward_dkv(
                             a.thread_elements()[0] = k_row[d0 + d + fragment_column];
                             a.thread_elements()[1] = k_row[d0 + d + fragment_column + 1];
                             #pragma clang loop unroll(full)
-                            for (ushort j = 0; j < 80; j += 8) {
+                            for (ushort j = 0; j < 128; j += 8) {
                                 simdgroup_matrix<bfloat, 8, 8> x;
                                 x.thread_elements()[0] = lane_of_q[j * q_n + d0 + d];
                                 x.thread_elements()[1] = lane_of_q[(j + 1) * q_n + d0 + d];
@@ -140,7 +128,7 @@ void tilefold_backward_dkv(
                         }
                     } else {
                         threadgroup_barrier(mem_flags::mem_threadgroup);
-                        for (ushort i = thread_index; i < 1280; i += 64) {
+                        for (ushort i = thread_index; i < 2048; i += 64) {
                             const ushort r = i / 16;
                             const ushort d = i % 16;
                             const bfloat x = start + r < last ? q_tile[r * q_n + d0 + d] : bfloat(0);
@@ -153,7 +141,7 @@ void tilefold_backward_dkv(
                             a.thread_elements()[0] = k_row[d0 + d + fragment_column];
                             a.thread_elements()[1] = k_row[d0 + d + fragment_column + 1];
                             #pragma clang loop unroll(full)
-                            for (ushort j = 0; j < 80; j += 8) {
+                            for (ushort j = 0; j < 128; j += 8) {
                                 simdgroup_matrix<bfloat, 8, 8> x;
                                 x.thread_elements()[0] = stage[fragment_column * 24 + fragment_row + j * 24 + d];
                                 x.thread_elements()[1] = stage[fragment_column * 24 + fragment_row + (j + 1) * 24 + d];
@@ -165,28 +153,32 @@ void tilefold_backward_dkv(
                 // p = exp2(s - lse)
                 if (edge) {
                     #pragma clang loop unroll(full)
-                    for (ushort j = 0; j < 80; j += 8) {
+                    for (ushort j = 0; j < 128; j += 8) {
                         #pragma clang loop unroll(full)
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = s[j / 8].thread_elements()[e];
+                            const long row = rows + min(start + j + fragment_column + e, last - 1);
+                            const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
                             const int query = start + j + fragment_column + e;
                             const bool seen = query < last && (!masked || visible(b, h, query, key_inside, sizes));
-                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(x * factor - base[j / 8][e]) : -0.0f;
+                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(x * factor - base) : -0.0f;
                         }
                     }
                 } else {
                     #pragma clang loop unroll(full)
-                    for (ushort j = 0; j < 80; j += 8) {
+                    for (ushort j = 0; j < 128; j += 8) {
                         #pragma clang loop unroll(full)
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = s[j / 8].thread_elements()[e];
-                            s[j / 8].thread_elements()[e] = fast::exp2(x * factor - base[j / 8][e]);
+                            const long row = rows + min(start + j + fragment_column + e, last - 1);
+                            const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
+                            s[j / 8].thread_elements()[e] = fast::exp2(x * factor - base);
                         }
                     }
                 }
-                simdgroup_matrix<bfloat, 8, 8> p[10];
+                simdgroup_matrix<bfloat, 8, 8> p[16];
                 #pragma clang loop unroll(full)
-                for (ushort j = 0; j < 80; j += 8) {
+                for (ushort j = 0; j < 128; j += 8) {
                     #pragma clang loop unroll(full)
                     for (ushort e = 0; e < 2; ++e) {
                         const float x = s[j / 8].thread_elements()[e];
@@ -199,7 +191,7 @@ void tilefold_backward_dkv(
                     if (!edge) {
                         device const bfloat* lane_of_do = do_tile + fragment_row * do_n + fragment_column;
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 80; j += 8) {
+                        for (ushort j = 0; j < 128; j += 8) {
                             #pragma clang loop unroll(full)
                             for (ushort d = 0; d < 16; d += 8) {
                                 simdgroup_matrix<bfloat, 8, 8> x;
@@ -211,7 +203,7 @@ void tilefold_backward_dkv(
                     } else {
                         threadgroup_barrier(mem_flags::mem_threadgroup);
                         bool odd = false;
-                        for (ushort i = thread_index; i < 1280; i += 64) {
+                        for (ushort i = thread_index; i < 2048; i += 64) {
                             const ushort r = i / 16;
                             const ushort d = i % 16;
                             const bfloat x = start + r < last ? do_tile[r * do_n + d0 + d] : bfloat(0);
@@ -230,7 +222,7 @@ void tilefold_backward_dkv(
                         }
                         if (wild) {
                             #pragma clang loop unroll(full)
-                            for (ushort j = 0; j < 80; j += 8) {
+                            for (ushort j = 0; j < 128; j += 8) {
                                 for (ushort c = 0; c < 8; ++c) {
                                     const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
                                     const float weight = simd_shuffle(float(p[j / 8].thread_elements()[c % 2]), holder);
@@ -248,7 +240,7 @@ void tilefold_backward_dkv(
                             }
                         } else {
                             #pragma clang loop unroll(full)
-                            for (ushort j = 0; j < 80; j += 8) {
+                            for (ushort j = 0; j < 128; j += 8) {
                                 #pragma clang loop unroll(full)
                                 for (ushort d = 0; d < 16; d += 8) {
                                     simdgroup_matrix<bfloat, 8, 8> x;
@@ -261,9 +253,9 @@ void tilefold_backward_dkv(
                     }
                 }
                 // dp = v do^T
-                simdgroup_matrix<float, 8, 8> dp[10];
+                simdgroup_matrix<float, 8, 8> dp[16];
                 #pragma clang loop unroll(full)
-                for (ushort i = 0; i < 10; ++i) {
+                for (ushort i = 0; i < 16; ++i) {
                     dp[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
                 }
                 for (ushort d0 = 0; d0 < 128; d0 += 16) {
@@ -275,7 +267,7 @@ void tilefold_backward_dkv(
                             a.thread_elements()[0] = v_row[d0 + d + fragment_column];
                             a.thread_elements()[1] = v_row[d0 + d + fragment_column + 1];
                             #pragma clang loop unroll(full)
-                            for (ushort j = 0; j < 80; j += 8) {
+                            for (ushort j = 0; j < 128; j += 8) {
                                 simdgroup_matrix<bfloat, 8, 8> x;
                                 x.thread_elements()[0] = lane_of_do[j * do_n + d0 + d];
                                 x.thread_elements()[1] = lane_of_do[(j + 1) * do_n + d0 + d];
@@ -284,7 +276,7 @@ void tilefold_backward_dkv(
                         }
                     } else {
                         threadgroup_barrier(mem_flags::mem_threadgroup);
-                        for (ushort i = thread_index; i < 1280; i += 64) {
+                        for (ushort i = thread_index; i < 2048; i += 64) {
                             const ushort r = i / 16;
                             const ushort d = i % 16;
                             const bfloat x = start + r < last ? do_tile[r * do_n + d0 + d] : bfloat(0);
@@ -297,7 +289,7 @@ void tilefold_backward_dkv(
                             a.thread_elements()[0] = v_row[d0 + d + fragment_column];
                             a.thread_elements()[1] = v_row[d0 + d + fragment_column + 1];
                             #pragma clang loop unroll(full)
-                            for (ushort j = 0; j < 80; j += 8) {
+                            for (ushort j = 0; j < 128; j += 8) {
                                 simdgroup_matrix<bfloat, 8, 8> x;
                                 x.thread_elements()[0] = stage[fragment_column * 24 + fragment_row + j * 24 + d];
                                 x.thread_elements()[1] = stage[fragment_column * 24 + fragment_row + (j + 1) * 24 + d];
@@ -308,17 +300,19 @@ void tilefold_backward_dkv(
                 }
                 // ds = p (dp - delta)
                 #pragma clang loop unroll(full)
-                for (ushort j = 0; j < 80; j += 8) {
+                for (ushort j = 0; j < 128; j += 8) {
                     #pragma clang loop unroll(full)
                     for (ushort e = 0; e < 2; ++e) {
                         const float x = dp[j / 8].thread_elements()[e];
+                        const long row = rows + min(start + j + fragment_column + e, last - 1);
+                        const float row_delta = delta[row];
                         const float weight = s[j / 8].thread_elements()[e];
-                        dp[j / 8].thread_elements()[e] = weight * (x - row_delta[j / 8][e]);
+                        dp[j / 8].thread_elements()[e] = weight * (x - row_delta);
                     }
                 }
                 if (edge) {
                     #pragma clang loop unroll(full)
-                    for (ushort j = 0; j < 80; j += 8) {
+                    for (ushort j = 0; j < 128; j += 8) {
                         #pragma clang loop unroll(full)
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = dp[j / 8].thread_elements()[e];
@@ -327,9 +321,9 @@ void tilefold_backward_dkv(
                         }
                     }
                 }
-                simdgroup_matrix<bfloat, 8, 8> ds[10];
+                simdgroup_matrix<bfloat, 8, 8> ds[16];
                 #pragma clang loop unroll(full)
-                for (ushort j = 0; j < 80; j += 8) {
+                for (ushort j = 0; j < 128; j += 8) {
                     #pragma clang loop unroll(full)
                     for (ushort e = 0; e < 2; ++e) {
                         const float x = dp[j / 8].thread_elements()[e];
@@ -342,7 +336,7 @@ void tilefold_backward_dkv(
                     if (!edge) {
                         device const bfloat* lane_of_q = q_tile + fragment_row * q_n + fragment_column;
                         #pragma clang loop unroll(full)
-                        for (ushort j = 0; j < 80; j += 8) {
+                        for (ushort j = 0; j < 128; j += 8) {
                             #pragma clang loop unroll(full)
                             for (ushort d = 0; d < 16; d += 8) {
                                 simdgroup_matrix<bfloat, 8, 8> x;
@@ -354,7 +348,7 @@ void tilefold_backward_dkv(
                     } else {
                         threadgroup_barrier(mem_flags::mem_threadgroup);
                         bool odd = false;
-                        for (ushort i = thread_index; i < 1280; i += 64) {
+                        for (ushort i = thread_index; i < 2048; i += 64) {
                             const ushort r = i / 16;
                             const ushort d = i % 16;
                             const bfloat x = start + r < last ? q_tile[r * q_n + d0 + d] : bfloat(0);
@@ -373,7 +367,7 @@ void tilefold_backward_dkv(
                         }
                         if (wild) {
                             #pragma clang loop unroll(full)
-                            for (ushort j = 0; j < 80; j += 8) {
+                            for (ushort j = 0; j < 128; j += 8) {
                                 for (ushort c = 0; c < 8; ++c) {
                                     const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
                                     const float weight = simd_shuffle(float(ds[j / 8].thread_elements()[c % 2]), holder);
@@ -391,7 +385,7 @@ void tilefold_backward_dkv(
                             }
                         } else {
                             #pragma clang loop unroll(full)
-                            for (ushort j = 0; j < 80; j += 8) {
+                            for (ushort j = 0; j < 128; j += 8) {
                                 #pragma clang loop unroll(full)
                                 for (ushort d = 0; d < 16; d += 8) {
                                     simdgroup_matrix<bfloat, 8, 8> x;

@@ -98,7 +98,6 @@ void tilefold_backward_dq(
     }
 
     const float factor = scale * M_LOG2E_F;
-    // A row that sees no key has lse = -inf, and no visible pair that would use it.
     const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
 
     simdgroup_matrix<bfloat, 8, 8> q_held[16];

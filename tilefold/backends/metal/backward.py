@@ -36,6 +36,9 @@ for each query head that reads the key head, and each tile of queries that see t
 dk = dk scale
 """.strip().split("\n")
 
+BASE = "isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F"
+"""lse to base 2. A row that sees no key has -inf, and no visible pair that would use it."""
+
 
 def emit_dq(spec: MetalSpec) -> str:
     """The text of the kernel that gives dq and delta."""
@@ -53,16 +56,15 @@ def emit_dq(spec: MetalSpec) -> str:
     text("")
     _delta(text, spec, products)
     text("", softmax.FACTOR)
-    text.note("A row that sees no key has lse = -inf, and no visible pair that would use it.")
-    text("const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;", "")
+    text(f"const float base = {BASE};", "")
     products.hold("q", "do")
     products.begin("dq")
     with frame.tiles(text, spec):
         products.tiles.begin("k", "v")
         products.outer("s", "q", "k")
-        softmax.weights(text, spec, "query", "base")
+        softmax.weights(text, spec, "query")
         products.outer("dp", "do", "v")
-        softmax.slopes(text, spec, "row_delta")
+        softmax.slopes(text, spec)
         ds = softmax.convert(text, spec, "ds", "dp", products.slope_type)
         products.accumulate("dq", ds, "k", products.slope_type)
         products.end_tile("dq")
@@ -122,19 +124,15 @@ def emit_dkv(spec: MetalSpec) -> str:
 
 def _tile(text: Text, spec: MetalSpec, products: Products) -> None:
     products.tiles.begin("q", "do")
-    text.note("The statistics of the tile's queries, which are its columns.")
-    count = spec.blocks.traverse // SIDE
-    text(f"float2 base[{count}];", f"float2 row_delta[{count}];")
-    with text.loop("j", spec.blocks.traverse, SIDE), text.loop("e", 2):
-        text(f"const long row = rows + min({softmax.COLUMN}, last - 1);")
-        text(f"base[j / {SIDE}][e] = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;")
-        text(f"row_delta[j / {SIDE}][e] = delta[row];")
+    # Statistics vary along a tile's columns here: read where they are used, they take no registers.
+    row = f"const long row = rows + min({softmax.COLUMN}, last - 1);"
+    base = f"const float base = {BASE};"
     products.outer("s", "k", "q")
-    softmax.weights(text, spec, "key", f"base[j / {SIDE}][e]")
+    softmax.weights(text, spec, "key", [row, base])
     p = softmax.convert(text, spec, "p", "s", products.weight_type)
     products.accumulate("dv", p, "do", products.weight_type)
     products.outer("dp", "v", "do")
-    softmax.slopes(text, spec, f"row_delta[j / {SIDE}][e]")
+    softmax.slopes(text, spec, [row, "const float row_delta = delta[row];"])
     ds = softmax.convert(text, spec, "ds", "dp", products.slope_type)
     products.accumulate("dk", ds, "q", products.slope_type)
     products.end_tile("dv", "dk")

@@ -31,9 +31,8 @@ LEAVING = {
 }
 """Operands in the order in which they leave the registers."""
 
-SCORES = {"forward": 1, "decode": 1, "merge": 0, "backward_dq": 2, "backward_dkv": 3}
-"""Tiles of float32 scores that live at once: S; S and dP; over keys also the rows of delta, which
-vary along a tile's columns there and take as much."""
+SCORES = {"forward": 1, "decode": 1, "merge": 0, "backward_dq": 2, "backward_dkv": 2}
+"""Tiles of float32 scores that live at once: S; S and dP."""
 
 LEAST_TRAVERSE, LEAST_PAGED = 32, 64
 """How far the traverse block shrinks to keep an operand: to the shortest of the tables' rows, and

@@ -9,6 +9,8 @@ Score modifications will stand where scores are scaled: before the mask, in ever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tilefold.backends.metal.fragment import at
 from tilefold.backends.metal.frame import LOWEST, MASKED, columns, over_row, seen
 from tilefold.backends.metal.msl import Text
@@ -60,32 +62,34 @@ def end(text: Text) -> None:
     over_row(text, "any", "{x} | {y}")
 
 
-def weights(text: Text, spec: MetalSpec, parallel: str, statistic: str) -> None:
+def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = ()) -> None:
     """The weights of the tile `s` in place, by the finished statistics.
 
-    `statistic` is the text of lse log2(e) for an element; `parallel` is "query" or "key".
+    The text knows `base`, an element's lse log2(e), after the lines `before`. `parallel` is "query"
+    or "key".
     Hidden pairs weigh 0 by their mask: exp2(0 - lse) of a padded score may be infinite. They weigh
     -0.0, which no exponential is, so that `slopes` knows them.
     """
     text.note("p = exp2(s - lse)")
     other = "key" if parallel == "query" else "query"
-    raised = f"fast::exp2(x * factor - {statistic})"
+    raised = "fast::exp2(x * factor - base)"
     truth = f"const bool seen = {seen(spec, f'{parallel}_inside', other)};"
     with text.either("edge") as otherwise:
         lines = [f"const int {other} = {COLUMN};", truth, f"x = seen ? {raised} : -0.0f;"]
-        columns(text, spec, "s", lines)
+        columns(text, spec, "s", [*before, *lines])
         otherwise()
-        columns(text, spec, "s", [f"x = {raised};"])
+        columns(text, spec, "s", [*before, f"x = {raised};"])
 
 
-def slopes(text: Text, spec: MetalSpec, delta: str) -> None:
+def slopes(text: Text, spec: MetalSpec, before: Sequence[str] = ()) -> None:
     """dS = P (dP - delta) of a tile, in place of dP; the scale waits for the end of the sum.
 
-    What is hidden is 0 even where dP is NaN or infinite.
+    The text knows `row_delta` after the lines `before`. What is hidden is 0 even where dP is NaN or
+    infinite.
     """
     text.note("ds = p (dp - delta)")
     weight = f"const float weight = {at(f's[j / {SIDE}]', 'e')};"
-    columns(text, spec, "dp", [weight, f"x = weight * (x - {delta});"])
+    columns(text, spec, "dp", [*before, weight, "x = weight * (x - row_delta);"])
     with text.block("if (edge)"):
         hidden = f"const bool hidden = as_type<uint>({at(f's[j / {SIDE}]', 'e')}) == 0x80000000u;"
         columns(text, spec, "dp", [hidden, "x = hidden ? 0.0f : x;"])
