@@ -54,6 +54,25 @@ def compile_shader(text: str, check: str = "fast", tensor_layout: int = 0) -> Li
     return Library(text, entries, check, tensor_layout)
 
 
+def check_address_spaces(text: str) -> None:
+    """Raise `Fault` where a pointer into one kind of memory is used as one into another.
+
+    Nothing is run: Clang compiles the text with headers in which the kinds are types of their own.
+    Texts on tensors are not checked (NotImplementedError), nor is anything without a Clang.
+    """
+    if "<metal_tensor>" in text or "MetalPerformancePrimitives" in text:
+        raise NotImplementedError("address spaces of texts on tensors cannot be checked")
+    signature.check_text(text)
+    try:
+        mistake = toolchain.mistaken_space(text)
+    except FileNotFoundError as error:
+        raise NotImplementedError(f"address spaces cannot be checked here: {error}") from None
+    if mistake:
+        line, why = mistake
+        source = f"`{text.splitlines()[line - 1].strip()}`: " if line else ""
+        raise Fault("address space", f"line {line}: {source}{why}")
+
+
 class Library:
     """The kernels of a text, as attributes. `counters` is what the last launch did."""
 

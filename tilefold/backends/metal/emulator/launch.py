@@ -35,10 +35,8 @@ COUNTERS = (
     "device_stores",
     "threadgroup_loads",
     "threadgroup_stores",
-    "private_loads",
-    "private_stores",
 )
-"""What the runtime counts, in the order of `Count` in lanes.h."""
+"""What the runtime counts, in the order of `Count` in lanes.h. Loads and stores: check "count"."""
 
 _HEADER = 10
 _KINDS = {

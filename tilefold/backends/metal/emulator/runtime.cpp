@@ -299,9 +299,9 @@ void run_group(unsigned x, unsigned y, unsigned z) {
         Lane& lane = lanes[i];
         Position& p = lane.position;
         set(p.group, x, y, z);
-        set(p.thread, i % size[0], i / size[0] % size[1], i / size[0] / size[1]);
+        set(p.inside, i % size[0], i / size[0] % size[1], i / size[0] / size[1]);
         for (int n = 0; n < 3; ++n) {
-            p.place[n] = at[n] * header->group[n] + p.thread[n];
+            p.place[n] = at[n] * header->group[n] + p.inside[n];
             p.groups[n] = ceiling(header->grid[n], header->group[n]);
             p.size[n] = size[n];
             p.threads[n] = header->grid[n];
@@ -597,21 +597,25 @@ extern "C" void tilefold_multiply(const char* operation, int line, Type factor, 
 }
 
 #if defined(TILEFOLD_COUNT)
-// Called for every load and store of the kernel. Operations of simdgroups count as what each lane
-// of them does.
+// Called for every load and store of the kernel, once per thread. Those of a thread's own variables
+// are not counted: on a GPU they are registers.
 namespace {
-void count_access(const void* address, Count in_device) {
+void count_access(const void* address, Count in_device, Count in_threadgroup) {
     const char* at = static_cast<const char*>(address);
-    if (!current) return;
-    int kind = in_device;
-    if (at >= current->stack && at < current->stack + stack_bytes) kind += 4;
-    else if (at >= section && at < section + header->section_bytes) kind += 2;
-    ++header->counts[kind];
+    if (!current || (at >= current->stack && at < current->stack + stack_bytes)) return;
+    if (at >= section && at < section + header->section_bytes) ++header->counts[in_threadgroup];
+    for (unsigned long i = 0; i < header->regions; ++i)
+        if (at >= regions[i].memory && at < regions[i].memory + regions[i].size)
+            ++header->counts[in_device];
 }
 }  // namespace
-#define TILEFOLD_ACCESS(bytes)                                                              \
-    extern "C" void __sanitizer_cov_load##bytes(void* at) { count_access(at, device_loads); } \
-    extern "C" void __sanitizer_cov_store##bytes(void* at) { count_access(at, device_stores); }
+#define TILEFOLD_ACCESS(bytes)                                       \
+    extern "C" void __sanitizer_cov_load##bytes(void* at) {          \
+        count_access(at, device_loads, threadgroup_loads);           \
+    }                                                                \
+    extern "C" void __sanitizer_cov_store##bytes(void* at) {         \
+        count_access(at, device_stores, threadgroup_stores);         \
+    }
 TILEFOLD_ACCESS(1)
 TILEFOLD_ACCESS(2)
 TILEFOLD_ACCESS(4)

@@ -18,7 +18,7 @@ MOST_THREADGROUP_BYTES = 32768
 
 POSITIONS = {
     "threadgroup_position_in_grid": "group",
-    "thread_position_in_threadgroup": "thread",
+    "thread_position_in_threadgroup": "inside",
     "thread_position_in_grid": "place",
     "threadgroups_per_grid": "groups",
     "threads_per_threadgroup": "size",
@@ -32,7 +32,7 @@ POSITIONS = {
 }
 """Attributes of parameters that say where a thread is, and the fields of `Position` in lanes.h."""
 
-_VECTORS = ("group", "thread", "place", "groups", "size", "threads", "full_size")
+_VECTORS = ("group", "inside", "place", "groups", "size", "threads", "full_size")
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _ENTRY = re.compile(

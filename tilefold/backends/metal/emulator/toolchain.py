@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -72,7 +73,7 @@ CHECKS = {
     ),
     "count": Check(
         clang=True,
-        kernel=("-O1", "-fsanitize-coverage=func,trace-loads,trace-stores"),
+        kernel=("-fsanitize-coverage=func,trace-loads,trace-stores",),
         runtime=("-DTILEFOLD_COUNT",),
     ),
     "thread": Check(
@@ -137,6 +138,29 @@ def built(text: str, entries: Sequence[Entry], check: str, *, lines: bool = Fals
         [flags],
         text,
     )
+
+
+def mistaken_space(text: str) -> tuple[int, str] | None:
+    """Where a text mistakes one kind of memory for another, and what Clang says; None if nowhere.
+
+    Raises FileNotFoundError where there is no Clang.
+    """
+    compiler = _compiler(True, "")
+    flags = ("-std=c++20", "-x", "c++", "-w", "-fsyntax-only", "-I", str(FOLDER / "spaces"))
+    question = f"{compiler.identity} address spaces {_headers()}\n{text}"
+    store = cache.default()
+    if store.note(question) is not None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="tilefold-") as name:
+        path = Path(name) / "kernel.metal"
+        path.write_text(text, encoding="ascii")
+        command = [*compiler.command, *flags, path.name]
+        done = subprocess.run(command, cwd=name, capture_output=True, text=True, timeout=600)
+    if done.returncode == 0:
+        store.put_note(question, b"right")
+        return None
+    found = re.search(r"kernel\.metal:(\d+):\d+: error: (.*)", done.stderr)
+    return (int(found[1]), found[2]) if found else (0, done.stderr)
 
 
 def runner(check: str) -> Path:

@@ -31,14 +31,13 @@ constexpr Scope everyone = Scope::threadgroup;  // that word is a macro once a t
 enum Count : int {
     multiplies, shuffles, reductions, simdgroup_barriers, threadgroup_barriers,
     matrix_loads, matrix_stores, exponentials, elements, tensor_multiplies,
-    device_loads, device_stores, threadgroup_loads, threadgroup_stores, private_loads,
-    private_stores, counts
+    device_loads, device_stores, threadgroup_loads, threadgroup_stores, counts
 };
 
 enum class Type : int { of_half, of_float, of_bfloat };
 
 struct Position {
-    unsigned group[3], thread[3], place[3], groups[3], size[3], threads[3], full_size[3];
+    unsigned group[3], inside[3], place[3], groups[3], size[3], threads[3], full_size[3];
     unsigned lane, simdgroup, index, simdgroups;
 };
 

@@ -17,6 +17,9 @@ typedef ulong size_t;
 typedef long ptrdiff_t;
 typedef _Float16 half;
 
+#if defined(TILEFOLD_SPACES)
+typedef __bf16 bfloat;
+#else
 // The upper half of a float; rounded to the nearest, ties to even. From a float by name only, as
 // the stricter of what Metal's compilers do.
 struct bfloat {
@@ -48,6 +51,7 @@ inline bfloat& operator+=(bfloat& a, bfloat b) { return a = a + b; }
 inline bfloat& operator-=(bfloat& a, bfloat b) { return a = a - b; }
 inline bfloat& operator*=(bfloat& a, bfloat b) { return a = a * b; }
 inline bfloat& operator/=(bfloat& a, bfloat b) { return a = a / b; }
+#endif
 
 inline half operator""h(long double x) { return half(x); }
 

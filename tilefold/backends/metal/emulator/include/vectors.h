@@ -3,6 +3,10 @@
 #pragma once
 #include "scalars.h"
 
+#if defined(TILEFOLD_SPACES)
+#include "../spaces/vectors.h"
+#else
+
 namespace metal {
 
 template <class T, int n> struct vec;
@@ -104,3 +108,5 @@ TILEFOLD_VECTORS(bool)
 #undef TILEFOLD_VECTORS
 
 }  // namespace metal
+
+#endif
