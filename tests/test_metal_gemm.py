@@ -79,6 +79,15 @@ def buffers(text: str) -> list[str]:
     return [part.partition(")")[0] for part in text.split("[[buffer(")[1:]]
 
 
+@pytest.mark.parametrize("changed", [None, *OTHER_PRODUCT])
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_text_declares_what_it_uses_and_no_more(staged: bool, changed: str | None) -> None:
+    spec = replace(PRODUCT, staged=staged)
+    text = gemm.emit(replace(spec, **{changed: OTHER_PRODUCT[changed]}) if changed else spec)
+    names = re.findall(r"const \w+ (\w+) =", text)
+    assert names and all(len(re.findall(rf"\b{name}\b", text)) > 1 for name in names)
+
+
 @pytest.mark.feature("A03")
 @pytest.mark.parametrize(
     "field, value, message",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tilefold.backends.metal.dispatch import Emulated as emulated
     from tilefold.backends.metal.families import FAMILIES
     from tilefold.backends.metal.fragment import Fragment
+    from tilefold.backends.metal.gemm import GemmBlocks
     from tilefold.backends.metal.matmul2d import Matmul2d, Tile
     from tilefold.backends.metal.msl import Text
     from tilefold.backends.metal.plan import plan
@@ -39,6 +40,7 @@ _HOMES = {
     "CompileError": (f"{_BACKEND}.dispatch", "CompileError"),
     "FAMILIES": (f"{_BACKEND}.families", "FAMILIES"),
     "Fragment": (f"{_BACKEND}.fragment", "Fragment"),
+    "GemmBlocks": (f"{_BACKEND}.gemm", "GemmBlocks"),
     "Matmul2d": (f"{_BACKEND}.matmul2d", "Matmul2d"),
     "MetalSpec": (f"{_BACKEND}.spec", "MetalSpec"),
     "Text": (f"{_BACKEND}.msl", "Text"),
@@ -66,6 +68,7 @@ __all__ = [
     "Blocks",
     "CompileError",
     "Fragment",
+    "GemmBlocks",
     "Matmul2d",
     "MetalSpec",
     "Text",
