@@ -11,9 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cases import Case
 from compare import assert_near, dense, tolerances
 from metal import machine
 from operands import SENTINEL, Array, inputs, place
+from test_metal_conformance import CASES
 
 from tilefold import Rule, causal, cli, documents, full, local, rule
 from tilefold.backends.metal import dispatch, gated, tensorops
@@ -64,6 +66,32 @@ def test_attention_of_a_head_is_one_launch(dtype: str, length: int, layout: int)
     (launch,) = plan(problem).launches
     assert launch.spec.entry == "tilefold_forward" and launch.grid == (1, 2, 2)
     check(problem, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("J10")
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_the_cases_of_the_other_kernels(case: Case) -> None:
+    """Those whose rows lie side by side; the rest is refused."""
+    dtype = ("float32", "float16", "bfloat16")[CASES.index(case) // 3 % 3]
+    problem = case.problem(dtype)
+    operands = inputs(problem, case.layout, case.memory)
+    if any(operands[name].strides[3] != operands[name].itemsize for name in "qkv"):
+        with pytest.raises(NotImplementedError, match="elements lie side by side"):
+            forward(problem, operands, layout=0)
+    else:
+        got = forward(problem, operands, CASES.index(case) % 2)
+        want = dense(operands, problem.mask, problem.scale)
+        allowed = tolerances(problem, operands, want)
+        for name, array in got.items():
+            assert_near(name, array, want[name], allowed[name])
+
+
+def test_the_probe_computes_a_product() -> None:
+    a = np.random.default_rng(0).integers(-4, 5, (32, 32)).astype(np.float16)
+    c = np.zeros((16, 32), np.float32)
+    machine("apple10").compile(tensorops.probe()).tilefold_probe(a, c, threads=32, group_size=32)
+    np.testing.assert_array_equal(c, a[:16].astype(np.float32) @ a)
 
 
 GENERAL: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, str, Rule]] = {

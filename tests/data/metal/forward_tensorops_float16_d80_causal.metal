@@ -22,9 +22,9 @@ static inline bool visible(const int b, const int h, const int q, const int k,
 
 kernel [[max_total_threads_per_threadgroup(128)]]
 void tilefold_forward(
-    device half* q [[buffer(0)]],
-    device half* k [[buffer(1)]],
-    device half* v [[buffer(2)]],
+    device const half* q [[buffer(0)]],
+    device const half* k [[buffer(1)]],
+    device const half* v [[buffer(2)]],
     device half* o [[buffer(3)]],
     device float* lse [[buffer(4)]],
     device const long* order [[buffer(5)]],
@@ -73,10 +73,10 @@ void tilefold_forward(
     const bool inside = lane_row < rows;
     const int query = min(first_query + lane_row, len_q - 1);
 
-    device half* q_row = q + b * q_b + h * q_h + long(first_query) * q_n;
+    device const half* q_row = q + b * q_b + h * q_h + long(first_query) * q_n;
     device half* o_row = o + b * o_b + h * o_h + long(first_query) * o_n;
-    device half* k_head = k + b * k_b + (h / group) * k_h;
-    device half* v_head = v + b * v_b + (h / group) * v_h;
+    device const half* k_head = k + b * k_b + (h / group) * k_h;
+    device const half* v_head = v + b * v_b + (h / group) * v_h;
 
     constexpr auto qk_descriptor = matmul2d_descriptor(
         16, 64, static_cast<int>(dynamic_extent), false, true, false,
@@ -86,13 +86,14 @@ void tilefold_forward(
         16, 64, static_cast<int>(dynamic_extent), false, false, false,
         matmul2d_descriptor::mode::multiply_accumulate);
     matmul2d<pv_descriptor, execution_simdgroups<1>> pv;
+    // Tensors take no pointer to const, but the operands are only read.
     tensor<device half, dextents<int, 2>, tensor_inline> queries(
-        q_row, dextents<int, 2>(80, rows), array<int, 2>{1, int(q_n)});
+        const_cast<device half*>(q_row), dextents<int, 2>(80, rows), array<int, 2>{1, int(q_n)});
     // Views of a tile of p and of v, for their types: the tensors of o are made for them.
     tensor weights_tile(
         weights + simdgroup * 1024, dextents<int, 2>(64, 16), array<int, 2>{1, 64});
     tensor<device half, dextents<int, 2>, tensor_inline> values_tile(
-        v_head, dextents<int, 2>(64, 64), array<int, 2>{1, int(v_n)});
+        const_cast<device half*>(v_head), dextents<int, 2>(64, 64), array<int, 2>{1, int(v_n)});
     const float factor = scale * M_LOG2E_F;
     const int width_0 = 64;
     auto o_0 = pv.get_destination_cooperative_tensor<
@@ -124,8 +125,9 @@ void tilefold_forward(
             const bool edge = masked || start + 64 > last;
             const int keys = min(64, last - start);
             // s = q k^T
+            device const half* k_rows = k_head + long(start) * k_n;
             tensor<device half, dextents<int, 2>, tensor_inline> k_tile(
-                k_head + long(start) * k_n, dextents<int, 2>(80, keys), array<int, 2>{1, int(k_n)});
+                const_cast<device half*>(k_rows), dextents<int, 2>(80, keys), array<int, 2>{1, int(k_n)});
             auto s = qk.get_destination_cooperative_tensor<
                 decltype(queries), decltype(k_tile), float>();
             #pragma clang loop unroll(full)
@@ -180,9 +182,9 @@ void tilefold_forward(
                     o_0[i] *= factors[simdgroup * 16 + row];
                 }
             }
-            device half* v_rows_0 = v_head + long(start) * v_n;
+            device const half* v_rows_0 = v_head + long(start) * v_n;
             tensor<device half, dextents<int, 2>, tensor_inline> v_tile_0(
-                v_rows_0, dextents<int, 2>(width_0, keys), array<int, 2>{1, int(v_n)});
+                const_cast<device half*>(v_rows_0), dextents<int, 2>(width_0, keys), array<int, 2>{1, int(v_n)});
             bool wild_0 = false;
             if (masked) {
                 for (int j = lane; j < keys * width_0; j += 32) {
@@ -216,9 +218,9 @@ void tilefold_forward(
                     o_1[i] *= factors[simdgroup * 16 + row];
                 }
             }
-            device half* v_rows_1 = v_head + long(start) * v_n + 64;
+            device const half* v_rows_1 = v_head + long(start) * v_n + 64;
             tensor<device half, dextents<int, 2>, tensor_inline> v_tile_1(
-                v_rows_1, dextents<int, 2>(width_1, keys), array<int, 2>{1, int(v_n)});
+                const_cast<device half*>(v_rows_1), dextents<int, 2>(width_1, keys), array<int, 2>{1, int(v_n)});
             bool wild_1 = false;
             if (masked) {
                 for (int j = lane; j < keys * width_1; j += 32) {

@@ -45,20 +45,16 @@ from one plane of the runs to the next (0 where all are alike)."""
 
 
 class Argument(NamedTuple):
-    """An array of a kernel: its name, its type in the text and whether the kernel writes it.
-
-    Tensor operations take no pointer to const: what they view is not const, though only read.
-    """
+    """An array of a kernel: its name, its type in the text and whether the kernel writes it."""
 
     name: str
     type: str
     written: bool
-    viewed: bool = False
 
     @property
     def const(self) -> str:
         """What stands before its type."""
-        return "" if self.written or self.viewed else "const "
+        return "" if self.written else "const "
 
     @property
     def declaration(self) -> str:
@@ -79,7 +75,6 @@ def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
             name,
             number if name in STRIDED else "float",
             name in WRITTEN[spec.operation],
-            viewed=spec.tensor_ops,
         )
         for name in OPERANDS[spec.operation]
     ]

@@ -95,7 +95,7 @@ class Tile:
     """A view of memory, an inline tensor: elements of one type along 1 to 8 axes.
 
     Axes stand innermost first: a matrix of r rows and c columns is (c, r). The elements of the
-    innermost axis lie side by side. The pointer must not be const.
+    innermost axis lie side by side. The pointer must not be one to const; a `const_cast` helps.
     """
 
     dtype: str

@@ -129,13 +129,18 @@ def gate(
 def probe() -> str:
     """A small kernel that uses what the variant uses of the headers: for a test compile."""
     text = Text()
-    product = Matmul2d(16, 32, None, "float16", "float16", "float32", transpose_right=True)
+    product = Matmul2d(16, 32, None, "float16", "float16", "float32", left_space="threadgroup")
     text(HEADERS)
     text("kernel [[max_total_threads_per_threadgroup(32)]]", "void tilefold_probe(")
-    text("    device half* a [[buffer(0)]],", "    device half* b [[buffer(1)]],")
-    with text.block("    device float* c [[buffer(2)]])"):
-        text(product.left_tile.declare("left", "a", (64, 16), stride=64))
-        text(product.right_tile.declare("right", "b", (64, 32), stride=64))
+    text("    device const half* a [[buffer(0)]],", "    device float* c [[buffer(1)]],")
+    with text.block("    ushort lane [[thread_index_in_simdgroup]])"):
+        text("threadgroup half stage[16 * 32];")
+        with text.block("for (ushort i = lane; i < 16 * 32; i += 32)"):
+            text("stage[i] = a[i];")
+        text("simdgroup_barrier(mem_flags::mem_threadgroup);")
+        text(product.left_tile.declare("left", "stage + 0", (32, 16), stride=32))
+        given = "const_cast<device half*>(a)"
+        text(product.right_tile.declare("right", given, (32, 32), stride=32))
         text(product.declare("product"), product.destination("sum", "product", "left", "right"))
         fill(text, "sum")
         text(product.run("product", "left", "right", "sum"))
@@ -156,12 +161,14 @@ def emit(spec: MetalSpec) -> str:
     scores, values = _products(spec)
     _place(text, spec)
     text("", scores.declare("qk"), values.declare("pv"))
-    text(scores.left_tile.declare("queries", "q_row", (spec.dim, "rows"), stride="q_n"))
+    text.note("Tensors take no pointer to const, but the operands are only read.")
+    queries = _read(spec, "q_row")
+    text(scores.left_tile.declare("queries", queries, (spec.dim, "rows"), stride="q_n"))
     step, head = spec.blocks.traverse, spec.blocks.head
     text.note("Views of a tile of p and of v, for their types: the tensors of o are made for them.")
     for tile, name, start, extents, stride in (
         (values.left_tile, "weights_tile", _weights(spec), (step, TENSOR_ROWS), str(step)),
-        (values.right_tile, "values_tile", "v_head", (head, step), "v_n"),
+        (values.right_tile, "values_tile", _read(spec, "v_head"), (head, step), "v_n"),
     ):
         text(tile.declare(name, start, extents, stride=stride))
     text(FACTOR)
@@ -253,12 +260,10 @@ def _scores(text: Text, spec: MetalSpec, scores: Matmul2d) -> None:
     """S of one tile, in threadgroup memory."""
     stride = spec.blocks.traverse + _SCORE_PAD
     text.note("s = q k^T")
-    text(
-        scores.right_tile.declare(
-            "k_tile", "k_head + long(start) * k_n", (spec.dim, "keys"), stride="k_n"
-        ),
-        scores.destination("s", "qk", "queries", "k_tile"),
-    )
+    text(f"device const {scores.right_tile.element}* k_rows = k_head + long(start) * k_n;")
+    extents = (spec.dim, "keys")
+    text(scores.right_tile.declare("k_tile", _read(spec, "k_rows"), extents, stride="k_n"))
+    text(scores.destination("s", "qk", "queries", "k_tile"))
     fill(text, "s")
     text(scores.run("qk", "queries", "k_tile", "s"))
     with elements(text, "s"):
@@ -314,9 +319,9 @@ def _values(text: Text, spec: MetalSpec, values: Matmul2d, sums: list[str], pane
             with elements(text, name):
                 text(f"{name}[i] *= factors[simdgroup * {TENSOR_ROWS} + row];")
             start = f"v_head + long(start) * v_n{_columns(spec, panel, i)}"
-            text(f"device {values.right_tile.element}* {rows} = {start};")
+            text(f"device const {values.right_tile.element}* {rows} = {start};")
             extents = (f"width_{i}", "keys")
-            text(values.right_tile.declare(tile, rows, extents, stride="v_n"))
+            text(values.right_tile.declare(tile, _read(spec, rows), extents, stride="v_n"))
             run = values.run("pv", "p", tile, name)
             if not frame.masks(spec):
                 text(run)
@@ -352,6 +357,11 @@ def _add_wild(text: Text, spec: MetalSpec, name: str, i: int) -> None:
 
 def _as(kind: str, value: str) -> str:
     return value if kind == "float" else f"{kind}({value})"
+
+
+def _read(spec: MetalSpec, pointer: str) -> str:
+    """A pointer to an operand as a tensor takes it."""
+    return f"const_cast<device {element(spec.dtype, spec.bfloat).memory}*>({pointer})"
 
 
 def _weights(spec: MetalSpec) -> str:
