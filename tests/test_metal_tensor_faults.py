@@ -6,7 +6,6 @@ in it is needed, and nothing in it rests on what nobody wrote.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +14,13 @@ import numpy as np
 import pytest
 from compare import assert_near, dense, tolerances
 from operands import inputs
+from test_metal_faults import checked
 from test_metal_tensorops import LAYOUTS, plan
 
 from tilefold import causal
 from tilefold.backends.metal import dispatch, emulate
 from tilefold.backends.metal.emulator.fault import Fault
+from tilefold.backends.metal.source import emit
 from tilefold.problem import Problem
 
 CHECKS = ("address", "memory", "thread")
@@ -40,14 +41,15 @@ class Edited(dispatch.Emulated):
         return emulate.compile_shader(edited, self.checks, self.tensor_layout)
 
 
+SHAPES = (1, 1, 20, 10), (1, 1, 150, 10), (1, 1, 150, 7)
+PROBLEM = Problem.of(*SHAPES, dtype="float16", mask=causal())
+"""Three tiles of keys for two simdgroups with rows and two without."""
+
+
 def run(check: str, edit: Edit = str, layout: int = 1) -> None:
-    """Attention of three tiles of keys by two simdgroups, and one that has no rows."""
-    if reason := emulate.available(check):
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    shapes = (1, 1, 20, 10), (1, 1, 150, 10), (1, 1, 150, 7)
-    problem = Problem.of(*shapes, dtype="float16", mask=causal())
+    """Attention by an edited text, compared with the definition."""
+    checked(check)
+    problem = PROBLEM
     operands = inputs(problem, "bhnd", "packed")
     got = {"o": np.zeros((1, 1, 20, 7), np.float16), "lse": np.zeros((1, 1, 20), np.float32)}
     given = {name: operands[name] for name in "qkv"}
@@ -111,3 +113,22 @@ def test_a_result_that_nobody_wrote_is_found(edit: Edit) -> None:
 def test_a_view_past_its_array_is_found() -> None:
     with pytest.raises(Fault, match=r"out-of-bounds read: tilefold_forward: k \[\[buffer\(1\)\]\]"):
         run("address", replaced("(10, keys)", "(10, 64)"))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (
+            "tensor weights_tile",
+            "tensor<device half, dextents<int, 2>, tensor_inline> weights_tile",
+        ),
+        ("const_cast<device half*>(k_rows)", "k_rows"),
+        ("const_cast<device half*>(v_rows_0)", "weights"),
+    ],
+)
+def test_a_view_of_other_memory_is_found(right: str, wrong: str) -> None:
+    checked("address")
+    text = emit(plan(PROBLEM).launches[0].spec)
+    emulate.check_address_spaces(text)
+    with pytest.raises(Fault, match=r"address space: .*no matching constructor"):
+        emulate.check_address_spaces(replaced(right, wrong)(text))

@@ -58,10 +58,8 @@ def check_address_spaces(text: str) -> None:
     """Raise `Fault` where a pointer into one kind of memory is used as one into another.
 
     Nothing is run: Clang compiles the text with headers in which the kinds are types of their own.
-    Texts on tensors are not checked (NotImplementedError), nor is anything without a Clang.
+    Raises NotImplementedError without a Clang.
     """
-    if "<metal_tensor>" in text or "MetalPerformancePrimitives" in text:
-        raise NotImplementedError("address spaces of texts on tensors cannot be checked")
     signature.check_text(text)
     try:
         mistake = toolchain.mistaken_space(text)
