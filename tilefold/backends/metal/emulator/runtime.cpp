@@ -57,7 +57,6 @@ struct Meeting {
 struct Simdgroup {
     int first, size, ended, at_barrier, resume;
     Meeting meeting;
-    char order;  // its address stands for the order that barriers make
 };
 
 struct Region {
@@ -82,7 +81,12 @@ Lane lanes[most_threads];
 Simdgroup simdgroups[most_threads / lanes_of_simdgroup];
 int thread_count, simdgroup_count, simdgroups_ended;
 Meeting barrier;
-char group_order;
+
+// Their addresses stand for the order that barriers make: that of the threadgroup, then of each
+// simdgroup. Each threadgroup has its own and none is freed, since what one threadgroup did must
+// not seem to come before what the next one does.
+char* marks;
+
 Lane* current;
 Fiber main_fiber;
 sanitizer::Fiber main_identity;
@@ -280,6 +284,7 @@ char* stack_of(int thread) {
 }
 
 void run_group(unsigned x, unsigned y, unsigned z) {
+    marks = static_cast<char*>(malloc(1 + sizeof simdgroups / sizeof *simdgroups));
     sanitizer::begin_group(section, header->section_bytes);
     const unsigned at[3] = {x, y, z};
     unsigned size[3];
@@ -293,7 +298,7 @@ void run_group(unsigned x, unsigned y, unsigned z) {
     barrier = {};
     for (int i = 0; i < simdgroup_count; ++i) {
         const int first = i * lanes_of_simdgroup, left = thread_count - first;
-        simdgroups[i] = {first, left < lanes_of_simdgroup ? left : lanes_of_simdgroup, 0, 0, 0, {}, 0};
+        simdgroups[i] = {first, left < lanes_of_simdgroup ? left : lanes_of_simdgroup, 0, 0, 0, {}};
     }
     for (int i = 0; i < thread_count; ++i) {
         Lane& lane = lanes[i];
@@ -454,7 +459,7 @@ void tilefold_depart() { sanitizer::heed(); }
 
 void tilefold_barrier(Scope scope, const char* operation, int line, bool orders) {
     // By value: `current` is another one's when the others have run.
-    char* order = scope == Scope::simdgroup ? &simdgroup_of(current).order : &group_order;
+    char* order = marks + (scope == Scope::simdgroup ? 1 + current->position.simdgroup : 0);
     if (orders) sanitizer::release(order);
     const bool last = scope == Scope::simdgroup ? arrive_simdgroup(operation, line)
                                                 : arrive_threadgroup(operation, line);
