@@ -18,13 +18,16 @@ and since M3 several units of a core work side by side. So a GPU may be above it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tilefold.backends.metal import dispatch, source
+from tilefold.backends.metal import dispatch
 from tilefold.backends.metal.dispatch import Emulated
-from tilefold.backends.metal.plan import Launch, plan
+from tilefold.backends.metal.plan import Launch, MetalPlan, plan
 from tilefold.backends.metal.spec import PARALLEL, SIMD
 from tilefold.problem import Problem
 from tilefold.roofline import instruction_count
@@ -72,7 +75,7 @@ def model(family: str, operation: str, dtype: str, dim: int, check: str = "count
     With the check "fast" accesses to memory are not counted. Raises NotImplementedError, with the
     reason, where the executor cannot run.
     """
-    machine = Emulated(family, check)
+    machine = _Listening(family, check)
     blocks = launch(family, operation, dtype, dim, tiles=2).spec.blocks
     fewer, more = (_counted(machine, operation, dtype, dim, tiles) for tiles in (2, 3))
     counts = {name: more[name] - fewer[name] for name in WEIGHTS}
@@ -100,13 +103,55 @@ def _launch(problem: Problem, family: str, operation: str) -> Launch:
     return next(each for each in launches if each.spec.operation == operation)
 
 
+@dataclass(frozen=True, eq=False)
+class _Listening(Emulated):
+    """The executor, which keeps what it compiled; with the check "nothing" it compiles nothing."""
+
+    texts: list[str] = field(default_factory=list)
+    libraries: list[Any] = field(default_factory=list)
+
+    def compile(self, text: str) -> Any:
+        """The kernels of a text."""
+        self.texts.append(text)
+        entries = {f"tilefold_{operation}": None for operation in OPERATIONS}
+        self.libraries.append(
+            SimpleNamespace(**entries) if self.checks == "nothing" else super().compile(text)
+        )
+        return self.libraries[-1]
+
+    def at(self, operation: str) -> int:
+        """Which of them is the kernel of an operation."""
+        found = [n for n, text in enumerate(self.texts) if f" tilefold_{operation}(" in text]
+        assert len(found) == 1, found
+        return found[0]
+
+
+def text_of(family: str, operation: str, dtype: str, dim: int) -> str:
+    """The text that a machine compiles for contiguous operands; nothing is compiled here."""
+    machine = _Listening(family, "nothing")
+    made, operands = _call(family, operation, dtype, dim, tiles=2)
+    strides = {name: dispatch.strides_of(array) for name, array in operands.items()}
+    dispatch.prepare(made, machine, strides, dispatch.aligned(operands))
+    return machine.texts[machine.at(operation)]
+
+
 def _counted(
-    machine: Emulated, operation: str, dtype: str, dim: int, tiles: int
+    machine: _Listening, operation: str, dtype: str, dim: int, tiles: int
 ) -> Mapping[str, int]:
     """What the executor counts in the launch of one threadgroup."""
-    blocks = launch(machine.family, operation, dtype, dim, tiles=tiles).spec.blocks
+    made, operands = _call(machine.family, operation, dtype, dim, tiles)
+    dispatch.execute(made, machine, operands)
+    counters: Mapping[str, int] = machine.libraries[machine.at(operation)].counters
+    return counters
+
+
+def _call(
+    family: str, operation: str, dtype: str, dim: int, tiles: int
+) -> tuple[MetalPlan, Mapping[str, NDArray[Any]]]:
+    """A plan in which one threadgroup of the operation visits so many tiles, and its operands."""
+    blocks = launch(family, operation, dtype, dim, tiles=tiles).spec.blocks
     problem = _problem(operation, dtype, dim, blocks.parallel, tiles * blocks.traverse)
-    made = plan(problem, machine.family, operation.partition("_")[0], form="tiled")
+    made = plan(problem, family, operation.partition("_")[0], form="tiled")
     rng = np.random.default_rng(0)
     lengths = {"q": problem.len_q, "k": problem.len_k, "v": problem.len_k, "o": problem.len_q}
     operands = {
@@ -115,7 +160,4 @@ def _counted(
         for front in ("", "d")
     }
     operands["lse"] = np.full((1, 1, problem.len_q), 8, np.float32)
-    dispatch.execute(made, machine, operands)
-    spec = _launch(problem, machine.family, operation).spec
-    counters: Mapping[str, int] = dispatch.library_of(machine, source.emit(spec)).counters
-    return counters
+    return made, operands
