@@ -329,16 +329,14 @@ backward_dq: 32 x 48 x 32, cached dq
   registers 192 of 216 bytes: dq 96, tiles 96
   threadgroup 6916 of 32768 bytes
   grid 10 x 4 x 2 threadgroups of 128 threads
-backward_dkv: 32 x 48 x 32, cached nothing
+backward_dkv: 32 x 32 x 32, cached dv
   from table apple7, dim up to 96: 32 x 64 x 32, cached dv
-  traverse shrinks to 48: 32 x 64 x 32 takes 224 bytes of registers
-  dv leaves the registers: with it 32 x 32 x 32 takes 224 bytes of registers
-  registers 176 of 216 bytes: tiles 144, page 32
-  threadgroup 6916 of 32768 bytes
+  traverse shrinks to 32: 32 x 64 x 32 takes 256 bytes of registers
+  registers 192 of 216 bytes: dv 96, tiles 64, page 32
+  threadgroup 4612 of 32768 bytes
   grid 14 x 2 x 2 threadgroups of 128 threads
 scratch delta: 2 x 4 x 300 float32
-scratch dk_page: 2 x 2 x 420 x 96 float32
-scratch dv_page: 2 x 2 x 420 x 96 float32""".splitlines()
+scratch dk_page: 2 x 2 x 420 x 96 float32""".splitlines()
     )
 
 
