@@ -133,8 +133,8 @@ exponential 4, a shuffle of a simdgroup 64, an access to memory 1, one to an ele
 half of one, since most statements read one and set one. The useful ones are (2D + 5), (3D + 5) and
 (4D + 5) for each pair. *By the model* is the inverse of the sum: the share of the peak that is left
 to a core that issues one instruction after the other and never waits. Not counted are addresses,
-loops and spilled registers, nor (by a gap of the counter) the reads of four float16 numbers at once
-in staged copies, about 0.01 of the sum; counted one by one are neighbours that a GPU may read at
+loops and spilled registers, nor (by a gap of the counter) the reads of four numbers at once
+in staged copies, about 0.01 on M1 and M2; counted one by one are neighbours that a GPU may read at
 once; and from M3 on several units of a core work side by side. So a GPU may be above it or below.
 """
 
