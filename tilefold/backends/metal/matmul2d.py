@@ -173,6 +173,7 @@ class Matmul2d:
         mode: one of `MODES`.
         simdgroups: how many run one product together: 1, or all of a threadgroup. Another number
             is undefined on the GPU, with no message: `check_threads` raises instead.
+        left_space, right_space: where the operands lie, "device" or "threadgroup" memory.
 
     Raises TypeError for types that Metal does not multiply, ValueError for other values.
     """
@@ -210,6 +211,8 @@ class Matmul2d:
             )
         for name in ("transpose_left", "transpose_right", "relaxed_precision"):
             choice(name, getattr(self, name), (True, False))
+        for name in ("left_space", "right_space"):
+            choice(name, getattr(self, name), SPACES)
         choice("mode", self.mode, MODES)
         if not 1 <= whole("simdgroups", self.simdgroups, 1) <= MOST_SIMDGROUPS:
             raise ValueError(
@@ -298,7 +301,7 @@ class Matmul2d:
                 ("right_part", self.right_tile, right, not self.transpose_right, columns),
             )
             for name, tile, (pointer, row), across, others in sides:
-                start = f"{pointer} + k * {row}" if across else f"{pointer} + k"
+                start = f"{pointer} + long(k) * {row}" if across else f"{pointer} + k"
                 extents = (others, part) if across else (part, others)
                 text(tile.declare(name, start, extents, stride=row))
             text(self.run(product, "left_part", "right_part", result))
