@@ -7,7 +7,29 @@ The call is that of `torch.mps.compile_shader`, the arrays are NumPy's or PyTorc
 
 The text, unchanged, is compiled as C++ with headers that stand in for `<metal_stdlib>`. A launch
 runs in a process of its own: threadgroups one after the other, each thread a fiber, the 32 lanes of
-a simdgroup in lockstep at each of its operations.
+a simdgroup in lockstep at each of its operations. What is wrong raises `Fault`, whose `kind` says
+what it is (`KINDS`), and whose message names the argument, the line and the lane. `check` chooses
+what is looked for; each finds what "fast" finds, too:
+
+| check | finds | by |
+|---|---|---|
+| fast | access past a buffer; operations and barriers reached by a part | guard pages |
+| address | access beside a buffer, a threadgroup array, a thread's variables | AddressSanitizer |
+| memory | branches and results that depend on unwritten memory | MemorySanitizer |
+| thread | missing barriers; threadgroups that meet in one address | ThreadSanitizer |
+| count | nothing more, but counts loads and stores | Clang's coverage |
+
+Threadgroup memory is all ones, NaN, when a threadgroup starts. Pointers into one kind of memory
+used as ones into another are found by `check_address_spaces`, without a run.
+
+What a clean run shows: for these arguments the text means what it should, by the written rules of
+Metal. What it does not show: that Apple's compiler takes the text, or anything of speed. Threads
+run in one order, so what depends on the order is seen as a race (by "thread") or not at all. The
+order of an 8x8 product's sums and its rounding are not written down: here they go in float, from C
+on, and are rounded once. `fast::` functions are as exact as the others, and small numbers are not
+flushed to zero, as a GPU may. What `simdgroup_load` or `simdgroup_store` reads or writes is taken
+to be the act of the lane that holds the element. Not there: atomics, textures, pointers to
+threadgroup memory, swizzles of vectors, function constants.
 """
 
 from __future__ import annotations
@@ -18,10 +40,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilefold.backends.metal.emulator import arguments, signature, toolchain
-from tilefold.backends.metal.emulator.fault import Fault
+from tilefold.backends.metal.emulator.fault import KINDS, Fault
 from tilefold.backends.metal.emulator.launch import Launch
 from tilefold.backends.metal.emulator.signature import Entry
 from tilefold.check import choice
+
+__all__ = ["KINDS", "Fault", "Library", "available", "check_address_spaces", "compile_shader"]
 
 TIMEOUT_SECONDS = 300.0
 """A launch that has not ended by then is taken for one that never will."""

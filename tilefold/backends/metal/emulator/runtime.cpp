@@ -168,7 +168,8 @@ const char* named(const Simdgroup& simdgroup, State state) {
 }
 
 bool same(const Meeting& meeting, const char* operation, int line) {
-    return meeting.line == line && strcmp(meeting.operation, operation) == 0;
+    return meeting.line == line &&
+           (meeting.operation == operation || strcmp(meeting.operation, operation) == 0);
 }
 
 // The simdgroup after this one that still has threads to run; this one itself if it is the last.

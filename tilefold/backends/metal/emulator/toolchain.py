@@ -8,6 +8,7 @@ is compiled once for each way of checking.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -101,7 +102,6 @@ class Compiler:
 
     command: tuple[str, ...]
     identity: str
-    clang: bool
 
 
 def reason(check: str) -> str | None:
@@ -307,10 +307,10 @@ def _compiler(clang: bool, library: str) -> Compiler:
             path = Path(found).resolve()
             status = path.stat()
             identity = f"{path} {status.st_size} {status.st_mtime_ns}"
-            return Compiler((found,), identity, "clang" in path.name)
+            return Compiler((found,), identity)
     if not clang and importlib.util.find_spec("ziglang"):
-        command = (sys.executable, "-m", "ziglang", "c++")
-        return Compiler(command, f"ziglang {importlib.util.find_spec('ziglang')}", True)
+        command = (sys.executable, "-m", "ziglang", "c++", "-nostdlib++")
+        return Compiler(command, f"ziglang {importlib.metadata.version('ziglang')}")
     wanted = "Clang with its sanitizers (clang-19, libclang-rt-19-dev)" if library else "a compiler"
     raise FileNotFoundError(f"{wanted} is not here: looked for {', '.join(filter(None, names))}")
 
