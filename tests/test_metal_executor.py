@@ -130,6 +130,7 @@ MATRICES = """
 KINDS = {"float": np.float32, "half": np.float16, "bfloat": ml_dtypes.bfloat16}
 
 
+@pytest.mark.feature("J04")
 @pytest.mark.parametrize(("factor", "total"), [
     ("float", "float"), ("half", "float"), ("half", "half"), ("bfloat", "float"),
     ("bfloat", "bfloat"),

@@ -16,6 +16,7 @@ from test_metal_executor import HEAD, kernel
 
 import tilefold
 from tilefold.backends.metal import dispatch, emulate
+from tilefold.backends.metal.emulator import toolchain
 from tilefold.backends.metal.emulator.fault import KINDS, Fault
 from tilefold.problem import Problem
 
@@ -325,3 +326,24 @@ class Spared(dispatch.Emulated):
         object.__setattr__(self, "barriers", len(parts) - 1)
         kept = BARRIER.join(parts[: self.number + 1]), BARRIER.join(parts[self.number + 1 :])
         return super().compile(BARRIER.replace("mem_threadgroup", "mem_none").join(kept))
+
+
+def test_a_launch_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked("fast")
+    monkeypatch.setattr(emulate, "TIMEOUT_SECONDS", 0.5)
+    library = emulate.compile_shader(kernel("while (y[lane] == 0.0f) {}", "device float* y"))
+    with pytest.raises(Fault, match=r"time: test: no end in 0\.5 s"):
+        library.test(np.zeros(32, np.float32), threads=32, group_size=32)
+
+
+@pytest.mark.feature("J13")
+def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(clang: bool, library: str) -> None:
+        raise FileNotFoundError("a compiler is not here")
+
+    monkeypatch.setattr(toolchain, "_compiler", missing)
+    assert emulate.available() == "a compiler is not here"
+    with pytest.raises(NotImplementedError, match="cannot be emulated here: a compiler is not"):
+        emulate.compile_shader(kernel("", "device float* y"))
+    with pytest.raises(NotImplementedError, match="spaces cannot be checked here: a compiler is"):
+        emulate.check_address_spaces(kernel("", "device float* y"))

@@ -93,7 +93,15 @@ CHECKS = {
 }
 """The ways of checking, by name."""
 
-_COMMON = ("-std=c++20", "-w", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off")
+_COMMON = (
+    "-std=c++20",
+    "-w",
+    "-fPIC",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-threadsafe-statics",
+    "-ffp-contract=off",
+)
 
 
 @dataclass(frozen=True)
@@ -309,7 +317,7 @@ def _compiler(clang: bool, library: str) -> Compiler:
             identity = f"{path} {status.st_size} {status.st_mtime_ns}"
             return Compiler((found,), identity)
     if not clang and importlib.util.find_spec("ziglang"):
-        command = (sys.executable, "-m", "ziglang", "c++", "-nostdlib++")
+        command = (sys.executable, "-m", "ziglang", "c++", "-nostdlib++", "-fno-sanitize=undefined")
         return Compiler(command, f"ziglang {importlib.metadata.version('ziglang')}")
     wanted = "Clang with its sanitizers (clang-19, libclang-rt-19-dev)" if library else "a compiler"
     raise FileNotFoundError(f"{wanted} is not here: looked for {', '.join(filter(None, names))}")
