@@ -5,16 +5,19 @@ Lengths are smaller: on the executor a lane is a fiber. Types and families take 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from cases import AXES, Case, cover
-from compare import HALVES, assert_near, dense, tolerances
-from metal import FAMILIES, forward, machine
+from compare import HALVES, assert_near, assert_same, dense, tolerances
+from metal import FAMILIES, backward, forward, machine
 from operands import inputs, place
 
 from tilefold.backends.metal import dispatch
 from tilefold.backends.metal.plan import plan
+from tilefold.problem import Problem
 
 SHAPES = [(1, 1), (3, 3), (64, 32), (47, 61), (31, 1), (1, 99), (40, 72), (96, 96)]
 LARGE = [(47, 61), (40, 72), (60, 90)]
@@ -63,3 +66,46 @@ def test_attention_and_its_gradients(family: str, dtype: str, case: Case) -> Non
     for name, array in outputs.items():
         assert into[name].untouched(), f"the kernel wrote around {name}"
         assert_near(name, array, want[name], tolerance[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offsets_of_64_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text for strides that pass 31 bits inside a tile gives the bits of the usual one."""
+    case = Case((47, 61), 40, "causal", "bhdn", "gqa", "padded")
+    problem = case.problem("float32")
+    operands = inputs(problem, case.layout, case.memory)
+    usual = machine(family)
+    want = forward(problem, operands, usual)
+    want |= backward(problem, {**operands, **want}, usual)
+    fitted = dispatch._fitted
+    monkeypatch.setattr(dispatch, "_fitted", lambda *given: replace(fitted(*given), wide=True))
+    wide = dispatch.Emulated(family)
+    got = forward(problem, operands, wide)
+    got |= backward(problem, {**operands, **got}, wide)
+    for name, array in got.items():
+        assert_same(name, array, want[name])
+
+
+def test_strides_decide_the_width_of_offsets() -> None:
+    """A head dimension that lies further apart than 2**31 / 64 elements needs them."""
+    problem = Problem.of((1, 1, 64, 64))
+    spec = plan(problem, "apple9", "forward").launches[0].spec
+    near = dict.fromkeys("qkvo", (0, 0, 1, 2**24))
+    far = {**near, "v": (0, 0, 1, 2**26)}
+    assert not dispatch._fitted(spec, near, 4).wide
+    assert dispatch._fitted(spec, far, 4).wide
+
+
+def test_neighbours_are_moved_at_once_where_they_lie_so() -> None:
+    spec = plan(Problem.of((1, 1, 64, 64)), "apple9", "forward").launches[0].spec
+    packed = dict.fromkeys("qkvo", (4096, 4096, 64, 1))
+    assert [dispatch._fitted(spec, packed, n).vector for n in (1, 2, 4)] == [1, 2, 4]
+    odd = {**packed, "k": (4096, 4096, 66, 1)}
+    assert dispatch._fitted(spec, odd, 4).vector == 2
+    turned = {**packed, "q": (4096, 4096, 1, 64)}
+    assert dispatch._fitted(spec, turned, 4).vector == 1
+    start = np.zeros(64, np.float32)
+    base = start[-start.ctypes.data // 4 % 4 :]  # from a multiple of 16 bytes
+    for first, expected in ((0, 4), (1, 1), (2, 2), (6, 2), (8, 4)):
+        assert dispatch.aligned({"q": base[first:]}) == expected

@@ -105,7 +105,7 @@ def test_the_family_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(metal.FAMILIES) == settings.METAL_FAMILIES
 
 
-@pytest.mark.feature("M03")
+@pytest.mark.feature("M03", "M13")
 @pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkv"])
 def test_inspect_prints_a_file_that_an_app_can_take(kernel: str, capsys: Any) -> None:
     operation = kernel.partition("_")[0]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import RULES
 from cases import Sizes as Lengths
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilefold import causal, documents, full, local
@@ -57,6 +57,7 @@ def test_there_are_twelve_tables_in_the_order_of_their_dims() -> None:
 
 
 @pytest.mark.feature("M06", "M07")
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(FAMILIES)),
     st.sampled_from(sorted(HELD)),
@@ -220,6 +221,7 @@ def test_block_rows_visit_what_the_rule_shows_and_little_else(rule: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.feature("M15")
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.tuples(st.integers(1, 9), st.sampled_from((0, 1, 2))), max_size=8)),
     st.integers(1, 12),

@@ -28,6 +28,7 @@ ROWS = {
     "M10": "A count of instructions per pass, and lower bounds on a device from measured rates",
     "M11": "A matrix product of its own: any shape, transposes, mixed types, strides, accumulation",
     "M12": "A suite of quick tests that ends within seconds",
+    "M13": "The text of a kernel is one file, which an app can take as it stands",
     "M14": "An edited generator takes effect at once; a broken one shows the line at fault",
     "M15": "Tiles that a mask hides are not computed, whatever the rule",
     "M16": "Lengths of queries and keys are independent; operands may lie transposed",
