@@ -36,7 +36,7 @@ def kernel(body: str, *buffers: str, before: str = "", threads: int = 32) -> str
     ]
     promise = f"[[max_total_threads_per_threadgroup({threads})]]"
     parameters = ", ".join([*numbered, *positions])
-    return f"{HEAD}{before}kernel {promise} void test({parameters}) {{\n{body}\n}}\n"
+    return f"{HEAD}{before}{promise} kernel void test({parameters}) {{\n{body}\n}}\n"
 
 
 def run(text: str, *values: Any, threads: int = 32, check: str = "fast") -> dict[str, int]:

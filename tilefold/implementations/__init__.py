@@ -1,4 +1,4 @@
-"""Who computes attention: what `attention(..., impl=...)` names, to compare and to check each other.
+"""Who computes attention: what `attention(..., impl=...)` names, to check each by the others.
 
 - "kernel": tilefold's own kernels, the only one whose memory does not grow with len_q * len_k.
 - "composed": two products and a softmax of the framework's own. Scores and weights of all pairs

@@ -33,8 +33,8 @@ static inline bool visible(const int b, const int h, const int q, const int k,
     return q + p0 >= k && abs(q + p1 - k) < p2;
 }
 
-kernel [[max_total_threads_per_threadgroup(128)]]
-void tilefold_backward_dq(
+[[max_total_threads_per_threadgroup(128)]]
+kernel void tilefold_backward_dq(
     device const ushort* q [[buffer(0)]],
     device const ushort* k [[buffer(1)]],
     device const ushort* v [[buffer(2)]],

@@ -18,8 +18,8 @@ static inline bool visible(const int b, const int h, const int q, const int k,
     return q / 64 == k / 64 || (k < p0 || q + p1 >= k);
 }
 
-kernel [[max_total_threads_per_threadgroup(64)]]
-void tilefold_backward_dq(
+[[max_total_threads_per_threadgroup(64)]]
+kernel void tilefold_backward_dq(
     device const bfloat* q [[buffer(0)]],
     device const bfloat* k [[buffer(1)]],
     device const bfloat* v [[buffer(2)]],

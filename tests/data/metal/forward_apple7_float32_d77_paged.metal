@@ -11,8 +11,8 @@
 #include <metal_stdlib>
 using namespace metal;
 
-kernel [[max_total_threads_per_threadgroup(128)]]
-void tilefold_forward(
+[[max_total_threads_per_threadgroup(128)]]
+kernel void tilefold_forward(
     device const float* q [[buffer(0)]],
     device const float* k [[buffer(1)]],
     device const float* v [[buffer(2)]],

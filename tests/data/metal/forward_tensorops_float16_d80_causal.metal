@@ -20,8 +20,8 @@ static inline bool visible(const int b, const int h, const int q, const int k,
     return q + p0 >= k;
 }
 
-kernel [[max_total_threads_per_threadgroup(128)]]
-void tilefold_forward(
+[[max_total_threads_per_threadgroup(128)]]
+kernel void tilefold_forward(
     device const half* q [[buffer(0)]],
     device const half* k [[buffer(1)]],
     device const half* v [[buffer(2)]],

@@ -8,8 +8,8 @@
 #include <metal_stdlib>
 using namespace metal;
 
-kernel [[max_total_threads_per_threadgroup(32)]]
-void tilefold_merge(
+[[max_total_threads_per_threadgroup(32)]]
+kernel void tilefold_merge(
     device const float* part_o [[buffer(0)]],
     device const float* part_m [[buffer(1)]],
     device const float* part_l [[buffer(2)]],

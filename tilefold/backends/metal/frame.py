@@ -13,7 +13,7 @@ from functools import partial
 from tilefold.backends.metal import mask
 from tilefold.backends.metal.arguments import Argument, arrays, position, sizes, variable
 from tilefold.backends.metal.fragment import PLACE, ROW_LANES, at
-from tilefold.backends.metal.msl import HEADERS, Text, element, open_text
+from tilefold.backends.metal.msl import HEADERS, Text, element, kernel_head, open_text
 from tilefold.backends.metal.spec import PARALLEL, SIDE, MetalSpec, whole
 from tilefold.expression import Truth
 
@@ -66,8 +66,7 @@ def written(
     given = [f"{name} [[buffer({i})]]" for i, name in enumerate(given)]
     place = used | ({"lane"} if used & {"fragment_row", "fragment_column"} else set())
     given += [text_ for name, text_ in POSITION.items() if name in place]
-    head = f"kernel [[max_total_threads_per_threadgroup({spec.threads})]]\nvoid {spec.entry}("
-    text(head, *(f"    {name}," for name in given[:-1]))
+    text(kernel_head(spec.entry, spec.threads), *(f"    {name}," for name in given[:-1]))
     with text.block(f"    {given[-1]})"):
         for i, name in enumerate(sizes(spec)):
             if name in used:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from tilefold.backends.metal import activation, fragment
 from tilefold.backends.metal.activation import ACTIVATIONS
 from tilefold.backends.metal.fragment import Fragment
-from tilefold.backends.metal.msl import BYTES, Text, element, open_text
+from tilefold.backends.metal.msl import BYTES, Text, element, kernel_head, open_text
 from tilefold.backends.metal.spec import SIDE, SIMD
 from tilefold.check import choice
 
@@ -172,8 +172,8 @@ class _Gemm:
         open_text(text, title, algorithm, widens=widens)
         if spec.activation:
             activation.define(text, spec.activation)
-        limit = f"[[max_total_threads_per_threadgroup({self.blocks.threads})]]"
-        with text.block(f"kernel {limit} void {ENTRY}({self._parameters()})"):
+        head = kernel_head(ENTRY, self.blocks.threads)
+        with text.block(f"{head}{self._parameters()})"):
             self._place()
             count = self.rows * self.columns
             text(self.sums.declare("sum", count))

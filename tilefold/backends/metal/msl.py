@@ -139,6 +139,14 @@ HEADERS = "#include <metal_stdlib>\nusing namespace metal;\n"
 """The one header of kernels on fragments."""
 
 
+def kernel_head(entry: str, threads: int) -> str:
+    """A kernel up to its parameters, and how many threads its groups have at most.
+
+    The attribute stands before the word `kernel`: so do all that Apple and others publish.
+    """
+    return f"[[max_total_threads_per_threadgroup({threads})]]\nkernel void {entry}("
+
+
 def open_text(
     text: Text, title: str, algorithm: Sequence[str], *, widens: bool, headers: str = HEADERS
 ) -> None:

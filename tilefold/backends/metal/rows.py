@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilefold.backends.metal.msl import Text, element, open_text
+from tilefold.backends.metal.msl import Text, element, kernel_head, open_text
 from tilefold.backends.metal.spec import SIMD
 from tilefold.check import choice
 
@@ -78,8 +78,8 @@ def emit(spec: SoftmaxSpec) -> str:
         algorithm.append("    lse <- m + log l")
     title = f"P = softmax of every row of X, {spec.dtype}, {owner} for each row"
     open_text(text, title, algorithm, widens=number.memory == "ushort")
-    limit = f"[[max_total_threads_per_threadgroup({spec.threads})]]"
-    with text.block(f"kernel {limit} void {ENTRY}({_parameters(spec, number.memory)})"):
+    head = kernel_head(ENTRY, spec.threads)
+    with text.block(f"{head}{_parameters(spec, number.memory)})"):
         _place(text, spec)
         step = SIMD if spec.rows > 1 else spec.threads
         first = "lane" if spec.rows > 1 else "thread_index"

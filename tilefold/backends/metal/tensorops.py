@@ -19,7 +19,7 @@ from dataclasses import replace
 from tilefold.backends.metal import frame
 from tilefold.backends.metal.frame import LOWEST, MASKED
 from tilefold.backends.metal.matmul2d import HEADERS, Matmul2d, elements, fill
-from tilefold.backends.metal.msl import BYTES, Text, element
+from tilefold.backends.metal.msl import BYTES, Text, element, kernel_head
 from tilefold.backends.metal.softmax import FACTOR
 from tilefold.backends.metal.spec import SIMD, TENSOR_ROWS, Blocks, MetalSpec
 
@@ -131,7 +131,7 @@ def probe() -> str:
     text = Text()
     product = Matmul2d(16, 32, None, "float16", "float16", "float32", left_space="threadgroup")
     text(HEADERS)
-    text("kernel [[max_total_threads_per_threadgroup(32)]]", "void tilefold_probe(")
+    text(kernel_head("tilefold_probe", 32))
     text("    device const half* a [[buffer(0)]],", "    device float* c [[buffer(1)]],")
     with text.block("    ushort lane [[thread_index_in_simdgroup]])"):
         text("threadgroup half stage[16 * 32];")
