@@ -14,6 +14,8 @@ from tilefold.backends.metal.plan import Launch, plan
 from tilefold.backends.metal.spec import Blocks, whole
 from tilefold.problem import Problem
 
+pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
+
 BLOCKS: list[tuple[str, Blocks, dict[str, tuple[str, ...]]]] = [
     ("apple9", Blocks(8, 8, 8), {"forward": (), "backward_dq": (), "backward_dkv": ()}),
     (

@@ -16,6 +16,8 @@ from tilefold.backends.metal import plan as planning
 from tilefold.backends.metal.plan import plan
 from tilefold.problem import Problem
 
+pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
+
 TRIALS = [
     ("apple9", "float32", Case((1, 700), 64, "full", "bhnd", "gqa")),
     ("apple7", "float16", Case((3, 530), 40, "causal", "bnhd", "mqa", "padded")),

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from tilefold.backends.metal.emulator.fault import Fault
 from tilefold.metal import Matmul2d
 
+pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
+
 Array = NDArray[Any]
 Compile = Callable[..., Any]
 

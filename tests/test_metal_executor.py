@@ -14,6 +14,8 @@ import torch
 from tilefold.backends.metal import emulate
 from tilefold.backends.metal.emulator.fault import Fault
 
+pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
+
 Array = np.ndarray[Any, Any]
 HEAD = "#include <metal_stdlib>\nusing namespace metal;\n"
 

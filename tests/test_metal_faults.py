@@ -20,6 +20,8 @@ from tilefold.backends.metal.emulator import toolchain
 from tilefold.backends.metal.emulator.fault import KINDS, Fault
 from tilefold.problem import Problem
 
+pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
+
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 

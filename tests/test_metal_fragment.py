@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from tilefold.backends.metal.fragment import TYPES, Fragment, at, multiply, multiply_accumulate
 from tilefold.backends.metal.msl import Text
 
+pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
+
 Array = NDArray[Any]
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -29,6 +29,8 @@ from tilefold.backends.metal.matmul2d import (
 )
 from tilefold.backends.metal.msl import Text
 
+pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
+
 Array = NDArray[Any]
 Compile = Callable[..., Any]
 

@@ -23,6 +23,8 @@ from tilefold.backends.metal.emulator.fault import Fault
 from tilefold.backends.metal.source import emit
 from tilefold.problem import Problem
 
+pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
+
 CHECKS = ("address", "memory", "thread")
 BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 BARRIERS = 4

@@ -23,6 +23,8 @@ from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import Blocks
 from tilefold.problem import Problem
 
+pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
+
 LAYOUTS = (0, 1)
 
 
