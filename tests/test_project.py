@@ -102,7 +102,7 @@ def test_the_quick_suite_ends_within_seconds(record_property: pytest.RecordPrope
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     record_property("quick_suite_seconds", round(seconds, 1))
     print(f"quick suite: {wall:.1f} s, {seconds:.1f} s of CPU, {said.splitlines()[-1]}")
-    # Two cores for 15 s is what it may take of a fast machine; slow ones take up to four times that.
+    # Two cores for 15 s is what it may take of a fast machine; slow ones take up to four times it.
     # CPU time, since the rest of the tests runs beside it.
     assert seconds < 4 * 2 * 15
 
