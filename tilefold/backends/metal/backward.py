@@ -8,7 +8,7 @@ same bits (Turner, Metal FlashAttention, 2024). Scratch is one number per row, d
 from __future__ import annotations
 
 from tilefold.backends.metal import frame, softmax
-from tilefold.backends.metal.forward import row
+from tilefold.backends.metal.forward import queries, row
 from tilefold.backends.metal.msl import Text, element
 from tilefold.backends.metal.products import Products
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
@@ -44,14 +44,7 @@ def emit_dq(spec: MetalSpec) -> str:
     """The text of the kernel that gives dq and delta."""
     text = Text()
     products = Products(text, spec)
-    text("const int h = int(place.y);", "const int b = int(place.z);")
-    text("const int block = int(order[place.x]);", "")
-    row(text, spec, "query", "len_q")
-    for name in ("q", "o", "do", "dq"):
-        frame.row_of(text, spec, name, "h", "query_inside")
-    for name in ("k", "v"):
-        frame.head_of(text, spec, name, "(h / group)")
-    text("const long row = (long(b) * heads_q + h) * len_q + query_inside;")
+    queries(text, spec, "q", "o", "do", "dq")
     products.pages(("dq",), "row")
     text("")
     _delta(text, spec, products)

@@ -10,6 +10,7 @@ results depend on how the keys are split, and on nothing else.
 from __future__ import annotations
 
 from tilefold.backends.metal import frame, softmax
+from tilefold.backends.metal.forward import attend
 from tilefold.backends.metal.fragment import at
 from tilefold.backends.metal.msl import Text, element
 from tilefold.backends.metal.products import Products
@@ -48,17 +49,7 @@ def emit(spec: MetalSpec) -> str:
         frame.head_of(text, spec, name, "h_kv")
     text("const long part = ((long(b) * heads_q + h) * splits + block) * len_q + query_inside;")
     text(f"device float* o_page_row = part_o + part * {spec.dim_v};", "")
-    products.hold("q")
-    products.begin("o")
-    softmax.begin(text)
-    with frame.tiles(text, spec, "h_kv"):
-        products.tiles.begin("k", "v")
-        products.outer("s", "q", "k")
-        softmax.fold(text, spec, products.weight_type, "query_inside")
-        products.accumulate("o", "p", "v", products.weight_type, correction="correction")
-        products.end_tile("o")
-    text("")
-    softmax.end(text)
+    attend(text, spec, products, "h_kv")
     if "o" in spec.cached:
         _leave(text, spec)
     with text.block("if (inside && fragment_column == 0)"):
@@ -120,7 +111,6 @@ def emit_merge(spec: MetalSpec) -> str:
             text(f"sum += part_l[i] < 0.0f ? 0.0f : {value};")
         text(f"o_row[{column_of(spec, 'o', 'd')}] = {number.write('sum * inverse')};")
     with text.block("if (lane == 0)"):
-        text("const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;")
-        text("lse[row * len_q + query] = any ? sum : -INFINITY;")
+        softmax.write_lse(text, "row * len_q + query")
     title = "Attention of few queries: o and lse from the parts of all splits."
     return frame.written(spec, title, ALGORITHM_MERGE, text)

@@ -28,20 +28,39 @@ def emit(spec: MetalSpec) -> str:
     """The text of a forward kernel."""
     text = Text()
     products = Products(text, spec)
+    queries(text, spec, "q", "o")
+    products.pages(("o",), "row")
+    text("")
+    attend(text, spec, products, "h")
+    text("const float inverse = any ? 1.0f / l : 0.0f;")
+    products.finish("o", "inverse")
+    with text.block("if (inside && fragment_column == 0)"):
+        softmax.write_lse(text, "row")
+    title = "Attention, forward: o = softmax(scale q k^T) v and lse = log rowsum exp(scale q k^T)."
+    return frame.written(spec, title, ALGORITHM, text)
+
+
+def queries(text: Text, spec: MetalSpec, *names: str) -> None:
+    """A block of queries of one head: where the lane's row begins in `names`, and its keys."""
     text("const int h = int(place.y);", "const int b = int(place.z);")
     text("const int block = int(order[place.x]);", "")
     row(text, spec, "query", "len_q")
-    for name in ("q", "o"):
+    for name in names:
         frame.row_of(text, spec, name, "h", "query_inside")
     for name in ("k", "v"):
         frame.head_of(text, spec, name, "(h / group)")
     text("const long row = (long(b) * heads_q + h) * len_q + query_inside;")
-    products.pages(("o",), "row")
-    text("")
+
+
+def attend(text: Text, spec: MetalSpec, products: Products, head: str) -> None:
+    """The walk of the lane's query over the tiles of keys: leaves m, l, any and the sum o.
+
+    `head` is the one whose block rows are visited.
+    """
     products.hold("q")
     products.begin("o")
     softmax.begin(text)
-    with frame.tiles(text, spec):
+    with frame.tiles(text, spec, head):
         products.tiles.begin("k", "v")
         products.outer("s", "q", "k")
         softmax.fold(text, spec, products.weight_type, "query_inside")
@@ -49,13 +68,6 @@ def emit(spec: MetalSpec) -> str:
         products.end_tile("o")
     text("")
     softmax.end(text)
-    text("const float inverse = any ? 1.0f / l : 0.0f;")
-    products.finish("o", "inverse")
-    with text.block("if (inside && fragment_column == 0)"):
-        text("const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;")
-        text("lse[row] = any ? sum : -INFINITY;")
-    title = "Attention, forward: o = softmax(scale q k^T) v and lse = log rowsum exp(scale q k^T)."
-    return frame.written(spec, title, ALGORITHM, text)
 
 
 def row(text: Text, spec: MetalSpec, parallel: str, length: str) -> None:

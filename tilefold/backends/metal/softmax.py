@@ -62,6 +62,12 @@ def end(text: Text) -> None:
     over_row(text, "any", "{x} | {y}")
 
 
+def write_lse(text: Text, place: str) -> None:
+    """The natural logarithm of a row's sum, by its whole m, l and any, to an element of lse."""
+    text("const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;")
+    text(f"lse[{place}] = any ? sum : -INFINITY;")
+
+
 def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = ()) -> None:
     """The weights of the tile `s` in place, by the finished statistics.
 
