@@ -96,10 +96,9 @@ def amx(amx_everywhere: Amx | None) -> Iterator[Amx]:
 @pytest.fixture(scope="session")
 def metal() -> Callable[..., Library]:
     """`compile_shader` of the executor of Metal texts; a test without a compiler is skipped."""
+    from metal import needs
+
     from tilefold.backends.metal import emulate  # not above: it imports tilefold, and that NumPy
 
-    if reason := emulate.available():
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    needs()
     return emulate.compile_shader

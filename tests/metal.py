@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,17 @@ FAMILIES = ("apple7", "apple9")
 """One of each kind: traversed operands staged and bfloat16 widened, or read where they lie."""
 
 
-def machine(family: str, check: str = "fast", tensor_layout: int = 0) -> dispatch.Emulated:
-    """The executor as a GPU of a family; skips, with the reason, where there is no C++ compiler."""
-    reason = emulate.available(check)
-    if reason is not None:
+def needs(check: str = "fast") -> None:
+    """Skip, with the reason, where the executor cannot make this check; CI has what it needs."""
+    if reason := emulate.available(check):
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+def machine(family: str, check: str = "fast", tensor_layout: int = 0) -> dispatch.Emulated:
+    """The executor as a GPU of a family; skips where it cannot make this check."""
+    needs(check)
     key = family, check, tensor_layout
     found = _machines.get(key)
     if found is None:
@@ -33,6 +38,29 @@ def machine(family: str, check: str = "fast", tensor_layout: int = 0) -> dispatc
 
 
 _machines: dict[tuple[str, str, int], dispatch.Emulated] = {}
+
+
+Edit = Callable[[str], str]
+
+
+@dataclass(frozen=True, eq=False)
+class Edited(dispatch.Emulated):
+    """The executor, on texts that are not quite the emitted ones."""
+
+    edit: Edit = str
+
+    def compile(self, text: str) -> Any:
+        return emulate.compile_shader(self.edit(text), self.checks, self.tensor_layout)
+
+
+def instead(old: str, new: str) -> Edit:
+    """The text with another part, wherever that one stands; it must."""
+
+    def edit(text: str) -> str:
+        assert old in text, old
+        return text.replace(old, new)
+
+    return edit
 
 
 def forward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal import backward, forward, machine
+from metal import backward, forward, machine, needs
 from operands import inputs
 from test_metal_executor import HEAD, kernel
 
@@ -23,13 +22,6 @@ from tilefold.problem import Problem
 pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-
-
-def checked(check: str) -> None:
-    """Skip, with the reason, where this check cannot be made."""
-    if reason := emulate.available(check):
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ PRODUCT = """
     for (ushort i = 0; i < 2; ++i) tile[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     for (ushort i = 0; i < 2; ++i) simdgroup_multiply_accumulate(tile[i], tile[0], tile[1], tile[i]);
     y[lane] = tile[0].thread_elements()[0];
-"""  # noqa: E501
+"""  # noqa: E501  a fault names one line of the kernel
 HALF = """
     float value;
     if (x[thread_index] < 1.0f) value = 1.0f;
@@ -178,7 +170,7 @@ PLANTS = {
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_fault_is_found_and_its_healthy_twin_passes(name: str) -> None:
     plant = PLANTS[name]
-    checked(plant.check)
+    needs(plant.check)
     if plant.healthy:
         assert plant.healthy in plant.body
         plant.run(plant.body)
@@ -189,12 +181,12 @@ def test_a_planted_fault_is_found_and_its_healthy_twin_passes(name: str) -> None
 
 
 def test_a_matrix_needs_a_full_simdgroup_and_gets_one() -> None:
-    checked("fast")
+    needs("fast")
     Plant("fast", "", "", TILE, "", "", 32).run(TILE)
 
 
 def test_writing_between_the_elements_of_a_view_is_out_of_bounds() -> None:
-    checked("fast")
+    needs("fast")
     library = emulate.compile_shader(kernel("y[lane] = 1.0f;", "device float* y"))
     y = np.zeros(64, np.float32)
     library.test(y[:32], threads=32, group_size=32)
@@ -215,7 +207,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_what_metal_refuses_and_cpp_takes_is_refused(line: str) -> None:
-    checked("fast")
+    needs("fast")
     text = kernel(f"// 1.0, double: comments may\n{line}", "device float* y")
     with pytest.raises(Fault, match=f"refused: .*{re.escape(REFUSED[line])}"):
         emulate.compile_shader(text)
@@ -232,13 +224,13 @@ def test_what_metal_refuses_and_cpp_takes_is_refused(line: str) -> None:
     ("void test(device float* y) {}", "no kernel"),
 ])  # fmt: skip
 def test_declarations_that_metal_refuses(text: str, words: str) -> None:
-    checked("fast")
+    needs("fast")
     with pytest.raises(Fault, match=f"refused: .*{words}"):
         emulate.compile_shader(HEAD + text)
 
 
 def test_the_limits_themselves_are_allowed() -> None:
-    checked("fast")
+    needs("fast")
     body = "threadgroup float big[8192]; big[lane] = y[lane]; y[lane] = big[lane];"
     library = emulate.compile_shader(kernel(body, "device float* y"))
     library.test(np.zeros(32, np.float32), threads=32, group_size=32)
@@ -255,7 +247,7 @@ SPACES = {
 
 @pytest.mark.parametrize("wrong", SPACES)
 def test_a_pointer_into_other_memory_is_found(wrong: str) -> None:
-    checked("address")
+    needs("address")
     before = "static inline float first(device const float* p) { return p[0]; }\n"
 
     def text(line: str) -> str:
@@ -275,7 +267,7 @@ TEXTS = sorted((Path(__file__).parent / "data" / "metal").glob("*.metal"))
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
 def test_the_kernels_themselves_mistake_no_memory(path: Path) -> None:
-    checked("address")
+    needs("address")
     emulate.check_address_spaces(path.read_text(encoding="ascii"))
 
 
@@ -289,7 +281,7 @@ def problem(dtype: str) -> Problem:
 @pytest.mark.parametrize("check", ["address", "memory", "thread"])
 @pytest.mark.parametrize(("family", "dtype"), [("apple7", "bfloat16"), ("apple9", "float16")])
 def test_attention_and_its_gradients_pass_every_check(family: str, dtype: str, check: str) -> None:
-    checked(check)
+    needs(check)
     on = machine(family, check)
     case = problem(dtype)
     operands = inputs(case, "bhnd", "padded")
@@ -301,7 +293,7 @@ def test_attention_and_its_gradients_pass_every_check(family: str, dtype: str, c
 @pytest.mark.slow
 def test_no_barrier_of_the_staged_forward_kernel_can_be_spared() -> None:
     """Each, made one that orders no memory, is a race: the kernel has none too many."""
-    checked("thread")
+    needs("thread")
     case = Problem(1, 2, 1, 70, 150, 13, 13, "float32", 0.3, tilefold.causal())
     operands = inputs(case, "bhnd", "packed")
     barriers = 1
@@ -331,7 +323,7 @@ class Spared(dispatch.Emulated):
 
 
 def test_a_launch_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked("fast")
+    needs("fast")
     monkeypatch.setattr(emulate, "TIMEOUT_SECONDS", 0.5)
     library = emulate.compile_shader(kernel("while (y[lane] == 0.0f) {}", "device float* y"))
     with pytest.raises(Fault, match=r"time: test: no end in 0\.5 s"):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import re
 from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
+from metal import needs
 from numpy.typing import NDArray
 
 from tilefold import cache
-from tilefold.backends.metal import emulate, gemm, rows, standalone
+from tilefold.backends.metal import gemm, rows, standalone
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.gemm import GemmBlocks, GemmSpec
 from tilefold.backends.metal.rows import SoftmaxSpec
@@ -182,8 +182,6 @@ def test_the_table_gives_small_products_small_blocks(
 
 @pytest.mark.parametrize("name", ["gemm", "rows", "activation", "standalone"])
 def test_examples(name: str) -> None:
-    if reason := emulate.available():
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
+    needs()
     failed, _ = doctest.testmod(importlib.import_module(f"tilefold.backends.metal.{name}"))
     assert failed == 0

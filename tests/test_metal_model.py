@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 
 import metal_model
 import pytest
+from metal import needs
 
-from tilefold.backends.metal import emulate, model
+from tilefold.backends.metal import model
 from tilefold.backends.metal.model import OPERATIONS, WEIGHTS, Model
 from tilefold.roofline import SOFTMAX_INSTRUCTIONS, instruction_count
-
-
-def executor(check: str) -> None:
-    """Skips, with the reason, where the executor cannot check so."""
-    if reason := emulate.available(check):
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
 
 
 @pytest.mark.slow
@@ -29,7 +22,7 @@ def test_kernels_make_the_products_that_are_counted_and_no_other(
     family: str, operation: str
 ) -> None:
     """8 x 8 x 8 multiply-adds in each product of fragments: 2 D for a pair, 3 D or 4 D."""
-    executor("fast")
+    needs("fast")
     made = model.model(family, operation, "float16", 64, check="fast")
     useful = instruction_count(operation, made.pairs, 64) - SOFTMAX_INSTRUCTIONS * made.pairs
     assert 512 * made.counts["multiplies"] == useful
@@ -39,7 +32,7 @@ def test_kernels_make_the_products_that_are_counted_and_no_other(
 @pytest.mark.slow
 def test_accesses_to_memory_are_counted() -> None:
     """K and V of a tile, 2 D numbers of a key, are read once for 8 rows, one or two at a time."""
-    executor("count")
+    needs("count")
     made = model.model("apple9", "forward", "float16", 64)
     assert 64 / 8 <= made.counts["device_loads"] / made.pairs < 2 * 64 / 8 + 0.2
     assert made.counts["device_stores"] == made.counts["threadgroup_stores"] == 0

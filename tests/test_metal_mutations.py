@@ -6,43 +6,16 @@ GPU would be given, with one line changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
-from metal import forward, machine
+from metal import Edit, Edited, forward, instead, machine
 from operands import Array, inputs
 
 from tilefold import causal
-from tilefold.backends.metal import dispatch, emulate
 from tilefold.backends.metal.emulator.fault import Fault
 from tilefold.backends.metal.spec import Blocks
 from tilefold.problem import Problem
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-
-Edit = Callable[[str], str]
-
-
-@dataclass(frozen=True, eq=False)
-class Edited(dispatch.Emulated):
-    """The executor, given texts with a line changed."""
-
-    edit: Edit = field(default=lambda text: text)
-
-    def compile(self, text: str) -> Any:
-        return emulate.compile_shader(self.edit(text), check=self.checks)
-
-
-def instead(old: str, new: str) -> Edit:
-    """Write something else wherever a part stands."""
-
-    def edit(text: str) -> str:
-        assert old in text, old
-        return text.replace(old, new)
-
-    return edit
 
 
 FAULTS = {

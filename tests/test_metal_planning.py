@@ -32,7 +32,7 @@ KERNELS = ("forward", "backward_dq", "backward_dkv")
 @pytest.mark.feature("M07")
 @pytest.mark.parametrize("module", [choice, families, tables, visits])
 def test_examples(module: object) -> None:
-    failed, tried = doctest.testmod(module)  # type: ignore[arg-type]
+    failed, tried = doctest.testmod(module)
     assert tried and not failed
 
 
@@ -157,7 +157,7 @@ def test_a_choice_is_overridden_as_a_whole_or_in_parts() -> None:
 )
 def test_what_cannot_fit_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose(family("apple9"), "forward", "float32", 300, 300, **options)  # type: ignore[arg-type]
+        choose(family("apple9"), "forward", "float32", 300, 300, **options)
 
 
 def test_float64_is_refused() -> None:
@@ -170,7 +170,7 @@ def test_float64_is_refused() -> None:
 def problem(mask: object = None, **options: object) -> Problem:
     """Batch 2, 4 query heads on 2 key heads, 300 queries and 420 keys."""
     shapes = {"q": (2, 4, 300, 24), "k": (2, 2, 420, 24), "v": (2, 2, 420, 40)}
-    return Problem.of(**{**shapes, "mask": mask, **options})  # type: ignore[arg-type]
+    return Problem.of(**{**shapes, "mask": mask, **options})
 
 
 def all_launches(asked: Problem, name: str) -> list[Launch]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 from compare import UNITS, assert_near
+from metal import needs
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from tilefold.backends.metal import emulate, standalone
+from tilefold.backends.metal import standalone
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.emulator.fault import Fault
 
@@ -63,9 +63,7 @@ SLOPES = {None: 1.0, "relu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    if reason := emulate.available():
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
+    needs()
     return str(request.param)
 
 
@@ -317,9 +315,7 @@ def test_tensors_give_tensors(machine: Emulated) -> None:
 
 def checked(family: str, check: str) -> Emulated:
     """A machine whose executor checks so; skips, with the reason, where it cannot."""
-    if reason := emulate.available(check):
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
+    needs(check)
     return Emulated(family, check)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from compare import UNITS, assert_near
+from metal import needs
 from numpy.typing import NDArray
 
-from tilefold.backends.metal import emulate, rows, standalone
+from tilefold.backends.metal import rows, standalone
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.emulator.fault import Fault
 
@@ -22,9 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=("apple7", "apple9"))
 def machine(request: pytest.FixtureRequest) -> Emulated:
-    if reason := emulate.available():
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
+    needs()
     return Emulated(request.param)
 
 

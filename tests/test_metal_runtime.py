@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from metal import needs
 from metal_recorder import Recorder, forward, operands
 
 import tilefold
 from tilefold import Problem, metal, reference
-from tilefold.backends.metal import calls, dispatch, emulate, frame, runtime, standalone
+from tilefold.backends.metal import calls, dispatch, frame, runtime, standalone
 from tilefold.backends.metal import commands as listed
 from tilefold.backends.metal.arguments import arrays, sizes
 from tilefold.backends.metal.dispatch import CompileError, Emulated
@@ -28,9 +28,7 @@ MASK = tilefold.causal()
 @pytest.fixture(scope="module")
 def emulated() -> Emulated:
     """The executor; one for all tests, so that each kernel is compiled once."""
-    if reason := emulate.available():
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
+    needs()
     return Emulated()
 
 

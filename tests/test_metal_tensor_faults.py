@@ -6,15 +6,11 @@ in it is needed, and nothing in it rests on what nobody wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import pytest
 from compare import assert_near, dense, tolerances
+from metal import Edit, Edited, instead, needs
 from operands import inputs
-from test_metal_faults import checked
 from test_metal_tensorops import LAYOUTS, plan
 
 from tilefold import causal
@@ -29,19 +25,6 @@ CHECKS = ("address", "memory", "thread")
 BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 BARRIERS = 4
 
-Edit = Callable[[str], str]
-
-
-@dataclass(frozen=True, eq=False)
-class Edited(dispatch.Emulated):
-    """The executor, on a text that is not quite the emitted one."""
-
-    edit: Edit = str
-
-    def compile(self, text: str) -> Any:
-        edited = self.edit(text)
-        return emulate.compile_shader(edited, self.checks, self.tensor_layout)
-
 
 SHAPES = (1, 1, 20, 10), (1, 1, 150, 10), (1, 1, 150, 7)
 PROBLEM = Problem.of(*SHAPES, dtype="float16", mask=causal())
@@ -50,7 +33,7 @@ PROBLEM = Problem.of(*SHAPES, dtype="float16", mask=causal())
 
 def run(check: str, edit: Edit = str, layout: int = 1) -> None:
     """Attention by an edited text, compared with the definition."""
-    checked(check)
+    needs(check)
     problem = PROBLEM
     operands = inputs(problem, "bhnd", "packed")
     got = {"o": np.zeros((1, 1, 20, 7), np.float16), "lse": np.zeros((1, 1, 20), np.float32)}
@@ -89,21 +72,13 @@ def test_a_missing_barrier_is_found(number: int) -> None:
         run("thread", without(number))
 
 
-def replaced(old: str, new: str) -> Edit:
-    def edit(text: str) -> str:
-        assert old in text
-        return text.replace(old, new)
-
-    return edit
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "edit",
     [
-        pytest.param(replaced("o_0[i] = 0;", ";"), id="o is not set"),
-        pytest.param(replaced(" s[i] = 0;", ";"), id="s is not set"),
-        pytest.param(replaced("inside && (!edge ||", "(!edge || true ||"), id="what no mask hides"),
+        pytest.param(instead("o_0[i] = 0;", ";"), id="o is not set"),
+        pytest.param(instead(" s[i] = 0;", ";"), id="s is not set"),
+        pytest.param(instead("inside && (!edge ||", "(!edge || true ||"), id="what no mask hides"),
     ],
 )
 def test_a_result_that_nobody_wrote_is_found(edit: Edit) -> None:
@@ -114,7 +89,7 @@ def test_a_result_that_nobody_wrote_is_found(edit: Edit) -> None:
 @pytest.mark.slow
 def test_a_view_past_its_array_is_found() -> None:
     with pytest.raises(Fault, match=r"out-of-bounds read: tilefold_forward: k \[\[buffer\(1\)\]\]"):
-        run("address", replaced("(10, keys)", "(10, 64)"))
+        run("address", instead("(10, keys)", "(10, 64)"))
 
 
 @pytest.mark.parametrize(
@@ -129,8 +104,8 @@ def test_a_view_past_its_array_is_found() -> None:
     ],
 )
 def test_a_view_of_other_memory_is_found(right: str, wrong: str) -> None:
-    checked("address")
+    needs("address")
     text = emit(plan(PROBLEM).launches[0].spec)
     emulate.check_address_spaces(text)
     with pytest.raises(Fault, match=r"address space: .*no matching constructor"):
-        emulate.check_address_spaces(replaced(right, wrong)(text))
+        emulate.check_address_spaces(instead(right, wrong)(text))

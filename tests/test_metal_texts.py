@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import doctest
-import os
 import re
 from pathlib import Path
 
 import golden
 import pytest
+from metal import needs
 
 import tilefold
-from tilefold.backends.metal import emulate
 
 PAGE = Path(__file__).parents[1] / "docs" / "metal.md"
 TEXTS = golden.texts()
@@ -49,9 +48,7 @@ def test_a_text_reads_as_if_a_person_wrote_it(file: str) -> None:
 
 @pytest.mark.slow
 def test_the_examples_of_the_page() -> None:
-    if reason := emulate.available():
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
+    needs()
     text = PAGE.read_text(encoding="utf-8")
     examples = doctest.DocTestParser().get_doctest(text, {"tilefold": tilefold}, PAGE.name, None, 0)
     assert len(examples.examples) > 10

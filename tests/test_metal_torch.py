@@ -7,7 +7,6 @@ tensors are on the CPU too. Nothing here has run on an Apple GPU.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from metal import needs
 from metal_rules import Compiler
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -22,7 +22,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tilefold
 from tilefold import attention, attention_backward, reference
-from tilefold.backends.metal import emulate
 from tilefold.backends.metal.runtime import Mps
 from tilefold.frontends import torch as frontend
 from tilefold.problem import LAYOUTS
@@ -36,9 +35,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def compiler() -> Compiler:
     """One for all tests, so that each kernel is compiled once."""
-    if reason := emulate.available():
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
+    needs()
     return Compiler()
 
 

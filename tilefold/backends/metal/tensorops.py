@@ -20,7 +20,7 @@ from tilefold.backends.metal import frame
 from tilefold.backends.metal.frame import LOWEST, MASKED
 from tilefold.backends.metal.matmul2d import HEADERS, Matmul2d, elements, fill
 from tilefold.backends.metal.msl import BYTES, Text, element, kernel_head
-from tilefold.backends.metal.softmax import FACTOR
+from tilefold.backends.metal.softmax import FACTOR, write_lse
 from tilefold.backends.metal.spec import SIMD, TENSOR_ROWS, Blocks, MetalSpec
 
 ALGORITHM = """
@@ -249,11 +249,8 @@ def _pass(text: Text, spec: MetalSpec, scores: Matmul2d, values: Matmul2d, panel
             mean = f"{name}[i] * factors[simdgroup * {TENSOR_ROWS} + row]"
             text(f"o_row[{offset}] = {number.write(mean)};")
     with text.block("if (inside && side == 0)"):
-        text(
-            "const long at = (long(b) * heads_q + h) * len_q + query;",
-            "const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;",
-            "lse[at] = any ? sum : -INFINITY;",
-        )
+        text("const long at = (long(b) * heads_q + h) * len_q + query;")
+        write_lse(text, "at")
 
 
 def _scores(text: Text, spec: MetalSpec, scores: Matmul2d) -> None:
