@@ -16,7 +16,7 @@ READING_ORDER = """
 settings check files recent once
 nodes expression summary fold blocks rules data coordinates mask parse picture
 buffer problem reference device circumstances cache tables owners winners splits
-spec choice plan roofline
+spec choice plan visits roofline
 backends backends.cpu
 backends.cpu.ir backends.cpu.convert backends.cpu.gemm backends.cpu.softmax
 backends.cpu.arguments backends.cpu.mask
@@ -31,7 +31,7 @@ backends.metal.frame backends.metal.tile backends.metal.products backends.metal.
 backends.metal.forward backends.metal.decode backends.metal.backward
 backends.metal.matmul2d backends.metal.tensorops
 backends.metal.activation backends.metal.gemm backends.metal.rows
-backends.metal.families backends.metal.tables backends.metal.choice backends.metal.visits
+backends.metal.families backends.metal.tables backends.metal.choice
 backends.metal.plan
 backends.metal.source
 backends.metal.emulator backends.metal.emulator.fault backends.metal.emulator.signature

@@ -13,17 +13,17 @@ from cases import Sizes as Lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilefold import causal, documents, full, local
-from tilefold.backends.metal import choice, families, tables, visits
+from tilefold import causal, documents, full, local, visits
+from tilefold.backends.metal import choice, families, tables
 from tilefold.backends.metal.choice import LEAVING, choose
 from tilefold.backends.metal.families import FAMILIES, family
 from tilefold.backends.metal.msl import BYTES
 from tilefold.backends.metal.plan import FEW_QUERIES, KEYS_PER_SPLIT, MANY_KEYS, Launch, plan
 from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import HELD, PARALLEL, SUMS, Blocks, whole
-from tilefold.backends.metal.visits import aligned
 from tilefold.blocks import Runs
 from tilefold.problem import Problem
+from tilefold.visits import aligned
 
 DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = ("forward", "backward_dq", "backward_dkv")

@@ -21,7 +21,6 @@ from tilefold.backends.metal.arguments import pages
 from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
 from tilefold.backends.metal.spec import PARALLEL, SIDE, Blocks, MetalSpec
-from tilefold.backends.metal.visits import aligned
 from tilefold.blocks import Runs, runs
 from tilefold.choice import GRANULE, bound, visited_by
 from tilefold.expression import Table, split
@@ -29,6 +28,7 @@ from tilefold.fold import index_bits
 from tilefold.plan import Scratch
 from tilefold.problem import Problem
 from tilefold.recent import Recent
+from tilefold.visits import aligned
 
 FORMS = ("auto", "tiled", "decode")
 """How a forward pass is done: "decode" splits the keys of few queries."""

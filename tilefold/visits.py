@@ -1,4 +1,4 @@
-"""Runs of a mask as tiles of a kernel: as few tiles as cover what is seen.
+"""Runs of a mask as tiles of a GPU kernel: as few tiles as cover what is seen.
 
 A kernel multiplies whole tiles of `traverse` columns, and the runs of a mask are cut wherever full
 tiles of 32 meet partial ones. A narrow window would be three tiles then, hardly filled: partial,
