@@ -39,6 +39,8 @@ backends.metal.emulator.toolchain backends.metal.emulator.arguments
 backends.metal.emulator.launch backends.metal.emulate
 backends.metal.dispatch backends.metal.calls backends.metal.runtime backends.metal.commands
 backends.metal.standalone backends.metal.gated backends.metal.model
+backends.triton backends.triton.spec backends.triton.text backends.triton.mask
+backends.triton.arguments backends.triton.frame backends.triton.softmax backends.triton.forward
 engine compiling
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy

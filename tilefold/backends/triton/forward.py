@@ -1,0 +1,84 @@
+"""The forward pass: one program for each block of queries, which walks over the keys it sees.
+
+FlashAttention-2 (Dao, 2023, arXiv:2307.08691), Algorithm 1. Tiles without a mask come first, in a
+loop of their own that asks for nothing; tiles with one after them. Sums do not depend on the number
+of programs, so results are the same from run to run.
+"""
+
+from __future__ import annotations
+
+from tilefold.backends.triton import softmax
+from tilefold.backends.triton.frame import (
+    add_product,
+    dot,
+    fetch,
+    load,
+    parallel,
+    rows_of,
+    seen,
+    tiles,
+    write,
+    written,
+    zeros,
+)
+from tilefold.backends.triton.spec import TritonSpec, pieces
+from tilefold.backends.triton.text import Text
+
+ALGORITHM = (
+    "o, m, l = 0, lowest, 0",
+    "for each tile of keys that the block of queries sees:",
+    "    s = q k^T",
+    "    m, shrink = max(m, max s), exp2 (m_before - m)",
+    "    p = exp2 (s - m)",
+    "    l = l shrink + sum p",
+    "    o = o shrink + p v",
+    "o, lse = o / l, m + log l",
+)
+
+
+def emit(spec: TritonSpec) -> str:
+    """The module of the forward kernel."""
+    text = Text()
+    values = range(len(pieces(spec.dim_v)))
+    sums = [f"o_{i}" for i in values]
+    parallel(text, spec)
+    text("h_k = h // group")
+    softmax.factor(text, spec)
+    queries(text, spec)
+    softmax.begin(text, spec)
+    for name, piece in zip(sums, pieces(spec.dim_v), strict=True):
+        text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
+    for masked in (False, True):
+        with tiles(text, spec, "h", masked):
+            within = "within_traverse" if masked else ""
+            fetch(text, spec, "k", "traverse", "h_k", "start", within)
+            scores(text, spec)
+            if masked:
+                seen(text, spec, "h")
+            softmax.fold(text, spec, sums, masked)
+            text(f"weights = p.to(tl.{spec.dtype})")
+            fetch(text, spec, "v", "traverse", "h_k", "start", within)
+            add_product(text, spec, sums, "weights", [f"v_{i}" for i in values], masked)
+    softmax.end(text)
+    write(text, spec, "o", "h", "first_q", [f"({name} / share[:, None])" for name in sums])
+    text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
+    return written(spec, "Attention, forward.", ALGORITHM, text)
+
+
+def queries(text: Text, spec: TritonSpec) -> None:
+    """The block of queries, negated where the scale is negative; or only where it lies."""
+    if not spec.held:
+        rows_of(text, spec, "q", "h", "first_q", "parallel")
+        return
+    fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
+    if spec.negative:
+        text(*(f"q_{i} = -q_{i}" for i in range(len(pieces(spec.dim)))))
+
+
+def scores(text: Text, spec: TritonSpec) -> None:
+    """`s`, the scores of a tile: queries are its rows, keys its columns."""
+    for i, piece in enumerate(pieces(spec.dim)):
+        if not spec.held:
+            sign = "-" if spec.negative else ""
+            text(f"q_{i} = {sign}{load(spec, 'q', piece, 'within_parallel')}")
+        text(f"s = {dot(spec, f'q_{i}', f'tl.trans(k_{i})', 's' if i else '')}")

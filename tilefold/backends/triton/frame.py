@@ -1,0 +1,273 @@
+"""What stands around every kernel: the module, the signature, the place of a program, its tiles.
+
+An operand along a block is loaded piece by piece of the head dimension (see `spec.pieces`), rows
+from a pointer that has 64 bits, so that offsets inside a tile are short:
+
+    q_block = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + first_q.to(tl.int64) * q_n
+    q_rows = q_block + row_parallel[:, None] * q_n
+    q_0 = tl.load(q_rows + d0_64[None, :] * q_d, ...)
+
+Where a device has a unit that moves whole tiles (Hopper's TMA), the same operand is a *tensor
+descriptor*, one for each width of a piece, and the tile is `q_64.load([b, h, first_q, 0])`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from tilefold.backends.triton import arguments, mask
+from tilefold.backends.triton.spec import Piece, TritonSpec, pieces
+from tilefold.backends.triton.text import ELEMENTS, Text
+
+HEADERS = ("import triton", "import triton.language as tl")
+
+LOWEST = {"float32": "-3e38", "float64": "-1e308"}
+"""Where a running maximum starts: finite, so that no difference of two of them is NaN."""
+
+SIDES = {"q": "q", "o": "q", "do": "q", "dq": "q", "k": "k", "v": "k", "dk": "k", "dv": "k"}
+"""The sequence along which the rows of an operand lie."""
+
+HELPERS = {
+    "is_odd": '''\
+@triton.jit
+def is_odd(x):
+    """1 where x holds NaN or infinity, else 0."""
+    odd = (x - x != 0).to(tl.int32)
+    return tl.max(tl.max(odd, 1), 0)
+''',
+    "careful": '''\
+@triton.jit
+def careful(weights, seen, values, total, rows):
+    """total + weights @ values, where values of pairs that may not meet are not looked at.
+
+    The weight of such a pair is 0, but 0 * NaN is NaN. So here one row of values is added at a
+    time, to those alone that may see it.
+    """
+    for i in tl.range(TRAVERSE, num_stages=1):
+        here = rows == i
+        value = tl.sum(tl.where(here[:, None], values, 0.0).to(total.dtype), 0)
+        weight = tl.sum(tl.where(here[None, :], weights, 0.0).to(total.dtype), 1)
+        meets = tl.max(tl.where(here[None, :] & seen, 1, 0), 1)
+        total += tl.where(meets[:, None] != 0, weight[:, None] * value[None, :], 0.0)
+    return total
+''',
+}
+"""Functions that kernels call by name; only those that a text calls stand in it."""
+
+
+def precision(spec: TritonSpec) -> str:
+    """How a product of float32 numbers is asked for; other types have one way."""
+    return f', input_precision="{spec.products}"' if spec.dtype == "float32" else ""
+
+
+def dot(spec: TritonSpec, left: str, right: str, total: str = "") -> str:
+    """A product of two tiles, added to a sum where one is given."""
+    kind = ", out_dtype=tl.float64" if spec.dtype == "float64" else ""
+    return f"tl.dot({left}, {right}{f', {total}' if total else ''}{precision(spec)}{kind})"
+
+
+def written(spec: TritonSpec, title: str, algorithm: Sequence[str], body: Text) -> str:
+    """A whole module: the kernel `spec.entry` around its body, and what it needs before it."""
+    text = Text()
+    text('"""' + title, "", *(f"    {line}".rstrip() for line in algorithm), '"""', "")
+    text(*HEADERS, "")
+    blocks = spec.blocks
+    text(f"PARALLEL = tl.constexpr({blocks.parallel})")
+    text(f"TRAVERSE = tl.constexpr({blocks.traverse})", "", "")
+    used = _words(str(body))
+    if "visible" in used:
+        text(mask.visible(spec.mask, spec.index_bits), "")
+    for name, helper in HELPERS.items():
+        if name in used:
+            text(helper, "")
+    text.listed("@triton.jit(do_not_specialize=[", [f'"{n}"' for n in arguments.alike(spec)], "])")
+    given = [f"{name}: \"fp64\"" if name == "scale" and spec.dtype == "float64" else name
+             for name in parameters(spec)]  # fmt: skip
+    text.listed(f"def {spec.entry}(", given, "):")
+    text(*(f"    {line}".rstrip() for line in _head(spec, used)))
+    text(*(f"    {line}".rstrip() for line in str(body).splitlines()))
+    return str(text)
+
+
+def parameters(spec: TritonSpec) -> list[str]:
+    """The parameters of the text: descriptors stand in the place of the operands they replace."""
+    found: list[str] = []
+    for name in arguments.names(spec):
+        found += [name]
+    if spec.descriptors:
+        found += [name for name, _ in descriptors(spec)]
+    return found
+
+
+def descriptors(spec: TritonSpec) -> list[tuple[str, tuple[str, int, int]]]:
+    """Tensor descriptors by name, and what each is of: an operand, rows and columns of a tile."""
+    if not spec.descriptors:
+        return []
+    found = {}
+    for operand in arguments.OPERANDS[spec.operation]:
+        if operand in ("q", "k", "v", "do"):
+            own = SIDES[operand] == spec.parallel
+            rows = spec.blocks.parallel if own else spec.blocks.traverse
+            for piece in pieces(spec.width(operand)):
+                found[f"{operand}_{piece.width}"] = (operand, rows, piece.width)
+    return [*found.items()]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", text))
+
+
+def _head(spec: TritonSpec, used: set[str]) -> list[str]:
+    """The place of a program, and the indices that the body names."""
+    lines = ["place = tl.program_id(0)"]
+    if "block" in used:
+        if "order" in arguments.names(spec):
+            lines.append("block = tl.load(order + place % block_rows)  # the heaviest first")
+        else:
+            lines.append("block = place % block_rows")
+    lines += ["h = place // block_rows % heads", "b = place // block_rows // heads"]
+    for side, rows in (("parallel", "PARALLEL"), ("traverse", "TRAVERSE")):
+        if f"row_{side}" in used:
+            lines.append(f"row_{side} = tl.arange(0, {rows})")
+    widths = {}
+    for operand in ("q", "v"):
+        for piece in pieces(spec.width(operand)):
+            widths[column(piece)] = piece
+    for name, piece in widths.items():
+        if name in used:
+            first = f"{piece.first} + " if piece.first else ""
+            lines.append(f"{name} = {first}tl.arange(0, {piece.width})")
+    return lines
+
+
+def column(piece: Piece) -> str:
+    """The name of the columns of a piece."""
+    return f"d{piece.first}_{piece.width}"
+
+
+def rows_of(text: Text, spec: TritonSpec, operand: str, head: str, first: str, side: str) -> None:
+    """Where the rows of a block of an operand begin: `q_rows`, a column of addresses."""
+    wide = ".to(tl.int64)" if spec.wide else ""
+    text(
+        f"{operand}_block = {operand} + b.to(tl.int64) * {operand}_b"
+        f" + {head}.to(tl.int64) * {operand}_h + {first}.to(tl.int64) * {operand}_n",
+        f"{operand}_rows = {operand}_block + row_{side}[:, None]{wide} * {operand}_n",
+    )
+
+
+def address(spec: TritonSpec, operand: str, piece: Piece) -> str:
+    """The addresses of a tile of an operand, from `<operand>_rows` on."""
+    wide = ".to(tl.int64)" if spec.wide else ""
+    return f"{operand}_rows + {column(piece)}[None, :]{wide} * {operand}_d"
+
+
+def guard(piece: Piece, rows: str) -> str:
+    """Which numbers of a tile are there: `rows` says it of the rows, "" where all are."""
+    parts = [f"{rows}[:, None]"] if rows else []
+    if piece.padded:
+        parts.append(f"({column(piece)}[None, :] < {piece.stop})")
+    return " & ".join(parts)
+
+
+def load(spec: TritonSpec, operand: str, piece: Piece, rows: str) -> str:
+    """A tile of an operand from `<operand>_rows` on; what is not there is 0."""
+    where = guard(piece, rows)
+    end = f", mask={where}, other=0.0)" if where else ")"
+    return f"tl.load({address(spec, operand, piece)}{end}"
+
+
+def fetch(
+    text: Text, spec: TritonSpec, operand: str, side: str, head: str, first: str, rows: str
+) -> None:
+    """Load the block of an operand that begins at row `first` of a head: `q_0`, `q_1`, ...
+
+    `rows` says which rows are there, "" where all are. By descriptors where the spec has them.
+    """
+    if not spec.descriptors:
+        rows_of(text, spec, operand, head, first, side)
+    for i, piece in enumerate(pieces(spec.width(operand))):
+        if spec.descriptors:
+            shape = f"{side.upper()}, {piece.width}"
+            at = f"[b, {head}, {first}, {piece.first}]"
+            tile = f"{operand}_{piece.width}.load({at}).reshape({shape})"
+        else:
+            tile = load(spec, operand, piece, rows)
+        text(f"{operand}_{i} = {tile}")
+
+
+def write(
+    text: Text, spec: TritonSpec, operand: str, head: str, first: str, values: Sequence[str]
+) -> None:
+    """Write the block of an operand along the parallel axis, rounded to its type, by pieces."""
+    rows_of(text, spec, operand, head, first, "parallel")
+    for piece, value in zip(pieces(spec.width(operand)), values, strict=True):
+        where = guard(piece, "within_parallel")
+        text(
+            f"tl.store({address(spec, operand, piece)}, {value}.to(tl.{spec.dtype}), mask={where})"
+        )
+
+
+def number(dtype: str) -> str:
+    """A type as Triton's language has it."""
+    return f"tl.{dtype}" if dtype in ELEMENTS else dtype
+
+
+def zeros(spec: TritonSpec, rows: str, columns: int | str) -> str:
+    """A sum that begins."""
+    return f"tl.full([{rows}, {columns}], 0.0, {number(spec.statistics)})"
+
+
+@contextmanager
+def tiles(text: Text, spec: TritonSpec, head: str, masked: bool) -> Iterator[None]:
+    """The walk over the tiles of a block row, those without a mask or those with one: `start`.
+
+    In those with a mask, pairs of elements from `last` on are not there. They are few, and not
+    pipelined: copies that are under way would take as much shared memory again.
+    """
+    stages = ", num_stages=1" if masked else ""
+    text(f"visited = 2 * (b * row_b + {head} * row_h + block)")
+    begin, end = ("visited + 1", "visited + 2") if masked else ("visited", "visited + 1")
+    text(f"begin, end = tl.load(run_rows + {begin}), tl.load(run_rows + {end})")
+    with text.block("for run in tl.range(begin, end, num_stages=1)"):
+        text("first = tl.load(runs + 2 * run)", "last = tl.load(runs + 2 * run + 1)")
+        with text.block(f"for start in tl.range(first, last, TRAVERSE{stages})"):
+            if masked:
+                text("within_traverse = start + row_traverse < last")
+            yield
+
+
+def parallel(text: Text, spec: TritonSpec) -> None:
+    """The rows of the block: `first_q`, `q_at`, `within_parallel`."""
+    axis = spec.parallel
+    text(f"first_{axis} = block * PARALLEL", f"{axis}_at = first_{axis} + row_parallel")
+    text(f"within_parallel = {axis}_at < len_{axis}")
+    if mask.masks(spec.mask):
+        text(f"{axis}_safe = tl.minimum({axis}_at, len_{axis} - 1)")
+
+
+def seen(text: Text, spec: TritonSpec, head: str) -> None:
+    """`seen`: which pairs of a masked tile may meet; the rule is asked about pairs that exist."""
+    own, other = spec.parallel, "k" if spec.parallel == "q" else "q"
+    text("seen = within_traverse[None, :] & within_parallel[:, None]")
+    if mask.masks(spec.mask):
+        text(f"{other}_safe = tl.minimum(start + row_traverse, len_{other} - 1)")
+        given = {own: f"{own}_safe[:, None]", other: f"{other}_safe[None, :]"}
+        text(f"seen = seen & {mask.call(spec.mask, b='b', h=head, q=given['q'], k=given['k'])}")
+
+
+def add_product(
+    text: Text, spec: TritonSpec, sums: Sequence[str], weights: str, values: Sequence[str],
+    masked: bool,
+) -> None:  # fmt: skip
+    """Add weights @ values to sums, a pair for each piece; in masked tiles with a look at values."""
+    for total, value in zip(sums, values, strict=True):
+        plain = f"{total} = {dot(spec, weights, value, total)}"
+        if not masked:
+            text(plain)
+            continue
+        with text.block(f"if is_odd({value}) != 0"):
+            text(f"{total} = careful({weights}, seen, {value}, {total}, row_traverse)")
+        with text.block("else"):
+            text(plain)

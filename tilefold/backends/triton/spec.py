@@ -1,0 +1,149 @@
+"""What a Triton kernel is: its name, its types, its block sizes, its warps and pipeline stages.
+
+As in the other backends a spec is all that decides the text of a kernel, and forgets the lengths.
+The `parallel` axis is split over programs (thread blocks), the `traverse` axis is walked inside of
+one. Tensors of Triton have sides that are powers of two, so the head dimension is cut into *pieces*
+that are: 80 is 64 and 16, and 199 is 128, 64 and 16, of which the last 9 columns are padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tilefold.expression import Skeleton
+
+LEAST = 16
+"""The least side of a product: every matrix unit of the known GPUs takes 16."""
+
+MOST_DIM = 512
+"""The widest head: beyond it a block of 16 rows of sums no longer fits the registers."""
+
+PARALLEL = {
+    "forward": "q",
+    "decode": "q",
+    "merge": "q",
+    "backward_dq": "q",
+    "backward_dkv": "k",
+    "backward": "k",
+    "reduce_dq": "q",
+}
+"""The axis that is split over programs, by operation."""
+
+PRODUCTS = ("ieee", "tf32x3", "tf32")
+"""How float32 numbers are multiplied, by Triton's names: exactly, in three products, in one."""
+
+
+class Piece(NamedTuple):
+    """Columns `first` to `first + width` of a head, of which those below `stop` are there."""
+
+    first: int
+    width: int
+    stop: int
+
+    @property
+    def padded(self) -> bool:
+        """Whether some columns are padding."""
+        return self.stop < self.first + self.width
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of a block along each axis, and the warps and pipeline stages that work on it.
+
+    >>> print(Blocks(128, 64, 8, 3))
+    128 x 64, 8 warps, 3 stages
+    """
+
+    parallel: int
+    traverse: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("parallel", "traverse"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < LEAST or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two from {LEAST}, got {value}")
+        if self.warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"warps must be 1, 2, 4, 8 or 16, got {self.warps}")
+        if not 1 <= self.stages <= 8:
+            raise ValueError(f"stages must be from 1 to 8, got {self.stages}")
+
+    def __str__(self) -> str:
+        return f"{self.parallel} x {self.traverse}, {self.warps} warps, {self.stages} stages"
+
+
+@dataclass(frozen=True)
+class TritonSpec:
+    """What changes the text of a kernel, and nothing else: no lengths, batch, heads or mask data.
+
+    `held`: the operands along the parallel axis are loaded once, else again for every tile, which
+    costs reads and saves the shared memory that they would occupy. `products` is how float32 is
+    multiplied. `negative`: the scale is below 0, and queries are negated. `wide`: offsets inside a
+    tile may pass 31 bits. `descriptors`: tiles are moved by tensor descriptors (the TMA unit of
+    Hopper and newer). The last two follow from where the arrays lie, which a plan does not know.
+    `gluon`: written in Gluon for Hopper, by `hopper`.
+    """
+
+    operation: str
+    dtype: str
+    dim: int
+    dim_v: int
+    blocks: Blocks
+    mask: Skeleton
+    index_bits: int
+    held: bool = True
+    products: str = "ieee"
+    negative: bool = False
+    wide: bool = False
+    descriptors: bool = False
+    gluon: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.operation in PARALLEL, self.operation
+        assert self.products in PRODUCTS, self.products
+
+    @property
+    def parallel(self) -> str:
+        """The axis that is split over programs, "q" or "k"."""
+        return PARALLEL[self.operation]
+
+    @property
+    def entry(self) -> str:
+        """The kernel's name in the text: stable, so that a profiler can ask for it."""
+        return f"tilefold_{self.operation}{'_hopper' if self.gluon else ''}"
+
+    @property
+    def statistics(self) -> str:
+        """The type of sums, lse and all that is not an operand."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def width(self, operand: str) -> int:
+        """Elements in a row of an operand."""
+        return self.dim_v if operand in ("v", "o", "do", "dv") else self.dim
+
+
+def pieces(dim: int) -> tuple[Piece, ...]:
+    """The columns of a head in pieces whose widths are powers of two from 16, the widest first.
+
+    >>> pieces(80)
+    (Piece(first=0, width=64, stop=64), Piece(first=64, width=16, stop=80))
+    >>> [piece.width for piece in pieces(199)], pieces(3)
+    ([128, 64, 16], (Piece(first=0, width=16, stop=3),))
+    """
+    left, first, found = -(-dim // LEAST) * LEAST, 0, []
+    while left:
+        width = 1 << (left.bit_length() - 1)
+        found.append(Piece(first, width, min(first + width, dim)))
+        first, left = first + width, left - width
+    return tuple(found)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below a number.
+
+    >>> power_of_two(1), power_of_two(17)
+    (1, 32)
+    """
+    return 1 << max(0, number - 1).bit_length()
