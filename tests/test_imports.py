@@ -41,6 +41,8 @@ backends.metal.dispatch backends.metal.calls backends.metal.runtime backends.met
 backends.metal.standalone backends.metal.gated backends.metal.model
 backends.triton backends.triton.spec backends.triton.text backends.triton.mask
 backends.triton.arguments backends.triton.frame backends.triton.softmax backends.triton.forward
+backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.source
+backends.triton.architectures backends.triton.choice
 engine compiling
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy

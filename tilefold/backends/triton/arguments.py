@@ -46,10 +46,21 @@ from there to `run_rows[2 i + 2]` of the others. A run is (first, last)."""
 VISITING = ("forward", "backward_dq", "backward_dkv", "backward", "decode")
 """Operations that visit the pairs of the rule."""
 
-SIZES = ("len_q", "len_k", "heads", "group", "row_b", "row_h", "block_rows", "splits")
+SIZES = (
+    "len_q",
+    "len_k",
+    "heads",
+    "group",
+    "row_b",
+    "row_h",
+    "block_rows",
+    "splits",
+    "parts_stride",
+)
 """Whole numbers of every kernel: `heads` on the parallel side, `group` query heads to a key head,
 `row_b` and `row_h` block rows from one plane of the runs to the next (0 where all are alike),
-`block_rows` programs of one head, `splits` parts of a row that another kernel joins."""
+`block_rows` of one head, `splits` parts that another kernel joins, and `parts_stride` rows, of 64
+bits, from one part of dq to the next."""
 
 AXES = "bhnd"
 
@@ -95,6 +106,6 @@ def signature(spec: TritonSpec) -> dict[str, str]:
     number = "i64" if spec.index_bits == 64 else "i32"
     for name in rule(spec):
         found[name] = tables.get(name, number if name.startswith("p") else "i32")
-    found |= dict.fromkeys(SIZES, "i32")
+    found |= dict.fromkeys(SIZES, "i32") | {"parts_stride": "i64"}
     found |= dict.fromkeys(strides(spec), "i64" if spec.wide else "i32")
     return found | {"scale": "fp64" if spec.dtype == "float64" else "fp32"}

@@ -7,9 +7,15 @@ of programs, so results are the same from run to run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tilefold.backends.triton import softmax
 from tilefold.backends.triton.frame import (
+    AGAIN,
+    USUAL,
+    Walk,
     add_product,
+    clean,
     dot,
     fetch,
     load,
@@ -17,6 +23,7 @@ from tilefold.backends.triton.frame import (
     rows_of,
     seen,
     tiles,
+    within,
     write,
     written,
     zeros,
@@ -39,30 +46,37 @@ ALGORITHM = (
 def emit(spec: TritonSpec) -> str:
     """The module of the forward kernel."""
     text = Text()
-    values = range(len(pieces(spec.dim_v)))
-    sums = [f"o_{i}" for i in values]
     parallel(text, spec)
-    text("h_k = h // group")
+    text("h_k = h // group", "odd = 0")
     softmax.factor(text, spec)
     queries(text, spec)
+    _block(text, spec, USUAL)
+    with text.block("if odd != 0"):
+        _block(text, spec, AGAIN)
+    return written(spec, "Attention, forward.", ALGORITHM, text)
+
+
+def _block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
+    """The block of queries from its first tile to its results."""
+    values = range(len(pieces(spec.dim_v)))
+    sums = [f"o_{i}" for i in values]
     softmax.begin(text, spec)
     for name, piece in zip(sums, pieces(spec.dim_v), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
-    for masked in (False, True):
-        with tiles(text, spec, "h", masked):
-            within = "within_traverse" if masked else ""
-            fetch(text, spec, "k", "traverse", "h_k", "start", within)
+    for walk in walks:
+        with tiles(text, spec, "h", walk):
+            fetch(text, spec, "k", "traverse", "h_k", "start", within(walk))
             scores(text, spec)
-            if masked:
+            if walk is not Walk.WHOLE:
                 seen(text, spec, "h")
-            softmax.fold(text, spec, sums, masked)
+            softmax.fold(text, spec, sums, walk)
             text(f"weights = p.to(tl.{spec.dtype})")
-            fetch(text, spec, "v", "traverse", "h_k", "start", within)
-            add_product(text, spec, sums, "weights", [f"v_{i}" for i in values], masked)
+            fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
+            clean(text, spec, "v", walk)
+            add_product(text, spec, sums, "weights", [f"v_{i}" for i in values], walk)
     softmax.end(text)
     write(text, spec, "o", "h", "first_q", [f"({name} / share[:, None])" for name in sums])
     text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
-    return written(spec, "Attention, forward.", ALGORITHM, text)
 
 
 def queries(text: Text, spec: TritonSpec) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 
 from tilefold.backends.triton import arguments, mask
 from tilefold.backends.triton.spec import Piece, TritonSpec, pieces
@@ -37,15 +38,21 @@ def is_odd(x):
     odd = (x - x != 0).to(tl.int32)
     return tl.max(tl.max(odd, 1), 0)
 ''',
+    "finite": '''\
+@triton.jit
+def finite(x):
+    """x, with 0 for NaN and infinity."""
+    return tl.where(x - x == 0, x, 0.0)
+''',
     "careful": '''\
 @triton.jit
-def careful(weights, seen, values, total, rows):
+def careful(weights, seen, values, total, rows, count):
     """total + weights @ values, where values of pairs that may not meet are not looked at.
 
     The weight of such a pair is 0, but 0 * NaN is NaN. So here one row of values is added at a
     time, to those alone that may see it.
     """
-    for i in tl.range(TRAVERSE, num_stages=1):
+    for i in tl.range(0, count, num_stages=1):
         here = rows == i
         value = tl.sum(tl.where(here[:, None], values, 0.0).to(total.dtype), 0)
         weight = tl.sum(tl.where(here[None, :], weights, 0.0).to(total.dtype), 1)
@@ -122,12 +129,15 @@ def _words(text: str) -> set[str]:
 def _head(spec: TritonSpec, used: set[str]) -> list[str]:
     """The place of a program, and the indices that the body names."""
     lines = ["place = tl.program_id(0)"]
-    if "block" in used:
-        if "order" in arguments.names(spec):
+    if spec.operation == "backward":  # an owner has several blocks, one after the other
+        lines += ["owner = place % splits", "h = place // splits % heads"]
+        lines.append("b = place // splits // heads")
+    else:
+        if "order" in arguments.arrays(spec):
             lines.append("block = tl.load(order + place % block_rows)  # the heaviest first")
         else:
             lines.append("block = place % block_rows")
-    lines += ["h = place // block_rows % heads", "b = place // block_rows // heads"]
+        lines += ["h = place // block_rows % heads", "b = place // block_rows // heads"]
     for side, rows in (("parallel", "PARALLEL"), ("traverse", "TRAVERSE")):
         if f"row_{side}" in used:
             lines.append(f"row_{side} = tl.arange(0, {rows})")
@@ -219,23 +229,57 @@ def zeros(spec: TritonSpec, rows: str, columns: int | str) -> str:
     return f"tl.full([{rows}, {columns}], 0.0, {number(spec.statistics)})"
 
 
-@contextmanager
-def tiles(text: Text, spec: TritonSpec, head: str, masked: bool) -> Iterator[None]:
-    """The walk over the tiles of a block row, those without a mask or those with one: `start`.
+class Walk(Enum):
+    """How tiles are visited.
 
-    In those with a mask, pairs of elements from `last` on are not there. They are few, and not
-    pipelined: copies that are under way would take as much shared memory again.
+    Most kernels visit those of whole pairs (`WHOLE`), then those at an edge (`EDGE`), where pairs
+    that may not meet get weight 0. But 0 * NaN is NaN, so NaN and infinities are left out there,
+    and `odd` says that there were any: then, at the end, all is done once more, slowly, with a look
+    at each pair (`CAREFUL`). That costs the usual case a comparison for each number of an edge.
     """
-    stages = ", num_stages=1" if masked else ""
+
+    WHOLE = 0
+    EDGE = 1
+    CAREFUL = 2
+
+
+USUAL = (Walk.WHOLE, Walk.EDGE)
+"""The walks of finite numbers, one after the other."""
+
+AGAIN = (Walk.CAREFUL,)
+"""The walk over all tiles where some number was not finite."""
+
+
+@contextmanager
+def tiles(text: Text, spec: TritonSpec, head: str, walk: Walk) -> Iterator[None]:
+    """The walk over the tiles of a block row: `start`, and `within_traverse` unless it is `WHOLE`.
+
+    Tiles at an edge are few, and not pipelined: copies that are under way take shared memory.
+    """
     text(f"visited = 2 * (b * row_b + {head} * row_h + block)")
-    begin, end = ("visited + 1", "visited + 2") if masked else ("visited", "visited + 1")
+    begin = "visited + 1" if walk is Walk.EDGE else "visited"
+    end = "visited + 1" if walk is Walk.WHOLE else "visited + 2"
     text(f"begin, end = tl.load(run_rows + {begin}), tl.load(run_rows + {end})")
     with text.block("for run in tl.range(begin, end, num_stages=1)"):
-        text("first = tl.load(runs + 2 * run)", "last = tl.load(runs + 2 * run + 1)")
+        text("first, last = tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1)")
+        stages = "" if walk is Walk.WHOLE else ", num_stages=1"
         with text.block(f"for start in tl.range(first, last, TRAVERSE{stages})"):
-            if masked:
+            if walk is not Walk.WHOLE:
                 text("within_traverse = start + row_traverse < last")
             yield
+
+
+def within(walk: Walk) -> str:
+    """Which rows of a tile are there, as `fetch` takes it."""
+    return "" if walk is Walk.WHOLE else "within_traverse"
+
+
+def clean(text: Text, spec: TritonSpec, operand: str, walk: Walk) -> None:
+    """At an edge, leave out what is not finite, and remember that there was something."""
+    if walk is not Walk.EDGE:
+        return
+    for i in range(len(pieces(spec.width(operand)))):
+        text(f"odd |= is_odd({operand}_{i})", f"{operand}_{i} = finite({operand}_{i})")
 
 
 def parallel(text: Text, spec: TritonSpec) -> None:
@@ -258,16 +302,21 @@ def seen(text: Text, spec: TritonSpec, head: str) -> None:
 
 
 def add_product(
-    text: Text, spec: TritonSpec, sums: Sequence[str], weights: str, values: Sequence[str],
-    masked: bool,
-) -> None:  # fmt: skip
-    """Add weights @ values to sums, a pair for each piece; in masked tiles with a look at values."""
+    text: Text,
+    spec: TritonSpec,
+    sums: Sequence[str],
+    weights: str,
+    values: Sequence[str],
+    walk: Walk,
+    pairs: tuple[str, str, str] = ("seen", "row_traverse", "TRAVERSE"),
+) -> None:
+    """Add weights @ values to sums, a pair for each piece.
+
+    `pairs`, for the careful walk: which pairs may meet, and the rows of values and their number.
+    """
     for total, value in zip(sums, values, strict=True):
-        plain = f"{total} = {dot(spec, weights, value, total)}"
-        if not masked:
-            text(plain)
-            continue
-        with text.block(f"if is_odd({value}) != 0"):
-            text(f"{total} = careful({weights}, seen, {value}, {total}, row_traverse)")
-        with text.block("else"):
-            text(plain)
+        if walk is Walk.CAREFUL:
+            may, rows, count = pairs
+            text(f"{total} = careful({weights}, {may}, {value}, {total}, {rows}, {count})")
+        else:
+            text(f"{total} = {dot(spec, weights, value, total)}")

@@ -48,7 +48,7 @@ def absolute(x):
     return tl.where(x < 0, -x, x)
 """,
 }
-"""Python's `//` and `%` by a positive number where the left side may be negative: Triton truncates."""
+"""Python's `//` and `%` by a positive number: Triton truncates where the left side is negative."""
 
 
 def masks(skeleton: Skeleton) -> bool:

@@ -7,7 +7,7 @@ where it is, queries are negated first.
 
 from __future__ import annotations
 
-from tilefold.backends.triton.frame import LOWEST, number
+from tilefold.backends.triton.frame import LOWEST, Walk, number
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.backends.triton.text import Text
 
@@ -27,13 +27,13 @@ def begin(text: Text, spec: TritonSpec) -> None:
     text(f"l = tl.full([PARALLEL], 0.0, {kind})")
 
 
-def fold(text: Text, spec: TritonSpec, sums: list[str], masked: bool) -> None:
+def fold(text: Text, spec: TritonSpec, sums: list[str], walk: Walk) -> None:
     """Fold a tile of scores `s` into m and l; sums are scaled; `p` are the tile's weights."""
-    if masked:
+    if walk is not Walk.WHOLE:
         text(f"s = tl.where(seen, s, {LOWEST[spec.statistics]})")
     text("top = tl.maximum(m, tl.max(s, 1))")
     text("p = tl.exp2(s * factor - (top * factor)[:, None])")
-    if masked:
+    if walk is not Walk.WHOLE:
         text("p = tl.where(seen, p, 0.0)")
     text("shrink = tl.exp2((m - top) * factor)")
     text("l = l * shrink + tl.sum(p, 1)", "m = top")

@@ -25,6 +25,7 @@ PARALLEL = {
     "merge": "q",
     "backward_dq": "q",
     "backward_dkv": "k",
+    "delta": "q",
     "backward": "k",
     "reduce_dq": "q",
 }

@@ -1,0 +1,62 @@
+"""GPU architectures, and what a kernel of each may take.
+
+Limits are those of NVIDIA's CUDA programming guide (table of technical specifications by compute
+capability) and AMD's CDNA 3 ISA guide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilefold.check import choice
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of GPU. `table` is the architecture whose blocks it uses.
+
+    `shared_bytes` is what one program may take of shared memory, `registers` 32-bit ones of all of
+    its threads, of which one thread has `thread_registers` at most. `descriptors`: there is a unit
+    that moves whole tiles. `float64`: Triton multiplies tiles of float64 there.
+    """
+
+    name: str
+    kind: str
+    chips: str
+    table: str
+    shared_bytes: int
+    warp: int = 32
+    registers: int = 65536
+    thread_registers: int = 255
+    descriptors: bool = False
+    float64: bool = True
+
+
+_KIB = 1024
+
+ARCHITECTURES = {
+    found.name: found
+    for found in (
+        Architecture("sm_80", "cuda", "A100", "sm_80", 163 * _KIB),
+        Architecture("sm_86", "cuda", "A10, RTX 30", "sm_120", 99 * _KIB),
+        Architecture("sm_89", "cuda", "L4, L40, RTX 40", "sm_120", 99 * _KIB),
+        Architecture("sm_90", "cuda", "H100, H200", "sm_90", 227 * _KIB, descriptors=True),
+        Architecture("sm_100", "cuda", "B200", "sm_100", 227 * _KIB, descriptors=True),
+        Architecture("sm_120", "cuda", "RTX 50", "sm_120", 99 * _KIB, descriptors=True),
+        Architecture(
+            "gfx942", "hip", "MI300", "gfx942", 64 * _KIB, warp=64, registers=131072,
+            thread_registers=512, float64=False,
+        ),
+    )
+}  # fmt: skip
+"""By name, NVIDIA's oldest first."""
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture of a name; raises ValueError for others.
+
+    >>> architecture("sm_90").shared_bytes
+    232448
+    """
+    choice("architecture", name, tuple(ARCHITECTURES))
+    return ARCHITECTURES[name]
