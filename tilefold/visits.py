@@ -57,6 +57,30 @@ def aligned(visited: Runs, step: int) -> Runs:
     return Runs(rows, np.stack((*found, kind), axis=1), visited.planes_b, visited.planes_h)
 
 
+def parted(visited: Runs, step: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The runs of each block row in two lists: whole tiles without a mask, then all others.
+
+    Returns rows and runs: runs `rows[2 i]` to `rows[2 i + 1]` of block row i are of whole tiles of
+    `step` that need no mask, runs from there to `rows[2 i + 2]` the rest; a run is (first, last).
+
+    >>> runs = Runs(np.array([0, 2]), np.array([[0, 32, 1], [32, 176, 0]]), 1, 1)
+    >>> rows, spans = parted(runs, 64)
+    >>> rows.tolist(), spans.tolist()
+    ([0, 1, 3], [[32, 160], [0, 32], [160, 176]])
+    """
+    first, last, masked = visited.runs.T
+    row = np.repeat(np.arange(len(visited.rows) - 1), np.diff(visited.rows))
+    middle = np.where(masked == 1, first, first + (last - first) // step * step)
+    spans = np.concatenate([np.stack((first, middle), 1), np.stack((middle, last), 1)])
+    lists = np.concatenate([2 * row, 2 * row + 1])
+    some = spans[:, 0] < spans[:, 1]
+    spans, lists = spans[some], lists[some]
+    order = np.lexsort((spans[:, 0], lists))
+    rows = np.zeros(2 * len(visited.rows) - 1, np.int32)
+    np.cumsum(np.bincount(lists, minlength=len(rows) - 1), out=rows[1:])
+    return rows, spans[order].astype(np.int32)
+
+
 def _joined(chain: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:
     """Ascending intervals of each chain, those that overlap or touch as one."""
     fresh = np.ones(len(chain), np.bool_)

@@ -2,7 +2,8 @@
 
 Arrays come first, then what the rule reads, then whole numbers (lengths, strides) and the scale.
 Strides are the arguments for which Triton may compile anew: it asks whether they are 1 or multiples
-of 16, which decides how much a thread moves at once. All other numbers serve every value alike.
+of 16, which decides how much a thread moves at once. All other numbers serve every value alike. The
+scale of float64 is given as an integer of the same bits: Triton passes float32 alone.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def names(spec: TritonSpec) -> tuple[str, ...]:
 
 
 def alike(spec: TritonSpec) -> tuple[str, ...]:
-    """Whole numbers for whose values no kernel is compiled anew."""
+    """Numbers for whose values no kernel is compiled anew."""
     numbers = tuple(name for name in rule(spec) if name.startswith("p"))
-    return (*numbers, *SIZES)
+    return (*numbers, *SIZES, "scale")
 
 
 def signature(spec: TritonSpec) -> dict[str, str]:
@@ -108,4 +109,4 @@ def signature(spec: TritonSpec) -> dict[str, str]:
         found[name] = tables.get(name, number if name.startswith("p") else "i32")
     found |= dict.fromkeys(SIZES, "i32") | {"parts_stride": "i64"}
     found |= dict.fromkeys(strides(spec), "i64" if spec.wide else "i32")
-    return found | {"scale": "fp64" if spec.dtype == "float64" else "fp32"}
+    return found | {"scale": "i64" if spec.dtype == "float64" else "fp32"}

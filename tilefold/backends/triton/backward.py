@@ -22,6 +22,7 @@ from tilefold.backends.triton.frame import (
     dot,
     fetch,
     load,
+    negated,
     parallel,
     rows_of,
     seen,
@@ -148,7 +149,7 @@ def keys_block(
             rows_of(text, spec, operand, "h", "first_k", "parallel")
     own, other = range(len(pieces(spec.dim))), range(len(pieces(spec.dim_v)))
     if spec.negative and spec.held:
-        text(*(f"k_{i} = -k_{i}" for i in own))
+        text(*(f"k_{i} = {negated(spec, f'k_{i}')}" for i in own))
     for operand in ("dk", "dv"):
         for i, piece in enumerate(pieces(spec.width(operand))):
             text(f"{operand}_{i} = {zeros(spec, 'PARALLEL', piece.width)}")
@@ -170,8 +171,8 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     clean(text, spec, "q", walk)
     for i, piece in enumerate(pieces(spec.dim)):
         if not spec.held:
-            sign = "-" if spec.negative else ""
-            text(f"k_{i} = {sign}{load(spec, 'k', piece, 'within_parallel')}")
+            tile = load(spec, "k", piece, "within_parallel")
+            text(f"k_{i} = {negated(spec, tile) if spec.negative else tile}")
         text(f"s = {dot(spec, f'k_{i}', f'tl.trans(q_{i})', 's' if i else '')}")
     if walk is not Walk.WHOLE:
         seen(text, spec, "h_q")

@@ -23,6 +23,7 @@ from tilefold.backends.triton.frame import (
     fetch,
     guard,
     load,
+    negated,
     seen,
     tiles,
     within,
@@ -69,8 +70,8 @@ def emit(spec: TritonSpec) -> str:
     text("q_block = q + b.to(tl.int64) * q_b")
     text("q_rows = q_block + (h_q.to(tl.int64) * q_h + q_at.to(tl.int64) * q_n)[:, None]")
     for i, piece in enumerate(pieces(spec.dim)):
-        sign = "-" if spec.negative else ""
-        text(f"q_{i} = {sign}{load(spec, 'q', piece, 'within_parallel')}")
+        tile = load(spec, "q", piece, "within_parallel")
+        text(f"q_{i} = {negated(spec, tile) if spec.negative else tile}")
     text("odd = 0")
     _part(text, spec, USUAL)
     with text.block("if odd != 0"):

@@ -19,6 +19,7 @@ from tilefold.backends.triton.frame import (
     dot,
     fetch,
     load,
+    negated,
     parallel,
     rows_of,
     seen,
@@ -86,13 +87,13 @@ def queries(text: Text, spec: TritonSpec) -> None:
         return
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     if spec.negative:
-        text(*(f"q_{i} = -q_{i}" for i in range(len(pieces(spec.dim)))))
+        text(*(f"q_{i} = {negated(spec, f'q_{i}')}" for i in range(len(pieces(spec.dim)))))
 
 
 def scores(text: Text, spec: TritonSpec) -> None:
     """`s`, the scores of a tile: queries are its rows, keys its columns."""
     for i, piece in enumerate(pieces(spec.dim)):
         if not spec.held:
-            sign = "-" if spec.negative else ""
-            text(f"q_{i} = {sign}{load(spec, 'q', piece, 'within_parallel')}")
+            tile = load(spec, "q", piece, "within_parallel")
+            text(f"q_{i} = {negated(spec, tile) if spec.negative else tile}")
         text(f"s = {dot(spec, f'q_{i}', f'tl.trans(k_{i})', 's' if i else '')}")

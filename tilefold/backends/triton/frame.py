@@ -35,14 +35,16 @@ HELPERS = {
 @triton.jit
 def is_odd(x):
     """1 where x holds NaN or infinity, else 0."""
-    odd = (x - x != 0).to(tl.int32)
+    wide = x.to(tl.float64) if x.dtype == tl.float64 else x.to(tl.float32)
+    odd = (wide - wide != 0).to(tl.int32)
     return tl.max(tl.max(odd, 1), 0)
 ''',
     "finite": '''\
 @triton.jit
 def finite(x):
     """x, with 0 for NaN and infinity."""
-    return tl.where(x - x == 0, x, 0.0)
+    wide = x.to(tl.float64) if x.dtype == tl.float64 else x.to(tl.float32)
+    return tl.where(wide - wide == 0, x, 0.0)
 ''',
     "careful": '''\
 @triton.jit
@@ -90,9 +92,7 @@ def written(spec: TritonSpec, title: str, algorithm: Sequence[str], body: Text) 
         if name in used:
             text(helper, "")
     text.listed("@triton.jit(do_not_specialize=[", [f'"{n}"' for n in arguments.alike(spec)], "])")
-    given = [f"{name}: \"fp64\"" if name == "scale" and spec.dtype == "float64" else name
-             for name in parameters(spec)]  # fmt: skip
-    text.listed(f"def {spec.entry}(", given, "):")
+    text.listed(f"def {spec.entry}(", parameters(spec), "):")
     text(*(f"    {line}".rstrip() for line in _head(spec, used)))
     text(*(f"    {line}".rstrip() for line in str(body).splitlines()))
     return str(text)
@@ -129,6 +129,8 @@ def _words(text: str) -> set[str]:
 def _head(spec: TritonSpec, used: set[str]) -> list[str]:
     """The place of a program, and the indices that the body names."""
     lines = ["place = tl.program_id(0)"]
+    if "scale" in used and spec.dtype == "float64":  # given by its bits
+        lines.append("scale = tl.cast(scale, tl.int64).to(tl.float64, bitcast=True)")
     if spec.operation == "backward":  # an owner has several blocks, one after the other
         lines += ["owner = place % splits", "h = place // splits % heads"]
         lines.append("b = place // splits // heads")
@@ -160,9 +162,11 @@ def column(piece: Piece) -> str:
 def rows_of(text: Text, spec: TritonSpec, operand: str, head: str, first: str, side: str) -> None:
     """Where the rows of a block of an operand begin: `q_rows`, a column of addresses."""
     wide = ".to(tl.int64)" if spec.wide else ""
+    # The index of a loop is a plain number in the interpreter.
+    at = "tl.cast(start, tl.int64)" if first == "start" else f"{first}.to(tl.int64)"
     text(
         f"{operand}_block = {operand} + b.to(tl.int64) * {operand}_b"
-        f" + {head}.to(tl.int64) * {operand}_h + {first}.to(tl.int64) * {operand}_n",
+        f" + {head}.to(tl.int64) * {operand}_h + {at} * {operand}_n",
         f"{operand}_rows = {operand}_block + row_{side}[:, None]{wide} * {operand}_n",
     )
 
@@ -222,6 +226,13 @@ def write(
 def number(dtype: str) -> str:
     """A type as Triton's language has it."""
     return f"tl.{dtype}" if dtype in ELEMENTS else dtype
+
+
+def negated(spec: TritonSpec, tile: str) -> str:
+    """A tile with the other sign; half types are computed with in float32."""
+    if spec.dtype in ("float32", "float64"):
+        return f"-{tile}"
+    return f"(-{tile}.to(tl.float32)).to(tl.{spec.dtype})"
 
 
 def zeros(spec: TritonSpec, rows: str, columns: int | str) -> str:

@@ -19,6 +19,7 @@ from tilefold.backends.triton.frame import (
     Walk,
     add_product,
     column,
+    negated,
     write,
     written,
     zeros,
@@ -92,7 +93,7 @@ def _columns(piece: Piece) -> list[str]:
 
 def _add_to_part(text: Text, spec: TritonSpec, walk: Walk) -> None:
     """Read the owner's rows of dq, add ds^T k, write them back."""
-    text("row_n = (member.to(tl.int64) * len_q + start + row_traverse)[:, None]")
+    text("row_n = (tl.cast(member, tl.int64) * len_q + start + row_traverse)[:, None]")
     text("turned = tl.trans(ds)")
     rows = [] if walk is Walk.WHOLE else ["within_traverse[:, None]"]
     pairs = ("tl.trans(seen)", "row_parallel", "PARALLEL")
@@ -100,7 +101,7 @@ def _add_to_part(text: Text, spec: TritonSpec, walk: Walk) -> None:
         where = " & ".join([*rows, *_columns(piece)])
         text(f"at = {_of_part(spec, piece)}")
         text(f"sum_{i} = tl.load(at{f', mask={where}, other=0.0' if where else ''})")
-        key = f"(-k_{i})" if spec.negative else f"k_{i}"
+        key = negated(spec, f"k_{i}") if spec.negative else f"k_{i}"
         if walk is Walk.EDGE:  # keys are in the block's registers as they are, for its whole tiles
             text(f"odd |= is_odd(k_{i})")
             key = f"finite({key})"
@@ -116,7 +117,7 @@ def emit_reduce(spec: TritonSpec) -> str:
     for i, piece in enumerate(pieces(spec.dim)):
         text(f"dq_{i} = {zeros(spec, 'PARALLEL', piece.width)}")
     with text.block("for owner in tl.range(0, splits)"):
-        text(f"part = dq_parts + owner.to(tl.int64) * parts_stride * {spec.dim}")
+        text(f"part = dq_parts + tl.cast(owner, tl.int64) * parts_stride * {spec.dim}")
         for i, piece in enumerate(pieces(spec.dim)):
             where = " & ".join(["within_parallel[:, None]", *_columns(piece)])
             text(f"dq_{i} += tl.load({_of_part(spec, piece)}, mask={where}, other=0.0)")

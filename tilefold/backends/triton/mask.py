@@ -33,17 +33,14 @@ _FLOOR = {"//": "floor_divide", "%": "floor_remainder"}
 
 _HELPERS = {
     "floor_divide": """\
-@triton.jit
 def floor_divide(x, y):
     return x // y - tl.where(x % y < 0, 1, 0)
 """,
     "floor_remainder": """\
-@triton.jit
 def floor_remainder(x, y):
     return x % y + tl.where(x % y < 0, y, 0)
 """,
     "absolute": """\
-@triton.jit
 def absolute(x):
     return tl.where(x < 0, -x, x)
 """,
@@ -74,15 +71,18 @@ def call(skeleton: Skeleton, *, b: str, h: str, q: str, k: str) -> str:
     return f"visible({', '.join([b, h, q, k, *arguments(skeleton)])})"
 
 
-def visible(skeleton: Skeleton, index_bits: int) -> str:
-    """The function `visible` and what it calls; nothing where the mask is the same everywhere."""
+def visible(skeleton: Skeleton, index_bits: int, jit: str = "triton.jit") -> str:
+    """The function `visible` and what it calls; nothing where the mask is the same everywhere.
+
+    `jit` is the decorator of its language; Gluon's functions may only call functions of Gluon.
+    """
     if not masks(skeleton):
         return ""
     fold_ = _Fold(index_bits)
     truth = fold_.text(skeleton.expression)
     text = Text()
-    text(*(_HELPERS[name] + "\n" for name in sorted(fold_.helpers)))
-    text("@triton.jit")
+    text(*(f"@{jit}\n{_HELPERS[name]}\n" for name in sorted(fold_.helpers)))
+    text(f"@{jit}")
     text.listed("def visible(", ["b", "h", "q", "k", *arguments(skeleton)], "):")
     body = [f"{name} = {name}.to(tl.int64)" for name in "bhqk"] if index_bits == 64 else []
     text(*(f"    {line}" for line in [*body, *fold_.lines, f"return {truth}"]))

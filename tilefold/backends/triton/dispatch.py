@@ -1,0 +1,341 @@
+"""Runs plans of Triton kernels on a machine: gives their arguments and launches them in order.
+
+A machine is a GPU through PyTorch (`runtime`), or Triton's interpreter, which runs the same text on
+CPU tensors. Launches follow each other on the current stream, without a synchronisation between
+them: nothing here waits for the device.
+
+What a machine holds for the next call stays with it: prepared calls, and the runs and tables of
+plans, which are copied to it once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.triton import arguments, frame, module, source
+from tilefold.backends.triton.arguments import OPERANDS, RUNS, SIZES, STRIDED
+from tilefold.backends.triton.plan import Launch, TritonPlan
+from tilefold.backends.triton.spec import TritonSpec
+from tilefold.problem import ITEM_BYTES
+from tilefold.recent import Recent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Strides = tuple[int, ...]
+
+ALIGNED = 16
+"""Bytes: where a tile that a descriptor moves begins, and each of its rows."""
+
+
+class Machine(Protocol):
+    """What runs kernels. `architecture` names the one whose tables and limits plans follow."""
+
+    @property
+    def architecture(self) -> str:
+        """The name of the architecture: see `architectures`."""
+
+    @property
+    def kept(self) -> Kept:
+        """What is held for the next call."""
+
+    def function(self, text: str, entry: str) -> Any:
+        """The kernel of a text: `function[(programs,)](*arguments, num_warps=, num_stages=)`."""
+
+    def upload(self, array: NDArray[Any]) -> Tensor:
+        """A copy of an array where kernels can read it."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """A contiguous tensor whose numbers are not set."""
+
+    def check(self, **tensors: Tensor) -> None:
+        """Raises TypeError or ValueError for tensors that kernels cannot read."""
+
+    def launched(self, tensors: Sequence[Tensor]) -> None:
+        """Is told what the launches that were just made read, of what the machine holds."""
+
+
+class Kept:
+    """What a machine holds for the next call: the newest plans' data, and prepared calls."""
+
+    def __init__(self) -> None:
+        self.data: Recent[dict[str, Tensor]] = Recent(most=128, most_bytes=256 * 2**20)
+        self.calls: Recent[Any] = Recent(most=128, most_bytes=256 * 2**20)
+
+
+@dataclass(frozen=True, eq=False)
+class Interpreted:
+    """Triton's interpreter as a machine: every operation of a kernel is one of NumPy's.
+
+    For tests and for looking at small cases: it takes seconds where a GPU takes microseconds.
+    Raises NotImplementedError unless TRITON_INTERPRET=1 was set before Triton was imported.
+    """
+
+    architecture: str = "sm_90"
+    kept: Kept = field(default_factory=Kept)
+
+    def __post_init__(self) -> None:
+        if reason := interpreter_missing():
+            raise NotImplementedError(reason)
+        _multiply_bfloat16()
+
+    def function(self, text: str, entry: str) -> Any:
+        """The kernel of a text, to be interpreted."""
+        return module.load(text, entry)
+
+    def upload(self, array: NDArray[Any]) -> Tensor:
+        """A tensor with the numbers of an array."""
+        import torch
+
+        return torch.tensor(np.ascontiguousarray(array))
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """A tensor whose numbers are not set."""
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+
+    def check(self, **tensors: Tensor) -> None:
+        """Raises for what is not a tensor on the CPU."""
+        for name, tensor in tensors.items():
+            if not getattr(tensor, "is_cpu", False):
+                where = getattr(tensor, "device", f"a {type(tensor).__name__}")
+                raise TypeError(f"{name} must be a tensor on the CPU, got {where}")
+
+    def launched(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing is under way when a launch returns."""
+
+
+def interpreter_missing() -> str | None:
+    """Why Triton's interpreter cannot run kernels in this process; None where it can."""
+    if reason := module.missing():
+        return reason
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "set TRITON_INTERPRET=1 before Triton is imported to run kernels on the CPU"
+    return None
+
+
+@functools.cache
+def _multiply_bfloat16() -> None:
+    """Teach the interpreter products of bfloat16: it multiplies the integers that hold them."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    multiply = builder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        return multiply(self, widened(left), widened(right), *rest)
+
+    builder.create_dot = create_dot
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A plan made ready for operands of certain strides: all but the operands themselves."""
+
+    machine: Machine
+    plan: TritonPlan
+    steps: tuple[_Step, ...]
+
+    def run(self, operands: Mapping[str, Tensor]) -> None:
+        """Launch the kernels in order on operands with canonical axes; scratch is made here."""
+        given = dict(operands)
+        for name, scratch in self.plan.buffers.items():
+            given[name] = self.machine.empty(scratch.shape, scratch.dtype)
+            if name in self.plan.cleared:
+                given[name].zero_()
+        for step in self.steps:
+            step.launch(given)
+            self.machine.launched(step.data)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One launch: the kernel, its operands by name, and the arguments that stay the same."""
+
+    function: Any
+    spec: TritonSpec
+    operands: tuple[str, ...]
+    constants: tuple[Any, ...]
+    data: tuple[Tensor, ...]
+    programs: int
+
+    def launch(self, operands: Mapping[str, Tensor]) -> None:
+        given: list[Any] = [operands[name] for name in self.operands]
+        blocks = self.spec.blocks
+        moved = [
+            _descriptor(operands[name], rows, columns)
+            for _, (name, rows, columns) in frame.descriptors(self.spec)
+        ]
+        self.function[(self.programs,)](
+            *given, *self.constants, *moved, num_warps=blocks.warps, num_stages=blocks.stages
+        )
+
+
+def execute(plan: TritonPlan, machine: Machine, operands: Mapping[str, Tensor]) -> None:
+    """Run a plan on operands by their names in the kernels, their axes in the canonical order."""
+    strides = {name: tuple(tensor.stride()) for name, tensor in operands.items()}
+    prepare(plan, machine, strides, aligned(operands)).run(operands)
+
+
+def aligned(operands: Mapping[str, Tensor]) -> bool:
+    """Whether every operand begins where a descriptor may."""
+    return all(tensor.data_ptr() % ALIGNED == 0 for tensor in operands.values())
+
+
+def prepare(
+    plan: TritonPlan, machine: Machine, strides: Mapping[str, Strides], together: bool
+) -> Call:
+    """A plan's kernels, and their arguments for operands of these strides, in elements.
+
+    `together` is what `aligned` says of the operands. Raises ValueError where more programs would
+    be needed than a grid has.
+    """
+    steps = tuple(_step(plan, launch, machine, strides, together) for launch in plan.launches)
+    return Call(machine, plan, steps)
+
+
+def fitted(
+    spec: TritonSpec, plan: TritonPlan, strides: Mapping[str, Strides], together: bool
+) -> TritonSpec:
+    """The spec for operands that lie like this: the plan has forgotten it."""
+    given = {name: strides[name] for name in OPERANDS[spec.operation] if name in STRIDED}
+    longest = max(spec.blocks.parallel, spec.blocks.traverse)
+    reach = [
+        longest * abs(along_n) + spec.width(name) * abs(along_d)
+        for name, (_, _, along_n, along_d) in given.items()
+    ]
+    wide = max(reach, default=0) >= 2**31
+    moved = [name for name in given if name in ("q", "k", "v", "do")]
+    descriptors = (
+        plan.architecture.descriptors
+        and spec.operation in ("forward", "backward_dq", "backward_dkv", "backward")
+        and spec.held
+        and together
+        and all(_describable(given[name], spec.dtype) for name in moved)
+    )
+    return replace(spec, wide=wide, descriptors=descriptors)
+
+
+def _describable(strides: Strides, dtype: str) -> bool:
+    """Whether tiles of such an operand can be moved whole."""
+    *along, last = strides
+    item = ITEM_BYTES[dtype]
+    return last == 1 and all(step > 0 and step * item % ALIGNED == 0 for step in along)
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    block = [1, 1, rows, columns]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def _step(
+    plan: TritonPlan,
+    launch: Launch,
+    machine: Machine,
+    strides: Mapping[str, Strides],
+    together: bool,
+) -> _Step:
+    """A launch with all of its arguments but the operands."""
+    if launch.programs >= 2**31:
+        raise ValueError(
+            f"{launch.spec.operation} would take {launch.programs} programs, and a grid has"
+            f" {2**31 - 1}: split the batch or the heads into several calls"
+        )
+    spec = fitted(launch.spec, plan, strides, together)
+    data = _data(machine, plan, launch)
+    known: dict[str, Any] = {**data, **_numbers(plan, launch), **_strides(strides)}
+    scale = float(plan.problem.scale)
+    # Triton passes float32 alone: float64 goes by its bits.
+    bits = struct.unpack("<q", struct.pack("<d", scale))[0]
+    known["scale"] = bits if spec.dtype == "float64" else scale
+    names = arguments.names(spec)
+    operands = OPERANDS[spec.operation]
+    return _Step(
+        machine.function(source.emit(spec), spec.entry),
+        spec,
+        operands,
+        tuple(known[name] for name in names[len(operands) :]),
+        tuple(data.values()),
+        launch.programs,
+    )
+
+
+def _numbers(plan: TritonPlan, launch: Launch) -> dict[str, int]:
+    """The whole numbers of a launch that do not depend on where operands lie."""
+    problem, (planes_b, planes_h) = plan.problem, launch.planes
+    rows = launch.visited_rows
+    sizes = (
+        problem.len_q,
+        problem.len_k,
+        launch.heads,
+        problem.heads_q // problem.heads_kv,
+        planes_h * rows if planes_b > 1 else 0,
+        rows if planes_h > 1 else 0,
+        launch.block_rows,
+        launch.splits,
+        problem.batch * problem.heads_q * problem.len_q,
+    )
+    found = dict(zip(SIZES, sizes, strict=True))
+    found |= {f"p{number}": value for number, value in enumerate(plan.parameters)}
+    for number, table in enumerate(plan.tables):
+        held = _held(table.array)
+        spans = [stride // held.itemsize for stride in np.ascontiguousarray(held).strides]
+        for axis, (length, span) in enumerate(zip(held.shape, spans, strict=True)):
+            found[f"t{number}_{axis}"] = span if length > 1 else 0
+    return found
+
+
+def _strides(strides: Mapping[str, Strides]) -> dict[str, int]:
+    return {
+        f"{name}_{axis}": stride
+        for name in STRIDED
+        if name in strides
+        for axis, stride in zip(arguments.AXES, strides[name], strict=True)
+    }
+
+
+def _held(table: NDArray[Any]) -> NDArray[Any]:
+    """A table without the copies of a broadcast axis."""
+    return table[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)]
+
+
+def _data(machine: Machine, plan: TritonPlan, launch: Launch) -> dict[str, Tensor]:
+    """The runs of a launch and the tables of the mask on a machine, by their names."""
+    if launch.spec.operation not in arguments.VISITING:
+        return {}
+    tables = machine.kept.data.get(plan)
+    if tables is None:
+        held = {f"t{number}": _held(table.array) for number, table in enumerate(plan.tables)}
+        tables = {name: machine.upload(_plain(array)) for name, array in held.items()}
+        machine.kept.data.put(plan, tables, sum(array.nbytes for array in held.values()))
+    runs = machine.kept.data.get(launch)
+    if runs is None:
+        visited = launch.order, launch.run_rows, launch.runs
+        runs = {name: machine.upload(array) for name, array in zip(RUNS, visited, strict=True)}
+        machine.kept.data.put(launch, runs, sum(array.nbytes for array in visited))
+    return runs | tables
+
+
+def _plain(table: NDArray[Any]) -> NDArray[Any]:
+    """A table as kernels read it: truths are bytes, and there is at least one number."""
+    plain = np.ascontiguousarray(table)
+    plain = plain.view(np.uint8) if plain.dtype == np.bool_ else plain
+    return plain if plain.size else np.zeros(1, plain.dtype)

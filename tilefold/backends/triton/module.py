@@ -1,0 +1,45 @@
+"""From a text to a function of Triton's: the module is written into the cache, and run.
+
+What is run is the text that was just emitted and never what lies on the disk, so nobody else's
+file can become code. The file is there for people, profilers and Triton itself, which asks Python
+for the source of a function.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import linecache
+from types import ModuleType
+from typing import Any
+
+from tilefold import cache
+from tilefold.once import once
+
+_TOOLCHAIN = "a module of Triton kernels"
+
+
+@once(most=512)
+def load(text: str, entry: str) -> Any:
+    """The function of a text by its name, as Triton's decorator made it."""
+    return getattr(_module(text), entry)
+
+
+def missing() -> str | None:
+    """Why there is no Triton; None where there is."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (it comes with PyTorch for CUDA)"
+    return None
+
+
+@once(most=512)
+def _module(text: str) -> ModuleType:
+    kept = cache.default()
+    name = cache.key(text, _TOOLCHAIN)
+    kept.put(text, _TOOLCHAIN, b"", suffix=".py")
+    file = str(kept.directory / f"{name}.py")
+    # Without a time of change the entry stays, whether there is such a file or not.
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    module = ModuleType(f"tilefold_triton_{name[:16]}")
+    module.__file__ = file
+    exec(compile(text, file, "exec"), module.__dict__)
+    return module

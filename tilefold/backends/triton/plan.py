@@ -1,0 +1,307 @@
+"""Planning for Triton: the kernels of an operation, what each program visits, and scratch.
+
+A plan knows lengths and masks but no strides: the texts that follow from it serve them all. A
+backward pass is two kernels (split) or three (fused); a forward pass of few queries is two: keys are
+split among programs, whose parts are merged in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import check
+from tilefold.backends.triton.architectures import Architecture, architecture
+from tilefold.backends.triton.choice import Choice, choose
+from tilefold.backends.triton.spec import LEAST, PARALLEL, Blocks, TritonSpec, power_of_two
+from tilefold.blocks import Runs, runs
+from tilefold.choice import GRANULE, bound, visited_by
+from tilefold.expression import Table, split
+from tilefold.fold import index_bits
+from tilefold.plan import Scratch
+from tilefold.problem import STATISTICS, Problem
+from tilefold.recent import Recent
+from tilefold.splits import cut
+from tilefold.visits import aligned, parted
+
+FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "split", "fused")}
+"""How an operation is done. "auto" takes "split" for a backward pass: the fused form reads and
+writes dQ in memory for every tile, and nobody has measured yet where that pays."""
+
+FEW_QUERIES = 16
+""""auto" decodes so few queries, where blocks of the tiled kernel would be mostly empty..."""
+
+MANY_KEYS = 512
+"""... and so many keys. Neither is tuned."""
+
+KEYS_PER_SPLIT = 256
+"""Keys that a program of the decode kernel visits at least. Not tuned."""
+
+ENOUGH_PROGRAMS = 264
+"""Programs for which keys are split and the fused form deals out blocks, no finer: two for each of
+the 132 multiprocessors of an H100. Not tuned."""
+
+MOST_ROWS = 64
+"""Rows of a block of the decode kernel, at most."""
+
+Asked = Blocks | Mapping[str, Blocks] | None
+"""Blocks for all kernels of a plan, or by operation."""
+
+_PRODUCTS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+"""By `precision`: TF32 has the 11 significant bits of which three products make more than 16."""
+
+_NO_RUNS = np.zeros((1, 2), np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel of a plan, and the work that its programs share.
+
+    `order` gives each program of a head its block row, the heaviest first; in the decode kernel
+    that is row block * splits + split. `run_rows` and `runs` are as `visits.parted` makes them, `planes`
+    how many of the batch and of the heads have runs of their own (1 where all are alike).
+    """
+
+    spec: TritonSpec
+    choice: Choice
+    order: NDArray[np.int32]
+    run_rows: NDArray[np.int32]
+    runs: NDArray[np.int32]
+    planes: tuple[int, int]
+    visited_rows: int
+    block_rows: int
+    heads: int
+    programs: int
+    splits: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class TritonPlan:
+    """The kernels of one operation in the order in which they run, and the data of the mask.
+
+    `buffers` are arrays that the kernels hand to each other, by their names in the kernels; those
+    in `cleared` begin with zeros.
+    """
+
+    problem: Problem
+    architecture: Architecture
+    operation: str
+    launches: tuple[Launch, ...]
+    parameters: tuple[int, ...]
+    tables: tuple[Table, ...]
+    buffers: Mapping[str, Scratch]
+    cleared: tuple[str, ...] = ()
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        arrays = [table.array for table in self.tables]
+        for launch in self.launches:
+            arrays += [launch.order, launch.run_rows, launch.runs]
+        return sum(array.nbytes for array in arrays)
+
+    def explain(self) -> list[str]:
+        """What was chosen for each kernel and why, as lines of text."""
+        lines = []
+        for launch in self.launches:
+            lines += launch.choice.explain()
+            lines.append(f"  {launch.programs} programs")
+        for name, scratch in self.buffers.items():
+            shape = " x ".join(map(str, scratch.shape))
+            lines.append(f"scratch {name}: {shape} {scratch.dtype}")
+        return lines
+
+
+_recent: Recent[TritonPlan] = Recent(most=128, most_bytes=256 * 2**20)
+
+
+def plan(
+    problem: Problem,
+    name: str,
+    operation: str,
+    *,
+    form: str = "auto",
+    blocks: Asked = None,
+    owners: int | None = None,
+) -> TritonPlan:
+    """The plan of an operation, "forward" or "backward", on an architecture such as "sm_90".
+
+    `form` is how it is done: see `FORMS`. `blocks` override the tables; by operation ("forward",
+    "decode", "backward_dq", ...) where they differ. `owners` of each key head share the fused
+    backward pass. Results depend on all of these only by rounding.
+
+    Raises ValueError for what no GPU of the architecture can run, NotImplementedError for heads
+    that are too wide and for types that Triton does not multiply there.
+    """
+    asked = tuple(sorted(blocks.items())) if isinstance(blocks, Mapping) else blocks
+    key = (problem, name, operation, form, asked, owners)
+    found = _recent.get(key)
+    if found is None:
+        made = _Planner(problem, architecture(name), blocks, owners).plan(operation, form)
+        found = _recent.put(key, made, made.data_bytes)
+    return found
+
+
+class _Planner:
+    """One problem on one architecture."""
+
+    def __init__(
+        self, problem: Problem, device: Architecture, blocks: Asked, owners: int | None
+    ) -> None:
+        self._problem, self._device = problem, device
+        self._blocks, self._owners = blocks, owners
+        self._expression = bound(problem)
+        sizes = (problem.batch, problem.heads_q, problem.len_q, problem.len_k)
+        self._bits = index_bits(self._expression, *sizes)
+        self._mask, self._parameters, self._tables = split(self._expression)
+
+    def plan(self, operation: str, form: str) -> TritonPlan:
+        problem = self._problem
+        check.choice("operation", operation, tuple(FORMS))
+        check.choice("form", form, FORMS[operation])
+        row = (problem.batch, problem.heads_q, problem.len_q)
+        kind = STATISTICS[problem.dtype]
+        buffers: dict[str, Scratch] = {}
+        cleared: tuple[str, ...] = ()
+        if operation == "backward":
+            buffers["delta"] = Scratch(row, kind)
+            if form == "fused":
+                launches = self._fused()
+                parts = (launches[1].splits, *row, problem.dim)
+                buffers["dq_parts"] = Scratch(parts, kind)
+                cleared = ("dq_parts",)
+            else:
+                launches = [self._tiled("backward_dq"), self._tiled("backward_dkv")]
+        elif self._decodes(form):
+            launches = self._decode()
+            shape = (*row[:2], launches[0].splits, row[2])
+            buffers["part_o"] = Scratch((*shape, problem.dim_v), kind)
+            buffers |= {name: Scratch(shape, kind) for name in ("part_m", "part_l")}
+        else:
+            launches = [self._tiled("forward")]
+        made = tuple(launches)
+        rest = self._parameters, self._tables, buffers, cleared
+        return TritonPlan(problem, self._device, operation, made, *rest)
+
+    def _spec(self, operation: str, blocks: Blocks | None = None) -> tuple[TritonSpec, Choice]:
+        problem = self._problem
+        asked = self._blocks
+        products = _PRODUCTS[problem.precision] if self._device.kind == "cuda" else "ieee"
+        if problem.dtype != "float32":
+            products = "ieee"
+        made = choose(
+            self._device,
+            operation,
+            problem.dtype,
+            problem.dim,
+            problem.dim_v,
+            products=products,
+            blocks=asked.get(operation, blocks) if isinstance(asked, Mapping) else asked or blocks,
+        )
+        spec = TritonSpec(
+            operation=operation,
+            dtype=problem.dtype,
+            dim=problem.dim,
+            dim_v=problem.dim_v,
+            blocks=made.blocks,
+            mask=self._mask,
+            index_bits=self._bits,
+            held=made.held,
+            products=products,
+            negative=problem.scale < 0,
+        )
+        return spec, made
+
+    def _tiled(self, operation: str) -> Launch:
+        """A kernel whose programs own a block row each."""
+        problem = self._problem
+        spec, made = self._spec(operation)
+        parallel = PARALLEL[operation]
+        visited = visited_by(problem, parallel, spec.blocks.parallel)
+        heads = problem.heads_q if parallel == "q" else problem.heads_kv
+        return self._launch(spec, made, visited, heads)
+
+    def _launch(
+        self, spec: TritonSpec, made: Choice, visited: Runs, heads: int, blocks: int = 1
+    ) -> Launch:
+        """The launch of a kernel that visits runs; each block row has so many blocks of rows."""
+        visited = aligned(visited, spec.blocks.traverse)
+        rows = visited.block_rows
+        order = (_heaviest_first(visited)[:, None] + rows * np.arange(blocks)).ravel()
+        run_rows, spans = parted(visited, spec.blocks.traverse)
+        return Launch(
+            spec,
+            made,
+            order.astype(np.int32),
+            run_rows,
+            spans if len(spans) else _NO_RUNS,
+            (visited.planes_b, visited.planes_h),
+            rows,
+            len(order),
+            heads,
+            len(order) * heads * self._problem.batch,
+        )
+
+    def _simple(self, operation: str, splits: int) -> Launch:
+        """A kernel that visits no pairs: rows of queries, head by head."""
+        problem = self._problem
+        spec, made = self._spec(operation)
+        rows = -(-problem.len_q // spec.blocks.parallel)
+        nothing = np.zeros(1, np.int32)
+        programs = rows * problem.heads_q * problem.batch
+        rest = (1, 1), 0, rows, problem.heads_q, programs, splits
+        return Launch(spec, made, nothing, nothing, _NO_RUNS, *rest)
+
+    def _fused(self) -> list[Launch]:
+        """delta, then all but dq, then the parts of dq added."""
+        problem = self._problem
+        main = self._tiled("backward")
+        heads = problem.batch * problem.heads_kv
+        owners = self._owners or -(-ENOUGH_PROGRAMS // max(1, heads))
+        owners = max(1, min(owners, main.block_rows))
+        main = replace(main, splits=owners, programs=owners * heads)
+        return [self._simple("delta", 1), main, self._simple("reduce_dq", owners)]
+
+    def _decodes(self, form: str) -> bool:
+        problem = self._problem
+        if form == "decode" and problem.empty:
+            raise ValueError("form 'decode' splits keys, and there is no query or no key")
+        few = problem.len_q <= FEW_QUERIES and problem.len_k >= MANY_KEYS
+        return form == "decode" or (form == "auto" and few and not problem.empty)
+
+    def _decode(self) -> list[Launch]:
+        """The kernel that leaves a part for each split, and the one that merges them."""
+        problem = self._problem
+        group = problem.heads_q // problem.heads_kv
+        spec, made = self._spec("decode")
+        rows = min(MOST_ROWS, max(LEAST, power_of_two(group * problem.len_q)))
+        if rows > spec.blocks.parallel and self._blocks is None:
+            spec, made = self._spec("decode", replace(spec.blocks, parallel=rows))
+        blocks = -(-group * problem.len_q // spec.blocks.parallel)
+        visited = runs(
+            self._expression,
+            parallel="q",
+            batch=problem.batch,
+            heads=problem.heads_q,
+            len_parallel=problem.len_q,
+            len_traverse=problem.len_k,
+            block_parallel=problem.len_q,
+            block_traverse=GRANULE,
+            group=group,
+        )
+        splits = max(1, ENOUGH_PROGRAMS // (problem.batch * problem.heads_kv * blocks))
+        keys = max(KEYS_PER_SPLIT, -(-int(visited.met.max(initial=0)) // splits))
+        step = max(GRANULE, spec.blocks.traverse)
+        visited = cut(visited, -(-keys // step) * step)
+        launch = self._launch(spec, made, visited, problem.heads_kv, blocks)
+        launch = replace(launch, splits=visited.block_rows)
+        return [launch, self._simple("merge", launch.splits)]
+
+
+def _heaviest_first(visited: Runs) -> NDArray[np.int64]:
+    """Block rows, those with most to visit first, over all planes."""
+    work = visited.met.reshape(-1, max(1, visited.block_rows)).sum(axis=0)
+    return np.argsort(-work, kind="stable")
