@@ -14,6 +14,7 @@ import functools
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,6 +47,9 @@ class Machine(Protocol):
     @property
     def kept(self) -> Kept:
         """What is held for the next call."""
+
+    def active(self) -> AbstractContextManager[Any]:
+        """While it is open, launches go to this machine."""
 
     def function(self, text: str, entry: str) -> Any:
         """The kernel of a text: `function[(programs,)](*arguments, num_warps=, num_stages=)`."""
@@ -86,6 +90,10 @@ class Interpreted:
         if reason := interpreter_missing():
             raise NotImplementedError(reason)
         _multiply_bfloat16()
+
+    def active(self) -> AbstractContextManager[Any]:
+        """There is one process."""
+        return nullcontext()
 
     def function(self, text: str, entry: str) -> Any:
         """The kernel of a text, to be interpreted."""
