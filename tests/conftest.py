@@ -30,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # NumPy's products on one thread: several test processes with teams of their own take twice as
     # long. Read when NumPy is imported, so it must be set before any test is collected.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Tests run Triton's kernels in its interpreter; those that compile do so in other processes.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
     # One cache for all tests, their child processes and the next session. Names of kernels are
     # hashes of their text, so none is ever stale; tests of compiling take `fresh_cache`.
     folder = config.rootpath / ".pytest_cache" / "kernels"

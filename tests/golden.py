@@ -5,17 +5,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from tilefold.backends.metal import gated, source
-from tilefold.backends.metal.plan import plan
+from tilefold.backends.metal import plan as metal_plan
+from tilefold.backends.triton import plan as triton_plan
+from tilefold.backends.triton import source as triton_source
 from tilefold.parse import parse
 from tilefold.problem import Problem
 
-FOLDER = Path(__file__).parent / "data" / "metal"
+DATA = Path(__file__).parent / "data"
 
 
-def texts() -> dict[str, str]:
+class Golden(NamedTuple):
+    """The texts of one backend: where they are kept, how files end, and what makes them."""
+
+    folder: Path
+    suffix: str
+    texts: Callable[[], dict[str, str]]
+
+    def kept(self, file: str) -> str:
+        """A text as it is kept."""
+        return (self.folder / file).read_text(encoding="ascii")
+
+    def files(self) -> set[str]:
+        """The names of all files that are kept."""
+        return {path.name for path in self.folder.glob(f"*{self.suffix}")}
+
+
+def problem(dtype: str, dim: int, mask: str, form: str, heads_kv: int = 4) -> Problem:
+    """Long sequences, or one query where it is decoded."""
+    queries = 1 if form == "decode" else 1000
+    shapes = (1, 4, queries, dim), (1, heads_kv, 1000, dim)
+    return Problem.of(*shapes, dtype=dtype, mask=parse(mask))
+
+
+def metal() -> dict[str, str]:
     """Texts by the names of their files: every kernel, both families, all types, four masks."""
     found = {}
     for name, family, dtype, dim, mask, operation, form in (
@@ -25,21 +52,40 @@ def texts() -> dict[str, str]:
         ("chunked", "apple9", "bfloat16", 128, "chunked(64) | prefix(4)", "backward", "auto"),
         ("causal", "apple9", "float16", 128, "causal()", "forward", "decode"),
     ):
-        queries = 1 if form == "decode" else 1000
-        shapes = (1, 4, queries, dim), (1, 4, 1000, dim)
-        problem = Problem.of(*shapes, dtype=dtype, mask=parse(mask))
-        for launch in plan(problem, family, operation, form=form).launches:
+        asked = problem(dtype, dim, mask, form)
+        for launch in metal_plan.plan(asked, family, operation, form=form).launches:
             file = f"{launch.spec.operation}_{family}_{dtype}_d{dim}_{name}.metal"
             found[file] = source.emit(launch.spec)
-    problem = Problem.of((1, 4, 1000, 80), dtype="float16", mask=parse("causal()"))
-    (launch,) = gated.plan(problem, "apple10").launches
+    asked = problem("float16", 80, "causal()", "tiled")
+    (launch,) = gated.plan(asked, "apple10").launches
     found["forward_tensorops_float16_d80_causal.metal"] = source.emit(launch.spec)
     return found
 
 
+def triton() -> dict[str, str]:
+    """Texts by the names of their files: every kernel, four architectures, all types."""
+    found = {}
+    for name, device, dtype, dim, mask, operation, form in (
+        ("causal", "sm_90", "bfloat16", 128, "causal()", "forward", "tiled"),
+        ("window", "sm_80", "float16", 80, "causal() & local(100)", "backward", "split"),
+        ("full", "gfx942", "float32", 64, "full()", "backward", "fused"),
+        ("causal", "sm_120", "float64", 77, "causal()", "forward", "decode"),
+    ):
+        asked = problem(dtype, dim, mask, form, heads_kv=2)
+        for launch in triton_plan.plan(asked, device, operation, form=form).launches:
+            file = f"{launch.spec.operation}_{device}_{dtype}_d{dim}_{name}.triton"
+            found[file] = triton_source.emit(launch.spec)
+    return found
+
+
+METAL = Golden(DATA / "metal", ".metal", metal)
+TRITON = Golden(DATA / "triton", ".triton", triton)
+
+
 if __name__ == "__main__":
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for file in FOLDER.glob("*.metal"):
-        file.unlink()
-    for file, text in texts().items():
-        (FOLDER / file).write_text(text, encoding="ascii")
+    for golden in (METAL, TRITON):
+        golden.folder.mkdir(parents=True, exist_ok=True)
+        for file in golden.files():
+            (golden.folder / file).unlink()
+        for file, text in golden.texts().items():
+            (golden.folder / file).write_text(text, encoding="ascii")

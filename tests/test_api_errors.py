@@ -239,13 +239,14 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "GPU": (
         lambda: attention(OnGpu(), Q, Q),
         NotImplementedError,
-        "q is a OnGpu on a GPU, and only the CPU is implemented so far; copy it there first",
+        "q is a OnGpu on a GPU, where only torch tensors have kernels so far; copy it to the CPU"
+        " first, or make it a torch tensor (torch.from_dlpack)",
     ),
     "GPU through DLPack": (
         lambda: attention(Q, OnGpuByDlpack(), Q),
         NotImplementedError,
-        "k is a OnGpuByDlpack on DLPack device 2, and only the CPU is implemented so far; copy it"
-        " there first",
+        "k is a OnGpuByDlpack on DLPack device 2, where only torch tensors have kernels so far;"
+        " copy it to the CPU first, or make it a torch tensor (torch.from_dlpack)",
     ),
     "DLPack that fails": (
         lambda: attention(Q, Q, Unreadable()),

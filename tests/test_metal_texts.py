@@ -6,24 +6,25 @@ import doctest
 import re
 from pathlib import Path
 
-import golden
 import pytest
+from golden import METAL
 from metal import needs
 
 import tilefold
 
 PAGE = Path(__file__).parents[1] / "docs" / "metal.md"
-TEXTS = golden.texts()
+TEXTS = METAL.texts()
 
 
 @pytest.mark.parametrize("file", TEXTS)
 def test_a_change_of_text_is_seen_in_review(file: str) -> None:
-    kept = (golden.FOLDER / file).read_text(encoding="ascii")
-    assert TEXTS[file] == kept, f"{file} changed: look at it, then python tests/golden.py"
+    assert TEXTS[file] == METAL.kept(file), (
+        f"{file} changed: look at it, then python tests/golden.py"
+    )
 
 
 def test_no_text_is_kept_that_nobody_emits() -> None:
-    assert {path.name for path in golden.FOLDER.glob("*.metal")} == set(TEXTS)
+    assert METAL.files() == set(TEXTS)
 
 
 @pytest.mark.parametrize("file", TEXTS)

@@ -359,9 +359,8 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "another device": (
         lambda: frontend._check(q=Q, k=OnGpu()),  # type: ignore[arg-type]  # no GPU here
-        NotImplementedError,
-        "k is on cuda:0, and only the CPU and Apple GPUs (mps) are implemented so far; pass"
-        " k.cpu()",
+        ValueError,
+        "k is on cuda:0 and others are on cpu: pass k.to('cpu'), or the others on cuda:0",
     ),
     "rank": (
         lambda: attention(Q[0], Q, Q),

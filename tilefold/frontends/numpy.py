@@ -160,8 +160,8 @@ def _viewed(name: str, value: Any) -> Array:
 
 def _elsewhere(name: str, kind: str, device: str) -> str:
     return (
-        f"{name} is a {kind} on {device}, and only the CPU is implemented so far; copy it there"
-        " first"
+        f"{name} is a {kind} on {device}, where only torch tensors have kernels so far; copy it to"
+        " the CPU first, or make it a torch tensor (torch.from_dlpack)"
     )
 
 

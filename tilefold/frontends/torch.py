@@ -11,8 +11,9 @@ that nobody but autograd could observe runs at once, with a `torch.autograd.Func
 gradients are wanted; compilers, tracers, modes, transforms, profilers and subclasses meet the
 operators.
 
-Tensors are read where they lie, whatever their strides. lse carries no gradient. Those on an Apple
-GPU ("mps") meet the same operators, and Metal kernels inside them.
+Tensors are read where they lie, whatever their strides. lse carries no gradient. Those on a GPU of
+Apple's ("mps"), NVIDIA's or AMD's ("cuda") meet the same operators, and inside them the kernels of
+Metal or Triton.
 """
 
 from __future__ import annotations
@@ -138,12 +139,17 @@ def _unobserved(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if not (
             type(tensor) in PLAIN
-            and (tensor.is_cpu if here else tensor.is_mps)
+            and (tensor.is_cpu if here else _same_gpu(tensor, tensors[0]))
             and tensor.layout is torch.strided
             and not tensor.is_neg()
         ):
             return False
     return True
+
+
+def _same_gpu(tensor: Tensor, first: Tensor) -> bool:
+    """Whether two tensors are on one GPU that has kernels."""
+    return (tensor.is_cuda or tensor.is_mps) and tensor.device == first.device
 
 
 def _recorded(*tensors: Tensor) -> bool:
@@ -157,9 +163,7 @@ def _forward(
     """o and lse, below autograd."""
     machine = _machine(q)
     if machine is not None:
-        from tilefold.backends.metal import calls
-
-        o, lse = calls.forward(machine, q, k, v, mask, scale, layout).run()
+        o, lse = _run(machine, "forward", (q, k, v), mask, scale, layout, precision)
         return o, lse
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     key = ("torch forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
@@ -193,9 +197,8 @@ def _slopes(
     """dq, dk and dv, below autograd."""
     machine = _machine(q)
     if machine is not None:
-        from tilefold.backends.metal import calls
-
-        dq, dk, dv = calls.backward(machine, do, q, k, v, o, lse, mask, scale, layout).run()
+        rest = mask, scale, layout, precision
+        dq, dk, dv = _run(machine, "backward", (do, q, k, v, o, lse), *rest)
         return dq, dk, dv
     do, q, k, v, o, lse = given = [_aligned(tensor) for tensor in (do, q, k, v, o, lse)]
     key = ("torch backward", mask, scale, layout, precision, *[_form(tensor) for tensor in given])
@@ -216,12 +219,44 @@ def _slopes(
 
 
 def _machine(tensor: Tensor) -> Any:
-    """What runs the Metal kernels for a tensor on an Apple GPU; None on the CPU."""
+    """What runs kernels for a tensor on a GPU; None on the CPU."""
     if tensor.is_cpu:
         return None
-    from tilefold.backends.metal import runtime
+    if tensor.is_cuda:
+        from tilefold.backends.triton import runtime as gpus
 
-    return runtime.gpu()
+        return gpus.gpu(tensor.device.index)
+    from tilefold.backends.metal import runtime as apple
+
+    return apple.gpu()
+
+
+def _run(
+    machine: Any,
+    operation: str,
+    given: tuple[Tensor, ...],
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """The results of an operation, "forward" or "backward", of kernels on a machine.
+
+    Machines of Triton's have an architecture, those of Metal's a family. Metal's multiply float32
+    in float32 whatever the precision.
+    """
+    results: tuple[Tensor, ...]
+    if hasattr(machine, "architecture"):
+        from tilefold.backends.triton import calls
+
+        run: Any = {"forward": calls.forward, "backward": calls.backward}[operation]
+        results = run(machine, *given, mask, scale, layout, precision)
+    else:
+        from tilefold.backends.metal import calls as bound
+
+        bind: Any = {"forward": bound.forward, "backward": bound.backward}[operation]
+        results = bind(machine, *given, mask, scale, layout).run()
+    return results
 
 
 def _refuse_tangents(*tensors: Tensor) -> None:
@@ -274,7 +309,9 @@ _register(Coordinates)
 _register(Rule)
 
 
-@torch.library.custom_op("tilefold::attention", mutates_args=(), device_types=("cpu", "mps"))
+@torch.library.custom_op(
+    "tilefold::attention", mutates_args=(), device_types=("cpu", "mps", "cuda")
+)
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -292,7 +329,7 @@ def _(
 
 
 @torch.library.custom_op(
-    "tilefold::attention_backward", mutates_args=(), device_types=("cpu", "mps")
+    "tilefold::attention_backward", mutates_args=(), device_types=("cpu", "mps", "cuda")
 )
 def _backward(
     do: Tensor,
@@ -375,10 +412,10 @@ def _check(**tensors: Tensor) -> str:
 
 
 def _check_place(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device.type not in ("cpu", "mps", "meta"):
+    if tensor.device.type not in ("cpu", "mps", "cuda", "meta"):
         raise NotImplementedError(
-            f"{name} is on {tensor.device}, and only the CPU and Apple GPUs (mps) are implemented"
-            f" so far; pass {name}.cpu()"
+            f"{name} is on {tensor.device}, and there are kernels for the CPU, for GPUs of"
+            f" NVIDIA's and AMD's (cuda) and for Apple's (mps); pass {name}.cpu()"
         )
     if tensor.device != device:
         raise ValueError(

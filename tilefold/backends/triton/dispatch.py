@@ -89,7 +89,7 @@ class Interpreted:
     def __post_init__(self) -> None:
         if reason := interpreter_missing():
             raise NotImplementedError(reason)
-        _multiply_bfloat16()
+        _teach_bfloat16()
 
     def active(self) -> AbstractContextManager[Any]:
         """There is one process."""
@@ -132,13 +132,15 @@ def interpreter_missing() -> str | None:
 
 
 @functools.cache
-def _multiply_bfloat16() -> None:
-    """Teach the interpreter products of bfloat16: it multiplies the integers that hold them."""
+def _teach_bfloat16() -> None:
+    """Teach the interpreter bfloat16: it multiplies the integers that hold such numbers, and cuts
+    off what does not fit where it makes them, which GPUs round.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    multiply = builder.create_dot
+    multiply, convert = builder.create_dot, interpreter._convert_float
 
     def widened(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
@@ -149,7 +151,15 @@ def _multiply_bfloat16() -> None:
     def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
         return multiply(self, widened(left), widened(right), *rest)
 
+    def convert_float(numbers: Any, kind: Any, into: Any, rounding: Any) -> Any:
+        if (kind, into) != (tl.float32, tl.bfloat16):
+            return convert(numbers, kind, into, rounding)
+        bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+        even = bits + 0x7FFF + (bits >> 16 & 1)
+        return np.where(np.isnan(numbers), 0x7FC0, even >> 16).astype(np.uint16)
+
     builder.create_dot = create_dot
+    interpreter._convert_float = convert_float
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,100 @@
+"""Attention in Triton's interpreter: the operands of a case, and what its kernels give."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from operands import SENTINEL, Array
+
+from tilefold.backends.triton import dispatch
+from tilefold.backends.triton.plan import plan
+from tilefold.problem import STATISTICS, Problem
+
+
+def needs() -> None:
+    """Skip, with the reason, where Triton's interpreter or torch is not there; CI has both."""
+    reason = dispatch.interpreter_missing()
+    if reason is None and importlib.util.find_spec("torch") is None:
+        reason = "Triton's kernels are given tensors of PyTorch, which is not installed"
+    if reason:
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+def machine(architecture: str = "sm_90") -> dispatch.Interpreted:
+    """The interpreter as a GPU of an architecture."""
+    needs()
+    found = _machines.get(architecture)
+    if found is None:
+        found = _machines[architecture] = dispatch.Interpreted(architecture)
+    return found
+
+
+_machines: dict[str, dispatch.Interpreted] = {}
+
+
+def tensor(array: Array) -> Any:
+    """The array as a tensor: the same memory, or a copy where torch has no such tensor."""
+    from tilefold.implementations.torch import tensor_of
+
+    return tensor_of(array if array.flags.aligned else array.copy())
+
+
+def array(found: Any, dtype: str) -> Array:
+    """A tensor as an array of a type."""
+    from tilefold.implementations.torch import array_of
+
+    return array_of(found, np.dtype(dtype))
+
+
+def forward(
+    problem: Problem,
+    operands: Mapping[str, Array],
+    on: dispatch.Interpreted | None = None,
+    into: Array | None = None,
+    **options: Any,
+) -> dict[str, Array]:
+    """o, in `into` if it is given, and lse; `options` as `plan` takes them."""
+    on = on or machine()
+    shape, kind = (problem.batch, problem.heads_q, problem.len_q), STATISTICS[problem.dtype]
+    if into is None:
+        into = np.full((*shape, problem.dim_v), SENTINEL, problem.dtype)
+    results = {"o": into, "lse": np.full(shape, SENTINEL, kind)}
+    given = {name: tensor(operands[name]) for name in ("q", "k", "v")}
+    made = plan(problem, on.architecture, "forward", **options)
+    return _run(made, on, given, results)
+
+
+def backward(
+    problem: Problem,
+    operands: Mapping[str, Array],
+    on: dispatch.Interpreted | None = None,
+    into: Mapping[str, Array] | None = None,
+    **options: Any,
+) -> dict[str, Array]:
+    """dq, dk and dv; `operands` holds do, q, k, v, o and lse."""
+    on = on or machine()
+    results = into or {
+        f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"
+    }
+    given = {name: tensor(operands[name]) for name in ("do", "q", "k", "v", "o", "lse")}
+    made = plan(problem, on.architecture, "backward", **options)
+    return _run(made, on, given, dict(results))
+
+
+def _run(
+    made: Any, on: dispatch.Interpreted, given: dict[str, Any], results: dict[str, Array]
+) -> dict[str, Array]:
+    written = {name: tensor(array) for name, array in results.items()}
+    with np.errstate(all="ignore"):  # the interpreter computes what a kernel then does not choose
+        dispatch.execute(made, on, {**given, **written})
+    for name, found in written.items():
+        if found.data_ptr() != results[name].ctypes.data:  # a copy
+            results[name][...] = array(found, results[name].dtype.name)
+    return results
