@@ -42,12 +42,14 @@ backends.metal.standalone backends.metal.gated backends.metal.model
 backends.triton backends.triton.spec backends.triton.text backends.triton.mask
 backends.triton.arguments backends.triton.frame backends.triton.softmax backends.triton.forward
 backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.source
-backends.triton.architectures backends.triton.choice backends.triton.plan
+backends.triton.architectures backends.triton.choice
+backends.triton.tuned backends.triton.plan
 backends.triton.module backends.triton.dispatch backends.triton.calls backends.triton.runtime
+backends.triton.autotune
 engine compiling
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy
-api metal
+api metal triton
 arrays workload peers agreement bench tuning minilm
 selftest utilisation
 commands commands.terminal commands.specification commands.text

@@ -55,8 +55,8 @@ _HOMES = dict.fromkeys(__all__, "tilefold.mask") | {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `import tilefold` alone loads not even NumPy."""
-    if name == "metal":
-        return import_module("tilefold.metal")  # which the import makes an attribute of the package
+    if name in ("metal", "triton"):
+        return import_module(f"tilefold.{name}")  # which the import makes an attribute of tilefold
     if name not in _HOMES:
         raise AttributeError(f"module 'tilefold' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -65,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "metal"})
+    return sorted({*globals(), *__all__, "metal", "triton"})

@@ -18,7 +18,11 @@ from tilefold.problem import (
     STATISTICS,
     Problem,
     Shape,
+    as_rule,
+    as_scale,
+    check_layout,
     check_lse,
+    check_precision,
     check_shape,
     common_dtype,
     contiguous,
@@ -46,6 +50,61 @@ class Known:
     shapes: tuple[Shape, ...]
     dtypes: tuple[str, ...]
     call: Call | None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    layout: str = "bhnd",
+    precision: str = "highest",
+    machine: Machine | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o and lse, as `tilefold.attention(..., return_lse=True)`, on a machine of one's choice.
+
+    Without a machine it is the GPU where q lies; `tilefold.triton.interpreted()` is Triton's
+    interpreter, for tensors on the CPU. The tensors carry no gradient.
+
+    Raises NotImplementedError where no kernel can run, and what `tilefold.attention` raises.
+    """
+    rest = as_rule(mask), as_scale(scale), layout, precision
+    check_layout(layout)
+    check_precision(precision)
+    o, lse = forward(machine or _gpu(q), q.detach(), k.detach(), v.detach(), *rest)
+    return o, lse
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    layout: str = "bhnd",
+    precision: str = "highest",
+    machine: Machine | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, as `tilefold.attention_backward`, on a machine; see `attention`."""
+    rest = as_rule(mask), as_scale(scale), layout, precision
+    check_layout(layout)
+    check_precision(precision)
+    do, q, k, v, o, lse = (tensor.detach() for tensor in (do, q, k, v, o, lse))
+    dq, dk, dv = backward(machine or _gpu(q), do, q, k, v, o, lse, *rest)
+    return dq, dk, dv
+
+
+def _gpu(q: Tensor) -> Machine:
+    from tilefold.backends.triton import runtime
+
+    index = q.device.index if q.is_cuda else 0
+    return runtime.gpu(index)
 
 
 def forward(

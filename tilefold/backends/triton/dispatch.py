@@ -37,6 +37,10 @@ ALIGNED = 16
 """Bytes: where a tile that a descriptor moves begins, and each of its rows."""
 
 
+class ResourceError(RuntimeError):
+    """A kernel needs more shared memory or registers than the GPU has; nothing was launched."""
+
+
 class Machine(Protocol):
     """What runs kernels. `architecture` names the one whose tables and limits plans follow."""
 
@@ -172,11 +176,19 @@ class Call:
 
     def run(self, operands: Mapping[str, Tensor]) -> None:
         """Launch the kernels in order on operands with canonical axes; scratch is made here."""
+        self.launch(self.scratch(operands))
+
+    def scratch(self, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The operands and what the kernels hand to each other."""
         given = dict(operands)
         for name, scratch in self.plan.buffers.items():
             given[name] = self.machine.empty(scratch.shape, scratch.dtype)
             if name in self.plan.cleared:
                 given[name].zero_()
+        return given
+
+    def launch(self, given: Mapping[str, Tensor]) -> None:
+        """Launch the kernels in order on operands and scratch."""
         for step in self.steps:
             step.launch(given)
             self.machine.launched(step.data)
@@ -200,9 +212,18 @@ class _Step:
             _descriptor(operands[name], rows, columns)
             for _, (name, rows, columns) in frame.descriptors(self.spec)
         ]
-        self.function[(self.programs,)](
-            *given, *self.constants, *moved, num_warps=blocks.warps, num_stages=blocks.stages
-        )
+        try:
+            self.function[(self.programs,)](
+                *given, *self.constants, *moved, num_warps=blocks.warps, num_stages=blocks.stages
+            )
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":
+                raise
+            raise ResourceError(
+                f"{self.spec.operation} with blocks of {blocks} does not fit this GPU: {error};"
+                " choose smaller ones (tilefold.triton.plan, blocks=) or tune them"
+                " (tilefold.triton.tune)"
+            ) from error
 
 
 def execute(plan: TritonPlan, machine: Machine, operands: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Planning for Triton: the kernels of an operation, what each program visits, and scratch.
 
 A plan knows lengths and masks but no strides: the texts that follow from it serve them all. A
-backward pass is two kernels (split) or three (fused); a forward pass of few queries is two: keys are
-split among programs, whose parts are merged in a fixed order.
+backward pass is two kernels (split) or three (fused); a forward pass of few queries is two: keys
+are split among programs, whose parts are merged in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold import check
+from tilefold.backends.triton import tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.choice import Choice, choose
-from tilefold.backends.triton.spec import LEAST, PARALLEL, Blocks, TritonSpec, power_of_two
+from tilefold.backends.triton.spec import (
+    LEAST,
+    MOST_DIM,
+    PARALLEL,
+    Blocks,
+    TritonSpec,
+    power_of_two,
+)
 from tilefold.blocks import Runs, runs
 from tilefold.choice import GRANULE, bound, visited_by
 from tilefold.expression import Table, split
@@ -61,8 +69,8 @@ class Launch:
     """One kernel of a plan, and the work that its programs share.
 
     `order` gives each program of a head its block row, the heaviest first; in the decode kernel
-    that is row block * splits + split. `run_rows` and `runs` are as `visits.parted` makes them, `planes`
-    how many of the batch and of the heads have runs of their own (1 where all are alike).
+    that is row block * splits + split. `run_rows` and `runs` are as `visits.parted` makes them,
+    `planes` how many of the batch and of the heads have runs of their own (1 where all are alike).
     """
 
     spec: TritonSpec
@@ -116,6 +124,7 @@ class TritonPlan:
 
 
 _recent: Recent[TritonPlan] = Recent(most=128, most_bytes=256 * 2**20)
+tuned.when_changed(_recent.clear)
 
 
 def plan(
@@ -162,6 +171,7 @@ class _Planner:
         problem = self._problem
         check.choice("operation", operation, tuple(FORMS))
         check.choice("form", form, FORMS[operation])
+        self._check()
         row = (problem.batch, problem.heads_q, problem.len_q)
         kind = STATISTICS[problem.dtype]
         buffers: dict[str, Scratch] = {}
@@ -186,12 +196,29 @@ class _Planner:
         rest = self._parameters, self._tables, buffers, cleared
         return TritonPlan(problem, self._device, operation, made, *rest)
 
+    def _check(self) -> None:
+        """Raises NotImplementedError for what has no kernels."""
+        problem, device = self._problem, self._device
+        if max(problem.dim, problem.dim_v) > MOST_DIM:
+            raise NotImplementedError(
+                f"heads of up to {MOST_DIM} numbers are implemented for GPUs, got dim"
+                f" {problem.dim} and dim_v {problem.dim_v}: use the CPU, or impl='composed'"
+            )
+        if problem.dtype == "float64" and not device.float64:
+            raise NotImplementedError(
+                f"Triton multiplies no tiles of float64 on {device.name} ({device.chips}): pass"
+                " float32, use the CPU, or impl='composed'"
+            )
+
     def _spec(self, operation: str, blocks: Blocks | None = None) -> tuple[TritonSpec, Choice]:
         problem = self._problem
         asked = self._blocks
         products = _PRODUCTS[problem.precision] if self._device.kind == "cuda" else "ieee"
         if problem.dtype != "float32":
             products = "ieee"
+        wanted = asked.get(operation) if isinstance(asked, Mapping) else asked
+        names = self._device.name, operation, problem.dtype, problem.dim, problem.dim_v, products
+        measured = tuned.find(tuned.Key(*names, self._mask.text))
         made = choose(
             self._device,
             operation,
@@ -199,8 +226,10 @@ class _Planner:
             problem.dim,
             problem.dim_v,
             products=products,
-            blocks=asked.get(operation, blocks) if isinstance(asked, Mapping) else asked or blocks,
+            blocks=wanted or blocks or measured,
         )
+        if measured and made.blocks == measured:
+            made = replace(made, reasons=(*made.reasons, "the fastest that were measured here"))
         spec = TritonSpec(
             operation=operation,
             dtype=problem.dtype,
@@ -299,6 +328,12 @@ class _Planner:
         launch = self._launch(spec, made, visited, problem.heads_kv, blocks)
         launch = replace(launch, splits=visited.block_rows)
         return [launch, self._simple("merge", launch.splits)]
+
+
+def key_of(spec: TritonSpec, name: str) -> tuned.Key:
+    """What measured blocks of a kernel are kept under, on an architecture."""
+    sizes = spec.dtype, spec.dim, spec.dim_v, spec.products
+    return tuned.Key(name, spec.operation, *sizes, spec.mask.text)
 
 
 def _heaviest_first(visited: Runs) -> NDArray[np.int64]:

@@ -1,0 +1,293 @@
+"""Plans for Triton: which kernels, blocks, programs and scratch; and what cannot be planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from interpreted import machine
+
+import tilefold
+from tilefold import Problem, Rule, causal, full, local
+from tilefold.backends.triton import (
+    architectures,
+    autotune,
+    module,
+    plan,
+    runtime,
+    source,
+    spec,
+    tuned,
+)
+from tilefold.backends.triton.autotune import candidates
+from tilefold.backends.triton.dispatch import ResourceError, fitted
+from tilefold.backends.triton.plan import ENOUGH_PROGRAMS
+from tilefold.backends.triton.spec import Blocks, pieces
+
+LARGE = Problem.of((2, 16, 4096, 128), (2, 4, 4096, 128), dtype="bfloat16", mask=causal())
+
+
+def operations(made: plan.TritonPlan) -> list[str]:
+    return [launch.spec.operation for launch in made.launches]
+
+
+@pytest.mark.feature("M05", "M07", "T08")
+def test_each_block_of_results_has_one_program() -> None:
+    made = plan.plan(LARGE, "sm_90", "forward")
+    (launch,) = made.launches
+    rows = -(-4096 // launch.spec.blocks.parallel)
+    assert launch.programs == rows * 16 * 2
+    assert sorted(launch.order.tolist()) == list(range(rows))
+    assert launch.order[0] == rows - 1, "the last block of a causal mask is the heaviest"
+    dq, dkv = plan.plan(LARGE, "sm_90", "backward").launches
+    assert dq.programs == -(-4096 // dq.spec.blocks.parallel) * 16 * 2
+    assert dkv.programs == -(-4096 // dkv.spec.blocks.parallel) * 4 * 2
+
+
+@pytest.mark.feature("M04")
+def test_scratch_of_the_split_form_is_a_number_for_each_query() -> None:
+    made = plan.plan(LARGE, "sm_90", "backward")
+    assert operations(made) == ["backward_dq", "backward_dkv"]
+    assert {name: buffer.shape for name, buffer in made.buffers.items()} == {"delta": (2, 16, 4096)}
+
+
+def test_the_fused_form_has_a_part_of_dq_for_each_owner() -> None:
+    made = plan.plan(LARGE, "sm_90", "backward", form="fused")
+    assert operations(made) == ["delta", "backward", "reduce_dq"]
+    owners = made.launches[1].splits
+    assert made.launches[1].programs == owners * 2 * 4
+    assert owners == min(made.launches[1].block_rows, -(-ENOUGH_PROGRAMS // 8))
+    assert made.buffers["dq_parts"].shape == (owners, 2, 16, 4096, 128)
+    assert made.cleared == ("dq_parts",)
+    alone = plan.plan(LARGE, "sm_90", "backward", form="fused", owners=1)
+    assert alone.launches[1].splits == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "form", "expected"),
+    [
+        (((4, 8, 1, 64), (4, 2, 8192, 64)), "auto", ["decode", "merge"]),
+        (((4, 8, 17, 64), (4, 2, 8192, 64)), "auto", ["forward"]),
+        (((4, 8, 1, 64), (4, 2, 100, 64)), "auto", ["forward"]),
+        (((4, 8, 17, 64), (4, 2, 8192, 64)), "decode", ["decode", "merge"]),
+        (((4, 8, 1, 64), (4, 2, 8192, 64)), "tiled", ["forward"]),
+    ],
+)
+def test_few_queries_are_decoded(shape: tuple[Any, ...], form: str, expected: list[str]) -> None:
+    made = plan.plan(Problem.of(*shape, dtype="float16"), "sm_90", "forward", form=form)
+    assert operations(made) == expected
+    if expected[0] == "decode":
+        launch = made.launches[0]
+        assert launch.block_rows * 8 >= min(ENOUGH_PROGRAMS, 8 * 8192 // plan.KEYS_PER_SPLIT)
+        assert made.buffers["part_o"].shape == (4, 8, launch.splits, shape[0][2], 64)
+
+
+@pytest.mark.feature("M15", "T07")
+@pytest.mark.parametrize("mask", [causal(), local(200), full()], ids=repr)
+def test_runs_cover_what_is_seen_and_nothing_twice(mask: Rule) -> None:
+    problem = Problem.of((1, 1, 500, 64), (1, 1, 700, 64), dtype="float16", mask=mask)
+    (launch,) = plan.plan(problem, "sm_80", "forward").launches
+    visible = mask.to_dense(500, 700)
+    rows, step = launch.spec.blocks.parallel, launch.spec.blocks.traverse
+    for block in range(launch.visited_rows):
+        met = np.zeros(700, int)
+        begin, middle, end = launch.run_rows[2 * block : 2 * block + 3]
+        for index in range(begin, end):
+            first, last = launch.runs[index]
+            met[first:last] += 1
+            if index < middle:
+                assert (last - first) % step == 0, "a tile of whole pairs is whole"
+                assert visible[block * rows : (block + 1) * rows, first:last].all()
+        assert met.max() <= 1
+        assert met[visible[block * rows : (block + 1) * rows].any(0)].all()
+
+
+@pytest.mark.feature("M06")
+def test_pieces_of_a_head_are_powers_of_two() -> None:
+    for dim in range(1, spec.MOST_DIM + 1):
+        found = pieces(dim)
+        assert sum(piece.width for piece in found) == -(-dim // 16) * 16
+        assert found[-1].stop == dim and found[0].first == 0
+        assert all(piece.width & (piece.width - 1) == 0 for piece in found)
+
+
+def test_descriptors_where_tiles_can_be_moved_whole() -> None:
+    made = plan.plan(LARGE, "sm_90", "forward")
+    kernel = made.launches[0].spec
+    packed = dict.fromkeys("qkvo", (4096 * 128, 4096, 128, 1))
+    assert fitted(kernel, made, packed, True).descriptors
+    assert not fitted(kernel, made, packed, False).descriptors
+    for odd in ((4096 * 128, 4096, 132, 1), (4096 * 128, 0, 128, 1), (8, 4, 1, 4096)):
+        assert not fitted(kernel, made, {**packed, "k": odd}, True).descriptors
+    older = plan.plan(LARGE, "sm_80", "forward")
+    assert not fitted(older.launches[0].spec, older, packed, True).descriptors
+    far = {**packed, "v": (1, 1, 2**25, 1)}
+    assert fitted(kernel, made, far, True).wide and not fitted(kernel, made, packed, True).wide
+
+
+@pytest.mark.feature("T15")
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: plan.plan(LARGE, "sm_75", "forward"), ValueError, "architecture must be 'sm_80'"),
+        (lambda: plan.plan(LARGE, "sm_90", "sideways"), ValueError, "operation must be"),
+        (lambda: plan.plan(LARGE, "sm_90", "forward", form="split"), ValueError, "form must be"),
+        (
+            lambda: plan.plan(Problem.of((1, 1, 8, 600)), "sm_90", "forward"),
+            NotImplementedError,
+            "heads of up to 512 numbers are implemented for GPUs, got dim 600",
+        ),
+        (
+            lambda: plan.plan(Problem.of((1, 1, 8, 64), dtype="float64"), "gfx942", "forward"),
+            NotImplementedError,
+            "Triton multiplies no tiles of float64 on gfx942",
+        ),
+        (
+            lambda: plan.plan(Problem.of((0, 1, 8, 64)), "sm_90", "forward", form="decode"),
+            ValueError,
+            "form 'decode' splits keys",
+        ),
+        (lambda: Blocks(48, 64, 4, 2), ValueError, "parallel must be a power of two from 16"),
+        (lambda: Blocks(64, 64, 3, 2), ValueError, "warps must be 1, 2, 4, 8 or 16, got 3"),
+        (lambda: Blocks(64, 64, 4, 0), ValueError, "stages must be from 1 to 8, got 0"),
+        (lambda: runtime.known("sm_75", "T4"), NotImplementedError, "T4 is of architecture sm_75"),
+    ],
+)
+def test_message(call: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as raised:
+        call()
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_precision_decides_how_float32_is_multiplied() -> None:
+    for precision, products in (("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")):
+        problem = Problem.of((1, 1, 512, 64), precision=precision)
+        (launch,) = plan.plan(problem, "sm_90", "forward").launches
+        assert launch.spec.products == products
+        assert f'input_precision="{products}"' in source.emit(launch.spec)
+        (other,) = plan.plan(problem, "gfx942", "forward").launches
+        assert other.spec.products == "ieee", "more exact than asked where there is no TF32"
+
+
+@pytest.mark.feature("M14", "M03")
+def test_a_text_is_a_module_in_the_cache(fresh_cache: Path) -> None:
+    module.load.cache_clear()
+    module._module.cache_clear()
+    text = source.emit(plan.plan(LARGE, "sm_90", "forward").launches[0].spec)
+    pytest.importorskip("triton", reason="a module of Triton's kernels imports it")
+    function = module.load(text, "tilefold_forward")
+    (file,) = fresh_cache.glob("*.py")
+    assert file.read_text() == text
+    assert function.fn.__code__.co_filename == str(file)
+    with pytest.raises(SyntaxError):
+        module.load(text.replace("def tilefold_forward(", "def def ("), "tilefold_forward")
+
+
+def test_the_same_text_for_other_lengths() -> None:
+    texts = {
+        source.emit(plan.plan(problem, "sm_90", "forward").launches[0].spec)
+        for problem in (
+            Problem.of((1, 2, 4096, 64), dtype="float16", mask=local(64)),
+            Problem.of((3, 4, 300, 64), (3, 1, 900, 64), dtype="float16", mask=local(99)),
+        )
+    }
+    assert len(texts) == 1
+
+
+@pytest.mark.feature("M03", "S07")
+def test_names_of_kernels_are_stable() -> None:
+    names = {
+        launch.spec.entry
+        for operation, form in (("forward", "tiled"), ("backward", "split"), ("backward", "fused"))
+        for launch in plan.plan(LARGE, "sm_90", operation, form=form).launches
+    }
+    assert names == {
+        "tilefold_forward",
+        "tilefold_backward_dq",
+        "tilefold_backward_dkv",
+        "tilefold_delta",
+        "tilefold_backward",
+        "tilefold_reduce_dq",
+    }
+
+
+SMALL = Problem.of((1, 2, 40, 16), dtype="float32", mask=causal())
+
+
+@pytest.mark.feature("S08")
+def test_tuning_keeps_the_fastest_blocks(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = machine("sm_90")
+    tuned.load.cache_clear()
+    usual = plan.plan(SMALL, "sm_90", "forward").launches[0].spec.blocks
+    some = [usual, Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)]
+    monkeypatch.setattr(autotune, "candidates", lambda launch, name: iter(some))
+    times = iter([3.0, 1.0, 2.0])
+
+    def timer(call: Any) -> float:
+        call()
+        return next(times)
+
+    trials = tilefold.triton.tune(SMALL, "forward", on, timer=timer)
+    assert [trial.blocks for trial in trials] == [some[1], some[2], some[0]]
+    made = plan.plan(SMALL, "sm_90", "forward")
+    assert made.launches[0].spec.blocks == some[1]
+    assert "measured here" in "\n".join(made.explain())
+    assert plan.plan(SMALL, "sm_80", "forward").launches[0].spec.blocks != some[1]
+    assert tuned.forget() == 1
+    assert plan.plan(SMALL, "sm_90", "forward").launches[0].spec.blocks == usual
+
+
+def test_tuning_goes_on_where_blocks_do_not_fit(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = machine("sm_90")
+    some = [Blocks(16, 16, 4, 1), Blocks(32, 16, 4, 1)]
+    monkeypatch.setattr(autotune, "candidates", lambda launch, name: iter(some))
+    outcomes = iter([ResourceError("too large"), 1.0])
+
+    def timer(call: Any) -> float:
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    trials = tilefold.triton.tune(SMALL, "forward", on, timer=timer, keep=False)
+    assert [trial.seconds for trial in trials] == [1.0, None]
+    assert trials[1].reason == "too large" and not tuned.path().exists()
+
+
+def test_candidates_begin_with_the_table_and_fit() -> None:
+    (launch,) = plan.plan(LARGE, "sm_90", "forward").launches
+    found = list(candidates(launch, "sm_90"))
+    assert found[0] == launch.spec.blocks
+    assert len(found) == len(set(found)) > 10
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{", b'{"format": "other", "blocks": []}', b'{"format": 1, "blocks": 7}'],
+)
+def test_a_damaged_file_is_left_out(fresh_cache: Path, content: bytes) -> None:
+    fresh_cache.mkdir(mode=0o700)
+    (fresh_cache / tuned.FILE).write_bytes(content)
+    tuned.load.cache_clear()
+    assert tuned.load() == {}
+    key = plan.key_of(plan.plan(SMALL, "sm_90", "forward").launches[0].spec, "sm_90")
+    tuned.keep({key: Blocks(16, 16, 1, 1)})
+    document = json.loads((fresh_cache / tuned.FILE).read_text())
+    document["blocks"] += [{"key": {}, "blocks": {}}, {"key": 3}, None]
+    document["blocks"].append({**document["blocks"][0], "blocks": {"parallel": 7}})
+    (fresh_cache / tuned.FILE).write_text(json.dumps(document))
+    tuned.load.cache_clear()
+    assert tuned.load() == {key: Blocks(16, 16, 1, 1)}
+    tuned.forget()
+
+
+def test_architectures_name_a_table() -> None:
+    tables = {found.table for found in architectures.ARCHITECTURES.values()}
+    assert tables <= architectures.ARCHITECTURES.keys()

@@ -1,0 +1,112 @@
+"""Blocks that were measured on this machine's GPU: what `tilefold.triton.tune` found, in one file.
+
+The planner asks here before it reads `tables`. Blocks change results by rounding only, so nothing
+but speed hangs on this file: an entry that is damaged is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tilefold import cache
+from tilefold.backends.triton.spec import Blocks
+from tilefold.files import write_atomically
+
+FORMAT = "tilefold triton blocks 1"
+"""The first entry of the file. The number goes up when kernels change so much that what was
+measured before says nothing any more."""
+
+FILE = "triton_tuned.json"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the best blocks depend on; `mask` is the text of the rule's skeleton."""
+
+    architecture: str
+    operation: str
+    dtype: str
+    dim: int
+    dim_v: int
+    products: str
+    mask: str
+
+
+_UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What reading a file raises that nobody of ours wrote."""
+
+
+def find(key: Key) -> Blocks | None:
+    """The blocks that were the fastest for a key, if any were measured."""
+    return load().get(key)
+
+
+def path() -> Path:
+    """Where they are kept: in the folder of the kernel cache."""
+    return cache.default().directory / FILE
+
+
+@functools.cache
+def load() -> Mapping[Key, Blocks]:
+    """All that is kept, read when this process first asks."""
+    found = {}
+    try:
+        document = json.loads(path().read_bytes())
+        entries = document["blocks"] if document["format"] == FORMAT else []
+    except (OSError, *_UNUSABLE):
+        return {}
+    for entry in entries if isinstance(entries, list) else []:
+        try:
+            found[_key(entry["key"])] = Blocks(**entry["blocks"])
+        except _UNUSABLE:
+            continue
+    return found
+
+
+def keep(new: Mapping[Key, Blocks]) -> None:
+    """Add to the file, in place of older entries of the same keys. Raises OSError."""
+    if problem := cache.default().problem():
+        raise OSError(f"blocks cannot be kept: {problem}")
+    load.cache_clear()  # another process may have written since
+    merged = {**load(), **new}
+    entries = [{"key": asdict(key), "blocks": asdict(blocks)} for key, blocks in merged.items()]
+    document = {"format": FORMAT, "blocks": entries}
+    write_atomically(path(), (json.dumps(document, indent=1) + "\n").encode())
+    _changed()
+
+
+def forget() -> int:
+    """Remove the file; return how many entries were in it. Raises OSError."""
+    load.cache_clear()
+    count = len(load())
+    path().unlink(missing_ok=True)
+    _changed()
+    return count
+
+
+def when_changed(listener: Callable[[], None]) -> None:
+    """Call a function whenever this process replaces the file: who keeps plans must drop them."""
+    _listeners.append(listener)
+
+
+_listeners: list[Callable[[], None]] = []
+
+
+def _changed() -> None:
+    load.cache_clear()
+    for listener in _listeners:
+        listener()
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    """A key of the file. Raises TypeError for fields that are not of their types."""
+    key = Key(**entry)
+    for name, value in asdict(key).items():
+        if type(value) is not (int if name in ("dim", "dim_v") else str):
+            raise TypeError(name)
+    return key

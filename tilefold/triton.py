@@ -1,0 +1,76 @@
+"""Triton kernels by themselves: their plans and texts, and ways to run and to tune them.
+
+`tilefold.attention` needs nothing of this: it serves tensors on a GPU of NVIDIA's or AMD's as they
+are. Without a GPU, Triton's interpreter runs the same kernels on CPU tensors, where
+TRITON_INTERPRET=1 is set before Triton is imported: `machine = tilefold.triton.interpreted()`.
+
+    >>> import tilefold
+    >>> from tilefold import triton
+    >>> problem = tilefold.Problem.of((1, 8, 4096, 64), dtype="bfloat16", mask=tilefold.causal())
+    >>> plan = triton.plan(problem, "sm_90", "forward")
+    >>> text = triton.emit(plan.launches[0].spec)
+    >>> "def tilefold_forward(" in text
+    True
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tilefold.backends.triton.architectures import ARCHITECTURES
+    from tilefold.backends.triton.autotune import tune
+    from tilefold.backends.triton.calls import attention, attention_backward
+    from tilefold.backends.triton.dispatch import Interpreted as interpreted
+    from tilefold.backends.triton.dispatch import ResourceError
+    from tilefold.backends.triton.plan import plan
+    from tilefold.backends.triton.runtime import gpu, missing
+    from tilefold.backends.triton.source import emit
+    from tilefold.backends.triton.spec import Blocks, TritonSpec
+
+_BACKEND = "tilefold.backends.triton"
+_HOMES = {
+    "ARCHITECTURES": "architectures",
+    "Blocks": "spec",
+    "ResourceError": "dispatch",
+    "TritonSpec": "spec",
+    "attention": "calls",
+    "attention_backward": "calls",
+    "emit": "source",
+    "gpu": "runtime",
+    "interpreted": "dispatch",
+    "missing": "runtime",
+    "plan": "plan",
+    "tune": "autotune",
+}
+"""Where the public names live."""
+
+_CALLED = {"interpreted": "Interpreted"}
+"""Their names there, where they differ."""
+
+__all__ = [
+    "ARCHITECTURES",
+    "Blocks",
+    "ResourceError",
+    "TritonSpec",
+    "attention",
+    "attention_backward",
+    "emit",
+    "gpu",
+    "interpreted",
+    "missing",
+    "plan",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tilefold.triton' has no attribute {name!r}")
+    value: Any = getattr(import_module(f"{_BACKEND}.{_HOMES[name]}"), _CALLED.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
