@@ -44,7 +44,7 @@ backends.triton.arguments backends.triton.frame backends.triton.softmax backends
 backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.source
 backends.triton.architectures backends.triton.choice
 backends.triton.tuned backends.triton.plan
-backends.triton.module backends.triton.dispatch backends.triton.calls backends.triton.runtime
+backends.triton.module backends.triton.dispatch backends.triton.runtime backends.triton.calls
 backends.triton.autotune
 engine compiling
 frontends frontends.numpy frontends.torch
@@ -52,7 +52,7 @@ implementations implementations.torch implementations.numpy
 api metal triton
 arrays workload peers agreement bench tuning minilm
 selftest utilisation
-commands commands.terminal commands.specification commands.text
+commands commands.terminal commands.specification commands.text commands.emitted
 commands.run commands.bench commands.tune commands.inspect commands.mask
 commands.metal commands.doctor
 cli __main__

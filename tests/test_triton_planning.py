@@ -11,7 +11,7 @@ import pytest
 from interpreted import machine
 
 import tilefold
-from tilefold import Problem, Rule, causal, full, local
+from tilefold import Problem, Rule, causal, cli, full, local
 from tilefold.backends.triton import (
     architectures,
     autotune,
@@ -291,3 +291,28 @@ def test_a_damaged_file_is_left_out(fresh_cache: Path, content: bytes) -> None:
 def test_architectures_name_a_table() -> None:
     tables = {found.table for found in architectures.ARCHITECTURES.values()}
     assert tables <= architectures.ARCHITECTURES.keys()
+
+
+@pytest.mark.feature("A10")
+def test_modules_are_written_ahead() -> None:
+    """In the interpreter nothing is compiled; without a GPU there is nowhere to compile for."""
+    futures = tilefold.compile_async([SMALL], device=machine("sm_90"))
+    assert [future.result(60) for future in futures] == [None]
+    if runtime.missing():
+        with pytest.raises(NotImplementedError):
+            tilefold.compile_async([SMALL], device="cuda:1")
+    with pytest.raises(ValueError, match="device must be 'cpu', 'mps' or 'cuda', got 'gpu'"):
+        tilefold.compile_async([SMALL], device="gpu")
+
+
+@pytest.mark.feature("M13", "S07")
+def test_inspect_prints_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "inspect --backend triton --architecture sm_80 --dtype float16 --shape 1,2,64,32"
+    assert cli.main([*words.split(), "--operation", "backward", "--kernel", "backward_dkv"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "# tilefold_backward_dkv: float16, dim 32, dim_v 32, for sm_80 (A100)"
+    )
+    compile(printed, "printed", "exec")
+    assert cli.main([*words.split(), "--json"]) == 2
+    assert "--json goes with --backend cpu" in capsys.readouterr().err

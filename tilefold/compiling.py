@@ -7,6 +7,7 @@ waits for it, and never compiles it again (see `once`).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -52,7 +53,8 @@ def compile_async(
             arrays are expected to be contiguous
         operations: "forward", "backward" or both
         layout: the order of the arrays' axes, as for `attention`
-        device: "cpu", "mps" for the Apple GPU of this machine, or what `tilefold.metal.emulated()`
+        device: "cpu", "mps" for the Apple GPU of this machine, "cuda" or "cuda:1" for one of
+            NVIDIA's or AMD's, or what `tilefold.metal.emulated()` or `tilefold.triton.gpu()`
             returns
 
     Returns:
@@ -98,8 +100,12 @@ def _work(compiler: Compiler, operations: list[str], layout: str, problem: Probl
 def _compiler(device: Any) -> Compiler:
     """What compiles the kernels of a problem, operation and layout on a device."""
     if not isinstance(device, str):
-        return _metal(device)
-    choice("device", device, ("cpu", "mps"))
+        return _triton(device) if hasattr(device, "architecture") else _metal(device)
+    if match := re.fullmatch(r"cuda(?::(\d+))?", device):
+        from tilefold.backends.triton import runtime
+
+        return _triton(runtime.gpu(int(match[1] or 0)))
+    choice("device", device, ("cpu", "mps", "cuda"))
     return _cpu if device == "cpu" else _metal(None)
 
 
@@ -118,3 +124,9 @@ def _metal(machine: Any) -> Compiler:
     from tilefold.backends.metal import calls, runtime
 
     return partial(calls.ready, runtime.gpu() if machine is None else machine)
+
+
+def _triton(machine: Any) -> Compiler:
+    from tilefold.backends.triton import calls
+
+    return partial(calls.ready, machine)

@@ -35,11 +35,6 @@ SELF_TEST = [(case, dtype) for dtype in ("float32", "float64") for case in CASES
 ]
 """What is tested; bfloat16 where ml_dtypes is there, which has the type."""
 
-ABSENT = {
-    "nvidia": "no kernels for NVIDIA GPUs in this version",
-    "amd": "no kernels for AMD GPUs in this version",
-}
-
 
 def register(commands: Any) -> None:
     """Add the command and its options."""
@@ -145,7 +140,7 @@ def _document(checks: list[Check], agreed: list[Agreement]) -> dict[str, Any]:
     works = all(check.passed for check in checks)
     reason = next((check.problem or check.case for check in checks if not check.passed), None)
     backends: dict[str, Any] = {"cpu": {"works": works, "reason": reason}}
-    backends |= {name: {"works": False, "reason": why} for name, why in ABSENT.items()}
+    backends |= {name: _triton(name, agreed) for name in ("nvidia", "amd")}
     backends["apple"] = _apple(agreed)
     return {
         "versions": {"tilefold": tilefold.__version__, "python": platform.python_version()}
@@ -198,8 +193,30 @@ def _apple(agreed: list[Agreement]) -> dict[str, Any]:
 
     if reason := runtime.missing():
         return {"works": False, "reason": reason}
-    wanted = ("kernel", "tensors on mps")
-    own = next(each for each in agreed if (each.implementation, each.arrays) == wanted)
+    return _kernels("tensors on mps", agreed)
+
+
+def _triton(vendor: str, agreed: list[Agreement]) -> dict[str, Any]:
+    """The same of Triton's kernels, "nvidia" or "amd": torch is built for one of them."""
+    from tilefold.backends.triton import runtime
+
+    if reason := runtime.missing():
+        return {"works": False, "reason": reason}
+    import torch
+
+    built = "amd" if torch.version.hip else "nvidia"
+    if vendor != built:
+        return {"works": False, "reason": f"this PyTorch is built for GPUs of {built.upper()}"}
+    try:
+        runtime.architecture_of(torch.cuda.current_device())
+    except NotImplementedError as error:
+        return {"works": False, "reason": str(error)}
+    return _kernels("tensors on cuda", agreed)
+
+
+def _kernels(kind: str, agreed: list[Agreement]) -> dict[str, Any]:
+    """Whether kernels gave the right results on arrays of a kind."""
+    own = next(each for each in agreed if (each.implementation, each.arrays) == ("kernel", kind))
     works = own.error is not None and _right(own)
     return {"works": works, "reason": None if works else own.reason or "results are wrong"}
 

@@ -1,29 +1,25 @@
 """`tilefold inspect`: what a specification becomes, without any data.
 
 The plan, the tiles that it visits, the lower bounds on this machine, and one kernel as LLVM text or
-as assembly. With `--backend metal` it prints the text of one Metal kernel alone, on any machine,
-so that an app can take it: `tilefold inspect --shape 1,8,2048,64 --backend metal > forward.metal`.
-Its entry is called tilefold_ and the name of the kernel, such as tilefold_forward; its first lines
-say how to launch it.
+as assembly. With `--backend metal` or `--backend triton` it prints the text of one GPU kernel, on
+any machine, so that an app can take it: `tilefold inspect --shape 1,8,2048,64 --backend metal >
+forward.metal`. Its entry is called tilefold_ and the name of the kernel, such as tilefold_forward;
+its first lines say how to launch it.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import textwrap
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from tilefold import choice, metal, parse, plan, roofline, settings, winners
+from tilefold import choice, parse, plan, roofline, settings, triton, winners
 from tilefold.backends.cpu import kernel, peak, runtime, threads
-from tilefold.backends.metal import gated
-from tilefold.commands import specification, terminal
+from tilefold.commands import emitted, specification, terminal
 from tilefold.device import host
 from tilefold.plan import Launch, Plan
-from tilefold.problem import Problem
 from tilefold.spec import DECODE, PARALLEL
 from tilefold.winners import Winner
 
@@ -47,10 +43,17 @@ def register(commands: Any) -> None:
     parser.add_argument("--isa", help="a narrower instruction set of this machine, such as avx2")
     parser.add_argument(
         "--kernel",
-        help="which kernel of the plan --text, --asm and --backend metal show; for Metal also"
-        " tensorops, the forward pass of Metal 4",
+        help="which kernel of the plan --text, --asm and --backend show; for Metal also tensorops,"
+        " the forward pass of Metal 4",
     )
-    parser.add_argument("--backend", choices=("cpu", "metal"), default="cpu")
+    parser.add_argument("--backend", choices=("cpu", "metal", "triton"), default="cpu")
+    parser.add_argument(
+        "--architecture",
+        choices=tuple(triton.ARCHITECTURES),
+        default="sm_90",
+        help="the GPU that a Triton kernel is written for: sm_80 is an A100, sm_90 an H100 or H200,"
+        " sm_100 a B200, gfx942 an MI300",
+    )
     parser.add_argument(
         "--family",
         choices=settings.METAL_FAMILIES,
@@ -68,8 +71,8 @@ def main(options: argparse.Namespace) -> int:
     """Show what the options ask for."""
     mask = parse.parse(options.mask)
     problem = specification.problem(options, options.shape, mask, options.dtype)
-    if options.backend == "metal":
-        print(_metal(options, problem), end="")
+    if options.backend != "cpu":
+        print(emitted.text(options, problem), end="")
         return 0
     device = host().lowered(options.isa) if options.isa else host()
     start = time.perf_counter()
@@ -99,45 +102,7 @@ def main(options: argparse.Namespace) -> int:
 def _pick(made: Plan, name: str | None) -> Launch:
     """A kernel by name; without one, the one with the most to do."""
     launches = {launch.spec.operation: launch for launch in made.launches}
-    return launches[_named(launches, name)]
-
-
-def _named(kernels: Iterable[str], name: str | None) -> str:
-    """A name of a plan's kernels. Raises ValueError."""
-    known = [*kernels]
-    if name is None:
-        return next(kernel for kernel in known if kernel in roofline.PASSES)
-    if name not in known:
-        raise ValueError(f"--kernel must be one of {', '.join(known)}, not {name!r}")
-    return name
-
-
-def _metal(options: argparse.Namespace, problem: Problem) -> str:
-    """The text of a Metal kernel for contiguous arrays."""
-    for option in ("isa", "asm", "json"):
-        if getattr(options, option):
-            raise ValueError(f"--{option} goes with --backend cpu: a Metal kernel is text alone")
-    if options.kernel == "tensorops":
-        if options.operation != "forward":
-            raise ValueError("--kernel tensorops: tensor operations make the forward pass alone")
-        (launch,) = gated.plan(problem, options.family).launches
-    else:
-        made = metal.plan(problem, options.family, options.operation, form=options.form)
-        launches = {launch.spec.operation: launch for launch in made.launches}
-        launch = launches[_named(launches, options.kernel)]
-    spec, (x, y, z) = launch.spec, launch.grid
-    family = metal.FAMILIES[options.family]
-    kind = f"{spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, innermost strides 1"
-    facts = [
-        f"{spec.entry}: {kind}, for GPUs of {options.family} ({family.chips}).",
-        f"Threadgroups have {spec.threads} threads; for this shape there are {x} x {y} x {z}.",
-        f"The buffer `sizes` holds, as 64-bit integers: {', '.join(metal.sizes(spec))}.",
-        "Strides count elements. order, run_rows and runs say which tiles the mask leaves, as in"
-        " tilefold/blocks.py.",
-    ]
-    lines = [line for fact in facts for line in textwrap.wrap(fact, 97)]
-    lines += ["What was chosen, and why:", *(f"  {line}" for line in launch.choice.explain())]
-    return "".join(f"// {line}".rstrip() + "\n" for line in [*lines, ""]) + metal.emit(spec)
+    return launches[emitted.named(launches, name)]
 
 
 def _problem(made: Plan) -> dict[str, Any]:

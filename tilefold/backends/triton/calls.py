@@ -140,7 +140,7 @@ def backward(
 
 
 def ready(machine: Machine, problem: Problem, operation: str, layout: str) -> None:
-    """Plan a problem of contiguous tensors and write its kernels' modules."""
+    """Plan a problem of contiguous tensors and compile its kernels; see `compile_async`."""
     q, k, v = shapes_qkv(problem, layout)
     o, lse = shape_o(problem, layout), shape_lse(problem)
     shapes = {"q": q, "k": k, "v": v, "o": o, "lse": lse}
@@ -148,7 +148,7 @@ def ready(machine: Machine, problem: Problem, operation: str, layout: str) -> No
         shapes |= {"do": o, "dq": q, "dk": k, "dv": v}
     if not problem.empty:
         strides = {name: contiguous(shape) for name, shape in shapes.items()}
-        _prepare(machine, problem, operation, layout, strides, together=True)
+        _prepare(machine, problem, operation, layout, strides, together=True).compile()
 
 
 def _run(

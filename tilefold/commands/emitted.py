@@ -1,0 +1,77 @@
+"""Texts of GPU kernels, as `tilefold inspect --backend metal` and `--backend triton` print them.
+
+Each is one file by itself, for an app or a profiler to take, and says first how it is launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Iterable
+
+from tilefold import metal, triton
+from tilefold.backends.metal import gated
+from tilefold.problem import Problem
+from tilefold.roofline import PASSES
+
+
+def named(kernels: Iterable[str], name: str | None) -> str:
+    """A name of a plan's kernels; without one, that with the most to do. Raises ValueError."""
+    known = [*kernels]
+    if name is None:
+        return next(kernel for kernel in known if kernel in PASSES)
+    if name not in known:
+        raise ValueError(f"--kernel must be one of {', '.join(known)}, not {name!r}")
+    return name
+
+
+def text(options: argparse.Namespace, problem: Problem) -> str:
+    """The text of a GPU kernel for contiguous arrays. Raises ValueError."""
+    for option in ("isa", "asm", "json"):
+        if getattr(options, option):
+            raise ValueError(f"--{option} goes with --backend cpu: a GPU kernel is text alone")
+    return {"metal": _metal, "triton": _triton}[options.backend](options, problem)
+
+
+def _metal(options: argparse.Namespace, problem: Problem) -> str:
+    if options.kernel == "tensorops":
+        if options.operation != "forward":
+            raise ValueError("--kernel tensorops: tensor operations make the forward pass alone")
+        (launch,) = gated.plan(problem, options.family).launches
+    else:
+        made = metal.plan(problem, options.family, options.operation, form=options.form)
+        launches = {launch.spec.operation: launch for launch in made.launches}
+        launch = launches[named(launches, options.kernel)]
+    spec, (x, y, z) = launch.spec, launch.grid
+    family = metal.FAMILIES[options.family]
+    kind = f"{spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, innermost strides 1"
+    facts = [
+        f"{spec.entry}: {kind}, for GPUs of {options.family} ({family.chips}).",
+        f"Threadgroups have {spec.threads} threads; for this shape there are {x} x {y} x {z}.",
+        f"The buffer `sizes` holds, as 64-bit integers: {', '.join(metal.sizes(spec))}.",
+        "Strides count elements. order, run_rows and runs say which tiles the mask leaves, as in"
+        " tilefold/blocks.py.",
+    ]
+    return _commented("//", facts, launch.choice.explain()) + metal.emit(spec)
+
+
+def _triton(options: argparse.Namespace, problem: Problem) -> str:
+    made = triton.plan(problem, options.architecture, options.operation, form=options.form)
+    launches = {launch.spec.operation: launch for launch in made.launches}
+    launch = launches[named(launches, options.kernel)]
+    spec, device = launch.spec, triton.ARCHITECTURES[options.architecture]
+    facts = [
+        f"{spec.entry}: {spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, for {device.name}"
+        f" ({device.chips}).",
+        f"Launched with num_warps={spec.blocks.warps} and num_stages={spec.blocks.stages}; for this"
+        f" shape there are {launch.programs} programs.",
+        "Strides count elements. order, run_rows and runs say which tiles the mask leaves, as in"
+        " tilefold/visits.py.",
+    ]
+    return _commented("#", facts, launch.choice.explain()) + triton.emit(spec)
+
+
+def _commented(sign: str, facts: list[str], chosen: list[str]) -> str:
+    lines = [line for fact in facts for line in textwrap.wrap(fact, 97)]
+    lines += ["What was chosen, and why:", *(f"  {line}" for line in chosen), ""]
+    return "".join(f"{sign} {line}".rstrip() + "\n" for line in lines)
