@@ -18,9 +18,9 @@ from tilefold.backends.triton.frame import (
     USUAL,
     Walk,
     add_product,
-    clean,
     dot,
     fetch,
+    inspect,
     load,
     negated,
     parallel,
@@ -90,7 +90,7 @@ def _queries_block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     for walk in walks:
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", "h_k", "start", within(walk))
-            clean(text, spec, "k", walk)
+            inspect(text, spec, "k", walk)
             scores(text, spec)
             if walk is not Walk.WHOLE:
                 seen(text, spec, "h")
@@ -168,7 +168,7 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     """Add what a tile of queries gives to dk and dv."""
     own, other = range(len(pieces(spec.dim))), range(len(pieces(spec.dim_v)))
     fetch(text, spec, "q", "traverse", "h_q", "start", within(walk))
-    clean(text, spec, "q", walk)
+    inspect(text, spec, "q", walk)
     for i, piece in enumerate(pieces(spec.dim)):
         if not spec.held:
             tile = load(spec, "k", piece, "within_parallel")
@@ -183,7 +183,7 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     if guarded and walk is Walk.WHOLE:
         text("p = tl.where(within_parallel[:, None], p, 0.0)")
     fetch(text, spec, "do", "traverse", "h_q", "start", within(walk))
-    clean(text, spec, "do", walk)
+    inspect(text, spec, "do", walk)
     text(f"weights = p.to(tl.{spec.dtype})")
     values = [f"do_{i}" for i in other]
     add_product(text, spec, [f"dv_{i}" for i in other], "weights", values, walk)

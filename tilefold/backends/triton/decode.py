@@ -18,10 +18,10 @@ from tilefold.backends.triton.frame import (
     USUAL,
     Walk,
     add_product,
-    clean,
     column,
     fetch,
     guard,
+    inspect,
     load,
     negated,
     seen,
@@ -95,7 +95,7 @@ def _part(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
             softmax.fold(text, spec, sums, walk)
             text(f"weights = p.to(tl.{spec.dtype})")
             fetch(text, spec, "v", "traverse", "h", "start", within(walk))
-            clean(text, spec, "v", walk)
+            inspect(text, spec, "v", walk)
             add_product(text, spec, sums, "weights", [f"v_{i}" for i in values], walk)
     text("row_n = ((b.to(tl.int64) * heads * group + h_q) * splits + block) * len_q + q_at")
     text("tl.store(part_m + row_n, m, mask=within_parallel)")

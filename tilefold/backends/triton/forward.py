@@ -15,9 +15,9 @@ from tilefold.backends.triton.frame import (
     USUAL,
     Walk,
     add_product,
-    clean,
     dot,
     fetch,
+    inspect,
     load,
     negated,
     parallel,
@@ -73,7 +73,7 @@ def _block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
             softmax.fold(text, spec, sums, walk)
             text(f"weights = p.to(tl.{spec.dtype})")
             fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
-            clean(text, spec, "v", walk)
+            inspect(text, spec, "v", walk)
             add_product(text, spec, sums, "weights", [f"v_{i}" for i in values], walk)
     softmax.end(text)
     write(text, spec, "o", "h", "first_q", [f"({name} / share[:, None])" for name in sums])

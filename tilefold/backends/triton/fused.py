@@ -104,7 +104,6 @@ def _add_to_part(text: Text, spec: TritonSpec, walk: Walk) -> None:
         key = negated(spec, f"k_{i}") if spec.negative else f"k_{i}"
         if walk is Walk.EDGE:  # keys are in the block's registers as they are, for its whole tiles
             text(f"odd |= is_odd(k_{i})")
-            key = f"finite({key})"
         add_product(text, spec, [f"sum_{i}"], "turned", [key], walk, pairs)
         text(f"tl.store(at, sum_{i}{f', mask={where}' if where else ''})")
 
