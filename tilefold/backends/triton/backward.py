@@ -32,7 +32,7 @@ from tilefold.backends.triton.frame import (
     written,
     zeros,
 )
-from tilefold.backends.triton.spec import TritonSpec, pieces
+from tilefold.backends.triton.spec import TritonSpec
 from tilefold.backends.triton.text import Text
 
 AfterTile = Callable[[Text, TritonSpec, Walk], None]
@@ -83,9 +83,9 @@ def emit_dq(spec: TritonSpec) -> str:
 
 def _queries_block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     """dq of the block of queries, from its first tile to memory."""
-    own = range(len(pieces(spec.dim)))
+    own = range(len(spec.pieces("q")))
     sums = [f"dq_{i}" for i in own]
-    for name, piece in zip(sums, pieces(spec.dim), strict=True):
+    for name, piece in zip(sums, spec.pieces("q"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
     for walk in walks:
         with tiles(text, spec, "h", walk):
@@ -96,7 +96,7 @@ def _queries_block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
                 seen(text, spec, "h")
             _weights(text, walk, "[:, None]")
             fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
-            for i, piece in enumerate(pieces(spec.dim_v)):
+            for i, piece in enumerate(spec.pieces("v")):
                 if not spec.held:
                     text(f"do_{i} = {load(spec, 'do', piece, 'within_parallel')}")
                 text(f"dp = {dot(spec, f'do_{i}', f'tl.trans(v_{i})', 'dp' if i else '')}")
@@ -114,7 +114,7 @@ def delta_of(text: Text, spec: TritonSpec) -> None:
         fetch(text, spec, "do", "parallel", "h", "first_q", "within_parallel")
     kind = f"tl.{spec.statistics}"
     text(f"sums = tl.full([PARALLEL], 0.0, {kind})")
-    for i, piece in enumerate(pieces(spec.dim_v)):
+    for i, piece in enumerate(spec.pieces("v")):
         if not spec.held:
             text(f"do_{i} = {load(spec, 'do', piece, 'within_parallel')}")
         text(f"o_{i} = {load(spec, 'o', piece, 'within_parallel')}")
@@ -147,11 +147,11 @@ def keys_block(
             fetch(text, spec, operand, "parallel", "h", "first_k", "within_parallel")
         else:
             rows_of(text, spec, operand, "h", "first_k", "parallel")
-    own, other = range(len(pieces(spec.dim))), range(len(pieces(spec.dim_v)))
+    own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
     if spec.negative and spec.held:
         text(*(f"k_{i} = {negated(spec, f'k_{i}')}" for i in own))
     for operand in ("dk", "dv"):
-        for i, piece in enumerate(pieces(spec.width(operand))):
+        for i, piece in enumerate(spec.pieces(operand)):
             text(f"{operand}_{i} = {zeros(spec, 'PARALLEL', piece.width)}")
     with text.block("for member in tl.range(0, group, num_stages=1)"):
         text("h_q = h * group + member")
@@ -166,10 +166,10 @@ def keys_block(
 
 def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> None:
     """Add what a tile of queries gives to dk and dv."""
-    own, other = range(len(pieces(spec.dim))), range(len(pieces(spec.dim_v)))
+    own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
     fetch(text, spec, "q", "traverse", "h_q", "start", within(walk))
     inspect(text, spec, "q", walk)
-    for i, piece in enumerate(pieces(spec.dim)):
+    for i, piece in enumerate(spec.pieces("q")):
         if not spec.held:
             tile = load(spec, "k", piece, "within_parallel")
             text(f"k_{i} = {negated(spec, tile) if spec.negative else tile}")
@@ -187,7 +187,7 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     text(f"weights = p.to(tl.{spec.dtype})")
     values = [f"do_{i}" for i in other]
     add_product(text, spec, [f"dv_{i}" for i in other], "weights", values, walk)
-    for i, piece in enumerate(pieces(spec.dim_v)):
+    for i, piece in enumerate(spec.pieces("v")):
         if not spec.held:
             text(f"v_{i} = {load(spec, 'v', piece, 'within_parallel')}")
         text(f"dp = {dot(spec, f'v_{i}', f'tl.trans(do_{i})', 'dp' if i else '')}")

@@ -33,7 +33,7 @@ from tilefold.backends.triton.frame import (
 )
 from tilefold.backends.triton.frame import parallel as rows_parallel
 from tilefold.backends.triton.mask import masks
-from tilefold.backends.triton.spec import TritonSpec, pieces
+from tilefold.backends.triton.spec import TritonSpec
 from tilefold.backends.triton.text import Text
 
 DECODE = (
@@ -69,7 +69,7 @@ def emit(spec: TritonSpec) -> str:
     softmax.factor(text, spec)
     text("q_block = q + b.to(tl.int64) * q_b")
     text("q_rows = q_block + (h_q.to(tl.int64) * q_h + q_at.to(tl.int64) * q_n)[:, None]")
-    for i, piece in enumerate(pieces(spec.dim)):
+    for i, piece in enumerate(spec.pieces("q")):
         tile = load(spec, "q", piece, "within_parallel")
         text(f"q_{i} = {negated(spec, tile) if spec.negative else tile}")
     text("odd = 0")
@@ -81,10 +81,10 @@ def emit(spec: TritonSpec) -> str:
 
 def _part(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     """The part of the split, from its first tile to memory."""
-    values = range(len(pieces(spec.dim_v)))
+    values = range(len(spec.pieces("v")))
     sums = [f"o_{i}" for i in values]
     softmax.begin(text, spec)
-    for name, piece in zip(sums, pieces(spec.dim_v), strict=True):
+    for name, piece in zip(sums, spec.pieces("v"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
     for walk in walks:
         with tiles(text, spec, "h", walk):
@@ -100,7 +100,7 @@ def _part(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     text("row_n = ((b.to(tl.int64) * heads * group + h_q) * splits + block) * len_q + q_at")
     text("tl.store(part_m + row_n, m, mask=within_parallel)")
     text("tl.store(part_l + row_n, l, mask=within_parallel)")
-    for name, piece in zip(sums, pieces(spec.dim_v), strict=True):
+    for name, piece in zip(sums, spec.pieces("v"), strict=True):
         where = guard(piece, "within_parallel")
         at = f"part_o + row_n[:, None] * {spec.dim_v} + {column(piece)}[None, :]"
         text(f"tl.store({at}, {name}, mask={where})")
@@ -109,12 +109,12 @@ def _part(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
 def emit_merge(spec: TritonSpec) -> str:
     """The module of the kernel that merges the parts of all splits."""
     text = Text()
-    values = range(len(pieces(spec.dim_v)))
+    values = range(len(spec.pieces("v")))
     sums = [f"o_{i}" for i in values]
     rows_parallel(text, spec)
     softmax.factor(text, spec)
     softmax.begin(text, spec)
-    for name, piece in zip(sums, pieces(spec.dim_v), strict=True):
+    for name, piece in zip(sums, spec.pieces("v"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
     with text.block("for split in tl.range(0, splits)"):
         text("row_n = ((b.to(tl.int64) * heads + h) * splits + split) * len_q + q_at")
@@ -124,7 +124,7 @@ def emit_merge(spec: TritonSpec) -> str:
         text("top = tl.maximum(m, m_s)")
         text("shrink, share = tl.exp2((m - top) * factor), tl.exp2((m_s - top) * factor)")
         text("l = l * shrink + l_s * share", "m = top")
-        for name, piece in zip(sums, pieces(spec.dim_v), strict=True):
+        for name, piece in zip(sums, spec.pieces("v"), strict=True):
             where = guard(piece, "within_parallel")
             at = f"part_o + row_n[:, None] * {spec.dim_v} + {column(piece)}[None, :]"
             text(f"part = tl.load({at}, mask={where}, other=0.0)")

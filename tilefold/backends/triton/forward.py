@@ -29,7 +29,7 @@ from tilefold.backends.triton.frame import (
     written,
     zeros,
 )
-from tilefold.backends.triton.spec import TritonSpec, pieces
+from tilefold.backends.triton.spec import TritonSpec
 from tilefold.backends.triton.text import Text
 
 ALGORITHM = (
@@ -59,10 +59,10 @@ def emit(spec: TritonSpec) -> str:
 
 def _block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     """The block of queries from its first tile to its results."""
-    values = range(len(pieces(spec.dim_v)))
+    values = range(len(spec.pieces("v")))
     sums = [f"o_{i}" for i in values]
     softmax.begin(text, spec)
-    for name, piece in zip(sums, pieces(spec.dim_v), strict=True):
+    for name, piece in zip(sums, spec.pieces("v"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
     for walk in walks:
         with tiles(text, spec, "h", walk):
@@ -87,12 +87,12 @@ def queries(text: Text, spec: TritonSpec) -> None:
         return
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     if spec.negative:
-        text(*(f"q_{i} = {negated(spec, f'q_{i}')}" for i in range(len(pieces(spec.dim)))))
+        text(*(f"q_{i} = {negated(spec, f'q_{i}')}" for i in range(len(spec.pieces("q")))))
 
 
 def scores(text: Text, spec: TritonSpec) -> None:
     """`s`, the scores of a tile: queries are its rows, keys its columns."""
-    for i, piece in enumerate(pieces(spec.dim)):
+    for i, piece in enumerate(spec.pieces("q")):
         if not spec.held:
             tile = load(spec, "q", piece, "within_parallel")
             text(f"q_{i} = {negated(spec, tile) if spec.negative else tile}")

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from tilefold.backends.triton import arguments, mask
-from tilefold.backends.triton.spec import Piece, TritonSpec, pieces
+from tilefold.backends.triton.spec import Piece, TritonSpec
 from tilefold.backends.triton.text import ELEMENTS, Text
 
 HEADERS = ("import triton", "import triton.language as tl")
@@ -110,7 +110,7 @@ def descriptors(spec: TritonSpec) -> list[tuple[str, tuple[str, int, int]]]:
         if operand in ("q", "k", "v", "do"):
             own = SIDES[operand] == spec.parallel
             rows = spec.blocks.parallel if own else spec.blocks.traverse
-            for piece in pieces(spec.width(operand)):
+            for piece in spec.pieces(operand):
                 found[f"{operand}_{piece.width}"] = (operand, rows, piece.width)
     return [*found.items()]
 
@@ -138,7 +138,7 @@ def _head(spec: TritonSpec, used: set[str]) -> list[str]:
             lines.append(f"row_{side} = tl.arange(0, {rows})")
     widths = {}
     for operand in ("q", "v"):
-        for piece in pieces(spec.width(operand)):
+        for piece in spec.pieces(operand):
             widths[column(piece)] = piece
     for name, piece in widths.items():
         if name in used:
@@ -194,7 +194,7 @@ def fetch(
     """
     if not spec.descriptors:
         rows_of(text, spec, operand, head, first, side)
-    for i, piece in enumerate(pieces(spec.width(operand))):
+    for i, piece in enumerate(spec.pieces(operand)):
         if spec.descriptors:
             shape = f"{side.upper()}, {piece.width}"
             at = f"[b, {head}, {first}, {piece.first}]"
@@ -209,7 +209,7 @@ def write(
 ) -> None:
     """Write the block of an operand along the parallel axis, rounded to its type, by pieces."""
     rows_of(text, spec, operand, head, first, "parallel")
-    for piece, value in zip(pieces(spec.width(operand)), values, strict=True):
+    for piece, value in zip(spec.pieces(operand), values, strict=True):
         where = guard(piece, "within_parallel")
         text(
             f"tl.store({address(spec, operand, piece)}, {value}.to(tl.{spec.dtype}), mask={where})"
@@ -288,7 +288,7 @@ def inspect(text: Text, spec: TritonSpec, operand: str, walk: Walk) -> None:
     """
     if walk is not Walk.EDGE:
         return
-    for i in range(len(pieces(spec.width(operand)))):
+    for i in range(len(spec.pieces(operand))):
         text(f"odd |= is_odd({operand}_{i})")
 
 

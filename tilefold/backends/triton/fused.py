@@ -25,7 +25,7 @@ from tilefold.backends.triton.frame import (
     zeros,
 )
 from tilefold.backends.triton.frame import parallel as rows_parallel
-from tilefold.backends.triton.spec import Piece, TritonSpec, pieces
+from tilefold.backends.triton.spec import Piece, TritonSpec
 from tilefold.backends.triton.text import Text
 
 FUSED = (
@@ -74,7 +74,7 @@ def _forget(text: Text, spec: TritonSpec) -> None:
     with text.block("for start in tl.range(0, group * len_q, TRAVERSE, num_stages=1)"):
         text("row_n = (start + row_traverse).to(tl.int64)[:, None]")
         text("there = row_n < group * len_q")
-        for piece in pieces(spec.dim):
+        for piece in spec.pieces("q"):
             where = " & ".join(["there", *_columns(piece)])
             zero = zeros(spec, "TRAVERSE", piece.width)
             text(f"tl.store({_of_part(spec, piece)}, {zero}, mask={where})")
@@ -97,7 +97,7 @@ def _add_to_part(text: Text, spec: TritonSpec, walk: Walk) -> None:
     text("turned = tl.trans(ds)")
     rows = [] if walk is Walk.WHOLE else ["within_traverse[:, None]"]
     pairs = ("tl.trans(seen)", "row_parallel", "PARALLEL")
-    for i, piece in enumerate(pieces(spec.dim)):
+    for i, piece in enumerate(spec.pieces("q")):
         where = " & ".join([*rows, *_columns(piece)])
         text(f"at = {_of_part(spec, piece)}")
         text(f"sum_{i} = tl.load(at{f', mask={where}, other=0.0' if where else ''})")
@@ -113,13 +113,13 @@ def emit_reduce(spec: TritonSpec) -> str:
     text = Text()
     rows_parallel(text, spec)
     text("row_n = ((b.to(tl.int64) * heads + h) * len_q + q_at)[:, None]")
-    for i, piece in enumerate(pieces(spec.dim)):
+    for i, piece in enumerate(spec.pieces("q")):
         text(f"dq_{i} = {zeros(spec, 'PARALLEL', piece.width)}")
     with text.block("for owner in tl.range(0, splits)"):
         text(f"part = dq_parts + tl.cast(owner, tl.int64) * parts_stride * {spec.dim}")
-        for i, piece in enumerate(pieces(spec.dim)):
+        for i, piece in enumerate(spec.pieces("q")):
             where = " & ".join(["within_parallel[:, None]", *_columns(piece)])
             text(f"dq_{i} += tl.load({_of_part(spec, piece)}, mask={where}, other=0.0)")
-    values = [f"(dq_{i} * scale)" for i in range(len(pieces(spec.dim)))]
+    values = [f"(dq_{i} * scale)" for i in range(len(spec.pieces("q")))]
     write(text, spec, "dq", "h", "first_q", values)
     return written(spec, "Attention, backward: the parts of dq, added.", REDUCE, text)
