@@ -196,7 +196,7 @@ def product(
     assert_product(got, left, right, c=c, bias=added, activation=variant.activation, **scalars)
 
 
-@pytest.mark.feature("M11")
+@pytest.mark.feature("M11", "S10")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_products_of_any_shape(variant: Variant) -> None:
     for shape in SHAPES:
@@ -209,7 +209,7 @@ LADDER = (
 )
 
 
-@pytest.mark.feature("M11")
+@pytest.mark.feature("M11", "S01")
 @pytest.mark.parametrize("shape", LADDER)
 def test_the_shapes_of_the_learning_ladder(shape: tuple[int, int, int]) -> None:
     """Rows, contraction, columns, held to 1e-4 of numbers from -1 to 1."""

@@ -89,7 +89,6 @@ def assert_softmax(x: Array, p: Array | None = None, blocks: SoftmaxBlocks | Non
     assert_near("lse", lse, want_lse, unit * (x.shape[-1] + 8 + abs(np.nan_to_num(want_lse))))
 
 
-@pytest.mark.feature("M11")
 @pytest.mark.parametrize("dtype", rows.DTYPES)
 def test_rows_of_any_width(blocks: SoftmaxBlocks | None, dtype: str) -> None:
     for shape in ((1, 1), (5, 7), (3, 129), (2, 300), (0, 3), (3, 0), (1, 16), (7, 32), (2, 64)):
@@ -97,7 +96,7 @@ def test_rows_of_any_width(blocks: SoftmaxBlocks | None, dtype: str) -> None:
         assert_softmax(x.astype(dtype), blocks=blocks)
 
 
-@pytest.mark.feature("M11")
+@pytest.mark.feature("S02")
 @pytest.mark.parametrize("shape", [(256, 256), (99, 99), (100, 2048), (100, 2047), (1024, 1024)])
 def test_the_shapes_of_the_learning_ladder(shape: tuple[int, int]) -> None:
     """Weights from 0 to 1, rows that sum to 1, and all within 1e-4 of the definition."""
