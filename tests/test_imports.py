@@ -42,7 +42,8 @@ backends.metal.standalone backends.metal.gated backends.metal.model
 backends.triton backends.triton.spec backends.triton.text backends.triton.mask
 backends.triton.arguments backends.triton.frame backends.triton.softmax backends.triton.forward
 backends.triton.activation backends.triton.gemm backends.triton.rows
-backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.source
+backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.hopper
+backends.triton.source
 backends.triton.architectures backends.triton.choice
 backends.triton.tuned backends.triton.plan
 backends.triton.module backends.triton.dispatch backends.triton.runtime backends.triton.calls

@@ -27,6 +27,7 @@ def test_unset_or_empty_means_the_default(
         (settings.CPU_ISA, "AVX2", "avx2"),
         (settings.METAL_FAMILY, "Apple8", "apple8"),
         (settings.CACHE_DIR, "/somewhere/else", Path("/somewhere/else")),
+        (settings.HOPPER, "0", 0),
         (settings.CACHE_MIB, "0", 0),
     ],
     ids=lambda value: getattr(value, "name", str(value)),

@@ -17,7 +17,7 @@ from operands import inputs, place
 
 from tilefold.backends.triton import dispatch, source
 from tilefold.backends.triton.plan import plan
-from tilefold.backends.triton.spec import Blocks
+from tilefold.backends.triton.spec import MOST_DIM, Blocks
 from tilefold.problem import Problem
 
 SHAPES = [(1, 1), (3, 3), (64, 32), (47, 61), (31, 1), (1, 99), (40, 72), (96, 160)]
@@ -67,6 +67,10 @@ def test_attention_and_its_gradients(architecture: str, dtype: str, form: str, c
     """With outputs that lie as oddly as the inputs, and nothing written around them."""
     on = machine(architecture)
     problem = case.problem(dtype)
+    if problem.dim_v > MOST_DIM:
+        with pytest.raises(NotImplementedError, match="heads of up to 512 numbers"):
+            plan(problem, architecture, "forward")
+        return
     operands = inputs(problem, case.layout, case.memory)
     want = dense(operands, problem.mask, problem.scale)
     tolerance = tolerances(problem, operands, want)
@@ -161,7 +165,7 @@ def test_operands_in_memory_as_wide_as_64_bits_count() -> None:
         given[name].copy_(torch.from_numpy(operands[name]))
     given["o"] = base.as_strided((1, 2, 3, 2), (1, 16, far, 1), 300)
     given["lse"] = torch.empty(1, 2, 3)
-    made = plan(problem, "sm_90", "forward")
+    made = plan(problem, "sm_90", "forward", form="tiled")
     dispatch.execute(made, on, given)
     assert_near("o", given["o"].numpy(), want["o"], 2e-3)
     assert_near("lse", given["lse"].numpy(), want["lse"], 1e-5)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,8 @@ from tilefold import Problem, Rule, causal, cli, full, local
 from tilefold.backends.triton import (
     architectures,
     autotune,
+    dispatch,
+    hopper,
     module,
     plan,
     runtime,
@@ -176,7 +181,7 @@ def test_precision_decides_how_float32_is_multiplied() -> None:
 def test_a_text_is_a_module_in_the_cache(fresh_cache: Path) -> None:
     module.load.cache_clear()
     module._module.cache_clear()
-    text = source.emit(plan.plan(LARGE, "sm_90", "forward").launches[0].spec)
+    text = source.emit(plan.plan(LARGE, "sm_80", "forward").launches[0].spec)
     pytest.importorskip("triton", reason="a module of Triton's kernels imports it")
     function = module.load(text, "tilefold_forward")
     (file,) = fresh_cache.glob("*.py")
@@ -316,3 +321,82 @@ def test_inspect_prints_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     compile(printed, "printed", "exec")
     assert cli.main([*words.split(), "--json"]) == 2
     assert "--json goes with --backend cpu" in capsys.readouterr().err
+
+
+# Hopper's own kernel --------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Recorder:
+    """A machine that takes all kernels and keeps what they are launched with."""
+
+    architecture: str = "sm_90"
+    multiprocessors: int = 132
+    gluon: bool = True
+    kept: dispatch.Kept = field(default_factory=dispatch.Kept)
+    launches: list[tuple[str, int, tuple[Any, ...], dict[str, int]]] = field(default_factory=list)
+
+    def active(self) -> Any:
+        return nullcontext()
+
+    def function(self, text: str, entry: str) -> Any:
+        def launch(grid: tuple[int]) -> Any:
+            return lambda *given, **options: self.launches.append((entry, *grid, given, options))
+
+        return SimpleNamespace(launch=launch)  # stands for what is subscripted
+
+    upload = staticmethod(lambda array: array)
+    launched = staticmethod(lambda tensors: None)
+
+
+def launched(problem: Problem, machine: Recorder, **options: Any) -> dispatch._Step:
+    """The only step of a forward pass on packed operands."""
+    made = plan.plan(problem, machine.architecture, "forward", **options)
+    row = problem.dim
+    strides: dict[str, Any] = dict.fromkeys("qkvo", (row * 4096, row * 4096, row, 1))
+    return dispatch.prepare(made, machine, strides | {"lse": (1,)}, True).steps[0]
+
+
+def test_an_h100_takes_its_own_kernel_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="descriptors are Triton's")
+    step = launched(LARGE, Recorder())
+    assert step.spec.entry == "tilefold_forward_hopper"
+    assert step.programs == 132, "programs stay, as many as multiprocessors"
+    assert [tiles.operand for tiles in step.moved] == ["q", "k", "v"]
+    operands = len(step.operands)
+    names = hopper.parameters(step.spec)
+    assert len(names) == operands + len(step.constants) + len(step.moved)
+    known = dict(zip(names[operands:], step.constants, strict=False))
+    assert known["places"] == 32 * 32 and 1 <= known["near"] <= 32
+    assert launched(LARGE, Recorder(gluon=False)).spec.entry == "tilefold_forward"
+    assert launched(LARGE, Recorder(), form="tiled").spec.entry == "tilefold_forward"
+    monkeypatch.setenv("TILEFOLD_HOPPER", "0")
+    assert launched(LARGE, Recorder()).spec.entry == "tilefold_forward"
+
+
+@pytest.mark.parametrize(
+    ("problem", "architecture", "reason"),
+    [
+        (LARGE, "sm_80", "it is written for sm_90, not for sm_80"),
+        (Problem.of((1, 2, 512, 64)), "sm_90", "it multiplies float16 and bfloat16, not float32"),
+        (Problem.of((1, 2, 512, 320), dtype="float16"), "sm_90", "heads have at most 256"),
+        (Problem.of((1, 2, 0, 64), dtype="float16"), "sm_90", "no query meets a key"),
+    ],
+)
+def test_elsewhere_the_plain_kernel_serves(
+    problem: Problem, architecture: str, reason: str
+) -> None:
+    (launch,) = plan.plan(problem, architecture, "forward").launches
+    assert launch.spec.entry == "tilefold_forward" and not launch.resident
+    with pytest.raises(ValueError, match=f"form 'hopper' is not possible: {reason}"):
+        plan.plan(problem, architecture, "forward", form="hopper")
+
+
+def test_arrays_that_cannot_be_moved_whole_take_the_plain_kernel() -> None:
+    made = plan.plan(LARGE, "sm_90", "forward")
+    odd: dict[str, Any] = dict.fromkeys("qkvo", (128 * 4096, 128 * 4096, 129, 1))
+    call = dispatch.prepare(made, Recorder(), odd | {"lse": (1,)}, True)
+    assert call.steps[0].spec.entry == "tilefold_forward"
+    forced = plan.plan(LARGE, "sm_90", "forward", form="hopper")
+    with pytest.raises(ValueError, match="it moves whole tiles"):
+        dispatch.prepare(forced, Recorder(), odd | {"lse": (1,)}, True)

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="GPUs are met through torch")
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What torch says of a GPU that is not there."""
     said = SimpleNamespace(
-        properties=SimpleNamespace(major=9, minor=0, name="NVIDIA H100"),
+        properties=SimpleNamespace(major=9, minor=0, name="NVIDIA H100", multi_processor_count=132),
         stream="default",
         capturing=False,
     )
@@ -45,16 +45,21 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_capabilities_name_an_architecture(
     cuda: Any, major: int, minor: int, expected: str
 ) -> None:
-    cuda.properties = SimpleNamespace(major=major, minor=minor, name="some")
+    cuda.properties = SimpleNamespace(
+        major=major, minor=minor, name="some", multi_processor_count=7
+    )
     assert runtime.architecture_of(0) == expected
     found = runtime.gpu(0)
+    assert found.multiprocessors == 7
     assert found.architecture == expected and str(found.device) == "cuda:0"
     assert runtime.gpu(0) is found
 
 
 def test_an_amd_gpu_by_its_own_name(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    cuda.properties = SimpleNamespace(name="MI300X", gcnArchName="gfx942:sramecc+:xnack-")
+    cuda.properties = SimpleNamespace(
+        name="MI300X", gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304
+    )
     assert runtime.architecture_of(0) == "gfx942"
     cuda.properties.gcnArchName = "gfx1100"
     with pytest.raises(NotImplementedError, match="MI300X is of architecture gfx1100, and kernels"):
@@ -63,7 +68,7 @@ def test_an_amd_gpu_by_its_own_name(cuda: Any, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.feature("T15", "J13")
 def test_a_gpu_that_is_too_old_is_named(cuda: Any) -> None:
-    cuda.properties = SimpleNamespace(major=7, minor=5, name="Tesla T4")
+    cuda.properties = SimpleNamespace(major=7, minor=5, name="Tesla T4", multi_processor_count=40)
     with pytest.raises(NotImplementedError, match="the GPU Tesla T4 is of architecture sm_75"):
         runtime.gpu(0)
 

@@ -73,6 +73,12 @@ def _metal_family(text: str) -> str:
     return text.lower()
 
 
+def _switch(text: str) -> int:
+    if text not in ("0", "1"):
+        raise ValueError(text)
+    return int(text)
+
+
 def _directory(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_absolute():
@@ -101,6 +107,13 @@ METAL_FAMILY: Setting[str | None] = Setting(
     None,
     "the family of the Apple GPU, whose blocks and limits kernels follow; without it, by its name",
 )
+HOPPER: Setting[int] = Setting(
+    "TILEFOLD_HOPPER",
+    _switch,
+    "0 or 1",
+    1,
+    "whether H100 and H200 take the forward kernel that is written for them in Gluon",
+)
 CACHE_DIR: Setting[Path | None] = Setting(
     "TILEFOLD_CACHE_DIR",
     _directory,
@@ -120,6 +133,7 @@ ALL: tuple[Setting[int | None] | Setting[str | None] | Setting[Path | None] | Se
     NUM_THREADS,
     CPU_ISA,
     METAL_FAMILY,
+    HOPPER,
     CACHE_DIR,
     CACHE_MIB,
 )

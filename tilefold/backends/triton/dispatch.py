@@ -21,17 +21,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.triton import arguments, frame, module, source
+from tilefold.backends.triton import arguments, frame, hopper, module, source
 from tilefold.backends.triton.arguments import OPERANDS, RUNS, SIZES, STRIDED
 from tilefold.backends.triton.plan import Launch, TritonPlan
 from tilefold.backends.triton.spec import TritonSpec
-from tilefold.problem import ITEM_BYTES
+from tilefold.problem import ITEM_BYTES, Problem
 from tilefold.recent import Recent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Strides = tuple[int, ...]
+
+L2_BYTES = 32 * 2**20
+"""Of keys and values that programs read at the same time: most of an H100's 50 MB. Not tuned."""
 
 ALIGNED = 16
 """Bytes: where a tile that a descriptor moves begins, and each of its rows."""
@@ -51,6 +54,14 @@ class Machine(Protocol):
     @property
     def kept(self) -> Kept:
         """What is held for the next call."""
+
+    @property
+    def multiprocessors(self) -> int:
+        """How many programs run at the same time, if each takes all that one has."""
+
+    @property
+    def gluon(self) -> bool:
+        """Whether it takes kernels in Gluon."""
 
     def active(self) -> AbstractContextManager[Any]:
         """While it is open, launches go to this machine."""
@@ -89,6 +100,8 @@ class Interpreted:
 
     architecture: str = "sm_90"
     kept: Kept = field(default_factory=Kept)
+    multiprocessors: int = 4
+    gluon: bool = False
 
     def __post_init__(self) -> None:
         if reason := interpreter_missing():
@@ -210,6 +223,7 @@ class _Step:
     constants: tuple[Any, ...]
     data: tuple[Tensor, ...]
     programs: int
+    moved: tuple[Moved, ...]
 
     def compile(self, machine: Machine) -> None:
         """Compile without a launch; arrays of one number stand for the operands."""
@@ -218,8 +232,8 @@ class _Step:
         kinds, blocks = arguments.arrays(self.spec), self.spec.blocks
         given = [machine.empty((1,), kinds[name]) for name in self.operands]
         moved = [
-            _descriptor(machine.empty((1, 1, rows, columns), self.spec.dtype), rows, columns)
-            for _, (_, rows, columns) in frame.descriptors(self.spec)
+            tiles.descriptor(machine.empty((1, 1, *tiles.block[2:]), self.spec.dtype))
+            for tiles in self.moved
         ]
         self.function.warmup(
             *given,
@@ -233,10 +247,7 @@ class _Step:
     def launch(self, operands: Mapping[str, Tensor]) -> None:
         given: list[Any] = [operands[name] for name in self.operands]
         blocks = self.spec.blocks
-        moved = [
-            _descriptor(operands[name], rows, columns)
-            for _, (name, rows, columns) in frame.descriptors(self.spec)
-        ]
+        moved = [tiles.descriptor(operands[tiles.operand]) for tiles in self.moved]
         try:
             self.function[(self.programs,)](
                 *given, *self.constants, *moved, num_warps=blocks.warps, num_stages=blocks.stages
@@ -303,11 +314,42 @@ def _describable(strides: Strides, dtype: str) -> bool:
     return last == 1 and all(step > 0 and step * item % ALIGNED == 0 for step in along)
 
 
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """A tensor descriptor to be: of an operand, in blocks of (1, 1, rows, columns).
 
-    block = [1, 1, rows, columns]
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+    `layout` is that of its tiles in shared memory, which Gluon asks for.
+    """
+
+    operand: str
+    block: list[int]
+    layout: Any = None
+
+    def descriptor(self, tensor: Tensor) -> Any:
+        """The descriptor over a tensor with canonical axes."""
+        sizes = tensor, list(tensor.shape), list(tensor.stride()), self.block
+        if self.layout is None:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            return TensorDescriptor(*sizes)
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as InGluon
+
+        return InGluon(*sizes, self.layout)
+
+
+def _moved(spec: TritonSpec) -> tuple[Moved, ...]:
+    """The descriptors of a kernel, in the order of its arguments."""
+    if not spec.gluon:
+        return tuple(
+            Moved(operand, [1, 1, rows, columns])
+            for _, (operand, rows, columns) in frame.descriptors(spec)
+        )
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return tuple(
+        Moved(tiles.operand, tiles.block, tiles.layout(NVMMASharedLayout))
+        for tiles in hopper.descriptors(spec)
+    )
 
 
 def _step(
@@ -324,13 +366,20 @@ def _step(
             f" {2**31 - 1}: split the batch or the heads into several calls"
         )
     spec = fitted(launch.spec, plan, strides, together)
+    if launch.spec.gluon and (reason := _not_gluon(machine, spec)):
+        if launch.plain is None:
+            raise ValueError(f"form 'hopper' is not possible: {reason}")
+        return _step(plan, launch.plain, machine, strides, together)
     data = _data(machine, plan, launch)
     known: dict[str, Any] = {**data, **_numbers(plan, launch), **_strides(strides)}
     scale = float(plan.problem.scale)
     # Triton passes float32 alone: float64 goes by its bits.
     bits = struct.unpack("<q", struct.pack("<d", scale))[0]
     known["scale"] = bits if spec.dtype == "float64" else scale
-    names = arguments.names(spec)
+    names, programs = arguments.names(spec), launch.programs
+    if launch.resident:
+        known |= _places(plan.problem, launch.block_rows)
+        names, programs = (*names, *hopper.PLACES), min(programs, machine.multiprocessors)
     operands = OPERANDS[spec.operation]
     return _Step(
         machine.function(source.emit(spec), spec.entry),
@@ -338,8 +387,30 @@ def _step(
         operands,
         tuple(known[name] for name in names[len(operands) :]),
         tuple(data.values()),
-        launch.programs,
+        programs,
+        _moved(spec),
     )
+
+
+def _not_gluon(machine: Machine, spec: TritonSpec) -> str | None:
+    """Why a kernel in Gluon cannot be launched."""
+    if not machine.gluon:
+        return "this machine takes no kernels in Gluon"
+    if not spec.descriptors:
+        return (
+            "it moves whole tiles, so the rows of q, k and v must lie next to each other, from and"
+            f" in steps of {ALIGNED} bytes"
+        )
+    return None
+
+
+def _places(problem: Problem, block_rows: int) -> dict[str, int]:
+    """Blocks of queries over all heads, and how many heads share the L2 cache: see `hopper`."""
+    group = problem.heads_q // problem.heads_kv
+    row = (problem.dim + problem.dim_v) * ITEM_BYTES[problem.dtype]
+    near = group * max(1, L2_BYTES // max(1, problem.len_k * row))
+    planes = problem.batch * problem.heads_q
+    return {"places": block_rows * planes, "near": min(near, planes)}
 
 
 def _numbers(plan: TritonPlan, launch: Launch) -> dict[str, int]:

@@ -7,6 +7,7 @@ for the source of a function.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import linecache
 from types import ModuleType
@@ -29,6 +30,19 @@ def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (it comes with PyTorch for CUDA)"
     return None
+
+
+@functools.cache
+def has_gluon() -> bool:
+    """Whether this Triton has Gluon, its language of explicit layouts."""
+    if missing():
+        return False
+    try:
+        return (
+            importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+        )
+    except ModuleNotFoundError:
+        return False
 
 
 @once(most=512)

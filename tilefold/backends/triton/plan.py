@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import check
-from tilefold.backends.triton import tuned
+from tilefold import check, settings
+from tilefold.backends.triton import hopper, tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.choice import Choice, choose
 from tilefold.backends.triton.spec import (
@@ -35,9 +35,14 @@ from tilefold.recent import Recent
 from tilefold.splits import cut
 from tilefold.visits import aligned, parted
 
-FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "split", "fused")}
-"""How an operation is done. "auto" takes "split" for a backward pass: the fused form reads and
-writes dQ in memory for every tile, and nobody has measured yet where that pays."""
+FORMS = {
+    "forward": ("auto", "tiled", "hopper", "decode"),
+    "backward": ("auto", "split", "fused"),
+}
+"""How an operation is done: "tiled" is the plain kernel of every GPU, "hopper" that in Gluon, which
+"auto" takes on sm_90 where it serves and TILEFOLD_HOPPER does not turn it off. "auto" takes "split"
+for a backward pass: the fused form reads and writes dQ in memory for every tile, and nobody has
+measured yet where that pays."""
 
 FEW_QUERIES = 16
 """"auto" decodes so few queries, where blocks of the tiled kernel would be mostly empty..."""
@@ -71,6 +76,8 @@ class Launch:
     `order` gives each program of a head its block row, the heaviest first; in the decode kernel
     that is row block * splits + split. `run_rows` and `runs` are as `visits.parted` makes them,
     `planes` how many of the batch and of the heads have runs of their own (1 where all are alike).
+    `plain` takes the place of a launch where the arrays lie so that it cannot serve; without one
+    that is an error.
     """
 
     spec: TritonSpec
@@ -84,6 +91,12 @@ class Launch:
     heads: int
     programs: int
     splits: int = 1
+    plain: Launch | None = None
+
+    @property
+    def resident(self) -> bool:
+        """Whether programs stay: as many as multiprocessors, each with several block rows."""
+        return self.spec.gluon
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +159,7 @@ def plan(
     that are too wide and for types that Triton does not multiply there.
     """
     asked = tuple(sorted(blocks.items())) if isinstance(blocks, Mapping) else blocks
-    key = (problem, name, operation, form, asked, owners)
+    key = (problem, name, operation, form, asked, owners, settings.HOPPER.get())
     found = _recent.get(key)
     if found is None:
         made = _Planner(problem, architecture(name), blocks, owners).plan(operation, form)
@@ -191,7 +204,7 @@ class _Planner:
             buffers["part_o"] = Scratch((*shape, problem.dim_v), kind)
             buffers |= {name: Scratch(shape, kind) for name in ("part_m", "part_l")}
         else:
-            launches = [self._tiled("forward")]
+            launches = [self._forward(form)]
         made = tuple(launches)
         rest = self._parameters, self._tables, buffers, cleared
         return TritonPlan(problem, self._device, operation, made, *rest)
@@ -252,6 +265,49 @@ class _Planner:
         visited = visited_by(problem, parallel, spec.blocks.parallel)
         heads = problem.heads_q if parallel == "q" else problem.heads_kv
         return self._launch(spec, made, visited, heads)
+
+    def _forward(self, form: str) -> Launch:
+        """The kernel of Hopper with the plain one behind it, or the plain one."""
+        reason = self._not_hopper()
+        if form == "hopper":
+            if reason:
+                raise ValueError(f"form 'hopper' is not possible: {reason}")
+            return self._hopper()
+        plain = self._tiled("forward")
+        if form == "tiled" or reason or self._blocks or not settings.HOPPER.get():
+            return plain
+        return replace(self._hopper(), plain=plain)
+
+    def _not_hopper(self) -> str | None:
+        """Why the kernel in Gluon cannot serve."""
+        if self._device.name != "sm_90":
+            return f"it is written for sm_90, not for {self._device.name}"
+        problem = self._problem
+        if problem.empty:
+            return "no query meets a key"
+        return hopper.fits(self._spec_of_hopper())
+
+    def _spec_of_hopper(self) -> TritonSpec:
+        problem = self._problem
+        return TritonSpec(
+            operation="forward",
+            dtype=problem.dtype,
+            dim=problem.dim,
+            dim_v=problem.dim_v,
+            blocks=_hopper_blocks(problem.dim, problem.dim_v),
+            mask=self._mask,
+            index_bits=self._bits,
+            negative=problem.scale < 0,
+            gluon=True,
+        )
+
+    def _hopper(self) -> Launch:
+        """The forward kernel in Gluon."""
+        problem, spec = self._problem, self._spec_of_hopper()
+        reasons = ("in Gluon, for Hopper: two teams of 64 queries and a warp that loads",)
+        made = Choice("forward", spec.blocks, True, reasons)
+        visited = visited_by(problem, "q", spec.blocks.parallel)
+        return self._launch(spec, made, visited, problem.heads_q)
 
     def _launch(
         self, spec: TritonSpec, made: Choice, visited: Runs, heads: int, blocks: int = 1
@@ -334,6 +390,16 @@ def key_of(spec: TritonSpec, name: str) -> tuned.Key:
     """What measured blocks of a kernel are kept under, on an architecture."""
     sizes = spec.dtype, spec.dim, spec.dim_v, spec.products
     return tuned.Key(name, spec.operation, *sizes, spec.mask.text)
+
+
+def _hopper_blocks(dim: int, dim_v: int) -> Blocks:
+    """Tiles of 128 keys, or of 64 where heads are wide, in as many slots as shared memory has.
+
+    FlashAttention-3 has 128 x 128 to 176 for dim 128 and 128 x 80 for dim 256; powers of two alone
+    are possible here. Not timed.
+    """
+    wide = max(hopper.padded(dim), hopper.padded(dim_v))
+    return Blocks(128, 64 if wide > 128 else 128, 4, 3 if wide <= 64 else 2)
 
 
 def _heaviest_first(visited: Runs) -> NDArray[np.int64]:

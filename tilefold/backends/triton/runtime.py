@@ -31,8 +31,14 @@ class Gpu:
 
     device: Any
     architecture: str
+    multiprocessors: int = 1
     kept: Kept = field(default_factory=Kept)
     pinned: list[Tensor] = field(default_factory=list)
+
+    @property
+    def gluon(self) -> bool:
+        """Whether this Triton has Gluon, and the GPU is one that kernels in it are written for."""
+        return self.architecture == "sm_90" and module.has_gluon()
 
     def active(self) -> AbstractContextManager[Any]:
         """While it is open, Triton launches on this device."""
@@ -94,7 +100,8 @@ def gpu(index: int = 0) -> Gpu:
     import torch
 
     device = torch.device("cuda", index)
-    return Gpu(device, architecture_of(index))
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    return Gpu(device, architecture_of(index), count)
 
 
 def missing() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.backends.triton import backward, decode, forward, fused
+from tilefold.backends.triton import backward, decode, forward, fused, hopper
 from tilefold.backends.triton.spec import TritonSpec
 
 EMITTERS: dict[str, Callable[[TritonSpec], str]] = {
@@ -22,4 +22,4 @@ EMITTERS: dict[str, Callable[[TritonSpec], str]] = {
 
 def emit(spec: TritonSpec) -> str:
     """The module of a kernel: Python that Triton compiles; its entry is `spec.entry`."""
-    return EMITTERS[spec.operation](spec)
+    return hopper.emit(spec) if spec.gluon else EMITTERS[spec.operation](spec)
