@@ -399,7 +399,7 @@ def _hopper_blocks(dim: int, dim_v: int) -> Blocks:
     are possible here. Not timed.
     """
     wide = max(hopper.padded(dim), hopper.padded(dim_v))
-    return Blocks(128, 64 if wide > 128 else 128, 4, 3 if wide <= 64 else 2)
+    return Blocks(128, 64 if wide > 128 else 128, 4, {64: 4, 128: 3}.get(wide, 2))
 
 
 def _heaviest_first(visited: Runs) -> NDArray[np.int64]:
