@@ -374,6 +374,14 @@ def test_an_h100_takes_its_own_kernel_where_it_serves(monkeypatch: pytest.Monkey
     assert launched(LARGE, Recorder()).spec.entry == "tilefold_forward"
 
 
+def test_a_head_that_would_be_padded_much_is_cut_instead() -> None:
+    for dim, entry in ((96, "tilefold_forward_hopper"), (80, "tilefold_forward")):
+        problem = Problem.of((1, 2, 512, dim), dtype="float16")
+        assert plan.plan(problem, "sm_90", "forward").launches[0].spec.entry == entry
+    forced = plan.plan(problem, "sm_90", "forward", form="hopper")
+    assert forced.launches[0].spec.entry == "tilefold_forward_hopper"
+
+
 @pytest.mark.parametrize(
     ("problem", "architecture", "reason"),
     [

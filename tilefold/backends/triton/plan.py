@@ -60,6 +60,11 @@ the 132 multiprocessors of an H100. Not tuned."""
 MOST_ROWS = 64
 """Rows of a block of the decode kernel, at most."""
 
+MOST_PADDING = 1.4
+"""Columns of Hopper's kernel over those of the head, at most: it pads a head of 80 to 128, which the
+plain kernel cuts into 64 and 16. Published kernels of the two kinds differ by 1.4 to 1.6 in speed
+(FlashAttention-3 and Triton's, H100, dim 128); ours were not timed."""
+
 Asked = Blocks | Mapping[str, Blocks] | None
 """Blocks for all kernels of a plan, or by operation."""
 
@@ -275,6 +280,9 @@ class _Planner:
             return self._hopper()
         plain = self._tiled("forward")
         if form == "tiled" or reason or self._blocks or not settings.HOPPER.get():
+            return plain
+        columns = hopper.padded(self._problem.dim) + hopper.padded(self._problem.dim_v)
+        if columns > MOST_PADDING * (self._problem.dim + self._problem.dim_v):
             return plain
         return replace(self._hopper(), plain=plain)
 
