@@ -61,9 +61,9 @@ MOST_ROWS = 64
 """Rows of a block of the decode kernel, at most."""
 
 MOST_PADDING = 1.4
-"""Columns of Hopper's kernel over those of the head, at most: it pads a head of 80 to 128, which the
-plain kernel cuts into 64 and 16. Published kernels of the two kinds differ by 1.4 to 1.6 in speed
-(FlashAttention-3 and Triton's, H100, dim 128); ours were not timed."""
+"""Columns of Hopper's kernel over those of the head, at most: it pads a head of 80 to 128, which
+the plain kernel cuts into 64 and 16. Published kernels of the two kinds differ by 1.4 to 1.6 in
+speed (FlashAttention-3 and Triton's, H100, dim 128); ours were not timed."""
 
 Asked = Blocks | Mapping[str, Blocks] | None
 """Blocks for all kernels of a plan, or by operation."""
