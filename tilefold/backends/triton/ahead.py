@@ -1,0 +1,287 @@
+"""Kernels compiled ahead of time, and what the compiler says that they take.
+
+Triton compiles for GPUs that are not there, so a machine without one can tell how many registers a
+kernel takes, whether its loops spill, how much shared memory it wants and which instructions
+multiply. That is a report of a compiler and no measurement: it says nothing of time.
+
+A process that interprets kernels (`TRITON_INTERPRET=1`) cannot compile them, and Triton's C++ code
+ends its process where it meets what it cannot do. So `reports` compiles in processes of its own,
+which run this file.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tilefold.backends.triton import arguments, frame, listing, module, source
+from tilefold.backends.triton.architectures import Architecture, architecture
+from tilefold.backends.triton.spec import TritonSpec
+from tilefold.backends.triton.text import ELEMENTS
+
+Task = tuple[TritonSpec, str]
+"""A kernel and the name of the architecture that it is compiled for."""
+
+_ROOT = Path(__file__).parents[3]
+"""Where the package lies, so that other processes import the same."""
+
+_ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler says of a kernel.
+
+    `registers` are 32-bit ones of a thread, `tensor_columns` those of Blackwell's tensor memory.
+    `spills` are loads and stores of spilled registers in the innermost loops that multiply, by the
+    walk ("whole", "edge", "careful"), or "body" of a kernel without walks; the stack serves all.
+    `failure` says in a line why there is no kernel, "" where there is one.
+    """
+
+    architecture: str
+    triton: str = ""
+    registers: int = 0
+    stack_bytes: int = 0
+    spills: Mapping[str, int] = field(default_factory=dict)
+    shared_bytes: int = 0
+    tensor_columns: int = 0
+    instructions: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    failure: str = ""
+
+    @property
+    def hot_spills(self) -> int:
+        """Those of the loop over whole tiles."""
+        return self.spills.get("whole", 0)
+
+    def within(self, device: Architecture) -> bool:
+        """Whether there is a kernel, and the architecture can hold one program of it."""
+        tensors = self.tensor_columns <= 512
+        return not self.failure and self.shared_bytes <= device.shared_bytes and tensors
+
+
+def compile(spec: TritonSpec, name: str, *, text: str | None = None) -> Compiled:
+    """Compile a kernel for an architecture such as "sm_90". `text` replaces the spec's own.
+
+    Operands are taken to be aligned to 16 bytes, with rows whose numbers lie side by side. Raises
+    NotImplementedError where Triton is missing or interprets kernels in this process.
+    """
+    if reason := missing():
+        raise NotImplementedError(reason)
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    device = architecture(name)
+    text = source.emit(spec) if text is None else text
+    function = module.load(text, spec.entry)
+    signature, constants, attributes = declared(spec, function.arg_names)
+    kind = source_kind(function)
+    digits = int(name.removeprefix("sm_")) if device.kind == "cuda" else name
+    begin = time.perf_counter()
+    made = triton.compile(
+        kind(fn=function, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget(device.kind, digits, device.warp),
+        options={"num_warps": spec.blocks.warps, "num_stages": spec.blocks.stages},
+    )
+    seconds = time.perf_counter() - begin
+    read = _nvidia if device.kind == "cuda" else _amd
+    return Compiled(
+        architecture=name,
+        triton=triton.__version__,
+        shared_bytes=made.metadata.shared,
+        tensor_columns=getattr(made.metadata, "tmem_size", None) or 0,
+        seconds=seconds,
+        **read(made.asm, text),
+    )
+
+
+def missing() -> str | None:
+    """Why kernels cannot be compiled in this process; None where they can."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set: kernels are interpreted here; compile with `reports`"
+    return module.missing()
+
+
+def declared(
+    spec: TritonSpec, names: Sequence[str]
+) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
+    """Types, constants and alignments of a kernel's arguments, as Triton takes them."""
+    types = arguments.signature(spec)
+    for name, (_, rows, columns) in frame.descriptors(spec):
+        types[name] = f"tensordesc<{ELEMENTS[spec.dtype]}[1, 1, {rows}, {columns}]>"
+    strides = arguments.strides(spec)
+    constants = {name: 1 for name in strides if name.endswith("_d")}
+    types = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {name for name in strides if name not in constants}
+    aligned |= {name for name, kind in types.items() if kind.startswith("*")}
+    attributes = {(i,): _ALIGNED for i, name in enumerate(names) if name in aligned}
+    return types, constants, attributes
+
+
+def source_kind(function: Any) -> Any:
+    """The class that compiles a function: Triton's, or Gluon's."""
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
+
+
+def reports(
+    tasks: Iterable[Task],
+    *,
+    workers: int = 2,
+    limit_seconds: float = 300.0,
+    fresh: bool = False,
+    python: str = sys.executable,
+) -> list[Compiled]:
+    """Compile kernels in other processes; a kernel that fails is reported with its `failure`.
+
+    Kernels that Triton's cache holds are not compiled again, unless they shall be `fresh`.
+    """
+    waiting = list(tasks)
+    found: dict[int, Compiled] = {}
+    lock, places = threading.Lock(), iter(range(len(waiting)))
+
+    def work() -> None:
+        child = Compiler(python, limit_seconds, fresh)
+        while True:
+            with lock:
+                place = next(places, None)
+            if place is None:
+                break
+            found[place] = child.ask(waiting[place])
+        child.end()
+
+    threads = [threading.Thread(target=work) for _ in range(min(workers, len(waiting)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[place] for place in range(len(waiting))]
+
+
+class Compiler:
+    """A process that compiles one kernel after the other, and is started again where it ends."""
+
+    def __init__(
+        self, python: str = sys.executable, limit_seconds: float = 300.0, fresh: bool = False
+    ) -> None:
+        self._python, self._limit = python, limit_seconds
+        self._environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        if fresh:
+            self._environment["TRITON_ALWAYS_COMPILE"] = "1"
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, task: Task) -> Compiled:
+        """The report of a kernel."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [self._python, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=self._environment,
+                cwd=_ROOT,
+            )
+        process = self._process
+        assert process.stdin and process.stdout
+        timer = threading.Timer(self._limit, process.kill)
+        timer.start()
+        begin = time.perf_counter()
+        try:
+            process.stdin.write(base64.b64encode(pickle.dumps(task)).decode() + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        timer.cancel()
+        if answer:
+            return Compiled(**json.loads(answer))
+        code = self.end()
+        late = time.perf_counter() - begin >= self._limit
+        why = f"took more than {self._limit:.0f} seconds" if late else f"ended with code {code}"
+        return Compiled(task[1], failure=f"the compiler {why}")
+
+    def end(self) -> int:
+        """The code with which the process ended."""
+        if self._process is None:
+            return 0
+        with self._process as process:
+            assert process.stdin
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+        self._process = None
+        return process.returncode
+
+
+def main() -> None:
+    """Compile what the lines of standard input ask for, and answer each with a line."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed is no answer
+    for line in sys.stdin:
+        spec, name = pickle.loads(base64.b64decode(line))
+        try:
+            found = compile(spec, name)
+        except Exception as error:
+            words = (str(error).strip().splitlines() or [""])[0]
+            found = Compiled(name, failure=f"{type(error).__name__}: {words}"[:300])
+        print(json.dumps(asdict(found)), file=answers, flush=True)
+
+
+def _nvidia(made: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """The report of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(made["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(file))
+        code = _tool("nvdisasm", "-c", "-g", str(file))
+    return {
+        "registers": max(map(int, re.findall(r"REG:(\d+)", usage))),
+        "stack_bytes": max(map(int, re.findall(r"STACK:(\d+)", usage))),
+        "spills": listing.spills(code, text),
+        "instructions": listing.instructions(made["ptx"]),
+    }
+
+
+def _amd(made: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """The report of amdgcn."""
+    code = made["amdgcn"]
+
+    def field_of(name: str) -> int:
+        return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", code)), default=0)
+
+    return {
+        "registers": field_of("vgpr_count"),
+        "stack_bytes": field_of("private_segment_fixed_size"),
+        "spills": listing.spills(code, text),
+        "instructions": listing.instructions(code),
+    }
+
+
+def _tool(name: str, *given: str) -> str:
+    """What a tool of CUDA prints that came with Triton."""
+    import triton
+
+    file = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(file), *given], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    main()
