@@ -49,10 +49,10 @@ STRIDES = ("x_row", "x_column", "x_h", "x_b", "p_row", "p_column", "p_h", "p_b")
 class SoftmaxBlocks:
     """Rows and columns of a block, and the warps that work on it.
 
-    >>> SoftmaxBlocks.of(77)
-    SoftmaxBlocks(rows=8, columns=128, warps=4)
-    >>> SoftmaxBlocks.of(10**6)
-    SoftmaxBlocks(rows=1, columns=16384, warps=16)
+    >>> print(SoftmaxBlocks.of(77))
+    8 x 128, 4 warps
+    >>> print(SoftmaxBlocks.of(10**6))
+    1 x 16384, 16 warps
     """
 
     rows: int
@@ -65,6 +65,9 @@ class SoftmaxBlocks:
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, got {value}")
         choice("warps", self.warps, (1, 2, 4, 8, 16))
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.columns}, {self.warps} warps"
 
     @classmethod
     def of(cls, width: int) -> SoftmaxBlocks:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tilefold.backends.triton import gemm as products
 from tilefold.backends.triton import rows
 from tilefold.backends.triton.architectures import Architecture, architecture
-from tilefold.backends.triton.dispatch import Machine
+from tilefold.backends.triton.dispatch import Machine, ResourceError
 from tilefold.backends.triton.gemm import BIASES, DTYPES, GemmBlocks, GemmSpec, multiplied
 from tilefold.backends.triton.rows import SoftmaxBlocks, SoftmaxSpec
 from tilefold.backends.triton.runtime import gpu
@@ -23,9 +23,6 @@ from tilefold.problem import LIMIT, PRECISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ENOUGH_PROGRAMS = 132
-"""Programs below which blocks are smaller: one for each multiprocessor of an H100. Not tuned."""
 
 
 class Row(NamedTuple):
@@ -61,9 +58,16 @@ _PRODUCTS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
 def block_sizes(
-    name: str, multiplied: str, m: int, n: int, batch: int = 1, products: str = "ieee"
+    name: str,
+    multiplied: str,
+    m: int,
+    n: int,
+    batch: int = 1,
+    *,
+    products: str = "ieee",
+    multiprocessors: int = 132,
 ) -> GemmBlocks:
-    """The table's blocks for products m x n on an architecture.
+    """The table's blocks for products m x n on an architecture, smaller where some would be idle.
 
     >>> print(block_sizes("sm_90", "bfloat16", 4096, 4096))
     128 x 256 x 64, 8 warps, 3 stages
@@ -75,7 +79,7 @@ def block_sizes(
     alike = _FLOAT64 if kind == "float64" else _IEEE
     row = alike if exact else TABLE.get((architecture(name).table, kind), alike)
     programs = batch * _parts(m, row.large.m) * _parts(n, row.large.n)
-    return row.small if programs < ENOUGH_PROGRAMS else row.large
+    return row.small if programs < multiprocessors else row.large
 
 
 class Axes(NamedTuple):
@@ -152,6 +156,7 @@ def gemm(
         TypeError: what is no tensor of the machine, or types that no kernel reads
         ValueError: shapes that do not fit together, or options that are not allowed
         NotImplementedError: there is no GPU here, or it does not multiply float64
+        ResourceError: `blocks` need more shared memory than the GPU has
     """
     machine = machine or _gpu_of("a", a)
     given = {"a": a, "b": b, "c": c, "bias": bias}
@@ -170,7 +175,15 @@ def gemm(
     device, meeting = architecture(machine.architecture), multiplied(types["a"], types["b"])
     how = _how(device, meeting, precision)
     if blocks is None:
-        blocks = block_sizes(device.name, meeting, m, n, batch[0] * batch[1], how)
+        blocks = block_sizes(
+            device.name,
+            meeting,
+            m,
+            n,
+            batch[0] * batch[1],
+            products=how,
+            multiprocessors=machine.multiprocessors,
+        )
     spec = GemmSpec(
         a=types["a"],
         b=types["b"],
@@ -195,7 +208,7 @@ def gemm(
     sizes = [m, n, k, batch[1], *left.sizes, *right.sizes, *result.sizes, *steps]
     scalars = [_scalar(number, spec.sums) for number in (alpha, beta)]
     programs = batch[0] * batch[1] * _parts(m, blocks.m) * _parts(n, blocks.n)
-    _launch(machine, function, programs, (*operands, *sizes, *scalars), blocks.warps, blocks.stages)
+    _launch(machine, function, programs, (*operands, *sizes, *scalars), blocks, blocks.stages)
     return c
 
 
@@ -248,7 +261,7 @@ def softmax(
     sizes = [count, width, heads, *axes.sizes, *result.sizes]
     programs = batch * heads * _parts(count, blocks.rows)
     function = machine.function(rows.emit(spec), rows.ENTRY)
-    _launch(machine, function, programs, (x, p, *lse, *sizes), blocks.warps, rows.STAGES)
+    _launch(machine, function, programs, (x, p, *lse, *sizes), blocks, rows.STAGES)
     return (p, *lse) if return_lse else p
 
 
@@ -257,15 +270,23 @@ def _launch(
     function: Any,
     programs: int,
     given: tuple[Any, ...],
-    warps: int,
+    blocks: GemmBlocks | SoftmaxBlocks,
     stages: int,
 ) -> None:
     """Launch a kernel, unless nothing is to be written."""
     if programs >= 2**31:
         raise ValueError(f"a grid has at most {2**31 - 1} programs, and this would take {programs}")
-    if programs:
-        with machine.active():
-            function[(programs,)](*given, num_warps=warps, num_stages=stages)
+    if not programs:
+        return
+    with machine.active():
+        try:
+            function[(programs,)](*given, num_warps=blocks.warps, num_stages=stages)
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":
+                raise
+            raise ResourceError(
+                f"blocks of {blocks} do not fit this GPU: {error}; choose smaller ones (blocks=)"
+            ) from error
 
 
 def _gpu_of(name: str, tensor: Any) -> Machine:
