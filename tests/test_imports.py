@@ -44,11 +44,13 @@ backends.triton.arguments backends.triton.frame backends.triton.softmax backends
 backends.triton.activation backends.triton.gemm backends.triton.rows
 backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.hopper
 backends.triton.source
-backends.triton.architectures backends.triton.choice
+backends.triton.architectures backends.triton.resources backends.triton.tables
+backends.triton.choice
 backends.triton.tuned backends.triton.plan
 backends.triton.module backends.triton.dispatch backends.triton.runtime backends.triton.calls
 backends.triton.standalone
 backends.triton.autotune
+backends.triton.listing backends.triton.ahead
 engine compiling
 frontends frontends.numpy frontends.torch
 implementations implementations.torch implementations.numpy

@@ -17,7 +17,10 @@ class Architecture:
 
     `shared_bytes` is what one program may take of shared memory, `registers` 32-bit ones of all of
     its threads, of which one thread has `thread_registers` at most. `descriptors`: there is a unit
-    that moves whole tiles. `float64`: Triton multiplies tiles of float64 there.
+    that moves whole tiles. `asynchronous`: products of half types and of TF32 read operands from
+    shared memory (wgmma, tcgen05); `tensor_memory`: and leave their sums in a memory of their own.
+    `float64`: tiles of float64 are multiplied there, for which Triton 3.6 and 3.7 fail to compile
+    on a B200 and an MI300 (3.9 does not).
     """
 
     name: str
@@ -29,6 +32,8 @@ class Architecture:
     registers: int = 65536
     thread_registers: int = 255
     descriptors: bool = False
+    asynchronous: bool = False
+    tensor_memory: bool = False
     float64: bool = True
 
 
@@ -40,8 +45,13 @@ ARCHITECTURES = {
         Architecture("sm_80", "cuda", "A100", "sm_80", 163 * _KIB),
         Architecture("sm_86", "cuda", "A10, RTX 30", "sm_120", 99 * _KIB),
         Architecture("sm_89", "cuda", "L4, L40, RTX 40", "sm_120", 99 * _KIB),
-        Architecture("sm_90", "cuda", "H100, H200", "sm_90", 227 * _KIB, descriptors=True),
-        Architecture("sm_100", "cuda", "B200", "sm_100", 227 * _KIB, descriptors=True),
+        Architecture(
+            "sm_90", "cuda", "H100, H200", "sm_90", 227 * _KIB, descriptors=True, asynchronous=True,
+        ),
+        Architecture(
+            "sm_100", "cuda", "B200", "sm_100", 227 * _KIB, descriptors=True, asynchronous=True,
+            tensor_memory=True, float64=False,
+        ),
         Architecture("sm_120", "cuda", "RTX 50", "sm_120", 99 * _KIB, descriptors=True),
         Architecture(
             "gfx942", "hip", "MI300", "gfx942", 64 * _KIB, warp=64, registers=131072,

@@ -1,21 +1,41 @@
-"""The blocks of a kernel on an architecture: what is asked for, or the table's row, if it fits."""
+"""The blocks of a kernel on an architecture: what is asked for, or the table's row, made to fit.
+
+Blocks that a caller asks for are taken or refused. A row of a table was compiled for its head
+dimension, so it fits; where it was not (more rows of queries are decoded together, say), it shrinks
+until the estimates of `resources` fit: pipeline stages go first, which costs no traffic, then rows
+of the traversed tile.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from tilefold.backends.triton import resources, tables
 from tilefold.backends.triton.architectures import Architecture
-from tilefold.backends.triton.spec import Blocks
+from tilefold.backends.triton.resources import kind as kind_of
+from tilefold.backends.triton.spec import LEAST, Blocks, power_of_two
+
+MOST_NUMBERS = 4096
+"""Numbers of a block of a kernel that visits no tiles. Not tuned."""
+
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Blocks, whether operands are held, and why, in words."""
+    """Blocks, whether operands are held, and why, in words.
+
+    `descriptors`: tiles should be moved by descriptors where operands lie so that they can be.
+    `shared_bytes` and `registers` are estimates: see `resources`.
+    """
 
     operation: str
     blocks: Blocks
     held: bool
     reasons: tuple[str, ...] = ()
+    descriptors: bool = False
+    shared_bytes: int = 0
+    registers: int = 0
 
     def explain(self) -> list[str]:
         """Lines of text."""
@@ -33,10 +53,118 @@ def choose(
     products: str = "ieee",
     blocks: Blocks | None = None,
     held: bool | None = None,
+    rows: int | None = None,
 ) -> Choice:
-    """The blocks of a kernel. Raises ValueError for blocks that the architecture cannot hold."""
-    widest = max(dim, dim_v)
-    if blocks is None:
-        rows = 64 if widest <= 128 else 32
-        blocks = Blocks(rows, 64 if widest <= 64 else 32, 4, 2)
-    return Choice(operation, blocks, True if held is None else held)
+    """The blocks of a kernel, asked for or of the tables; `rows` along the parallel axis, if given.
+
+    Raises ValueError for blocks that the architecture cannot hold, NotImplementedError where it
+    holds none.
+
+    >>> from tilefold.backends.triton.architectures import architecture
+    >>> print(choose(architecture("sm_80"), "forward", "float16", 128, 128).blocks)
+    128 x 64, 8 warps, 3 stages
+    """
+    asked = _Asked(architecture, operation, dtype, dim, dim_v, products)
+    row, words = asked.row()
+    if blocks is not None:
+        why = "" if row.spills is not None and blocks == row.blocks else asked.too_much(blocks)
+        if why:
+            raise ValueError(why)
+        return asked.choice(blocks, held, ["blocks that were asked for"])
+    found, compiled = row.blocks, row.spills is not None and max(dim, dim_v) <= row.dim
+    if rows is not None and rows != found.parallel:
+        found, compiled = replace(found, parallel=rows), False
+        words.append(f"{rows} rows of queries are decoded together")
+    while not compiled and (why := asked.too_much(found)):
+        smaller = _smaller(found)
+        if smaller is None:
+            raise NotImplementedError(f"{why}: use the CPU, or impl='composed'")
+        words.append(f"{found} shrink to {smaller}: {why.partition(': ')[2]}")
+        found = smaller
+    return asked.choice(found, held, words)
+
+
+def _smaller(blocks: Blocks) -> Blocks | None:
+    """The next blocks to try where these do not fit."""
+    if blocks.stages > 2:
+        return replace(blocks, stages=blocks.stages - 1)
+    if blocks.traverse > LEAST:
+        return replace(blocks, traverse=blocks.traverse // 2)
+    if blocks.stages > 1:
+        return replace(blocks, stages=1)
+    if blocks.parallel > LEAST:
+        return replace(blocks, parallel=blocks.parallel // 2)
+    return None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a choice is asked for."""
+
+    device: Architecture
+    operation: str
+    dtype: str
+    dim: int
+    dim_v: int
+    products: str
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.dtype, self.products)
+
+    def row(self) -> tuple[tables.Row, list[str]]:
+        """Where to start, and the words for it."""
+        widest = max(self.dim, self.dim_v)
+        if self.operation not in resources.HELD:
+            rows = power_of_two(MOST_NUMBERS // resources.padded(widest) + 1) // 2
+            blocks = Blocks(max(LEAST, min(64, rows)), LEAST, 4, 1)
+            return tables.Row(widest, blocks, 0), ["a block that nobody tuned"]
+        found = tables.row(self.device.table, self.operation, self.kind, widest)
+        words = [f"table {self.device.table}, {self.kind}, {found}"]
+        if found.spills:
+            words.append(
+                f"by the compiler it spills {found.spills} numbers of a thread for each tile"
+            )
+        return found, words
+
+    def too_much(self, blocks: Blocks) -> str:
+        """Why blocks do not fit, in a line; "" where they do."""
+        device = self.device
+        words = f"{self.operation} of {self.dtype}, dim {self.dim}, dim_v {self.dim_v}, {blocks}"
+        threads = blocks.warps * device.warp
+        if threads > MOST_THREADS:
+            return f"{words}: {threads} threads, and a program has {MOST_THREADS} at most"
+        shared = self._shared(blocks)
+        if shared > device.shared_bytes:
+            return (
+                f"{words}: about {shared} bytes of shared memory, and {device.name} has"
+                f" {device.shared_bytes}"
+            )
+        registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
+        if registers > room:
+            return f"{words}: {registers} registers of a thread for sums and scores, of {room}"
+        return ""
+
+    def choice(self, blocks: Blocks, held: bool | None, words: list[str]) -> Choice:
+        """These blocks, with what they take: no more than there is, where they were compiled."""
+        device, held = self.device, held is None or held
+        shared = min(self._shared(blocks), device.shared_bytes)
+        registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
+        visits = self.operation in resources.HELD
+        if visits:
+            words.append(
+                f"shared memory about {shared} of {device.shared_bytes} bytes, sums and scores"
+                f" {registers} of {room} registers of a thread"
+            )
+        moved = held and resources.moved(device, self.operation, self.kind, blocks)
+        return Choice(self.operation, blocks, held, tuple(words), moved, shared, registers)
+
+    def _shared(self, blocks: Blocks) -> int:
+        return resources.shared_bytes(
+            self.device, self.operation, self.dtype, self.dim, self.dim_v, self.products, blocks
+        )
+
+    def _registers(self, blocks: Blocks) -> int:
+        return resources.registers(
+            self.device, self.operation, self.dtype, self.dim, self.dim_v, self.products, blocks
+        )

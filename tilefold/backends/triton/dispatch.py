@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.triton import arguments, frame, hopper, module, source
+from tilefold.backends.triton import arguments, frame, hopper, module, resources, source
 from tilefold.backends.triton.arguments import OPERANDS, RUNS, SIZES, STRIDED
 from tilefold.backends.triton.plan import Launch, TritonPlan
 from tilefold.backends.triton.spec import TritonSpec
@@ -297,9 +297,9 @@ def fitted(
     ]
     wide = max(reach, default=0) >= 2**31
     moved = [name for name in given if name in ("q", "k", "v", "do")]
+    kind = resources.kind(spec.dtype, spec.products)
     descriptors = (
-        plan.architecture.descriptors
-        and spec.operation in ("forward", "backward_dq", "backward_dkv", "backward")
+        resources.moved(plan.architecture, spec.operation, kind, spec.blocks)
         and spec.held
         and together
         and all(_describable(given[name], spec.dtype) for name in moved)

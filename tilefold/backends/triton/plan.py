@@ -228,7 +228,7 @@ class _Planner:
                 " float32, use the CPU, or impl='composed'"
             )
 
-    def _spec(self, operation: str, blocks: Blocks | None = None) -> tuple[TritonSpec, Choice]:
+    def _spec(self, operation: str, rows: int | None = None) -> tuple[TritonSpec, Choice]:
         problem = self._problem
         asked = self._blocks
         products = _PRODUCTS[problem.precision] if self._device.kind == "cuda" else "ieee"
@@ -244,7 +244,8 @@ class _Planner:
             problem.dim,
             problem.dim_v,
             products=products,
-            blocks=wanted or blocks or measured,
+            blocks=wanted or (None if rows else measured),
+            rows=rows,
         )
         if measured and made.blocks == measured:
             made = replace(made, reasons=(*made.reasons, "the fastest that were measured here"))
@@ -372,7 +373,7 @@ class _Planner:
         spec, made = self._spec("decode")
         rows = min(MOST_ROWS, max(LEAST, power_of_two(group * problem.len_q)))
         if rows > spec.blocks.parallel and self._blocks is None:
-            spec, made = self._spec("decode", replace(spec.blocks, parallel=rows))
+            spec, made = self._spec("decode", rows)
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
         visited = runs(
             self._expression,

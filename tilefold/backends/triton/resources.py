@@ -1,0 +1,150 @@
+"""What a kernel takes of shared memory and registers, estimated from its blocks at plan time.
+
+Triton keeps in shared memory the operands that are held, the traversed tiles that are under way,
+and tiles that must change hands between threads on their way from one product to the next. The
+rules below were fitted to what the compiler reported (Triton 3.7.1, some 600 kernels), and are
+meant never to say less: `tests/test_triton_ahead.py` asks.
+"""
+
+from __future__ import annotations
+
+from tilefold.backends.triton.architectures import Architecture
+from tilefold.backends.triton.spec import (
+    MOST_DIM,
+    WIDEST_EXACT,
+    Blocks,
+    pieces,
+    power_of_two,
+)
+from tilefold.problem import ITEM_BYTES
+
+HELD = {"forward": 1, "decode": 1, "backward_dq": 2, "backward_dkv": 2, "backward": 2}
+"""How many operands along the parallel axis a kernel that visits tiles has."""
+
+SCORES = HELD
+"""Tiles of scores that live at once: S; S and dP."""
+
+TENSOR_COLUMNS = 512
+"""Columns of Blackwell's tensor memory, of 128 rows of 32 bits."""
+
+_SLACK = 128
+"""Bytes of barriers and of sums over rows."""
+
+
+def kind(dtype: str, products: str) -> str:
+    """The kind of numbers that decides how tiles are multiplied: a column of the tables."""
+    if dtype == "float32":
+        return "float32" if products == "ieee" else "tf32"
+    return dtype if dtype == "float64" else "half"
+
+
+def asynchronous(device: Architecture, kind: str, blocks: Blocks) -> bool:
+    """Whether products read both operands from shared memory, as Hopper's and Blackwell's units do.
+
+    They take 64 rows at least; fewer are multiplied as on an A100.
+    """
+    return device.asynchronous and kind in ("half", "tf32") and blocks.parallel >= 64
+
+
+def moved(device: Architecture, operation: str, kind: str, blocks: Blocks) -> bool:
+    """Whether tiles should be moved by descriptors, where operands lie so that they can be.
+
+    Only where products read them from shared memory as they come: else they pass through registers,
+    and by the compiler (H100, dim 64, 64 x 32, 4 warps) dK/dV in exact float32 spills 4943 numbers
+    of a thread for each tile instead of 202, in three products of TF32 358 instead of 41.
+    """
+    tiled = operation in HELD and operation != "decode"
+    return device.descriptors and tiled and kind == "half" and asynchronous(device, kind, blocks)
+
+
+def shared_bytes(
+    device: Architecture,
+    operation: str,
+    dtype: str,
+    dim: int,
+    dim_v: int,
+    products: str,
+    blocks: Blocks,
+) -> int:
+    """Bytes of shared memory that a program takes, rather too many than too few."""
+    statistic = item_of_statistics(dtype)
+    parallel, traverse = blocks.parallel, blocks.traverse
+    if operation not in HELD:
+        return 2 * parallel * statistic
+    numbers, item = kind(dtype, products), ITEM_BYTES[dtype]
+    own, other = padded(dim), padded(dim_v)
+    tile = traverse * (own + other) * item
+    scores = parallel * traverse * item
+    if device.kind == "hip":  # operands are held in registers, and change hands one at a time
+        piece = min(
+            power_of_two(max(own, other)), WIDEST_EXACT if numbers == "float32" else MOST_DIM
+        )
+        turned = traverse * piece * statistic if operation == "backward" else 0
+        if blocks.stages == 1:
+            return max(max(parallel, traverse) * piece * item, scores, turned) + _SLACK
+        moved = max(scores * HELD[operation], turned)
+        return max(parallel * piece * item, tile * (blocks.stages - 1) + moved) + _SLACK
+    held = parallel * (own + (other if HELD[operation] == 2 else 0)) * item
+    unpipelined = held + tile + min(scores, tile)
+    if asynchronous(device, numbers, blocks):
+        taken = held + tile * blocks.stages + (scores if numbers == "tf32" else 0)
+        if device.tensor_memory:  # operands of two products once more, the other way round
+            again = {"forward": 16384, "backward_dq": tile // 2, "backward_dkv": tile}
+            taken += again.get(operation, tile + scores)
+    else:
+        taken = held + tile * max(1, blocks.stages - 1) + min(scores, tile)
+    if operation in ("backward_dkv", "backward"):
+        taken += 2 * traverse * statistic * blocks.stages  # lse and delta
+        unpipelined += traverse * own * item  # at an edge, queries once more, as they are
+    if operation == "backward":  # ds is turned round, and what is added to dq changes hands
+        taken += scores * 5 // 4 + traverse * own * (item + statistic)
+        if device.asynchronous and traverse < 64:  # keys once more, for another unit
+            taken += 2 * parallel * own * item
+    taken = max(taken, unpipelined)
+    return taken + _SLACK
+
+
+def registers(
+    device: Architecture,
+    operation: str,
+    dtype: str,
+    dim: int,
+    dim_v: int,
+    products: str,
+    blocks: Blocks,
+) -> int:
+    """32-bit registers of a thread that sums and scores take; all else comes on top."""
+    if operation not in HELD:
+        return 0
+    parallel, traverse = blocks.parallel, blocks.traverse
+    own, other = padded(dim), padded(dim_v)
+    columns = {
+        "forward": other,
+        "decode": other,
+        "backward_dq": own,
+        "backward_dkv": own + other,
+        "backward": own + other,
+    }[operation]
+    numbers = parallel * columns + SCORES[operation] * parallel * traverse
+    threads = blocks.warps * device.warp
+    return -(-numbers * item_of_statistics(dtype) // (4 * threads))
+
+
+def room(device: Architecture, kind: str, blocks: Blocks) -> int:
+    """32-bit registers that a thread has for sums and scores, tensor memory included."""
+    threads = blocks.warps * device.warp
+    most = min(device.thread_registers, device.registers // threads)
+    if device.tensor_memory and asynchronous(device, kind, blocks):
+        return most + TENSOR_COLUMNS * 128 // threads
+    return most
+
+
+def item_of_statistics(dtype: str) -> int:
+    """Bytes of a sum."""
+    return 8 if dtype == "float64" else 4
+
+
+def padded(dim: int) -> int:
+    """Columns of a head with those that fill its last piece."""
+    last = pieces(dim)[-1]
+    return last.first + last.width

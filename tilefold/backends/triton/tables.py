@@ -1,0 +1,238 @@
+"""Blocks of Triton kernels, by architecture, operation, kind of type and head dimension.
+
+A row holds for head dimensions up to its first number. A cell is the rows of the parallel and the
+traverse axis, warps, pipeline stages, and how many numbers of a thread are spilled for each whole
+tile. Where a cell is empty, the next one below it serves.
+
+Nobody timed them on a GPU. `tools/triton_tables.py` compiled candidates ahead of time (Triton
+3.7.1, a causal mask), the largest tiles first, which is the order of their arithmetic intensity and
+begins with the tiles that FlashAttention-2 and -3 published, and took the first that spills nothing
+to speak of in the loop over whole tiles. Where all spill it is the one that spills least. Kinds:
+"half" are float16 and bfloat16; "tf32" float32 in three products of TF32 (in one it takes less);
+"float32" the same multiplied exactly, by multiply-adds of single lanes on NVIDIA's GPUs, whose
+larger ones share the rows of an A100, as they do for float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from tilefold.backends.triton.spec import MOST_DIM, Blocks
+
+KINDS = ("half", "tf32", "float32", "float64")
+
+
+class Row(NamedTuple):
+    """One cell: its blocks serve head dimensions up to `dim`, and spill so many numbers.
+
+    `spills` is None where nobody compiled the blocks for this.
+    """
+
+    dim: int
+    blocks: Blocks
+    spills: int | None
+
+    def __str__(self) -> str:
+        return f"dim up to {self.dim}: {self.blocks}"
+
+
+DECODING = Blocks(16, 32, 4, 2)
+"""Blocks that decode what is not of a half type. Nobody searched for them."""
+
+UNSEARCHED = Blocks(32, 32, 4, 2)
+"""Blocks where a table has no cell of a kind."""
+
+_TABLES = {
+    ("sm_80", "forward"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 8 3    0 |                  |                  |
+        128 | 128  64 8 3    0 |                  |                  |
+        256 | 128  64 8 2    2 |                  |                  |
+        512 |  64  32 8 2    0 |                  |                  |
+    """,
+    ("sm_80", "backward_dq"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 8 3    4 |                  |                  |
+        128 | 128  64 8 3    0 |                  |                  |
+        256 |  64  32 4 1    0 |                  |                  |
+        512 |  32  64 4 1  103 |                  |                  |
+    """,
+    ("sm_80", "backward_dkv"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128  32 8 3    0 |                  |                  |
+        128 |  64 128 8 2    0 |                  |                  |
+        256 |  32  64 8 1    0 |                  |                  |
+        512 |  16  32 4 1  121 |                  |                  |
+    """,
+    ("sm_80", "backward"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128  32 8 3    4 |                  |                  |
+        128 |  32  64 8 3    0 |                  |                  |
+        256 |  64  16 8 1    5 |                  |                  |
+    """,
+    ("sm_80", "decode"): """
+        dim | half             | tf32             | float32          | float64
+         64 |  16 128 4 3    0 |                  |                  |
+        128 |  16 128 4 3    0 |                  |                  |
+        256 |  16  64 4 3    0 |                  |                  |
+        512 |  16  32 4 3    0 |                  |                  |
+    """,
+    ("sm_90", "forward"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 8 3    0 |                  |                  |
+         96 | 128 128 8 3    0 |                  |                  |
+        128 | 128 128 8 3    0 |                  |                  |
+        192 | 128  64 8 3    0 |                  |                  |
+        256 | 128  32 8 3    0 |                  |                  |
+        512 |  32  32 8 3    0 |                  |                  |
+    """,
+    ("sm_90", "backward_dq"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 8 3    0 |                  |                  |
+         96 | 128 128 8 3    1 |                  |                  |
+        128 | 128 128 8 2    1 |                  |                  |
+        192 | 128  64 8 2    0 |                  |                  |
+        256 | 128  32 8 3    0 |                  |                  |
+        512 |  32  64 8 2    0 |                  |                  |
+    """,
+    ("sm_90", "backward_dkv"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128  64 8 3    2 |                  |                  |
+         96 | 128  32 8 3    0 |                  |                  |
+        128 | 128  32 8 3    1 |                  |                  |
+        192 |  64  32 8 3    2 |                  |                  |
+        256 |  32  64 8 3    0 |                  |                  |
+        512 |  16  32 4 3   55 |                  |                  |
+    """,
+    ("sm_90", "backward"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128  32 8 3    0 |                  |                  |
+        128 |  32  64 8 1    0 |                  |                  |
+        256 |  32  16 8 1    1 |                  |                  |
+    """,
+    ("sm_90", "decode"): """
+        dim | half             | tf32             | float32          | float64
+         64 |  16 128 4 3    0 |                  |                  |
+        128 |  16 128 4 3    0 |                  |                  |
+        256 |  16  64 4 3    0 |                  |                  |
+        512 |  16  32 4 3    0 |                  |                  |
+    """,
+    ("sm_100", "forward"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 8 3    2 |                  |                  |
+        128 | 128 128 8 2    0 |                  |                  |
+        256 | 128  32 8 3    2 |                  |                  |
+        512 |  64  32 8 2    3 |                  |                  |
+    """,
+    ("sm_100", "backward_dq"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 8 3    4 |                  |                  |
+        128 | 128 128 8 2    3 |                  |                  |
+        256 | 128  32 8 2    3 |                  |                  |
+        512 |  32  32 4 3    0 |                  |                  |
+    """,
+    ("sm_100", "backward_dkv"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128  64 8 3    2 |                  |                  |
+        128 | 128  64 8 3    5 |                  |                  |
+        256 |  64  64 8 1   15 |                  |                  |
+        512 |  32  32 8 3 1007 |                  |                  |
+    """,
+    ("sm_100", "backward"): """
+        dim | half             | tf32             | float32          | float64
+         64 |  64  64 8 1    0 |                  |                  |
+        128 |  64 128 8 1   34 |                  |                  |
+        256 |  64  32 8 3   33 |                  |                  |
+    """,
+    ("sm_100", "decode"): """
+        dim | half             | tf32             | float32          | float64
+         64 |  16 128 4 3    0 |                  |                  |
+        128 |  16 128 4 3    0 |                  |                  |
+        256 |  16  64 4 3    0 |                  |                  |
+        512 |  16  32 4 3    0 |                  |                  |
+    """,
+    ("sm_120", "forward"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 8 3    0 |                  |                  |
+        128 | 128  64 8 3    0 |                  |                  |
+        256 |  64  64 8 1    0 |                  |                  |
+        512 |  32  32 4 2    0 |                  |                  |
+    """,
+    ("sm_120", "backward_dq"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 8 3    4 |                  |                  |
+        128 | 128  64 8 2    0 |                  |                  |
+        256 |  64  32 4 1    0 |                  |                  |
+    """,
+    ("sm_120", "backward_dkv"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128  32 8 3    0 |                  |                  |
+        128 |  64  64 8 2    0 |                  |                  |
+        256 |  32  32 4 1   85 |                  |                  |
+        512 |  16  16 4 1  117 |                  |                  |
+    """,
+    ("sm_120", "backward"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128  32 8 3    4 |                  |                  |
+        128 |  32  64 8 3    0 |                  |                  |
+        256 |  64  16 8 1    5 |                  |                  |
+    """,
+    ("sm_120", "decode"): """
+        dim | half             | tf32             | float32          | float64
+         64 |  16 128 4 3    0 |                  |                  |
+        128 |  16 128 4 2    0 |                  |                  |
+        256 |  16  64 4 2    0 |                  |                  |
+        512 |  16  32 4 2    0 |                  |                  |
+    """,
+    ("gfx942", "forward"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 4 3    0 |                  |                  |
+        128 | 128 128 4 2    0 |                  |                  |
+        256 | 128  64 4 2    0 |                  |                  |
+    """,
+    ("gfx942", "backward_dq"): """
+        dim | half             | tf32             | float32          | float64
+         64 | 128 128 4 3    0 |                  |                  |
+        128 | 128  64 4 3    6 |                  |                  |
+    """,
+    ("gfx942", "backward_dkv"): """
+        dim | half             | tf32             | float32          | float64
+        128 | 128  64 4 3    0 |                  |                  |
+    """,
+    ("gfx942", "backward"): """
+        dim | half             | tf32             | float32          | float64
+    """,
+    ("gfx942", "decode"): """
+        dim | half             | tf32             | float32          | float64
+        128 |  16 128 4 2    0 |                  |                  |
+    """,
+}
+
+
+@functools.cache
+def table(name: str, operation: str, kind: str) -> tuple[Row, ...]:
+    """The rows of an operation and a kind, for the narrowest heads first."""
+    if operation == "decode" and kind != "half":
+        return (Row(MOST_DIM, DECODING, None),)
+    if operation == "backward" and kind != "half":
+        rows = table(name, "backward_dkv", kind)
+        return tuple(found._replace(spills=None) for found in rows)
+    found = []
+    for line in _TABLES[name, operation].strip().splitlines()[1:]:
+        dim, *cells = line.split("|")
+        numbers = [int(number) for number in cells[KINDS.index(kind)].split()]
+        if numbers:
+            *blocks, spills = numbers
+            found.append(Row(int(dim), Blocks(*blocks), spills))
+    return tuple(found) or (Row(MOST_DIM, UNSEARCHED, None),)
+
+
+def row(name: str, operation: str, kind: str, dim: int) -> Row:
+    """The row of a head dimension; the last for all beyond.
+
+    >>> print(row("sm_90", "forward", "half", 80))
+    dim up to 96: 128 x 128, 8 warps, 3 stages
+    """
+    rows = table(name, operation, kind)
+    return next((found for found in rows if dim <= found.dim), rows[-1])
