@@ -113,12 +113,13 @@ sys.path.insert(0, sys.argv[1])
 import ladder
 from rich.console import Console
 
-def seconds(run, launches):
+def seconds(run):
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
 
-ladder.seconds, ladder.TURNS, ladder.peak = seconds, 1, lambda unit: 1e-3
+ladder.seconds, ladder.captured = seconds, lambda run, launches: run
+ladder.TURNS, ladder.peak = 1, lambda unit: 1e-3
 for case in ladder.cases("cpu", ([(5, 300)], [(33, 40, 24)])):
     ladder.show(case, Console(width=150), timed=True)
 """

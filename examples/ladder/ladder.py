@@ -188,29 +188,43 @@ def cases(device: str, sizes: Sequence[Sequence[Sequence[int]]]) -> list[Case]:
     return found
 
 
-def seconds(run: Callable[[], object], launches: int) -> float:
-    """The device's time for one call, of so many one after the other."""
+def captured(run: Callable[[], object], launches: int) -> Callable[[], object]:
+    """So many calls as one CUDA graph: to launch a small kernel takes the CPU longer than to run it
+    takes the GPU, and a graph leaves that out.
+    """
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            run()
+    return graph.replay
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """The device's time from the begin of a call to its end."""
     import torch
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(launches):
-        run()
+    run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1000 / launches
+    return begin.elapsed_time(end) / 1000
 
 
 def measure(runs: Sequence[Callable[[], object]]) -> list[float]:
-    """The median time of each, in seconds; all take turns."""
-    counts = []
+    """The median time of one call of each, in seconds; all take turns."""
+    counts, graphs = [], []
     for run in runs:
-        run()
-        counts.append(max(1, min(1000, int(STRETCH_SECONDS / seconds(run, 3)))))
+        run()  # compiles it
+        counts.append(max(1, min(200, int(STRETCH_SECONDS / seconds(run)))))
+        graphs.append(captured(run, counts[-1]))
+        graphs[-1]()
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(TURNS):
-        for found, run, count in zip(times, runs, counts, strict=True):
-            found.append(seconds(run, count))
+        for found, graph, count in zip(times, graphs, counts, strict=True):
+            found.append(seconds(graph) / count)
     return [statistics.median(found) for found in times]
 
 
