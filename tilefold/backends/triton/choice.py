@@ -18,8 +18,6 @@ from tilefold.backends.triton.spec import LEAST, Blocks, power_of_two
 MOST_NUMBERS = 4096
 """Numbers of a block of a kernel that visits no tiles. Not tuned."""
 
-MOST_THREADS = 1024
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -131,9 +129,6 @@ class _Asked:
         """Why blocks do not fit, in a line; "" where they do."""
         device = self.device
         words = f"{self.operation} of {self.dtype}, dim {self.dim}, dim_v {self.dim_v}, {blocks}"
-        threads = blocks.warps * device.warp
-        if threads > MOST_THREADS:
-            return f"{words}: {threads} threads, and a program has {MOST_THREADS} at most"
         shared = self._shared(blocks)
         if shared > device.shared_bytes:
             return (
