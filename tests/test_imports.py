@@ -42,13 +42,14 @@ backends.metal.standalone backends.metal.gated backends.metal.model
 backends.triton backends.triton.spec backends.triton.text backends.triton.mask
 backends.triton.arguments backends.triton.frame backends.triton.softmax backends.triton.forward
 backends.triton.activation backends.triton.gemm backends.triton.rows
-backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.hopper
+backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.gluon
+backends.triton.repair backends.triton.hopper
 backends.triton.source
 backends.triton.architectures backends.triton.resources backends.triton.tables
 backends.triton.choice
 backends.triton.tuned backends.triton.plan
 backends.triton.module backends.triton.dispatch backends.triton.runtime backends.triton.calls
-backends.triton.standalone
+backends.triton.operands backends.triton.standalone
 backends.triton.autotune
 backends.triton.listing backends.triton.ahead
 engine compiling

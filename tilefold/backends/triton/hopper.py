@@ -28,15 +28,13 @@ loader. As in `forward`, runs without a mask are of whole tiles.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from textwrap import wrap
 from typing import Any, NamedTuple
 
-from tilefold.backends.triton import arguments, frame, mask, softmax
+from tilefold.backends.triton import arguments, frame, mask, repair, softmax
 from tilefold.backends.triton.frame import LOWEST, USUAL, Walk
+from tilefold.backends.triton.gluon import HEAD, HELPERS, Function, function, listed, row_of
 from tilefold.backends.triton.spec import TritonSpec, power_of_two
 from tilefold.backends.triton.text import Text
 
@@ -82,90 +80,6 @@ ALGORITHM = (
     "        o, lse = o / l, m + log l",
 )
 
-_HEAD = """\
-from triton.experimental import gluon
-from triton.experimental.gluon import language as tl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-
-# Its name before and since Triton 3.8.
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-"""
-
-_HELPERS = '''\
-@gluon.jit
-def order_teams(instruction: tl.constexpr):
-    """An instruction on one of the barriers 14 and 15, of which Triton has no use itself."""
-    tl.inline_asm_elementwise(instruction, "=r", [], tl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def wait_turn(team: tl.constexpr):
-    """Wait until the other team has issued its products."""
-    if team == 0:
-        order_teams("bar.sync 14, 256; mov.b32 $0, 0;")
-    else:
-        order_teams("bar.sync 15, 256; mov.b32 $0, 0;")
-
-
-@gluon.jit
-def pass_turn(team: tl.constexpr):
-    """Let the other team issue its products."""
-    if team == 0:
-        order_teams("bar.arrive 15, 256; mov.b32 $0, 0;")
-    else:
-        order_teams("bar.arrive 14, 256; mov.b32 $0, 0;")
-
-
-@gluon.jit
-def release(free):
-    """Say that this team is done with a slot: all of its warps meet, then one thread says so."""
-    mbarrier.arrive(free, count=1)
-
-
-@gluon.jit
-def fill(tiles, b, h, row, full, slot):
-    """Have the TMA unit load a tile."""
-    mbarrier.expect(full, tiles.block_type.nbytes)
-    load_tile(tiles, [b, h, row, 0], full, slot)
-
-
-@gluon.jit
-def place_in(round):
-    """The place of this program in a round; every other round runs backwards."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    return round * programs + program + round % 2 * (programs - 1 - 2 * program)
-
-
-@gluon.jit
-def rounds_of(places):
-    """The rounds in which this program has a place; only the last one may be short."""
-    whole = places // tl.num_programs(0)
-    return whole + (place_in(whole) < places).to(tl.int32)
-
-
-@gluon.jit
-def position(place, order, places, near, block_rows, heads):
-    """Block row, head and batch of a place: near heads together, the heaviest blocks first."""
-    first = place // (near * block_rows) * near
-    together = tl.minimum(near, places // block_rows - first)
-    within = place - first * block_rows
-    plane = first + within % together
-    return tl.load(order + within // together), plane % heads, plane // heads
-
-
-@gluon.jit
-def rows_at(operand, b, h, row, column, stride_b, stride_h, stride_n, stride_d):
-    """The addresses of rows of an operand, or of one."""
-    head = operand + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    return head + row.to(tl.int64) * stride_n + column.to(tl.int64) * stride_d
-'''
-
 
 class Operand(NamedTuple):
     """A tensor descriptor: of which operand, and the rows and columns of its tiles."""
@@ -205,6 +119,11 @@ def parameters(spec: TritonSpec) -> tuple[str, ...]:
     return (*arguments.names(spec), *PLACES, *(given.name for given in descriptors(spec)))
 
 
+def _known(spec: TritonSpec) -> tuple[str, ...]:
+    """What functions of the text may take."""
+    return (*LOCAL, *RINGS, *BARRIERS, *parameters(spec))
+
+
 def padded(dim: int) -> int:
     """The columns of a tile: a power of two, at least the 128 bytes within which it is swizzled.
 
@@ -241,36 +160,19 @@ def fits(spec: TritonSpec) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Function:
-    """A function of the text, and what it takes."""
-
-    name: str
-    given: tuple[str, ...]
-    text: str
-
-    def call(self, text: Text, result: str = "") -> None:
-        """Call it with the variables that bear the names of what it takes."""
-        _listed(text, f"{result}{self.name}(", self.given)
-
-
-def _listed(text: Text, head: str, names: Iterable[str]) -> None:
-    """Names in parentheses, in lines that can be indented."""
-    text(head, *(f"    {line}" for line in wrap(", ".join(names) + ",", 80)), ")")
-
-
 def emit(spec: TritonSpec) -> str:
     """The module of the kernel."""
     assert fits(spec) is None, fits(spec)
     text = Text()
     text('"""Attention, forward, for Hopper.', "", *(f"    {line}" for line in ALGORITHM), '"""')
-    text("", _HEAD)
+    text("", HEAD)
     text(*(f"{name} = tl.constexpr({value})" for name, value in _constants(spec).items()))
-    text("", "", _HELPERS, "")
+    text("", "", HELPERS, "")
     functions = []
     if mask.masks(spec.mask):
         text(mask.visible(spec.mask, spec.index_bits, "gluon.jit"), "")
-        odd, again = _odd(spec), _again(spec)
+        known = _known(spec)
+        odd, again = repair.odd(spec, known), repair.again(spec, known)
         functions = [odd, again, _repair(spec, odd, again)]
     functions += [_attend(spec, functions[-1] if functions else None), _load(spec)]
     text(*(f"{function.text}\n" for function in functions))
@@ -296,98 +198,7 @@ def _constants(spec: TritonSpec) -> dict[str, str]:
     }
 
 
-def _function(spec: TritonSpec, name: str, title: str, body: Text) -> _Function:
-    """A function around its body: it takes what the body names."""
-    words = set(re.findall(r"[A-Za-z_]\w*", str(body)))
-    inner = set(re.findall(r"^ *(?:for )?([\w, ]+?) (?:=|in) ", str(body), re.MULTILINE))
-    own = {word for words in inner for word in words.split(", ")}
-    known = (*LOCAL, *RINGS, *BARRIERS, *parameters(spec))
-    given = tuple(word for word in known if word in words - own)
-    text = Text()
-    text("@gluon.jit")
-    typed = ["team: tl.constexpr" if word == "team" else word for word in given]
-    text.listed(f"def {name}(", typed, "):")
-    text(f'    """{title}"""', *(f"    {line}".rstrip() for line in str(body).splitlines()))
-    return _Function(name, given, str(text))
-
-
-def _row(operand: str, head: str, at: str, column: str) -> str:
-    """The addresses of one row, or of a column of rows."""
-    strides = ", ".join(f"{operand}_{axis}" for axis in arguments.AXES)
-    return f"rows_at({operand}, b, {head}, {at}, {column}, {strides})"
-
-
-@contextmanager
-def _keys(text: Text, begin: str) -> Iterator[None]:
-    """The walk over single keys of runs."""
-    with text.block(f"for run in range({begin}, end)"):
-        text("first, last = tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1)")
-        with text.block("for key in range(first, last)"):
-            yield
-
-
-def _odd(spec: TritonSpec) -> _Function:
-    """Whether a value of a masked tile is NaN or infinite."""
-    text = Text()
-    text(
-        "column = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
-        "odd = tl.full([DIM_V], 0, tl.int32, tl.SliceLayout(0, SUMS))",
-    )
-    with _keys(text, "middle"):
-        text(
-            f"at = {_row('v', 'h_k', 'key', 'column')}",
-            f"value = tl.load(at, mask=column < {spec.dim_v}, other=0.0).to(tl.float32)",
-            "odd = odd | (value - value != 0).to(tl.int32)",
-        )
-    text("return tl.max(odd, 0)")
-    title = "1 where a value of a masked tile is NaN or infinite, else 0."
-    return _function(spec, "holds_odd", title, text)
-
-
-def _again(spec: TritonSpec) -> _Function:
-    """The sums of a team without products of tiles."""
-    text = Text()
-    lowest, rows = LOWEST["float32"], "tl.SliceLayout(1, SUMS)"
-    text(
-        f"m = tl.full([ROWS], {lowest}, tl.float32, {rows})",
-        f"l = tl.full([ROWS], 0.0, tl.float32, {rows})",
-        "total = tl.full([ROWS, DIM_V], 0.0, tl.float32, SUMS)",
-        f"row = first_q + team * ROWS + tl.arange(0, ROWS, {rows})",
-        "within = row < len_q",
-        "q_safe = tl.minimum(row, len_q - 1)",
-        "column_v = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
-        "column = tl.arange(0, DIM, tl.SliceLayout(0, QUERIES))",
-        "q_at = first_q + team * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, QUERIES))",
-        f"q_rows = {_row('q', 'h', 'q_at[:, None]', 'column[None, :]')}",
-        f"there = (q_at < len_q)[:, None] & (column < {spec.dim})[None, :]",
-    )
-    with _keys(text, "begin"):
-        text(
-            "query = tl.load(q_rows, mask=there, other=0.0).to(tl.float32)",
-            f"at = {_row('k', 'h_k', 'key', 'column')}",
-            f"value = tl.load(at, mask=column < {spec.dim}, other=0.0).to(tl.float32)",
-            f"s = tl.convert_layout(tl.sum(query * value[None, :], 1), {rows})",
-            *(["s = -s"] if spec.negative else []),
-            f"seen = within & {mask.call(spec.mask, b='b', h='h', q='q_safe', k='key')}",
-            f"s = tl.where(seen, s, {lowest})",
-            "top = tl.maximum(m, s)",
-            "p = tl.where(seen, tl.exp2(s * factor - top * factor), 0.0)",
-            "shrink = tl.exp2((m - top) * factor)",
-            "m, l = top, l * shrink + p",
-            f"at = {_row('v', 'h_k', 'key', 'column_v')}",
-            f"value = tl.load(at, mask=column_v < {spec.dim_v}, other=0.0).to(tl.float32)",
-            "added = tl.where(seen[:, None], p[:, None] * value[None, :], 0.0)",
-            "total = total * shrink[:, None] + added",
-        )
-    text(
-        *(f"{name} = tl.convert_layout({name}, tl.SliceLayout(1, SCORES))" for name in "ml"),
-        "return total, m, l",
-    )
-    title = "The sums of a team anew, one key at a time: only who may see a value touches it."
-    return _function(spec, "one_by_one", title, text)
-
-
-def _attend(spec: TritonSpec, repair: _Function | None) -> _Function:
+def _attend(spec: TritonSpec, repair: Function | None) -> Function:
     """What a team does; `repair` is called where its sums have met a number that is not finite."""
     text = Text()
     _rows(text, spec)
@@ -419,10 +230,10 @@ def _attend(spec: TritonSpec, repair: _Function | None) -> _Function:
         with text.block("if tl.max((strange != 0).to(tl.int32), 0) != 0"):
             repair.call(text)
     title = "A team: half of the queries of each block that this program has."
-    return _function(spec, "attend", title, text)
+    return function("attend", title, text, _known(spec))
 
 
-def _repair(spec: TritonSpec, odd: _Function, again: _Function) -> _Function:
+def _repair(spec: TritonSpec, odd: Function, again: Function) -> Function:
     """The second walk over the places of a program."""
     text = Text()
     _rows(text, spec)
@@ -433,7 +244,7 @@ def _repair(spec: TritonSpec, odd: _Function, again: _Function) -> _Function:
             again.call(text, "total, m, l = ")
             _write(text, spec)
     title = "Compute anew where a masked tile holds values that are not finite."
-    return _function(spec, "repair", title, text)
+    return function("repair", title, text, _known(spec))
 
 
 def _rows(text: Text, spec: TritonSpec) -> None:
@@ -559,12 +370,12 @@ def _write(text: Text, spec: TritonSpec) -> None:
         f"total = (total * share[:, None]).to(tl.{spec.dtype})",
         "row = first_q + team * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SUMS))",
         "column = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
-        f"at = {_row('o', 'h', 'row[:, None]', 'column[None, :]')}",
+        f"at = {row_of('o', 'h', 'row[:, None]', 'column[None, :]')}",
         f"tl.store(at, total, mask=(row < len_q)[:, None] & (column < {spec.dim_v})[None, :])",
     )
 
 
-def _load(spec: TritonSpec) -> _Function:
+def _load(spec: TritonSpec) -> Function:
     """What the loader does: it is never more than the slots of the rings ahead of the teams."""
     text = Text()
     text("tile, filled = 0, 0")
@@ -592,7 +403,7 @@ def _load(spec: TritonSpec) -> _Function:
             _fill_values(text, "tile - 1")
             text("filled += 1")
     title = "The loader: a tile's keys, then the values of the tile before, as teams want them."
-    return _function(spec, "load", title, text)
+    return function("load", title, text, _known(spec))
 
 
 def _fill_values(text: Text, tile: str) -> None:
@@ -603,7 +414,7 @@ def _fill_values(text: Text, tile: str) -> None:
     )
 
 
-def _kernel(text: Text, spec: TritonSpec, attend: _Function, load: _Function) -> None:
+def _kernel(text: Text, spec: TritonSpec, attend: Function, load: Function) -> None:
     """The kernel: shared memory, barriers, and the three parts."""
     alike = [f'"{name}"' for name in (*arguments.alike(spec), *PLACES)]
     text.listed("@gluon.jit(do_not_specialize=[", alike, "])")
@@ -632,8 +443,8 @@ def _kernel(text: Text, spec: TritonSpec, attend: _Function, load: _Function) ->
     body("fence_async_shared()")
     for team in range(TEAMS):
         given = [str(team) if name == "team" else name for name in attend.given]
-        _listed(body, f"team_{team} = (", given)
-    _listed(body, "loader = (", load.given)
+        listed(body, f"team_{team} = (", given)
+    listed(body, "loader = (", load.given)
     body(
         "tl.warp_specialize(",
         f"    [({attend.name}, team_0), ({attend.name}, team_1), ({load.name}, loader)],",
