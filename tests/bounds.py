@@ -34,13 +34,15 @@ def bounded(read: Sequence[Any], written: Sequence[Any]) -> Iterator[None]:
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def create_masked_load(self: Any, places: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_load(self: Any, places: Any, mask: Any, *rest: Any, **how: Any) -> Any:
         _find("reads", readable, places, mask)
-        return load(self, places, mask, *rest)
+        return load(self, places, mask, *rest, **how)
 
-    def create_masked_store(self: Any, places: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_store(
+        self: Any, places: Any, value: Any, mask: Any, *rest: Any, **how: Any
+    ) -> Any:
         np.add.at(counts, _find("writes", writable, places, mask), 1)
-        return store(self, places, value, mask, *rest)
+        return store(self, places, value, mask, *rest, **how)
 
     with (
         mock.patch.object(builder, "create_masked_load", create_masked_load),
@@ -78,6 +80,7 @@ class _Function:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*given: Any, **options: Any) -> None:
             named = dict(zip(self.kernel.arg_names, given, strict=False))
+            named = {name: getattr(each, "base", each) for name, each in named.items()}
             tensors = {name: each for name, each in named.items() if hasattr(each, "data_ptr")}
             written = [tensors[name] for name in self.written if name in tensors]
             with bounded(list(tensors.values()), written):

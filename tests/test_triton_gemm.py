@@ -36,6 +36,9 @@ OTHER: dict[str, Any] = {
     "activation": "relu",
     "products": "tf32",
     "wide": True,
+    "descriptors": True,
+    "transpose_a": True,
+    "transpose_b": True,
 }
 
 
@@ -45,6 +48,7 @@ def test_every_field_makes_another_text(name: str) -> None:
     start = replace(PRODUCT, c="float32") if name in "ab" else PRODUCT
     if name == "products":
         start = GemmSpec("float32", "float32", "float32", SMALL)
+    start = replace(start, descriptors=name.startswith("transpose"))
     texts = [gemm.emit(spec) for spec in (start, replace(start, **{name: OTHER[name]}), start)]
     assert texts[0] == texts[2] != texts[1]
 
@@ -54,7 +58,9 @@ def test_texts_are_plain_and_fit_a_screen(changed: str | None) -> None:
     spec = replace(PRODUCT, b="float32", c="float32") if changed in ("b", "c") else PRODUCT
     spec = replace(spec, c="bfloat16") if changed == "a" else spec
     spec = replace(spec, activation="tanh")
-    text = gemm.emit(replace(spec, **{changed: OTHER[changed]}) if changed else spec)
+    spec = replace(spec, descriptors=str(changed).startswith("transpose"))
+    spec = replace(spec, **{changed: OTHER[changed]}) if changed else spec
+    text = gemm.emit(spec)
     assert text.isascii() and max(map(len, text.splitlines())) <= 100
     compile(text, "module", "exec")
     for name in gemm.names(spec):
@@ -197,14 +203,14 @@ def task(
 
     `ones` are the numbers that are 1, which Triton puts into the kernel.
     """
-    file = folder / f"{target}_{spec.multiplied}_{spec.products}_{spec.bias}_{spec.wide}.py"
+    file = folder / f"{target}_{len(list(folder.iterdir()))}.py"
     file.write_text(gemm.emit(spec), encoding="utf-8")
     types = gemm.signature(spec)
     return {
         "file": str(file),
         "entry": gemm.ENTRY,
         "signature": types,
-        "constants": dict.fromkeys(ones, 1),
+        "constants": dict.fromkeys(set(ones) & types.keys(), 1),
         "aligned": [name for name in types if name not in gemm.alike(spec)],
         "options": {"num_warps": spec.blocks.warps, "num_stages": spec.blocks.stages},
         "target": target,
@@ -216,13 +222,17 @@ def table_spec(target: str, a: str, products: str, **options: Any) -> GemmSpec:
     return GemmSpec(a, a, a, blocks, products=products, **options)
 
 
-def test_a_gpu_multiplies_on_its_matrix_unit_and_copies_ahead(tmp_path: Path) -> None:
-    """Compiled for H100: 16 bytes a copy, several tiles under way, nothing kept in registers."""
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_a_gpu_multiplies_on_its_matrix_unit_and_copies_ahead(
+    tmp_path: Path, descriptors: bool
+) -> None:
+    """Compiled for H100: several tiles are under way, 16 bytes a copy or moved whole."""
     needs()
-    spec = table_spec("sm_90", "float16", "ieee", bias="column", activation="gelu")
-    (found,) = compiled([task(spec, tmp_path, "sm_90")], tmp_path)
-    assert found["assembly"]["wgmma.mma_async"] and found["assembly"]["cp.async.cg"]
-    assert found["assembly"]["st.global.v4"]
+    spec = table_spec("sm_90", "float16", "ieee", bias="column", descriptors=descriptors)
+    (found,) = compiled([task(spec, tmp_path, "sm_90")], tmp_path / "cache")
+    assert found["assembly"]["wgmma.mma_async"] and found["assembly"]["st.global.v4"]
+    assert ("cp.async.bulk.tensor" in found["assembly"]) == descriptors
+    assert ("cp.async.cg" in found["assembly"]) != descriptors
     blocks = spec.blocks
     assert found["shared"] >= blocks.stages * 2 * blocks.k * (blocks.m + blocks.n)
 
@@ -248,9 +258,15 @@ def test_every_compiler_takes_the_texts(target: str, tmp_path: Path) -> None:
             *(name for name in gemm.STRIDES if name[-1] in number or name[-1] in "hb"),
         )
         specs, tasks = [*specs, vector], [*tasks, task(vector, tmp_path, target, names)]
-    for spec, found in zip(specs, compiled(tasks, tmp_path), strict=True):
+    if device.descriptors:
+        for turned in ((False, False), (False, True), (True, False), (True, True)):
+            options = dict(zip(("transpose_a", "transpose_b"), turned, strict=True))
+            moved = table_spec(target, "bfloat16", "ieee", descriptors=True, **options)
+            specs, tasks = [*specs, moved], [*tasks, task(moved, tmp_path, target)]
+    for spec, found in zip(specs, compiled(tasks, tmp_path / "cache"), strict=True):
         assert "failure" not in found, (spec, found)
         assert found["shared"] <= device.shared_bytes, spec
+        assert ("cp.async.bulk.tensor" in found["assembly"]) == spec.descriptors, spec
 
 
 @pytest.mark.parametrize("name", ["gemm", "rows", "activation", "standalone"])

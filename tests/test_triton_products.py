@@ -263,6 +263,41 @@ def test_offsets_beyond_31_bits() -> None:
     assert ["tl.arange(0, M).to(tl.int64)" in text for text in on.texts] == [True, True, False]
 
 
+@pytest.mark.feature("M11", "S10")
+@pytest.mark.parametrize("kept", ["float16", "bfloat16"])
+def test_tiles_are_moved_whole_where_they_lie_so(kept: str) -> None:
+    """By tensor descriptors, transposed or not, of matrices that a batch shares or not."""
+    needs()
+    rng, on, plain = np.random.default_rng(10), Listening(), Listening("sm_80")
+    for m, n, k in ((72, 40, 56), (8, 8, 8), (40, 24, 1), (1, 40, 64)):
+        for turned in range(4):
+            a = rng.normal(size=(2, 1, m, k)).astype(kept)
+            b = rng.normal(size=(3, k, n)).astype(kept)
+            given = [
+                np.ascontiguousarray(each.swapaxes(-1, -2)).swapaxes(-1, -2) if swap else each
+                for each, swap in ((a, turned & 1), (b, turned & 2))
+            ]
+            for each in (on, plain):
+                assert_product(multiply(*given, on=each, dtype="float32"), a, b)
+    assert [".load([" in text for text in on.texts[:8]] == [True] * 8
+    assert not any(".load([" in text for text in plain.texts)
+
+
+@pytest.mark.feature("M11")
+def test_what_no_unit_can_move_is_loaded_as_it_lies() -> None:
+    """Rows that do not begin at multiples of 16 bytes, numbers that lie apart, float32, nothing."""
+    needs()
+    on = Listening()
+    wide = np.random.default_rng(11).normal(size=(32, 48)).astype("float16")
+    odd = np.random.default_rng(12).normal(size=(32, 33)).astype("float16")
+    for a in (wide[:, 1:33], wide[:, ::2], odd[:, :32], wide[:, :32].astype("float32"), wide[:0]):
+        b = np.ones((a.shape[1], 8), a.dtype)
+        assert_product(multiply(a, b, on=on, dtype="float32"), a, b)
+    shared = tensor(wide).expand(2, 32, 48)  # of two batches that are one
+    standalone.gemm(shared, shared, transpose_b=True, blocks=SMALL, machine=on)
+    assert not any(".load([" in text for text in on.texts)
+
+
 @pytest.mark.feature("M11")
 def test_a_batch_broadcasts_as_in_numpy() -> None:
     rng = np.random.default_rng(6)

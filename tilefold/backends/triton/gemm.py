@@ -7,9 +7,12 @@
         sums = sums + A B                       what lies beyond the edges is 0
     C = activation(alpha sums + bias + beta C)  C is read only where beta is not 0
 
-A transposed matrix is one with other strides, so no text knows of it. Triton compiles a text anew
-where lengths and strides become multiples of 16, or 1, since that decides how much a thread moves
-at once; all other sizes are alike to it.
+A transposed matrix is one with other strides, so no text knows of it, unless a GPU has a unit that
+moves whole tiles (Hopper's TMA) and they lie so that it can: then A and B are *tensor descriptors*,
+which say once where a matrix is, and their tiles are turned where they are multiplied.
+
+Triton compiles a text anew where lengths and strides become multiples of 16, or 1, since that
+decides how much a thread moves at once; all other sizes are alike to it.
 
 Programs run about in the order of their numbers, and neighbours share rows of A and columns of B.
 So blocks of C are numbered in bands of a few block rows, down the columns of a band: programs that
@@ -78,6 +81,8 @@ class GemmSpec:
 
     `a`, `b` and `c` are types; c is float32 or one of the other two, and float64 stands alone.
     `products` is how float32 is multiplied. `wide`: offsets inside a block may pass 31 bits.
+    `descriptors`: a unit moves tiles of A and B, which have a half type and lie as `transpose_a`
+    and `transpose_b` say: numbers of a column side by side.
     """
 
     a: str
@@ -88,8 +93,12 @@ class GemmSpec:
     activation: str | None = None
     products: str = "ieee"
     wide: bool = False
+    descriptors: bool = False
+    transpose_a: bool = False
+    transpose_b: bool = False
 
     def __post_init__(self) -> None:
+        assert self.descriptors or not (self.transpose_a or self.transpose_b), "strides say it"
         for name in ("a", "b"):
             choice(f"the type of {name}", getattr(self, name), DTYPES)
         if (self.a == "float64") != (self.b == "float64"):
@@ -124,11 +133,25 @@ def names(spec: GemmSpec) -> tuple[str, ...]:
     """The arguments of the kernel in their order.
 
     `heads` is the length of the inner axis of the batch. alpha and beta of a product of float64 are
-    integers of the same bits: Triton passes float32 alone.
+    integers of the same bits: Triton passes float32 alone. Beside descriptors of A and B, their
+    strides of the batch count its steps: 0 where all share one matrix, else 1.
     """
     bias = ("bias",) if spec.bias else ()
     steps = BIAS_STRIDES if spec.bias else ()
-    return ("a", "b", *bias, "c", "m", "n", "k", "heads", *STRIDES, *steps, "alpha", "beta")
+    strides: tuple[str, ...] = STRIDES
+    if spec.descriptors:
+        strides = tuple(name for name in STRIDES if name[0] == "c" or name[-1] in "hb")
+    return ("a", "b", *bias, "c", "m", "n", "k", "heads", *strides, *steps, "alpha", "beta")
+
+
+def tiles(spec: GemmSpec) -> dict[str, list[int]]:
+    """The blocks of the descriptors of A and B, over (batch, heads, rows, columns) in memory."""
+    sides = spec.blocks
+    a, b = [sides.m, sides.k], [sides.k, sides.n]
+    return {
+        "a": [1, 1, *(a[::-1] if spec.transpose_a else a)],
+        "b": [1, 1, *(b[::-1] if spec.transpose_b else b)],
+    }
 
 
 def alike(spec: GemmSpec) -> tuple[str, ...]:
@@ -143,6 +166,9 @@ def signature(spec: GemmSpec) -> dict[str, str]:
     scalar = "i64" if spec.sums == "float64" else "fp32"
     for name in names(spec)[len(found) :]:
         found[name] = scalar if name in ("alpha", "beta") else "i32"
+    if spec.descriptors:
+        for name, block in tiles(spec).items():
+            found[name] = f"tensordesc<{ELEMENTS[kinds[name]]}{block}>"
     return found
 
 
@@ -173,7 +199,7 @@ def _place(text: Text) -> None:
         "blocks_m, blocks_n = (m + M - 1) // M, (n + N - 1) // N",
         "place = tl.program_id(0)",
         "block, plane = place % (blocks_m * blocks_n), place // (blocks_m * blocks_n)",
-        "h, batch = (plane % heads).to(tl.int64), (plane // heads).to(tl.int64)",
+        "h, batch = plane % heads, plane // heads",
     )
     text.note("Bands of block rows: down a column of blocks, then to the next one of the band.")
     text(
@@ -184,16 +210,25 @@ def _place(text: Text) -> None:
     )
 
 
+def _plane(name: str) -> str:
+    """Where an operand's matrix of the batch begins."""
+    return f"{name} + batch.to(tl.int64) * {name}_b + h.to(tl.int64) * {name}_h"
+
+
 def _tiles(text: Text, spec: GemmSpec) -> None:
     """Where the first blocks of A and B lie; offsets from there are short unless they are wide."""
     wide = ".to(tl.int64)" if spec.wide else ""
     text(
         f"row, column = tl.arange(0, M){wide}, tl.arange(0, N){wide}",
-        f"inner = tl.arange(0, K){wide}",
         "in_rows, in_columns = (first_m + row < m)[:, None], (first_n + column < n)[None, :]",
-        "a_tile = a + batch * a_b + h * a_h + first_m.to(tl.int64) * a_m",
+    )
+    if spec.descriptors:
+        return
+    text(
+        f"inner = tl.arange(0, K){wide}",
+        f"a_tile = {_plane('a')} + first_m.to(tl.int64) * a_m",
         "a_tile += row[:, None] * a_m + inner[None, :] * a_k",
-        "b_tile = b + batch * b_b + h * b_h + first_n.to(tl.int64) * b_n",
+        f"b_tile = {_plane('b')} + first_n.to(tl.int64) * b_n",
         "b_tile += inner[:, None] * b_k + column[None, :] * b_n",
     )
 
@@ -211,14 +246,27 @@ def _walk(text: Text, spec: GemmSpec) -> None:
     step = "tl.cast(K, tl.int64)" if spec.wide else "K"
     text(f"sums = tl.full([M, N], 0.0, tl.{spec.sums})")
     with text.block("for first in tl.range(0, k, K)"):
-        text(
-            "in_k = inner < k - first",
-            "left = tl.load(a_tile, mask=in_rows & in_k[None, :], other=0.0)",
-            "right = tl.load(b_tile, mask=in_k[:, None] & in_columns, other=0.0)",
-            f"sums = tl.dot({left}, {right}, sums{how})",
-            f"a_tile += {step} * a_k",
-            f"b_tile += {step} * b_k",
-        )
+        if spec.descriptors:
+            text(_moved(spec, "left", "a", "first_m, first", "M, K"))
+            text(_moved(spec, "right", "b", "first, first_n", "K, N"))
+        else:
+            text(
+                "in_k = inner < k - first",
+                "left = tl.load(a_tile, mask=in_rows & in_k[None, :], other=0.0)",
+                "right = tl.load(b_tile, mask=in_k[:, None] & in_columns, other=0.0)",
+            )
+        text(f"sums = tl.dot({left}, {right}, sums{how})")
+        if not spec.descriptors:
+            text(f"a_tile += {step} * a_k", f"b_tile += {step} * b_k")
+
+
+def _moved(spec: GemmSpec, tile: str, name: str, corner: str, sides: str) -> str:
+    """A tile that is moved whole, turned if it lies so; what is beyond the edges is 0."""
+    turned = getattr(spec, f"transpose_{name}")
+    if turned:
+        corner, sides = (", ".join(pair.split(", ")[::-1]) for pair in (corner, sides))
+    moved = f"{name}.load([batch * {name}_b, h * {name}_h, {corner}]).reshape({sides})"
+    return f"{tile} = {moved}{'.trans()' if turned else ''}"
 
 
 def _finish(text: Text, spec: GemmSpec) -> None:
@@ -240,7 +288,7 @@ def _finish(text: Text, spec: GemmSpec) -> None:
         )
     text(
         "here = in_rows & in_columns",
-        "c_tile = c + batch * c_b + h * c_h",
+        f"c_tile = {_plane('c')}",
         "c_tile += first_m.to(tl.int64) * c_m + first_n.to(tl.int64) * c_n",
         "c_tile += row[:, None] * c_m + column[None, :] * c_n",
     )

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tilefold.backends.triton import gemm as products
 from tilefold.backends.triton import rows
 from tilefold.backends.triton.architectures import Architecture, architecture
-from tilefold.backends.triton.dispatch import Machine, ResourceError
-from tilefold.backends.triton.gemm import BIASES, DTYPES, GemmBlocks, GemmSpec, multiplied
+from tilefold.backends.triton.dispatch import ALIGNED, Machine, ResourceError
+from tilefold.backends.triton.gemm import BIASES, GemmBlocks, GemmSpec, multiplied
+from tilefold.backends.triton.operands import Axes, axes_of, bias_steps, common, dtype_of, written
 from tilefold.backends.triton.rows import SoftmaxBlocks, SoftmaxSpec
 from tilefold.backends.triton.runtime import gpu
 from tilefold.check import choice
-from tilefold.problem import LIMIT, PRECISIONS
+from tilefold.problem import PRECISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,32 +85,6 @@ def block_sizes(
     return row.small if programs < multiprocessors else row.large
 
 
-class Axes(NamedTuple):
-    """Lengths and strides of a tensor of four axes; a stride is 0 where its length is 1."""
-
-    lengths: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """Lengths of the two axes of the batch."""
-        return self.lengths[:2]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Strides in the order of a kernel's list: rows and columns, then the batch from inside."""
-        b, h, row, column = self.strides
-        return [row, column, h, b]
-
-    def turned(self) -> Axes:
-        """The transposed matrices."""
-        return Axes(*((b, h, n, m) for b, h, m, n in self))
-
-    def wide(self, rows: int, columns: int) -> bool:
-        """Whether offsets inside so many rows and columns may pass 31 bits."""
-        return rows * self.strides[2] + columns * self.strides[3] >= 2**31
-
-
 def gemm(
     a: Tensor,
     b: Tensor,
@@ -166,13 +141,13 @@ def gemm(
     machine.check(**tensors)
     choice("bias_axis", bias_axis, BIASES[1:])
     choice("precision", precision, PRECISIONS)
-    types = {name: _dtype(name, tensor) for name, tensor in tensors.items()}
-    left = _axes("a", a, 2).turned() if transpose_a else _axes("a", a, 2)
-    right = _axes("b", b, 2).turned() if transpose_b else _axes("b", b, 2)
+    types = {name: dtype_of(name, tensor) for name, tensor in tensors.items()}
+    left = axes_of("a", a, 2).turned() if transpose_a else axes_of("a", a, 2)
+    right = axes_of("b", b, 2).turned() if transpose_b else axes_of("b", b, 2)
     (*_, m, k), (*_, inner, n) = left.lengths, right.lengths
     if inner != k:
         raise ValueError(f"op(a) is {m} x {k} and op(b) {inner} x {n}: the inner two must be equal")
-    batch = _common("b", left.batch, right.batch)
+    batch = common("b", left.batch, right.batch)
     shape = (*batch, m, n)[-max(a.ndim, b.ndim) :]
     device, meeting = architecture(machine.architecture), multiplied(types["a"], types["b"])
     how = _how(device, meeting, precision)
@@ -197,20 +172,21 @@ def gemm(
     )
     if beta and c is None:
         raise ValueError(f"beta is {beta}, so c must be given")
-    c = _result("c", c, shape, spec.c, machine)
-    result = _axes("c", c, 2)
+    c = written("c", c, shape, spec.c, machine)
+    result = axes_of("c", c, 2)
     steps = []
     if bias is not None:
         length = n if bias_axis == "column" else m
-        steps = _bias_steps(bias, types["bias"], spec.c, (*batch, length))
-    reach = (left, blocks.m, blocks.k), (right, blocks.k, blocks.n), (result, blocks.m, blocks.n)
-    spec = replace(spec, wide=any(axes.wide(*block) for axes, *block in reach))
+        steps = bias_steps(bias, types["bias"], spec.c, (*batch, length))
+    spec = _placed(spec, device, (a, left), (b, right), result)
     function = machine.function(products.emit(spec), products.ENTRY)
-    operands = [a, b, c] if bias is None else [a, b, bias, c]
-    sizes = [m, n, k, batch[1], *left.sizes, *right.sizes, *result.sizes, *steps]
+    operands, placed = _operands(spec, (a, left), (b, right))
+    if bias is not None:
+        operands.append(bias)
+    sizes = [m, n, k, batch[1], *placed, *result.sizes, *steps]
     scalars = [_scalar(number, spec.sums) for number in (alpha, beta)]
     programs = batch[0] * batch[1] * _parts(m, blocks.m) * _parts(n, blocks.n)
-    _launch(machine, function, programs, (*operands, *sizes, *scalars), blocks, blocks.stages)
+    _launch(machine, function, programs, (*operands, c, *sizes, *scalars), blocks, blocks.stages)
     return c
 
 
@@ -248,10 +224,10 @@ def softmax(
     """
     machine = machine or _gpu_of("x", x)
     machine.check(**({"x": x} if p is None else {"x": x, "p": p}))
-    kind, axes, shape = _dtype("x", x), _axes("x", x, 1), tuple(x.shape)
+    kind, axes, shape = dtype_of("x", x), axes_of("x", x, 1), tuple(x.shape)
     batch, heads, count, width = axes.lengths
-    p = _result("p", p, shape, kind, machine)
-    result, blocks = _axes("p", p, 1), blocks or SoftmaxBlocks.of(width)
+    p = written("p", p, shape, kind, machine)
+    result, blocks = axes_of("p", p, 1), blocks or SoftmaxBlocks.of(width)
     spec = SoftmaxSpec(
         dtype=kind,
         blocks=blocks,
@@ -265,6 +241,46 @@ def softmax(
     function = machine.function(rows.emit(spec), rows.ENTRY)
     _launch(machine, function, programs, (x, p, *lse, *sizes), blocks, rows.STAGES)
     return (p, *lse) if return_lse else p
+
+
+_LONGEST = 256
+"""The longest side of a tile that a descriptor moves at once."""
+
+Placed = tuple["Tensor", Axes]
+"""A matrix that is multiplied: its tensor, and its rows and columns as they multiply."""
+
+
+def _placed(spec: GemmSpec, device: Architecture, a: Placed, b: Placed, c: Axes) -> GemmSpec:
+    """The spec for matrices that lie like this."""
+    sides = spec.blocks
+    near = [axes.moved(2) for _, axes in (a, b)]
+    half = spec.multiplied in ("float16", "bfloat16")
+    aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor, _ in (a, b))
+    fits = max(sides.m, sides.n, sides.k) <= _LONGEST
+    if device.descriptors and half and aligned and fits and None not in near:
+        turned = [each == "column" for each in near]
+        spec = replace(spec, descriptors=True, transpose_a=turned[0], transpose_b=turned[1])
+    reach = [(c, sides.m, sides.n)]
+    if not spec.descriptors:
+        reach += [(a[1], sides.m, sides.k), (b[1], sides.k, sides.n)]
+    return replace(spec, wide=any(axes.wide(*block) for axes, *block in reach))
+
+
+def _operands(spec: GemmSpec, a: Placed, b: Placed) -> tuple[list[Any], list[int]]:
+    """A and B as the kernel takes them, and their strides."""
+    if not spec.descriptors:
+        return [a[0], b[0]], [*a[1].sizes, *b[1].sizes]
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    found, steps = [], []
+    for (tensor, axes), block, turned in zip(
+        (a, b), products.tiles(spec).values(), (spec.transpose_a, spec.transpose_b), strict=True
+    ):
+        lying = axes.turned() if turned else axes
+        strides = [step or ALIGNED for step in lying.strides[:3]]  # of one there is no next
+        found.append(TensorDescriptor(tensor, list(lying.lengths), [*strides, 1], block))
+        steps += [int(length > 1) for length in lying.batch[::-1]]
+    return found, steps
 
 
 def _launch(
@@ -322,62 +338,3 @@ def _scalar(number: float, sums: str) -> float | int:
         return float(number)
     bits: int = struct.unpack("<q", struct.pack("<d", float(number)))[0]
     return bits
-
-
-def _dtype(name: str, tensor: Tensor) -> str:
-    """The name of a tensor's type. Raises TypeError for one that kernels do not take."""
-    found = str(tensor.dtype).removeprefix("torch.")
-    if found not in DTYPES:
-        raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {found}")
-    return found
-
-
-def _axes(name: str, tensor: Tensor, least: int) -> Axes:
-    """A tensor with axes of length 1 put before its own, four in all."""
-    lengths = tuple(tensor.shape)
-    if not least <= len(lengths) <= 4 or max(lengths) > LIMIT:
-        raise ValueError(
-            f"{name} must have {least} to 4 axes, none longer than {LIMIT}, got {lengths}"
-        )
-    steps = (
-        0 if length == 1 else step for length, step in zip(lengths, tensor.stride(), strict=True)
-    )
-    front = 4 - len(lengths)
-    return Axes((1,) * front + lengths, (0,) * front + tuple(steps))
-
-
-def _common(name: str, batch: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    """The batch of two tensors, where an axis of length 1 serves any length."""
-    for one, two in zip(batch, other, strict=True):
-        if one != two and 1 not in (one, two):
-            raise ValueError(f"the batch of {name} must be {batch} or 1 along an axis, got {other}")
-    return tuple(two if one == 1 else one for one, two in zip(batch, other, strict=True))
-
-
-def _bias_steps(bias: Tensor, dtype: str, result: str, shape: tuple[int, ...]) -> list[int]:
-    """Strides of a bias: from number to number, then those of the batch from inside."""
-    if dtype != result:
-        raise TypeError(f"bias must be {result} as the result is, got {dtype}")
-    (first, b, h, length), (_, step_b, step_h, step) = _axes("bias", bias, 1)
-    if length != shape[2] or first != 1:
-        raise ValueError(f"bias must be (..., {shape[2]}), got {tuple(bias.shape)}")
-    if _common("bias", shape[:2], (b, h)) != shape[:2]:
-        raise ValueError(f"the batch of bias must be {shape[:2]}, got {(b, h)}")
-    return [step, step_h, step_b]
-
-
-def _result(
-    name: str, given: Tensor | None, shape: tuple[int, ...], dtype: str, machine: Machine
-) -> Tensor:
-    """The tensor that a kernel writes: the given one, checked, or a new one."""
-    if given is None:
-        return machine.empty(shape, dtype)
-    if tuple(given.shape) != shape or _dtype(name, given) != dtype:
-        raise ValueError(
-            f"{name} must be {dtype} of shape {shape}, got {_dtype(name, given)} of shape "
-            f"{tuple(given.shape)}"
-        )
-    steps = zip(*_axes(name, given, 1), strict=True)
-    if given.numel() and any(step == 0 < length - 1 for length, step in steps):
-        raise ValueError(f"{name} is written, so no axis of it may be broadcast")
-    return given
