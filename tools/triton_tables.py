@@ -257,17 +257,15 @@ def promising(cell: Cell, device: Architecture, blocks: Blocks) -> bool:
         sums += traverse * dim
     scores = (1 if operation in ("forward", "decode") else 2) * parallel * traverse
     taken = (sums + scores) * numbers / (blocks.warps * device.warp)
-    most = 120
-    if kind == "half" and device.asynchronous and parallel < 64:
-        most = 160
-    elif kind == "half":
-        most = {"sm_80": 160, "sm_90": 192, "sm_100": 320}.get(name, 320)
+    fewer = device.asynchronous and parallel < 64
+    if kind == "half":
+        most = {"sm_80": 160, "sm_90": 192, "sm_100": 320}.get(name, 260)
+        most = 160 if fewer else most
     elif kind == "tf32":
-        most = {"sm_80": 112, "sm_90": 144, "sm_100": 224}.get(name, 112)
-    elif name == "gfx942":
-        most = 320
-    elif kind == "float32":
-        most = 96
+        most = {"sm_80": 72, "sm_90": 144, "sm_100": 200}[name]
+        most = 72 if fewer else most
+    else:
+        most = 260 if device.kind == "hip" else 96 if kind == "float32" else 150
     item = {"half": 2, "float64": 8}.get(kind, 4)
     buffers = max(1, blocks.stages - 1) if device.kind == "cuda" else 1
     if name in ("sm_90", "sm_100") and kind in ("half", "tf32") and parallel >= 64:

@@ -119,7 +119,9 @@ class _Asked:
             return tables.Row(widest, blocks, 0), ["a block that nobody tuned"]
         found = tables.row(self.device.table, self.operation, self.kind, widest)
         words = [f"table {self.device.table}, {self.kind}, {found}"]
-        if found.spills:
+        if widest > found.dim or found.spills is None:
+            words.append("nobody compiled it for this")
+        elif found.spills:
             words.append(
                 f"by the compiler it spills {found.spills} numbers of a thread for each tile"
             )

@@ -7,7 +7,9 @@ tile. Where a cell is empty, the next one below it serves.
 Nobody timed them on a GPU. `tools/triton_tables.py` compiled candidates ahead of time (Triton
 3.7.1, a causal mask), the largest tiles first, which is the order of their arithmetic intensity and
 begins with the tiles that FlashAttention-2 and -3 published, and took the first that spills nothing
-to speak of in the loop over whole tiles. Where all spill it is the one that spills least. Kinds:
+to speak of in the loop over whole tiles. Where all spill it is the one that spills least. The half
+types were searched most; of the others few candidates were compiled, and beyond dim 128 hardly any.
+Where a head is wider than the last row, that row shrinks until its estimate fits. Kinds:
 "half" are float16 and bfloat16; "tf32" float32 in three products of TF32 (in one it takes less);
 "float32" the same multiplied exactly, by multiply-adds of single lanes on NVIDIA's GPUs, whose
 larger ones share the rows of an A100, as they do for float64.
@@ -46,22 +48,23 @@ UNSEARCHED = Blocks(32, 32, 4, 2)
 _TABLES = {
     ("sm_80", "forward"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 8 3    0 |                  |                  |
-        128 | 128  64 8 3    0 |                  |                  |
-        256 | 128  64 8 2    2 |                  |                  |
+         64 | 128 128 8 3    0 |  64  32 4 2    7 |  64  32 8 3    0 |  64  32 4 2    0
+         96 | 128  64 8 3    0 |                  |                  |
+        128 | 128  64 8 3    0 |  32  32 4 3    0 |  64  16 4 3    0 |  32  32 4 2    0
+        256 | 128  64 8 2    2 |                  |  16  16 4 2    0 |
         512 |  64  32 8 2    0 |                  |                  |
     """,
     ("sm_80", "backward_dq"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 8 3    4 |                  |                  |
-        128 | 128  64 8 3    0 |                  |                  |
-        256 |  64  32 4 1    0 |                  |                  |
+         64 | 128 128 8 3    4 |  32  32 4 2    0 |  64  16 4 2    0 |  32  32 4 2    0
+        128 | 128  64 8 3    0 |  32  64 8 1   44 |  32  16 4 2    0 |  32  16 4 2    0
+        256 |  64  32 4 1    0 |                  |  16  16 4 2    0 |
         512 |  32  64 4 1  103 |                  |                  |
     """,
     ("sm_80", "backward_dkv"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128  32 8 3    0 |                  |                  |
-        128 |  64 128 8 2    0 |                  |                  |
+         64 | 128  32 8 3    0 |  32  32 4 2    0 |  64  16 4 2    0 |  32  32 4 2    0
+        128 |  64 128 8 2    0 |  32  16 8 1   12 |  32  16 4 2    0 |  32  16 4 2    0
         256 |  32  64 8 1    0 |                  |                  |
         512 |  16  32 4 1  121 |                  |                  |
     """,
@@ -80,27 +83,27 @@ _TABLES = {
     """,
     ("sm_90", "forward"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 8 3    0 |                  |                  |
+         64 | 128 128 8 3    0 |  64  64 4 2    0 |  64  32 8 3    0 |  64  32 4 2    0
          96 | 128 128 8 3    0 |                  |                  |
-        128 | 128 128 8 3    0 |                  |                  |
+        128 | 128 128 8 3    0 | 128  64 8 1   61 |  64  16 4 3    0 |  32  32 4 2    0
         192 | 128  64 8 3    0 |                  |                  |
-        256 | 128  32 8 3    0 |                  |                  |
+        256 | 128  32 8 3    0 |                  |  16  16 4 2    0 |
         512 |  32  32 8 3    0 |                  |                  |
     """,
     ("sm_90", "backward_dq"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 8 3    0 |                  |                  |
+         64 | 128 128 8 3    0 |  64  32 8 2    0 |  64  16 4 2    0 |  32  32 4 2    0
          96 | 128 128 8 3    1 |                  |                  |
-        128 | 128 128 8 2    1 |                  |                  |
+        128 | 128 128 8 2    1 |  64  32 4 2  100 |  32  16 4 2    0 |  32  16 4 2    0
         192 | 128  64 8 2    0 |                  |                  |
-        256 | 128  32 8 3    0 |                  |                  |
+        256 | 128  32 8 3    0 |                  |  16  16 4 2    0 |
         512 |  32  64 8 2    0 |                  |                  |
     """,
     ("sm_90", "backward_dkv"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128  64 8 3    2 |                  |                  |
+         64 | 128  64 8 3    2 |  64  16 4 3   15 |  64  16 4 2    0 |  32  32 4 2    0
          96 | 128  32 8 3    0 |                  |                  |
-        128 | 128  32 8 3    1 |                  |                  |
+        128 | 128  32 8 3    1 |  32  64 8 3  116 |  32  16 4 2    0 |  32  16 4 2    0
         192 |  64  32 8 3    2 |                  |                  |
         256 |  32  64 8 3    0 |                  |                  |
         512 |  16  32 4 3   55 |                  |                  |
@@ -120,24 +123,24 @@ _TABLES = {
     """,
     ("sm_100", "forward"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 8 3    2 |                  |                  |
-        128 | 128 128 8 2    0 |                  |                  |
-        256 | 128  32 8 3    2 |                  |                  |
+         64 | 128 128 8 3    2 |  64  64 4 2   32 |  64  32 8 3    0 |  64  32 4 2    0
+        128 | 128 128 8 2    0 |  64  64 8 1   47 |  64  16 4 3    0 |  32  32 4 2    0
+        256 | 128  32 8 3    2 |                  |  16  16 4 2    0 |
         512 |  64  32 8 2    3 |                  |                  |
     """,
     ("sm_100", "backward_dq"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 8 3    4 |                  |                  |
-        128 | 128 128 8 2    3 |                  |                  |
-        256 | 128  32 8 2    3 |                  |                  |
+         64 | 128 128 8 3    4 |  64  32 4 2   69 |  64  16 4 2    0 |  32  32 4 2    0
+        128 | 128 128 8 2    3 |  64  32 4 2  308 |  32  16 4 2    0 |  32  16 4 2    0
+        256 | 128  32 8 2    3 |                  |  16  16 4 2    0 |
         512 |  32  32 4 3    0 |                  |                  |
     """,
     ("sm_100", "backward_dkv"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128  64 8 3    2 |                  |                  |
-        128 | 128  64 8 3    5 |                  |                  |
+         64 | 128  64 8 3    2 |  64  32 4 2  139 |  64  16 4 2    0 |  32  32 4 2    0
+        128 | 128  64 8 3    5 |                  |  32  16 4 2    0 |  32  16 4 2    0
         256 |  64  64 8 1   15 |                  |                  |
-        512 |  32  32 8 3 1007 |                  |                  |
+        512 |  16  32 4 3   76 |                  |                  |
     """,
     ("sm_100", "backward"): """
         dim | half             | tf32             | float32          | float64
@@ -154,21 +157,22 @@ _TABLES = {
     """,
     ("sm_120", "forward"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 8 3    0 |                  |                  |
-        128 | 128  64 8 3    0 |                  |                  |
-        256 |  64  64 8 1    0 |                  |                  |
+         64 | 128 128 8 3    0 |  64  32 4 2    7 |  64  32 8 3    0 |
+         96 | 128  64 8 3    0 |                  |                  |
+        128 | 128  64 8 3    0 |  32  32 4 1    0 |  64  16 4 3    0 |
+        256 |  64  64 8 1    0 |                  |  16  16 4 2    0 |
         512 |  32  32 4 2    0 |                  |                  |
     """,
     ("sm_120", "backward_dq"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 8 3    4 |                  |                  |
-        128 | 128  64 8 2    0 |                  |                  |
-        256 |  64  32 4 1    0 |                  |                  |
+         64 | 128 128 8 3    4 |  32  32 4 2    0 |  64  16 4 2    0 |
+        128 | 128  64 8 2    0 |  32  64 8 1   44 |  32  16 4 2    0 |
+        256 |  64  32 4 1    0 |                  |  16  16 4 2    0 |
     """,
     ("sm_120", "backward_dkv"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128  32 8 3    0 |                  |                  |
-        128 |  64  64 8 2    0 |                  |                  |
+         64 | 128  32 8 3    0 |  32  32 4 2    0 |  64  16 4 2    0 |
+        128 |  64  64 8 2    0 |  32  16 8 1   12 |  32  16 4 2    0 |
         256 |  32  32 4 1   85 |                  |                  |
         512 |  16  16 4 1  117 |                  |                  |
     """,
@@ -187,25 +191,32 @@ _TABLES = {
     """,
     ("gfx942", "forward"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 4 3    0 |                  |                  |
-        128 | 128 128 4 2    0 |                  |                  |
+         64 | 128 128 4 3    0 |                  |  64  32 4 2    0 |
+        128 | 128 128 4 2    0 |                  |  64  32 4 2    0 |
         256 | 128  64 4 2    0 |                  |                  |
     """,
     ("gfx942", "backward_dq"): """
         dim | half             | tf32             | float32          | float64
-         64 | 128 128 4 3    0 |                  |                  |
-        128 | 128  64 4 3    6 |                  |                  |
+         64 | 128 128 4 3    0 |                  |  64  32 4 2    0 |
+        128 | 128  64 4 3    6 |                  |  32  32 4 2    0 |
+        256 |  64  32 4 2    0 |                  |                  |
     """,
     ("gfx942", "backward_dkv"): """
         dim | half             | tf32             | float32          | float64
-        128 | 128  64 4 3    0 |                  |                  |
+         64 | 128  64 4 2    0 |                  |  64  32 4 2    0 |
+        128 | 128  64 4 3    0 |                  |  32  16 4 2    0 |
+        256 |  32  32 4 2    2 |                  |                  |
     """,
     ("gfx942", "backward"): """
         dim | half             | tf32             | float32          | float64
+         64 |  64  64 4 2    0 |                  |                  |
+        128 |  64  32 4 2    0 |                  |                  |
     """,
     ("gfx942", "decode"): """
         dim | half             | tf32             | float32          | float64
+         64 |  16 128 4 2    0 |                  |                  |
         128 |  16 128 4 2    0 |                  |                  |
+        256 |  16  64 4 2    0 |                  |                  |
     """,
 }
 
