@@ -51,7 +51,7 @@ TABLE = {
     ("sm_100", "float64"): _FLOAT64._replace(large=GemmBlocks(32, 64, 16, warps=4, stages=3)),
 }
 """Blocks by (table of the architecture, what is multiplied): "half" types, float32 as "tf32", or
-float64, of which Triton 3.7 compiles no block of 64 rows for sm_100. Others are alike everywhere.
+float64, of which Triton 3.6 and 3.7 compile no block of 64 rows for sm_100. Others are alike.
 Chosen so that operands fit shared memory and sums the registers: Triton 3.7.1 spills none in the
 loops of sm_80, 90, 100 and 120, but for 8 words of float64 in the small blocks of sm_90. Nobody has
 measured them."""
@@ -251,13 +251,17 @@ Placed = tuple["Tensor", Axes]
 
 
 def _placed(spec: GemmSpec, device: Architecture, a: Placed, b: Placed, c: Axes) -> GemmSpec:
-    """The spec for matrices that lie like this."""
+    """The spec for matrices that lie like this.
+
+    Tiles are moved whole only where products read them from shared memory as they come, as in
+    attention (`resources.moved`).
+    """
     sides = spec.blocks
     near = [axes.moved(2) for _, axes in (a, b)]
     half = spec.multiplied in ("float16", "bfloat16")
     aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor, _ in (a, b))
     fits = max(sides.m, sides.n, sides.k) <= _LONGEST
-    if device.descriptors and half and aligned and fits and None not in near:
+    if device.descriptors and device.asynchronous and half and aligned and fits and all(near):
         turned = [each == "column" for each in near]
         spec = replace(spec, descriptors=True, transpose_a=turned[0], transpose_b=turned[1])
     reach = [(c, sides.m, sides.n)]
@@ -319,7 +323,7 @@ def _gpu_of(name: str, tensor: Any) -> Machine:
 
 def _how(device: Architecture, meeting: str, precision: str) -> str:
     """How numbers of a type are multiplied on a device."""
-    if meeting == "float64" and not device.float64:
+    if meeting == "float64" and not device.float64 and (device.table, "float64") not in TABLE:
         raise NotImplementedError(
             f"Triton does not multiply float64 on {device.name}: convert a and b to float32"
         )
