@@ -94,6 +94,7 @@ def test_every_rung_is_right_in_the_interpreter() -> None:
     assert done.stdout.count("needs a GPU") == 7
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so() -> None:
     torch = pytest.importorskip("torch")
     needs()
@@ -126,6 +127,7 @@ for case in ladder.cases("cpu", ([(5, 300)], [(33, 40, 24)])):
 """The measuring half of the ladder, with the clock of the CPU in place of a GPU's."""
 
 
+@pytest.mark.slow
 @pytest.mark.feature("S03")
 def test_rungs_are_timed_in_turn_and_compared() -> None:
     needs()

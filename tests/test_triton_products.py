@@ -264,15 +264,15 @@ def test_offsets_beyond_31_bits() -> None:
 
 
 @pytest.mark.feature("M11", "S10")
-@pytest.mark.parametrize("kept", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kept", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_tiles_are_moved_whole_where_they_lie_so(kept: str) -> None:
     """By tensor descriptors, transposed or not, of matrices that a batch shares or not."""
     needs()
     rng, on, plain = np.random.default_rng(10), Listening(), Listening("sm_80")
-    for m, n, k in ((72, 40, 56), (8, 8, 8), (40, 24, 1), (1, 40, 64)):
+    for m, n, k in ((40, 24, 24), (8, 40, 8), (1, 8, 16)):
         for turned in range(4):
             a = rng.normal(size=(2, 1, m, k)).astype(kept)
-            b = rng.normal(size=(3, k, n)).astype(kept)
+            b = rng.normal(size=(2, k, n)).astype(kept)
             given = [
                 np.ascontiguousarray(each.swapaxes(-1, -2)).swapaxes(-1, -2) if swap else each
                 for each, swap in ((a, turned & 1), (b, turned & 2))
