@@ -82,7 +82,7 @@ def test_what_is_asked_for_is_taken_or_refused_in_a_line() -> None:
     with pytest.raises(ValueError) as raised:
         choose(device, "forward", "bfloat16", 128, 128, blocks=Blocks(128, 128, 8, 4))
     assert str(raised.value) == (
-        "forward of bfloat16, dim 128, dim_v 128, 128 x 128, 8 warps, 4 stages: about 295040 bytes"
+        "forward of bfloat16, dim 128, dim_v 128, 128 x 128, 8 warps, 4 stages: about 295424 bytes"
         " of shared memory, and sm_90 has 232448"
     )
     with pytest.raises(ValueError, match="320 registers of a thread for sums and scores, of 255"):

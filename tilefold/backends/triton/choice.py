@@ -65,11 +65,11 @@ def choose(
     asked = _Asked(architecture, operation, dtype, dim, dim_v, products)
     row, words = asked.row()
     if blocks is not None:
-        why = "" if row.spills is not None and blocks == row.blocks else asked.too_much(blocks)
+        why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks)
         if why:
             raise ValueError(why)
         return asked.choice(blocks, held, ["blocks that were asked for"])
-    found, compiled = row.blocks, row.spills is not None and max(dim, dim_v) <= row.dim
+    found, compiled = row.blocks, asked.compiled(row)
     if rows is not None and rows != found.parallel:
         found, compiled = replace(found, parallel=rows), False
         words.append(f"{rows} rows of queries are decoded together")
@@ -126,6 +126,11 @@ class _Asked:
                 f"by the compiler it spills {found.spills} numbers of a thread for each tile"
             )
         return found, words
+
+    def compiled(self, row: tables.Row) -> bool:
+        """Whether a row was compiled for just these heads: narrower ones may have more pieces."""
+        dims = {resources.padded(self.dim), resources.padded(self.dim_v), row.dim}
+        return self.operation in resources.HELD and row.spills is not None and len(dims) == 1
 
     def too_much(self, blocks: Blocks) -> str:
         """Why blocks do not fit, in a line; "" where they do."""

@@ -27,7 +27,7 @@ SCORES = HELD
 TENSOR_COLUMNS = 512
 """Columns of Blackwell's tensor memory, of 128 rows of 32 bits."""
 
-_SLACK = 128
+_SLACK = 512
 """Bytes of barriers and of sums over rows."""
 
 
@@ -79,25 +79,30 @@ def shared_bytes(
         piece = min(
             power_of_two(max(own, other)), WIDEST_EXACT if numbers == "float32" else MOST_DIM
         )
-        turned = traverse * piece * statistic if operation == "backward" else 0
+        other_side = traverse * piece * statistic if operation == "backward" else 0
         if blocks.stages == 1:
-            return max(max(parallel, traverse) * piece * item, scores, turned) + _SLACK
-        moved = max(scores * HELD[operation], turned)
+            return max(max(parallel, traverse) * piece * item, scores, other_side) + _SLACK
+        moved = max(scores * HELD[operation], other_side)
         return max(parallel * piece * item, tile * (blocks.stages - 1) + moved) + _SLACK
     held = parallel * (own + (other if HELD[operation] == 2 else 0)) * item
-    unpipelined = held + tile + min(scores, tile)
+    turned = min(scores, tile) * (2 * HELD[operation] if numbers == "float64" else 1)
+    if products == "tf32x3":  # what is held is split into two numbers
+        turned = held + 2 * scores
+    unpipelined = held + tile + turned
     if asynchronous(device, numbers, blocks):
-        taken = held + tile * blocks.stages + (scores if numbers == "tf32" else 0)
+        taken = held + tile * blocks.stages
+        if numbers == "tf32":  # operands of which a unit cannot read the columns
+            taken += scores + (held if HELD[operation] == 2 or products == "tf32x3" else 0)
         if device.tensor_memory:  # operands of two products once more, the other way round
-            again = {"forward": 16384, "backward_dq": tile // 2, "backward_dkv": tile}
+            again = {"forward": 16384, "backward_dq": tile // 2, "backward_dkv": tile + scores}
             taken += again.get(operation, tile + scores)
     else:
-        taken = held + tile * max(1, blocks.stages - 1) + min(scores, tile)
+        taken = held + tile * max(1, blocks.stages - 1) + turned
     if operation in ("backward_dkv", "backward"):
         taken += 2 * traverse * statistic * blocks.stages  # lse and delta
         unpipelined += traverse * own * item  # at an edge, queries once more, as they are
     if operation == "backward":  # ds is turned round, and what is added to dq changes hands
-        taken += scores * 5 // 4 + traverse * own * (item + statistic)
+        taken += scores * 3 // 2 + traverse * own * (item + statistic)
         if device.asynchronous and traverse < 64:  # keys once more, for another unit
             taken += 2 * parallel * own * item
     taken = max(taken, unpipelined)
