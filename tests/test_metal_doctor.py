@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -285,8 +286,25 @@ def test_tensor_operations_are_one_kernel_with_gradients(layout: str) -> None:
     assert len(gated.plan(problem, "apple10").launches) == 1
 
 
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """What is known of this machine is asked anew, here and afterwards."""
+    for asked in (runtime.macos, gated.missing):
+        asked.cache_clear()
+    yield
+    for asked in (runtime.macos, gated.missing):
+        asked.cache_clear()
+
+
+def calls_itself(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Python ran on a macOS of that name."""
+    monkeypatch.setattr(platform, "mac_ver", lambda: (version, ("", "", ""), "arm64"))
+
+
 @pytest.mark.feature("J13")
-def test_the_gate_is_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("version", ["26.2.1", "26.2", "16.2"])
+def test_the_gate_is_asked_for_this_machine(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def gate(os_version: tuple[int, int], generation: int, compile_text: Any) -> str | None:
@@ -295,14 +313,40 @@ def test_the_gate_is_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(runtime, "missing", lambda: None)
     monkeypatch.setattr(runtime, "gpu", lambda: Recorder("apple9"))
-    monkeypatch.setattr(platform, "mac_ver", lambda: ("26.2.1", ("", "", ""), "arm64"))
+    calls_itself(version, monkeypatch)
     monkeypatch.setattr(tensorops, "gate", gate)
-    gated.missing.cache_clear()
-    try:
-        assert gated.missing() == "tensor operations need more"
-    finally:
-        gated.missing.cache_clear()
+    assert gated.missing() == "tensor operations need more"
     assert asked == [((26, 2), 15)]
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("version", "child", "expected"),
+    [
+        ("26.4", "exit 1", "26.4"),
+        ("15.7.1", "exit 1", "15.7.1"),
+        ("16.0", 'test "$SYSTEM_VERSION_COMPAT" = 0 && echo 27.1', "27.1"),
+        ("16.3", "echo 16.3", "26.3"),
+        ("16.3", "exit 1", "26.3"),
+        ("16.3.1", None, "26.3.1"),
+        ("", "exit 1", None),
+    ],
+)
+def test_macos_26_is_known_to_a_python_that_was_built_for_an_older_one(
+    version: str,
+    child: str | None,
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is told 16 unless it asks for the truth, which a child process does."""
+    python = tmp_path / "python"
+    if child is not None:
+        python.write_text(f"#!/bin/sh\n{child}\n")
+        python.chmod(0o700)
+    calls_itself(version, monkeypatch)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert runtime.macos() == expected
 
 
 def test_an_empty_call_launches_nothing() -> None:

@@ -156,7 +156,7 @@ def _document(
     return {
         **circumstances(),
         "system": platform.platform(),
-        "macos": platform.mac_ver()[0] or None,
+        "macos": runtime.macos(),
         "gpu": gpu,
         "self_test": [
             {**trial.__dict__, "error": _finite(trial.error), "passed": trial.passed}

@@ -6,7 +6,6 @@ The gate is closed unless macOS, the GPU and a test compile all say yes: see `te
 from __future__ import annotations
 
 import functools
-import platform
 from dataclasses import replace
 
 from tilefold.backends.metal import plan as planning
@@ -24,7 +23,7 @@ def missing() -> str | None:
     if reason := runtime.missing():
         return reason
     machine = runtime.gpu()
-    major, minor, *_ = (*map(int, platform.mac_ver()[0].split(".")), 0)
+    major, minor, *_ = (*map(int, (runtime.macos() or "0").split(".")), 0)
     return tensorops.gate((major, minor), GENERATIONS[machine.family], machine.compile)
 
 

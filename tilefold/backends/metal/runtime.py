@@ -8,7 +8,10 @@ NotImplementedError with the reason.
 from __future__ import annotations
 
 import functools
+import os
+import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,6 +84,26 @@ def missing() -> str | None:
     if not torch.backends.mps.is_available():
         return f"PyTorch finds no Apple GPU, or macOS is too old for it; {advice}"
     return None
+
+
+@functools.lru_cache(maxsize=1)
+def macos() -> str | None:
+    """The version of macOS, such as "26.2"; None elsewhere.
+
+    A Python that was built for an older system is told 16 by macOS 26 (python/cpython#135675), as
+    long as it does not ask for the truth before it starts.
+    """
+    version = platform.mac_ver()[0]
+    if not version.startswith("16."):
+        return version or None
+    command = [sys.executable, "-sSc", "import platform; print(platform.mac_ver()[0])"]
+    truthful = {**os.environ, "SYSTEM_VERSION_COMPAT": "0"}
+    try:
+        done = subprocess.run(command, env=truthful, capture_output=True, text=True)
+        version = done.stdout.strip() or version
+    except OSError:
+        pass
+    return re.sub(r"^16\.", "26.", version)
 
 
 def family() -> str:
