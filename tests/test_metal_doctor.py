@@ -119,6 +119,7 @@ def test_without_ml_dtypes_bfloat16_is_left_out_and_said(monkeypatch: pytest.Mon
 
 def test_a_machine_without_metal_says_so(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.sys, "platform", "linux")
+    monkeypatch.setattr(emulate, "available", lambda: None)
     assert cli.main(["doctor", "--metal"]) == 2
     assert capsys.readouterr().err == (
         "tilefold doctor: Metal is there on macOS alone, and this is linux;"

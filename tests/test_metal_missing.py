@@ -12,7 +12,7 @@ from metal_recorder import operands
 
 import tilefold
 from tilefold import Problem, cli, metal, settings
-from tilefold.backends.metal import runtime
+from tilefold.backends.metal import emulate, runtime
 
 
 @pytest.mark.feature("J13")
@@ -34,12 +34,27 @@ def test_without_metal_every_entry_says_why(
 ) -> None:
     runtime.gpu.cache_clear()
     monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(emulate, "available", lambda: None)
     with pytest.raises(NotImplementedError) as raised:
         entry()
     assert str(raised.value) == (
         "Metal is there on macOS alone, and this is linux; tilefold.metal.emulated() runs the same"
         " kernels on the CPU"
     )
+
+
+@pytest.mark.feature("J13")
+def test_the_executor_is_recommended_where_it_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs Linux, so on a Mac nobody hears of it."""
+    monkeypatch.setattr(sys, "platform", "freebsd")
+    assert runtime.missing() == "Metal is there on macOS alone, and this is freebsd"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    reason = "Metal kernels are compiled through PyTorch, which is not installed"
+    assert runtime.missing() == reason
+    assert runtime.missing(advice="look there") == reason
+    monkeypatch.setattr(emulate, "available", lambda: None)
+    assert runtime.missing(advice="look there") == f"{reason}; look there"
 
 
 @pytest.mark.feature("J13", "A06")
@@ -58,9 +73,12 @@ def test_without_metal_a_list_that_is_not_strict_does_nothing(
 
 
 @pytest.mark.feature("J13")
-def test_a_mac_whose_torch_has_no_mps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mac_whose_torch_is_too_old_or_has_no_mps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="there is no torch to ask")
     monkeypatch.setattr(sys, "platform", "darwin")
+    with monkeypatch.context() as older:
+        older.setattr(torch, "__version__", type(torch.__version__)("2.11.1+cpu"))
+        assert runtime.missing() == "Metal kernels need PyTorch 2.12 or newer, found 2.11.1+cpu"
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
     assert "was built without MPS" in str(runtime.missing())
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)

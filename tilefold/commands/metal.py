@@ -78,9 +78,9 @@ def _emulated() -> Found:
 
 def _real() -> Found:
     """The GPU of this Mac. Raises NotImplementedError where there is none."""
-    if reason := runtime.missing():
-        advice = "`tilefold doctor --metal --emulate` tests the kernels on the CPU"
-        raise NotImplementedError(f"{reason.partition(';')[0]}; {advice}")
+    advice = "`tilefold doctor --metal --emulate` tests the kernels on the CPU"
+    if reason := runtime.missing(advice):
+        raise NotImplementedError(reason)
     import torch
 
     from tilefold.implementations.torch import tensor_of

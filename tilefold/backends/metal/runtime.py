@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold import settings
+from tilefold.backends.metal import emulate
 from tilefold.backends.metal.dispatch import Array, Kept
 from tilefold.backends.metal.families import FAMILIES
 
@@ -70,19 +71,30 @@ def gpu() -> Mps:
     return Mps(torch.device("mps"), torch.mps.compile_shader, family())
 
 
-def missing() -> str | None:
-    """Why Metal kernels cannot run on this machine; None where they can."""
-    advice = "tilefold.metal.emulated() runs the same kernels on the CPU"
+def missing(
+    advice: str = "tilefold.metal.emulated() runs the same kernels on the CPU",
+) -> str | None:
+    """Why Metal kernels cannot run on this machine; None where they can.
+
+    With the advice where the executor runs.
+    """
+    reason = _missing()
+    return reason if reason is None or emulate.available() else f"{reason}; {advice}"
+
+
+def _missing() -> str | None:
     if sys.platform != "darwin":
-        return f"Metal is there on macOS alone, and this is {sys.platform}; {advice}"
+        return f"Metal is there on macOS alone, and this is {sys.platform}"
     try:
         import torch
     except ImportError:
-        return f"Metal kernels are compiled through PyTorch, which is not installed; {advice}"
+        return "Metal kernels are compiled through PyTorch, which is not installed"
+    if torch.__version__ < "2.12":  # a TorchVersion, which compares releases
+        return f"Metal kernels need PyTorch 2.12 or newer, found {torch.__version__}"
     if not torch.backends.mps.is_built():
-        return f"this PyTorch ({torch.__version__}) was built without MPS; {advice}"
+        return f"this PyTorch ({torch.__version__}) was built without MPS"
     if not torch.backends.mps.is_available():
-        return f"PyTorch finds no Apple GPU, or macOS is too old for it; {advice}"
+        return "PyTorch finds no Apple GPU, or macOS is too old for it"
     return None
 
 
