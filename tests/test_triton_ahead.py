@@ -1,0 +1,178 @@
+"""Triton kernels compiled ahead of time for four architectures: they fit, and use what they should.
+
+Compiling takes seconds for each, so the cases cover every value of every axis and the pairs that
+matter, and lie in one process for each architecture. No GPU is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import triton_resources
+from triton_resources import Case, Row, launch_of, report_of, spec_of
+
+from tilefold import causal
+from tilefold.backends.triton import ahead, module, resources
+from tilefold.backends.triton.ahead import Compiled, Compiler, reports
+from tilefold.backends.triton.architectures import ARCHITECTURES, architecture
+from tilefold.backends.triton.plan import plan
+from tilefold.problem import Problem
+
+KEPT: dict[Case, Row] = {
+    Case(*row["case"]): row for row in json.loads(triton_resources.KEPT.read_text("utf-8"))
+}
+
+CASES = (
+    ("forward", "bfloat16", 64, "highest"),
+    ("forward", "bfloat16", 128, "highest"),
+    ("forward", "bfloat16", 512, "highest"),
+    ("backward_dq", "float16", 80, "highest"),
+    ("backward_dq", "bfloat16", 128, "highest"),
+    ("backward_dkv", "bfloat16", 64, "highest"),
+    ("backward_dkv", "bfloat16", 256, "highest"),
+    ("backward", "bfloat16", 64, "highest"),
+    ("decode", "bfloat16", 128, "highest"),
+    ("decode", "float16", 256, "highest"),
+    ("delta", "bfloat16", 128, "highest"),
+    ("merge", "bfloat16", 128, "highest"),
+    ("reduce_dq", "bfloat16", 128, "highest"),
+    ("forward", "float32", 64, "highest"),
+    ("backward_dq", "float32", 64, "highest"),
+    ("forward", "float32", 128, "high"),
+    ("backward_dkv", "float32", 64, "high"),
+    ("forward", "float32", 64, "medium"),
+    ("forward", "float64", 64, "highest"),
+    ("backward_dq", "float64", 64, "highest"),
+)
+NAMES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
+"""What multiplies half types in a block of 64 rows or more."""
+
+
+def cases(name: str) -> Iterator[Case]:
+    for operation, dtype, dim, precision in CASES:
+        if name == "gfx942" and precision != "highest":
+            continue  # its products of float32 are exact
+        if dtype != "float64" or architecture(name).float64:
+            yield Case(name, operation, dtype, dim, precision)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if reason := module.missing():
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.feature("M03", "M07")
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_compile_and_fit(name: str, half: int) -> None:
+    asked = [*cases(name)][half::2]
+    device = architecture(name)
+    specs = [spec_of(case) for case in asked]
+    for case, spec, report in zip(
+        asked, specs, reports([(spec, name) for spec in specs], workers=1), strict=True
+    ):
+        assert not report.failure, f"{case}: {report.failure}"
+        assert report.within(device), case
+        assert report.registers <= min(
+            device.thread_registers, device.registers // (spec.blocks.warps * device.warp)
+        )
+        estimate = launch_of(case).choice.shared_bytes
+        assert report.shared_bytes <= estimate <= device.shared_bytes, case
+        check_instructions(case, report, spec.blocks.parallel, spec.descriptors)
+        if case in KEPT:
+            kept = report_of(KEPT[case])
+            if kept.triton == report.triton:
+                assert report.hot_spills <= kept.hot_spills, f"{case} spills more than it did"
+
+
+def check_instructions(case: Case, report: Compiled, rows: int, moved: bool) -> None:
+    """The instructions that were meant are there."""
+    found = report.instructions
+    if case.operation in ("delta", "merge", "reduce_dq"):
+        return
+    if case.dtype == "bfloat16" and rows >= 64:
+        assert UNITS[case.architecture] in found, case
+    elif case.dtype == "float32" and case.precision == "highest" and case.architecture != "gfx942":
+        assert not {*UNITS.values()} & {*found}, "exact products of float32 have no matrix unit"
+    else:
+        assert {*UNITS.values()} & {*found}, case
+    assert ("bulk copies" in found) == moved, case
+    if case.architecture != "gfx942" and launch_of(case).spec.blocks.stages > 1:
+        assert moved or "cp.async" in found, case
+
+
+@pytest.mark.slow
+@pytest.mark.feature("M07")
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_compile_without_descriptors_too(name: str) -> None:
+    """Operands may lie so that no descriptor can be made of them."""
+    asked = [Case(name, operation, "float16", 128) for operation in ("forward", "backward_dkv")]
+    specs = [replace(spec_of(case), descriptors=False) for case in asked]
+    for spec, report in zip(specs, reports([(spec, name) for spec in specs]), strict=True):
+        assert report.within(architecture(name)), (spec, report.failure)
+        assert "bulk copies" not in report.instructions and "cp.async" in report.instructions
+
+
+@pytest.mark.feature("M07")
+def test_estimates_of_shared_memory_are_close_to_the_reports_that_are_kept() -> None:
+    """Never below; close above for what is used most, and for the rest on the safe side."""
+    for case, row in KEPT.items():
+        launch, report = launch_of(case), report_of(row)
+        if row["failure"] or case.operation not in resources.HELD:
+            continue
+        assert str(launch.spec.blocks) == row["blocks"], f"{case}: tools/triton_resources.py"
+        estimate = launch.choice.shared_bytes
+        usual = case.dtype == "bfloat16" and case.operation != "backward"
+        most = 1.6 if usual and case.architecture != "gfx942" else 4.5
+        assert report.shared_bytes <= estimate <= most * report.shared_bytes, case
+
+
+@pytest.mark.feature("A06")
+@pytest.mark.parametrize("name", [each.name for each in ARCHITECTURES.values() if not each.float64])
+def test_float64_is_refused_where_triton_does_not_compile_it(name: str) -> None:
+    problem = Problem.of((1, 1, 64, 64), (1, 1, 64, 64), dtype="float64", mask=causal())
+    with pytest.raises(NotImplementedError, match=f"float64 on {name}"):
+        plan(problem, name, "forward")
+
+
+def test_the_page_says_what_was_kept() -> None:
+    page = triton_resources.PAGE.read_text(encoding="utf-8")
+    block = triton_resources.block([*KEPT.values()])
+    assert triton_resources.replaced(page, block) == page
+
+
+def test_a_process_that_interprets_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(NotImplementedError, match="compile with `reports`"):
+        ahead.compile(spec_of(Case("sm_80", "delta", "float16", 64)), "sm_80")
+
+
+def test_without_triton_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ahead.module, "missing", lambda: "Triton is not installed")
+    with pytest.raises(NotImplementedError, match="Triton is not installed"):
+        ahead.compile(spec_of(Case("sm_80", "delta", "float16", 64)), "sm_80")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_ends_or_takes_too_long_is_reported(tmp_path: Path) -> None:
+    task = spec_of(Case("sm_80", "delta", "float16", 64)), "sm_80"
+    late = Compiler(limit_seconds=0.05)
+    assert late.ask(task).failure == "the compiler took more than 0 seconds"
+    assert late.end() in (0, -9)
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexit 7\n")
+    script.chmod(0o700)
+    (report,) = reports([task], python=str(script))
+    assert report.failure == "the compiler ended with code 7"
