@@ -73,7 +73,7 @@ def test_without_metal_a_list_that_is_not_strict_does_nothing(
 
 
 @pytest.mark.feature("J13")
-def test_a_mac_whose_torch_is_too_old_or_has_no_mps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mac_whose_torch_is_old_or_has_no_mps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="there is no torch to ask")
     monkeypatch.setattr(sys, "platform", "darwin")
     with monkeypatch.context() as older:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from metal import needs
-from metal_recorder import Recorder, forward, operands
+from metal_recorder import Array, Recorder, forward, operands
 
 import tilefold
 from tilefold import Problem, metal, reference
@@ -205,7 +205,47 @@ def test_results_that_are_given_must_fit() -> None:
         commands.attention(q, k, v, lse=np.empty((1, 4, 21)))
     with pytest.raises(ValueError, match=r"^lse must be contiguous"):
         commands.attention(q, k, v, lse=np.empty((1, 4, 42), np.float32)[..., ::2])
+    broadcast = np.broadcast_to(np.zeros(9, np.float32), (1, 4, 21, 9))
+    with pytest.raises(ValueError, match=r"^out is written, so no axis of it may be broadcast$"):
+        commands.attention(q, k, v, out=broadcast)
+    alone = np.empty((1, 4, 21, 9), np.float32)
+    alone.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^out is written, but it is read-only$"):
+        commands.attention(q, k, v, out=alone)
+    o, lse = np.zeros((1, 4, 21, 9), np.float32), np.zeros((1, 4, 21), np.float32)
+    for name, given in (("dq", q), ("dk", k), ("dv", v)):
+        into = {name: np.broadcast_to(np.float32(0), given.shape)}
+        with pytest.raises(ValueError, match=f"^{name} is written, so no axis"):
+            commands.attention_backward(o, q, k, v, o, lse, **into)
     assert not len(commands)
+
+
+def test_a_tensor_that_is_broadcast_holds_no_result() -> None:
+    torch = pytest.importorskip("torch", reason="there is no torch to make one")
+    q, k, v = map(torch.from_numpy, operands())
+    with pytest.raises(ValueError, match=r"^out is written, so no axis of it may be broadcast$"):
+        forward(Recorder(), q, k, v, out=torch.zeros(1).expand(1, 4, 21, 9))
+    one = torch.zeros(1, 4, 21, 9).as_strided((1, 4, 21, 9), (0, 189, 9, 1))
+    assert forward(Recorder(), q, k, v, out=one)[0] is one, "an axis of length 1 has no stride"
+
+
+def test_strides_are_of_whole_elements() -> None:
+    """A kernel counts elements: rows of 12 floats, 49 bytes apart, have no such stride."""
+    machine = Recorder()
+    q, k, v = operands()
+
+    def apart(array: Array) -> Array:
+        *outer, rows, width = array.shape
+        raw = np.zeros((*outer, rows, 4 * width + 1), np.uint8)
+        return np.ndarray(array.shape, array.dtype, raw, strides=(*raw.strides[:3], 4))
+
+    for name, given in (("q", (apart(q), k, v)), ("v", (q, k, apart(v)))):
+        with pytest.raises(ValueError, match=f"^{name} must have strides of whole elements, got "):
+            forward(machine, *given)
+    out = apart(np.zeros((1, 4, 21, 9), np.float32))
+    with pytest.raises(ValueError, match=r"^out must have strides of whole elements, got \("):
+        forward(machine, q, k, v, out=out)
+    assert not machine.launched
 
 
 def test_a_block_that_raises_launches_nothing() -> None:
@@ -219,7 +259,7 @@ def test_a_block_that_raises_launches_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.feature("T12")
 def test_examples_run(emulated: Emulated) -> None:
-    for module in (metal, listed, standalone):
+    for module in (metal, listed, standalone, dispatch):
         outcome = doctest.testmod(module, raise_on_error=False)
         assert outcome.attempted and not outcome.failed
 

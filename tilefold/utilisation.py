@@ -99,7 +99,7 @@ def measure(
             scratch = made.buffers["delta"]
             given["delta"] = machine.empty(scratch.shape, scratch.dtype)
         kept = {name: each for name, each in made.buffers.items() if name not in given}
-        strides = {name: strides_of(array) for name, array in given.items() if name != "delta"}
+        strides = {name: strides_of(name, x) for name, x in given.items() if name != "delta"}
         for launch in made.launches:
             name = launch.spec.operation
             one = replace(made, launches=(launch,), buffers=kept)

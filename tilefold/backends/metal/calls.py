@@ -18,6 +18,7 @@ from tilefold.backends.metal.dispatch import (
     Machine,
     Strides,
     aligned,
+    check_written,
     prepare,
     strides_of,
 )
@@ -141,7 +142,7 @@ def _bind(
     machine.check(**given)
     if "lse" in given:
         given["lse"] = _packed(given["lse"])
-    forms = [(array.shape, strides_of(array), array.dtype) for array in given.values()]
+    forms = [(x.shape, strides_of(name, x), x.dtype) for name, x in given.items()]
     together = aligned(given)
     key = (operation, mask, scale, layout, together, *forms)
     known = machine.kept.calls.get(key)
@@ -161,7 +162,7 @@ def _bind(
         made[name] = array
     if call and any(array is not None for array in results):
         every = {**given, **made}
-        strides = {name: strides_of(array) for name, array in every.items()}
+        strides = {name: strides_of(name, array) for name, array in every.items()}
         call = _prepare(machine, known.problem, operation, layout, strides, aligned(every))
     return Bound(call, given, made)
 
@@ -186,7 +187,7 @@ def _know(
         shapes, dtypes = shapes_qkv(problem, layout), (problem.dtype,) * 3
     if problem.empty:
         return Known(problem, shapes, dtypes, None)
-    strides = {name: strides_of(array) for name, array in given.items()}
+    strides = {name: strides_of(name, array) for name, array in given.items()}
     strides |= {
         name: contiguous(shape) for name, shape in zip(RESULTS[operation], shapes, strict=True)
     }
@@ -214,8 +215,9 @@ def _check_result(machine: Machine, name: str, array: Array, shape: Shape, dtype
     check_shape(called, tuple(array.shape), shape)
     if dtype_of(array) != dtype:
         raise TypeError(f"{called} must be of {dtype}, got {dtype_of(array)}")
+    check_written(called, array)
     if name == "lse" and not _is_packed(array):
-        raise ValueError(f"{called} must be contiguous, got strides {strides_of(array)}")
+        raise ValueError(f"{called} must be contiguous, got strides {strides_of(called, array)}")
 
 
 def _empty(like: Array, shape: Shape, dtype: str) -> Array:

@@ -152,16 +152,34 @@ class _Step:
 
 def execute(plan: MetalPlan, machine: Machine, operands: Mapping[str, Array]) -> None:
     """Run a plan on operands by their names in the kernels, their axes in the canonical order."""
-    strides = {name: strides_of(array) for name, array in operands.items()}
+    strides = {name: strides_of(name, array) for name, array in operands.items()}
     prepare(plan, machine, strides, aligned(operands)).run(operands)
 
 
-def strides_of(array: Array) -> Strides:
-    """The strides of a NumPy array or a tensor, in elements."""
-    if isinstance(array, np.ndarray):
-        return tuple([stride // array.itemsize for stride in array.strides])
-    strides: Strides = array.stride()
-    return strides
+def strides_of(name: str, array: Array) -> Strides:
+    """The strides of a NumPy array or a tensor, in elements. Raises ValueError for parts of them.
+
+    >>> strides_of("q", np.zeros((2, 3), np.float32).T)
+    (1, 3)
+    """
+    if not isinstance(array, np.ndarray):
+        strides: Strides = array.stride()
+        return strides
+    if any(
+        step % array.itemsize and length > 1
+        for length, step in zip(array.shape, array.strides, strict=True)
+    ):
+        raise ValueError(f"{name} must have strides of whole elements, got {array.strides} bytes")
+    return tuple([step // array.itemsize for step in array.strides])
+
+
+def check_written(name: str, array: Array) -> None:
+    """Raises ValueError for an array that a kernel cannot write: broadcast, or read-only."""
+    strides = strides_of(name, array)
+    if any(step == 0 < length - 1 for length, step in zip(array.shape, strides, strict=True)):
+        raise ValueError(f"{name} is written, so no axis of it may be broadcast")
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name} is written, but it is read-only")
 
 
 def aligned(operands: Mapping[str, Array]) -> int:

@@ -130,7 +130,7 @@ def text_of(family: str, operation: str, dtype: str, dim: int) -> str:
     """The text that a machine compiles for contiguous operands; nothing is compiled here."""
     machine = _Listening(family, "nothing")
     made, operands = _call(family, operation, dtype, dim, tiles=2)
-    strides = {name: dispatch.strides_of(array) for name, array in operands.items()}
+    strides = {name: dispatch.strides_of(name, array) for name, array in operands.items()}
     dispatch.prepare(made, machine, strides, dispatch.aligned(operands))
     return machine.texts[machine.at(operation)]
 

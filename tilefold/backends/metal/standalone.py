@@ -14,7 +14,7 @@ import numpy as np
 
 from tilefold.backends.metal import gemm as products
 from tilefold.backends.metal import rows
-from tilefold.backends.metal.dispatch import Array, Machine, kernel, strides_of
+from tilefold.backends.metal.dispatch import Array, Machine, check_written, kernel, strides_of
 from tilefold.backends.metal.families import family
 from tilefold.backends.metal.gemm import DTYPES, GemmBlocks, GemmSpec
 from tilefold.backends.metal.rows import SoftmaxSpec
@@ -280,9 +280,7 @@ def _axes(name: str, array: Array, least: int) -> Axes:
     lengths = tuple(int(length) for length in array.shape)
     if not least <= len(lengths) <= 4 or 0 in lengths:
         raise ValueError(f"{name} must have {least} to 4 axes, none of length 0, got {lengths}")
-    if isinstance(array, np.ndarray) and any(step % array.itemsize for step in array.strides):
-        raise ValueError(f"{name} must have strides of whole elements, got {array.strides} bytes")
-    strides = strides_of(array)
+    strides = strides_of(name, array)
     steps = (0 if length == 1 else step for length, step in zip(lengths, strides, strict=True))
     front = 4 - len(lengths)
     return Axes((1,) * front + lengths, (0,) * front + tuple(steps))
@@ -319,9 +317,5 @@ def _result(name: str, given: Array | None, shape: tuple[int, ...], dtype: str, 
             f"{name} must be {dtype} of shape {shape}, got {_dtype(name, given)} of shape "
             f"{tuple(given.shape)}"
         )
-    axes = _axes(name, given, 1)
-    if any(step == 0 < length - 1 for length, step in zip(*axes, strict=True)):
-        raise ValueError(f"{name} is written, so no axis of it may be broadcast")
-    if isinstance(given, np.ndarray) and not given.flags.writeable:
-        raise ValueError(f"{name} is written, but it is read-only")
+    check_written(name, given)
     return given
