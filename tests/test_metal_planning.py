@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tilefold import causal, documents, full, local, visits
 from tilefold.backends.metal import choice, families, tables
 from tilefold.backends.metal.choice import LEAVING, choose
+from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.families import FAMILIES, family
 from tilefold.backends.metal.msl import BYTES
 from tilefold.backends.metal.plan import FEW_QUERIES, KEYS_PER_SPLIT, MANY_KEYS, Launch, plan
@@ -160,11 +161,12 @@ def test_what_cannot_fit_is_refused(options: dict[str, object], message: str) ->
         choose(family("apple9"), "forward", "float32", 300, 300, **options)
 
 
-def test_float64_is_refused() -> None:
+def test_float64_and_other_families_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="float64 is not a type of Apple's GPUs"):
         choose(family("apple9"), "forward", "float64", 64, 64)
-    with pytest.raises(ValueError, match="family must be"):
-        family("apple6")
+    for named in (family, Emulated):
+        with pytest.raises(ValueError, match=r"^family must be .*, got 'apple6'$"):
+            named("apple6")
 
 
 def problem(mask: object = None, **options: object) -> Problem:
@@ -313,9 +315,15 @@ def test_a_plan_is_overridden_by_kernel_and_kept() -> None:
     for unknown, message in (
         ({"operation": "training"}, "operation must be"),
         ({"form": "fused"}, "form must be"),
+        ({"operation": "backward", "form": "decode"}, "form must be 'auto' or 'tiled', got 'deco"),
+        ({"blocks": {"dq": blocks}}, "operation of blocks must be 'forward', .*, got 'dq'"),
+        ({"cached": {"dkv": ("k",)}}, "operation of cached must be 'forward', .*, got 'dkv'"),
     ):
         with pytest.raises(ValueError, match=message):
             plan(asked, "apple9", **{"operation": "forward", **unknown})
+    for wrong in ((8, 8, 8), {"forward": (8, 8, 8)}, 8):
+        with pytest.raises(TypeError, match=r"^blocks must be Blocks, or Blocks by operation, got"):
+            plan(asked, "apple9", "forward", blocks=wrong)
     with pytest.raises(NotImplementedError, match="float64"):
         plan(problem(dtype="float64"), "apple9", "forward")
 

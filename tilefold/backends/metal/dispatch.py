@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.metal import emulate, source
+from tilefold.backends.metal import emulate, families, source
 from tilefold.backends.metal.arguments import OPERANDS, RUNS, STRIDED, arrays, sizes
 from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
@@ -94,6 +94,9 @@ class Emulated:
     checks: str = "fast"
     tensor_layout: int = 0
     kept: Kept = field(default_factory=Kept)
+
+    def __post_init__(self) -> None:
+        families.family(self.family)  # raises ValueError for others
 
     def compile(self, text: str) -> Any:
         """The kernels of a text, compiled by the system's C++ compiler."""

@@ -20,7 +20,7 @@ from tilefold.backends.metal import families
 from tilefold.backends.metal.arguments import pages
 from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
-from tilefold.backends.metal.spec import PARALLEL, SIDE, Blocks, MetalSpec
+from tilefold.backends.metal.spec import HELD, PARALLEL, SIDE, Blocks, MetalSpec
 from tilefold.blocks import Runs, runs
 from tilefold.choice import GRANULE, bound, visited_by
 from tilefold.expression import Table, split
@@ -30,8 +30,8 @@ from tilefold.problem import Problem
 from tilefold.recent import Recent
 from tilefold.visits import aligned
 
-FORMS = ("auto", "tiled", "decode")
-"""How a forward pass is done: "decode" splits the keys of few queries."""
+FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "tiled")}
+"""How an operation is done: "decode" splits the keys of few queries."""
 
 FEW_QUERIES = SIDE
 """"auto" decodes so few: the blocks of the tiled kernel, 16 or 32 queries of one head, would be at
@@ -131,18 +131,30 @@ def plan(
 ) -> MetalPlan:
     """The plan of an operation, "forward" or "backward", on a GPU of a family such as "apple9".
 
-    `form` is how a forward pass is done: see `FORMS`. `blocks` and `cached` override the tables; by
+    `form` is how it is done: see `FORMS`. `blocks` and `cached` override the tables; by
     operation ("forward", "decode", "backward_dq", "backward_dkv") where they differ. Results depend
     on all of these only by rounding.
 
     Raises ValueError for what no GPU of the family can run, NotImplementedError for float64.
     """
+    _check(blocks, cached)
     key = (problem, family, operation, form, _frozen(blocks), _frozen(cached))
     found = _recent.get(key)
     if found is None:
         made = _Planner(problem, families.family(family), blocks, cached).plan(operation, form)
         found = _recent.put(key, made, made.data_bytes)
     return found
+
+
+def _check(blocks: Asked, cached: Kept) -> None:
+    """Raises for blocks that are none, and for operations that there are not."""
+    for name, asked in (("blocks", blocks), ("cached", cached)):
+        for operation in asked if isinstance(asked, Mapping) else ():
+            check.choice(f"an operation of {name}", operation, tuple(HELD))
+    for one in blocks.values() if isinstance(blocks, Mapping) else (blocks,):
+        if not isinstance(one, Blocks | None):
+            shown = check.shown(one)
+            raise TypeError(f"blocks must be Blocks, or Blocks by operation, got {shown}")
 
 
 def _frozen(asked: Any) -> object:
@@ -164,8 +176,8 @@ class _Planner:
         self._mask, self._parameters, self._tables = split(self._expression)
 
     def plan(self, operation: str, form: str) -> MetalPlan:
-        check.choice("operation", operation, ("forward", "backward"))
-        check.choice("form", form, FORMS)
+        check.choice("operation", operation, tuple(FORMS))
+        check.choice("form", form, FORMS[operation])
         row = (self._problem.batch, self._problem.heads_q, self._problem.len_q)
         buffers: dict[str, Scratch] = {}
         if operation == "backward":
