@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import tilefold
 from tilefold import attention, attention_backward, reference
 from tilefold.backends.metal.runtime import Mps
+from tilefold.frontends import gpu
 from tilefold.frontends import torch as frontend
 from tilefold.problem import LAYOUTS
 
@@ -47,7 +48,7 @@ def machine(compiler: Compiler) -> Mps:
 @pytest.fixture(autouse=True)
 def on_it(machine: Mps, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls on tensors go where those on "mps" go."""
-    monkeypatch.setattr(frontend, "_machine", lambda tensor: machine)
+    monkeypatch.setattr(gpu, "machine", lambda tensor: machine)
     yield
 
 

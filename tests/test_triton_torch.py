@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch", reason="there are no tensors without torch"
 from torch import Tensor  # noqa: E402  # only where there is torch
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
-from tilefold.frontends import torch as frontend  # noqa: E402
+from tilefold.frontends import gpu  # noqa: E402
 
 MASK = tilefold.causal()
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -47,7 +47,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     needs()
     found = Watched("sm_90")
     object.__setattr__(found, "entries", [])
-    monkeypatch.setattr(frontend, "_machine", lambda tensor: found)
+    monkeypatch.setattr(gpu, "machine", lambda tensor: found)
     yield found
 
 

@@ -31,12 +31,16 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     >>> choice("align", "front", ("end", "start"))
     Traceback (most recent call last):
     ValueError: align must be 'end' or 'start', got 'front'
+    >>> choice("backend", "gpu", ("cpu",))
+    Traceback (most recent call last):
+    ValueError: backend must be 'cpu', got 'gpu'
     """
     if not any(
         value is option or (type(value) is type(option) and value == option) for option in allowed
     ):
         *head, tail = map(repr, allowed)
-        raise ValueError(f"{name} must be {', '.join(head)} or {tail}, got {shown(value)}")
+        known = f"{', '.join(head)} or {tail}" if head else tail
+        raise ValueError(f"{name} must be {known}, got {shown(value)}")
 
 
 def shown(value: Any, width: int = 60) -> str:

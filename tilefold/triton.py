@@ -22,24 +22,31 @@ if TYPE_CHECKING:
     from tilefold.backends.triton.calls import attention, attention_backward
     from tilefold.backends.triton.dispatch import Interpreted as interpreted
     from tilefold.backends.triton.dispatch import ResourceError
+    from tilefold.backends.triton.gemm import GemmBlocks
     from tilefold.backends.triton.plan import plan
+    from tilefold.backends.triton.rows import SoftmaxBlocks
     from tilefold.backends.triton.runtime import gpu, missing
     from tilefold.backends.triton.source import emit
     from tilefold.backends.triton.spec import Blocks, TritonSpec
+    from tilefold.backends.triton.standalone import gemm, softmax
 
 _BACKEND = "tilefold.backends.triton"
 _HOMES = {
     "ARCHITECTURES": "architectures",
     "Blocks": "spec",
+    "GemmBlocks": "gemm",
     "ResourceError": "dispatch",
+    "SoftmaxBlocks": "rows",
     "TritonSpec": "spec",
     "attention": "calls",
     "attention_backward": "calls",
     "emit": "source",
+    "gemm": "standalone",
     "gpu": "runtime",
     "interpreted": "dispatch",
     "missing": "runtime",
     "plan": "plan",
+    "softmax": "standalone",
     "tune": "autotune",
 }
 """Where the public names live."""
@@ -50,15 +57,19 @@ _CALLED = {"interpreted": "Interpreted"}
 __all__ = [
     "ARCHITECTURES",
     "Blocks",
+    "GemmBlocks",
     "ResourceError",
+    "SoftmaxBlocks",
     "TritonSpec",
     "attention",
     "attention_backward",
     "emit",
+    "gemm",
     "gpu",
     "interpreted",
     "missing",
     "plan",
+    "softmax",
     "tune",
 ]
 

@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 from tilefold import engine
 from tilefold.coordinates import Coordinates
+from tilefold.frontends import gpu
 from tilefold.mask import Rule
 from tilefold.problem import (
     LAYOUTS,
@@ -139,17 +140,12 @@ def _unobserved(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if not (
             type(tensor) in PLAIN
-            and (tensor.is_cpu if here else _same_gpu(tensor, tensors[0]))
+            and (tensor.is_cpu if here else gpu.same(tensor, tensors[0]))
             and tensor.layout is torch.strided
             and not tensor.is_neg()
         ):
             return False
     return True
-
-
-def _same_gpu(tensor: Tensor, first: Tensor) -> bool:
-    """Whether two tensors are on one GPU that has kernels."""
-    return (tensor.is_cuda or tensor.is_mps) and tensor.device == first.device
 
 
 def _recorded(*tensors: Tensor) -> bool:
@@ -161,9 +157,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
 ) -> tuple[Tensor, Tensor]:
     """o and lse, below autograd."""
-    machine = _machine(q)
+    machine = gpu.machine(q)
     if machine is not None:
-        o, lse = _run(machine, "forward", (q, k, v), mask, scale, layout, precision)
+        o, lse = gpu.run(machine, "forward", (q, k, v), mask, scale, layout, precision)
         return o, lse
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     key = ("torch forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
@@ -195,10 +191,10 @@ def _slopes(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, below autograd."""
-    machine = _machine(q)
+    machine = gpu.machine(q)
     if machine is not None:
         rest = mask, scale, layout, precision
-        dq, dk, dv = _run(machine, "backward", (do, q, k, v, o, lse), *rest)
+        dq, dk, dv = gpu.run(machine, "backward", (do, q, k, v, o, lse), *rest)
         return dq, dk, dv
     do, q, k, v, o, lse = given = [_aligned(tensor) for tensor in (do, q, k, v, o, lse)]
     key = ("torch backward", mask, scale, layout, precision, *[_form(tensor) for tensor in given])
@@ -216,47 +212,6 @@ def _slopes(
     dq, dk, dv = (q.new_empty(*shape) for shape in call.results)
     call.run(*[tensor.data_ptr() for tensor in (*given, dq, dk, dv)])
     return dq, dk, dv
-
-
-def _machine(tensor: Tensor) -> Any:
-    """What runs kernels for a tensor on a GPU; None on the CPU."""
-    if tensor.is_cpu:
-        return None
-    if tensor.is_cuda:
-        from tilefold.backends.triton import runtime as gpus
-
-        return gpus.gpu(tensor.device.index)
-    from tilefold.backends.metal import runtime as apple
-
-    return apple.gpu()
-
-
-def _run(
-    machine: Any,
-    operation: str,
-    given: tuple[Tensor, ...],
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
-) -> tuple[Tensor, ...]:
-    """The results of an operation, "forward" or "backward", of kernels on a machine.
-
-    Machines of Triton's have an architecture, those of Metal's a family. Metal's multiply float32
-    in float32 whatever the precision.
-    """
-    results: tuple[Tensor, ...]
-    if hasattr(machine, "architecture"):
-        from tilefold.backends.triton import calls
-
-        run: Any = {"forward": calls.forward, "backward": calls.backward}[operation]
-        results = run(machine, *given, mask, scale, layout, precision)
-    else:
-        from tilefold.backends.metal import calls as bound
-
-        bind: Any = {"forward": bound.forward, "backward": bound.backward}[operation]
-        results = bind(machine, *given, mask, scale, layout).run()
-    return results
 
 
 def _refuse_tangents(*tensors: Tensor) -> None:

@@ -68,9 +68,6 @@ speed (FlashAttention-3 and Triton's, H100, dim 128); ours were not timed."""
 Asked = Blocks | Mapping[str, Blocks] | None
 """Blocks for all kernels of a plan, or by operation."""
 
-_PRODUCTS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-"""By `precision`: TF32 has the 11 significant bits of which three products make more than 16."""
-
 _NO_RUNS = np.zeros((1, 2), np.int32)
 
 
@@ -231,7 +228,7 @@ class _Planner:
     def _spec(self, operation: str, rows: int | None = None) -> tuple[TritonSpec, Choice]:
         problem = self._problem
         asked = self._blocks
-        products = _PRODUCTS[problem.precision] if self._device.kind == "cuda" else "ieee"
+        products = BY_PRECISION[problem.precision] if self._device.kind == "cuda" else "ieee"
         if problem.dtype != "float32":
             products = "ieee"
         wanted = asked.get(operation) if isinstance(asked, Mapping) else asked

@@ -19,6 +19,7 @@ from tilefold.backends.triton.gemm import BIASES, GemmBlocks, GemmSpec, multipli
 from tilefold.backends.triton.operands import Axes, axes_of, bias_steps, common, dtype_of, written
 from tilefold.backends.triton.rows import SoftmaxBlocks, SoftmaxSpec
 from tilefold.backends.triton.runtime import gpu
+from tilefold.backends.triton.spec import BY_PRECISION
 from tilefold.check import choice
 from tilefold.problem import PRECISIONS
 
@@ -53,11 +54,8 @@ TABLE = {
 """Blocks by (table of the architecture, what is multiplied): "half" types, float32 as "tf32", or
 float64, of which Triton 3.6 and 3.7 compile no block of 64 rows for sm_100. Others are alike.
 Chosen so that operands fit shared memory and sums the registers: Triton 3.7.1 spills none in the
-loops of sm_80, 90, 100 and 120, but for 8 words of float64 in the small blocks of sm_90. Nobody has
+loops of sm_80, 90, 100 and 120, but for a few words of float64 in the small blocks of sm_90. Nobody has
 measured them."""
-
-_PRODUCTS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-"""How float32 is multiplied by `precision`; where there is no TF32, exactly."""
 
 
 def block_sizes(
@@ -328,7 +326,7 @@ def _how(device: Architecture, meeting: str, precision: str) -> str:
             f"Triton does not multiply float64 on {device.name}: convert a and b to float32"
         )
     exact = meeting != "float32" or device.kind != "cuda"
-    return "ieee" if exact else _PRODUCTS[precision]
+    return "ieee" if exact else BY_PRECISION[precision]
 
 
 def _parts(length: int, block: int) -> int:
