@@ -18,6 +18,7 @@ from tilefold.backends.triton import hopper, tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.choice import Choice, choose
 from tilefold.backends.triton.spec import (
+    BY_PRECISION,
     LEAST,
     MOST_DIM,
     PARALLEL,

@@ -41,7 +41,7 @@ PRODUCTS = ("ieee", "tf32x3", "tf32")
 """How float32 numbers are multiplied, by Triton's names: exactly, in three products, in one."""
 
 BY_PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-"""The same by `precision`: TF32 has 11 significant bits, of which three products make more than 16."""
+"""By `precision`: TF32 has 11 significant bits, of which three products make more than 16."""
 
 
 class Piece(NamedTuple):

@@ -54,8 +54,8 @@ TABLE = {
 """Blocks by (table of the architecture, what is multiplied): "half" types, float32 as "tf32", or
 float64, of which Triton 3.6 and 3.7 compile no block of 64 rows for sm_100. Others are alike.
 Chosen so that operands fit shared memory and sums the registers: Triton 3.7.1 spills none in the
-loops of sm_80, 90, 100 and 120, but for a few words of float64 in the small blocks of sm_90. Nobody has
-measured them."""
+loops of sm_80, 90, 100 and 120, but for a few words of float64 in the small blocks of sm_90.
+Nobody has measured them."""
 
 
 def block_sizes(
