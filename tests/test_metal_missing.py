@@ -139,16 +139,47 @@ def test_inspect_prints_a_file_that_an_app_can_take(kernel: str, capsys: Any) ->
     assert comment.startswith(f"// tilefold_{kernel}: float32, dim 24, dim_v 24")
     assert all(line.startswith("// ") for line in comment.splitlines())
     assert f"have {spec.threads} threads; for this shape there are 4 x 4 x 2." in comment
-    assert "len_q, len_k, heads_q, group" in " ".join(comment.split())
+    words = " ".join(comment.replace("//", "").split())
+    assert "innermost strides 1, one number moved at a time: any alignment" in words
+    assert "len_q=100, len_k=100, heads_q=4, group=1, row_b=0, row_h=0" in words
+    assert "block row, those with the most to do first" in words
     choice = next(x.choice for x in made.launches if x.spec.operation == kernel)
     assert all(f"//   {line}\n" in comment for line in choice.explain())
 
 
 def test_inspect_prints_the_kernels_that_decode(capsys: Any) -> None:
     arguments = ["inspect", "--backend", "metal", "--shape", "2,4,100,24", "--form", "decode"]
-    for kernel in ("decode", "merge"):
+    for kernel, ordered in (("decode", True), ("merge", False)):
         assert cli.main([*arguments, "--kernel", kernel]) == 0
-        assert f"void tilefold_{kernel}(" in capsys.readouterr().out
+        comment, _, text = capsys.readouterr().out.partition("//\n")
+        assert f"void tilefold_{kernel}(" in text and "splits=1," in comment
+        assert ("`order`" in comment) == ordered, "merge has no such buffer"
+
+
+def test_inspect_says_what_the_numbers_of_a_rule_are(capsys: Any) -> None:
+    """Those of this mask and shape, at the places where the text reads them."""
+    shape = ["--shape", "1,4,100,24", "--len-k", "130", "--mask", "causal() & local(70)"]
+    assert cli.main(["inspect", "--backend", "metal", *shape]) == 0
+    said = capsys.readouterr().out
+    comment = " ".join(said.partition("//\n")[0].replace("//", "").split())
+    numbers = comment.partition("for this mask and shape: ")[2].partition(".")[0].split(", ")
+    assert numbers[:2] == ["len_q=100", "len_k=130"] and "q_n" in numbers
+    rule = Problem.of((1, 4, 100, 24), (1, 4, 130, 24), mask=tilefold.causal() & tilefold.local(70))
+    found = [number.partition("=")[2] for number in numbers if number.startswith("p")]
+    assert found == [str(p) for p in metal.plan(rule, "apple9", "forward").parameters]
+    assert f"int p0 = int(sizes[{numbers.index(f'p0={found[0]}')}]);" in said
+
+
+@pytest.mark.feature("J10")
+def test_inspect_prints_tensor_operations_for_gpus_that_have_them(capsys: Any) -> None:
+    arguments = ["inspect", "--backend", "metal", "--shape", "1,4,100,24", "--kernel", "tensorops"]
+    assert cli.main(arguments) == 0
+    said = " ".join(capsys.readouterr().out.replace("//", "").split())
+    assert "for GPUs of apple10 (A19, M5) with macOS 26.2 or later." in said
+    assert cli.main([*arguments, "--family", "apple9"]) == 2
+    assert capsys.readouterr().err == (
+        "tilefold inspect: --kernel tensorops needs --family apple10, not apple9\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,6 +191,8 @@ def test_inspect_prints_the_kernels_that_decode(capsys: Any) -> None:
         (["--kernel", "decode"], "--kernel must be one of forward, not 'decode'"),
         (["--dtype", "float64"], "float64 is not a type of Apple's GPUs"),
         (["--form", "fused"], "form must be 'auto', 'tiled' or 'decode'"),
+        (["--form", "decode", "--operation", "backward"], "form must be 'auto' or 'tiled'"),
+        (["--form", "decode", "--kernel", "tensorops"], "form must be 'auto' or 'tiled'"),
     ],
 )
 def test_inspect_says_what_a_metal_kernel_has_not(

@@ -9,8 +9,9 @@ import argparse
 import textwrap
 from collections.abc import Iterable
 
-from tilefold import metal, triton
-from tilefold.backends.metal import gated
+from tilefold import check, metal, triton
+from tilefold.backends.metal import dispatch, gated, tensorops
+from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.problem import Problem
 from tilefold.roofline import PASSES
 
@@ -35,24 +36,56 @@ def text(options: argparse.Namespace, problem: Problem) -> str:
 
 def _metal(options: argparse.Namespace, problem: Problem) -> str:
     if options.kernel == "tensorops":
-        if options.operation != "forward":
-            raise ValueError("--kernel tensorops: tensor operations make the forward pass alone")
-        (launch,) = gated.plan(problem, options.family).launches
+        made = _tensor_operations(options, problem)
+        (launch,) = made.launches
     else:
-        made = metal.plan(problem, options.family, options.operation, form=options.form)
+        family = options.family or "apple9"
+        made = metal.plan(problem, family, options.operation, form=options.form)
         launches = {launch.spec.operation: launch for launch in made.launches}
         launch = launches[named(launches, options.kernel)]
     spec, (x, y, z) = launch.spec, launch.grid
-    family = metal.FAMILIES[options.family]
     kind = f"{spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, innermost strides 1"
+    where = f"for GPUs of {made.family.name} ({made.family.chips})"
+    if spec.tensor_ops:
+        where += f" with macOS {'.'.join(map(str, tensorops.OLDEST_OS))} or later"
+    else:
+        kind += ", one number moved at a time: any alignment"
+    known = dispatch.sizes_of(made, launch)
+    sizes = [f"{name}={known[name]}" if name in known else name for name in metal.sizes(spec)]
     facts = [
-        f"{spec.entry}: {kind}, for GPUs of {options.family} ({family.chips}).",
+        f"{spec.entry}: {kind}; {where}.",
         f"Threadgroups have {spec.threads} threads; for this shape there are {x} x {y} x {z}.",
-        f"The buffer `sizes` holds, as 64-bit integers: {', '.join(metal.sizes(spec))}.",
-        "Strides count elements. order, run_rows and runs say which tiles the mask leaves, as in"
-        " tilefold/blocks.py.",
+        f"The buffer `sizes` holds, as 64-bit integers, for this mask and shape: {', '.join(sizes)}"
+        ". Those without a value are strides, in elements.",
+        *_visits(launch),
     ]
     return _commented("//", facts, launch.choice.explain()) + metal.emit(spec)
+
+
+def _tensor_operations(options: argparse.Namespace, problem: Problem) -> MetalPlan:
+    """The plan on tensor operations. Raises ValueError for what they do not make."""
+    if options.operation != "forward":
+        raise ValueError("--kernel tensorops: tensor operations make the forward pass alone")
+    check.choice("form", options.form, ("auto", "tiled"))
+    family = options.family or gated.FAMILIES[0]
+    if family not in gated.FAMILIES:
+        needed = " or ".join(gated.FAMILIES)
+        raise ValueError(f"--kernel tensorops needs --family {needed}, not {family}")
+    return gated.plan(problem, family)
+
+
+def _visits(launch: Launch) -> list[str]:
+    """What the buffers hold that say where a threadgroup works."""
+    if launch.spec.operation == "merge":
+        return []
+    row, cut = "its block row", "visits"
+    if launch.spec.operation == "decode":
+        row, cut = "its block of rows times splits plus its split of the keys", "splits"
+    return [
+        f"`order` gives each threadgroup along x {row}, those with the most to do first. `run_rows`"
+        " and `runs` say which tiles the mask leaves: they are those of `Runs` in"
+        f" tilefold/blocks.py, cut by tilefold/{cut}.py."
+    ]
 
 
 def _triton(options: argparse.Namespace, problem: Problem) -> str:

@@ -57,9 +57,9 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--family",
         choices=settings.METAL_FAMILIES,
-        default="apple9",
         help="the Apple GPUs that a Metal kernel is written for: apple7 are A14 and M1, apple8 A15"
-        " and M2, apple9 A17, M3 and M4, apple10 A19 and M5",
+        " and M2, apple9 A17, M3 and M4, which is the default, apple10 A19 and M5, which tensorops"
+        " needs",
     )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--text", action="store_true", help="print the kernel's LLVM text")

@@ -265,7 +265,7 @@ def _step(
         )
     data = _data(machine, plan, launch)
     given = tuple(name for name in names if name not in data)
-    known = {**_sizes(plan, launch), **_strides(strides)}
+    known = {**sizes_of(plan, launch), **_strides(strides)}
     numbers = [int(known[name]) for name in sizes(spec)]
     if len(numbers) > MOST_NUMBERS:
         raise NotImplementedError(
@@ -299,7 +299,7 @@ def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], together: int) -> M
     return replace(spec, unit=unit, wide=max(reach, default=0) >= 2**31, vector=vector)
 
 
-def _sizes(plan: MetalPlan, launch: Launch) -> dict[str, int]:
+def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
     """The whole numbers of a launch that do not depend on where operands lie."""
     problem, runs = plan.problem, launch.runs
     rows = runs.block_rows

@@ -16,6 +16,11 @@ from tilefold.problem import Problem
 GENERATIONS = {"apple7": 13, "apple8": 14, "apple9": 15, "apple10": 17}
 """Apple's number of the oldest GPUs of each family: M1's, M2's, M3's and M5's."""
 
+FAMILIES = tuple(
+    name for name, number in GENERATIONS.items() if number >= tensorops.OLDEST_GENERATION
+)
+"""Those with units for tensor operations, oldest first."""
+
 
 @functools.lru_cache(maxsize=1)
 def missing() -> str | None:
