@@ -442,6 +442,7 @@ def test_verdicts_stand_beside_what_was_asked(tmp_path: Path) -> None:
     assert json.loads(path.read_text(encoding="utf-8"))["sections"]["forward"]["x"] is None
 
 
+@pytest.mark.slow
 def test_a_document_becomes_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "gpu_x.json"
