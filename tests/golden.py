@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tilefold.backends.metal import gated, source
+from tilefold.backends.metal import dispatch, gated, source
 from tilefold.backends.metal import plan as metal_plan
 from tilefold.backends.triton import plan as triton_plan
 from tilefold.backends.triton import source as triton_source
@@ -43,7 +44,10 @@ def problem(dtype: str, dim: int, mask: str, form: str, heads_kv: int = 4) -> Pr
 
 
 def metal() -> dict[str, str]:
-    """Texts by the names of their files: every kernel, both families, all types, four masks."""
+    """Texts by the names of their files: every kernel, both families, all types, four masks.
+
+    They serve any alignment, but for one: what aligned arrays run.
+    """
     found = {}
     for name, family, dtype, dim, mask, operation, form in (
         ("causal", "apple9", "float16", 64, "causal()", "forward", "tiled"),
@@ -56,6 +60,10 @@ def metal() -> dict[str, str]:
         for launch in metal_plan.plan(asked, family, operation, form=form).launches:
             file = f"{launch.spec.operation}_{family}_{dtype}_d{dim}_{name}.metal"
             found[file] = source.emit(launch.spec)
+    asked = problem("bfloat16", 80, "causal() & local(100)", "auto")
+    spec = metal_plan.plan(asked, "apple7", "backward").launches[0].spec
+    aligned = replace(spec, vector=dispatch.MOST_TOGETHER)
+    found[f"{spec.operation}_apple7_bfloat16_d80_window_aligned.metal"] = source.emit(aligned)
     asked = problem("float16", 80, "causal()", "tiled")
     (launch,) = gated.plan(asked, "apple10").launches
     found["forward_tensorops_float16_d80_causal.metal"] = source.emit(launch.spec)

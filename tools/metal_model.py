@@ -14,10 +14,12 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tilefold.backends.metal import gemm, rows, source
+from tilefold.backends.metal.dispatch import MOST_TOGETHER
 from tilefold.backends.metal.families import family
 from tilefold.backends.metal.gemm import GemmSpec
 from tilefold.backends.metal.model import OPERATIONS, Model, model, text_of
@@ -147,8 +149,8 @@ have. It gives the scale, and says nothing about the kernels here.
 
 SIZES_WORDS = """
 How long the texts are, and what a thread and a threadgroup take by plan. Of the registers these are
-the tiles alone, and the GPU's compiler has the last word; no mask, rows whose numbers lie side by
-side.
+the tiles alone, and the GPU's compiler has the last word; no mask, contiguous and aligned arrays,
+of which kernels of attention move four numbers at once where they can.
 """
 
 
@@ -209,7 +211,7 @@ def attention_sizes() -> Iterator[tuple[Any, ...]]:
                     gpu,
                     "float16",
                     spec.blocks,
-                    source.emit(spec).count("\n"),
+                    source.emit(replace(spec, vector=MOST_TOGETHER)).count("\n"),
                     choice.register_bytes,
                     choice.threadgroup_bytes,
                 )
