@@ -145,6 +145,17 @@ class _Asked:
         registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
         if registers > room:
             return f"{words}: {registers} registers of a thread for sums and scores, of {room}"
+        visits = self.operation in resources.HELD
+        sums_apart = device.tensor_memory and resources.asynchronous(device, self.kind, blocks)
+        if visits and sums_apart:
+            columns = resources.tensor_columns(
+                self.operation, self.dim, self.dim_v, self.products, blocks
+            )
+            if columns > resources.TENSOR_COLUMNS:
+                return (
+                    f"{words}: about {columns} columns of tensor memory, and {device.name} has"
+                    f" {resources.TENSOR_COLUMNS}"
+                )
         return ""
 
     def choice(self, blocks: Blocks, held: bool | None, words: list[str]) -> Choice:

@@ -135,6 +135,22 @@ def registers(
     return -(-numbers * item_of_statistics(dtype) // (4 * threads))
 
 
+def tensor_columns(operation: str, dim: int, dim_v: int, products: str, blocks: Blocks) -> int:
+    """Columns of tensor memory on Blackwell: scores by pieces of a head, sums, and what is turned.
+
+    Exact for 128 rows of half types, as far as was compiled; else an estimate.
+    """
+    parallel, traverse = blocks.parallel, blocks.traverse
+    products_of_scores = len(pieces(dim)) + (len(pieces(dim_v)) if HELD[operation] == 2 else 0)
+    columns = {"forward": dim_v, "backward_dq": dim}.get(operation, dim + dim_v)
+    both = operation in ("backward_dkv", "backward")
+    taken = products_of_scores * traverse + padded(columns) + traverse * (2 if both else 1) // 2
+    if operation == "backward":
+        taken += padded(dim)
+    taken = taken // 2 if parallel == 64 else taken
+    return taken * 2 if products == "tf32x3" else taken
+
+
 def room(device: Architecture, kind: str, blocks: Blocks) -> int:
     """32-bit registers that a thread has for sums and scores, tensor memory included."""
     threads = blocks.warps * device.warp
