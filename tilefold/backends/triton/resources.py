@@ -94,7 +94,12 @@ def shared_bytes(
         if numbers == "tf32":  # operands of which a unit cannot read the columns
             taken += scores + (held if HELD[operation] == 2 or products == "tf32x3" else 0)
         if device.tensor_memory:  # operands of two products once more, the other way round
-            again = {"forward": 16384, "backward_dq": tile // 2, "backward_dkv": tile + scores}
+            several = len(pieces(dim)) > 1
+            again = {
+                "forward": 16384,
+                "backward_dq": tile if several else tile // 2,
+                "backward_dkv": tile + scores,
+            }
             taken += again.get(operation, tile + scores)
     else:
         taken = held + tile * max(1, blocks.stages - 1) + turned
