@@ -51,7 +51,7 @@ def register(commands: Any) -> None:
         "--metal", action="store_true", help="test all Metal kernels, then time them on the GPU"
     )
     group.add_argument(
-        "--emulate", action="store_true", help="with --metal: test them on the CPU, time nothing"
+        "--emulate", action="store_true", help="with --metal: test a few on the CPU, under Linux"
     )
     group.add_argument("--save", metavar="FILE", help="with --metal: write one JSON document there")
 

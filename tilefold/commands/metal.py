@@ -1,7 +1,7 @@
 """`tilefold doctor --metal`: what the owner of a Mac runs, for a page of results and one file.
 
 Every Metal kernel against the definition, then each pass timed beside PyTorch's fused attention on
-the same GPU. With `--emulate` the kernels run on the CPU instead, where nothing is timed.
+the same GPU. With `--emulate` a few tests run on the CPU instead, on Linux; nothing is timed there.
 """
 
 from __future__ import annotations
