@@ -33,7 +33,7 @@ from gpu_parts import (
 )
 from gpu_parts.section import INTERPRETED, Row, Section, Settings, processes, said
 
-from tilefold.backends.triton import dispatch, runtime
+from tilefold.backends.triton import interpreter, runtime
 from tilefold.circumstances import circumstances
 from tilefold.commands import terminal
 from tilefold.files import write_atomically
@@ -198,7 +198,7 @@ def main(words: Sequence[str] | None = None, sections: Mapping[str, Section] = S
             return 2
         print("\n".join(map(str, drawn)))
         return 0
-    reason = dispatch.interpreter_missing() if options.interpreter else runtime.missing()
+    reason = interpreter.missing() if options.interpreter else runtime.missing()
     if reason:
         print(f"gpu.py: nothing to measure on: {' '.join(reason.split())}", file=sys.stderr)
         return 2

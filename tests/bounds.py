@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.triton.dispatch import Interpreted
+from tilefold.backends.triton.interpreter import Interpreted
 
 Array = NDArray[Any]
 

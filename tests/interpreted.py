@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from operands import SENTINEL, Array
 
-from tilefold.backends.triton import dispatch
+from tilefold.backends.triton import dispatch, interpreter
 from tilefold.backends.triton.plan import plan
 from tilefold.problem import STATISTICS, Problem
 
 
 def needs() -> None:
     """Skip, with the reason, where Triton's interpreter or torch is not there; CI has both."""
-    reason = dispatch.interpreter_missing()
+    reason = interpreter.missing()
     if reason is None and importlib.util.find_spec("torch") is None:
         reason = "Triton's kernels are given tensors of PyTorch, which is not installed"
     if reason:
@@ -28,16 +28,16 @@ def needs() -> None:
         pytest.skip(reason)
 
 
-def machine(architecture: str = "sm_90") -> dispatch.Interpreted:
+def machine(architecture: str = "sm_90") -> interpreter.Interpreted:
     """The interpreter as a GPU of an architecture."""
     needs()
     found = _machines.get(architecture)
     if found is None:
-        found = _machines[architecture] = dispatch.Interpreted(architecture)
+        found = _machines[architecture] = interpreter.Interpreted(architecture)
     return found
 
 
-_machines: dict[str, dispatch.Interpreted] = {}
+_machines: dict[str, interpreter.Interpreted] = {}
 
 
 def tensor(array: Array) -> Any:
@@ -57,7 +57,7 @@ def array(found: Any, dtype: str) -> Array:
 def forward(
     problem: Problem,
     operands: Mapping[str, Array],
-    on: dispatch.Interpreted | None = None,
+    on: interpreter.Interpreted | None = None,
     into: Array | None = None,
     **options: Any,
 ) -> dict[str, Array]:
@@ -75,7 +75,7 @@ def forward(
 def backward(
     problem: Problem,
     operands: Mapping[str, Array],
-    on: dispatch.Interpreted | None = None,
+    on: interpreter.Interpreted | None = None,
     into: Mapping[str, Array] | None = None,
     **options: Any,
 ) -> dict[str, Array]:
@@ -90,7 +90,7 @@ def backward(
 
 
 def _run(
-    made: Any, on: dispatch.Interpreted, given: dict[str, Any], results: dict[str, Array]
+    made: Any, on: interpreter.Interpreted, given: dict[str, Any], results: dict[str, Array]
 ) -> dict[str, Array]:
     written = {name: tensor(array) for name, array in results.items()}
     # The interpreter computes what a kernel then does not choose, and warns of rows of NaN alone.

@@ -48,7 +48,8 @@ backends.triton.source
 backends.triton.architectures backends.triton.resources backends.triton.tables
 backends.triton.choice
 backends.triton.tuned backends.triton.plan
-backends.triton.module backends.triton.dispatch backends.triton.runtime backends.triton.calls
+backends.triton.machine backends.triton.module backends.triton.interpreter backends.triton.dispatch
+backends.triton.runtime backends.triton.calls
 backends.triton.operands backends.triton.standalone
 backends.triton.autotune
 backends.triton.listing backends.triton.ahead

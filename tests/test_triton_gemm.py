@@ -20,8 +20,9 @@ from triton_ahead import compiled
 
 from tilefold.backends.triton import gemm, standalone
 from tilefold.backends.triton.architectures import ARCHITECTURES
-from tilefold.backends.triton.dispatch import Interpreted, ResourceError
 from tilefold.backends.triton.gemm import GemmBlocks, GemmSpec
+from tilefold.backends.triton.interpreter import Interpreted
+from tilefold.backends.triton.machine import ResourceError
 
 Array = NDArray[Any]
 

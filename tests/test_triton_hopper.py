@@ -251,11 +251,9 @@ def test_what_does_not_fit() -> None:
 
 
 def spec_of(dim: int, mask: Rule) -> TritonSpec:
-    """The kernel of a head dimension at the tiles that are published for it."""
-    blocks = {64: Blocks(128, 128, 4, 4), 128: Blocks(128, 128, 4, 3), 256: Blocks(128, 64, 4, 2)}
+    """The kernel of a head dimension as it is planned."""
     problem = replace(problem_of(1024, 1024, mask, dims=(dim, dim)), dtype="bfloat16")
-    made = plan(problem, "sm_90", "forward", form="tiled", blocks=blocks[dim])
-    return replace(made.launches[0].spec, gluon=True)
+    return plan(problem, "sm_90", "forward", form="hopper").launches[0].spec
 
 
 COMPILE = """

@@ -28,7 +28,8 @@ from tilefold.backends.triton import (
     tuned,
 )
 from tilefold.backends.triton.autotune import candidates
-from tilefold.backends.triton.dispatch import ResourceError, fitted
+from tilefold.backends.triton.dispatch import fitted
+from tilefold.backends.triton.machine import Kept, ResourceError
 from tilefold.backends.triton.plan import ENOUGH_PROGRAMS
 from tilefold.backends.triton.spec import Blocks, pieces
 
@@ -333,7 +334,7 @@ class Recorder:
     architecture: str = "sm_90"
     multiprocessors: int = 132
     gluon: bool = True
-    kept: dispatch.Kept = field(default_factory=dispatch.Kept)
+    kept: Kept = field(default_factory=Kept)
     launches: list[tuple[str, int, tuple[Any, ...], dict[str, int]]] = field(default_factory=list)
 
     def active(self) -> Any:

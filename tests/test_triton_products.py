@@ -18,8 +18,8 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from tilefold.backends.triton import standalone
-from tilefold.backends.triton.dispatch import Interpreted
 from tilefold.backends.triton.gemm import GemmBlocks
+from tilefold.backends.triton.interpreter import Interpreted
 
 Array = NDArray[Any]
 

@@ -16,7 +16,7 @@ from interpreted import needs
 
 import tilefold
 from tilefold import attention, attention_backward, reference
-from tilefold.backends.triton import calls, dispatch, runtime
+from tilefold.backends.triton import calls, interpreter, runtime
 from tilefold.problem import LAYOUTS
 
 torch = pytest.importorskip("torch", reason="there are no tensors without torch")
@@ -31,7 +31,7 @@ TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 5e-3, to
 pytestmark = pytest.mark.slow
 
 
-class Watched(dispatch.Interpreted):
+class Watched(interpreter.Interpreted):
     """The interpreter, and which kernels it was asked for."""
 
     entries: list[str]
@@ -219,7 +219,7 @@ def test_a_tensor_elsewhere_than_the_machine() -> None:
     meta = torch.empty(1, 2, 3, 4, device="meta")
     rest = MASK, None, "bhnd", "highest"
     with pytest.raises(TypeError, match="q must be a tensor on the CPU, got meta"):
-        calls.forward(dispatch.Interpreted(), meta, meta, meta, *rest)
+        calls.forward(interpreter.Interpreted(), meta, meta, meta, *rest)
 
 
 @pytest.mark.feature("T15", "J13")

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from tilefold.backends.triton.architectures import ARCHITECTURES
     from tilefold.backends.triton.autotune import tune
     from tilefold.backends.triton.calls import attention, attention_backward
-    from tilefold.backends.triton.dispatch import Interpreted as interpreted
-    from tilefold.backends.triton.dispatch import ResourceError
     from tilefold.backends.triton.gemm import GemmBlocks
+    from tilefold.backends.triton.interpreter import Interpreted as interpreted
+    from tilefold.backends.triton.machine import ResourceError
     from tilefold.backends.triton.plan import plan
     from tilefold.backends.triton.rows import SoftmaxBlocks
     from tilefold.backends.triton.runtime import gpu, missing
@@ -35,7 +35,7 @@ _HOMES = {
     "ARCHITECTURES": "architectures",
     "Blocks": "spec",
     "GemmBlocks": "gemm",
-    "ResourceError": "dispatch",
+    "ResourceError": "machine",
     "SoftmaxBlocks": "rows",
     "TritonSpec": "spec",
     "attention": "calls",
@@ -43,7 +43,7 @@ _HOMES = {
     "emit": "source",
     "gemm": "standalone",
     "gpu": "runtime",
-    "interpreted": "dispatch",
+    "interpreted": "interpreter",
     "missing": "runtime",
     "plan": "plan",
     "softmax": "standalone",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tilefold.backends.triton.dispatch import Machine
+    from tilefold.backends.triton.machine import Machine
 
 Row = dict[str, Any]
 
@@ -77,7 +77,7 @@ class Stage:
 def stage(settings: Settings) -> Stage:
     """The first GPU, or the interpreter. Raises NotImplementedError where it cannot serve."""
     if settings.machine == "interpreter":
-        from tilefold.backends.triton.dispatch import Interpreted
+        from tilefold.backends.triton.interpreter import Interpreted
 
         return Stage(Interpreted("sm_90"), "cpu")
     from tilefold.backends.triton import runtime

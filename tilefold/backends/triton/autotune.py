@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from tilefold.backends.triton import tuned
 from tilefold.backends.triton.architectures import architecture
 from tilefold.backends.triton.choice import choose
-from tilefold.backends.triton.dispatch import Machine, ResourceError, aligned, execute, prepare
+from tilefold.backends.triton.dispatch import aligned, execute, prepare
+from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.plan import Launch, key_of, plan
 from tilefold.backends.triton.spec import LEAST, Blocks
 from tilefold.problem import STATISTICS, Problem

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tilefold.backends.triton.dispatch import Call, Machine, aligned, prepare
+from tilefold.backends.triton.dispatch import Call, aligned, prepare
+from tilefold.backends.triton.machine import Machine
 from tilefold.backends.triton.plan import plan
 from tilefold.mask import Rule
 from tilefold.problem import (

@@ -1,7 +1,6 @@
 """Runs plans of Triton kernels on a machine: gives their arguments and launches them in order.
 
-A machine is a GPU through PyTorch (`runtime`), or Triton's interpreter, which runs the same text on
-CPU tensors. Launches follow each other on the current stream, without a synchronisation between
+Launches follow each other on the current stream, without a synchronisation between
 them: nothing here waits for the device.
 
 What a machine holds for the next call stays with it: prepared calls, and the runs and tables of
@@ -10,23 +9,20 @@ plans, which are copied to it once.
 
 from __future__ import annotations
 
-import functools
-import os
 import struct
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.triton import arguments, frame, hopper, module, resources, source
+from tilefold.backends.triton import arguments, frame, hopper, resources, source
 from tilefold.backends.triton.arguments import OPERANDS, RUNS, SIZES, STRIDED
+from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.plan import Launch, TritonPlan
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.problem import ITEM_BYTES, Problem
-from tilefold.recent import Recent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,145 +34,6 @@ L2_BYTES = 32 * 2**20
 
 ALIGNED = 16
 """Bytes: where a tile that a descriptor moves begins, and each of its rows."""
-
-
-class ResourceError(RuntimeError):
-    """A kernel needs more shared memory or registers than the GPU has; nothing was launched."""
-
-
-class Machine(Protocol):
-    """What runs kernels. `architecture` names the one whose tables and limits plans follow."""
-
-    @property
-    def architecture(self) -> str:
-        """The name of the architecture: see `architectures`."""
-
-    @property
-    def kept(self) -> Kept:
-        """What is held for the next call."""
-
-    @property
-    def multiprocessors(self) -> int:
-        """How many programs run at the same time, if each takes all that one has."""
-
-    @property
-    def gluon(self) -> bool:
-        """Whether it takes kernels in Gluon."""
-
-    def active(self) -> AbstractContextManager[Any]:
-        """While it is open, launches go to this machine."""
-
-    def function(self, text: str, entry: str) -> Any:
-        """The kernel of a text: `function[(programs,)](*arguments, num_warps=, num_stages=)`."""
-
-    def upload(self, array: NDArray[Any]) -> Tensor:
-        """A copy of an array where kernels can read it."""
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """A contiguous tensor whose numbers are not set."""
-
-    def check(self, **tensors: Tensor) -> None:
-        """Raises TypeError or ValueError for tensors that kernels cannot read."""
-
-    def launched(self, tensors: Sequence[Tensor]) -> None:
-        """Is told what the launches that were just made read, of what the machine holds."""
-
-
-class Kept:
-    """What a machine holds for the next call: the newest plans' data, and prepared calls."""
-
-    def __init__(self) -> None:
-        self.data: Recent[dict[str, Tensor]] = Recent(most=128, most_bytes=256 * 2**20)
-        self.calls: Recent[Any] = Recent(most=128, most_bytes=256 * 2**20)
-
-
-@dataclass(frozen=True, eq=False)
-class Interpreted:
-    """Triton's interpreter as a machine: every operation of a kernel is one of NumPy's.
-
-    For tests and for looking at small cases: it takes seconds where a GPU takes microseconds.
-    Raises NotImplementedError unless TRITON_INTERPRET=1 was set before Triton was imported.
-    """
-
-    architecture: str = "sm_90"
-    kept: Kept = field(default_factory=Kept)
-    multiprocessors: int = 4
-    gluon: bool = False
-
-    def __post_init__(self) -> None:
-        if reason := interpreter_missing():
-            raise NotImplementedError(reason)
-        _teach_bfloat16()
-
-    def active(self) -> AbstractContextManager[Any]:
-        """There is one process."""
-        return nullcontext()
-
-    def function(self, text: str, entry: str) -> Any:
-        """The kernel of a text, to be interpreted."""
-        return module.load(text, entry)
-
-    def upload(self, array: NDArray[Any]) -> Tensor:
-        """A tensor with the numbers of an array."""
-        import torch
-
-        return torch.tensor(np.ascontiguousarray(array))
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """A tensor whose numbers are not set."""
-        import torch
-
-        return torch.empty(shape, dtype=getattr(torch, dtype))
-
-    def check(self, **tensors: Tensor) -> None:
-        """Raises for what is not a tensor on the CPU."""
-        for name, tensor in tensors.items():
-            if not getattr(tensor, "is_cpu", False):
-                where = getattr(tensor, "device", f"a {type(tensor).__name__}")
-                raise TypeError(f"{name} must be a tensor on the CPU, got {where}")
-
-    def launched(self, tensors: Sequence[Tensor]) -> None:
-        """Nothing is under way when a launch returns."""
-
-
-def interpreter_missing() -> str | None:
-    """Why Triton's interpreter cannot run kernels in this process; None where it can."""
-    if reason := module.missing():
-        return reason
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return "set TRITON_INTERPRET=1 before Triton is imported to run kernels on the CPU"
-    return None
-
-
-@functools.cache
-def _teach_bfloat16() -> None:
-    """Teach the interpreter bfloat16: it multiplies the integers that hold such numbers, and cuts
-    off what does not fit where it makes them, which GPUs round.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    multiply, convert = builder.create_dot, interpreter._convert_float
-
-    def widened(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
-        return multiply(self, widened(left), widened(right), *rest)
-
-    def convert_float(numbers: Any, kind: Any, into: Any, rounding: Any) -> Any:
-        if (kind, into) != (tl.float32, tl.bfloat16):
-            return convert(numbers, kind, into, rounding)
-        bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
-        even = bits + 0x7FFF + (bits >> 16 & 1)
-        return np.where(np.isnan(numbers), 0x7FC0, even >> 16).astype(np.uint16)
-
-    builder.create_dot = create_dot
-    interpreter._convert_float = convert_float
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from tilefold.backends.triton.dispatch import ALIGNED, Machine
+from tilefold.backends.triton.dispatch import ALIGNED
 from tilefold.backends.triton.gemm import DTYPES
+from tilefold.backends.triton.machine import Machine
 from tilefold.problem import LIMIT
 
 if TYPE_CHECKING:

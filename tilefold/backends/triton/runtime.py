@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tilefold.backends.triton import module
 from tilefold.backends.triton.architectures import ARCHITECTURES
-from tilefold.backends.triton.dispatch import Kept
+from tilefold.backends.triton.machine import Kept
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tilefold.backends.triton import gemm as products
 from tilefold.backends.triton import rows
 from tilefold.backends.triton.architectures import Architecture, architecture
-from tilefold.backends.triton.dispatch import ALIGNED, Machine, ResourceError
+from tilefold.backends.triton.dispatch import ALIGNED
 from tilefold.backends.triton.gemm import BIASES, GemmBlocks, GemmSpec, multiplied
+from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.operands import Axes, axes_of, bias_steps, common, dtype_of, written
 from tilefold.backends.triton.rows import SoftmaxBlocks, SoftmaxSpec
 from tilefold.backends.triton.runtime import gpu

@@ -1,0 +1,108 @@
+"""Triton's interpreter as a machine: the same texts, on the CPU, for tests and small cases."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.triton import module
+from tilefold.backends.triton.machine import Kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Interpreted:
+    """Triton's interpreter as a machine: every operation of a kernel is one of NumPy's.
+
+    For tests and for looking at small cases: it takes seconds where a GPU takes microseconds.
+    Raises NotImplementedError unless TRITON_INTERPRET=1 was set before Triton was imported.
+    """
+
+    architecture: str = "sm_90"
+    kept: Kept = field(default_factory=Kept)
+    multiprocessors: int = 4
+    gluon: bool = False
+
+    def __post_init__(self) -> None:
+        if reason := missing():
+            raise NotImplementedError(reason)
+        _teach_bfloat16()
+
+    def active(self) -> AbstractContextManager[Any]:
+        """There is one process."""
+        return nullcontext()
+
+    def function(self, text: str, entry: str) -> Any:
+        """The kernel of a text, to be interpreted."""
+        return module.load(text, entry)
+
+    def upload(self, array: NDArray[Any]) -> Tensor:
+        """A tensor with the numbers of an array."""
+        import torch
+
+        return torch.tensor(np.ascontiguousarray(array))
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """A tensor whose numbers are not set."""
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+
+    def check(self, **tensors: Tensor) -> None:
+        """Raises for what is not a tensor on the CPU."""
+        for name, tensor in tensors.items():
+            if not getattr(tensor, "is_cpu", False):
+                where = getattr(tensor, "device", f"a {type(tensor).__name__}")
+                raise TypeError(f"{name} must be a tensor on the CPU, got {where}")
+
+    def launched(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing is under way when a launch returns."""
+
+
+def missing() -> str | None:
+    """Why Triton's interpreter cannot run kernels in this process; None where it can."""
+    if reason := module.missing():
+        return reason
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "set TRITON_INTERPRET=1 before Triton is imported to run kernels on the CPU"
+    return None
+
+
+@functools.cache
+def _teach_bfloat16() -> None:
+    """Teach the interpreter bfloat16: it multiplies the integers that hold such numbers, and cuts
+    off what does not fit where it makes them, which GPUs round.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    multiply, convert = builder.create_dot, interpreter._convert_float
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        return multiply(self, widened(left), widened(right), *rest)
+
+    def convert_float(numbers: Any, kind: Any, into: Any, rounding: Any) -> Any:
+        if (kind, into) != (tl.float32, tl.bfloat16):
+            return convert(numbers, kind, into, rounding)
+        bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+        even = bits + 0x7FFF + (bits >> 16 & 1)
+        return np.where(np.isnan(numbers), 0x7FC0, even >> 16).astype(np.uint16)
+
+    builder.create_dot = create_dot
+    interpreter._convert_float = convert_float
