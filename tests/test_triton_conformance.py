@@ -73,7 +73,7 @@ def test_attention_and_its_gradients(architecture: str, dtype: str, form: str, c
         return
     operands = inputs(problem, case.layout, case.memory)
     want = dense(operands, problem.mask, problem.scale)
-    tolerance = tolerances(problem, operands, want)
+    tolerance = tolerances(problem, operands, want, host_pairs=False)
     memory = case.memory if case.memory in ("packed", "padded", "step2") else "packed"
     shapes = {
         "o": (problem.batch, problem.heads_q, problem.len_q, problem.dim_v),
@@ -108,7 +108,7 @@ def test_decoding(shape: tuple[int, int], heads: str, rule: str, dim: int, dtype
     problem = case.problem(dtype)
     operands = inputs(problem, "bhnd", "packed")
     want = dense(operands, problem.mask, problem.scale)
-    tolerance = tolerances(problem, operands, want)
+    tolerance = tolerances(problem, operands, want, host_pairs=False)
     made = plan(problem, "sm_90", "forward")
     assert [launch.spec.operation for launch in made.launches] == ["decode", "merge"]
     assert rule == "local" or made.launches[0].splits > 1  # a window is read by one program
@@ -125,7 +125,7 @@ def test_results_do_not_depend_on_the_blocks(blocks: Blocks) -> None:
     problem = case.problem("float32")
     operands = inputs(problem, "bhnd", "packed")
     want = dense(operands, problem.mask, problem.scale)
-    tolerance = tolerances(problem, operands, want)
+    tolerance = tolerances(problem, operands, want, host_pairs=False)
     got = forward(problem, operands, blocks=blocks)
     got |= backward(problem, {**operands, **got}, blocks=blocks)
     for name, array in got.items():
