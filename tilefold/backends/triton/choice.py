@@ -3,7 +3,7 @@
 Blocks that a caller asks for are taken or refused. A row of a table was compiled for its head
 dimension, so it fits; where it was not (more rows of queries are decoded together, say), it shrinks
 until the estimates of `resources` fit: pipeline stages go first, which costs no traffic, then rows
-of the traversed tile.
+of the traversed tile. What is too large even then reads its own operands again for every tile.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from tilefold.backends.triton.spec import LEAST, Blocks, power_of_two
 
 MOST_NUMBERS = 4096
 """Numbers of a block of a kernel that visits no tiles. Not tuned."""
+
+MOST_WARPS = 16
+"""Of a program, where fewer have too few registers for its sums."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +68,32 @@ def choose(
     asked = _Asked(architecture, operation, dtype, dim, dim_v, products)
     row, words = asked.row()
     if blocks is not None:
-        why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks)
+        kept = held is not False
+        why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks, kept)
         if why:
             raise ValueError(why)
-        return asked.choice(blocks, held, ["blocks that were asked for"])
+        return asked.choice(blocks, kept, ["blocks that were asked for"])
     found, compiled = row.blocks, asked.compiled(row)
     if rows is not None and rows != found.parallel:
         found, compiled = replace(found, parallel=rows), False
         words.append(f"{rows} rows of queries are decoded together")
-    while not compiled and (why := asked.too_much(found)):
-        smaller = _smaller(found)
+    kept = held is not False
+    first = found
+    while not compiled and (why := asked.too_much(found, kept)):
+        smaller = _smaller(found, more_threads="registers" in why)
+        if smaller is None and kept and held is None and operation != "backward":
+            words.append(f"operands are loaded again for each tile: {why.partition(': ')[2]}")
+            found, kept = first, False
+            continue
         if smaller is None:
             raise NotImplementedError(f"{why}: use the CPU, or impl='composed'")
         words.append(f"{found} shrink to {smaller}: {why.partition(': ')[2]}")
         found = smaller
-    return asked.choice(found, held, words)
+    return asked.choice(found, kept, words)
 
 
-def _smaller(blocks: Blocks) -> Blocks | None:
-    """The next blocks to try where these do not fit."""
+def _smaller(blocks: Blocks, more_threads: bool) -> Blocks | None:
+    """The next blocks to try where these do not fit; `more_threads` would help."""
     if blocks.stages > 2:
         return replace(blocks, stages=blocks.stages - 1)
     if blocks.traverse > LEAST:
@@ -92,6 +102,8 @@ def _smaller(blocks: Blocks) -> Blocks | None:
         return replace(blocks, stages=1)
     if blocks.parallel > LEAST:
         return replace(blocks, parallel=blocks.parallel // 2)
+    if more_threads and blocks.warps < MOST_WARPS:
+        return replace(blocks, warps=blocks.warps * 2)
     return None
 
 
@@ -132,11 +144,11 @@ class _Asked:
         dims = {resources.padded(self.dim), resources.padded(self.dim_v), row.dim}
         return self.operation in resources.HELD and row.spills is not None and len(dims) == 1
 
-    def too_much(self, blocks: Blocks) -> str:
+    def too_much(self, blocks: Blocks, kept: bool) -> str:
         """Why blocks do not fit, in a line; "" where they do."""
         device = self.device
         words = f"{self.operation} of {self.dtype}, dim {self.dim}, dim_v {self.dim_v}, {blocks}"
-        shared = self._shared(blocks)
+        shared = self._shared(blocks, kept)
         if shared > device.shared_bytes:
             return (
                 f"{words}: about {shared} bytes of shared memory, and {device.name} has"
@@ -158,10 +170,10 @@ class _Asked:
                 )
         return ""
 
-    def choice(self, blocks: Blocks, held: bool | None, words: list[str]) -> Choice:
+    def choice(self, blocks: Blocks, held: bool, words: list[str]) -> Choice:
         """These blocks, with what they take: no more than there is, where they were compiled."""
-        device, held = self.device, held is None or held
-        shared = min(self._shared(blocks), device.shared_bytes)
+        device = self.device
+        shared = min(self._shared(blocks, held), device.shared_bytes)
         registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
         visits = self.operation in resources.HELD
         if visits:
@@ -172,9 +184,10 @@ class _Asked:
         moved = held and resources.moved(device, self.operation, self.kind, blocks)
         return Choice(self.operation, blocks, held, tuple(words), moved, shared, registers)
 
-    def _shared(self, blocks: Blocks) -> int:
+    def _shared(self, blocks: Blocks, kept: bool) -> int:
+        sizes = self.dim, self.dim_v
         return resources.shared_bytes(
-            self.device, self.operation, self.dtype, self.dim, self.dim_v, self.products, blocks
+            self.device, self.operation, self.dtype, *sizes, self.products, blocks, kept
         )
 
     def _registers(self, blocks: Blocks) -> int:

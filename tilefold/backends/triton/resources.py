@@ -65,8 +65,12 @@ def shared_bytes(
     dim_v: int,
     products: str,
     blocks: Blocks,
+    kept: bool = True,
 ) -> int:
-    """Bytes of shared memory that a program takes, rather too many than too few."""
+    """Bytes of shared memory that a program takes, rather too many than too few.
+
+    Unless they are `kept`, operands along the parallel axis come and go piece by piece.
+    """
     statistic = item_of_statistics(dtype)
     parallel, traverse = blocks.parallel, blocks.traverse
     if operation not in HELD:
@@ -85,6 +89,9 @@ def shared_bytes(
         moved = max(scores * HELD[operation], other_side)
         return max(parallel * piece * item, tile * (blocks.stages - 1) + moved) + _SLACK
     held = parallel * (own + (other if HELD[operation] == 2 else 0)) * item
+    if not kept:
+        # One piece and what becomes of it: by the compiler 1.8 times its numbers (float64).
+        held = parallel * max(pieces(dim)[0].width, pieces(dim_v)[0].width) * item * 9 // 5
     turned = min(scores, tile) * (2 * HELD[operation] if numbers == "float64" else 1)
     if products == "tf32x3":  # what is held is split into two numbers
         turned = held + 2 * scores
