@@ -461,6 +461,7 @@ def test_a_document_becomes_pictures(tmp_path: Path, capsys: pytest.CaptureFixtu
 # The page --------------------------------------------------------------------------------------
 
 
+@pytest.mark.feature("S06", "S07")
 def test_the_page_names_kernels_and_commands_that_there_are() -> None:
     page = (Path(__file__).parents[1] / "docs" / "profiling.md").read_text(encoding="utf-8")
     entries = {f"tilefold_{operation}" for operation in source.EMITTERS}
