@@ -43,7 +43,7 @@ backends.triton backends.triton.spec backends.triton.text backends.triton.mask
 backends.triton.arguments backends.triton.frame backends.triton.softmax backends.triton.forward
 backends.triton.activation backends.triton.gemm backends.triton.rows
 backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.gluon
-backends.triton.repair backends.triton.hopper
+backends.triton.repair backends.triton.resident backends.triton.hopper
 backends.triton.source
 backends.triton.architectures backends.triton.resources backends.triton.tables
 backends.triton.choice

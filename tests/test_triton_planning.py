@@ -19,9 +19,9 @@ from tilefold.backends.triton import (
     architectures,
     autotune,
     dispatch,
-    hopper,
     module,
     plan,
+    resident,
     runtime,
     source,
     spec,
@@ -176,6 +176,13 @@ def test_precision_decides_how_float32_is_multiplied() -> None:
         assert f'input_precision="{products}"' in source.emit(launch.spec)
         (other,) = plan.plan(problem, "gfx942", "forward").launches
         assert other.spec.products == "ieee", "more exact than asked where there is no TF32"
+
+
+def test_where_three_products_do_not_fit_float32_is_multiplied_exactly() -> None:
+    problem = Problem.of((1, 1, 512, 512), precision="high")
+    (launch,) = plan.plan(problem, "sm_120", "forward").launches
+    assert launch.spec.products == "ieee"
+    assert any("multiplied exactly, since of tf32x3" in why for why in launch.choice.reasons)
 
 
 @pytest.mark.feature("M14", "M03")
@@ -365,7 +372,7 @@ def test_an_h100_takes_its_own_kernel_where_it_serves(monkeypatch: pytest.Monkey
     assert step.programs == 132, "programs stay, as many as multiprocessors"
     assert [tiles.operand for tiles in step.moved] == ["q", "k", "v"]
     operands = len(step.operands)
-    names = hopper.parameters(step.spec)
+    names = resident.parameters(step.spec)
     assert len(names) == operands + len(step.constants) + len(step.moved)
     known = dict(zip(names[operands:], step.constants, strict=False))
     assert known["places"] == 32 * 32 and 1 <= known["near"] <= 32

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.triton import arguments, frame, hopper, resources, source
+from tilefold.backends.triton import arguments, frame, resources, source
 from tilefold.backends.triton.arguments import OPERANDS, RUNS, SIZES, STRIDED
 from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.plan import Launch, TritonPlan
@@ -205,7 +205,7 @@ def _moved(spec: TritonSpec) -> tuple[Moved, ...]:
 
     return tuple(
         Moved(tiles.operand, tiles.block, tiles.layout(NVMMASharedLayout))
-        for tiles in hopper.descriptors(spec)
+        for tiles in resident.descriptors(spec)
     )
 
 
@@ -236,7 +236,7 @@ def _step(
     names, programs = arguments.names(spec), launch.programs
     if launch.resident:
         known |= _places(plan.problem, launch.block_rows)
-        names, programs = (*names, *hopper.PLACES), min(programs, machine.multiprocessors)
+        names, programs = (*names, *resident.PLACES), min(programs, machine.multiprocessors)
     operands = OPERANDS[spec.operation]
     return _Step(
         machine.function(source.emit(spec), spec.entry),

@@ -19,43 +19,30 @@ It departs from the plain kernel, `forward`, in this:
   sums that come out finite have met no such value. If some do not, then at its end a program does
   those of its blocks again of which a masked tile holds one, slowly, one key at a time.
 - Head dimensions that are no power of two are padded, not cut into pieces.
-
-What a launch gives, in this order: what `arguments.names` lists; `places`, the blocks of queries of
-all heads; `near`; and the tensor descriptors that `descriptors` lists. The grid is (programs,), at
-most one for each multiprocessor. `num_warps` is 4: Gluon adds those of the second team and of the
-loader. As in `forward`, runs without a mask are of whole tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 from tilefold.backends.triton import arguments, frame, mask, repair, softmax
 from tilefold.backends.triton.frame import LOWEST, USUAL, Walk
 from tilefold.backends.triton.gluon import HEAD, HELPERS, Function, function, listed, row_of
-from tilefold.backends.triton.spec import TritonSpec, power_of_two
+from tilefold.backends.triton.resident import (
+    PLACES,
+    ROWS,
+    TEAMS,
+    fits,
+    padded,
+    parameters,
+)
+from tilefold.backends.triton.spec import TritonSpec
 from tilefold.backends.triton.text import Text
-
-TEAMS, ROWS = 2, 64
-"""Teams, and queries of each: an instruction of Hopper multiplies 64 rows, by four warps."""
-
-SHARED_BYTES = 232448
-"""Shared memory of a program on sm_90."""
-
-SPARE_BYTES = 2048
-"""Of these, for barriers, arguments of the parts and reductions."""
-
-ACCUMULATED = 320
-"""The most columns of scores and sums together: a thread holds half as many registers of them."""
 
 REGISTERS = (240, 24)
 """Registers of a thread of the second team and of the loader, as published. The first team gets
 what is left: 240 too."""
-
-PLACES = ("places", "near")
-"""Whole numbers beside those of all kernels: see above."""
 
 RINGS = ("q_ring", "k_ring", "v_ring")
 """Tiles in shared memory: one of queries for each team, and slots for keys and values."""
@@ -81,83 +68,9 @@ ALGORITHM = (
 )
 
 
-class Operand(NamedTuple):
-    """A tensor descriptor: of which operand, and the rows and columns of its tiles."""
-
-    name: str
-    operand: str
-    rows: int
-    columns: int
-
-    @property
-    def block(self) -> list[int]:
-        """The block of a descriptor over (batch, heads, sequence, dimension)."""
-        return [1, 1, self.rows, self.columns]
-
-    def layout(self, build: Callable[..., Any]) -> Any:
-        """Its tiles in shared memory, given Gluon's `NVMMASharedLayout`."""
-        return build(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-
-
-def descriptors(spec: TritonSpec) -> tuple[Operand, ...]:
-    """The tensor descriptors in the order of the arguments.
-
-    Each is a `TensorDescriptor` of `triton.experimental.gluon.nvidia.hopper` over an operand of
-    shape (batch, heads, sequence, dimension): its address and all strides but the last are
-    multiples of 16 bytes, the last is 1, no side is 0, and what lies outside is read as 0.
-    """
-    keys = spec.blocks.traverse
-    return (
-        Operand("q_tiles", "q", ROWS, padded(spec.dim)),
-        Operand("k_tiles", "k", keys, padded(spec.dim)),
-        Operand("v_tiles", "v", keys, padded(spec.dim_v)),
-    )
-
-
-def parameters(spec: TritonSpec) -> tuple[str, ...]:
-    """All arguments in their order."""
-    return (*arguments.names(spec), *PLACES, *(given.name for given in descriptors(spec)))
-
-
 def _known(spec: TritonSpec) -> tuple[str, ...]:
     """What functions of the text may take."""
     return (*LOCAL, *RINGS, *BARRIERS, *parameters(spec))
-
-
-def padded(dim: int) -> int:
-    """The columns of a tile: a power of two, at least the 128 bytes within which it is swizzled.
-
-    >>> padded(40), padded(80)
-    (64, 128)
-    """
-    return max(64, power_of_two(dim))
-
-
-def shared_bytes(spec: TritonSpec) -> int:
-    """Shared memory of the tiles."""
-    columns, columns_v = padded(spec.dim), padded(spec.dim_v)
-    ring = spec.blocks.stages * spec.blocks.traverse * (columns + columns_v)
-    return 2 * (TEAMS * ROWS * columns + ring)
-
-
-def fits(spec: TritonSpec) -> str | None:
-    """Why there is no such kernel, or None."""
-    blocks, columns_v, most = spec.blocks, padded(spec.dim_v), SHARED_BYTES - SPARE_BYTES
-    if spec.operation != "forward":
-        return f"it is written for forward, not for {spec.operation}"
-    if spec.dtype not in ("float16", "bfloat16"):
-        return f"it multiplies float16 and bfloat16, not {spec.dtype}"
-    if max(spec.dim, spec.dim_v) > 256:
-        return f"heads have at most 256 dimensions, not {max(spec.dim, spec.dim_v)}"
-    if blocks.parallel != TEAMS * ROWS:
-        return f"a block has {TEAMS * ROWS} queries, not {blocks.parallel}"
-    if blocks.traverse < 64 or blocks.traverse + columns_v > ACCUMULATED:
-        return f"tiles have 64 to {ACCUMULATED - columns_v} keys, not {blocks.traverse}"
-    if blocks.warps != 4:
-        return f"a team has 4 warps, not {blocks.warps}"
-    if shared_bytes(spec) > most:
-        return f"its tiles take {shared_bytes(spec)} bytes of shared memory, of which are {most}"
-    return None
 
 
 def emit(spec: TritonSpec) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold import check, settings
-from tilefold.backends.triton import hopper, tuned
+from tilefold.backends.triton import resident, tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.choice import Choice, choose
 from tilefold.backends.triton.spec import (
@@ -228,10 +228,34 @@ class _Planner:
 
     def _spec(self, operation: str, rows: int | None = None) -> tuple[TritonSpec, Choice]:
         problem = self._problem
-        asked = self._blocks
-        products = BY_PRECISION[problem.precision] if self._device.kind == "cuda" else "ieee"
-        if problem.dtype != "float32":
-            products = "ieee"
+        products = "ieee"
+        if problem.dtype == "float32" and self._device.kind == "cuda":
+            products = BY_PRECISION[problem.precision]
+        try:
+            made = self._choose(operation, products, rows)
+        except NotImplementedError as error:  # three products take more room than exact ones
+            if products == "ieee":
+                raise
+            products, why = "ieee", f"multiplied exactly, since of {products} {error}"
+            made = self._choose(operation, products, rows)
+            made = replace(made, reasons=(*made.reasons, why))
+        spec = TritonSpec(
+            operation=operation,
+            dtype=problem.dtype,
+            dim=problem.dim,
+            dim_v=problem.dim_v,
+            blocks=made.blocks,
+            mask=self._mask,
+            index_bits=self._bits,
+            held=made.held,
+            products=products,
+            negative=problem.scale < 0,
+        )
+        return spec, made
+
+    def _choose(self, operation: str, products: str, rows: int | None) -> Choice:
+        """The blocks that were asked for, or measured here, or of the tables."""
+        problem, asked = self._problem, self._blocks
         wanted = asked.get(operation) if isinstance(asked, Mapping) else asked
         names = self._device.name, operation, problem.dtype, problem.dim, problem.dim_v, products
         measured = tuned.find(tuned.Key(*names, self._mask.text))
@@ -247,19 +271,7 @@ class _Planner:
         )
         if measured and made.blocks == measured:
             made = replace(made, reasons=(*made.reasons, "the fastest that were measured here"))
-        spec = TritonSpec(
-            operation=operation,
-            dtype=problem.dtype,
-            dim=problem.dim,
-            dim_v=problem.dim_v,
-            blocks=made.blocks,
-            mask=self._mask,
-            index_bits=self._bits,
-            held=made.held,
-            products=products,
-            negative=problem.scale < 0,
-        )
-        return spec, made
+        return made
 
     def _tiled(self, operation: str) -> Launch:
         """A kernel whose programs own a block row each."""
@@ -280,7 +292,7 @@ class _Planner:
         plain = self._tiled("forward")
         if form == "tiled" or reason or self._blocks or not settings.HOPPER.get():
             return plain
-        columns = hopper.padded(self._problem.dim) + hopper.padded(self._problem.dim_v)
+        columns = resident.padded(self._problem.dim) + resident.padded(self._problem.dim_v)
         if columns > MOST_PADDING * (self._problem.dim + self._problem.dim_v):
             return plain
         return replace(self._hopper(), plain=plain)
@@ -292,7 +304,7 @@ class _Planner:
         problem = self._problem
         if problem.empty:
             return "no query meets a key"
-        return hopper.fits(self._spec_of_hopper())
+        return resident.fits(self._spec_of_hopper())
 
     def _spec_of_hopper(self) -> TritonSpec:
         problem = self._problem
@@ -301,7 +313,7 @@ class _Planner:
             dtype=problem.dtype,
             dim=problem.dim,
             dim_v=problem.dim_v,
-            blocks=_hopper_blocks(problem.dim, problem.dim_v),
+            blocks=resident.blocks(problem.dim, problem.dim_v),
             mask=self._mask,
             index_bits=self._bits,
             negative=problem.scale < 0,
@@ -397,16 +409,6 @@ def key_of(spec: TritonSpec, name: str) -> tuned.Key:
     """What measured blocks of a kernel are kept under, on an architecture."""
     sizes = spec.dtype, spec.dim, spec.dim_v, spec.products
     return tuned.Key(name, spec.operation, *sizes, spec.mask.text)
-
-
-def _hopper_blocks(dim: int, dim_v: int) -> Blocks:
-    """Tiles of 128 keys, or of 64 where heads are wide, in as many slots as shared memory has.
-
-    FlashAttention-3 has 128 x 128 to 176 for dim 128 and 128 x 80 for dim 256; powers of two alone
-    are possible here. Not timed.
-    """
-    wide = max(hopper.padded(dim), hopper.padded(dim_v))
-    return Blocks(128, 64 if wide > 128 else 128, 4, {64: 4, 128: 3}.get(wide, 2))
 
 
 def _heaviest_first(visited: Runs) -> NDArray[np.int64]:
