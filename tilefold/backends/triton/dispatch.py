@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.triton import arguments, frame, resources, source
+from tilefold.backends.triton import arguments, frame, resident, resources, source
 from tilefold.backends.triton.arguments import OPERANDS, RUNS, SIZES, STRIDED
 from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.plan import Launch, TritonPlan
