@@ -78,6 +78,7 @@ def test_every_rung_says_what_it_changes_and_what_it_should_gain() -> None:
         assert first or rung == "matmul_3_shared" or "Why it should gain: " in head, rung
 
 
+@pytest.mark.slow
 @pytest.mark.feature("S01", "S02", "S07")
 def test_every_rung_is_right_in_the_interpreter() -> None:
     needs()

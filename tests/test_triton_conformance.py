@@ -131,6 +131,7 @@ def test_decoding(shape: tuple[int, int], heads: str, rule: str, dim: int, dtype
         assert_near(name, found, want[name], tolerance[name])
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M07")
 @pytest.mark.parametrize(
     "blocks", [Blocks(16, 16, 1, 1), Blocks(32, 64, 2, 2), Blocks(64, 32, 4, 3)]
@@ -147,6 +148,7 @@ def test_results_do_not_depend_on_the_blocks(blocks: Blocks) -> None:
         assert_near(name, array, want[name], tolerance[name])
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M04")
 @pytest.mark.parametrize("options", [{"form": "split"}, {"form": "fused", "owners": 3}], ids=str)
 def test_the_same_bits_every_time(options: dict[str, Any]) -> None:

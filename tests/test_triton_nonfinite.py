@@ -55,6 +55,7 @@ def test_results_are_as_defined(
             assert_near(f"{name}, {names}", array, want[name], RTOL[dtype] * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T15")
 @pytest.mark.parametrize("options", [{"form": "split"}, {"form": "fused"}], ids=str)
 def test_what_nobody_sees_changes_no_bit(options: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ from tilefold.backends.triton import standalone
 from tilefold.backends.triton.gemm import GemmBlocks
 from tilefold.backends.triton.interpreter import Interpreted
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[Any]
 
 SMALL = GemmBlocks(32, 32, 16, warps=4, stages=2, band=2)

@@ -22,6 +22,8 @@ from triton_ahead import compiled
 from tilefold.backends.triton import rows, standalone
 from tilefold.backends.triton.rows import SoftmaxBlocks, SoftmaxSpec
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[Any]
 
 LOWEST = -float(np.finfo("float64").max)

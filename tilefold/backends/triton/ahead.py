@@ -203,8 +203,8 @@ class Compiler:
         process = self._process
         assert process.stdin and process.stdout
         timer = threading.Timer(self._limit, process.kill)
+        begin = time.perf_counter()  # before the timer's own clock
         timer.start()
-        begin = time.perf_counter()
         try:
             process.stdin.write(base64.b64encode(pickle.dumps(task)).decode() + "\n")
             process.stdin.flush()
