@@ -11,22 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tilefold.backends.triton import softmax
-from tilefold.backends.triton.forward import scores
+from tilefold.backends.triton.forward import folded
 from tilefold.backends.triton.frame import (
     AGAIN,
     LOWEST,
     USUAL,
     Walk,
-    add_product,
     column,
-    fetch,
     guard,
-    inspect,
     load,
     negated,
-    seen,
-    tiles,
-    within,
     write,
     written,
     zeros,
@@ -81,22 +75,7 @@ def emit(spec: TritonSpec) -> str:
 
 def _part(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     """The part of the split, from its first tile to memory."""
-    values = range(len(spec.pieces("v")))
-    sums = [f"o_{i}" for i in values]
-    softmax.begin(text, spec)
-    for name, piece in zip(sums, spec.pieces("v"), strict=True):
-        text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
-    for walk in walks:
-        with tiles(text, spec, "h", walk):
-            fetch(text, spec, "k", "traverse", "h", "start", within(walk))
-            scores(text, spec)
-            if walk is not Walk.WHOLE:
-                seen(text, spec, "h_q[:, None]")
-            softmax.fold(text, spec, sums, walk)
-            text(f"weights = p.to(tl.{spec.dtype})")
-            fetch(text, spec, "v", "traverse", "h", "start", within(walk))
-            inspect(text, spec, "v", walk)
-            add_product(text, spec, sums, "weights", [f"v_{i}" for i in values], walk)
+    sums = folded(text, spec, walks, keys="h", head="h_q[:, None]")
     text("row_n = ((b.to(tl.int64) * heads * group + h_q) * splits + block) * len_q + q_at")
     text("tl.store(part_m + row_n, m, mask=within_parallel)")
     text("tl.store(part_l + row_n, l, mask=within_parallel)")

@@ -59,6 +59,19 @@ def emit(spec: TritonSpec) -> str:
 
 def _block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     """The block of queries from its first tile to its results."""
+    sums = folded(text, spec, walks, keys="h_k", head="h")
+    softmax.end(text)
+    write(text, spec, "o", "h", "first_q", [f"({name} / share[:, None])" for name in sums])
+    text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
+
+
+def folded(
+    text: Text, spec: TritonSpec, walks: Sequence[Walk], *, keys: str, head: str
+) -> list[str]:
+    """m, l and the sums of a block over all of its tiles; returns the names of the sums.
+
+    `keys` is the head of the keys, `head` that of the queries, as the rule is asked.
+    """
     values = range(len(spec.pieces("v")))
     sums = [f"o_{i}" for i in values]
     softmax.begin(text, spec)
@@ -66,18 +79,16 @@ def _block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
     for walk in walks:
         with tiles(text, spec, "h", walk):
-            fetch(text, spec, "k", "traverse", "h_k", "start", within(walk))
+            fetch(text, spec, "k", "traverse", keys, "start", within(walk))
             scores(text, spec)
             if walk is not Walk.WHOLE:
-                seen(text, spec, "h")
+                seen(text, spec, head)
             softmax.fold(text, spec, sums, walk)
             text(f"weights = p.to(tl.{spec.dtype})")
-            fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
+            fetch(text, spec, "v", "traverse", keys, "start", within(walk))
             inspect(text, spec, "v", walk)
             add_product(text, spec, sums, "weights", [f"v_{i}" for i in values], walk)
-    softmax.end(text)
-    write(text, spec, "o", "h", "first_q", [f"({name} / share[:, None])" for name in sums])
-    text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
+    return sums
 
 
 def queries(text: Text, spec: TritonSpec) -> None:
