@@ -274,8 +274,22 @@ def test_tuning_goes_on_where_blocks_do_not_fit(
     assert trials[1].reason == "too large" and not tuned.path().exists()
 
 
+def test_on_hopper_the_plain_kernel_is_tuned(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own kernel has the blocks that shared memory allows: the plain one cannot hold them."""
+    on = machine("sm_90")
+    problem = Problem.of((1, 2, 40, 128), dtype="float16")
+    assert plan.plan(problem, "sm_90", "forward").launches[0].spec.gluon
+    monkeypatch.setattr(autotune, "candidates", lambda launch, name: iter([launch.spec.blocks]))
+    (trial,) = tilefold.triton.tune(problem, "forward", on, timer=lambda call: 1.0, keep=False)
+    tiled = plan.plan(problem, "sm_90", "forward", form="tiled").launches[0].spec.blocks
+    assert trial.blocks == tiled
+    assert tilefold.triton.tune(problem, "forward", on, form="hopper", keep=False) == []
+
+
 def test_candidates_begin_with_the_table_and_fit() -> None:
-    (launch,) = plan.plan(LARGE, "sm_90", "forward").launches
+    (launch,) = plan.plan(LARGE, "sm_90", "forward", form="tiled").launches
     found = list(candidates(launch, "sm_90"))
     assert found[0] == launch.spec.blocks
     assert len(found) == len(set(found)) > 10

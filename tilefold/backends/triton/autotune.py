@@ -58,8 +58,8 @@ def tune(
         keep: write what was found to the file that plans read
 
     Returns:
-        All trials, kernel by kernel, the fastest first. A kernel whose table has one row only, and
-        a problem in which no query meets a key, have none.
+        All trials, kernel by kernel, the fastest first. A kernel whose table has one row only, that
+        of Hopper in Gluon, and a problem in which no query meets a key, have none.
 
     Raises:
         NotImplementedError: there is no GPU that Triton serves here
@@ -76,7 +76,9 @@ def tune(
     operands = _operands(problem, machine, operation)
     found: list[Trial] = []
     winners = {}
-    for launch in made.launches:
+    for launch in [launch.plain or launch for launch in made.launches]:
+        if launch.spec.gluon:
+            continue  # its blocks are what shared memory allows
         if launch.spec.operation in ("delta", "merge", "reduce_dq"):
             continue  # they read and write memory once; nobody waits for their blocks
         trials = [
