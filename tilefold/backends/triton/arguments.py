@@ -24,18 +24,6 @@ OPERANDS = {
 }
 """Operands by operation. Those of `STRIDED` have strides; all others are contiguous."""
 
-WRITTEN = {
-    "forward": ("o", "lse"),
-    "backward_dq": ("delta", "dq"),
-    "backward_dkv": ("dk", "dv"),
-    "backward": ("dk", "dv", "dq_parts"),
-    "delta": ("delta",),
-    "reduce_dq": ("dq",),
-    "decode": ("part_o", "part_m", "part_l"),
-    "merge": ("o", "lse"),
-}
-"""Operands that an operation writes."""
-
 STRIDED = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 """Operands of four axes that may lie in memory in any way."""
 

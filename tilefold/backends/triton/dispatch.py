@@ -1,7 +1,7 @@
 """Runs plans of Triton kernels on a machine: gives their arguments and launches them in order.
 
-Launches follow each other on the current stream, without a synchronisation between
-them: nothing here waits for the device.
+Launches follow each other on the current stream, without a synchronisation between them: nothing
+here waits for the device.
 
 What a machine holds for the next call stays with it: prepared calls, and the runs and tables of
 plans, which are copied to it once.

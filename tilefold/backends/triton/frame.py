@@ -20,7 +20,7 @@ from enum import Enum
 
 from tilefold.backends.triton import arguments, mask
 from tilefold.backends.triton.spec import Piece, TritonSpec
-from tilefold.backends.triton.text import ELEMENTS, Text
+from tilefold.backends.triton.text import Text
 
 HEADERS = ("import triton", "import triton.language as tl")
 
@@ -92,13 +92,8 @@ def written(spec: TritonSpec, title: str, algorithm: Sequence[str], body: Text) 
 
 
 def parameters(spec: TritonSpec) -> list[str]:
-    """The parameters of the text: descriptors stand in the place of the operands they replace."""
-    found: list[str] = []
-    for name in arguments.names(spec):
-        found += [name]
-    if spec.descriptors:
-        found += [name for name, _ in descriptors(spec)]
-    return found
+    """The parameters of the text: all arguments, then the descriptors."""
+    return [*arguments.names(spec), *(name for name, _ in descriptors(spec))]
 
 
 def descriptors(spec: TritonSpec) -> list[tuple[str, tuple[str, int, int]]]:
@@ -216,11 +211,6 @@ def write(
         )
 
 
-def number(dtype: str) -> str:
-    """A type as Triton's language has it."""
-    return f"tl.{dtype}" if dtype in ELEMENTS else dtype
-
-
 def negated(spec: TritonSpec, tile: str) -> str:
     """A tile with the other sign; half types are computed with in float32."""
     if spec.dtype in ("float32", "float64"):
@@ -230,7 +220,7 @@ def negated(spec: TritonSpec, tile: str) -> str:
 
 def zeros(spec: TritonSpec, rows: str, columns: int | str) -> str:
     """A sum that begins."""
-    return f"tl.full([{rows}, {columns}], 0.0, {number(spec.statistics)})"
+    return f"tl.full([{rows}, {columns}], 0.0, tl.{spec.statistics})"
 
 
 class Walk(Enum):

@@ -7,7 +7,7 @@ where it is, queries are negated first.
 
 from __future__ import annotations
 
-from tilefold.backends.triton.frame import LOWEST, Walk, number
+from tilefold.backends.triton.frame import LOWEST, Walk
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.backends.triton.text import Text
 
@@ -22,7 +22,7 @@ def factor(text: Text, spec: TritonSpec) -> None:
 
 def begin(text: Text, spec: TritonSpec) -> None:
     """No key yet."""
-    kind = number(spec.statistics)
+    kind = f"tl.{spec.statistics}"
     text(f"m = tl.full([PARALLEL], {LOWEST[spec.statistics]}, {kind})")
     text(f"l = tl.full([PARALLEL], 0.0, {kind})")
 
