@@ -8,12 +8,17 @@ of the traversed tile. What is too large even then reads its own operands again 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from tilefold import check
 from tilefold.backends.triton import resources, tables
 from tilefold.backends.triton.architectures import Architecture
 from tilefold.backends.triton.resources import kind as kind_of
-from tilefold.backends.triton.spec import LEAST, Blocks, power_of_two
+from tilefold.backends.triton.spec import LEAST, PARALLEL, Blocks, power_of_two
+
+Asked = Blocks | Mapping[str, Blocks] | None
+"""Blocks for all kernels of a plan, or by operation."""
 
 MOST_NUMBERS = 4096
 """Numbers of a block of a kernel that visits no tiles. Not tuned."""
@@ -42,6 +47,18 @@ class Choice:
         """Lines of text."""
         kept = "held" if self.held else "loaded again for each tile"
         return [f"{self.operation}: {self.blocks}, {kept}", *(f"  {why}" for why in self.reasons)]
+
+
+def check_asked(blocks: Asked) -> None:
+    """Raises for blocks that are none, and for operations that there are not."""
+    by_operation = blocks if isinstance(blocks, Mapping) else {}
+    for operation in by_operation:
+        check.choice("an operation of blocks", operation, tuple(PARALLEL))
+    for one in by_operation.values() if by_operation else (blocks,):
+        if not isinstance(one, Blocks | None):
+            raise TypeError(
+                f"blocks must be Blocks, or Blocks by operation, got {check.shown(one)}"
+            )
 
 
 def choose(

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from tilefold import check, settings
 from tilefold.backends.triton import resident, tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
-from tilefold.backends.triton.choice import Choice, choose
+from tilefold.backends.triton.choice import Asked, Choice, check_asked, choose
 from tilefold.backends.triton.spec import (
     BY_PRECISION,
     LEAST,
     MOST_DIM,
     PARALLEL,
-    Blocks,
     TritonSpec,
     power_of_two,
 )
@@ -65,9 +64,6 @@ MOST_PADDING = 1.4
 """Columns of Hopper's kernel over those of the head, at most: it pads a head of 80 to 128, which
 the plain kernel cuts into 64 and 16. Published kernels of the two kinds differ by 1.4 to 1.6 in
 speed (FlashAttention-3 and Triton's, H100, dim 128); ours were not timed."""
-
-Asked = Blocks | Mapping[str, Blocks] | None
-"""Blocks for all kernels of a plan, or by operation."""
 
 _NO_RUNS = np.zeros((1, 2), np.int32)
 
@@ -159,8 +155,9 @@ def plan(
     backward pass. Results depend on all of these only by rounding.
 
     Raises ValueError for what no GPU of the architecture can run, NotImplementedError for heads
-    that are too wide and for types that Triton does not multiply there.
+    that are too wide and for types that Triton does not multiply there, TypeError for other blocks.
     """
+    check_asked(blocks)
     asked = tuple(sorted(blocks.items())) if isinstance(blocks, Mapping) else blocks
     key = (problem, name, operation, form, asked, owners, settings.HOPPER.get())
     found = _recent.get(key)
