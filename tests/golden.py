@@ -71,13 +71,14 @@ def metal() -> dict[str, str]:
 
 
 def triton() -> dict[str, str]:
-    """Texts by the names of their files: every kernel, four architectures, all types."""
+    """Texts by the names of their files: every kernel, four architectures, all types, streamed."""
     found = {}
     for name, device, dtype, dim, mask, operation, form in (
         ("causal", "sm_90", "bfloat16", 128, "causal()", "forward", "tiled"),
         ("window", "sm_80", "float16", 80, "causal() & local(100)", "backward", "split"),
         ("full", "gfx942", "float32", 64, "full()", "backward", "fused"),
         ("causal", "sm_120", "float64", 77, "causal()", "forward", "decode"),
+        ("window", "sm_80", "float64", 500, "causal() & local(100)", "backward", "split"),
     ):
         asked = problem(dtype, dim, mask, form, heads_kv=2)
         for launch in triton_plan.plan(asked, device, operation, form=form).launches:

@@ -15,6 +15,7 @@ from interpreted import backward, forward, machine
 from operands import inputs
 
 from tilefold import Rule, causal, documents, full
+from tilefold.backends.triton.spec import Blocks
 from tilefold.problem import Problem
 
 LEN_Q, LEN_K = 45, 90
@@ -25,6 +26,7 @@ RULES = {
 """The first leaves padding at the end of tiles, the second also rows that see no key."""
 
 RTOL = {"float32": 1e-5, "bfloat16": 3e-2}
+STREAMED = Blocks(32, 16, 2, 1, streamed=True)
 PLACES = {"k": slice(60, 90), "v": slice(60, 90), "q": slice(20, 25), "do": slice(20, 25)}
 
 
@@ -35,11 +37,17 @@ PLACES = {"k": slice(60, 90), "v": slice(60, 90), "q": slice(20, 25), "do": slic
     [("causal", math.nan), ("documents", math.nan), ("causal", -math.inf), ("documents", math.inf)],
 )
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "form"),
-    [("sm_90", "float32", "split"), ("sm_80", "float32", "fused"), ("sm_80", "bfloat16", "split")],
+    ("architecture", "dtype", "form", "blocks"),
+    [
+        ("sm_90", "float32", "split", None),
+        ("sm_80", "float32", "fused", None),
+        ("sm_80", "bfloat16", "split", None),
+        ("sm_80", "float32", "split", STREAMED),
+        ("sm_80", "bfloat16", "fused", STREAMED),
+    ],
 )
 def test_results_are_as_defined(
-    architecture: str, dtype: str, form: str, rule: str, bad: float
+    architecture: str, dtype: str, form: str, blocks: Blocks | None, rule: str, bad: float
 ) -> None:
     on, problem = machine(architecture), _problem(RULES[rule], dtype)
     for names in (("k", "v"), ("q",), ("do",)):
@@ -48,8 +56,8 @@ def test_results_are_as_defined(
             operands[name][:, :, PLACES[name]] = bad
         with np.errstate(all="ignore"):
             want = dense(operands, problem.mask, problem.scale)
-        got = forward(problem, operands, on)
-        got |= backward(problem, {**operands, **got}, on, form=form)
+        got = forward(problem, operands, on, blocks=blocks)
+        got |= backward(problem, {**operands, **got}, on, form=form, blocks=blocks)
         for name, array in got.items():
             largest = abs(want[name][np.isfinite(want[name])]).max(initial=1)
             assert_near(f"{name}, {names}", array, want[name], RTOL[dtype] * largest)

@@ -85,8 +85,7 @@ def cases() -> Iterator[Case]:
         kinds = [("float32", "highest")]
         if name != "gfx942":
             kinds += [("float32", "high"), ("float32", "medium")]
-        if architecture(name).float64:
-            kinds.append(("float64", "highest"))
+        kinds.append(("float64", "highest"))
         for dtype, precision in kinds:
             for operation in ("forward", "backward_dkv"):
                 yield Case(name, operation, dtype, 64, precision)

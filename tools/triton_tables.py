@@ -4,8 +4,8 @@ For each architecture, operation, kind of type and head dimension, tiles are com
 largest area down, with as many pipeline stages as shared memory holds. The first is taken that
 spills nothing to speak of: in the loop over whole tiles at most one number for 16 scores of a
 thread, at an edge four for each. Where all spill, the one that spills least for each score; blocks
-without a pipeline only where all others spill a lot. That is a compiler's word about registers:
-nothing here was timed on a GPU.
+without a pipeline only where all others spill a lot, and then operands that are streamed. That is a
+compiler's word about registers: nothing here was timed on a GPU.
 
 Every report is kept in a file of JSON lines, so that a search can be stopped and taken up again:
 
@@ -19,14 +19,14 @@ import argparse
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from tilefold import causal
 from tilefold.backends.triton.ahead import Compiled, Compiler
 from tilefold.backends.triton.architectures import Architecture, architecture
-from tilefold.backends.triton.spec import Blocks, TritonSpec
+from tilefold.backends.triton.spec import WIDEST_STREAMED, Blocks, TritonSpec
 from tilefold.choice import bound
 from tilefold.expression import split
 from tilefold.problem import Problem
@@ -43,12 +43,12 @@ SEARCHED = {
     "half": ("sm_90", "sm_80", "sm_100", "gfx942"),
     "tf32": ("sm_80", "sm_90", "sm_100"),
     "float32": ("sm_80", "gfx942"),
-    "float64": ("sm_80",),
+    "float64": ("sm_80", "sm_100", "gfx942"),
 }
 """Architectures that are searched. What multiplies as an A100 does has its rows, where they fit."""
 
 ALSO = {("sm_80", "half"): ("sm_120",), ("sm_80", "tf32"): ("sm_120",)}
-ALSO |= {("sm_80", "float32"): ("sm_120",)}
+ALSO |= {("sm_80", "float32"): ("sm_120",), ("sm_100", "float64"): ("sm_120",)}
 """Architectures whose shared memory a search serves as well."""
 
 OPERATIONS = ("forward", "backward_dq", "backward_dkv", "backward", "decode")
@@ -62,8 +62,8 @@ ORDER = (128, 64, 256, 96, 192, 512)
 DIMS = {
     "half": (64, 96, 128, 192, 256, 512),
     "tf32": (64, 128, 256, 512),
-    "float32": (64, 128, 256),
-    "float64": (64, 128, 256),
+    "float32": (64, 128, 256, 512),
+    "float64": (64, 128, 256, 512),
 }
 """Head dimensions of the rows by kind."""
 
@@ -73,8 +73,8 @@ TILES = (
 )
 """Rows along the parallel and the traverse axis, in the order in which they are tried."""
 
-WARPS = {128: (8,), 64: (4, 8), 32: (4, 8), 16: (4,)}
-WARPS_AMD = {128: (4, 8), 64: (4,), 32: (4, 2), 16: (4, 1)}
+WARPS = {128: (8, 16), 64: (4, 8, 16), 32: (4, 8), 16: (4, 8)}
+WARPS_AMD = {128: (4, 8), 64: (4, 8), 32: (4, 2), 16: (4, 1)}
 """Warps by rows of the parallel block; on AMD they have 64 threads."""
 
 MOST_TRIES = 5
@@ -153,9 +153,9 @@ class Search:
         limits |= {architecture(also).shared_bytes for also in ALSO.get((name, kind), ())}
         tried: list[Tried] = []
         done: dict[int, Tried] = {}
-        for stages in ((3, 2), (1,)):
+        for streamed, stages in ((False, (3, 2)), (False, (1,)), (True, (2,))):
             tries = 0
-            for blocks in candidates(cell, stages):
+            for blocks in candidates(cell, stages, streamed):
                 if tries == MOST_TRIES or done.keys() == limits:
                     break
                 if any(same_tile(blocks, one.blocks) and fits_all(one, limits) for one in tried):
@@ -170,7 +170,7 @@ class Search:
                         done[limit] = one
             for limit in limits - done.keys():
                 found = least(tried, limit, device.warp)
-                if found and (1 in stages or spilled(found, device.warp) <= TOLERABLE):
+                if found and (streamed or spilled(found, device.warp) <= TOLERABLE):
                     done[limit] = found
             if done.keys() == limits:
                 break
@@ -224,7 +224,7 @@ def described(cell: Cell, blocks: Blocks) -> bool:
 
 def same_tile(a: Blocks, b: Blocks) -> bool:
     """Whether blocks differ in their stages alone."""
-    return (a.parallel, a.traverse, a.warps) == (b.parallel, b.traverse, b.warps)
+    return replace(a, stages=1) == replace(b, stages=1)
 
 
 def fits_all(one: Tried, limits: set[int]) -> bool:
@@ -232,7 +232,7 @@ def fits_all(one: Tried, limits: set[int]) -> bool:
     return one.shared_bytes <= min(limits)
 
 
-def candidates(cell: Cell, stages: tuple[int, ...]) -> Iterator[Blocks]:
+def candidates(cell: Cell, stages: tuple[int, ...], streamed: bool) -> Iterator[Blocks]:
     """Blocks that may be good, in the order in which they are tried."""
     _, name, operation, _ = cell
     device = architecture(name)
@@ -242,7 +242,7 @@ def candidates(cell: Cell, stages: tuple[int, ...]) -> Iterator[Blocks]:
             continue
         for warps in (WARPS_AMD if device.kind == "hip" else WARPS)[parallel]:
             for count in stages:
-                blocks = Blocks(parallel, traverse, warps, count)
+                blocks = Blocks(parallel, traverse, warps, count, streamed)
                 if promising(cell, device, blocks):
                     yield blocks
 
@@ -257,6 +257,8 @@ def promising(cell: Cell, device: Architecture, blocks: Blocks) -> bool:
         sums += traverse * dim
     scores = (1 if operation in ("forward", "decode") else 2) * parallel * traverse
     taken = (sums + scores) * numbers / (blocks.warps * device.warp)
+    if kind == "float64" and parallel > device.float64_rows:
+        return False
     fewer = device.asynchronous and parallel < 64
     if kind == "half":
         most = {"sm_80": 160, "sm_90": 192, "sm_100": 320}.get(name, 260)
@@ -271,8 +273,10 @@ def promising(cell: Cell, device: Architecture, blocks: Blocks) -> bool:
     if name in ("sm_90", "sm_100") and kind in ("half", "tf32") and parallel >= 64:
         buffers = blocks.stages
     held = parallel * (1 if operation in ("forward", "decode") else 2) if buffers > 1 else 0
-    shared = (2 * traverse * buffers + held) * dim * item
-    return taken <= most and shared <= device.shared_bytes * 1.2
+    columns = min(dim, WIDEST_STREAMED) if blocks.streamed else dim
+    shared = (2 * traverse * buffers + held) * columns * item
+    each = device.registers // (blocks.warps * device.warp)
+    return taken <= min(most, each - 40) and shared <= device.shared_bytes * 1.2
 
 
 def cells() -> list[Cell]:
@@ -310,7 +314,8 @@ def tables(search: Search) -> Iterator[str]:
 def written(one: Tried) -> str:
     """A cell: rows, warps, stages, and what is spilled for each whole tile."""
     blocks = one.blocks
-    return f"{blocks.parallel:3} {blocks.traverse:3} {blocks.warps} {blocks.stages} {one.whole:4}"
+    stages = f"{blocks.stages}{'s' if blocks.streamed else ' '}"
+    return f"{blocks.parallel:3} {blocks.traverse:3} {blocks.warps:2} {stages} {one.whole:3}"
 
 
 def main() -> None:
@@ -318,11 +323,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kept", type=Path, required=True, help="a file of JSON lines")
     parser.add_argument("--print", action="store_true", help="print the tables of what is kept")
+    parser.add_argument("--kind", choices=KINDS, help="no other types")
+    parser.add_argument("--dims", type=int, nargs="*", default=ORDER, help="no other heads")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     search = Search(given.kept)
     if not given.print:
-        search.run(cells(), given.workers)
+        search.run(
+            [cell for cell in cells() if given.kind in (None, cell[0]) and cell[3] in given.dims],
+            given.workers,
+        )
         return
     print("\n".join(tables(search)))
 

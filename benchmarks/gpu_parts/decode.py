@@ -10,6 +10,7 @@ import functools
 
 from gpu_parts import attend, speed, timing
 from gpu_parts.section import Here, Row, Section, Settings, Stage
+from tilefold.backends.triton.plan import PACKED_QUERIES
 from tilefold.mask import full
 from tilefold.problem import ITEM_BYTES, Problem, default_scale
 
@@ -18,19 +19,22 @@ FORM = "decode"
 
 
 def cases(settings: Settings) -> dict[str, Problem]:
-    """Problems by name: many sequences of the first length, one of the others; grouped and not."""
+    """Problems by name: many sequences of the first length, one of the others; grouped and not.
+
+    Grouped ones also with several queries, which still fill blocks together.
+    """
     found = {}
     for length in settings.decoded:
         batch = max(1, min(32, settings.tokens * 16 // length))
-        for heads_q, heads_kv in ((32, 8), (16, 16)):
+        for heads_q, heads_kv, queries in ((32, 8, 1), (16, 16, 1), (32, 8, PACKED_QUERIES)):
             for dtype in settings.dtypes[: 1 if settings.quick else 2]:
                 dim = settings.dims[0]
-                name = f"{dtype} b{batch} h{heads_q}/{heads_kv} n{length} d{dim}"
+                name = f"{dtype} b{batch} h{heads_q}/{heads_kv} q{queries} n{length} d{dim}"
                 found[name] = Problem(
                     batch=batch,
                     heads_q=heads_q,
                     heads_kv=heads_kv,
-                    len_q=1,
+                    len_q=queries,
                     len_k=length,
                     dim=dim,
                     dim_v=dim,
@@ -57,11 +61,13 @@ def measure(name: str, here: Here) -> Row:
     stage, problem = here.stage, cases(here.settings)[name]
     given = attend.tensors(stage, problem)
     want = attend.exact(problem, given)
+    forms = (FORM,) if problem.len_q == 1 else (FORM, "tiled")
     makers = {
-        attend.named(FORM): functools.partial(attend.own, stage, problem, given, "forward", FORM),
-        **attend.rivals(stage, problem, given, "forward"),
+        attend.named(form): functools.partial(attend.own, stage, problem, given, "forward", form)
+        for form in forms
     }
-    del makers[attend.PLAIN]  # it has no form for one query
+    makers |= attend.rivals(stage, problem, given, "forward")
+    del makers[attend.PLAIN]  # it has no form for few queries
     if not here.settings.compiled:
         del makers[attend.FLEX]
     else:

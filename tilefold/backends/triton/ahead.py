@@ -94,7 +94,9 @@ def compile(spec: TritonSpec, name: str, *, text: str | None = None) -> Compiled
     made = triton.compile(
         kind(fn=function, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget(device.kind, digits, device.warp),
-        options={"num_warps": spec.blocks.warps, "num_stages": spec.blocks.stages},
+        options=module.launch_options(
+            device.kind, spec.dtype, spec.blocks.warps, spec.blocks.stages
+        ),
     )
     seconds = time.perf_counter() - begin
     read = _nvidia if device.kind == "cuda" else _amd

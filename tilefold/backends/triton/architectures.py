@@ -19,8 +19,8 @@ class Architecture:
     its threads, of which one thread has `thread_registers` at most. `descriptors`: there is a unit
     that moves whole tiles. `asynchronous`: products of half types and of TF32 read operands from
     shared memory (wgmma, tcgen05); `tensor_memory`: and leave their sums in a memory of their own.
-    `float64`: tiles of float64 are multiplied there, for which Triton 3.6 and 3.7 fail to compile
-    on a B200 and an MI300 (3.9 does not).
+    `float64_rows`: blocks of float64 have no more rows along the parallel axis; for a B200 Triton
+    3.6 and 3.7 give longer ones to its matrix unit, which has no float64, and stop (3.9 does not).
     """
 
     name: str
@@ -34,7 +34,7 @@ class Architecture:
     descriptors: bool = False
     asynchronous: bool = False
     tensor_memory: bool = False
-    float64: bool = True
+    float64_rows: int = 128
 
 
 _KIB = 1024
@@ -50,12 +50,12 @@ ARCHITECTURES = {
         ),
         Architecture(
             "sm_100", "cuda", "B200", "sm_100", 227 * _KIB, descriptors=True, asynchronous=True,
-            tensor_memory=True, float64=False,
+            tensor_memory=True, float64_rows=32,
         ),
         Architecture("sm_120", "cuda", "RTX 50", "sm_120", 99 * _KIB, descriptors=True),
         Architecture(
             "gfx942", "hip", "MI300", "gfx942", 64 * _KIB, warp=64, registers=131072,
-            thread_registers=512, float64=False,
+            thread_registers=512,
         ),
     )
 }  # fmt: skip

@@ -12,20 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tilefold.backends.triton import softmax
-from tilefold.backends.triton.forward import queries, scores
+from tilefold.backends.triton.forward import queries
 from tilefold.backends.triton.frame import (
     AGAIN,
     USUAL,
     Walk,
     add_product,
-    dot,
     fetch,
     inspect,
     load,
+    multiply,
     negated,
     parallel,
     rows_of,
     seen,
+    take,
     tiles,
     within,
     write,
@@ -83,40 +84,33 @@ def emit_dq(spec: TritonSpec) -> str:
 
 def _queries_block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     """dq of the block of queries, from its first tile to memory."""
-    own = range(len(spec.pieces("q")))
-    sums = [f"dq_{i}" for i in own]
+    sums = [f"dq_{i}" for i in range(len(spec.pieces("q")))]
     for name, piece in zip(sums, spec.pieces("q"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
     for walk in walks:
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", "h_k", "start", within(walk))
-            inspect(text, spec, "k", walk)
-            scores(text, spec)
+            multiply(text, spec, "s", "q", "k", walk, look=True)
             if walk is not Walk.WHOLE:
                 seen(text, spec, "h")
             _weights(text, walk, "[:, None]")
             fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
-            for i, piece in enumerate(spec.pieces("v")):
-                if not spec.held:
-                    text(f"do_{i} = {load(spec, 'do', piece, 'within_parallel')}")
-                text(f"dp = {dot(spec, f'do_{i}', f'tl.trans(v_{i})', 'dp' if i else '')}")
+            multiply(text, spec, "dp", "do", "v", walk)
             _slopes(text, spec, walk, "sums[:, None]")
-            add_product(text, spec, sums, "ds", [f"k_{i}" for i in own], walk)
+            for i, name in enumerate(sums):
+                take(text, spec, "k", i, within(walk))
+                add_product(text, spec, name, "ds", f"k_{i}", walk)
     write(text, spec, "dq", "h", "first_q", [f"({name} * scale)" for name in sums])
 
 
 def delta_of(text: Text, spec: TritonSpec) -> None:
     """`sums`, delta of the block of queries; and dO, loaded once or only where it lies."""
     rows_of(text, spec, "o", "h", "first_q", "parallel")
-    if not spec.held:
-        rows_of(text, spec, "do", "h", "first_q", "parallel")
-    if spec.held:
-        fetch(text, spec, "do", "parallel", "h", "first_q", "within_parallel")
+    fetch(text, spec, "do", "parallel", "h", "first_q", "within_parallel")
     kind = f"tl.{spec.statistics}"
     text(f"sums = tl.full([PARALLEL], 0.0, {kind})")
     for i, piece in enumerate(spec.pieces("v")):
-        if not spec.held:
-            text(f"do_{i} = {load(spec, 'do', piece, 'within_parallel')}")
+        take(text, spec, "do", i, "within_parallel")
         text(f"o_{i} = {load(spec, 'o', piece, 'within_parallel')}")
         text(f"sums += tl.sum(o_{i}.to({kind}) * do_{i}.to({kind}), 1)")
 
@@ -143,10 +137,7 @@ def keys_block(
     parallel(text, spec)
     softmax.factor(text, spec)
     for operand in ("k", "v"):
-        if spec.held:
-            fetch(text, spec, operand, "parallel", "h", "first_k", "within_parallel")
-        else:
-            rows_of(text, spec, operand, "h", "first_k", "parallel")
+        fetch(text, spec, operand, "parallel", "h", "first_k", "within_parallel")
     own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
     if spec.negative and spec.held:
         text(*(f"k_{i} = {negated(spec, f'k_{i}')}" for i in own))
@@ -168,12 +159,7 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     """Add what a tile of queries gives to dk and dv."""
     own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
     fetch(text, spec, "q", "traverse", "h_q", "start", within(walk))
-    inspect(text, spec, "q", walk)
-    for i, piece in enumerate(spec.pieces("q")):
-        if not spec.held:
-            tile = load(spec, "k", piece, "within_parallel")
-            text(f"k_{i} = {negated(spec, tile) if spec.negative else tile}")
-        text(f"s = {dot(spec, f'k_{i}', f'tl.trans(q_{i})', 's' if i else '')}")
+    multiply(text, spec, "s", "k", "q", walk, look=True)
     if walk is not Walk.WHOLE:
         seen(text, spec, "h_q")
     text("row = (b.to(tl.int64) * heads * group + h_q) * len_q + start + row_traverse")
@@ -182,18 +168,18 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     _weights(text, walk, "[None, :]")
     if guarded and walk is Walk.WHOLE:
         text("p = tl.where(within_parallel[:, None], p, 0.0)")
-    fetch(text, spec, "do", "traverse", "h_q", "start", within(walk))
-    inspect(text, spec, "do", walk)
     text(f"weights = p.to(tl.{spec.dtype})")
-    values = [f"do_{i}" for i in other]
-    add_product(text, spec, [f"dv_{i}" for i in other], "weights", values, walk)
-    for i, piece in enumerate(spec.pieces("v")):
-        if not spec.held:
-            text(f"v_{i} = {load(spec, 'v', piece, 'within_parallel')}")
-        text(f"dp = {dot(spec, f'v_{i}', f'tl.trans(do_{i})', 'dp' if i else '')}")
+    fetch(text, spec, "do", "traverse", "h_q", "start", within(walk))
+    for i in other:
+        take(text, spec, "do", i, within(walk))
+        inspect(text, f"do_{i}", walk)
+        add_product(text, spec, f"dv_{i}", "weights", f"do_{i}", walk)
+    multiply(text, spec, "dp", "v", "do", walk)
     text(f"sums = tl.load(delta + row{guard})")
     _slopes(text, spec, walk, "sums[None, :]")
-    add_product(text, spec, [f"dk_{i}" for i in own], "ds", [f"q_{i}" for i in own], walk)
+    for i in own:
+        take(text, spec, "q", i, within(walk))
+        add_product(text, spec, f"dk_{i}", "ds", f"q_{i}", walk)
 
 
 def _weights(text: Text, walk: Walk, axis: str) -> None:

@@ -3,7 +3,7 @@
 Blocks that a caller asks for are taken or refused. A row of a table was compiled for its head
 dimension, so it fits; where it was not (more rows of queries are decoded together, say), it shrinks
 until the estimates of `resources` fit: pipeline stages go first, which costs no traffic, then rows
-of the traversed tile. What is too large even then reads its own operands again for every tile.
+of the traversed tile. What is too large even then is streamed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_WARPS = 16
 
 @dataclass(frozen=True)
 class Choice:
-    """Blocks, whether operands are held, and why, in words.
+    """Blocks, and why, in words.
 
     `descriptors`: tiles should be moved by descriptors where operands lie so that they can be.
     `shared_bytes` and `registers` are estimates: see `resources`.
@@ -37,7 +37,6 @@ class Choice:
 
     operation: str
     blocks: Blocks
-    held: bool
     reasons: tuple[str, ...] = ()
     descriptors: bool = False
     shared_bytes: int = 0
@@ -45,8 +44,7 @@ class Choice:
 
     def explain(self) -> list[str]:
         """Lines of text."""
-        kept = "held" if self.held else "loaded again for each tile"
-        return [f"{self.operation}: {self.blocks}, {kept}", *(f"  {why}" for why in self.reasons)]
+        return [f"{self.operation}: {self.blocks}", *(f"  {why}" for why in self.reasons)]
 
 
 def check_asked(blocks: Asked) -> None:
@@ -70,7 +68,6 @@ def choose(
     *,
     products: str = "ieee",
     blocks: Blocks | None = None,
-    held: bool | None = None,
     rows: int | None = None,
 ) -> Choice:
     """The blocks of a kernel, asked for or of the tables; `rows` along the parallel axis, if given.
@@ -85,28 +82,27 @@ def choose(
     asked = _Asked(architecture, operation, dtype, dim, dim_v, products)
     row, words = asked.row()
     if blocks is not None:
-        kept = held is not False
-        why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks, kept)
+        why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks)
         if why:
             raise ValueError(why)
-        return asked.choice(blocks, kept, ["blocks that were asked for"])
+        return asked.choice(blocks, ["blocks that were asked for"])
     found, compiled = row.blocks, asked.compiled(row)
     if rows is not None and rows != found.parallel:
         found, compiled = replace(found, parallel=rows), False
         words.append(f"{rows} rows of queries are decoded together")
-    kept = held is not False
+    if found.parallel > (most := asked.most_rows):
+        found, compiled = replace(found, parallel=most), False
+        words.append(f"{architecture.name} multiplies {most} rows of float64 at most")
     first = found
-    while not compiled and (why := asked.too_much(found, kept)):
+    while not compiled and (why := asked.too_much(found)):
         smaller = _smaller(found, more_threads="registers" in why)
-        if smaller is None and kept and held is None and operation != "backward":
-            words.append(f"operands are loaded again for each tile: {why.partition(': ')[2]}")
-            found, kept = first, False
-            continue
+        if smaller is None and not found.streamed:
+            smaller = replace(first, stages=min(first.stages, 2), streamed=True)
         if smaller is None:
             raise NotImplementedError(f"{why}: use the CPU, or impl='composed'")
         words.append(f"{found} shrink to {smaller}: {why.partition(': ')[2]}")
         found = smaller
-    return asked.choice(found, kept, words)
+    return asked.choice(found, words)
 
 
 def _smaller(blocks: Blocks, more_threads: bool) -> Blocks | None:
@@ -139,6 +135,11 @@ class _Asked:
     def kind(self) -> str:
         return kind_of(self.dtype, self.products)
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of a block along the parallel axis, at most."""
+        return self.device.float64_rows if self.dtype == "float64" else MOST_NUMBERS
+
     def row(self) -> tuple[tables.Row, list[str]]:
         """Where to start, and the words for it."""
         widest = max(self.dim, self.dim_v)
@@ -161,11 +162,13 @@ class _Asked:
         dims = {resources.padded(self.dim), resources.padded(self.dim_v), row.dim}
         return self.operation in resources.HELD and row.spills is not None and len(dims) == 1
 
-    def too_much(self, blocks: Blocks, kept: bool) -> str:
+    def too_much(self, blocks: Blocks) -> str:
         """Why blocks do not fit, in a line; "" where they do."""
         device = self.device
         words = f"{self.operation} of {self.dtype}, dim {self.dim}, dim_v {self.dim_v}, {blocks}"
-        shared = self._shared(blocks, kept)
+        if blocks.parallel > self.most_rows:
+            return f"{words}: {device.name} multiplies {self.most_rows} rows of float64 at most"
+        shared = self._shared(blocks)
         if shared > device.shared_bytes:
             return (
                 f"{words}: about {shared} bytes of shared memory, and {device.name} has"
@@ -187,10 +190,10 @@ class _Asked:
                 )
         return ""
 
-    def choice(self, blocks: Blocks, held: bool, words: list[str]) -> Choice:
+    def choice(self, blocks: Blocks, words: list[str]) -> Choice:
         """These blocks, with what they take: no more than there is, where they were compiled."""
         device = self.device
-        shared = min(self._shared(blocks, held), device.shared_bytes)
+        shared = min(self._shared(blocks), device.shared_bytes)
         registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
         visits = self.operation in resources.HELD
         if visits:
@@ -198,13 +201,13 @@ class _Asked:
                 f"shared memory about {shared} of {device.shared_bytes} bytes, sums and scores"
                 f" {registers} of {room} registers of a thread"
             )
-        moved = held and resources.moved(device, self.operation, self.kind, blocks)
-        return Choice(self.operation, blocks, held, tuple(words), moved, shared, registers)
+        moved = resources.moved(device, self.operation, self.kind, blocks)
+        return Choice(self.operation, blocks, tuple(words), moved, shared, registers)
 
-    def _shared(self, blocks: Blocks, kept: bool) -> int:
+    def _shared(self, blocks: Blocks) -> int:
         sizes = self.dim, self.dim_v
         return resources.shared_bytes(
-            self.device, self.operation, self.dtype, *sizes, self.products, blocks, kept
+            self.device, self.operation, self.dtype, *sizes, self.products, blocks
         )
 
     def _registers(self, blocks: Blocks) -> int:

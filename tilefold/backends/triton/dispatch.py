@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.triton import arguments, frame, resident, resources, source
+from tilefold.backends.triton import arguments, frame, module, resident, resources, source
 from tilefold.backends.triton.arguments import OPERANDS, RUNS, SIZES, STRIDED
 from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.plan import Launch, TritonPlan
@@ -81,34 +81,26 @@ class _Step:
     data: tuple[Tensor, ...]
     programs: int
     moved: tuple[Moved, ...]
+    options: Mapping[str, int]
 
     def compile(self, machine: Machine) -> None:
         """Compile without a launch; arrays of one number stand for the operands."""
         if not hasattr(self.function, "warmup"):  # in the interpreter
             return
-        kinds, blocks = arguments.arrays(self.spec), self.spec.blocks
+        kinds = arguments.arrays(self.spec)
         given = [machine.empty((1,), kinds[name]) for name in self.operands]
         moved = [
             tiles.descriptor(machine.empty((1, 1, *tiles.block[2:]), self.spec.dtype))
             for tiles in self.moved
         ]
-        self.function.warmup(
-            *given,
-            *self.constants,
-            *moved,
-            grid=(1,),
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-        )
+        self.function.warmup(*given, *self.constants, *moved, grid=(1,), **self.options)
 
     def launch(self, operands: Mapping[str, Tensor]) -> None:
         given: list[Any] = [operands[name] for name in self.operands]
         blocks = self.spec.blocks
         moved = [tiles.descriptor(operands[tiles.operand]) for tiles in self.moved]
         try:
-            self.function[(self.programs,)](
-                *given, *self.constants, *moved, num_warps=blocks.warps, num_stages=blocks.stages
-            )
+            self.function[(self.programs,)](*given, *self.constants, *moved, **self.options)
         except Exception as error:
             if type(error).__name__ != "OutOfResources":
                 raise
@@ -157,7 +149,6 @@ def fitted(
     kind = resources.kind(spec.dtype, spec.products)
     descriptors = (
         resources.moved(plan.architecture, spec.operation, kind, spec.blocks)
-        and spec.held
         and together
         and all(_describable(given[name], spec.dtype) for name in moved)
     )
@@ -246,6 +237,9 @@ def _step(
         tuple(data.values()),
         programs,
         _moved(spec),
+        module.launch_options(
+            plan.architecture.kind, spec.dtype, spec.blocks.warps, spec.blocks.stages
+        ),
     )
 
 

@@ -15,14 +15,13 @@ from tilefold.backends.triton.frame import (
     USUAL,
     Walk,
     add_product,
-    dot,
     fetch,
     inspect,
-    load,
+    multiply,
     negated,
     parallel,
-    rows_of,
     seen,
+    take,
     tiles,
     within,
     write,
@@ -72,39 +71,28 @@ def folded(
 
     `keys` is the head of the keys, `head` that of the queries, as the rule is asked.
     """
-    values = range(len(spec.pieces("v")))
-    sums = [f"o_{i}" for i in values]
+    sums = [f"o_{i}" for i in range(len(spec.pieces("v")))]
     softmax.begin(text, spec)
     for name, piece in zip(sums, spec.pieces("v"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
     for walk in walks:
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", keys, "start", within(walk))
-            scores(text, spec)
+            multiply(text, spec, "s", "q", "k", walk)
             if walk is not Walk.WHOLE:
                 seen(text, spec, head)
             softmax.fold(text, spec, sums, walk)
             text(f"weights = p.to(tl.{spec.dtype})")
             fetch(text, spec, "v", "traverse", keys, "start", within(walk))
-            inspect(text, spec, "v", walk)
-            add_product(text, spec, sums, "weights", [f"v_{i}" for i in values], walk)
+            for i, name in enumerate(sums):
+                take(text, spec, "v", i, within(walk))
+                inspect(text, f"v_{i}", walk)
+                add_product(text, spec, name, "weights", f"v_{i}", walk)
     return sums
 
 
 def queries(text: Text, spec: TritonSpec) -> None:
-    """The block of queries, negated where the scale is negative; or only where it lies."""
-    if not spec.held:
-        rows_of(text, spec, "q", "h", "first_q", "parallel")
-        return
+    """The block of queries, negated where the scale is negative."""
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
-    if spec.negative:
+    if spec.negative and spec.held:
         text(*(f"q_{i} = {negated(spec, f'q_{i}')}" for i in range(len(spec.pieces("q")))))
-
-
-def scores(text: Text, spec: TritonSpec) -> None:
-    """`s`, the scores of a tile: queries are its rows, keys its columns."""
-    for i, piece in enumerate(spec.pieces("q")):
-        if not spec.held:
-            tile = load(spec, "q", piece, "within_parallel")
-            text(f"q_{i} = {negated(spec, tile) if spec.negative else tile}")
-        text(f"s = {dot(spec, f'q_{i}', f'tl.trans(k_{i})', 's' if i else '')}")

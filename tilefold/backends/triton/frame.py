@@ -186,9 +186,12 @@ def fetch(
     """Load the block of an operand that begins at row `first` of a head: `q_0`, `q_1`, ...
 
     `rows` says which rows are there, "" where all are. By descriptors where the spec has them.
+    Where nothing is held, only say where it lies: then `take` and `multiply` load its pieces.
     """
     if not spec.descriptors:
         rows_of(text, spec, operand, head, first, side)
+    if not spec.held:
+        return
     for i, piece in enumerate(spec.pieces(operand)):
         if spec.descriptors:
             shape = f"{side.upper()}, {piece.width}"
@@ -197,6 +200,46 @@ def fetch(
         else:
             tile = load(spec, operand, piece, rows)
         text(f"{operand}_{i} = {tile}")
+
+
+def take(text: Text, spec: TritonSpec, operand: str, i: int, rows: str) -> None:
+    """Load piece `i` of a block, right before it is used, where `fetch` did not."""
+    if not spec.held:
+        text(f"{operand}_{i} = {load(spec, operand, spec.pieces(operand)[i], rows)}")
+
+
+def multiply(
+    text: Text, spec: TritonSpec, total: str, own: str, other: str, walk: Walk, look: bool = False
+) -> None:
+    """`total` = own other^T: a tile of scores, from a block of an operand along each axis.
+
+    `look`: the tile of the other axis is asked for what is not finite. Where nothing is held, a
+    loop takes both piece by piece. It is a loop, not a line for each piece, because the compiler
+    would load `own`, which no tile changes, before all tiles, and hold it after all.
+    """
+    if spec.held:
+        for i in range(len(spec.pieces(own))):
+            if look:
+                inspect(text, f"{other}_{i}", walk)
+            text(
+                f"{total} = {dot(spec, f'{own}_{i}', f'tl.trans({other}_{i})', total if i else '')}"
+            )
+        return
+    width, columns = spec.pieces(own)[0].width, spec.width(own)
+    wide = ".to(tl.int64)" if spec.wide else ""
+    text(f"{total} = {zeros(spec, 'PARALLEL', 'TRAVERSE')}")
+    with text.block(f"for first_d in tl.range(0, {columns}, {width})"):
+        text(f"d_at = (first_d + tl.arange(0, {width}))[None, :]")
+        for operand, rows in ((own, "within_parallel"), (other, within(walk))):
+            there = [f"{rows}[:, None]"] if rows else []
+            there += [f"(d_at < {columns})"] if columns % width else []
+            end = f", mask={' & '.join(there)}, other=0.0" if there else ""
+            text(f"{operand}_part = tl.load({operand}_rows + d_at{wide} * {operand}_d{end})")
+        if spec.negative and own == spec.parallel:
+            text(f"{own}_part = {negated(spec, f'{own}_part')}")
+        if look:
+            inspect(text, f"{other}_part", walk)
+        text(f"{total} = {dot(spec, f'{own}_part', f'tl.trans({other}_part)', total)}")
 
 
 def write(
@@ -269,17 +312,15 @@ def within(walk: Walk) -> str:
     return "" if walk is Walk.WHOLE else "within_traverse"
 
 
-def inspect(text: Text, spec: TritonSpec, operand: str, walk: Walk) -> None:
+def inspect(text: Text, tile: str, walk: Walk) -> None:
     """At an edge, remember whether something was not finite.
 
     It is not replaced by 0: the sums are not used then, and a tile that was computed on would have
     to lie in registers whole (A100 by the compiler, bfloat16, dim 128, 128 x 64: dQ spilled 843
     numbers of a thread for each tile of an edge, and 72 now).
     """
-    if walk is not Walk.EDGE:
-        return
-    for i in range(len(spec.pieces(operand))):
-        text(f"odd |= is_odd({operand}_{i})")
+    if walk is Walk.EDGE:
+        text(f"odd |= is_odd({tile})")
 
 
 def parallel(text: Text, spec: TritonSpec) -> None:
@@ -304,19 +345,18 @@ def seen(text: Text, spec: TritonSpec, head: str) -> None:
 def add_product(
     text: Text,
     spec: TritonSpec,
-    sums: Sequence[str],
+    total: str,
     weights: str,
-    values: Sequence[str],
+    values: str,
     walk: Walk,
     pairs: tuple[str, str, str] = ("seen", "row_traverse", "TRAVERSE"),
 ) -> None:
-    """Add weights @ values to sums, a pair for each piece.
+    """Add weights @ values to a sum.
 
     `pairs`, for the careful walk: which pairs may meet, and the rows of values and their number.
     """
-    for total, value in zip(sums, values, strict=True):
-        if walk is Walk.CAREFUL:
-            may, rows, count = pairs
-            text(f"{total} = careful({weights}, {may}, {value}, {total}, {rows}, {count})")
-        else:
-            text(f"{total} = {dot(spec, weights, value, total)}")
+    if walk is Walk.CAREFUL:
+        may, rows, count = pairs
+        text(f"{total} = careful({weights}, {may}, {values}, {total}, {rows}, {count})")
+    else:
+        text(f"{total} = {dot(spec, weights, values, total)}")

@@ -20,6 +20,7 @@ from tilefold.backends.triton.frame import (
     add_product,
     column,
     negated,
+    take,
     write,
     written,
     zeros,
@@ -46,7 +47,6 @@ REDUCE = ("dq = scale (dq of the first owner + dq of the second + ...)",)
 
 def emit(spec: TritonSpec) -> str:
     """The module of the kernel that writes dk and dv, and adds to the parts of dq."""
-    assert spec.held, "the fused form keeps keys and values"
     text = Text()
     text("odd = 0")
     heads = "(b.to(tl.int64) * heads * group + h * group)"
@@ -101,10 +101,11 @@ def _add_to_part(text: Text, spec: TritonSpec, walk: Walk) -> None:
         where = " & ".join([*rows, *_columns(piece)])
         text(f"at = {_of_part(spec, piece)}")
         text(f"sum_{i} = tl.load(at{f', mask={where}, other=0.0' if where else ''})")
+        take(text, spec, "k", i, "within_parallel")
         key = negated(spec, f"k_{i}") if spec.negative else f"k_{i}"
         if walk is Walk.EDGE:  # keys are in the block's registers as they are, for its whole tiles
             text(f"odd |= is_odd(k_{i})")
-        add_product(text, spec, [f"sum_{i}"], "turned", [key], walk, pairs)
+        add_product(text, spec, f"sum_{i}", "turned", key, walk, pairs)
         text(f"tl.store(at, sum_{i}{f', mask={where}' if where else ''})")
 
 

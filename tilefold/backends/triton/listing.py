@@ -21,7 +21,7 @@ KINDS = {
     "tcgen05.mma": r"tcgen05\.mma",
     "mma.sync": r"mma\.sync",
     "mfma": r"\bv_mfma_",
-    "fma": r"\bfma\.rn\.(?:f32|f64)|\bv_(?:pk_)?fma(?:c|_)\w*f32",
+    "fma": r"\bfma\.rn\.(?:f32|f64)|\bv_(?:pk_)?fma(?:c|_)\w*f(?:32|64)",
     "cp.async": r"cp\.async\.c[ag]\.",
     "bulk copies": r"cp\.async\.bulk\.tensor",
 }

@@ -8,6 +8,7 @@ for the source of a function.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import linecache
 from types import ModuleType
@@ -30,6 +31,25 @@ def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (it comes with PyTorch for CUDA)"
     return None
+
+
+def launch_options(kind: str, dtype: str, warps: int, stages: int) -> dict[str, int]:
+    """How Triton is to compile a kernel: for a kind of GPU ("cuda", "hip"), beside its arguments.
+
+    Triton up to 3.7 gives products of float64 to the matrix unit of an MI300, and then has no code
+    for it. Asked for a unit of 32 x 32, which there is none of for float64, it takes multiply-adds.
+    """
+    found = {"num_warps": warps, "num_stages": stages}
+    if kind == "hip" and dtype == "float64" and version() < (3, 9):
+        found["matrix_instr_nonkdim"] = 32
+    return found
+
+
+@functools.cache
+def version() -> tuple[int, int]:
+    """The version of Triton that is installed, its first two numbers."""
+    major, minor, *_ = importlib.metadata.version("triton").split(".")
+    return int(major), int(minor)
 
 
 @functools.cache

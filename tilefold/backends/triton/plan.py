@@ -47,8 +47,12 @@ measured yet where that pays."""
 FEW_QUERIES = 16
 """"auto" decodes so few queries, where blocks of the tiled kernel would be mostly empty..."""
 
+PACKED_QUERIES = 64
+"""... and so many where heads share keys: the queries of a group fill blocks together, where those
+of one head would leave half of a block of 128 rows empty, or more..."""
+
 MANY_KEYS = 512
-"""... and so many keys. Neither is tuned."""
+"""... and so many keys. None of the three is tuned."""
 
 KEYS_PER_SPLIT = 256
 """Keys that a program of the decode kernel visits at least. Not tuned."""
@@ -155,7 +159,7 @@ def plan(
     backward pass. Results depend on all of these only by rounding.
 
     Raises ValueError for what no GPU of the architecture can run, NotImplementedError for heads
-    that are too wide and for types that Triton does not multiply there, TypeError for other blocks.
+    that are too wide, TypeError for other blocks.
     """
     check_asked(blocks)
     asked = tuple(sorted(blocks.items())) if isinstance(blocks, Mapping) else blocks
@@ -211,16 +215,11 @@ class _Planner:
 
     def _check(self) -> None:
         """Raises NotImplementedError for what has no kernels."""
-        problem, device = self._problem, self._device
+        problem = self._problem
         if max(problem.dim, problem.dim_v) > MOST_DIM:
             raise NotImplementedError(
                 f"heads of up to {MOST_DIM} numbers are implemented for GPUs, got dim"
                 f" {problem.dim} and dim_v {problem.dim_v}: use the CPU, or impl='composed'"
-            )
-        if problem.dtype == "float64" and not device.float64:
-            raise NotImplementedError(
-                f"Triton multiplies no tiles of float64 on {device.name} ({device.chips}): pass"
-                " float32, use the CPU, or impl='composed'"
             )
 
     def _spec(self, operation: str, rows: int | None = None) -> tuple[TritonSpec, Choice]:
@@ -228,14 +227,7 @@ class _Planner:
         products = "ieee"
         if problem.dtype == "float32" and self._device.kind == "cuda":
             products = BY_PRECISION[problem.precision]
-        try:
-            made = self._choose(operation, products, rows)
-        except NotImplementedError as error:  # three products take more room than exact ones
-            if products == "ieee":
-                raise
-            products, why = "ieee", f"multiplied exactly, since of {products} {error}"
-            made = self._choose(operation, products, rows)
-            made = replace(made, reasons=(*made.reasons, why))
+        made = self._choose(operation, products, rows)
         spec = TritonSpec(
             operation=operation,
             dtype=problem.dtype,
@@ -244,7 +236,6 @@ class _Planner:
             blocks=made.blocks,
             mask=self._mask,
             index_bits=self._bits,
-            held=made.held,
             products=products,
             negative=problem.scale < 0,
         )
@@ -321,7 +312,7 @@ class _Planner:
         """The forward kernel in Gluon."""
         problem, spec = self._problem, self._spec_of_hopper()
         reasons = ("in Gluon, for Hopper: two teams of 64 queries and a warp that loads",)
-        made = Choice("forward", spec.blocks, True, reasons)
+        made = Choice("forward", spec.blocks, reasons)
         visited = visited_by(problem, "q", spec.blocks.parallel)
         return self._launch(spec, made, visited, problem.heads_q)
 
@@ -370,8 +361,10 @@ class _Planner:
         problem = self._problem
         if form == "decode" and problem.empty:
             raise ValueError("form 'decode' splits keys, and there is no query or no key")
-        few = problem.len_q <= FEW_QUERIES and problem.len_k >= MANY_KEYS
-        return form == "decode" or (form == "auto" and few and not problem.empty)
+        grouped = problem.heads_q > problem.heads_kv
+        few = problem.len_q <= (PACKED_QUERIES if grouped else FEW_QUERIES)
+        many = problem.len_k >= MANY_KEYS
+        return form == "decode" or (form == "auto" and few and many and not problem.empty)
 
     def _decode(self) -> list[Launch]:
         """The kernel that leaves a part for each split, and the one that merges them."""

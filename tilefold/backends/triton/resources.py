@@ -15,6 +15,7 @@ from tilefold.backends.triton.spec import (
     Blocks,
     pieces,
     power_of_two,
+    widest,
 )
 from tilefold.problem import ITEM_BYTES
 
@@ -54,7 +55,9 @@ def moved(device: Architecture, operation: str, kind: str, blocks: Blocks) -> bo
     of a thread for each tile instead of 202, in three products of TF32 358 instead of 41.
     """
     tiled = operation in HELD and operation != "decode"
-    return device.descriptors and tiled and kind == "half" and asynchronous(device, kind, blocks)
+    if blocks.streamed or not (device.descriptors and tiled and kind == "half"):
+        return False
+    return asynchronous(device, kind, blocks)
 
 
 def shared_bytes(
@@ -65,12 +68,8 @@ def shared_bytes(
     dim_v: int,
     products: str,
     blocks: Blocks,
-    kept: bool = True,
 ) -> int:
-    """Bytes of shared memory that a program takes, rather too many than too few.
-
-    Unless they are `kept`, operands along the parallel axis come and go piece by piece.
-    """
+    """Bytes of shared memory that a program takes, rather too many than too few."""
     statistic = item_of_statistics(dtype)
     parallel, traverse = blocks.parallel, blocks.traverse
     if operation not in HELD:
@@ -79,6 +78,10 @@ def shared_bytes(
     own, other = padded(dim), padded(dim_v)
     tile = traverse * (own + other) * item
     scores = parallel * traverse * item
+    if blocks.streamed:  # a piece of each axis, as many as are under way, and tiles of scores
+        piece = widest(numbers == "float32", True)
+        pairs = blocks.stages if device.asynchronous else max(1, blocks.stages - 1)
+        return (parallel + traverse) * piece * item * pairs + scores * HELD[operation] + _SLACK
     if device.kind == "hip":  # operands are held in registers, and change hands one at a time
         piece = min(
             power_of_two(max(own, other)), WIDEST_EXACT if numbers == "float32" else MOST_DIM
@@ -89,9 +92,6 @@ def shared_bytes(
         moved = max(scores * HELD[operation], other_side)
         return max(parallel * piece * item, tile * (blocks.stages - 1) + moved) + _SLACK
     held = parallel * (own + (other if HELD[operation] == 2 else 0)) * item
-    if not kept:
-        # One piece and what becomes of it: by the compiler 1.8 times its numbers (float64).
-        held = parallel * max(pieces(dim)[0].width, pieces(dim_v)[0].width) * item * 9 // 5
     turned = min(scores, tile) * (2 * HELD[operation] if numbers == "float64" else 1)
     if products == "tf32x3":  # what is held is split into two numbers
         turned = held + 2 * scores

@@ -25,6 +25,10 @@ which Triton loads whole rows of a piece into the registers of a thread. By the 
 with dim 128 and blocks of 64 x 16 (4 warps), the forward pass spilled 2801 numbers of a thread for
 each tile where a piece was the whole head, and none with pieces of 32."""
 
+WIDEST_STREAMED = 64
+"""The widest piece of operands that are streamed: two of them, of 16 rows of float64, take 16 KiB
+of shared memory, so that every head fits every GPU."""
+
 PARALLEL = {
     "forward": "q",
     "decode": "q",
@@ -61,14 +65,21 @@ class Piece(NamedTuple):
 class Blocks:
     """Rows of a block along each axis, and the warps and pipeline stages that work on it.
 
+    The operands along the parallel axis are loaded once and held, and tiles of the others come
+    whole, unless they are `streamed`: then all come piece by piece for every product, which costs
+    reads of the cache and saves the shared memory that they would occupy.
+
     >>> print(Blocks(128, 64, 8, 3))
     128 x 64, 8 warps, 3 stages
+    >>> print(Blocks(32, 32, 4, 2, streamed=True))
+    32 x 32, 4 warps, 2 stages, streamed
     """
 
     parallel: int
     traverse: int
     warps: int
     stages: int
+    streamed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("parallel", "traverse"):
@@ -79,17 +90,20 @@ class Blocks:
             raise ValueError(f"warps must be 1, 2, 4, 8 or 16, got {self.warps}")
         if not 1 <= self.stages <= 8:
             raise ValueError(f"stages must be from 1 to 8, got {self.stages}")
+        if not isinstance(self.streamed, bool):
+            raise ValueError(f"streamed must be True or False, got {self.streamed!r}")
 
     def __str__(self) -> str:
-        return f"{self.parallel} x {self.traverse}, {self.warps} warps, {self.stages} stages"
+        streamed = ", streamed" if self.streamed else ""
+        sides = f"{self.parallel} x {self.traverse}"
+        return f"{sides}, {self.warps} warps, {self.stages} stages{streamed}"
 
 
 @dataclass(frozen=True)
 class TritonSpec:
     """What changes the text of a kernel, and nothing else: no lengths, batch, heads or mask data.
 
-    `held`: the operands along the parallel axis are loaded once, else again for every tile, which
-    costs reads and saves the shared memory that they would occupy. `products` is how float32 is
+    `products` is how float32 is
     multiplied. `negative`: the scale is below 0, and queries are negated. `wide`: offsets inside a
     tile may pass 31 bits. `descriptors`: tiles are moved by tensor descriptors (the TMA unit of
     Hopper and newer). The last two follow from where the arrays lie, which a plan does not know.
@@ -103,7 +117,6 @@ class TritonSpec:
     blocks: Blocks
     mask: Skeleton
     index_bits: int
-    held: bool = True
     products: str = "ieee"
     negative: bool = False
     wide: bool = False
@@ -125,6 +138,11 @@ class TritonSpec:
         return f"tilefold_{self.operation}{'_hopper' if self.gluon else ''}"
 
     @property
+    def held(self) -> bool:
+        """Whether operands are not streamed: see `Blocks`."""
+        return not self.blocks.streamed
+
+    @property
     def statistics(self) -> str:
         """The type of sums, lse and all that is not an operand."""
         return "float64" if self.dtype == "float64" else "float32"
@@ -136,7 +154,14 @@ class TritonSpec:
     def pieces(self, operand: str) -> tuple[Piece, ...]:
         """The columns of an operand, piece by piece."""
         exact = self.dtype == "float32" and self.products == "ieee"
-        return pieces(self.width(operand), WIDEST_EXACT if exact else MOST_DIM)
+        return pieces(self.width(operand), widest(exact, self.blocks.streamed))
+
+
+def widest(exact: bool, streamed: bool) -> int:
+    """Columns of the widest piece; `exact` is float32 that is multiplied exactly."""
+    if exact:
+        return WIDEST_EXACT
+    return WIDEST_STREAMED if streamed else MOST_DIM
 
 
 def pieces(dim: int, widest: int = MOST_DIM) -> tuple[Piece, ...]:

@@ -8,6 +8,7 @@ by strides of 0. An axis may have length 0: a sum over none is 0.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.dispatch import ALIGNED
 from tilefold.backends.triton.gemm import BIASES, GemmBlocks, GemmSpec, multiplied
 from tilefold.backends.triton.machine import Machine, ResourceError
+from tilefold.backends.triton.module import launch_options
 from tilefold.backends.triton.operands import Axes, axes_of, bias_steps, common, dtype_of, written
 from tilefold.backends.triton.rows import SoftmaxBlocks, SoftmaxSpec
 from tilefold.backends.triton.runtime import gpu
@@ -131,7 +133,7 @@ def gemm(
     Raises:
         TypeError: what is no tensor of the machine, or types that no kernel reads
         ValueError: shapes that do not fit together, or options that are not allowed
-        NotImplementedError: there is no GPU here, or it does not multiply float64
+        NotImplementedError: there is no GPU here
         ResourceError: `blocks` need more shared memory than the GPU has
     """
     machine = machine or _gpu_of("a", a)
@@ -185,7 +187,8 @@ def gemm(
     sizes = [m, n, k, batch[1], *placed, *result.sizes, *steps]
     scalars = [_scalar(number, spec.sums) for number in (alpha, beta)]
     programs = batch[0] * batch[1] * _parts(m, blocks.m) * _parts(n, blocks.n)
-    _launch(machine, function, programs, (*operands, c, *sizes, *scalars), blocks, blocks.stages)
+    options = launch_options(device.kind, meeting, blocks.warps, blocks.stages)
+    _launch(machine, function, programs, (*operands, c, *sizes, *scalars), blocks, options)
     return c
 
 
@@ -238,7 +241,9 @@ def softmax(
     sizes = [count, width, heads, *axes.sizes, *result.sizes]
     programs = batch * heads * _parts(count, blocks.rows)
     function = machine.function(rows.emit(spec), rows.ENTRY)
-    _launch(machine, function, programs, (x, p, *lse, *sizes), blocks, rows.STAGES)
+    device = architecture(machine.architecture)
+    options = launch_options(device.kind, kind, blocks.warps, rows.STAGES)
+    _launch(machine, function, programs, (x, p, *lse, *sizes), blocks, options)
     return (p, *lse) if return_lse else p
 
 
@@ -292,7 +297,7 @@ def _launch(
     programs: int,
     given: tuple[Any, ...],
     blocks: GemmBlocks | SoftmaxBlocks,
-    stages: int,
+    options: Mapping[str, int],
 ) -> None:
     """Launch a kernel, unless nothing is to be written."""
     if programs >= 2**31:
@@ -301,7 +306,7 @@ def _launch(
         return
     with machine.active():
         try:
-            function[(programs,)](*given, num_warps=blocks.warps, num_stages=stages)
+            function[(programs,)](*given, **options)
         except Exception as error:
             if type(error).__name__ != "OutOfResources":
                 raise
@@ -322,10 +327,6 @@ def _gpu_of(name: str, tensor: Any) -> Machine:
 
 def _how(device: Architecture, meeting: str, precision: str) -> str:
     """How numbers of a type are multiplied on a device."""
-    if meeting == "float64" and not device.float64 and (device.table, "float64") not in TABLE:
-        raise NotImplementedError(
-            f"Triton does not multiply float64 on {device.name}: convert a and b to float32"
-        )
     exact = meeting != "float32" or device.kind != "cuda"
     return "ieee" if exact else BY_PRECISION[precision]
 

@@ -2,7 +2,8 @@
 
 A row holds for head dimensions up to its first number. A cell is the rows of the parallel and the
 traverse axis, warps, pipeline stages, and how many numbers of a thread are spilled for each whole
-tile. Where a cell is empty, the next one below it serves.
+tile; an "s" after the stages says that operands are streamed. Where a cell is empty, the next one
+below it serves.
 
 Nobody timed them on a GPU. `tools/triton_tables.py` compiled candidates ahead of time (Triton
 3.7.1, a causal mask), the largest tiles first, which is the order of their arithmetic intensity and
@@ -240,10 +241,11 @@ def table(name: str, operation: str, kind: str) -> tuple[Row, ...]:
     found = []
     for line in _TABLES[name, operation].strip().splitlines()[1:]:
         dim, *cells = line.split("|")
-        numbers = [int(number) for number in cells[KINDS.index(kind)].split()]
-        if numbers:
-            *blocks, spills = numbers
-            found.append(Row(int(dim), Blocks(*blocks), spills))
+        cell = cells[KINDS.index(kind)]
+        if cell.strip():
+            parallel, traverse, warps, stages, spills = map(int, cell.replace("s", " ").split())
+            blocks = Blocks(parallel, traverse, warps, stages, streamed="s" in cell)
+            found.append(Row(int(dim), blocks, spills))
     return tuple(found) or (Row(MOST_DIM, UNSEARCHED, None),)
 
 
