@@ -60,7 +60,7 @@ api metal triton
 arrays workload peers agreement bench tuning minilm
 selftest utilisation
 commands commands.terminal commands.specification commands.text commands.emitted
-commands.run commands.bench commands.tune commands.inspect commands.mask
+commands.run commands.bench commands.tune_gpu commands.tune commands.inspect commands.mask
 commands.metal commands.doctor
 cli __main__
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ import tilefold
 from tilefold import Problem, Rule, causal, cli, full, local
 from tilefold.backends.triton import (
     architectures,
-    autotune,
     dispatch,
     module,
     plan,
@@ -25,11 +23,9 @@ from tilefold.backends.triton import (
     runtime,
     source,
     spec,
-    tuned,
 )
-from tilefold.backends.triton.autotune import candidates
 from tilefold.backends.triton.dispatch import fitted
-from tilefold.backends.triton.machine import Kept, ResourceError
+from tilefold.backends.triton.machine import Kept
 from tilefold.backends.triton.plan import ENOUGH_PROGRAMS
 from tilefold.backends.triton.spec import Blocks, pieces
 
@@ -230,91 +226,6 @@ def test_names_of_kernels_are_stable() -> None:
 
 
 SMALL = Problem.of((1, 2, 40, 16), dtype="float32", mask=causal())
-
-
-@pytest.mark.feature("S08")
-def test_tuning_keeps_the_fastest_blocks(
-    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on = machine("sm_90")
-    tuned.load.cache_clear()
-    usual = plan.plan(SMALL, "sm_90", "forward").launches[0].spec.blocks
-    some = [usual, Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)]
-    monkeypatch.setattr(autotune, "candidates", lambda launch, name: iter(some))
-    times = iter([3.0, 1.0, 2.0])
-
-    def timer(call: Any) -> float:
-        call()
-        return next(times)
-
-    trials = tilefold.triton.tune(SMALL, "forward", on, timer=timer)
-    assert [trial.blocks for trial in trials] == [some[1], some[2], some[0]]
-    made = plan.plan(SMALL, "sm_90", "forward")
-    assert made.launches[0].spec.blocks == some[1]
-    assert "measured here" in "\n".join(made.explain())
-    assert plan.plan(SMALL, "sm_80", "forward").launches[0].spec.blocks != some[1]
-    assert tuned.forget() == 1
-    assert plan.plan(SMALL, "sm_90", "forward").launches[0].spec.blocks == usual
-
-
-def test_tuning_goes_on_where_blocks_do_not_fit(
-    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on = machine("sm_90")
-    some = [Blocks(16, 16, 4, 1), Blocks(32, 16, 4, 1)]
-    monkeypatch.setattr(autotune, "candidates", lambda launch, name: iter(some))
-    outcomes = iter([ResourceError("too large"), 1.0])
-
-    def timer(call: Any) -> float:
-        outcome = next(outcomes)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    trials = tilefold.triton.tune(SMALL, "forward", on, timer=timer, keep=False)
-    assert [trial.seconds for trial in trials] == [1.0, None]
-    assert trials[1].reason == "too large" and not tuned.path().exists()
-
-
-def test_on_hopper_the_plain_kernel_is_tuned(
-    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its own kernel has the blocks that shared memory allows: the plain one cannot hold them."""
-    on = machine("sm_90")
-    problem = Problem.of((1, 2, 40, 128), dtype="float16")
-    assert plan.plan(problem, "sm_90", "forward").launches[0].spec.gluon
-    monkeypatch.setattr(autotune, "candidates", lambda launch, name: iter([launch.spec.blocks]))
-    (trial,) = tilefold.triton.tune(problem, "forward", on, timer=lambda call: 1.0, keep=False)
-    tiled = plan.plan(problem, "sm_90", "forward", form="tiled").launches[0].spec.blocks
-    assert trial.blocks == tiled
-    assert tilefold.triton.tune(problem, "forward", on, form="hopper", keep=False) == []
-
-
-def test_candidates_begin_with_the_table_and_fit() -> None:
-    (launch,) = plan.plan(LARGE, "sm_90", "forward", form="tiled").launches
-    found = list(candidates(launch, "sm_90"))
-    assert found[0] == launch.spec.blocks
-    assert len(found) == len(set(found)) > 10
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"[]", b"{", b'{"format": "other", "blocks": []}', b'{"format": 1, "blocks": 7}'],
-)
-def test_a_damaged_file_is_left_out(fresh_cache: Path, content: bytes) -> None:
-    fresh_cache.mkdir(mode=0o700)
-    (fresh_cache / tuned.FILE).write_bytes(content)
-    tuned.load.cache_clear()
-    assert tuned.load() == {}
-    key = plan.key_of(plan.plan(SMALL, "sm_90", "forward").launches[0].spec, "sm_90")
-    tuned.keep({key: Blocks(16, 16, 1, 1)})
-    document = json.loads((fresh_cache / tuned.FILE).read_text())
-    document["blocks"] += [{"key": {}, "blocks": {}}, {"key": 3}, None]
-    document["blocks"].append({**document["blocks"][0], "blocks": {"parallel": 7}})
-    (fresh_cache / tuned.FILE).write_text(json.dumps(document))
-    tuned.load.cache_clear()
-    assert tuned.load() == {key: Blocks(16, 16, 1, 1)}
-    tuned.forget()
 
 
 def test_architectures_name_a_table() -> None:

@@ -12,10 +12,13 @@ from typing import Any
 
 from tilefold import parse, tuning, winners
 from tilefold.circumstances import circumstances
-from tilefold.commands import specification, terminal
+from tilefold.commands import specification, terminal, tune_gpu
 from tilefold.problem import ITEM_BYTES
 from tilefold.tuning import Tuned
 from tilefold.workload import OPERATIONS, Case
+
+SECONDS = {"cpu": 6.0, "cuda": 60.0}
+"""For each kernel, unless `--seconds` says another number."""
 
 
 def register(commands: Any) -> None:
@@ -37,11 +40,15 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--threads",
         type=int,
-        default=1,
         help="default 1, which neighbours disturb least; winners serve any number",
     )
     parser.add_argument(
-        "--seconds", type=float, default=6.0, help="per kernel, beside compiling (default 6)"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: this machine's first GPU"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="per kernel (default: 6 beside compiling; on a GPU 60 with it)",
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--dry-run", action="store_true", help="measure, but keep nothing")
@@ -51,10 +58,16 @@ def register(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure, keep and show; or forget."""
-    if options.forget:
-        return _forget(options.json)
+    if options.seconds is None:
+        options.seconds = SECONDS[options.device]
     if not options.seconds > 0:
         raise ValueError(f"--seconds must be more than 0, not {options.seconds}")
+    if options.device == "cuda":
+        return tune_gpu.main(options)
+    if options.threads is None:
+        options.threads = 1
+    if options.forget:
+        return _forget(options.json)
     if not options.dry_run:
         winners.check()
     found = _measure(_cases(options), options.seconds, options.form)

@@ -2,13 +2,17 @@
 
 Never part of a call: a first call takes the table's blocks and is as fast as a compiler. `tune`
 tries, for each kernel of an operation, blocks around the table's, a step of two in each direction
-and other numbers of warps and stages, by Triton's own timer, on random data.
+and other numbers of warps and stages, by Triton's own timer, on random data. The best of them and
+the blocks that a plan takes now are then timed once more, turn by turn.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +22,7 @@ from tilefold.backends.triton.choice import choose
 from tilefold.backends.triton.dispatch import aligned, execute, prepare
 from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.plan import Launch, key_of, plan
-from tilefold.backends.triton.spec import LEAST, Blocks
+from tilefold.backends.triton.spec import LEAST, WIDEST_STREAMED, Blocks
 from tilefold.problem import STATISTICS, Problem
 
 if TYPE_CHECKING:
@@ -27,15 +31,29 @@ if TYPE_CHECKING:
 Timer = Callable[[Callable[[], None]], float]
 """Seconds of a call."""
 
+FINALISTS = 4
+"""Candidates that are timed again beside the usual blocks..."""
+
+ROUNDS = 5
+"""... so often, turn by turn, so that a clock that rises or falls hurts all of them alike."""
+
+LEAST_GAIN = 0.01
+"""The share by which the usual blocks must be beaten: less is noise."""
+
 
 @dataclass(frozen=True)
 class Trial:
-    """Blocks of a kernel and what they took: seconds, or the reason why they cannot run."""
+    """Blocks of a kernel and what they took: seconds, or the reason why they cannot run.
+
+    `usual`: a plan takes them now. `winner`: it should take them.
+    """
 
     operation: str
     blocks: Blocks
     seconds: float | None
     reason: str = ""
+    usual: bool = False
+    winner: bool = False
 
 
 def tune(
@@ -45,6 +63,8 @@ def tune(
     *,
     form: str = "auto",
     timer: Timer | None = None,
+    seconds: float | None = None,
+    note: Callable[[str], None] | None = None,
     keep: bool = True,
 ) -> list[Trial]:
     """Measure blocks for each kernel of an operation, and keep the fastest for later plans.
@@ -55,10 +75,14 @@ def tune(
         machine: the GPU, `tilefold.triton.gpu(0)` unless it is given
         form: see `tilefold.triton.plan`
         timer: returns the seconds of a call; the default is the median of `triton.testing.do_bench`
+        seconds: after so many, a kernel gets no more candidates, of which the nearest come first;
+            compiling counts
+        note: is called with a line before each candidate
         keep: write what was found to the file that plans read
 
     Returns:
-        All trials, kernel by kernel, the fastest first. A kernel whose table has one row only, that
+        All trials, kernel by kernel, the fastest first of those that were timed again, then the
+        fastest of the others, then what does not fit. A kernel whose table has one row only, that
         of Hopper in Gluon, and a problem in which no query meets a key, have none.
 
     Raises:
@@ -73,22 +97,19 @@ def tune(
     made = plan(problem, machine.architecture, operation, form=form)
     if problem.empty:
         return []
-    operands = _operands(problem, machine, operation)
+    search = _Search(problem, machine, operation, form, timer or _seconds, seconds, note)
     found: list[Trial] = []
-    winners = {}
+    winners: dict[tuned.Key, Blocks] = {}
     for launch in [launch.plain or launch for launch in made.launches]:
         if launch.spec.gluon:
             continue  # its blocks are what shared memory allows
         if launch.spec.operation in ("delta", "merge", "reduce_dq"):
             continue  # they read and write memory once; nobody waits for their blocks
-        trials = [
-            _trial(problem, machine, operation, form, launch, blocks, operands, timer or _seconds)
-            for blocks in candidates(launch, machine.architecture)
-        ]
-        trials.sort(key=lambda trial: trial.seconds if trial.seconds is not None else float("inf"))
+        trials = search.kernel(launch)
         found += trials
-        if trials and trials[0].seconds is not None:
-            winners[key_of(launch.spec, machine.architecture)] = trials[0].blocks
+        for trial in trials:
+            if trial.winner:
+                winners[key_of(launch.spec, machine.architecture)] = trial.blocks
     if keep and winners:
         tuned.keep(winners)
     return found
@@ -101,10 +122,13 @@ def candidates(launch: Launch, name: str) -> Iterator[Blocks]:
     parallel, traverse = map(sorted, steps)
     if spec.operation == "decode":
         parallel = [usual.parallel]  # as many as there are queries
-    every = itertools.product(parallel, traverse, (4, 8), (1, 2, 3, 4))
+    streamed = (False, True) if max(spec.dim, spec.dim_v) > WIDEST_STREAMED else (False,)
+    every = [
+        Blocks(*sizes)
+        for sizes in itertools.product(parallel, traverse, (4, 8, 16), (1, 2, 3, 4), streamed)
+    ]
     yield usual
-    for sizes in every:
-        blocks = Blocks(*sizes)
+    for blocks in sorted(every, key=lambda blocks: _distance(blocks, usual)):
         if blocks == usual:
             continue
         try:
@@ -117,29 +141,94 @@ def candidates(launch: Launch, name: str) -> Iterator[Blocks]:
         yield blocks
 
 
-def _trial(
-    problem: Problem,
-    machine: Machine,
-    operation: str,
-    form: str,
-    launch: Launch,
-    blocks: Blocks,
-    operands: dict[str, Tensor],
-    timer: Timer,
-) -> Trial:
-    """One launch of the plan with these blocks, timed alone after the whole plan has run."""
-    name = launch.spec.operation
-    made = plan(problem, machine.architecture, operation, form=form, blocks={name: blocks})
-    strides = {key: tuple(tensor.stride()) for key, tensor in operands.items()}
-    try:
-        with machine.active():
-            call = prepare(made, machine, strides, aligned(operands))
-            given = call.scratch(operands)
-            call.launch(given)
-            step = next(step for step in call.steps if step.spec.operation == name)
-            return Trial(name, blocks, timer(lambda: step.launch(given)))
-    except ResourceError as error:
-        return Trial(name, blocks, None, str(error))
+def _distance(a: Blocks, b: Blocks) -> float:
+    """How far blocks are from others: steps of two, and of a stage."""
+    pairs = (a.parallel, b.parallel), (a.traverse, b.traverse), (a.warps, b.warps)
+    steps = sum(abs(math.log2(one / other)) for one, other in pairs)
+    return steps + abs(a.stages - b.stages) + 2 * (a.streamed != b.streamed)
+
+
+class _Search:
+    """What the trials of one problem share."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        machine: Machine,
+        operation: str,
+        form: str,
+        timer: Timer,
+        seconds: float | None,
+        note: Callable[[str], None] | None,
+    ) -> None:
+        self._problem, self._machine, self._timer = problem, machine, timer
+        self._operation, self._form = operation, form
+        self._limit = math.inf if seconds is None else seconds
+        self._note = note or (lambda line: None)
+        self._operands = _operands(problem, machine, operation)
+
+    def kernel(self, launch: Launch) -> list[Trial]:
+        """The trials of one launch of the plan."""
+        name, usual = launch.spec.operation, launch.spec.blocks
+        begun = time.perf_counter()
+        calls: dict[Blocks, Callable[[], None]] = {}
+        times: dict[Blocks, float] = {}
+        failures: dict[Blocks, str] = {}
+        for blocks in candidates(launch, self._machine.architecture):
+            if times and time.perf_counter() - begun > self._limit:
+                break
+            self._note(f"{name}: {blocks}")
+            try:
+                with self._machine.active():
+                    call = self._call(name, blocks)
+                    times[blocks] = self._timer(call)
+            except ResourceError as error:
+                failures[blocks] = str(error)
+            else:
+                calls[blocks] = call
+        again = sorted(times, key=lambda blocks: times[blocks])[:FINALISTS]
+        if usual in times and usual not in again:
+            again.append(usual)
+        times |= self._turn_by_turn(name, {blocks: calls[blocks] for blocks in again})
+        best = min(again, key=lambda blocks: times[blocks], default=None)
+        if best and usual in times and times[best] > times[usual] * (1 - LEAST_GAIN):
+            best = usual
+        found = [
+            Trial(name, blocks, taken, "", blocks == usual, blocks == best)
+            for blocks, taken in times.items()
+        ]
+        found.sort(key=lambda trial: (trial.blocks not in again, trial.seconds))
+        return found + [
+            Trial(name, blocks, None, why, blocks == usual) for blocks, why in failures.items()
+        ]
+
+    def _turn_by_turn(
+        self, name: str, calls: Mapping[Blocks, Callable[[], None]]
+    ) -> dict[Blocks, float]:
+        """The median seconds of each call."""
+        rounds: dict[Blocks, list[float]] = {blocks: [] for blocks in calls}
+        for turn in range(ROUNDS):
+            self._note(f"{name}: turn {turn + 1} of {ROUNDS}")
+            for blocks, call in calls.items():
+                with self._machine.active():
+                    rounds[blocks].append(self._timer(call))
+        return {blocks: statistics.median(taken) for blocks, taken in rounds.items()}
+
+    def _call(self, name: str, blocks: Blocks) -> Callable[[], None]:
+        """One launch of the plan with these blocks, alone, after the whole plan has run."""
+        made = plan(
+            self._problem,
+            self._machine.architecture,
+            self._operation,
+            form=self._form,
+            blocks={name: blocks},
+        )
+        strides = {key: tuple(tensor.stride()) for key, tensor in self._operands.items()}
+        call = prepare(made, self._machine, strides, aligned(self._operands))
+        given = call.scratch(self._operands)
+        call.launch(given)
+        step = next(step for step in call.steps if step.spec.operation == name)
+        return lambda: step.launch(given)
 
 
 def _operands(problem: Problem, machine: Machine, operation: str) -> dict[str, Tensor]:
