@@ -25,7 +25,7 @@ import tilefold
 from tilefold.backends.metal import runtime
 from tilefold.backends.metal.runtime import Mps
 from tilefold.circumstances import circumstances
-from tilefold.frontends import torch as frontend
+from tilefold.frontends import gpu
 
 COUNTS = (1, 8, 64)
 SHAPE = (1, 8, 128, 64)
@@ -48,7 +48,7 @@ def main() -> None:
     device = torch.device("cpu" if reason else "mps")
     machine = Mps(device, lambda text: Idle(), "apple9") if reason else runtime.gpu()
     if reason:
-        frontend._machine = lambda tensor: machine  # type: ignore[assignment]  # calls go to it
+        gpu.machine = lambda tensor: machine  # type: ignore[assignment]  # calls go to it
         print(f"Python's part alone: {reason}")
     tensors = [torch.randn(SHAPE, device=device, dtype=torch.float16) for _ in range(3)]
     rows = [measured(count, machine, tensors, options.rounds) for count in COUNTS]

@@ -54,7 +54,7 @@ backends.triton.operands backends.triton.standalone
 backends.triton.autotune
 backends.triton.listing backends.triton.ahead
 engine compiling
-frontends frontends.numpy frontends.gpu frontends.torch
+frontends frontends.numpy frontends.gpu frontends.tensors frontends.operators frontends.torch
 implementations implementations.torch implementations.numpy
 api metal triton
 arrays workload peers agreement bench tuning minilm

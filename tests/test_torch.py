@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 import tilefold
+import tilefold.frontends.torch  # gives the operators their derivatives
 from tilefold import Rule, attention, attention_backward, reference
-from tilefold.frontends import torch as frontend
+from tilefold.frontends import operators
+from tilefold.frontends.tensors import check
 from tilefold.problem import LAYOUTS
 
 RULES = [
@@ -193,10 +195,10 @@ def test_tensors_without_data_give_shapes() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(mask: Rule, layout: str) -> None:
     inputs = tensors(layout=layout)
-    torch.library.opcheck(frontend._attention, (*inputs, mask, None, layout, "high"))
+    torch.library.opcheck(operators.attention, (*inputs, mask, None, layout, "high"))
     o, lse = attention(*inputs, mask=mask, layout=layout, return_lse=True)
     saved = [tensor.detach() for tensor in (o, *inputs, o, lse)]
-    torch.library.opcheck(frontend._backward, (*saved, mask, 0.5, layout, "high"))
+    torch.library.opcheck(operators.attention_backward, (*saved, mask, 0.5, layout, "high"))
 
 
 @pytest.mark.slow
@@ -205,10 +207,10 @@ def test_opcheck(mask: Rule, layout: str) -> None:
 def test_opcheck_and_compile_of_half_types(dtype: torch.dtype) -> None:
     inputs = tensors(dtype)
     options = (tilefold.causal(), None, "bhnd", "highest")
-    torch.library.opcheck(frontend._attention, (*inputs, *options))
+    torch.library.opcheck(operators.attention, (*inputs, *options))
     o, lse = attention(*inputs, mask=tilefold.causal(), return_lse=True)
     saved = [tensor.detach() for tensor in (o, *inputs, o, lse)]
-    torch.library.opcheck(frontend._backward, (*saved, *options))
+    torch.library.opcheck(operators.attention_backward, (*saved, *options))
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, mask=tilefold.causal())
@@ -295,21 +297,6 @@ def test_the_first_call_may_be_a_compiled_one(mask: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.feature("T15")
-def test_an_old_torch_is_named() -> None:
-    code = """
-import torch, tilefold
-torch.__version__ = torch.torch_version.TorchVersion("2.9.1")
-try:
-    tilefold.attention(*[torch.zeros(1, 1, 1, 1)] * 3)
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("tensors need PyTorch 2.12 or newer, found 2.9.1; ")
-
-
 Q = torch.zeros(1, 2, 3, 4)
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "NumPy beside torch": (
@@ -358,7 +345,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "k must be a strided tensor, got torch.sparse_coo; pass k.to_dense()",
     ),
     "another device": (
-        lambda: frontend._check(q=Q, k=OnGpu()),  # type: ignore[arg-type]  # no GPU here
+        lambda: check(q=Q, k=OnGpu()),  # type: ignore[arg-type]  # no GPU here
         ValueError,
         "k is on cuda:0 and others are on cpu: pass k.to('cpu'), or the others on cuda:0",
     ),

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tilefold
+import tilefold.frontends.torch  # gives the operators their derivatives
 from tilefold import engine
-from tilefold.frontends import torch as frontend
+from tilefold.frontends import operators
 
 MASK = tilefold.causal()
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,7 +29,7 @@ def direct(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    result: Tensor = frontend._attention(q, k, v, MASK, None, "bhnd", "highest")[0]
+    result: Tensor = operators.attention(q, k, v, MASK, None, "bhnd", "highest")[0]
     return result
 
 
@@ -310,8 +311,8 @@ def test_a_plain_call_meets_no_dispatcher(monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError("the operator was called")
 
     with monkeypatch.context() as patch:
-        patch.setattr(frontend, "_attention", never)
-        patch.setattr(frontend, "_backward", never)
+        patch.setattr(operators, "attention", never)
+        patch.setattr(operators, "attention_backward", never)
         o, lse = tilefold.attention(*tensors(), return_lse=True)
         tilefold.attention_backward(o, *tensors(), o, lse)
         inputs = leaf()

@@ -1,0 +1,104 @@
+"""The operators `tilefold::attention` and `tilefold::attention_backward` of PyTorch.
+
+Both take the mask as a `Rule`: it is registered as an opaque value, a constant of the compiled
+graph that is guarded by equality, so another rule compiles another graph. Rules over positions may
+be made and joined inside a compiled function; rules that carry data, and `rule(...)`, are made
+outside of it and used inside. PyTorch takes such values from 2.12 on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilefold.coordinates import Coordinates
+from tilefold.frontends import tensors
+from tilefold.mask import Rule
+from tilefold.problem import LAYOUTS
+
+_constants: dict[str, object] = {}
+
+
+def _constant(key: str) -> object:
+    """The value that a compiled graph names."""
+    return _constants[key]
+
+
+def _write(value: object) -> tuple[str, dict[str, Any]]:
+    """A value as the code of a compiled graph spells it, and the names in that spelling."""
+    key = repr(value)
+    while _constants.setdefault(key, value) != value:  # data is not part of what a rule prints
+        key += "'"
+    return f"_constant({key!r})", {"_constant": _constant}
+
+
+def _register(kind: Any) -> None:
+    """Make values of a class constants of compiled graphs."""
+    from torch._library import opaque_object
+
+    kind.__fx_repr__ = _write
+    if hasattr(opaque_object, "register_custom_class"):  # its name in PyTorch 2.15
+        opaque_object.register_custom_class(kind, typ="constant")
+    else:
+        opaque_object.register_opaque_type(kind, typ="value")
+
+
+_register(Coordinates)
+_register(Rule)
+
+
+@torch.library.custom_op(
+    "tilefold::attention", mutates_args=(), device_types=("cpu", "mps", "cuda")
+)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    """O and lse, of arguments as `tilefold.attention` takes them; none may be left out."""
+    return tensors.forward(q, k, v, mask, scale, layout, precision)
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
+) -> tuple[Tensor, Tensor]:
+    axes = LAYOUTS[layout]
+    sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
+    lse = q.new_empty(sizes[:3], dtype=tensors.statistics(q))
+    return q.new_empty([sizes[axis] for axis in axes]), lse
+
+
+@torch.library.custom_op(
+    "tilefold::attention_backward", mutates_args=(), device_types=("cpu", "mps", "cuda")
+)
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, of arguments as `tilefold.attention_backward` takes them."""
+    return tensors.backward(do, q, k, v, o, lse, mask, scale, layout, precision)
+
+
+@attention_backward.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Rule,
+    scale: float | None,
+    layout: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
