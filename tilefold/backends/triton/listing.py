@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -35,6 +35,9 @@ _LABEL = re.compile(r"^(\.L[\w$]*):")
 _JUMP = re.compile(r"\b(?:BRA|s_cbranch_\w+|s_branch)\b.*?(\.L[\w$]+)")
 _CODE = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s*)?(?:@!?U?P\w+\s+)?([A-Za-z][\w.]+)")
 
+_PIECES = "for first_d in"
+"""What a loop over pieces begins with in a text."""
+
 _LEAST = 32
 """Multiply-adds of single lanes in a loop that multiplies tiles by them."""
 
@@ -55,14 +58,15 @@ def walks(text: str) -> list[Walk | None]:
 
 
 def spills(code: str, text: str) -> dict[str, int]:
-    """Loads and stores of spilled registers in the innermost loops that multiply, by walk.
+    """Loads and stores of spilled registers in the loops over tiles that multiply, by walk.
 
-    `code` is SASS with line information or amdgcn. A kernel without walks has one, "body".
+    `code` is SASS with line information or amdgcn. A kernel without walks has one, "body". Those
+    are the innermost loops, but in a kernel that is streamed: there they hold loops over pieces.
     """
     instructions, jumps = _read(code)
     owner = walks(text)
     found: dict[str, int] = {}
-    for first, last in _loops(instructions, jumps):
+    for first, last in _loops(instructions, jumps, inner=int(_PIECES in text)):
         inside = instructions[first : last + 1]
         lines = Counter(
             owner[each.line] for each in inside if _multiplies(each) and each.line < len(owner)
@@ -103,9 +107,9 @@ def _read(code: str) -> tuple[list[_Instruction], list[tuple[int, int]]]:
 
 
 def _loops(
-    instructions: Sequence[_Instruction], jumps: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
-    """The loops that multiply and hold no other loop that does."""
+    instructions: Sequence[_Instruction], jumps: Sequence[tuple[int, int]], inner: int
+) -> list[tuple[int, int]]:
+    """The loops that multiply and hold so many levels of loops that do."""
     units = [bool(_UNITS.search(each.text)) for each in instructions]
     if any(units):
         least = 1
@@ -118,7 +122,11 @@ def _loops(
     loops = [
         (first, last) for first, last in latest.items() if before[last + 1] - before[first] >= least
     ]
-    for first, last in loops:
-        inner = ((a, b) for a, b in loops if first <= a and b <= last and (a, b) != (first, last))
-        if not any(inner):
-            yield first, last
+    for _ in range(inner):  # the innermost drop out
+        loops = [loop for loop in loops if any(_holds(loop, other) for other in loops)]
+    return [loop for loop in loops if not any(_holds(loop, other) for other in loops)]
+
+
+def _holds(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether another loop lies within a loop."""
+    return loop != other and loop[0] <= other[0] and other[1] <= loop[1]
