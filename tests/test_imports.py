@@ -47,7 +47,7 @@ backends.triton.repair backends.triton.resident backends.triton.hopper
 backends.triton.source
 backends.triton.architectures backends.triton.resources backends.triton.tables
 backends.triton.choice
-backends.triton.tuned backends.triton.plan
+backends.triton.sheets backends.triton.launch backends.triton.tuned backends.triton.plan
 backends.triton.machine backends.triton.module backends.triton.interpreter backends.triton.dispatch
 backends.triton.runtime backends.triton.calls
 backends.triton.operands backends.triton.standalone

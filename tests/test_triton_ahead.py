@@ -50,13 +50,14 @@ CASES = (
 )
 NAMES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
+UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+UNITS |= dict.fromkeys(("gfx90a", "gfx942", "gfx950"), "mfma")
 """What multiplies half types in a block of 64 rows or more."""
 
 
 def cases(name: str) -> Iterator[Case]:
     for operation, dtype, dim, precision in CASES:
-        if name == "gfx942" and precision != "highest":
+        if amd(name) and precision != "highest":
             continue  # its products of float32 are exact
         yield Case(name, operation, dtype, dim, precision)
 
@@ -107,16 +108,21 @@ def check_instructions(case: Case, report: Compiled, rows: int, moved: bool) -> 
     else:
         assert {*UNITS.values()} & {*found}, case
     assert ("bulk copies" in found) == moved, case
-    if case.architecture != "gfx942" and launch_of(case).spec.blocks.stages > 1:
+    if not amd(case.architecture) and launch_of(case).spec.blocks.stages > 1:
         assert moved or "cp.async" in found, case
 
 
 def has_no_unit(case: Case) -> bool:
     """Whether products are multiply-adds of single lanes."""
     if case.dtype == "float64":
-        fails = case.architecture == "gfx942" and module.version() < (3, 9)
+        fails = amd(case.architecture) and module.version() < (3, 9)
         return fails or case.architecture == "sm_100"
-    return case.dtype == "float32" and case.precision == "highest" and case.architecture != "gfx942"
+    return case.dtype == "float32" and case.precision == "highest" and not amd(case.architecture)
+
+
+def amd(name: str) -> bool:
+    """Whether an architecture is one of AMD's."""
+    return architecture(name).kind == "hip"
 
 
 @pytest.mark.slow
@@ -131,6 +137,16 @@ def test_kernels_compile_without_descriptors_too(name: str) -> None:
         assert "bulk copies" not in report.instructions and "cp.async" in report.instructions
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gfx90a", "gfx950"])
+def test_other_gpus_of_amd_take_the_blocks_of_an_mi300(name: str) -> None:
+    asked = [Case(name, "forward", "bfloat16", 128), Case(name, "backward_dkv", "float64", 64)]
+    specs = [spec_of(case) for case in asked]
+    for case, report in zip(asked, reports([(spec, name) for spec in specs]), strict=True):
+        assert report.within(architecture(name)), (case, report.failure)
+        check_instructions(case, report, 16 if case.dtype == "float64" else 64, False)
+
+
 @pytest.mark.feature("M07")
 def test_estimates_of_shared_memory_are_close_to_the_reports_that_are_kept() -> None:
     """Never below; close above for what is used most, and for the rest on the safe side."""
@@ -141,7 +157,7 @@ def test_estimates_of_shared_memory_are_close_to_the_reports_that_are_kept() -> 
         assert str(launch.spec.blocks) == row["blocks"], f"{case}: tools/triton_resources.py"
         estimate = launch.choice.shared_bytes
         usual = case.dtype == "bfloat16" and case.operation != "backward"
-        most = 1.6 if usual and case.architecture != "gfx942" else 4.5
+        most = 1.6 if usual and not amd(case.architecture) else 4.5
         assert report.shared_bytes <= estimate <= most * report.shared_bytes, case
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from tilefold.backends.triton import (
     plan,
     resident,
     runtime,
+    sheets,
     source,
     spec,
 )
@@ -88,6 +90,31 @@ def test_few_queries_are_decoded(shape: tuple[Any, ...], form: str, expected: li
         launch, programs = made.launches[0], 4 * shape[1][1] * made.launches[0].block_rows
         assert programs >= min(ENOUGH_PROGRAMS, 8 * 8192 // plan.KEYS_PER_SPLIT)
         assert made.buffers["part_o"].shape == (4, 8, launch.splits, shape[0][2], 64)
+
+
+@pytest.mark.feature("M10")
+def test_a_plan_says_how_fast_it_can_be_at_most() -> None:
+    """By the data sheet: here 4 b h n^2 d operations at 989 TFLOP/s, of which causal() has half."""
+    shape = (1, 8, 8192, 128)
+    problem = Problem.of(shape, dtype="bfloat16")
+    lines = plan.plan(problem, "sm_90", "forward", form="tiled").explain()
+    seconds = 4 * 8 * 8192**2 * 128 / 989e12
+    assert "  100.0% of all pairs lie in the tiles that are visited" in lines
+    bound = f"no faster than {seconds * 1e3:.3g} ms (arithmetic) on an H100 SXM, by its data sheet"
+    assert f"  {bound}" in lines
+    half = plan.plan(replace(problem, mask=causal()), "sm_90", "backward", form="fused")
+    *_, last = (line for line in half.explain() if "of all pairs" in line)
+    assert 50.0 < float(last.partition("%")[0]) < 52.0
+    few = plan.plan(Problem.of((1, 8, 1, 128), shape, dtype="bfloat16"), "gfx942", "forward")
+    words = "\n".join(few.explain())
+    assert words.count("no faster than") == 1 and "(bytes) on an MI300X" in words
+    assert not sheets.rates("none", "float16", "ieee")
+
+
+def test_the_examples_of_the_page() -> None:
+    page = Path(__file__).parents[1] / "docs" / "triton.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert tried and not failed
 
 
 @pytest.mark.feature("M15", "T07")

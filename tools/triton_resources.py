@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from tilefold import causal
 from tilefold.backends.triton.ahead import Compiled, reports
 from tilefold.backends.triton.architectures import architecture
-from tilefold.backends.triton.plan import Launch, plan
+from tilefold.backends.triton.launch import Launch
+from tilefold.backends.triton.plan import plan
 from tilefold.backends.triton.source import emit
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.problem import Problem

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from gpu_parts.section import Here, Row, Stage
 from gpu_parts.timing import Call
 from tilefold.backends.triton.dispatch import aligned, prepare
-from tilefold.backends.triton.plan import FORMS, TritonPlan, plan
+from tilefold.backends.triton.launch import TritonPlan
+from tilefold.backends.triton.plan import FORMS, plan
 from tilefold.mask import causal, full
 from tilefold.peers import TOLERANCE
 from tilefold.problem import STATISTICS, Problem

@@ -17,7 +17,8 @@ import numpy as np
 
 from gpu_parts import attend, speed, timing
 from gpu_parts.section import Here, Row, Section, Settings, Stage
-from tilefold.backends.triton.plan import Launch, plan
+from tilefold.backends.triton.launch import Launch
+from tilefold.backends.triton.plan import plan
 from tilefold.data import documents
 from tilefold.mask import Rule, causal, local
 from tilefold.problem import Problem

@@ -53,13 +53,16 @@ ARCHITECTURES = {
             tensor_memory=True, float64_rows=32,
         ),
         Architecture("sm_120", "cuda", "RTX 50", "sm_120", 99 * _KIB, descriptors=True),
-        Architecture(
-            "gfx942", "hip", "MI300", "gfx942", 64 * _KIB, warp=64, registers=131072,
-            thread_registers=512,
+        *(
+            Architecture(
+                name, "hip", chips, "gfx942", 64 * _KIB, warp=64, registers=131072,
+                thread_registers=512,
+            )
+            for name, chips in (("gfx90a", "MI200"), ("gfx942", "MI300"), ("gfx950", "MI350"))
         ),
     )
 }  # fmt: skip
-"""By name, NVIDIA's oldest first."""
+"""By name, NVIDIA's oldest first, then AMD's. An MI350 has 160 KiB, of which no table makes use."""
 
 
 def architecture(name: str) -> Architecture:

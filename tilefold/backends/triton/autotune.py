@@ -20,8 +20,9 @@ from tilefold.backends.triton import tuned
 from tilefold.backends.triton.architectures import architecture
 from tilefold.backends.triton.choice import choose
 from tilefold.backends.triton.dispatch import aligned, execute, prepare
+from tilefold.backends.triton.launch import Launch
 from tilefold.backends.triton.machine import Machine, ResourceError
-from tilefold.backends.triton.plan import Launch, key_of, plan
+from tilefold.backends.triton.plan import key_of, plan
 from tilefold.backends.triton.spec import LEAST, WIDEST_STREAMED, Blocks
 from tilefold.problem import STATISTICS, Problem
 

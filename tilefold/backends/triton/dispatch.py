@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from tilefold.backends.triton import arguments, frame, module, resident, resources, source
 from tilefold.backends.triton.arguments import OPERANDS, RUNS, SIZES, STRIDED
+from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.machine import Machine, ResourceError
-from tilefold.backends.triton.plan import Launch, TritonPlan
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.problem import ITEM_BYTES, Problem
 

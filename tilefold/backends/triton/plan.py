@@ -8,15 +8,16 @@ are split among programs, whose parts are merged in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import check, settings
+from tilefold import check, roofline, settings
 from tilefold.backends.triton import resident, tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.choice import Asked, Choice, check_asked, choose
+from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.spec import (
     BY_PRECISION,
     LEAST,
@@ -27,7 +28,7 @@ from tilefold.backends.triton.spec import (
 )
 from tilefold.blocks import Runs, runs
 from tilefold.choice import GRANULE, bound, visited_by
-from tilefold.expression import Table, split
+from tilefold.expression import split
 from tilefold.fold import index_bits
 from tilefold.plan import Scratch
 from tilefold.problem import STATISTICS, Problem
@@ -70,74 +71,6 @@ the plain kernel cuts into 64 and 16. Published kernels of the two kinds differ 
 speed (FlashAttention-3 and Triton's, H100, dim 128); ours were not timed."""
 
 _NO_RUNS = np.zeros((1, 2), np.int32)
-
-
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """One kernel of a plan, and the work that its programs share.
-
-    `order` gives each program of a head its block row, the heaviest first; in the decode kernel
-    that is row block * splits + split. `run_rows` and `runs` are as `visits.parted` makes them,
-    `planes` how many of the batch and of the heads have runs of their own (1 where all are alike).
-    `plain` takes the place of a launch where the arrays lie so that it cannot serve; without one
-    that is an error.
-    """
-
-    spec: TritonSpec
-    choice: Choice
-    order: NDArray[np.int32]
-    run_rows: NDArray[np.int32]
-    runs: NDArray[np.int32]
-    planes: tuple[int, int]
-    visited_rows: int
-    block_rows: int
-    heads: int
-    programs: int
-    splits: int = 1
-    plain: Launch | None = None
-
-    @property
-    def resident(self) -> bool:
-        """Whether programs stay: as many as multiprocessors, each with several block rows."""
-        return self.spec.gluon
-
-
-@dataclass(frozen=True, eq=False)
-class TritonPlan:
-    """The kernels of one operation in the order in which they run, and the data of the mask.
-
-    `buffers` are arrays that the kernels hand to each other, by their names in the kernels; those
-    in `cleared` begin with zeros.
-    """
-
-    problem: Problem
-    architecture: Architecture
-    operation: str
-    launches: tuple[Launch, ...]
-    parameters: tuple[int, ...]
-    tables: tuple[Table, ...]
-    buffers: Mapping[str, Scratch]
-    cleared: tuple[str, ...] = ()
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of the mask's tables and of the runs."""
-        arrays = [table.array for table in self.tables]
-        for launch in self.launches:
-            arrays += [launch.order, launch.run_rows, launch.runs]
-        return sum(array.nbytes for array in arrays)
-
-    def explain(self) -> list[str]:
-        """What was chosen for each kernel and why, as lines of text."""
-        lines = []
-        for launch in self.launches:
-            lines += launch.choice.explain()
-            lines.append(f"  {launch.programs} programs")
-        for name, scratch in self.buffers.items():
-            shape = " x ".join(map(str, scratch.shape))
-            lines.append(f"scratch {name}: {shape} {scratch.dtype}")
-        return lines
-
 
 _recent: Recent[TritonPlan] = Recent(most=128, most_bytes=256 * 2**20)
 tuned.when_changed(_recent.clear)
@@ -317,12 +250,19 @@ class _Planner:
         return self._launch(spec, made, visited, problem.heads_q)
 
     def _launch(
-        self, spec: TritonSpec, made: Choice, visited: Runs, heads: int, blocks: int = 1
+        self, spec: TritonSpec, made: Choice, visited: Runs, heads: int, blocks: int | None = None
     ) -> Launch:
-        """The launch of a kernel that visits runs; each block row has so many blocks of rows."""
+        """The launch of a kernel that visits runs.
+
+        Decoding has `blocks` of queries, and then each block row is a split of the keys of all.
+        """
         visited = aligned(visited, spec.blocks.traverse)
         rows = visited.block_rows
-        order = (_heaviest_first(visited)[:, None] + rows * np.arange(blocks)).ravel()
+        height, splits = spec.blocks.parallel, 1
+        if blocks is not None:
+            height, splits = self._problem.len_q, rows
+        pairs = roofline.computed_pairs(self._problem, spec.parallel, visited, height, splits)
+        order = (_heaviest_first(visited)[:, None] + rows * np.arange(blocks or 1)).ravel()
         run_rows, spans = parted(visited, spec.blocks.traverse)
         return Launch(
             spec,
@@ -335,6 +275,7 @@ class _Planner:
             len(order),
             heads,
             len(order) * heads * self._problem.batch,
+            pairs,
         )
 
     def _simple(self, operation: str, splits: int) -> Launch:
@@ -344,7 +285,7 @@ class _Planner:
         rows = -(-problem.len_q // spec.blocks.parallel)
         nothing = np.zeros(1, np.int32)
         programs = rows * problem.heads_q * problem.batch
-        rest = (1, 1), 0, rows, problem.heads_q, programs, splits
+        rest = (1, 1), 0, rows, problem.heads_q, programs, 0, splits
         return Launch(spec, made, nothing, nothing, _NO_RUNS, *rest)
 
     def _fused(self) -> list[Launch]:

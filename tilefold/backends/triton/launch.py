@@ -1,0 +1,103 @@
+"""What a plan is: kernels in the order in which they run, their work, and why they are these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import roofline
+from tilefold.backends.triton import sheets
+from tilefold.backends.triton.architectures import Architecture
+from tilefold.backends.triton.choice import Choice
+from tilefold.backends.triton.spec import TritonSpec
+from tilefold.expression import Table
+from tilefold.plan import Scratch
+from tilefold.problem import Problem
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel of a plan, and the work that its programs share.
+
+    `order` gives each program of a head its block row, the heaviest first; in the decode kernel
+    that is row block * splits + split. `run_rows` and `runs` are as `visits.parted` makes them,
+    `planes` how many of the batch and of the heads have runs of their own (1 where all are alike).
+    `pairs` are those of queries and keys in the tiles that are visited, over batch and heads.
+    `plain` takes the place of a launch where the arrays lie so that it cannot serve; without one
+    that is an error.
+    """
+
+    spec: TritonSpec
+    choice: Choice
+    order: NDArray[np.int32]
+    run_rows: NDArray[np.int32]
+    runs: NDArray[np.int32]
+    planes: tuple[int, int]
+    visited_rows: int
+    block_rows: int
+    heads: int
+    programs: int
+    pairs: int = 0
+    splits: int = 1
+    plain: Launch | None = None
+
+    @property
+    def resident(self) -> bool:
+        """Whether programs stay: as many as multiprocessors, each with several block rows."""
+        return self.spec.gluon
+
+
+@dataclass(frozen=True, eq=False)
+class TritonPlan:
+    """The kernels of one operation in the order in which they run, and the data of the mask.
+
+    `buffers` are arrays that the kernels hand to each other, by their names in the kernels; those
+    in `cleared` begin with zeros.
+    """
+
+    problem: Problem
+    architecture: Architecture
+    operation: str
+    launches: tuple[Launch, ...]
+    parameters: tuple[int, ...]
+    tables: tuple[Table, ...]
+    buffers: Mapping[str, Scratch]
+    cleared: tuple[str, ...] = ()
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        arrays = [table.array for table in self.tables]
+        for launch in self.launches:
+            arrays += [launch.order, launch.run_rows, launch.runs]
+        return sum(array.nbytes for array in arrays)
+
+    def explain(self) -> list[str]:
+        """What was chosen for each kernel and why, as lines of text."""
+        lines = []
+        for launch in self.launches:
+            lines += launch.choice.explain()
+            lines.append(f"  {launch.programs} programs")
+            lines += [f"  {line}" for line in self._bounds(launch)]
+        for name, scratch in self.buffers.items():
+            shape = " x ".join(map(str, scratch.shape))
+            lines.append(f"scratch {name}: {shape} {scratch.dtype}")
+        return lines
+
+    def _bounds(self, launch: Launch) -> list[str]:
+        """What a launch computes, and how fast that can be at most."""
+        problem, spec = self.problem, launch.spec
+        if not launch.pairs:
+            return []
+        every = problem.batch * problem.heads_q * problem.len_q * problem.len_k
+        lines = [f"{launch.pairs / every:.1%} of all pairs lie in the tiles that are visited"]
+        if rates := sheets.rates(self.architecture.name, spec.dtype, spec.products):
+            least = roofline.bounds(problem, spec.operation, launch.pairs, rates)
+            lines.append(
+                f"no faster than {least.seconds * 1e3:.3g} ms ({least.binding}) on"
+                f" {'an' if rates.device[0] in 'AHLMR' else 'a'} {rates.device}, by its data sheet"
+            )
+        return lines
