@@ -6,6 +6,7 @@ tolerances. Lengths are smaller than on the CPU; types, forms and architectures 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,23 @@ def test_results_do_not_depend_on_the_blocks(blocks: Blocks, form: str, dim: int
 
 
 @pytest.mark.slow
+@pytest.mark.feature("M06")
+@pytest.mark.parametrize("form", ["split", "fused"])
+def test_streamed_operands_of_a_negative_scale_in_odd_strides(form: str) -> None:
+    """Queries, or keys, are negated as their pieces come."""
+    case = Case((40, 72), 80, "causal", "bnhd", "gqa", "step2", "narrower")
+    problem = replace(case.problem("float32"), scale=-0.3)
+    operands = inputs(problem, case.layout, case.memory)
+    want = dense(operands, problem.mask, problem.scale)
+    tolerance = tolerances(problem, operands, want, host_pairs=False)
+    blocks = Blocks(16, 16, 2, 2, streamed=True)
+    got = forward(problem, operands, blocks=blocks)
+    got |= backward(problem, {**operands, **got}, blocks=blocks, form=form)
+    for name, array in got.items():
+        assert_near(name, array, want[name], tolerance[name])
+
+
+@pytest.mark.slow
 @pytest.mark.feature("M04")
 @pytest.mark.parametrize("options", [{"form": "split"}, {"form": "fused", "owners": 3}], ids=str)
 def test_the_same_bits_every_time(options: dict[str, Any]) -> None:
@@ -187,3 +205,7 @@ def test_operands_in_memory_as_wide_as_64_bits_count() -> None:
     spec = dispatch.fitted(made.launches[0].spec, made, found, True)
     assert spec.wide
     assert "tl.int64) * k_n" in source.emit(spec)
+    given["o"].zero_()
+    streamed = plan(problem, "sm_90", "forward", blocks=Blocks(16, 16, 1, 1, streamed=True))
+    dispatch.execute(streamed, on, given)
+    assert_near("o, streamed", given["o"].numpy(), want["o"], 2e-3)

@@ -40,10 +40,10 @@ KINDS = {
 """The type and products that stand for a kind: TF32 in three products takes most."""
 
 SEARCHED = {
-    "half": ("sm_90", "sm_80", "sm_100", "gfx942"),
+    "half": ("sm_90", "sm_80", "sm_100", "gfx942", "gfx1100"),
     "tf32": ("sm_80", "sm_90", "sm_100"),
-    "float32": ("sm_80", "gfx942"),
-    "float64": ("sm_80", "sm_100", "gfx942"),
+    "float32": ("sm_80", "gfx942", "gfx1100"),
+    "float64": ("sm_80", "sm_100", "gfx942", "gfx1100"),
 }
 """Architectures that are searched. What multiplies as an A100 does has its rows, where they fit."""
 
@@ -75,6 +75,7 @@ TILES = (
 
 WARPS = {128: (8, 16), 64: (4, 8, 16), 32: (4, 8), 16: (4, 8)}
 WARPS_AMD = {128: (4, 8), 64: (4, 8), 32: (4, 2), 16: (4, 1)}
+WARPS_RDNA = {128: (8,), 64: (4, 8), 32: (4, 2), 16: (4, 1)}
 """Warps by rows of the parallel block; on AMD they have 64 threads."""
 
 MOST_TRIES = 5
@@ -240,7 +241,8 @@ def candidates(cell: Cell, stages: tuple[int, ...], streamed: bool) -> Iterator[
     for parallel, traverse in tiles:
         if operation == "forward" and traverse > parallel:
             continue
-        for warps in (WARPS_AMD if device.kind == "hip" else WARPS)[parallel]:
+        few = WARPS_AMD if device.warp == 64 else WARPS_RDNA
+        for warps in (few if device.kind == "hip" else WARPS)[parallel]:
             for count in stages:
                 blocks = Blocks(parallel, traverse, warps, count, streamed)
                 if promising(cell, device, blocks):
@@ -275,7 +277,7 @@ def promising(cell: Cell, device: Architecture, blocks: Blocks) -> bool:
     held = parallel * (1 if operation in ("forward", "decode") else 2) if buffers > 1 else 0
     columns = min(dim, WIDEST_STREAMED) if blocks.streamed else dim
     shared = (2 * traverse * buffers + held) * columns * item
-    each = device.registers // (blocks.warps * device.warp)
+    each = min(device.thread_registers, device.registers // (blocks.warps * device.warp))
     return taken <= min(most, each - 40) and shared <= device.shared_bytes * 1.2
 
 
@@ -294,7 +296,7 @@ def cells() -> list[Cell]:
 def tables(search: Search) -> Iterator[str]:
     """The tables as `tables.py` has them."""
     best = {cell: search.found(cell, None) for cell in cells()}
-    for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
+    for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"):
         limit = architecture(name).shared_bytes
         for operation in OPERATIONS:
             yield f'    ("{name}", "{operation}"): """'
@@ -323,6 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kept", type=Path, required=True, help="a file of JSON lines")
     parser.add_argument("--print", action="store_true", help="print the tables of what is kept")
+    parser.add_argument("--name", help="no other architecture")
     parser.add_argument("--kind", choices=KINDS, help="no other types")
     parser.add_argument("--dims", type=int, nargs="*", default=ORDER, help="no other heads")
     parser.add_argument("--workers", type=int, default=2)
@@ -330,7 +333,13 @@ def main() -> None:
     search = Search(given.kept)
     if not given.print:
         search.run(
-            [cell for cell in cells() if given.kind in (None, cell[0]) and cell[3] in given.dims],
+            [
+                cell
+                for cell in cells()
+                if given.kind in (None, cell[0])
+                and given.name in (None, cell[1])
+                and cell[3] in given.dims
+            ],
             given.workers,
         )
         return
