@@ -40,10 +40,10 @@ KINDS = {
 """The type and products that stand for a kind: TF32 in three products takes most."""
 
 SEARCHED = {
-    "half": ("sm_90", "sm_80", "sm_100", "gfx942", "gfx1100"),
+    "half": ("sm_90", "sm_80", "sm_100", "gfx942"),
     "tf32": ("sm_80", "sm_90", "sm_100"),
-    "float32": ("sm_80", "gfx942", "gfx1100"),
-    "float64": ("sm_80", "sm_100", "gfx942", "gfx1100"),
+    "float32": ("sm_80", "gfx942"),
+    "float64": ("sm_80", "sm_100", "gfx942"),
 }
 """Architectures that are searched. What multiplies as an A100 does has its rows, where they fit."""
 
@@ -75,7 +75,6 @@ TILES = (
 
 WARPS = {128: (8, 16), 64: (4, 8, 16), 32: (4, 8), 16: (4, 8)}
 WARPS_AMD = {128: (4, 8), 64: (4, 8), 32: (4, 2), 16: (4, 1)}
-WARPS_RDNA = {128: (8,), 64: (4, 8), 32: (4, 2), 16: (4, 1)}
 """Warps by rows of the parallel block; on AMD they have 64 threads."""
 
 MOST_TRIES = 5
@@ -241,8 +240,7 @@ def candidates(cell: Cell, stages: tuple[int, ...], streamed: bool) -> Iterator[
     for parallel, traverse in tiles:
         if operation == "forward" and traverse > parallel:
             continue
-        few = WARPS_AMD if device.warp == 64 else WARPS_RDNA
-        for warps in (few if device.kind == "hip" else WARPS)[parallel]:
+        for warps in (WARPS_AMD if device.kind == "hip" else WARPS)[parallel]:
             for count in stages:
                 blocks = Blocks(parallel, traverse, warps, count, streamed)
                 if promising(cell, device, blocks):
@@ -296,7 +294,7 @@ def cells() -> list[Cell]:
 def tables(search: Search) -> Iterator[str]:
     """The tables as `tables.py` has them."""
     best = {cell: search.found(cell, None) for cell in cells()}
-    for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"):
+    for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
         limit = architecture(name).shared_bytes
         for operation in OPERATIONS:
             yield f'    ("{name}", "{operation}"): """'

@@ -55,12 +55,6 @@ ARCHITECTURES = {
         Architecture("sm_120", "cuda", "RTX 50", "sm_120", 99 * _KIB, descriptors=True),
         *(
             Architecture(
-                name, "hip", chips, "gfx1100", 64 * _KIB, registers=131072, thread_registers=256,
-            )
-            for name, chips in (("gfx1100", "RX 7000"), ("gfx1201", "RX 9000"))
-        ),
-        *(
-            Architecture(
                 name, "hip", chips, "gfx942", 64 * _KIB, warp=64, registers=131072,
                 thread_registers=512,
             )

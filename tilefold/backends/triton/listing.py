@@ -21,14 +21,13 @@ KINDS = {
     "tcgen05.mma": r"tcgen05\.mma",
     "mma.sync": r"mma\.sync",
     "mfma": r"\bv_mfma_",
-    "wmma": r"\bv_wmma_",
     "fma": r"\bfma\.rn\.(?:f32|f64)|\bv_(?:pk_)?fma(?:c|_)\w*f(?:32|64)",
     "cp.async": r"cp\.async\.c[ag]\.",
     "bulk copies": r"cp\.async\.bulk\.tensor",
 }
 """Instructions that are counted, as PTX and amdgcn name them."""
 
-_UNITS = re.compile(r"\b(?:HGMMA|QGMMA|HMMA|DMMA|UTC\w*MMA|v_mfma_\w+|v_wmma_\w+)")
+_UNITS = re.compile(r"\b(?:HGMMA|QGMMA|HMMA|DMMA|UTC\w*MMA|v_mfma_\w+)")
 _LANES = re.compile(r"\b(?:FFMA2?|DFMA|v_(?:pk_)?fma(?:c|_)\w*)\b")
 _SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)_")
 _LINE = re.compile(r'//## File ".*", line (\d+)|^\s*\.loc\s+\d+ (\d+) ')
