@@ -19,7 +19,7 @@ from tilefold.backends.triton.machine import ResourceError
 from tilefold.backends.triton.spec import Blocks
 from tilefold.problem import Problem
 
-SMALL = Problem.of((1, 2, 40, 16), dtype="float32", mask=causal())
+SMALL = Problem.of((1, 1, 20, 16), dtype="float32", mask=causal())
 LARGE = Problem.of((4, 16, 4096, 128), dtype="float16", mask=causal())
 SOME = [Blocks(16, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(32, 32, 4, 1)]
 
@@ -169,7 +169,7 @@ def test_a_damaged_file_is_left_out(fresh_cache: Path, content: bytes) -> None:
 
 # The command ----------------------------------------------------------------------------------
 
-WORDS = ["tune", "--device", "cuda", "--operation", "forward", "--shape", "1,2,40,16"]
+WORDS = ["tune", "--device", "cuda", "--operation", "forward", "--shape", "1,1,20,16"]
 WORDS += ["--mask", "causal()"]
 
 
@@ -181,7 +181,7 @@ def test_the_command_shows_and_keeps(
     clock({usual(): 3e-3, SOME[1]: 1e-3, SOME[0]: -1.0})
     assert cli.main(WORDS) == 0
     printed = capsys.readouterr().out
-    assert "forward 1,2,40,16 float32 causal()" in printed and "1.00 ms" in printed
+    assert "forward 1,1,20,16 float32 causal()" in printed and "1.00 ms" in printed
     assert f"{SOME[1]} is 200.0% faster than the blocks of before" in printed
     assert "1 of 3 do not fit" in printed
     assert usual() == SOME[1]
