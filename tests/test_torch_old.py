@@ -83,14 +83,19 @@ def test_what_needs_an_operator_says_so() -> None:
     code = """
 refused(lambda: torch.func.grad(lambda q: f(q).sum())(q))
 class Kind(torch.Tensor): pass
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+with FakeTensorMode(allow_non_fake_inputs=True):
+    refused(lambda: tilefold.attention(q.detach(), k.detach(), v.detach()))
+refused(lambda: make_fx(f)(q.detach()))
 refused(lambda: f(q.detach().as_subclass(Kind)))
 o, lse = tilefold.attention(q, k, v, return_lse=True)
 dq = tilefold.attention_backward(torch.ones_like(o), q, k, v, o, lse)[0]
 refused(lambda: dq.sum().backward())
 refused(lambda: tilefold.attention(q, k, v.to_sparse()))
 """
-    transform, subclass, second, sparse = printed(code)
-    for line in (transform, subclass):
+    transform, fake, traced, subclass, second, sparse = printed(code)
+    for line in (transform, fake, traced, subclass):
         assert line.startswith("NotImplementedError attention under torch.func, tracers and")
         assert line.endswith("needs PyTorch 2.12 or newer, found 2.11.0")
     assert second.startswith("NotImplementedError second derivatives of tilefold.attention")

@@ -150,6 +150,7 @@ def test_other_gpus_of_amd_take_the_blocks_of_an_mi300(name: str) -> None:
 @pytest.mark.feature("M07")
 def test_estimates_of_shared_memory_are_close_to_the_reports_that_are_kept() -> None:
     """Never below; close above for what is used most, and for the rest on the safe side."""
+    assert set(KEPT) == set(triton_resources.cases()), "tools/triton_resources.py"
     for case, row in KEPT.items():
         launch, report = launch_of(case), report_of(row)
         if row["failure"] or case.operation not in resources.HELD:

@@ -145,6 +145,8 @@ def test_candidates_begin_with_the_usual_blocks_and_fit(problem: Problem) -> Non
     distances = [autotune._distance(blocks, found[0]) for blocks in found]
     assert distances == sorted(distances), "the nearest come first"
     assert any(blocks.streamed for blocks in found)
+    for blocks in found:  # raises for those that do not fit
+        plan.plan(problem, "sm_90", "forward", form="tiled", blocks=blocks)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +211,40 @@ def test_bad_words_get_one_line(
     assert cli.main([*WORDS, *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("shape", ["1,1,0,16", "1,1,20,16"])
+def test_where_nothing_is_to_be_seen_nothing_is_tuned(
+    shape: str, clock: Clock, on: Interpreted, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(runtime, "gpu", lambda: on)
+    measured = clock({usual(): 1.0})
+    words = [*WORDS, "--shape", shape, "--mask", "full()" if ",0," in shape else "~full()"]
+    assert cli.main(words) == 0
+    assert not measured and "there is nothing to tune" in capsys.readouterr().out
+
+
+def test_what_was_measured_and_fits_no_more_gives_way(fresh_cache: Path) -> None:
+    tuned.load.cache_clear()
+    wide = Problem.of((1, 1, 64, 512))
+    before = plan.plan(wide, "sm_80", "forward").launches[0]
+    tuned.keep({plan.key_of(before.spec, "sm_80"): Blocks(128, 128, 4, 3)})
+    made = plan.plan(wide, "sm_80", "forward")
+    assert made.launches[0].spec.blocks == before.spec.blocks
+    assert "what was measured does not fit" in "\n".join(made.explain())
+    tuned.forget()
+
+
+def test_blocks_of_decoding_are_kept_by_their_rows(fresh_cache: Path) -> None:
+    tuned.load.cache_clear()
+    many, few = (
+        Problem.of((1, 8, queries, 64), (1, 2, 4096, 64), dtype="float16") for queries in (64, 1)
+    )
+    launch = plan.plan(many, "sm_80", "forward").launches[0]
+    tuned.keep({plan.key_of(launch.spec, "sm_80"): Blocks(64, 16, 4, 2)})
+    assert plan.plan(many, "sm_80", "forward").launches[0].spec.blocks == Blocks(64, 16, 4, 2)
+    assert plan.plan(few, "sm_80", "forward").launches[0].spec.blocks.parallel == 16
+    tuned.forget()
 
 
 def test_without_a_gpu_the_command_says_so(capsys: Any) -> None:

@@ -257,7 +257,7 @@ def promising(cell: Cell, device: Architecture, blocks: Blocks) -> bool:
         sums += traverse * dim
     scores = (1 if operation in ("forward", "decode") else 2) * parallel * traverse
     taken = (sums + scores) * numbers / (blocks.warps * device.warp)
-    if kind == "float64" and parallel > device.float64_rows:
+    if kind == "float64" and device.float64_rows and parallel > device.float64_rows:
         return False
     fewer = device.asynchronous and parallel < 64
     if kind == "half":

@@ -2,7 +2,7 @@
 
 Candidates are measured turn by turn with the blocks of the built-in table, on random data. The
 winners go to a file beside the kernel cache, which every later call reads; results change by
-rounding only.
+rounding only. `--device cuda` does it for the Triton kernels of a GPU.
 """
 
 from __future__ import annotations

@@ -30,11 +30,13 @@ def main(options: argparse.Namespace) -> int:
         else:
             terminal.out().print(f"{count} winners forgotten", soft_wrap=True)
         return 0
+    if not options.dry_run:
+        tuned.check()
     machine = runtime.gpu()
     document = {
         **circumstances(),
         "architecture": machine.architecture,
-        "gpu": _name(machine),
+        "gpu": machine.name,
         "path": None if options.dry_run else str(tuned.path()),
         "kernels": _measured(options, machine),
     }
@@ -43,14 +45,6 @@ def main(options: argparse.Namespace) -> int:
     else:
         _show(document)
     return 0
-
-
-def _name(machine: Machine) -> str:
-    """What the driver calls the GPU."""
-    import torch
-
-    device = getattr(machine, "device", None)
-    return torch.cuda.get_device_name(device) if device is not None else "no GPU"
 
 
 def _measured(options: argparse.Namespace, machine: Machine) -> list[dict[str, Any]]:
@@ -108,8 +102,14 @@ def _show(document: dict[str, Any]) -> None:
         console.print(_table(kernel))
         console.print(_verdict(kernel), soft_wrap=True, markup=False)
     console.print()
-    kept = f"kept in {document['path']}" if document["path"] else "nothing kept (--dry-run)"
-    console.print(kept, soft_wrap=True, markup=False)
+    faster = any(kernel["winner"] != kernel["usual"] for kernel in document["kernels"])
+    if not document["kernels"]:
+        words = "there is nothing to tune: no query meets a key"
+    elif not document["path"]:
+        words = "nothing kept (--dry-run)"
+    else:
+        words = f"kept in {document['path']}" if faster else "nothing to keep"
+    console.print(words, soft_wrap=True, markup=False)
 
 
 def _table(kernel: dict[str, Any]) -> Any:

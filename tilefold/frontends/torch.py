@@ -116,7 +116,7 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tu
 
 def _unobserved(*given: Tensor) -> bool:
     """Whether these are plain tensors, and nothing of torch's watches what is done to them."""
-    if _transformed() or (OPERATORS and _watched()):
+    if _transformed() or (_watched() if OPERATORS else _faked()):
         return False
     here = given[0].is_cpu
     for tensor in given:
@@ -149,12 +149,20 @@ def _watched() -> bool:
     )
 
 
+def _faked() -> bool:
+    """Whether a mode gives tensors without data, or writes down what is done to them."""
+    kinds = torch._C._TorchDispatchModeKey
+    modes = kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+
+
 def _operators() -> Any:
     """The operators. Raises NotImplementedError where PyTorch is too old for them."""
     if not OPERATORS:
         raise NotImplementedError(
-            "attention under torch.func, tracers and forward-mode derivatives, and on subclasses"
-            f" of tensors, needs PyTorch 2.12 or newer, found {torch.__version__}"
+            "attention under torch.func, tracers and forward-mode derivatives, on meta tensors, on"
+            " subclasses and on conjugates' imaginary parts (call resolve_neg()) needs PyTorch 2.12"
+            f" or newer, found {torch.__version__}"
         )
     return operators
 

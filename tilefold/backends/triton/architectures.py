@@ -19,8 +19,9 @@ class Architecture:
     its threads, of which one thread has `thread_registers` at most. `descriptors`: there is a unit
     that moves whole tiles. `asynchronous`: products of half types and of TF32 read operands from
     shared memory (wgmma, tcgen05); `tensor_memory`: and leave their sums in a memory of their own.
-    `float64_rows`: blocks of float64 have no more rows along the parallel axis; for a B200 Triton
-    3.6 and 3.7 give longer ones to its matrix unit, which has no float64, and stop (3.9 does not).
+    `float64_rows`: products of float64 have no more rows, where that is set; for a B200 Triton 3.6
+    and 3.7 give longer ones to its matrix unit, which has no float64, and stop. By multiply-adds of
+    single lanes, which is what 3.9 makes of them, longer ones would only spill more.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Architecture:
     descriptors: bool = False
     asynchronous: bool = False
     tensor_memory: bool = False
-    float64_rows: int = 128
+    float64_rows: int | None = None
 
 
 _KIB = 1024

@@ -102,14 +102,14 @@ def tune(
     found: list[Trial] = []
     winners: dict[tuned.Key, Blocks] = {}
     for launch in [launch.plain or launch for launch in made.launches]:
-        if launch.spec.gluon:
-            continue  # its blocks are what shared memory allows
+        if launch.spec.gluon or not launch.pairs:
+            continue  # its blocks are what shared memory allows; there is nothing to visit
         if launch.spec.operation in ("delta", "merge", "reduce_dq"):
             continue  # they read and write memory once; nobody waits for their blocks
         trials = search.kernel(launch)
         found += trials
         for trial in trials:
-            if trial.winner:
+            if trial.winner and not trial.usual:
                 winners[key_of(launch.spec, machine.architecture)] = trial.blocks
     if keep and winners:
         tuned.keep(winners)

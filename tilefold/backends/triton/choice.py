@@ -90,7 +90,8 @@ def choose(
     if rows is not None and rows != found.parallel:
         found, compiled = replace(found, parallel=rows), False
         words.append(f"{rows} rows of queries are decoded together")
-    if found.parallel > (most := asked.most_rows):
+    most = asked.most_rows
+    if most is not None and found.parallel > most:
         found, compiled = replace(found, parallel=most), False
         words.append(f"{architecture.name} multiplies {most} rows of float64 at most")
     first = found
@@ -136,9 +137,10 @@ class _Asked:
         return kind_of(self.dtype, self.products)
 
     @property
-    def most_rows(self) -> int:
-        """Rows of a block along the parallel axis, at most."""
-        return self.device.float64_rows if self.dtype == "float64" else MOST_NUMBERS
+    def most_rows(self) -> int | None:
+        """Rows of a block along the parallel axis, at most; None where resources alone say it."""
+        multiplied = self.dtype == "float64" and self.operation in resources.HELD
+        return self.device.float64_rows if multiplied else None
 
     def row(self) -> tuple[tables.Row, list[str]]:
         """Where to start, and the words for it."""
@@ -166,8 +168,9 @@ class _Asked:
         """Why blocks do not fit, in a line; "" where they do."""
         device = self.device
         words = f"{self.operation} of {self.dtype}, dim {self.dim}, dim_v {self.dim_v}, {blocks}"
-        if blocks.parallel > self.most_rows:
-            return f"{words}: {device.name} multiplies {self.most_rows} rows of float64 at most"
+        most = self.most_rows
+        if most is not None and blocks.parallel > most:
+            return f"{words}: {device.name} multiplies {most} rows of float64 at most"
         shared = self._shared(blocks)
         if shared > device.shared_bytes:
             return (

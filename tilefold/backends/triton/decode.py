@@ -1,9 +1,9 @@
 """Few queries against many keys: keys are split among programs, whose parts are merged in order.
 
-The queries of all heads that share a key head are the rows of one block, so each key is read once
-for all of them (Flash-Decoding: Dao, Haziza, Massa, Sizov, 2023; the grouped rows are those of
-FlashAttention-3). A part is m, l and the sum that belongs to them, which the second kernel joins
-from the first split to the last.
+The queries of all heads that share a key head are the rows of blocks, each of which reads a key
+once for all of its rows (Flash-Decoding: Dao, Haziza, Massa, Sizov, 2023; the grouped rows are
+those of FlashAttention-3). A part is m, l and the sum that belongs to them, which the second kernel
+joins from the first split to the last.
 """
 
 from __future__ import annotations

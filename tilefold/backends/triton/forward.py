@@ -92,7 +92,7 @@ def folded(
 
 
 def queries(text: Text, spec: TritonSpec) -> None:
-    """The block of queries, negated where the scale is negative."""
+    """The block of queries, negated where the scale is negative; or only where it lies."""
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     if spec.negative and spec.held:
         text(*(f"q_{i} = {negated(spec, f'q_{i}')}" for i in range(len(spec.pieces("q")))))

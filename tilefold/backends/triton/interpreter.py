@@ -29,6 +29,7 @@ class Interpreted:
 
     architecture: str = "sm_90"
     kept: Kept = field(default_factory=Kept)
+    name: str = "Triton's interpreter"
     multiprocessors: int = 4
     gluon: bool = False
 

@@ -2,13 +2,14 @@
 
 A kernel has three walks (`frame.Walk`), of which only the first is hot, so the stack that a
 compiler reports says little: a walk that is never taken may spill as it likes. What counts is
-spilled in the innermost loops that multiply, walk by walk. A loop is found as a jump backwards;
-whose it is, by the lines of the text that its products come from, which both compilers write down.
+spilled in the loops over tiles, walk by walk. A loop is found as a jump backwards; whose it is, by
+the lines of the text that its products come from, which both compilers write down.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect, bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ _JUMP = re.compile(r"\b(?:BRA|s_cbranch_\w+|s_branch)\b.*?(\.L[\w$]+)")
 _CODE = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s*)?(?:@!?U?P\w+\s+)?([A-Za-z][\w.]+)")
 
 _PIECES = "for first_d in"
-"""What a loop over pieces begins with in a text."""
+"""How loops over pieces begin in a text."""
 
 _LEAST = 32
 """Multiply-adds of single lanes in a loop that multiplies tiles by them."""
@@ -58,22 +59,38 @@ def walks(text: str) -> list[Walk | None]:
 
 
 def spills(code: str, text: str) -> dict[str, int]:
-    """Loads and stores of spilled registers in the loops over tiles that multiply, by walk.
+    """Loads and stores of spilled registers in the loops over tiles, by walk.
 
     `code` is SASS with line information or amdgcn. A kernel without walks has one, "body". Those
-    are the innermost loops, but in a kernel that is streamed: there they hold loops over pieces.
+    loops are the innermost ones that multiply: of a pipelined one, products of the first tiles
+    stand before it. Where operands are streamed, loops over pieces lie within, unless the compiler
+    unrolled them, and nothing is pipelined: there it is the smallest loop that holds half of a
+    walk's products.
     """
     instructions, jumps = _read(code)
     owner = walks(text)
+    walk_of = [owner[each.line] if each.line < len(owner) else None for each in instructions]
+    units = [bool(_UNITS.search(each.text)) for each in instructions]
+    least = 1
+    if not any(units):
+        units, least = [bool(_LANES.search(each.text)) for each in instructions], _LEAST
+    loops = _loops(units, least, jumps)
+    chosen: list[tuple[str, tuple[int, int]]] = []
+    if _PIECES in text:
+        for walk in Walk:
+            places = [i for i, unit in enumerate(units) if unit and walk_of[i] is walk]
+            if len(places) >= least:
+                chosen.append((walk.name.lower(), _smallest(loops, places)))
+    else:
+        for loop in loops:
+            if not any(_holds(loop, other) for other in loops):
+                lines = zip(units, walk_of, strict=True)
+                counts = Counter(w for unit, w in [*lines][loop[0] : loop[1] + 1] if unit and w)
+                name = counts.most_common(1)[0][0].name.lower() if counts else "body"
+                chosen.append((name, loop))
     found: dict[str, int] = {}
-    for first, last in _loops(instructions, jumps, inner=int(_PIECES in text)):
+    for name, (first, last) in chosen:
         inside = instructions[first : last + 1]
-        lines = Counter(
-            owner[each.line] for each in inside if _multiplies(each) and each.line < len(owner)
-        )
-        lines.pop(None, None)
-        walk = lines.most_common(1)[0][0] if lines else None
-        name = walk.name.lower() if walk else "body"
         found[name] = found.get(name, 0) + sum(bool(_SPILL.search(each.text)) for each in inside)
     return found
 
@@ -82,10 +99,6 @@ def instructions(code: str) -> dict[str, int]:
     """How many instructions of each kind PTX or amdgcn has; kinds that it has."""
     counts = {kind: len(re.findall(pattern, code)) for kind, pattern in KINDS.items()}
     return {kind: count for kind, count in counts.items() if count}
-
-
-def _multiplies(each: _Instruction) -> bool:
-    return bool(_UNITS.search(each.text) or _LANES.search(each.text))
 
 
 def _read(code: str) -> tuple[list[_Instruction], list[tuple[int, int]]]:
@@ -107,26 +120,29 @@ def _read(code: str) -> tuple[list[_Instruction], list[tuple[int, int]]]:
 
 
 def _loops(
-    instructions: Sequence[_Instruction], jumps: Sequence[tuple[int, int]], inner: int
+    units: Sequence[bool], least: int, jumps: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """The loops that multiply and hold so many levels of loops that do."""
-    units = [bool(_UNITS.search(each.text)) for each in instructions]
-    if any(units):
-        least = 1
-    else:
-        units, least = [bool(_LANES.search(each.text)) for each in instructions], _LEAST
+    """The loops with so many instructions that multiply."""
     before = [0, *accumulate(map(int, units))]
     latest: dict[int, int] = {}
     for first, last in jumps:  # several jumps to one place are one loop
         latest[first] = max(last, latest.get(first, 0))
-    loops = [
+    return [
         (first, last) for first, last in latest.items() if before[last + 1] - before[first] >= least
     ]
-    for _ in range(inner):  # the innermost drop out
-        loops = [loop for loop in loops if any(_holds(loop, other) for other in loops)]
-    return [loop for loop in loops if not any(_holds(loop, other) for other in loops)]
 
 
 def _holds(loop: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether another loop lies within a loop."""
     return loop != other and loop[0] <= other[0] and other[1] <= loop[1]
+
+
+def _smallest(loops: Sequence[tuple[int, int]], places: Sequence[int]) -> tuple[int, int]:
+    """The smallest loop that holds half of the places; what holds all of them, where none does."""
+    holding = [
+        (last - first, first, last)
+        for first, last in loops
+        if 2 * (bisect(places, last) - bisect_left(places, first)) >= len(places)
+    ]
+    _, first, last = min(holding, default=(0, places[0], places[-1]))
+    return first, last

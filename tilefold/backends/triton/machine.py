@@ -26,6 +26,10 @@ class Machine(Protocol):
         """The name of the architecture: see `architectures`."""
 
     @property
+    def name(self) -> str:
+        """What people call it."""
+
+    @property
     def kept(self) -> Kept:
         """What is held for the next call."""
 

@@ -8,7 +8,6 @@ for the source of a function.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import linecache
 from types import ModuleType
@@ -47,8 +46,13 @@ def launch_options(kind: str, dtype: str, warps: int, stages: int) -> dict[str, 
 
 @functools.cache
 def version() -> tuple[int, int]:
-    """The version of Triton that is installed, its first two numbers."""
-    major, minor, *_ = importlib.metadata.version("triton").split(".")
+    """The version of Triton that is installed, its first two numbers.
+
+    Its package has other names where AMD builds it, so the module says it.
+    """
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
     return int(major), int(minor)
 
 

@@ -7,6 +7,7 @@ are split among programs, whose parts are merged in a fixed order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -177,22 +178,21 @@ class _Planner:
     def _choose(self, operation: str, products: str, rows: int | None) -> Choice:
         """The blocks that were asked for, or measured here, or of the tables."""
         problem, asked = self._problem, self._blocks
-        wanted = asked.get(operation) if isinstance(asked, Mapping) else asked
-        names = self._device.name, operation, problem.dtype, problem.dim, problem.dim_v, products
-        measured = tuned.find(tuned.Key(*names, self._mask.text))
-        made = choose(
-            self._device,
-            operation,
-            problem.dtype,
-            problem.dim,
-            problem.dim_v,
-            products=products,
-            blocks=wanted or (None if rows else measured),
-            rows=rows,
-        )
-        if measured and made.blocks == measured:
-            made = replace(made, reasons=(*made.reasons, "the fastest that were measured here"))
-        return made
+        sizes = operation, problem.dtype, problem.dim, problem.dim_v
+        choice = functools.partial(choose, self._device, *sizes, products=products)
+        if wanted := asked.get(operation) if isinstance(asked, Mapping) else asked:
+            return choice(blocks=wanted)
+        key = tuned.Key(self._device.name, *sizes, products, self._mask.text, rows or 0)
+        if measured := tuned.find(key):
+            try:
+                made = choice(blocks=measured)
+            except ValueError as error:  # an older version kept them
+                made = choice(rows=rows)
+                why = f"what was measured does not fit: {error}"
+            else:
+                why = "the fastest that were measured here"
+            return replace(made, reasons=(*made.reasons, why))
+        return choice(rows=rows)
 
     def _tiled(self, operation: str) -> Launch:
         """A kernel whose programs own a block row each."""
@@ -311,10 +311,8 @@ class _Planner:
         """The kernel that leaves a part for each split, and the one that merges them."""
         problem = self._problem
         group = problem.heads_q // problem.heads_kv
-        spec, made = self._spec("decode")
         rows = min(MOST_ROWS, max(LEAST, power_of_two(group * problem.len_q)))
-        if rows > spec.blocks.parallel and self._blocks is None:
-            spec, made = self._spec("decode", rows)
+        spec, made = self._spec("decode", rows)
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
         visited = runs(
             self._expression,
@@ -339,7 +337,8 @@ class _Planner:
 def key_of(spec: TritonSpec, name: str) -> tuned.Key:
     """What measured blocks of a kernel are kept under, on an architecture."""
     sizes = spec.dtype, spec.dim, spec.dim_v, spec.products
-    return tuned.Key(name, spec.operation, *sizes, spec.mask.text)
+    rows = spec.blocks.parallel if spec.operation == "decode" else 0
+    return tuned.Key(name, spec.operation, *sizes, spec.mask.text, rows)
 
 
 def _heaviest_first(visited: Runs) -> NDArray[np.int64]:

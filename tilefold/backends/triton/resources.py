@@ -79,9 +79,12 @@ def shared_bytes(
     tile = traverse * (own + other) * item
     scores = parallel * traverse * item
     if blocks.streamed:  # a piece of each axis, as many as are under way, and tiles of scores
-        piece = widest(numbers == "float32", True)
+        piece = widest(numbers == "float32", True) * item
         pairs = blocks.stages if device.asynchronous else max(1, blocks.stages - 1)
-        return (parallel + traverse) * piece * item * pairs + scores * HELD[operation] + _SLACK
+        turned = scores * HELD[operation]
+        if operation == "backward":  # ds once more, and a piece of the keys
+            turned += scores + parallel * piece
+        return (parallel + traverse) * piece * pairs + turned + _SLACK
     if device.kind == "hip":  # operands are held in registers, and change hands one at a time
         piece = min(
             power_of_two(max(own, other)), WIDEST_EXACT if numbers == "float32" else MOST_DIM

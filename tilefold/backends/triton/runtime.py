@@ -36,6 +36,13 @@ class Gpu:
     pinned: list[Tensor] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        """What the driver calls it."""
+        import torch
+
+        return str(torch.cuda.get_device_name(self.device))
+
+    @property
     def gluon(self) -> bool:
         """Whether this Triton has Gluon, and the GPU is one that kernels in it are written for."""
         return self.architecture == "sm_90" and module.has_gluon()

@@ -35,12 +35,11 @@ SHEETS = {
     "sm_90": Sheet("H100 SXM", 989, 495, 67, 67, 3.9, 3.35),
     "sm_100": Sheet("B200", 2250, 1125, 75, 37, 4.6, 8.0),
     "sm_120": Sheet("RTX 5090", 210, 105, 105, 1.6, 6.5, 1.79),
-    "gfx90a": Sheet("MI250X (one die)", 191, 48, 48, 24, 3.0, 1.6),
-    "gfx942": Sheet("MI300X", 1307, 163, 163, 82, 10.2, 5.3),
+    "gfx90a": Sheet("MI250X (one die)", 191, 48, 48, 48, 3.0, 1.6),
+    "gfx942": Sheet("MI300X", 1307, 163, 163, 163, 10.2, 5.3),
     "gfx950": Sheet("MI355X", 2517, 157, 157, 79, 9.8, 8.0),
 }
-"""By architecture. AMD's multiply float32 exactly on their matrix units, and float64 is what they
-reach by single multiply-adds, which is what Triton before 3.9 makes of it."""
+"""By architecture. AMD's multiply float32 and float64 exactly on their matrix units."""
 
 
 def rates(architecture: str, dtype: str, products: str) -> Rates | None:

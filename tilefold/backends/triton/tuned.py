@@ -17,7 +17,7 @@ from tilefold import cache
 from tilefold.backends.triton.spec import Blocks
 from tilefold.files import write_atomically
 
-FORMAT = "tilefold triton blocks 1"
+FORMAT = "tilefold triton blocks 2"
 """The first entry of the file. The number goes up when kernels change so much that what was
 measured before says nothing any more."""
 
@@ -26,7 +26,10 @@ FILE = "triton_tuned.json"
 
 @dataclass(frozen=True)
 class Key:
-    """What the best blocks depend on; `mask` is the text of the rule's skeleton."""
+    """What the best blocks depend on; `mask` is the text of the rule's skeleton.
+
+    `rows` are those of a block of the decode kernel, which follow from the queries; 0 for others.
+    """
 
     architecture: str
     operation: str
@@ -35,6 +38,7 @@ class Key:
     dim_v: int
     products: str
     mask: str
+    rows: int = 0
 
 
 _UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -68,10 +72,15 @@ def load() -> Mapping[Key, Blocks]:
     return found
 
 
-def keep(new: Mapping[Key, Blocks]) -> None:
-    """Add to the file, in place of older entries of the same keys. Raises OSError."""
+def check() -> None:
+    """Raises OSError where nothing can be kept."""
     if problem := cache.default().problem():
         raise OSError(f"blocks cannot be kept: {problem}")
+
+
+def keep(new: Mapping[Key, Blocks]) -> None:
+    """Add to the file, in place of older entries of the same keys. Raises OSError."""
+    check()
     load.cache_clear()  # another process may have written since
     merged = {**load(), **new}
     entries = [{"key": asdict(key), "blocks": asdict(blocks)} for key, blocks in merged.items()]
@@ -107,6 +116,6 @@ def _key(entry: Mapping[str, Any]) -> Key:
     """A key of the file. Raises TypeError for fields that are not of their types."""
     key = Key(**entry)
     for name, value in asdict(key).items():
-        if type(value) is not (int if name in ("dim", "dim_v") else str):
+        if type(value) is not (int if name in ("dim", "dim_v", "rows") else str):
             raise TypeError(name)
     return key
