@@ -158,6 +158,7 @@ def test_estimates_of_shared_memory_are_close_to_the_reports_that_are_kept() -> 
         assert str(launch.spec.blocks) == row["blocks"], f"{case}: tools/triton_resources.py"
         estimate = launch.choice.shared_bytes
         usual = case.dtype == "bfloat16" and case.operation != "backward"
+        usual = usual and not launch.spec.blocks.streamed
         most = 1.6 if usual and not amd(case.architecture) else 4.5
         assert report.shared_bytes <= estimate <= most * report.shared_bytes, case
 

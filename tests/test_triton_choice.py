@@ -99,7 +99,7 @@ def test_more_rows_to_decode_shrink_what_does_not_fit() -> None:
 def test_what_no_blocks_can_hold_is_refused_with_the_reason() -> None:
     small = replace(architecture("sm_80"), shared_bytes=8192)
     with pytest.raises(NotImplementedError, match=r"shared memory, and sm_80 has 8192: use the"):
-        choose(small, "backward_dkv", "float64", 512, 512)
+        choose(small, "backward_dkv", "float64", 450, 450)
 
 
 @pytest.mark.feature("M06", "M07")

@@ -89,7 +89,8 @@ def cases() -> Iterator[Case]:
         kinds.append(("float64", "highest"))
         for dtype, precision in kinds:
             for operation in ("forward", "backward_dkv"):
-                yield Case(name, operation, dtype, 64, precision)
+                for dim in (64, 512) if precision == "highest" else (64,):
+                    yield Case(name, operation, dtype, dim, precision)
 
 
 def launch_of(case: Case) -> Launch:
@@ -113,9 +114,9 @@ def spec_of(case: Case) -> TritonSpec:
     return replace(launch.spec, descriptors=launch.choice.descriptors)
 
 
-def digest(spec: TritonSpec) -> str:
-    """The hash of a kernel's text."""
-    return hashlib.sha256(emit(spec).encode()).hexdigest()
+def identity(spec: TritonSpec) -> tuple[str, str]:
+    """The hash of a kernel's text, and its blocks: warps and stages stand in no text."""
+    return hashlib.sha256(emit(spec).encode()).hexdigest(), str(spec.blocks)
 
 
 def main() -> int:
@@ -135,11 +136,11 @@ def main() -> int:
 
 def stale(kept: list[Row], page: str) -> list[str]:
     """What is out of date, in words."""
-    texts = {Case(*row["case"]): row["text"] for row in kept}
+    known = {Case(*row["case"]): (row["text"], row["blocks"]) for row in kept}
     found = [
-        f"the text of {' '.join(map(str, case))} is another one"
+        f"the kernel of {' '.join(map(str, case))} is another one"
         for case in cases()
-        if texts.get(case) != digest(spec_of(case))
+        if known.get(case) != identity(spec_of(case))
     ]
     if replaced(page, block(kept)) != page:
         found.append(f"{PAGE.name} is out of date")
@@ -147,17 +148,18 @@ def stale(kept: list[Row], page: str) -> list[str]:
 
 
 def compile_all(kept: list[Row]) -> list[Row]:
-    """The reports of all cases; a text that was compiled is not compiled again."""
-    known = {(*row["case"], row["text"]): row for row in kept}
+    """The reports of all cases; a kernel that was compiled is not compiled again."""
+    known = {(*row["case"], row["text"], row["blocks"]): row for row in kept}
     every = [(case, spec_of(case)) for case in cases()]
-    keys = [(*case, digest(spec)) for case, spec in every]
+    keys = [(*case, *identity(spec)) for case, spec in every]
     waiting = [pair for pair, key in zip(every, keys, strict=True) if key not in known]
     tasks = [(spec, case.architecture) for case, spec in waiting]
     for (case, spec), report in zip(waiting, reports(tasks, workers=WORKERS), strict=True):
-        known[(*case, digest(spec))] = {
+        text, blocks = identity(spec)
+        known[(*case, text, blocks)] = {
             "case": case,
-            "text": digest(spec),
-            "blocks": str(spec.blocks),
+            "text": text,
+            "blocks": blocks,
             "descriptors": spec.descriptors,
             **{name: value for name, value in asdict(report).items() if name != "architecture"},
         }
