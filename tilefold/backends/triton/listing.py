@@ -82,10 +82,10 @@ def spills(code: str, text: str) -> dict[str, int]:
             if len(places) >= least:
                 chosen.append((walk.name.lower(), _smallest(loops, places)))
     else:
+        products = [walk if unit else None for unit, walk in zip(units, walk_of, strict=True)]
         for loop in loops:
             if not any(_holds(loop, other) for other in loops):
-                lines = zip(units, walk_of, strict=True)
-                counts = Counter(w for unit, w in [*lines][loop[0] : loop[1] + 1] if unit and w)
+                counts = Counter(walk for walk in products[loop[0] : loop[1] + 1] if walk)
                 name = counts.most_common(1)[0][0].name.lower() if counts else "body"
                 chosen.append((name, loop))
     found: dict[str, int] = {}
