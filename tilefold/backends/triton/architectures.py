@@ -20,8 +20,8 @@ class Architecture:
     that moves whole tiles. `asynchronous`: products of half types and of TF32 read operands from
     shared memory (wgmma, tcgen05); `tensor_memory`: and leave their sums in a memory of their own.
     `float64_rows`: products of float64 have no more rows, where that is set; for a B200 Triton 3.6
-    and 3.7 give longer ones to its matrix unit, which has no float64, and stop. By multiply-adds of
-    single lanes, which is what 3.9 makes of them, longer ones would only spill more.
+    and 3.7 give longer ones to its newest matrix unit, which has no float64, and stop (3.9 takes an
+    older one).
     """
 
     name: str
