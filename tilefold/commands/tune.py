@@ -8,11 +8,13 @@ rounding only. `--device cuda` does it for the Triton kernels of a GPU.
 from __future__ import annotations
 
 import argparse
+from types import ModuleType
 from typing import Any
 
 from tilefold import parse, tuning, winners
+from tilefold.backends.triton import tuned as gpu_winners
 from tilefold.circumstances import circumstances
-from tilefold.commands import specification, terminal, tune_gpu
+from tilefold.commands import specification, terminal
 from tilefold.problem import ITEM_BYTES
 from tilefold.tuning import Tuned
 from tilefold.workload import OPERATIONS, Case
@@ -58,16 +60,21 @@ def register(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure, keep and show; or forget."""
+    on_gpu = options.device == "cuda"
+    if on_gpu and options.threads is not None:
+        raise ValueError("--threads goes with --device cpu")
+    if options.forget:
+        return _forget(gpu_winners if on_gpu else winners, options.json)
     if options.seconds is None:
         options.seconds = SECONDS[options.device]
     if not options.seconds > 0:
         raise ValueError(f"--seconds must be more than 0, not {options.seconds}")
-    if options.device == "cuda":
+    if on_gpu:
+        from tilefold.commands import tune_gpu  # 30 ms, which no other command should pay
+
         return tune_gpu.main(options)
     if options.threads is None:
         options.threads = 1
-    if options.forget:
-        return _forget(options.json)
     if not options.dry_run:
         winners.check()
     found = _measure(_cases(options), options.seconds, options.form)
@@ -81,10 +88,11 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _forget(as_json: bool) -> int:
-    count = winners.forget()
+def _forget(kept: ModuleType, as_json: bool) -> int:
+    """Remove the file of `winners`, or of the GPU's."""
+    count = kept.forget()
     if as_json:
-        terminal.print_json({"path": str(winners.path()), "forgotten": count})
+        terminal.print_json({"path": str(kept.path()), "forgotten": count})
     else:
         terminal.out().print(f"{count} winners forgotten", soft_wrap=True)
     return 0

@@ -20,16 +20,7 @@ SHOWN = 6
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, keep and show; or forget."""
-    if options.threads is not None:
-        raise ValueError("--threads goes with --device cpu")
-    if options.forget:
-        count, path = tuned.forget(), str(tuned.path())
-        if options.json:
-            terminal.print_json({"path": path, "forgotten": count})
-        else:
-            terminal.out().print(f"{count} winners forgotten", soft_wrap=True)
-        return 0
+    """Measure, keep and show."""
     if not options.dry_run:
         tuned.check()
     machine = runtime.gpu()

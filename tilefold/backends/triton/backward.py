@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tilefold.backends.triton import softmax
-from tilefold.backends.triton.forward import queries
 from tilefold.backends.triton.frame import (
     AGAIN,
     USUAL,
@@ -22,7 +21,6 @@ from tilefold.backends.triton.frame import (
     inspect,
     load,
     multiply,
-    negated,
     parallel,
     rows_of,
     seen,
@@ -69,7 +67,7 @@ def emit_dq(spec: TritonSpec) -> str:
     parallel(text, spec)
     text("h_k = h // group", "odd = 0")
     softmax.factor(text, spec)
-    queries(text, spec)
+    fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     delta_of(text, spec)
     statistic = "(b.to(tl.int64) * heads + h) * len_q + q_at"
     text(
@@ -139,8 +137,6 @@ def keys_block(
     for operand in ("k", "v"):
         fetch(text, spec, operand, "parallel", "h", "first_k", "within_parallel")
     own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
-    if spec.negative and spec.held:
-        text(*(f"k_{i} = {negated(spec, f'k_{i}')}" for i in own))
     for operand in ("dk", "dv"):
         for i, piece in enumerate(spec.pieces(operand)):
             text(f"{operand}_{i} = {zeros(spec, 'PARALLEL', piece.width)}")

@@ -18,7 +18,6 @@ from tilefold.backends.triton.frame import (
     fetch,
     inspect,
     multiply,
-    negated,
     parallel,
     seen,
     take,
@@ -49,7 +48,7 @@ def emit(spec: TritonSpec) -> str:
     parallel(text, spec)
     text("h_k = h // group", "odd = 0")
     softmax.factor(text, spec)
-    queries(text, spec)
+    fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     _block(text, spec, USUAL)
     with text.block("if odd != 0"):
         _block(text, spec, AGAIN)
@@ -89,10 +88,3 @@ def folded(
                 inspect(text, f"v_{i}", walk)
                 add_product(text, spec, name, "weights", f"v_{i}", walk)
     return sums
-
-
-def queries(text: Text, spec: TritonSpec) -> None:
-    """The block of queries, negated where the scale is negative; or only where it lies."""
-    fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
-    if spec.negative and spec.held:
-        text(*(f"q_{i} = {negated(spec, f'q_{i}')}" for i in range(len(spec.pieces("q")))))

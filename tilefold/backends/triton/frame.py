@@ -159,10 +159,10 @@ def rows_of(text: Text, spec: TritonSpec, operand: str, head: str, first: str, s
     )
 
 
-def address(spec: TritonSpec, operand: str, piece: Piece) -> str:
-    """The addresses of a tile of an operand, from `<operand>_rows` on."""
+def address(spec: TritonSpec, operand: str, columns: str) -> str:
+    """The addresses of a tile of an operand, from `<operand>_rows` on; `columns` is a row."""
     wide = ".to(tl.int64)" if spec.wide else ""
-    return f"{operand}_rows + {column(piece)}[None, :]{wide} * {operand}_d"
+    return f"{operand}_rows + {columns}{wide} * {operand}_d"
 
 
 def guard(piece: Piece, rows: str) -> str:
@@ -175,9 +175,12 @@ def guard(piece: Piece, rows: str) -> str:
 
 def load(spec: TritonSpec, operand: str, piece: Piece, rows: str) -> str:
     """A tile of an operand from `<operand>_rows` on; what is not there is 0."""
-    where = guard(piece, rows)
-    end = f", mask={where}, other=0.0)" if where else ")"
-    return f"tl.load({address(spec, operand, piece)}{end}"
+    return _loaded(address(spec, operand, f"{column(piece)}[None, :]"), guard(piece, rows))
+
+
+def _loaded(at: str, where: str) -> str:
+    """What lies at addresses, and 0 where it is not there; "" says that all of it is."""
+    return f"tl.load({at}, mask={where}, other=0.0)" if where else f"tl.load({at})"
 
 
 def fetch(
@@ -186,7 +189,8 @@ def fetch(
     """Load the block of an operand that begins at row `first` of a head: `q_0`, `q_1`, ...
 
     `rows` says which rows are there, "" where all are. By descriptors where the spec has them.
-    Where nothing is held, only say where it lies: then `take` and `multiply` load its pieces.
+    Where nothing is held, only say where it lies: then `take` and `multiply` load its pieces. The
+    operand of scores along the parallel axis, q or k, is negated where the scale is negative.
     """
     if not spec.descriptors:
         rows_of(text, spec, operand, head, first, side)
@@ -200,6 +204,9 @@ def fetch(
         else:
             tile = load(spec, operand, piece, rows)
         text(f"{operand}_{i} = {tile}")
+    if spec.negative and operand == spec.parallel:
+        loaded = [f"{operand}_{i}" for i in range(len(spec.pieces(operand)))]
+        text(*(f"{tile} = {negated(spec, tile)}" for tile in loaded))
 
 
 def take(text: Text, spec: TritonSpec, operand: str, i: int, rows: str) -> None:
@@ -226,15 +233,13 @@ def multiply(
             )
         return
     width, columns = spec.pieces(own)[0].width, spec.width(own)
-    wide = ".to(tl.int64)" if spec.wide else ""
     text(f"{total} = {zeros(spec, 'PARALLEL', 'TRAVERSE')}")
     with text.block(f"for first_d in tl.range(0, {columns}, {width})"):
         text(f"d_at = (first_d + tl.arange(0, {width}))[None, :]")
         for operand, rows in ((own, "within_parallel"), (other, within(walk))):
             there = [f"{rows}[:, None]"] if rows else []
             there += [f"(d_at < {columns})"] if columns % width else []
-            end = f", mask={' & '.join(there)}, other=0.0" if there else ""
-            text(f"{operand}_part = tl.load({operand}_rows + d_at{wide} * {operand}_d{end})")
+            text(f"{operand}_part = {_loaded(address(spec, operand, 'd_at'), ' & '.join(there))}")
         if spec.negative and own == spec.parallel:
             text(f"{own}_part = {negated(spec, f'{own}_part')}")
         if look:
@@ -249,9 +254,8 @@ def write(
     rows_of(text, spec, operand, head, first, "parallel")
     for piece, value in zip(spec.pieces(operand), values, strict=True):
         where = guard(piece, "within_parallel")
-        text(
-            f"tl.store({address(spec, operand, piece)}, {value}.to(tl.{spec.dtype}), mask={where})"
-        )
+        at = address(spec, operand, f"{column(piece)}[None, :]")
+        text(f"tl.store({at}, {value}.to(tl.{spec.dtype}), mask={where})")
 
 
 def negated(spec: TritonSpec, tile: str) -> str:

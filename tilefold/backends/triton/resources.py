@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from tilefold.backends.triton.architectures import Architecture
 from tilefold.backends.triton.spec import (
-    MOST_DIM,
-    WIDEST_EXACT,
     Blocks,
     pieces,
     power_of_two,
@@ -54,10 +52,8 @@ def moved(device: Architecture, operation: str, kind: str, blocks: Blocks) -> bo
     and by the compiler (H100, dim 64, 64 x 32, 4 warps) dK/dV in exact float32 spills 4943 numbers
     of a thread for each tile instead of 202, in three products of TF32 358 instead of 41.
     """
-    tiled = operation in HELD and operation != "decode"
-    if blocks.streamed or not (device.descriptors and tiled and kind == "half"):
-        return False
-    return asynchronous(device, kind, blocks)
+    tiled = operation in HELD and operation != "decode" and not blocks.streamed
+    return device.descriptors and tiled and kind == "half" and asynchronous(device, kind, blocks)
 
 
 def shared_bytes(
@@ -86,9 +82,7 @@ def shared_bytes(
             turned += scores + parallel * piece
         return (parallel + traverse) * piece * pairs + turned + _SLACK
     if device.kind == "hip":  # operands are held in registers, and change hands one at a time
-        piece = min(
-            power_of_two(max(own, other)), WIDEST_EXACT if numbers == "float32" else MOST_DIM
-        )
+        piece = min(power_of_two(max(own, other)), widest(numbers == "float32", False))
         other_side = traverse * piece * statistic if operation == "backward" else 0
         if blocks.stages == 1:
             return max(max(parallel, traverse) * piece * item, scores, other_side) + _SLACK

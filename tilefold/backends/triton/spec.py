@@ -103,10 +103,10 @@ class Blocks:
 class TritonSpec:
     """What changes the text of a kernel, and nothing else: no lengths, batch, heads or mask data.
 
-    `products` is how float32 is
-    multiplied. `negative`: the scale is below 0, and queries are negated. `wide`: offsets inside a
-    tile may pass 31 bits. `descriptors`: tiles are moved by tensor descriptors (the TMA unit of
-    Hopper and newer). The last two follow from where the arrays lie, which a plan does not know.
+    `products` is how float32 is multiplied. `negative`: the scale is below 0, and queries are
+    negated. `wide`: offsets inside a tile may pass 31 bits. `descriptors`: tiles are moved by
+    tensor descriptors (the TMA unit of Hopper and newer). The last two follow from where the arrays
+    lie, which a plan does not know.
     `gluon`: written in Gluon for Hopper, by `hopper`.
     """
 
