@@ -22,6 +22,18 @@ def test_the_examples_of_the_documentation_are_true() -> None:
     assert (failed, tried > 0) == (0, True)
 
 
+@pytest.mark.parametrize("operator", ["&", "|"])
+def test_constants_side_by_side_read_back_as_they_were(operator: str) -> None:
+    """Found by the test below: Python would join them before a rule sees them."""
+    join = {"&": lambda x, y: x & y, "|": lambda x, y: x | y}[operator]
+    made = rule(lambda q, k: join(False, join(True, join(False, q < k))))
+    assert (
+        repr(made)
+        == f"rule(lambda q, k: False {operator} (True {operator} (False {operator} (q < k))))"
+    )
+    assert parse(repr(made)) == made
+
+
 @settings(max_examples=100)
 @given(mask_cases.cases(depth=3, data=False))
 def test_what_a_rule_prints_reads_back_as_the_rule(case: Case) -> None:

@@ -279,6 +279,10 @@ class Logic(Boolean):
     def __str__(self) -> str:
         if self.operator == "~":
             return f"~{self.operands[0]}"
+        # Python reads from the left, and would make one of two constants: the second goes along
+        # with what follows.
+        if len(self.operands) > 2 and all(isinstance(one, Truth) for one in self.operands[:2]):
+            return f"({self.operands[0]} {self.operator} {Logic(self.operator, self.operands[1:])})"
         return "(" + f" {self.operator} ".join(map(str, self.operands)) + ")"
 
 
