@@ -33,9 +33,8 @@ from typing import Any
 import numpy as np
 
 import tilefold
-from tilefold import engine
-from tilefold.backends.cpu import threads
-from tilefold.circumstances import circumstances
+from tilefold.backends.cpu import dispatch, threads
+from tilefold.measuring.environment import circumstances
 
 TINY, SMALL = (1, 1, 8, 16), (1, 12, 64, 32)
 LENGTHS = (16, 32, 64, 96, 128, 192)
@@ -112,20 +111,20 @@ def summary(seconds: list[float]) -> tuple[float, float]:
 
 def own_run(*arrays: np.ndarray[Any, Any]) -> Callable[[], object]:
     """What a call hands to the threads, by itself: the kernel's own time."""
-    handed: list[tuple[engine._Step, tuple[int, ...], int]] = []
-    real = engine._Step.run
+    handed: list[tuple[dispatch._Step, tuple[int, ...], int]] = []
+    real = dispatch._Step.run
 
-    def spy(step: engine._Step, pointers: tuple[int, ...], workers: int) -> None:
+    def spy(step: dispatch._Step, pointers: tuple[int, ...], workers: int) -> None:
         handed.append((step, pointers, workers))
 
-    engine._Step.run = spy  # type: ignore[assignment, method-assign]
+    dispatch._Step.run = spy  # type: ignore[assignment, method-assign]
     held = tilefold.attention(*arrays, return_lse=True)
-    engine._Step.run = real  # type: ignore[method-assign]
+    dispatch._Step.run = real  # type: ignore[method-assign]
     step, pointers, workers = handed[0]
     workers = min(workers, step.items)
-    workspace = engine._Memory(workers * step.kernel.workspace_bytes)
+    workspace = dispatch._Memory(workers * step.kernel.workspace_bytes)
     words = np.frombuffer(step.template, np.int64).copy()
-    words[engine._WORKSPACE] = workspace.pointer
+    words[dispatch._WORKSPACE] = workspace.pointer
     for place, operand in step.places:
         words[place] = pointers[operand]
     address, block = step.kernel.loaded.address, words.ctypes.data
@@ -157,16 +156,16 @@ def alone(length: int, seconds: float) -> dict[str, Any]:
     """One row: a kernel on one thread and on all, in microseconds; also after a pause."""
     arrays = np.random.default_rng(0).standard_normal((3, 1, 4, length, 32), dtype=np.float32)
     before = threads.get_num_threads()
-    bound, engine._ALONE_FLOPS = engine._ALONE_FLOPS, 0.0
-    engine._calls.clear()
+    bound, dispatch._ALONE_FLOPS = dispatch._ALONE_FLOPS, 0.0
+    dispatch._calls.clear()
     try:
         calls = {"all": own_run(*arrays)}
         threads.set_num_threads(1)
         calls["one"] = own_run(*arrays)
     finally:
-        engine._ALONE_FLOPS = bound
+        dispatch._ALONE_FLOPS = bound
         threads.set_num_threads(before)
-        engine._calls.clear()
+        dispatch._calls.clear()
     row: dict[str, Any] = {"flops": 4 * 4 * length * length * 32}
     for label, pause in (("", 0.0), (" after 5 ms", 0.005)):
         for name, each in turn_by_turn(calls, seconds, pause).items():

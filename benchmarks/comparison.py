@@ -18,15 +18,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tilefold import bench
-from tilefold.circumstances import circumstances
+from tilefold.backends.cpu.device import host
 from tilefold.commands import terminal
-from tilefold.device import host
-from tilefold.files import write_atomically
-from tilefold.mask import causal, full
-from tilefold.peers import PEERS
-from tilefold.problem import Problem, default_scale
-from tilefold.workload import OPERATIONS, Case
+from tilefold.common.files import write_atomically
+from tilefold.masks.position_rules import causal, full
+from tilefold.measuring import timing
+from tilefold.measuring.baselines import PEERS
+from tilefold.measuring.environment import circumstances
+from tilefold.measuring.workload import OPERATIONS, Case
+from tilefold.problems.attention import Problem, default_scale
 
 BATCH, HEADS, LENGTH, DIM = 1, 8, 2048, 64
 KINDS = (("float32", full()), ("float32", causal()), ("bfloat16", full()), ("float16", full()))
@@ -64,7 +64,7 @@ def measure(threads: int, seconds: float, length: int, peers: list[str]) -> list
                 scale=default_scale(DIM),
                 mask=mask,
             )
-            found = bench.measure(Case(problem, operation, threads), peers, seconds=seconds)
+            found = timing.measure(Case(problem, operation, threads), peers, seconds=seconds)
             rows += [row.record(found[0]) for row in found]
     return rows
 

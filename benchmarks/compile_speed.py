@@ -20,14 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tilefold
-from tilefold import cache
 from tilefold.backends.cpu import runtime
+from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import emit
-from tilefold.circumstances import circumstances
-from tilefold.device import host
-from tilefold.plan import plan
-from tilefold.problem import Problem
-from tilefold.spec import KernelSpec
+from tilefold.backends.cpu.plan import plan
+from tilefold.backends.cpu.spec import KernelSpec
+from tilefold.common import disk_cache
+from tilefold.measuring.environment import circumstances
+from tilefold.problems.attention import Problem
 
 MASKS = {
     "full()": tilefold.full(),
@@ -96,7 +96,7 @@ def measure(mask: str, dtype: str, dim: int, *, repeats: int) -> list[dict[str, 
             runtime.kernel(text, symbol, host())
 
         write = median(lambda spec=spec: emit(spec), repeats)
-        cold = median(load, repeats, before=lambda: cache.default().clear())
+        cold = median(load, repeats, before=lambda: disk_cache.default().clear())
         warm = median(load, repeats)
         size = len(runtime.compile(text, host()))
         print(f"{name:58} {write:8.4f} {cold:8.4f} {warm:8.4f} {size / 1024:5.0f}")
@@ -122,7 +122,7 @@ def median(
 
 def first_call() -> list[dict[str, object]]:
     """A process that imports tilefold and makes one call: with an empty cache and a full one."""
-    cache.default().clear()
+    disk_cache.default().clear()
     rows = []
     print(f"\n{'a fresh process':58} {'import':>8} {'1st call':>8}")
     for state in ("empty cache", "full cache"):

@@ -23,20 +23,21 @@ from typing import Any
 
 import numpy as np
 
-from tilefold import bench, parse, workload
 from tilefold.backends.cpu import peak, runtime, threads
+from tilefold.backends.cpu.choice import multiplier
+from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import emit
-from tilefold.choice import multiplier
-from tilefold.circumstances import circumstances
+from tilefold.backends.cpu.plan import plan
+from tilefold.backends.cpu.spec import Multiplier
 from tilefold.commands import terminal
-from tilefold.device import host
-from tilefold.files import write_atomically
-from tilefold.peers import PEERS, check, tensor
-from tilefold.plan import plan
-from tilefold.problem import Problem, default_scale
-from tilefold.roofline import Rates, visible_pairs
-from tilefold.spec import Multiplier
-from tilefold.workload import BOTH, Case
+from tilefold.common.files import write_atomically
+from tilefold.masks import parse
+from tilefold.measuring import timing, workload
+from tilefold.measuring.baselines import PEERS, check, tensor
+from tilefold.measuring.environment import circumstances
+from tilefold.measuring.workload import BOTH, Case
+from tilefold.planning.roofline import Rates, visible_pairs
+from tilefold.problems.attention import Problem, default_scale
 
 D64, D128, LONG = "1,8,2048,64", "1,8,2048,128", "1,2,8192,64"
 WINDOW = "causal() & local(256)"
@@ -149,7 +150,7 @@ def measure(figure: Figure, seconds: float) -> Result:
     missing = _missing(figure)
     if missing:
         return Result(figure, reason=missing)
-    with bench.using_threads(figure.case.threads):
+    with timing.using_threads(figure.case.threads):
         found = KINDS[figure.kind](figure, seconds)
     if found.reason is None and figure.needs and not host().has(figure.needs):
         return replace(found, reason=f"the floor is one of {figure.needs}, here {host().isa}")
@@ -169,7 +170,7 @@ def _missing(figure: Figure) -> str | None:
 def _ratio(figure: Figure, seconds: float) -> Result:
     """Against the peer, turn by turn."""
     assert figure.peer
-    own, other = bench.measure(figure.case, [figure.peer], seconds=seconds)
+    own, other = timing.measure(figure.case, [figure.peer], seconds=seconds)
     share, binding = _share(own.case, own.median, own.pairs)
     result = Result(figure, None, own.median, None, share, binding, other.reason)
     if other.reason:
@@ -284,8 +285,8 @@ KINDS: dict[str, Callable[[Figure, float], Result]] = {
 
 
 def _medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    bench.turn_by_turn(calls, seconds=0, least=1)
-    times = bench.turn_by_turn(calls, seconds=seconds)
+    timing.turn_by_turn(calls, seconds=0, least=1)
+    times = timing.turn_by_turn(calls, seconds=seconds)
     return {name: statistics.median(each) for name, each in times.items()}
 
 

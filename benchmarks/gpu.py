@@ -34,9 +34,9 @@ from gpu_parts import (
 from gpu_parts.section import INTERPRETED, Row, Section, Settings, processes, said
 
 from tilefold.backends.triton import interpreter, runtime
-from tilefold.circumstances import circumstances
 from tilefold.commands import terminal
-from tilefold.files import write_atomically
+from tilefold.common.files import write_atomically
+from tilefold.measuring.environment import circumstances
 
 SECTIONS: dict[str, Section] = {
     section.name: section

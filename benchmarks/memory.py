@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 import tilefold
-from tilefold.arrays import element_type
-from tilefold.circumstances import circumstances
-from tilefold.parse import parse
-from tilefold.problem import ITEM_BYTES
+from tilefold.common.array_files import element_type
+from tilefold.masks.parse import parse
+from tilefold.measuring.environment import circumstances
+from tilefold.problems.attention import ITEM_BYTES
 
 MIB = 2**20
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -24,8 +24,8 @@ import torch
 import tilefold
 from tilefold.backends.metal import runtime
 from tilefold.backends.metal.runtime import Mps
-from tilefold.circumstances import circumstances
 from tilefold.frontends import gpu
+from tilefold.measuring.environment import circumstances
 
 COUNTS = (1, 8, 64)
 SHAPE = (1, 8, 128, 64)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from tilefold import causal, dense, documents, full, lengths, local, prefix, rule
-from tilefold.blocks import Counts, Runs, count, runs
-from tilefold.circumstances import circumstances
-from tilefold.mask import Rule
+from tilefold.masks.position_rules import Rule
+from tilefold.masks.runs import Counts, Runs, count, runs
+from tilefold.measuring.environment import circumstances
 
 MILLION = 1 << 20
 BLOCK_PARALLEL = 64

@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
-from tilefold import device
-from tilefold.device import Device
+from tilefold.backends.cpu import device
+from tilefold.backends.cpu.device import Device
 
 SOURCE = Path(__file__).with_name("amx.c")
 OPTIONS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")

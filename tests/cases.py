@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tilefold import Rule, causal, chunked, dense, documents, full, lengths, local, prefix, rule
-from tilefold.problem import Problem, default_scale
+from tilefold.problems.attention import Problem, default_scale
 
 SHAPES = [
     *[(1, 1), (3, 3), (64, 32), (113, 203), (128, 217), (239, 1), (799, 3), (1, 799)],

@@ -9,10 +9,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tilefold import Rule, reference
-from tilefold.device import host
-from tilefold.plan import plan
-from tilefold.problem import Problem
+from tilefold import Rule
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.plan import plan
+from tilefold.problems import reference
+from tilefold.problems.attention import Problem
 
 Array = NDArray[Any]
 

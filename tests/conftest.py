@@ -100,7 +100,7 @@ def metal() -> Callable[..., Library]:
     """`compile_shader` of the executor of Metal texts; a test without a compiler is skipped."""
     from metal import needs
 
-    from tilefold.backends.metal import emulate  # not above: it imports tilefold, and that NumPy
+    from tilefold.backends.metal import emulate
 
     needs()
     return emulate.compile_shader

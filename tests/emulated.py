@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from trial import Memory
 
-from tilefold import engine
-from tilefold.backends.cpu import runtime, threads
-from tilefold.backends.cpu.arguments import OPERANDS, names
+from tilefold.backends.cpu import dispatch, runtime, threads
+from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel, emit, workspace_bytes
-from tilefold.buffer import Buffer
-from tilefold.device import Device
-from tilefold.plan import Plan, Scratch
-from tilefold.spec import KernelSpec
+from tilefold.backends.cpu.kernels.arguments import OPERANDS, names
+from tilefold.backends.cpu.plan import Plan
+from tilefold.backends.cpu.spec import KernelSpec
+from tilefold.planning.plan import Scratch
+from tilefold.problems.buffer import Buffer
 
 Array = NDArray[Any]
 DRIVER = Path(__file__).with_name("driver.c")
@@ -170,11 +170,11 @@ def emulated(folder: Path) -> Iterator[Emulator]:
         array = emulator.allocate(name, math.prod(scratch.shape), scratch.dtype)
         return replace(real, pointer=array.ctypes.data, owner=array)
 
-    real_allocate = engine._allocate
+    real_allocate = dispatch._allocate
     with (
-        mock.patch.object(engine, "kernel", emulator.kernel),
+        mock.patch.object(dispatch, "kernel", emulator.kernel),
         mock.patch.object(threads, "run", emulator.run),
-        mock.patch.object(engine, "_workspace", workspace),
-        mock.patch.object(engine, "_allocate", allocate),
+        mock.patch.object(dispatch, "_workspace", workspace),
+        mock.patch.object(dispatch, "_allocate", allocate),
     ):
         yield emulator

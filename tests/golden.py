@@ -14,8 +14,8 @@ from tilefold.backends.metal import dispatch, gated, source
 from tilefold.backends.metal import plan as metal_plan
 from tilefold.backends.triton import plan as triton_plan
 from tilefold.backends.triton import source as triton_source
-from tilefold.parse import parse
-from tilefold.problem import Problem
+from tilefold.masks.parse import parse
+from tilefold.problems.attention import Problem
 
 DATA = Path(__file__).parent / "data"
 

@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from trial import Memory
 
-from tilefold import engine
-from tilefold.backends.cpu import threads
+from tilefold.backends.cpu import dispatch, threads
+from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel
-from tilefold.buffer import Buffer
-from tilefold.device import Device
-from tilefold.expression import Table
-from tilefold.plan import Plan, Scratch
-from tilefold.spec import KernelSpec
+from tilefold.backends.cpu.plan import Plan
+from tilefold.backends.cpu.spec import KernelSpec
+from tilefold.masks.expression import Table
+from tilefold.planning.plan import Scratch
+from tilefold.problems.buffer import Buffer
 
 Array = NDArray[Any]
 PAGE = mmap.PAGESIZE
@@ -162,12 +162,12 @@ def guarded(side: str, short: str | None = None) -> Iterator[GuardedMemory]:
         pointer = memory.scratch(name, math.prod(scratch.shape), scratch.dtype)
         return replace(real, pointer=pointer)
 
-    real_kernel, real_run, real_allocate = engine.kernel, threads.run, engine._allocate
+    real_kernel, real_run, real_allocate = dispatch.kernel, threads.run, dispatch._allocate
     with (
-        mock.patch.object(engine, "kernel", kernel),
+        mock.patch.object(dispatch, "kernel", kernel),
         mock.patch.object(threads, "run", run),
-        mock.patch.object(engine, "_workspace", workspace),
-        mock.patch.object(engine, "_allocate", allocate),
+        mock.patch.object(dispatch, "_workspace", workspace),
+        mock.patch.object(dispatch, "_allocate", allocate),
     ):
         yield memory
     memory.close()

@@ -14,7 +14,7 @@ from operands import SENTINEL, Array
 
 from tilefold.backends.triton import dispatch, interpreter
 from tilefold.backends.triton.plan import plan
-from tilefold.problem import STATISTICS, Problem
+from tilefold.problems.attention import STATISTICS, Problem
 
 
 def needs() -> None:

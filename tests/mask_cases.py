@@ -16,8 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tilefold import mask
-from tilefold.rules import Rule
+from tilefold.masks import position_rules
+from tilefold.masks.rule import Rule
 
 # No time limit per example: a busy machine is not a failing test.
 settings.register_profile("tilefold", deadline=None)
@@ -124,10 +124,10 @@ def _positions(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
     given = {"sync": way} if way in SYNCS else {"align": way}
     sync = {"end": "none_end", "start": "none_front"}.get(way, way)
     if draw(st.booleans()):
-        return mask.causal(**given, **grids), sees_causal(sizes, sync)
+        return position_rules.causal(**given, **grids), sees_causal(sizes, sync)
     window, stride = draw(st.integers(1, 9)), draw(st.integers(1, 3))
     ordered = draw(st.booleans())
-    rule = mask.local(window, stride, causal=ordered, **given, **grids)
+    rule = position_rules.local(window, stride, causal=ordered, **given, **grids)
     return rule, sees_local(sizes, sync, window, stride, ordered)
 
 
@@ -137,16 +137,16 @@ def _plain(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
     number = draw(st.integers(0, sizes.len_k + 2))
     match draw(st.sampled_from(("full", "prefix", "prefix causal", "chunked", "lengths"))):
         case "full":
-            return mask.full(), lambda b, h, q, k: True
+            return position_rules.full(), lambda b, h, q, k: True
         case "prefix":
-            return mask.prefix(number, causal=False), lambda b, h, q, k: k < number
+            return position_rules.prefix(number, causal=False), lambda b, h, q, k: k < number
         case "prefix causal":
             shift = sizes.len_k - sizes.len_q
-            return mask.prefix(number), lambda b, h, q, k: k < number or k <= q + shift
+            return position_rules.prefix(number), lambda b, h, q, k: k < number or k <= q + shift
         case "chunked":
             size = number + 1
-            return mask.chunked(size), lambda b, h, q, k: q // size == k // size
-    return mask.lengths(number), lambda b, h, q, k: k < number
+            return position_rules.chunked(size), lambda b, h, q, k: q // size == k // size
+    return position_rules.lengths(number), lambda b, h, q, k: k < number
 
 
 @st.composite
@@ -162,17 +162,19 @@ def _data(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
                 sides.append(np.sort(ids) if draw(st.booleans()) else ids)
             whole = [np.broadcast_to(ids, (sizes.batch, ids.shape[-1])) for ids in sides]
             return (
-                mask.documents(*sides),
+                position_rules.documents(*sides),
                 lambda b, h, q, k: bool(whole[0][b, q] == whole[1][b, k]),
             )
         case "lengths":
             n_k = random.integers(0, sizes.len_k + 2, sizes.batch)
-            return mask.lengths(n_k), lambda b, h, q, k: bool(k < n_k[b])
+            return position_rules.lengths(n_k), lambda b, h, q, k: bool(k < n_k[b])
     shape = (sizes.batch, sizes.heads, sizes.len_q, sizes.len_k)
     given = tuple(size if draw(st.booleans()) else 1 for size in shape)
     given = given[draw(st.integers(0, 3)) :]
     array = random.random(given) < draw(st.sampled_from((0.02, 0.5, 0.98)))
-    return mask.dense(array), lambda b, h, q, k: bool(np.broadcast_to(array, shape)[b, h, q, k])
+    return position_rules.dense(array), lambda b, h, q, k: bool(
+        np.broadcast_to(array, shape)[b, h, q, k]
+    )
 
 
 Formula = Callable[[Any, Any, Any, Any], Any]
@@ -227,7 +229,7 @@ def traced(draw: st.DrawFn) -> tuple[Rule, Sees]:
     """A user's own rule with a random body."""
     formula = draw(_truths(2))
     return (
-        mask.rule(lambda b, h, q, k: formula(b, h, q, k)),
+        position_rules.rule(lambda b, h, q, k: formula(b, h, q, k)),
         lambda b, h, q, k: bool(formula(b, h, q, k)),
     )
 

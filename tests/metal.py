@@ -13,7 +13,7 @@ from operands import SENTINEL, Array
 
 from tilefold.backends.metal import dispatch, emulate
 from tilefold.backends.metal.plan import plan
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 FAMILIES = ("apple7", "apple9")
 """One of each kind: traversed operands staged and bfloat16 widened, or read where they lie."""

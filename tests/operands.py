@@ -13,11 +13,11 @@ import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import engine
-from tilefold.buffer import Buffer
-from tilefold.device import Device, host
-from tilefold.plan import plan
-from tilefold.problem import LAYOUTS, STATISTICS, Problem
+from tilefold.backends.cpu import dispatch
+from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.plan import plan
+from tilefold.problems.attention import LAYOUTS, STATISTICS, Problem
+from tilefold.problems.buffer import Buffer
 
 Array = NDArray[Any]
 SENTINEL = 12288.0
@@ -147,7 +147,7 @@ def run(
     form = options.pop("form", "auto")
     options = {**FORMS.get(form, {"form": form}), **options}
     buffers = {name: buffer(array) for name, array in operands.items()}
-    engine.run(plan(problem, device or host(), operation, **options), buffers)
+    dispatch.run(plan(problem, device or host(), operation, **options), buffers)
 
 
 def forward(problem: Problem, operands: Mapping[str, Array], **options: Any) -> dict[str, Array]:

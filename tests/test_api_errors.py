@@ -11,7 +11,7 @@ import pytest
 
 import tilefold
 from tilefold import attention, attention_backward, causal, dense, documents, full, lengths
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 
 def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tilefold import bench, blocks, parse, peers, roofline, workload
 from tilefold.backends.cpu import peak, threads
-from tilefold.device import host
-from tilefold.plan import plan
-from tilefold.problem import Problem
-from tilefold.spec import PARALLEL
-from tilefold.workload import Case
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.plan import plan
+from tilefold.backends.cpu.spec import PARALLEL
+from tilefold.masks import parse
+from tilefold.masks.runs import runs
+from tilefold.measuring import baselines, timing, workload
+from tilefold.measuring.workload import Case
+from tilefold.planning import roofline
+from tilefold.problems.attention import Problem
 
 
 def problem(mask: str = "full()", **changes: Any) -> Problem:
@@ -87,7 +90,7 @@ def test_visible_pairs_of_nothing_are_none() -> None:
 def test_computed_pairs_are_those_of_the_tiles_in_the_plan(mask: str, parallel: str) -> None:
     asked = problem(mask, batch=3, len_q=70, len_k=90)
     lengths = (70, 90) if parallel == "q" else (90, 70)
-    runs = blocks.runs(
+    visited = runs(
         asked.mask.bind(70, 90),
         parallel=parallel,
         batch=3,
@@ -105,7 +108,7 @@ def test_computed_pairs_are_those_of_the_tiles_in_the_plan(mask: str, parallel: 
             for column in range(0, lengths[1], 8):
                 tile = plane[row : row + 16, column : column + 8]
                 expected += tile.size * bool(tile.any())
-    computed = roofline.computed_pairs(asked, parallel, runs, 16)
+    computed = roofline.computed_pairs(asked, parallel, visited, 16)
     # The interval fold may keep a tile that holds nothing; it may not lose one.
     assert expected <= computed <= dense.size
     if mask in ("full()", "causal()", "causal() & local(9)", "lengths((20, 96, 0))"):
@@ -127,23 +130,23 @@ def test_a_plan_computes_little_more_than_what_is_visible() -> None:
 def test_every_call_has_one_turn_per_round_and_the_first_place_rotates() -> None:
     turns: list[str] = []
     calls = {name: (lambda name=name: turns.append(name)) for name in "abc"}
-    times = bench.turn_by_turn(calls, seconds=0, least=4)
+    times = timing.turn_by_turn(calls, seconds=0, least=4)
     assert "".join(turns) == "abc" + "bca" + "cab" + "abc"
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 4, "b": 4, "c": 4}
 
 
 def test_rounds_end_with_the_time_or_with_the_number() -> None:
-    times = bench.turn_by_turn({"a": lambda: time.sleep(0.01)}, seconds=0.05)
+    times = timing.turn_by_turn({"a": lambda: time.sleep(0.01)}, seconds=0.05)
     assert 3 <= len(times["a"]) <= 6
     assert all(seconds >= 0.01 for seconds in times["a"])
-    assert len(bench.turn_by_turn({"a": lambda: None}, seconds=60, most=7)["a"]) == 7
+    assert len(timing.turn_by_turn({"a": lambda: None}, seconds=60, most=7)["a"]) == 7
 
 
 def test_a_row_is_the_median_of_its_rounds() -> None:
     case = Case(problem("causal()", dim_v=8))
-    row = bench.Row(case, "tilefold", (3.0, 1.0, 2.0), pairs=100, first_call_seconds=4.0)
+    row = timing.Row(case, "tilefold", (3.0, 1.0, 2.0), pairs=100, first_call_seconds=4.0)
     assert (row.median, row.gflops) == (2.0, 100 * 2 * (16 + 8) / 2 / 1e9)
-    peer = bench.Row(case, "peer", (5.0,), pairs=100, first_call_seconds=4.0)
+    peer = timing.Row(case, "peer", (5.0,), pairs=100, first_call_seconds=4.0)
     record = peer.record(row)
     assert (record["name"], record["mask"], record["dim_v"]) == ("peer", "causal()", 8)
     assert (record["tilefold_speedup"], record["shape"]) == (2.5, "1,2,96,16/1,2,96,8")
@@ -167,18 +170,18 @@ CANNOT = {
 @pytest.mark.feature("S04", "J01")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("operation", workload.OPERATIONS)
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", baselines.PEERS)
 def test_a_peer_computes_what_we_do_or_says_that_it_cannot(
     name: str, operation: str, dtype: str
 ) -> None:
-    peer = peers.PEERS[name]
+    peer = baselines.PEERS[name]
     if peer.missing:
         pytest.skip(f"{peer.missing} is not installed")
     reason = CANNOT.get((name, operation)) or CANNOT.get((name, dtype))
     for mask in MASKED:
         asked = problem(mask, heads_q=4, heads_kv=4, len_q=40, len_k=40, dtype=dtype)
         case = Case(asked, operation, threads=host().cores)
-        rows = bench.measure(case, [name], seconds=0)
+        rows = timing.measure(case, [name], seconds=0)
         assert [row.name for row in rows] == ["tilefold", name]
         if reason is None:
             assert rows[1].reason is None
@@ -188,18 +191,20 @@ def test_a_peer_computes_what_we_do_or_says_that_it_cannot(
             assert rows[1].record(rows[0])["median_seconds"] is None
 
 
-@pytest.mark.parametrize("name", [name for name in peers.PEERS if name not in ("torch", "numpy")])
+@pytest.mark.parametrize(
+    "name", [name for name in baselines.PEERS if name not in ("torch", "numpy")]
+)
 def test_a_peer_that_is_not_installed_is_named(name: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda module: None)
-    assert peers.PEERS[name].missing == peers.PEERS[name].modules[0]
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda module: None)
+    assert baselines.PEERS[name].missing == baselines.PEERS[name].modules[0]
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: Any) -> None:
     def other(case: Case, a: workload.Arrays) -> workload.Call:
         return lambda: 1.01 * workload.own(case, a)()  # type: ignore[operator]
 
-    monkeypatch.setattr(peers, "PEERS", {"other": peers.Peer(("numpy",), other)})
-    rows = bench.measure(Case(problem()), ["other"], seconds=0)
+    monkeypatch.setattr(baselines, "PEERS", {"other": baselines.Peer(("numpy",), other)})
+    rows = timing.measure(Case(problem()), ["other"], seconds=0)
     assert rows[1].seconds == ()
     assert "other computes something else: relative error 1.0e-02" in str(rows[1].reason)
     assert rows[0].reason is None
@@ -208,16 +213,16 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: Any) -> N
 def test_a_result_that_is_not_a_number_is_something_else() -> None:
     case, o = Case(problem()), np.ones((1, 2, 96, 16))
     with pytest.raises(ArithmeticError, match="relative error nan"):
-        peers.check("numpy", case, (o, o), (o * np.nan, o))
+        baselines.check("numpy", case, (o, o), (o * np.nan, o))
 
 
 def test_a_peer_in_another_layout_is_turned_before_it_is_compared(monkeypatch: Any) -> None:
-    turned = {"other": peers.Peer(("numpy",), workload.own, "bnhd")}
-    monkeypatch.setattr(peers, "PEERS", turned)
+    turned = {"other": baselines.Peer(("numpy",), workload.own, "bnhd")}
+    monkeypatch.setattr(baselines, "PEERS", turned)
     case, o = Case(problem()), np.ones((1, 2, 96, 16))
-    assert peers.check("other", case, o, o.swapaxes(1, 2)) == 0
+    assert baselines.check("other", case, o, o.swapaxes(1, 2)) == 0
     with pytest.raises(ArithmeticError, match=r"gives \(1, 96, 2, 16\) where"):
-        peers.check("other", case, o, o)
+        baselines.check("other", case, o, o)
 
 
 @pytest.mark.feature("J01", "J02", "J13")
@@ -225,7 +230,7 @@ def test_a_peer_in_another_layout_is_turned_before_it_is_compared(monkeypatch: A
 def test_implementations_are_checked_and_timed_side_by_side(operation: str) -> None:
     names = ["kernel", "composed", "native", "tensorops"]
     asked = problem("causal() & local(30)", heads_q=4, len_q=40, len_k=33)
-    rows = bench.measure_implementations(Case(asked, operation), names, "cpu", seconds=0)
+    rows = timing.measure_implementations(Case(asked, operation), names, "cpu", seconds=0)
     assert [row.name for row in rows] == names
     assert all(len(row.seconds) == 3 and row.reason is None for row in rows[:3])
     assert rows[3].seconds == () and "Apple GPUs" in str(rows[3].reason)
@@ -245,7 +250,7 @@ def test_an_implementation_that_computes_something_else_or_runs_out_of_memory_is
         raise RuntimeError("not enough memory:\nyou tried to allocate 8 GiB")
 
     monkeypatch.setattr(ways, "native", full)
-    rows = bench.measure_implementations(Case(problem()), ["composed", "native"], "cpu", seconds=0)
+    rows = timing.measure_implementations(Case(problem()), ["composed", "native"], "cpu", seconds=0)
     assert [row.seconds for row in rows] == [(), ()]
     assert "composed computes something else: relative error 1.0e-02" in str(rows[0].reason)
     assert rows[1].reason == "not enough memory: you tried to allocate 8 GiB"
@@ -253,7 +258,7 @@ def test_an_implementation_that_computes_something_else_or_runs_out_of_memory_is
 
 def test_no_float64_on_apple_gpus() -> None:
     asked = problem(dtype="float64")
-    (row,) = bench.measure_implementations(Case(asked), ["composed"], "mps", seconds=0)
+    (row,) = timing.measure_implementations(Case(asked), ["composed"], "mps", seconds=0)
     assert row.reason == "torch has no float64 on Apple GPUs"
 
 
@@ -269,7 +274,7 @@ def test_both_passes_in_one_call_are_the_two() -> None:
 
 def test_measuring_leaves_the_number_of_threads_as_it_was() -> None:
     before = threads.get_num_threads()
-    rows = bench.measure(Case(problem(), threads=1), ["numpy"], seconds=0)
+    rows = timing.measure(Case(problem(), threads=1), ["numpy"], seconds=0)
     assert [row.name for row in rows] == ["tilefold", "numpy"]
     assert all(len(row.seconds) == 3 and row.pairs == 2 * 96 * 96 for row in rows)
     assert threads.get_num_threads() == before
@@ -282,7 +287,7 @@ def test_other_block_sizes_give_the_same_result(operation: str) -> None:
     case = Case(problem("causal()", len_q=150, len_k=170), operation)
     inputs = workload.arrays(case)
     expected = workload.own(case, inputs)()
-    swept = bench.block_sizes(case, inputs)
+    swept = timing.block_sizes(case, inputs)
     assert len(swept) >= 8
     names = ["o"] if operation == "forward" else ["dq", "dk", "dv"]
     for label, call in swept.items():
@@ -347,7 +352,7 @@ def test_reading_reads_all_of_an_array_and_changes_nothing() -> None:
 @pytest.mark.slow
 def test_no_measured_time_beats_the_roofline() -> None:
     asked = problem(len_q=512, len_k=512, dim=64, dim_v=64)
-    (row,) = bench.measure(Case(asked, threads=1), seconds=0.05)
+    (row,) = timing.measure(Case(asked, threads=1), seconds=0.05)
     rates = peak.rates(host(), "float32", 1, again=True)
     least = roofline.bounds(asked, "forward", row.pairs, rates)
     assert least.seconds < 1.1 * min(row.seconds)  # 1.1: the two are measured one after the other

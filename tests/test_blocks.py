@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from mask_cases import Case
 from numpy.typing import NDArray
 
-from tilefold import blocks, causal, dense, documents, full, lengths, local, prefix, rule
-from tilefold.blocks import Runs, runs
-from tilefold.mask import Rule
+from tilefold import causal, dense, documents, full, lengths, local, prefix, rule
+from tilefold.masks import runs as blocks
+from tilefold.masks.position_rules import Rule
+from tilefold.masks.runs import Runs, runs
 
 MILLION = 1 << 20
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tilefold import cache
 from tilefold.backends.cpu import runtime
-from tilefold.device import host
+from tilefold.backends.cpu.device import host
+from tilefold.common import disk_cache
 
 TEXT = "define void @kernel() {\n  ret void\n}\n"
 TOOLCHAIN = "a compiler, version 1"
@@ -22,16 +22,16 @@ BINARY = bytes(range(256)) * 20
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> cache.Cache:
-    return cache.Cache(tmp_path / "kernels", 1 << 20)
+def store(tmp_path: Path) -> disk_cache.Cache:
+    return disk_cache.Cache(tmp_path / "kernels", 1 << 20)
 
 
-def entry(store: cache.Cache) -> Path:
+def entry(store: disk_cache.Cache) -> Path:
     (path,) = store.directory.glob("*.bin")
     return path
 
 
-def test_what_was_put_comes_back(store: cache.Cache) -> None:
+def test_what_was_put_comes_back(store: disk_cache.Cache) -> None:
     assert store.get(TEXT, TOOLCHAIN) is None
     store.put(TEXT, TOOLCHAIN, BINARY)
     assert store.get(TEXT, TOOLCHAIN) == BINARY
@@ -40,20 +40,20 @@ def test_what_was_put_comes_back(store: cache.Cache) -> None:
     assert store.problem() is None
 
 
-def test_the_text_stands_beside_the_binary(store: cache.Cache) -> None:
+def test_the_text_stands_beside_the_binary(store: disk_cache.Cache) -> None:
     store.put(TEXT, TOOLCHAIN, BINARY, suffix=".ll")
     assert entry(store).with_suffix(".ll").read_text() == TEXT
     assert len(list(store.directory.iterdir())) == 2
 
 
-def test_only_this_user_may_enter(store: cache.Cache) -> None:
+def test_only_this_user_may_enter(store: disk_cache.Cache) -> None:
     store.put(TEXT, TOOLCHAIN, BINARY)
     assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in store.directory.iterdir()} == {0o600}
 
 
 @pytest.mark.feature("M14")
-def test_another_text_or_toolchain_is_another_kernel(store: cache.Cache) -> None:
+def test_another_text_or_toolchain_is_another_kernel(store: disk_cache.Cache) -> None:
     store.put(TEXT, TOOLCHAIN, BINARY)
     assert store.get(TEXT + " ", TOOLCHAIN) is None
     assert store.get(TEXT, TOOLCHAIN + "1") is None
@@ -137,7 +137,7 @@ def directory_symbolic_link(path: Path) -> None:
 
 
 @pytest.mark.feature("M14")
-def test_what_was_noted_comes_back(store: cache.Cache) -> None:
+def test_what_was_noted_comes_back(store: disk_cache.Cache) -> None:
     assert store.note("why") is None
     store.put_note("why", b"because")
     assert store.note("why") == b"because"
@@ -149,7 +149,7 @@ def test_what_was_noted_comes_back(store: cache.Cache) -> None:
     assert store.get("why", "a question") == BINARY
 
 
-def test_notes_are_no_kernels_but_take_room_and_go_with_them(store: cache.Cache) -> None:
+def test_notes_are_no_kernels_but_take_room_and_go_with_them(store: disk_cache.Cache) -> None:
     store.put(TEXT, TOOLCHAIN, BINARY)
     before = store.size()
     store.put_note("why", b"because")
@@ -181,7 +181,7 @@ DIRECTORY_DAMAGE = [
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_a_damaged_entry_is_never_loaded_but_replaced(
-    damage: Callable[[Path], None], store: cache.Cache
+    damage: Callable[[Path], None], store: disk_cache.Cache
 ) -> None:
     store.put(TEXT, TOOLCHAIN, BINARY)
     damage(entry(store))
@@ -194,7 +194,7 @@ def test_a_damaged_entry_is_never_loaded_but_replaced(
     "damage", [d for d in DAMAGE if d is not keep_the_header_alone], ids=lambda d: d.__name__
 )
 def test_a_damaged_note_is_never_believed_but_replaced(
-    damage: Callable[[Path], None], store: cache.Cache
+    damage: Callable[[Path], None], store: disk_cache.Cache
 ) -> None:
     store.put_note("why", BINARY)
     (path,) = store.directory.glob("*.note")
@@ -208,7 +208,7 @@ def test_a_damaged_note_is_never_believed_but_replaced(
     "damage", [*DIRECTORY_DAMAGE, directory], ids=lambda damage: damage.__name__
 )
 def test_an_entry_in_a_wrong_place_is_never_loaded(
-    damage: Callable[[Path], None], store: cache.Cache
+    damage: Callable[[Path], None], store: disk_cache.Cache
 ) -> None:
     store.put(TEXT, TOOLCHAIN, BINARY)
     damage(entry(store))
@@ -219,7 +219,7 @@ def test_an_entry_in_a_wrong_place_is_never_loaded(
 
 @pytest.mark.parametrize("damage", DIRECTORY_DAMAGE, ids=lambda damage: damage.__name__)
 def test_a_wrong_directory_is_explained_and_left_alone(
-    damage: Callable[[Path], None], store: cache.Cache
+    damage: Callable[[Path], None], store: disk_cache.Cache
 ) -> None:
     store.put(TEXT, TOOLCHAIN, BINARY)
     path = entry(store)
@@ -242,14 +242,14 @@ def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("what", ["entry", "directory"])
 def test_what_belongs_to_another_user_is_never_loaded(
-    what: str, store: cache.Cache, monkeypatch: pytest.MonkeyPatch
+    what: str, store: disk_cache.Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put(TEXT, TOOLCHAIN, BINARY)
     give_away(entry(store) if what == "entry" else store.directory, monkeypatch)
     assert store.get(TEXT, TOOLCHAIN) is None
 
 
-def test_an_entry_under_another_name_is_never_loaded(store: cache.Cache) -> None:
+def test_an_entry_under_another_name_is_never_loaded(store: disk_cache.Cache) -> None:
     store.put(TEXT, TOOLCHAIN, BINARY)
     first = entry(store)
     store.put(TEXT + "; another", TOOLCHAIN, BINARY[::-1])
@@ -270,7 +270,7 @@ def test_a_directory_that_cannot_be_written_only_costs_speed(place: str, tmp_pat
             tmp_path.chmod(0o500)
     else:
         folder = Path("kernels-in-the-working-directory")
-    store = cache.Cache(folder, 1 << 20)
+    store = disk_cache.Cache(folder, 1 << 20)
     store.put(TEXT, TOOLCHAIN, BINARY)
     assert store.get(TEXT, TOOLCHAIN) is None
     assert (store.size(), store.count(), store.clear()) == (0, 0, 0)
@@ -278,7 +278,9 @@ def test_a_directory_that_cannot_be_written_only_costs_speed(place: str, tmp_pat
     assert str(store.problem()).startswith(f"{folder}: ")
 
 
-def test_a_full_disk_only_costs_speed(store: cache.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_only_costs_speed(
+    store: disk_cache.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -289,7 +291,7 @@ def test_a_full_disk_only_costs_speed(store: cache.Cache, monkeypatch: pytest.Mo
     assert list(store.directory.iterdir()) == []
 
 
-def use(store: cache.Cache, name: str, minutes_ago: float) -> None:
+def use(store: disk_cache.Cache, name: str, minutes_ago: float) -> None:
     """Put an entry that was last used some time ago."""
     before = set(store.directory.glob("*"))
     store.put(name, TOOLCHAIN, BINARY)
@@ -300,7 +302,7 @@ def use(store: cache.Cache, name: str, minutes_ago: float) -> None:
 
 def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     room_for_three = 3 * (len(BINARY) + 100)
-    store = cache.Cache(tmp_path / "kernels", room_for_three)
+    store = disk_cache.Cache(tmp_path / "kernels", room_for_three)
     use(store, "one", 30)
     use(store, "two", 20)
     use(store, "three", 10)
@@ -314,13 +316,13 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
 
 
 def test_no_room_keeps_nothing(tmp_path: Path) -> None:
-    store = cache.Cache(tmp_path / "kernels", 0)
+    store = disk_cache.Cache(tmp_path / "kernels", 0)
     store.put(TEXT, TOOLCHAIN, BINARY)
     assert not store.directory.exists()
     assert store.problem() == "TILEFOLD_CACHE_MIB is 0"
 
 
-def test_clear_removes_kernels_and_nothing_else(store: cache.Cache) -> None:
+def test_clear_removes_kernels_and_nothing_else(store: disk_cache.Cache) -> None:
     for name in ("one", "two"):
         store.put(name, TOOLCHAIN, BINARY)
     unfinished = f"{entry_name(store)}.0123456789abcdef"
@@ -331,7 +333,7 @@ def test_clear_removes_kernels_and_nothing_else(store: cache.Cache) -> None:
     assert {path.name for path in store.directory.iterdir()} == {"notes.txt", "a" * 64}
 
 
-def entry_name(store: cache.Cache) -> str:
+def entry_name(store: disk_cache.Cache) -> str:
     return sorted(store.directory.glob("*.bin"))[0].name
 
 
@@ -340,15 +342,15 @@ def test_the_place_and_the_size_come_from_the_environment(
 ) -> None:
     monkeypatch.setenv("TILEFOLD_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TILEFOLD_CACHE_MIB", "3")
-    assert cache.default() == cache.Cache(tmp_path, 3 << 20)
+    assert disk_cache.default() == disk_cache.Cache(tmp_path, 3 << 20)
     monkeypatch.delenv("TILEFOLD_CACHE_DIR")
-    assert "tilefold" in cache.default().directory.parts
+    assert "tilefold" in disk_cache.default().directory.parts
 
 
 COMPILE_MANY = """
 import sys
 from tilefold.backends.cpu import runtime
-from tilefold.device import host
+from tilefold.backends.cpu.device import host
 for number in range(12):
     text = f"define i64 @kernel(ptr %x) {{\\n  ret i64 {number}\\n}}\\n"
     loaded = runtime.kernel(text, "kernel", host())
@@ -374,7 +376,7 @@ def test_several_processes_compile_at_once(fresh_cache: Path) -> None:
     for process in running:
         out, err = process.communicate(timeout=60)
         assert (out, err, process.returncode) == ("done\n", "", 0)
-    store = cache.default()
+    store = disk_cache.default()
     assert store.directory == fresh_cache
     assert store.count() == 12
     toolchain = runtime.toolchain(host())

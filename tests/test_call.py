@@ -14,11 +14,12 @@ from compare import assert_near
 from numpy.typing import NDArray
 
 import tilefold
-from tilefold import Rule, attention, attention_backward, engine, reference
-from tilefold.backends.cpu import threads
+from tilefold import Rule, attention, attention_backward
+from tilefold.backends.cpu import dispatch, threads
+from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import kernel
-from tilefold.device import host
-from tilefold.problem import PRECISIONS, Problem
+from tilefold.problems import reference
+from tilefold.problems.attention import PRECISIONS, Problem
 
 Array = NDArray[Any]
 
@@ -45,14 +46,14 @@ def check(arrays: tuple[Array, ...], **options: Any) -> None:
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The operations that are prepared during a test, which begins with none."""
     seen: list[str] = []
-    real = engine.prepare
+    real = dispatch.prepare
 
-    def prepare(plan: Any, *rest: Any) -> engine.Call:
+    def prepare(plan: Any, *rest: Any) -> dispatch.Call:
         seen.append(plan.operation)
         return real(plan, *rest)
 
-    engine._calls.clear()
-    monkeypatch.setattr(engine, "prepare", prepare)
+    dispatch._calls.clear()
+    monkeypatch.setattr(dispatch, "prepare", prepare)
     return seen
 
 
@@ -110,13 +111,13 @@ def test_precision_is_part_of_a_call_of_float32_alone(
     prepared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    real = engine.plan
+    real = dispatch.plan
 
     def plan(problem: Problem, *rest: Any, **options: Any) -> Any:
         seen.append(problem.precision)
         return real(problem, *rest, **options)
 
-    monkeypatch.setattr(engine, "plan", plan)
+    monkeypatch.setattr(dispatch, "plan", plan)
     for dtype in (np.float32, np.float64):
         q, k, v = (array.astype(dtype) for array in inputs())
         for _ in range(2):
@@ -169,7 +170,7 @@ def test_another_instruction_set_is_another_call(
             continue
         monkeypatch.setenv("TILEFOLD_CPU_ISA", isa)
         check(arrays)
-        assert next(reversed(engine._calls._held.values()))[0].plan.device.isa == isa
+        assert next(reversed(dispatch._calls._held.values()))[0].plan.device.isa == isa
         break
     monkeypatch.delenv("TILEFOLD_CPU_ISA", raising=False)
     check(arrays)
@@ -209,7 +210,9 @@ def test_a_call_within_a_call_of_the_same_thread(monkeypatch: pytest.MonkeyPatch
     def run(address: int, arguments: int, workers: int) -> None:
         if not inner:
             inner.append(None)
-            engine._local.workspace = engine._Memory(0)  # so that the inner call makes a new one
+            dispatch._local.workspace = dispatch._Memory(
+                0
+            )  # so that the inner call makes a new one
             inner.append(attention(*large))
             gc.collect()
         real(address, arguments, workers)
@@ -225,7 +228,7 @@ def test_a_fork_while_a_call_is_looked_up() -> None:
     """The child finds the table unlocked, and what was prepared in it."""
     arrays = inputs(shape=(1, 1, 20, 4))  # small enough for one thread
     expected = attention(*arrays)
-    with engine._calls._lock:
+    with dispatch._calls._lock:
         child = os.fork()
         if child == 0:
             os._exit(17 if np.array_equal(attention(*arrays), expected) else 1)

@@ -16,8 +16,11 @@ import pytest
 from compare import HALVES, assert_near
 
 import tilefold
-from tilefold import api, arrays, cli, parse, reference
-from tilefold.commands import doctor, run, terminal, text
+from tilefold import api, cli
+from tilefold.commands import doctor, main_job, run, terminal
+from tilefold.common import array_files
+from tilefold.masks import parse
+from tilefold.problems import reference
 
 ANSI = re.compile(r"\x1b\[")
 
@@ -101,10 +104,10 @@ def test_run_reads_and_writes_half_types(
     given = {name: array.astype(dtype) for name, array in zip("qkv", made(), strict=True)}
     places = {name: f"{name}.{suffix}" for name in "qkv"}
     for name, array in given.items():
-        arrays.save(str(tmp_path / places[name]), {name: array})
+        array_files.save(str(tmp_path / places[name]), {name: array})
     assert tilefold_run(tmp_path, **places, out=f"o.{suffix}") == 0
     assert f"o (2, 4, 30, 8) {dtype}" in capsys.readouterr().out
-    found = arrays.load(str(tmp_path / f"o.{suffix}"), "o")
+    found = array_files.load(str(tmp_path / f"o.{suffix}"), "o")
     expected, _ = reference.attention(*given.values())
     assert found.dtype == np.dtype(dtype)
     assert_near("o", found, expected, 3e-2)
@@ -238,7 +241,7 @@ def test_a_failed_write_leaves_the_old_file(files: Path, monkeypatch: pytest.Mon
     before = sorted(files.iterdir())
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        arrays.save(str(files / "o.npy"), {"o": np.zeros(3)})
+        array_files.save(str(files / "o.npy"), {"o": np.zeros(3)})
     assert (files / "o.npy").read_bytes() == b"old"
     assert sorted(files.iterdir()) == before
 
@@ -463,9 +466,9 @@ def test_numbers_have_three_digits_and_a_unit() -> None:
 
 
 def test_paragraphs_are_long_enough_and_none_comes_twice() -> None:
-    topics, texts = text.paragraphs()
+    topics, texts = main_job.paragraphs()
     assert len(topics) == len(texts) == len(set(texts)) > 200
-    assert min(len(words.split()) for words in texts) >= text.SHORTEST_WORDS
+    assert min(len(words.split()) for words in texts) >= main_job.SHORTEST_WORDS
 
 
 @pytest.mark.slow
@@ -479,17 +482,17 @@ def test_the_main_job_answers_and_agrees(tmp_path: Path, capsys: Any) -> None:
     assert answer["paragraphs"] == 30
     assert len(answer["nearest"]) == 2
     assert answer["nearest"][0]["similarity"] >= answer["nearest"][1]["similarity"]
-    assert answer["agreement"]["errors"]["tilefold float32"] < text.LARGEST_ERROR
+    assert answer["agreement"]["errors"]["tilefold float32"] < main_job.LARGEST_ERROR
     assert answer["agreement"]["smallest_cosine"] > 0.99999
-    assert len(answer["benchmark"]) == len(text.BENCHMARK)
+    assert len(answer["benchmark"]) == len(main_job.BENCHMARK)
     assert picture.exists()
 
 
 def test_the_main_job_fails_when_embeddings_disagree(capsys: Any) -> None:
     seconds = {"tilefold float32": 1.0, "dense float32": 1.0, "dense float64": 1.0}
     errors = {"tilefold float32": 1e-3, "dense float32": 1e-7, "dense float64": 0.0}
-    report = text.Report(json=False)
-    assert not report.agreement(text.Agreement(3, seconds, errors, 0.9))
+    report = main_job.Report(json=False)
+    assert not report.agreement(main_job.Agreement(3, seconds, errors, 0.9))
     assert "1.0e-03" in capsys.readouterr().out
 
 

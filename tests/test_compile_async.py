@@ -12,10 +12,11 @@ import pytest
 from metal_recorder import Recorder, forward, operands
 
 import tilefold
-from tilefold import Problem, reference
+from tilefold import Problem
 from tilefold.backends.cpu import kernel as kernels
 from tilefold.backends.cpu import runtime as llvm
 from tilefold.backends.metal.dispatch import CompileError
+from tilefold.problems import reference
 
 MASK = tilefold.causal()
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from operands import FORMS, Array, backward, canonical, forward, inputs, place, run
 
 import tilefold
-from tilefold.problem import STATISTICS, Problem, default_scale
+from tilefold.problems.attention import STATISTICS, Problem, default_scale
 
 QUICK = {
     Case((113, 203), 16, "window-and-prefix", "bhnd", "gqa", "padded"): "float32",

@@ -22,14 +22,16 @@ from operands import Array, buffer, inputs
 from trial import LAYOUTS, Trial, numbers, problem, run
 
 import tilefold
-from tilefold import Rule, causal, engine, full, lengths, local, splits
-from tilefold import plan as planning
+from tilefold import Rule, causal, full, lengths, local
+from tilefold.backends.cpu import dispatch, splits
+from tilefold.backends.cpu import plan as planning
+from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import workspace_bytes
-from tilefold.blocks import Runs
-from tilefold.device import Device, host
-from tilefold.plan import plan
-from tilefold.problem import LAYOUTS as LAYOUTS_OF_CALLS
-from tilefold.problem import Problem, contiguous
+from tilefold.backends.cpu.plan import plan
+from tilefold.masks.runs import Runs
+from tilefold.planning.visited import cut
+from tilefold.problems.attention import LAYOUTS as LAYOUTS_OF_CALLS
+from tilefold.problems.attention import Problem, contiguous
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,12 +87,12 @@ def test_heads_side_by_side_are_read_together(monkeypatch: pytest.MonkeyPatch) -
         forms.append(arguments[3])
         return plan(*arguments)
 
-    monkeypatch.setattr(engine, "plan", planned)
+    monkeypatch.setattr(dispatch, "plan", planned)
     sizes = problem(1, 300, 16, batch=1, heads=(4, 4))
     for layout, axes in LAYOUTS_OF_CALLS.items():
         shapes = [tuple(shape[axis] for axis in axes) for shape in ((1, 4, 1, 16), (1, 4, 300, 16))]
         strides = [contiguous(shapes[name != "q"]) for name in "qkv"]
-        engine.forward(sizes, layout, *strides)
+        dispatch.forward(sizes, layout, *strides)
     assert forms == ["auto", "interleaved", "auto"]
     assert splits.bundle(sizes) == 4
     assert splits.bundle(problem(5, 300, 16, heads=(64, 32))) == 8, "of at most 128 rows"
@@ -154,7 +156,7 @@ def test_half_types(dtype: str, cut: bool, memory: str, monkeypatch: pytest.Monk
         made = plan(sizes, device, "forward", "decode")
         assert len(made.launches) == 1 + cut
         buffers = {name: buffer(array) for name, array in {**stored, **got}.items()}
-        engine.run(made, buffers)
+        dispatch.run(made, buffers)
         assert_near("lse", got["lse"], want["lse"], 2e-6 * abs(want["lse"]).max())
         allowed = 2.0**-bits * abs(want["o"]) + 1e-6
         assert_near("o", got["o"].astype(np.float64), want["o"], allowed)
@@ -178,7 +180,7 @@ def results(sizes: Problem, operands: dict[str, Array], device: Device) -> dict[
     }
     buffers = {name: buffer(operands[name]) for name in ("q", "k", "v")}
     buffers |= {name: buffer(array) for name, array in got.items()}
-    engine.run(plan(sizes, device, "forward", "decode"), buffers)
+    dispatch.run(plan(sizes, device, "forward", "decode"), buffers)
     return got
 
 
@@ -284,7 +286,7 @@ def test_huge_scores_choose_one_key(cut: bool, monkeypatch: pytest.MonkeyPatch) 
 def test_the_same_bits_on_any_number_of_threads(
     number: int, small_splits: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_ALONE_FLOPS", 0)
+    monkeypatch.setattr(dispatch, "_ALONE_FLOPS", 0)
     this = trial(number, "float32")
     given = numbers(this)
     before = tilefold.get_num_threads()
@@ -330,9 +332,9 @@ def touch(dtype: str) -> None:
     for number in range(len(TRIALS)):
         this = trial(number, dtype)
         given = numbers(this)
-        for cut in (False, True):
+        for shortened in (False, True):
             with pytest.MonkeyPatch.context() as patch:
-                device = shorten(patch) if cut else replace(host(), cores=1)
+                device = shorten(patch) if shortened else replace(host(), cores=1)
                 for side in SIDES:
                     print(this, cut, f"page {side}", flush=True)
                     with guarded(side) as memory:
@@ -473,7 +475,7 @@ def test_a_cut_keeps_every_element() -> None:
             *(1, 3),
         )
         keys = int(random.integers(1, 400))
-        pieces = splits.cut(whole, keys)
+        pieces = cut(whole, keys)
         parts = pieces.block_rows
         assert parts >= 1 and len(pieces.rows) == 3 * parts + 1
         for row in range(3):

@@ -22,10 +22,10 @@ from compare import assert_same
 from trial import PASSES, Array, Trial, numbers, planned, problem, run
 
 import tilefold
-from tilefold import Rule, causal, documents, engine, full
-from tilefold import plan as planning
-from tilefold.backends.cpu import threads
-from tilefold.device import host
+from tilefold import Rule, causal, documents, full
+from tilefold.backends.cpu import dispatch, threads
+from tilefold.backends.cpu import plan as planning
+from tilefold.backends.cpu.device import host
 
 ROOT = Path(__file__).parents[1]
 BATCH, HEADS, LENGTH = 2, (4, 2), 300
@@ -192,10 +192,10 @@ def test_calls_from_several_python_threads_at_once() -> None:
 
 
 def test_a_thread_has_scratch_of_its_own() -> None:
-    here = engine._workspace(4096)
+    here = dispatch._workspace(4096)
     with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(engine._workspace, 4096).result()
-        assert engine._workspace(4096).pointer == here.pointer != there.pointer
+        there = pool.submit(dispatch._workspace, 4096).result()
+        assert dispatch._workspace(4096).pointer == here.pointer != there.pointer
 
 
 # After a fork ---------------------------------------------------------------------------------

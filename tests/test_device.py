@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tilefold import device
+from tilefold.backends.cpu import device
 
 AVX512 = {"sse2", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")

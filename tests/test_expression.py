@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tilefold import causal, documents, lengths, local, rule
-from tilefold.expression import (
+from tilefold.masks.evaluate import exact
+from tilefold.masks.expression import (
     Boolean,
     Compare,
     Index,
@@ -27,7 +28,6 @@ from tilefold.expression import (
     names,
     split,
 )
-from tilefold.fold import exact
 
 B, H, Q, K = (Index(name) for name in "bhqk")
 

@@ -13,9 +13,9 @@ import pytest
 import results
 from figures import Figure, Result
 
-from tilefold import peers, workload
 from tilefold.backends.cpu import threads
-from tilefold.device import host
+from tilefold.backends.cpu.device import host
+from tilefold.measuring import baselines, workload
 
 TABLE = list(figures.figures())
 
@@ -25,7 +25,7 @@ def test_every_row_is_a_case_with_a_kind_and_a_peer() -> None:
     for figure in TABLE:
         assert figure.case.threads == (1 if figure.threads == "1" else host().cores)
         assert figure.kind in figures.KINDS
-        assert figure.peer is None or figure.peer in peers.PEERS
+        assert figure.peer is None or figure.peer in baselines.PEERS
         assert figure.operation in workload.PASSES
         assert figure.floor > 0
 
@@ -52,7 +52,7 @@ def test_a_ratio_has_a_floor_and_a_time_a_ceiling(kind: str, value: float, verdi
 
 
 def test_a_row_whose_peer_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     result = figures.measure(TABLE[0], 0)
     assert (result.verdict, result.reason) == ("not measured", "torch is not installed")
     assert figures.cells(result)[-4:] == ["", "1.35", "", "not measured"]

@@ -14,18 +14,25 @@ from hypothesis import strategies as st
 from mask_cases import Case
 from numpy.typing import NDArray
 
-import tilefold.fold
-import tilefold.summary
 from tilefold import causal, chunked, dense, documents, full, lengths, local, prefix, rule
-from tilefold.expression import Boolean, Expression, Index, Integer, Lookup, Table, TruthLookup
-from tilefold.fold import Range, exact, index_bits, intervals
-from tilefold.mask import Rule
-from tilefold.summary import Summary
+from tilefold.masks import evaluate, table_bounds
+from tilefold.masks.evaluate import Range, exact, index_bits, intervals
+from tilefold.masks.expression import (
+    Boolean,
+    Expression,
+    Index,
+    Integer,
+    Lookup,
+    Table,
+    TruthLookup,
+)
+from tilefold.masks.position_rules import Rule
+from tilefold.masks.table_bounds import Summary
 
 Q, K = Index("q"), Index("k")
 
 
-@pytest.mark.parametrize("module", [tilefold.fold, tilefold.summary], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [evaluate, table_bounds], ids=lambda m: m.__name__)
 def test_the_examples_of_the_documentation_are_true(module: Any) -> None:
     failed, tried = doctest.testmod(module)
     assert (failed, tried > 0) == (0, True)

@@ -41,7 +41,7 @@ from gpu_parts.section import INTERPRETED, Here, Section, Settings, Stage  # noq
 
 from tilefold.backends.triton import source  # noqa: E402
 from tilefold.backends.triton.plan import PACKED_QUERIES  # noqa: E402
-from tilefold.problem import Problem  # noqa: E402
+from tilefold.problems.attention import Problem  # noqa: E402
 
 
 def here(**changes: Any) -> Here:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 import tilefold
 from tilefold import Rule, causal, full
-from tilefold.device import Device, host
-from tilefold.plan import plan
-from tilefold.problem import Problem, default_scale
+from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.plan import plan
+from tilefold.problems.attention import Problem, default_scale
 
 SIXTEEN_BITS = np.arange(2**16, dtype=np.uint16)
 MANY = 40

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from operands import canonical, inputs
 
 import tilefold
-from tilefold import attention, implementations, reference
-from tilefold.device import host
+from tilefold import attention, implementations
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.plan import plan
 from tilefold.implementations.torch import array_of, tensor_of
-from tilefold.plan import plan
-from tilefold.problem import LAYOUTS, Problem
+from tilefold.problems import reference
+from tilefold.problems.attention import LAYOUTS, Problem
 
 Array = NDArray[Any]
 

@@ -12,9 +12,10 @@ from types import ModuleType
 import pytest
 
 import tilefold
-from tilefold import api, compiling, problem, reference
+from tilefold import api, compiling
 from tilefold.backends.cpu import threads
 from tilefold.backends.metal import runtime
+from tilefold.problems import attention, reference
 
 HEAVY = "numpy llvmlite rich platformdirs torch jax tensorflow matplotlib"
 
@@ -72,7 +73,7 @@ def test_names_are_listed_before_they_are_used() -> None:
 
 @pytest.mark.feature("T12")
 @pytest.mark.parametrize(
-    "module", [api, compiling, problem, reference, runtime, threads], ids=lambda m: m.__name__
+    "module", [api, compiling, attention, reference, runtime, threads], ids=lambda m: m.__name__
 )
 def test_examples(module: ModuleType) -> None:
     outcome = doctest.testmod(module, raise_on_error=False)

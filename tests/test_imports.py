@@ -3,68 +3,47 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tilefold"
 
-# The package in reading order: a file imports only from files above it.
-READING_ORDER = """
-settings check files recent once
-nodes expression summary fold blocks rules data coordinates mask parse picture
-buffer problem reference device circumstances cache tables owners winners splits
-spec choice plan visits roofline
-backends backends.cpu
-backends.cpu.ir backends.cpu.convert backends.cpu.gemm backends.cpu.softmax
-backends.cpu.arguments backends.cpu.mask
-backends.cpu.pack backends.cpu.pairs backends.cpu.tile backends.cpu.amx backends.cpu.work
-backends.cpu.block backends.cpu.multiply backends.cpu.products
-backends.cpu.forward backends.cpu.backward backends.cpu.fused
-backends.cpu.sums backends.cpu.state backends.cpu.decode backends.cpu.merge
-backends.cpu.runtime backends.cpu.kernel backends.cpu.threads backends.cpu.peak
-backends.metal backends.metal.spec backends.metal.msl backends.metal.fragment
-backends.metal.arguments backends.metal.mask
-backends.metal.frame backends.metal.tile backends.metal.products backends.metal.softmax
-backends.metal.forward backends.metal.decode backends.metal.backward
-backends.metal.matmul2d backends.metal.tensorops
-backends.metal.activation backends.metal.gemm backends.metal.rows
-backends.metal.families backends.metal.tables backends.metal.choice
-backends.metal.plan
-backends.metal.source
-backends.metal.emulator backends.metal.emulator.fault backends.metal.emulator.signature
-backends.metal.emulator.toolchain backends.metal.emulator.arguments
-backends.metal.emulator.launch backends.metal.emulate
-backends.metal.dispatch backends.metal.calls backends.metal.runtime backends.metal.commands
-backends.metal.standalone backends.metal.gated backends.metal.model
-backends.triton backends.triton.spec backends.triton.text backends.triton.mask
-backends.triton.arguments backends.triton.frame backends.triton.softmax backends.triton.forward
-backends.triton.activation backends.triton.gemm backends.triton.rows
-backends.triton.backward backends.triton.fused backends.triton.decode backends.triton.gluon
-backends.triton.repair backends.triton.resident backends.triton.hopper
-backends.triton.source
-backends.triton.architectures backends.triton.resources backends.triton.tables
-backends.triton.choice
-backends.triton.sheets backends.triton.launch backends.triton.tuned backends.triton.plan
-backends.triton.machine backends.triton.module backends.triton.interpreter backends.triton.dispatch
-backends.triton.runtime backends.triton.calls
-backends.triton.operands backends.triton.standalone
-backends.triton.autotune
-backends.triton.listing backends.triton.ahead
-engine compiling
-frontends frontends.numpy frontends.gpu frontends.tensors frontends.operators frontends.torch
-implementations implementations.torch implementations.numpy
-api metal triton
-arrays workload peers agreement bench tuning minilm
-selftest utilisation
-commands commands.terminal commands.specification commands.text commands.emitted
-commands.run commands.bench commands.tune_gpu commands.tune commands.inspect commands.mask
-commands.metal commands.doctor
-cli __main__
+HOUSE = """
+common masks problems planning backends frontends implementations api compiling metal triton
+measuring commands cli __main__
 """
-ORDER = READING_ORDER.split()
+
+
+def rooms(folder: Path) -> list[str]:
+    """The rooms of a folder in reading order, as the table in its docstring names them."""
+    source = (folder / "__init__.py").read_text(encoding="utf-8")
+    words = ast.get_docstring(ast.parse(source))
+    assert words, f"{folder} has no docstring"
+    named = re.findall(r"^ *(\w+) {2,}\S", words, re.MULTILINE)
+    there = {
+        path.stem for path in folder.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))
+    }
+    assert {*named} == there - {"__init__"}, f"the table of rooms in {folder.name} is not its files"
+    return named
+
+
+def reading_order(folder: Path, names: list[str]) -> Iterator[str]:
+    """All files below a folder, depth first: a file imports only from files above it."""
+    for name in names:
+        inner = folder / name
+        if inner.is_dir():
+            yield ".".join(inner.relative_to(PACKAGE).parts)
+            yield from reading_order(inner, rooms(inner))
+        else:
+            yield ".".join(inner.relative_to(PACKAGE).parts)
+
+
+ORDER = list(reading_order(PACKAGE, HOUSE.split()))
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

@@ -18,12 +18,12 @@ from trial import PASSES, Trial, numbers, planned, problem, run
 
 from tilefold import causal, full
 from tilefold.backends.cpu import runtime
+from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import emit
-from tilefold.device import Device, host
-from tilefold.mask import Rule
-from tilefold.problem import ITEM_BYTES, Problem
-from tilefold.spec import KernelSpec
-from tilefold.tables import FAMILIES
+from tilefold.backends.cpu.spec import KernelSpec
+from tilefold.backends.cpu.tables import FAMILIES
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import ITEM_BYTES, Problem
 
 ROOT = Path(__file__).parents[1]
 AVX512 = "+avx2,+fma,+avx512f,+avx512bw,+avx512dq,+avx512vl"

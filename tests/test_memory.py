@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from tilefold.device import host
-from tilefold.parse import parse
-from tilefold.plan import Scratch, plan
-from tilefold.problem import Problem, default_scale
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.plan import plan
+from tilefold.masks.parse import parse
+from tilefold.planning.plan import Scratch
+from tilefold.problems.attention import Problem, default_scale
 
 ROOT = Path(__file__).parents[1]
 LIMIT_MIB = 32

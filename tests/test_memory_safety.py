@@ -22,8 +22,8 @@ from guarded import SIDES, guarded
 from trial import LAYOUTS, PASSES, Trial, numbers, problem, run
 
 from tilefold import set_num_threads
-from tilefold.backends.cpu.arguments import OPERANDS
-from tilefold.problem import ITEM_BYTES
+from tilefold.backends.cpu.kernels.arguments import OPERANDS
+from tilefold.problems.attention import ITEM_BYTES
 
 ROOT = Path(__file__).parents[1]
 PARTS = 8

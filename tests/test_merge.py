@@ -12,8 +12,9 @@ from compare import assert_near, assert_same
 from numpy.typing import NDArray
 
 import tilefold
-from tilefold import lengths, reference
-from tilefold.problem import LAYOUTS
+from tilefold import lengths
+from tilefold.problems import reference
+from tilefold.problems.attention import LAYOUTS
 
 Array = NDArray[Any]
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}

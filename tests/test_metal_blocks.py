@@ -12,7 +12,7 @@ from tilefold import Rule, causal, documents, full, local
 from tilefold.backends.metal import dispatch, source
 from tilefold.backends.metal.plan import Launch, plan
 from tilefold.backends.metal.spec import Blocks, whole
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
 

@@ -16,10 +16,10 @@ from compare import HALVES, assert_near, assert_same, dense, tolerances
 from metal import FAMILIES, backward, forward, machine
 from operands import inputs, place
 
+from tilefold.backends.cpu.device import host
 from tilefold.backends.metal import dispatch
 from tilefold.backends.metal.plan import plan
-from tilefold.device import host
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 SHAPES = [(1, 1), (3, 3), (64, 32), (47, 61), (31, 1), (1, 99), (40, 72), (96, 96)]
 LARGE = [(47, 61), (40, 72), (60, 90)]

@@ -14,7 +14,7 @@ from operands import inputs
 from tilefold import causal, lengths
 from tilefold.backends.metal import plan as planning
 from tilefold.backends.metal.plan import plan
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
 

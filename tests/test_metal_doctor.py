@@ -22,13 +22,16 @@ from metal_recorder import Recorder
 from metal_rules import Compiler
 
 import tilefold
-from tilefold import cli, peers, roofline, selftest, utilisation
-from tilefold.backends.metal import emulate, gated, runtime, tensorops
+from tilefold import cli
+from tilefold.backends.metal import emulate, gated, runtime
+from tilefold.backends.metal.kernels import tensorops
 from tilefold.backends.metal.runtime import Mps
 from tilefold.commands import metal
 from tilefold.implementations import torch as ways
-from tilefold.problem import Problem
-from tilefold.selftest import Place, Trial
+from tilefold.measuring import baselines, metal_selftest, metal_utilisation
+from tilefold.measuring.metal_selftest import Place, Trial
+from tilefold.planning import roofline
+from tilefold.problems.attention import Problem
 
 KERNELS = {"forward", "backward_dq", "backward_dkv", "decode, merge", "gemm", "softmax"}
 MAC = {
@@ -73,9 +76,9 @@ def test_every_kernel_is_tested_on_the_executor(tmp_path: Path, capsys: Any) -> 
 def test_the_same_trials_run_on_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Mac, but that the device is the CPU."""
     gpu = Mps(torch.device("cpu"), compiler(), "apple7")
-    place = Place(ways.tensor_of, lambda tensor: peers.results(tensor)[0])
-    monkeypatch.setattr(selftest, "SMALL", [("bfloat16", (9, 8, 20, 33, "chunks"))])
-    tried = list(selftest.trials(gpu, place, "no tensor operations here", few=True))
+    place = Place(ways.tensor_of, lambda tensor: baselines.results(tensor)[0])
+    monkeypatch.setattr(metal_selftest, "SMALL", [("bfloat16", (9, 8, 20, 33, "chunks"))])
+    tried = list(metal_selftest.trials(gpu, place, "no tensor operations here", few=True))
     assert [trial.kernel for trial in tried if trial.passed] == [
         *("forward", "backward_dq", "backward_dkv"),
         *("decode, merge", "gemm", "softmax"),
@@ -96,7 +99,7 @@ def test_what_is_wrong_fails(
     place: Place, reason: str | None, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on = machine("apple9")
-    monkeypatch.setattr(selftest, "SMALL", selftest.SMALL[:1])
+    monkeypatch.setattr(metal_selftest, "SMALL", metal_selftest.SMALL[:1])
     gpu = {"name": None, "family": "apple9", "emulated": True}
     monkeypatch.setattr(metal, "_emulated", lambda: (on, place, gpu))
     assert cli.main(["doctor", "--metal", "--emulate", "--json"]) == 1
@@ -109,8 +112,8 @@ def test_what_is_wrong_fails(
 
 def test_without_ml_dtypes_bfloat16_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    monkeypatch.setattr(selftest, "SMALL", selftest.SMALL[1:])
-    tried = selftest.trials(Recorder(), Place(), "none here", few=True)
+    monkeypatch.setattr(metal_selftest, "SMALL", metal_selftest.SMALL[1:])
+    tried = metal_selftest.trials(Recorder(), Place(), "none here", few=True)
     first = next(tried)
     assert (first.kernel, first.dtype, first.absent) == ("all kernels", "bfloat16", True)
     assert "pip install ml_dtypes" in str(first.reason)
@@ -159,7 +162,7 @@ def test_each_pass_is_launched_and_counted() -> None:
     names = ("q", "k", "v", "do", "o", "dq", "dk", "dv")
     operands = {name: np.zeros(shape, np.float16) for name in names} | {"lse": lse}
     native = {"forward": lambda: None, "backward": lambda: None}
-    measured = utilisation.measure(
+    measured = metal_utilisation.measure(
         recorder, problem, operands, lambda: waits.append(1), native, seconds=0
     )
     pairs = 2 * 40 * 40
@@ -184,7 +187,7 @@ def test_each_pass_is_launched_and_counted() -> None:
 
 @pytest.mark.feature("M10")
 def test_figures_follow_from_seconds_and_counts() -> None:
-    row = utilisation.Measured("forward", small(), (3e-6, 1e-6, 2e-6), instructions=3_580_000)
+    row = metal_utilisation.Measured("forward", small(), (3e-6, 1e-6, 2e-6), instructions=3_580_000)
     record = row.record(1790.0)
     assert (record["median_seconds"], record["best_seconds"]) == (2e-6, 1e-6)
     assert record["ginstrs"] == pytest.approx(1790)
@@ -193,11 +196,11 @@ def test_figures_follow_from_seconds_and_counts() -> None:
 
 
 def test_peaks_are_those_published() -> None:
-    assert utilisation.peak("Apple M1 Max", 32) == 5308
-    assert utilisation.peak("Apple M1 Max", 24) == pytest.approx(5308 * 24 / 32)
-    assert utilisation.peak("Apple M4", 10) == 1790
-    assert utilisation.peak("Apple M4 Max", 40) is None
-    assert utilisation.peak("Apple M4", 0) is None
+    assert metal_utilisation.peak("Apple M1 Max", 32) == 5308
+    assert metal_utilisation.peak("Apple M1 Max", 24) == pytest.approx(5308 * 24 / 32)
+    assert metal_utilisation.peak("Apple M4", 10) == 1790
+    assert metal_utilisation.peak("Apple M4 Max", 40) is None
+    assert metal_utilisation.peak("Apple M4", 0) is None
 
 
 @pytest.mark.parametrize("peak", [1790.0, None])
@@ -217,9 +220,9 @@ def test_on_a_mac_all_is_measured_shown_and_written(
     absent = Trial("tensorops", "a case", "float16", reason="too old", absent=True)
     monkeypatch.setattr(metal, "_real", lambda: (recorder, Place(), MAC | {"peak_ginstrs": peak}))
     monkeypatch.setattr(gated, "missing", lambda: "too old")
-    monkeypatch.setattr(selftest, "trials", lambda *_, few: iter([passed, absent]))
+    monkeypatch.setattr(metal_selftest, "trials", lambda *_, few: iter([passed, absent]))
     monkeypatch.setattr(metal, "measure", measure)
-    monkeypatch.setattr(utilisation, "TURN_SECONDS", 0)
+    monkeypatch.setattr(metal_utilisation, "TURN_SECONDS", 0)
     file = tmp_path / "mac.json"
     assert cli.main(["doctor", "--metal", "--save", str(file)]) == 0
     said = capsys.readouterr().out
@@ -243,14 +246,14 @@ def test_on_a_mac_all_is_measured_shown_and_written(
 
 
 def test_native_attention_that_finds_no_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = peers.implementation
+    real = baselines.implementation
 
     def implementation(name: str, device: str, case: Any, *rest: Any, wait: bool) -> Any:
         if case.operation == "backward":
             raise RuntimeError("MPS backend out of memory")
         return real(name, device, case, *rest, wait=wait)
 
-    monkeypatch.setattr(peers, "implementation", implementation)
+    monkeypatch.setattr(baselines, "implementation", implementation)
     measured, notes = metal.measure(Recorder(), small(), "cpu", 0)
     assert [each.name for each in measured][-2:] == ["backward_dkv", "native forward"]
     assert notes == ["native backward, float16 d24: MPS backend out of memory"]

@@ -17,7 +17,7 @@ import tilefold
 from tilefold.backends.metal import dispatch, emulate
 from tilefold.backends.metal.emulator import toolchain
 from tilefold.backends.metal.emulator.fault import KINDS, Fault
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
 

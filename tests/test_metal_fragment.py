@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tilefold.backends.metal.fragment import TYPES, Fragment, at, multiply, multiply_accumulate
-from tilefold.backends.metal.msl import Text
+from tilefold.backends.metal.kernels.fragment import (
+    TYPES,
+    Fragment,
+    at,
+    multiply,
+    multiply_accumulate,
+)
+from tilefold.backends.metal.kernels.msl import Text
 
 pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
 

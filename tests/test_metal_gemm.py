@@ -13,11 +13,11 @@ import pytest
 from metal import needs
 from numpy.typing import NDArray
 
-from tilefold import cache
-from tilefold.backends.metal import gemm, rows, standalone
 from tilefold.backends.metal.dispatch import Emulated
-from tilefold.backends.metal.gemm import GemmBlocks, GemmSpec
-from tilefold.backends.metal.rows import SoftmaxSpec
+from tilefold.backends.metal.matmul import calls, gemm, rows
+from tilefold.backends.metal.matmul.gemm import GemmBlocks, GemmSpec
+from tilefold.backends.metal.matmul.rows import SoftmaxSpec
+from tilefold.common import disk_cache
 
 Array = NDArray[Any]
 
@@ -46,7 +46,7 @@ OTHER_SOFTMAX: dict[str, Any] = {"dtype": "float16", "rows": 1, "bfloat": True, 
 def test_every_field_of_a_product_makes_another_kernel(name: str) -> None:
     other = replace(PRODUCT, **{name: OTHER_PRODUCT[name]})
     texts = [gemm.emit(spec) for spec in (PRODUCT, other, PRODUCT)]
-    keys = [cache.key(text, "metal") for text in texts]
+    keys = [disk_cache.key(text, "metal") for text in texts]
     assert keys[0] == keys[2] != keys[1]
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_product_is_refused(
     arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        standalone.gemm(*arguments, **options, machine=Emulated())
+        calls.gemm(*arguments, **options, machine=Emulated())
 
 
 @pytest.mark.parametrize(
@@ -176,12 +176,12 @@ def test_what_is_no_product_is_refused(
 def test_the_table_gives_small_products_small_blocks(
     staged: bool, multiplied: str, length: int, batch: int, cores: int, want: str
 ) -> None:
-    blocks = standalone.block_sizes(staged, multiplied, length, length, batch, cores)
+    blocks = calls.block_sizes(staged, multiplied, length, length, batch, cores)
     assert str(blocks) == want
 
 
-@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "standalone"])
+@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "calls"])
 def test_examples(name: str) -> None:
     needs()
-    failed, _ = doctest.testmod(importlib.import_module(f"tilefold.backends.metal.{name}"))
+    failed, _ = doctest.testmod(importlib.import_module(f"tilefold.backends.metal.matmul.{name}"))
     assert failed == 0

@@ -15,9 +15,9 @@ import pytest
 from cases import RULES, Sizes, random_rule
 
 from tilefold import Rule, causal, dense, documents, full, local, rule
-from tilefold.backends.metal import mask
-from tilefold.expression import Table, split
-from tilefold.fold import index_bits
+from tilefold.backends.metal.kernels import mask
+from tilefold.masks.evaluate import index_bits
+from tilefold.masks.expression import Table, split
 
 SIZES = Sizes(batch=2, heads=3, len_q=60, len_k=84)
 

@@ -18,7 +18,7 @@ from compare import UNITS, assert_near
 from numpy.typing import NDArray
 
 from tilefold.backends.metal.emulator.fault import Fault
-from tilefold.backends.metal.matmul2d import (
+from tilefold.backends.metal.kernels.matmul2d import (
     ELEMENTS,
     HEADERS,
     PRODUCTS,
@@ -27,7 +27,7 @@ from tilefold.backends.metal.matmul2d import (
     elements,
     fill,
 )
-from tilefold.backends.metal.msl import Text
+from tilefold.backends.metal.kernels.msl import Text
 
 pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
 

@@ -11,8 +11,9 @@ import pytest
 from metal_recorder import operands
 
 import tilefold
-from tilefold import Problem, cli, metal, settings
+from tilefold import Problem, cli, metal
 from tilefold.backends.metal import emulate, runtime
+from tilefold.common import settings
 
 
 @pytest.mark.feature("J13")

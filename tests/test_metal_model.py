@@ -11,7 +11,7 @@ from metal import needs
 
 from tilefold.backends.metal import model
 from tilefold.backends.metal.model import OPERATIONS, WEIGHTS, Model
-from tilefold.roofline import SOFTMAX_INSTRUCTIONS, instruction_count
+from tilefold.planning.roofline import SOFTMAX_INSTRUCTIONS, instruction_count
 
 
 @pytest.mark.slow

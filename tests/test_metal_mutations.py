@@ -13,7 +13,7 @@ from operands import Array, inputs
 from tilefold import causal
 from tilefold.backends.metal.emulator.fault import Fault
 from tilefold.backends.metal.spec import Blocks
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 

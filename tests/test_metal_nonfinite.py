@@ -15,7 +15,7 @@ from metal import FAMILIES, backward, forward, machine
 from operands import inputs
 
 from tilefold import Rule, causal, documents
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 LEN_Q, LEN_K = 45, 150
 RULES = {

@@ -13,18 +13,19 @@ from cases import Sizes as Lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilefold import causal, documents, full, local, visits
+from tilefold import causal, documents, full, local
 from tilefold.backends.metal import choice, families, tables
 from tilefold.backends.metal.choice import LEAVING, choose
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.families import FAMILIES, family
-from tilefold.backends.metal.msl import BYTES
+from tilefold.backends.metal.kernels.msl import BYTES
 from tilefold.backends.metal.plan import FEW_QUERIES, KEYS_PER_SPLIT, MANY_KEYS, Launch, plan
 from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import HELD, PARALLEL, SUMS, Blocks, whole
-from tilefold.blocks import Runs
-from tilefold.problem import Problem
-from tilefold.visits import aligned
+from tilefold.masks.runs import Runs
+from tilefold.planning import tiles as visits
+from tilefold.planning.tiles import aligned
+from tilefold.problems.attention import Problem
 
 DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = ("forward", "backward_dq", "backward_dkv")

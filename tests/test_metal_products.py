@@ -13,9 +13,9 @@ from metal import needs
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from tilefold.backends.metal import standalone
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.emulator.fault import Fault
+from tilefold.backends.metal.matmul import calls
 
 Array = NDArray[Any]
 
@@ -134,7 +134,7 @@ def product(
     bias = rng.normal(size={"column": n, "row": m, None: 0}[variant.bias]).astype(variant.c)
     options |= {"alpha": float(np.float32(rng.normal())), "beta": float(np.float32(rng.normal()))}
     old = c.copy()
-    got = standalone.gemm(
+    got = calls.gemm(
         a,
         b,
         c,
@@ -184,8 +184,8 @@ def test_where_arrays_lie_does_not_matter(machine: Emulated) -> None:
         left, right = PLACES[place](a), PLACES[place](b)
         assert (left == a).all() and (right == b).all()
         c = PLACES[place](np.full((m, n), np.nan, "float32"))
-        assert_product(standalone.gemm(left, right, c, machine=machine), a, b)
-        assert standalone.gemm(left, right, c, machine=machine) is c
+        assert_product(calls.gemm(left, right, c, machine=machine), a, b)
+        assert calls.gemm(left, right, c, machine=machine) is c
 
 
 def padded(array: Array) -> Array:
@@ -217,7 +217,7 @@ def test_a_batch_broadcasts_as_in_numpy(machine: Emulated) -> None:
     )
     for shape_a, shape_b in shapes:
         a, b = (rng.normal(size=shape).astype("float32") for shape in (shape_a, shape_b))
-        got = standalone.gemm(a, b, machine=machine)
+        got = calls.gemm(a, b, machine=machine)
         assert got.shape == np.matmul(a, b).shape
         assert_product(got, a, b)
 
@@ -232,7 +232,7 @@ def test_a_batch_has_a_bias_of_its_own_or_shares_one(machine: Emulated) -> None:
     for axis, length in (("column", 11), ("row", 9)):
         for batch in ((), (3,), (2, 1), (2, 3)):
             bias = rng.normal(size=(*batch, length)).astype("float32")
-            got = standalone.gemm(a, b, bias=bias, bias_axis=axis, machine=machine)
+            got = calls.gemm(a, b, bias=bias, bias_axis=axis, machine=machine)
             added = bias[..., None, :] if axis == "column" else bias[..., None]
             assert_product(got, a, b, bias=added)
 
@@ -241,18 +241,18 @@ def test_c_is_read_only_where_beta_asks(machine: Emulated) -> None:
     ones = np.ones((3, 3), "float32")
     for old in (np.nan, np.inf):
         c = np.full((3, 3), old, "float32")
-        assert (standalone.gemm(ones, ones, c, alpha=2.0, machine=machine) == 6).all()
+        assert (calls.gemm(ones, ones, c, alpha=2.0, machine=machine) == 6).all()
     c = np.full((3, 3), np.nan, "float32")
-    assert np.isnan(standalone.gemm(ones, ones, c, beta=1.0, machine=machine)).all()
+    assert np.isnan(calls.gemm(ones, ones, c, beta=1.0, machine=machine)).all()
 
 
 def test_the_bias_is_not_times_alpha_and_comes_before_the_activation(machine: Emulated) -> None:
     ones, bias = np.ones((2, 2), "float32"), np.array([-3, 1], "float32")
     c = np.full((2, 2), 10, "float32")
     options: dict[str, Any] = {"alpha": 0.5, "bias": bias, "activation": "relu"}
-    assert (standalone.gemm(ones, ones, **options, machine=machine) == [[0, 2], [0, 2]]).all()
+    assert (calls.gemm(ones, ones, **options, machine=machine) == [[0, 2], [0, 2]]).all()
     assert (
-        standalone.gemm(ones, ones, c, beta=0.25, **options, machine=machine) == [[0.5, 4.5]] * 2
+        calls.gemm(ones, ones, c, beta=0.25, **options, machine=machine) == [[0.5, 4.5]] * 2
     ).all()
 
 
@@ -260,7 +260,7 @@ def test_the_bias_is_not_times_alpha_and_comes_before_the_activation(machine: Em
 def test_half_types_add_up_in_float32(machine: Emulated, kept: str) -> None:
     """4097 ones are no float16, and 257 no bfloat16: a sum in them would stop before."""
     a = np.ones((1, 4098), kept)
-    got = standalone.gemm(a, a.T, dtype="float32", machine=machine)
+    got = calls.gemm(a, a.T, dtype="float32", machine=machine)
     assert got.dtype == np.float32 and got == 4098
 
 
@@ -269,7 +269,7 @@ def test_what_is_not_finite_stays_where_it_is(machine: Emulated) -> None:
     rng = np.random.default_rng(8)
     a, b = rng.normal(size=(35, 9)).astype("float32"), rng.normal(size=(9, 37)).astype("float32")
     a[3, 8], a[34, 0], b[8, 36] = np.nan, np.inf, np.nan
-    got = standalone.gemm(a, b, machine=machine)
+    got = calls.gemm(a, b, machine=machine)
     clean = np.ones(got.shape, bool)
     clean[[3, 34]] = clean[:, 36] = False
     assert np.isfinite(got[clean]).all() and not np.isfinite(got[~clean]).any()
@@ -280,9 +280,9 @@ def test_what_is_not_finite_stays_where_it_is(machine: Emulated) -> None:
 def test_activations_of_numbers_of_any_size(machine: Emulated, name: str) -> None:
     x = np.concatenate([np.linspace(-20, 20, 4001), [-1e30, 1e30, 1e-30, -88.8, 0]])
     a, one = x.astype("float32")[:, None], np.ones((1, 1), "float32")
-    got = standalone.gemm(a, one, activation=name, machine=machine)
+    got = calls.gemm(a, one, activation=name, machine=machine)
     assert_product(got, a, one, activation=name)
-    assert np.isnan(standalone.gemm(a * np.nan, one, activation=name, machine=machine)).all()
+    assert np.isnan(calls.gemm(a * np.nan, one, activation=name, machine=machine)).all()
 
 
 @pytest.mark.parametrize(
@@ -300,16 +300,16 @@ def test_a_forgotten_edge_is_found(family: str, edge: str) -> None:
 
     ones = np.ones((5, 5), "float32")
     with pytest.raises(Fault, match="out-of-bounds"):
-        standalone.gemm(ones, ones, machine=Careless(family))
+        calls.gemm(ones, ones, machine=Careless(family))
 
 
 def test_tensors_give_tensors(machine: Emulated) -> None:
     torch = pytest.importorskip("torch")
     a = torch.ones(3, 4, dtype=torch.bfloat16)
     b = torch.ones(5, 4, dtype=torch.bfloat16)
-    c = standalone.gemm(a, b.T, machine=machine)
+    c = calls.gemm(a, b.T, machine=machine)
     assert isinstance(c, torch.Tensor) and c.dtype == torch.bfloat16 and (c == 4).all()
-    p, lse = standalone.softmax(a, return_lse=True, machine=machine)
+    p, lse = calls.softmax(a, return_lse=True, machine=machine)
     assert p.dtype == torch.bfloat16 and lse.dtype == torch.float32 and (p == 0.25).all()
 
 
@@ -325,7 +325,7 @@ def test_sanitizers_find_nothing(family: str, check: str) -> None:
     product(machine, VARIANTS[1], (37, 50, 19), cores=1)
     x = np.random.default_rng(9).normal(size=(3, 1100)).astype("float32")
     for width in (70, 1100):
-        p = standalone.softmax(x[:, :width], machine=machine)
+        p = calls.softmax(x[:, :width], machine=machine)
         assert_near("sums", p.sum(axis=1), np.ones(3), 1e-5)
 
 
@@ -344,7 +344,7 @@ def test_a_missing_barrier_is_found(barrier: int) -> None:
     machine = checked("apple7", "thread")
     ones = np.ones((40, 40), "float32")
     with pytest.raises(Fault) as caught:
-        standalone.gemm(ones, ones, machine=Careless(machine.family, machine.checks))
+        calls.gemm(ones, ones, machine=Careless(machine.family, machine.checks))
     assert caught.value.kind == "race"
 
 
@@ -358,5 +358,5 @@ def test_a_stage_that_is_not_filled_is_found() -> None:
     machine = checked("apple7", "memory")
     ones = np.ones((5, 5), "float32")
     with pytest.raises(Fault) as caught:
-        standalone.gemm(ones, ones, machine=Careless(machine.family, machine.checks))
+        calls.gemm(ones, ones, machine=Careless(machine.family, machine.checks))
     assert caught.value.kind == "unwritten memory"

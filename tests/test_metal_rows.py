@@ -11,9 +11,9 @@ from compare import UNITS, assert_near
 from metal import needs
 from numpy.typing import NDArray
 
-from tilefold.backends.metal import rows, standalone
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.emulator.fault import Fault
+from tilefold.backends.metal.matmul import calls, rows
 
 Array = NDArray[Any]
 
@@ -48,7 +48,7 @@ def assert_softmax(machine: Emulated, x: Array, p: Array | None = None) -> None:
     A sum of `width` terms in lanes is off by as many units at most. x - m is off by a unit of
     itself, which its exponential passes on; weights below the smallest normal number may be 0.
     """
-    got, lse = map(np.atleast_1d, standalone.softmax(x, p, return_lse=True, machine=machine))
+    got, lse = map(np.atleast_1d, calls.softmax(x, p, return_lse=True, machine=machine))
     want, want_lse = map(np.atleast_1d, definition(x))
     unit, kept = UNITS["float32"], str(x.dtype)
     with np.errstate(invalid="ignore"):
@@ -83,7 +83,7 @@ def test_rows_lie_anywhere_and_in_a_batch(machine: Emulated) -> None:
 def test_weights_may_replace_their_scores(machine: Emulated) -> None:
     x = np.random.default_rng(2).normal(size=(6, 200)).astype("float32")
     want, _ = definition(x)
-    assert standalone.softmax(x, x, machine=machine) is x
+    assert calls.softmax(x, x, machine=machine) is x
     assert_near("p", x, want, 1e-6)
 
 
@@ -100,7 +100,7 @@ def test_numbers_at_the_ends_of_their_range(machine: Emulated) -> None:
     x[5, 139] = inf
     x[6, 100] = nan
     x[7] = np.linspace(-100, 100, 140)
-    p, lse = standalone.softmax(x, return_lse=True, machine=machine)
+    p, lse = calls.softmax(x, return_lse=True, machine=machine)
     want, want_lse = definition(x)
     assert_near("p", p, want, 1e-6)
     assert (p[4] == 0).all() and lse[4] == -inf
@@ -132,7 +132,7 @@ def test_a_row_too_many_is_found(machine: Emulated) -> None:
             return super().compile(broken)
 
     with pytest.raises(Fault, match="out-of-bounds"):
-        standalone.softmax(np.ones((3, 50), "float32"), machine=Careless(machine.family))
+        calls.softmax(np.ones((3, 50), "float32"), machine=Careless(machine.family))
 
 
 @pytest.mark.parametrize(
@@ -147,4 +147,4 @@ def test_a_row_too_many_is_found(machine: Emulated) -> None:
 )
 def test_what_is_no_matrix_is_refused(x: Array, p: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        standalone.softmax(x, p, machine=Emulated())
+        calls.softmax(x, p, machine=Emulated())

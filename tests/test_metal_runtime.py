@@ -16,11 +16,14 @@ from metal import needs
 from metal_recorder import Array, Recorder, forward, operands
 
 import tilefold
-from tilefold import Problem, metal, reference
-from tilefold.backends.metal import calls, dispatch, frame, runtime, standalone
+from tilefold import Problem, metal
+from tilefold.backends.metal import calls, dispatch, runtime
 from tilefold.backends.metal import commands as listed
-from tilefold.backends.metal.arguments import arrays, sizes
 from tilefold.backends.metal.dispatch import CompileError, Emulated
+from tilefold.backends.metal.kernels import frame
+from tilefold.backends.metal.kernels.arguments import arrays, sizes
+from tilefold.backends.metal.matmul import calls as standalone
+from tilefold.problems import reference
 
 MASK = tilefold.causal()
 

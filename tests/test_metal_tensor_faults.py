@@ -17,7 +17,7 @@ from tilefold import causal
 from tilefold.backends.metal import dispatch, emulate
 from tilefold.backends.metal.emulator.fault import Fault
 from tilefold.backends.metal.source import emit
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
 

@@ -17,11 +17,12 @@ from operands import SENTINEL, Array, inputs, place
 from test_metal_conformance import CASES
 
 from tilefold import Rule, causal, cli, documents, full, local, rule
-from tilefold.backends.metal import dispatch, gated, tensorops
+from tilefold.backends.metal import dispatch, gated
+from tilefold.backends.metal.kernels import tensorops
 from tilefold.backends.metal.plan import MetalPlan
 from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import Blocks
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
 

@@ -22,10 +22,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tilefold
 import tilefold.frontends.torch  # gives the operators their derivatives
-from tilefold import attention, attention_backward, reference
+from tilefold import attention, attention_backward
 from tilefold.backends.metal.runtime import Mps
 from tilefold.frontends import gpu, operators
-from tilefold.problem import LAYOUTS
+from tilefold.problems import reference
+from tilefold.problems.attention import LAYOUTS
 
 MASK = tilefold.causal()
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}

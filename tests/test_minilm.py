@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import tilefold
-from tilefold import api, minilm, reference
+from tilefold import api
+from tilefold.commands import minilm
+from tilefold.problems import reference
 
 WORDS = [
     "[PAD]",

@@ -13,7 +13,7 @@ from emulated import MISSING, PACKAGES, emulated
 from guarded import SIDES
 from trial import PASSES, Trial, numbers, problem, run
 
-from tilefold.device import Device
+from tilefold.backends.cpu.device import Device
 
 LEVELS = {
     "baseline": "+neon,+fp-armv8",

@@ -17,7 +17,7 @@ from operands import FORMS, Array, backward, forward, inputs
 
 import tilefold
 from tilefold import Rule, causal, documents, full, lengths, local
-from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
+from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
 DTYPES = [
     "float32",

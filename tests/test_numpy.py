@@ -13,8 +13,10 @@ from compare import HALVES, UNITS, assert_near
 from numpy.typing import NDArray
 
 import tilefold
-from tilefold import attention, attention_backward, causal, engine, reference
-from tilefold.problem import ITEM_BYTES, LAYOUTS, STATISTICS
+from tilefold import attention, attention_backward, causal
+from tilefold.backends.cpu import dispatch
+from tilefold.problems import reference
+from tilefold.problems.attention import ITEM_BYTES, LAYOUTS, STATISTICS
 
 Array = NDArray[Any]
 TOLERANCES = {"float64": 1e-12, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -145,12 +147,12 @@ def operands_of(
     """Where the kernel is told that q, k and v lie, and their canonical strides in elements."""
     seen: list[tuple[int, tuple[int, ...]]] = []
 
-    def run(step: engine._Step, pointers: tuple[int, ...], workers: int) -> None:
+    def run(step: dispatch._Step, pointers: tuple[int, ...], workers: int) -> None:
         words = dict(zip(step.kernel.names, np.frombuffer(step.template, np.int64), strict=True))
         for name, pointer in zip("qkv", pointers, strict=False):
             seen.append((pointer, tuple(int(words[f"{name}_{axis}"]) for axis in "bhsd")))
 
-    monkeypatch.setattr(engine._Step, "run", run)
+    monkeypatch.setattr(dispatch._Step, "run", run)
     attention(*arrays, **options)
     return seen
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tilefold import once
-from tilefold.once import Once
+from tilefold.common import single_flight
+from tilefold.common.single_flight import Once
 
 
 class Slow:
@@ -118,5 +118,5 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
 
 
 def test_examples() -> None:
-    outcome = doctest.testmod(once, raise_on_error=False)
+    outcome = doctest.testmod(single_flight, raise_on_error=False)
     assert outcome.attempted and not outcome.failed

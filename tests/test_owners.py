@@ -14,8 +14,8 @@ from operands import backward, forward, inputs
 from trial import Trial, numbers, run
 
 from tilefold import Rule, causal, full, lengths, local, prefix
-from tilefold.device import Device, host
-from tilefold.owners import (
+from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.owners import (
     FIRST_QUERY,
     FIRST_ROW,
     LAST_QUERY,
@@ -26,8 +26,8 @@ from tilefold.owners import (
     fastest,
     rows_of_parts,
 )
-from tilefold.plan import Plan, plan
-from tilefold.problem import Problem
+from tilefold.backends.cpu.plan import Plan, plan
+from tilefold.problems.attention import Problem
 
 MACHINE = Device("cpu", "described", "avx512", "", "", cores=4)
 SPLIT = 0

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from mask_cases import Case
 
 from tilefold import causal, chunked, dense, documents, full, lengths, local, prefix, rule
-from tilefold import parse as parse_module
-from tilefold.mask import Rule
-from tilefold.parse import parse
+from tilefold.masks import parse as parse_module
+from tilefold.masks.parse import parse
+from tilefold.masks.position_rules import Rule
 
 
 def test_the_examples_of_the_documentation_are_true() -> None:

@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tilefold import causal, documents, full, lengths, local, picture, prefix, rule
-from tilefold.picture import MARKS, draw, save, svg
+from tilefold import causal, documents, full, lengths, local, prefix, rule
+from tilefold.masks import picture
+from tilefold.masks.picture import MARKS, draw, save, svg
 
 PAGES = Path(__file__).parents[1] / "docs"
 

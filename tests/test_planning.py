@@ -14,16 +14,19 @@ from operands import FORMS, Array, backward, buffer, forward, inputs
 from trial import PASSES, planned
 
 import tilefold
-from tilefold import Rule, causal, documents, engine, full, local, reference
-from tilefold.backends.cpu import ir, work
+from tilefold import Rule, causal, documents, full, local
+from tilefold.backends.cpu import dispatch
+from tilefold.backends.cpu.choice import family
+from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import kernel, workspace_bytes
+from tilefold.backends.cpu.kernels import ir, work
+from tilefold.backends.cpu.plan import plan
 from tilefold.backends.cpu.runtime import CompileError
-from tilefold.choice import GRANULE, family
-from tilefold.device import Device, host
-from tilefold.plan import plan
-from tilefold.problem import ITEM_BYTES, STATISTICS, Problem
-from tilefold.spec import DECODE, PARALLEL
-from tilefold.tables import FAMILIES, RegisterTile
+from tilefold.backends.cpu.spec import DECODE, PARALLEL
+from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
+from tilefold.planning.visited import GRANULE
+from tilefold.problems import reference
+from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
 
 def problem(mask: Rule, len_q: int = 300, len_k: int = 420, **changes: Any) -> Problem:
@@ -43,7 +46,7 @@ def fresh_kernels(fresh_cache: Path) -> Iterator[Path]:
 def forget() -> None:
     """Make this process as new: no kernel is loaded, and no call prepared."""
     kernel.cache_clear()
-    engine._calls.clear()
+    dispatch._calls.clear()
 
 
 @pytest.mark.slow
@@ -269,7 +272,7 @@ def test_keys_outside_of_the_runs_are_not_even_read() -> None:
             "lse": np.zeros((1, 1, sizes.len_q), np.float32),
         }
         operands |= results
-        engine.run(made, {name: buffer(array) for name, array in operands.items()})
+        dispatch.run(made, {name: buffer(array) for name, array in operands.items()})
         block_of_queries = slice(row * width, (row + 1) * width)
         want, _ = reference.attention(
             clean["q"][:, :, block_of_queries],

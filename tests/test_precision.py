@@ -9,12 +9,13 @@ import pytest
 from amx import Amx
 from operands import Array, backward, forward, inputs
 
-from tilefold import causal, full, reference
-from tilefold.choice import multiplier
-from tilefold.device import Device, host
-from tilefold.mask import Rule
-from tilefold.problem import Problem, default_scale
-from tilefold.spec import FMA, Multiplier
+from tilefold import causal, full
+from tilefold.backends.cpu.choice import multiplier
+from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.spec import FMA, Multiplier
+from tilefold.masks.position_rules import Rule
+from tilefold.problems import reference
+from tilefold.problems.attention import Problem, default_scale
 
 FULL = full()
 

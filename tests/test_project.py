@@ -79,7 +79,7 @@ def test_an_editable_install_follows_the_source(tmp_path: Path) -> None:
         call("cp", "-r", ROOT / name, copy)
     python = installed(tmp_path / "env", "--editable", str(copy))
     assert str(copy) in call(python, "-c", USE, cwd=tmp_path)
-    gemm = copy / "tilefold" / "backends" / "cpu" / "gemm.py"
+    gemm = copy / "tilefold" / "backends" / "cpu" / "kernels" / "microkernel.py"
     before = gemm.read_text(encoding="utf-8")
     assert "body.multiply_add(left" in before
     edited = before.replace("body.multiply_add(left", "body.multiply_ad(left")

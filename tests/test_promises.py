@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import tilefold
-from tilefold import parse, reference
-from tilefold.device import host
-from tilefold.plan import plan
-from tilefold.problem import Problem
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.plan import plan
+from tilefold.masks import parse
+from tilefold.problems import reference
+from tilefold.problems.attention import Problem
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

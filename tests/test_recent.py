@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilefold.recent import Recent
+from tilefold.common.lru import Recent
 
 
 def kept(recent: Recent[str], keys: str) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tilefold import Rule, causal, dense, documents, full, lengths, local, reference
+from tilefold import Rule, causal, dense, documents, full, lengths, local
+from tilefold.problems import reference
 
 Array = NDArray[np.float64]
 SEEN = [full(), causal(), causal("start"), local(2), ~local(3), documents([0, 1, 0, 1, 1])]

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 import tilefold
-from tilefold import cache
 from tilefold.backends.cpu import runtime
+from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import emit
-from tilefold.device import host
-from tilefold.plan import plan
-from tilefold.problem import Problem
-from tilefold.settings import ISAS
+from tilefold.backends.cpu.plan import plan
+from tilefold.common import disk_cache
+from tilefold.common.settings import ISAS
+from tilefold.problems.attention import Problem
 
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -206,7 +206,7 @@ def test_the_second_time_comes_from_the_cache(
     assert result(runtime.kernel(constant(41), "kernel", host())) == 41
     assert compiled == []
 
-    cache.default().clear()
+    disk_cache.default().clear()
     assert result(runtime.kernel(constant(41), "kernel", host())) == 41
     assert len(compiled) == 1
 
@@ -233,7 +233,7 @@ def test_a_damaged_entry_is_compiled_again(damage: str, fresh_cache: Path) -> No
         (other,) = set(fresh_cache.glob("*.bin")) - {entry}
         entry.write_bytes(other.read_bytes())
     assert result(runtime.kernel(constant(7), "kernel", host())) == 7
-    store = cache.default()
+    store = disk_cache.default()
     assert store.get(constant(7), runtime.toolchain(host())) is not None
 
 

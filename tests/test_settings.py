@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tilefold import settings
+from tilefold.common import settings
 
 
 @pytest.mark.parametrize("setting", settings.ALL, ids=lambda setting: setting.name)

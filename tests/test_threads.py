@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tilefold.backends.cpu import runtime, threads
-from tilefold.device import host
+from tilefold.backends.cpu.device import host
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import tilefold
 import tilefold.frontends.torch  # gives the operators their derivatives
-from tilefold import Rule, attention, attention_backward, reference
+from tilefold import Rule, attention, attention_backward
 from tilefold.frontends import operators
 from tilefold.frontends.tensors import check
-from tilefold.problem import LAYOUTS
+from tilefold.problems import reference
+from tilefold.problems.attention import LAYOUTS
 
 RULES = [
     tilefold.full(),

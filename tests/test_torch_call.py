@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tilefold
 import tilefold.frontends.torch  # gives the operators their derivatives
-from tilefold import engine
+from tilefold.backends.cpu import dispatch
 from tilefold.frontends import operators
 
 MASK = tilefold.causal()
@@ -324,15 +324,15 @@ def test_a_plain_call_meets_no_dispatcher(monkeypatch: pytest.MonkeyPatch) -> No
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The operations that are prepared meanwhile."""
     seen: list[str] = []
-    real = engine.prepare
+    real = dispatch.prepare
 
-    def prepare(plan: Any, *rest: Any) -> engine.Call:
+    def prepare(plan: Any, *rest: Any) -> dispatch.Call:
         seen.append(plan.operation)
         return real(plan, *rest)
 
-    engine._calls.clear()
+    dispatch._calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "prepare", prepare)
+        patch.setattr(dispatch, "prepare", prepare)
         yield seen
 
 
@@ -353,7 +353,7 @@ def test_strides_and_types_are_part_of_a_prepared_call(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_precision_reaches_the_planner(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[str, str]] = set()
-    real = engine.plan
+    real = dispatch.plan
 
     def plan(problem: Any, device: Any, operation: str, *rest: Any, **options: Any) -> Any:
         seen.add((operation, problem.precision))
@@ -363,8 +363,8 @@ def test_precision_reaches_the_planner(compiled: bool, monkeypatch: pytest.Monke
         result: Tensor = tilefold.attention(q, k, v, precision="medium")
         return result
 
-    engine._calls.clear()
-    monkeypatch.setattr(engine, "plan", plan)
+    dispatch._calls.clear()
+    monkeypatch.setattr(dispatch, "plan", plan)
     function = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     q, k, v = (tensor.float() for tensor in tensors())
     function(q.requires_grad_(), k, v).sum().backward()

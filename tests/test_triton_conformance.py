@@ -19,7 +19,7 @@ from operands import inputs, place
 from tilefold.backends.triton import dispatch, source
 from tilefold.backends.triton.plan import plan
 from tilefold.backends.triton.spec import MOST_DIM, Blocks
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 SHAPES = [(1, 1), (3, 3), (64, 32), (47, 61), (31, 1), (1, 99), (40, 72), (96, 160)]
 LARGE = [(47, 61), (40, 72), (60, 90)]

@@ -18,11 +18,11 @@ from interpreted import machine, needs, tensor
 from numpy.typing import NDArray
 from triton_ahead import compiled
 
-from tilefold.backends.triton import gemm, standalone
 from tilefold.backends.triton.architectures import ARCHITECTURES
-from tilefold.backends.triton.gemm import GemmBlocks, GemmSpec
 from tilefold.backends.triton.interpreter import Interpreted
 from tilefold.backends.triton.machine import ResourceError
+from tilefold.backends.triton.matmul import calls, gemm
+from tilefold.backends.triton.matmul.gemm import GemmBlocks, GemmSpec
 from tilefold.backends.triton.module import launch_options
 
 Array = NDArray[Any]
@@ -142,7 +142,7 @@ def test_what_is_no_product_is_refused(
     on = machine()
     options = {name: tensor(x) if name == "bias" else x for name, x in options.items()}
     with pytest.raises(error, match=re.escape(message)):
-        standalone.gemm(*map(tensor, arguments), **options, machine=on)
+        calls.gemm(*map(tensor, arguments), **options, machine=on)
 
 
 @pytest.mark.feature("A03")
@@ -150,16 +150,16 @@ def test_what_is_no_tensor_of_the_machine_is_refused() -> None:
     on = machine()
     one = tensor(ones(1, 1))
     with pytest.raises(TypeError, match="a must be a tensor on the CPU, got a list"):
-        standalone.gemm([[1.0]], one, machine=on)  # type: ignore[arg-type]
+        calls.gemm([[1.0]], one, machine=on)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a must be a tensor, got a list"):
-        standalone.gemm([[1.0]], one)  # type: ignore[arg-type]
+        calls.gemm([[1.0]], one)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a must be on a GPU that torch calls cuda, got cpu"):
-        standalone.gemm(one, one)
+        calls.gemm(one, one)
     with pytest.raises(ValueError, match="c is written, so no axis of it may be broadcast"):
-        standalone.gemm(one.expand(2, 1), one.expand(1, 2), one.expand(2, 2), machine=on)
+        calls.gemm(one.expand(2, 1), one.expand(1, 2), one.expand(2, 2), machine=on)
     twice = tensor(ones(1, 1, dtype="float64"))
     for name in ("sm_100", "gfx942"):
-        assert standalone.gemm(twice, twice, machine=machine(name)) == 1
+        assert calls.gemm(twice, twice, machine=machine(name)) == 1
 
 
 def test_blocks_that_are_too_large_for_the_gpu_are_named() -> None:
@@ -180,9 +180,9 @@ def test_blocks_that_are_too_large_for_the_gpu_are_named() -> None:
 
     one = tensor(ones(1, 1))
     with pytest.raises(ResourceError, match=r"blocks of 32 x 32 x 16, 4 warps, 2 stages do not"):
-        standalone.gemm(one, one, blocks=SMALL, machine=Full())
+        calls.gemm(one, one, blocks=SMALL, machine=Full())
     with pytest.raises(ResourceError, match=r"blocks of 1024 x 1, 4 warps do not fit"):
-        standalone.softmax(one, machine=Full())
+        calls.softmax(one, machine=Full())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -192,7 +192,7 @@ def test_blocks_that_are_too_large_for_the_gpu_are_named() -> None:
 )
 def test_blocks_of_the_tables_fit_shared_memory(name: str, a: str, products: str) -> None:
     for size in (64, 8192):
-        blocks = standalone.block_sizes(name, a, size, size, products=products)
+        blocks = calls.block_sizes(name, a, size, size, products=products)
         assert blocks.m < 64 or (name, a) != ("sm_100", "float64"), "3.7 compiles no such block"
         item = np.dtype(a).itemsize
         bytes_of_stage = item * blocks.k * (blocks.m + blocks.n)
@@ -223,7 +223,7 @@ def task(
 
 
 def table_spec(target: str, a: str, products: str, **options: Any) -> GemmSpec:
-    blocks = standalone.block_sizes(target, a, 4096, 4096, products=products)
+    blocks = calls.block_sizes(target, a, 4096, 4096, products=products)
     return GemmSpec(a, a, a, blocks, products=products, **options)
 
 
@@ -274,7 +274,7 @@ def test_every_compiler_takes_the_texts(target: str, tmp_path: Path) -> None:
         assert ("cp.async.bulk.tensor" in found["assembly"]) == spec.descriptors, spec
 
 
-@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "standalone"])
+@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "calls"])
 def test_examples(name: str) -> None:
-    failed, _ = doctest.testmod(importlib.import_module(f"tilefold.backends.triton.{name}"))
+    failed, _ = doctest.testmod(importlib.import_module(f"tilefold.backends.triton.matmul.{name}"))
     assert failed == 0

@@ -23,11 +23,12 @@ import numpy as np
 import pytest
 from compare import assert_near
 
-from tilefold import Rule, causal, dense, local, reference
-from tilefold.backends.triton import arguments, hopper, resident
+from tilefold import Rule, causal, dense, local
+from tilefold.backends.triton.kernels import arguments, hopper, hopper_launch
 from tilefold.backends.triton.plan import plan
 from tilefold.backends.triton.spec import Blocks, TritonSpec
-from tilefold.problem import Problem
+from tilefold.problems import reference
+from tilefold.problems.attention import Problem
 
 SMALL = Blocks(128, 64, 4, 2)
 
@@ -84,14 +85,14 @@ def attend(
             for axis, step in zip("bhnd"[: array.ndim], steps_of, strict=True)
         }
     given: list[Any] = []
-    for name in arguments.names(spec) + resident.PLACES:
+    for name in arguments.names(spec) + hopper_launch.PLACES:
         if name in arrays or name in tables:
             given.append(gluon.Pointer({**arrays, **tables}[name]))
         elif name == "scale":
             given.append(np.float32(problem.scale))
         else:
             given.append(gluon.tensor(numbers.get(name, 0)))
-    for tile in resident.descriptors(spec):
+    for tile in hopper_launch.descriptors(spec):
         given.append(gluon.Descriptor(operands[tile.operand], tile.rows, tile.columns))
     text = hopper.emit(spec)
     if edit[0] not in text:
@@ -237,17 +238,17 @@ def test_every_place_has_one_program(programs: int, near: int) -> None:
 
 def test_what_does_not_fit() -> None:
     spec = spec_of(128, causal())
-    assert resident.fits(spec) is None
+    assert hopper_launch.fits(spec) is None
     for change, word in {
         "operation": ("backward_dq", "forward"),
         "dtype": ("float32", "float16"),
         "dim": (257, "256"),
         "blocks": (Blocks(64, 128, 4, 2), "128 queries"),
     }.items():
-        reason = resident.fits(replace(spec, **{change: word[0]}))  # type: ignore[arg-type]
+        reason = hopper_launch.fits(replace(spec, **{change: word[0]}))  # type: ignore[arg-type]
         assert reason is not None and word[1] in reason
     for blocks in (Blocks(128, 256, 4, 1), Blocks(128, 128, 8, 2), Blocks(128, 128, 4, 4)):
-        assert resident.fits(replace(spec, blocks=blocks)) is not None
+        assert hopper_launch.fits(replace(spec, blocks=blocks)) is not None
 
 
 def spec_of(dim: int, mask: Rule) -> TritonSpec:
@@ -263,7 +264,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 from tilefold.backends.triton import arguments, hopper, resident
-from tilefold.backends.triton.text import ELEMENTS
+from tilefold.backends.triton.kernels.text import ELEMENTS
 
 folder = pathlib.Path(sys.argv[1])
 spec = pickle.loads((folder / "spec").read_bytes())
@@ -319,7 +320,7 @@ def test_compiled_as_meant(dim: int, tmp_path: Path) -> None:
     spec = spec_of(dim, causal())
     made = compiled(spec, tmp_path)
     ptx, keys = made["ptx"], spec.blocks.traverse
-    assert resident.shared_bytes(spec) < made["shared"] <= resident.SHARED_BYTES
+    assert hopper_launch.shared_bytes(spec) < made["shared"] <= hopper_launch.SHARED_BYTES
     # Scores and values of the first and last tile, and of two loops, for each team.
     products = re.findall(r"wgmma\.mma_async\S+ \{[^}]*\}, (\{|%)", ptx)
     assert products.count("%") == 2 * 3 * dim // 16

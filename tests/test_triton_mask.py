@@ -11,11 +11,12 @@ from cases import RULES, Sizes, random_rule
 from interpreted import needs
 
 from tilefold import Rule, causal, dense, full, local, rule
-from tilefold.backends.triton import mask, module
+from tilefold.backends.triton import module
 from tilefold.backends.triton.dispatch import _held, _plain
-from tilefold.backends.triton.frame import HEADERS
-from tilefold.expression import split
-from tilefold.fold import index_bits
+from tilefold.backends.triton.kernels import mask
+from tilefold.backends.triton.kernels.frame import HEADERS
+from tilefold.masks.evaluate import index_bits
+from tilefold.masks.expression import split
 
 SIZES = Sizes(batch=2, heads=3, len_q=60, len_k=84)
 

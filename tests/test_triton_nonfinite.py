@@ -16,7 +16,7 @@ from operands import inputs
 
 from tilefold import Rule, causal, documents, full
 from tilefold.backends.triton.spec import Blocks
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 LEN_Q, LEN_K = 45, 90
 RULES = {

@@ -17,16 +17,16 @@ import tilefold
 from tilefold import Problem, Rule, causal, cli, full, local
 from tilefold.backends.triton import (
     architectures,
+    datasheets,
     dispatch,
     module,
     plan,
-    resident,
     runtime,
-    sheets,
     source,
     spec,
 )
 from tilefold.backends.triton.dispatch import fitted
+from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.machine import Kept
 from tilefold.backends.triton.plan import ENOUGH_PROGRAMS
 from tilefold.backends.triton.spec import Blocks, pieces
@@ -108,7 +108,7 @@ def test_a_plan_says_how_fast_it_can_be_at_most() -> None:
     few = plan.plan(Problem.of((1, 8, 1, 128), shape, dtype="bfloat16"), "gfx942", "forward")
     words = "\n".join(few.explain())
     assert words.count("no faster than") == 1 and "(bytes) on an MI300X" in words
-    assert not sheets.rates("none", "float16", "ieee")
+    assert not datasheets.rates("none", "float16", "ieee")
 
 
 def test_the_examples_of_the_page() -> None:
@@ -326,7 +326,7 @@ def test_an_h100_takes_its_own_kernel_where_it_serves(monkeypatch: pytest.Monkey
     assert step.programs == 132, "programs stay, as many as multiprocessors"
     assert [tiles.operand for tiles in step.moved] == ["q", "k", "v"]
     operands = len(step.operands)
-    names = resident.parameters(step.spec)
+    names = hopper_launch.parameters(step.spec)
     assert len(names) == operands + len(step.constants) + len(step.moved)
     known = dict(zip(names[operands:], step.constants, strict=False))
     assert known["places"] == 32 * 32 and 1 <= known["near"] <= 32

@@ -17,9 +17,9 @@ from interpreted import array, needs, tensor
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from tilefold.backends.triton import standalone
-from tilefold.backends.triton.gemm import GemmBlocks
 from tilefold.backends.triton.interpreter import Interpreted
+from tilefold.backends.triton.matmul import calls
+from tilefold.backends.triton.matmul.gemm import GemmBlocks
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ def multiply(
     if options.get("bias") is not None:
         options["bias"] = tensor(options["bias"])
     into = None if c is None else tensor(c)
-    got = standalone.gemm(tensor(a), tensor(b), into, machine=on, **options)
+    got = calls.gemm(tensor(a), tensor(b), into, machine=on, **options)
     assert into is None or got is into
     return array(got, str(got.dtype).removeprefix("torch."))
 
@@ -296,7 +296,7 @@ def test_what_no_unit_can_move_is_loaded_as_it_lies() -> None:
         b = np.ones((a.shape[1], 8), a.dtype)
         assert_product(multiply(a, b, on=on, dtype="float32"), a, b)
     shared = tensor(wide).expand(2, 32, 48)  # of two batches that are one
-    standalone.gemm(shared, shared, transpose_b=True, blocks=SMALL, machine=on)
+    calls.gemm(shared, shared, transpose_b=True, blocks=SMALL, machine=on)
     assert not any(".load([" in text for text in on.texts)
 
 
@@ -418,16 +418,14 @@ def test_a_layer_of_attention_from_products() -> None:
     weights = [tensor(rng.normal(size=(heads, width, dim)).astype("float32")) for _ in "qkv"]
     last = tensor(rng.normal(size=(heads * dim, width)).astype("float32"))
     bias = tensor(rng.normal(size=width).astype("float32"))
-    q, k, v = (standalone.gemm(x, weight, blocks=SMALL, machine=on) for weight in weights)
-    p = standalone.softmax(
-        standalone.gemm(q, k, transpose_b=True, alpha=dim**-0.5, blocks=SMALL, machine=on),
+    q, k, v = (calls.gemm(x, weight, blocks=SMALL, machine=on) for weight in weights)
+    p = calls.softmax(
+        calls.gemm(q, k, transpose_b=True, alpha=dim**-0.5, blocks=SMALL, machine=on),
         machine=on,
     )
     o = torch.empty(tokens, heads, dim)
-    standalone.gemm(p, v, o.transpose(0, 1), blocks=SMALL, machine=on)  # as tokens want it
-    y = standalone.gemm(
-        o.view(tokens, -1), last, bias=bias, activation="gelu", blocks=SMALL, machine=on
-    )
+    calls.gemm(p, v, o.transpose(0, 1), blocks=SMALL, machine=on)  # as tokens want it
+    y = calls.gemm(o.view(tokens, -1), last, bias=bias, activation="gelu", blocks=SMALL, machine=on)
     q, k, v = (x.double() @ weight.double() for weight in weights)
     o = ((q @ k.mT) * dim**-0.5).softmax(-1) @ v
     want = o.transpose(0, 1).reshape(tokens, -1) @ last.double() + bias.double()

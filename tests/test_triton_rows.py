@@ -19,8 +19,8 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from triton_ahead import compiled
 
-from tilefold.backends.triton import rows, standalone
-from tilefold.backends.triton.rows import SoftmaxBlocks, SoftmaxSpec
+from tilefold.backends.triton.matmul import calls, rows
+from tilefold.backends.triton.matmul.rows import SoftmaxBlocks, SoftmaxSpec
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def weigh(x: Array, p: Array | None = None, **options: Any) -> tuple[Array, Arra
     needs()
     into = None if p is None else tensor(p)
     on = Watched(written=("p", "lse"))
-    got, lse = standalone.softmax(tensor(x), into, return_lse=True, machine=on, **options)
+    got, lse = calls.softmax(tensor(x), into, return_lse=True, machine=on, **options)
     assert into is None or got is into
     return array(got, str(x.dtype)), lse.numpy()
 
@@ -172,14 +172,14 @@ def test_a_forgotten_edge_is_found(text: str) -> None:
     on = Watched(written=("p", "lse"), replaced=(text, text.replace("<", "<=")))
     x = tensor(np.ones((5, 7), "float32"))
     with pytest.raises(InterpreterError, match="numbers outside of its operands"):
-        standalone.softmax(x, return_lse=True, machine=on)
+        calls.softmax(x, return_lse=True, machine=on)
 
 
 def test_a_row_too_few_is_found() -> None:
     needs()
     on = Watched(written=("p", "lse"), replaced=("row < rows", "row < rows - 1"))
     with pytest.raises(Fault, match="8 numbers were not written"):
-        standalone.softmax(tensor(np.ones((5, 7), "float32")), return_lse=True, machine=on)
+        calls.softmax(tensor(np.ones((5, 7), "float32")), return_lse=True, machine=on)
 
 
 def test_wide_rows_are_walked() -> None:

@@ -15,9 +15,10 @@ import pytest
 from interpreted import needs
 
 import tilefold
-from tilefold import attention, attention_backward, reference
+from tilefold import attention, attention_backward
 from tilefold.backends.triton import calls, interpreter, runtime
-from tilefold.problem import LAYOUTS
+from tilefold.problems import reference
+from tilefold.problems.attention import LAYOUTS
 
 torch = pytest.importorskip("torch", reason="there are no tensors without torch")
 from torch import Tensor  # noqa: E402  # only where there is torch

@@ -17,7 +17,7 @@ from tilefold.backends.triton.autotune import FINALISTS, ROUNDS, Trial, candidat
 from tilefold.backends.triton.interpreter import Interpreted
 from tilefold.backends.triton.machine import ResourceError
 from tilefold.backends.triton.spec import Blocks
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 SMALL = Problem.of((1, 1, 20, 16), dtype="float32", mask=causal())
 LARGE = Problem.of((4, 16, 4096, 128), dtype="float16", mask=causal())

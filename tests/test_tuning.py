@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tilefold import choice, cli, parse, plan, tuning, winners, workload
-from tilefold.backends.cpu import peak
-from tilefold.device import host
-from tilefold.problem import ITEM_BYTES, Problem
-from tilefold.roofline import Rates
-from tilefold.tables import FAMILIES, RegisterTile
-from tilefold.winners import Blocks
-from tilefold.workload import Call, Case
+from tilefold import cli
+from tilefold.backends.cpu import choice, peak, plan, tuned
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
+from tilefold.backends.cpu.tuned import Blocks
+from tilefold.masks import parse
+from tilefold.measuring import tuning, workload
+from tilefold.measuring.workload import Call, Case
+from tilefold.planning.roofline import Rates
+from tilefold.problems.attention import ITEM_BYTES, Problem
 
 Model = Callable[[Blocks], float]
 
@@ -26,9 +28,9 @@ Model = Callable[[Blocks], float]
 @pytest.fixture
 def cache(fresh_cache: Path) -> Iterator[Path]:
     """An empty cache, and no plan or winner remembered from before or left for later tests."""
-    winners.forget()
+    tuned.forget()
     yield fresh_cache
-    winners.forget()
+    tuned.forget()
 
 
 def case(operation: str = "forward", mask: str = "full()", **changes: Any) -> Case:
@@ -282,7 +284,7 @@ def test_the_winner_is_shown_kept_and_used(
 def test_a_dry_run_keeps_nothing(cache: Path, narrow_wins: None, capsys: Any) -> None:
     assert cli.main([*TINY, "--dry-run"]) == 0
     assert "nothing kept" in capsys.readouterr().out
-    assert not winners.load().winners
+    assert not tuned.load().winners
     assert not (cache / "tuned.json").exists()
 
 
@@ -292,7 +294,7 @@ def test_precision_and_what_multiplies_are_said(cache: Path, timed: Any, capsys:
     said = capsys.readouterr().out
     assert "forward 1,2,300,16 float32 (medium) full()" in said
     assert "forward 1,2,300,16 float64 full()" in said  # which has one precision
-    units = {key.dtype: key.unit for _, key in winners.load().winners}
+    units = {key.dtype: key.unit for _, key in tuned.load().winners}
     medium = case(precision="medium").problem
     assert units == {
         "float32": choice.multiplier(medium, host(), "forward").unit,

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 
 import tilefold
-from tilefold import choice, plan, reference, winners, workload
-from tilefold.device import Device, host
-from tilefold.expression import split
-from tilefold.mask import Rule, causal, full, lengths, local
-from tilefold.problem import Problem
-from tilefold.tables import FAMILIES, RegisterTile
-from tilefold.winners import Blocks, Key, Machine, Timed, Winner
+from tilefold.backends.cpu import choice, plan, tuned
+from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
+from tilefold.backends.cpu.tuned import Blocks, Key, Machine, Timed, Winner
+from tilefold.masks.expression import split
+from tilefold.masks.position_rules import Rule, causal, full, lengths, local
+from tilefold.measuring import workload
+from tilefold.problems import reference
+from tilefold.problems.attention import Problem
 
 OTHER = Blocks(RegisterTile(3, 1), 33)
 """Blocks that no table holds."""
@@ -29,9 +31,9 @@ OTHER = Blocks(RegisterTile(3, 1), 33)
 @pytest.fixture
 def cache(fresh_cache: Path) -> Iterator[Path]:
     """An empty cache, and no plan or winner remembered from before or left for later tests."""
-    winners.forget()
+    tuned.forget()
     yield fresh_cache
-    winners.forget()
+    tuned.forget()
 
 
 def problem(mask: Rule | None = None, length: int = 300, **changes: Any) -> Problem:
@@ -56,7 +58,7 @@ def winner(blocks: Blocks = OTHER, **changes: Any) -> Winner:
 def keep(problem: Problem, kernel: str = "forward", blocks: Blocks = OTHER) -> None:
     table = Timed(choice.table_blocks(problem, host(), kernel), 2.0)
     found = winner(blocks, table=table)
-    winners.keep({(Machine.of(host()), key_of(problem, kernel)): found})
+    tuned.keep({(Machine.of(host()), key_of(problem, kernel)): found})
 
 
 def planned(problem: Problem, operation: str = "forward", **options: Any) -> dict[str, Blocks]:
@@ -82,7 +84,7 @@ def test_a_winner_overrides_the_table_and_is_overridden_by_the_caller(cache: Pat
     tile = FAMILIES[host().isa].tiles[0]
     assert planned(asked, tile=tile)["forward"].tile == tile
     assert planned(asked, block_traverse=66)["forward"] == replace(OTHER, block_traverse=66)
-    assert winners.forget() == 1
+    assert tuned.forget() == 1
     assert planned(asked) == table
 
 
@@ -181,8 +183,8 @@ def test_the_file_is_beside_the_kernels_and_is_read_once(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(problem())
-    assert winners.path() == cache / "tuned.json"
-    kept = winners.load()
+    assert tuned.path() == cache / "tuned.json"
+    kept = tuned.load()
     assert kept.problem is None and [found.best.blocks for found in kept.winners.values()] == [
         OTHER
     ]
@@ -194,19 +196,19 @@ def test_the_file_is_beside_the_kernels_and_is_read_once(
 
 def test_winners_of_others_stay(cache: Path) -> None:
     elsewhere = replace(Machine.of(host()), name="another")
-    winners.keep({(elsewhere, key_of(problem())): winner()})
+    tuned.keep({(elsewhere, key_of(problem())): winner()})
     assert planned(problem())["forward"] != OTHER
     keep(problem(dim=24))
     keep(problem(dim=24), blocks=Blocks(RegisterTile(2, 1), 20))
-    assert len(winners.load().winners) == 2
+    assert len(tuned.load().winners) == 2
 
 
 @pytest.mark.slow
 def test_another_process_reads_it(cache: Path) -> None:
     keep(problem(dim_v=16))
     code = (
-        "from tilefold import full, plan; from tilefold.device import host;"
-        "from tilefold.problem import Problem;"
+        "from tilefold import full, plan; from tilefold.backends.cpu.device import host;"
+        "from tilefold.problems.attention import Problem;"
         "made = plan.plan(Problem(1, 2, 2, 300, 96, 16, 16, 'float32', 0.25, full()), host(),"
         " 'forward'); spec = made.launches[0].spec;"
         "print(spec.rows, spec.vectors, spec.block_traverse)"
@@ -235,10 +237,10 @@ def test_a_damaged_file_is_left_out_with_a_reason(cache: Path, content: bytes) -
     keep(asked)
     damage(cache, content)
     assert planned(asked)["forward"] == choice.table_blocks(asked, host(), "forward")
-    said = winners.load().problem
+    said = tuned.load().problem
     assert said == f"{cache / 'tuned.json'} is not a file of this version's winners"
     keep(asked)  # and is replaced by the next measurement
-    assert winners.load().problem is None
+    assert tuned.load().problem is None
     assert planned(asked)["forward"] == OTHER
 
 
@@ -247,7 +249,7 @@ def test_a_file_that_cannot_be_read_is_left_out_with_a_reason(cache: Path) -> No
     (cache / "tuned.json").unlink()
     (cache / "tuned.json").mkdir()
     reread()
-    assert "cannot be read" in str(winners.load().problem)
+    assert "cannot be read" in str(tuned.load().problem)
     assert planned(problem())["forward"] != OTHER
     (cache / "tuned.json").rmdir()
 
@@ -287,7 +289,7 @@ def test_an_entry_that_is_wrong_is_left_out_alone(cache: Path, place: str, value
         inside = inside[name]
     inside[last] = value
     damage(cache, json.dumps(document).encode())
-    assert winners.load().problem == f"1 of the winners in {file} cannot be used"
+    assert tuned.load().problem == f"1 of the winners in {file} cannot be used"
     assert planned(problem())["forward"] != OTHER
     assert planned(problem(dim=24))["forward"] == OTHER
 
@@ -298,7 +300,7 @@ def test_an_entry_without_a_field_is_left_out(cache: Path) -> None:
     for name in [*document["winners"][0]]:
         shorter = {k: v for k, v in document["winners"][0].items() if k != name}
         damage(cache, json.dumps(document | {"winners": [shorter, 7, None]}).encode())
-        assert winners.load() == winners.Kept(
+        assert tuned.load() == tuned.Kept(
             {}, f"3 of the winners in {cache / 'tuned.json'} cannot be used"
         )
 
@@ -318,4 +320,4 @@ def damage(folder: Path, content: bytes) -> None:
 
 def reread() -> None:
     """As in a new process."""
-    winners._changed()
+    tuned._changed()

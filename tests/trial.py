@@ -16,11 +16,13 @@ from compare import assert_near
 from numpy.typing import NDArray
 from operands import FORMS
 
-from tilefold import Rule, engine, full, reference
-from tilefold.buffer import Buffer
-from tilefold.device import Device, host
-from tilefold.plan import Plan, plan
-from tilefold.problem import STATISTICS, Problem, default_scale
+from tilefold import Rule, full
+from tilefold.backends.cpu import dispatch
+from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.plan import Plan, plan
+from tilefold.problems import reference
+from tilefold.problems.attention import STATISTICS, Problem, default_scale
+from tilefold.problems.buffer import Buffer
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -198,7 +200,7 @@ def run(
     buffers = {name: _buffer(memory, name, view) for name, view in views.items()}
     in_place = operation == "forward" or buffers["dq"].strides[3] == 1
     made = planned(p, device or host(), operation, form, in_place=in_place)
-    engine.run(memory.move(made), buffers)
+    dispatch.run(memory.move(made), buffers)
     for name, old in before.items():
         assert flats[name].tobytes() == old, f"{name} was modified"
     for name in OUTPUTS[operation]:

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from tilefold.api import attention, attention_backward, merge
     from tilefold.backends.cpu.threads import get_num_threads, set_num_threads
     from tilefold.compiling import compile_async
-    from tilefold.mask import (
+    from tilefold.masks.position_rules import (
         Rule,
         causal,
         chunked,
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         prefix,
         rule,
     )
-    from tilefold.problem import Problem
+    from tilefold.problems.attention import Problem
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,11 +42,11 @@ __all__ = [
     "set_num_threads",
 ]
 
-_HOMES = dict.fromkeys(__all__, "tilefold.mask") | {
+_HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "attention": "tilefold.api",
     "attention_backward": "tilefold.api",
     "merge": "tilefold.api",
-    "Problem": "tilefold.problem",
+    "Problem": "tilefold.problems.attention",
     "compile_async": "tilefold.compiling",
     "get_num_threads": "tilefold.backends.cpu.threads",
     "set_num_threads": "tilefold.backends.cpu.threads",

@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from tilefold.implementations import KERNEL, find
-from tilefold.mask import Rule
-from tilefold.problem import as_rule, as_scale
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import as_rule, as_scale
 
 
 def attention(

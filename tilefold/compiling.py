@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from tilefold import engine
-from tilefold.check import choice
-from tilefold.plan import OPERATIONS
-from tilefold.problem import (
+from tilefold.backends.cpu import dispatch
+from tilefold.common.check import choice
+from tilefold.planning.plan import OPERATIONS
+from tilefold.problems.attention import (
     Problem,
     check_layout,
     contiguous,
@@ -114,10 +114,10 @@ def _cpu(problem: Problem, operation: str, layout: str) -> None:
         return
     given = [*map(contiguous, shapes_qkv(problem, layout))]
     if operation == "forward":
-        engine.forward(problem, layout, *given)
+        dispatch.forward(problem, layout, *given)
         return
     o, lse = contiguous(shape_o(problem, layout)), contiguous(shape_lse(problem))
-    engine.backward(problem, layout, o, *given, o, lse)
+    dispatch.backward(problem, layout, o, *given, o, lse)
 
 
 def _metal(machine: Any) -> Compiler:

@@ -16,22 +16,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tilefold.backends.metal import emulate, fragment, matmul2d
-    from tilefold.backends.metal.arguments import sizes
+    from tilefold.backends.metal import emulate
     from tilefold.backends.metal.commands import Commands as queue
     from tilefold.backends.metal.commands import attention, attention_backward
     from tilefold.backends.metal.dispatch import CompileError
     from tilefold.backends.metal.dispatch import Emulated as emulated
     from tilefold.backends.metal.families import FAMILIES
-    from tilefold.backends.metal.fragment import Fragment
-    from tilefold.backends.metal.gemm import GemmBlocks
-    from tilefold.backends.metal.matmul2d import Matmul2d, Tile
-    from tilefold.backends.metal.msl import Text
+    from tilefold.backends.metal.kernels import fragment, matmul2d
+    from tilefold.backends.metal.kernels.arguments import sizes
+    from tilefold.backends.metal.kernels.fragment import Fragment
+    from tilefold.backends.metal.kernels.matmul2d import Matmul2d, Tile
+    from tilefold.backends.metal.kernels.msl import Text
+    from tilefold.backends.metal.matmul.calls import gemm, softmax
+    from tilefold.backends.metal.matmul.gemm import GemmBlocks
     from tilefold.backends.metal.plan import plan
     from tilefold.backends.metal.runtime import gpu, missing
     from tilefold.backends.metal.source import emit
     from tilefold.backends.metal.spec import Blocks, MetalSpec
-    from tilefold.backends.metal.standalone import gemm, softmax
     from tilefold.compiling import compile_async
 
 _BACKEND = "tilefold.backends.metal"
@@ -39,27 +40,27 @@ _HOMES = {
     "Blocks": (f"{_BACKEND}.spec", "Blocks"),
     "CompileError": (f"{_BACKEND}.dispatch", "CompileError"),
     "FAMILIES": (f"{_BACKEND}.families", "FAMILIES"),
-    "Fragment": (f"{_BACKEND}.fragment", "Fragment"),
-    "GemmBlocks": (f"{_BACKEND}.gemm", "GemmBlocks"),
-    "Matmul2d": (f"{_BACKEND}.matmul2d", "Matmul2d"),
+    "Fragment": (f"{_BACKEND}.kernels.fragment", "Fragment"),
+    "GemmBlocks": (f"{_BACKEND}.matmul.gemm", "GemmBlocks"),
+    "Matmul2d": (f"{_BACKEND}.kernels.matmul2d", "Matmul2d"),
     "MetalSpec": (f"{_BACKEND}.spec", "MetalSpec"),
-    "Text": (f"{_BACKEND}.msl", "Text"),
-    "Tile": (f"{_BACKEND}.matmul2d", "Tile"),
+    "Text": (f"{_BACKEND}.kernels.msl", "Text"),
+    "Tile": (f"{_BACKEND}.kernels.matmul2d", "Tile"),
     "attention": (f"{_BACKEND}.commands", "attention"),
     "attention_backward": (f"{_BACKEND}.commands", "attention_backward"),
     "compile_async": ("tilefold.compiling", "compile_async"),
     "emit": (f"{_BACKEND}.source", "emit"),
     "emulate": (f"{_BACKEND}.emulate", None),
     "emulated": (f"{_BACKEND}.dispatch", "Emulated"),
-    "fragment": (f"{_BACKEND}.fragment", None),
-    "gemm": (f"{_BACKEND}.standalone", "gemm"),
+    "fragment": (f"{_BACKEND}.kernels.fragment", None),
+    "gemm": (f"{_BACKEND}.matmul.calls", "gemm"),
     "gpu": (f"{_BACKEND}.runtime", "gpu"),
-    "matmul2d": (f"{_BACKEND}.matmul2d", None),
+    "matmul2d": (f"{_BACKEND}.kernels.matmul2d", None),
     "missing": (f"{_BACKEND}.runtime", "missing"),
     "plan": (f"{_BACKEND}.plan", "plan"),
     "queue": (f"{_BACKEND}.commands", "Commands"),
-    "sizes": (f"{_BACKEND}.arguments", "sizes"),
-    "softmax": (f"{_BACKEND}.standalone", "softmax"),
+    "sizes": (f"{_BACKEND}.kernels.arguments", "sizes"),
+    "softmax": (f"{_BACKEND}.matmul.calls", "softmax"),
 }
 """Where the public names live: the module, and the name in it (None is the module itself)."""
 

@@ -20,33 +20,33 @@ if TYPE_CHECKING:
     from tilefold.backends.triton.architectures import ARCHITECTURES
     from tilefold.backends.triton.autotune import tune
     from tilefold.backends.triton.calls import attention, attention_backward
-    from tilefold.backends.triton.gemm import GemmBlocks
     from tilefold.backends.triton.interpreter import Interpreted as interpreted
     from tilefold.backends.triton.machine import ResourceError
+    from tilefold.backends.triton.matmul.calls import gemm, softmax
+    from tilefold.backends.triton.matmul.gemm import GemmBlocks
+    from tilefold.backends.triton.matmul.rows import SoftmaxBlocks
     from tilefold.backends.triton.plan import plan
-    from tilefold.backends.triton.rows import SoftmaxBlocks
     from tilefold.backends.triton.runtime import gpu, missing
     from tilefold.backends.triton.source import emit
     from tilefold.backends.triton.spec import Blocks, TritonSpec
-    from tilefold.backends.triton.standalone import gemm, softmax
 
 _BACKEND = "tilefold.backends.triton"
 _HOMES = {
     "ARCHITECTURES": "architectures",
     "Blocks": "spec",
-    "GemmBlocks": "gemm",
+    "GemmBlocks": "matmul.gemm",
     "ResourceError": "machine",
-    "SoftmaxBlocks": "rows",
+    "SoftmaxBlocks": "matmul.rows",
     "TritonSpec": "spec",
     "attention": "calls",
     "attention_backward": "calls",
     "emit": "source",
-    "gemm": "standalone",
+    "gemm": "matmul.calls",
     "gpu": "runtime",
     "interpreted": "interpreter",
     "missing": "runtime",
     "plan": "plan",
-    "softmax": "standalone",
+    "softmax": "matmul.calls",
     "tune": "autotune",
 }
 """Where the public names live."""

@@ -18,15 +18,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tilefold.backends.metal import gemm, rows, source
+from tilefold.backends.metal import source
 from tilefold.backends.metal.dispatch import MOST_TOGETHER
 from tilefold.backends.metal.families import family
-from tilefold.backends.metal.gemm import GemmSpec
+from tilefold.backends.metal.matmul import gemm, rows
+from tilefold.backends.metal.matmul.calls import block_sizes
+from tilefold.backends.metal.matmul.gemm import GemmSpec
+from tilefold.backends.metal.matmul.rows import SoftmaxSpec
 from tilefold.backends.metal.model import OPERATIONS, Model, model, text_of
 from tilefold.backends.metal.plan import plan
-from tilefold.backends.metal.rows import SoftmaxSpec
-from tilefold.backends.metal.standalone import block_sizes
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "metal.md"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tilefold.commands import terminal
-from tilefold.peers import PEERS
+from tilefold.measuring.baselines import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -26,7 +26,7 @@ from tilefold.backends.triton.launch import Launch
 from tilefold.backends.triton.plan import plan
 from tilefold.backends.triton.source import emit
 from tilefold.backends.triton.spec import TritonSpec
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "triton.md"

@@ -27,9 +27,9 @@ from tilefold import causal
 from tilefold.backends.triton.ahead import Compiled, Compiler
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.spec import WIDEST_STREAMED, Blocks, TritonSpec
-from tilefold.choice import bound
-from tilefold.expression import split
-from tilefold.problem import Problem
+from tilefold.masks.expression import split
+from tilefold.planning.visited import bound
+from tilefold.problems.attention import Problem
 
 KINDS = {
     "half": ("bfloat16", "ieee"),

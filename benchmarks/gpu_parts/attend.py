@@ -18,9 +18,9 @@ from gpu_parts.timing import Call
 from tilefold.backends.triton.dispatch import aligned, prepare
 from tilefold.backends.triton.launch import TritonPlan
 from tilefold.backends.triton.plan import FORMS, plan
-from tilefold.mask import causal, full
-from tilefold.peers import TOLERANCE
-from tilefold.problem import STATISTICS, Problem
+from tilefold.masks.position_rules import causal, full
+from tilefold.measuring.baselines import TOLERANCE
+from tilefold.problems.attention import STATISTICS, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor

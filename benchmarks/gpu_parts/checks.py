@@ -10,8 +10,8 @@ from gpu_parts import attend
 from gpu_parts.section import Here, Row, Stage
 from tilefold.backends.triton import calls
 from tilefold.backends.triton.dispatch import execute
-from tilefold.mask import causal
-from tilefold.problem import Problem, default_scale
+from tilefold.masks.position_rules import causal
+from tilefold.problems.attention import Problem, default_scale
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,7 +30,7 @@ from gpu_parts import attend, checks
 from gpu_parts.section import Here, Row, Section, Settings, Stage, processes
 from tilefold.backends.triton.dispatch import execute
 from tilefold.backends.triton.plan import PACKED_QUERIES
-from tilefold.problem import STATISTICS, Problem
+from tilefold.problems.attention import STATISTICS, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ import functools
 from gpu_parts import attend, speed, timing
 from gpu_parts.section import Here, Row, Section, Settings, Stage
 from tilefold.backends.triton.plan import PACKED_QUERIES
-from tilefold.mask import full
-from tilefold.problem import ITEM_BYTES, Problem, default_scale
+from tilefold.masks.position_rules import full
+from tilefold.problems.attention import ITEM_BYTES, Problem, default_scale
 
 COPY = "copy"
 FORM = "decode"

@@ -18,8 +18,8 @@ from typing import Any
 
 from gpu_parts import timing
 from gpu_parts.section import Row
-from tilefold.circumstances import circumstances
-from tilefold.files import write_atomically
+from tilefold.common.files import write_atomically
+from tilefold.measuring.environment import circumstances
 
 JUDGED = ("H100", "H200")
 """GPUs that the figures hold for; an H200 has the multiprocessors of an H100."""

@@ -17,8 +17,8 @@ import triton.language as tl
 
 from gpu_parts.section import Stage
 from gpu_parts.timing import Call, quickest
-from tilefold.mask import causal, full
-from tilefold.problem import Problem
+from tilefold.masks.position_rules import causal, full
+from tilefold.problems.attention import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor

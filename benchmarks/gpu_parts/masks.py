@@ -19,9 +19,9 @@ from gpu_parts import attend, speed, timing
 from gpu_parts.section import Here, Row, Section, Settings, Stage
 from tilefold.backends.triton.launch import Launch
 from tilefold.backends.triton.plan import plan
-from tilefold.data import documents
-from tilefold.mask import Rule, causal, local
-from tilefold.problem import Problem
+from tilefold.masks.data_rules import documents
+from tilefold.masks.position_rules import Rule, causal, local
+from tilefold.problems.attention import Problem
 
 FULL = "full"
 

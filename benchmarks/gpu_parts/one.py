@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 
 from gpu_parts import attend
 from gpu_parts.section import Settings, Stage, stage
-from tilefold import parse
-from tilefold.problem import Problem, default_scale
+from tilefold.masks import parse
+from tilefold.problems.attention import Problem, default_scale
 
 
 def arguments() -> argparse.ArgumentParser:

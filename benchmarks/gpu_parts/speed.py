@@ -7,8 +7,8 @@ import itertools
 
 from gpu_parts import attend, timing
 from gpu_parts.section import Here, Row, Section, Settings, Stage
-from tilefold.mask import Rule, causal, full
-from tilefold.problem import Problem, default_scale
+from tilefold.masks.position_rules import Rule, causal, full
+from tilefold.problems.attention import Problem, default_scale
 
 MASKS: dict[str, Rule] = {"full": full(), "causal": causal()}
 

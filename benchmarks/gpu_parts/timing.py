@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpu_parts.section import Row, Stage
-from tilefold import bench
+from tilefold.measuring import timing
 
 Call = Callable[[], Any]
 
@@ -36,7 +36,7 @@ def turn_by_turn(
 ) -> dict[str, list[float]]:
     """Seconds of each call, in rounds of one turn each, for about `seconds` in all."""
     if not stage.on_gpu:
-        return bench.turn_by_turn(calls, seconds=seconds, least=1, most=least)
+        return timing.turn_by_turn(calls, seconds=seconds, least=1, most=least)
     import torch
 
     names = list(calls)

@@ -10,21 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tilefold import bench, parse
 from tilefold.backends.cpu import peak, threads
-from tilefold.bench import Row
-from tilefold.choice import multiplier
-from tilefold.circumstances import circumstances
+from tilefold.backends.cpu.choice import multiplier
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.spec import Multiplier
 from tilefold.commands import specification, terminal
-from tilefold.device import host
-from tilefold.files import write_atomically
+from tilefold.common.files import write_atomically
 from tilefold.implementations import NAMES
-from tilefold.mask import Rule
-from tilefold.peers import PEERS
-from tilefold.problem import ITEM_BYTES
-from tilefold.roofline import Rates
-from tilefold.spec import Multiplier
-from tilefold.workload import OPERATIONS, PASSES, Case
+from tilefold.masks import parse
+from tilefold.masks.position_rules import Rule
+from tilefold.measuring import timing
+from tilefold.measuring.baselines import PEERS
+from tilefold.measuring.environment import circumstances
+from tilefold.measuring.timing import Row
+from tilefold.measuring.workload import OPERATIONS, PASSES, Case
+from tilefold.planning.roofline import Rates
+from tilefold.problems.attention import ITEM_BYTES
 
 SHAPES = ("1,8,2048,64", "1,8,2048,128")
 MASKS = ("full()", "causal()")
@@ -81,9 +82,9 @@ def main(options: argparse.Namespace) -> int:
             bar.update(task, description=_label(case))
             seconds, sweep = options.seconds, options.sweep
             if device:
-                rows = bench.measure_implementations(case, names, device, seconds=seconds)
+                rows = timing.measure_implementations(case, names, device, seconds=seconds)
             else:
-                rows = bench.measure(case, names[1:], seconds=seconds, sweep=sweep)
+                rows = timing.measure(case, names[1:], seconds=seconds, sweep=sweep)
             found.append(rows)
             bar.advance(task)
     rates = {} if device else _rates(cases)

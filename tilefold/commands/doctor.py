@@ -12,12 +12,17 @@ from typing import Any
 import numpy as np
 
 import tilefold
-from tilefold import agreement, api, arrays, cache, parse, reference, settings, winners
-from tilefold.agreement import Agreement
+from tilefold import api
 from tilefold.backends.cpu import threads
+from tilefold.backends.cpu import tuned as winners
+from tilefold.backends.cpu.device import amx, host
 from tilefold.commands import terminal
-from tilefold.device import amx, host
-from tilefold.problem import STATISTICS
+from tilefold.common import array_files, disk_cache, settings
+from tilefold.masks import parse
+from tilefold.measuring import agreement
+from tilefold.measuring.agreement import Agreement
+from tilefold.problems import reference
+from tilefold.problems.attention import STATISTICS
 
 # (batch, heads_q, heads_kv, len_q, len_k, dim, dim_v) and mask: tails, grouped queries, rows that
 # see nothing
@@ -104,7 +109,7 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
     batch, heads_q, heads_kv, len_q, len_k, dim, dim_v = sizes
     rule, rng = parse.parse(mask), np.random.default_rng(0)
     q, k, v, do = (
-        rng.standard_normal(shape).astype(arrays.element_type(dtype))
+        rng.standard_normal(shape).astype(array_files.element_type(dtype))
         for shape in (
             (batch, heads_q, len_q, dim),
             (batch, heads_kv, len_k, dim),
@@ -136,7 +141,7 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
 
 
 def _document(checks: list[Check], agreed: list[Agreement]) -> dict[str, Any]:
-    device, kept = host(), cache.default()
+    device, kept = host(), disk_cache.default()
     works = all(check.passed for check in checks)
     reason = next((check.problem or check.case for check in checks if not check.passed), None)
     backends: dict[str, Any] = {"cpu": {"works": works, "reason": reason}}

@@ -15,13 +15,17 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from tilefold import choice, parse, plan, roofline, settings, triton, winners
-from tilefold.backends.cpu import kernel, peak, runtime, threads
-from tilefold.commands import emitted, specification, terminal
-from tilefold.device import host
-from tilefold.plan import Launch, Plan
-from tilefold.spec import DECODE, PARALLEL
-from tilefold.winners import Winner
+from tilefold import triton
+from tilefold.backends.cpu import choice, kernel, peak, plan, runtime, threads, tuned
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.plan import Launch, Plan
+from tilefold.backends.cpu.spec import DECODE, PARALLEL
+from tilefold.backends.cpu.tuned import Winner
+from tilefold.commands import kernel_source, specification, terminal
+from tilefold.common import settings
+from tilefold.masks import parse
+from tilefold.planning import roofline
+from tilefold.planning.plan import OPERATIONS
 
 
 def register(commands: Any) -> None:
@@ -38,7 +42,7 @@ def register(commands: Any) -> None:
     specification.add_precision(parser)
     specification.add_dtype(parser)
     parser.add_argument("--mask", default="full()", metavar="RULE")
-    parser.add_argument("--operation", choices=plan.OPERATIONS, default="forward")
+    parser.add_argument("--operation", choices=OPERATIONS, default="forward")
     parser.add_argument("--form", choices=plan.FORMS, default="auto")
     parser.add_argument("--isa", help="a narrower instruction set of this machine, such as avx2")
     parser.add_argument(
@@ -72,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
     mask = parse.parse(options.mask)
     problem = specification.problem(options, options.shape, mask, options.dtype)
     if options.backend != "cpu":
-        print(emitted.text(options, problem), end="")
+        print(kernel_source.text(options, problem), end="")
         return 0
     device = host().lowered(options.isa) if options.isa else host()
     start = time.perf_counter()
@@ -102,7 +106,7 @@ def main(options: argparse.Namespace) -> int:
 def _pick(made: Plan, name: str | None) -> Launch:
     """A kernel by name; without one, the one with the most to do."""
     launches = {launch.spec.operation: launch for launch in made.launches}
-    return launches[emitted.named(launches, name)]
+    return launches[kernel_source.named(launches, name)]
 
 
 def _problem(made: Plan) -> dict[str, Any]:
@@ -156,7 +160,7 @@ def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
     problem, device, spec = made.problem, made.device, launch.spec
     table = choice.table_blocks(problem, device, spec.operation)
     key = choice.winner_key(problem, device, spec.operation, spec.mask)
-    winner = winners.find(device, key, table)
+    winner = tuned.find(device, key, table)
     family = choice.family(problem, device, spec.operation)
     row = family.row(table.tile)
     assert row is not None, table

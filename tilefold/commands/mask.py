@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tilefold import parse, picture
 from tilefold.commands import terminal
+from tilefold.masks import parse, picture
 
 
 def register(commands: Any) -> None:

@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from tilefold import arrays, peers, selftest, settings, utilisation
 from tilefold.backends.metal import dispatch, emulate, gated, runtime
-from tilefold.circumstances import circumstances
 from tilefold.commands import terminal
-from tilefold.files import write_atomically
-from tilefold.problem import STATISTICS, Problem
-from tilefold.selftest import Place, Trial
-from tilefold.utilisation import Measured
-from tilefold.workload import Arrays, Case
+from tilefold.common import array_files, settings
+from tilefold.common.files import write_atomically
+from tilefold.measuring import baselines, metal_selftest, metal_utilisation
+from tilefold.measuring.environment import circumstances
+from tilefold.measuring.metal_selftest import Place, Trial
+from tilefold.measuring.metal_utilisation import Measured
+from tilefold.measuring.workload import Arrays, Case
+from tilefold.problems.attention import STATISTICS, Problem
 
 DTYPES = ("float16", "float32")
 DIMS = (64, 128, 256)
@@ -87,9 +88,11 @@ def _real() -> Found:
 
     machine = runtime.gpu()
     name, cores = torch.backends.mps.get_name(), torch.backends.mps.get_core_count()
-    place = Place(lambda array: tensor_of(array).to("mps"), lambda tensor: peers.results(tensor)[0])
+    place = Place(
+        lambda array: tensor_of(array).to("mps"), lambda tensor: baselines.results(tensor)[0]
+    )
     gpu = {"name": name, "family": machine.family, "emulated": False, "cores": cores}
-    return machine, place, gpu | {"peak_ginstrs": utilisation.peak(name, cores)}
+    return machine, place, gpu | {"peak_ginstrs": metal_utilisation.peak(name, cores)}
 
 
 def _tried(machine: dispatch.Machine, place: Place, *, few: bool) -> list[Trial]:
@@ -97,7 +100,7 @@ def _tried(machine: dispatch.Machine, place: Place, *, few: bool) -> list[Trial]
     tried = []
     with terminal.progress() as bar:
         task = bar.add_task("Testing", total=None)
-        for trial in selftest.trials(machine, place, missing, few=few):
+        for trial in metal_selftest.trials(machine, place, missing, few=few):
             tried.append(trial)
             bar.update(task, description=f"{trial.kernel} {trial.dtype}", advance=1)
     return tried
@@ -128,7 +131,7 @@ def measure(
     from tilefold.implementations.torch import finish, tensor_of
 
     rng, p = np.random.default_rng(0), problem
-    shape, kind = (p.batch, p.heads_q, p.len_q, p.dim), arrays.element_type(p.dtype)
+    shape, kind = (p.batch, p.heads_q, p.len_q, p.dim), array_files.element_type(p.dtype)
     q, k, v, do = (rng.standard_normal(shape, np.float32).astype(kind) for _ in range(4))
     o, lse = np.zeros_like(q), np.zeros(shape[:3], STATISTICS[p.dtype])
     given = {"q": q, "k": k, "v": v, "do": do, "o": o, "lse": lse}
@@ -140,14 +143,14 @@ def measure(
     for each in ("forward", "backward"):
         inputs, case = Arrays(q, k, v, do, o, lse), Case(p, each)
         try:
-            call = peers.implementation("native", device, case, inputs, wait=False)
+            call = baselines.implementation("native", device, case, inputs, wait=False)
             call()
             wait()
         except RuntimeError as error:  # its backward holds all scores, and may not find the memory
             notes.append(f"native {each}, {p.dtype} d{p.dim}: {' '.join(str(error).split())}")
         else:
             native[each] = call
-    return utilisation.measure(machine, p, operands, wait, native, seconds), notes
+    return metal_utilisation.measure(machine, p, operands, wait, native, seconds), notes
 
 
 def _document(

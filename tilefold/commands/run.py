@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tilefold import api, arrays, parse
-from tilefold.commands import terminal, text
-from tilefold.mask import full
-from tilefold.problem import LAYOUTS
+from tilefold import api
+from tilefold.commands import main_job, terminal
+from tilefold.common import array_files
+from tilefold.masks import parse
+from tilefold.masks.position_rules import full
+from tilefold.problems.attention import LAYOUTS
 
 DESCRIPTION = """Without --q, --k, --v: encode real text with a real transformer whose attention is
 tilefold's, answer a question by its nearest paragraphs, check against float64, and measure this
@@ -28,7 +30,7 @@ def register(commands: Any) -> None:
         epilog=terminal.EXIT_CODES,
     )
     parser.set_defaults(main=main)
-    text.add_options(parser.add_argument_group("real text"))
+    main_job.add_options(parser.add_argument_group("real text"))
     own = parser.add_argument_group("your own arrays")
     for letter in "qkv":
         own.add_argument(f"--{letter}", metavar="FILE[:NAME]")
@@ -48,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
         for name in ("lse", "mask", "scale"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} is for your own arrays: give --q, --k, --v, --out too")
-        return text.main(options)
+        return main_job.main(options)
     if missing := [f"--{name}" for name in places if name not in given]:
         raise ValueError(f"--{given[0]} asks for {', '.join(missing)} too")
     if options.question is not None:
@@ -59,15 +61,15 @@ def main(options: argparse.Namespace) -> int:
 
 def _own_arrays(options: argparse.Namespace) -> None:
     mask = full() if options.mask is None else parse.parse(options.mask)
-    q, k, v = (arrays.load(getattr(options, name), name) for name in "qkv")
+    q, k, v = (array_files.load(getattr(options, name), name) for name in "qkv")
     start = time.perf_counter()
     o, lse = api.attention(
         q, k, v, mask=mask, scale=options.scale, layout=options.layout, return_lse=True
     )
     seconds = time.perf_counter() - start
-    arrays.save(options.out, {"o": o})
+    array_files.save(options.out, {"o": o})
     if options.lse:
-        arrays.save(options.lse, {"lse": lse})
+        array_files.save(options.lse, {"lse": lse})
     if options.json:
         terminal.print_json(
             {

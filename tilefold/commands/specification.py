@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from tilefold.mask import Rule
-from tilefold.problem import ITEM_BYTES, PRECISIONS, Problem, default_scale
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import ITEM_BYTES, PRECISIONS, Problem, default_scale
 
 SHAPE = "BATCH,HEADS,LENGTH,DIM"
 

@@ -11,13 +11,15 @@ import argparse
 from types import ModuleType
 from typing import Any
 
-from tilefold import parse, tuning, winners
+from tilefold.backends.cpu import tuned as winners
 from tilefold.backends.triton import tuned as gpu_winners
-from tilefold.circumstances import circumstances
 from tilefold.commands import specification, terminal
-from tilefold.problem import ITEM_BYTES
-from tilefold.tuning import Tuned
-from tilefold.workload import OPERATIONS, Case
+from tilefold.masks import parse
+from tilefold.measuring import tuning
+from tilefold.measuring.environment import circumstances
+from tilefold.measuring.tuning import Tuned
+from tilefold.measuring.workload import OPERATIONS, Case
+from tilefold.problems.attention import ITEM_BYTES
 
 SECONDS = {"cpu": 6.0, "cuda": 60.0}
 """For each kernel, unless `--seconds` says another number."""
@@ -70,7 +72,7 @@ def main(options: argparse.Namespace) -> int:
     if not options.seconds > 0:
         raise ValueError(f"--seconds must be more than 0, not {options.seconds}")
     if on_gpu:
-        from tilefold.commands import tune_gpu  # 30 ms, which no other command should pay
+        from tilefold.commands import tune_gpu
 
         return tune_gpu.main(options)
     if options.threads is None:

@@ -7,13 +7,13 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from tilefold import parse
 from tilefold.backends.triton import autotune, runtime, tuned
 from tilefold.backends.triton.autotune import Trial
 from tilefold.backends.triton.machine import Machine
-from tilefold.circumstances import circumstances
 from tilefold.commands import specification, terminal
-from tilefold.problem import Problem
+from tilefold.masks import parse
+from tilefold.measuring.environment import circumstances
+from tilefold.problems.attention import Problem
 
 SHOWN = 6
 """Candidates of a kernel in the table, beside the usual blocks; JSON has all."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tilefold.mask import Rule
+from tilefold.masks.position_rules import Rule
 
 
 def same(tensor: Tensor, first: Tensor) -> bool:

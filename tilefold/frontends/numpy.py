@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import engine
-from tilefold.mask import Rule
-from tilefold.problem import (
+from tilefold.backends.cpu import dispatch
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import (
     ITEM_BYTES,
     STATISTICS,
     check_layout,
@@ -48,14 +48,14 @@ def attention(
     check_precision(precision)
     q, k, v = as_array("q", q), as_array("k", k), as_array("v", v)
     key = ("numpy forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
-    call = engine.recent(key)
+    call = dispatch.recent(key)
     if call is None:
         dtype = element_name(q=q, k=k, v=v)
         problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout, precision)
         if problem.empty:
             o = np.zeros(shape_o(problem, layout), q.dtype)
             return o, np.full(shape_lse(problem), -np.inf, STATISTICS[dtype])
-        call = engine.keep(key, engine.forward(problem, layout, *map(_strides, (q, k, v))))
+        call = dispatch.keep(key, dispatch.forward(problem, layout, *map(_strides, (q, k, v))))
     shape, rows = call.results
     o, lse = np.empty(shape, q.dtype), np.empty(rows, STATISTICS[call.plan.problem.dtype])
     call.run(_pointer(q), _pointer(k), _pointer(v), _pointer(o), _pointer(lse))
@@ -81,7 +81,7 @@ def attention_backward(
     o, lse = as_array("o", o), as_array("lse", lse)
     given = do, q, k, v, o, lse
     key = ("numpy backward", mask, scale, layout, precision, *[_form(array) for array in given])
-    call = engine.recent(key)
+    call = dispatch.recent(key)
     if call is None:
         dtype = element_name(q=q, k=k, v=v, do=do, o=o)
         check_lse(lse.dtype.name, dtype)
@@ -92,7 +92,7 @@ def attention_backward(
         if problem.empty:
             dq, dk, dv = (np.zeros(array.shape, q.dtype) for array in (q, k, v))
             return dq, dk, dv
-        call = engine.keep(key, engine.backward(problem, layout, *map(_strides, given)))
+        call = dispatch.keep(key, dispatch.backward(problem, layout, *map(_strides, given)))
     dq, dk, dv = (np.empty(shape, q.dtype) for shape in call.results)
     call.run(*[_pointer(array) for array in (*given, dq, dk, dv)])
     return dq, dk, dv

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilefold.coordinates import Coordinates
 from tilefold.frontends import tensors
-from tilefold.mask import Rule
-from tilefold.problem import LAYOUTS
+from tilefold.masks.coordinates import Coordinates
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import LAYOUTS
 
 _constants: dict[str, object] = {}
 

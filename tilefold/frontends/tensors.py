@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilefold import engine
+from tilefold.backends.cpu import dispatch
 from tilefold.frontends import gpu
-from tilefold.mask import Rule
-from tilefold.problem import (
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import (
     STATISTICS,
     Problem,
     check_lse,
@@ -36,7 +36,7 @@ def forward(
         return o, lse
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     key = ("torch forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
-    call = engine.recent(key)
+    call = dispatch.recent(key)
     if call is None:
         check(q=q, k=k, v=v)
         problem = _problem(q, k, v, scale, mask, layout, precision)
@@ -44,7 +44,7 @@ def forward(
             o = q.new_zeros(shape_o(problem, layout))
             return o, q.new_full(shape_lse(problem), -torch.inf, dtype=statistics(q))
         strides = q.stride(), k.stride(), v.stride()
-        call = engine.keep(key, engine.forward(problem, layout, *strides))
+        call = dispatch.keep(key, dispatch.forward(problem, layout, *strides))
     shape, rows = call.results
     o, lse = q.new_empty(*shape), q.new_empty(*rows, dtype=statistics(q))
     call.run(q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr())
@@ -71,7 +71,7 @@ def backward(
         return dq, dk, dv
     do, q, k, v, o, lse = given = [_aligned(tensor) for tensor in (do, q, k, v, o, lse)]
     key = ("torch backward", mask, scale, layout, precision, *[_form(tensor) for tensor in given])
-    call = engine.recent(key)
+    call = dispatch.recent(key)
     if call is None:
         check_all(*given)
         problem = _problem(q, k, v, scale, mask, layout, precision)
@@ -81,7 +81,7 @@ def backward(
         if problem.empty:
             return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         strides = [tensor.stride() for tensor in given]
-        call = engine.keep(key, engine.backward(problem, layout, *strides))
+        call = dispatch.keep(key, dispatch.backward(problem, layout, *strides))
     dq, dk, dv = (q.new_empty(*shape) for shape in call.results)
     call.run(*[tensor.data_ptr() for tensor in (*given, dq, dk, dv)])
     return dq, dk, dv

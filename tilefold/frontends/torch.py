@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tilefold.frontends import gpu, tensors
-from tilefold.mask import Rule
-from tilefold.problem import check_layout, check_parts, check_precision
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import check_layout, check_parts, check_precision
 
 # 2.12 and 2.13 pass all tests, 2.10 and 2.11 those that need no operator, 2.15 (a CUDA build) all
 # but its own opcheck, which trips over a warning of its own.

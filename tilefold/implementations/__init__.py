@@ -10,6 +10,9 @@ The arrays choose the framework, and a file here is named after each: a function
 the arguments of `Implementation`. The kernels are the frontends' own and do not pass through here.
 What an implementation cannot do raises NotImplementedError with the reason; none stands in for
 another.
+
+    torch  on PyTorch tensors
+    numpy  on NumPy arrays
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from tilefold.check import choice
+from tilefold.common.check import choice
 
 KERNEL = "kernel"
 NAMES = ("composed", "native", KERNEL, "tensorops")

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.frontends.numpy import as_array, element_name
-from tilefold.mask import Rule
-from tilefold.problem import LAYOUTS, STATISTICS, describe
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import LAYOUTS, STATISTICS, describe
 
 Array = NDArray[Any]
 

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tilefold.mask import Rule, causal, full
-from tilefold.problem import (
+from tilefold.common.lru import Recent
+from tilefold.masks.position_rules import Rule, causal, full
+from tilefold.problems.attention import (
     LAYOUTS,
     STATISTICS,
     Problem,
@@ -25,7 +26,6 @@ from tilefold.problem import (
     shape_lse,
     shape_o,
 )
-from tilefold.recent import Recent
 
 Array = NDArray[Any]
 

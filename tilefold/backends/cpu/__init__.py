@@ -1,1 +1,17 @@
-"""The CPU backend: LLVM text, compiled by llvmlite for the features of this machine."""
+"""Processors: kernels as LLVM text, compiled by llvmlite.
+
+device    what this machine has: instruction set, cores, caches
+spec      all that decides a kernel's source
+tables    tuned block sizes
+owners    who sums dQ in the fused backward pass
+kernels   everything that writes source
+runtime   source to machine code
+kernel    spec to a loaded function
+threads   one function on several threads
+tuned     block sizes that were measured on this machine
+splits    how the keys of few queries are split
+choice    what multiplies in a kernel, and in which blocks
+plan      problem and device to kernels, work items and runs
+dispatch  a plan made ready for arrays, and run
+peak      what the processor reaches at most, measured
+"""

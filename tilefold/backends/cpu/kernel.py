@@ -14,16 +14,19 @@ from functools import lru_cache
 from pathlib import Path
 
 from tilefold.backends.cpu import runtime
-from tilefold.backends.cpu.arguments import names
-from tilefold.device import Device
-from tilefold.expression import Skeleton
-from tilefold.once import once
-from tilefold.problem import ITEM_BYTES, STATISTICS
-from tilefold.spec import DECODE, KernelSpec
+from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.kernels.arguments import names
+from tilefold.backends.cpu.spec import DECODE, KernelSpec
+from tilefold.common.single_flight import once
+from tilefold.masks.expression import Skeleton
+from tilefold.problems.attention import ITEM_BYTES, STATISTICS
 
 _PACKAGE = Path(__file__).parents[2]
-_SOURCES = (_PACKAGE, Path(__file__).parent)
-"""Where all lies that a generator could import: by the reading order, nothing else stands above."""
+_SOURCES = tuple(
+    _PACKAGE / name
+    for name in ("common", "masks", "problems", "planning", "backends/cpu", "backends/cpu/kernels")
+)
+"""The folders of all modules that a generator could import: no others stand above them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class CpuKernel:
 def emit(spec: KernelSpec) -> str:
     """The LLVM text of a kernel; works on every machine."""
     # The generators are imported where a text is wanted, which a first call seldom does.
-    from tilefold.backends.cpu import backward, decode, forward, fused, merge
+    from tilefold.backends.cpu.kernels import backward, decode, forward, fused, merge
 
     generators = {
         "forward": forward.forward,
@@ -76,7 +79,8 @@ def sources() -> str:
         for path in sorted(path for folder in _SOURCES for path in folder.iterdir()):
             if path.is_file():  # sources, or bytecode where a package comes without them
                 content = path.read_bytes()
-                digest.update(b"%s %d\n%s" % (path.name.encode(), len(content), content))
+                name = path.relative_to(path.parents[1]).as_posix().encode()
+                digest.update(b"%s %d\n%s" % (name, len(content), content))
     except OSError:  # the package is in an archive
         return ""
     return digest.hexdigest()
@@ -99,7 +103,7 @@ def _spelt(spec: KernelSpec) -> str:
 
 def workspace_bytes(spec: KernelSpec) -> int:
     """Scratch of one worker, a whole number of 64-byte lines and one page apart from the next."""
-    from tilefold.backends.cpu import block, state
+    from tilefold.backends.cpu.kernels import block, state
 
     item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]
     regions = state.regions if spec.operation in DECODE else block.regions

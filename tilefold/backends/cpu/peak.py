@@ -23,15 +23,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import cache
-from tilefold.backends.cpu import amx, gemm, runtime, threads
-from tilefold.backends.cpu.convert import SCALARS
-from tilefold.backends.cpu.ir import Body, Module, Value, Variable, alignment, vector
-from tilefold.backends.cpu.softmax import EXP2_COARSE, exp2
-from tilefold.device import Device
-from tilefold.problem import ITEM_BYTES, STATISTICS
-from tilefold.roofline import Rates
-from tilefold.spec import FMA, Multiplier
+from tilefold.backends.cpu import runtime, threads
+from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.kernels import amx, microkernel
+from tilefold.backends.cpu.kernels.convert import SCALARS
+from tilefold.backends.cpu.kernels.ir import Body, Module, Value, Variable, alignment, vector
+from tilefold.backends.cpu.kernels.softmax import EXP2_COARSE, exp2
+from tilefold.backends.cpu.spec import FMA, Multiplier
+from tilefold.common import disk_cache
+from tilefold.planning.roofline import Rates
+from tilefold.problems.attention import ITEM_BYTES, STATISTICS
 
 Run = Callable[[], None]
 Writer = Callable[[Body, Value, Value, Value, str], None]
@@ -54,7 +55,7 @@ def rates(
 
     `products` says what multiplies (`choice.multiplier`).
     """
-    kept = cache.default()
+    kept = disk_cache.default()
     question = json.dumps([device.name, device.triple, device.features, dtype, workers, *products])
     answer = kept.get(question, _VERSION)
     known = Rates(**json.loads(answer)) if answer else None
@@ -163,13 +164,15 @@ def _multiply_adds(registers: int) -> Writer:
 def _pair_products(registers: int) -> Writer:
     def write(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
         lanes = Value("", type_).lanes
-        shape = gemm.Shape(1, 1, lanes, "float", pairs=True)
+        shape = microkernel.Shape(1, 1, lanes, "float", pairs=True)
         words = body.load(data, vector(lanes, "i32"), "words")
         start = body.constant(0.0, type_)
         places = [body.variable(type_, start, "acc") for _ in range(registers)]
         with body.loop("step", 0, STEPS):
             for place in places:
-                body.write(place, gemm.add_product(body, shape, words, words, body.read(place)))
+                body.write(
+                    place, microkernel.add_product(body, shape, words, words, body.read(place))
+                )
         _keep(body, result, places)
 
     return write

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import llvmlite
 import llvmlite.binding as llvm
 
-from tilefold import cache
-from tilefold.device import Device, host
+from tilefold.backends.cpu.device import Device, host
+from tilefold.common import disk_cache
 
 # llvmlite holds one lock during every call into LLVM, so any number of threads may compile. A fork
 # must wait for it: a child would inherit LLVM half way through a call, and the lock held for ever.
@@ -98,7 +98,7 @@ def kernel(text: str, symbol: str, device: Device) -> Loaded:
     Raises `CompileError`, and `ValueError` for a device that this process does not run on.
     """
     _check_host(device)
-    store = cache.default()
+    store = disk_cache.default()
     binary = store.get(text, toolchain(device))
     if binary is None:
         binary = compile(text, device)
@@ -112,7 +112,7 @@ def recall(question: str, symbol: str, device: Device) -> tuple[Loaded, int] | N
     None where nobody noted it, or its binary is gone: then the text must be written.
     """
     _check_host(device)
-    store = cache.default()
+    store = disk_cache.default()
     answer = store.note(_asked(question, device))
     if answer is None:
         return None
@@ -123,8 +123,8 @@ def recall(question: str, symbol: str, device: Device) -> tuple[Loaded, int] | N
 
 def note(question: str, text: str, device: Device, number: int) -> None:
     """Keep for `recall` that a text is the answer to a question, and a number beside it."""
-    answer = f"{cache.key(text, toolchain(device))} {number}"
-    cache.default().put_note(_asked(question, device), answer.encode())
+    answer = f"{disk_cache.key(text, toolchain(device))} {number}"
+    disk_cache.default().put_note(_asked(question, device), answer.encode())
 
 
 def _asked(question: str, device: Device) -> str:

@@ -23,8 +23,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
-from tilefold import settings
-from tilefold.device import host
+from tilefold.backends.cpu.device import host
+from tilefold.common import settings
 
 _requested: int | None = None
 

@@ -1,1 +1,19 @@
-"""Attention as Metal Shading Language, written at run time for Apple GPUs."""
+"""Apple GPUs: kernels in the Metal Shading Language.
+
+spec      all that decides a kernel's source
+families  GPU families and their limits
+tables    tuned block sizes
+kernels   everything that writes source
+choice    the blocks of a kernel: a row of the tables, made to fit
+source    spec to source
+plan      problem to kernels, grids and scratch
+emulator  the headers that stand in for Metal's, and the compiler's invocation
+emulate   the emulator: Metal source compiled for the CPU
+dispatch  a plan made ready for arrays, and run
+calls     arrays to launches
+runtime   the Apple GPU, through PyTorch
+gated     the gate of Metal 4
+commands  lists of calls
+matmul    products of matrices and softmax of rows, as kernels of their own
+model     instructions that a kernel issues, from what the emulator counts
+"""

@@ -23,8 +23,8 @@ from tilefold.backends.metal.dispatch import (
     strides_of,
 )
 from tilefold.backends.metal.plan import plan
-from tilefold.mask import Rule
-from tilefold.problem import (
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import (
     LAYOUTS,
     Problem,
     Shape,

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from tilefold.backends.metal import tables
 from tilefold.backends.metal.families import MetalFamily
-from tilefold.backends.metal.fragment import TYPES
-from tilefold.backends.metal.frame import stage_elements
-from tilefold.backends.metal.msl import BYTES, element
+from tilefold.backends.metal.kernels.fragment import TYPES
+from tilefold.backends.metal.kernels.frame import stage_elements
+from tilefold.backends.metal.kernels.msl import BYTES, element
 from tilefold.backends.metal.spec import HELD, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
-from tilefold.expression import Truth, split
+from tilefold.masks.expression import Truth, split
 
 LEAVING = {
     "forward": ("q", "o"),

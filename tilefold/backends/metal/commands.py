@@ -14,8 +14,8 @@ from typing import Any
 
 from tilefold.backends.metal import calls, runtime
 from tilefold.backends.metal.dispatch import Array, Machine
-from tilefold.mask import Rule
-from tilefold.problem import as_rule, as_scale
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import as_rule, as_scale
 
 
 class Commands:

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.metal import emulate, families, source
-from tilefold.backends.metal.arguments import OPERANDS, RUNS, STRIDED, arrays, sizes
+from tilefold.backends.metal.kernels.arguments import OPERANDS, RUNS, STRIDED, arrays, sizes
 from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
-from tilefold.check import shown
-from tilefold.once import Once
-from tilefold.recent import Recent
+from tilefold.common.check import shown
+from tilefold.common.lru import Recent
+from tilefold.common.single_flight import Once
 
 Array = Any
 """An array of the machine's kind: of NumPy, or a tensor."""

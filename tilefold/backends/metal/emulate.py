@@ -43,7 +43,7 @@ from tilefold.backends.metal.emulator import arguments, signature, toolchain
 from tilefold.backends.metal.emulator.fault import KINDS, Fault
 from tilefold.backends.metal.emulator.launch import Launch
 from tilefold.backends.metal.emulator.signature import Entry
-from tilefold.check import choice
+from tilefold.common.check import choice
 
 __all__ = ["KINDS", "Fault", "Library", "available", "check_address_spaces", "compile_shader"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilefold.check import choice
+from tilefold.common.check import choice
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import functools
 from dataclasses import replace
 
 from tilefold.backends.metal import plan as planning
-from tilefold.backends.metal import runtime, tensorops
+from tilefold.backends.metal import runtime
+from tilefold.backends.metal.kernels import tensorops
 from tilefold.backends.metal.plan import MetalPlan
-from tilefold.problem import Problem
+from tilefold.problems.attention import Problem
 
 GENERATIONS = {"apple7": 13, "apple8": 14, "apple9": 15, "apple10": 17}
 """Apple's number of the oldest GPUs of each family: M1's, M2's, M3's and M5's."""

@@ -29,8 +29,8 @@ from tilefold.backends.metal import dispatch
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.plan import Launch, MetalPlan, plan
 from tilefold.backends.metal.spec import PARALLEL, SIMD
-from tilefold.problem import Problem
-from tilefold.roofline import instruction_count
+from tilefold.planning.roofline import instruction_count
+from tilefold.problems.attention import Problem
 
 WEIGHTS = {
     "multiplies": 512.0,  # 8 x 8 x 8 multiply-adds

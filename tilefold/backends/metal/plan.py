@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import check, splits
 from tilefold.backends.metal import families
-from tilefold.backends.metal.arguments import pages
 from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
+from tilefold.backends.metal.kernels.arguments import pages
 from tilefold.backends.metal.spec import HELD, PARALLEL, SIDE, Blocks, MetalSpec
-from tilefold.blocks import Runs, runs
-from tilefold.choice import GRANULE, bound, visited_by
-from tilefold.expression import Table, split
-from tilefold.fold import index_bits
-from tilefold.plan import Scratch
-from tilefold.problem import Problem
-from tilefold.recent import Recent
-from tilefold.visits import aligned
+from tilefold.common import check
+from tilefold.common.lru import Recent
+from tilefold.masks.evaluate import index_bits
+from tilefold.masks.expression import Table, split
+from tilefold.masks.runs import Runs, runs
+from tilefold.planning.plan import Scratch
+from tilefold.planning.tiles import aligned
+from tilefold.planning.visited import GRANULE, bound, cut, visited_by
+from tilefold.problems.attention import Problem
 
 FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "tiled")}
 """How an operation is done: "decode" splits the keys of few queries."""
@@ -268,7 +268,7 @@ class _Planner:
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
         owners = problem.batch * problem.heads_kv * blocks
         least = int(visited.met.max(initial=0)) * owners // ENOUGH_GROUPS
-        visited = splits.cut(visited, max(KEYS_PER_SPLIT, -(-least // GRANULE) * GRANULE))
+        visited = cut(visited, max(KEYS_PER_SPLIT, -(-least // GRANULE) * GRANULE))
         count = visited.block_rows
         order = (_heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
         grid = (len(order), problem.heads_kv, problem.batch)

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import settings
 from tilefold.backends.metal import emulate
 from tilefold.backends.metal.dispatch import Array, Kept
 from tilefold.backends.metal.families import FAMILIES
+from tilefold.common import settings
 
 
 @dataclass(frozen=True, eq=False)

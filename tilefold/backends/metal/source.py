@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.backends.metal import backward, decode, forward, tensorops
+from tilefold.backends.metal.kernels import backward, decode, forward, tensorops
 from tilefold.backends.metal.spec import MetalSpec
 
 EMITTERS: dict[str, Callable[[MetalSpec], str]] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilefold.expression import Skeleton
+from tilefold.masks.expression import Skeleton
 
 SIMD = 32
 """Threads of a simdgroup, on every Apple GPU."""

@@ -27,10 +27,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tilefold.backends.triton import arguments, frame, listing, module, source
+from tilefold.backends.triton import listing, module, source
 from tilefold.backends.triton.architectures import Architecture, architecture
+from tilefold.backends.triton.kernels import arguments, frame
+from tilefold.backends.triton.kernels.text import ELEMENTS
 from tilefold.backends.triton.spec import TritonSpec
-from tilefold.backends.triton.text import ELEMENTS
 
 Task = tuple[TritonSpec, str]
 """A kernel and the name of the architecture that it is compiled for."""

@@ -24,7 +24,7 @@ from tilefold.backends.triton.launch import Launch
 from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.plan import key_of, plan
 from tilefold.backends.triton.spec import LEAST, WIDEST_STREAMED, Blocks
-from tilefold.problem import STATISTICS, Problem
+from tilefold.problems.attention import STATISTICS, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor

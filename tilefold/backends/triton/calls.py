@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from tilefold.backends.triton.dispatch import Call, aligned, prepare
 from tilefold.backends.triton.machine import Machine
 from tilefold.backends.triton.plan import plan
-from tilefold.mask import Rule
-from tilefold.problem import (
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import (
     LAYOUTS,
     STATISTICS,
     Problem,

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tilefold import check
 from tilefold.backends.triton import resources, tables
 from tilefold.backends.triton.architectures import Architecture
 from tilefold.backends.triton.resources import kind as kind_of
 from tilefold.backends.triton.spec import LEAST, PARALLEL, Blocks, power_of_two
+from tilefold.common import check
 
 Asked = Blocks | Mapping[str, Blocks] | None
 """Blocks for all kernels of a plan, or by operation."""

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.triton import arguments, frame, module, resident, resources, source
-from tilefold.backends.triton.arguments import OPERANDS, RUNS, SIZES, STRIDED
+from tilefold.backends.triton import module, resources, source
+from tilefold.backends.triton.kernels import arguments, frame, hopper_launch
+from tilefold.backends.triton.kernels.arguments import OPERANDS, RUNS, SIZES, STRIDED
 from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.spec import TritonSpec
-from tilefold.problem import ITEM_BYTES, Problem
+from tilefold.problems.attention import ITEM_BYTES, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,7 +197,7 @@ def _moved(spec: TritonSpec) -> tuple[Moved, ...]:
 
     return tuple(
         Moved(tiles.operand, tiles.block, tiles.layout(NVMMASharedLayout))
-        for tiles in resident.descriptors(spec)
+        for tiles in hopper_launch.descriptors(spec)
     )
 
 
@@ -227,7 +228,7 @@ def _step(
     names, programs = arguments.names(spec), launch.programs
     if launch.resident:
         known |= _places(plan.problem, launch.block_rows)
-        names, programs = (*names, *resident.PLACES), min(programs, machine.multiprocessors)
+        names, programs = (*names, *hopper_launch.PLACES), min(programs, machine.multiprocessors)
     operands = OPERANDS[spec.operation]
     return _Step(
         machine.function(source.emit(spec), spec.entry),

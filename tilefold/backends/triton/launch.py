@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import roofline
-from tilefold.backends.triton import sheets
+from tilefold.backends.triton import datasheets
 from tilefold.backends.triton.architectures import Architecture
 from tilefold.backends.triton.choice import Choice
 from tilefold.backends.triton.spec import TritonSpec
-from tilefold.expression import Table
-from tilefold.plan import Scratch
-from tilefold.problem import Problem
+from tilefold.masks.expression import Table
+from tilefold.planning import roofline
+from tilefold.planning.plan import Scratch
+from tilefold.problems.attention import Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class TritonPlan:
             return []
         every = problem.batch * problem.heads_q * problem.len_q * problem.len_k
         lines = [f"{launch.pairs / every:.1%} of all pairs lie in the tiles that are visited"]
-        if rates := sheets.rates(self.architecture.name, spec.dtype, spec.products):
+        if rates := datasheets.rates(self.architecture.name, spec.dtype, spec.products):
             least = roofline.bounds(problem, spec.operation, launch.pairs, rates)
             lines.append(
                 f"no faster than {least.seconds * 1e3:.3g} ms ({least.binding}) on"

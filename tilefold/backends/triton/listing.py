@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from tilefold.backends.triton.frame import Walk
+from tilefold.backends.triton.kernels.frame import Walk
 
 KINDS = {
     "wgmma": r"wgmma\.mma_async",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
-from tilefold.recent import Recent
+from tilefold.common.lru import Recent
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,8 @@ import linecache
 from types import ModuleType
 from typing import Any
 
-from tilefold import cache
-from tilefold.once import once
+from tilefold.common import disk_cache
+from tilefold.common.single_flight import once
 
 _TOOLCHAIN = "a module of Triton kernels"
 
@@ -71,8 +71,8 @@ def has_gluon() -> bool:
 
 @once(most=512)
 def _module(text: str) -> ModuleType:
-    kept = cache.default()
-    name = cache.key(text, _TOOLCHAIN)
+    kept = disk_cache.default()
+    name = disk_cache.key(text, _TOOLCHAIN)
     kept.put(text, _TOOLCHAIN, b"", suffix=".py")
     file = str(kept.directory / f"{name}.py")
     # Without a time of change the entry stays, whether there is such a file or not.

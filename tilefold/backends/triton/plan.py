@@ -14,10 +14,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold import check, roofline, settings
-from tilefold.backends.triton import resident, tuned
+from tilefold.backends.triton import tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.choice import Asked, Choice, check_asked, choose
+from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.spec import (
     BY_PRECISION,
@@ -27,15 +27,16 @@ from tilefold.backends.triton.spec import (
     TritonSpec,
     power_of_two,
 )
-from tilefold.blocks import Runs, runs
-from tilefold.choice import GRANULE, bound, visited_by
-from tilefold.expression import split
-from tilefold.fold import index_bits
-from tilefold.plan import Scratch
-from tilefold.problem import STATISTICS, Problem
-from tilefold.recent import Recent
-from tilefold.splits import cut
-from tilefold.visits import aligned, parted
+from tilefold.common import check, settings
+from tilefold.common.lru import Recent
+from tilefold.masks.evaluate import index_bits
+from tilefold.masks.expression import split
+from tilefold.masks.runs import Runs, runs
+from tilefold.planning import roofline
+from tilefold.planning.plan import Scratch
+from tilefold.planning.tiles import aligned, parted
+from tilefold.planning.visited import GRANULE, bound, cut, visited_by
+from tilefold.problems.attention import STATISTICS, Problem
 
 FORMS = {
     "forward": ("auto", "tiled", "hopper", "decode"),
@@ -213,7 +214,9 @@ class _Planner:
         plain = self._tiled("forward")
         if form == "tiled" or reason or self._blocks or not settings.HOPPER.get():
             return plain
-        columns = resident.padded(self._problem.dim) + resident.padded(self._problem.dim_v)
+        columns = hopper_launch.padded(self._problem.dim) + hopper_launch.padded(
+            self._problem.dim_v
+        )
         if columns > MOST_PADDING * (self._problem.dim + self._problem.dim_v):
             return plain
         return replace(self._hopper(), plain=plain)
@@ -225,7 +228,7 @@ class _Planner:
         problem = self._problem
         if problem.empty:
             return "no query meets a key"
-        return resident.fits(self._spec_of_hopper())
+        return hopper_launch.fits(self._spec_of_hopper())
 
     def _spec_of_hopper(self) -> TritonSpec:
         problem = self._problem
@@ -234,7 +237,7 @@ class _Planner:
             dtype=problem.dtype,
             dim=problem.dim,
             dim_v=problem.dim_v,
-            blocks=resident.blocks(problem.dim, problem.dim_v),
+            blocks=hopper_launch.blocks(problem.dim, problem.dim_v),
             mask=self._mask,
             index_bits=self._bits,
             negative=problem.scale < 0,

@@ -9,13 +9,8 @@ meant never to say less: `tests/test_triton_ahead.py` asks.
 from __future__ import annotations
 
 from tilefold.backends.triton.architectures import Architecture
-from tilefold.backends.triton.spec import (
-    Blocks,
-    pieces,
-    power_of_two,
-    widest,
-)
-from tilefold.problem import ITEM_BYTES
+from tilefold.backends.triton.spec import Blocks, pieces, power_of_two, widest
+from tilefold.problems.attention import ITEM_BYTES
 
 HELD = {"forward": 1, "decode": 1, "backward_dq": 2, "backward_dkv": 2, "backward": 2}
 """How many operands along the parallel axis a kernel that visits tiles has."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.backends.triton import backward, decode, forward, fused, hopper
+from tilefold.backends.triton.kernels import backward, decode, forward, fused, hopper
 from tilefold.backends.triton.spec import TritonSpec
 
 EMITTERS: dict[str, Callable[[TritonSpec], str]] = {

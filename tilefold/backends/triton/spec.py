@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tilefold.expression import Skeleton
+from tilefold.masks.expression import Skeleton
 
 LEAST = 16
 """The least side of a product: every matrix unit of the known GPUs takes 16."""

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tilefold import cache
 from tilefold.backends.triton.spec import Blocks
-from tilefold.files import write_atomically
+from tilefold.common import disk_cache
+from tilefold.common.files import write_atomically
 
 FORMAT = "tilefold triton blocks 2"
 """The first entry of the file. The number goes up when kernels change so much that what was
@@ -52,7 +52,7 @@ def find(key: Key) -> Blocks | None:
 
 def path() -> Path:
     """Where they are kept: in the folder of the kernel cache."""
-    return cache.default().directory / FILE
+    return disk_cache.default().directory / FILE
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def load() -> Mapping[Key, Blocks]:
 
 def check() -> None:
     """Raises OSError where nothing can be kept."""
-    if problem := cache.default().problem():
+    if problem := disk_cache.default().problem():
         raise OSError(f"blocks cannot be kept: {problem}")
 
 

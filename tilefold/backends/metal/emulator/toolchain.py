@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilefold import cache
 from tilefold.backends.metal.emulator.signature import Entry
+from tilefold.common import disk_cache
 
 FOLDER = Path(__file__).parent
 SECTION = "tilefold_threadgroup"
@@ -156,7 +156,7 @@ def mistaken_space(text: str) -> tuple[int, str] | None:
     compiler = _compiler(True, "")
     flags = ("-std=c++20", "-x", "c++", "-w", "-fsyntax-only", "-I", str(FOLDER / "spaces"))
     question = f"{compiler.identity} address spaces {_headers()}\n{text}"
-    store = cache.default()
+    store = disk_cache.default()
     if store.note(question) is not None:
         return None
     with tempfile.TemporaryDirectory(prefix="tilefold-") as name:
@@ -244,8 +244,8 @@ def _made(files: dict[str, str], compiler: Compiler, steps: list[list[str]], kep
     """What the compiler makes of files in one or two steps, from the cache if it is there."""
     plain = [[flag.replace(str(FOLDER), "") for flag in step] for step in steps]
     toolchain = f"{compiler.identity} {plain} {_headers()} {sorted(files.items())}"
-    store = cache.default()
-    name = cache.key(kept, toolchain)
+    store = disk_cache.default()
+    name = disk_cache.key(kept, toolchain)
     target = _folder() / name
     if target.exists():
         return target
@@ -291,7 +291,7 @@ def _headers() -> str:
     files = sorted(path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".py")
     texts = (f"{path.name}\n{path.read_text(encoding='ascii')}" for path in files
              if path.suffix != ".pyc")  # fmt: skip
-    return cache.key("\n".join(texts), "")
+    return disk_cache.key("\n".join(texts), "")
 
 
 @functools.cache

@@ -1,0 +1,285 @@
+"""Device: what a machine offers to kernels (instruction sets, cores, caches).
+
+Instruction sets come from LLVM's host *feature* flags, never from the CPU's name: under a
+hypervisor the name is often wrong, while the flags are what processor and kernel really report.
+
+AMX is more than a flag: a process may touch tiles only after it asked Linux for their state, which
+Linux, a container's filter or an old version may refuse. It is asked once, before a `Device` first
+has AMX; a refusal leaves the vectors. Other systems have no such question, and get no AMX.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tilefold.common import settings
+
+_ALLOWED = {
+    "sse2": "sse2",
+    "avx2": "sse2 sse3 ssse3 sse4.1 sse4.2 popcnt lzcnt bmi bmi2 movbe xsave avx avx2 fma f16c",
+    "neon": "neon fp-armv8 lse crc rdm fullfp16 fp16fml dotprod bf16 i8mm",
+}
+_ALLOWED["avx512"] = (
+    _ALLOWED["avx2"] + " avx512f avx512cd avx512bw avx512dq avx512vl avx512ifma avx512vbmi "
+    "avx512vbmi2 avx512vnni avx512bitalg avx512vpopcntdq avx512bf16 avx512fp16 gfni vaes "
+    "vpclmulqdq"
+)
+_ALLOWED["amx"] = _ALLOWED["avx512"] + " amx-tile amx-bf16 amx-int8 amx-fp16"
+"""What each level may use, where the machine has it."""
+
+_AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+    "avx512": _AVX512,
+    "avx2": ("avx2", "fma"),
+    "sse2": ("sse2",),
+    "neon": ("neon",),
+}
+"""What a machine must have to be of a level; widest first."""
+
+_VECTOR_BYTES = {"amx": 64, "avx512": 64, "avx2": 32, "sse2": 16, "neon": 16}
+_VECTOR_REGISTERS = {"amx": 32, "avx512": 32, "avx2": 16, "sse2": 16, "neon": 32}
+
+_SYS_ARCH_PRCTL = 158
+_ARCH_GET_XCOMP_PERM, _ARCH_REQ_XCOMP_PERM = 0x1022, 0x1023
+_XTILEDATA = 18
+"""The number of the tiles' data among the parts of a processor's extended state."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One machine as kernels see it.
+
+    `features` is LLVM's feature string: it enables exactly what kernels of level `isa` may use.
+    Cache sizes are in bytes and per instance (`l3_bytes` may be shared); 0: none or unknown.
+    """
+
+    kind: str
+    name: str
+    isa: str
+    triple: str
+    features: str
+    cores: int
+    l1_bytes: int = 0
+    l2_bytes: int = 0
+    l3_bytes: int = 0
+
+    @property
+    def vector_bytes(self) -> int:
+        """The width of a vector register."""
+        return _VECTOR_BYTES[self.isa]
+
+    @property
+    def vector_registers(self) -> int:
+        """How many vector registers the instruction set names."""
+        return _VECTOR_REGISTERS[self.isa]
+
+    @property
+    def converts_float16(self) -> bool:
+        """Whether there are instructions between float16 and float32."""
+        return self.isa == "neon" or self.has("f16c")
+
+    def has(self, feature: str) -> bool:
+        """Whether kernels may use a feature, by LLVM's name of it: `device.has("amx-bf16")`."""
+        return f"+{feature}" in self.features.split(",")
+
+    def lowered(self, isa: str) -> Device:
+        """Return this device restricted to a narrower instruction set of the same family."""
+        present = {name[1:] for name in self.features.split(",") if name.startswith("+")}
+        levels = _levels(present)
+        if isa not in levels:
+            raise ValueError(f"isa must be one of {', '.join(levels)} on this device, not {isa!r}")
+        return replace(self, isa=isa, features=_features(isa, present))
+
+
+def host() -> Device:
+    """Return the device that this process runs on, restricted by TILEFOLD_CPU_ISA."""
+    return _host(settings.CPU_ISA.get())
+
+
+@functools.lru_cache(maxsize=8)
+def _host(isa: str | None) -> Device:
+    import llvmlite.binding as llvm
+
+    triple = llvm.get_process_triple()
+    present = _present()
+    # Not asked where AMX is off: a process with tile state needs larger signal stacks.
+    vectors_only = {name for name in present if not name.startswith("amx-")}
+    if present != vectors_only and (isa in _levels(vectors_only) or _tile_state_refused()):
+        present = vectors_only
+    levels = _levels(present)
+    if isa is not None and isa not in levels:
+        allowed = ", ".join(levels)
+        raise ValueError(
+            f"{settings.CPU_ISA.name} must be one of {allowed} on this machine, not {isa!r}"
+        )
+    level = isa or levels[0]
+    l1_bytes, l2_bytes, l3_bytes = _cache_bytes()
+    return Device(
+        kind="cpu",
+        name=_name(),
+        isa=level,
+        triple=triple,
+        features=_features(level, present),
+        cores=_cores(),
+        l1_bytes=l1_bytes,
+        l2_bytes=l2_bytes,
+        l3_bytes=l3_bytes,
+    )
+
+
+def amx() -> str:
+    """Return in words whether kernels may use AMX in this process."""
+    if "amx-tile" not in _present():
+        return "not on this processor"
+    isa = settings.CPU_ISA.get()
+    if isa not in (None, "amx"):
+        return f"off, since {settings.CPU_ISA.name}={isa}"
+    if refused := _tile_state_refused():
+        name = errno.errorcode.get(refused, f"error {refused}")
+        return (
+            f"the processor has it, the system refuses tile state ({name}: {os.strerror(refused)})"
+        )
+    return "ready"
+
+
+def _present() -> set[str]:
+    """The features that processor and system report, by LLVM's names."""
+    import llvmlite.binding as llvm
+
+    triple = llvm.get_process_triple()
+    baseline = {"sse2"} if triple.startswith(("x86_64", "amd64")) else {"neon"}
+    try:
+        return {name for name, on in llvm.get_host_cpu_features().items() if on} | baseline
+    except RuntimeError:
+        return baseline
+
+
+@functools.cache
+def _tile_state_refused() -> int:
+    """Ask the system for tile state; return 0, or the number of the error that it answers with.
+
+    LLVM's flags only say that the system can keep tiles, not that this process may have any. What
+    Linux grants holds for all threads, those that run already too, and for children by fork. It
+    refuses with ENOSPC where a thread has a signal stack that is too small for tiles.
+    """
+    if platform.system() != "Linux":
+        return errno.ENOSYS
+    if refused := _arch_prctl(_ARCH_REQ_XCOMP_PERM, _XTILEDATA):
+        return refused
+    # A filter of system calls may answer 0 to one that it does not let through.
+    granted = ctypes.c_uint64()
+    refused = _arch_prctl(_ARCH_GET_XCOMP_PERM, ctypes.addressof(granted))
+    return refused or (0 if granted.value >> _XTILEDATA & 1 else errno.EPERM)
+
+
+def _arch_prctl(code: int, argument: int) -> int:
+    """Linux's system call on x86-64; returns 0, or the number of the error."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    libc.syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_ulong]
+    failed = libc.syscall(_SYS_ARCH_PRCTL, code, argument) != 0
+    return ctypes.get_errno() if failed else 0
+
+
+def _levels(present: set[str]) -> list[str]:
+    """The levels that a machine with these features can run, widest first."""
+    return [level for level, needed in _REQUIRED.items() if present.issuperset(needed)]
+
+
+def _features(isa: str, present: set[str]) -> str:
+    return ",".join(f"+{name}" for name in _ALLOWED[isa].split() if name in present)
+
+
+def _cores() -> int:
+    """Usable cores: the affinity mask's, and no more than the control group's quota pays for."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = _quota()
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def _quota(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """The smallest CPU quota, in cores, of this process's control group and those above it."""
+    quotas: list[float] = []
+    for line in _read(membership).splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        relative = Path(path.lstrip("/"))
+        for folder in (relative, *relative.parents):
+            if not controllers:
+                value, _, period = _read(root / folder / "cpu.max").partition(" ")
+                quotas += _ratio(value, period)
+                continue
+            for mount in ("cpu", "cpu,cpuacct"):
+                value = _read(root / mount / folder / "cpu.cfs_quota_us")
+                period = _read(root / mount / folder / "cpu.cfs_period_us")
+                quotas += _ratio(value, period)
+    return min(quotas, default=None)
+
+
+def _ratio(quota: str, period: str) -> list[float]:
+    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
+        return []
+    return [int(quota) / int(period)]
+
+
+def _name() -> str:
+    """The processor's name, from the operating system."""
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    name = _sysctl("machdep.cpu.brand_string") if platform.system() == "Darwin" else ""
+    return name or platform.processor() or platform.machine()
+
+
+def _cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> tuple[int, int, int]:
+    """The data caches of the first core, level 1 to 3."""
+    sizes = {1: 0, 2: 0, 3: 0}
+    if platform.system() == "Darwin":
+        for level, name in ((1, "l1dcachesize"), (2, "l2cachesize"), (3, "l3cachesize")):
+            # "perflevel0" is the fast cores of Apple's processors.
+            text = _sysctl(f"hw.perflevel0.{name}") or _sysctl(f"hw.{name}")
+            sizes[level] = int(text) if text.isdigit() else 0
+        return sizes[1], sizes[2], sizes[3]
+    for entry in sorted(root.glob("index*")):
+        level_text = _read(entry / "level")
+        size_text = _read(entry / "size")
+        if _read(entry / "type") == "Instruction" or not level_text.isdigit():
+            continue
+        unit = {"K": 1024, "M": 1024 * 1024}.get(size_text[-1:], 1)
+        digits = size_text.rstrip("KM")
+        sizes[int(level_text)] = int(digits) * unit if digits.isdigit() else 0
+    return sizes[1], sizes[2], sizes[3]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _sysctl(name: str) -> str:
+    import subprocess  # on macOS alone; a first call counts its milliseconds
+
+    try:
+        done = subprocess.run(
+            ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,244 @@
+"""Runs plans: a call is prepared once for the strides of its operands, then run on any pointers.
+
+What a prepared call does again is little: it copies a template of each argument block, writes the
+pointers into it, and hands it to the threads. A call that is running owns its block, and a thread
+its workspace, so any number of threads may run one prepared call at the same time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tilefold.backends.cpu import threads, tuned
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
+from tilefold.backends.cpu.kernels.arguments import OPERANDS, WORK
+from tilefold.backends.cpu.plan import Launch, Plan, plan
+from tilefold.common.lru import Recent
+from tilefold.planning.plan import Scratch
+from tilefold.problems.attention import (
+    LAYOUTS,
+    Problem,
+    Shape,
+    contiguous,
+    shape_lse,
+    shape_o,
+    shapes_qkv,
+)
+from tilefold.problems.buffer import Buffer
+
+GIVEN = {
+    "forward": ("q", "k", "v", "o", "lse"),
+    "backward": ("do", "q", "k", "v", "o", "lse", "dq", "dk", "dv"),
+}
+"""The operands that a caller gives to each operation, in order."""
+
+_ALONE_FLOPS = 1e6
+"""Below this one thread works. Between two bounds measured on Zen 4 (EPYC, two cores, float32):
+calls that follow each other gain by a second thread from 0.3e6, since handing work to a team that
+still spins takes 1.6 us; after a pause of 5 ms, when it sleeps, waking it takes some 35 us, which
+pays from 6e6. `benchmarks/call_cost.py` measures both.
+"""
+
+_ALONE_BYTES = 2**18
+"""And below this: 10 us of a core at 25 GB/s (not tuned)."""
+
+_WORKSPACE = WORK.index("workspace")
+
+Strides = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A plan made ready for operands of certain strides: all but where they lie and who works.
+
+    `results` are the shapes of what it writes, in the layout of the caller.
+    """
+
+    plan: Plan
+    steps: tuple[_Step, ...]
+    alone: bool
+    results: tuple[Shape, ...]
+
+    def run(self, *pointers: int) -> None:
+        """Run the kernels in order on operands at these addresses, in the order of `GIVEN`.
+
+        Whoever calls keeps the operands alive meanwhile.
+        """
+        made = [_allocate(name, scratch) for name, scratch in self.plan.buffers.items()]
+        pointers += tuple([buffer.pointer for buffer in made])
+        workers = 1 if self.alone else threads.get_num_threads()
+        for step in self.steps:
+            step.run(pointers, workers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One kernel of a call: its argument block but for the workspace and the operands' addresses.
+
+    `places` says which word of the block takes which pointer of the call.
+    """
+
+    kernel: CpuKernel
+    items: int
+    words: type[ctypes.Array[ctypes.c_int64]]
+    template: bytes
+    places: tuple[tuple[int, int], ...]
+
+    def run(self, pointers: Sequence[int], workers: int) -> None:
+        workers = min(workers, self.items)
+        workspace = _workspace(workers * self.kernel.workspace_bytes)
+        block = self.words.from_buffer_copy(self.template)
+        block[_WORKSPACE] = workspace.pointer
+        for place, operand in self.places:
+            block[place] = pointers[operand]
+        threads.run(self.kernel.loaded.address, ctypes.addressof(block), workers)
+
+
+_calls: Recent[Call] = Recent(most=128, most_bytes=256 * 2**20)
+tuned.when_changed(_calls.clear)
+
+
+def recent(key: Hashable) -> Call | None:
+    """The call that was kept under a key, if it is one for this device."""
+    call = _calls.get(key)
+    return call if call is not None and call.plan.device is host() else None
+
+
+def keep(key: Hashable, call: Call) -> Call:
+    """Keep a call for `recent`: the newest ones, as far as their plans' data fit 256 MiB."""
+    return _calls.put(key, call, call.plan.data_bytes)
+
+
+def forward(problem: Problem, layout: str, *strides: Strides) -> Call:
+    """The call that reads q, k and v and writes o and lse.
+
+    `strides` are those of q, k and v, in elements, axes in the order of the layout; what is written
+    is contiguous in that order.
+    """
+    results = shape_o(problem, layout), shape_lse(problem)
+    operands = _named("forward", layout, [*strides, *map(contiguous, results)])
+    together = all(0 < abs(operands[name][1]) < abs(operands[name][2]) for name in ("k", "v"))
+    form = "interleaved" if together else "auto"
+    return prepare(plan(problem, host(), "forward", form), operands, results)
+
+
+def backward(problem: Problem, layout: str, *strides: Strides) -> Call:
+    """The call that reads do, q, k, v, o and lse and writes dq, dk and dv; as `forward`."""
+    results = shapes_qkv(problem, layout)
+    operands = _named("backward", layout, [*strides, *map(contiguous, results)])
+    made = plan(problem, host(), "backward", in_place=operands["dq"][3] == 1)
+    return prepare(made, operands, results)
+
+
+def run(plan: Plan, operands: Mapping[str, Buffer]) -> None:
+    """Run the kernels of a plan in order; `operands` by their names in the kernels."""
+    strides = {name: buffer.strides for name, buffer in operands.items()}
+    call = prepare(plan, strides, results=())
+    call.run(*[operands[name].pointer for name in GIVEN[plan.operation]])
+
+
+def prepare(plan: Plan, strides: Mapping[str, Strides], results: tuple[Shape, ...]) -> Call:
+    """A plan's kernels, compiled and loaded, and argument blocks for operands of these strides.
+
+    Here the axes of `strides` are canonical.
+    """
+    problem = plan.problem
+    pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
+    few_flops = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
+    alone = few_flops and problem.bytes(plan.operation) < _ALONE_BYTES
+    ordered = {name: strides[name] for name in GIVEN[plan.operation]}
+    ordered |= {name: contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
+    steps = tuple(_step(plan, launch, ordered) for launch in plan.launches)
+    return Call(plan, steps, alone, results)
+
+
+def _named(operation: str, layout: str, strides: Sequence[Strides]) -> dict[str, Strides]:
+    """Strides by the names of the operands, with their axes in the canonical order."""
+    axes = LAYOUTS[layout]
+    return {
+        name: tuple([given[axis] for axis in axes]) if name != "lse" else given
+        for name, given in zip(GIVEN[operation], strides, strict=True)
+    }
+
+
+def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
+    """The argument block of a launch; `strides` of all operands, in the order of the pointers."""
+    problem, spec, runs = plan.problem, launch.spec, launch.runs
+    function = kernel(spec, plan.device)
+    row_b = runs.planes_h * launch.block_rows if runs.planes_b > 1 else 0
+    words = [
+        0,
+        0,
+        launch.items,
+        launch.order.ctypes.data,
+        len(launch.order),
+        runs.rows.ctypes.data,
+        runs.runs.ctypes.data,
+        row_b,
+        launch.block_rows if runs.planes_h > 1 else 0,
+        launch.item_rows,
+        launch.block_rows,
+        launch.owners.ctypes.data,
+        0,
+        function.workspace_bytes,
+        launch.heads,
+        problem.heads_q // problem.heads_kv,
+        launch.bundle,
+        problem.len_q,
+        problem.len_k,
+        double_bits(problem.scale),
+    ]
+    order = list(strides)
+    places = []
+    for name in OPERANDS[spec.operation]:
+        actual = launch.buffers.get(name, name)
+        places.append((len(words), order.index(actual)))
+        words += [0, *strides[actual]]
+    words += plan.parameters
+    for table in plan.tables:
+        item = table.array.itemsize
+        words += [table.array.ctypes.data, *(stride // item for stride in table.array.strides)]
+    assert len(words) == len(function.names), (len(words), function.names)
+    template = np.array(words, np.int64).tobytes()
+    return _Step(function, launch.items, ctypes.c_int64 * len(words), template, tuple(places))
+
+
+def _allocate(name: str, scratch: Scratch) -> Buffer:
+    """Memory of a plan's buffer, from the start of a cache line; `name` is for who watches it."""
+    held = _Memory(math.prod(scratch.shape) * np.dtype(scratch.dtype).itemsize)
+    return Buffer(held.pointer, scratch.shape, contiguous(scratch.shape), scratch.dtype, held)
+
+
+class _Memory:
+    """Some bytes from the start of a cache line."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._array = np.empty(size + 64, np.uint8)
+        self.pointer = -(-self._array.ctypes.data // 64) * 64
+
+
+class _Local(threading.local):
+    workspace = _Memory(0)
+
+
+_local = _Local()
+
+
+def _workspace(size: int) -> _Memory:
+    """This thread's scratch, made anew when it is too small.
+
+    Who runs a kernel holds it until the kernel is done: a call from a finaliser, in the same thread
+    and before the kernel begins, may make a larger one.
+    """
+    held = _local.workspace
+    if held.size < size:
+        held = _local.workspace = _Memory(size)
+    return held

@@ -1,0 +1,24 @@
+"""The CPU's generators. Read microkernel, then forward, which opens with its pseudo-code.
+
+ir           LLVM text: values, instructions, loops
+convert      half types in memory, float32 in registers
+microkernel  the one product: a register tile
+softmax      exponentials and logarithms to base 2
+arguments    the argument block
+work         work items from a shared counter, tiles from runs
+mask         the text fold of a rule
+pack         operands turned into the order of the microkernel
+pairs        products of pairs of bfloat16
+tile         one tile of scores
+amx          products on AMX tiles
+block        one block of the parallel axis
+multiply     products of single elements
+products     which of the products a kernel uses
+forward      the forward pass
+backward     delta, dQ, and dK with dV
+fused        the backward pass in one kernel
+sums         sums of the decode kernel
+state        what the decode kernel holds
+decode       the forward pass of few queries
+merge        parts of split keys, joined
+"""

@@ -1,0 +1,106 @@
+"""The argument block of a kernel: a line of 64-bit words, named once for the writer and the caller.
+
+A kernel is `void f(void *arguments)`, the shape of function that every thread runtime calls. All
+words are constant during a call but the two counters from which workers pull their work.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from tilefold.backends.cpu.spec import KernelSpec
+
+if TYPE_CHECKING:
+    from tilefold.backends.cpu.kernels.ir import Body, Value
+
+WORK = (
+    "next_item",  # counter: the next entry of the work list
+    "next_worker",  # counter: the next free part of the workspace
+    "items",
+    "order",  # address of int64 block rows, heaviest first
+    "order_length",
+    "rows",  # address of int64 offsets into runs, one per block row, and the end
+    "runs",  # address of (first, last, masked) int64
+    "row_b",  # block rows of the plan per batch entry, 0 where all are alike
+    "row_h",
+    "item_rows",  # items per head: its block rows, or in the fused backward its owners
+    "block_rows",
+    "owners",  # address of int64 (first row, last row, first query, last query, part)
+    "workspace",
+    "workspace_bytes",
+    "heads",  # heads on the parallel side
+    "group",  # query heads per key head
+    "bundle",  # key heads per item of the decode kernel
+    "len_q",
+    "len_k",
+    "scale",  # bits of a double
+)
+
+COUNTERS = ("next_item", "next_worker")
+
+OPERANDS = {
+    "forward": ("q", "k", "v", "o", "lse"),
+    "decode": ("q", "k", "v", "o", "lse"),
+    "decode_part": ("q", "k", "v", "part"),
+    "merge": ("part", "o", "lse"),
+    "delta": ("o", "do", "delta"),
+    "backward_dq": ("q", "k", "v", "do", "lse", "delta", "dq"),
+    "backward_dkv": ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),
+    "backward": ("q", "k", "v", "do", "lse", "delta", "dq_parts", "dk", "dv"),
+    "reduce_dq": ("dq_parts", "dq"),
+}
+
+PER_ROW = ("lse", "delta")
+"""Operands with one number per query."""
+
+COMPUTED = (*PER_ROW, "dq_parts")
+"""Operands in the type that is computed in, whatever that of the others."""
+
+
+@lru_cache(maxsize=256)
+def names(spec: KernelSpec) -> tuple[str, ...]:
+    """The words of a kernel's argument block, in order.
+
+    An operand `x` is its address `x` and its strides in elements `x_b x_h x_s x_d`.
+    """
+    words = list(WORK)
+    for operand in OPERANDS[spec.operation]:
+        axes = "bhs" if operand in PER_ROW else "bhsd"
+        words += [operand, *(f"{operand}_{axis}" for axis in axes)]
+    words += [f"p{slot}" for slot in range(spec.mask.parameters)]
+    for slot in spec.mask.slots:
+        words += [f"t{slot.number}", *(f"t{slot.number}_{axis}" for axis in range(slot.rank))]
+    return tuple(words)
+
+
+class Arguments:
+    """The argument block as the body of a kernel reads it: every word once, on entry."""
+
+    def __init__(self, body: Body, spec: KernelSpec, block: Value) -> None:
+        self._body = body
+        self._block = block
+        self._position = {name: index for index, name in enumerate(names(spec))}
+        self._values: dict[str, Value] = {}
+        addresses = {*OPERANDS[spec.operation], "order", "rows", "runs", "owners", "workspace"}
+        addresses |= {f"t{slot.number}" for slot in spec.mask.slots}
+        for name in names(spec):
+            if name not in COUNTERS:
+                type_ = "ptr" if name in addresses else "i64"
+                self._values[name] = body.load(self.address(name), type_, name)
+
+    def address(self, name: str) -> Value:
+        """Where a word lies, for the counters."""
+        return self._body.offset(self._block, "i64", self._position[name], f"{name}.at")
+
+    def __getitem__(self, name: str) -> Value:
+        return self._values[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def rows_of(self, name: str, scalar: str, b: Value, h: Value) -> Value:
+        """The address of the first element of an operand's (batch, head)."""
+        body = self._body
+        index = body.add(body.mul(b, self[f"{name}_b"]), body.mul(h, self[f"{name}_h"]))
+        return body.offset(self[name], scalar, index, f"{name}.head")

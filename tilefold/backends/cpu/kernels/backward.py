@@ -1,0 +1,286 @@
+"""The backward kernels: the probabilities are made again from lse, a tile at a time.
+
+    P = 2^(S - lse)    dP = dO V^T    dS = P (dP - delta)    delta = rowsum(dO O)
+
+    delta         parallel over queries:  delta <- rowsum(dO O)
+    backward_dq   parallel over queries:  dQ += dS K                      3 products per pair
+    backward_dkv  parallel over keys:     dV += P^T dO;  dK += dS^T Q     4 products
+    backward      parallel over heads:    all three from the same dS      5 products, not 7
+
+Every output tile has one owner and is summed in ascending order: no atomics, bit-identical from
+run to run, and no scratch but one number per query (Dao et al. 2022, Algorithm 4, in two passes or
+in one). Each pass is the forward pass with other operands: what is parallel lies in the lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tilefold.backends.cpu.kernels import microkernel, work
+from tilefold.backends.cpu.kernels.block import Block, emit
+from tilefold.backends.cpu.kernels.ir import Value
+from tilefold.backends.cpu.kernels.mask import MaskText
+from tilefold.backends.cpu.kernels.multiply import Products, Right
+from tilefold.backends.cpu.kernels.products import products
+from tilefold.backends.cpu.kernels.softmax import LOG2_E, exp2
+from tilefold.backends.cpu.kernels.tile import Matrix, Tile
+from tilefold.backends.cpu.spec import KernelSpec
+
+Statistics = list[tuple[list[Value], list[Value]]]
+"""lse and delta of each row of a block, by vector."""
+
+
+def delta(spec: KernelSpec) -> str:
+    """The text of the kernel that writes delta."""
+    return emit(spec, "delta <- rowsum(dO O)", _write_delta)
+
+
+def dq(spec: KernelSpec) -> str:
+    """The text of the kernel that is parallel over queries."""
+    title = """
+for each block of queries:                               one owner
+    for each tile of keys that the plan names:
+        S^T <- K Q^T;  P^T <- 2^(S^T - lse)              rows are keys, lanes are queries
+        dP^T <- V dO^T;  dS^T <- P^T (dP^T - delta)
+        dQ^T += K^T dS^T
+    dQ <- scale dQ"""
+    return emit(spec, title.strip(), lambda block: _QueryGradient(block).write())
+
+
+def dkv(spec: KernelSpec) -> str:
+    """The text of the kernel that is parallel over keys."""
+    title = """
+for each block of keys:                                  one owner
+    for each query head of the group, for each tile of queries that the plan names:
+        S <- Q K^T;  P <- 2^(S - lse)                    rows are queries, lanes are keys
+        dP <- dO V^T;  dS <- P (dP - delta)
+        dV^T += dO^T P;  dK^T += Q^T dS
+    dK <- scale dK"""
+    return emit(spec, title.strip(), lambda block: KeyGradients(block).write())
+
+
+def _write_delta(block: Block) -> None:
+    body, shape, spec = block.body, block.shape, block.spec
+    one = block.scalar(1.0)
+    o, do = block.pack("o", spec.dim_v, one), block.pack("do", spec.dim_v, one)
+    totals = [body.variable(shape.vector, block.splat(0.0)) for _ in range(shape.vectors)]
+    with body.loop("d", 0, spec.dim_v) as d:
+        for j, total in enumerate(totals):
+            left = body.load(block.at(o, d, j), shape.vector)
+            right = body.load(block.at(do, d, j), shape.vector)
+            body.write(total, body.multiply_add(left, right, body.read(total)))
+    region = block.region("delta")
+    for j, total in enumerate(totals):
+        body.store(body.read(total), block.at(region, 0, j))
+    block.unpack("delta", region, 1, one)
+
+
+class _QueryGradient:
+    """One block of queries."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.body = block, block.body
+        self.shape, self.spec = block.shape, block.spec
+        self.products = products(block)
+        h_kv = self.body.binary("udiv", block.h, block.arguments["group"], "h_kv")
+        self.keys, self.values = block.matrix("k", h_kv), block.matrix("v", h_kv)
+        self.p, self.ds, self.dq = block.region("p"), block.region("ds"), block.region("dq")
+
+    def write(self) -> None:
+        body, block, spec = self.body, self.block, self.spec
+        body.comment("Q^T <- scale log2(e) Q^T;  dO^T;  lse <- log2(e) lse;  dQ^T <- 0")
+        one = block.scalar(1.0)
+        self.q_packed = self.products.pack("q", spec.dim, block.scale_log2())
+        self.do_packed = self.products.pack("do", spec.dim_v)
+        lse, delta = block.pack("lse", 1, block.scalar(LOG2_E)), block.pack("delta", 1, one)
+        columns = range(self.shape.vectors)
+        self.lse = [body.load(block.at(lse, 0, j), self.shape.vector, "lse") for j in columns]
+        self.delta = [body.load(block.at(delta, 0, j), self.shape.vector, "delta") for j in columns]
+        block.zero("dq", spec.dim)
+        work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self.tile)
+        block.unpack("dq", self.dq, spec.dim, block.scale())
+
+    def tile(self, first: Value, count: Value, masked: bool) -> None:
+        body, spec = self.body, self.spec
+        tile = Tile(body, self.shape, first, count)
+        mask = self.block.mask(self.block.h) if masked else None
+        made = self.products.sides
+        keys = made(tile, self.keys, "left", spec.dim, rows=True, columns=True)
+        values = made(tile, self.values, "left_v", spec.dim_v, rows=True, columns=False)
+        body.comment("S^T <- K Q^T")
+        _store_scores(self.products, tile, keys.rows, self.q_packed, self.p, mask)
+        body.comment("dP^T <- V dO^T;  P^T <- 2^(S^T - lse);  dS^T <- P^T (dP^T - delta)")
+
+        def use(row: Value, dp: microkernel.Accumulators) -> None:
+            statistics = [(self.lse, self.delta)] * len(dp)
+            _keep_differences(self.products, tile, row, dp, statistics, masked, ("ds",))
+
+        self.products.scores(tile, values.rows, self.do_packed, spec.dim_v, use)
+        body.comment("dQ^T += K^T dS^T")
+        self.products.accumulate_safely(
+            masked, tile, self.keys, keys.columns, "ds", self.dq, spec.dim
+        )
+
+
+class KeyGradients:
+    """One block of keys; the fused kernel adds dQ to it."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.body = block, block.body
+        self.shape, self.spec = block.shape, block.spec
+        self.products = products(block)
+        self.p, self.ds = block.region("p"), block.region("ds")
+        self.dk, self.dv = block.region("dk"), block.region("dv")
+
+    def write(self) -> None:
+        """Write the block's dk and dv."""
+        body, block, spec = self.body, self.block, self.spec
+        body.comment("K^T <- scale log2(e) K^T;  V^T;  dK^T <- 0;  dV^T <- 0")
+        self.k_packed = self.products.pack("k", spec.dim, block.scale_log2())
+        self.v_packed = self.products.pack("v", spec.dim_v)
+        block.zero("dk", spec.dim)
+        block.zero("dv", spec.dim_v)
+        group = block.arguments["group"]
+        with body.loop("g", 0, group) as g:
+            h = body.add(body.mul(block.h, group), g, "h_q")
+            self.take_head(h)
+            work.tiles(body, spec, block.arguments, block.b, h, block.row, self.tile)
+        block.unpack("dk", self.dk, spec.dim, block.scale())
+        block.unpack("dv", self.dv, spec.dim_v, block.scalar(1.0))
+
+    def take_head(self, h: Value) -> None:
+        """Turn to the operands of one query head."""
+        block, arguments = self.block, self.block.arguments
+        self.h_q = h
+        self.queries, self.do = block.matrix("q", h), block.matrix("do", h)
+        self.lse_head = arguments.rows_of("lse", self.shape.scalar, block.b, h)
+        self.delta_head = arguments.rows_of("delta", self.shape.scalar, block.b, h)
+
+    def tile(self, first: Value, count: Value, masked: bool) -> None:
+        """Add one tile of queries."""
+        body, spec = self.body, self.spec
+        tile = Tile(body, self.shape, first, count)
+        mask = self.block.mask(self.h_q) if masked else None
+        made = self.products.sides
+        queries = made(tile, self.queries, "left", spec.dim, rows=True, columns=True)
+        do = made(tile, self.do, "left_v", spec.dim_v, rows=True, columns=True)
+        body.comment("S <- Q K^T")
+        _store_scores(self.products, tile, queries.rows, self.k_packed, self.p, mask)
+        body.comment("dP <- dO V^T;  P <- 2^(S - lse);  dS <- P (dP - delta)")
+
+        def use(row: Value, dp: microkernel.Accumulators) -> None:
+            statistics = []
+            for i in range(len(dp)):
+                lse = self._of_query("lse", self.lse_head, tile, body.add(row, i), LOG2_E)
+                delta = self._of_query("delta", self.delta_head, tile, body.add(row, i), None)
+                statistics.append(([lse] * self.shape.vectors, [delta] * self.shape.vectors))
+            self.keep(tile, row, dp, statistics, masked)
+
+        self.products.scores(tile, do.rows, self.v_packed, spec.dim_v, use)
+        body.comment("dV^T += dO^T P;  dK^T += Q^T dS")
+        accumulate = self.products.accumulate_safely
+        accumulate(masked, tile, self.do, do.columns, "p", self.dv, spec.dim_v)
+        accumulate(masked, tile, self.queries, queries.columns, "ds", self.dk, spec.dim)
+
+    def keep(
+        self,
+        tile: Tile,
+        row: Value,
+        dp: microkernel.Accumulators,
+        statistics: Statistics,
+        masked: bool,
+    ) -> microkernel.Accumulators:
+        """Keep rows of P and of dS for the products that follow; return those of dS."""
+        return _keep_differences(self.products, tile, row, dp, statistics, masked, ("p", "ds"))
+
+    def _of_query(
+        self, name: str, head: Value, tile: Tile, row: Value, factor: float | None
+    ) -> Value:
+        """The number of one query in all lanes; past the tile's end, of its last query."""
+        body, shape = self.body, self.shape
+        index = body.mul(tile.inside(row), self.block.arguments[f"{name}_s"])
+        number = body.load(body.offset(head, shape.scalar, index), shape.scalar, name)
+        if factor is not None:
+            number = body.binary("fmul", number, self.block.scalar(factor), name)
+        return body.splat(number, shape.lanes, name)
+
+
+def _store_scores(
+    products: Products,
+    tile: Tile,
+    left: Sequence[Matrix],
+    right: Right,
+    scores: Value,
+    mask: MaskText | None,
+) -> None:
+    """Scores of a tile into scratch, marked where the rule says no."""
+    body = tile.body
+
+    def use(row: Value, block: microkernel.Accumulators) -> None:
+        if mask is not None:
+            block = [
+                [tile.mark(truth, score, "score") for truth, score in zip(*lines, strict=True)]
+                for lines in zip(tile.allowed_rows(mask, row), block, strict=True)
+            ]
+        for i, line in enumerate(block):
+            for j, score in enumerate(line):
+                body.store(score, tile.at(scores, body.add(row, i), j))
+
+    products.scores(tile, left, right, products.spec.dim, use)
+
+
+def _keep_differences(
+    products: Products,
+    tile: Tile,
+    row: Value,
+    dp: microkernel.Accumulators,
+    statistics: Statistics,
+    masked: bool,
+    kept: tuple[str, ...],
+) -> microkernel.Accumulators:
+    """Rows of P over their scores, where "p" is to be kept, and of dS = P (dP - delta)."""
+    body = tile.body
+    found = []
+    for start in range(0, len(dp), products.step):
+        rows = range(start, start + products.step)
+        lines = [
+            _differences(products, tile, body.add(row, i), dp[i], *statistics[i], masked)
+            for i in rows
+        ]
+        first = body.add(row, start)
+        weights, changes = ([line[k] for line in lines] for k in (0, 1))
+        if "p" in kept:
+            products.keep(tile, "p", first, weights, masked)
+        elif masked:
+            products.mark(tile, first, weights)
+        products.keep(tile, "ds", first, changes, masked)
+        found += changes
+    return found
+
+
+def _differences(
+    products: Products,
+    tile: Tile,
+    row: Value,
+    dp: list[Value],
+    lse: list[Value],
+    delta: list[Value],
+    masked: bool,
+) -> tuple[list[Value], list[Value]]:
+    """One row of P, made again from its scores, and of dS."""
+    body, vector_ = tile.body, tile.shape.vector
+    scores = products.block.region("p")
+    weights, changes = [], []
+    for j, gradient in enumerate(dp):
+        score = body.load(tile.at(scores, row, j), vector_, "s")
+        exponent = body.binary("fsub", score, lse[j], "e")
+        weight = exp2(body, exponent, bounded=False, terms=products.exp2_terms)
+        difference = body.binary("fsub", gradient, delta[j], "e")
+        change = body.binary("fmul", weight, difference, "ds")
+        if masked:
+            forbidden = tile.marked(score, "score")
+            weight = tile.mark_where(forbidden, weight, "weight")
+            change = body.select(forbidden, body.constant(0.0, vector_), change, "ds")
+        weights.append(weight)
+        changes.append(change)
+    return weights, changes

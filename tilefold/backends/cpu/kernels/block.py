@@ -1,0 +1,244 @@
+"""One block of the parallel axis: where it is, its part of scratch, its operands, its mask.
+
+Forward and dQ put queries in the lanes and traverse keys; dK/dV puts keys in the lanes and
+traverses queries. A `Block` says which, so that the passes read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from tilefold.backends.cpu.kernels import amx, microkernel, pack, work
+from tilefold.backends.cpu.kernels.arguments import COMPUTED, Arguments
+from tilefold.backends.cpu.kernels.convert import SCALARS, Kept
+from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
+from tilefold.backends.cpu.kernels.mask import MaskText
+from tilefold.backends.cpu.kernels.softmax import LOG2_E
+from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
+from tilefold.backends.cpu.spec import PARALLEL, KernelSpec
+
+
+def regions(spec: KernelSpec) -> dict[str, int]:
+    """Scratch of one worker: elements of each region, in order. Every region is whole vectors."""
+    width = spec.block_parallel
+    tile = padded(spec.block_traverse, spec.rows) * width
+    unit = 1 if spec.products.unit != "amx" else 32
+    dim, dim_v = padded(spec.dim, unit) * width, padded(spec.dim_v, unit) * width
+    rows_of_k = width * spec.whole(spec.dim)
+    pair = {"p": tile, "ds": tile}
+    by_query = {"q": dim, "do": dim_v, "dq": dim, "lse": width, "delta": width} | pair
+    by_key = {"k": dim, "v": dim_v, "dk": dim, "dv": dim_v} | pair
+    found = {
+        "forward": {"q": dim, "o": dim_v, "p": tile},
+        "delta": {"o": dim_v, "do": dim_v, "delta": width},
+        "backward_dq": by_query,
+        "backward_dkv": by_key,
+        "backward": by_key | {"k_rows": rows_of_k},
+        "reduce_dq": {"dq_parts": dim, "dq": dim},
+    }[spec.operation]
+    if spec.products.unit != "fma":
+        return found | _pair_regions(spec)
+    if Kept(spec.dtype, spec.native_half).converts:
+        return found | _near_regions(spec)
+    return found
+
+
+def _pair_regions(spec: KernelSpec) -> dict[str, int]:
+    """32-bit words: right sides and weights as pairs, lines of left sides, staging between them."""
+    width, traversed = spec.block_parallel, spec.block_traverse
+    unit = spec.products.step
+    rows = padded(traversed, unit)
+
+    def right(dim: int) -> int:
+        return spec.products.parts * padded(dim, unit) // 2 * width
+
+    def left(dim: int) -> int:
+        return spec.products.parts * rows * padded(dim, width) // 2
+
+    def columns(dim: int) -> int:
+        lines = spec.products.parts * padded(dim, unit) * padded(traversed, width) // 2
+        return max(lines, rows // 2 * padded(dim, 16))
+
+    dim, dim_v = spec.dim, spec.dim_v
+    staging = {"staging": max(padded(dim, unit), padded(dim_v, unit), rows) * width}
+    if spec.operation == "forward":
+        own = {"q": right(dim), "p_pairs": right(traversed)}
+        return own | staging | {"left": left(dim), "left_columns": columns(dim_v)}
+    lines = {"left": left(dim), "left_columns": columns(dim), "left_v": left(dim_v)}
+    if spec.operation == "backward_dq":
+        own = {"q": right(dim), "do": right(dim_v), "ds_pairs": right(traversed)}
+        return own | staging | lines
+    own = {"k": right(dim), "v": right(dim_v)}
+    weights = {"p_pairs": right(traversed), "ds_pairs": right(traversed)}
+    found = own | weights | staging | lines | {"left_v_columns": columns(dim_v)}
+    if spec.operation == "backward":
+        words = spec.products.parts * width // 2
+        found |= {"ds_lines": words * rows, "k_words": words * spec.whole(dim)}
+    return found
+
+
+def _near_regions(spec: KernelSpec) -> dict[str, int]:
+    """Places for a tile's widened rows: of keys or queries, of values or dO; forward shares one."""
+
+    def size(dim: int) -> int:
+        traversed, lanes = spec.block_traverse, spec.lanes
+        as_rows, turned = (
+            padded(dim, lanes) * traversed,
+            padded(traversed, lanes) * dim,
+        )
+        return padded(max(as_rows, turned), lanes)
+
+    if spec.operation in ("delta", "reduce_dq"):
+        return {}
+    if spec.operation == "forward":
+        return {"left": max(size(spec.dim), size(spec.dim_v))}
+    return {"left": size(spec.dim), "left_v": size(spec.dim_v)}
+
+
+def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
+    """A module with one kernel named after the operation: `write` runs once per work item."""
+    scalar = SCALARS[spec.dtype]
+    shape = microkernel.Shape(
+        spec.rows, spec.vectors, spec.lanes, scalar, spec.products.unit == "dot"
+    )
+    module = Module(title, spec.lanes * (32 if scalar == "float" else 64))
+    argument = Value("%arguments", "ptr")
+    with module.function(spec.operation, [argument]) as body:
+        arguments = Arguments(body, spec, argument)
+        scratch = work.scratch_of_worker(body, arguments)
+        tiles = amx.configured(body) if spec.products.unit == "amx" else nullcontext()
+        with tiles, work.items(body, arguments) as item:
+            write(Block(body, spec, shape, arguments, scratch, item))
+    return module.text()
+
+
+class Block:
+    """The frame in which one work item is written."""
+
+    def __init__(
+        self,
+        body: Body,
+        spec: KernelSpec,
+        shape: microkernel.Shape,
+        arguments: Arguments,
+        scratch: Value,
+        item: work.Item,
+    ) -> None:
+        self.body, self.spec, self.shape, self.arguments = body, spec, shape, arguments
+        self.parallel = PARALLEL[spec.operation]
+        self.b, self.h, self.row = item.b, item.h, item.row
+        self._scratch = scratch
+        self._begin()
+
+    def _begin(self) -> None:
+        body = self.body
+        self.length = self.arguments[f"len_{self.parallel}"]
+        self.first = body.mul(self.row, self.shape.width, "first")
+        left = body.sub(self.length, self.first)
+        self.valid = body.minimum(left, self.shape.width, "valid")
+
+    def at_row(self, row: Value) -> None:
+        """Move to another block row of the same item."""
+        self.row = row
+        self._begin()
+
+    def scale(self) -> Value:
+        """The scale of the scores, in the kernel's type."""
+        scale = self.body.cast("bitcast", self.arguments["scale"], "double", "scale")
+        if self.shape.scalar == "double":
+            return scale
+        return self.body.cast("fptrunc", scale, self.shape.scalar, "scale")
+
+    def scale_log2(self) -> Value:
+        """scale * log2(e), rounded once."""
+        body = self.body
+        scale = body.cast("bitcast", self.arguments["scale"], "double", "scale")
+        factor = body.binary("fmul", scale, body.constant(LOG2_E, "double"), "factor")
+        if self.shape.scalar == "double":
+            return factor
+        return body.cast("fptrunc", factor, self.shape.scalar, "factor")
+
+    def scalar(self, number: float) -> Value:
+        """A constant of the kernel's type."""
+        return self.body.constant(number, self.shape.scalar)
+
+    def splat(self, number: float) -> Value:
+        """A constant in every lane."""
+        return self.body.constant(number, self.shape.vector)
+
+    def region(self, name: str) -> Value:
+        """The address of a region of this worker's scratch."""
+        sizes = regions(self.spec)
+        names = [*sizes]
+        offset = sum(sizes[before] for before in names[: names.index(name)])
+        return self.body.offset(self._scratch, self.shape.scalar, offset, f"{name}.scratch")
+
+    def at(self, scratch: Value, row: Operand, column: int) -> Value:
+        """The address of one vector in a scratch matrix as wide as the block."""
+        return self.shape.at(self.body, scratch, row, column, self.shape.width)
+
+    def zero(self, name: str, rows: int) -> None:
+        """Fill the first rows of a region with zeros."""
+        region, zero = self.region(name), self.splat(0.0)
+        with self.body.loop("d", 0, rows) as d:
+            for j in range(self.shape.vectors):
+                self.body.store(zero, self.at(region, d, j))
+
+    def matrix(self, name: str, h: Value) -> Matrix:
+        """An operand of the traversed side, for one head."""
+        kept = self.kept(name)
+        head = self.arguments.rows_of(name, kept.stored, self.b, h)
+        return Matrix(head, self.arguments[f"{name}_s"], self.arguments[f"{name}_d"], kept)
+
+    def kept(self, name: str) -> Kept:
+        """How the numbers of an operand lie in memory."""
+        kept = Kept(self.spec.dtype, self.spec.native_half)
+        return kept.computed if name in COMPUTED else kept
+
+    def near(self, tile: Tile, rows: Matrix, region: str, dim: int) -> Matrix:
+        """A tile's rows as numbers to compute with, in a region where they have to be widened."""
+        if not rows.kept.converts:
+            return rows
+        return tile.near(rows, self.region(region), self.spec.block_traverse, dim)
+
+    def pack(
+        self, name: str, dim: int, factor: Value, into: str | None = None, skipped: Operand = 0
+    ) -> Value:
+        """Bring the block's rows of an operand, turned and multiplied, to a region (its own).
+
+        They lie `skipped` rows further on in its head than the block says.
+        """
+        region = self.region(into or name)
+        place = [*self._place(name, skipped), Value(str(dim), "i64"), factor]
+        self.body.invoke(pack.pack(self.body.module, self.shape, self.kept(name)), [region, *place])
+        return region
+
+    def unpack(self, name: str, region: Value, dim: int, factor: Value) -> None:
+        """Write a region, multiplied, to the block's rows of an operand."""
+        place = [*self._place(name), Value(str(dim), "i64"), factor]
+        function = pack.unpack(self.body.module, self.shape, self.kept(name))
+        self.body.invoke(function, [region, *place])
+
+    def _place(self, name: str, skipped: Operand = 0) -> list[Value]:
+        body, arguments = self.body, self.arguments
+        kept = self.kept(name)
+        head = arguments.rows_of(name, kept.stored, self.b, self.h)
+        stride = arguments[f"{name}_s"]
+        first = body.add(self.first, skipped)
+        start = kept.at(body, head, body.mul(first, stride))
+        d_stride = arguments[f"{name}_d"] if f"{name}_d" in arguments else Value("0", "i64")
+        return [start, stride, d_stride, self.valid]
+
+    def mask(self, h: Value) -> MaskText:
+        """The rule on this block, for query head `h`."""
+        return MaskText(
+            self.body,
+            self.spec,
+            self.arguments,
+            parallel=self.parallel,
+            block=self.first,
+            length=self.length,
+            b=self.b,
+            h=h,
+        )

@@ -1,0 +1,220 @@
+"""The forward kernel: queries in the lanes, keys walked tile by tile, softmax folded as it goes.
+
+    for each block of queries:                               one owner
+        Q^T <- scale log2(e) Q^T;  O^T <- 0;  m <- -inf;  l <- 0
+        for each tile of keys that the plan names:
+            S^T <- K Q^T                                     rows are keys, lanes are queries
+            S^T <- masked where the rule says no             partial tiles only
+            m_new <- max(m, rows of S^T);  alpha <- 2^(m - m_new)
+            P^T <- 2^(S^T - m_new);  l <- alpha l + sum of rows
+            O^T <- alpha O^T + V^T P^T
+        O <- O / l;  lse <- (m + log2 l) ln 2                empty rows: 0 and -inf
+
+All statistics are vertical: one register per vector of queries, no reduction across lanes (Dao et
+al. 2022, Algorithm 1, turned by a quarter). A pair that the rule forbids contributes nothing,
+whatever its numbers are: its score becomes a marker that no arithmetic produces, its weight -0.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tilefold.backends.cpu.kernels import work
+from tilefold.backends.cpu.kernels.block import Block, emit
+from tilefold.backends.cpu.kernels.ir import Value, Variable, vector
+from tilefold.backends.cpu.kernels.mask import MaskText
+from tilefold.backends.cpu.kernels.microkernel import Accumulators
+from tilefold.backends.cpu.kernels.products import products
+from tilefold.backends.cpu.kernels.softmax import LN_2, exp2, log2
+from tilefold.backends.cpu.kernels.tile import Tile
+from tilefold.backends.cpu.spec import KernelSpec
+
+
+def forward(spec: KernelSpec) -> str:
+    """The text of the forward kernel."""
+    title = __doc__.split("\n\n")[1] if __doc__ else ""
+    return emit(spec, title, lambda block: _Forward(block).write())
+
+
+class _Forward:
+    """One block of queries, from the first tile to the outputs."""
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.body = block, block.body
+        self.shape, self.spec = block.shape, block.spec
+        self.products = products(block)
+        h_kv = self.body.binary("udiv", block.h, block.arguments["group"], "h_kv")
+        self.keys = block.matrix("k", h_kv)
+        self.values = block.matrix("v", h_kv)
+        self._lowest = block.splat(float("-inf"))
+        self.o_total, self.weights = block.region("o"), block.region("p")
+
+    def write(self) -> None:
+        body, shape, spec, block = self.body, self.shape, self.spec, self.block
+        body.comment("Q^T <- scale log2(e) Q^T;  O^T <- 0;  m <- -inf;  l <- 0")
+        self.q_packed = self.products.pack("q", spec.dim, block.scale_log2())
+        block.zero("o", spec.dim_v)
+        never = body.constant(0, vector(shape.lanes, "i1"))
+        columns = range(shape.vectors)
+        self.m = [body.variable(shape.vector, self._lowest, "m") for _ in columns]
+        self.l = [body.variable(shape.vector, block.splat(0.0), "l") for _ in columns]
+        self.seen = [body.variable(never.type, never, "seen") for _ in columns]
+        work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self._tile)
+        self._finish()
+
+    def _tile(self, first: Value, count: Value, masked: bool) -> None:
+        body, spec = self.body, self.spec
+        tile = Tile(body, self.shape, first, count)
+        tops = [body.variable(self.shape.vector, self._lowest, "top") for _ in self.m]
+        keys = self.products.sides(tile, self.keys, "left", spec.dim, rows=True, columns=False)
+        body.comment("S^T <- K Q^T, and the largest of each lane")
+        if masked:
+            mask = self.block.mask(self.block.h)
+            self.products.scores(
+                tile,
+                keys.rows,
+                self.q_packed,
+                spec.dim,
+                lambda row, scores: self._keep_visible(tile, mask, tops, row, scores),
+            )
+        else:
+            self.products.scores(
+                tile,
+                keys.rows,
+                self.q_packed,
+                spec.dim,
+                lambda row, scores: self._keep(tile, tops, row, scores, scores),
+            )
+            every = body.constant(-1, vector(self.shape.lanes, "i1"))
+            for place in self.seen:
+                body.write(place, every)
+        safe_m, alphas = self._raise_maximum(tops)
+        self._weigh(tile, safe_m, alphas, masked)
+        body.comment("O^T <- alpha O^T + V^T P^T")
+        values = self.products.sides(
+            tile, self.values, "left", spec.dim_v, rows=False, columns=True
+        )
+        self.products.accumulate_safely(
+            masked, tile, self.values, values.columns, "p", self.o_total, spec.dim_v, alphas
+        )
+
+    def _keep_visible(
+        self,
+        tile: Tile,
+        mask: MaskText,
+        tops: list[Variable],
+        row: Value,
+        scores: Accumulators,
+    ) -> None:
+        """Keep a block of scores, marked where the rule says no, and note which lanes saw a key."""
+        body = self.body
+        body.comment("S^T <- marked where the rule says no")
+        marked, candidates = [], []
+        for truths, line in zip(tile.allowed_rows(mask, row), scores, strict=True):
+            pairs = list(zip(truths, line, strict=True))
+            marked.append([tile.mark(truth, score, "score") for truth, score in pairs])
+            candidates.append([body.select(truth, score, self._lowest) for truth, score in pairs])
+            for place, truth in zip(self.seen, truths, strict=True):
+                body.write(place, body.binary("or", body.read(place), truth, "seen"))
+        self._keep(tile, tops, row, marked, candidates)
+
+    def _keep(
+        self,
+        tile: Tile,
+        tops: list[Variable],
+        row: Value,
+        scores: Accumulators,
+        candidates: Accumulators,
+    ) -> None:
+        """Store a block of scores and fold the candidates into the maximum of the tile."""
+        body = self.body
+        for i, line in enumerate(scores):
+            for j, score in enumerate(line):
+                body.store(score, tile.at(self.weights, body.add(row, i), j))
+        for place, column in zip(tops, zip(*candidates, strict=True), strict=True):
+            top = _fold_pairs(list(column), lambda a, b: body.larger(a, b, "top"))
+            body.write(place, body.larger(top, body.read(place), "top"))
+
+    def _raise_maximum(self, tops: list[Variable]) -> tuple[list[Value], list[Value]]:
+        """Update m; give what to subtract from scores (0 while m is -inf) and alpha, by vector.
+
+        Where it costs much to rescale O, m stays while the largest score exceeds it by little, as
+        in FlashAttention-4: any m gives the same result, as long as no weight overflows.
+        """
+        body = self.body
+        body.comment("m_new <- max(m, rows of S^T);  alpha <- 2^(m - m_new)")
+        slack = self.products.slack
+        safe_m, alphas = [], []
+        for m, top in zip(self.m, tops, strict=True):
+            old = body.read(m, "m.old")
+            new = body.larger(body.read(top), old, "m.new")
+            if slack:
+                limit = body.binary("fadd", old, self.block.splat(slack))
+                new = body.select(body.compare("ogt", new, limit), new, old, "m.new")
+            body.write(m, new)
+            nothing = body.compare("oeq", new, self._lowest)
+            safe_m.append(body.select(nothing, self.block.splat(0.0), new, "m.safe"))
+            change = body.binary("fsub", old, safe_m[-1])
+            alphas.append(exp2(body, change, bounded=True, hint="alpha"))
+        return safe_m, alphas
+
+    def _weigh(self, tile: Tile, safe_m: list[Value], alphas: list[Value], masked: bool) -> None:
+        body = self.body
+        body.comment("P^T <- 2^(S^T - m_new);  l <- alpha l + sum of rows")
+        sums = [body.variable(self.shape.vector, self.block.splat(0.0), "sum") for _ in self.l]
+        self.products.pad(tile, self.weights)
+        with body.loop("r", 0, tile.count, self.products.step) as row:
+            lines = []
+            for i in range(self.products.step):
+                line = []
+                for j, (m, total) in enumerate(zip(safe_m, sums, strict=True)):
+                    place = tile.at(self.weights, body.add(row, i), j)
+                    score = body.load(place, self.shape.vector, "s")
+                    exponent = body.binary("fsub", score, m, "e")
+                    weight = exp2(body, exponent, bounded=True, terms=self.products.exp2_terms)
+                    if masked:
+                        weight = tile.mark_where(tile.marked(score, "score"), weight, "weight")
+                    body.write(total, body.binary("fadd", body.read(total), weight, "sum"))
+                    line.append(weight)
+                lines.append(line)
+            self.products.keep(tile, "p", row, lines, masked)
+        for running, alpha, total in zip(self.l, alphas, sums, strict=True):
+            new = body.multiply_add(body.read(running), alpha, body.read(total), "l")
+            body.write(running, new)
+
+    def _finish(self) -> None:
+        body, block, spec = self.body, self.block, self.spec
+        body.comment("O <- O / l;  empty rows: 0")
+        one = block.splat(1.0)
+        inverses = [body.binary("fdiv", one, body.read(place), "inverse") for place in self.l]
+        seen = [body.read(place, "seen") for place in self.seen]
+        with body.loop("d", 0, spec.dim_v) as d:
+            for j, inverse in enumerate(inverses):
+                place = block.at(self.o_total, d, j)
+                value = body.binary("fmul", body.load(place, self.shape.vector), inverse)
+                body.store(body.select(seen[j], value, block.splat(0.0)), place)
+        block.unpack("o", self.o_total, spec.dim_v, block.scalar(1.0))
+        body.comment("lse <- (m + log2 l) ln 2;  empty rows: -inf")
+        for j, (m, total) in enumerate(zip(self.m, self.l, strict=True)):
+            lse = self._lse(body.read(m), body.read(total))
+            lse = body.select(seen[j], lse, self._lowest, "lse")
+            body.store(lse, block.at(self.weights, 0, j))
+        block.unpack("lse", self.weights, 1, block.scalar(1.0))
+
+    def _lse(self, m: Value, total: Value) -> Value:
+        """NaN where l is 0 or NaN although keys were seen: all scores were -inf, or one was NaN."""
+        body, block = self.body, self.block
+        exponent = body.binary("fadd", m, log2(body, total))
+        lse = body.binary("fmul", exponent, block.splat(LN_2))
+        return body.select(
+            body.compare("ogt", total, block.splat(0.0)), lse, block.splat(float("nan"))
+        )
+
+
+def _fold_pairs(values: list[Value], operation: Callable[[Value, Value], Value]) -> Value:
+    """Fold values as a balanced tree, so that the chain of dependent instructions stays short."""
+    while len(values) > 1:
+        rest = values[-1:] if len(values) % 2 else []
+        pairs = zip(values[::2], values[1::2], strict=False)
+        values = [operation(a, b) for a, b in pairs] + rest
+    return values[0]

@@ -1,0 +1,374 @@
+"""The fused backward kernel: owners of keys make dQ, dK and dV from the same P and dS.
+
+    for each owner, of some block rows of one key head:
+        its part of dQ <- 0
+        for each of its blocks of keys, each query head of the group, each tile of queries:
+            P, dS as in `backward`;  dV^T += dO^T P;  dK^T += Q^T dS
+            its part of dQ += dS (scale K)               rows are queries, the dim in the lanes
+    for each block of queries:  dQ <- the parts in their order
+
+Five products per pair where the split form takes seven. With one owner per key head its part is dQ
+itself, where rows of dQ are contiguous: then there is no second kernel and no memory for parts.
+`owners.py` says how many owners there are and what each of them has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from tilefold.backends.cpu.kernels import amx, microkernel, pairs, work
+from tilefold.backends.cpu.kernels.backward import KeyGradients, Statistics
+from tilefold.backends.cpu.kernels.block import Block, emit
+from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
+from tilefold.backends.cpu.kernels.tile import Factor, Matrix, Tile, padded
+from tilefold.backends.cpu.owners import COLUMNS, FIRST_QUERY, FIRST_ROW, LAST_QUERY, LAST_ROW, PART
+from tilefold.backends.cpu.spec import KernelSpec
+from tilefold.masks.expression import Truth
+
+
+def fused(spec: KernelSpec) -> str:
+    """The text of the kernel that makes parts of dQ, or all of it."""
+    title = """
+for each owner of blocks of keys:
+    its dQ <- 0
+    for each of its blocks, each query head of the group, each tile of queries:
+        S <- Q K^T;  P <- 2^(S - lse)                    rows are queries, lanes are keys
+        dP <- dO V^T;  dS <- P (dP - delta)
+        dV^T += dO^T P;  dK^T += Q^T dS;  dQ += dS (scale K)
+    dK <- scale dK"""
+    kind = {"fma": _AllGradients, "dot": _PairGradients, "amx": _TileGradients}[spec.products.unit]
+    return emit(spec, title.strip(), lambda block: kind(block).write())
+
+
+def reduce_dq(spec: KernelSpec) -> str:
+    """The text of the kernel that adds the parts up."""
+    title = """
+for each block of queries:                               one owner
+    dQ^T <- 0
+    for each part that holds these queries, in order: dQ^T += part^T
+    dQ <- dQ^T"""
+    return emit(spec, title.strip(), _write_sum)
+
+
+def _write_sum(block: Block) -> None:
+    body, spec, shape, one = block.body, block.spec, block.shape, block.scalar(1.0)
+    total = block.region("dq")
+    block.zero("dq", spec.dim)
+    with (
+        work.runs(body, block.arguments, block.b, block.h, block.row) as (_, first, last),
+        body.loop("owner", first, last) as owner,
+    ):
+        skipped = _of_owner(block, owner, PART)
+        part = block.pack("dq_parts", spec.dim, one, skipped=skipped)
+        with body.loop("d", 0, spec.dim) as d:
+            for j in range(shape.vectors):
+                old = body.load(block.at(total, d, j), shape.vector)
+                more = body.load(block.at(part, d, j), shape.vector)
+                body.store(body.binary("fadd", old, more), block.at(total, d, j))
+    block.unpack("dq", total, spec.dim, one)
+
+
+def _of_owner(block: Block, owner: Value, column: int) -> Value:
+    """What the plan's deal says of an owner."""
+    body = block.body
+    place = body.add(body.mul(owner, COLUMNS), column)
+    return body.load(body.offset(block.arguments["owners"], "i64", place), "i64")
+
+
+class _AllGradients(KeyGradients):
+    """The blocks of keys of one owner, and its part of the dQ of their query heads."""
+
+    def write(self) -> None:
+        body, block = self.body, self.block
+        first_row, last_row, first_query, last_query, self.part = (
+            _of_owner(block, block.row, column)
+            for column in (FIRST_ROW, LAST_ROW, FIRST_QUERY, LAST_QUERY, PART)
+        )
+        body.comment("dQ <- 0")
+        group = block.arguments["group"]
+        with body.loop("g", 0, group) as g:
+            self.dq = self._part(body.add(body.mul(block.h, group), g))
+            with body.loop("q", first_query, last_query) as q:
+                self._zero_dq(q)
+        with body.loop("keys", first_row, last_row) as row:
+            block.at_row(row)
+            self.k_rows, self.k_finite = self._copy_keys()
+            super().write()
+
+    def take_head(self, h: Value) -> None:
+        super().take_head(h)
+        self.dq = self._part(h)
+
+    def _part(self, h: Value) -> Matrix:
+        """This owner's part of dQ of one query head, as if it began with the row of query 0."""
+        parts = self.block.matrix("dq_parts", h)
+        return replace(parts, address=parts.row(self.body, self.part))
+
+    def tile(self, first: Value, count: Value, masked: bool) -> None:
+        super().tile(first, count, masked)
+        body = self.body
+        tile = Tile(body, self.shape, first, count)
+        body.comment("dQ += dS (scale K)")
+        if not masked:
+            self._add_dq(tile)
+            return
+        with body.choose(body.read(self.k_finite), "finite") as branch:
+            self._add_dq(tile)
+            branch.otherwise()
+            self._add_visible_dq(tile)
+
+    @property
+    def _line(self) -> int:
+        """Elements of one row of `k_rows`: dim in whole vectors."""
+        return self.spec.whole(self.spec.dim)
+
+    def _zero_dq(self, query: Value) -> None:
+        """Set one row of the part to zero."""
+
+        def zero(d: Operand, vectors: int) -> None:
+            row = self._dq_at(query, d)
+            for j in range(vectors):
+                self._store_dq(self.block.splat(0.0), row, d, j)
+
+        self._columns(zero)
+
+    def _columns(self, use: Callable[[Operand, int], None]) -> None:
+        """`use(d, vectors)` along a row of dQ: the vectors of a register tile, then the rest."""
+        whole = self.spec.dim - self.spec.dim % self.shape.width
+        if whole:
+            with self.body.loop("d", 0, whole, self.shape.width) as d:
+                use(d, self.shape.vectors)
+        if self.spec.dim > whole:
+            use(whole, -(-(self.spec.dim - whole) // self.shape.lanes))
+
+    def key_factor(self) -> Value:
+        """What the copy of K is multiplied by, so that dQ need not be."""
+        return self.block.scale()
+
+    def ds_factor(self) -> Value:
+        """What dS still lacks."""
+        return self.block.scalar(1.0)
+
+    def _copy_keys(self) -> tuple[Value, Variable]:
+        """scale K of the block, row by row in whole vectors; and whether K is finite there."""
+        body, block, scalar = self.body, self.block, self.shape.scalar
+        region = block.region("k_rows")
+        keys = block.matrix("k", block.h)
+        scale = self.key_factor()
+        with body.loop("key", 0, block.valid) as key:
+            source = keys.row(body, body.add(block.first, key))
+            target = body.offset(region, scalar, body.mul(key, self._line))
+            with body.loop("d", 0, self.spec.dim) as d:
+                number = keys.kept.load(body, keys.at(body, source, d))
+                body.store(body.binary("fmul", number, scale), body.offset(target, scalar, d))
+            with body.loop("d", self.spec.dim, self._line) as d:
+                body.store(block.scalar(0.0), body.offset(target, scalar, d))
+        finite = body.variable("i1", Value("true", "i1"), "k.finite")
+        if not isinstance(self.spec.mask.expression, Truth):
+            whole = Tile(body, self.shape, block.first, block.valid)
+            body.write(finite, whole.finite(whole.of(keys), self.spec.dim))
+        return region, finite
+
+    def _add_dq(self, tile: Tile) -> None:
+        """dq rows += dS rows x k_rows: rows of queries broadcast, the head dim in the lanes."""
+        body, rows = self.body, self.shape.rows
+        whole_rows = body.sub(tile.count, body.binary("urem", tile.count, rows))
+        for start, stop, height in ((0, whole_rows, rows), (whole_rows, tile.count, 1)):
+            with body.loop("q", start, stop, height) as row:
+                self._columns(partial(self._add_dq_tile, tile, row, height))
+
+    def _add_dq_tile(self, tile: Tile, row: Value, height: int, d: Operand, vectors: int) -> None:
+        body = self.body
+        shape = replace(self.shape, rows=height, vectors=vectors)
+        targets = [self._dq_at(body.add(tile.first, body.add(row, i)), d) for i in range(height)]
+        start = partial(self._load_dq_of, targets, d)
+        totals = self._multiply(shape, row, d, start)
+        for target, line in zip(targets, totals, strict=True):
+            for j, total in enumerate(line):
+                self._store_dq(total, target, d, j)
+
+    def _multiply(
+        self, shape: microkernel.Shape, row: Value, d: Operand, start: Callable[[int, int], Value]
+    ) -> microkernel.Accumulators:
+        """start + dS rows x k_rows, over the block's keys."""
+        body, scalar = self.body, self.shape.scalar
+        weights = [
+            body.offset(self.ds, scalar, body.mul(body.add(row, i), self.shape.width))
+            for i in range(shape.rows)
+        ]
+        right = body.offset(self.k_rows, scalar, d)
+        valid = self.block.valid
+        return microkernel.multiply(
+            body, shape, shape.rows, weights, 1, right, self._line, valid, start
+        )
+
+    def _load_dq_of(self, rows: list[Value], d: Operand, i: int, j: int) -> Value:
+        return self._load_dq(rows[i], d, j)
+
+    def _dq_at(self, query: Value, d: Operand) -> Value:
+        body, scalar = self.body, self.shape.scalar
+        row = body.offset(self.dq.address, scalar, body.mul(query, self.dq.row_stride))
+        return body.offset(row, scalar, d)
+
+    def _tail(self, d: Operand, j: int) -> Value | None:
+        """The lanes of a vector of dq that exist, where not all do."""
+        if isinstance(d, Value):
+            return None
+        left = self.spec.dim - d - j * self.shape.lanes
+        if left >= self.shape.lanes:
+            return None
+        bits = ", ".join(f"i1 {int(lane < left)}" for lane in range(self.shape.lanes))
+        return Value(f"<{bits}>", vector(self.shape.lanes, "i1"))
+
+    def _load_dq(self, row: Value, d: Operand, j: int) -> Value:
+        body, type_ = self.body, self.shape.vector
+        place = body.offset(row, self.shape.scalar, j * self.shape.lanes)
+        tail = self._tail(d, j)
+        if tail is None:
+            return body.load(place, type_, "dq")
+        name = f"llvm.masked.load.{overload(type_)}.p0"
+        align = Value("4" if self.shape.scalar == "float" else "8", "i32")
+        return body.call(name, type_, [place, align, tail, self.block.splat(0.0)], "dq")
+
+    def _store_dq(self, total: Value, row: Value, d: Operand, j: int) -> None:
+        body = self.body
+        place = body.offset(row, self.shape.scalar, j * self.shape.lanes)
+        tail = self._tail(d, j)
+        if tail is None:
+            body.store(total, place)
+            return
+        name = f"llvm.masked.store.{overload(total.type)}.p0"
+        align = Value("4" if self.shape.scalar == "float" else "8", "i32")
+        arguments = [total, place, align, tail]
+        body.module.declare(name, "void", [argument.type for argument in arguments])
+        body.invoke(name, arguments)
+
+    def _add_visible_dq(self, tile: Tile) -> None:
+        """As `_add_dq`, pair by pair without the forbidden ones, for keys that are not finite."""
+        body, scalar, width = self.body, self.shape.scalar, self.shape.width
+        marker = tile.marker("weight").element
+        with body.loop("q", 0, tile.count) as q, body.loop("key", 0, self.block.valid) as key:
+            pair = body.add(body.mul(q, width), key)
+            bits = body.load(body.offset(self.p, scalar, pair), marker, "bits")
+            forbidden = body.constant(tile.marker_bits("weight"), marker)
+            with body.when(body.compare("ne", bits, forbidden), "visible"):
+                weight = body.load(body.offset(self.ds, scalar, pair), scalar)
+                weight = body.binary("fmul", weight, self.ds_factor())
+                target = self._dq_at(body.add(tile.first, q), 0)
+                source = body.offset(self.k_rows, scalar, body.mul(key, self._line))
+                with body.loop("d", 0, self.spec.dim) as d:
+                    place = body.offset(target, scalar, d)
+                    number = body.load(body.offset(source, scalar, d), scalar)
+                    total = body.multiply_add(weight, number, body.load(place, scalar))
+                    body.store(total, place)
+
+
+class _PairGradients(_AllGradients):
+    """With dS as lines of bfloat16, and K as words of two keys.
+
+    The scale goes into dS, which is rounded anyway: scale K would be rounded once more.
+    """
+
+    def key_factor(self) -> Value:
+        return self.block.scalar(1.0)
+
+    def ds_factor(self) -> Value:
+        return self.block.scale()
+
+    @property
+    def _parts(self) -> int:
+        return self.spec.products.parts
+
+    @property
+    def _words_of_keys(self) -> int:
+        """Words of one part of K."""
+        return self.shape.width // 2 * self._line
+
+    @property
+    def _numbers_of_lines(self) -> int:
+        """Numbers of one part of the lines of dS."""
+        return padded(self.spec.block_traverse, self.spec.products.step) * self.shape.width
+
+    def _copy_keys(self) -> tuple[Value, Variable]:
+        body, block = self.body, self.block
+        rows, finite = super()._copy_keys()
+        with body.loop("key", block.valid, self.shape.width) as key:
+            for j in range(self._line // self.shape.lanes):
+                place = self.shape.at(body, rows, key, j, self._line)
+                body.store(block.splat(0.0), place)
+        shape = replace(self.shape, vectors=self._line // self.shape.lanes)
+        function = pairs.interleave(body.module, shape, self._parts)
+        sizes = (self.shape.width // 2, self._words_of_keys)
+        numbers = [Value(str(size), "i64") for size in sizes]
+        body.invoke(function, [block.region("k_words"), rows, *numbers])
+        return rows, finite
+
+    def keep(
+        self,
+        tile: Tile,
+        row: Value,
+        dp: microkernel.Accumulators,
+        statistics: Statistics,
+        masked: bool,
+    ) -> microkernel.Accumulators:
+        body = self.body
+        changes = super().keep(tile, row, dp, statistics, masked)
+        scale = body.splat(self.ds_factor(), self.shape.lanes, "scale")
+        for i, line in enumerate(changes):
+            place = self._line_of(body.add(row, i))
+            for j, change in enumerate(line):
+                value = body.binary("fmul", change, scale, "ds")
+                for part, number in enumerate(pairs.split(body, value, self._parts)):
+                    offset = part * self._numbers_of_lines + j * self.shape.lanes
+                    body.store(pairs.narrow(body, number), body.offset(place, "i16", offset))
+        return changes
+
+    def _line_of(self, row: Operand) -> Value:
+        """The address of a line of dS."""
+        lines = self.block.region("ds_lines")
+        return self.body.offset(lines, "i16", self.body.mul(row, self.shape.width))
+
+    def _multiply(
+        self, shape: microkernel.Shape, row: Value, d: Operand, start: Callable[[int, int], Value]
+    ) -> microkernel.Accumulators:
+        body = self.body
+        lines = [self._line_of(body.add(row, i)) for i in range(shape.rows)]
+        right = body.offset(self.block.region("k_words"), "i32", d)
+        words = body.binary("lshr", body.add(self.block.valid, 1), 1)
+        return microkernel.multiply(
+            body, shape, shape.rows, lines, 2, right, self._line, words, start
+        )
+
+
+class _TileGradients(_PairGradients):
+    """With tiles of dS and of K; what they give is added to dQ from scratch."""
+
+    def _add_dq(self, tile: Tile) -> None:
+        body, block = self.body, self.block
+        staging, width = block.region("staging"), self.shape.width
+        shape = replace(self.shape, vectors=self._line // self.shape.lanes)
+        depth = body.binary("lshr", body.add(block.valid, amx.DEPTH - 1), 5)
+        words = block.region("k_words")
+        with body.loop("q", 0, tile.count, 2 * amx.ROWS) as first:
+            line = self._line_of(first)
+            factors = [
+                Factor(
+                    amx.Lines(
+                        body.offset(line, "i16", a * self._numbers_of_lines),
+                        Value(str(width), "i64"),
+                    ),
+                    body.offset(words, "i32", b * self._words_of_keys),
+                )
+                for a in range(self._parts)
+                for b in range(self._parts - a)
+            ]
+            amx.panel(body, shape, factors, depth, staging, 2, start=None)
+            last = body.minimum(body.sub(tile.count, first), 2 * amx.ROWS)
+            with body.loop("i", 0, last) as i:
+                target = self._dq_at(body.add(tile.first, body.add(first, i)), 0)
+                for j in range(shape.vectors):
+                    more = body.load(shape.at(body, staging, i, j, self._line), shape.vector)
+                    total = body.binary("fadd", self._load_dq(target, 0, j), more)
+                    self._store_dq(total, target, 0, j)

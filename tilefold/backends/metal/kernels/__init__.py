@@ -1,0 +1,16 @@
+"""Metal's generators. Read products, then forward.
+
+msl        lines and blocks of Metal source; elements in memory and registers
+fragment   the 8 x 8 matrix that a simdgroup multiplies
+matmul2d   the product of Metal 4
+arguments  the arguments of a kernel
+mask       the text fold of a rule
+frame      what stands around every kernel
+tile       reading a traversed operand
+products   the two products, three blocks
+softmax    the running softmax
+forward    the forward pass
+backward   dQ, and dK with dV
+decode     the forward pass of few queries
+tensorops  the forward pass of Metal 4
+"""

@@ -1,0 +1,113 @@
+"""The arguments of a kernel in their order: what the text declares and what a launch binds.
+
+Arrays come first, each in a buffer of its own, then one list of whole numbers (lengths, strides,
+the mask's parameters) and the scale. So one compiled text serves every length and layout, and a
+launch stays far below the 31 buffers that Metal binds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tilefold.backends.metal.kernels.msl import element
+from tilefold.backends.metal.spec import MetalSpec
+
+OPERANDS = {
+    "forward": ("q", "k", "v", "o", "lse"),
+    "backward_dq": ("q", "k", "v", "o", "do", "lse", "delta", "dq"),
+    "backward_dkv": ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),
+    "decode": ("q", "k", "v", "part_o", "part_m", "part_l"),
+    "merge": ("part_o", "part_m", "part_l", "o", "lse"),
+}
+"""Operands by operation. Those of rows of numbers have strides; lse and delta are contiguous."""
+
+WRITTEN = {
+    "forward": ("o", "lse"),
+    "backward_dq": ("delta", "dq"),
+    "backward_dkv": ("dk", "dv"),
+    "decode": ("part_o", "part_m", "part_l"),
+    "merge": ("o", "lse"),
+}
+"""Operands that an operation writes."""
+
+STRIDED = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+"""Operands of four axes that may lie in memory in any way."""
+
+SUMS_OF = {"forward": ("o",), "backward_dq": ("dq",), "backward_dkv": ("dk", "dv")}
+"""The sums of an operation, each in registers or in pages."""
+
+RUNS = ("order", "run_rows", "runs")
+"""Which tiles are visited: see `tilefold.blocks.Runs`; `order` gives the block row of a group."""
+
+SIZES = ("len_q", "len_k", "heads_q", "group", "row_b", "row_h", "splits")
+"""Whole numbers of every kernel: `group` query heads to a key head, `row_b` and `row_h` block rows
+from one plane of the runs to the next (0 where all are alike)."""
+
+
+class Argument(NamedTuple):
+    """An array of a kernel: its name, its type in the text and whether the kernel writes it."""
+
+    name: str
+    type: str
+    written: bool
+
+    @property
+    def const(self) -> str:
+        """What stands before its type."""
+        return "" if self.written else "const "
+
+    @property
+    def declaration(self) -> str:
+        """The parameter, but for the number of its buffer."""
+        return f"device {self.const}{self.type}* {variable(self.name)}"
+
+
+def variable(name: str) -> str:
+    """What an array is called in the text: `do` is a keyword there."""
+    return "dO" if name == "do" else name
+
+
+def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
+    """The arrays of a kernel, in the order of their buffers."""
+    number = element(spec.dtype, spec.bfloat).memory
+    found = [
+        Argument(
+            name,
+            number if name in STRIDED else "float",
+            name in WRITTEN[spec.operation],
+        )
+        for name in OPERANDS[spec.operation]
+    ]
+    for name in pages(spec):
+        found.append(Argument(name, "float", True))
+    if spec.operation != "merge":
+        found += [Argument(name, "long", False) for name in RUNS]
+        for slot in spec.mask.slots:
+            kind = "int" if slot.dtype == "int32" else "uchar"
+            found.append(Argument(f"t{slot.number}", kind, False))
+    return tuple(found)
+
+
+def pages(spec: MetalSpec) -> tuple[str, ...]:
+    """Sums that are not kept in registers, as the names of their buffers: contiguous float32."""
+    return tuple(
+        f"{name}_page" for name in SUMS_OF.get(spec.operation, ()) if name not in spec.cached
+    )
+
+
+def sizes(spec: MetalSpec) -> tuple[str, ...]:
+    """The names of the whole numbers, in their order: strides count elements."""
+    names = list(SIZES)
+    for name in OPERANDS[spec.operation]:
+        if name in STRIDED:
+            names += [f"{name}_{axis}" for axis in "bhnd"]
+    if spec.operation != "merge":
+        names += [f"p{number}" for number in range(spec.mask.parameters)]
+        for slot in spec.mask.slots:
+            names += [f"t{slot.number}_{axis}" for axis in range(slot.rank)]
+    return tuple(names)
+
+
+def position(spec: MetalSpec, name: str) -> int:
+    """Where a number stands in `sizes`."""
+    return sizes(spec).index(name)

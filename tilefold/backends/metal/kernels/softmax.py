@@ -1,0 +1,110 @@
+"""The running softmax of one tile of scores, and the weights that the backward passes recompute.
+
+Base 2 throughout: the scale takes log2(e) with it, once. A lane holds two columns of a row, so a
+row's maximum takes two shuffles; the sum l stays apart in each lane until the last tile, since all
+lanes of a row scale it by the same factor. (Milakov and Gimelshein, 2018; Dao, 2023.)
+
+Score modifications will stand where scores are scaled: before the mask, in every pass alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tilefold.backends.metal.kernels.fragment import at
+from tilefold.backends.metal.kernels.frame import LOWEST, MASKED, columns, over_row, seen
+from tilefold.backends.metal.kernels.msl import Text
+from tilefold.backends.metal.kernels.tile import fragment
+from tilefold.backends.metal.spec import SIDE, MetalSpec
+
+COLUMN = "start + j + fragment_column + e"
+"""The row of the traversed operand that is a column of the tile."""
+
+FACTOR = "const float factor = scale * M_LOG2E_F;"
+"""Scores times `factor` are exponents of 2."""
+
+
+def begin(text: Text) -> None:
+    """The running maximum, this lane's part of the sum, and whether it saw any pair."""
+    text(FACTOR, f"float m = {LOWEST};", "float l = 0.0f;", "ushort any = 0;")
+
+
+def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
+    """Fold the tile `s` into m and l; leaves its weights `p` and the `correction` of what was.
+
+    `row` is the query of this lane, inside the sequence.
+    """
+    text.note("m' = max(m, rowmax s)")
+    text("float m_new = m;")
+    columns(text, spec, "s", ["x = x * factor;"])
+    with text.either("edge") as otherwise:
+        lines = [f"const int key = {COLUMN};", f"const bool seen = {seen(spec, row, 'key')};"]
+        columns(text, spec, "s", [*lines, "any |= seen;", f"x = seen ? x : {MASKED};"])
+        otherwise()
+        text("any = 1;")
+    columns(text, spec, "s", ["m_new = max(m_new, x);"])
+    over_row(text, "m_new", "max({x}, {y})")
+    text.note("p = exp2(s - m'), l = l correction + rowsum p")
+    text("const float correction = fast::exp2(m - m_new);", "m = m_new;", "l *= correction;")
+    count = spec.blocks.traverse // SIDE
+    text(fragment(weight_type).declare("p", count))
+    value = "weight" if weight_type == "float" else f"{weight_type}(weight)"
+    lines = ["const float weight = fast::exp2(x - m);", f"{at(f'p[j / {SIDE}]', 'e')} = {value};"]
+    columns(text, spec, "s", [*lines, "l += weight;"])
+
+
+def end(text: Text) -> None:
+    """The whole sum of the row; a row without a visible key is empty.
+
+    A row of scores of -inf alone is none: its o and lse are NaN, as 0 / 0 is.
+    """
+    over_row(text, "l", "{x} + {y}")
+    over_row(text, "any", "{x} | {y}")
+
+
+def write_lse(text: Text, place: str) -> None:
+    """The natural logarithm of a row's sum, by its whole m, l and any, to an element of lse."""
+    text("const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;")
+    text(f"lse[{place}] = any ? sum : -INFINITY;")
+
+
+def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = ()) -> None:
+    """The weights of the tile `s` in place, by the finished statistics.
+
+    The text knows `base`, an element's lse log2(e), after the lines `before`. `parallel` is "query"
+    or "key".
+    Hidden pairs weigh 0 by their mask: exp2(0 - lse) of a padded score may be infinite. They weigh
+    -0.0, which no exponential is, so that `slopes` knows them.
+    """
+    text.note("p = exp2(s - lse)")
+    other = "key" if parallel == "query" else "query"
+    raised = "fast::exp2(x * factor - base)"
+    truth = f"const bool seen = {seen(spec, f'{parallel}_inside', other)};"
+    with text.either("edge") as otherwise:
+        lines = [f"const int {other} = {COLUMN};", truth, f"x = seen ? {raised} : -0.0f;"]
+        columns(text, spec, "s", [*before, *lines])
+        otherwise()
+        columns(text, spec, "s", [*before, f"x = {raised};"])
+
+
+def slopes(text: Text, spec: MetalSpec, before: Sequence[str] = ()) -> None:
+    """dS = P (dP - delta) of a tile, in place of dP; the scale waits for the end of the sum.
+
+    The text knows `row_delta` after the lines `before`. What is hidden is 0 even where dP is NaN or
+    infinite.
+    """
+    text.note("ds = p (dp - delta)")
+    weight = f"const float weight = {at(f's[j / {SIDE}]', 'e')};"
+    columns(text, spec, "dp", [*before, weight, "x = weight * (x - row_delta);"])
+    with text.block("if (edge)"):
+        hidden = f"const bool hidden = as_type<uint>({at(f's[j / {SIDE}]', 'e')}) == 0x80000000u;"
+        columns(text, spec, "dp", [hidden, "x = hidden ? 0.0f : x;"])
+
+
+def convert(text: Text, spec: MetalSpec, name: str, source: str, kind: str) -> str:
+    """A tile of floats as fragments of another type, and the name of what holds it now."""
+    if kind == "float":
+        return source
+    text(fragment(kind).declare(name, spec.blocks.traverse // SIDE))
+    columns(text, spec, source, [f"{at(f'{name}[j / {SIDE}]', 'e')} = {kind}(x);"])
+    return name

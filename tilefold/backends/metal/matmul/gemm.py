@@ -1,0 +1,408 @@
+"""The matrix product as a kernel of its own, any of its types, transposed or not, in batches.
+
+    C = activation(alpha op(A) op(B) + bias + beta C),  a block of C for each threadgroup
+
+    C <- 0                                          in registers, float32
+    for each block of the contraction:
+        A, B -> threadgroup memory or registers     0 beyond the edges
+        C += A B                                    fragments of 8 x 8
+    C -> memory                                     C is read only where beta is not 0
+
+Sums are float32 whatever the types. The bias is added as it is, not times alpha, and before the
+activation; version 1 of Metal FlashAttention (Turner 2023) multiplied it by alpha. Before Apple9 a
+simdgroup that reads device memory by itself is slow, so blocks are staged in threadgroup memory;
+since then each simdgroup reads its own operands. Edges are masked rather than shifted back inside
+as there, since a shifted block would add beta C twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilefold.backends.metal.kernels import fragment
+from tilefold.backends.metal.kernels.fragment import Fragment
+from tilefold.backends.metal.kernels.msl import BYTES, Text, element, kernel_head, open_text
+from tilefold.backends.metal.matmul import activation
+from tilefold.backends.metal.matmul.activation import ACTIVATIONS
+from tilefold.backends.metal.spec import SIDE, SIMD
+from tilefold.common.check import choice
+
+ENTRY = "tilefold_gemm"
+DTYPES = ("float32", "float16", "bfloat16")
+BIASES = (None, "column", "row")
+"""A bias has a number for each column of C (as in a linear layer), or for each row."""
+
+SIZES = (
+    *("m", "n", "k", "tiles"),
+    *("a_m", "a_k", "a_h", "a_b"),
+    *("b_k", "b_n", "b_h", "b_b"),
+    *("c_m", "c_n", "c_h", "c_b"),
+    *("bias_step", "bias_h", "bias_b"),
+)
+"""The whole numbers of a launch, in their order: C is m x n, sums have k terms, a row of blocks has
+`tiles` of them; then strides by axis, in elements, h and b being the two axes of a batch."""
+
+AXES = {"a": ("m", "k"), "b": ("k", "n")}
+"""The rows and columns of op(A) and op(B)."""
+
+_PAD_BYTES = 16
+"""Added to the rows of a stage, so that the rows of a column lie in several memory banks (MLX)."""
+
+
+@dataclass(frozen=True)
+class GemmBlocks:
+    """Elements of a block of C, and of the contraction at a time; how many simdgroups share it.
+
+    >>> GemmBlocks(48, 48, 24, split=(2, 2)).threads
+    128
+    """
+
+    m: int
+    n: int
+    k: int
+    split: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        steps = {"m": SIDE * self.split[0], "n": SIDE * self.split[1], "k": SIDE}
+        for name, step in steps.items():
+            value = getattr(self, name)
+            if min(value, step) < 1 or value % step:
+                raise ValueError(f"{name} must be a multiple of {step}, got {value}")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a threadgroup."""
+        return SIMD * self.split[0] * self.split[1]
+
+    def __str__(self) -> str:
+        return f"{self.m} x {self.n} x {self.k}"
+
+
+@dataclass(frozen=True)
+class GemmSpec:
+    """What changes the text of a product: types, blocks and what is done to the result.
+
+    `a`, `b` and `c` are types; c is float32 or one of the other two. `transpose_a`: the rows of
+    op(A) lie side by side in memory, not its columns; `transpose_b` alike. `staged`: operands pass
+    through threadgroup memory. `bfloat`: the GPU multiplies bfloat16 itself. `unit`: what lies side
+    by side is one element apart in A and B, whatever their leading dimensions.
+    """
+
+    a: str
+    b: str
+    c: str
+    blocks: GemmBlocks
+    staged: bool
+    bfloat: bool
+    unit: bool = True
+    transpose_a: bool = False
+    transpose_b: bool = False
+    bias: str | None = None
+    activation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            choice(f"the type of {name}", getattr(self, name), DTYPES)
+        choice("the type of c", self.c, tuple(dict.fromkeys(("float32", self.a, self.b))))
+        choice("bias", self.bias, BIASES)
+        choice("activation", self.activation, ACTIVATIONS)
+        for name, value, most in (
+            ("threads", self.blocks.threads, 1024),
+            ("threadgroup memory in bytes", self.threadgroup_bytes, 32768),
+        ):
+            if value > most:
+                raise ValueError(
+                    f"{name} must be at most {most}, and blocks {self.blocks} take {value}"
+                )
+
+    @property
+    def multiplied(self) -> str:
+        """The type that fragments of A and B have."""
+        return multiplied(self.a, self.b, self.bfloat)
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows of the stages of A and of B, and the elements from one to the next."""
+        pad = _PAD_BYTES // BYTES[Fragment(self.multiplied).element]
+        blocks = self.blocks
+        a = (blocks.k, blocks.m) if self.transpose_a else (blocks.m, blocks.k)
+        b = (blocks.n, blocks.k) if self.transpose_b else (blocks.k, blocks.n)
+        return (a[0], a[1] + pad), (b[0], b[1] + pad)
+
+    @property
+    def threadgroup_bytes(self) -> int:
+        """Bytes of threadgroup memory."""
+        size = BYTES[Fragment(self.multiplied).element]
+        return sum(rows * stride for rows, stride in self.stages) * size if self.staged else 0
+
+    @property
+    def fragments(self) -> tuple[int, int]:
+        """Rows and columns of fragments that a simdgroup makes."""
+        blocks = self.blocks
+        return blocks.m // SIDE // blocks.split[0], blocks.n // SIDE // blocks.split[1]
+
+
+def multiplied(a: str, b: str, bfloat: bool) -> str:
+    """The type that fragments of A and B have: float32 where the two types differ.
+
+    >>> multiplied("bfloat16", "bfloat16", bfloat=False)
+    'float32'
+    """
+    return "float32" if a != b or (a == "bfloat16" and not bfloat) else a
+
+
+def emit(spec: GemmSpec) -> str:
+    """The text of a product."""
+    return _Gemm(spec).write()
+
+
+class _Gemm:
+    """The kernel on its way."""
+
+    def __init__(self, spec: GemmSpec) -> None:
+        self.spec, self.blocks, self.text = spec, spec.blocks, Text()
+        self.rows, self.columns = spec.fragments
+        self.tile = Fragment(spec.multiplied)
+        self.sums = Fragment("float32")
+        self.elements = {name: element(getattr(spec, name), spec.bfloat) for name in "abc"}
+
+    def write(self) -> str:
+        text, spec = self.text, self.spec
+        title, *algorithm = _algorithm(spec)
+        widens = any(each.memory == "ushort" for each in self.elements.values())
+        open_text(text, title, algorithm, widens=widens)
+        if spec.activation:
+            activation.define(text, spec.activation)
+        head = kernel_head(ENTRY, self.blocks.threads)
+        with text.block(f"{head}{self._parameters()})"):
+            self._place()
+            count = self.rows * self.columns
+            text(self.sums.declare("sum", count))
+            with text.loop("i", count):
+                text(self.sums.fill("sum[i]"))
+            text("")
+            if spec.staged:
+                self._staged()
+            else:
+                self._direct()
+            text("")
+            self._finish()
+        return f"{text}\n"
+
+    def _parameters(self) -> str:
+        declared = [f"device const {self.elements[name].memory}* {name}" for name in "ab"]
+        if self.spec.bias:
+            declared.append(f"device const {self.elements['c'].memory}* bias")
+        declared += [
+            f"device {self.elements['c'].memory}* c",
+            "constant long* sizes",
+            "constant float& alpha",
+            "constant float& beta",
+        ]
+        lines = [f"{each} [[buffer({n})]]" for n, each in enumerate(declared)]
+        lines.append("uint3 group [[threadgroup_position_in_grid]]")
+        if self.blocks.threads > SIMD:
+            lines.append("ushort simdgroup [[simdgroup_index_in_threadgroup]]")
+        if self.spec.staged:
+            lines.append("ushort thread_index [[thread_index_in_threadgroup]]")
+        lines.append("ushort lane [[thread_index_in_simdgroup]]")
+        return "\n    " + ",\n    ".join(lines)
+
+    def _place(self) -> None:
+        """Sizes, the block of the threadgroup, and the lane's place in it."""
+        text, blocks, spec = self.text, self.blocks, self.spec
+        unused = {"tiles", *self._ones()} | ({name for name in SIZES if name[:4] == "bias"})
+        for number, name in enumerate(SIZES):
+            if name not in unused and name[-2:] not in ("_h", "_b"):
+                text(f"const long {name} = sizes[{number}];")
+        text("", "// The batch, and the block of C.")
+        for name in ("a", "b", *(("bias",) if spec.bias else ()), "c"):
+            h, b = (SIZES.index(f"{name}_{axis}") for axis in "hb")
+            text(f"{name} += group.y * sizes[{h}] + group.z * sizes[{b}];")
+        tiles = SIZES.index("tiles")
+        text(
+            f"const long block_row = {blocks.m} * (group.x / sizes[{tiles}]);",
+            f"const long block_column = {blocks.n} * (group.x % sizes[{tiles}]);",
+            "",
+            *fragment.PLACE,
+        )
+        rows, columns = blocks.m // blocks.split[0], blocks.n // blocks.split[1]
+        if blocks.threads > SIMD:
+            text(
+                f"const ushort inner_row = {rows} * (simdgroup / {blocks.split[1]});",
+                f"const ushort inner_column = {columns} * (simdgroup % {blocks.split[1]});",
+            )
+        for axis in ("row", "column"):
+            text(f"const long {axis} = block_{axis} + {self._inner(axis)}fragment_{axis};")
+        text("")
+
+    def _inner(self, axis: str) -> str:
+        """The simdgroup's place in the block, to be added to another."""
+        return f"inner_{axis} + " if self.blocks.threads > SIMD else ""
+
+    def _ones(self) -> tuple[str, str] | tuple[()]:
+        """The strides that are known to be 1."""
+        if not self.spec.unit:
+            return ()
+        a = "a_m" if self.spec.transpose_a else "a_k"
+        b = "b_k" if self.spec.transpose_b else "b_n"
+        return a, b
+
+    def _times(self, index: str, stride: str) -> str:
+        """The text of an index times a stride."""
+        if stride in self._ones():
+            return index
+        return f"({index}) * {stride}" if " " in index else f"{index} * {stride}"
+
+    def _number(self, name: str, place: str) -> str:
+        """A number of A or B in the type that is multiplied."""
+        return self.elements[name].read(place, self.tile.element)
+
+    def _staged(self) -> None:
+        text, spec, blocks = self.text, self.spec, self.blocks
+        (rows_a, stride_a), (rows_b, stride_b) = spec.stages
+        kind = self.tile.element
+        text(
+            f"threadgroup {kind} stage_a[{rows_a * stride_a}];",
+            f"threadgroup {kind} stage_b[{rows_b * stride_b}];",
+        )
+        text(self.tile.declare("a_tile", self.rows), self.tile.declare("b_tile", self.columns))
+        text(
+            f"const ushort height = ushort(min(m - block_row, long({blocks.m})));",
+            f"const ushort width = ushort(min(n - block_column, long({blocks.n})));",
+        )
+        with text.block(f"for (long first = 0; first < k; first += {blocks.k})"):
+            text(f"const ushort depth = ushort(min(k - first, long({blocks.k})));")
+            text("threadgroup_barrier(mem_flags::mem_threadgroup);")
+            self._copy("a", stride_a)
+            self._copy("b", stride_b)
+            text("threadgroup_barrier(mem_flags::mem_threadgroup);")
+            with text.loop("s", blocks.k, SIDE):
+                with text.loop("i", self.rows):
+                    far, near = f"{self._inner('row')}8 * i", "s"
+                    text(self._take("a", "i", far, near, stride_a, spec.transpose_a))
+                with text.loop("j", self.columns):
+                    far, near = "s", f"{self._inner('column')}8 * j"
+                    text(self._take("b", "j", far, near, stride_b, spec.transpose_b))
+                self._multiply()
+
+    def _take(self, name: str, i: str, far: str, near: str, stride: int, transpose: bool) -> str:
+        """A fragment from a stage; a transposed one lies there as it does in memory."""
+        if transpose:
+            far, near = near, far
+        row = f"({far})" if " " in far else far
+        place = f"stage_{name} + {row} * {stride} + {near}"
+        return self.tile.load(f"{name}_tile[{i}]", place, stride, transpose=transpose)
+
+    def _copy(self, name: str, stride: int) -> None:
+        """All threads copy a block of A or B to its stage, neighbours from neighbouring places."""
+        text, blocks = self.text, self.blocks
+        sides = {  # elements of a block, how many of them there are, and where it starts
+            "m": (blocks.m, "height", "block_row"),
+            "n": (blocks.n, "width", "block_column"),
+            "k": (blocks.k, "depth", "first"),
+        }
+        far, near = AXES[name]
+        if getattr(self.spec, f"transpose_{name}"):
+            far, near = near, far
+        rows, row_limit, top = sides[far]
+        width, limit, left = sides[near]
+        together = min(width & -width, blocks.threads)  # a power of two, so that no thread is idle
+        others = blocks.threads // together
+        with text.block(f"for (ushort r = thread_index / {together}; r < {rows}; r += {others})"):
+            text(f"const long from = {self._times(f'{top} + r', f'{name}_{far}')};")
+            head = f"for (ushort e = thread_index % {together}; e < {width}; e += {together})"
+            with text.block(head):
+                at = f"from + {self._times(f'{left} + e', f'{name}_{near}')}"
+                value = self._number(name, f"{name}[{at}]")
+                text(f"const bool inside = r < {row_limit} && e < {limit};")
+                zero = f"{self.tile.element}(0)"
+                text(f"stage_{name}[r * {stride} + e] = inside ? {value} : {zero};")
+
+    def _direct(self) -> None:
+        """Each lane reads its own numbers; at an edge it asks for each whether it is there."""
+        text, blocks = self.text, self.blocks
+        text(self.tile.declare("a_tile", self.rows), self.tile.declare("b_tile", self.columns))
+        text("long first = 0;")
+        with text.block(f"if (block_row + {blocks.m} <= m && block_column + {blocks.n} <= n)"):
+            for name, far, near in (
+                ("a", self._times("row", "a_m"), self._times("fragment_column", "a_k")),
+                ("b", self._times("fragment_row", "b_k"), self._times("column", "b_n")),
+            ):
+                kind = self.elements[name].memory
+                text(f"device const {kind}* {name}_lane = {name} + {far} + {near};")
+            with text.block(f"for (; first + {blocks.k} <= k; first += {blocks.k})"):
+                with text.loop("s", blocks.k, SIDE):
+                    self._read("a_lane", ("8 * i", "s"), guarded=False)
+                    self._read("b_lane", ("s", "8 * j"), guarded=False)
+                    self._multiply()
+                for name in "ab":
+                    text(f"{name}_lane += {self._times(str(blocks.k), f'{name}_k')};")
+        text.note("At an edge of C, and what is left of the contraction.")
+        with text.block(f"for (; first < k; first += {SIDE})"):
+            text("const long k_a = first + fragment_column;")
+            text("const long k_b = first + fragment_row;")
+            self._read("a", ("row + 8 * i", "k_a"), guarded=True)
+            self._read("b", ("k_b", "column + 8 * j"), guarded=True)
+            self._multiply()
+
+    def _read(self, source: str, indices: tuple[str, str], *, guarded: bool) -> None:
+        """Fragments of A or B, the two numbers of a lane side by side in a row."""
+        text, name = self.text, source[0]
+        row, column = indices[0], f"{indices[1]} + e"
+        strides = [f"{name}_{axis}" for axis in AXES[name]]
+        at = f"{self._times(row, strides[0])} + {self._times(column, strides[1])}"
+        value = self._number(name, f"{source}[{at}]")
+        i, count = {"a": ("i", self.rows), "b": ("j", self.columns)}[name]
+        with text.loop(i, count), text.loop("e", 2):
+            if guarded:
+                ends = zip((row, column), AXES[name], strict=True)
+                text(f"const bool inside = {' && '.join(f'{x} < {end}' for x, end in ends)};")
+                value = f"inside ? {value} : {self.tile.element}(0)"
+            text(f"{fragment.at(f'{name}_tile[{i}]', 'e')} = {value};")
+
+    def _multiply(self) -> None:
+        text = self.text
+        with text.loop("i", self.rows), text.loop("j", self.columns):
+            total = f"sum[{self.columns} * i + j]"
+            text(fragment.multiply_accumulate(total, "a_tile[i]", "b_tile[j]"))
+
+    def _finish(self) -> None:
+        text, spec, kept = self.text, self.spec, self.elements["c"]
+        with (
+            text.loop("i", self.rows),
+            text.loop("j", self.columns),
+            text.loop("e", 2),
+            text.block("if (row + 8 * i < m && column + 8 * j + e < n)"),
+        ):
+            text("const long at = (row + 8 * i) * c_m + (column + 8 * j + e) * c_n;")
+            text(f"float x = alpha * {fragment.at(f'sum[{self.columns} * i + j]', 'e')};")
+            if spec.bias:
+                index = "column + 8 * j + e" if spec.bias == "column" else "row + 8 * i"
+                step = f"sizes[{SIZES.index('bias_step')}]"
+                text(f"x += {kept.read(f'bias[({index}) * {step}]', 'float')};")
+            with text.block("if (beta != 0.0f)"):
+                text(f"x += beta * {kept.read('c[at]', 'float')};")
+            text(f"c[at] = {kept.write(activation.apply(spec.activation, 'x'))};")
+
+
+def _algorithm(spec: GemmSpec) -> list[str]:
+    """The lines that open the text."""
+    a, b = (f"{name}^T" if getattr(spec, f"transpose_{name}") else name for name in "ab")
+    value = f"alpha {a.upper()} {b.upper()}"
+    if spec.bias:
+        value += f" + bias of the {spec.bias}"
+    value += " + beta C"
+    result = f"{spec.activation}({value})" if spec.activation else value
+    where = "threadgroup memory, 0 beyond the edges" if spec.staged else "registers"
+    blocks = spec.blocks
+    return [
+        f"C = {result}, {spec.a} x {spec.b} -> {spec.c}",
+        f"{blocks.m} x {blocks.n} of C for a threadgroup of {blocks.threads}:",
+        "",
+        "    C <- 0",
+        f"    for each {blocks.k} of the contraction:",
+        f"        A, B -> {where}",
+        "        C += A B",
+        f"    C -> {result}",
+    ]

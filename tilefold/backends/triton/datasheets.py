@@ -1,0 +1,63 @@
+"""What GPUs reach at most by their makers' data sheets: the rates of a plan's lower bounds.
+
+One chip stands for an architecture. Products are dense, with sums of float32, or of float64 beside
+it; exponentials are 16 of a multiprocessor in a clock (CUDA programming guide, table of arithmetic
+throughput; a quarter of the lanes of an AMD compute unit) at the boost clock. No figure was
+measured here, and none says what a kernel of ours takes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tilefold.backends.triton.resources import kind
+from tilefold.planning.roofline import Rates
+
+TERA = 1e12
+
+
+class Sheet(NamedTuple):
+    """TFLOP/s by the kind of numbers, 10**12 exponentials a second, TB/s of memory."""
+
+    chip: str
+    half: float
+    tf32: float
+    float32: float
+    float64: float
+    exponentials: float
+    memory: float
+
+
+SHEETS = {
+    "sm_80": Sheet("A100 SXM", 312, 156, 19.5, 19.5, 2.4, 2.04),
+    "sm_86": Sheet("A10", 125, 62.5, 31.2, 0.49, 2.0, 0.6),
+    "sm_89": Sheet("L40S", 362, 183, 91.6, 1.4, 5.7, 0.86),
+    "sm_90": Sheet("H100 SXM", 989, 495, 67, 67, 3.9, 3.35),
+    "sm_100": Sheet("B200", 2250, 1125, 75, 37, 4.6, 8.0),
+    "sm_120": Sheet("RTX 5090", 210, 105, 105, 1.6, 6.5, 1.79),
+    "gfx90a": Sheet("MI250X (one die)", 191, 48, 48, 48, 3.0, 1.6),
+    "gfx942": Sheet("MI300X", 1307, 163, 163, 163, 10.2, 5.3),
+    "gfx950": Sheet("MI355X", 2517, 157, 157, 79, 9.8, 8.0),
+}
+"""By architecture. AMD's multiply float32 and float64 exactly on their matrix units."""
+
+
+def rates(architecture: str, dtype: str, products: str) -> Rates | None:
+    """The rates of the chip of an architecture; None where there is no sheet.
+
+    >>> found = rates("sm_90", "bfloat16", "ieee")
+    >>> found.device, found.flops_per_second
+    ('H100 SXM', 989000000000000.0)
+    """
+    sheet = SHEETS.get(architecture)
+    if sheet is None:
+        return None
+    flops = getattr(sheet, kind(dtype, products)) / (3 if products == "tf32x3" else 1)
+    return Rates(
+        device=sheet.chip,
+        dtype=dtype,
+        workers=1,
+        flops_per_second=flops * TERA,
+        exponentials_per_second=sheet.exponentials * TERA,
+        bytes_per_second=sheet.memory * TERA,
+    )

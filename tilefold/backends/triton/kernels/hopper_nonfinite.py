@@ -1,0 +1,76 @@
+"""The slow way through a block of queries, for Hopper: one key at a time, where values are odd.
+
+A weight of 0 times NaN or infinity is NaN. So where a masked tile holds such a value, sums are made
+anew without products of tiles: only who may see a value touches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tilefold.backends.triton.kernels import mask
+from tilefold.backends.triton.kernels.frame import LOWEST
+from tilefold.backends.triton.kernels.gluon import Function, function, keys, row_of
+from tilefold.backends.triton.kernels.text import Text
+from tilefold.backends.triton.spec import TritonSpec
+
+
+def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
+    """Whether a value of a masked tile is NaN or infinite."""
+    text = Text()
+    text(
+        "column = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
+        "odd = tl.full([DIM_V], 0, tl.int32, tl.SliceLayout(0, SUMS))",
+    )
+    with keys(text, "middle"):
+        text(
+            f"at = {row_of('v', 'h_k', 'key', 'column')}",
+            f"value = tl.load(at, mask=column < {spec.dim_v}, other=0.0).to(tl.float32)",
+            "odd = odd | (value - value != 0).to(tl.int32)",
+        )
+    text("return tl.max(odd, 0)")
+    title = "1 where a value of a masked tile is NaN or infinite, else 0."
+    return function("holds_odd", title, text, known)
+
+
+def again(spec: TritonSpec, known: Iterable[str]) -> Function:
+    """The sums of a team without products of tiles."""
+    text = Text()
+    lowest, rows = LOWEST["float32"], "tl.SliceLayout(1, SUMS)"
+    text(
+        f"m = tl.full([ROWS], {lowest}, tl.float32, {rows})",
+        f"l = tl.full([ROWS], 0.0, tl.float32, {rows})",
+        "total = tl.full([ROWS, DIM_V], 0.0, tl.float32, SUMS)",
+        f"row = first_q + team * ROWS + tl.arange(0, ROWS, {rows})",
+        "within = row < len_q",
+        "q_safe = tl.minimum(row, len_q - 1)",
+        "column_v = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
+        "column = tl.arange(0, DIM, tl.SliceLayout(0, QUERIES))",
+        "q_at = first_q + team * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, QUERIES))",
+        f"q_rows = {row_of('q', 'h', 'q_at[:, None]', 'column[None, :]')}",
+        f"there = (q_at < len_q)[:, None] & (column < {spec.dim})[None, :]",
+    )
+    with keys(text, "begin"):
+        text(
+            "query = tl.load(q_rows, mask=there, other=0.0).to(tl.float32)",
+            f"at = {row_of('k', 'h_k', 'key', 'column')}",
+            f"value = tl.load(at, mask=column < {spec.dim}, other=0.0).to(tl.float32)",
+            f"s = tl.convert_layout(tl.sum(query * value[None, :], 1), {rows})",
+            *(["s = -s"] if spec.negative else []),
+            f"seen = within & {mask.call(spec.mask, b='b', h='h', q='q_safe', k='key')}",
+            f"s = tl.where(seen, s, {lowest})",
+            "top = tl.maximum(m, s)",
+            "p = tl.where(seen, tl.exp2(s * factor - top * factor), 0.0)",
+            "shrink = tl.exp2((m - top) * factor)",
+            "m, l = top, l * shrink + p",
+            f"at = {row_of('v', 'h_k', 'key', 'column_v')}",
+            f"value = tl.load(at, mask=column_v < {spec.dim_v}, other=0.0).to(tl.float32)",
+            "added = tl.where(seen[:, None], p[:, None] * value[None, :], 0.0)",
+            "total = total * shrink[:, None] + added",
+        )
+    text(
+        *(f"{name} = tl.convert_layout({name}, tl.SliceLayout(1, SCORES))" for name in "ml"),
+        "return total, m, l",
+    )
+    title = "The sums of a team anew, one key at a time: only who may see a value touches it."
+    return function("one_by_one", title, text, known)

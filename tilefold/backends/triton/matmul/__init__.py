@@ -1,0 +1,8 @@
+"""Products of matrices and softmax of rows on GPUs of NVIDIA and AMD.
+
+activation  functions applied to each element of a result
+gemm        the kernel of a product
+rows        the kernel of a softmax
+operands    tensors as the kernels see them
+calls       tensors to launches
+"""

@@ -1,0 +1,351 @@
+"""Products and softmax on the tensors of a machine: the kernels that stand alone.
+
+A call becomes a spec (types, blocks for the GPU's architecture) and a list of sizes; the text of a
+spec is written and loaded once. Leading axes are a batch, two at most, and broadcast as in NumPy,
+by strides of 0. An axis may have length 0: a sum over none is 0.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tilefold.backends.triton.architectures import Architecture, architecture
+from tilefold.backends.triton.dispatch import ALIGNED
+from tilefold.backends.triton.machine import Machine, ResourceError
+from tilefold.backends.triton.matmul import gemm as products
+from tilefold.backends.triton.matmul import rows
+from tilefold.backends.triton.matmul.gemm import BIASES, GemmBlocks, GemmSpec, multiplied
+from tilefold.backends.triton.matmul.operands import (
+    Axes,
+    axes_of,
+    bias_steps,
+    common,
+    dtype_of,
+    written,
+)
+from tilefold.backends.triton.matmul.rows import SoftmaxBlocks, SoftmaxSpec
+from tilefold.backends.triton.module import launch_options
+from tilefold.backends.triton.runtime import gpu
+from tilefold.backends.triton.spec import BY_PRECISION
+from tilefold.common.check import choice
+from tilefold.problems.attention import PRECISIONS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Row(NamedTuple):
+    """Blocks for large products, and for those of which a GPU would be partly idle."""
+
+    large: GemmBlocks
+    small: GemmBlocks
+
+
+_HALF = GemmBlocks(64, 64, 64, warps=4, stages=3)
+_TF32 = GemmBlocks(64, 64, 32, warps=4, stages=3)
+_IEEE = Row(GemmBlocks(64, 64, 16, warps=8, stages=2), GemmBlocks(32, 32, 16, warps=4, stages=2))
+_FLOAT64 = Row(GemmBlocks(64, 64, 16, warps=4, stages=3), GemmBlocks(32, 32, 16, warps=4, stages=3))
+
+TABLE = {
+    ("sm_80", "half"): Row(GemmBlocks(128, 128, 32, warps=4, stages=4), _HALF),
+    ("sm_90", "half"): Row(GemmBlocks(128, 256, 64, warps=8, stages=3), _HALF),
+    ("sm_100", "half"): Row(GemmBlocks(128, 256, 64, warps=8, stages=3), _HALF),
+    ("sm_120", "half"): Row(GemmBlocks(128, 128, 32, warps=4, stages=3), _HALF),
+    ("gfx942", "half"): Row(GemmBlocks(128, 128, 32, warps=4, stages=2), _HALF),
+    ("sm_80", "tf32"): Row(GemmBlocks(128, 128, 32, warps=8, stages=3), _TF32),
+    ("sm_90", "tf32"): Row(GemmBlocks(128, 128, 32, warps=8, stages=4), _TF32),
+    ("sm_100", "tf32"): Row(GemmBlocks(128, 128, 32, warps=8, stages=4), _TF32),
+    ("sm_120", "tf32"): Row(GemmBlocks(128, 64, 32, warps=8, stages=3), _TF32),
+    ("sm_100", "float64"): _FLOAT64._replace(large=GemmBlocks(32, 64, 16, warps=4, stages=3)),
+}
+"""Blocks by (table of the architecture, what is multiplied): "half" types, float32 as "tf32", or
+float64, of which Triton 3.6 and 3.7 compile no block of 64 rows for sm_100. Others are alike.
+Chosen so that operands fit shared memory and sums the registers: Triton 3.7.1 spills none in the
+loops of sm_80, 90, 100 and 120, but for a few words of float64 in the small blocks of sm_90.
+Nobody has measured them."""
+
+
+def block_sizes(
+    name: str,
+    multiplied: str,
+    m: int,
+    n: int,
+    batch: int = 1,
+    *,
+    products: str = "ieee",
+    multiprocessors: int = 132,
+) -> GemmBlocks:
+    """The table's blocks for products m x n on an architecture, smaller where some would be idle.
+
+    >>> print(block_sizes("sm_90", "bfloat16", 4096, 4096))
+    128 x 256 x 64, 8 warps, 3 stages
+    >>> print(block_sizes("sm_90", "bfloat16", 256, 256))
+    64 x 64 x 64, 4 warps, 3 stages
+    """
+    exact = multiplied == "float32" and products == "ieee"
+    kind = {"float32": "tf32", "float64": "float64"}.get(multiplied, "half")
+    alike = _FLOAT64 if kind == "float64" else _IEEE
+    row = alike if exact else TABLE.get((architecture(name).table, kind), alike)
+    programs = batch * _parts(m, row.large.m) * _parts(n, row.large.n)
+    return row.small if programs < multiprocessors else row.large
+
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    bias: Tensor | None = None,
+    bias_axis: str = "column",
+    activation: str | None = None,
+    dtype: str | None = None,
+    precision: str = "highest",
+    blocks: GemmBlocks | None = None,
+    machine: Machine | None = None,
+) -> Tensor:
+    """The matrix product C = activation(alpha op(A) op(B) + bias + beta C), in batches.
+
+        a, b = torch.ones(2, 3, device="cuda").half(), torch.ones(4, 3, device="cuda").half()
+        gemm(a, b, transpose_b=True, dtype="float32")  # 2 x 4, all of it 3
+
+    Arguments:
+        a: (..., m, k), or (..., k, m) with `transpose_a`
+        b: (..., k, n), or (..., n, k) with `transpose_b`
+            float32, float16 or bfloat16 each, or float64 both, in any strides. At most two axes of
+            a batch come first, and broadcast as in NumPy.
+        c: (..., m, n), float32 or of the type of a or b: is overwritten and returned; None makes
+            a tensor. It shares no memory with a, b and bias.
+        alpha, beta: numbers; c is read only where beta is not 0
+        transpose_a, transpose_b: whether op transposes the last two axes
+        bias: (..., n) by columns or (..., m) by rows, of the type of the result. It is added as it
+            is, not times alpha, and before the activation.
+        bias_axis: "column" or "row"
+        activation: None, "relu", "gelu" (by the distribution function), "silu" or "tanh"
+        dtype: the type of the result; None is that of c, or of a and b, or float32 if these differ
+        precision: of products in float32, in which types that differ are multiplied too: "highest",
+            "high" (three of TF32) or "medium" (TF32, which has all bits of the half types)
+        blocks: of the kernel; None takes those of the table for the GPU's architecture
+        machine: what runs it; None is the GPU where a is
+
+    Returns:
+        The result. It carries no gradient. Sums are made in float32, of float64 in float64.
+
+    Raises:
+        TypeError: what is no tensor of the machine, or types that no kernel reads
+        ValueError: shapes that do not fit together, or options that are not allowed
+        NotImplementedError: there is no GPU here
+        ResourceError: `blocks` need more shared memory than the GPU has
+    """
+    machine = machine or _gpu_of("a", a)
+    given = {"a": a, "b": b, "c": c, "bias": bias}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    machine.check(**tensors)
+    choice("bias_axis", bias_axis, BIASES[1:])
+    choice("precision", precision, PRECISIONS)
+    types = {name: dtype_of(name, tensor) for name, tensor in tensors.items()}
+    left = axes_of("a", a, 2).turned() if transpose_a else axes_of("a", a, 2)
+    right = axes_of("b", b, 2).turned() if transpose_b else axes_of("b", b, 2)
+    (*_, m, k), (*_, inner, n) = left.lengths, right.lengths
+    if inner != k:
+        raise ValueError(f"op(a) is {m} x {k} and op(b) {inner} x {n}: the inner two must be equal")
+    batch = common("b", left.batch, right.batch)
+    shape = (*batch, m, n)[-max(a.ndim, b.ndim) :]
+    device, meeting = architecture(machine.architecture), multiplied(types["a"], types["b"])
+    how = _how(device, meeting, precision)
+    if blocks is None:
+        blocks = block_sizes(
+            device.name,
+            meeting,
+            m,
+            n,
+            batch[0] * batch[1],
+            products=how,
+            multiprocessors=machine.multiprocessors,
+        )
+    spec = GemmSpec(
+        a=types["a"],
+        b=types["b"],
+        c=dtype or types.get("c") or meeting,
+        blocks=blocks,
+        bias=None if bias is None else bias_axis,
+        activation=activation,
+        products=how,
+    )
+    if beta and c is None:
+        raise ValueError(f"beta is {beta}, so c must be given")
+    c = written("c", c, shape, spec.c, machine)
+    result = axes_of("c", c, 2)
+    steps = []
+    if bias is not None:
+        length = n if bias_axis == "column" else m
+        steps = bias_steps(bias, types["bias"], spec.c, (*batch, length))
+    spec = _placed(spec, device, (a, left), (b, right), result)
+    function = machine.function(products.emit(spec), products.ENTRY)
+    operands, placed = _operands(spec, (a, left), (b, right))
+    if bias is not None:
+        operands.append(bias)
+    sizes = [m, n, k, batch[1], *placed, *result.sizes, *steps]
+    scalars = [_scalar(number, spec.sums) for number in (alpha, beta)]
+    programs = batch[0] * batch[1] * _parts(m, blocks.m) * _parts(n, blocks.n)
+    options = launch_options(device.kind, meeting, blocks.warps, blocks.stages)
+    _launch(machine, function, programs, (*operands, c, *sizes, *scalars), blocks, options)
+    return c
+
+
+def softmax(
+    x: Tensor,
+    p: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    blocks: SoftmaxBlocks | None = None,
+    machine: Machine | None = None,
+) -> Any:
+    """The softmax of x along its last axis, safe for numbers of any size.
+
+        softmax(torch.zeros(1, 4, device="cuda"))  # 1 x 4, all of it 0.25
+
+    Arguments:
+        x: (..., width), float32, float16, bfloat16 or float64, 1 to 4 axes in any strides
+        p: of the shape and type of x: is overwritten and returned, and may be x itself; None makes
+            a tensor
+        return_lse: also return the log-sum-exp of each row
+        blocks: of the kernel; None takes those for the width. Rows that are wider are walked.
+        machine: what runs it; None is the GPU where x is
+
+    Returns:
+        p: of the shape and type of x, without gradients
+        lse: with return_lse, (...), float32 (float64 of float64), natural logarithm
+
+    A row of -inf alone gives p = 0 and lse = -inf, as a query that sees no key; one that holds NaN
+    or +inf gives NaN. Both are made in the type of lse.
+
+    Raises:
+        TypeError: what is no tensor of the machine, or types that no kernel reads
+        ValueError: axes that are too many, or a p of another shape or type
+        NotImplementedError: there is no GPU here
+    """
+    machine = machine or _gpu_of("x", x)
+    machine.check(**({"x": x} if p is None else {"x": x, "p": p}))
+    kind, axes, shape = dtype_of("x", x), axes_of("x", x, 1), tuple(x.shape)
+    batch, heads, count, width = axes.lengths
+    p = written("p", p, shape, kind, machine)
+    result, blocks = axes_of("p", p, 1), blocks or SoftmaxBlocks.of(width)
+    spec = SoftmaxSpec(
+        dtype=kind,
+        blocks=blocks,
+        online=width > blocks.columns,
+        lse=return_lse,
+        wide=any(each.wide(blocks.rows, blocks.columns) for each in (axes, result)),
+    )
+    lse = [machine.empty(shape[:-1], spec.statistics)] if return_lse else []
+    sizes = [count, width, heads, *axes.sizes, *result.sizes]
+    programs = batch * heads * _parts(count, blocks.rows)
+    function = machine.function(rows.emit(spec), rows.ENTRY)
+    device = architecture(machine.architecture)
+    options = launch_options(device.kind, kind, blocks.warps, rows.STAGES)
+    _launch(machine, function, programs, (x, p, *lse, *sizes), blocks, options)
+    return (p, *lse) if return_lse else p
+
+
+_LONGEST = 256
+"""The longest side of a tile that a descriptor moves at once."""
+
+Placed = tuple["Tensor", Axes]
+"""A matrix that is multiplied: its tensor, and its rows and columns as they multiply."""
+
+
+def _placed(spec: GemmSpec, device: Architecture, a: Placed, b: Placed, c: Axes) -> GemmSpec:
+    """The spec for matrices that lie like this.
+
+    Tiles are moved whole only where products read them from shared memory as they come, as in
+    attention (`resources.moved`).
+    """
+    sides = spec.blocks
+    near = [axes.moved(2) for _, axes in (a, b)]
+    half = spec.multiplied in ("float16", "bfloat16")
+    aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor, _ in (a, b))
+    fits = max(sides.m, sides.n, sides.k) <= _LONGEST
+    if device.descriptors and device.asynchronous and half and aligned and fits and all(near):
+        turned = [each == "column" for each in near]
+        spec = replace(spec, descriptors=True, transpose_a=turned[0], transpose_b=turned[1])
+    reach = [(c, sides.m, sides.n)]
+    if not spec.descriptors:
+        reach += [(a[1], sides.m, sides.k), (b[1], sides.k, sides.n)]
+    return replace(spec, wide=any(axes.wide(*block) for axes, *block in reach))
+
+
+def _operands(spec: GemmSpec, a: Placed, b: Placed) -> tuple[list[Any], list[int]]:
+    """A and B as the kernel takes them, and their strides."""
+    if not spec.descriptors:
+        return [a[0], b[0]], [*a[1].sizes, *b[1].sizes]
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    found, steps = [], []
+    for (tensor, axes), block, turned in zip(
+        (a, b), products.tiles(spec).values(), (spec.transpose_a, spec.transpose_b), strict=True
+    ):
+        lying = axes.turned() if turned else axes
+        strides = [step or ALIGNED for step in lying.strides[:3]]  # of one there is no next
+        found.append(TensorDescriptor(tensor, list(lying.lengths), [*strides, 1], block))
+        steps += [int(length > 1) for length in lying.batch[::-1]]
+    return found, steps
+
+
+def _launch(
+    machine: Machine,
+    function: Any,
+    programs: int,
+    given: tuple[Any, ...],
+    blocks: GemmBlocks | SoftmaxBlocks,
+    options: Mapping[str, int],
+) -> None:
+    """Launch a kernel, unless nothing is to be written."""
+    if programs >= 2**31:
+        raise ValueError(f"a grid has at most {2**31 - 1} programs, and this would take {programs}")
+    if not programs:
+        return
+    with machine.active():
+        try:
+            function[(programs,)](*given, **options)
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":
+                raise
+            raise ResourceError(
+                f"blocks of {blocks} do not fit this GPU: {error}; choose smaller ones (blocks=)"
+            ) from error
+
+
+def _gpu_of(name: str, tensor: Any) -> Machine:
+    """The GPU where a tensor is."""
+    if not hasattr(getattr(tensor, "device", None), "type"):
+        raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}")
+    place = tensor.device
+    if place.type != "cuda":
+        raise ValueError(f"{name} must be on a GPU that torch calls cuda, got {place}")
+    return gpu(place.index)
+
+
+def _how(device: Architecture, meeting: str, precision: str) -> str:
+    """How numbers of a type are multiplied on a device."""
+    exact = meeting != "float32" or device.kind != "cuda"
+    return "ieee" if exact else BY_PRECISION[precision]
+
+
+def _parts(length: int, block: int) -> int:
+    """How many blocks cover a length."""
+    return -(-length // block)
+
+
+def _scalar(number: float, sums: str) -> float | int:
+    """A number as kernels take it: beside float64 by its bits."""
+    if sums == "float32":
+        return float(number)
+    bits: int = struct.unpack("<q", struct.pack("<d", float(number)))[0]
+    return bits

@@ -1,0 +1,112 @@
+"""Texts of GPU kernels, as `tilefold inspect --backend metal` and `--backend triton` print them.
+
+Each is one file by itself, for an app or a profiler to take, and says first how it is launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Iterable
+
+from tilefold import metal, triton
+from tilefold.backends.metal import dispatch, gated
+from tilefold.backends.metal.kernels import tensorops
+from tilefold.backends.metal.plan import Launch, MetalPlan
+from tilefold.common import check
+from tilefold.planning.roofline import PASSES
+from tilefold.problems.attention import Problem
+
+
+def named(kernels: Iterable[str], name: str | None) -> str:
+    """A name of a plan's kernels; without one, that with the most to do. Raises ValueError."""
+    known = [*kernels]
+    if name is None:
+        return next(kernel for kernel in known if kernel in PASSES)
+    if name not in known:
+        raise ValueError(f"--kernel must be one of {', '.join(known)}, not {name!r}")
+    return name
+
+
+def text(options: argparse.Namespace, problem: Problem) -> str:
+    """The text of a GPU kernel for contiguous arrays. Raises ValueError."""
+    for option in ("isa", "asm", "json"):
+        if getattr(options, option):
+            raise ValueError(f"--{option} goes with --backend cpu: a GPU kernel is text alone")
+    return {"metal": _metal, "triton": _triton}[options.backend](options, problem)
+
+
+def _metal(options: argparse.Namespace, problem: Problem) -> str:
+    if options.kernel == "tensorops":
+        made = _tensor_operations(options, problem)
+        (launch,) = made.launches
+    else:
+        family = options.family or "apple9"
+        made = metal.plan(problem, family, options.operation, form=options.form)
+        launches = {launch.spec.operation: launch for launch in made.launches}
+        launch = launches[named(launches, options.kernel)]
+    spec, (x, y, z) = launch.spec, launch.grid
+    kind = f"{spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, innermost strides 1"
+    where = f"for GPUs of {made.family.name} ({made.family.chips})"
+    if spec.tensor_ops:
+        where += f" with macOS {'.'.join(map(str, tensorops.OLDEST_OS))} or later"
+    else:
+        kind += ", one number moved at a time: any alignment"
+    known = dispatch.sizes_of(made, launch)
+    sizes = [f"{name}={known[name]}" if name in known else name for name in metal.sizes(spec)]
+    facts = [
+        f"{spec.entry}: {kind}; {where}.",
+        f"Threadgroups have {spec.threads} threads; for this shape there are {x} x {y} x {z}.",
+        f"The buffer `sizes` holds, as 64-bit integers, for this mask and shape: {', '.join(sizes)}"
+        ". Those without a value are strides, in elements.",
+        *_visits(launch),
+    ]
+    return _commented("//", facts, launch.choice.explain()) + metal.emit(spec)
+
+
+def _tensor_operations(options: argparse.Namespace, problem: Problem) -> MetalPlan:
+    """The plan on tensor operations. Raises ValueError for what they do not make."""
+    if options.operation != "forward":
+        raise ValueError("--kernel tensorops: tensor operations make the forward pass alone")
+    check.choice("form", options.form, ("auto", "tiled"))
+    family = options.family or gated.FAMILIES[0]
+    if family not in gated.FAMILIES:
+        needed = " or ".join(gated.FAMILIES)
+        raise ValueError(f"--kernel tensorops needs --family {needed}, not {family}")
+    return gated.plan(problem, family)
+
+
+def _visits(launch: Launch) -> list[str]:
+    """What the buffers hold that say where a threadgroup works."""
+    if launch.spec.operation == "merge":
+        return []
+    row, cut = "its block row", "visits"
+    if launch.spec.operation == "decode":
+        row, cut = "its block of rows times splits plus its split of the keys", "splits"
+    return [
+        f"`order` gives each threadgroup along x {row}, those with the most to do first. `run_rows`"
+        " and `runs` say which tiles the mask leaves: they are those of `Runs` in"
+        f" tilefold/blocks.py, cut by tilefold/{cut}.py."
+    ]
+
+
+def _triton(options: argparse.Namespace, problem: Problem) -> str:
+    made = triton.plan(problem, options.architecture, options.operation, form=options.form)
+    launches = {launch.spec.operation: launch for launch in made.launches}
+    launch = launches[named(launches, options.kernel)]
+    spec, device = launch.spec, triton.ARCHITECTURES[options.architecture]
+    facts = [
+        f"{spec.entry}: {spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, for {device.name}"
+        f" ({device.chips}).",
+        f"Launched with num_warps={spec.blocks.warps} and num_stages={spec.blocks.stages}; for this"
+        f" shape there are {launch.programs} programs.",
+        "Strides count elements. order, run_rows and runs say which tiles the mask leaves, as in"
+        " tilefold/visits.py.",
+    ]
+    return _commented("#", facts, launch.choice.explain()) + triton.emit(spec)
+
+
+def _commented(sign: str, facts: list[str], chosen: list[str]) -> str:
+    lines = [line for fact in facts for line in textwrap.wrap(fact, 97)]
+    lines += ["What was chosen, and why:", *(f"  {line}" for line in chosen), ""]
+    return "".join(f"{sign} {line}".rstrip() + "\n" for line in lines)

@@ -1,0 +1,10 @@
+"""What every room may use, and what knows nothing of attention.
+
+settings       every environment variable, declared once
+check          checks of single arguments
+files          files that are written whole or not at all
+lru            a store that keeps the newest values
+single_flight  values that are made once, however many threads ask
+array_files    arrays in files
+disk_cache     compiled kernels on disk, and which files are trusted
+"""

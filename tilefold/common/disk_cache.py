@@ -1,0 +1,244 @@
+"""Compiled kernels on disk, so that a program's second start compiles nothing.
+
+An entry's name is the SHA-256 of the kernel's text and of the toolchain that compiled it: there is
+no key to forget a field of. The text is kept beside the binary for people to read.
+
+Writing a text takes longer than reading a binary. So what a text was written from is kept too, as
+a *note*: a small file whose name is the hash of a question, and which says the answer. Notes are
+trusted no more than binaries are.
+
+Machine code is only loaded from where nobody else could have put it: the directory and the file
+must be real (no symbolic links), belong to this user, and be writable by nobody else; a header
+carries the length and a checksum. An entry that fails any of this is treated as absent, and the
+kernel is compiled again. A directory that cannot be used costs time, never correctness. Entries are
+written under a temporary name and renamed, so any number of processes may share a directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tilefold.common import settings
+
+_NOTE = "a question"
+"""Stands for the toolchain in the names of notes, so that no kernel shares one."""
+_MAGIC = b"tilefold kernel 1\n"
+_OURS = re.compile(r"[0-9a-f]{64}\.[a-z]{1,8}(\.[0-9a-f]{16})?")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A directory of compiled kernels, kept below a size by forgetting the least recently used."""
+
+    directory: Path
+    limit_bytes: int
+
+    def get(self, text: str, toolchain: str) -> bytes | None:
+        """Return the binary that a toolchain made of a text, or None if there is none to trust."""
+        return self.binary(key(text, toolchain))
+
+    def binary(self, key: str) -> bytes | None:
+        """Return the binary under a key, or None if there is none to trust."""
+        return self._load(key, ".bin")
+
+    def note(self, question: str) -> bytes | None:
+        """Return the answer that was noted to a question, or None if there is none to trust."""
+        return self._load(key(question, _NOTE), ".note")
+
+    def _load(self, key: str, suffix: str) -> bytes | None:
+        try:
+            with _opened(self.directory) as directory:
+                content = _read(f"{key}{suffix}", directory)
+        except OSError:
+            return None
+        rest = content[len(_header(key, b"")) :]
+        return rest if content == _header(key, rest) + rest else None
+
+    def put(self, text: str, toolchain: str, binary: bytes, suffix: str = ".ll") -> None:
+        """Keep a binary and its text. A directory that cannot be written to is left alone."""
+        name = key(text, toolchain)
+        content = _header(name, binary) + binary
+        self._keep({f"{name}{suffix}": text.encode(), f"{name}.bin": content})
+
+    def put_note(self, question: str, answer: bytes) -> None:
+        """Keep the answer to a question, as `put` keeps binaries."""
+        name = key(question, _NOTE)
+        self._keep({f"{name}.note": _header(name, answer) + answer})
+
+    def _keep(self, files: Mapping[str, bytes]) -> None:
+        if max(map(len, files.values())) > self.limit_bytes:
+            return
+        # Nothing depends on the entry being there, so no failure to write one is an error.
+        with contextlib.suppress(OSError):
+            _make(self.directory)
+            with _opened(self.directory) as directory:
+                for name, content in files.items():
+                    _write(name, content, directory)
+                self._evict(directory)
+
+    def size(self) -> int:
+        """Return the bytes that all kernels, their texts and the notes take."""
+        return sum(entry.bytes for entry in self._entries())
+
+    def count(self) -> int:
+        """Return how many kernels are kept."""
+        return sum(entry.kernel for entry in self._entries())
+
+    def clear(self) -> int:
+        """Remove every kernel and note; return how many kernels. Files of other names stay."""
+        entries = self._entries()
+        with contextlib.suppress(OSError), _opened(self.directory) as directory:
+            for entry in entries:
+                entry.remove(directory)
+        return sum(entry.kernel for entry in entries)
+
+    def problem(self) -> str | None:
+        """Return why this directory cannot be used, in one line, or None if it can."""
+        if self.limit_bytes == 0:
+            return f"{settings.CACHE_MIB.name} is 0"
+        try:
+            _make(self.directory)
+            with _opened(self.directory) as directory:
+                name = f"{os.urandom(32).hex()}.bin"
+                _write(name, b"", directory)
+                os.unlink(name, dir_fd=directory)
+        except OSError as error:
+            return f"{self.directory}: {error.strerror or error}"
+        return None
+
+    def _entries(self) -> list[_Entry]:
+        try:
+            with _opened(self.directory) as directory:
+                return _entries(directory)
+        except OSError:
+            return []
+
+    def _evict(self, directory: int) -> None:
+        """Remove the kernels that were not used for longest, until the rest fits."""
+        entries = _entries(directory)
+        total = sum(entry.bytes for entry in entries)
+        for entry in sorted(entries, key=lambda entry: entry.used):
+            if total <= self.limit_bytes:
+                break
+            entry.remove(directory)
+            total -= entry.bytes
+
+
+def key(text: str, toolchain: str) -> str:
+    """Return the name of what a toolchain made of a text."""
+    name = toolchain.encode()
+    return hashlib.sha256(b"%d\n%s%s" % (len(name), name, text.encode())).hexdigest()
+
+
+def default() -> Cache:
+    """Return the cache of this user: TILEFOLD_CACHE_DIR, or the system's place for such things."""
+    directory = settings.CACHE_DIR.get()
+    if directory is None:
+        import platformdirs  # here, since a first call counts its milliseconds
+
+        directory = platformdirs.user_cache_path("tilefold", appauthor=False) / "kernels"
+    return Cache(directory, settings.CACHE_MIB.get() * 1024 * 1024)
+
+
+@dataclass
+class _Entry:
+    """The files of one kernel (binary, text) or one note, and of writers that did not finish."""
+
+    names: list[str] = field(default_factory=list)
+    bytes: int = 0
+    used: float = 0.0
+
+    @property
+    def kernel(self) -> bool:
+        return not all(".note" in name for name in self.names)
+
+    def remove(self, directory: int) -> None:
+        for name in self.names:
+            with contextlib.suppress(OSError):  # another process was faster, or it is a directory
+                os.unlink(name, dir_fd=directory)
+
+
+def _entries(directory: int) -> list[_Entry]:
+    entries: dict[str, _Entry] = defaultdict(_Entry)
+    for name in os.listdir(directory):
+        if not _OURS.fullmatch(name):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            entry = entries[name[:64]]
+            entry.names.append(name)
+            entry.bytes += status.st_size
+            entry.used = max(entry.used, status.st_mtime)
+    return list(entries.values())
+
+
+def _header(key: str, binary: bytes) -> bytes:
+    """What stands before a binary. It depends on the key: under another name it is not valid."""
+    size = len(binary).to_bytes(8, "little")
+    return _MAGIC + hashlib.sha256(key.encode() + size + binary).digest() + size
+
+
+def _make(path: Path) -> None:
+    if not path.is_absolute():  # "~/.cache", where the user has no home
+        raise OSError("not an absolute path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A directory that only this user can write to; held open, so that nobody can swap it."""
+    if os.open not in os.supports_dir_fd:
+        raise OSError("this system does not open files relative to a directory")
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _check(directory, stat.S_ISDIR)
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def _read(name: str, directory: int) -> bytes:
+    """The content of a file that only this user can have written."""
+    # Non-blocking: a named pipe must not hold us up before it is recognised as one.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(name, flags, dir_fd=directory)
+    try:
+        _check(descriptor, stat.S_ISREG)
+        os.utime(descriptor)  # the time of the last use
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _write(name: str, content: bytes, directory: int) -> None:
+    """Write under a temporary name, then rename: readers see all of a file or nothing."""
+    temporary = f"{name}.{os.urandom(8).hex()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except OSError:
+            os.unlink(temporary, dir_fd=directory)
+            raise
+
+
+def _check(descriptor: int, is_expected_kind: Callable[[int], bool]) -> None:
+    status = os.fstat(descriptor)
+    if not is_expected_kind(status.st_mode):
+        raise OSError("not of the expected kind")
+    if status.st_uid != os.geteuid():
+        raise OSError(f"belongs to user {status.st_uid}, not to {os.geteuid()}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError("others may write to it")

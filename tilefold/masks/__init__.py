@@ -1,0 +1,14 @@
+"""Which query may see which key: one small language with three folds.
+
+nodes           the nodes of an expression over the indices q, k, b, h
+expression      trees of nodes: walking them, and what is left when numbers are taken out
+coordinates     the coordinates of queries and keys, in 1-D and 2-D
+table_bounds    the smallest and largest entries of tables over ranges
+evaluate        the exact fold, which is the definition, and the interval fold
+runs            from an expression and block sizes to runs of tiles: skipped, full, partial
+rule            what every rule can do, joins of rules, rules of a user's own
+data_rules      the rules that carry data: documents, lengths, dense
+position_rules  the rules over positions: causal, local, chunked, prefix
+parse           rules from strings
+picture         rules as drawings
+"""

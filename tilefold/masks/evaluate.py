@@ -1,0 +1,304 @@
+"""The folds of a mask's expression that need only NumPy: exact values, and intervals over tiles.
+
+The exact fold is the definition of a mask. The interval fold says of a whole tile whether every
+pair in it is visible, or possibly some: it computes the smallest and largest value of each node
+over the tile, so skipping work needs no rule-specific code and no array of len_q x len_k. It may
+call a tile partial that is full or empty, never the other way round. It is tight where every index
+occurs once, as in comparisons of monotone coordinates: causal order, windows, chunks, lengths.
+
+Interval arithmetic: Moore, "Interval Analysis" (1966).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.masks.expression import Boolean, Slot, Table, fold
+from tilefold.masks.table_bounds import Summary, entire
+
+Array = NDArray[Any]
+
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+
+
+def exact(expression: Boolean, *, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.bool_]:
+    """Whether query q sees key k in batch b and head h; the indices broadcast against each other.
+
+    >>> from tilefold.masks.expression import Index
+    >>> q, k = np.arange(3)[:, None], np.arange(3)
+    >>> exact(Index("q") >= Index("k"), b=0, h=0, q=q, k=k).astype(int)
+    array([[1, 0, 0],
+           [1, 1, 0],
+           [1, 1, 1]])
+    """
+    indices = {
+        name: np.asarray(value, np.int64) for name, value in zip("bhqk", (b, h, q, k), strict=True)
+    }
+    shape = np.broadcast_shapes(*(value.shape for value in indices.values()))
+    result = np.asarray(fold(expression, _Exact(indices)), np.bool_)
+    return np.array(np.broadcast_to(result, shape))
+
+
+class _Exact:
+    """Each node's value is an array, or a number where it depends on no index."""
+
+    def __init__(self, indices: Mapping[str, Array]) -> None:
+        self.indices = indices
+
+    def index(self, name: str) -> Any:
+        return self.indices[name]
+
+    def constant(self, value: int) -> Any:
+        return value
+
+    def parameter(self, slot: int) -> Any:
+        raise AssertionError("a skeleton has no values")
+
+    def truth(self, value: bool) -> Any:
+        return np.bool_(value)
+
+    def lookup(self, table: Table | Slot, indices: tuple[Any, ...]) -> Any:
+        assert isinstance(table, Table)
+        value = table.array[indices]
+        return value if table.array.dtype == np.bool_ else value.astype(np.int64)
+
+    def unary(self, operator: str, operand: Any) -> Any:
+        return abs(operand) if operator == "abs" else -operand
+
+    def binary(self, operator: str, left: Any, right: Any) -> Any:
+        return _BINARY[operator](left, right)
+
+    def compare(self, operator: str, left: Any, right: Any) -> Any:
+        return np.asarray(_COMPARE[operator](left, right))
+
+    def logic(self, operator: str, operands: tuple[Any, ...]) -> Any:
+        if operator == "~":
+            return ~operands[0]
+        result = operands[0]
+        for operand in operands[1:]:
+            result = result & operand if operator == "&" else result | operand
+        return result
+
+
+class Range(NamedTuple):
+    """A number over a tile: its smallest and largest value, and its name if it is an index."""
+
+    low: Any
+    high: Any
+    name: str | None = None
+
+
+class Certainty(NamedTuple):
+    """A truth over a tile: whether it holds for all pairs for sure, and whether for any perhaps."""
+
+    all: Any
+    any: Any
+
+
+def intervals(
+    expression: Boolean, ranges: Mapping[str, tuple[Any, Any]], summary: Summary
+) -> Certainty:
+    """What is known of each tile, given the first and last `b`, `h`, `q`, `k` in it (inclusive).
+
+    The arrays of `ranges` broadcast against each other; the results broadcast to that shape but may
+    be smaller. `summary` answers for the tables.
+
+    >>> from tilefold.masks.expression import Index
+    >>> tiles = {"q": (np.array([0, 4]), np.array([3, 7])), "k": (4, 7)}
+    >>> intervals(Index("q") > Index("k"), tiles, Summary({}))
+    Certainty(all=array([False, False]), any=array([False,  True]))
+    """
+    known = fold(expression, _Intervals(ranges, summary))
+    assert isinstance(known, Certainty)
+    return known
+
+
+class _Intervals:
+    def __init__(self, ranges: Mapping[str, tuple[Any, Any]], summary: Summary) -> None:
+        self.ranges = ranges
+        self.summary = summary
+
+    def index(self, name: str) -> Range | Certainty:
+        low, high = self.ranges[name]
+        return Range(low, high, name)
+
+    def constant(self, value: int) -> Range | Certainty:
+        return Range(value, value)
+
+    def parameter(self, slot: int) -> Range | Certainty:
+        raise AssertionError("a skeleton has no values")
+
+    def truth(self, value: bool) -> Range | Certainty:
+        return Certainty(np.bool_(value), np.bool_(value))
+
+    def lookup(
+        self, table: Table | Slot, indices: tuple[Range | Certainty, ...]
+    ) -> Range | Certainty:
+        assert isinstance(table, Table)
+        low, high = self.summary.bounds(table, tuple(_range(index) for index in indices))
+        if table.array.dtype == np.bool_:
+            return Certainty(low, high)
+        return Range(low, high)
+
+    def unary(self, operator: str, operand: Range | Certainty) -> Range | Certainty:
+        low, high, _ = _range(operand)
+        if operator == "-":
+            return Range(-high, -low)
+        return Range(np.maximum(np.maximum(low, -high), 0), np.maximum(high, -low))
+
+    def binary(
+        self, operator: str, left: Range | Certainty, right: Range | Certainty
+    ) -> Range | Certainty:
+        (a, b, _), (c, d, _) = _range(left), _range(right)
+        match operator:
+            case "+":
+                return Range(a + c, b + d)
+            case "-":
+                return Range(a - d, b - c)
+            case "*":
+                return _product(a, b, c, d)
+            case "//":
+                return Range(a // c, b // c)
+        return _remainder(a, b, c)
+
+    def compare(
+        self, operator: str, left: Range | Certainty, right: Range | Certainty
+    ) -> Range | Certainty:
+        (a, b, _), (c, d, _) = _range(left), _range(right)
+        match operator:
+            case "<":
+                return Certainty(_truth(b < c), _truth(a < d))
+            case "<=":
+                return Certainty(_truth(b <= c), _truth(a <= d))
+            case ">":
+                return Certainty(_truth(a > d), _truth(b > c))
+            case ">=":
+                return Certainty(_truth(a >= d), _truth(b >= c))
+        same = _truth(a == d) & _truth(b == c)
+        meet = _truth(a <= d) & _truth(c <= b)
+        return Certainty(same, meet) if operator == "==" else Certainty(~meet, ~same)
+
+    def logic(self, operator: str, operands: tuple[Range | Certainty, ...]) -> Range | Certainty:
+        known = [operand for operand in operands if isinstance(operand, Certainty)]
+        assert len(known) == len(operands)
+        every, some = known[0]
+        if operator == "~":
+            return Certainty(~some, ~every)
+        for operand in known[1:]:
+            every = every & operand.all if operator == "&" else every | operand.all
+            some = some & operand.any if operator == "&" else some | operand.any
+        return Certainty(every, some)
+
+
+def _range(value: Range | Certainty) -> Range:
+    assert isinstance(value, Range)
+    return value
+
+
+def _truth(value: Any) -> Any:
+    """Python's bool has a `~` that is not a `not`."""
+    return np.bool_(value) if isinstance(value, bool) else value
+
+
+def _product(a: Any, b: Any, c: Any, d: Any) -> Range:
+    if isinstance(a, int) and isinstance(b, int) and a == b:
+        a, b, c, d = c, d, a, b
+    if isinstance(c, int) and isinstance(d, int) and c == d:
+        return Range(a * c, b * c) if c >= 0 else Range(b * c, a * c)
+    ends = (a * c, a * d, b * c, b * d)
+    low = np.minimum(np.minimum(ends[0], ends[1]), np.minimum(ends[2], ends[3]))
+    high = np.maximum(np.maximum(ends[0], ends[1]), np.maximum(ends[2], ends[3]))
+    return Range(low, high)
+
+
+def _remainder(a: Any, b: Any, divisor: Any) -> Range:
+    """Within one period the remainder grows with the number; past it, it may be anything."""
+    within = a // divisor == b // divisor
+    return Range(np.where(within, a % divisor, 0), np.where(within, b % divisor, divisor - 1))
+
+
+def index_bits(expression: Boolean, batch: int, heads: int, len_q: int, len_k: int) -> int:
+    """32 or 64: the integer width that holds every node of the expression at these sizes.
+
+    Raises OverflowError when 64 bits do not.
+
+    >>> from tilefold.masks.expression import Index
+    >>> index_bits(Index("q") * Index("k") < 5, batch=1, heads=1, len_q=46341, len_k=46341)
+    32
+    >>> index_bits(Index("q") * Index("k") < 5, batch=1, heads=1, len_q=46342, len_k=46342)
+    64
+    """
+    sizes = {"b": batch, "h": heads, "q": len_q, "k": len_k}
+    extent = _Extent({name: (0, max(size - 1, 0)) for name, size in sizes.items()}, Summary({}))
+    fold(expression, extent)
+    if extent.low >= -(2**31) and extent.high < 2**31:
+        return 32
+    if extent.low >= -(2**63) and extent.high < 2**63:
+        return 64
+    raise OverflowError(
+        f"the mask computes numbers from {extent.low} to {extent.high} at batch={batch}, "
+        f"heads={heads}, len_q={len_q}, len_k={len_k}; at most 64 bits are allowed"
+    )
+
+
+class _Extent(_Intervals):
+    """Intervals in Python's unbounded integers over the whole mask, remembering the extremes."""
+
+    low = 0
+    high = 0
+
+    def _see(self, value: Range | Certainty) -> Range | Certainty:
+        low, high = (int(bound) for bound in _range(value)[:2])
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        return Range(low, high)
+
+    def index(self, name: str) -> Range | Certainty:
+        return self._see(super().index(name))
+
+    def constant(self, value: int) -> Range | Certainty:
+        return self._see(super().constant(value))
+
+    def lookup(
+        self, table: Table | Slot, indices: tuple[Range | Certainty, ...]
+    ) -> Range | Certainty:
+        assert isinstance(table, Table)
+        if table.array.dtype == np.bool_:
+            return Certainty(*entire(table))
+        return self._see(Range(*entire(table)))
+
+    def unary(self, operator: str, operand: Range | Certainty) -> Range | Certainty:
+        low, high, _ = _range(operand)
+        if operator == "abs":
+            return self._see(Range(max(low, -high, 0), max(high, -low)))
+        return self._see(Range(-high, -low))
+
+    def binary(
+        self, operator: str, left: Range | Certainty, right: Range | Certainty
+    ) -> Range | Certainty:
+        (a, b, _), (c, d, _) = _range(left), _range(right)
+        if operator == "*":
+            ends = (a * c, a * d, b * c, b * d)
+            return self._see(Range(min(ends), max(ends)))
+        if operator == "%":
+            within = a // c == b // c
+            return self._see(Range(a % c, b % c) if within else Range(0, c - 1))
+        return self._see(super().binary(operator, left, right))

@@ -1,0 +1,242 @@
+"""The rules of masks: which query may see which key.
+
+Here stand the rules over positions; `rules` holds their base, `&`, `|`, `~` and `rule`, and `data`
+the rules that carry arrays. All are values: they compare by structure, hash, and print as the call
+that makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from tilefold.common.check import shown, whole
+from tilefold.masks.coordinates import Coordinates, coordinates
+from tilefold.masks.data_rules import dense, documents, lengths
+from tilefold.masks.expression import Boolean, Index, Logic, Truth
+from tilefold.masks.rule import Rule, rule
+
+__all__ = [
+    "Rule",
+    "causal",
+    "chunked",
+    "dense",
+    "documents",
+    "full",
+    "lengths",
+    "local",
+    "prefix",
+    "rule",
+]
+
+
+@dataclass(frozen=True, repr=False)
+class Full(Rule):
+    """See `full`."""
+
+    def bind(self, len_q: int, len_k: int) -> Boolean:
+        """Always true."""
+        return Truth(True)
+
+    def __repr__(self) -> str:
+        return "full()"
+
+
+def full() -> Rule:
+    """Every query sees every key.
+
+    >>> print(full().to_dense(2, 3).astype(int))
+    [[1 1 1]
+     [1 1 1]]
+    """
+    return Full()
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(Rule):
+    """See `causal`."""
+
+    coordinates: Coordinates
+
+    def bind(self, len_q: int, len_k: int) -> Boolean:
+        """The order of the coordinates."""
+        self.coordinates.check(repr(self), len_q, len_k)
+        order_q, order_k = self.coordinates.order(len_q, len_k)
+        return order_q >= order_k
+
+    def __repr__(self) -> str:
+        return f"causal({_arguments(self.coordinates)})"
+
+
+def causal(
+    align: str = "end",
+    sync: str | None = None,
+    grid_q: tuple[int, int] | None = None,
+    grid_k: tuple[int, int] | None = None,
+) -> Rule:
+    """A query sees the keys at its own position and before.
+
+    >>> print(causal().to_dense(4, 4).astype(int))
+    [[1 0 0 0]
+     [1 1 0 0]
+     [1 1 1 0]
+     [1 1 1 1]]
+
+    Arguments:
+        align: "end": the last query meets the last key; "start": query i meets key i.
+        sync: spreads the shorter sequence over the longer one; replaces align. "none_front" is
+            align="start"; "scale_front" and "scale_end" put a short position at the first or the
+            last of the long positions that it stands for.
+        grid_q: (height, width) of a 2-D sequence of queries, flattened row by row; then earlier
+            rows are seen whole, and in the same row the columns up to the query's own.
+        grid_k: the same for keys; grid_q where absent.
+
+    Raises TypeError or ValueError for other values, and ValueError once the rule meets lengths
+    that the grids do not multiply to.
+    """
+    return Causal(coordinates("causal", align, sync, grid_q, grid_k))
+
+
+@dataclass(frozen=True, repr=False)
+class Local(Rule):
+    """See `local`."""
+
+    window: int
+    stride: int
+    causal: bool
+    coordinates: Coordinates
+
+    def bind(self, len_q: int, len_k: int) -> Boolean:
+        """The distance per dimension is below the window and a multiple of the stride."""
+        self.coordinates.check(repr(self), len_q, len_k)
+        tests: list[Boolean] = []
+        for axis in self.coordinates.axes(len_q, len_k):
+            distance = abs(axis.q - axis.k)
+            # No distance reaches `longest`, so larger numbers mean the same and may not overflow.
+            longest = max(axis.size_q, axis.size_k, 1)
+            tests.append(distance < min(self.window * self.stride, longest))
+            if self.stride > 1:
+                tests.append(distance % min(self.stride, longest) == 0)
+        if self.causal:
+            order_q, order_k = self.coordinates.order(len_q, len_k)
+            tests.append(order_q >= order_k)
+        return tests[0] if len(tests) == 1 else Logic("&", tuple(tests))
+
+    def __repr__(self) -> str:
+        stride = "" if self.stride == 1 else f"stride={self.stride}"
+        flag = "causal=True" if self.causal else ""
+        return f"local({_join(str(self.window), stride, _arguments(self.coordinates), flag)})"
+
+
+def local(
+    window: int,
+    stride: int = 1,
+    align: str = "end",
+    causal: bool = False,
+    sync: str | None = None,
+    grid_q: tuple[int, int] | None = None,
+    grid_k: tuple[int, int] | None = None,
+) -> Rule:
+    """A query sees the keys closer than `window` on either side, itself included.
+
+    >>> print(local(2).to_dense(4, 4).astype(int))
+    [[1 1 0 0]
+     [1 1 1 0]
+     [0 1 1 1]
+     [0 0 1 1]]
+
+    Arguments:
+        window: keys per side and dimension, the query's own counted: 2 * window - 1 in all.
+        stride: sees only every stride-th position, counted from the query.
+        causal: hides later keys as `causal` does with the same coordinates.
+        align, sync, grid_q, grid_k: the coordinates, as for `causal`; in 2-D a window is square.
+
+    Raises TypeError or ValueError for other values, and ValueError once the rule meets lengths
+    that the grids do not multiply to.
+    """
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"local: causal must be True or False, got {shown(causal)}")
+    return Local(
+        whole("local: window", window, 1),
+        whole("local: stride", stride, 1),
+        bool(causal),
+        coordinates("local", align, sync, grid_q, grid_k),
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class Prefix(Rule):
+    """See `prefix`."""
+
+    length: int
+    causal: bool
+
+    def bind(self, len_q: int, len_k: int) -> Boolean:
+        """Early keys, or earlier keys."""
+        early = Index("k") < min(self.length, len_k)
+        return early | Causal(Coordinates()).bind(len_q, len_k) if self.causal else early
+
+    def __repr__(self) -> str:
+        return f"prefix({_join(str(self.length), '' if self.causal else 'causal=False')})"
+
+
+def prefix(n: int, causal: bool = True) -> Rule:
+    """Every query sees the first n keys, and beyond them what `causal()` lets it see.
+
+    >>> print(prefix(2).to_dense(4, 4).astype(int))
+    [[1 1 0 0]
+     [1 1 0 0]
+     [1 1 1 0]
+     [1 1 1 1]]
+
+    With causal=False, the first n keys alone.
+
+    Raises TypeError or ValueError unless n is a whole number >= 0 and causal a bool.
+    """
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"prefix: causal must be True or False, got {shown(causal)}")
+    return Prefix(whole("prefix: n", n, 0), bool(causal))
+
+
+@dataclass(frozen=True, repr=False)
+class Chunked(Rule):
+    """See `chunked`."""
+
+    size: int
+
+    def bind(self, len_q: int, len_k: int) -> Boolean:
+        """The same chunk of raw indices."""
+        size = min(self.size, max(len_q, len_k, 1))
+        return Index("q") // size == Index("k") // size
+
+    def __repr__(self) -> str:
+        return f"chunked({self.size})"
+
+
+def chunked(size: int) -> Rule:
+    """A query sees the keys of its own chunk: index q // size == k // size.
+
+    >>> print(chunked(2).to_dense(4, 4).astype(int))
+    [[1 1 0 0]
+     [1 1 0 0]
+     [0 0 1 1]
+     [0 0 1 1]]
+
+    Raises TypeError or ValueError unless size is a whole number >= 1.
+    """
+    return Chunked(whole("chunked: size", size, 1))
+
+
+def _join(*arguments: str) -> str:
+    return ", ".join(argument for argument in arguments if argument)
+
+
+def _arguments(coordinates: Coordinates) -> str:
+    given = []
+    for field in fields(coordinates):
+        value = getattr(coordinates, field.name)
+        same = field.name == "grid_k" and value == coordinates.grid_q
+        if value != field.default and not same:
+            given.append(f"{field.name}={value!r}".replace("'", '"'))
+    return ", ".join(given)

@@ -1,0 +1,136 @@
+"""The implementations on one small problem, beside the definition and each other.
+
+Grouped queries, a window, queries that see nothing: what implementations treat differently. On
+NumPy arrays o and lse are compared; on torch tensors, on every device here, o and the gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import api
+from tilefold.implementations import NAMES
+from tilefold.masks.position_rules import causal, local
+from tilefold.measuring import baselines
+from tilefold.measuring.workload import Arrays, Case
+from tilefold.problems import reference
+from tilefold.problems.attention import Problem
+
+Array = NDArray[np.float64]
+
+PROBLEM = Problem.of((2, 4, 40, 24), (2, 2, 33, 24), (2, 2, 33, 16), mask=causal() & local(20))
+ARRAYS = "NumPy arrays"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What one implementation made of the problem on arrays of one kind.
+
+    `error` is its largest, relative to the largest number of the definition; None with the `reason`
+    why there is no result. `broken`: the reason is an error, not that something is not there.
+    """
+
+    implementation: str
+    arrays: str
+    error: float | None = None
+    reason: str | None = None
+    broken: bool = False
+    results: dict[str, Array] = field(default_factory=dict, compare=False, repr=False)
+
+
+def check() -> list[Agreement]:
+    """Every implementation on every kind of arrays that is here."""
+    inputs = _inputs()
+    o, lse = reference.attention(inputs.q, inputs.k, inputs.v, mask=PROBLEM.mask)
+    gradients = reference.attention_backward(
+        inputs.do, inputs.q, inputs.k, inputs.v, o, lse, mask=PROBLEM.mask
+    )
+    expected = {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+
+    def of_arrays(name: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"mask": PROBLEM.mask, "return_lse": True, "impl": name}
+        o, lse = api.attention(inputs.q, inputs.k, inputs.v, **options)
+        return {"o": o, "lse": lse}
+
+    def of_tensors(device: str, name: str) -> dict[str, Any]:
+        forward, backward = (
+            baselines.results(baselines.implementation(name, device, Case(PROBLEM, each), inputs)())
+            for each in ("forward", "backward")
+        )
+        return dict(zip(("o", "dq", "dk", "dv"), (*forward, *backward), strict=True))
+
+    found = [_try(name, ARRAYS, of_arrays, expected) for name in NAMES]
+    if importlib.util.find_spec("torch"):
+        from tilefold.implementations.torch import devices
+
+        for device in devices():
+            for name in NAMES:
+                run = functools.partial(of_tensors, device)
+                found.append(_try(name, f"tensors on {device}", run, expected))
+    return found
+
+
+def largest_difference(found: list[Agreement]) -> float:
+    """Between any two that were found, relative as `error` is."""
+    made = [each.results for each in found if each.results]
+    differences = [
+        error(one[name], other[name])
+        for number, one in enumerate(made)
+        for other in made[:number]
+        for name in one.keys() & other.keys()
+    ]
+    return max(differences, default=0.0)
+
+
+def error(found: Any, expected: Any) -> float:
+    """The largest difference; infinities must agree, NaN must not occur."""
+    found = found.astype(np.float64)
+    finite = np.isfinite(expected)
+    if (
+        not np.array_equal(np.isfinite(found), finite)
+        or (found[~finite] != expected[~finite]).any()
+    ):
+        return float("inf")
+    difference = np.abs(found[finite] - expected[finite]).max(initial=0)
+    return float(difference / max(1.0, np.abs(expected[finite]).max(initial=0)))
+
+
+def _try(
+    name: str, arrays: str, run: Callable[[str], dict[str, Any]], expected: dict[str, Array]
+) -> Agreement:
+    try:
+        results = {key: np.asarray(each, np.float64) for key, each in run(name).items()}
+    except (NotImplementedError, ModuleNotFoundError) as raised:
+        return Agreement(name, arrays, reason=_line(raised))
+    except Exception as raised:  # whatever is wrong here is to be shown
+        return Agreement(
+            name, arrays, reason=f"{type(raised).__name__}: {_line(raised)}", broken=True
+        )
+    worst = max(error(each, expected[key]) for key, each in results.items())
+    return Agreement(name, arrays, worst, results=results)
+
+
+def _line(raised: Exception) -> str:
+    return " ".join(str(raised).split())
+
+
+def _inputs() -> Arrays:
+    """Normal numbers; o and lse are not needed, since every pass here begins at the first."""
+    rng, p = np.random.default_rng(0), PROBLEM
+    q, k, v, do = (
+        rng.standard_normal((p.batch, heads, length, dim), np.float32)
+        for heads, length, dim in (
+            (p.heads_q, p.len_q, p.dim),
+            (p.heads_kv, p.len_k, p.dim),
+            (p.heads_kv, p.len_k, p.dim_v),
+            (p.heads_q, p.len_q, p.dim_v),
+        )
+    )
+    return Arrays(q, k, v, do, np.empty(0), np.empty(0))

@@ -1,0 +1,369 @@
+"""Other implementations of the same thing, each an adapter of a few lines.
+
+A peer is made ready outside of the clock: its arrays are in its own layout and type, its graph is
+compiled, its threads are set. What is left in the call is what its user would wait for. Each is
+imported when it is asked for; what a peer cannot do raises NotImplementedError with the reason, as
+data for the table that would have held its time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import api
+from tilefold.backends.cpu.device import host
+from tilefold.masks.position_rules import causal, full
+from tilefold.measuring.workload import Array, Arrays, Call, Case
+from tilefold.problems import reference
+
+TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Relative error, by norm, above which a peer computes something else."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation: what to import before anything runs, and how its call is made.
+
+    `layout` is that of its results. `own_team`: it has threads of its own, not those of the OpenMP
+    runtime that tilefold and torch share. `environment` is set before the import.
+    """
+
+    modules: tuple[str, ...]
+    make: Callable[[Case, Arrays], Call]
+    layout: str = "bhnd"
+    own_team: bool = False
+    environment: Mapping[str, str] | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """The first of its modules that is not installed."""
+        return next((name for name in self.modules if not importlib.util.find_spec(name)), None)
+
+    def load(self) -> None:
+        """Import it. Raises ModuleNotFoundError."""
+        for name, value in (self.environment or {}).items():
+            os.environ.setdefault(name, value)
+        for name in self.modules:
+            importlib.import_module(name)
+
+
+def numpy_peer(case: Case, a: Arrays) -> Call:
+    """Dense attention in basic operations, in the type that the case is computed in."""
+    mask, dtype = case.problem.mask, a.lse.dtype
+    if case.operation == "forward":
+        return lambda: reference.attention(a.q, a.k, a.v, mask=mask, dtype=dtype)[0]
+    _only_backward(case)
+    inputs = (a.do, a.q, a.k, a.v, a.o, a.lse)
+    return lambda: reference.attention_backward(*inputs, mask=mask, dtype=dtype)
+
+
+def torch_peer(case: Case, a: Arrays) -> Call:
+    """PyTorch's `scaled_dot_product_attention` on the CPU, and its own gradient."""
+    import torch
+
+    torch.set_num_threads(case.threads)
+    torch.set_float32_matmul_precision(case.problem.precision)
+    q, k, v, do = (tensor(x) for x in (a.q, a.k, a.v, a.do))
+    options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    if _square_causal(case):
+        options["is_causal"] = True
+    elif case.problem.mask != full():
+        options["attn_mask"] = torch.from_numpy(_dense(case))
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
+    if case.operation == "forward":
+        return lambda: attend(q, k, v, **options)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    if case.operation == "backward":
+        o = attend(*inputs, **options)
+        return lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
+    return lambda: torch.autograd.grad(attend(*inputs, **options), inputs, do)
+
+
+def flex_peer(case: Case, a: Arrays) -> Call:
+    """PyTorch's FlexAttention, compiled, with a block mask; it has no gradient on the CPU."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    _only_forward(case, "FlexAttention has no backward on the CPU")
+    problem = case.problem
+    torch.set_num_threads(case.threads)
+    q, k, v = (tensor(x) for x in (a.q, a.k, a.v))
+    options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    if problem.mask != full():
+        # Without data a rule prints as the Python that FlexAttention asks for.
+        rule = str(problem.mask.bind(problem.len_q, problem.len_k))
+        if "#" in rule:
+            raise NotImplementedError("the adapter of FlexAttention takes no rules with data")
+        visible = eval(f"lambda b, h, q, k: {rule}")
+        lengths = (problem.len_q, problem.len_k)
+        options["block_mask"] = create_block_mask(visible, None, None, *lengths, device="cpu")
+    torch.compiler.reset()  # it compiles a function eight times at most, then no longer, quietly
+    attend: Any = torch.compile(flex_attention)
+    return lambda: attend(q, k, v, **options)
+
+
+def onnxruntime_peer(case: Case, a: Arrays) -> Call:
+    """ONNX Runtime's `MultiHeadAttention`."""
+    import onnx
+    import onnxruntime
+
+    problem = case.problem
+    _only_forward(case, "ONNX Runtime has no gradients")
+    if problem.dtype != "float32":
+        raise NotImplementedError("MultiHeadAttention of ONNX Runtime is float32 on the CPU")
+    if problem.heads_q != problem.heads_kv:
+        raise NotImplementedError("MultiHeadAttention has no grouped queries")
+    feeds = {name: _sequence_first(x) for name, x in zip("qkv", (a.q, a.k, a.v), strict=True)}
+    feeds = {name: x.reshape(*x.shape[:2], -1) for name, x in feeds.items()}
+    inputs = ["q", "k", "v"]
+    if problem.mask != full() and not _square_causal(case):
+        inputs += ["", "", "bias"]  # the two between are a bias of the projections and padding
+        feeds["bias"] = np.where(_dense(case), np.float32(0), np.float32(-np.inf))
+    real = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node(
+                "MultiHeadAttention",
+                inputs,
+                ["o"],
+                domain="com.microsoft",
+                num_heads=problem.heads_q,
+                unidirectional=int(_square_causal(case)),
+            )
+        ],
+        "attention",
+        [onnx.helper.make_tensor_value_info(n, real, x.shape) for n, x in feeds.items()],
+        [onnx.helper.make_tensor_value_info("o", real, None)],
+    )
+    domains = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = case.threads
+    # Its threads would keep the cores busy in the others' turns; its own times do not change.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    shape = (problem.batch, problem.len_q, problem.heads_q, problem.dim_v)
+    return lambda: session.run(None, feeds)[0].reshape(shape)
+
+
+def openvino_peer(case: Case, a: Arrays) -> Call:
+    """OpenVINO's `ScaledDotProductAttention`, held to the type of the case."""
+    import openvino
+
+    problem = case.problem
+    _only_forward(case, "OpenVINO has no gradients")
+    kind = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}.get(problem.dtype)
+    if kind is None:
+        raise NotImplementedError(f"OpenVINO computes in float32 or bfloat16, not {problem.dtype}")
+    if problem.heads_q != problem.heads_kv:
+        raise NotImplementedError("ScaledDotProductAttention has no grouped queries")
+    operators = importlib.import_module("openvino.opset13")
+    bits = {"float32": np.float32, "bfloat16": np.uint16}[problem.dtype]
+    feeds = [(x.view(bits), kind) for x in (a.q, a.k, a.v)]
+    if problem.mask != full() and not _square_causal(case):
+        feeds.append((_dense(case), openvino.Type.boolean))
+    parameters = [operators.parameter(x.shape, type_) for x, type_ in feeds]
+    node = operators.scaled_dot_product_attention(*parameters, causal=_square_causal(case))
+    settings = {
+        "INFERENCE_NUM_THREADS": case.threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": kind,  # else float32 is computed in bfloat16 where that is fast
+    }
+    model = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", settings)
+    request = model.create_infer_request()
+    for number, (x, type_) in enumerate(feeds):
+        request.set_input_tensor(number, openvino.Tensor(x, x.shape, type_))
+
+    def call(_keep_alive: object = feeds) -> object:  # a Tensor does not own the memory it shares
+        request.infer()
+        return request.get_output_tensor(0).data.view(a.q.dtype)
+
+    return call
+
+
+def jax_peer(case: Case, a: Arrays) -> Call:
+    """`jax.nn.dot_product_attention` under jit, and its vector-Jacobian product."""
+    import jax
+
+    if case.problem.dtype == "float16":
+        raise NotImplementedError("dot_product_attention of JAX has no float16 on the CPU")
+    _all_threads(case, "JAX")
+    q, k, v, do = (jax.numpy.asarray(_sequence_first(x)) for x in (a.q, a.k, a.v, a.do))
+    options: dict[str, Any] = {}
+    if _square_causal(case):
+        options["is_causal"] = True
+    elif case.problem.mask != full():
+        options["mask"] = jax.numpy.asarray(_dense(case))
+
+    attend = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options))
+    if case.operation == "forward":
+        return lambda: attend(q, k, v).block_until_ready()
+    if case.operation == "backward":
+        _, pull = jax.vjp(attend, q, k, v)
+        gradients = jax.jit(lambda pull, do: pull(do))
+        return lambda: jax.block_until_ready(gradients(pull, do))
+    both = jax.jit(lambda q, k, v, do: jax.vjp(attend, q, k, v)[1](do))
+    return lambda: jax.block_until_ready(both(q, k, v, do))
+
+
+def keras_peer(case: Case, a: Arrays) -> Call:
+    """`keras.ops.dot_product_attention` on TensorFlow, inside a `tf.function`."""
+    import keras
+    import tensorflow
+
+    _all_threads(case, "TensorFlow")
+    if keras.backend.backend() != "tensorflow":
+        raise NotImplementedError("Keras was imported with another backend than TensorFlow")
+    q, k, v, do = (tensorflow.constant(_sequence_first(x)) for x in (a.q, a.k, a.v, a.do))
+    options: dict[str, Any] = {}
+    if _square_causal(case):
+        options["is_causal"] = True
+    elif case.problem.mask != full():
+        options["mask"] = tensorflow.constant(_dense(case))
+
+    attend = tensorflow.function(
+        lambda q, k, v: keras.ops.dot_product_attention(q, k, v, **options)
+    )
+    if case.operation == "forward":
+        return lambda: attend(q, k, v)
+
+    def taped() -> Call:
+        with tensorflow.GradientTape(persistent=case.operation == "backward") as tape:
+            tape.watch((q, k, v))
+            o = attend(q, k, v)
+        return lambda: tape.gradient(o, (q, k, v), do)
+
+    if case.operation == "backward":
+        return taped()
+    return lambda: taped()()
+
+
+def implementation(name: str, device: str, case: Case, a: Arrays, *, wait: bool = True) -> Call:
+    """One of `implementations.NAMES` on torch tensors on a device, gradients by autograd.
+
+    With `wait` the call returns when the device is done.
+    """
+    import torch
+
+    from tilefold.implementations.torch import finish, tensor_of
+
+    problem = case.problem
+    if device == "mps" and problem.dtype == "float64":
+        raise NotImplementedError("torch has no float64 on Apple GPUs")
+    torch.set_num_threads(case.threads)
+    torch.set_float32_matmul_precision(problem.precision)
+    q, k, v, do = (tensor_of(x).to(device) for x in (a.q, a.k, a.v, a.do))
+    options: dict[str, Any] = {"mask": problem.mask, "precision": problem.precision, "impl": name}
+    inputs = [q, k, v]
+    if case.operation != "forward":
+        inputs = [x.detach().requires_grad_() for x in inputs]
+    kept = api.attention(*inputs, **options) if case.operation == "backward" else None
+
+    def call() -> object:
+        made = api.attention(*inputs, **options) if kept is None else kept
+        if case.operation != "forward":
+            made = torch.autograd.grad(made, inputs, do, retain_graph=made is kept)
+        if wait:
+            finish(device)
+        return made
+
+    return call
+
+
+PEERS: Mapping[str, Peer] = {
+    "torch": Peer(("torch",), torch_peer),
+    "flex": Peer(("torch",), flex_peer),
+    "onnxruntime": Peer(("onnx", "onnxruntime"), onnxruntime_peer, "bnhd", own_team=True),
+    "openvino": Peer(("openvino",), openvino_peer, own_team=True),
+    "jax": Peer(("jax",), jax_peer, "bnhd", own_team=True),
+    "keras": Peer(
+        ("tensorflow", "keras"),
+        keras_peer,
+        "bnhd",
+        own_team=True,
+        environment={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"},
+    ),
+    "numpy": Peer(("numpy",), numpy_peer),
+}
+"""Every implementation that there is an adapter of, installed or not."""
+
+
+def check(name: str, case: Case, expected: object, found: object) -> float:
+    """The relative error of a peer's result. Raises ArithmeticError where it is something else."""
+    layout = PEERS[name].layout if name in PEERS else "bhnd"
+    errors = []
+    for mine, theirs in zip(results(expected), results(found), strict=True):
+        turned = theirs.swapaxes(1, 2) if layout == "bnhd" else theirs
+        if turned.shape != mine.shape:
+            raise ArithmeticError(f"{name} gives {turned.shape} where {mine.shape} is asked for")
+        errors.append(float(np.linalg.norm(turned - mine) / np.linalg.norm(mine)))
+    error = float(np.max(errors))  # NaN where one of them is
+    if not error <= TOLERANCE[case.problem.dtype]:
+        raise ArithmeticError(f"{name} computes something else: relative error {error:.1e}")
+    return error
+
+
+def results(value: object) -> list[NDArray[np.float64]]:
+    """What a call returned, as arrays of float64."""
+    many = value if isinstance(value, (tuple, list)) else (value,)
+    found = []
+    for each in many:
+        if hasattr(each, "detach"):
+            each = each.detach().cpu().double()
+        found.append(np.asarray(each).astype(np.float64))
+    return found
+
+
+def tensor(x: Array) -> Any:
+    """A torch tensor that shares an array's memory; torch reads no bfloat16 of NumPy's."""
+    import torch
+
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def _sequence_first(x: Array) -> Array:
+    """The layout (batch, sequence, heads, dim)."""
+    return np.ascontiguousarray(x.swapaxes(1, 2))
+
+
+def _square_causal(case: Case) -> bool:
+    """Whether every library's own causal flag says the same as the rule."""
+    return case.problem.mask == causal() and case.problem.len_q == case.problem.len_k
+
+
+def _dense(case: Case) -> NDArray[np.bool_]:
+    """The rule as an array of four axes."""
+    problem = case.problem
+    dense = problem.mask.to_dense(problem.len_q, problem.len_k, problem.batch, problem.heads_q)
+    return np.ascontiguousarray(dense.reshape((1,) * (4 - dense.ndim) + dense.shape))
+
+
+def _only_forward(case: Case, reason: str) -> None:
+    if case.operation != "forward":
+        raise NotImplementedError(reason)
+
+
+def _only_backward(case: Case) -> None:
+    if case.operation != "backward":
+        raise NotImplementedError("the reference has no call for both passes")
+
+
+def _all_threads(case: Case, library: str) -> None:
+    """Raise where a library, which has as many threads as the process has cores, has too many."""
+    if case.threads != host().cores:
+        raise NotImplementedError(
+            f"{library} has as many threads as the process may use cores, and no way to change"
+            f" that afterwards: bind the process to {case.threads} of them"
+        )

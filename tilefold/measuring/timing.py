@@ -1,0 +1,271 @@
+"""Timing: implementations measured turn by turn in one process, on the same random arrays.
+
+A machine's clock, its neighbours and its caches drift within seconds. So every implementation runs
+once per round, in rotating order, and what is compared is the ratio of medians of the same rounds.
+What a peer returned on its first call is compared with tilefold's result before it is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tilefold.backends.cpu import dispatch, threads
+from tilefold.backends.cpu.choice import family
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.plan import plan
+from tilefold.measuring import baselines
+from tilefold.measuring.workload import Array, Arrays, Call, Case, arrays, own
+from tilefold.planning.roofline import visible_pairs
+from tilefold.problems.buffer import Buffer
+
+SWEEP_TRAVERSE = (32, 64, 128, 256)
+"""Traversed rows per block that a sweep tries, cut to whole register tiles."""
+
+PAUSE = 0.01
+"""Seconds before each turn where implementations have teams of their own: GNU's OpenMP spins for
+some 7 ms after its work (EPYC, 2 cores), on cores that belong to the next turn.
+"""
+
+_SIZES = ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one implementation reached in one case, or the reason why it has no times.
+
+    `prepare_seconds` passed before its first call: arrays turned, graphs and masks built.
+    """
+
+    case: Case
+    name: str
+    seconds: tuple[float, ...]
+    pairs: int
+    first_call_seconds: float
+    reason: str | None = None
+    prepare_seconds: float = 0
+
+    @property
+    def flops(self) -> int:
+        """Operations over visible pairs."""
+        return self.case.flops(self.pairs)
+
+    @property
+    def median(self) -> float:
+        """Seconds of a call, the median over the rounds; NaN without any."""
+        return statistics.median(self.seconds) if self.seconds else math.nan
+
+    @property
+    def gflops(self) -> float:
+        """Billions of operations per second, by the median."""
+        return self.flops / self.median / 1e9
+
+    def record(self, own: Row | None) -> dict[str, Any]:
+        """The row as plain values, beside tilefold's row of the same case, if that has times."""
+        problem = self.case.problem
+        sizes = {name: getattr(problem, name) for name in _SIZES}
+        timed = {
+            "median_seconds": self.median,
+            "best_seconds": min(self.seconds, default=None),
+            "prepare_seconds": self.prepare_seconds,
+            "first_call_seconds": self.first_call_seconds,
+            "gflops": self.gflops,
+            "tilefold_speedup": self.median / own.median if own and not own.reason else None,
+        }
+        return {
+            **sizes,
+            "shape": self.case.shape,
+            "dtype": problem.dtype,
+            "precision": problem.precision,
+            "mask": str(problem.mask),
+            "operation": self.case.operation,
+            "threads": self.case.threads,
+            "name": self.name,
+            "rounds": len(self.seconds),
+            **(timed if self.reason is None else dict.fromkeys(timed)),
+            "reason": self.reason,
+        }
+
+
+def turn_by_turn(
+    calls: Mapping[str, Call],
+    *,
+    seconds: float,
+    least: int = 3,
+    most: int = 1000,
+    pause: float = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Times of each call by a clock, in rounds of one turn each, for about `seconds` in all.
+
+    `pause` seconds pass before each turn.
+    """
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    for number in range(most):
+        if number >= least and time.perf_counter() > end:
+            break
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            if pause:
+                time.sleep(pause)
+            start = clock()
+            calls[name]()
+            times[name].append(clock() - start)
+    return times
+
+
+def measure(
+    case: Case, names: Sequence[str] = (), *, seconds: float = 1.0, sweep: bool = False
+) -> list[Row]:
+    """Time tilefold and some of `peers.PEERS` on one case; tilefold's row comes first.
+
+    With `sweep` every block size of `block_sizes` follows, as rows of their own. A first call of
+    each compiles what has to be compiled; it is reported by itself. A peer that cannot do the case,
+    or whose result is another one, has a row with the reason instead of times.
+    """
+    for name in names:
+        # Before any call of ours: threads are then those of the peer's runtime, not a second team.
+        baselines.PEERS[name].load()
+    with using_threads(case.threads):
+        inputs = arrays(case)
+        calls = {"tilefold": own(case, inputs)}
+        first, expected = first_call(calls["tilefold"])
+        firsts = {"tilefold": first}
+        makers = {
+            name: functools.partial(baselines.PEERS[name].make, case, inputs) for name in names
+        }
+        started = _start(case, makers, expected)
+        calls |= started.calls
+        if sweep:
+            swept = block_sizes(case, inputs)
+            firsts |= {label: first_call(call)[0] for label, call in swept.items()}
+            calls |= swept
+        pause = PAUSE if any(baselines.PEERS[name].own_team for name in names) else 0
+        timed = turn_by_turn(calls, seconds=seconds, pause=pause)
+    started.firsts |= firsts
+    return _rows(case, dict.fromkeys(["tilefold", *names, *calls]), started, timed)
+
+
+def measure_implementations(
+    case: Case, names: Sequence[str], device: str, *, seconds: float = 1.0
+) -> list[Row]:
+    """Time some of `implementations.NAMES` on one case, on tensors on a device of torch's.
+
+    Each has a row, in this order; what they are checked against is tilefold's result on the CPU.
+    One that cannot do the case, or has not the memory for it, has the reason instead of times.
+    """
+    with using_threads(case.threads):
+        inputs = arrays(case)
+        expected = own(case, inputs)()
+        makers = {
+            name: functools.partial(baselines.implementation, name, device, case, inputs)
+            for name in names
+        }
+        started = _start(case, makers, expected)
+        timed = turn_by_turn(started.calls, seconds=seconds) if started.calls else {}
+    return _rows(case, names, started, timed)
+
+
+@dataclass
+class _Started:
+    """Implementations made ready, by name: their calls, or the reasons why there is none."""
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    prepared: dict[str, float] = field(default_factory=dict)
+    firsts: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def _start(case: Case, makers: Mapping[str, Callable[[], Call]], expected: object) -> _Started:
+    """Make each call, make it once, and keep those that return what is expected."""
+    started = _Started()
+    for name, make in makers.items():
+        start = time.perf_counter()
+        try:
+            call = make()
+            started.prepared[name] = time.perf_counter() - start
+            started.firsts[name], found = first_call(call)
+            baselines.check(name, case, expected, found)
+        except (RuntimeError, ArithmeticError, MemoryError) as error:
+            started.reasons[name] = " ".join(str(error).split())
+        else:
+            started.calls[name] = call
+    return started
+
+
+def _rows(
+    case: Case, order: Iterable[str], started: _Started, timed: Mapping[str, Sequence[float]]
+) -> list[Row]:
+    pairs = visible_pairs(case.problem)
+    return [
+        Row(
+            case,
+            name,
+            tuple(timed.get(name, ())),
+            pairs,
+            started.firsts.get(name, math.nan),
+            started.reasons.get(name),
+            started.prepared.get(name, 0),
+        )
+        for name in order
+    ]
+
+
+def first_call(call: Call) -> tuple[float, object]:
+    """Seconds of one call, and its result."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def block_sizes(case: Case, a: Arrays) -> dict[str, Call]:
+    """The same call with other register tiles and blocks: `6x4 by 96` is 6 rows of 4 vectors, and
+    about 96 traversed rows at a time.
+    """
+    buffers = operands(case, a)
+    calls: dict[str, Call] = {}
+    for tile in family(case.problem, host(), case.operation).tiles:
+        for wanted in SWEEP_TRAVERSE:
+            block = max(1, wanted // tile.rows) * tile.rows
+            made = plan(
+                case.problem, host(), case.operation, "auto", tile=tile, block_traverse=block
+            )
+            calls[f"{tile} by {wanted}"] = functools.partial(dispatch.run, made, buffers)
+    return calls
+
+
+def operands(case: Case, a: Arrays) -> dict[str, Buffer]:
+    """The arrays of a case by their names in the kernels, with outputs of their own."""
+    outputs = [np.empty_like(x) for x in (a.q, a.k, a.v, a.o, a.lse)]
+    named = {"q": a.q, "k": a.k, "v": a.v, "do": a.do, "o": a.o, "lse": a.lse}
+    if case.operation == "forward":
+        named |= {"o": outputs[3], "lse": outputs[4]}
+    else:
+        named |= {"dq": outputs[0], "dk": outputs[1], "dv": outputs[2]}
+    return {name: _buffer(array) for name, array in named.items()}
+
+
+def _buffer(array: Array) -> Buffer:
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    return Buffer(array.ctypes.data, array.shape, strides, str(array.dtype), array)
+
+
+@contextmanager
+def using_threads(number: int) -> Iterator[None]:
+    """So many threads inside, as many as before after it."""
+    before = threads.get_num_threads()
+    threads.set_num_threads(number)
+    try:
+        yield
+    finally:
+        threads.set_num_threads(before)

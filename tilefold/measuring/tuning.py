@@ -1,0 +1,245 @@
+"""Which blocks are the fastest here: candidates measured turn by turn, and the winners kept.
+
+For each pass of a case, on random data:
+
+    every tile that the registers hold, with as many traversed rows as the table's scratch
+    the best three of these tiles, with other numbers of traversed rows
+    the best four of all
+
+The table's blocks run in every round. What is compared is a candidate's time over theirs in the
+same round, and the median of that over the rounds: a clock that drifts slows both. Who is first
+among many by noise is not first again among few: only the last stage decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tilefold.backends.cpu import dispatch, tuned
+from tilefold.backends.cpu.choice import family, table_blocks, usual_blocks, winner_key
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.plan import Plan, plan
+from tilefold.backends.cpu.spec import DECODE, PARALLEL
+from tilefold.backends.cpu.tables import RegisterTile
+from tilefold.backends.cpu.tuned import Blocks, Key, Machine, Timed, Winner
+from tilefold.measuring.environment import circumstances
+from tilefold.measuring.timing import operands, turn_by_turn, using_threads
+from tilefold.measuring.workload import Arrays, Call, Case, arrays
+from tilefold.planning.roofline import PASSES
+
+TRAVERSE = (32, 64, 96, 128, 160, 192, 256, 512)
+"""Traversed rows per block that are tried, cut to whole register tiles."""
+STAGES = 3
+KEPT_TILES, KEPT_BLOCKS = 3, 4
+"""How many go on into the second and the third stage."""
+LEAST_GAIN, LEAST_SHARE = 0.01, 0.75
+"""The table's blocks win unless others are faster by more, and faster in so many of the rounds:
+less is noise on a shared machine.
+"""
+LEAST_ROUNDS, LEAST_LAST_ROUNDS = 3, 9
+"""Rounds of a stage, and of the last one, however long they take."""
+TURN_SECONDS = 1e-3
+"""Shorter calls are repeated within a turn, so that the clock and the loop do not count."""
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Blocks and their time over that of the table's blocks, the median over so many rounds.
+
+    `share` of the rounds saw them faster. `last`: these are the rounds of the last stage.
+    """
+
+    blocks: Blocks
+    ratio: float
+    share: float
+    rounds: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured of one kernel; `trials` by speed, those of the last stage before others."""
+
+    case: Case
+    key: Key
+    table: Blocks
+    table_seconds: float
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> Trial:
+        """The fastest trial of the last stage, or the table's where nothing is clearly faster."""
+        fastest = self.trials[0]
+        if fastest.ratio < 1 - LEAST_GAIN and fastest.share >= LEAST_SHARE:
+            return fastest
+        return next(trial for trial in self.trials if trial.blocks == self.table)
+
+    def timed(self, trial: Trial) -> Timed:
+        """A trial's blocks and seconds."""
+        return Timed(trial.blocks, trial.ratio * self.table_seconds)
+
+    def winner(self, date: str, versions: Mapping[str, str]) -> Winner:
+        """The record that the planner reads."""
+        return Winner(
+            best=self.timed(self.best),
+            table=Timed(self.table, self.table_seconds),
+            worst=self.timed(max(self.trials, key=lambda trial: trial.ratio)),
+            candidates=len(self.trials),
+            shape=self.case.shape,
+            threads=self.case.threads,
+            date=date,
+            versions=versions,
+        )
+
+
+def tune(
+    case: Case, *, seconds: float, form: str = "auto", note: Note = lambda _: None
+) -> list[Tuned]:
+    """Measure the candidates for each pass of a case, for about `seconds` each.
+
+    Compiling comes on top, and no stage has fewer than `LEAST_ROUNDS`. `note` hears what is being
+    done, `STAGES` times for each pass. Raises ValueError for a problem without pairs.
+    """
+    if case.problem.empty:
+        raise ValueError(f"there is nothing to measure in shape {case.shape}")
+    with using_threads(case.threads):
+        inputs = arrays(case)
+        return [
+            _Race(case, form, kernel, inputs, note).run(seconds) for kernel in passes(case, form)
+        ]
+
+
+def passes(case: Case, form: str = "auto") -> list[str]:
+    """The kernels of a case that have blocks to choose. Raises ValueError where none has."""
+    launches = plan(case.problem, host(), case.operation, form).launches
+    kernels = [launch.spec.operation for launch in launches]
+    if set(kernels) <= set(DECODE):
+        raise ValueError(
+            f"shape {case.shape} has few queries: the decode kernel serves it, and has no blocks"
+            " to choose"
+        )
+    return [kernel for kernel in kernels if kernel in PASSES]
+
+
+def keep(found: Iterable[Tuned]) -> None:
+    """Store the winners for the planner, of this process too. Raises OSError."""
+    now, machine = circumstances(), Machine.of(host())
+    new = {(machine, tuned.key): tuned.winner(now["date"], now["versions"]) for tuned in found}
+    tuned.keep(new)
+
+
+class _Race:
+    """The candidates for one kernel."""
+
+    def __init__(self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note) -> None:
+        self._case, self._form, self._kernel, self._note = case, form, kernel, note
+        self._operands = operands(case, inputs)
+        self._family = family(case.problem, host(), kernel)
+        self._table = table_blocks(case.problem, host(), kernel)
+        self._trials: dict[Blocks, Trial] = {}
+        self._table_seconds = 0.0
+
+    def run(self, seconds: float) -> Tuned:
+        share = seconds / STAGES
+        self._stage("tiles", [self._usual(tile) for tile in self._family.candidates()], share)
+        best = dict.fromkeys(blocks.tile for blocks in self._fastest())
+        heights = self._heights()
+        others = [self._cut(tile, rows) for tile in list(best)[:KEPT_TILES] for rows in heights]
+        self._stage("blocks", [blocks for blocks in others if blocks not in self._trials], share)
+        self._stage("the best", self._fastest()[:KEPT_BLOCKS], share, last=True)
+        trials = sorted(self._trials.values(), key=lambda trial: (not trial.last, trial.ratio))
+        made = self._plan(self._table)
+        (launch,) = [one for one in made.launches if one.spec.operation == self._kernel]
+        key = winner_key(self._case.problem, host(), self._kernel, launch.spec.mask)
+        return Tuned(self._case, key, self._table, self._table_seconds, tuple(trials))
+
+    def _heights(self) -> list[int]:
+        """Numbers of traversed rows to try: no more than one that holds the whole axis."""
+        problem = self._case.problem
+        length = problem.len_k if PARALLEL[self._kernel] == "q" else problem.len_q
+        return [rows for rows in TRAVERSE if rows < 2 * length or rows == TRAVERSE[0]]
+
+    def _usual(self, tile: RegisterTile) -> Blocks:
+        if tile == self._table.tile:
+            return self._table
+        return usual_blocks(self._case.problem, host(), self._kernel, tile)
+
+    def _cut(self, tile: RegisterTile, rows: int) -> Blocks:
+        return Blocks(tile, self._family.cut(tile, rows))
+
+    def _fastest(self) -> list[Blocks]:
+        return sorted(self._trials, key=lambda blocks: self._trials[blocks].ratio)
+
+    def _stage(
+        self, what: str, candidates: Sequence[Blocks], seconds: float, last: bool = False
+    ) -> None:
+        """Measure the candidates beside the table's blocks, in rounds of one turn each."""
+        self._note(f"{self._kernel} {self._case.shape} {self._case.problem.mask}: {what}")
+        entered = dict.fromkeys([self._table, *candidates])
+        calls = {str(blocks): self._call(blocks) for blocks in entered}
+        turn_by_turn(calls, seconds=0, least=1, most=1)  # compiles
+        first = turn_by_turn(calls, seconds=0, least=1, most=1)
+        repeats = max(1, round(TURN_SECONDS / min(first[str(self._table)])))
+        turns = {name: _repeated(call, repeats) for name, call in calls.items()}
+        least = LEAST_LAST_ROUNDS if last else LEAST_ROUNDS
+        timer = clock(self._case.threads)
+        times = turn_by_turn(turns, seconds=seconds, least=least, clock=timer)
+        beside = times[str(self._table)]
+        self._table_seconds = statistics.median(beside) / repeats
+        for blocks in entered:
+            ratios = [mine / own for mine, own in zip(times[str(blocks)], beside, strict=True)]
+            faster = sum(ratio < 1 for ratio in ratios) / len(ratios)
+            median = statistics.median(ratios)
+            self._trials[blocks] = Trial(blocks, median, faster, len(ratios), last)
+
+    def _call(self, blocks: Blocks) -> Call:
+        """The first of these calls compiles; they are quick to make."""
+        strides = {name: buffer.strides for name, buffer in self._operands.items()}
+        names = dispatch.GIVEN[self._case.operation]
+        pointers = [self._operands[name].pointer for name in names]
+
+        @functools.cache
+        def prepared() -> dispatch.Call:
+            return dispatch.prepare(self._plan(blocks), strides, results=())
+
+        return lambda: prepared().run(*pointers)
+
+    def _plan(self, blocks: Blocks) -> Plan:
+        """The kernel alone, after what prepares its operands."""
+        made = plan(
+            self._case.problem,
+            host(),
+            self._case.operation,
+            self._form,
+            tile=blocks.tile,
+            block_traverse=blocks.block_traverse,
+        )
+        others = [name for name in PASSES if name != self._kernel]
+        launches = [launch for launch in made.launches if launch.spec.operation not in others]
+        return replace(made, launches=tuple(launches))
+
+
+def clock(workers: int) -> Callable[[], float]:
+    """The time of this thread where it works alone, so that neighbours do not count; else of all.
+
+    Windows counts a thread's time in steps of 16 ms, which is too coarse.
+    """
+    alone = workers == 1 and time.get_clock_info("thread_time").resolution < 1e-6
+    return time.thread_time if alone else time.perf_counter
+
+
+def _repeated(call: Call, repeats: int) -> Call:
+    if repeats == 1:
+        return call
+
+    def several() -> None:
+        for _ in range(repeats):
+            call()
+
+    return several

@@ -1,0 +1,97 @@
+"""What is timed: a case, its random arrays, and tilefold's own call on them.
+
+Operations are counted over visible pairs, 2 per multiply-add, 2 products forward and 5 backward,
+whatever an implementation really computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold import api
+from tilefold.common.array_files import element_type
+from tilefold.planning.roofline import Rates, bounds
+from tilefold.problems.attention import Problem
+
+Array = NDArray[Any]
+Call = Callable[[], object]
+
+OPERATIONS = ("forward", "backward")
+"""What a benchmark measures unless asked otherwise."""
+BOTH = "forward+backward"
+PASSES = {"forward": ("forward",), "backward": ("backward",), BOTH: OPERATIONS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: a problem, one of `PASSES`, and how many threads."""
+
+    problem: Problem
+    operation: str = "forward"
+    threads: int = 1
+
+    @property
+    def shape(self) -> str:
+        """The sizes of q, `1,8,2048,64`, and after a slash those of v where they differ."""
+        problem = self.problem
+        q = (problem.batch, problem.heads_q, problem.len_q, problem.dim)
+        v = (problem.batch, problem.heads_kv, problem.len_k, problem.dim_v)
+        return "/".join(",".join(map(str, sizes)) for sizes in ([q] if q == v else [q, v]))
+
+    def flops(self, pairs: int) -> int:
+        """Operations over so many pairs."""
+        return sum(self.problem.flops(each, pairs) for each in PASSES[self.operation])
+
+    def least_seconds(self, pairs: int, rates: Rates) -> tuple[float, str]:
+        """The lower bound of the roofline, and which bound of the last pass binds."""
+        found = [bounds(self.problem, each, pairs, rates) for each in PASSES[self.operation]]
+        return sum(each.seconds for each in found), found[-1].binding
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Random inputs of a case and the outputs that a backward pass starts from."""
+
+    q: Array
+    k: Array
+    v: Array
+    do: Array
+    o: Array
+    lse: Array
+
+
+def arrays(case: Case, seed: int = 0) -> Arrays:
+    """Standard normal numbers in the layout (batch, heads, sequence, dim)."""
+    problem, rng = case.problem, np.random.default_rng(seed)
+    dtype = element_type(problem.dtype)
+
+    def random(heads: int, length: int, dim: int) -> Array:
+        shape = (problem.batch, heads, length, dim)
+        return rng.standard_normal(shape, np.float32).astype(dtype)
+
+    q = random(problem.heads_q, problem.len_q, problem.dim)
+    k = random(problem.heads_kv, problem.len_k, problem.dim)
+    v = random(problem.heads_kv, problem.len_k, problem.dim_v)
+    o, lse = api.attention(q, k, v, mask=problem.mask, return_lse=True, precision=problem.precision)
+    do = random(problem.heads_q, problem.len_q, problem.dim_v)
+    return Arrays(q, k, v, do, o, lse)
+
+
+def own(case: Case, a: Arrays) -> Call:
+    """tilefold, through its public functions."""
+    options: dict[str, Any] = {"mask": case.problem.mask, "precision": case.problem.precision}
+    if case.operation == "forward":
+        return lambda: api.attention(a.q, a.k, a.v, **options)
+    if case.operation == "backward":
+        return lambda: api.attention_backward(a.do, a.q, a.k, a.v, a.o, a.lse, **options)
+
+    def both() -> object:
+        o, lse = api.attention(a.q, a.k, a.v, return_lse=True, **options)
+        return api.attention_backward(a.do, a.q, a.k, a.v, o, lse, **options)
+
+    return both

@@ -1,0 +1,7 @@
+"""What plans of all backends are made of.
+
+plan      the types that all plans share
+visited   the tiles that a kernel visits, and how keys are split
+tiles     runs as whole tiles, for the GPUs
+roofline  how fast a problem can be at most
+"""

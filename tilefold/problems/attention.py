@@ -1,0 +1,316 @@
+"""A call without its pointers: shapes, types, scale and mask, checked once at the border.
+
+Every frontend reduces its arrays to shapes and calls `describe`; whatever comes after may rely on a
+`Problem` that fits together. An error names the argument, what is allowed and what was given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tilefold.common.check import choice, shown
+from tilefold.masks.position_rules import Rule, full
+
+Shape = tuple[int, ...]
+
+# Where the canonical axes (batch, heads, sequence, dim) stand in each layout, and, each being its
+# own inverse, which canonical axis each axis of the layout is.
+LAYOUTS: Final[dict[str, tuple[int, int, int, int]]] = {
+    "bhnd": (0, 1, 2, 3),
+    "bnhd": (0, 2, 1, 3),
+    "bhdn": (0, 1, 3, 2),
+}
+AXES: Final = ("batch", "heads", "sequence", "dim")
+ITEM_BYTES: Final = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+STATISTICS: Final = {
+    "float32": "float32",
+    "float64": "float64",
+    "float16": "float32",
+    "bfloat16": "float32",
+}
+"""The type that is computed in, and that of lse, by the type of the arrays."""
+
+PRECISIONS: Final = ("highest", "high", "medium")
+"""How exact the products of float32 arrays are, with the meaning of torch's own setting."""
+
+LIMIT: Final = 2**31 - 2**10
+"""Lengths, dims and batch * heads stay below: 32 bits count them to the end of the last block."""
+
+_FULL = full()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What attention is asked to compute. Lengths count tokens, dims count elements.
+
+    >>> import tilefold
+    >>> tilefold.Problem.of((1, 8, 2048, 64), (1, 2, 512, 64), mask=tilefold.causal()).len_k
+    512
+
+    Query head h reads key head h // (heads_q // heads_kv) (grouped queries). `precision` says how
+    exact products of float32 numbers must be at least; other types have no choice, and "highest".
+    Raises ValueError unless everything fits together.
+    """
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    len_q: int
+    len_k: int
+    dim: int
+    dim_v: int
+    dtype: str
+    scale: float
+    mask: Rule
+    precision: str = "highest"
+
+    def __post_init__(self) -> None:
+        choice("dtype", self.dtype, tuple(ITEM_BYTES))
+        choice("precision", self.precision, PRECISIONS if self.dtype == "float32" else ("highest",))
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number, got {self.scale}")
+        self._check_sizes()
+        self.mask.check(self.batch, self.heads_q, self.len_q, self.len_k)
+
+    @classmethod
+    def of(
+        cls,
+        q: Shape,
+        k: Shape | None = None,
+        v: Shape | None = None,
+        *,
+        dtype: str = "float32",
+        mask: Rule | None = None,
+        scale: float | None = None,
+        layout: str = "bhnd",
+        precision: str = "highest",
+    ) -> Problem:
+        """The problem of a call of `attention` with arrays of these shapes and this type.
+
+        k has the shape of q unless it is given, and v that of k; the rest is as for `attention`.
+        """
+        k = q if k is None else k
+        v = k if v is None else v
+        return describe(q, k, v, dtype, as_scale(scale), as_rule(mask), layout, precision)
+
+    def _check_sizes(self) -> None:
+        for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v"):
+            least = 1 if name.startswith("dim") else 0
+            if not least <= getattr(self, name) < LIMIT:
+                allowed = f"from {least} to {LIMIT - 1}"
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+        most = self.batch * max(self.heads_q, self.heads_kv)
+        if most >= LIMIT:
+            raise ValueError(f"batch * heads must be below {LIMIT}, got {most}")
+        if self.heads_q and (not self.heads_kv or self.heads_q % self.heads_kv):
+            raise ValueError(
+                "the heads of q must be a multiple of the heads of k and v, "
+                f"got {self.heads_q} and {self.heads_kv}"
+            )
+
+    @property
+    def empty(self) -> bool:
+        """True where no query meets a key: then o and all gradients are 0 and lse is -inf."""
+        return not (self.batch and self.heads_q and self.len_q and self.len_k)
+
+    @property
+    def pairs(self) -> int:
+        """How many (query, key) pairs there are, over batch and query heads, masked or not."""
+        return self.batch * self.heads_q * self.len_q * self.len_k
+
+    def flops(self, operation: str, pairs: int | None = None) -> int:
+        """Operations of the products that `operation` cannot do without, 2 per multiply-add.
+
+        "forward" has two products (Q K^T, P V), "backward" five (Q K^T, dO V^T, dV, dQ, dK).
+        `pairs` counts the pairs that are computed; without it all are, masked ones too.
+
+        >>> Problem(1, 8, 8, 1024, 1024, 64, 64, "float32", 0.125, full()).flops("forward")
+        2147483648
+        """
+        widths = {
+            "forward": self.dim + self.dim_v,
+            "backward": 3 * self.dim + 2 * self.dim_v,
+        }
+        return 2 * widths[operation] * (self.pairs if pairs is None else pairs)
+
+    def bytes(self, operation: str) -> int:
+        """Bytes of all inputs and outputs of `operation`, "forward" or "backward", once each."""
+        q = self.batch * self.heads_q * self.len_q * self.dim
+        k = self.batch * self.heads_kv * self.len_k * self.dim
+        v = self.batch * self.heads_kv * self.len_k * self.dim_v
+        o = self.batch * self.heads_q * self.len_q * self.dim_v
+        lse = self.batch * self.heads_q * self.len_q
+        elements = {"forward": q + k + v + o, "backward": 2 * (q + k + v + o)}[operation]
+        return elements * ITEM_BYTES[self.dtype] + lse * ITEM_BYTES[STATISTICS[self.dtype]]
+
+
+def describe(
+    shape_q: Shape,
+    shape_k: Shape,
+    shape_v: Shape,
+    dtype: str,
+    scale: float | None,
+    mask: Rule,
+    layout: str,
+    precision: str,
+) -> Problem:
+    """The Problem of arrays of these shapes, whose axes lie as `layout` says. Raises ValueError.
+
+    Only float32 has a choice of precision; what is asked of other types has no effect.
+    """
+    check_layout(layout)
+    check_precision(precision)
+    raw = {"q": shape_q, "k": shape_k, "v": shape_v}
+    q, k, v = (_canonical(name, shape, layout) for name, shape in raw.items())
+    for axis, name, shape, other, expected in (
+        (0, "k", k, "q", q),
+        (3, "k", k, "q", q),
+        (0, "v", v, "k", k),
+        (1, "v", v, "k", k),
+        (2, "v", v, "k", k),
+    ):
+        if shape[axis] != expected[axis]:
+            raise ValueError(
+                f"the {AXES[axis]} of {name} must be {expected[axis]} as that of {other}, got "
+                f"{shape[axis]}: {other} is {raw[other]} and {name} {raw[name]} in layout {layout}"
+            )
+    return Problem(
+        batch=q[0],
+        heads_q=q[1],
+        heads_kv=k[1],
+        len_q=q[2],
+        len_k=k[2],
+        dim=q[3],
+        dim_v=v[3],
+        dtype=dtype,
+        scale=default_scale(q[3]) if scale is None else scale,
+        mask=mask,
+        precision=precision if dtype == "float32" else "highest",
+    )
+
+
+def _canonical(name: str, shape: Shape, layout: str) -> Shape:
+    if len(shape) != 4:
+        order = ", ".join(AXES[axis] for axis in LAYOUTS[layout])
+        raise ValueError(
+            f"{name} must have four axes, ({order}) in layout {layout}, got shape {shape}"
+        )
+    return tuple(shape[axis] for axis in LAYOUTS[layout])
+
+
+def default_scale(dim: int) -> float:
+    """1 / sqrt(dim)."""
+    return 1 / math.sqrt(max(1, dim))
+
+
+def as_rule(mask: Any) -> Rule:
+    """The rule of a `mask` argument, None being full(). Raises TypeError for what is no rule."""
+    if mask is None:
+        return _FULL
+    if isinstance(mask, Rule):
+        return mask
+    hint = "write tilefold.rule(function) or combine tilefold's rules with & | ~"
+    if hasattr(mask, "shape") or isinstance(mask, (list, tuple)):
+        hint = "wrap an array of bool as tilefold.dense(array)"
+    raise TypeError(f"mask must be a rule such as tilefold.causal(), got {shown(mask)}; {hint}")
+
+
+def as_scale(scale: Any) -> float | None:
+    """The value of a `scale` argument. Raises TypeError for what is neither None nor a number."""
+    if scale is None or type(scale) is float:
+        return scale
+    try:
+        if isinstance(scale, (str, bytes, bool)):
+            raise TypeError
+        return float(scale)
+    except (TypeError, ValueError, OverflowError):
+        allowed = "a finite number, or None for 1 / sqrt(dim)"
+        raise TypeError(f"scale must be {allowed}, got {shown(scale)}") from None
+
+
+def common_dtype(dtypes: Mapping[str, str]) -> str:
+    """The one type of all arguments. Raises TypeError."""
+    first, expected = next(iter(dtypes.items()))
+    for name, dtype in dtypes.items():
+        if dtype not in ITEM_BYTES:
+            allowed = ", ".join([*ITEM_BYTES][:-1]) + f" or {[*ITEM_BYTES][-1]}"
+            raise TypeError(f"{name} must be of {allowed}, got {dtype}")
+        if dtype != expected:
+            raise TypeError(f"{name} must be of {expected} as {first} is, got {dtype}")
+    return expected
+
+
+def check_lse(dtype: str, expected: str) -> None:
+    """Raises TypeError where lse is not of the type that `STATISTICS` says."""
+    if dtype != STATISTICS[expected]:
+        raise TypeError(f"lse must be of {STATISTICS[expected]} where q is {expected}, got {dtype}")
+
+
+def check_layout(layout: Any) -> None:
+    """Raises ValueError for a layout that is not one of `LAYOUTS`."""
+    if type(layout) is not str or layout not in LAYOUTS:
+        choice("layout", layout, tuple(LAYOUTS))
+
+
+def check_precision(precision: Any) -> None:
+    """Raises ValueError for a precision that is not one of `PRECISIONS`."""
+    if type(precision) is not str or precision not in PRECISIONS:
+        choice("precision", precision, PRECISIONS)
+
+
+def check_shape(name: str, shape: Shape, expected: Shape) -> None:
+    """Raises ValueError where do, o or lse has not the shape that q, k and v ask for."""
+    if shape != expected:
+        raise ValueError(f"{name} must have shape {expected} to go with q, k and v, got {shape}")
+
+
+def shapes_qkv(problem: Problem, layout: str) -> tuple[Shape, Shape, Shape]:
+    """The shapes of q, k and v, and of their gradients, in a layout."""
+    axes, keys = LAYOUTS[layout], (problem.batch, problem.heads_kv, problem.len_k)
+    q = (problem.batch, problem.heads_q, problem.len_q, problem.dim)
+    k, v = (*keys, problem.dim), (*keys, problem.dim_v)
+    return tuple(q[a] for a in axes), tuple(k[a] for a in axes), tuple(v[a] for a in axes)
+
+
+def check_parts(
+    shapes: Mapping[str, Shape], dtypes: Mapping[str, str], layout: str
+) -> tuple[int, int, int, int]:
+    """Check partial results o1, lse1, o2 and lse2; return where the axes of o1 stand.
+
+    Raises TypeError or ValueError unless they fit together.
+    """
+    check_layout(layout)
+    dtype = common_dtype({name: dtypes[name] for name in ("o1", "o2")})
+    rows = _canonical("o1", shapes["o1"], layout)[:3]
+    for name, expected in (("o2", shapes["o1"]), ("lse1", rows), ("lse2", rows)):
+        if shapes[name] != expected:
+            raise ValueError(
+                f"{name} must have shape {expected} to go with o1, which is {shapes['o1']} in"
+                f" layout {layout}, got {shapes[name]}"
+            )
+        if name != "o2" and dtypes[name] != STATISTICS[dtype]:
+            kind = STATISTICS[dtype]
+            raise TypeError(f"{name} must be of {kind} where o1 is {dtype}, got {dtypes[name]}")
+    return LAYOUTS[layout]
+
+
+def shape_o(problem: Problem, layout: str) -> Shape:
+    """The shape of o and do in a layout."""
+    canonical = (problem.batch, problem.heads_q, problem.len_q, problem.dim_v)
+    return tuple(canonical[axis] for axis in LAYOUTS[layout])
+
+
+def shape_lse(problem: Problem) -> Shape:
+    """The shape of the log-sum-exp, the same in every layout."""
+    return (problem.batch, problem.heads_q, problem.len_q)
+
+
+def contiguous(shape: Shape) -> tuple[int, ...]:
+    """The strides of an array of this shape without gaps, in elements."""
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.insert(0, strides[0] * length)
+    return tuple(strides)

@@ -1,0 +1,191 @@
+"""Attention and its gradients in plain NumPy: the definition that everything is tested against.
+
+Dense, one (batch, head) at a time, in float64 unless asked otherwise; with `dtype=np.float32` it is
+attention in basic operations, the baseline of accuracy and speed. `tiled` is the forward pass of
+FlashAttention (Dao et al., 2022, arXiv:2205.14135, Algorithm 1): one tile of keys after the
+other, with a maximum and a sum per query that follow.
+
+What a masked pair holds never matters: products run over the visible keys of each query, so a NaN
+in a key reaches exactly the queries that see it. Visible pairs follow IEEE arithmetic: a query all
+of whose scores are -inf, or one of them +inf, has no mean and gets NaN. A query that sees no key
+has o = 0, lse = -inf and no gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import default_scale
+
+Array = NDArray[Any]
+
+
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array]:
+    """Dense attention: o = softmax(scale q k^T) v over the visible keys, and lse, its log-sum-exp.
+
+    >>> o, lse = attention(np.zeros((1, 1, 2, 3)), np.zeros((1, 1, 4, 3)), np.ones((1, 1, 4, 5)))
+    >>> o.shape, lse.round(3).tolist()
+    ((1, 1, 2, 5), [[[1.386, 1.386]]])
+
+    q is (batch, heads_q, len_q, dim), k (batch, heads_kv, len_k, dim), v (batch, heads_kv, len_k,
+    dim_v); o comes back as (batch, heads_q, len_q, dim_v) and lse as (batch, heads_q, len_q), both
+    of type `dtype`, in which everything is computed.
+    """
+    q, k, v = (np.asarray(array, dtype) for array in (q, k, v))
+    scale = default_scale(q.shape[3]) if scale is None else scale
+    o = np.zeros((*q.shape[:3], v.shape[3]), dtype)
+    lse = np.zeros(q.shape[:3], dtype)
+    with np.errstate(all="ignore"):
+        for at, at_kv, visible in _heads(q, k, mask):
+            s = np.where(visible, scale * (q[at] @ k[at_kv].T), -np.inf)
+            m = _shift(_row_max(s))
+            p = np.where(visible, np.exp(s - m[:, None]), 0)
+            total = p.sum(axis=1)
+            seen = np.count_nonzero(visible, axis=1) > 0
+            total[seen & (total == 0)] = np.nan  # only scores of -inf: 0 / 0
+            o[at] = np.where(seen[:, None], _product(p, visible, v[at_kv]) / total[:, None], 0)
+            lse[at] = m + np.log(total)
+    return o, lse
+
+
+def attention_backward(
+    do: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    o: ArrayLike,
+    lse: ArrayLike,
+    *,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array, Array]:
+    """The gradients dq, dk, dv of sum(do * o), from what the forward pass took and returned.
+
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1, 4, 8))
+    >>> dq, dk, dv = attention_backward(np.ones_like(v), q, k, v, *attention(q, k, v))
+    >>> dq.shape, bool(np.isclose(dv.sum(), 4 * 8))
+    ((1, 1, 4, 8), True)
+
+    Each gradient has the shape of its input; shapes and letters as in `attention`.
+    """
+    do, q, k, v, o, lse = (np.asarray(array, dtype) for array in (do, q, k, v, o, lse))
+    scale = default_scale(q.shape[3]) if scale is None else scale
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    with np.errstate(all="ignore"):
+        for at, at_kv, visible in _heads(q, k, mask):
+            s = scale * (q[at] @ k[at_kv].T)
+            p = np.where(visible, np.exp(s - lse[at][:, None]), 0)
+            dp = do[at] @ v[at_kv].T
+            delta = (do[at] * o[at]).sum(axis=1)
+            ds = np.where(visible, p * (dp - delta[:, None]), 0)
+            dq[at] = scale * _product(ds, visible, k[at_kv])
+            dk[at_kv] += scale * _product(ds.T, visible.T, q[at])
+            dv[at_kv] += _product(p.T, visible.T, do[at])
+    return dq, dk, dv
+
+
+def tiled(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    memory: int = 16384,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array, Array]:
+    """FlashAttention's forward pass: o, the normaliser l and the row maximum m; lse = m + log(l).
+
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, 40, 8))
+    >>> o, normaliser, m = tiled(q, k, v, memory=512)
+    >>> expected_o, expected_lse = attention(q, k, v)
+    >>> np.allclose(o, expected_o), np.allclose(m + np.log(normaliser), expected_lse)
+    (True, True)
+
+    Arguments as in `attention`; l and m are (batch, heads_q, len_q). `memory` is the paper's M, how
+    many elements fast memory holds: key blocks have ceil(M / 4 dim) rows, query blocks as many but
+    at most dim.
+    """
+    q, k, v = (np.asarray(array, dtype) for array in (q, k, v))
+    scale = default_scale(q.shape[3]) if scale is None else scale
+    block_k = math.ceil(memory / (4 * q.shape[3]))
+    block_q = min(block_k, q.shape[3])
+    o = np.zeros((*q.shape[:3], v.shape[3]), dtype)
+    total = np.zeros(q.shape[:3], dtype)
+    m = np.full(q.shape[:3], -np.inf, dtype)
+    with np.errstate(all="ignore"):
+        for at, at_kv, visible in _heads(q, k, mask):
+            for first_k in range(0, k.shape[2], block_k):
+                keys = slice(first_k, first_k + block_k)
+                for first_q in range(0, q.shape[2], block_q):
+                    rows = slice(first_q, first_q + block_q)
+                    tile = visible[rows, keys]
+                    s = np.where(tile, scale * (q[at][rows] @ k[at_kv][keys].T), -np.inf)
+                    old = o[at][rows], total[at][rows], m[at][rows]
+                    new = _fold_tile(*old, s, tile, v[at_kv][keys])
+                    o[at][rows], total[at][rows], m[at][rows] = new
+            lost = (np.count_nonzero(visible, axis=1) > 0) & (
+                total[at] == 0
+            )  # only scores of -inf: 0 / 0
+            o[at][lost] = total[at][lost] = np.nan
+    return o, total, m
+
+
+def _fold_tile(
+    o: Array, total: Array, m: Array, s: Array, visible: Array, v: Array
+) -> tuple[Array, Array, Array]:
+    """The running output, normaliser and maximum after one more tile of scores."""
+    m_new = np.maximum(m, _row_max(s))
+    p = np.where(visible, np.exp(s - _shift(m_new)[:, None]), 0)
+    kept = total * np.exp(m - _shift(m_new))
+    total_new = kept + p.sum(axis=1)
+    o_new = (kept[:, None] * o + _product(p, visible, v)) / total_new[:, None]
+    return np.where(total_new[:, None] == 0, o, o_new), total_new, m_new
+
+
+def _heads(
+    q: Array, k: Array, mask: Rule | None
+) -> Iterator[tuple[tuple[int, int], tuple[int, int], Array]]:
+    """For every query head its place, the place of its key head, and what it sees of each key."""
+    batch, heads_q, len_q, _ = q.shape
+    heads_kv, len_k = k.shape[1:3]
+    visible = np.ones((1, 1), bool) if mask is None else mask.to_dense(len_q, len_k, batch, heads_q)
+    visible = np.broadcast_to(visible, (batch, heads_q, len_q, len_k))
+    for b in range(batch):
+        for h in range(heads_q):
+            yield (b, h), (b, h // (heads_q // heads_kv)), visible[b, h]
+
+
+def _row_max(s: Array) -> Array:
+    maximum: Array = np.max(s, axis=1, initial=-np.inf)
+    return maximum
+
+
+def _shift(m: Array) -> Array:
+    """What to subtract from a row's scores: its maximum, but 0 where every score is -inf."""
+    return np.where(m == -np.inf, np.zeros_like(m), m)
+
+
+def _product(weights: Array, visible: Array, values: Array) -> Array:
+    """`weights @ values` over visible pairs alone: other weights are 0, but 0 * NaN is NaN."""
+    if np.isfinite(values).all():
+        return weights @ values
+    result = np.zeros((weights.shape[0], values.shape[1]), weights.dtype)
+    for i, seen in enumerate(visible):
+        result[i] = weights[i, seen] @ values[seen]
+    return result
