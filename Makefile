@@ -27,7 +27,7 @@ check: $(VENV)/test.stamp  ## format, lint, types, import order, the feature tab
 	$(BIN)/python tools/results.py --check
 	$(BIN)/python tools/metal_model.py --check
 	$(BIN)/python tools/triton_resources.py --check
-	$(BIN)/python -m pytest --quiet tests/test_imports.py
+	$(BIN)/python -m pytest --quiet tests/project/test_reading_order.py
 
 peers: $(VENV)/peers.stamp  ## install all peers of the benchmark, 4 GB
 

@@ -34,7 +34,7 @@ import numpy as np
 
 import tilefold
 from tilefold.backends.cpu import dispatch, threads
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 
 TINY, SMALL = (1, 1, 8, 16), (1, 12, 64, 32)
 LENGTHS = (16, 32, 64, 96, 128, 192)
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each group of calls")
     parser.add_argument("--processes", type=int, default=15, help="fresh ones, for the first call")
     options = parser.parse_args()
-    content = circumstances() | {"threads": threads.get_num_threads()}
+    content = environment() | {"threads": threads.get_num_threads()}
     content["overhead"] = [overhead(shape, options.seconds) for shape in (TINY, SMALL)]
     content["alone_or_together"] = [alone(length, options.seconds / 2) for length in LENGTHS]
     content["fresh_process"] = fresh_process(options.processes)

@@ -23,8 +23,8 @@ from tilefold.commands import terminal
 from tilefold.common.files import write_atomically
 from tilefold.masks.position_rules import causal, full
 from tilefold.measuring import timing
-from tilefold.measuring.baselines import PEERS
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.baselines import BASELINES
+from tilefold.measuring.environment import environment
 from tilefold.measuring.workload import OPERATIONS, Case
 from tilefold.problems.attention import Problem, default_scale
 
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 def names() -> list[str]:
     """The peers that are installed; NumPy's dense formula is no rival."""
-    return [name for name, peer in PEERS.items() if name != "numpy" and peer.missing is None]
+    return [name for name, peer in BASELINES.items() if name != "numpy" and peer.missing is None]
 
 
 def measure(threads: int, seconds: float, length: int, peers: list[str]) -> list[Row]:
@@ -181,7 +181,7 @@ def main() -> None:
     show(rows)
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(circumstances() | {"rows": rows}, indent=1) + "\n"
+        text = json.dumps(environment() | {"rows": rows}, indent=1) + "\n"
         title = f"batch {BATCH}, {HEADS} heads, {options.length} tokens, dim {DIM}; {host().name}"
         write_atomically(options.save / "comparison.json", text.encode())
         write_atomically(options.save / "comparison.png", plot(rows, title))

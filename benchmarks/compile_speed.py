@@ -26,7 +26,7 @@ from tilefold.backends.cpu.kernel import emit
 from tilefold.backends.cpu.plan import plan
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.common import disk_cache
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 from tilefold.problems.attention import Problem
 
 MASKS = {
@@ -65,7 +65,7 @@ def main() -> None:
         rows = [row for case in CASES for row in measure(*case, repeats=arguments.repeats)]
         rows += first_call()
     if arguments.json:
-        content = {**circumstances(), "rows": rows}
+        content = {**environment(), "rows": rows}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -86,13 +86,13 @@ def measure(mask: str, dtype: str, dim: int, *, repeats: int) -> list[dict[str, 
     specs: dict[str, KernelSpec] = {}
     for operation, form in (("forward", "auto"), ("backward", "fused"), ("backward", "split")):
         for launch in plan(problem, host(), operation, form).launches:
-            specs.setdefault(launch.spec.operation, launch.spec)
+            specs.setdefault(launch.spec.kernel, launch.spec)
     rows = []
     for spec in specs.values():
-        name = f"{spec.operation} {dtype} {dim} {mask}"
+        name = f"{spec.kernel} {dtype} {dim} {mask}"
         text = emit(spec)
 
-        def load(text: str = text, symbol: str = spec.operation) -> None:
+        def load(text: str = text, symbol: str = spec.kernel) -> None:
             runtime.kernel(text, symbol, host())
 
         write = median(lambda spec=spec: emit(spec), repeats)

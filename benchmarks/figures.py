@@ -33,8 +33,8 @@ from tilefold.commands import terminal
 from tilefold.common.files import write_atomically
 from tilefold.masks import parse
 from tilefold.measuring import timing, workload
-from tilefold.measuring.baselines import PEERS, check, tensor
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.baselines import BASELINES, check, tensor
+from tilefold.measuring.environment import environment
 from tilefold.measuring.workload import BOTH, Case
 from tilefold.planning.roofline import Rates, visible_pairs
 from tilefold.problems.attention import Problem, default_scale
@@ -159,7 +159,7 @@ def measure(figure: Figure, seconds: float) -> Result:
 
 def _missing(figure: Figure) -> str | None:
     """Why a row cannot be measured at all."""
-    if figure.peer and (module := PEERS[figure.peer].missing):
+    if figure.peer and (module := BASELINES[figure.peer].missing):
         return f"{module} is not installed"
     return None
 
@@ -198,7 +198,7 @@ def _reading(figure: Figure, seconds: float) -> Result:
     parts = itertools.cycle(
         [peak.reader(host(), large[start : start + size], case.threads) for start in starts]
     )
-    own, other = workload.own(case, inputs), PEERS["torch"].make(case, inputs)
+    own, other = workload.own(case, inputs), BASELINES["torch"].make(case, inputs)
     check("torch", case, own(), other())
     calls = {
         "all": peak.reader(host(), large, case.threads),
@@ -226,7 +226,7 @@ def _call(figure: Figure, seconds: float, *, as_tensors: bool) -> Result:
     """A whole call so small that it is mostly overhead, from one frontend."""
     case = figure.case
     inputs = workload.arrays(case)
-    other = PEERS["torch"].make(case, inputs)
+    other = BASELINES["torch"].make(case, inputs)
     if as_tensors:
         q, k, v = (tensor(each) for each in (inputs.q, inputs.k, inputs.v))
         inputs = replace(inputs, q=q, k=k, v=v)
@@ -267,7 +267,7 @@ def _compile(figure: Figure, seconds: float) -> Result:
                 if launch.spec not in times:
                     start = time.perf_counter()
                     binary = runtime.compile(emit(launch.spec), host())
-                    runtime.load(binary, launch.spec.operation)
+                    runtime.load(binary, launch.spec.kernel)
                     times[launch.spec] = time.perf_counter() - start
     slowest = max(times.values())
     return Result(figure, slowest, slowest, notes={"kernels": len(times)})
@@ -368,8 +368,8 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write figures.json into this folder")
     parser.add_argument("--only", default="", help="rows whose name or type has this text")
     options = parser.parse_args()
-    if PEERS["torch"].missing is None:
-        PEERS["torch"].load()  # before any call of ours: one team of threads for both
+    if BASELINES["torch"].missing is None:
+        BASELINES["torch"].load()  # before any call of ours: one team of threads for both
     wanted = [each for each in figures() if options.only in f"{each.what} {each.dtype}"]
     results = []
     with terminal.progress() as bar:
@@ -385,7 +385,7 @@ def main() -> None:
         console.print(terminal.escape(line))
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
-        document = circumstances() | {"rows": [record(result) for result in results]}
+        document = environment() | {"rows": [record(result) for result in results]}
         text = json.dumps(document, indent=1) + "\n"
         write_atomically(options.save / "figures.json", text.encode())
 

@@ -36,7 +36,7 @@ from gpu_parts.section import INTERPRETED, Row, Section, Settings, processes, sa
 from tilefold.backends.triton import interpreter, runtime
 from tilefold.commands import terminal
 from tilefold.common.files import write_atomically
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 
 SECTIONS: dict[str, Section] = {
     section.name: section
@@ -92,7 +92,7 @@ def _chosen(text: str, sections: Mapping[str, Section]) -> list[str]:
 
 def run(section: Section, settings: Settings, deadline: float) -> Row:
     """The section of the document, by a deadline of `time.monotonic`; it never raises."""
-    around = circumstances()
+    around = environment()
     start = time.monotonic()
     found: Row = {"date": around["date"], "commit": around["commit"], "quick": settings.quick}
     found |= {"reason": None, "rows": [], "undone": []}

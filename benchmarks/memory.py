@@ -24,7 +24,7 @@ import numpy as np
 import tilefold
 from tilefold.common.array_files import element_type
 from tilefold.masks.parse import parse
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 from tilefold.problems.attention import ITEM_BYTES
 
 MIB = 2**20
@@ -46,7 +46,7 @@ def main() -> None:
     attend(arrays(chosen.heads, SHORT, chosen.dim, chosen.dtype), mask)
     passes = attend(arrays(chosen.heads, chosen.length, chosen.dim, chosen.dtype), mask)
     document = {
-        **circumstances(),
+        **environment(),
         "threads": tilefold.get_num_threads(),
         "shape": [1, chosen.heads, chosen.length, chosen.dim],
         "dtype": chosen.dtype,

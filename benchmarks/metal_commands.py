@@ -25,7 +25,7 @@ import tilefold
 from tilefold.backends.metal import runtime
 from tilefold.backends.metal.runtime import Mps
 from tilefold.frontends import gpu
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 
 COUNTS = (1, 8, 64)
 SHAPE = (1, 8, 128, 64)
@@ -55,7 +55,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{name} {value:8.1f}" for name, value in row.items()))
     if options.json:
-        content = circumstances() | {"without_gpu": reason, "rows": rows}
+        content = environment() | {"without_gpu": reason, "rows": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

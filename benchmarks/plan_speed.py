@@ -19,7 +19,7 @@ import numpy as np
 from tilefold import causal, dense, documents, full, lengths, local, prefix, rule
 from tilefold.masks.position_rules import Rule
 from tilefold.masks.runs import Counts, Runs, count, runs
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 
 MILLION = 1 << 20
 BLOCK_PARALLEL = 64
@@ -108,7 +108,7 @@ def main() -> int:
     print(
         json.dumps(
             {
-                **circumstances(),
+                **environment(),
                 "promise": f"{PROMISED!r}: < {LIMIT_MS} ms, < {LIMIT_MIB} MiB",
                 "kept": kept,
                 "rows": rows,

@@ -4,7 +4,7 @@
 
 `layer` is made of fragments, the 8x8 matrices of every Apple GPU since M1; `product` of Metal 4's
 `matmul2d`. Both texts go to `torch.mps.compile_shader` as they are. On a machine without Metal, and
-before trusting a kernel on one with it, run them on the executor: it finds what reads out of
+before trusting a kernel on one with it, run them on the emulator: it finds what reads out of
 bounds, lacks a barrier, or counts on a place of an element that no one has promised.
 """
 
@@ -99,7 +99,7 @@ def multiply(library: Any, tile: Matmul2d, a: Any, b: Any) -> Any:
 
 
 def main() -> None:
-    """Run both on the executor and say how far they are from float64."""
+    """Run both on the emulator and say how far they are from float64."""
     random = np.random.default_rng(0)
     x, w = (random.normal(size=shape).astype(np.float16) for shape in ((16, 40), (24, 40)))
     y = np.empty((16, 24), np.float32)

@@ -97,7 +97,7 @@ def amx(amx_everywhere: Amx | None) -> Iterator[Amx]:
 
 @pytest.fixture(scope="session")
 def metal() -> Callable[..., Library]:
-    """`compile_shader` of the executor of Metal texts; a test without a compiler is skipped."""
+    """`compile_shader` of the emulator of Metal texts; a test without a compiler is skipped."""
     from metal import needs
 
     from tilefold.backends.metal import emulate

@@ -1,6 +1,6 @@
 """Write into docs/metal.md what Metal kernels issue by a model, how long they are, what they take.
 
-Counting needs the executor with Clang, and minutes; what it counted is kept, with the hash of each
+Counting needs the emulator with Clang, and minutes; what it counted is kept, with the hash of each
 text, in benchmarks/results/metal_model.json. `--check` counts nothing: it fails when a text is
 another one now, or when the page does not say what the file and the planner do.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tilefold.backends.metal import source
-from tilefold.backends.metal.dispatch import MOST_TOGETHER
+from tilefold.backends.metal.dispatch import WIDEST_MOVE
 from tilefold.backends.metal.families import family
 from tilefold.backends.metal.matmul import gemm, rows
 from tilefold.backends.metal.matmul.calls import block_sizes
@@ -104,7 +104,7 @@ def digest(name: str, dtype: str, dim: int, operation: str) -> str:
 
 
 def count() -> list[Row]:
-    """Run all kernels on the executor."""
+    """Run all kernels on the emulator."""
     found = []
     for name, dtype, dim, operation in cases():
         made = model(name, operation, dtype, dim)
@@ -129,7 +129,7 @@ def block(kept: list[Row]) -> str:
 
 
 MODEL_WORDS = """
-**A model, not a measurement.** The executor counts what an emitted kernel does for one tile in the
+**A model, not a measurement.** The emulator counts what an emitted kernel does for one tile in the
 middle of a long sequence without a mask. Each operation is weighed by what public measurements of
 an M1 say it takes of a core, in multiply-adds of one lane: a product of two fragments 512, an
 exponential 4, a shuffle of a simdgroup 64, an access to memory 1, one to an element of a fragment
@@ -212,7 +212,7 @@ def attention_sizes() -> Iterator[tuple[Any, ...]]:
                     gpu,
                     "float16",
                     spec.blocks,
-                    source.emit(replace(spec, vector=MOST_TOGETHER)).count("\n"),
+                    source.emit(replace(spec, vector=WIDEST_MOVE)).count("\n"),
                     choice.register_bytes,
                     choice.threadgroup_bytes,
                 )

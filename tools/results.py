@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tilefold.commands import terminal
-from tilefold.measuring.baselines import PEERS
+from tilefold.measuring.baselines import BASELINES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -167,7 +167,7 @@ def others(document: Document) -> list[str]:
     for case in comparison.cases(rows):
         cells = {row["name"]: row for row in rows if comparison.label(row) == case}
         lines.append([case, *(comparison.cell(cells[name]) for name in names)])
-    modules = dict.fromkeys(module for name in names[1:] for module in PEERS[name].modules)
+    modules = dict.fromkeys(module for name in names[1:] for module in BASELINES[name].modules)
     known = document["versions"]
     versions = [f"{module} {known[module]}" for module in modules if module in known]
     reasons = dict.fromkeys(row["reason"] for row in rows if row["reason"])

@@ -105,7 +105,7 @@ def launch_of(case: Case) -> Launch:
         precision=case.precision,  # type: ignore[arg-type]
     )
     found = plan(problem, case.architecture, operation, form=form).launches
-    return next(launch for launch in found if launch.spec.operation == case.operation)
+    return next(launch for launch in found if launch.spec.kernel == case.operation)
 
 
 def spec_of(case: Case) -> TritonSpec:

@@ -190,7 +190,7 @@ class Search:
     def _report(self, asked: TritonSpec, name: str, compiler: Compiler | None) -> Compiled | None:
         moved = "moved" if asked.descriptors else ""
         blocks = asked.blocks
-        key = f"{name} {asked.operation} {asked.dtype} {asked.products} {asked.dim} {blocks} "
+        key = f"{name} {asked.kernel} {asked.dtype} {asked.float32_mode} {asked.dim} {blocks} "
         key += moved
         if key not in self._kept and compiler is not None:
             report = compiler.ask((asked, name))
@@ -207,7 +207,7 @@ def spec(operation: str, kind: str, dim: int, blocks: Blocks, moved: bool = Fals
     problem = Problem.of((1, 4, 1000, dim), (1, 2, 1000, dim), dtype="float32", mask=causal())
     skeleton = split(bound(problem))[0]
     return TritonSpec(
-        operation, dtype, dim, dim, blocks, skeleton, 32, products=products, descriptors=moved
+        operation, dtype, dim, dim, blocks, skeleton, 32, float32_mode=products, descriptors=moved
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_parts.section import Here, Row, Stage
 from gpu_parts.timing import Call
-from tilefold.backends.triton.dispatch import aligned, prepare
+from tilefold.backends.triton.dispatch import is_aligned16, prepare
 from tilefold.backends.triton.launch import TritonPlan
 from tilefold.backends.triton.plan import FORMS, plan
 from tilefold.masks.position_rules import causal, full
@@ -88,7 +88,7 @@ def own(stage: Stage, problem: Problem, given: Tensors, operation: str, form: st
         operands["lse"] = stage.machine.empty(shape, STATISTICS[problem.dtype])
     strides = {name: tuple(tensor.stride()) for name, tensor in operands.items()}
     with stage.machine.active():
-        ready = prepare(made, stage.machine, strides, aligned(operands))
+        ready = prepare(made, stage.machine, strides, is_aligned16(operands))
     results = ("o", "lse") if operation == "forward" else RESULTS[operation]
 
     def call() -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from typing import Any
 from gpu_parts import timing
 from gpu_parts.section import Row
 from tilefold.common.files import write_atomically
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 
 JUDGED = ("H100", "H200")
 """GPUs that the figures hold for; an H200 has the multiprocessors of an H100."""
@@ -62,7 +62,7 @@ def slug(name: str) -> str:
 
 def started(device: Row) -> Row:
     """The document before any section."""
-    around = circumstances()
+    around = environment()
     device = dict(device)
     versions = {**around["versions"], **device.pop("versions", {})}
     return {

@@ -106,7 +106,7 @@ def live_share(launches: tuple[Launch, ...], problem: Problem) -> float:
     """Tiles that kernels visit, of all that there are, weighted alike over the launches."""
     shares = []
     for launch in launches:
-        if not launch.visited_rows and launch.spec.operation in ("delta", "reduce_dq"):
+        if not launch.visited_rows and launch.spec.kernel in ("delta", "reduce_dq"):
             continue
         along = problem.len_k if launch.spec.parallel == "q" else problem.len_q
         step = launch.spec.blocks.traverse

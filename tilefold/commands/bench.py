@@ -20,8 +20,8 @@ from tilefold.implementations import NAMES
 from tilefold.masks import parse
 from tilefold.masks.position_rules import Rule
 from tilefold.measuring import timing
-from tilefold.measuring.baselines import PEERS
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.baselines import BASELINES
+from tilefold.measuring.environment import environment
 from tilefold.measuring.timing import Row
 from tilefold.measuring.workload import OPERATIONS, PASSES, Case
 from tilefold.planning.roofline import Rates
@@ -52,7 +52,7 @@ def register(commands: Any) -> None:
     beside.add_argument(
         "--peers",
         nargs="*",
-        choices=tuple(PEERS),
+        choices=tuple(BASELINES),
         help="default: torch, if it is installed; --peers alone for none",
     )
     beside.add_argument(
@@ -111,9 +111,9 @@ def _names(options: argparse.Namespace) -> list[str]:
         first = "kernel" if "kernel" in options.impl else options.impl[0]
         return list(dict.fromkeys([first, *options.impl]))
     if options.peers is None:
-        return ["tilefold", "torch"] if PEERS["torch"].missing is None else ["tilefold"]
+        return ["tilefold", "torch"] if BASELINES["torch"].missing is None else ["tilefold"]
     for name in options.peers:
-        if missing := PEERS[name].missing:
+        if missing := BASELINES[name].missing:
             raise ModuleNotFoundError(f"the peer {name} is not installed: pip install {missing}")
     return ["tilefold", *options.peers]
 
@@ -126,7 +126,7 @@ def _device(options: argparse.Namespace) -> str | None:
         return None
     if options.sweep:
         raise ValueError("--sweep goes with peers, not with --impl")
-    if PEERS["torch"].missing:
+    if BASELINES["torch"].missing:
         raise ModuleNotFoundError("--impl measures torch tensors: pip install torch")
     from tilefold.implementations.torch import devices
 
@@ -262,7 +262,7 @@ def _document(found: list[list[Row]], rates: Measured, device: str | None) -> di
             share, binding = _share(row, rates) if known else (None, None)
             rows.append(row.record(group[0]) | {"share_of_bound": share, "binding": binding})
     return {
-        **circumstances(),
+        **environment(),
         "threads_of": threads.describe(),
         "device": device or "cpu",
         "rows": rows,

@@ -20,7 +20,7 @@ from tilefold.backends.cpu import choice, kernel, peak, plan, runtime, threads, 
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import Launch, Plan
 from tilefold.backends.cpu.spec import DECODE, PARALLEL
-from tilefold.backends.cpu.tuned import Winner
+from tilefold.backends.cpu.tuned import TunedBlocks
 from tilefold.commands import kernel_source, specification, terminal
 from tilefold.common import settings
 from tilefold.masks import parse
@@ -105,7 +105,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _pick(made: Plan, name: str | None) -> Launch:
     """A kernel by name; without one, the one with the most to do."""
-    launches = {launch.spec.operation: launch for launch in made.launches}
+    launches = {launch.spec.kernel: launch for launch in made.launches}
     return launches[kernel_source.named(launches, name)]
 
 
@@ -117,11 +117,11 @@ def _problem(made: Plan) -> dict[str, Any]:
 
 def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, Any]:
     spec, runs, problem = launch.spec, launch.runs, made.problem
-    parallel = PARALLEL[spec.operation]
+    parallel = PARALLEL[spec.kernel]
     masked = runs.runs[:, 2]
     pairs = roofline.computed_pairs(problem, parallel, runs, launch.block_parallel, launch.splits)
     described: dict[str, Any] = {
-        "kernel": spec.operation,
+        "kernel": spec.kernel,
         "parallel": parallel,
         "work_items": launch.items,
         "block_parallel": launch.block_parallel,
@@ -141,12 +141,12 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
         "computed_share": pairs / problem.pairs if problem.pairs else 0.0,
         "mask_expression": spec.mask.text,
     }
-    if spec.operation in roofline.PASSES:
-        if spec.operation not in DECODE:  # which has no tile to choose
+    if spec.kernel in roofline.PASSES:
+        if spec.kernel not in DECODE:  # which has no tile to choose
             described["choice"] = _choice(made, launch)
-        least = roofline.bounds(problem, spec.operation, pairs, rates)
+        least = roofline.bounds(problem, spec.kernel, pairs, rates)
         described["instructions"] = roofline.instruction_count(
-            spec.operation, pairs, problem.dim, problem.dim_v
+            spec.kernel, pairs, problem.dim, problem.dim_v
         )
         described["bounds"] = dict(least.__dict__) | {
             "seconds": least.seconds,
@@ -158,17 +158,17 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
 def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
     """Where the blocks come from, and what other ones would cost as far as anybody measured."""
     problem, device, spec = made.problem, made.device, launch.spec
-    table = choice.table_blocks(problem, device, spec.operation)
-    key = choice.winner_key(problem, device, spec.operation, spec.mask)
+    table = choice.table_blocks(problem, device, spec.kernel)
+    key = choice.winner_key(problem, device, spec.kernel, spec.mask)
     winner = tuned.find(device, key, table)
-    family = choice.family(problem, device, spec.operation)
+    family = choice.family(problem, device, spec.kernel)
     row = family.row(table.tile)
     assert row is not None, table
     return {
         "source": "tuned" if winner else "table",
         "family": device.isa
-        if spec.products.unit == "fma"
-        else f"{device.isa}, {spec.products.unit}",
+        if spec.multiplier.unit == "fma"
+        else f"{device.isa}, {spec.multiplier.unit}",
         "table": str(table),
         "table_measured": f"{row.measured}: {family.measured}" if row.measured else None,
         "tuned": _tuned(winner) if winner else None,
@@ -176,7 +176,7 @@ def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
     }
 
 
-def _tuned(winner: Winner) -> dict[str, Any]:
+def _tuned(winner: TunedBlocks) -> dict[str, Any]:
     """The record, and seconds of the table's and the worst blocks over those of the best."""
     best = winner.best.seconds
     return asdict(winner) | {

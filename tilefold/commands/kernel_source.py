@@ -43,7 +43,7 @@ def _metal(options: argparse.Namespace, problem: Problem) -> str:
     else:
         family = options.family or "apple9"
         made = metal.plan(problem, family, options.operation, form=options.form)
-        launches = {launch.spec.operation: launch for launch in made.launches}
+        launches = {launch.spec.kernel: launch for launch in made.launches}
         launch = launches[named(launches, options.kernel)]
     spec, (x, y, z) = launch.spec, launch.grid
     kind = f"{spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, innermost strides 1"
@@ -78,10 +78,10 @@ def _tensor_operations(options: argparse.Namespace, problem: Problem) -> MetalPl
 
 def _visits(launch: Launch) -> list[str]:
     """What the buffers hold that say where a threadgroup works."""
-    if launch.spec.operation == "merge":
+    if launch.spec.kernel == "merge":
         return []
     row, cut = "its block row", "visits"
-    if launch.spec.operation == "decode":
+    if launch.spec.kernel == "decode":
         row, cut = "its block of rows times splits plus its split of the keys", "splits"
     return [
         f"`order` gives each threadgroup along x {row}, those with the most to do first. `run_rows`"
@@ -92,7 +92,7 @@ def _visits(launch: Launch) -> list[str]:
 
 def _triton(options: argparse.Namespace, problem: Problem) -> str:
     made = triton.plan(problem, options.architecture, options.operation, form=options.form)
-    launches = {launch.spec.operation: launch for launch in made.launches}
+    launches = {launch.spec.kernel: launch for launch in made.launches}
     launch = launches[named(launches, options.kernel)]
     spec, device = launch.spec, triton.ARCHITECTURES[options.architecture]
     facts = [

@@ -21,7 +21,7 @@ from tilefold.commands import terminal
 from tilefold.common import array_files, settings
 from tilefold.common.files import write_atomically
 from tilefold.measuring import baselines, metal_selftest, metal_utilisation
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 from tilefold.measuring.metal_selftest import Place, Trial
 from tilefold.measuring.metal_utilisation import Measured
 from tilefold.measuring.workload import Arrays, Case
@@ -69,7 +69,7 @@ Found = tuple[dispatch.Machine, Place, dict[str, Any]]
 
 
 def _emulated() -> Found:
-    """The executor, as a GPU of the family that is asked for."""
+    """The emulator, as a GPU of the family that is asked for."""
     if reason := emulate.available():
         raise NotImplementedError(f"Metal kernels cannot be emulated here: {reason}")
     machine = dispatch.Emulated(settings.METAL_FAMILY.get() or "apple9")
@@ -157,7 +157,7 @@ def _document(
     gpu: dict[str, Any], trials: list[Trial], measured: list[Measured], notes: list[str]
 ) -> dict[str, Any]:
     return {
-        **circumstances(),
+        **environment(),
         "system": platform.platform(),
         "macos": runtime.macos(),
         "gpu": gpu,
@@ -182,7 +182,7 @@ def _show(gpu: dict[str, Any], trials: list[Trial]) -> None:
         error = "" if trial.error is None else f"{trial.error:.0e}"
         row = [trial.kernel, terminal.escape(f"{trial.dtype} {trial.case}")]
         rows.append([*row, "[dim]absent[/]" if trial.absent else sign, error])
-    where = gpu["name"] or "the executor on the CPU"
+    where = gpu["name"] or "the emulator on the CPU"
     title = f"Metal kernels on {where} ({gpu['family']}) against dense float64"
     console.print(terminal.table(title, ["", "", "", ">error"], rows))
     reasons = [f"{trial.kernel}: {trial.reason}" for trial in trials if trial.reason]

@@ -16,7 +16,7 @@ from tilefold.backends.triton import tuned as gpu_winners
 from tilefold.commands import specification, terminal
 from tilefold.masks import parse
 from tilefold.measuring import tuning
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 from tilefold.measuring.tuning import Tuned
 from tilefold.measuring.workload import OPERATIONS, Case
 from tilefold.problems.attention import ITEM_BYTES
@@ -130,7 +130,7 @@ def _measure(cases: list[Case], seconds: float, form: str) -> list[Tuned]:
 
 def _document(found: list[Tuned], stored: bool) -> dict[str, Any]:
     return {
-        **circumstances(),
+        **environment(),
         "path": str(winners.path()) if stored else None,
         "kernels": [_describe(tuned) for tuned in found],
     }

@@ -12,7 +12,7 @@ from tilefold.backends.triton.autotune import Trial
 from tilefold.backends.triton.machine import Machine
 from tilefold.commands import specification, terminal
 from tilefold.masks import parse
-from tilefold.measuring.environment import circumstances
+from tilefold.measuring.environment import environment
 from tilefold.problems.attention import Problem
 
 SHOWN = 6
@@ -25,7 +25,7 @@ def main(options: argparse.Namespace) -> int:
         tuned.check()
     machine = runtime.gpu()
     document = {
-        **circumstances(),
+        **environment(),
         "architecture": machine.architecture,
         "gpu": machine.name,
         "path": None if options.dry_run else str(tuned.path()),

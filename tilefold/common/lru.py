@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Recent(Generic[T]):
+class LruCache(Generic[T]):
     """The values that were put or asked for last, up to a number of them and of bytes.
 
     The newest one always stays. Any number of threads may use it; a forked child may go on with it.

@@ -26,7 +26,7 @@ class _Making(Future[Value]):
         self.thread = threading.get_ident()
 
 
-class Once(Generic[Value]):
+class SingleFlight(Generic[Value]):
     """The values of the newest `most` keys.
 
     Where making a value fails, all who wait for it get that error, and the next to ask tries again.
@@ -84,7 +84,7 @@ class Once(Generic[Value]):
         return value
 
 
-_all: weakref.WeakSet[Once[Any]] = weakref.WeakSet()
+_all: weakref.WeakSet[SingleFlight[Any]] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
@@ -101,7 +101,7 @@ class Function(Generic[Parameters, Value]):
 
     def __init__(self, function: Callable[Parameters, Value], most: int) -> None:
         self.__wrapped__ = function
-        self._values: Once[Value] = Once(most)
+        self._values: SingleFlight[Value] = SingleFlight(most)
         self.__doc__ = function.__doc__
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Value:

@@ -47,7 +47,16 @@ def attention(
     check_layout(layout)
     check_precision(precision)
     q, k, v = as_array("q", q), as_array("k", k), as_array("v", v)
-    key = ("numpy forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
+    key = (
+        "numpy forward",
+        mask,
+        scale,
+        layout,
+        precision,
+        *_array_key(q),
+        *_array_key(k),
+        *_array_key(v),
+    )
     call = dispatch.recent(key)
     if call is None:
         dtype = element_name(q=q, k=k, v=v)
@@ -80,7 +89,14 @@ def attention_backward(
     do, q, k, v = as_array("do", do), as_array("q", q), as_array("k", k), as_array("v", v)
     o, lse = as_array("o", o), as_array("lse", lse)
     given = do, q, k, v, o, lse
-    key = ("numpy backward", mask, scale, layout, precision, *[_form(array) for array in given])
+    key = (
+        "numpy backward",
+        mask,
+        scale,
+        layout,
+        precision,
+        *[_array_key(array) for array in given],
+    )
     call = dispatch.recent(key)
     if call is None:
         dtype = element_name(q=q, k=k, v=v, do=do, o=o)
@@ -181,7 +197,7 @@ def element_name(**arrays: Array) -> str:
     return common_dtype(names)
 
 
-def _form(array: Array) -> tuple[Any, ...]:
+def _array_key(array: Array) -> tuple[Any, ...]:
     """All of an array that a prepared call depends on."""
     return array.shape, array.strides, array.dtype
 

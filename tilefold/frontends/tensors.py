@@ -34,8 +34,17 @@ def forward(
     if machine is not None:
         o, lse = gpu.run(machine, "forward", (q, k, v), mask, scale, layout, precision)
         return o, lse
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    key = ("torch forward", mask, scale, layout, precision, *_form(q), *_form(k), *_form(v))
+    q, k, v = _copy_if_misaligned(q), _copy_if_misaligned(k), _copy_if_misaligned(v)
+    key = (
+        "torch forward",
+        mask,
+        scale,
+        layout,
+        precision,
+        *_array_key(q),
+        *_array_key(k),
+        *_array_key(v),
+    )
     call = dispatch.recent(key)
     if call is None:
         check(q=q, k=k, v=v)
@@ -69,8 +78,15 @@ def backward(
         rest = mask, scale, layout, precision
         dq, dk, dv = gpu.run(machine, "backward", (do, q, k, v, o, lse), *rest)
         return dq, dk, dv
-    do, q, k, v, o, lse = given = [_aligned(tensor) for tensor in (do, q, k, v, o, lse)]
-    key = ("torch backward", mask, scale, layout, precision, *[_form(tensor) for tensor in given])
+    do, q, k, v, o, lse = given = [_copy_if_misaligned(tensor) for tensor in (do, q, k, v, o, lse)]
+    key = (
+        "torch backward",
+        mask,
+        scale,
+        layout,
+        precision,
+        *[_array_key(tensor) for tensor in given],
+    )
     call = dispatch.recent(key)
     if call is None:
         check_all(*given)
@@ -87,12 +103,12 @@ def backward(
     return dq, dk, dv
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _copy_if_misaligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one whose items lie across their natural boundaries."""
     return tensor if tensor.data_ptr() % tensor.itemsize == 0 else tensor.clone()
 
 
-def _form(tensor: Tensor) -> tuple[Any, ...]:
+def _array_key(tensor: Tensor) -> tuple[Any, ...]:
     """All of a tensor that a prepared call depends on."""
     return tensor.shape, tensor.stride(), tensor.dtype
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tilefold.common.lru import Recent
+from tilefold.common.lru import LruCache
 from tilefold.masks.position_rules import Rule, causal, full
 from tilefold.problems.attention import (
     LAYOUTS,
@@ -212,7 +212,7 @@ def _lse(s: Tensor, nothing: Tensor | None) -> Tensor:
     return lse if nothing is None else lse.masked_fill(nothing[..., 0], -torch.inf)
 
 
-_masks: Recent[tuple[Tensor, Tensor | None]] = Recent(most=8, most_bytes=64 * 2**20)
+_masks: LruCache[tuple[Tensor, Tensor | None]] = LruCache(most=8, most_bytes=64 * 2**20)
 
 
 def _hidden(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor | None]:

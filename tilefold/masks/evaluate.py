@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.masks.expression import Boolean, Slot, Table, fold
-from tilefold.masks.table_bounds import Summary, entire
+from tilefold.masks.expression import Boolean, Slot, Table, evaluate
+from tilefold.masks.table_bounds import TableBounds, entire
 
 Array = NDArray[Any]
 
@@ -54,7 +54,7 @@ def exact(expression: Boolean, *, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.
         name: np.asarray(value, np.int64) for name, value in zip("bhqk", (b, h, q, k), strict=True)
     }
     shape = np.broadcast_shapes(*(value.shape for value in indices.values()))
-    result = np.asarray(fold(expression, _Exact(indices)), np.bool_)
+    result = np.asarray(evaluate(expression, _Exact(indices)), np.bool_)
     return np.array(np.broadcast_to(result, shape))
 
 
@@ -115,7 +115,7 @@ class Certainty(NamedTuple):
 
 
 def intervals(
-    expression: Boolean, ranges: Mapping[str, tuple[Any, Any]], summary: Summary
+    expression: Boolean, ranges: Mapping[str, tuple[Any, Any]], summary: TableBounds
 ) -> Certainty:
     """What is known of each tile, given the first and last `b`, `h`, `q`, `k` in it (inclusive).
 
@@ -124,16 +124,16 @@ def intervals(
 
     >>> from tilefold.masks.expression import Index
     >>> tiles = {"q": (np.array([0, 4]), np.array([3, 7])), "k": (4, 7)}
-    >>> intervals(Index("q") > Index("k"), tiles, Summary({}))
+    >>> intervals(Index("q") > Index("k"), tiles, TableBounds({}))
     Certainty(all=array([False, False]), any=array([False,  True]))
     """
-    known = fold(expression, _Intervals(ranges, summary))
+    known = evaluate(expression, _Intervals(ranges, summary))
     assert isinstance(known, Certainty)
     return known
 
 
 class _Intervals:
-    def __init__(self, ranges: Mapping[str, tuple[Any, Any]], summary: Summary) -> None:
+    def __init__(self, ranges: Mapping[str, tuple[Any, Any]], summary: TableBounds) -> None:
         self.ranges = ranges
         self.summary = summary
 
@@ -248,8 +248,8 @@ def index_bits(expression: Boolean, batch: int, heads: int, len_q: int, len_k: i
     64
     """
     sizes = {"b": batch, "h": heads, "q": len_q, "k": len_k}
-    extent = _Extent({name: (0, max(size - 1, 0)) for name, size in sizes.items()}, Summary({}))
-    fold(expression, extent)
+    extent = _Extent({name: (0, max(size - 1, 0)) for name, size in sizes.items()}, TableBounds({}))
+    evaluate(expression, extent)
     if extent.low >= -(2**31) and extent.high < 2**31:
         return 32
     if extent.low >= -(2**63) and extent.high < 2**63:

@@ -38,7 +38,6 @@ from tilefold.masks.nodes import (
 
 __all__ = [
     "INDEX_NAMES",
-    "Algebra",
     "Binary",
     "Boolean",
     "Compare",
@@ -46,6 +45,7 @@ __all__ = [
     "Expression",
     "Index",
     "Integer",
+    "Interpretation",
     "Logic",
     "Lookup",
     "Parameter",
@@ -58,7 +58,7 @@ __all__ = [
     "as_boolean",
     "as_integer",
     "children",
-    "fold",
+    "evaluate",
     "names",
     "split",
 ]
@@ -66,7 +66,7 @@ __all__ = [
 Value = TypeVar("Value")
 
 
-class Algebra(Protocol[Value]):
+class Interpretation(Protocol[Value]):
     """What each node means in one fold."""
 
     def index(self, name: str) -> Value:
@@ -97,8 +97,8 @@ class Algebra(Protocol[Value]):
         """The truth of `x & y`, `x | y` or `~x`."""
 
 
-def fold(
-    expression: Expression, algebra: Algebra[Value], known: Mapping[int, Value] | None = None
+def evaluate(
+    expression: Expression, algebra: Interpretation[Value], known: Mapping[int, Value] | None = None
 ) -> Value:
     """The value of a tree in an algebra; shared nodes are computed once.
 
@@ -107,14 +107,16 @@ def fold(
     return _visit(dict(known or {}), algebra, expression)
 
 
-def _visit(done: dict[int, Value], algebra: Algebra[Value], node: Expression) -> Value:
+def _visit(done: dict[int, Value], algebra: Interpretation[Value], node: Expression) -> Value:
     # No closure that calls itself: such a cycle would keep the values until the next collection.
     if id(node) not in done:
         done[id(node)] = _step(node, algebra, partial(_visit, done, algebra))
     return done[id(node)]
 
 
-def _step(node: Expression, algebra: Algebra[Value], visit: Callable[[Expression], Value]) -> Value:
+def _step(
+    node: Expression, algebra: Interpretation[Value], visit: Callable[[Expression], Value]
+) -> Value:
     match node:
         case Index(name):
             return algebra.index(name)
@@ -153,7 +155,7 @@ def children(node: Expression) -> tuple[Expression, ...]:
 
 def names(expression: Expression) -> frozenset[str]:
     """The indices that a tree reads, of `b`, `h`, `q`, `k`."""
-    return fold(expression, _Names())
+    return evaluate(expression, _Names())
 
 
 class _Names:
@@ -208,7 +210,7 @@ class Skeleton:
 def split(expression: Boolean) -> tuple[Skeleton, tuple[int, ...], tuple[Table, ...]]:
     """A tree as its skeleton, the parameters' values and the tables, in the slots' order."""
     splitter = _Splitter()
-    skeleton = fold(expression, splitter)
+    skeleton = evaluate(expression, splitter)
     assert isinstance(skeleton, Boolean)
     slots = tuple(
         Slot(number, str(table.array.dtype), table.array.ndim)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tilefold.masks.evaluate import intervals
 from tilefold.masks.expression import Boolean, names
-from tilefold.masks.table_bounds import Summary
+from tilefold.masks.table_bounds import TableBounds
 
 Array = NDArray[Any]
 
@@ -158,7 +158,9 @@ class _Scan:
 
     def segments(self, planes: int, grid: _Grid) -> _Segments:
         """The merged segments of all planes, in the order of rows and columns."""
-        self.summary = Summary({self.parallel: grid.block_row, self.traverse: grid.block_column})
+        self.summary = TableBounds(
+            {self.parallel: grid.block_row, self.traverse: grid.block_column}
+        )
         found = _Found(grid.columns)
         if not planes * grid.rows * grid.columns:
             return found.merged()

@@ -42,7 +42,7 @@ class Bounds(NamedTuple):
     high: Any
 
 
-class Summary:
+class TableBounds:
     """Answers for all tables of one plan, remembering what it has reduced.
 
     `grain` gives the block size along `q` and `k` (1 where absent). Bounds are exact for ranges
@@ -51,7 +51,7 @@ class Summary:
 
     >>> from tilefold.masks.evaluate import Range
     >>> table = Table(np.array([5, 3, 8, 9], np.int32))
-    >>> Summary({"k": 2}).bounds(table, (Range(np.array([0, 2]), np.array([1, 3]), "k"),))
+    >>> TableBounds({"k": 2}).bounds(table, (Range(np.array([0, 2]), np.array([1, 3]), "k"),))
     Bounds(low=array([3, 8]), high=array([5, 9]))
     """
 

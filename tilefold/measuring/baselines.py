@@ -29,7 +29,7 @@ TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """An implementation: what to import before anything runs, and how its call is made.
 
     `layout` is that of its results. `own_team`: it has threads of its own, not those of the OpenMP
@@ -280,27 +280,27 @@ def implementation(name: str, device: str, case: Case, a: Arrays, *, wait: bool 
     return call
 
 
-PEERS: Mapping[str, Peer] = {
-    "torch": Peer(("torch",), torch_peer),
-    "flex": Peer(("torch",), flex_peer),
-    "onnxruntime": Peer(("onnx", "onnxruntime"), onnxruntime_peer, "bnhd", own_team=True),
-    "openvino": Peer(("openvino",), openvino_peer, own_team=True),
-    "jax": Peer(("jax",), jax_peer, "bnhd", own_team=True),
-    "keras": Peer(
+BASELINES: Mapping[str, Baseline] = {
+    "torch": Baseline(("torch",), torch_peer),
+    "flex": Baseline(("torch",), flex_peer),
+    "onnxruntime": Baseline(("onnx", "onnxruntime"), onnxruntime_peer, "bnhd", own_team=True),
+    "openvino": Baseline(("openvino",), openvino_peer, own_team=True),
+    "jax": Baseline(("jax",), jax_peer, "bnhd", own_team=True),
+    "keras": Baseline(
         ("tensorflow", "keras"),
         keras_peer,
         "bnhd",
         own_team=True,
         environment={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"},
     ),
-    "numpy": Peer(("numpy",), numpy_peer),
+    "numpy": Baseline(("numpy",), numpy_peer),
 }
 """Every implementation that there is an adapter of, installed or not."""
 
 
 def check(name: str, case: Case, expected: object, found: object) -> float:
     """The relative error of a peer's result. Raises ArithmeticError where it is something else."""
-    layout = PEERS[name].layout if name in PEERS else "bhnd"
+    layout = BASELINES[name].layout if name in BASELINES else "bhnd"
     errors = []
     for mine, theirs in zip(results(expected), results(found), strict=True):
         turned = theirs.swapaxes(1, 2) if layout == "bnhd" else theirs

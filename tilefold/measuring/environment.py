@@ -18,7 +18,7 @@ _MEASURED_WITH = (
 )
 
 
-def circumstances() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Date, machine, versions and commit, as values of a JSON document."""
     device = host()
     return {

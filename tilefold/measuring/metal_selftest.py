@@ -1,6 +1,6 @@
 """Every Metal kernel of this package on a machine, against the dense definition in float64.
 
-The same trials on an Apple GPU and on the executor, which does fewer of them: compiling is what
+The same trials on an Apple GPU and on the emulator, which does fewer of them: compiling is what
 takes time there. Gradients start from what the definition says o and lse are, so that a wrong
 forward pass does not show as a wrong gradient.
 """
@@ -46,7 +46,7 @@ SMALL: tuple[tuple[str, Sizes], ...] = (
     ("float32", (24, 16, 40, 33, "window")),
     ("bfloat16", (200, 200, 24, 40, "lengths")),
 )
-"""On the executor. The second is so wide that sums leave the registers."""
+"""On the emulator. The second is so wide that sums leave the registers."""
 
 LARGE: tuple[Sizes, ...] = (
     (1, 1, 3, 5, "full"),
@@ -91,7 +91,7 @@ class Place:
 
 
 def trials(machine: Machine, place: Place, missing: str | None, *, few: bool) -> Iterator[Trial]:
-    """Run them one by one; `few` are those that the executor does in seconds.
+    """Run them one by one; `few` are those that the emulator does in seconds.
 
     `missing` says why the machine has no tensor operations, None where it has them.
     """
@@ -146,7 +146,7 @@ class _Attention:
         for launch, outputs in zip(made.launches, (("delta", "dq"), ("dk", "dv")), strict=True):
             pages = {name: each for name, each in made.buffers.items() if name not in self._given}
             one = replace(made, launches=(launch,), buffers=pages)
-            yield self._try(launch.spec.operation, one, outputs)
+            yield self._try(launch.spec.kernel, one, outputs)
 
     def decoded(self) -> Trial:
         """Few queries and many keys: the kernel of parts of the keys, and the one that merges."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilefold.backends.metal.dispatch import Machine, aligned, prepare, strides_of
+from tilefold.backends.metal.dispatch import Machine, alignment_of, prepare, strides_of
 from tilefold.backends.metal.plan import plan
 from tilefold.measuring import timing
 from tilefold.planning.roofline import instruction_count
@@ -101,9 +101,9 @@ def measure(
         kept = {name: each for name, each in made.buffers.items() if name not in given}
         strides = {name: strides_of(name, x) for name, x in given.items() if name != "delta"}
         for launch in made.launches:
-            name = launch.spec.operation
+            name = launch.spec.kernel
             one = replace(made, launches=(launch,), buffers=kept)
-            call = prepare(one, machine, strides, aligned(operands))
+            call = prepare(one, machine, strides, alignment_of(operands))
             calls[name] = functools.partial(call.run, given)
             counts[name] = instruction_count(name, pairs, problem.dim, problem.dim_v)
     for name, run in native.items():

@@ -135,14 +135,14 @@ def measure(
     """
     for name in names:
         # Before any call of ours: threads are then those of the peer's runtime, not a second team.
-        baselines.PEERS[name].load()
+        baselines.BASELINES[name].load()
     with using_threads(case.threads):
         inputs = arrays(case)
         calls = {"tilefold": own(case, inputs)}
         first, expected = first_call(calls["tilefold"])
         firsts = {"tilefold": first}
         makers = {
-            name: functools.partial(baselines.PEERS[name].make, case, inputs) for name in names
+            name: functools.partial(baselines.BASELINES[name].make, case, inputs) for name in names
         }
         started = _start(case, makers, expected)
         calls |= started.calls
@@ -150,7 +150,7 @@ def measure(
             swept = block_sizes(case, inputs)
             firsts |= {label: first_call(call)[0] for label, call in swept.items()}
             calls |= swept
-        pause = PAUSE if any(baselines.PEERS[name].own_team for name in names) else 0
+        pause = PAUSE if any(baselines.BASELINES[name].own_team for name in names) else 0
         timed = turn_by_turn(calls, seconds=seconds, pause=pause)
     started.firsts |= firsts
     return _rows(case, dict.fromkeys(["tilefold", *names, *calls]), started, timed)

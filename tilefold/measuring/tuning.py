@@ -25,8 +25,8 @@ from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import Plan, plan
 from tilefold.backends.cpu.spec import DECODE, PARALLEL
 from tilefold.backends.cpu.tables import RegisterTile
-from tilefold.backends.cpu.tuned import Blocks, Key, Machine, Timed, Winner
-from tilefold.measuring.environment import circumstances
+from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
+from tilefold.measuring.environment import environment
 from tilefold.measuring.timing import operands, turn_by_turn, using_threads
 from tilefold.measuring.workload import Arrays, Call, Case, arrays
 from tilefold.planning.roofline import PASSES
@@ -84,9 +84,9 @@ class Tuned:
         """A trial's blocks and seconds."""
         return Timed(trial.blocks, trial.ratio * self.table_seconds)
 
-    def winner(self, date: str, versions: Mapping[str, str]) -> Winner:
+    def winner(self, date: str, versions: Mapping[str, str]) -> TunedBlocks:
         """The record that the planner reads."""
-        return Winner(
+        return TunedBlocks(
             best=self.timed(self.best),
             table=Timed(self.table, self.table_seconds),
             worst=self.timed(max(self.trials, key=lambda trial: trial.ratio)),
@@ -118,7 +118,7 @@ def tune(
 def passes(case: Case, form: str = "auto") -> list[str]:
     """The kernels of a case that have blocks to choose. Raises ValueError where none has."""
     launches = plan(case.problem, host(), case.operation, form).launches
-    kernels = [launch.spec.operation for launch in launches]
+    kernels = [launch.spec.kernel for launch in launches]
     if set(kernels) <= set(DECODE):
         raise ValueError(
             f"shape {case.shape} has few queries: the decode kernel serves it, and has no blocks"
@@ -129,7 +129,7 @@ def passes(case: Case, form: str = "auto") -> list[str]:
 
 def keep(found: Iterable[Tuned]) -> None:
     """Store the winners for the planner, of this process too. Raises OSError."""
-    now, machine = circumstances(), Machine.of(host())
+    now, machine = environment(), Processor.of(host())
     new = {(machine, tuned.key): tuned.winner(now["date"], now["versions"]) for tuned in found}
     tuned.keep(new)
 
@@ -155,7 +155,7 @@ class _Race:
         self._stage("the best", self._fastest()[:KEPT_BLOCKS], share, last=True)
         trials = sorted(self._trials.values(), key=lambda trial: (not trial.last, trial.ratio))
         made = self._plan(self._table)
-        (launch,) = [one for one in made.launches if one.spec.operation == self._kernel]
+        (launch,) = [one for one in made.launches if one.spec.kernel == self._kernel]
         key = winner_key(self._case.problem, host(), self._kernel, launch.spec.mask)
         return Tuned(self._case, key, self._table, self._table_seconds, tuple(trials))
 
@@ -221,7 +221,7 @@ class _Race:
             block_traverse=blocks.block_traverse,
         )
         others = [name for name in PASSES if name != self._kernel]
-        launches = [launch for launch in made.launches if launch.spec.operation not in others]
+        launches = [launch for launch in made.launches if launch.spec.kernel not in others]
         return replace(made, launches=tuple(launches))
 
 

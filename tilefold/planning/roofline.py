@@ -22,7 +22,7 @@ from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 SOFTMAX_INSTRUCTIONS = 5
 
 # Products of each pass by the length of their sum or row: (times dim, times dim_v).
-_PRODUCTS = {
+_CONTRACTIONS = {
     "forward": (1, 1),  # S = Q K^T; O = P V
     "decode": (1, 1),  # the same, one query in a row
     "decode_part": (1, 1),
@@ -38,7 +38,7 @@ _OPERANDS = {
     "backward_dkv": ("q", "k", "v", "do", "lse", "lse", "k", "v"),
     "backward": ("q", "k", "v", "o", "do", "lse", "q", "k", "v"),
 }
-PASSES = tuple(_PRODUCTS)
+PASSES = tuple(_CONTRACTIONS)
 """The passes that have a count: forward and its forms for few queries, the two of the split
 backward, and the fused one."""
 
@@ -173,9 +173,9 @@ def computed_pairs(
 
 
 def _products(operation: str) -> tuple[int, int]:
-    if operation not in _PRODUCTS:
+    if operation not in _CONTRACTIONS:
         raise ValueError(f"operation is {operation!r}; allowed are {', '.join(PASSES)}")
-    return _PRODUCTS[operation]
+    return _CONTRACTIONS[operation]
 
 
 def _sizes(problem: Problem) -> dict[str, int]:

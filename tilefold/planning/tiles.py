@@ -16,11 +16,11 @@ from tilefold.masks.runs import Runs
 Array = NDArray[np.int64]
 
 
-def aligned(visited: Runs, step: int) -> Runs:
+def runs_to_tiles(visited: Runs, step: int) -> Runs:
     """The same columns in runs of whole tiles of `step`, but for the last one of neighbours.
 
     >>> window = Runs(np.array([0, 3]), np.array([[32, 64, 1], [64, 256, 0], [256, 288, 1]]), 1, 1)
-    >>> aligned(window, 64).runs.tolist(), aligned(window, 256).runs.tolist()
+    >>> runs_to_tiles(window, 64).runs.tolist(), runs_to_tiles(window, 256).runs.tolist()
     ([[32, 96, 1], [96, 224, 0], [224, 288, 1]], [[32, 288, 1]])
     """
     if not len(visited.runs):

@@ -10,7 +10,7 @@ from tilefold.masks.expression import Boolean
 from tilefold.masks.runs import Runs, runs
 from tilefold.problems.attention import Problem
 
-GRANULE = 32
+MASK_STEP = 32
 """Traversed rows that are classified together; a run is cut into tiles only inside the kernel."""
 
 
@@ -33,7 +33,7 @@ def visited_by(problem: Problem, parallel: str, width: int) -> Runs:
         len_parallel=length,
         len_traverse=traversed,
         block_parallel=width,
-        block_traverse=GRANULE,
+        block_traverse=MASK_STEP,
     )
 
 

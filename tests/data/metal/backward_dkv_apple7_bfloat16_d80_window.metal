@@ -43,7 +43,7 @@ kernel void tilefold_backward_dkv(
     device const float* delta [[buffer(5)]],
     device ushort* dk [[buffer(6)]],
     device ushort* dv [[buffer(7)]],
-    device float* dk_page [[buffer(8)]],
+    device float* dk_spill [[buffer(8)]],
     device const long* order [[buffer(9)]],
     device const long* run_rows [[buffer(10)]],
     device const long* runs [[buffer(11)]],
@@ -95,7 +95,7 @@ kernel void tilefold_backward_dkv(
     device const ushort* v_row = v + b * v_b + h_kv * v_h + long(key_inside) * v_n;
     device ushort* dk_row = dk + b * dk_b + h_kv * dk_h + long(key_inside) * dk_n;
     device ushort* dv_row = dv + b * dv_b + h_kv * dv_h + long(key_inside) * dv_n;
-    device float* dk_page_row = dk_page + ((long(b) * (heads_q / group) + h_kv) * len_k + key_inside) * 80;
+    device float* dk_spill_row = dk_spill + ((long(b) * (heads_q / group) + h_kv) * len_k + key_inside) * 80;
 
     const float factor = scale * M_LOG2E_F;
     simdgroup_matrix<float, 8, 8> dv_sum[10];
@@ -379,13 +379,13 @@ kernel void tilefold_backward_dkv(
                 }
                 // dk = dk + dp q
                 for (ushort d0 = 0; d0 < 64; d0 += 32) {
-                    simdgroup_matrix<float, 8, 8> page[4];
+                    simdgroup_matrix<float, 8, 8> spill[4];
                     #pragma clang loop unroll(full)
                     for (ushort d = 0; d < 32; d += 8) {
                         #pragma clang loop unroll(full)
                         for (ushort e = 0; e < 2; ++e) {
                             const ushort column = d0 + d + fragment_column + e;
-                            page[d / 8].thread_elements()[e] = !fresh && inside ? dk_page_row[column] : 0.0f;
+                            spill[d / 8].thread_elements()[e] = !fresh && inside ? dk_spill_row[column] : 0.0f;
                         }
                     }
                     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -419,7 +419,7 @@ kernel void tilefold_backward_dkv(
                                     for (ushort d = 0; d < 32; d += 8) {
                                         #pragma clang loop unroll(full)
                                         for (ushort e = 0; e < 2; ++e) {
-                                            page[d / 8].thread_elements()[e] += weight * float(stage[(j + c) * 36 + d + fragment_column + e]);
+                                            spill[d / 8].thread_elements()[e] += weight * float(stage[(j + c) * 36 + d + fragment_column + e]);
                                         }
                                     }
                                 }
@@ -433,7 +433,7 @@ kernel void tilefold_backward_dkv(
                                 simdgroup_matrix<float, 8, 8> x;
                                 x.thread_elements()[0] = stage[fragment_row * 36 + fragment_column + j * 36 + d];
                                 x.thread_elements()[1] = stage[fragment_row * 36 + fragment_column + j * 36 + d + 1];
-                                simdgroup_multiply_accumulate(page[d / 8], dp[j / 8], x, page[d / 8]);
+                                simdgroup_multiply_accumulate(spill[d / 8], dp[j / 8], x, spill[d / 8]);
                             }
                         }
                     }
@@ -443,20 +443,20 @@ kernel void tilefold_backward_dkv(
                         for (ushort e = 0; e < 2; ++e) {
                             const ushort column = d0 + d + fragment_column + e;
                             if (inside) {
-                                dk_page_row[column] = page[d / 8].thread_elements()[e];
+                                dk_spill_row[column] = spill[d / 8].thread_elements()[e];
                             }
                         }
                     }
                 }
                 {
                     const ushort d0 = 64;
-                    simdgroup_matrix<float, 8, 8> page[2];
+                    simdgroup_matrix<float, 8, 8> spill[2];
                     #pragma clang loop unroll(full)
                     for (ushort d = 0; d < 16; d += 8) {
                         #pragma clang loop unroll(full)
                         for (ushort e = 0; e < 2; ++e) {
                             const ushort column = d0 + d + fragment_column + e;
-                            page[d / 8].thread_elements()[e] = !fresh && inside ? dk_page_row[column] : 0.0f;
+                            spill[d / 8].thread_elements()[e] = !fresh && inside ? dk_spill_row[column] : 0.0f;
                         }
                     }
                     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -490,7 +490,7 @@ kernel void tilefold_backward_dkv(
                                     for (ushort d = 0; d < 16; d += 8) {
                                         #pragma clang loop unroll(full)
                                         for (ushort e = 0; e < 2; ++e) {
-                                            page[d / 8].thread_elements()[e] += weight * float(stage[(j + c) * 36 + d + fragment_column + e]);
+                                            spill[d / 8].thread_elements()[e] += weight * float(stage[(j + c) * 36 + d + fragment_column + e]);
                                         }
                                     }
                                 }
@@ -504,7 +504,7 @@ kernel void tilefold_backward_dkv(
                                 simdgroup_matrix<float, 8, 8> x;
                                 x.thread_elements()[0] = stage[fragment_row * 36 + fragment_column + j * 36 + d];
                                 x.thread_elements()[1] = stage[fragment_row * 36 + fragment_column + j * 36 + d + 1];
-                                simdgroup_multiply_accumulate(page[d / 8], dp[j / 8], x, page[d / 8]);
+                                simdgroup_multiply_accumulate(spill[d / 8], dp[j / 8], x, spill[d / 8]);
                             }
                         }
                     }
@@ -514,7 +514,7 @@ kernel void tilefold_backward_dkv(
                         for (ushort e = 0; e < 2; ++e) {
                             const ushort column = d0 + d + fragment_column + e;
                             if (inside) {
-                                dk_page_row[column] = page[d / 8].thread_elements()[e];
+                                dk_spill_row[column] = spill[d / 8].thread_elements()[e];
                             }
                         }
                     }
@@ -538,7 +538,7 @@ kernel void tilefold_backward_dkv(
         for (ushort d = 0; d < 80; d += 8) {
             for (ushort e = 0; e < 2; ++e) {
                 const ushort column = d + fragment_column + e;
-                dk_row[column] = narrow((fresh ? 0.0f : dk_page_row[column]) * scale);
+                dk_row[column] = narrow((fresh ? 0.0f : dk_spill_row[column]) * scale);
             }
         }
     }

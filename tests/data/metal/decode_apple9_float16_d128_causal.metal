@@ -71,7 +71,7 @@ kernel void tilefold_decode(
     device const half* k_head = k + b * k_b + h_kv * k_h;
     device const half* v_head = v + b * v_b + h_kv * v_h;
     const long part = ((long(b) * heads_q + h) * splits + block) * len_q + query_inside;
-    device float* o_page_row = part_o + part * 128;
+    device float* o_spill_row = part_o + part * 128;
 
     simdgroup_matrix<half, 8, 8> q_held[16];
     #pragma clang loop unroll(full)
@@ -275,7 +275,7 @@ kernel void tilefold_decode(
             #pragma clang loop unroll(full)
             for (ushort e = 0; e < 2; ++e) {
                 const ushort column = d + fragment_column + e;
-                o_page_row[column] = o_sum[d / 8].thread_elements()[e];
+                o_spill_row[column] = o_sum[d / 8].thread_elements()[e];
             }
         }
     }

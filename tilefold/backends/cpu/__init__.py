@@ -3,7 +3,7 @@
 device    what this machine has: instruction set, cores, caches
 spec      all that decides a kernel's source
 tables    tuned block sizes
-owners    who sums dQ in the fused backward pass
+partitions  who sums dQ in the fused backward pass
 kernels   everything that writes source
 runtime   source to machine code
 kernel    spec to a loaded function

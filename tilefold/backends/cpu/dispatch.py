@@ -20,7 +20,7 @@ from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
 from tilefold.backends.cpu.kernels.arguments import OPERANDS, WORK
 from tilefold.backends.cpu.plan import Launch, Plan, plan
-from tilefold.common.lru import Recent
+from tilefold.common.lru import LruCache
 from tilefold.planning.plan import Scratch
 from tilefold.problems.attention import (
     LAYOUTS,
@@ -101,7 +101,7 @@ class _Step:
         threads.run(self.kernel.loaded.address, ctypes.addressof(block), workers)
 
 
-_calls: Recent[Call] = Recent(most=128, most_bytes=256 * 2**20)
+_calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
 tuned.when_changed(_calls.clear)
 
 
@@ -124,8 +124,10 @@ def forward(problem: Problem, layout: str, *strides: Strides) -> Call:
     """
     results = shape_o(problem, layout), shape_lse(problem)
     operands = _named("forward", layout, [*strides, *map(contiguous, results)])
-    together = all(0 < abs(operands[name][1]) < abs(operands[name][2]) for name in ("k", "v"))
-    form = "interleaved" if together else "auto"
+    heads_interleaved = all(
+        0 < abs(operands[name][1]) < abs(operands[name][2]) for name in ("k", "v")
+    )
+    form = "interleaved" if heads_interleaved else "auto"
     return prepare(plan(problem, host(), "forward", form), operands, results)
 
 
@@ -190,14 +192,14 @@ def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
         function.workspace_bytes,
         launch.heads,
         problem.heads_q // problem.heads_kv,
-        launch.bundle,
+        launch.heads_per_item,
         problem.len_q,
         problem.len_k,
         double_bits(problem.scale),
     ]
     order = list(strides)
     places = []
-    for name in OPERANDS[spec.operation]:
+    for name in OPERANDS[spec.kernel]:
         actual = launch.buffers.get(name, name)
         places.append((len(words), order.index(actual)))
         words += [0, *strides[actual]]

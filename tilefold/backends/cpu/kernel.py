@@ -54,7 +54,7 @@ def emit(spec: KernelSpec) -> str:
         "backward": fused.fused,
         "reduce_dq": fused.reduce_dq,
     }
-    return generators[spec.operation](spec)
+    return generators[spec.kernel](spec)
 
 
 @once(most=512)
@@ -62,10 +62,10 @@ def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
     """The kernel of a spec, compiled for the device unless the disk cache has it."""
     written_by = _loaded_sources()
     question = f"{written_by}\n{_spelt(spec)}"
-    found = runtime.recall(question, spec.operation, device) if written_by else None
+    found = runtime.recall(question, spec.kernel, device) if written_by else None
     if found is None:
         text = emit(spec)
-        found = runtime.kernel(text, spec.operation, device), workspace_bytes(spec)
+        found = runtime.kernel(text, spec.kernel, device), workspace_bytes(spec)
         if written_by and written_by == sources():  # else someone is just editing a generator
             runtime.note(question, text, device, found[1])
     loaded, scratch_bytes = found
@@ -106,7 +106,7 @@ def workspace_bytes(spec: KernelSpec) -> int:
     from tilefold.backends.cpu.kernels import block, state
 
     item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]
-    regions = state.regions if spec.operation in DECODE else block.regions
+    regions = state.regions if spec.kernel in DECODE else block.regions
     return -(-sum(regions(spec).values()) * item_bytes // 64) * 64
 
 

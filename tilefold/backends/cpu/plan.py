@@ -21,15 +21,21 @@ from tilefold.backends.cpu.choice import (
     table_blocks,
 )
 from tilefold.backends.cpu.device import Device
-from tilefold.backends.cpu.owners import COLUMNS, Dealer, fastest, rows_of_parts, split_time
+from tilefold.backends.cpu.partitions import (
+    COLUMNS,
+    KeyPartitioner,
+    fastest,
+    rows_of_parts,
+    split_time,
+)
 from tilefold.backends.cpu.spec import DECODE, PARALLEL, KernelSpec
 from tilefold.backends.cpu.tables import RegisterTile
-from tilefold.common.lru import Recent
+from tilefold.common.lru import LruCache
 from tilefold.masks.evaluate import index_bits
 from tilefold.masks.expression import Boolean, Skeleton, Table, split
 from tilefold.masks.runs import Runs, runs
 from tilefold.planning.plan import Scratch
-from tilefold.planning.visited import GRANULE, bound, cut, visited_by
+from tilefold.planning.visited import MASK_STEP, bound, cut, visited_by
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
 FORMS = ("auto", "interleaved", "tiled", "decode", "fused", "split")
@@ -46,7 +52,7 @@ class Launch:
     once for each), else of all heads. Item = (b * heads + h) * item_rows + block row. In the fused
     backward an item is an owner of several block rows: item_rows and `order` count owners, and
     `owners` says what each has (see `Dealer.deal`). Where few queries are decoded an item is of
-    `bundle` key heads. `buffers` names the arrays of operands that go by another name.
+    `heads_per_item` key heads. `buffers` names the arrays of operands that go by another name.
     """
 
     problem: Problem
@@ -58,7 +64,7 @@ class Launch:
     block_rows: int
     owners: NDArray[np.int64] = field(default_factory=lambda: _NO_OWNERS)
     buffers: Mapping[str, str] = field(default_factory=dict)
-    bundle: int = 1
+    heads_per_item: int = 1
 
     @property
     def items(self) -> int:
@@ -68,12 +74,12 @@ class Launch:
     @property
     def splits(self) -> int:
         """Block rows that share the same rows of the parallel axis: parts of the traversed one."""
-        return self.block_rows if self.spec.operation in DECODE else 1
+        return self.block_rows if self.spec.kernel in DECODE else 1
 
     @property
     def block_parallel(self) -> int:
         """Rows of the parallel axis in a block row: all queries where they are few."""
-        return self.problem.len_q if self.spec.operation in DECODE else self.spec.block_parallel
+        return self.problem.len_q if self.spec.kernel in DECODE else self.spec.block_parallel
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +106,7 @@ class Plan:
         return sum(array.nbytes for array in arrays)
 
 
-_recent: Recent[Plan] = Recent(most=128, most_bytes=256 * 2**20)
+_recent: LruCache[Plan] = LruCache(most=128, most_bytes=256 * 2**20)
 tuned.when_changed(_recent.clear)
 
 
@@ -160,8 +166,8 @@ def _plan(
         launches, buffers = _backward(problem, device, form, launch, owners, in_place)
     elif _decodes(problem, device, form, tile):
         spec = _decode_spec(problem, device, skeleton, bits, block_traverse)
-        bundle = splits.bundle(problem) if form == "interleaved" else 1
-        launches, buffers = _decode(problem, device, spec, expression, bundle)
+        heads_per_item = splits.heads_per_item(problem) if form == "interleaved" else 1
+        launches, buffers = _decode(problem, device, spec, expression, heads_per_item)
     else:
         launches = [launch("forward")]
     return Plan(problem, device, operation, tuple(launches), parameters, tables, buffers)
@@ -182,9 +188,9 @@ def _backward(
     launches, buffers = [launch("delta")], {"delta": Scratch(row, computed)}
     fused, reduce = launch("backward"), launch("reduce_dq")
     in_place = in_place and computed == problem.dtype
-    products = fused.spec.products
+    products = fused.spec.multiplier
     line = fused.spec.whole(problem.dim)
-    dealer = Dealer(
+    partitioner = KeyPartitioner(
         problem,
         fused.runs,
         block_q=reduce.spec.block_parallel,
@@ -193,17 +199,17 @@ def _backward(
         product=splits.UNIT[products.unit] * products.terms,
     )
     if owners is None and form != "split" and not problem.empty:
-        owners, time = fastest(dealer, device.cores, in_place)
-        if form == "auto" and split_time(dealer, device.cores) < time:
+        owners, time = fastest(partitioner, device.cores, in_place)
+        if form == "auto" and split_time(partitioner, device.cores) < time:
             form = "split"
     if form == "split":
         return [*launches, launch("backward_dq"), launch("backward_dkv")], buffers
     owners = max(1, min(owners or 1, fused.block_rows))
     alone = owners == 1 and in_place
-    dealt = dealer.alone if alone else dealer.deal(owners)
+    dealt = partitioner.alone if alone else partitioner.cut(owners)
     fused = replace(
         fused,
-        order=np.argsort(-dealer.shares(dealt), kind="stable"),
+        order=np.argsort(-partitioner.shares(dealt), kind="stable"),
         item_rows=owners,
         owners=dealt,
         buffers={"dq_parts": "dq"} if alone else {},
@@ -211,7 +217,7 @@ def _backward(
     if alone:
         return [*launches, fused], buffers
     buffers["dq_parts"] = Scratch((*row[:2], rows_of_parts(dealt), line), computed)
-    return [*launches, fused, replace(reduce, runs=dealer.parts(dealt), owners=dealt)], buffers
+    return [*launches, fused, replace(reduce, runs=partitioner.parts(dealt), owners=dealt)], buffers
 
 
 def _decodes(problem: Problem, device: Device, form: str, tile: RegisterTile | None = None) -> bool:
@@ -249,7 +255,7 @@ def _decode_spec(
     """One vector of keys at a time; a tile of keys and one of values share the first cache."""
     lanes = lanes_of(problem, device)
     return KernelSpec(
-        operation="decode",
+        kernel="decode",
         dtype=problem.dtype,
         dim=problem.dim,
         dim_v=problem.dim_v,
@@ -264,10 +270,10 @@ def _decode_spec(
 
 
 def _decode(
-    problem: Problem, device: Device, spec: KernelSpec, expression: Boolean, bundle: int
+    problem: Problem, device: Device, spec: KernelSpec, expression: Boolean, heads_per_item: int
 ) -> tuple[list[Launch], dict[str, Scratch]]:
     """One launch, or where the keys of a head are split two, and what the first leaves."""
-    heads = problem.heads_kv // bundle
+    heads = problem.heads_kv // heads_per_item
     visited = runs(
         expression,
         parallel="q",
@@ -276,20 +282,22 @@ def _decode(
         len_parallel=problem.len_q,
         len_traverse=problem.len_k,
         block_parallel=problem.len_q,
-        block_traverse=GRANULE,
+        block_traverse=MASK_STEP,
         group=problem.heads_q // heads,
     )
-    keys = splits.keys_per_split(visited, problem, device, spec.lanes, bundle)
+    keys = splits.keys_per_split(visited, problem, device, spec.lanes, heads_per_item)
     visited = cut(visited, keys)
     count = visited.block_rows
     order = _heaviest_first(visited, problem, heads, count)
     if count == 1:
-        return [Launch(problem, spec, visited, order, heads, 1, 1, bundle=bundle)], {}
-    part = replace(spec, operation="decode_part")
-    merge = replace(spec, operation="merge")
+        return [
+            Launch(problem, spec, visited, order, heads, 1, 1, heads_per_item=heads_per_item)
+        ], {}
+    part = replace(spec, kernel="decode_part")
+    merge = replace(spec, kernel="merge")
     nothing = Runs(np.zeros(2, np.int64), np.zeros((0, 3), np.int64), 1, 1)
     launches = [
-        Launch(problem, part, visited, order, heads, count, count, bundle=bundle),
+        Launch(problem, part, visited, order, heads, count, count, heads_per_item=heads_per_item),
         Launch(problem, merge, nothing, np.zeros(1, np.int64), problem.heads_q, 1, count),
     ]
     shape = (problem.batch, problem.heads_q, count * problem.len_q, spec.state_width)
@@ -312,7 +320,7 @@ def _spec(
 ) -> KernelSpec:
     blocks = blocks_for(problem, device, kernel, skeleton, tile)
     return KernelSpec(
-        operation=kernel,
+        kernel=kernel,
         dtype=problem.dtype,
         dim=problem.dim,
         dim_v=problem.dim_v,
@@ -323,14 +331,14 @@ def _spec(
         mask=skeleton,
         index_bits=bits,
         native_half=_native_half(problem, device),
-        products=multiplier(problem, device, kernel),
+        multiplier=multiplier(problem, device, kernel),
     )
 
 
 def _launch(problem: Problem, spec: KernelSpec) -> Launch:
-    parallel = PARALLEL[spec.operation]
-    block_rows = -(-parallel_length(problem, spec.operation) // spec.block_parallel)
-    if spec.operation in MASKED:
+    parallel = PARALLEL[spec.kernel]
+    block_rows = -(-parallel_length(problem, spec.kernel) // spec.block_parallel)
+    if spec.kernel in MASKED:
         visited = visited_by(problem, parallel, spec.block_parallel)
     else:
         visited = Runs(np.zeros(block_rows + 1, np.int64), np.zeros((0, 3), np.int64), 1, 1)

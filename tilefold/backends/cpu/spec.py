@@ -59,7 +59,7 @@ class KernelSpec:
     holds at most. `native_half`: the machine converts float16 itself.
     """
 
-    operation: str
+    kernel: str
     dtype: str
     dim: int
     dim_v: int
@@ -70,7 +70,7 @@ class KernelSpec:
     mask: Skeleton
     index_bits: int
     native_half: bool = False
-    products: Multiplier = FMA
+    multiplier: Multiplier = FMA
 
     @property
     def block_parallel(self) -> int:

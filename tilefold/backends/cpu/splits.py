@@ -51,7 +51,7 @@ def most_splits(problem: Problem, lanes: int, keys: int) -> int:
     return max(1, int(keys * max(reading, computing) / _LEAST_SECONDS))
 
 
-def bundle(problem: Problem) -> int:
+def heads_per_item(problem: Problem) -> int:
     """How many key heads one worker reads in turn, where they lie side by side: all it can hold.
 
     A head alone would take a few lines of memory out of every row; with its neighbours rows are
@@ -64,18 +64,18 @@ def bundle(problem: Problem) -> int:
 
 
 def keys_per_split(
-    visited: Runs, problem: Problem, device: Device, lanes: int, bundle: int = 1
+    visited: Runs, problem: Problem, device: Device, lanes: int, heads_per_item: int = 1
 ) -> int:
     """How many keys a split visits: a few splits per core, none small, all of whole tiles.
 
-    A split is of `bundle` heads.
+    A split is of `heads_per_item` heads.
     """
     per_row = _visited(visited)
     most = max(1, int(per_row.max(initial=0)))
-    owners = problem.batch * problem.heads_kv // bundle
+    owners = problem.batch * problem.heads_kv // heads_per_item
     items = ITEMS_PER_CORE * device.cores
     if owners >= items or device.cores == 1:
         return most
     total = int(per_row.sum()) * (owners // max(1, len(per_row)))
-    keys = max(-(-total // items), -(-most // most_splits(problem, lanes, most * bundle)))
+    keys = max(-(-total // items), -(-most // most_splits(problem, lanes, most * heads_per_item)))
     return max(1, -(-keys // TILE)) * TILE

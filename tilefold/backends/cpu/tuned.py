@@ -40,7 +40,7 @@ DENSE = "True"
 
 
 @dataclass(frozen=True)
-class Machine:
+class Processor:
     """A processor, as far as the best blocks depend on it."""
 
     name: str
@@ -50,10 +50,10 @@ class Machine:
     features: str
 
     @staticmethod
-    def of(device: Device) -> Machine:
+    def of(device: Device) -> Processor:
         """The machine of a device; its features by a checksum."""
         features = hashlib.sha256(f"{device.triple} {device.features}".encode()).hexdigest()[:12]
-        return Machine(device.name, device.isa, device.l1_bytes, device.l2_bytes, features)
+        return Processor(device.name, device.isa, device.l1_bytes, device.l2_bytes, features)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Winner:
+class TunedBlocks:
     """The fastest blocks of one kernel, and what the table's and the worst ones cost."""
 
     best: Timed
@@ -110,11 +110,11 @@ class Winner:
 _UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 """What reading an entry raises that nobody of ours wrote."""
 
-Winners = dict[tuple[Machine, Key], Winner]
+Winners = dict[tuple[Processor, Key], TunedBlocks]
 
 
 @dataclass(frozen=True)
-class Kept:
+class TunedFile:
     """The content of a file: winners by machine and key, and what was wrong with the rest."""
 
     winners: Winners
@@ -130,19 +130,19 @@ def length_class(length: int, lanes: int) -> int:
     return 0 if length > LONG else -(-length // lanes) * lanes
 
 
-def find(device: Device, key: Key, table: Blocks) -> Winner | None:
+def find(device: Device, key: Key, table: Blocks) -> TunedBlocks | None:
     """The winner for a key on a machine, else that of full() if the table's row is the same."""
     kept = load().winners
     if not kept:
         return None
-    machine = Machine.of(device)
+    machine = Processor.of(device)
     own, dense = kept.get((machine, key)), kept.get((machine, replace(key, mask=DENSE)))
     return own or (dense if dense and dense.table.blocks == table else None)
 
 
-def here(device: Device) -> dict[Key, Winner]:
+def here(device: Device) -> dict[Key, TunedBlocks]:
     """All winners of a machine."""
-    machine = Machine.of(device)
+    machine = Processor.of(device)
     return {key: winner for (where, key), winner in load().winners.items() if where == machine}
 
 
@@ -152,15 +152,15 @@ def path() -> Path:
 
 
 @functools.cache
-def load() -> Kept:
+def load() -> TunedFile:
     """What is kept, read when this process first asks."""
     place = path()
     try:
         content = place.read_bytes()
     except FileNotFoundError:
-        return Kept({})
+        return TunedFile({})
     except OSError as error:
-        return Kept({}, f"{place} cannot be read: {error.strerror or error}")
+        return TunedFile({}, f"{place} cannot be read: {error.strerror or error}")
     import json  # where there is something to read; a first call counts its milliseconds
 
     try:
@@ -169,7 +169,7 @@ def load() -> Kept:
     except (*_UNUSABLE, RecursionError):
         entries = None
     if not isinstance(entries, list):
-        return Kept({}, f"{place} is not a file of this version's winners")
+        return TunedFile({}, f"{place} is not a file of this version's winners")
     return _parse_all(entries, place)
 
 
@@ -180,7 +180,7 @@ def check() -> None:
         raise OSError(f"winners cannot be kept: {problem}")
 
 
-def keep(new: Mapping[tuple[Machine, Key], Winner]) -> None:
+def keep(new: Mapping[tuple[Processor, Key], TunedBlocks]) -> None:
     """Add winners to the file, in place of older ones of the same keys. Raises OSError."""
     check()
     load.cache_clear()  # another process may have written since
@@ -215,7 +215,7 @@ def _changed() -> None:
         listener()
 
 
-def _parse_all(entries: Iterable[Any], place: Path) -> Kept:
+def _parse_all(entries: Iterable[Any], place: Path) -> TunedFile:
     winners: Winners = {}
     wrong = 0
     for entry in entries:
@@ -226,21 +226,21 @@ def _parse_all(entries: Iterable[Any], place: Path) -> Kept:
         else:
             winners[machine, key] = winner
     problem = f"{wrong} of the winners in {place} cannot be used" if wrong else None
-    return Kept(winners, problem)
+    return TunedFile(winners, problem)
 
 
-def _entry(where: tuple[Machine, Key], winner: Winner) -> dict[str, Any]:
+def _entry(where: tuple[Processor, Key], winner: TunedBlocks) -> dict[str, Any]:
     machine, key = where
     return {"machine": asdict(machine), "key": asdict(key)} | asdict(winner)
 
 
-def _parse(entry: dict[str, Any]) -> tuple[Machine, Key, Winner]:
+def _parse(entry: dict[str, Any]) -> tuple[Processor, Key, TunedBlocks]:
     """An entry of the file. Raises one of `_UNUSABLE`."""
-    machine, key = Machine(**entry["machine"]), Key(**entry["key"])
+    machine, key = Processor(**entry["machine"]), Key(**entry["key"])
     family = tables.family(machine.isa, key.unit)
     timed = {name: _timed(entry[name], family) for name in ("best", "table", "worst")}
     rest = {name: value for name, value in entry.items() if name not in ("machine", "key")}
-    winner = Winner(**rest | timed)
+    winner = TunedBlocks(**rest | timed)
     for part in (machine, key, winner):
         for field in fields(part):
             if field.type in ("str", "int"):

@@ -1,7 +1,7 @@
 """Attention and its gradients on a machine: arrays are checked, and bound to the kernels of a plan.
 
 The one way from arrays to launches, for tensors on an Apple GPU, for lists of commands and for the
-executor, on tensors and NumPy arrays alike.
+emulator, on tensors and NumPy arrays alike.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilefold.backends.metal.dispatch import (
-    MOST_TOGETHER,
+    WIDEST_MOVE,
     Array,
     Call,
     Machine,
     Strides,
-    aligned,
+    alignment_of,
     check_written,
     prepare,
     strides_of,
@@ -122,7 +122,7 @@ def ready(machine: Machine, problem: Problem, operation: str, layout: str) -> No
         shapes |= {"do": o, "dq": q, "dk": k, "dv": v}
     if not problem.empty:
         strides = {name: contiguous(shape) for name, shape in shapes.items()}
-        _prepare(machine, problem, operation, layout, strides, MOST_TOGETHER)
+        _prepare(machine, problem, operation, layout, strides, WIDEST_MOVE)
 
 
 def dtype_of(array: Array) -> str:
@@ -143,11 +143,11 @@ def _bind(
     if "lse" in given:
         given["lse"] = _packed(given["lse"])
     forms = [(x.shape, strides_of(name, x), x.dtype) for name, x in given.items()]
-    together = aligned(given)
-    key = (operation, mask, scale, layout, together, *forms)
+    alignment = alignment_of(given)
+    key = (operation, mask, scale, layout, alignment, *forms)
     known = machine.kept.calls.get(key)
     if known is None:
-        known = _know(machine, operation, given, mask, scale, layout, together)
+        known = _know(machine, operation, given, mask, scale, layout, alignment)
         size = known.call.plan.data_bytes if known.call else 0
         known = machine.kept.calls.put(key, known, size)
     made: dict[str, Array] = {}
@@ -163,7 +163,7 @@ def _bind(
     if call and any(array is not None for array in results):
         every = {**given, **made}
         strides = {name: strides_of(name, array) for name, array in every.items()}
-        call = _prepare(machine, known.problem, operation, layout, strides, aligned(every))
+        call = _prepare(machine, known.problem, operation, layout, strides, alignment_of(every))
     return Bound(call, given, made)
 
 
@@ -174,7 +174,7 @@ def _know(
     mask: Rule,
     scale: float | None,
     layout: str,
-    together: int,
+    alignment: int,
 ) -> Known:
     """Checks the inputs, and prepares the call unless it is empty."""
     problem = _problem(given, mask, scale, layout)
@@ -191,7 +191,7 @@ def _know(
     strides |= {
         name: contiguous(shape) for name, shape in zip(RESULTS[operation], shapes, strict=True)
     }
-    call = _prepare(machine, problem, operation, layout, strides, together)
+    call = _prepare(machine, problem, operation, layout, strides, alignment)
     return Known(problem, shapes, dtypes, call)
 
 
@@ -247,11 +247,11 @@ def _prepare(
     operation: str,
     layout: str,
     strides: Mapping[str, Strides],
-    together: int,
+    alignment: int,
 ) -> Call:
     axes = LAYOUTS[layout]
     canonical = {
         name: found if name == "lse" else tuple([found[axis] for axis in axes])
         for name, found in strides.items()
     }
-    return prepare(plan(problem, machine.family, operation), machine, canonical, together)
+    return prepare(plan(problem, machine.family, operation), machine, canonical, alignment)

@@ -19,7 +19,7 @@ from tilefold.backends.metal.families import MetalFamily
 from tilefold.backends.metal.kernels.fragment import TYPES
 from tilefold.backends.metal.kernels.frame import stage_elements
 from tilefold.backends.metal.kernels.msl import BYTES, element
-from tilefold.backends.metal.spec import HELD, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
+from tilefold.backends.metal.spec import RESIDENT, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
 from tilefold.masks.expression import Truth, split
 
 LEAVING = {
@@ -34,9 +34,9 @@ LEAVING = {
 SCORES = {"forward": 1, "decode": 1, "merge": 0, "backward_dq": 2, "backward_dkv": 2}
 """Tiles of float32 scores that live at once: S; S and dP."""
 
-LEAST_TRAVERSE, LEAST_PAGED = 32, 64
+LEAST_TRAVERSE, LEAST_SPILLED = 32, 64
 """How far the traverse block shrinks to keep an operand: to the shortest of the tables' rows, and
-for an input beside paged sums to the shortest of those rows that page all sums."""
+for an input beside spilled sums to the shortest of those rows that spill all sums."""
 
 UNTUNED = {
     "decode": (Blocks(8, 32, 32), ("q", "o")),
@@ -64,7 +64,7 @@ class Choice:
     """
 
     family: MetalFamily
-    operation: str
+    kernel: str
     start: str
     blocks: Blocks
     cached: tuple[str, ...]
@@ -92,7 +92,7 @@ class Choice:
         """What was chosen and why, as lines of text."""
         parts = ", ".join(f"{name} {size}" for name, size in self.registers) or "no tiles"
         return [
-            f"{self.operation}: {self.blocks}, cached {' '.join(self.cached) or 'nothing'}",
+            f"{self.kernel}: {self.blocks}, cached {' '.join(self.cached) or 'nothing'}",
             f"  from {self.start}",
             *([f"  {self.shrunk}"] if self.shrunk else []),
             *(f"  {name} leaves the registers: {reason}" for name, reason in self.evicted),
@@ -103,7 +103,7 @@ class Choice:
 
 def choose(
     family: MetalFamily,
-    operation: str,
+    kernel: str,
     dtype: str,
     dim: int,
     dim_v: int,
@@ -129,15 +129,15 @@ def choose(
             f"{dtype} is not a type of Apple's GPUs, which have {', '.join(TYPES)}: compute it on"
             " the CPU"
         )
-    others = [name for name in cached or () if name not in HELD[operation]]
+    others = [name for name in cached or () if name not in RESIDENT[kernel]]
     if others:
-        allowed = ", ".join(HELD[operation]) or "nothing"
-        raise ValueError(f"{operation} keeps any of {allowed} in registers, got {others[0]}")
-    asked = _Asked(family, operation, dtype, dim, dim_v)
+        allowed = ", ".join(RESIDENT[kernel]) or "nothing"
+        raise ValueError(f"{kernel} keeps any of {allowed} in registers, got {others[0]}")
+    asked = _Asked(family, kernel, dtype, dim, dim_v)
     start, row_blocks, row_cached = asked.row()
     first = asked.choice(start, blocks or row_blocks, row_cached if cached is None else cached)
     asked.check(first)
-    leaving = [] if cached is not None else [x for x in LEAVING[operation] if x in first.cached]
+    leaving = [] if cached is not None else [x for x in LEAVING[kernel] if x in first.cached]
     evicted: list[Eviction] = []
     for operand in (*leaving, None):
         kept = [name for name in first.cached if all(name != gone for gone, _ in evicted)]
@@ -152,7 +152,7 @@ def choose(
         if operand is not None:
             evicted.append(Eviction(operand, f"with it {tightest.takes}"))
     raise ValueError(
-        f"{operation} of {dtype}, dim {dim}, dim_v {dim_v}, with {' '.join(kept) or 'nothing'}"
+        f"{kernel} of {dtype}, dim {dim}, dim_v {dim_v}, with {' '.join(kept) or 'nothing'}"
         f" cached: {tightest.takes} per thread; {family.name} has {family.register_bytes}"
     )
 
@@ -161,7 +161,7 @@ def _least(kept: Sequence[str]) -> int:
     """How far the traverse block shrinks before another operand leaves."""
     if not kept:
         return _STEP
-    return LEAST_TRAVERSE if any(name in SUMS for name in kept) else LEAST_PAGED
+    return LEAST_TRAVERSE if any(name in SUMS for name in kept) else LEAST_SPILLED
 
 
 def _shrunk(before: Choice, after: Choice) -> str:
@@ -175,40 +175,40 @@ class _Asked:
     """What a choice is asked for."""
 
     family: MetalFamily
-    operation: str
+    kernel: str
     dtype: str
     dim: int
     dim_v: int
 
     def row(self) -> tuple[str, Blocks, tuple[str, ...]]:
         """Where to start: the words for it, blocks and cached operands."""
-        if self.operation in UNTUNED:
-            blocks, cached = UNTUNED[self.operation]
+        if self.kernel in UNTUNED:
+            blocks, cached = UNTUNED[self.kernel]
             return "a block that nobody tuned", blocks, cached
         widest = max(self.dim, self.dim_v)
-        row = tables.row(self.family.table, self.operation, self.dtype, widest)
+        row = tables.row(self.family.table, self.kernel, self.dtype, widest)
         return f"table {self.family.table}, {row}", row.blocks, row.cached
 
     def choice(self, start: str, blocks: Blocks, cached: Sequence[str]) -> Choice:
         """These blocks and operands, with what they take; no head block is wider than a row."""
         blocks = replace(blocks, head=min(blocks.head, whole(max(self.dim, self.dim_v))))
-        held = tuple(name for name in HELD[self.operation] if name in cached)
+        held = tuple(name for name in RESIDENT[self.kernel] if name in cached)
         spec = self._spec(blocks, held)
         number = BYTES[element(self.dtype, self.family.bfloat).compute]
         registers = [
             (name, whole(spec.width(name)) // 4 * (4 if name in SUMS else number)) for name in held
         ]
-        if SCORES[self.operation]:
-            registers.append(("tiles", SCORES[self.operation] * blocks.traverse))
-        if any(name in SUMS and name not in held for name in HELD[self.operation]):
-            registers.append(("page", blocks.head))
+        if SCORES[self.kernel]:
+            registers.append(("tiles", SCORES[self.kernel] * blocks.traverse))
+        if any(name in SUMS and name not in held for name in RESIDENT[self.kernel]):
+            registers.append(("spill", blocks.head))
         # A tile of a traversed operand, and for each simdgroup a truth.
-        shared = stage_elements(spec) * number + spec.simdgroups if self.operation != "merge" else 0
-        return Choice(self.family, self.operation, start, blocks, held, tuple(registers), shared)
+        shared = stage_elements(spec) * number + spec.simdgroups if self.kernel != "merge" else 0
+        return Choice(self.family, self.kernel, start, blocks, held, tuple(registers), shared)
 
     def _spec(self, blocks: Blocks, cached: tuple[str, ...]) -> MetalSpec:
         return MetalSpec(
-            operation=self.operation,
+            kernel=self.kernel,
             dtype=self.dtype,
             dim=self.dim,
             dim_v=self.dim_v,

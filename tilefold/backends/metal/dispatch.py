@@ -1,7 +1,7 @@
 """Runs plans of Metal kernels on a machine: binds their arguments and launches them in order.
 
 A machine is whatever compiles a text and calls its kernels the way `torch.mps.compile_shader` does:
-an Apple GPU through PyTorch, or the executor, which runs the same text on the CPU. Launches follow
+an Apple GPU through PyTorch, or the emulator, which runs the same text on the CPU. Launches follow
 each other without a synchronisation between them: both run kernels in the order of the calls.
 
 What a machine compiled stays with it, by the text; so do the runs and tables of a plan, which are
@@ -25,8 +25,8 @@ from tilefold.backends.metal.kernels.arguments import OPERANDS, RUNS, STRIDED, a
 from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 from tilefold.common.check import shown
-from tilefold.common.lru import Recent
-from tilefold.common.single_flight import Once
+from tilefold.common.lru import LruCache
+from tilefold.common.single_flight import SingleFlight
 
 Array = Any
 """An array of the machine's kind: of NumPy, or a tensor."""
@@ -35,7 +35,7 @@ Strides = tuple[int, ...]
 
 Spec = TypeVar("Spec", bound=Hashable)
 
-MOST_TOGETHER = 4
+WIDEST_MOVE = 4
 """Elements that a thread moves at once, at most: 16 bytes of float32."""
 
 MOST_BUFFERS = 31
@@ -57,7 +57,7 @@ class Machine(Protocol):
         """The family of the GPU whose tables and limits plans follow."""
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> MachineCache:
         """What was compiled and copied."""
 
     def compile(self, text: str) -> Any:
@@ -73,19 +73,19 @@ class Machine(Protocol):
         """Raises TypeError, or NotImplementedError, for arrays that kernels cannot read."""
 
 
-class Kept:
+class MachineCache:
     """What a machine holds for the next call: kernels, and the newest plans' data and calls."""
 
     def __init__(self) -> None:
-        self.libraries: Once[Any] = Once(most=512)
-        self.kernels: Once[Callable[..., None]] = Once(most=512)
-        self.data: Recent[dict[str, Array]] = Recent(most=128, most_bytes=256 * 2**20)
-        self.calls: Recent[Any] = Recent(most=128, most_bytes=256 * 2**20)
+        self.libraries: SingleFlight[Any] = SingleFlight(most=512)
+        self.kernels: SingleFlight[Callable[..., None]] = SingleFlight(most=512)
+        self.data: LruCache[dict[str, Array]] = LruCache(most=128, most_bytes=256 * 2**20)
+        self.calls: LruCache[Any] = LruCache(most=128, most_bytes=256 * 2**20)
 
 
 @dataclass(frozen=True, eq=False)
 class Emulated:
-    """The executor as a machine: kernels run on the CPU, on NumPy arrays and on CPU tensors.
+    """The emulator as a machine: kernels run on the CPU, on NumPy arrays and on CPU tensors.
 
     `checks` and `tensor_layout` are those of `tilefold.metal.emulate.compile_shader`.
     """
@@ -93,7 +93,7 @@ class Emulated:
     family: str = "apple9"
     checks: str = "fast"
     tensor_layout: int = 0
-    kept: Kept = field(default_factory=Kept)
+    kept: MachineCache = field(default_factory=MachineCache)
 
     def __post_init__(self) -> None:
         families.family(self.family)  # raises ValueError for others
@@ -156,7 +156,7 @@ class _Step:
 def execute(plan: MetalPlan, machine: Machine, operands: Mapping[str, Array]) -> None:
     """Run a plan on operands by their names in the kernels, their axes in the canonical order."""
     strides = {name: strides_of(name, array) for name, array in operands.items()}
-    prepare(plan, machine, strides, aligned(operands)).run(operands)
+    prepare(plan, machine, strides, alignment_of(operands)).run(operands)
 
 
 def strides_of(name: str, array: Array) -> Strides:
@@ -185,9 +185,9 @@ def check_written(name: str, array: Array) -> None:
         raise ValueError(f"{name} is written, but it is read-only")
 
 
-def aligned(operands: Mapping[str, Array]) -> int:
+def alignment_of(operands: Mapping[str, Array]) -> int:
     """How many elements of every operand may be moved at once, by where they begin: 1, 2 or 4."""
-    found = MOST_TOGETHER
+    found = WIDEST_MOVE
     for array in operands.values():
         if isinstance(array, np.ndarray):
             first, size = array.__array_interface__["data"][0], array.itemsize
@@ -199,14 +199,14 @@ def aligned(operands: Mapping[str, Array]) -> int:
 
 
 def prepare(
-    plan: MetalPlan, machine: Machine, strides: Mapping[str, Strides], together: int
+    plan: MetalPlan, machine: Machine, strides: Mapping[str, Strides], alignment: int
 ) -> Call:
     """A plan's kernels, compiled, and their arguments for operands of these strides.
 
     Strides count elements, of the canonical axes: batch, heads, sequence, dim. `together` is what
     `aligned` says of the operands.
     """
-    steps = tuple(_step(plan, launch, machine, strides, together) for launch in plan.launches)
+    steps = tuple(_step(plan, launch, machine, strides, alignment) for launch in plan.launches)
     return Call(machine, plan, steps)
 
 
@@ -253,14 +253,14 @@ def _step(
     launch: Launch,
     machine: Machine,
     strides: Mapping[str, Strides],
-    together: int,
+    alignment: int,
 ) -> _Step:
     """A launch with all of its arguments but the operands."""
-    spec = _fitted(launch.spec, strides, together)
+    spec = _fitted(launch.spec, strides, alignment)
     names = [argument.name for argument in arrays(spec)]
     if len(names) + 2 > MOST_BUFFERS:
         raise NotImplementedError(
-            f"Metal binds {MOST_BUFFERS} buffers to a kernel, and {spec.operation} with this mask"
+            f"Metal binds {MOST_BUFFERS} buffers to a kernel, and {spec.kernel} with this mask"
             f" takes {len(names) + 2}: join the mask's tables into fewer, or run it on the CPU"
         )
     data = _data(machine, plan, launch)
@@ -269,7 +269,7 @@ def _step(
     numbers = [int(known[name]) for name in sizes(spec)]
     if len(numbers) > MOST_NUMBERS:
         raise NotImplementedError(
-            f"Metal takes {MOST_NUMBERS} whole numbers beside the arrays, and {spec.operation} with"
+            f"Metal takes {MOST_NUMBERS} whole numbers beside the arrays, and {spec.kernel} with"
             f" this mask has {len(numbers)}: give the mask's numbers as a table (tilefold.dense,"
             " documents), or run it on the CPU"
         )
@@ -284,9 +284,9 @@ def _step(
     )
 
 
-def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], together: int) -> MetalSpec:
+def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], alignment: int) -> MetalSpec:
     """The spec for operands that lie like this: the plan has forgotten it."""
-    given = {name: strides[name] for name in OPERANDS[spec.operation] if name in STRIDED}
+    given = {name: strides[name] for name in OPERANDS[spec.kernel] if name in STRIDED}
     longest = max(spec.blocks.parallel, spec.blocks.traverse) + SIDE
     reach = [
         longest * abs(along_n) + whole(spec.width(name)) * abs(along_d)
@@ -295,7 +295,7 @@ def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], together: int) -> M
     unit = all(along_d == 1 for _, _, _, along_d in given.values())
     rows = [step for *along, _ in given.values() for step in along]
     widths = [spec.width(name) for name in given]
-    vector = math.gcd(together, *rows, *widths) if unit else 1
+    vector = math.gcd(alignment, *rows, *widths) if unit else 1
     return replace(spec, unit=unit, wide=max(reach, default=0) >= 2**31, vector=vector)
 
 
@@ -314,7 +314,7 @@ def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
     }
     found |= {f"p{number}": value for number, value in enumerate(plan.parameters)}
     for number, table in enumerate(plan.tables):
-        held = _held(table.array)
+        held = _unbroadcast(table.array)
         spans = [stride // held.itemsize for stride in np.ascontiguousarray(held).strides]
         for axis, (length, span) in enumerate(zip(held.shape, spans, strict=True)):
             found[f"t{number}_{axis}"] = span if length > 1 else 0
@@ -330,7 +330,7 @@ def _strides(strides: Mapping[str, Strides]) -> dict[str, int]:
     }
 
 
-def _held(table: NDArray[Any]) -> NDArray[Any]:
+def _unbroadcast(table: NDArray[Any]) -> NDArray[Any]:
     """A table without the copies of a broadcast axis."""
     cut = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)
     return table[cut]
@@ -340,7 +340,7 @@ def _data(machine: Machine, plan: MetalPlan, launch: Launch) -> dict[str, Array]
     """The runs of a launch and the tables of the mask on a machine, by their names."""
     tables = machine.kept.data.get(plan)
     if tables is None:
-        held = {f"t{number}": _held(table.array) for number, table in enumerate(plan.tables)}
+        held = {f"t{number}": _unbroadcast(table.array) for number, table in enumerate(plan.tables)}
         tables = {name: _upload(machine, array) for name, array in held.items()}
         machine.kept.data.put(plan, tables, sum(array.nbytes for array in held.values()))
     runs = machine.kept.data.get(launch)

@@ -1,6 +1,6 @@
-"""A model of the instructions that a Metal kernel issues, from what the executor counts.
+"""A model of the instructions that a Metal kernel issues, from what the emulator counts.
 
-No Apple GPU has run these kernels, so nothing here is a measurement of one. The executor counts
+No Apple GPU has run these kernels, so nothing here is a measurement of one. The emulator counts
 what a text does: products of fragments, exponentials, shuffles, accesses to memory and to the
 elements of fragments. Each is weighed by what public measurements say that it takes of a core, a
 multiply-add of one lane being 1. What a kernel must do anyway is the count of Turner (2024):
@@ -42,7 +42,7 @@ WEIGHTS = {
     "threadgroup_loads": 1.0,
     "threadgroup_stores": 1.0,
 }
-"""Instructions of single lanes for each operation that the executor counts. Rates are those of
+"""Instructions of single lanes for each operation that the emulator counts. Rates are those of
 github.com/philipturner/metal-benchmarks for M1; where it has none, an operation is one."""
 
 OPERATIONS = ("forward", "backward_dq", "backward_dkv")
@@ -52,7 +52,7 @@ OPERATIONS = ("forward", "backward_dq", "backward_dkv")
 class Model:
     """What one kernel does for a tile that a threadgroup visits, `pairs` of queries and keys."""
 
-    operation: str
+    kernel: str
     dim: int
     pairs: int
     counts: Mapping[str, int]
@@ -60,7 +60,7 @@ class Model:
     @property
     def shares(self) -> dict[str, float]:
         """Instructions issued for each useful one, by operation."""
-        useful = instruction_count(self.operation, self.pairs, self.dim)
+        useful = instruction_count(self.kernel, self.pairs, self.dim)
         return {name: WEIGHTS[name] * self.counts[name] / useful for name in WEIGHTS}
 
     @property
@@ -69,43 +69,43 @@ class Model:
         return sum(self.shares.values())
 
 
-def model(family: str, operation: str, dtype: str, dim: int, check: str = "count") -> Model:
-    """Run a kernel on the executor over two tiles and over three: the difference is one tile.
+def model(family: str, kernel: str, dtype: str, dim: int, check: str = "count") -> Model:
+    """Run a kernel on the emulator over two tiles and over three: the difference is one tile.
 
     With the check "fast" accesses to memory are not counted. Raises NotImplementedError, with the
-    reason, where the executor cannot run.
+    reason, where the emulator cannot run.
     """
     machine = _Listening(family, check)
-    blocks = launch(family, operation, dtype, dim, tiles=2).spec.blocks
-    fewer, more = (_counted(machine, operation, dtype, dim, tiles) for tiles in (2, 3))
+    blocks = launch(family, kernel, dtype, dim, tiles=2).spec.blocks
+    fewer, more = (_counted(machine, kernel, dtype, dim, tiles) for tiles in (2, 3))
     counts = {name: more[name] - fewer[name] for name in WEIGHTS}
-    return Model(operation, dim, blocks.parallel * blocks.traverse, counts)
+    return Model(kernel, dim, blocks.parallel * blocks.traverse, counts)
 
 
-def launch(family: str, operation: str, dtype: str, dim: int, *, tiles: int) -> Launch:
+def launch(family: str, kernel: str, dtype: str, dim: int, *, tiles: int) -> Launch:
     """The launch of one threadgroup that visits so many whole tiles; no mask."""
-    spec = _launch(_problem(operation, dtype, dim, 64, 64), family, operation).spec
+    spec = _launch(_problem(kernel, dtype, dim, 64, 64), family, kernel).spec
     blocks = spec.blocks
-    problem = _problem(operation, dtype, dim, blocks.parallel, tiles * blocks.traverse)
-    return _launch(problem, family, operation)
+    problem = _problem(kernel, dtype, dim, blocks.parallel, tiles * blocks.traverse)
+    return _launch(problem, family, kernel)
 
 
-def _problem(operation: str, dtype: str, dim: int, parallel: int, traverse: int) -> Problem:
+def _problem(kernel: str, dtype: str, dim: int, parallel: int, traverse: int) -> Problem:
     """One head, its lengths by what the operation does with them."""
-    long_q = PARALLEL[operation] == "k"
+    long_q = PARALLEL[kernel] == "k"
     len_q, len_k = (traverse, parallel) if long_q else (parallel, traverse)
     return Problem.of((1, 1, len_q, dim), (1, 1, len_k, dim), dtype=dtype)
 
 
-def _launch(problem: Problem, family: str, operation: str) -> Launch:
-    name = operation.partition("_")[0]
+def _launch(problem: Problem, family: str, kernel: str) -> Launch:
+    name = kernel.partition("_")[0]
     launches = plan(problem, family, name, form="tiled").launches
-    return next(each for each in launches if each.spec.operation == operation)
+    return next(each for each in launches if each.spec.kernel == kernel)
 
 
 @dataclass(frozen=True, eq=False)
 class _Listening(Emulated):
-    """The executor, which keeps what it compiled; with the check "nothing" it compiles nothing."""
+    """The emulator, which keeps what it compiled; with the check "nothing" it compiles nothing."""
 
     texts: list[str] = field(default_factory=list)
     libraries: list[Any] = field(default_factory=list)
@@ -113,45 +113,45 @@ class _Listening(Emulated):
     def compile(self, text: str) -> Any:
         """The kernels of a text."""
         self.texts.append(text)
-        entries = {f"tilefold_{operation}": None for operation in OPERATIONS}
+        entries = {f"tilefold_{kernel}": None for kernel in OPERATIONS}
         self.libraries.append(
             SimpleNamespace(**entries) if self.checks == "nothing" else super().compile(text)
         )
         return self.libraries[-1]
 
-    def at(self, operation: str) -> int:
+    def at(self, kernel: str) -> int:
         """Which of them is the kernel of an operation."""
-        found = [n for n, text in enumerate(self.texts) if f" tilefold_{operation}(" in text]
+        found = [n for n, text in enumerate(self.texts) if f" tilefold_{kernel}(" in text]
         assert len(found) == 1, found
         return found[0]
 
 
-def text_of(family: str, operation: str, dtype: str, dim: int) -> str:
+def text_of(family: str, kernel: str, dtype: str, dim: int) -> str:
     """The text that a machine compiles for contiguous operands; nothing is compiled here."""
     machine = _Listening(family, "nothing")
-    made, operands = _call(family, operation, dtype, dim, tiles=2)
+    made, operands = _call(family, kernel, dtype, dim, tiles=2)
     strides = {name: dispatch.strides_of(name, array) for name, array in operands.items()}
-    dispatch.prepare(made, machine, strides, dispatch.aligned(operands))
-    return machine.texts[machine.at(operation)]
+    dispatch.prepare(made, machine, strides, dispatch.alignment_of(operands))
+    return machine.texts[machine.at(kernel)]
 
 
 def _counted(
-    machine: _Listening, operation: str, dtype: str, dim: int, tiles: int
+    machine: _Listening, kernel: str, dtype: str, dim: int, tiles: int
 ) -> Mapping[str, int]:
-    """What the executor counts in the launch of one threadgroup."""
-    made, operands = _call(machine.family, operation, dtype, dim, tiles)
+    """What the emulator counts in the launch of one threadgroup."""
+    made, operands = _call(machine.family, kernel, dtype, dim, tiles)
     dispatch.execute(made, machine, operands)
-    counters: Mapping[str, int] = machine.libraries[machine.at(operation)].counters
+    counters: Mapping[str, int] = machine.libraries[machine.at(kernel)].counters
     return counters
 
 
 def _call(
-    family: str, operation: str, dtype: str, dim: int, tiles: int
+    family: str, kernel: str, dtype: str, dim: int, tiles: int
 ) -> tuple[MetalPlan, Mapping[str, NDArray[Any]]]:
     """A plan in which one threadgroup of the operation visits so many tiles, and its operands."""
-    blocks = launch(family, operation, dtype, dim, tiles=tiles).spec.blocks
-    problem = _problem(operation, dtype, dim, blocks.parallel, tiles * blocks.traverse)
-    made = plan(problem, family, operation.partition("_")[0], form="tiled")
+    blocks = launch(family, kernel, dtype, dim, tiles=tiles).spec.blocks
+    problem = _problem(kernel, dtype, dim, blocks.parallel, tiles * blocks.traverse)
+    made = plan(problem, family, kernel.partition("_")[0], form="tiled")
     rng = np.random.default_rng(0)
     lengths = {"q": problem.len_q, "k": problem.len_k, "v": problem.len_k, "o": problem.len_q}
     operands = {

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from tilefold.backends.metal import families
 from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
-from tilefold.backends.metal.kernels.arguments import pages
-from tilefold.backends.metal.spec import HELD, PARALLEL, SIDE, Blocks, MetalSpec
+from tilefold.backends.metal.kernels.arguments import spills
+from tilefold.backends.metal.spec import PARALLEL, RESIDENT, SIDE, Blocks, MetalSpec
 from tilefold.common import check
-from tilefold.common.lru import Recent
+from tilefold.common.lru import LruCache
 from tilefold.masks.evaluate import index_bits
 from tilefold.masks.expression import Table, split
 from tilefold.masks.runs import Runs, runs
 from tilefold.planning.plan import Scratch
-from tilefold.planning.tiles import aligned
-from tilefold.planning.visited import GRANULE, bound, cut, visited_by
+from tilefold.planning.tiles import runs_to_tiles
+from tilefold.planning.visited import MASK_STEP, bound, cut, visited_by
 from tilefold.problems.attention import Problem
 
 FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "tiled")}
@@ -51,7 +51,7 @@ MANY_KEYS = 2 * KEYS_PER_SPLIT
 Asked = Blocks | Mapping[str, Blocks] | None
 """Blocks for all kernels of a plan, or by operation."""
 
-Kept = Sequence[str] | Mapping[str, Sequence[str]] | None
+AskedCached = Sequence[str] | Mapping[str, Sequence[str]] | None
 """Cached operands of the only kernel of a plan, or by operation."""
 
 _NOTHING = Runs(np.zeros(1, np.int64), np.zeros((0, 3), np.int64), 1, 1)
@@ -117,7 +117,7 @@ class MetalPlan:
         return lines
 
 
-_recent: Recent[MetalPlan] = Recent(most=128, most_bytes=256 * 2**20)
+_recent: LruCache[MetalPlan] = LruCache(most=128, most_bytes=256 * 2**20)
 
 
 def plan(
@@ -127,7 +127,7 @@ def plan(
     *,
     form: str = "auto",
     blocks: Asked = None,
-    cached: Kept = None,
+    cached: AskedCached = None,
 ) -> MetalPlan:
     """The plan of an operation, "forward" or "backward", on a GPU of a family such as "apple9".
 
@@ -146,11 +146,11 @@ def plan(
     return found
 
 
-def _check(blocks: Asked, cached: Kept) -> None:
+def _check(blocks: Asked, cached: AskedCached) -> None:
     """Raises for blocks that are none, and for operations that there are not."""
     for name, asked in (("blocks", blocks), ("cached", cached)):
         for operation in asked if isinstance(asked, Mapping) else ():
-            check.choice(f"an operation of {name}", operation, tuple(HELD))
+            check.choice(f"an operation of {name}", operation, tuple(RESIDENT))
     for one in blocks.values() if isinstance(blocks, Mapping) else (blocks,):
         if not isinstance(one, Blocks | None):
             shown = check.shown(one)
@@ -167,7 +167,9 @@ def _frozen(asked: Any) -> object:
 class _Planner:
     """One problem on one family."""
 
-    def __init__(self, problem: Problem, family: MetalFamily, blocks: Asked, cached: Kept) -> None:
+    def __init__(
+        self, problem: Problem, family: MetalFamily, blocks: Asked, cached: AskedCached
+    ) -> None:
         self._problem, self._family = problem, family
         self._blocks, self._cached = blocks, cached
         self._expression = bound(problem)
@@ -191,34 +193,34 @@ class _Planner:
         else:
             launches = [self._tiled("forward")]
         for launch in launches:
-            buffers |= {name: self._page(launch.spec, name) for name in pages(launch.spec)}
+            buffers |= {name: self._spill(launch.spec, name) for name in spills(launch.spec)}
         problem, family = self._problem, self._family
         made = tuple(launches)
         return MetalPlan(problem, family, operation, made, self._parameters, self._tables, buffers)
 
-    def _page(self, spec: MetalSpec, name: str) -> Scratch:
-        """The pages of a sum: float32, as the operand's rows but contiguous."""
-        problem, operand = self._problem, name.removesuffix("_page")
-        if PARALLEL[spec.operation] == "q":
+    def _spill(self, spec: MetalSpec, name: str) -> Scratch:
+        """A spilled sum: float32, as the operand's rows but contiguous."""
+        problem, operand = self._problem, name.removesuffix("_spill")
+        if PARALLEL[spec.kernel] == "q":
             rows = (problem.batch, problem.heads_q, problem.len_q)
         else:
             rows = (problem.batch, problem.heads_kv, problem.len_k)
         return Scratch((*rows, spec.width(operand)), "float32")
 
-    def _spec(self, operation: str) -> tuple[MetalSpec, Choice]:
+    def _spec(self, kernel: str) -> tuple[MetalSpec, Choice]:
         problem, family = self._problem, self._family
         blocks, cached = self._blocks, self._cached
         made = choose(
             family,
-            operation,
+            kernel,
             problem.dtype,
             problem.dim,
             problem.dim_v,
-            blocks=blocks.get(operation) if isinstance(blocks, Mapping) else blocks,
-            cached=cached.get(operation) if isinstance(cached, Mapping) else cached,
+            blocks=blocks.get(kernel) if isinstance(blocks, Mapping) else blocks,
+            cached=cached.get(kernel) if isinstance(cached, Mapping) else cached,
         )
         spec = MetalSpec(
-            operation=operation,
+            kernel=kernel,
             dtype=problem.dtype,
             dim=problem.dim,
             dim_v=problem.dim_v,
@@ -231,13 +233,13 @@ class _Planner:
         )
         return spec, made
 
-    def _tiled(self, operation: str) -> Launch:
+    def _tiled(self, kernel: str) -> Launch:
         """A kernel whose threadgroups own a block row each."""
         problem = self._problem
-        spec, made = self._spec(operation)
-        parallel = PARALLEL[operation]
+        spec, made = self._spec(kernel)
+        parallel = PARALLEL[kernel]
         visited = visited_by(problem, parallel, spec.blocks.parallel)
-        visited = aligned(visited, spec.blocks.traverse)
+        visited = runs_to_tiles(visited, spec.blocks.traverse)
         heads = problem.heads_q if parallel == "q" else problem.heads_kv
         grid = (visited.block_rows, heads, problem.batch)
         return Launch(spec, made, visited, _heaviest_first(visited), grid)
@@ -262,13 +264,13 @@ class _Planner:
             len_parallel=problem.len_q,
             len_traverse=problem.len_k,
             block_parallel=problem.len_q,
-            block_traverse=GRANULE,
+            block_traverse=MASK_STEP,
             group=group,
         )
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
         owners = problem.batch * problem.heads_kv * blocks
         least = int(visited.met.max(initial=0)) * owners // ENOUGH_GROUPS
-        visited = cut(visited, max(KEYS_PER_SPLIT, -(-least // GRANULE) * GRANULE))
+        visited = cut(visited, max(KEYS_PER_SPLIT, -(-least // MASK_STEP) * MASK_STEP))
         count = visited.block_rows
         order = (_heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
         grid = (len(order), problem.heads_kv, problem.batch)

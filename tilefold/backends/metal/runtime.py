@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.metal import emulate
-from tilefold.backends.metal.dispatch import Array, Kept
+from tilefold.backends.metal.dispatch import Array, MachineCache
 from tilefold.backends.metal.families import FAMILIES
 from tilefold.common import settings
 
@@ -33,7 +33,7 @@ class Mps:
     device: Any
     compiler: Callable[[str], Any]
     family: str
-    kept: Kept = field(default_factory=Kept)
+    kept: MachineCache = field(default_factory=MachineCache)
 
     def compile(self, text: str) -> Any:
         """The kernels of a text. Raises SyntaxError with Metal's log."""
@@ -76,7 +76,7 @@ def missing(
 ) -> str | None:
     """Why Metal kernels cannot run on this machine; None where they can.
 
-    With the advice where the executor runs.
+    With the advice where the emulator runs.
     """
     reason = _missing()
     return reason if reason is None or emulate.available() else f"{reason}; {advice}"

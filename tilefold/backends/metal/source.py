@@ -19,4 +19,4 @@ EMITTERS: dict[str, Callable[[MetalSpec], str]] = {
 
 def emit(spec: MetalSpec) -> str:
     """The Metal Shading Language of a kernel: one text, whose entry is `spec.entry`."""
-    return tensorops.emit(spec) if spec.tensor_ops else EMITTERS[spec.operation](spec)
+    return tensorops.emit(spec) if spec.tensor_ops else EMITTERS[spec.kernel](spec)

@@ -30,7 +30,7 @@ PARALLEL = {
 TENSOR_ROWS = 16
 """Rows of the parallel axis that a simdgroup multiplies with tensor operations."""
 
-HELD = {
+RESIDENT = {
     "forward": ("q", "o"),
     "decode": ("q", "o"),
     "merge": (),
@@ -77,7 +77,7 @@ class MetalSpec:
     `tensor_ops`: multiplies by Metal 4's tensor operations, not by fragments.
     """
 
-    operation: str
+    kernel: str
     dtype: str
     dim: int
     dim_v: int
@@ -93,8 +93,8 @@ class MetalSpec:
     tensor_ops: bool = False
 
     def __post_init__(self) -> None:
-        assert self.operation in HELD, self.operation
-        assert set(self.cached) <= set(HELD[self.operation]), self.cached
+        assert self.kernel in RESIDENT, self.kernel
+        assert set(self.cached) <= set(RESIDENT[self.kernel]), self.cached
 
     @property
     def simdgroups(self) -> int:
@@ -109,7 +109,7 @@ class MetalSpec:
     @property
     def entry(self) -> str:
         """The kernel's name in the text: stable, so that an app can take the text."""
-        return f"tilefold_{self.operation}"
+        return f"tilefold_{self.kernel}"
 
     def width(self, operand: str) -> int:
         """Elements in a row of an operand."""

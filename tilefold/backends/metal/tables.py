@@ -8,7 +8,7 @@ sequences, and published them with Metal FlashAttention (MIT licence). Nobody me
 kernels. The tables of half types were tuned with scores in half precision too; ours are float32,
 so `choice` checks every row against the registers again. Read across, they say: a sum that is left
 out of the registers costs more than an input, so K and V leave before dK and dV, dO before Q before
-dQ; and a kernel whose sums are paged walks a longer traverse block for each page.
+dQ; and a kernel whose sums spill walks a longer traverse block for each spill.
 """
 
 from __future__ import annotations
@@ -111,19 +111,19 @@ _TABLES = {
 
 
 @functools.cache
-def table(gpu: str, operation: str, dtype: str) -> tuple[Row, ...]:
+def table(gpu: str, kernel: str, dtype: str) -> tuple[Row, ...]:
     """The rows of one table, for the narrowest heads first."""
     kind = "float32" if dtype == "float32" else "half"
-    return tuple(_row(line) for line in _TABLES[gpu, operation, kind].strip().splitlines())
+    return tuple(_row(line) for line in _TABLES[gpu, kernel, kind].strip().splitlines())
 
 
-def row(gpu: str, operation: str, dtype: str, dim: int) -> Row:
+def row(gpu: str, kernel: str, dtype: str, dim: int) -> Row:
     """The row of a head dimension.
 
     >>> print(row("apple9", "forward", "float16", 128))
     dim up to 160: 16 x 128 x 32, cached o
     """
-    rows = table(gpu, operation, dtype)
+    rows = table(gpu, kernel, dtype)
     return next((found for found in rows if dim <= found.dim), rows[-1])
 
 

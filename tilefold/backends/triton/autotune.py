@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tilefold.backends.triton import tuned
 from tilefold.backends.triton.architectures import architecture
 from tilefold.backends.triton.choice import choose
-from tilefold.backends.triton.dispatch import aligned, execute, prepare
+from tilefold.backends.triton.dispatch import execute, is_aligned16, prepare
 from tilefold.backends.triton.launch import Launch
 from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.plan import key_of, plan
@@ -104,7 +104,7 @@ def tune(
     for launch in [launch.plain or launch for launch in made.launches]:
         if launch.spec.gluon or not launch.pairs:
             continue  # its blocks are what shared memory allows; there is nothing to visit
-        if launch.spec.operation in ("delta", "merge", "reduce_dq"):
+        if launch.spec.kernel in ("delta", "merge", "reduce_dq"):
             continue  # they read and write memory once; nobody waits for their blocks
         trials = search.kernel(launch)
         found += trials
@@ -121,7 +121,7 @@ def candidates(launch: Launch, name: str) -> Iterator[Blocks]:
     spec, usual = launch.spec, launch.spec.blocks
     steps = ({max(LEAST, size // 2), size, size * 2} for size in (usual.parallel, usual.traverse))
     parallel, traverse = map(sorted, steps)
-    if spec.operation == "decode":
+    if spec.kernel == "decode":
         parallel = [usual.parallel]  # as many as there are queries
     streamed = (False, True) if max(spec.dim, spec.dim_v) > WIDEST_STREAMED else (False,)
     every = [
@@ -134,8 +134,8 @@ def candidates(launch: Launch, name: str) -> Iterator[Blocks]:
             continue
         try:
             choose(
-                architecture(name), spec.operation, spec.dtype, spec.dim, spec.dim_v,
-                products=spec.products, blocks=blocks,
+                architecture(name), spec.kernel, spec.dtype, spec.dim, spec.dim_v,
+                float32_mode=spec.float32_mode, blocks=blocks,
             )  # fmt: skip
         except ValueError:
             continue
@@ -170,7 +170,7 @@ class _Search:
 
     def kernel(self, launch: Launch) -> list[Trial]:
         """The trials of one launch of the plan."""
-        name, usual = launch.spec.operation, launch.spec.blocks
+        name, usual = launch.spec.kernel, launch.spec.blocks
         begun = time.perf_counter()
         calls: dict[Blocks, Callable[[], None]] = {}
         times: dict[Blocks, float] = {}
@@ -225,10 +225,10 @@ class _Search:
             blocks={name: blocks},
         )
         strides = {key: tuple(tensor.stride()) for key, tensor in self._operands.items()}
-        call = prepare(made, self._machine, strides, aligned(self._operands))
+        call = prepare(made, self._machine, strides, is_aligned16(self._operands))
         given = call.scratch(self._operands)
         call.launch(given)
-        step = next(step for step in call.steps if step.spec.operation == name)
+        step = next(step for step in call.steps if step.spec.kernel == name)
         return lambda: step.launch(given)
 
 

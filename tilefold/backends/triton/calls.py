@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tilefold.backends.triton.dispatch import Call, aligned, prepare
+from tilefold.backends.triton.dispatch import Call, is_aligned16, prepare
 from tilefold.backends.triton.machine import Machine
 from tilefold.backends.triton.plan import plan
 from tilefold.masks.position_rules import Rule
@@ -149,7 +149,7 @@ def ready(machine: Machine, problem: Problem, operation: str, layout: str) -> No
         shapes |= {"do": o, "dq": q, "dk": k, "dv": v}
     if not problem.empty:
         strides = {name: contiguous(shape) for name, shape in shapes.items()}
-        _prepare(machine, problem, operation, layout, strides, together=True).compile()
+        _prepare(machine, problem, operation, layout, strides, aligned16=True).compile()
 
 
 def _run(
@@ -162,12 +162,12 @@ def _run(
     precision: str,
 ) -> tuple[Tensor, ...]:
     machine.check(**given)
-    together = aligned(given)
+    aligned16 = is_aligned16(given)
     forms = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in given.values()]
-    key = (operation, mask, scale, layout, precision, together, *forms)
+    key = (operation, mask, scale, layout, precision, aligned16, *forms)
     known = machine.kept.calls.get(key)
     if known is None:
-        known = _know(machine, operation, given, mask, scale, layout, precision, together)
+        known = _know(machine, operation, given, mask, scale, layout, precision, aligned16)
         size = known.call.plan.data_bytes if known.call else 0
         known = machine.kept.calls.put(key, known, size)
     made = {
@@ -198,7 +198,7 @@ def _know(
     scale: float | None,
     layout: str,
     precision: str,
-    together: bool,
+    aligned16: bool,
 ) -> Known:
     """Checks the inputs, and prepares the call unless it is empty."""
     names = {name: str(x.dtype).removeprefix("torch.") for name, x in given.items()}
@@ -219,7 +219,7 @@ def _know(
         name: contiguous(shape) for name, shape in zip(RESULTS[operation], shapes, strict=True)
     }
     return Known(
-        problem, shapes, dtypes, _prepare(machine, problem, operation, layout, strides, together)
+        problem, shapes, dtypes, _prepare(machine, problem, operation, layout, strides, aligned16)
     )
 
 
@@ -229,11 +229,11 @@ def _prepare(
     operation: str,
     layout: str,
     strides: Mapping[str, tuple[int, ...]],
-    together: bool,
+    aligned16: bool,
 ) -> Call:
     axes = LAYOUTS[layout]
     canonical = {
         name: found if name == "lse" else tuple([found[axis] for axis in axes])
         for name, found in strides.items()
     }
-    return prepare(plan(problem, machine.architecture, operation), machine, canonical, together)
+    return prepare(plan(problem, machine.architecture, operation), machine, canonical, aligned16)

@@ -35,7 +35,7 @@ class Choice:
     `shared_bytes` and `registers` are estimates: see `resources`.
     """
 
-    operation: str
+    kernel: str
     blocks: Blocks
     reasons: tuple[str, ...] = ()
     descriptors: bool = False
@@ -44,14 +44,14 @@ class Choice:
 
     def explain(self) -> list[str]:
         """Lines of text."""
-        return [f"{self.operation}: {self.blocks}", *(f"  {why}" for why in self.reasons)]
+        return [f"{self.kernel}: {self.blocks}", *(f"  {why}" for why in self.reasons)]
 
 
 def check_asked(blocks: Asked) -> None:
     """Raises for blocks that are none, and for operations that there are not."""
     by_operation = blocks if isinstance(blocks, Mapping) else {}
-    for operation in by_operation:
-        check.choice("an operation of blocks", operation, tuple(PARALLEL))
+    for kernel in by_operation:
+        check.choice("an operation of blocks", kernel, tuple(PARALLEL))
     for one in by_operation.values() if by_operation else (blocks,):
         if not isinstance(one, Blocks | None):
             raise TypeError(
@@ -61,12 +61,12 @@ def check_asked(blocks: Asked) -> None:
 
 def choose(
     architecture: Architecture,
-    operation: str,
+    kernel: str,
     dtype: str,
     dim: int,
     dim_v: int,
     *,
-    products: str = "ieee",
+    float32_mode: str = "ieee",
     blocks: Blocks | None = None,
     rows: int | None = None,
 ) -> Choice:
@@ -79,7 +79,7 @@ def choose(
     >>> print(choose(architecture("sm_80"), "forward", "float16", 128, 128).blocks)
     128 x 64, 8 warps, 3 stages
     """
-    asked = _Asked(architecture, operation, dtype, dim, dim_v, products)
+    asked = _Asked(architecture, kernel, dtype, dim, dim_v, float32_mode)
     row, words = asked.row()
     if blocks is not None:
         why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks)
@@ -126,30 +126,30 @@ class _Asked:
     """What a choice is asked for."""
 
     device: Architecture
-    operation: str
+    kernel: str
     dtype: str
     dim: int
     dim_v: int
-    products: str
+    float32_mode: str
 
     @property
     def kind(self) -> str:
-        return kind_of(self.dtype, self.products)
+        return kind_of(self.dtype, self.float32_mode)
 
     @property
     def most_rows(self) -> int | None:
         """Rows of a block along the parallel axis, at most; None where resources alone say it."""
-        multiplied = self.dtype == "float64" and self.operation in resources.HELD
+        multiplied = self.dtype == "float64" and self.kernel in resources.HELD
         return self.device.float64_rows if multiplied else None
 
     def row(self) -> tuple[tables.Row, list[str]]:
         """Where to start, and the words for it."""
         widest = max(self.dim, self.dim_v)
-        if self.operation not in resources.HELD:
+        if self.kernel not in resources.HELD:
             rows = power_of_two(MOST_NUMBERS // resources.padded(widest) + 1) // 2
             blocks = Blocks(max(LEAST, min(64, rows)), LEAST, 4, 1)
             return tables.Row(widest, blocks, 0), ["a block that nobody tuned"]
-        found = tables.row(self.device.table, self.operation, self.kind, widest)
+        found = tables.row(self.device.table, self.kernel, self.kind, widest)
         words = [f"table {self.device.table}, {self.kind}, {found}"]
         if widest > found.dim or found.spills is None:
             words.append("nobody compiled it for this")
@@ -162,12 +162,12 @@ class _Asked:
     def compiled(self, row: tables.Row) -> bool:
         """Whether a row was compiled for just these heads: narrower ones may have more pieces."""
         dims = {resources.padded(self.dim), resources.padded(self.dim_v), row.dim}
-        return self.operation in resources.HELD and row.spills is not None and len(dims) == 1
+        return self.kernel in resources.HELD and row.spills is not None and len(dims) == 1
 
     def too_much(self, blocks: Blocks) -> str:
         """Why blocks do not fit, in a line; "" where they do."""
         device = self.device
-        words = f"{self.operation} of {self.dtype}, dim {self.dim}, dim_v {self.dim_v}, {blocks}"
+        words = f"{self.kernel} of {self.dtype}, dim {self.dim}, dim_v {self.dim_v}, {blocks}"
         most = self.most_rows
         if most is not None and blocks.parallel > most:
             return f"{words}: {device.name} multiplies {most} rows of float64 at most"
@@ -180,11 +180,11 @@ class _Asked:
         registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
         if registers > room:
             return f"{words}: {registers} registers of a thread for sums and scores, of {room}"
-        visits = self.operation in resources.HELD
+        visits = self.kernel in resources.HELD
         sums_apart = device.tensor_memory and resources.asynchronous(device, self.kind, blocks)
         if visits and sums_apart:
             columns = resources.tensor_columns(
-                self.operation, self.dim, self.dim_v, self.products, blocks
+                self.kernel, self.dim, self.dim_v, self.float32_mode, blocks
             )
             if columns > resources.TENSOR_COLUMNS:
                 return (
@@ -198,22 +198,22 @@ class _Asked:
         device = self.device
         shared = min(self._shared(blocks), device.shared_bytes)
         registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
-        visits = self.operation in resources.HELD
+        visits = self.kernel in resources.HELD
         if visits:
             words.append(
                 f"shared memory about {shared} of {device.shared_bytes} bytes, sums and scores"
                 f" {registers} of {room} registers of a thread"
             )
-        moved = resources.moved(device, self.operation, self.kind, blocks)
-        return Choice(self.operation, blocks, tuple(words), moved, shared, registers)
+        tma = resources.tma(device, self.kernel, self.kind, blocks)
+        return Choice(self.kernel, blocks, tuple(words), tma, shared, registers)
 
     def _shared(self, blocks: Blocks) -> int:
         sizes = self.dim, self.dim_v
         return resources.shared_bytes(
-            self.device, self.operation, self.dtype, *sizes, self.products, blocks
+            self.device, self.kernel, self.dtype, *sizes, self.float32_mode, blocks
         )
 
     def _registers(self, blocks: Blocks) -> int:
         return resources.registers(
-            self.device, self.operation, self.dtype, self.dim, self.dim_v, self.products, blocks
+            self.device, self.kernel, self.dtype, self.dim, self.dim_v, self.float32_mode, blocks
         )

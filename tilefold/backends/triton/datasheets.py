@@ -42,7 +42,7 @@ SHEETS = {
 """By architecture. AMD's multiply float32 and float64 exactly on their matrix units."""
 
 
-def rates(architecture: str, dtype: str, products: str) -> Rates | None:
+def rates(architecture: str, dtype: str, float32_mode: str) -> Rates | None:
     """The rates of the chip of an architecture; None where there is no sheet.
 
     >>> found = rates("sm_90", "bfloat16", "ieee")
@@ -52,7 +52,7 @@ def rates(architecture: str, dtype: str, products: str) -> Rates | None:
     sheet = SHEETS.get(architecture)
     if sheet is None:
         return None
-    flops = getattr(sheet, kind(dtype, products)) / (3 if products == "tf32x3" else 1)
+    flops = getattr(sheet, kind(dtype, float32_mode)) / (3 if float32_mode == "tf32x3" else 1)
     return Rates(
         device=sheet.chip,
         dtype=dtype,

@@ -81,7 +81,7 @@ class _Step:
     constants: tuple[Any, ...]
     data: tuple[Tensor, ...]
     programs: int
-    moved: tuple[Moved, ...]
+    tma: tuple[TmaTile, ...]
     options: Mapping[str, int]
 
     def compile(self, machine: Machine) -> None:
@@ -90,23 +90,23 @@ class _Step:
             return
         kinds = arguments.arrays(self.spec)
         given = [machine.empty((1,), kinds[name]) for name in self.operands]
-        moved = [
+        tma = [
             tiles.descriptor(machine.empty((1, 1, *tiles.block[2:]), self.spec.dtype))
-            for tiles in self.moved
+            for tiles in self.tma
         ]
-        self.function.warmup(*given, *self.constants, *moved, grid=(1,), **self.options)
+        self.function.warmup(*given, *self.constants, *tma, grid=(1,), **self.options)
 
     def launch(self, operands: Mapping[str, Tensor]) -> None:
         given: list[Any] = [operands[name] for name in self.operands]
         blocks = self.spec.blocks
-        moved = [tiles.descriptor(operands[tiles.operand]) for tiles in self.moved]
+        tma = [tiles.descriptor(operands[tiles.operand]) for tiles in self.tma]
         try:
-            self.function[(self.programs,)](*given, *self.constants, *moved, **self.options)
+            self.function[(self.programs,)](*given, *self.constants, *tma, **self.options)
         except Exception as error:
             if type(error).__name__ != "OutOfResources":
                 raise
             raise ResourceError(
-                f"{self.spec.operation} with blocks of {blocks} does not fit this GPU: {error};"
+                f"{self.spec.kernel} with blocks of {blocks} does not fit this GPU: {error};"
                 " choose smaller ones (tilefold.triton.plan, blocks=) or tune them"
                 " (tilefold.triton.tune)"
             ) from error
@@ -115,43 +115,43 @@ class _Step:
 def execute(plan: TritonPlan, machine: Machine, operands: Mapping[str, Tensor]) -> None:
     """Run a plan on operands by their names in the kernels, their axes in the canonical order."""
     strides = {name: tuple(tensor.stride()) for name, tensor in operands.items()}
-    prepare(plan, machine, strides, aligned(operands)).run(operands)
+    prepare(plan, machine, strides, is_aligned16(operands)).run(operands)
 
 
-def aligned(operands: Mapping[str, Tensor]) -> bool:
+def is_aligned16(operands: Mapping[str, Tensor]) -> bool:
     """Whether every operand begins where a descriptor may."""
     return all(tensor.data_ptr() % ALIGNED == 0 for tensor in operands.values())
 
 
 def prepare(
-    plan: TritonPlan, machine: Machine, strides: Mapping[str, Strides], together: bool
+    plan: TritonPlan, machine: Machine, strides: Mapping[str, Strides], aligned16: bool
 ) -> Call:
     """A plan's kernels, and their arguments for operands of these strides, in elements.
 
     `together` is what `aligned` says of the operands. Raises ValueError where more programs would
     be needed than a grid has.
     """
-    steps = tuple(_step(plan, launch, machine, strides, together) for launch in plan.launches)
+    steps = tuple(_step(plan, launch, machine, strides, aligned16) for launch in plan.launches)
     return Call(machine, plan, steps)
 
 
 def fitted(
-    spec: TritonSpec, plan: TritonPlan, strides: Mapping[str, Strides], together: bool
+    spec: TritonSpec, plan: TritonPlan, strides: Mapping[str, Strides], aligned16: bool
 ) -> TritonSpec:
     """The spec for operands that lie like this: the plan has forgotten it."""
-    given = {name: strides[name] for name in OPERANDS[spec.operation] if name in STRIDED}
+    given = {name: strides[name] for name in OPERANDS[spec.kernel] if name in STRIDED}
     longest = max(spec.blocks.parallel, spec.blocks.traverse)
     reach = [
         longest * abs(along_n) + spec.width(name) * abs(along_d)
         for name, (_, _, along_n, along_d) in given.items()
     ]
     wide = max(reach, default=0) >= 2**31
-    moved = [name for name in given if name in ("q", "k", "v", "do")]
-    kind = resources.kind(spec.dtype, spec.products)
+    tma = [name for name in given if name in ("q", "k", "v", "do")]
+    kind = resources.kind(spec.dtype, spec.float32_mode)
     descriptors = (
-        resources.moved(plan.architecture, spec.operation, kind, spec.blocks)
-        and together
-        and all(_describable(given[name], spec.dtype) for name in moved)
+        resources.tma(plan.architecture, spec.kernel, kind, spec.blocks)
+        and aligned16
+        and all(_describable(given[name], spec.dtype) for name in tma)
     )
     return replace(spec, wide=wide, descriptors=descriptors)
 
@@ -164,7 +164,7 @@ def _describable(strides: Strides, dtype: str) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Moved:
+class TmaTile:
     """A tensor descriptor to be: of an operand, in blocks of (1, 1, rows, columns).
 
     `layout` is that of its tiles in shared memory, which Gluon asks for.
@@ -186,17 +186,17 @@ class Moved:
         return InGluon(*sizes, self.layout)
 
 
-def _moved(spec: TritonSpec) -> tuple[Moved, ...]:
+def _tma_tiles(spec: TritonSpec) -> tuple[TmaTile, ...]:
     """The descriptors of a kernel, in the order of its arguments."""
     if not spec.gluon:
         return tuple(
-            Moved(operand, [1, 1, rows, columns])
+            TmaTile(operand, [1, 1, rows, columns])
             for _, (operand, rows, columns) in frame.descriptors(spec)
         )
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     return tuple(
-        Moved(tiles.operand, tiles.block, tiles.layout(NVMMASharedLayout))
+        TmaTile(tiles.operand, tiles.block, tiles.layout(NVMMASharedLayout))
         for tiles in hopper_launch.descriptors(spec)
     )
 
@@ -206,19 +206,19 @@ def _step(
     launch: Launch,
     machine: Machine,
     strides: Mapping[str, Strides],
-    together: bool,
+    aligned16: bool,
 ) -> _Step:
     """A launch with all of its arguments but the operands."""
     if launch.programs >= 2**31:
         raise ValueError(
-            f"{launch.spec.operation} would take {launch.programs} programs, and a grid has"
+            f"{launch.spec.kernel} would take {launch.programs} programs, and a grid has"
             f" {2**31 - 1}: split the batch or the heads into several calls"
         )
-    spec = fitted(launch.spec, plan, strides, together)
+    spec = fitted(launch.spec, plan, strides, aligned16)
     if launch.spec.gluon and (reason := _not_gluon(machine, spec)):
         if launch.plain is None:
             raise ValueError(f"form 'hopper' is not possible: {reason}")
-        return _step(plan, launch.plain, machine, strides, together)
+        return _step(plan, launch.plain, machine, strides, aligned16)
     data = _data(machine, plan, launch)
     known: dict[str, Any] = {**data, **_numbers(plan, launch), **_strides(strides)}
     scale = float(plan.problem.scale)
@@ -226,10 +226,10 @@ def _step(
     bits = struct.unpack("<q", struct.pack("<d", scale))[0]
     known["scale"] = bits if spec.dtype == "float64" else scale
     names, programs = arguments.names(spec), launch.programs
-    if launch.resident:
+    if launch.persistent:
         known |= _places(plan.problem, launch.block_rows)
         names, programs = (*names, *hopper_launch.PLACES), min(programs, machine.multiprocessors)
-    operands = OPERANDS[spec.operation]
+    operands = OPERANDS[spec.kernel]
     return _Step(
         machine.function(source.emit(spec), spec.entry),
         spec,
@@ -237,7 +237,7 @@ def _step(
         tuple(known[name] for name in names[len(operands) :]),
         tuple(data.values()),
         programs,
-        _moved(spec),
+        _tma_tiles(spec),
         module.launch_options(
             plan.architecture.kind, spec.dtype, spec.blocks.warps, spec.blocks.stages
         ),
@@ -283,7 +283,7 @@ def _numbers(plan: TritonPlan, launch: Launch) -> dict[str, int]:
     found = dict(zip(SIZES, sizes, strict=True))
     found |= {f"p{number}": value for number, value in enumerate(plan.parameters)}
     for number, table in enumerate(plan.tables):
-        held = _held(table.array)
+        held = _unbroadcast(table.array)
         spans = [stride // held.itemsize for stride in np.ascontiguousarray(held).strides]
         for axis, (length, span) in enumerate(zip(held.shape, spans, strict=True)):
             found[f"t{number}_{axis}"] = span if length > 1 else 0
@@ -299,18 +299,18 @@ def _strides(strides: Mapping[str, Strides]) -> dict[str, int]:
     }
 
 
-def _held(table: NDArray[Any]) -> NDArray[Any]:
+def _unbroadcast(table: NDArray[Any]) -> NDArray[Any]:
     """A table without the copies of a broadcast axis."""
     return table[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)]
 
 
 def _data(machine: Machine, plan: TritonPlan, launch: Launch) -> dict[str, Tensor]:
     """The runs of a launch and the tables of the mask on a machine, by their names."""
-    if launch.spec.operation not in arguments.VISITING:
+    if launch.spec.kernel not in arguments.VISITING:
         return {}
     tables = machine.kept.data.get(plan)
     if tables is None:
-        held = {f"t{number}": _held(table.array) for number, table in enumerate(plan.tables)}
+        held = {f"t{number}": _unbroadcast(table.array) for number, table in enumerate(plan.tables)}
         tables = {name: machine.upload(_plain(array)) for name, array in held.items()}
         machine.kept.data.put(plan, tables, sum(array.nbytes for array in held.values()))
     runs = machine.kept.data.get(launch)

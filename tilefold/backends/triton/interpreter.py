@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.triton import module
-from tilefold.backends.triton.machine import Kept
+from tilefold.backends.triton.machine import MachineCache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class Interpreted:
     """
 
     architecture: str = "sm_90"
-    kept: Kept = field(default_factory=Kept)
+    kept: MachineCache = field(default_factory=MachineCache)
     name: str = "Triton's interpreter"
     multiprocessors: int = 4
     gluon: bool = False

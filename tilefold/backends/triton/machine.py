@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
-from tilefold.common.lru import Recent
+from tilefold.common.lru import LruCache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class Machine(Protocol):
         """What people call it."""
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> MachineCache:
         """What is held for the next call."""
 
     @property
@@ -60,9 +60,9 @@ class Machine(Protocol):
         """Is told what the launches that were just made read, of what the machine holds."""
 
 
-class Kept:
+class MachineCache:
     """What a machine holds for the next call: the newest plans' data, and prepared calls."""
 
     def __init__(self) -> None:
-        self.data: Recent[dict[str, Tensor]] = Recent(most=128, most_bytes=256 * 2**20)
-        self.calls: Recent[Any] = Recent(most=128, most_bytes=256 * 2**20)
+        self.data: LruCache[dict[str, Tensor]] = LruCache(most=128, most_bytes=256 * 2**20)
+        self.calls: LruCache[Any] = LruCache(most=128, most_bytes=256 * 2**20)

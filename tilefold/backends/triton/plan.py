@@ -28,14 +28,14 @@ from tilefold.backends.triton.spec import (
     power_of_two,
 )
 from tilefold.common import check, settings
-from tilefold.common.lru import Recent
+from tilefold.common.lru import LruCache
 from tilefold.masks.evaluate import index_bits
 from tilefold.masks.expression import split
 from tilefold.masks.runs import Runs, runs
 from tilefold.planning import roofline
 from tilefold.planning.plan import Scratch
-from tilefold.planning.tiles import aligned, parted
-from tilefold.planning.visited import GRANULE, bound, cut, visited_by
+from tilefold.planning.tiles import parted, runs_to_tiles
+from tilefold.planning.visited import MASK_STEP, bound, cut, visited_by
 from tilefold.problems.attention import STATISTICS, Problem
 
 FORMS = {
@@ -74,7 +74,7 @@ speed (FlashAttention-3 and Triton's, H100, dim 128); ours were not timed."""
 
 _NO_RUNS = np.zeros((1, 2), np.int32)
 
-_recent: Recent[TritonPlan] = Recent(most=128, most_bytes=256 * 2**20)
+_recent: LruCache[TritonPlan] = LruCache(most=128, most_bytes=256 * 2**20)
 tuned.when_changed(_recent.clear)
 
 
@@ -157,33 +157,33 @@ class _Planner:
                 f" {problem.dim} and dim_v {problem.dim_v}: use the CPU, or impl='composed'"
             )
 
-    def _spec(self, operation: str, rows: int | None = None) -> tuple[TritonSpec, Choice]:
+    def _spec(self, kernel: str, rows: int | None = None) -> tuple[TritonSpec, Choice]:
         problem = self._problem
-        products = "ieee"
+        float32_mode = "ieee"
         if problem.dtype == "float32" and self._device.kind == "cuda":
-            products = BY_PRECISION[problem.precision]
-        made = self._choose(operation, products, rows)
+            float32_mode = BY_PRECISION[problem.precision]
+        made = self._choose(kernel, float32_mode, rows)
         spec = TritonSpec(
-            operation=operation,
+            kernel=kernel,
             dtype=problem.dtype,
             dim=problem.dim,
             dim_v=problem.dim_v,
             blocks=made.blocks,
             mask=self._mask,
             index_bits=self._bits,
-            products=products,
+            float32_mode=float32_mode,
             negative=problem.scale < 0,
         )
         return spec, made
 
-    def _choose(self, operation: str, products: str, rows: int | None) -> Choice:
+    def _choose(self, kernel: str, float32_mode: str, rows: int | None) -> Choice:
         """The blocks that were asked for, or measured here, or of the tables."""
         problem, asked = self._problem, self._blocks
-        sizes = operation, problem.dtype, problem.dim, problem.dim_v
-        choice = functools.partial(choose, self._device, *sizes, products=products)
-        if wanted := asked.get(operation) if isinstance(asked, Mapping) else asked:
+        sizes = kernel, problem.dtype, problem.dim, problem.dim_v
+        choice = functools.partial(choose, self._device, *sizes, float32_mode=float32_mode)
+        if wanted := asked.get(kernel) if isinstance(asked, Mapping) else asked:
             return choice(blocks=wanted)
-        key = tuned.Key(self._device.name, *sizes, products, self._mask.text, rows or 0)
+        key = tuned.Key(self._device.name, *sizes, float32_mode, self._mask.text, rows or 0)
         if measured := tuned.find(key):
             try:
                 made = choice(blocks=measured)
@@ -195,11 +195,11 @@ class _Planner:
             return replace(made, reasons=(*made.reasons, why))
         return choice(rows=rows)
 
-    def _tiled(self, operation: str) -> Launch:
+    def _tiled(self, kernel: str) -> Launch:
         """A kernel whose programs own a block row each."""
         problem = self._problem
-        spec, made = self._spec(operation)
-        parallel = PARALLEL[operation]
+        spec, made = self._spec(kernel)
+        parallel = PARALLEL[kernel]
         visited = visited_by(problem, parallel, spec.blocks.parallel)
         heads = problem.heads_q if parallel == "q" else problem.heads_kv
         return self._launch(spec, made, visited, heads)
@@ -233,7 +233,7 @@ class _Planner:
     def _spec_of_hopper(self) -> TritonSpec:
         problem = self._problem
         return TritonSpec(
-            operation="forward",
+            kernel="forward",
             dtype=problem.dtype,
             dim=problem.dim,
             dim_v=problem.dim_v,
@@ -259,7 +259,7 @@ class _Planner:
 
         Decoding has `blocks` of queries, and then each block row is a split of the keys of all.
         """
-        visited = aligned(visited, spec.blocks.traverse)
+        visited = runs_to_tiles(visited, spec.blocks.traverse)
         rows = visited.block_rows
         height, splits = spec.blocks.parallel, 1
         if blocks is not None:
@@ -281,10 +281,10 @@ class _Planner:
             pairs,
         )
 
-    def _simple(self, operation: str, splits: int) -> Launch:
+    def _simple(self, kernel: str, splits: int) -> Launch:
         """A kernel that visits no pairs: rows of queries, head by head."""
         problem = self._problem
-        spec, made = self._spec(operation)
+        spec, made = self._spec(kernel)
         rows = -(-problem.len_q // spec.blocks.parallel)
         nothing = np.zeros(1, np.int32)
         programs = rows * problem.heads_q * problem.batch
@@ -325,12 +325,12 @@ class _Planner:
             len_parallel=problem.len_q,
             len_traverse=problem.len_k,
             block_parallel=problem.len_q,
-            block_traverse=GRANULE,
+            block_traverse=MASK_STEP,
             group=group,
         )
         splits = max(1, ENOUGH_PROGRAMS // (problem.batch * problem.heads_kv * blocks))
         keys = max(KEYS_PER_SPLIT, -(-int(visited.met.max(initial=0)) // splits))
-        step = max(GRANULE, spec.blocks.traverse)
+        step = max(MASK_STEP, spec.blocks.traverse)
         visited = cut(visited, -(-keys // step) * step)
         launch = self._launch(spec, made, visited, problem.heads_kv, blocks)
         launch = replace(launch, splits=visited.block_rows)
@@ -339,9 +339,9 @@ class _Planner:
 
 def key_of(spec: TritonSpec, name: str) -> tuned.Key:
     """What measured blocks of a kernel are kept under, on an architecture."""
-    sizes = spec.dtype, spec.dim, spec.dim_v, spec.products
-    rows = spec.blocks.parallel if spec.operation == "decode" else 0
-    return tuned.Key(name, spec.operation, *sizes, spec.mask.text, rows)
+    sizes = spec.dtype, spec.dim, spec.dim_v, spec.float32_mode
+    rows = spec.blocks.parallel if spec.kernel == "decode" else 0
+    return tuned.Key(name, spec.kernel, *sizes, spec.mask.text, rows)
 
 
 def _heaviest_first(visited: Runs) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 Triton keeps in shared memory the operands that are held, the traversed tiles that are under way,
 and tiles that must change hands between threads on their way from one product to the next. The
 rules below were fitted to what the compiler reported (Triton 3.7.1, some 600 kernels), and are
-meant never to say less: `tests/test_triton_ahead.py` asks.
+meant never to say less: `tests/triton/test_ahead.py` asks.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _SLACK = 512
 """Bytes of barriers and of sums over rows."""
 
 
-def kind(dtype: str, products: str) -> str:
+def kind(dtype: str, float32_mode: str) -> str:
     """The kind of numbers that decides how tiles are multiplied: a column of the tables."""
     if dtype == "float32":
-        return "float32" if products == "ieee" else "tf32"
+        return "float32" if float32_mode == "ieee" else "tf32"
     return dtype if dtype == "float64" else "half"
 
 
@@ -40,58 +40,58 @@ def asynchronous(device: Architecture, kind: str, blocks: Blocks) -> bool:
     return device.asynchronous and kind in ("half", "tf32") and blocks.parallel >= 64
 
 
-def moved(device: Architecture, operation: str, kind: str, blocks: Blocks) -> bool:
+def tma(device: Architecture, kernel: str, kind: str, blocks: Blocks) -> bool:
     """Whether tiles should be moved by descriptors, where operands lie so that they can be.
 
     Only where products read them from shared memory as they come: else they pass through registers,
     and by the compiler (H100, dim 64, 64 x 32, 4 warps) dK/dV in exact float32 spills 4943 numbers
     of a thread for each tile instead of 202, in three products of TF32 358 instead of 41.
     """
-    tiled = operation in HELD and operation != "decode" and not blocks.streamed
+    tiled = kernel in HELD and kernel != "decode" and not blocks.streamed
     return device.descriptors and tiled and kind == "half" and asynchronous(device, kind, blocks)
 
 
 def shared_bytes(
     device: Architecture,
-    operation: str,
+    kernel: str,
     dtype: str,
     dim: int,
     dim_v: int,
-    products: str,
+    float32_mode: str,
     blocks: Blocks,
 ) -> int:
     """Bytes of shared memory that a program takes, rather too many than too few."""
     statistic = item_of_statistics(dtype)
     parallel, traverse = blocks.parallel, blocks.traverse
-    if operation not in HELD:
+    if kernel not in HELD:
         return 2 * parallel * statistic
-    numbers, item = kind(dtype, products), ITEM_BYTES[dtype]
+    numbers, item = kind(dtype, float32_mode), ITEM_BYTES[dtype]
     own, other = padded(dim), padded(dim_v)
     tile = traverse * (own + other) * item
     scores = parallel * traverse * item
     if blocks.streamed:  # a piece of each axis, as many as are under way, and tiles of scores
         piece = widest(numbers == "float32", True) * item
         pairs = blocks.stages if device.asynchronous else max(1, blocks.stages - 1)
-        turned = scores * HELD[operation]
-        if operation == "backward":  # ds once more, and a piece of the keys
+        turned = scores * HELD[kernel]
+        if kernel == "backward":  # ds once more, and a piece of the keys
             turned += scores + parallel * piece
         return (parallel + traverse) * piece * pairs + turned + _SLACK
     if device.kind == "hip":  # operands are held in registers, and change hands one at a time
         piece = min(power_of_two(max(own, other)), widest(numbers == "float32", False))
-        other_side = traverse * piece * statistic if operation == "backward" else 0
+        other_side = traverse * piece * statistic if kernel == "backward" else 0
         if blocks.stages == 1:
             return max(max(parallel, traverse) * piece * item, scores, other_side) + _SLACK
-        moved = max(scores * HELD[operation], other_side)
-        return max(parallel * piece * item, tile * (blocks.stages - 1) + moved) + _SLACK
-    held = parallel * (own + (other if HELD[operation] == 2 else 0)) * item
-    turned = min(scores, tile) * (2 * HELD[operation] if numbers == "float64" else 1)
-    if products == "tf32x3":  # what is held is split into two numbers
+        tma = max(scores * HELD[kernel], other_side)
+        return max(parallel * piece * item, tile * (blocks.stages - 1) + tma) + _SLACK
+    held = parallel * (own + (other if HELD[kernel] == 2 else 0)) * item
+    turned = min(scores, tile) * (2 * HELD[kernel] if numbers == "float64" else 1)
+    if float32_mode == "tf32x3":  # what is held is split into two numbers
         turned = held + 2 * scores
     unpipelined = held + tile + turned
     if asynchronous(device, numbers, blocks):
         taken = held + tile * blocks.stages
         if numbers == "tf32":  # operands of which a unit cannot read the columns
-            taken += scores + (held if HELD[operation] == 2 or products == "tf32x3" else 0)
+            taken += scores + (held if HELD[kernel] == 2 or float32_mode == "tf32x3" else 0)
         if device.tensor_memory:  # operands of two products once more, the other way round
             several = len(pieces(dim)) > 1
             again = {
@@ -99,13 +99,13 @@ def shared_bytes(
                 "backward_dq": tile if several else tile // 2,
                 "backward_dkv": tile + scores,
             }
-            taken += again.get(operation, tile + scores)
+            taken += again.get(kernel, tile + scores)
     else:
         taken = held + tile * max(1, blocks.stages - 1) + turned
-    if operation in ("backward_dkv", "backward"):
+    if kernel in ("backward_dkv", "backward"):
         taken += 2 * traverse * statistic * blocks.stages  # lse and delta
         unpipelined += traverse * own * item  # at an edge, queries once more, as they are
-    if operation == "backward":  # ds is turned round, and what is added to dq changes hands
+    if kernel == "backward":  # ds is turned round, and what is added to dq changes hands
         taken += scores * 3 // 2 + traverse * own * (item + statistic)
         if device.asynchronous and traverse < 64:  # keys once more, for another unit
             taken += 2 * parallel * own * item
@@ -115,15 +115,15 @@ def shared_bytes(
 
 def registers(
     device: Architecture,
-    operation: str,
+    kernel: str,
     dtype: str,
     dim: int,
     dim_v: int,
-    products: str,
+    float32_mode: str,
     blocks: Blocks,
 ) -> int:
     """32-bit registers of a thread that sums and scores take; all else comes on top."""
-    if operation not in HELD:
+    if kernel not in HELD:
         return 0
     parallel, traverse = blocks.parallel, blocks.traverse
     own, other = padded(dim), padded(dim_v)
@@ -133,26 +133,26 @@ def registers(
         "backward_dq": own,
         "backward_dkv": own + other,
         "backward": own + other,
-    }[operation]
-    numbers = parallel * columns + SCORES[operation] * parallel * traverse
+    }[kernel]
+    numbers = parallel * columns + SCORES[kernel] * parallel * traverse
     threads = blocks.warps * device.warp
     return -(-numbers * item_of_statistics(dtype) // (4 * threads))
 
 
-def tensor_columns(operation: str, dim: int, dim_v: int, products: str, blocks: Blocks) -> int:
+def tensor_columns(kernel: str, dim: int, dim_v: int, float32_mode: str, blocks: Blocks) -> int:
     """Columns of tensor memory on Blackwell: scores by pieces of a head, sums, and what is turned.
 
     Exact for 128 rows of half types, as far as was compiled; else an estimate.
     """
     parallel, traverse = blocks.parallel, blocks.traverse
-    products_of_scores = len(pieces(dim)) + (len(pieces(dim_v)) if HELD[operation] == 2 else 0)
-    columns = {"forward": dim_v, "backward_dq": dim}.get(operation, dim + dim_v)
-    both = operation in ("backward_dkv", "backward")
+    products_of_scores = len(pieces(dim)) + (len(pieces(dim_v)) if HELD[kernel] == 2 else 0)
+    columns = {"forward": dim_v, "backward_dq": dim}.get(kernel, dim + dim_v)
+    both = kernel in ("backward_dkv", "backward")
     taken = products_of_scores * traverse + padded(columns) + traverse * (2 if both else 1) // 2
-    if operation == "backward":
+    if kernel == "backward":
         taken += padded(dim)
     taken = taken // 2 if parallel == 64 else taken
-    return taken * 2 if products == "tf32x3" else taken
+    return taken * 2 if float32_mode == "tf32x3" else taken
 
 
 def room(device: Architecture, kind: str, blocks: Blocks) -> int:

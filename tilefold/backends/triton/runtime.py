@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tilefold.backends.triton import module
 from tilefold.backends.triton.architectures import ARCHITECTURES
-from tilefold.backends.triton.machine import Kept
+from tilefold.backends.triton.machine import MachineCache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class Gpu:
     device: Any
     architecture: str
     multiprocessors: int = 1
-    kept: Kept = field(default_factory=Kept)
+    kept: MachineCache = field(default_factory=MachineCache)
     pinned: list[Tensor] = field(default_factory=list)
 
     @property

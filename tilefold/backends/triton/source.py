@@ -22,4 +22,4 @@ EMITTERS: dict[str, Callable[[TritonSpec], str]] = {
 
 def emit(spec: TritonSpec) -> str:
     """The module of a kernel: Python that Triton compiles; its entry is `spec.entry`."""
-    return hopper.emit(spec) if spec.gluon else EMITTERS[spec.operation](spec)
+    return hopper.emit(spec) if spec.gluon else EMITTERS[spec.kernel](spec)

@@ -41,7 +41,7 @@ PARALLEL = {
 }
 """The axis that is split over programs, by operation."""
 
-PRODUCTS = ("ieee", "tf32x3", "tf32")
+FLOAT32_MODES = ("ieee", "tf32x3", "tf32")
 """How float32 numbers are multiplied, by Triton's names: exactly, in three products, in one."""
 
 BY_PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -110,35 +110,35 @@ class TritonSpec:
     `gluon`: written in Gluon for Hopper, by `hopper`.
     """
 
-    operation: str
+    kernel: str
     dtype: str
     dim: int
     dim_v: int
     blocks: Blocks
     mask: Skeleton
     index_bits: int
-    products: str = "ieee"
+    float32_mode: str = "ieee"
     negative: bool = False
     wide: bool = False
     descriptors: bool = False
     gluon: bool = False
 
     def __post_init__(self) -> None:
-        assert self.operation in PARALLEL, self.operation
-        assert self.products in PRODUCTS, self.products
+        assert self.kernel in PARALLEL, self.kernel
+        assert self.float32_mode in FLOAT32_MODES, self.float32_mode
 
     @property
     def parallel(self) -> str:
         """The axis that is split over programs, "q" or "k"."""
-        return PARALLEL[self.operation]
+        return PARALLEL[self.kernel]
 
     @property
     def entry(self) -> str:
         """The kernel's name in the text: stable, so that a profiler can ask for it."""
-        return f"tilefold_{self.operation}{'_hopper' if self.gluon else ''}"
+        return f"tilefold_{self.kernel}{'_hopper' if self.gluon else ''}"
 
     @property
-    def held(self) -> bool:
+    def preloaded(self) -> bool:
         """Whether operands are not streamed: see `Blocks`."""
         return not self.blocks.streamed
 
@@ -153,7 +153,7 @@ class TritonSpec:
 
     def pieces(self, operand: str) -> tuple[Piece, ...]:
         """The columns of an operand, piece by piece."""
-        exact = self.dtype == "float32" and self.products == "ieee"
+        exact = self.dtype == "float32" and self.float32_mode == "ieee"
         return pieces(self.width(operand), widest(exact, self.blocks.streamed))
 
 

@@ -242,15 +242,15 @@ _TABLES = {
 
 
 @functools.cache
-def table(name: str, operation: str, kind: str) -> tuple[Row, ...]:
+def table(name: str, kernel: str, kind: str) -> tuple[Row, ...]:
     """The rows of an operation and a kind, for the narrowest heads first."""
-    if operation == "decode" and kind != "half":
+    if kernel == "decode" and kind != "half":
         return (Row(MOST_DIM, DECODING, None),)
-    if operation == "backward" and kind != "half":
+    if kernel == "backward" and kind != "half":
         rows = table(name, "backward_dkv", kind)
         return tuple(found._replace(spills=None) for found in rows)
     found = []
-    for line in _TABLES[name, operation].strip().splitlines()[1:]:
+    for line in _TABLES[name, kernel].strip().splitlines()[1:]:
         dim, *cells = line.split("|")
         cell = cells[KINDS.index(kind)]
         if cell.strip():
@@ -260,11 +260,11 @@ def table(name: str, operation: str, kind: str) -> tuple[Row, ...]:
     return tuple(found) or (Row(MOST_DIM, UNSEARCHED, None),)
 
 
-def row(name: str, operation: str, kind: str, dim: int) -> Row:
+def row(name: str, kernel: str, kind: str, dim: int) -> Row:
     """The row of a head dimension; the last for all beyond.
 
     >>> print(row("sm_90", "forward", "half", 80))
     dim up to 96: 128 x 128, 8 warps, 3 stages
     """
-    rows = table(name, operation, kind)
+    rows = table(name, kernel, kind)
     return next((found for found in rows if dim <= found.dim), rows[-1])

@@ -17,7 +17,7 @@ from tilefold.backends.triton.spec import Blocks
 from tilefold.common import disk_cache
 from tilefold.common.files import write_atomically
 
-FORMAT = "tilefold triton blocks 2"
+FORMAT = "tilefold triton blocks 3"
 """The first entry of the file. The number goes up when kernels change so much that what was
 measured before says nothing any more."""
 
@@ -32,11 +32,11 @@ class Key:
     """
 
     architecture: str
-    operation: str
+    kernel: str
     dtype: str
     dim: int
     dim_v: int
-    products: str
+    float32_mode: str
     mask: str
     rows: int = 0
 

@@ -31,7 +31,7 @@ WORK = (
     "workspace_bytes",
     "heads",  # heads on the parallel side
     "group",  # query heads per key head
-    "bundle",  # key heads per item of the decode kernel
+    "heads_per_item",  # key heads per item of the decode kernel
     "len_q",
     "len_k",
     "scale",  # bits of a double
@@ -65,7 +65,7 @@ def names(spec: KernelSpec) -> tuple[str, ...]:
     An operand `x` is its address `x` and its strides in elements `x_b x_h x_s x_d`.
     """
     words = list(WORK)
-    for operand in OPERANDS[spec.operation]:
+    for operand in OPERANDS[spec.kernel]:
         axes = "bhs" if operand in PER_ROW else "bhsd"
         words += [operand, *(f"{operand}_{axis}" for axis in axes)]
     words += [f"p{slot}" for slot in range(spec.mask.parameters)]
@@ -82,7 +82,7 @@ class Arguments:
         self._block = block
         self._position = {name: index for index, name in enumerate(names(spec))}
         self._values: dict[str, Value] = {}
-        addresses = {*OPERANDS[spec.operation], "order", "rows", "runs", "owners", "workspace"}
+        addresses = {*OPERANDS[spec.kernel], "order", "rows", "runs", "owners", "workspace"}
         addresses |= {f"t{slot.number}" for slot in spec.mask.slots}
         for name in names(spec):
             if name not in COUNTERS:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 from tilefold.backends.cpu.kernels import amx, microkernel, pack, work
 from tilefold.backends.cpu.kernels.arguments import COMPUTED, Arguments
-from tilefold.backends.cpu.kernels.convert import SCALARS, Kept
+from tilefold.backends.cpu.kernels.convert import SCALARS, Storage
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.softmax import LOG2_E
@@ -23,7 +23,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     """Scratch of one worker: elements of each region, in order. Every region is whole vectors."""
     width = spec.block_parallel
     tile = padded(spec.block_traverse, spec.rows) * width
-    unit = 1 if spec.products.unit != "amx" else 32
+    unit = 1 if spec.multiplier.unit != "amx" else 32
     dim, dim_v = padded(spec.dim, unit) * width, padded(spec.dim_v, unit) * width
     rows_of_k = width * spec.whole(spec.dim)
     pair = {"p": tile, "ds": tile}
@@ -36,10 +36,10 @@ def regions(spec: KernelSpec) -> dict[str, int]:
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
         "reduce_dq": {"dq_parts": dim, "dq": dim},
-    }[spec.operation]
-    if spec.products.unit != "fma":
+    }[spec.kernel]
+    if spec.multiplier.unit != "fma":
         return found | _pair_regions(spec)
-    if Kept(spec.dtype, spec.native_half).converts:
+    if Storage(spec.dtype, spec.native_half).converts:
         return found | _near_regions(spec)
     return found
 
@@ -47,33 +47,33 @@ def regions(spec: KernelSpec) -> dict[str, int]:
 def _pair_regions(spec: KernelSpec) -> dict[str, int]:
     """32-bit words: right sides and weights as pairs, lines of left sides, staging between them."""
     width, traversed = spec.block_parallel, spec.block_traverse
-    unit = spec.products.step
+    unit = spec.multiplier.step
     rows = padded(traversed, unit)
 
     def right(dim: int) -> int:
-        return spec.products.parts * padded(dim, unit) // 2 * width
+        return spec.multiplier.parts * padded(dim, unit) // 2 * width
 
     def left(dim: int) -> int:
-        return spec.products.parts * rows * padded(dim, width) // 2
+        return spec.multiplier.parts * rows * padded(dim, width) // 2
 
     def columns(dim: int) -> int:
-        lines = spec.products.parts * padded(dim, unit) * padded(traversed, width) // 2
+        lines = spec.multiplier.parts * padded(dim, unit) * padded(traversed, width) // 2
         return max(lines, rows // 2 * padded(dim, 16))
 
     dim, dim_v = spec.dim, spec.dim_v
     staging = {"staging": max(padded(dim, unit), padded(dim_v, unit), rows) * width}
-    if spec.operation == "forward":
+    if spec.kernel == "forward":
         own = {"q": right(dim), "p_pairs": right(traversed)}
         return own | staging | {"left": left(dim), "left_columns": columns(dim_v)}
     lines = {"left": left(dim), "left_columns": columns(dim), "left_v": left(dim_v)}
-    if spec.operation == "backward_dq":
+    if spec.kernel == "backward_dq":
         own = {"q": right(dim), "do": right(dim_v), "ds_pairs": right(traversed)}
         return own | staging | lines
     own = {"k": right(dim), "v": right(dim_v)}
     weights = {"p_pairs": right(traversed), "ds_pairs": right(traversed)}
     found = own | weights | staging | lines | {"left_v_columns": columns(dim_v)}
-    if spec.operation == "backward":
-        words = spec.products.parts * width // 2
+    if spec.kernel == "backward":
+        words = spec.multiplier.parts * width // 2
         found |= {"ds_lines": words * rows, "k_words": words * spec.whole(dim)}
     return found
 
@@ -89,9 +89,9 @@ def _near_regions(spec: KernelSpec) -> dict[str, int]:
         )
         return padded(max(as_rows, turned), lanes)
 
-    if spec.operation in ("delta", "reduce_dq"):
+    if spec.kernel in ("delta", "reduce_dq"):
         return {}
-    if spec.operation == "forward":
+    if spec.kernel == "forward":
         return {"left": max(size(spec.dim), size(spec.dim_v))}
     return {"left": size(spec.dim), "left_v": size(spec.dim_v)}
 
@@ -100,14 +100,14 @@ def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
     """A module with one kernel named after the operation: `write` runs once per work item."""
     scalar = SCALARS[spec.dtype]
     shape = microkernel.Shape(
-        spec.rows, spec.vectors, spec.lanes, scalar, spec.products.unit == "dot"
+        spec.rows, spec.vectors, spec.lanes, scalar, spec.multiplier.unit == "dot"
     )
     module = Module(title, spec.lanes * (32 if scalar == "float" else 64))
     argument = Value("%arguments", "ptr")
-    with module.function(spec.operation, [argument]) as body:
+    with module.function(spec.kernel, [argument]) as body:
         arguments = Arguments(body, spec, argument)
         scratch = work.scratch_of_worker(body, arguments)
-        tiles = amx.configured(body) if spec.products.unit == "amx" else nullcontext()
+        tiles = amx.configured(body) if spec.multiplier.unit == "amx" else nullcontext()
         with tiles, work.items(body, arguments) as item:
             write(Block(body, spec, shape, arguments, scratch, item))
     return module.text()
@@ -126,7 +126,7 @@ class Block:
         item: work.Item,
     ) -> None:
         self.body, self.spec, self.shape, self.arguments = body, spec, shape, arguments
-        self.parallel = PARALLEL[spec.operation]
+        self.parallel = PARALLEL[spec.kernel]
         self.b, self.h, self.row = item.b, item.h, item.row
         self._scratch = scratch
         self._begin()
@@ -191,9 +191,9 @@ class Block:
         head = self.arguments.rows_of(name, kept.stored, self.b, h)
         return Matrix(head, self.arguments[f"{name}_s"], self.arguments[f"{name}_d"], kept)
 
-    def kept(self, name: str) -> Kept:
+    def kept(self, name: str) -> Storage:
         """How the numbers of an operand lie in memory."""
-        kept = Kept(self.spec.dtype, self.spec.native_half)
+        kept = Storage(self.spec.dtype, self.spec.native_half)
         return kept.computed if name in COMPUTED else kept
 
     def near(self, tile: Tile, rows: Matrix, region: str, dim: int) -> Matrix:

@@ -24,7 +24,7 @@ _INFINITY = 0x7F800000
 
 
 @dataclass(frozen=True)
-class Kept:
+class Storage:
     """Numbers of one type in memory. `native`: the machine converts float16 itself."""
 
     dtype: str
@@ -41,9 +41,9 @@ class Kept:
         return _STORED[self.dtype]
 
     @property
-    def computed(self) -> Kept:
+    def computed(self) -> Storage:
         """How numbers are kept where none has to be converted."""
-        return Kept(STATISTICS[self.dtype], self.native)
+        return Storage(STATISTICS[self.dtype], self.native)
 
     @property
     def converts(self) -> bool:

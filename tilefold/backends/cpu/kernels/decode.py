@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu.kernels import pack, work
-from tilefold.backends.cpu.kernels.convert import Kept
+from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import (
     Body,
     Operand,
@@ -63,7 +63,7 @@ class _Rows:
     dim: int
     address: Value
     stride: Value
-    kept: Kept
+    kept: Storage
 
     def moved(self, body: Body, rows: Value) -> _Rows:
         """So many rows further."""
@@ -87,14 +87,14 @@ class _Decode:
         self.arguments, self.lanes = frame.arguments, frame.spec.lanes
         self.keys = self._operand("k", self.spec.dim)
         self.values = self._operand("v", self.spec.dim_v)
-        self.bundle = self.arguments["bundle"]
-        self.heads = self.body.mul(self.bundle, self.arguments["group"], "heads")
+        self.heads_per_item = self.arguments["heads_per_item"]
+        self.heads = self.body.mul(self.heads_per_item, self.arguments["group"], "heads")
         self.first_head = self.body.mul(frame.item.h, self.heads, "head")
         self.queries, self.weights = frame.region("q"), frame.region("p")
 
     def _operand(self, name: str, dim: int) -> _Rows:
         item, kept = self.frame.item, self.frame.kept
-        first = self.body.mul(item.h, self.arguments["bundle"], "h_kv")
+        first = self.body.mul(item.h, self.arguments["heads_per_item"], "h_kv")
         head = self.arguments.rows_of(name, kept.stored, item.b, first)
         return _Rows(name, dim, head, self.arguments[f"{name}_s"], kept)
 
@@ -113,13 +113,13 @@ class _Decode:
         work.tiles(
             body, self.spec, arguments, item.b, item.h, item.row, self._tile, whole=self.lanes
         )
-        if self.spec.operation == "decode":
+        if self.spec.kernel == "decode":
             with self._rows() as (h, i, row):
                 frame.finish(self._state(h, row), h, i)
 
     @contextmanager
     def _rows(self, h_kv: Value | None = None) -> Iterator[tuple[Value, Value, Value]]:
-        """For each row, of one key head of the bundle or all: its query head, query and number."""
+        """For each row, of one key head of the item or all: its query head, query and number."""
         body, arguments = self.body, self.arguments
         first, last = Value("0", "i64"), self.heads
         if h_kv:
@@ -139,7 +139,7 @@ class _Decode:
     def _state(self, h: Value, row: Value) -> Value:
         """The address of the state of a row, in scratch or in the array that the merge reads."""
         body, arguments, frame = self.body, self.arguments, self.frame
-        if self.spec.operation == "decode":
+        if self.spec.kernel == "decode":
             return frame.at(frame.region("state"), body.mul(row, self.spec.state_width), "state")
         length = arguments["len_q"]
         i = body.binary("urem", row, length)
@@ -158,7 +158,10 @@ class _Decode:
         body, lanes = self.body, self.lanes
         keys, values = self.keys.moved(body, first), self.values.moved(body, first)
         body.comment("S <- K q, masked where the rule says no")
-        with body.loop("c", 0, count, lanes) as c, body.loop("h_kv", 0, self.bundle) as h_kv:
+        with (
+            body.loop("c", 0, count, lanes) as c,
+            body.loop("h_kv", 0, self.heads_per_item) as h_kv,
+        ):
             left = body.minimum(body.sub(count, c), lanes, "left")
 
             def score(near: _Rows) -> None:
@@ -174,7 +177,10 @@ class _Decode:
         with self._rows() as (h, _, row):
             self._weigh(self._state(h, row), row, count, masked)
         body.comment("O <- O + P V")
-        with body.loop("c", 0, count, VALUES) as c, body.loop("h_kv", 0, self.bundle) as h_kv:
+        with (
+            body.loop("c", 0, count, VALUES) as c,
+            body.loop("h_kv", 0, self.heads_per_item) as h_kv,
+        ):
             left = body.minimum(body.sub(count, c), VALUES, "left")
 
             def add(near: _Rows) -> None:
@@ -184,7 +190,7 @@ class _Decode:
             self._near(self._of_head(values.moved(body, c), h_kv), left, 1, add)
 
     def _of_head(self, rows: _Rows, h_kv: Value) -> _Rows:
-        """The same rows of another key head of the bundle."""
+        """The same rows of another key head of the item."""
         elements = self.body.mul(h_kv, self.arguments[f"{rows.name}_h"])
         address = rows.kept.at(self.body, rows.address, elements, rows.name)
         return replace(rows, address=address)

@@ -23,7 +23,14 @@ from tilefold.backends.cpu.kernels.backward import KeyGradients, Statistics
 from tilefold.backends.cpu.kernels.block import Block, emit
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.tile import Factor, Matrix, Tile, padded
-from tilefold.backends.cpu.owners import COLUMNS, FIRST_QUERY, FIRST_ROW, LAST_QUERY, LAST_ROW, PART
+from tilefold.backends.cpu.partitions import (
+    COLUMNS,
+    FIRST_QUERY,
+    FIRST_ROW,
+    LAST_QUERY,
+    LAST_ROW,
+    PART,
+)
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.masks.expression import Truth
 
@@ -38,7 +45,9 @@ for each owner of blocks of keys:
         dP <- dO V^T;  dS <- P (dP - delta)
         dV^T += dO^T P;  dK^T += Q^T dS;  dQ += dS (scale K)
     dK <- scale dK"""
-    kind = {"fma": _AllGradients, "dot": _PairGradients, "amx": _TileGradients}[spec.products.unit]
+    kind = {"fma": _AllGradients, "dot": _PairGradients, "amx": _TileGradients}[
+        spec.multiplier.unit
+    ]
     return emit(spec, title.strip(), lambda block: kind(block).write())
 
 
@@ -279,7 +288,7 @@ class _PairGradients(_AllGradients):
 
     @property
     def _parts(self) -> int:
-        return self.spec.products.parts
+        return self.spec.multiplier.parts
 
     @property
     def _words_of_keys(self) -> int:
@@ -289,7 +298,7 @@ class _PairGradients(_AllGradients):
     @property
     def _numbers_of_lines(self) -> int:
         """Numbers of one part of the lines of dS."""
-        return padded(self.spec.block_traverse, self.spec.products.step) * self.shape.width
+        return padded(self.spec.block_traverse, self.spec.multiplier.step) * self.shape.width
 
     def _copy_keys(self) -> tuple[Value, Variable]:
         body, block = self.body, self.block

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Value, overload, vector
 from tilefold.backends.cpu.spec import KernelSpec
-from tilefold.masks.expression import Expression, Slot, Table, children, fold, names
+from tilefold.masks.expression import Expression, Slot, Table, children, evaluate, names
 
 Lanes = tuple[Value, ...]
 """A value for each element of the parallel block: a vector for each vector of the tile."""
@@ -53,11 +53,11 @@ class MaskText:
     def row(self, index: Value) -> Lanes:
         """The truths of the pairs of row `index` of the traversed axis with the parallel block."""
         self._text.indices[self._traverse] = self._text.narrow(index)
-        return self._text.wide(fold(self._expression, self._text, self._known))
+        return self._text.wide(evaluate(self._expression, self._text, self._known))
 
     def _fold_before_rows(self, node: Expression) -> None:
         if self._traverse not in names(node):
-            self._known[id(node)] = fold(node, self._text, self._known)
+            self._known[id(node)] = evaluate(node, self._text, self._known)
             return
         for child in children(node):
             self._fold_before_rows(child)

@@ -15,22 +15,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from tilefold.backends.cpu.kernels.convert import Kept
+from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Body, Module, Value
 from tilefold.backends.cpu.kernels.microkernel import Shape
 
 
-def pack(module: Module, shape: Shape, kept: Kept) -> str:
+def pack(module: Module, shape: Shape, kept: Storage) -> str:
     """`(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`: its name."""
     return _defined(module, f"pack_{kept.dtype}_{shape.width}", shape, kept, _Pack)
 
 
-def unpack(module: Module, shape: Shape, kept: Kept) -> str:
+def unpack(module: Module, shape: Shape, kept: Storage) -> str:
     """`(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`: its name."""
     return _defined(module, f"unpack_{kept.dtype}_{shape.width}", shape, kept, _Unpack)
 
 
-def widen(module: Module, shape: Shape, kept: Kept) -> str:
+def widen(module: Module, shape: Shape, kept: Storage) -> str:
     """`(scratch, array, outer, inner, outer stride, inner stride, line)`: its name.
 
     Lines of `line` elements in scratch; whole vectors where the inner stride is 1.
@@ -58,7 +58,7 @@ def widen(module: Module, shape: Shape, kept: Kept) -> str:
     return name
 
 
-def _defined(module: Module, name: str, shape: Shape, kept: Kept, direction: type[_Move]) -> str:
+def _defined(module: Module, name: str, shape: Shape, kept: Storage, direction: type[_Move]) -> str:
     """Both directions: a vector of lanes at a time, the widest way that its strides allow."""
     if module.defines(name):
         return name
@@ -117,7 +117,7 @@ def _parameters(shape: Shape) -> list[Value]:
 class _Move(ABC):
     """The addresses that both directions share, and what each does at one place."""
 
-    def __init__(self, body: Body, shape: Shape, kept: Kept) -> None:
+    def __init__(self, body: Body, shape: Shape, kept: Storage) -> None:
         self._body, self._shape, self._kept = body, shape, kept
         scratch, array, lane_stride, d_stride, valid, dim, factor = _parameters(shape)
         self._scratch, self._array = scratch, array

@@ -20,7 +20,7 @@ high low, low high (Henry, Tang and Heinecke, 2019, arXiv:1904.06376).
 from __future__ import annotations
 
 from tilefold.backends.cpu.kernels import pack
-from tilefold.backends.cpu.kernels.convert import Kept
+from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Body, Module, Value, vector
 from tilefold.backends.cpu.kernels.microkernel import Shape
 
@@ -96,7 +96,7 @@ def store_words(
         body.store(join(body, a, b), place)
 
 
-def lines(module: Module, shape: Shape, kept: Kept, parts: int) -> str:
+def lines(module: Module, shape: Shape, kept: Storage, parts: int) -> str:
     """`(left, array, staging, outer, inner, strides of both, line, numbers between the parts)`.
 
     The name of the function that brings array[outer, inner] to lines of `line` numbers; up to the

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tilefold.backends.cpu.kernels import amx, microkernel, pairs
 from tilefold.backends.cpu.kernels.block import Block
-from tilefold.backends.cpu.kernels.convert import Kept
+from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload
 from tilefold.backends.cpu.kernels.multiply import Products, Right, Sides, factors_of, multiplied
 from tilefold.backends.cpu.kernels.softmax import EXP2_COARSE
@@ -15,7 +15,7 @@ from tilefold.backends.cpu.kernels.tile import Matrix, Scores, Tile, padded
 
 def products(block: Block) -> Products:
     """The products of a kernel, by its spec's unit."""
-    kind = {"fma": Products, "dot": _PairProducts, "amx": _TileProducts}[block.spec.products.unit]
+    kind = {"fma": Products, "dot": _PairProducts, "amx": _TileProducts}[block.spec.multiplier.unit]
     return kind(block)
 
 
@@ -29,8 +29,8 @@ class _PairProducts(Products):
 
     def __init__(self, block: Block) -> None:
         super().__init__(block)
-        self._unit = self.spec.products.step
-        self._parts = self.spec.products.parts
+        self._unit = self.spec.multiplier.step
+        self._parts = self.spec.multiplier.parts
         if self._parts == 1:
             self.exp2_terms = EXP2_COARSE
 
@@ -146,7 +146,7 @@ class _PairProducts(Products):
     ) -> tuple[Matrix, ...]:
         places = [address]
         places += [self.body.offset(address, "i16", part * i) for i in range(1, self._parts)]
-        kept = Kept("bfloat16", False)
+        kept = Storage("bfloat16", False)
         return tuple(Matrix(place, row_stride, d_stride, kept) for place in places)
 
     def _holds_lines(self, matrix: Matrix, stride: Value, size: int) -> Value:

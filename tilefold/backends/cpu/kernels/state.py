@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from tilefold.backends.cpu.kernels import pack, work
 from tilefold.backends.cpu.kernels.arguments import Arguments
-from tilefold.backends.cpu.kernels.convert import SCALARS, Kept
+from tilefold.backends.cpu.kernels.convert import SCALARS, Storage
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.microkernel import Shape
 from tilefold.backends.cpu.kernels.softmax import LN_2, log2
@@ -26,7 +26,7 @@ VALUES = 32
 def regions(spec: KernelSpec) -> dict[str, int]:
     """Scratch of one worker: elements of each region, in order. Every region is whole vectors."""
     state = spec.state_width
-    if spec.operation == "merge":
+    if spec.kernel == "merge":
         return {"state": state}
     dim, dim_v = spec.whole(spec.dim), spec.whole(spec.dim_v)
     found = {
@@ -35,7 +35,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
         "v": VALUES * dim_v,
         "p": spec.rows * spec.block_traverse,
     }
-    return found | ({"state": spec.rows * state} if spec.operation == "decode" else {})
+    return found | ({"state": spec.rows * state} if spec.kernel == "decode" else {})
 
 
 def emit(spec: KernelSpec, title: str, write: Callable[[Frame], None]) -> str:
@@ -43,7 +43,7 @@ def emit(spec: KernelSpec, title: str, write: Callable[[Frame], None]) -> str:
     scalar = SCALARS[spec.dtype]
     module = Module(title, spec.lanes * (32 if scalar == "float" else 64))
     argument = Value("%arguments", "ptr")
-    with module.function(spec.operation, [argument]) as body:
+    with module.function(spec.kernel, [argument]) as body:
         arguments = Arguments(body, spec, argument)
         scratch = work.scratch_of_worker(body, arguments)
         with work.items(body, arguments) as item:
@@ -59,7 +59,7 @@ class Frame:
     ) -> None:
         self.body, self.spec, self.arguments, self.item = body, spec, arguments, item
         self.shape = Shape(1, 1, spec.lanes, SCALARS[spec.dtype])
-        self.kept = Kept(spec.dtype, spec.native_half)
+        self.kept = Storage(spec.dtype, spec.native_half)
         self.vector = self.shape.vector
         self.lowest = body.constant(float("-inf"), self.vector)
         self.zero = body.constant(0.0, self.vector)
@@ -137,7 +137,7 @@ class Frame:
 
     def move(
         self,
-        direction: Callable[[Module, Shape, Kept], str],
+        direction: Callable[[Module, Shape, Storage], str],
         scratch: Value,
         array: Value,
         dim: int,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from tilefold.backends.cpu.kernels import microkernel, pack
-from tilefold.backends.cpu.kernels.convert import Kept
+from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.softmax import FORMATS
@@ -33,7 +33,7 @@ class Matrix:
     address: Value
     row_stride: Value
     d_stride: Value
-    kept: Kept
+    kept: Storage
 
     def row(self, body: Body, index: Operand, hint: str = "row") -> Value:
         """The address of a row."""

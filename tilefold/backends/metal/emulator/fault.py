@@ -1,4 +1,4 @@
-"""What the executor found wrong with a kernel or with a launch of it."""
+"""What the emulator found wrong with a kernel or with a launch of it."""
 
 from __future__ import annotations
 

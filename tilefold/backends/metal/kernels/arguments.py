@@ -34,7 +34,7 @@ STRIDED = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 """Operands of four axes that may lie in memory in any way."""
 
 SUMS_OF = {"forward": ("o",), "backward_dq": ("dq",), "backward_dkv": ("dk", "dv")}
-"""The sums of an operation, each in registers or in pages."""
+"""The sums of an operation, each in registers or spilled to memory."""
 
 RUNS = ("order", "run_rows", "runs")
 """Which tiles are visited: see `tilefold.blocks.Runs`; `order` gives the block row of a group."""
@@ -74,13 +74,13 @@ def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
         Argument(
             name,
             number if name in STRIDED else "float",
-            name in WRITTEN[spec.operation],
+            name in WRITTEN[spec.kernel],
         )
-        for name in OPERANDS[spec.operation]
+        for name in OPERANDS[spec.kernel]
     ]
-    for name in pages(spec):
+    for name in spills(spec):
         found.append(Argument(name, "float", True))
-    if spec.operation != "merge":
+    if spec.kernel != "merge":
         found += [Argument(name, "long", False) for name in RUNS]
         for slot in spec.mask.slots:
             kind = "int" if slot.dtype == "int32" else "uchar"
@@ -88,20 +88,20 @@ def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
     return tuple(found)
 
 
-def pages(spec: MetalSpec) -> tuple[str, ...]:
+def spills(spec: MetalSpec) -> tuple[str, ...]:
     """Sums that are not kept in registers, as the names of their buffers: contiguous float32."""
     return tuple(
-        f"{name}_page" for name in SUMS_OF.get(spec.operation, ()) if name not in spec.cached
+        f"{name}_spill" for name in SUMS_OF.get(spec.kernel, ()) if name not in spec.cached
     )
 
 
 def sizes(spec: MetalSpec) -> tuple[str, ...]:
     """The names of the whole numbers, in their order: strides count elements."""
     names = list(SIZES)
-    for name in OPERANDS[spec.operation]:
+    for name in OPERANDS[spec.kernel]:
         if name in STRIDED:
             names += [f"{name}_{axis}" for axis in "bhnd"]
-    if spec.operation != "merge":
+    if spec.kernel != "merge":
         names += [f"p{number}" for number in range(spec.mask.parameters)]
         for slot in spec.mask.slots:
             names += [f"t{slot.number}_{axis}" for axis in range(slot.rank)]

@@ -48,7 +48,7 @@ def emit(spec: MetalSpec) -> str:
     for name in ("k", "v"):
         frame.head_of(text, spec, name, "h_kv")
     text("const long part = ((long(b) * heads_q + h) * splits + block) * len_q + query_inside;")
-    text(f"device float* o_page_row = part_o + part * {spec.dim_v};", "")
+    text(f"device float* o_spill_row = part_o + part * {spec.dim_v};", "")
     attend(text, spec, products, "h_kv")
     if "o" in spec.cached:
         _leave(text, spec)
@@ -71,11 +71,11 @@ def _row(text: Text, spec: MetalSpec) -> None:
 
 
 def _leave(text: Text, spec: MetalSpec) -> None:
-    """Write the sum from the registers to the part; a sum in pages is there already."""
+    """Write the sum from the registers to the part; a spilled sum is there already."""
     width = spec.dim_v
     with text.block("if (inside)"), text.loop("d", whole(width), SIDE), text.loop("e", 2):
         text("const ushort column = d + fragment_column + e;")
-        line = f"o_page_row[column] = {at(f'o_sum[d / {SIDE}]', 'e')};"
+        line = f"o_spill_row[column] = {at(f'o_sum[d / {SIDE}]', 'e')};"
         if width % SIDE:
             with text.block(f"if (column < {width})"):
                 text(line)

@@ -29,7 +29,7 @@ def emit(spec: MetalSpec) -> str:
     text = Text()
     products = Products(text, spec)
     queries(text, spec, "q", "o")
-    products.pages(("o",), "row")
+    products.spills(("o",), "row")
     text("")
     attend(text, spec, products, "h")
     text("const float inverse = any ? 1.0f / l : 0.0f;")

@@ -142,7 +142,7 @@ def seen(spec: MetalSpec, parallel: str, traverse: str) -> str:
     within = f"{traverse} < last"
     if not masks(spec):
         return within
-    queries = PARALLEL[spec.operation] == "q"
+    queries = PARALLEL[spec.kernel] == "q"
     q, k = (parallel, traverse) if queries else (traverse, parallel)
     return f"{within} && (!masked || {mask.call(spec.mask, b='b', h='h', q=q, k=k)})"
 

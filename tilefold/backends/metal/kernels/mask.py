@@ -23,7 +23,7 @@ from tilefold.masks.expression import (
     Table,
     Truth,
     children,
-    fold,
+    evaluate,
 )
 
 Position = Callable[[str], int]
@@ -87,7 +87,7 @@ def visible(skeleton: Skeleton, index_bits: int, position: Position) -> str:
         f"const {text.integer} p{slot} = {text.word(f'p{slot}')};"
         for slot in range(skeleton.parameters)
     ]
-    truth = text.fold(skeleton.expression)
+    truth = text.evaluate(skeleton.expression)
     given = [f"const {text.integer} {name}" for name in "bhqk"]
     given += ["constant long* sizes", *tables(skeleton)]
     head = [
@@ -130,12 +130,12 @@ class _Text:
         self.helpers: dict[str, str] = {}
         self._position = position
 
-    def fold(self, expression: Expression) -> str:
+    def evaluate(self, expression: Expression) -> str:
         """The text of a tree; nodes with several parents are constants, made before it."""
         known: dict[int, _Term] = {}
         for node in _shared(expression):
-            known[id(node)] = self._named(fold(node, self, known), isinstance(node, Boolean))
-        return fold(expression, self, known).text
+            known[id(node)] = self._named(evaluate(node, self, known), isinstance(node, Boolean))
+        return evaluate(expression, self, known).text
 
     def word(self, name: str) -> str:
         """A word of the list of sizes, in the type that the rule is computed in."""

@@ -6,7 +6,7 @@ sum that is as wide as the head dimension. Every product of attention, forward a
 of the two (Turner, Metal FlashAttention, 2024, whose three blocks these are).
 
 Both walk the head dimension in blocks. An operand of the parallel axis is held in registers, or
-read again for each tile; a sum that registers do not hold is kept in pages, float32 in device
+read again for each tile; a sum that registers do not hold is spilled, as float32 in device
 memory, which are read and written once for each tile: a long `traverse` block pays for that.
 """
 
@@ -56,12 +56,12 @@ class Products:
                     self._read_row(f"{name}_held[d / {SIDE}]", name, "d", width % SIDE == 0)
 
     def begin(self, *names: str) -> None:
-        """Set sums to zero, those in pages when the first tile comes."""
+        """Set sums to zero, those that are spilled when the first tile comes."""
         for name in names:
             if name in self._spec.cached:
                 count = whole(self._spec.width(name)) // SIDE
                 self.zeros(f"{name}_sum", count)
-        if self._paged(names):
+        if self._spilled(names):
             self._text("bool fresh = true;")
 
     def zeros(self, name: str, count: int) -> None:
@@ -114,8 +114,8 @@ class Products:
         for block in self._head_blocks(spec.width(name)):
             with self._at_block(block, unroll=cached):
                 if not cached:
-                    self._turn_page(name, block, correction)
-                total = f"{name}_sum[(d0 + d) / {SIDE}]" if cached else f"page[d / {SIDE}]"
+                    self._turn_spill(name, block, correction)
+                total = f"{name}_sum[(d0 + d) / {SIDE}]" if cached else f"spill[d / {SIDE}]"
                 place = "fragment_row", "fragment_column"
                 for read in self.tiles.read(traversed, block, place, kind, (total, weights)):
                     with (
@@ -126,7 +126,7 @@ class Products:
                         text(*read.pair("j", "d"))
                         text(multiply_accumulate(total, f"{weights}[j / {SIDE}]", "x"))
                 if not cached:
-                    self._keep_page(name, block)
+                    self._keep_spill(name, block)
 
     def finish(self, name: str, factor: str) -> None:
         """Write a sum, scaled, to its row where that is inside."""
@@ -139,7 +139,7 @@ class Products:
         ):
             e = " + e" if spec.vector == 1 else ""
             text(f"const ushort column = d + fragment_column{e};")
-            # A page has no columns past the row, so the guard stands before the read too.
+            # A spilled row has no columns past the row, so the guard stands before the read too.
             with text.block(f"if (column < {width})") if width % SIDE else nullcontext():
                 if spec.vector == 1:
                     value = self._finished(name, "e", "column", factor)
@@ -154,43 +154,43 @@ class Products:
         """A number of a sum as it is written."""
         value = at(f"{name}_sum[d / {SIDE}]", e)
         if name not in self._spec.cached:
-            value = f"(fresh ? 0.0f : {name}_page_row[{column}])"
+            value = f"(fresh ? 0.0f : {name}_spill_row[{column}])"
         return self._number.write(f"{value} * {factor}")
 
-    def pages(self, names: Sequence[str], row: str) -> None:
-        """Where the pages of this lane's row begin; `row` counts rows of the page before it."""
+    def spills(self, names: Sequence[str], row: str) -> None:
+        """Where the spilled rows of this lane's row begin; `row` counts spilled rows before it."""
         for name in names:
             if name not in self._spec.cached:
                 offset = f"({row}) * {self._spec.width(name)}"
-                self._text(f"device float* {name}_page_row = {name}_page + {offset};")
+                self._text(f"device float* {name}_spill_row = {name}_spill + {offset};")
 
     def end_tile(self, *names: str) -> None:
-        """What follows a tile: the pages of these sums hold numbers now."""
-        if self._paged(names):
+        """What follows a tile: these sums are in memory now."""
+        if self._spilled(names):
             self._text("fresh = false;")
 
-    def _paged(self, names: Sequence[str]) -> bool:
+    def _spilled(self, names: Sequence[str]) -> bool:
         return any(name not in self._spec.cached for name in names)
 
-    def _turn_page(self, name: str, block: HeadBlock, correction: str) -> None:
-        """A block of a sum from its page; zeros at the first tile and where no page is."""
+    def _turn_spill(self, name: str, block: HeadBlock, correction: str) -> None:
+        """A block of a spilled sum; zeros at the first tile and past its row."""
         text = self._text
-        text(fragment("float").declare("page", block.width // SIDE))
+        text(fragment("float").declare("spill", block.width // SIDE))
         with text.loop("d", block.width, SIDE), text.loop("e", 2):
             text("const ushort column = d0 + d + fragment_column + e;")
-            there = f"!fresh && {self._on_page(name, block)}"
+            there = f"!fresh && {self._on_spill(name, block)}"
             scale = f"{correction} * " if correction else ""
-            value = f"{there} ? {scale}{name}_page_row[column] : 0.0f"
-            text(f"{at(f'page[d / {SIDE}]', 'e')} = {value};")
+            value = f"{there} ? {scale}{name}_spill_row[column] : 0.0f"
+            text(f"{at(f'spill[d / {SIDE}]', 'e')} = {value};")
 
-    def _keep_page(self, name: str, block: HeadBlock) -> None:
+    def _keep_spill(self, name: str, block: HeadBlock) -> None:
         text = self._text
         with text.loop("d", block.width, SIDE), text.loop("e", 2):
             text("const ushort column = d0 + d + fragment_column + e;")
-            with text.block(f"if ({self._on_page(name, block)})"):
-                text(f"{name}_page_row[column] = {at(f'page[d / {SIDE}]', 'e')};")
+            with text.block(f"if ({self._on_spill(name, block)})"):
+                text(f"{name}_spill_row[column] = {at(f'spill[d / {SIDE}]', 'e')};")
 
-    def _on_page(self, name: str, block: HeadBlock) -> str:
+    def _on_spill(self, name: str, block: HeadBlock) -> str:
         return "inside" if block.exact else f"inside && column < {self._spec.width(name)}"
 
     def _read_row(self, target: str, name: str, d: str, exact: bool) -> None:

@@ -87,7 +87,7 @@ def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = 
         columns(text, spec, "s", [*before, f"x = {raised};"])
 
 
-def slopes(text: Text, spec: MetalSpec, before: Sequence[str] = ()) -> None:
+def ds(text: Text, spec: MetalSpec, before: Sequence[str] = ()) -> None:
     """dS = P (dP - delta) of a tile, in place of dP; the scale waits for the end of the sum.
 
     The text knows `row_delta` after the lines `before`. What is hidden is 0 even where dP is NaN or

@@ -382,8 +382,8 @@ def _width(spec: MetalSpec, panel: str, i: int) -> str:
 
 def _check(spec: MetalSpec) -> None:
     reason = ""
-    if spec.operation != "forward":
-        reason = f"tensor operations make the forward pass alone, not {spec.operation}"
+    if spec.kernel != "forward":
+        reason = f"tensor operations make the forward pass alone, not {spec.kernel}"
     elif spec.dtype == "bfloat16" and not spec.bfloat:
         reason = "tensor operations take bfloat16 only where the GPU multiplies it itself"
     elif not spec.unit:

@@ -57,21 +57,21 @@ AXES = "bhnd"
 def arrays(spec: TritonSpec) -> dict[str, str]:
     """The arrays of a kernel that are pointers, with the names of their types."""
     found = {}
-    for name in OPERANDS[spec.operation]:
+    for name in OPERANDS[spec.kernel]:
         found[name] = spec.dtype if name in STRIDED else spec.statistics
-    if spec.operation in VISITING:
+    if spec.kernel in VISITING:
         found |= dict.fromkeys(RUNS, "int32")
     return found
 
 
 def rule(spec: TritonSpec) -> tuple[str, ...]:
     """What the rule reads: numbers, tables and their strides."""
-    return mask.arguments(spec.mask) if spec.operation in VISITING else ()
+    return mask.arguments(spec.mask) if spec.kernel in VISITING else ()
 
 
 def strides(spec: TritonSpec) -> tuple[str, ...]:
     """The strides of the operands, in elements."""
-    given = (name for name in OPERANDS[spec.operation] if name in STRIDED)
+    given = (name for name in OPERANDS[spec.kernel] if name in STRIDED)
     return tuple(f"{name}_{axis}" for name in given for axis in AXES)
 
 

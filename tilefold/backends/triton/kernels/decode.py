@@ -63,7 +63,7 @@ def emit(spec: TritonSpec) -> str:
     softmax.factor(text, spec)
     text("q_block = q + b.to(tl.int64) * q_b")
     text("q_rows = q_block + (h_q.to(tl.int64) * q_h + q_at.to(tl.int64) * q_n)[:, None]")
-    for i, piece in enumerate(spec.pieces("q") if spec.held else ()):
+    for i, piece in enumerate(spec.pieces("q") if spec.preloaded else ()):
         tile = load(spec, "q", piece, "within_parallel")
         text(f"q_{i} = {negated(spec, tile) if spec.negative else tile}")
     text("odd = 0")

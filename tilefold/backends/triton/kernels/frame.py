@@ -61,7 +61,7 @@ def careful(weights, seen, values, total, rows, count):
 
 def precision(spec: TritonSpec) -> str:
     """How a product of float32 numbers is asked for; other types have one way."""
-    return f', input_precision="{spec.products}"' if spec.dtype == "float32" else ""
+    return f', input_precision="{spec.float32_mode}"' if spec.dtype == "float32" else ""
 
 
 def dot(spec: TritonSpec, left: str, right: str, total: str = "") -> str:
@@ -101,7 +101,7 @@ def descriptors(spec: TritonSpec) -> list[tuple[str, tuple[str, int, int]]]:
     if not spec.descriptors:
         return []
     found = {}
-    for operand in arguments.OPERANDS[spec.operation]:
+    for operand in arguments.OPERANDS[spec.kernel]:
         if operand in ("q", "k", "v", "do"):
             own = SIDES[operand] == spec.parallel
             rows = spec.blocks.parallel if own else spec.blocks.traverse
@@ -119,7 +119,7 @@ def _head(spec: TritonSpec, used: set[str]) -> list[str]:
     lines = ["place = tl.program_id(0)"]
     if "scale" in used and spec.dtype == "float64":  # given by its bits
         lines.append("scale = tl.cast(scale, tl.int64).to(tl.float64, bitcast=True)")
-    if spec.operation == "backward":  # an owner has several blocks, one after the other
+    if spec.kernel == "backward":  # an owner has several blocks, one after the other
         lines += ["owner = place % splits", "h = place // splits % heads"]
         lines.append("b = place // splits // heads")
     else:
@@ -194,7 +194,7 @@ def fetch(
     """
     if not spec.descriptors:
         rows_of(text, spec, operand, head, first, side)
-    if not spec.held:
+    if not spec.preloaded:
         return
     for i, piece in enumerate(spec.pieces(operand)):
         if spec.descriptors:
@@ -211,7 +211,7 @@ def fetch(
 
 def take(text: Text, spec: TritonSpec, operand: str, i: int, rows: str) -> None:
     """Load piece `i` of a block, right before it is used, where `fetch` did not."""
-    if not spec.held:
+    if not spec.preloaded:
         text(f"{operand}_{i} = {load(spec, operand, spec.pieces(operand)[i], rows)}")
 
 
@@ -224,7 +224,7 @@ def multiply(
     loop takes both piece by piece. It is a loop, not a line for each piece, because the compiler
     would load `own`, which no tile changes, before all tiles, and hold it after all.
     """
-    if spec.held:
+    if spec.preloaded:
         for i in range(len(spec.pieces(own))):
             if look:
                 inspect(text, f"{other}_{i}", walk)

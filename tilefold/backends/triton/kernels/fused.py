@@ -102,7 +102,7 @@ def _add_to_part(text: Text, spec: TritonSpec, walk: Walk) -> None:
         text(f"at = {_of_part(spec, piece)}")
         text(f"sum_{i} = tl.load(at{f', mask={where}, other=0.0' if where else ''})")
         take(text, spec, "k", i, "within_parallel")
-        key = negated(spec, f"k_{i}") if spec.negative and spec.held else f"k_{i}"
+        key = negated(spec, f"k_{i}") if spec.negative and spec.preloaded else f"k_{i}"
         if walk is Walk.EDGE:  # keys are in the block's registers as they are, for its whole tiles
             text(f"odd |= is_odd(k_{i})")
         add_product(text, spec, f"sum_{i}", "turned", key, walk, pairs)

@@ -39,18 +39,18 @@ def order_teams(instruction: tl.constexpr):
 
 
 @gluon.jit
-def wait_turn(team: tl.constexpr):
-    """Wait until the other team has issued its products."""
-    if team == 0:
+def wait_turn(warpgroup: tl.constexpr):
+    """Wait until the other warpgroup has issued its products."""
+    if warpgroup == 0:
         order_teams("bar.sync 14, 256; mov.b32 $0, 0;")
     else:
         order_teams("bar.sync 15, 256; mov.b32 $0, 0;")
 
 
 @gluon.jit
-def pass_turn(team: tl.constexpr):
-    """Let the other team issue its products."""
-    if team == 0:
+def pass_turn(warpgroup: tl.constexpr):
+    """Let the other warpgroup issue its products."""
+    if warpgroup == 0:
         order_teams("bar.arrive 15, 256; mov.b32 $0, 0;")
     else:
         order_teams("bar.arrive 14, 256; mov.b32 $0, 0;")
@@ -58,7 +58,7 @@ def pass_turn(team: tl.constexpr):
 
 @gluon.jit
 def release(free):
-    """Say that this team is done with a slot: all of its warps meet, then one thread says so."""
+    """Free a slot: all warps of this warpgroup meet, then one thread arrives at the barrier."""
     mbarrier.arrive(free, count=1)
 
 
@@ -127,7 +127,7 @@ def function(name: str, title: str, body: Text, known: Iterable[str]) -> Functio
     given = tuple(word for word in known if word in words - own)
     text = Text()
     text("@gluon.jit")
-    typed = ["team: tl.constexpr" if word == "team" else word for word in given]
+    typed = ["warpgroup: tl.constexpr" if word == "warpgroup" else word for word in given]
     text.listed(f"def {name}(", typed, "):")
     text(f'    """{title}"""', *(f"    {line}".rstrip() for line in str(body).splitlines()))
     return Function(name, given, str(text))

@@ -1,12 +1,12 @@
-"""The forward pass for Hopper (sm_90), in Gluon: a warp that loads, and two teams that take turns.
+"""The forward pass for Hopper (sm_90), in Gluon: a warp loads, two warpgroups take turns.
 
 FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), section 3. One warp of a program loads tiles
-by the TMA unit into rings in shared memory; two *teams* of four warps fold them into half of the
-queries each, 64 rows. The tensor cores work while the exponentials do, twice over:
+by the TMA unit into rings in shared memory; two *warpgroups* of four warps fold them into half of
+the queries each, 64 rows. The tensor cores work while the exponentials do, twice over:
 
-- teams take turns in issuing products, so that one's softmax runs under the other's products;
-- a team asks for the scores of a tile before it adds the tile ahead of it to the sums (`q k` of
-  tile j + 1, then `p v` of tile j), so it has products under way during its own softmax.
+- warpgroups take turns in issuing products, so that one's softmax runs under the other's products;
+- a warpgroup asks for the scores of a tile before it adds the tile ahead of it to the sums (`q k`
+  of tile j + 1, then `p v` of tile j), so it has products under way during its own softmax.
 
 Programs are as many as multiprocessors, and each takes one block of queries in every *round*. Heads
 whose keys fit the L2 cache together (`near` of them) come together, of those the heaviest blocks
@@ -33,7 +33,7 @@ from tilefold.backends.triton.kernels.gluon import HEAD, HELPERS, Function, func
 from tilefold.backends.triton.kernels.hopper_launch import (
     PLACES,
     ROWS,
-    TEAMS,
+    WARPGROUPS,
     fits,
     padded,
     parameters,
@@ -42,23 +42,23 @@ from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
 REGISTERS = (240, 24)
-"""Registers of a thread of the second team and of the loader, as published. The first team gets
-what is left: 240 too."""
+"""Registers of a thread of the second warpgroup and of the loader, as published. The first
+warpgroup gets what is left: 240 too."""
 
 RINGS = ("q_ring", "k_ring", "v_ring")
-"""Tiles in shared memory: one of queries for each team, and slots for keys and values."""
+"""Tiles in shared memory: one of queries for each warpgroup, and slots for keys and values."""
 
 BARRIERS = ("q_full", "q_free", "k_full", "k_free", "v_full", "v_free")
 """For each slot: whether the TMA unit has filled it, and whether its readers are done with it."""
 
-LOCAL = ("team", "factor", "b", "h", "h_k", "first_q", "begin", "middle", "end")
+LOCAL = ("warpgroup", "factor", "b", "h", "h_k", "first_q", "begin", "middle", "end")
 """What functions of the text hand to each other, beside arguments."""
 
 ALGORITHM = (
     "loader: for each tile: k -> ring, v of the tile before -> ring",
-    "team:   s = q k^T of the first tile; p, m, l = softmax s",
+    "warpgroup:   s = q k^T of the first tile; p, m, l = softmax s",
     "        for each other tile:",
-    "            in turn with the other team {",
+    "            in turn with the other warpgroup {",
     "                s = q k^T      of this tile, not waited for",
     "                o = o + p v    of the tile before, not waited for",
     "            }",
@@ -113,17 +113,17 @@ def _constants(spec: TritonSpec) -> dict[str, str]:
 
 
 def _attend(spec: TritonSpec, repair: Function | None) -> Function:
-    """What a team does; `repair` is called where its sums have met a number that is not finite."""
+    """What a warpgroup does; `repair` is called where its sums have met NaN or infinity."""
     text = Text()
     _rows(text, spec)
     text(
-        "q_tile = q_ring.index(team).reshape((ROWS, DIM))",
+        "q_tile = q_ring.index(warpgroup).reshape((ROWS, DIM))",
         "tile, filled = 0, 0  # tiles, and blocks of queries, so far: they name slots and phases",
     )
     if repair:
         text("strange = tl.full([ROWS], 0.0, tl.float32, tl.SliceLayout(1, SUMS))")
-    with text.block("if team == 1"):
-        text("pass_turn(team)  # the other team begins")
+    with text.block("if warpgroup == 1"):
+        text("pass_turn(warpgroup)  # the other warpgroup begins")
     with _places(text):
         frame.parallel(text, spec)
         text(
@@ -138,12 +138,12 @@ def _attend(spec: TritonSpec, repair: Function | None) -> Function:
         if repair:
             text("strange += tl.sum(total - total, 1)  # NaN from the first odd number on")
         _write(text, spec)
-    with text.block("if team == 0"):
-        text("wait_turn(team)  # the other team has passed once more: no barrier is left half full")
+    with text.block("if warpgroup == 0"):
+        text("wait_turn(warpgroup)  # the other has passed once more: no barrier is left half full")
     if repair:
         with text.block("if tl.max((strange != 0).to(tl.int32), 0) != 0"):
             repair.call(text)
-    title = "A team: half of the queries of each block that this program has."
+    title = "A warpgroup: half of the queries of each block that this program has."
     return function("attend", title, text, _known(spec))
 
 
@@ -162,10 +162,10 @@ def _repair(spec: TritonSpec, odd: Function, again: Function) -> Function:
 
 
 def _rows(text: Text, spec: TritonSpec) -> None:
-    """The rows of a team, and the scale."""
+    """The rows of a warpgroup, and the scale."""
     softmax.factor(text, spec)
     text(
-        "row_parallel = team * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES))",
+        "row_parallel = warpgroup * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES))",
         "row_traverse = tl.arange(0, TRAVERSE, tl.SliceLayout(0, SCORES))",
     )
 
@@ -188,7 +188,7 @@ def _scores(text: Text) -> None:
     """Issue the scores of tile number `tile`, and go on."""
     text(
         "mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1)",
-        "wait_turn(team)",
+        "wait_turn(warpgroup)",
         "k_tile = k_ring.index(tile % STAGES).reshape((TRAVERSE, DIM)).permute((1, 0))",
         "none = tl.full([ROWS, TRAVERSE], 0.0, tl.float32, SCORES)",
         "s = warpgroup_mma(q_tile, k_tile, none, use_acc=False, is_async=True)",
@@ -222,10 +222,10 @@ def _round(text: Text, spec: TritonSpec) -> None:
 
 def _first_tile(text: Text, spec: TritonSpec) -> None:
     """Scores and weights of the first tile, whose kind only the runs tell."""
-    text("mbarrier.wait(q_full.index(team), filled & 1)")
+    text("mbarrier.wait(q_full.index(warpgroup), filled & 1)")
     _scores(text)
     text(
-        "pass_turn(team)",
+        "pass_turn(warpgroup)",
         "s = warpgroup_mma_wait(0, [s])",
         "release(k_free.index(tile % STAGES))",
     )
@@ -250,7 +250,7 @@ def _other_tiles(text: Text, spec: TritonSpec) -> None:
                 _scores(text)
                 _values(text, "tile - 1")
                 text(
-                    "pass_turn(team)",
+                    "pass_turn(warpgroup)",
                     "s = warpgroup_mma_wait(1, [s])",
                     "release(k_free.index(tile % STAGES))",
                 )
@@ -270,7 +270,7 @@ def _other_tiles(text: Text, spec: TritonSpec) -> None:
 
 def _last_values(text: Text) -> None:
     """The product that no scores follow; the queries are read no more."""
-    text("release(q_free.index(team))", "filled += 1")
+    text("release(q_free.index(warpgroup))", "filled += 1")
     _values(text, "tile")
     text("total = warpgroup_mma_wait(0, [total])", "release(v_free.index(slot))", "tile += 1")
 
@@ -282,7 +282,7 @@ def _write(text: Text, spec: TritonSpec) -> None:
     text(
         "share = tl.convert_layout(1.0 / share, tl.SliceLayout(1, SUMS))",
         f"total = (total * share[:, None]).to(tl.{spec.dtype})",
-        "row = first_q + team * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SUMS))",
+        "row = first_q + warpgroup * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SUMS))",
         "column = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
         f"at = {row_of('o', 'h', 'row[:, None]', 'column[None, :]')}",
         f"tl.store(at, total, mask=(row < len_q)[:, None] & (column < {spec.dim_v})[None, :])",
@@ -290,7 +290,7 @@ def _write(text: Text, spec: TritonSpec) -> None:
 
 
 def _load(spec: TritonSpec) -> Function:
-    """What the loader does: it is never more than the slots of the rings ahead of the teams."""
+    """What the loader does: it is ahead of the warpgroups by the slots of the rings at most."""
     text = Text()
     text("tile, filled = 0, 0")
     with _places(text):
@@ -304,11 +304,12 @@ def _load(spec: TritonSpec) -> Function:
                     "fill(k_tiles, b, h_k, start, k_full.index(slot), k_ring.index(slot))",
                 )
                 with text.block("if before < 0"):
-                    for team in range(TEAMS):
+                    for which in range(WARPGROUPS):
+                        slots = f"q_full.index({which}), q_ring.index({which})"
                         text(
-                            f"mbarrier.wait(q_free.index({team}), filled & 1 ^ 1)",
-                            f"row = block * PARALLEL + {team} * ROWS",
-                            f"fill(q_tiles, b, h, row, q_full.index({team}), q_ring.index({team}))",
+                            f"mbarrier.wait(q_free.index({which}), filled & 1 ^ 1)",
+                            f"row = block * PARALLEL + {which} * ROWS",
+                            f"fill(q_tiles, b, h, row, {slots})",
                         )
                 with text.block("else"):
                     _fill_values(text, "tile - 1")
@@ -316,7 +317,9 @@ def _load(spec: TritonSpec) -> Function:
         with text.block("if begin < end"):
             _fill_values(text, "tile - 1")
             text("filled += 1")
-    title = "The loader: a tile's keys, then the values of the tile before, as teams want them."
+    title = (
+        "The loader: a tile's keys, then the values of the tile before, as warpgroups want them."
+    )
     return function("load", title, text, _known(spec))
 
 
@@ -335,7 +338,7 @@ def _kernel(text: Text, spec: TritonSpec, attend: Function, load: Function) -> N
     text.listed(f"def {spec.entry}(", parameters(spec), "):")
     body = Text()
     for name, (count, rows, columns) in {
-        "q": (TEAMS, "ROWS", "DIM"),
+        "q": (WARPGROUPS, "ROWS", "DIM"),
         "k": ("STAGES", "TRAVERSE", "DIM"),
         "v": ("STAGES", "TRAVERSE", "DIM_V"),
     }.items():
@@ -343,25 +346,25 @@ def _kernel(text: Text, spec: TritonSpec, attend: Function, load: Function) -> N
         body(f"{name}_ring = tl.allocate_shared_memory({kind}, {shape}, {name}_tiles.layout)")
     body("alone: tl.constexpr = mbarrier.MBarrierLayout()")
     for name in BARRIERS:
-        count = TEAMS if name.startswith("q") else "STAGES"
+        count = WARPGROUPS if name.startswith("q") else "STAGES"
         body(f"{name} = tl.allocate_shared_memory(tl.int64, [{count}, 1], alone)")
     body.note("A slot is full when its bytes are there, and free when its readers have said so.")
-    for count, names in ((TEAMS, "q"), ("STAGES", "kv")):
+    for count, names in ((WARPGROUPS, "q"), ("STAGES", "kv")):
         with body.block(f"for slot in tl.static_range({count})"):
             for name in names:
-                readers = 1 if name == "q" else TEAMS
+                readers = 1 if name == "q" else WARPGROUPS
                 body(
                     f"mbarrier.init({name}_full.index(slot), 1)",
                     f"mbarrier.init({name}_free.index(slot), {readers})",
                 )
     body("fence_async_shared()")
-    for team in range(TEAMS):
-        given = [str(team) if name == "team" else name for name in attend.given]
-        listed(body, f"team_{team} = (", given)
+    for which in range(WARPGROUPS):
+        given = [str(which) if name == "warpgroup" else name for name in attend.given]
+        listed(body, f"warpgroup_{which} = (", given)
     listed(body, "loader = (", load.given)
     body(
         "tl.warp_specialize(",
-        f"    [({attend.name}, team_0), ({attend.name}, team_1), ({load.name}, loader)],",
+        f"    [({attend.name}, warpgroup_0), ({attend.name}, warpgroup_1), ({load.name}, loader)],",
         f"    [4, 1], [{REGISTERS[0]}, {REGISTERS[1]}],",
         ")",
     )

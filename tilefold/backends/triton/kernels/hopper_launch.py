@@ -2,8 +2,8 @@
 
 What a launch gives, in this order: what `arguments.names` lists; `places`, the blocks of queries of
 all heads; `near`; and the tensor descriptors that `descriptors` lists. The grid is (programs,), at
-most one for each multiprocessor. `num_warps` is 4: Gluon adds those of the second team and of the
-loader. As in `forward`, runs without a mask are of whole tiles.
+most one for each multiprocessor. `num_warps` is 4: Gluon adds those of the second
+warpgroup and of the loader. As in `forward`, runs without a mask are of whole tiles.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tilefold.backends.triton.kernels import arguments
 from tilefold.backends.triton.spec import Blocks, TritonSpec, power_of_two
 
-TEAMS, ROWS = 2, 64
+WARPGROUPS, ROWS = 2, 64
 """Teams, and queries of each: an instruction of Hopper multiplies 64 rows, by four warps."""
 
 SHARED_BYTES = 232448
@@ -91,24 +91,24 @@ def shared_bytes(spec: TritonSpec) -> int:
     """Shared memory of the tiles."""
     columns, columns_v = padded(spec.dim), padded(spec.dim_v)
     ring = spec.blocks.stages * spec.blocks.traverse * (columns + columns_v)
-    return 2 * (TEAMS * ROWS * columns + ring)
+    return 2 * (WARPGROUPS * ROWS * columns + ring)
 
 
 def fits(spec: TritonSpec) -> str | None:
     """Why there is no such kernel, or None."""
     blocks, columns_v, most = spec.blocks, padded(spec.dim_v), SHARED_BYTES - SPARE_BYTES
-    if spec.operation != "forward":
-        return f"it is written for forward, not for {spec.operation}"
+    if spec.kernel != "forward":
+        return f"it is written for forward, not for {spec.kernel}"
     if spec.dtype not in ("float16", "bfloat16"):
         return f"it multiplies float16 and bfloat16, not {spec.dtype}"
     if max(spec.dim, spec.dim_v) > 256:
         return f"heads have at most 256 dimensions, not {max(spec.dim, spec.dim_v)}"
-    if blocks.parallel != TEAMS * ROWS:
-        return f"a block has {TEAMS * ROWS} queries, not {blocks.parallel}"
+    if blocks.parallel != WARPGROUPS * ROWS:
+        return f"a block has {WARPGROUPS * ROWS} queries, not {blocks.parallel}"
     if blocks.traverse < 64 or blocks.traverse + columns_v > ACCUMULATED:
         return f"tiles have 64 to {ACCUMULATED - columns_v} keys, not {blocks.traverse}"
     if blocks.warps != 4:
-        return f"a team has 4 warps, not {blocks.warps}"
+        return f"a warpgroup has 4 warps, not {blocks.warps}"
     if shared_bytes(spec) > most:
         return f"its tiles take {shared_bytes(spec)} bytes of shared memory, of which are {most}"
     return None

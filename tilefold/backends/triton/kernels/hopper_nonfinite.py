@@ -34,19 +34,19 @@ def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
 
 
 def again(spec: TritonSpec, known: Iterable[str]) -> Function:
-    """The sums of a team without products of tiles."""
+    """The sums of a warpgroup without products of tiles."""
     text = Text()
     lowest, rows = LOWEST["float32"], "tl.SliceLayout(1, SUMS)"
     text(
         f"m = tl.full([ROWS], {lowest}, tl.float32, {rows})",
         f"l = tl.full([ROWS], 0.0, tl.float32, {rows})",
         "total = tl.full([ROWS, DIM_V], 0.0, tl.float32, SUMS)",
-        f"row = first_q + team * ROWS + tl.arange(0, ROWS, {rows})",
+        f"row = first_q + warpgroup * ROWS + tl.arange(0, ROWS, {rows})",
         "within = row < len_q",
         "q_safe = tl.minimum(row, len_q - 1)",
         "column_v = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
         "column = tl.arange(0, DIM, tl.SliceLayout(0, QUERIES))",
-        "q_at = first_q + team * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, QUERIES))",
+        "q_at = first_q + warpgroup * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, QUERIES))",
         f"q_rows = {row_of('q', 'h', 'q_at[:, None]', 'column[None, :]')}",
         f"there = (q_at < len_q)[:, None] & (column < {spec.dim})[None, :]",
     )
@@ -72,5 +72,5 @@ def again(spec: TritonSpec, known: Iterable[str]) -> Function:
         *(f"{name} = tl.convert_layout({name}, tl.SliceLayout(1, SCORES))" for name in "ml"),
         "return total, m, l",
     )
-    title = "The sums of a team anew, one key at a time: only who may see a value touches it."
+    title = "The sums of a warpgroup anew, one key at a time: only who may see a value touches it."
     return function("one_by_one", title, text, known)

@@ -24,7 +24,7 @@ from tilefold.masks.expression import (
     Table,
     Truth,
     children,
-    fold,
+    evaluate,
 )
 
 _WIDEST = 64
@@ -123,8 +123,8 @@ class _Fold:
         """The text of a tree; nodes with several parents get names."""
         known: dict[int, _Term] = {}
         for node in _shared(expression):
-            known[id(node)] = self._named(fold(node, self, known), isinstance(node, Boolean))
-        return fold(expression, self, known).text
+            known[id(node)] = self._named(evaluate(node, self, known), isinstance(node, Boolean))
+        return evaluate(expression, self, known).text
 
     def _named(self, term: _Term, truth: bool) -> _Term:
         if term.rank == _ATOM and term.text.isidentifier():

@@ -265,7 +265,7 @@ def _placed(spec: GemmSpec, device: Architecture, a: Placed, b: Placed, c: Axes)
     """The spec for matrices that lie like this.
 
     Tiles are moved whole only where products read them from shared memory as they come, as in
-    attention (`resources.moved`).
+    attention (`resources.tma`).
     """
     sides = spec.blocks
     near = [axes.moved(2) for _, axes in (a, b)]

@@ -27,7 +27,7 @@ from tilefold.backends.triton.kernels.frame import HEADERS
 from tilefold.backends.triton.kernels.text import ELEMENTS, Text
 from tilefold.backends.triton.matmul import activation
 from tilefold.backends.triton.matmul.activation import ACTIVATIONS
-from tilefold.backends.triton.spec import LEAST, PRODUCTS
+from tilefold.backends.triton.spec import FLOAT32_MODES, LEAST
 from tilefold.common.check import choice
 
 ENTRY = "tilefold_gemm"
@@ -107,7 +107,7 @@ class GemmSpec:
         choice("the type of c", self.c, tuple(dict.fromkeys((*least, self.a, self.b))))
         choice("bias", self.bias, BIASES)
         choice("activation", self.activation, ACTIVATIONS)
-        choice("products", self.products, PRODUCTS)
+        choice("products", self.products, FLOAT32_MODES)
 
     @property
     def multiplied(self) -> str:

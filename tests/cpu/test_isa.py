@@ -1,0 +1,224 @@
+"""Each instruction-set level: right results on machines that have it, and the right instructions.
+
+The assembly is looked at for every level on every machine: LLVM writes it for all of them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import amx
+import pytest
+from cases import RULES, Sizes
+from paths import finding
+from trial import PASSES, Trial, numbers, planned, problem, run
+
+from tilefold import causal, full
+from tilefold.backends.cpu import runtime
+from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.kernel import emit
+from tilefold.backends.cpu.spec import KernelSpec
+from tilefold.backends.cpu.tables import FAMILIES
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import ITEM_BYTES, Problem
+
+AVX512 = "+avx2,+fma,+avx512f,+avx512bw,+avx512dq,+avx512vl"
+X86 = {
+    "amx": f"{AVX512},+avx512bf16,+amx-tile,+amx-bf16",
+    "avx512": AVX512,
+    "avx2": "+avx2,+fma",
+    "sse2": "+sse2",
+}
+NEON = {"neon": "+neon,+fp-armv8"}
+
+# Results --------------------------------------------------------------------------------------
+
+TRIALS = [
+    ("full", (113, 203), (40, 40), "bhnd"),
+    ("full", (3, 300), (3, 2), "padded bhdn"),
+    ("window-and-prefix", (300, 290), (64, 64), "bnhd"),
+    ("documents-of-batch", (37, 71), (16, 5), "backwards"),
+    ("dense-all", (70, 9), (2, 77), "no unit stride"),
+    ("heads-differ", (41, 260), (128, 16), "shared heads"),
+    ("local-2d-scale_front", (108, 256), (1, 1), "bhdn"),
+]
+
+
+def trials(dtype: str) -> list[Trial]:
+    found = []
+    for number, (rule, (len_q, len_k), (dim, dim_v), layout) in enumerate(TRIALS):
+        mask = RULES[rule](Sizes(2, 2, len_q, len_k))
+        sizes = problem(len_q, len_k, dim, mask, dtype, dim_v=dim_v, batch=2)
+        found.append(Trial(sizes, layout, poisoned=number % 2 == 0))
+    return found
+
+
+def check_results(isa: str) -> None:
+    """Every trial in every pass; for a process whose machine is of level `isa`."""
+    assert host().isa == isa
+    for trial in (trial for dtype in ITEM_BYTES for trial in trials(dtype)):
+        given = numbers(trial)
+        for operation, form in PASSES:
+            print(trial, operation, form, flush=True)
+            run(trial, given, operation, form)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("M01", "M04", "T01")
+@pytest.mark.parametrize("isa", X86)
+def test_results_at_every_level(isa: str) -> None:
+    code = f"from test_isa import *\ncheck_results({isa!r})"
+    environment = {"TILEFOLD_CPU_ISA": isa}
+    if isa == "amx" and host().isa != "amx":
+        if reason := amx.missing():
+            pytest.skip(reason)
+        code = code.replace("check_results", "with amx.everywhere(): check_results")
+        environment = {}
+    else:
+        try:
+            host().lowered(isa)
+        except ValueError as error:
+            pytest.skip(f"this machine has no {isa}: {error}")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=finding(__file__, **environment),
+    )
+    assert done.returncode == 0, (done.stdout.splitlines()[-1:], done.stderr)
+    assert len(done.stdout.splitlines()) == len(ITEM_BYTES) * len(TRIALS) * len(PASSES)
+
+
+# Instructions ---------------------------------------------------------------------------------
+
+
+def device(isa: str) -> Device:
+    """A machine of the level and no more."""
+    if isa in NEON:
+        return Device("cpu", "described", isa, "aarch64-linux-gnu", NEON[isa], cores=4)
+    return Device("cpu", "described", isa, "x86_64-unknown-linux-gnu", X86[isa], cores=4)
+
+
+def listings(isa: str, dtype: str, mask: Rule) -> list[tuple[KernelSpec, str]]:
+    """Spec and assembly of the kernels that long sequences get."""
+    sizes = Problem(1, 8, 8, 2048, 2048, 64, 64, dtype, 0.125, mask)
+    found = []
+    for operation, form in PASSES:
+        for launch in planned(sizes, device(isa), operation, form).launches:
+            text = runtime.assembly(emit(launch.spec), device(isa))
+            found.append((launch.spec, text))
+    return found
+
+
+def inner_loops(listing: str) -> list[list[str]]:
+    """The instructions of every loop without a label inside."""
+    loops: list[list[str]] = []
+    label: str | None = None
+    body: list[str] = []
+    for line in listing.splitlines():
+        if named := re.match(r"(\.L\w+):", line):
+            label, body = named[1], []
+        elif label and re.match(r"\t[a-z]", line):
+            body.append(line.strip())
+            if re.match(rf"(j|b|cb|tb).*\W{re.escape(label)}$", body[-1]):
+                loops.append(body)
+                label = None
+    return loops
+
+
+def exponential(loop: list[str]) -> bool:
+    """Whether a loop shifts bits to where an exponent stands."""
+    return any(re.match(r"v?psll|shl\s+v", line) for line in loop)
+
+
+PRODUCT = {
+    ("avx512", "float32"): r"vfmadd\d+ps\s.*%zmm",
+    ("avx512", "float64"): r"vfmadd\d+pd\s.*%zmm",
+    ("avx2", "float32"): r"vfmadd\d+ps\s.*%ymm",
+    ("avx2", "float64"): r"vfmadd\d+pd\s.*%ymm",
+    ("sse2", "float32"): r"mulps\s.*%xmm",
+    ("sse2", "float64"): r"mulpd\s.*%xmm",
+    ("neon", "float32"): r"fmla\s+v\d+\.4s",
+    ("neon", "float64"): r"fmla\s+v\d+\.2d",
+}
+"""The multiplication of one register of numbers."""
+
+FORBIDDEN = {
+    "avx512": None,
+    "avx2": r"%zmm|%k\d",
+    "sse2": r"%[yz]mm|%k\d|\bv[a-z]+p[sd]\b",
+    "neon": r"\bz\d+\.[sd]\b",
+}
+"""What belongs to a wider level: registers, masks, instructions."""
+
+STACK = r"\(%rsp|\[sp"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [full(), causal()], ids=repr)
+@pytest.mark.parametrize(("isa", "dtype"), PRODUCT)
+def test_products_fill_the_registers_and_nothing_spills(isa: str, dtype: str, mask: Rule) -> None:
+    for spec, listing in listings(isa, dtype, mask):
+        if spec.kernel in ("delta", "reduce_dq"):
+            continue
+        size = spec.rows * spec.vectors
+        counted = [
+            (sum(bool(re.match(PRODUCT[isa, dtype], line)) for line in loop), loop)
+            for loop in inner_loops(listing)
+        ]
+        products = [loop for count, loop in counted if count == size and not exponential(loop)]
+        least = {"forward": 2, "backward_dq": 3, "backward_dkv": 4, "backward": 5}[spec.kernel]
+        assert len(products) >= least, (spec.kernel, [count for count, _ in counted])
+        for loop in products:
+            spilled = [line for line in loop if re.search(STACK, line)]
+            assert not spilled, (spec.kernel, spilled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [full(), causal()], ids=repr)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tile_products_touch_no_memory_but_their_tiles(dtype: str, mask: Rule) -> None:
+    for spec, listing in listings("amx", dtype, mask):
+        if spec.kernel in ("delta", "reduce_dq"):
+            continue
+        kinds = [line.split()[0] for line in amx.tile_instructions(listing)]
+        assert kinds.count("ldtilecfg") == kinds.count("tilerelease") == 1, spec.kernel
+        products = [
+            loop for loop in inner_loops(listing) if any("tdpbf16ps" in line for line in loop)
+        ]
+        assert products, spec.kernel
+        for loop in products:
+            counts = {
+                kind: sum(line.startswith(kind) for line in loop)
+                for kind in ("tileload", "tdpbf16ps")
+            }
+            assert counts == {"tileload": 4, "tdpbf16ps": 4}, (spec.kernel, loop)
+            others = [line for line in loop if "(" in line and not re.match(r"tileload|lea", line)]
+            assert not others, (spec.kernel, others)
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize(("isa", "dtype"), [pair for pair in PRODUCT if FORBIDDEN[pair[0]]])
+def test_no_instruction_of_a_wider_level(isa: str, dtype: str) -> None:
+    for spec, listing in listings(isa, dtype, causal()):
+        wider = [line for line in listing.splitlines() if re.search(FORBIDDEN[isa], line)]
+        assert not wider, (spec.kernel, wider[:3])
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+def test_a_wider_level_would_be_noticed() -> None:
+    for narrow, wide in (("avx2", "avx512"), ("sse2", "avx2")):
+        for spec, listing in listings(wide, "float32", full()):
+            assert re.search(FORBIDDEN[narrow], listing), spec.kernel
+
+
+def test_the_register_tiles_fit_their_registers() -> None:
+    for isa, family in FAMILIES.items():
+        assert family.registers == Device("cpu", "", isa, "", "", 1).vector_registers
+        for tile in family.tiles:
+            assert tile.registers <= family.registers, (isa, tile)

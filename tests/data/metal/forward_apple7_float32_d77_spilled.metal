@@ -1,0 +1,350 @@
+// Attention, forward: o = softmax(scale q k^T) v and lse = log rowsum exp(scale q k^T).
+//
+// for each tile of keys that the mask lets the block of queries see:
+//     s = q k^T scale, masked            outer product
+//     m' = max(m, rowmax s)
+//     p = exp(s - m')
+//     l = l exp(m - m') + rowsum p
+//     o = o exp(m - m') + p v            accumulate
+// o = o / l
+// lse = m + log l                        0 and -inf where no key is seen
+#include <metal_stdlib>
+using namespace metal;
+
+[[max_total_threads_per_threadgroup(128)]]
+kernel void tilefold_forward(
+    device const float* q [[buffer(0)]],
+    device const float* k [[buffer(1)]],
+    device const float* v [[buffer(2)]],
+    device float* o [[buffer(3)]],
+    device float* lse [[buffer(4)]],
+    device float* o_spill [[buffer(5)]],
+    device const long* order [[buffer(6)]],
+    device const long* run_rows [[buffer(7)]],
+    device const long* runs [[buffer(8)]],
+    constant long* sizes [[buffer(9)]],
+    constant float& scale [[buffer(10)]],
+    uint3 place [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]]) {
+    const int len_q = int(sizes[0]);
+    const int heads_q = int(sizes[2]);
+    const int group = int(sizes[3]);
+    const long row_b = sizes[4];
+    const long row_h = sizes[5];
+    const long q_b = sizes[7];
+    const long q_h = sizes[8];
+    const int q_n = int(sizes[9]);
+    const long k_b = sizes[11];
+    const long k_h = sizes[12];
+    const int k_n = int(sizes[13]);
+    const long v_b = sizes[15];
+    const long v_h = sizes[16];
+    const int v_n = int(sizes[17]);
+    const long o_b = sizes[19];
+    const long o_h = sizes[20];
+    const int o_n = int(sizes[21]);
+    // This lane's place in a fragment of 8x8: one row, two columns.
+    const ushort fragment_row = (lane / 2) % 4 + 4 * (lane / 16);
+    const ushort fragment_column = 2 * (lane % 2) + 4 * ((lane / 8) % 2);
+    threadgroup float stage[1600];
+    threadgroup bool oddities[4];
+
+    const int h = int(place.y);
+    const int b = int(place.z);
+    const int block = int(order[place.x]);
+
+    // The row of this lane. Lanes past the end read the last one and write nothing.
+    const int query = block * 32 + simdgroup * 8 + fragment_row;
+    const bool inside = query < len_q;
+    const int query_inside = min(query, len_q - 1);
+    device const float* q_row = q + b * q_b + h * q_h + long(query_inside) * q_n;
+    device float* o_row = o + b * o_b + h * o_h + long(query_inside) * o_n;
+    device const float* k_head = k + b * k_b + (h / group) * k_h;
+    device const float* v_head = v + b * v_b + (h / group) * v_h;
+    const long row = (long(b) * heads_q + h) * len_q + query_inside;
+    device float* o_spill_row = o_spill + (row) * 77;
+
+    bool fresh = true;
+    const float factor = scale * M_LOG2E_F;
+    float m = -0.25f * FLT_MAX;
+    float l = 0.0f;
+    ushort any = 0;
+    const long visited = b * row_b + h * row_h + block;
+    for (long run = run_rows[visited]; run < run_rows[visited + 1]; ++run) {
+        const int first = int(runs[3 * run]);
+        const int last = int(runs[3 * run + 1]);
+        for (int start = first; start < last; start += 80) {
+            const bool edge = start + 80 > last;
+            device const float* k_tile = k_head + long(start) * k_n;
+            device const float* v_tile = v_head + long(start) * v_n;
+            // s = q k^T
+            simdgroup_matrix<float, 8, 8> s[10];
+            #pragma clang loop unroll(full)
+            for (ushort i = 0; i < 10; ++i) {
+                s[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
+            }
+            for (ushort d0 = 0; d0 < 64; d0 += 16) {
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                for (ushort i = thread_index; i < 1280; i += 128) {
+                    const ushort r = i / 16;
+                    const ushort d = i % 16;
+                    const float x = start + r < last ? k_tile[r * k_n + d0 + d] : float(0);
+                    stage[r * 20 + d] = x;
+                }
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                #pragma clang loop unroll(full)
+                for (ushort d = 0; d < 16; d += 8) {
+                    simdgroup_matrix<float, 8, 8> a;
+                    a.thread_elements()[0] = q_row[d0 + d + fragment_column];
+                    a.thread_elements()[1] = q_row[d0 + d + fragment_column + 1];
+                    #pragma clang loop unroll(full)
+                    for (ushort j = 0; j < 80; j += 8) {
+                        simdgroup_matrix<float, 8, 8> x;
+                        x.thread_elements()[0] = stage[fragment_column * 20 + fragment_row + j * 20 + d];
+                        x.thread_elements()[1] = stage[fragment_column * 20 + fragment_row + (j + 1) * 20 + d];
+                        simdgroup_multiply_accumulate(s[j / 8], a, x, s[j / 8]);
+                    }
+                }
+            }
+            {
+                const ushort d0 = 64;
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                for (ushort i = thread_index; i < 1280; i += 128) {
+                    const ushort r = i / 16;
+                    const ushort d = i % 16;
+                    const float x = start + r < last && d0 + d < 77 ? k_tile[r * k_n + d0 + d] : float(0);
+                    stage[r * 20 + d] = x;
+                }
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                #pragma clang loop unroll(full)
+                for (ushort d = 0; d < 16; d += 8) {
+                    simdgroup_matrix<float, 8, 8> a;
+                    a.thread_elements()[0] = d0 + d + fragment_column < 77 ? q_row[d0 + d + fragment_column] : float(0);
+                    a.thread_elements()[1] = d0 + d + fragment_column + 1 < 77 ? q_row[d0 + d + fragment_column + 1] : float(0);
+                    #pragma clang loop unroll(full)
+                    for (ushort j = 0; j < 80; j += 8) {
+                        simdgroup_matrix<float, 8, 8> x;
+                        x.thread_elements()[0] = stage[fragment_column * 20 + fragment_row + j * 20 + d];
+                        x.thread_elements()[1] = stage[fragment_column * 20 + fragment_row + (j + 1) * 20 + d];
+                        simdgroup_multiply_accumulate(s[j / 8], a, x, s[j / 8]);
+                    }
+                }
+            }
+            // m' = max(m, rowmax s)
+            float m_new = m;
+            #pragma clang loop unroll(full)
+            for (ushort j = 0; j < 80; j += 8) {
+                #pragma clang loop unroll(full)
+                for (ushort e = 0; e < 2; ++e) {
+                    const float x = s[j / 8].thread_elements()[e];
+                    s[j / 8].thread_elements()[e] = x * factor;
+                }
+            }
+            if (edge) {
+                #pragma clang loop unroll(full)
+                for (ushort j = 0; j < 80; j += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float x = s[j / 8].thread_elements()[e];
+                        const int key = start + j + fragment_column + e;
+                        const bool seen = key < last;
+                        any |= seen;
+                        s[j / 8].thread_elements()[e] = seen ? x : -0.5f * FLT_MAX;
+                    }
+                }
+            } else {
+                any = 1;
+            }
+            #pragma clang loop unroll(full)
+            for (ushort j = 0; j < 80; j += 8) {
+                #pragma clang loop unroll(full)
+                for (ushort e = 0; e < 2; ++e) {
+                    const float x = s[j / 8].thread_elements()[e];
+                    m_new = max(m_new, x);
+                }
+            }
+            m_new = max(m_new, simd_shuffle_xor(m_new, 1));
+            m_new = max(m_new, simd_shuffle_xor(m_new, 8));
+            // p = exp2(s - m'), l = l correction + rowsum p
+            const float correction = fast::exp2(m - m_new);
+            m = m_new;
+            l *= correction;
+            simdgroup_matrix<float, 8, 8> p[10];
+            #pragma clang loop unroll(full)
+            for (ushort j = 0; j < 80; j += 8) {
+                #pragma clang loop unroll(full)
+                for (ushort e = 0; e < 2; ++e) {
+                    const float x = s[j / 8].thread_elements()[e];
+                    const float weight = fast::exp2(x - m);
+                    p[j / 8].thread_elements()[e] = weight;
+                    l += weight;
+                }
+            }
+            // o = o correction + p v
+            for (ushort d0 = 0; d0 < 64; d0 += 16) {
+                simdgroup_matrix<float, 8, 8> spill[2];
+                #pragma clang loop unroll(full)
+                for (ushort d = 0; d < 16; d += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const ushort column = d0 + d + fragment_column + e;
+                        spill[d / 8].thread_elements()[e] = !fresh && inside ? correction * o_spill_row[column] : 0.0f;
+                    }
+                }
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                bool odd = false;
+                for (ushort i = thread_index; i < 1280; i += 128) {
+                    const ushort r = i / 16;
+                    const ushort d = i % 16;
+                    const float x = start + r < last ? v_tile[r * v_n + d0 + d] : float(0);
+                    stage[r * 20 + d] = x;
+                    odd |= (as_type<uint>(x) & 0x7f800000u) == 0x7f800000u;
+                }
+                odd = simd_any(odd);
+                if (lane == 0) {
+                    oddities[simdgroup] = odd;
+                }
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                bool wild = false;
+                #pragma clang loop unroll(full)
+                for (ushort i = 0; i < 4; ++i) {
+                    wild |= oddities[i] && edge;
+                }
+                if (wild) {
+                    #pragma clang loop unroll(full)
+                    for (ushort j = 0; j < 80; j += 8) {
+                        for (ushort c = 0; c < 8; ++c) {
+                            const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
+                            const float weight = simd_shuffle(float(p[j / 8].thread_elements()[c % 2]), holder);
+                            const int key = start + j + c;
+                            if (key < last) {
+                                #pragma clang loop unroll(full)
+                                for (ushort d = 0; d < 16; d += 8) {
+                                    #pragma clang loop unroll(full)
+                                    for (ushort e = 0; e < 2; ++e) {
+                                        spill[d / 8].thread_elements()[e] += weight * float(stage[(j + c) * 20 + d + fragment_column + e]);
+                                    }
+                                }
+                            }
+                        }
+                    }
+                } else {
+                    #pragma clang loop unroll(full)
+                    for (ushort j = 0; j < 80; j += 8) {
+                        #pragma clang loop unroll(full)
+                        for (ushort d = 0; d < 16; d += 8) {
+                            simdgroup_matrix<float, 8, 8> x;
+                            x.thread_elements()[0] = stage[fragment_row * 20 + fragment_column + j * 20 + d];
+                            x.thread_elements()[1] = stage[fragment_row * 20 + fragment_column + j * 20 + d + 1];
+                            simdgroup_multiply_accumulate(spill[d / 8], p[j / 8], x, spill[d / 8]);
+                        }
+                    }
+                }
+                #pragma clang loop unroll(full)
+                for (ushort d = 0; d < 16; d += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const ushort column = d0 + d + fragment_column + e;
+                        if (inside) {
+                            o_spill_row[column] = spill[d / 8].thread_elements()[e];
+                        }
+                    }
+                }
+            }
+            {
+                const ushort d0 = 64;
+                simdgroup_matrix<float, 8, 8> spill[2];
+                #pragma clang loop unroll(full)
+                for (ushort d = 0; d < 16; d += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const ushort column = d0 + d + fragment_column + e;
+                        spill[d / 8].thread_elements()[e] = !fresh && inside && column < 77 ? correction * o_spill_row[column] : 0.0f;
+                    }
+                }
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                bool odd = false;
+                for (ushort i = thread_index; i < 1280; i += 128) {
+                    const ushort r = i / 16;
+                    const ushort d = i % 16;
+                    const float x = start + r < last && d0 + d < 77 ? v_tile[r * v_n + d0 + d] : float(0);
+                    stage[r * 20 + d] = x;
+                    odd |= (as_type<uint>(x) & 0x7f800000u) == 0x7f800000u;
+                }
+                odd = simd_any(odd);
+                if (lane == 0) {
+                    oddities[simdgroup] = odd;
+                }
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                bool wild = false;
+                #pragma clang loop unroll(full)
+                for (ushort i = 0; i < 4; ++i) {
+                    wild |= oddities[i] && edge;
+                }
+                if (wild) {
+                    #pragma clang loop unroll(full)
+                    for (ushort j = 0; j < 80; j += 8) {
+                        for (ushort c = 0; c < 8; ++c) {
+                            const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
+                            const float weight = simd_shuffle(float(p[j / 8].thread_elements()[c % 2]), holder);
+                            const int key = start + j + c;
+                            if (key < last) {
+                                #pragma clang loop unroll(full)
+                                for (ushort d = 0; d < 16; d += 8) {
+                                    #pragma clang loop unroll(full)
+                                    for (ushort e = 0; e < 2; ++e) {
+                                        spill[d / 8].thread_elements()[e] += weight * float(stage[(j + c) * 20 + d + fragment_column + e]);
+                                    }
+                                }
+                            }
+                        }
+                    }
+                } else {
+                    #pragma clang loop unroll(full)
+                    for (ushort j = 0; j < 80; j += 8) {
+                        #pragma clang loop unroll(full)
+                        for (ushort d = 0; d < 16; d += 8) {
+                            simdgroup_matrix<float, 8, 8> x;
+                            x.thread_elements()[0] = stage[fragment_row * 20 + fragment_column + j * 20 + d];
+                            x.thread_elements()[1] = stage[fragment_row * 20 + fragment_column + j * 20 + d + 1];
+                            simdgroup_multiply_accumulate(spill[d / 8], p[j / 8], x, spill[d / 8]);
+                        }
+                    }
+                }
+                #pragma clang loop unroll(full)
+                for (ushort d = 0; d < 16; d += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const ushort column = d0 + d + fragment_column + e;
+                        if (inside && column < 77) {
+                            o_spill_row[column] = spill[d / 8].thread_elements()[e];
+                        }
+                    }
+                }
+            }
+            fresh = false;
+        }
+    }
+
+    l = l + simd_shuffle_xor(l, 1);
+    l = l + simd_shuffle_xor(l, 8);
+    any = any | simd_shuffle_xor(any, 1);
+    any = any | simd_shuffle_xor(any, 8);
+    const float inverse = any ? 1.0f / l : 0.0f;
+    if (inside) {
+        for (ushort d = 0; d < 80; d += 8) {
+            for (ushort e = 0; e < 2; ++e) {
+                const ushort column = d + fragment_column + e;
+                if (column < 77) {
+                    o_row[column] = (fresh ? 0.0f : o_spill_row[column]) * inverse;
+                }
+            }
+        }
+    }
+    if (inside && fragment_column == 0) {
+        const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;
+        lse[row] = any ? sum : -INFINITY;
+    }
+}

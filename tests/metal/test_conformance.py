@@ -1,0 +1,126 @@
+"""Metal's kernels, as emitted, against the dense definition in float64: the cases of the CPU.
+
+Lengths are smaller: on the emulator a lane is a fiber. Types and families take turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import compare
+import numpy as np
+import pytest
+from cases import Case
+from compare import HALVES, assert_near, assert_same, dense, tolerances
+from metal import FAMILIES, backward, forward, machine
+from metal_cases import CASES
+from operands import inputs, place
+
+from tilefold.backends.cpu.device import host
+from tilefold.backends.metal import dispatch
+from tilefold.backends.metal.plan import plan
+from tilefold.problems.attention import Problem
+
+QUICK = {
+    ("apple7", "bfloat16", Case((47, 61), 16, "window-and-prefix", "bhnd", "gqa", "padded")),
+    ("apple9", "float32", Case((40, 72), 13, "causal", "bhdn", "mqa", "packed", "narrower")),
+}
+
+
+def trials() -> list[Any]:
+    """Family, type and case: float32 for every other case, half types for the rest."""
+    found = [pytest.param(*trial, id="-".join(map(str, trial))) for trial in sorted(QUICK, key=str)]
+    for number, case in enumerate(CASES):
+        family = FAMILIES[number % 2]
+        dtype = ("float32", HALVES[number // 4 % 2])[number // 2 % 2]
+        trial = family, dtype, case
+        mark = pytest.mark.slow
+        found.append(pytest.param(*trial, id="-".join(map(str, trial)), marks=mark))
+    return found
+
+
+@pytest.mark.feature("M01", "M02", "M03", "M04", "M05", "M06", "M16", "J03")
+@pytest.mark.parametrize(("family", "dtype", "case"), trials())
+def test_attention_and_its_gradients(family: str, dtype: str, case: Case) -> None:
+    """With outputs that lie as oddly as the inputs, and nothing written around them."""
+    on = machine(family)
+    problem = case.problem(dtype)
+    operands = inputs(problem, case.layout, case.memory)
+    want = dense(operands, problem.mask, problem.scale)
+    tolerance = tolerances(problem, operands, want, host_pairs=False)
+    got = forward(problem, operands, on)
+    for name, array in got.items():
+        assert_near(name, array, want[name], tolerance[name])
+    memory = "packed" if case.memory in ("broadcast", "misaligned") else case.memory
+    into = {
+        f"d{name}": place(operands[name].shape, dtype, case.layout, memory)
+        for name in ("q", "k", "v")
+    }
+    outputs = {name: placed.array for name, placed in into.items()}
+    made = plan(problem, family, "backward")
+    dispatch.execute(made, on, {**operands, **got, **outputs})
+    for name, array in outputs.items():
+        assert into[name].untouched(), f"the kernel wrote around {name}"
+        assert_near(name, array, want[name], tolerance[name])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_tolerances_do_not_follow_the_processor_of_the_tests(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with AMX multiplies halves in pairs, and its kernels may be off by more than a GPU's."""
+    problem = Case((47, 61), 16, "causal").problem(dtype)
+    operands = inputs(problem, "bhnd", "packed")
+    want = dense(operands, problem.mask, problem.scale)
+    found = {True: [], False: []}
+    for device in (host().lowered("avx2"), replace(host(), isa="amx")):
+        monkeypatch.setattr(compare, "host", lambda device=device: device)
+        for pairs, made in found.items():
+            made.append(tolerances(problem, operands, want, host_pairs=pairs))
+    plain, amx = found[True]
+    assert plain["lse"] < amx["lse"]
+    assert found[False] == [plain, plain]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offsets_of_64_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text for strides that pass 31 bits inside a tile gives the bits of the usual one."""
+    case = Case((47, 61), 40, "causal", "bhdn", "gqa", "padded")
+    problem = case.problem("float32")
+    operands = inputs(problem, case.layout, case.memory)
+    usual = machine(family)
+    want = forward(problem, operands, usual)
+    want |= backward(problem, {**operands, **want}, usual)
+    fitted = dispatch._fitted
+    monkeypatch.setattr(dispatch, "_fitted", lambda *given: replace(fitted(*given), wide=True))
+    wide = dispatch.Emulated(family)
+    got = forward(problem, operands, wide)
+    got |= backward(problem, {**operands, **got}, wide)
+    for name, array in got.items():
+        assert_same(name, array, want[name])
+
+
+def test_strides_decide_the_width_of_offsets() -> None:
+    """A head dimension that lies further apart than 2**31 / 64 elements needs them."""
+    problem = Problem.of((1, 1, 64, 64))
+    spec = plan(problem, "apple9", "forward").launches[0].spec
+    near = dict.fromkeys("qkvo", (0, 0, 1, 2**24))
+    far = {**near, "v": (0, 0, 1, 2**26)}
+    assert not dispatch._fitted(spec, near, 4).wide
+    assert dispatch._fitted(spec, far, 4).wide
+
+
+def test_neighbours_are_moved_at_once_where_they_lie_so() -> None:
+    spec = plan(Problem.of((1, 1, 64, 64)), "apple9", "forward").launches[0].spec
+    packed = dict.fromkeys("qkvo", (4096, 4096, 64, 1))
+    assert [dispatch._fitted(spec, packed, n).vector for n in (1, 2, 4)] == [1, 2, 4]
+    odd = {**packed, "k": (4096, 4096, 66, 1)}
+    assert dispatch._fitted(spec, odd, 4).vector == 2
+    turned = {**packed, "q": (4096, 4096, 1, 64)}
+    assert dispatch._fitted(spec, turned, 4).vector == 1
+    start = np.zeros(64, np.float32)
+    base = start[-start.ctypes.data // 4 % 4 :]  # from a multiple of 16 bytes
+    for first, expected in ((0, 4), (1, 1), (2, 2), (6, 2), (8, 4)):
+        assert dispatch.alignment_of({"q": base[first:]}) == expected

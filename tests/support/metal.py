@@ -1,0 +1,113 @@
+"""Attention on the emulator of Metal text: the operands of a case, and what its kernels give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from operands import SENTINEL, Array
+
+from tilefold.backends.metal import dispatch, emulate, gated
+from tilefold.backends.metal.plan import MetalPlan, plan
+from tilefold.problems.attention import Problem
+
+FAMILIES = ("apple7", "apple9")
+"""One of each kind: traversed operands staged and bfloat16 widened, or read where they lie."""
+
+
+TENSOR_LAYOUTS = (0, 1)
+"""Layouts of cooperative tensors that the emulator knows."""
+
+HEAD = "#include <metal_stdlib>\nusing namespace metal;\n"
+
+
+def kernel(body: str, *buffers: str, before: str = "", threads: int = 32) -> str:
+    """A kernel `test` with these buffers, and the numbers of lane, thread and group."""
+    numbered = [f"{each} [[buffer({n})]]" for n, each in enumerate(buffers)]
+    positions = [
+        "uint3 group [[threadgroup_position_in_grid]]",
+        "ushort lane [[thread_index_in_simdgroup]]",
+        "ushort simdgroup [[simdgroup_index_in_threadgroup]]",
+        "ushort thread_index [[thread_index_in_threadgroup]]",
+    ]
+    promise = f"[[max_total_threads_per_threadgroup({threads})]]"
+    parameters = ", ".join([*numbered, *positions])
+    return f"{HEAD}{before}{promise} kernel void test({parameters}) {{\n{body}\n}}\n"
+
+
+def tensor_plan(problem: Problem) -> MetalPlan:
+    """The plan of a forward pass on tensor operations."""
+    return gated.plan(problem, "apple10")
+
+
+def needs(check: str = "fast") -> None:
+    """Skip, with the reason, where the emulator cannot make this check; CI has what it needs."""
+    if reason := emulate.available(check):
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+def machine(family: str, check: str = "fast", tensor_layout: int = 0) -> dispatch.Emulated:
+    """The emulator as a GPU of a family; skips where it cannot make this check."""
+    needs(check)
+    key = family, check, tensor_layout
+    found = _machines.get(key)
+    if found is None:
+        found = _machines[key] = dispatch.Emulated(*key)
+    return found
+
+
+_machines: dict[tuple[str, str, int], dispatch.Emulated] = {}
+
+
+Edit = Callable[[str], str]
+
+
+@dataclass(frozen=True, eq=False)
+class Edited(dispatch.Emulated):
+    """The emulator, on texts that are not quite the emitted ones."""
+
+    edit: Edit = str
+
+    def compile(self, text: str) -> Any:
+        return emulate.compile_shader(self.edit(text), self.checks, self.tensor_layout)
+
+
+def instead(old: str, new: str) -> Edit:
+    """The text with another part, wherever that one stands; it must."""
+
+    def edit(text: str) -> str:
+        assert old in text, old
+        return text.replace(old, new)
+
+    return edit
+
+
+def forward(
+    problem: Problem, operands: Mapping[str, Array], on: dispatch.Emulated, **options: Any
+) -> dict[str, Array]:
+    """o and lse, contiguous."""
+    shape = (problem.batch, problem.heads_q, problem.len_q)
+    results = {
+        "o": np.full((*shape, problem.dim_v), SENTINEL, problem.dtype),
+        "lse": np.full(shape, SENTINEL, np.float32),
+    }
+    given = {name: operands[name] for name in ("q", "k", "v")}
+    made = plan(problem, on.family, "forward", **options)
+    dispatch.execute(made, on, {**given, **results})
+    return results
+
+
+def backward(
+    problem: Problem, operands: Mapping[str, Array], on: dispatch.Emulated, **options: Any
+) -> dict[str, Array]:
+    """dq, dk and dv, contiguous; `operands` holds do, q, k, v, o and lse."""
+    results = {f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"}
+    given = {name: operands[name] for name in ("do", "q", "k", "v", "o", "lse")}
+    dispatch.execute(plan(problem, on.family, "backward", **options), on, {**given, **results})
+    return results

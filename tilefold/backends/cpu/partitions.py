@@ -1,0 +1,204 @@
+"""The owners of the fused backward: how many there are, and which keys each of them takes.
+
+An owner makes dK and dV of some block rows of keys of one key head, and sums their part of dQ. With
+one owner per head that part is all of dQ, summed where the caller wants it. With more, each has a
+part of its own, and a last kernel adds the parts in their order: so few heads and long sequences
+feed all cores, and still nothing depends on who came first.
+
+Owners take neighbouring block rows of about equal work, counted in the queries that the mask lets
+them meet: under a causal mask the first owner takes fewer keys than the last one. Neighbours, and
+not every n-th block row, because under a window an owner then meets few queries, and only these
+rows of its part are ever touched. All heads are dealt alike, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.masks.runs import Runs
+from tilefold.problems.attention import Problem
+
+Array = NDArray[np.int64]
+
+FUSED_PRODUCTS = 5
+SPLIT_PRODUCTS = (3, 4)
+"""Products per pair: of the fused kernel, and of the two kernels that are split over q and over k.
+
+That time follows their number was measured on one core of an AMD EPYC (Zen 4), float32, one head,
+split / fused turn by turn, 2026-11-21: dense 2048 x 64 1.41, 8192 x 64 1.38, 2048 x 128 1.40,
+8192 x 128 1.32, 4096 x 40 1.38, causal 2048 x 64 1.40; bfloat16 pairs 2048 x 64 1.37, 2048 x 128
+1.38; float16 1.39, 1.37; 7 / 5 is 1.4.
+"""
+
+ROW_PRODUCTS = 40
+"""What a row of a part costs (set to zero, read again, added), in float32 products of a query and a
+key. Measured as above, 8 owners less one: 19 to 50; bfloat16 pairs 63 and 76 of theirs, which take
+half the time; float16 38."""
+
+BLOCK_QUERIES = 16
+"""What a block row of keys costs whatever it meets, in queries that it meets (not tuned)."""
+
+PARTS_SHARE = 2
+"""The parts take at most so many times the bytes of all inputs and outputs of the call."""
+
+COLUMNS = 5
+FIRST_ROW, LAST_ROW, FIRST_QUERY, LAST_QUERY, PART = range(COLUMNS)
+"""The columns of a deal: block rows of keys, the queries whose rows of dQ an owner sums, and how
+many rows after that of a query its row in the parts of a head comes: those of an owner lie together
+and after those of the owner before."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeyPartitioner:
+    """A problem as its owners see it: block rows of keys with their runs, and blocks of queries.
+
+    A row of a part takes `row_bytes`; `product` is the time of a product in those of float32.
+    """
+
+    problem: Problem
+    runs: Runs
+    block_q: int
+    block_k: int
+    row_bytes: int
+    product: float = 1.0
+
+    @property
+    def heads_q(self) -> int:
+        """Query heads of all batch entries."""
+        return self.problem.batch * self.problem.heads_q
+
+    @property
+    def heads_kv(self) -> int:
+        """Key heads of all batch entries."""
+        return self.problem.batch * self.problem.heads_kv
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key head."""
+        return self.heads_q // max(1, self.heads_kv)
+
+    @property
+    def blocks_q(self) -> int:
+        """Blocks of queries in one head."""
+        return -(-self.problem.len_q // self.block_q)
+
+    @cached_property
+    def work(self) -> NDArray[np.float64]:
+        """Queries that each block row meets, the mean over the heads, and its fixed cost."""
+        planes = self.runs.planes_b * self.runs.planes_h
+        met = self.runs.met.reshape(planes, self.runs.block_rows).sum(axis=0)
+        work: NDArray[np.float64] = met / max(1, planes) + BLOCK_QUERIES
+        return work
+
+    def cut(self, owners: int) -> Array:
+        """For each owner its block rows, its queries (whole blocks) and its part, as columns.
+
+        Of all ways to cut the block rows, the one whose cuts lie next to equal work. An owner may
+        have no block row, where one of them alone is more work than most.
+        """
+        done = self._done
+        shares = done[-1] * np.arange(1, owners) / owners
+        after = np.searchsorted(done, shares)
+        nearer = shares - done[after - 1] < done[after] - shares
+        cuts = np.concatenate([[0], after - nearer, [self.runs.block_rows]])
+        dealt = np.zeros((owners, COLUMNS), np.int64)
+        dealt[:, FIRST_ROW], dealt[:, LAST_ROW] = cuts[:-1], cuts[1:]
+        lowest, highest = self._met
+        first = np.minimum.reduceat(lowest, cuts[:-1]) // self.block_q * self.block_q
+        last = -(-np.maximum.reduceat(highest, cuts[:-1]) // self.block_q) * self.block_q
+        some = (cuts[:-1] < cuts[1:]) & (first < last)
+        dealt[some, FIRST_QUERY] = first[some]
+        dealt[some, LAST_QUERY] = np.minimum(last, self.problem.len_q)[some]
+        rows = dealt[:, LAST_QUERY] - dealt[:, FIRST_QUERY]
+        dealt[:, PART] = np.cumsum(rows) - rows - dealt[:, FIRST_QUERY]
+        return dealt
+
+    @property
+    def alone(self) -> Array:
+        """The deal of a single owner that has all keys and sums all rows of dQ."""
+        return np.array([[0, self.runs.block_rows, 0, self.problem.len_q, 0]])
+
+    def shares(self, dealt: Array) -> NDArray[np.float64]:
+        """The work of each owner."""
+        return self._done[dealt[:, LAST_ROW]] - self._done[dealt[:, FIRST_ROW]]
+
+    @cached_property
+    def _done(self) -> NDArray[np.float64]:
+        """The work before each block row, and of all of them."""
+        return np.concatenate([[0.0], np.cumsum(self.work)])
+
+    @cached_property
+    def _met(self) -> tuple[Array, Array]:
+        """The first query that each block row meets in any head, and one past its last one.
+
+        The end of the sequence and 0 where it meets none; one row more, which does not exist.
+        """
+        runs, rows = self.runs, self.runs.rows
+        some = np.flatnonzero(rows[1:] > rows[:-1])
+        first = np.full(len(rows), self.problem.len_q)
+        last = np.zeros(len(rows), np.int64)
+        first[some] = runs.runs[rows[some], 0]
+        last[some] = runs.runs[rows[some + 1] - 1, 1]
+        planes = (runs.planes_b * runs.planes_h, runs.block_rows)
+        lowest, highest = first[:-1].reshape(planes).min(0), last[:-1].reshape(planes).max(0)
+        return np.append(lowest, first[-1]), np.append(highest, last[-1])
+
+    def parts(self, dealt: Array) -> Runs:
+        """For each block of queries the parts that hold it, as runs of owners; all heads alike."""
+        first = np.arange(self.blocks_q)[:, None] * self.block_q
+        held = (dealt[:, FIRST_QUERY] <= first) & (first < dealt[:, LAST_QUERY])
+        edges = np.diff(np.pad(held, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        row, begin = np.nonzero(edges == 1)
+        _, end = np.nonzero(edges == -1)
+        rows = np.zeros(self.blocks_q + 1, np.int64)
+        np.cumsum(np.bincount(row, minlength=self.blocks_q), out=rows[1:])
+        return Runs(rows, np.stack((begin, end, np.zeros_like(end)), axis=1), 1, 1)
+
+
+def split_time(partitioner: KeyPartitioner, cores: int) -> float:
+    """Time of the split form: 3 and 4 products with every block for itself, on the busiest core."""
+    counts = (
+        partitioner.heads_q * partitioner.blocks_q,
+        partitioner.heads_kv * partitioner.runs.block_rows,
+    )
+    rounds = [-(-count // cores) / max(1, count) for count in counts]
+    products = sum(n * share for n, share in zip(SPLIT_PRODUCTS, rounds, strict=True))
+    return products * partitioner.heads_q * float(partitioner.work.sum())
+
+
+def fastest(partitioner: KeyPartitioner, cores: int, in_place: bool) -> tuple[int, float]:
+    """The number of owners of each key head that takes the least time, and that time.
+
+    Time counts products of a query with a block row of keys, on the core with the most to do: 5 for
+    every query that the heaviest owner meets, as often as the cores go round for all owners, and
+    the rows of the parts, spread over the cores. So on 4 cores 1 head gets 4 owners, 5 / 4 where
+    split takes 7 / 4. With 3 heads one owner each takes 5, four 15 / 4.
+
+    A single owner needs no part where it may sum dQ `in_place`. The parts of several keep to
+    `PARTS_SHARE`, so memory is linear in the lengths: few heads on very many cores may be served
+    better by the split form.
+    """
+    most = PARTS_SHARE * partitioner.problem.bytes("backward")
+    times: dict[int, float] = {}
+    for owners in range(1, max(1, min(cores, partitioner.runs.block_rows)) + 1):
+        dealt = partitioner.cut(owners)
+        rows = partitioner.heads_q * rows_of_parts(dealt)
+        if owners > 1 and rows * partitioner.row_bytes > most:
+            break
+        rounds = -(-partitioner.heads_kv * owners // cores)
+        times[owners] = (
+            FUSED_PRODUCTS * rounds * float(partitioner.shares(dealt).max()) * partitioner.group
+        )
+        if owners > 1 or not in_place:
+            times[owners] += ROW_PRODUCTS / partitioner.product * rows / partitioner.block_k / cores
+    owners = min(times, key=lambda count: times[count])
+    return owners, times[owners]
+
+
+def rows_of_parts(dealt: Array) -> int:
+    """Rows of all parts of one query head."""
+    return int((dealt[:, LAST_QUERY] - dealt[:, FIRST_QUERY]).sum())
