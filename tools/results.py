@@ -55,8 +55,8 @@ def main() -> int:
 
 def blocks() -> dict[str, str]:
     """What stands between the marks of each page."""
-    short = [*matrix(load("cpu")), "", *promises()]
-    long = list(short)
+    short = best(comparisons())
+    long = [*matrix(load("cpu")), "", *promises()]
     if (RESULTS / "figures.json").exists():
         long += ["", "### Figures", "", *floors(load("figures"))]
     if (RESULTS / "comparison.json").exists():
@@ -112,6 +112,46 @@ def matrix(document: Document) -> list[str]:
         ),
         "",
         *table([f"{types}, batch x heads x length x dim", *columns], lines),
+    ]
+
+
+def comparisons() -> list[Document]:
+    """The files in which all peers were measured, one for each machine."""
+    return [load(path.stem) for path in sorted(RESULTS.glob("comparison*.json"))]
+
+
+def best(documents: Sequence[Document]) -> list[str]:
+    """tilefold against the fastest peer of each case, with the machine and day of each row."""
+    lines = []
+    for document in documents:
+        found = document["machine"]
+        for case in comparison.cases(document["rows"]):
+            rows = [row for row in document["rows"] if comparison.label(row) == case]
+            own = next(row for row in rows if row["name"] == "tilefold")
+            peers = [row for row in rows if row is not own and row["median_seconds"]]
+            if own["threads"] != found["cores"] or not peers:
+                continue
+            peer = min(peers, key=lambda row: row["median_seconds"])
+            lines.append(
+                [
+                    case.rpartition(",")[0],
+                    f"{found['name']} ({found['isa']}), {own['threads']}",
+                    document["date"][:10],
+                    terminal.seconds(own["median_seconds"]),
+                    f"{terminal.seconds(peer['median_seconds'])} {peer['name']}",
+                    f"**{peer['median_seconds'] / own['median_seconds']:.2f}**",
+                ]
+            )
+    shape = " x ".join(documents[0]["rows"][0]["shape"].split(","))
+    return [
+        wrapped(
+            f"Attention of {shape} (batch x heads x length x dim) on all cores. Each row is the"
+            " median of rounds taken turn by turn in one process on random data. The best peer is"
+            " the fastest of PyTorch, FlexAttention, ONNX Runtime, OpenVINO, JAX and Keras that can"
+            " compute the case."
+        ),
+        "",
+        *table(["case", "machine, cores", "date", ">tilefold", ">best peer", ">ratio"], lines),
     ]
 
 
