@@ -210,7 +210,10 @@ def test_tile_products_touch_no_memory_but_their_tiles(dtype: str, mask: Rule) -
             }
             assert counts == PRODUCTS_ON_TILES[dtype], (spec.operation, loop)
             others = [line for line in loop if "(" in line and not re.match(r"tileload|lea", line)]
-            assert not others, (spec.operation, others)
+            addresses = [line for line in others if re.match(r"(mov|cmp)q\t\d*\(%rsp\), %r", line)]
+            assert others == addresses, (spec.operation, others)
+            # Two parts have ten addresses and strides; one on the stack hides behind 12 products.
+            assert len(addresses) <= (dtype == "float16"), (spec.operation, others)
 
 
 @pytest.mark.slow
