@@ -57,8 +57,9 @@ def errors(sizes: Problem, device: Device) -> dict[str, float]:
 def test_errors_on_tiles(precision: str, dim: int, mask: Rule, amx: Amx) -> None:
     for name, error in errors(problem(precision, dim, mask), amx.device).items():
         assert error < LIMITS[precision], name
-    tiles = amx.counts().get("tdpbf16ps", 0)
-    assert (tiles > 0) == (precision != "highest")
+    if amx.emulated:
+        tiles = amx.counts().get("tdpbf16ps", 0)
+        assert (tiles > 0) == (precision != "highest")
 
 
 @pytest.mark.slow

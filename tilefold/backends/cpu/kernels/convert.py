@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilefold.backends.cpu.kernels.ir import Body, Value, vector
+from tilefold.backends.cpu.kernels.ir import Body, Value, alignment, overload, vector
 from tilefold.problems.attention import STATISTICS
 
 _STORED = {"float64": "double", "float32": "float", "float16": "half", "bfloat16": "i16"}
@@ -57,6 +57,25 @@ class Storage:
     def load(self, body: Body, pointer: Value, lanes: int = 1, hint: str = "x") -> Value:
         """`lanes` numbers that lie side by side, ready to compute with."""
         return self.widen(body, body.load(pointer, vector(lanes, self.stored), hint), hint)
+
+    def load_first(
+        self, body: Body, pointer: Value, lanes: int, exist: int, hint: str = "x"
+    ) -> Value:
+        """As `load`, where only the first `exist` numbers are there; the rest become 0."""
+        bits = self.bits_of_first(body, pointer, lanes, exist, hint)
+        return self.widen(body, body.cast("bitcast", bits, vector(lanes, self.stored)), hint)
+
+    def bits_of_first(
+        self, body: Body, pointer: Value, lanes: int, exist: int, hint: str = "x"
+    ) -> Value:
+        """What lies in memory of `load_first`, half types as integers."""
+        stored = "i16" if self.converts else self.stored
+        picks = ", ".join(f"i1 {'true' if lane < exist else 'false'}" for lane in range(lanes))
+        exists = Value(f"<{picks}>", vector(lanes, "i1"))
+        align = Value(str(alignment(stored)), "i32")
+        type_ = vector(lanes, stored)
+        name = f"llvm.masked.load.{overload(type_)}.p0"
+        return body.call(name, type_, [pointer, align, exists, body.constant(0, type_)], hint)
 
     def store(self, body: Body, value: Value, pointer: Value) -> None:
         """Numbers side by side, rounded to what is stored."""

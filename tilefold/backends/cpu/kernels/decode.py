@@ -30,15 +30,7 @@ from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu.kernels import pack, work
 from tilefold.backends.cpu.kernels.convert import Storage
-from tilefold.backends.cpu.kernels.ir import (
-    Body,
-    Operand,
-    Value,
-    Variable,
-    alignment,
-    overload,
-    vector,
-)
+from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.softmax import LOG2_E, exp2
 from tilefold.backends.cpu.kernels.state import VALUES, Frame, emit
@@ -324,14 +316,7 @@ class _Decode:
         place = kept.at(body, row.address, number * lanes)
         if not rest:
             return kept.load(body, place, lanes, "row")
-        stored = "i16" if kept.converts else kept.stored
-        picks = ", ".join(f"i1 {'true' if lane < rest else 'false'}" for lane in range(lanes))
-        exists = Value(f"<{picks}>", vector(lanes, "i1"))
-        align = Value(str(alignment(stored)), "i32")
-        type_ = vector(lanes, stored)
-        name = f"llvm.masked.load.{overload(type_)}.p0"
-        bits = body.call(name, type_, [place, align, exists, body.constant(0, type_)], "row")
-        return kept.widen(body, body.cast("bitcast", bits, vector(lanes, kept.stored)), "row")
+        return kept.load_first(body, place, lanes, rest, "row")
 
     def _chunks(self, dim: int, write: Callable[[Operand, int, int], None]) -> None:
         """`write(first, vectors, rest)` over a row; `rest` elements in the last vector, 0: all."""

@@ -22,7 +22,8 @@ from tilefold.backends.cpu.kernels import amx, microkernel, pairs, work
 from tilefold.backends.cpu.kernels.backward import KeyGradients, Statistics
 from tilefold.backends.cpu.kernels.block import Block, emit
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
-from tilefold.backends.cpu.kernels.tile import Factor, Matrix, Tile, padded
+from tilefold.backends.cpu.kernels.multiply import Right, factors_of
+from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
 from tilefold.backends.cpu.partitions import (
     COLUMNS,
     FIRST_QUERY,
@@ -362,17 +363,10 @@ class _TileGradients(_PairGradients):
         words = block.region("k_words")
         with body.loop("q", 0, tile.count, 2 * amx.ROWS) as first:
             line = self._line_of(first)
-            factors = [
-                Factor(
-                    amx.Lines(
-                        body.offset(line, "i16", a * self._numbers_of_lines),
-                        Value(str(width), "i64"),
-                    ),
-                    body.offset(words, "i32", b * self._words_of_keys),
-                )
-                for a in range(self._parts)
-                for b in range(self._parts - a)
-            ]
+            stride, parts = Value(str(width), "i64"), range(self._parts)
+            lines = [body.offset(line, "i16", part * self._numbers_of_lines) for part in parts]
+            right = [body.offset(words, "i32", part * self._words_of_keys) for part in parts]
+            factors = factors_of([amx.Lines(at, stride) for at in lines], Right(tuple(right)))
             amx.panel(body, shape, factors, depth, staging, 2, start=None)
             last = body.minimum(body.sub(tile.count, first), 2 * amx.ROWS)
             with body.loop("i", 0, last) as i:

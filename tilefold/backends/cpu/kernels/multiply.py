@@ -134,12 +134,12 @@ class Products:
 
 
 def factors_of(left: Sequence[Side], right: Right) -> list[Factor[Side]]:
-    """The products whose sum is left x right: all but those of two low parts."""
+    """The products whose sum is left x right: all but those of two low parts.
+
+    Each has a side in common with the next: high low, high high, low high.
+    """
     return [
-        Factor(a, b)
-        for i, a in enumerate(left)
-        for j, b in enumerate(right.parts)
-        if i + j < len(left)
+        Factor(a, b) for i, a in enumerate(left) for b in reversed(right.parts[: len(left) - i])
     ]
 
 

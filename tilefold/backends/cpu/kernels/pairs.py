@@ -7,10 +7,11 @@ for each two rows of numbers:
     lines:       left[i, c]   = array[i, c]                      contraction along the line
     interleave:  right[c, j]  = (rows[2 c, j], rows[2 c + 1, j])
 
-Arrays of bfloat16 with contiguous rows have two shorter ways to the words of their columns:
+Contiguous rows have shorter ways, the first one of bfloat16 numbers only, the others for AMX:
 
     zip_rows:    words[c, d]  = (array[2 c, d], array[2 c + 1, d])
     turn:        left[d, c]   = array[c, d]                  squares of words, turned in registers
+    along:       left[c, d]   = array[c, d]                  rounded or split in registers
 
 A float32 is the sum of three bfloat16 numbers and nearly that of two, a float16 number exactly that
 of two. With `parts` = 2 each operand is kept as such a sum, and a product takes three: high high,
@@ -21,40 +22,52 @@ from __future__ import annotations
 
 from tilefold.backends.cpu.kernels import pack
 from tilefold.backends.cpu.kernels.convert import Storage
-from tilefold.backends.cpu.kernels.ir import Body, Module, Value, vector
+from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value, vector
 from tilefold.backends.cpu.kernels.microkernel import Shape
 
 LANES = 16
 """Float32 numbers of a 512-bit register: pairs exist there only."""
 
 
-def split(body: Body, value: Value, parts: int) -> list[Value]:
+def split(body: Body, value: Value, parts: int, *, short: bool = False) -> list[Value]:
     """Vectors of float that sum to `value`, each but the last exact in bfloat16.
 
     The first is rounded (halves away from 0), or cut off where rounding would make it infinite.
+    With `short` all are cut off: two parts hold the 11 bits of a float16 number in any case.
     An infinity is 1 and an infinity: with 0 as one of its parts, products with it would be NaN.
     """
     if parts == 1:
         return [value]
-    integers = vector(value.lanes, "i32")
-    bits = body.cast("bitcast", value, integers, "bits")
-    infinity = body.constant(0x7F800000, integers)
-    upper, magnitude, sign = 0xFFFF0000 - (1 << 32), 0x7FFFFFFF, -(1 << 31)
-    rounded = body.binary("and", body.add(bits, 0x8000), upper)
-    overflow = body.compare("eq", body.binary("and", rounded, magnitude), infinity)
-    kept = body.select(overflow, body.binary("and", bits, upper), rounded)
-    infinite = body.compare("eq", body.binary("and", bits, magnitude), infinity)
+    bits = body.cast("bitcast", value, vector(value.lanes, "i32"), "bits")
+    sign, upper = -(1 << 31), 0xFFFF0000 - (1 << 32)
+    kept = body.binary("and", bits, upper)
+    if not short:
+        rounded = body.binary("and", body.add(bits, 0x8000), upper)
+        overflow = _infinite(body, body.cast("bitcast", rounded, value.type))
+        kept = body.select(overflow, kept, rounded)
     one = body.binary("or", body.binary("and", bits, sign), 0x3F800000)
-    high = body.cast("bitcast", body.select(infinite, one, kept), value.type, "high")
+    kept = body.select(_infinite(body, value), one, kept)
+    high = body.cast("bitcast", kept, value.type, "high")
     return [high, body.binary("fsub", value, high, "low")]
+
+
+def _infinite(body: Body, value: Value) -> Value:
+    """A truth per lane, by one instruction."""
+    name, truths = "llvm.x86.avx512.fpclass.ps.512", vector(value.lanes, "i1")
+    return body.call(name, truths, [value, Value(str(0x08 | 0x10), "i32")], "infinite")
 
 
 def join(body: Body, first: Value, second: Value) -> Value:
     """Words of two rows of floats, `first` in the low halves; rounded, denormals to 0."""
-    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-    both = body.call(name, vector(2 * LANES, "bfloat"), [second, first], "both")
+    both = narrow_both(body, first, second)
     order = [half * LANES + lane for lane in range(LANES) for half in (0, 1)]
     return body.cast("bitcast", body.shuffle(both, both, order), vector(LANES, "i32"), "pair")
+
+
+def narrow_both(body: Body, first: Value, second: Value) -> Value:
+    """Two vectors of floats one after the other as bfloat16 numbers; rounded, denormals to 0."""
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    return body.call(name, vector(2 * LANES, "bfloat"), [second, first], "both")
 
 
 def narrow(body: Body, value: Value) -> Value:
@@ -87,13 +100,44 @@ def interleave(module: Module, shape: Shape, parts: int) -> str:
 
 
 def store_words(
-    body: Body, target: Value, part_stride: Value, first: Value, second: Value, parts: int
+    body: Body,
+    target: Value,
+    part_stride: Value,
+    first: Value,
+    second: Value,
+    parts: int,
+    *,
+    finite: bool = False,
 ) -> None:
     """Two rows as words at `target`, each further part `part_stride` words on."""
-    low, high = split(body, first, parts), split(body, second, parts)
-    for part, (a, b) in enumerate(zip(low, high, strict=True)):
+    for part, word in enumerate(words_of(body, first, second, parts, finite=finite)):
         place = target if not part else body.offset(target, "i32", part_stride)
-        body.store(join(body, a, b), place)
+        body.store(word, place)
+
+
+def words_of(
+    body: Body,
+    first: Value,
+    second: Value,
+    parts: int,
+    *,
+    finite: bool = False,
+    short: bool = False,
+) -> list[Value]:
+    """Two rows as words, part by part. `finite` promises that no number gets infinite if rounded.
+
+    Then the high parts can be read back from their words: 9 instructions less for a vector.
+    """
+    if parts == 1 or not finite:
+        rows = (split(body, value, parts, short=short) for value in (first, second))
+        return [join(body, *pair) for pair in zip(*rows, strict=True)]
+    high = join(body, first, second)
+    upper = body.binary("and", high, 0xFFFF0000 - (1 << 32))
+    rests = [
+        body.binary("fsub", value, body.cast("bitcast", bits, value.type, "high"), "low")
+        for value, bits in ((first, body.binary("shl", high, 16)), (second, upper))
+    ]
+    return [high, join(body, *rests)]
 
 
 def lines(module: Module, shape: Shape, kept: Storage, parts: int) -> str:
@@ -170,32 +214,107 @@ def _word(body: Body, low: Value, high: Value) -> Value:
     return body.binary("or", body.binary("shl", high, 16), low, "word")
 
 
-def turn(module: Module) -> str:
-    """`(left, array, rows, dim, row stride, line)`: its name. Multiples of 32 rows and of 16 dims.
+def turn(module: Module, kept: Storage, parts: int, dim: int) -> str:
+    """`(left, array, rows, row stride, line, numbers between the parts)`: its name.
 
-    For rows of bfloat16, contiguous along `dim`; lines of `line` numbers.
+    For rows contiguous along `dim`, a multiple of 32 of them; lines of `line` numbers. Up to the
+    next multiple of 16, lines past `dim` are 0.
     """
-    name = "turn"
+    name = f"turn_{kept.dtype}_{parts}_{dim}"
     if module.defines(name):
         return name
-    parameters = _rows_parameters("left")
-    left, array, rows, dim, row_stride, line = parameters
-    halves, wide = vector(LANES, "i16"), vector(LANES, "i32")
+    parameters = _left_parameters()
+    left, array, rows, row_stride, line, part_stride = parameters
     with (
         module.function(name, parameters, internal=True) as body,
         body.loop("row", 0, rows, 2 * LANES) as row,
-        body.loop("d", 0, dim, LANES) as d,
     ):
-        corner = body.offset(array, "i16", body.add(body.mul(row, row_stride), d))
-        lanes = []
-        for i in range(2 * LANES):
-            place = body.offset(corner, "i16", body.mul(row_stride, i))
-            lanes.append(body.cast("zext", body.load(place, halves), wide))
-        words = [_word(body, *two) for two in zip(lanes[::2], lanes[1::2], strict=True)]
-        target = body.offset(left, "i16", body.add(body.mul(d, line), row))
-        for i, column in enumerate(pack.transpose(body, words)):
-            body.store(column, body.offset(target, "i16", body.mul(line, i)), align=2)
+        whole = dim - dim % LANES
+
+        def square(d: Operand, exist: int) -> None:
+            corner = kept.at(body, array, body.add(body.mul(row, row_stride), d))
+            places = [kept.at(body, corner, body.mul(row_stride, i)) for i in range(2 * LANES)]
+            target = body.offset(left, "i16", body.add(body.mul(line, d), row))
+            pairs = zip(places[::2], places[1::2], strict=True)
+            rows_of_words = [_words_at(body, kept, pair, parts, exist) for pair in pairs]
+            for part, words in enumerate(zip(*rows_of_words, strict=True)):
+                start = target if not part else body.offset(target, "i16", part_stride)
+                for i, column in enumerate(pack.transpose(body, list(words))):
+                    body.store(column, body.offset(start, "i16", body.mul(line, i)), align=2)
+
+        with body.loop("d", 0, whole, LANES) as d:
+            square(d, LANES)
+        if whole < dim:
+            square(whole, dim - whole)
     return name
+
+
+def _words_at(
+    body: Body, kept: Storage, places: tuple[Value, Value], parts: int, exist: int
+) -> list[Value]:
+    """Two vectors of an array as words, part by part: bfloat16 numbers as they are."""
+    if kept.dtype == "bfloat16":
+        halves, wide = vector(LANES, "i16"), vector(LANES, "i32")
+        bits = [
+            body.load(at, halves) if exist == LANES else kept.bits_of_first(body, at, LANES, exist)
+            for at in places
+        ]
+        return [_word(body, *(body.cast("zext", each, wide) for each in bits))]
+    low, high = (_numbers_at(body, kept, at, exist) for at in places)
+    return words_of(body, low, high, parts, short=kept.dtype == "float16")
+
+
+def _numbers_at(body: Body, kept: Storage, place: Value, exist: int) -> Value:
+    """A vector of an array, of which so many numbers exist; the rest is 0."""
+    if exist >= LANES:
+        return kept.load(body, place, LANES)
+    return kept.load_first(body, place, LANES, exist)
+
+
+def along(module: Module, kept: Storage, parts: int, dim: int) -> str:
+    """`(left, array, rows, row stride, line, numbers between the parts)`: its name.
+
+    For rows contiguous along `dim`; up to the next multiple of 32, what lies past it is 0. This is
+    `lines` without a way through staging.
+    """
+    name = f"along_{kept.dtype}_{parts}_{dim}"
+    if module.defines(name):
+        return name
+    parameters = _left_parameters()
+    left, array, rows, row_stride, line, part_stride = parameters
+    with (
+        module.function(name, parameters, internal=True) as body,
+        body.loop("row", 0, rows) as row,
+    ):
+        whole = dim - dim % (2 * LANES)
+        source = kept.at(body, array, body.mul(row, row_stride))
+        target = body.offset(left, "i16", body.mul(row, line))
+
+        def two(d: Operand, exist: int) -> None:
+            short = kept.dtype == "float16"
+            place = kept.at(body, source, d)
+            first = split(body, _numbers_at(body, kept, place, exist), parts, short=short)
+            second = [body.constant(0.0, first[0].type)] * parts
+            if exist > LANES:
+                place = kept.at(body, place, LANES)
+                numbers = _numbers_at(body, kept, place, exist - LANES)
+                second = split(body, numbers, parts, short=short)
+            for part, both in enumerate(zip(first, second, strict=True)):
+                there = body.offset(target, "i16", d)
+                there = there if not part else body.offset(there, "i16", part_stride)
+                body.store(narrow_both(body, *both), there)
+
+        with body.loop("d", 0, whole, 2 * LANES) as d:
+            two(d, 2 * LANES)
+        if whole < dim:
+            two(whole, dim - whole)
+    return name
+
+
+def _left_parameters() -> list[Value]:
+    integers = ("rows", "row_stride", "line", "part_stride")
+    pointers = [Value("%left", "ptr"), Value("%array", "ptr")]
+    return pointers + [Value(f"%{integer}", "i64") for integer in integers]
 
 
 def _rows_parameters(target: str) -> list[Value]:
