@@ -129,29 +129,32 @@ def block(kept: list[Row]) -> str:
 
 
 MODEL_WORDS = """
-**A model, not a measurement.** The emulator counts what an emitted kernel does for one tile in the
-middle of a long sequence without a mask. Each operation is weighed by what public measurements of
-an M1 say it takes of a core, in multiply-adds of one lane: a product of two fragments 512, an
-exponential 4, a shuffle of a simdgroup 64, an access to memory 1, one to an element of a fragment
-half of one, since most statements read one and set one. The useful ones are (2D + 5), (3D + 5) and
-(4D + 5) for each pair. *By the model* is the inverse of the sum: the share of the peak that is left
-to a core that issues one instruction after the other and never waits. Not counted are addresses,
-loops and spilled registers, nor (by a gap of the counter) the reads of four numbers at once
-in staged copies, about 0.01 on M1 and M2; counted one by one are neighbours that a GPU may read at
-once; and from M3 on several units of a core work side by side. So a GPU may be above it or below.
+**A model, not a measurement.** The emulator counts the operations of an emitted kernel for one tile
+in the middle of a long sequence without a mask. Each operation has a weight, in multiply-adds of
+one lane, which follows from public measurements of an M1: 512 for a product of two fragments, 4 for
+an exponential, 64 for a shuffle of a simdgroup, 1 for an access to memory, and one half for an
+access to an element of a fragment, since most statements read one element and set one. The useful
+operations are (2D + 5), (3D + 5) and (4D + 5) for each pair. *By the model* is the inverse of the
+sum. It is the share of the peak for a core that issues one instruction after the other and never
+waits. The model does not count addresses, loops and spilled registers. By a gap of the counter, it
+does not count the reads of four elements at once in staged copies either, about 0.01 on M1 and M2.
+It counts neighbours one by one, although a GPU may read them at once. From M3 on, several units of
+a core work side by side. So a GPU may be above the model or below it.
 """
 
 PUBLISHED_WORDS = """
-The last column is what Metal FlashAttention, in Swift, was measured to reach with texts of its own
-(commit 8671cdd, the spreadsheet in its repository): M1 Max with 16384 tokens, M4 with 8192, one
-head, its mixed precision for float16, copies by an asynchronous engine that public Metal does not
-have. It gives the scale, and says nothing about the kernels here.
+The last column is the utilisation that Metal FlashAttention, in Swift, was measured to reach with
+kernel sources of its own (commit 8671cdd, the spreadsheet in its repository): M1 Max with 16384
+tokens, M4 with 8192, one head, and its mixed precision for float16. It copies by an asynchronous
+engine that public Metal does not have. The column gives the scale, and says nothing about the
+kernels here.
 """
 
 SIZES_WORDS = """
-How long the texts are, and what a thread and a threadgroup take by plan. Of the registers these are
-the tiles alone, and the GPU's compiler has the last word; no mask, contiguous and aligned arrays,
-of which kernels of attention move four numbers at once where they can.
+The next table shows how long the kernel sources are, and what a thread and a threadgroup take by
+plan. The register bytes count tiles alone, and the GPU's compiler decides the rest. The kernels
+have no mask, and contiguous and aligned arrays. Kernels of attention move four elements at once if
+they can.
 """
 
 

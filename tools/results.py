@@ -106,9 +106,9 @@ def matrix(document: Document) -> list[str]:
     types = " and ".join(sorted({row["dtype"] for row in document["rows"]}))
     return [
         wrapped(
-            f"{machine(document)}, against `scaled_dot_product_attention` of PyTorch"
-            f" {document['versions']['torch']}, medians taken turn by turn in one process on random"
-            f" data ({when(document)}):"
+            "tilefold and `scaled_dot_product_attention` of PyTorch"
+            f" {document['versions']['torch']} on {machine(document)}. Each figure is the median of"
+            f" rounds taken turn by turn in one process on random data ({when(document)}):"
         ),
         "",
         *table([f"{types}, batch x heads x length x dim", *columns], lines),
@@ -163,10 +163,10 @@ def promises() -> list[str]:
     kernels = [row for row in compiling["rows"] if "compile_s" in row]
     shape = " x ".join(map(str, memory["shape"]))
     text = (
-        f"Beyond inputs and outputs, {shape} takes {extra['forward']:.1f} MiB forward and"
-        f" {extra['backward']:.1f} MiB backward, where the scores would take"
-        f" {memory['score_matrix_mib'] / 1024:.0f} GiB. A window of 4096 over"
-        f" {million[0]['length']:,} tokens is planned in"
+        f"Beyond inputs and outputs, a problem of {shape} takes {extra['forward']:.1f} MiB forward"
+        f" and {extra['backward']:.1f} MiB backward. Its scores alone would take"
+        f" {memory['score_matrix_mib'] / 1024:.0f} GiB. To plan a window of 4096 over"
+        f" {million[0]['length']:,} tokens takes"
         f" {max(row['milliseconds'] for row in million):.0f} ms and"
         f" {max(row['peak_mib'] for row in million):.0f} MiB. A kernel compiles in at most"
         f" {max(row['compile_s'] for row in kernels):.2f} s and comes from the disk cache in"
@@ -181,18 +181,20 @@ def floors(document: Document) -> list[str]:
     reached = sum(result.verdict == "reached" for result in found)
     judged = sum(result.reason is None for result in found)
     text = (
-        f"{machine(document)}, {when(document)}: {reached} of the {judged} figures that could be"
-        f" judged there are reached; {len(found) - judged} could not be judged. The value is the"
-        " peer's median over tilefold's, of rounds taken turn by turn; of decoding, keys and values"
-        " per second as a share of the speed at which as many bytes are read in the same rounds."
-        " The roofline is that of the rates of the same run."
+        f"Each row is a figure with a floor, which tilefold should reach. On {machine(document)},"
+        f" {when(document)}, {reached} of the {judged} figures that could be judged reach their"
+        f" floor; {len(found) - judged} could not be judged. The value is the peer's median time"
+        " divided by tilefold's, over rounds taken turn by turn. For decoding, the value is the"
+        " rate at which keys and values are read, as a share of the rate at which the same number"
+        " of bytes is read in the same rounds. The roofline follows from rates that were measured"
+        " in the same run."
     )
     flex = [result for result in found if result.figure.peer == "flex" and result.notes]
     notes = [f"- {line}" for line in figures.reasons(found)]
     notes += [
         f"- FlexAttention, {result.figure.dtype}: {result.notes['peer_prepare_seconds']:.1f} s for"
         f" the block mask and {result.notes['peer_first_call_seconds']:.1f} s for the first call,"
-        " which compiles, are not in its time."
+        " which compiles, are not included in its time."
         for result in flex
     ]
     rows = table(figures.COLUMNS, [figures.cells(result) for result in found])
@@ -212,9 +214,9 @@ def others(document: Document) -> list[str]:
     versions = [f"{module} {known[module]}" for module in modules if module in known]
     reasons = dict.fromkeys(row["reason"] for row in rows if row["reason"])
     text = (
-        f"{rows[0]['shape']} on {machine(document)}, {when(document)}, medians of rounds taken"
-        " turn by turn; each number of threads in a process that is bound to so many cores."
-        f" Versions: {', '.join(versions)}."
+        f"The problem is {rows[0]['shape']} on {machine(document)}, {when(document)}. Each figure"
+        " is the median of rounds taken turn by turn. Each number of threads has a process of its"
+        f" own, bound to the same number of cores. Versions: {', '.join(versions)}."
     )
     return [
         wrapped(text),

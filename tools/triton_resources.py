@@ -183,13 +183,13 @@ def replaced(page: str, text: str) -> str:
 WORDS = """
 **Reports of a compiler, not measurements.** Each kernel was compiled ahead of time by Triton
 {triton}, for long sequences, a causal mask and aligned operands, with the blocks that a plan takes.
-Nothing was run on a GPU for this table, and it says nothing of time. *Registers* are 32-bit ones of
-a thread, of 255 on NVIDIA's GPUs and 512 on AMD's, and compilers like to take all. *Spills* are
-loads and stores of spilled registers in the loop over tiles, for one tile of a
-thread: over whole tiles, which is the hot loop, and over tiles at an edge of the mask. A third walk
-runs only where NaN or infinities were found; it spills more, and is not counted. *Copies* are how
-traversed tiles come to shared memory: "tma" by tensor descriptors, else "cp.async" or through
-registers.
+Nothing was run on a GPU for this table, and it says nothing about time. *Registers* are the 32-bit
+registers of a thread. There are 255 on NVIDIA's GPUs and 512 on AMD's, and compilers often take all
+of them. *Spills* are loads and stores of spilled registers in the loop over tiles, for one tile of
+a thread. One column counts the loop over whole tiles, which is the hot loop. The other counts the
+loop over tiles at an edge of the mask. A third walk runs only if NaN or infinities were found. It
+spills more, and is not counted. *Copies* says how traversed tiles come to shared memory: "tma" by
+tensor descriptors, "cp.async" by asynchronous copies, else through registers.
 """
 
 

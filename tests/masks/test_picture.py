@@ -26,12 +26,13 @@ def test_the_examples_of_the_documentation_are_true() -> None:
     assert (failed, tried > 0) == (0, True)
 
 
-def test_the_pictures_of_the_page_on_masks_are_true() -> None:
-    page = (PAGES / "masks.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "least"), [("masks.md", 14), ("mask_rules.md", 20)])
+def test_the_pictures_of_the_pages_on_masks_are_true(name: str, least: int) -> None:
+    page = (PAGES / name).read_text(encoding="utf-8")
     code = "\n".join("" if line.startswith("```") else line for line in page.splitlines())
-    examples = doctest.DocTestParser().get_doctest(code, {}, "masks.md", "docs/masks.md", 0)
+    examples = doctest.DocTestParser().get_doctest(code, {}, name, f"docs/{name}", 0)
     failed, tried = doctest.DocTestRunner().run(examples)
-    assert (failed, tried > 30) == (0, True)
+    assert (failed, tried >= least) == (0, True)
 
 
 def shown(drawn: Any, **given: Any) -> str:
