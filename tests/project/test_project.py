@@ -158,11 +158,12 @@ def test_commands_in_the_pages_parse() -> None:
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text += (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^`?tilefold (.+?)(?:`.*)?$", text, re.MULTILINE)
+    fenced = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    commands = re.findall(r"^tilefold (.+)$", fenced, re.MULTILINE)
     import shlex
 
-    parsed = [shlex.split(line, comments=True) for line in commands if " " in line]
-    assert len(parsed) > 8
+    parsed = [shlex.split(line, comments=True) for line in commands]
+    assert len(parsed) > 15
     for arguments in parsed:
         assert parser().parse_args(arguments).command == arguments[0]
 
