@@ -6,6 +6,7 @@ coordinates     the coordinates of queries and keys, in 1-D and 2-D
 table_bounds    the smallest and largest entries of tables over ranges
 evaluate        the exact fold, which is the definition, and the interval fold
 runs            from an expression and block sizes to runs of tiles: skipped, full, partial
+infix           the printer of kernel source for languages with infix operators
 rule            what every rule can do, joins of rules, rules of a user's own
 data_rules      the rules that carry data: documents, lengths, dense
 position_rules  the rules over positions: causal, local, chunked, prefix
