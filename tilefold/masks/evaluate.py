@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.masks.expression import Boolean, Slot, Table, evaluate
+from tilefold.masks.expression import Boolean, Interpretation, Slot, Table, evaluate
 from tilefold.masks.table_bounds import TableBounds, entire
 
 Array = NDArray[Any]
@@ -58,7 +58,7 @@ def exact(expression: Boolean, *, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.
     return np.array(np.broadcast_to(result, shape))
 
 
-class _Exact:
+class _Exact(Interpretation[Any]):
     """Each node's value is an array, or a number where it depends on no index."""
 
     def __init__(self, indices: Mapping[str, Array]) -> None:
@@ -70,16 +70,13 @@ class _Exact:
     def constant(self, value: int) -> Any:
         return value
 
-    def parameter(self, slot: int) -> Any:
-        raise AssertionError("a skeleton has no values")
-
     def truth(self, value: bool) -> Any:
         return np.bool_(value)
 
     def lookup(self, table: Table | Slot, indices: tuple[Any, ...]) -> Any:
         assert isinstance(table, Table)
         value = table.array[indices]
-        return value if table.array.dtype == np.bool_ else value.astype(np.int64)
+        return value if table.dtype == "bool" else value.astype(np.int64)
 
     def unary(self, operator: str, operand: Any) -> Any:
         return abs(operand) if operator == "abs" else -operand
@@ -132,7 +129,7 @@ def intervals(
     return known
 
 
-class _Intervals:
+class _Intervals(Interpretation[Range | Certainty]):
     def __init__(self, ranges: Mapping[str, tuple[Any, Any]], summary: TableBounds) -> None:
         self.ranges = ranges
         self.summary = summary
@@ -144,9 +141,6 @@ class _Intervals:
     def constant(self, value: int) -> Range | Certainty:
         return Range(value, value)
 
-    def parameter(self, slot: int) -> Range | Certainty:
-        raise AssertionError("a skeleton has no values")
-
     def truth(self, value: bool) -> Range | Certainty:
         return Certainty(np.bool_(value), np.bool_(value))
 
@@ -155,7 +149,7 @@ class _Intervals:
     ) -> Range | Certainty:
         assert isinstance(table, Table)
         low, high = self.summary.bounds(table, tuple(_range(index) for index in indices))
-        if table.array.dtype == np.bool_:
+        if table.dtype == "bool":
             return Certainty(low, high)
         return Range(low, high)
 
@@ -281,7 +275,7 @@ class _Extent(_Intervals):
         self, table: Table | Slot, indices: tuple[Range | Certainty, ...]
     ) -> Range | Certainty:
         assert isinstance(table, Table)
-        if table.array.dtype == np.bool_:
+        if table.dtype == "bool":
             return Certainty(*entire(table))
         return self._see(Range(*entire(table)))
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 from tilefold.masks.expression import (
     Boolean,
     Expression,
+    Interpretation,
     Slot,
     Table,
-    children,
     evaluate,
 )
 
@@ -121,7 +121,7 @@ def infix(expression: Boolean, dialect: Dialect) -> Source:
     return Source(printer.lines, truth.source, printer.helpers)
 
 
-class _Printer:
+class _Printer(Interpretation[Term]):
     """The interpretation: each node is a piece of source, and `lines` what must stand before it."""
 
     def __init__(self, dialect: Dialect) -> None:
@@ -214,7 +214,7 @@ def _shared(expression: Expression) -> list[Expression]:
     def visit(node: Expression) -> None:
         parents[id(node)] += 1
         if parents[id(node)] == 1:
-            for child in children(node):
+            for child in node.children:
                 visit(child)
             order.append(node)
 

@@ -30,6 +30,11 @@ class Expression:
             f"the truth of `{self}` is not known while a rule is traced; {_ASK_OPERATORS}"
         )
 
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The nodes that this node is made of."""
+        return ()
+
     __array_ufunc__ = None  # NumPy's numbers leave operators to the node on the other side
 
     def __array__(self, *arguments: Any, **options: Any) -> NoReturn:
@@ -172,6 +177,11 @@ class Unary(Integer):
     operator: str
     operand: Integer
 
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The operand."""
+        return (self.operand,)
+
     def __str__(self) -> str:
         return f"abs({self.operand})" if self.operator == "abs" else f"-{self.operand}"
 
@@ -184,6 +194,11 @@ class Binary(Integer):
     left: Integer
     right: Integer
 
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The left side and the right side."""
+        return (self.left, self.right)
+
     def __str__(self) -> str:
         return f"({self.left} {self.operator} {self.right})"
 
@@ -195,7 +210,12 @@ class Table:
     array: NDArray[Any]
 
     def __post_init__(self) -> None:
-        assert self.array.dtype in (np.int32, np.bool_), self.array.dtype
+        assert self.dtype in ("int32", "bool"), self.dtype
+
+    @property
+    def dtype(self) -> str:
+        """The type of the entries: "int32" or "bool"."""
+        return str(self.array.dtype)
 
     @cached_property
     def digest(self) -> str:
@@ -232,6 +252,11 @@ class Lookup(Integer):
     table: Table | Slot
     indices: tuple[Integer, ...]
 
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The indices."""
+        return self.indices
+
     def __str__(self) -> str:
         return f"{self.table}[{', '.join(map(str, self.indices))}]"
 
@@ -242,6 +267,11 @@ class TruthLookup(Boolean):
 
     table: Table | Slot
     indices: tuple[Integer, ...]
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The indices."""
+        return self.indices
 
     def __str__(self) -> str:
         return f"{self.table}[{', '.join(map(str, self.indices))}]"
@@ -265,6 +295,11 @@ class Compare(Boolean):
     left: Integer
     right: Integer
 
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The left side and the right side."""
+        return (self.left, self.right)
+
     def __str__(self) -> str:
         return f"({self.left} {self.operator} {self.right})"
 
@@ -275,6 +310,11 @@ class Logic(Boolean):
 
     operator: str
     operands: tuple[Boolean, ...]
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The operands."""
+        return self.operands
 
     def __str__(self) -> str:
         if self.operator == "~":

@@ -65,7 +65,7 @@ class TableBounds:
         axes = tuple(index.name for index in indices)
         ranged = [axis for axis, name in enumerate(axes) if name in ("q", "k")]
         points = [axis for axis, name in enumerate(axes) if name in ("b", "h")]
-        truths = table.array.dtype == np.bool_
+        truths = table.dtype == "bool"
         simple = len(ranged) + len(points) == len(axes) and len(ranged) <= 1 + truths
         single = all(np.array_equal(indices[axis].low, indices[axis].high) for axis in points)
         if not simple or not single or table.array.size == 0:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Value, overload, vector
 from tilefold.backends.cpu.spec import KernelSpec
-from tilefold.masks.expression import Expression, Slot, Table, children, evaluate, names
+from tilefold.masks.expression import Expression, Interpretation, Slot, Table, evaluate, names
 
 Lanes = tuple[Value, ...]
 """A value for each element of the parallel block: a vector for each vector of the tile."""
@@ -19,7 +19,6 @@ Lanes = tuple[Value, ...]
 Folded = Value | Lanes
 
 _OPCODES = {"+": "add", "-": "sub", "*": "mul"}
-_EXTREMES = {"min": "llvm.smin", "max": "llvm.smax"}
 _CONDITIONS = {"<": "slt", "<=": "sle", ">": "sgt", ">=": "sge", "==": "eq", "!=": "ne"}
 _LOGIC = {"&": "and", "|": "or"}
 
@@ -59,11 +58,11 @@ class MaskText:
         if self._traverse not in names(node):
             self._known[id(node)] = evaluate(node, self._text, self._known)
             return
-        for child in children(node):
+        for child in node.children:
             self._fold_before_rows(child)
 
 
-class _Text:
+class _Text(Interpretation[Folded]):
     """The algebra: a number is one value, or lanes as soon as it depends on the parallel index."""
 
     def __init__(self, body: Body, spec: KernelSpec, arguments: Arguments) -> None:
@@ -154,11 +153,6 @@ class _Text:
         body = self._body
         if operator in ("//", "%"):
             return self._each(lambda x, y: self._floor(operator, x, y), left, right)
-        if operator in _EXTREMES:
-            name = _EXTREMES[operator]
-            return self._each(
-                lambda x, y: body.call(f"{name}.{overload(x.type)}", x.type, [x, y]), left, right
-            )
         return self._each(lambda x, y: body.binary(_OPCODES[operator], x, y), left, right)
 
     def _floor(self, operator: str, x: Value, y: Value) -> Value:
