@@ -148,7 +148,11 @@ def test_split_gives_numbers_and_tables_in_the_order_of_their_slots() -> None:
     assert [(slot.dtype, slot.rank) for slot in skeleton.slots] == [
         *(("int32", 1), ("int32", 1), ("bool", 2)),
     ]
-    assert skeleton.parameters == 3
+    assert [(one.name, one.dtype) for one in skeleton.parameters] == [
+        *(("p0", "int"), ("p1", "int"), ("p2", "int")),
+    ]
+    assert [slot.name for slot in skeleton.slots] == ["t0", "t1", "t2"]
+    assert [slot.strides for slot in skeleton.slots] == [("t0_0",), ("t1_0",), ("t2_0", "t2_1")]
     assert skeleton == split(expression)[0]
     assert hash(skeleton) == hash(split(expression)[0])
     assert skeleton != split(Q < K)[0]

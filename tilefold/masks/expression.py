@@ -84,7 +84,7 @@ class Interpretation(Generic[Value]):
         """The value of an integer."""
         return self.other("Constant", ())
 
-    def parameter(self, slot: int) -> Value:
+    def parameter(self, slot: int, dtype: str) -> Value:
         """The value of a kernel's parameter."""
         return self.other("Parameter", ())
 
@@ -143,8 +143,8 @@ def _meaning(
             return interpretation.index(name)
         case Constant(value):
             return interpretation.constant(value)
-        case Parameter(slot):
-            return interpretation.parameter(slot)
+        case Parameter(slot, dtype):
+            return interpretation.parameter(slot, dtype)
         case Truth(value):
             return interpretation.truth(value)
         case Lookup(table) | TruthLookup(table):
@@ -183,9 +183,9 @@ class Rebuild(Interpretation[Expression]):
         """The constant itself."""
         return Constant(value)
 
-    def parameter(self, slot: int) -> Expression:
+    def parameter(self, slot: int, dtype: str) -> Expression:
         """The parameter itself."""
-        return Parameter(slot)
+        return Parameter(slot, dtype)
 
     def truth(self, value: bool) -> Expression:
         """The truth itself."""
@@ -240,7 +240,7 @@ class Skeleton:
 
     text: str
     expression: Boolean
-    parameters: int
+    parameters: tuple[Parameter, ...]
     slots: tuple[Slot, ...]
 
     def __eq__(self, other: object) -> bool:
@@ -255,26 +255,27 @@ def split(expression: Boolean) -> tuple[Skeleton, tuple[int, ...], tuple[Table, 
     splitter = _Splitter()
     skeleton = evaluate(expression, splitter)
     assert isinstance(skeleton, Boolean)
-    slots = tuple(
-        Slot(number, table.dtype, table.array.ndim) for number, table in enumerate(splitter.tables)
-    )
-    whole = Skeleton(str(skeleton), skeleton, len(splitter.parameters), slots)
-    return whole, tuple(splitter.parameters), tuple(splitter.tables)
+    parameters, slots = tuple(splitter.parameters), tuple(splitter.slots)
+    whole = Skeleton(str(skeleton), skeleton, parameters, slots)
+    return whole, tuple(splitter.values), tuple(splitter.tables)
 
 
 class _Splitter(Rebuild):
     """Takes the numbers and tables out of a tree, in the order in which its nodes are made."""
 
     def __init__(self) -> None:
-        self.parameters: list[int] = []
+        self.parameters: list[Parameter] = []
+        self.values: list[int] = []
+        self.slots: list[Slot] = []
         self.tables: list[Table] = []
 
-    def parameter(self, slot: int) -> Expression:
+    def parameter(self, slot: int, dtype: str) -> Expression:
         raise AssertionError("already a skeleton")
 
     def lookup(self, table: Table | Slot, indices: tuple[Expression, ...]) -> Expression:
         assert isinstance(table, Table)
         slot = Slot(len(self.tables), table.dtype, table.array.ndim)
+        self.slots.append(slot)
         self.tables.append(table)
         return super().lookup(slot, indices)
 
@@ -286,5 +287,6 @@ class _Splitter(Rebuild):
     def operand(self, node: Expression) -> Integer:
         if not isinstance(node, Constant):
             return as_integer(node)
-        self.parameters.append(node.value)
-        return Parameter(len(self.parameters) - 1)
+        self.parameters.append(Parameter(len(self.parameters), "int"))
+        self.values.append(node.value)
+        return self.parameters[-1]

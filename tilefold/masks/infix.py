@@ -20,6 +20,7 @@ from tilefold.masks.expression import (
     Boolean,
     Expression,
     Interpretation,
+    Parameter,
     Slot,
     Table,
     evaluate,
@@ -136,8 +137,8 @@ class _Printer(Interpretation[Term]):
         assert value >= 0, "only a divisor is a constant in a skeleton"
         return Term(str(value), natural=True)
 
-    def parameter(self, slot: int) -> Term:
-        return Term(f"p{slot}")
+    def parameter(self, slot: int, dtype: str) -> Term:
+        return Term(Parameter(slot, dtype).name)
 
     def truth(self, value: bool) -> Term:
         return self._dialect.true if value else self._dialect.false

@@ -162,12 +162,21 @@ class Constant(Integer):
 
 @dataclass(frozen=True, eq=False)
 class Parameter(Integer):
-    """A number that a kernel is given at run time: what a constant becomes in a `Skeleton`."""
+    """A number that a kernel is given at run time: what a constant becomes in a `Skeleton`.
+
+    `dtype` is "int": as wide as the indices that the mask is computed with.
+    """
 
     slot: int
+    dtype: str = "int"
+
+    @property
+    def name(self) -> str:
+        """The name of the kernel's argument."""
+        return f"p{self.slot}"
 
     def __str__(self) -> str:
-        return f"p{self.slot}"
+        return self.name if self.dtype == "int" else f"{self.name}:{self.dtype}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,8 +250,18 @@ class Slot:
     dtype: str
     rank: int
 
+    @property
+    def name(self) -> str:
+        """The name of the kernel's argument that holds the table."""
+        return f"t{self.number}"
+
+    @property
+    def strides(self) -> tuple[str, ...]:
+        """The names of the kernel's arguments that hold the strides, in elements."""
+        return tuple(f"t{self.number}_{axis}" for axis in range(self.rank))
+
     def __str__(self) -> str:
-        return f"t{self.number}:{self.dtype}"
+        return f"{self.name}:{self.dtype}"
 
 
 @dataclass(frozen=True, eq=False)

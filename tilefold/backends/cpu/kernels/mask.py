@@ -11,7 +11,15 @@ from collections.abc import Callable
 from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Value, overload, vector
 from tilefold.backends.cpu.spec import KernelSpec
-from tilefold.masks.expression import Expression, Interpretation, Slot, Table, evaluate, names
+from tilefold.masks.expression import (
+    Expression,
+    Interpretation,
+    Parameter,
+    Slot,
+    Table,
+    evaluate,
+    names,
+)
 
 Lanes = tuple[Value, ...]
 """A value for each element of the parallel block: a vector for each vector of the tile."""
@@ -103,15 +111,16 @@ class _Text(Interpretation[Folded]):
     def constant(self, value: int) -> Folded:
         return Value(str(value), self._integer)
 
-    def parameter(self, slot: int) -> Folded:
-        return self.narrow(self._arguments[f"p{slot}"])
+    def parameter(self, slot: int, dtype: str) -> Folded:
+        assert dtype == "int", dtype
+        return self.narrow(self._arguments[Parameter(slot, dtype).name])
 
     def truth(self, value: bool) -> Folded:
         return Value("true" if value else "false", "i1")
 
     def lookup(self, table: Table | Slot, indices: tuple[Folded, ...]) -> Folded:
         assert isinstance(table, Slot)
-        strides = [self._arguments[f"t{table.number}_{axis}"] for axis in range(table.rank)]
+        strides = [self._arguments[name] for name in table.strides]
         return self._each(lambda *at: self._read(table, strides, at), *indices)
 
     def _read(self, table: Slot, strides: list[Value], indices: tuple[Value, ...]) -> Value:
@@ -123,7 +132,7 @@ class _Text(Interpretation[Folded]):
             position = term if position is None else body.add(position, term)
         assert position is not None
         element = "i32" if table.dtype == "int32" else "i8"
-        address = body.offset(self._arguments[f"t{table.number}"], element, position, "at")
+        address = body.offset(self._arguments[table.name], element, position, "at")
         found = self._gather(address, element)
         if table.dtype == "int32":
             return body.cast("sext", found, vector(found.lanes, self._integer))

@@ -66,14 +66,14 @@ static inline {integer} floor_remainder(const {integer} x, const {integer} y) {{
 
 def tables(skeleton: Skeleton) -> tuple[str, ...]:
     """The parameters through which a function is given the tables of the rule."""
-    return tuple(f"device const {_element(slot)}* t{slot.number}" for slot in skeleton.slots)
+    return tuple(f"device const {_element(slot)}* {slot.name}" for slot in skeleton.slots)
 
 
 def call(skeleton: Skeleton, *, b: str, h: str, q: str, k: str) -> str:
     """The call of `visible`, or `true` or `false` where the mask is the same everywhere."""
     if isinstance(skeleton.expression, Truth):
         return "true" if skeleton.expression.value else "false"
-    given = [b, h, q, k, "sizes", *(f"t{slot.number}" for slot in skeleton.slots)]
+    given = [b, h, q, k, "sizes", *(slot.name for slot in skeleton.slots)]
     return f"visible({', '.join(given)})"
 
 
@@ -84,11 +84,10 @@ def visible(skeleton: Skeleton, index_bits: int, position: Position) -> str:
     integer = "int" if index_bits == 32 else "long"
     source = infix(skeleton.expression, _dialect(integer, position))
     numbers = []
-    for slot in range(skeleton.parameters):
-        word = f"sizes[{position(f'p{slot}')}]"
-        numbers.append(
-            f"const {integer} p{slot} = {word if integer == 'long' else f'int({word})'};"
-        )
+    for parameter in skeleton.parameters:
+        type_, word = {"int": integer}[parameter.dtype], f"sizes[{position(parameter.name)}]"
+        value = word if type_ == "long" else f"{type_}({word})"
+        numbers.append(f"const {type_} {parameter.name} = {value};")
     given = [f"const {integer} {name}" for name in "bhqk"]
     given += ["constant long* sizes", *tables(skeleton)]
     rows = [given[:4], *(given[n : n + 3] for n in range(4, len(given), 3))]
@@ -104,10 +103,10 @@ def visible(skeleton: Skeleton, index_bits: int, position: Position) -> str:
 def _dialect(integer: str, position: Position) -> Dialect:
     def read(slot: Slot, indices: tuple[Term, ...]) -> str:
         steps = [
-            f"{index.beside(MULTIPLY)} * sizes[{position(f't{slot.number}_{axis}')}]"
-            for axis, index in enumerate(indices)
+            f"{index.beside(MULTIPLY)} * sizes[{position(stride)}]"
+            for index, stride in zip(indices, slot.strides, strict=True)
         ]
-        return f"t{slot.number}[{' + '.join(steps) or '0'}]"
+        return f"{slot.name}[{' + '.join(steps) or '0'}]"
 
     return Dialect(
         infix=_INFIX,

@@ -69,15 +69,10 @@ def masks(skeleton: Skeleton) -> bool:
 
 def arguments(skeleton: Skeleton) -> tuple[str, ...]:
     """What `visible` takes beside the indices, and a kernel with it: numbers, tables, strides."""
-    found = [f"p{number}" for number in range(skeleton.parameters)]
+    found = [parameter.name for parameter in skeleton.parameters]
     for slot in skeleton.slots:
-        found += [f"t{slot.number}", *strides(slot)]
+        found += [slot.name, *slot.strides]
     return tuple(found)
-
-
-def strides(slot: Slot) -> tuple[str, ...]:
-    """The strides of a table, in elements."""
-    return tuple(f"t{slot.number}_{axis}" for axis in range(slot.rank))
 
 
 def call(skeleton: Skeleton, *, b: str, h: str, q: str, k: str) -> str:
@@ -110,9 +105,9 @@ def _dialect(wide: bool) -> Dialect:
         cast = ".to(tl.int64)" if slot.rank > 1 and not wide else ""
         steps = [
             f"{index.beside(CALL if cast else MULTIPLY)}{cast} * {stride}"
-            for index, stride in zip(indices, strides(slot), strict=True)
+            for index, stride in zip(indices, slot.strides, strict=True)
         ]
-        entry = f"tl.load({' + '.join([f't{slot.number}', *steps])})"
+        entry = f"tl.load({' + '.join([slot.name, *steps])})"
         return f"{entry}.to(tl.int64)" if wide and slot.dtype == "int32" else entry
 
     return Dialect(
