@@ -1,5 +1,6 @@
 """Which query may see which key: one small language with three folds.
 
+tables          tables of a rule's data: with entries, with bounds alone, and without any
 nodes           the nodes of an expression over the indices q, k, b, h
 expression      trees of nodes: walking them, and what is left when numbers are taken out
 coordinates     the coordinates of queries and keys, in 1-D and 2-D

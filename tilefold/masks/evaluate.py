@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.masks.expression import Boolean, Interpretation, Slot, Table, evaluate
+from tilefold.masks.expression import AnyTable, Boolean, Interpretation, Slot, evaluate
 from tilefold.masks.table_bounds import TableBounds, entire
 
 Array = NDArray[Any]
@@ -73,8 +73,8 @@ class _Exact(Interpretation[Any]):
     def truth(self, value: bool) -> Any:
         return np.bool_(value)
 
-    def lookup(self, table: Table | Slot, indices: tuple[Any, ...]) -> Any:
-        assert isinstance(table, Table)
+    def lookup(self, table: AnyTable, indices: tuple[Any, ...]) -> Any:
+        assert not isinstance(table, Slot)
         value = table.array[indices]
         return value if table.dtype == "bool" else value.astype(np.int64)
 
@@ -144,10 +144,8 @@ class _Intervals(Interpretation[Range | Certainty]):
     def truth(self, value: bool) -> Range | Certainty:
         return Certainty(np.bool_(value), np.bool_(value))
 
-    def lookup(
-        self, table: Table | Slot, indices: tuple[Range | Certainty, ...]
-    ) -> Range | Certainty:
-        assert isinstance(table, Table)
+    def lookup(self, table: AnyTable, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
+        assert not isinstance(table, Slot)
         low, high = self.summary.bounds(table, tuple(_range(index) for index in indices))
         if table.dtype == "bool":
             return Certainty(low, high)
@@ -271,10 +269,8 @@ class _Extent(_Intervals):
     def constant(self, value: int) -> Range | Certainty:
         return self._see(super().constant(value))
 
-    def lookup(
-        self, table: Table | Slot, indices: tuple[Range | Certainty, ...]
-    ) -> Range | Certainty:
-        assert isinstance(table, Table)
+    def lookup(self, table: AnyTable, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
+        assert not isinstance(table, Slot)
         if table.dtype == "bool":
             return Certainty(*entire(table))
         return self._see(Range(*entire(table)))

@@ -9,9 +9,11 @@ fold will come.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from numpy.typing import NDArray
 
 from tilefold.masks.nodes import (
     INDEX_NAMES,
@@ -25,22 +27,23 @@ from tilefold.masks.nodes import (
     Logic,
     Lookup,
     Parameter,
-    Slot,
-    Table,
     Truth,
     TruthLookup,
     Unary,
     as_boolean,
     as_integer,
 )
+from tilefold.masks.tables import AnyTable, Declared, Slot, Table
 
 __all__ = [
     "INDEX_NAMES",
+    "AnyTable",
     "Binary",
     "Boolean",
     "Collect",
     "Compare",
     "Constant",
+    "Declared",
     "Expression",
     "Index",
     "Integer",
@@ -48,6 +51,7 @@ __all__ = [
     "Logic",
     "Lookup",
     "Parameter",
+    "Parts",
     "Rebuild",
     "Skeleton",
     "Slot",
@@ -58,6 +62,7 @@ __all__ = [
     "as_boolean",
     "as_integer",
     "evaluate",
+    "fill",
     "names",
     "split",
 ]
@@ -92,7 +97,7 @@ class Interpretation(Generic[Value]):
         """The value of True or False."""
         return self.other("Truth", ())
 
-    def lookup(self, table: Table | Slot, indices: tuple[Value, ...]) -> Value:
+    def lookup(self, table: AnyTable, indices: tuple[Value, ...]) -> Value:
         """The value of `table[indices]`: an integer or a truth, as the table's type says."""
         return self.other("Lookup", indices)
 
@@ -191,7 +196,7 @@ class Rebuild(Interpretation[Expression]):
         """The truth itself."""
         return Truth(value)
 
-    def lookup(self, table: Table | Slot, indices: tuple[Expression, ...]) -> Expression:
+    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
         """A lookup at the new indices."""
         kind = TruthLookup if table.dtype == "bool" else Lookup
         return kind(table, tuple(self.operand(index) for index in indices))
@@ -250,14 +255,28 @@ class Skeleton:
         return hash(self.text)
 
 
-def split(expression: Boolean) -> tuple[Skeleton, tuple[int, ...], tuple[Table, ...]]:
-    """A tree as its skeleton, the parameters' values and the tables, in the slots' order."""
+class Parts(NamedTuple):
+    """A tree as its skeleton, the values of its parameters, and its tables in the slots' order."""
+
+    skeleton: Skeleton
+    parameters: tuple[int, ...]
+    tables: tuple[Table | Declared, ...]
+
+    @property
+    def declared(self) -> tuple[Slot, ...]:
+        """The slots of the tables whose data are known at launch only."""
+        pairs = zip(self.skeleton.slots, self.tables, strict=True)
+        return tuple(slot for slot, table in pairs if isinstance(table, Declared))
+
+
+def split(expression: Boolean) -> Parts:
+    """A tree as its skeleton and all that the skeleton leaves out."""
     splitter = _Splitter()
     skeleton = evaluate(expression, splitter)
     assert isinstance(skeleton, Boolean)
     parameters, slots = tuple(splitter.parameters), tuple(splitter.slots)
     whole = Skeleton(str(skeleton), skeleton, parameters, slots)
-    return whole, tuple(splitter.values), tuple(splitter.tables)
+    return Parts(whole, tuple(splitter.values), tuple(splitter.tables))
 
 
 class _Splitter(Rebuild):
@@ -267,14 +286,14 @@ class _Splitter(Rebuild):
         self.parameters: list[Parameter] = []
         self.values: list[int] = []
         self.slots: list[Slot] = []
-        self.tables: list[Table] = []
+        self.tables: list[Table | Declared] = []
 
     def parameter(self, slot: int, dtype: str) -> Expression:
         raise AssertionError("already a skeleton")
 
-    def lookup(self, table: Table | Slot, indices: tuple[Expression, ...]) -> Expression:
-        assert isinstance(table, Table)
-        slot = Slot(len(self.tables), table.dtype, table.array.ndim)
+    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
+        assert not isinstance(table, Slot), "already a skeleton"
+        slot = Slot(len(self.slots), table.dtype, len(table.shape))
         self.slots.append(slot)
         self.tables.append(table)
         return super().lookup(slot, indices)
@@ -290,3 +309,28 @@ class _Splitter(Rebuild):
         self.parameters.append(Parameter(len(self.parameters), "int"))
         self.values.append(node.value)
         return self.parameters[-1]
+
+
+def fill(expression: Boolean, arrays: Sequence[NDArray[Any]]) -> Boolean:
+    """A tree with arrays in place of its declared tables, in the order of `Parts.declared`.
+
+    Raises ValueError for an array that does not keep what was declared, and for a wrong number.
+    """
+    filler = _Filler(arrays)
+    filled = evaluate(expression, filler)
+    if filler.used != len(arrays):
+        raise ValueError(f"{filler.used} tables are declared, got {len(arrays)} arrays")
+    return as_boolean(filled)
+
+
+class _Filler(Rebuild):
+    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
+        self.arrays = arrays
+        self.used = 0
+
+    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
+        if isinstance(table, Declared):
+            self.used += 1
+            if self.used <= len(self.arrays):
+                table = table.fill(self.arrays[self.used - 1])
+        return super().lookup(table, indices)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tilefold.masks.expression import (
+    AnyTable,
     Boolean,
     Expression,
     Interpretation,
     Parameter,
     Slot,
-    Table,
     evaluate,
 )
 
@@ -143,7 +143,7 @@ class _Printer(Interpretation[Term]):
     def truth(self, value: bool) -> Term:
         return self._dialect.true if value else self._dialect.false
 
-    def lookup(self, table: Table | Slot, indices: tuple[Term, ...]) -> Term:
+    def lookup(self, table: AnyTable, indices: tuple[Term, ...]) -> Term:
         assert isinstance(table, Slot)
         entry = self._dialect.read(table, indices)
         if table.dtype == "bool":

@@ -6,13 +6,12 @@ everywhere: `//` and `%` floor. Divisors are positive constants, so no fold can 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
+
+from tilefold.masks.tables import AnyTable
 
 INDEX_NAMES = ("b", "h", "q", "k")
 _ASK_OPERATORS = (
@@ -212,63 +211,11 @@ class Binary(Integer):
         return f"({self.left} {self.operator} {self.right})"
 
 
-@dataclass(frozen=True)
-class Table:
-    """Mask data: an int32 or bool array, one axis per index that reads it; equal by content."""
-
-    array: NDArray[Any]
-
-    def __post_init__(self) -> None:
-        assert self.dtype in ("int32", "bool"), self.dtype
-
-    @property
-    def dtype(self) -> str:
-        """The type of the entries: "int32" or "bool"."""
-        return str(self.array.dtype)
-
-    @cached_property
-    def digest(self) -> str:
-        """A hash of shape, type and content."""
-        head = f"{self.array.dtype}{self.array.shape}".encode()
-        return hashlib.sha256(head + np.ascontiguousarray(self.array).tobytes()).hexdigest()[:16]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Table) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __str__(self) -> str:
-        return f"{self.array.dtype}[{'x'.join(map(str, self.array.shape))}]#{self.digest[:6]}"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place for a table in a kernel: its number, element type and rank, without the data."""
-
-    number: int
-    dtype: str
-    rank: int
-
-    @property
-    def name(self) -> str:
-        """The name of the kernel's argument that holds the table."""
-        return f"t{self.number}"
-
-    @property
-    def strides(self) -> tuple[str, ...]:
-        """The names of the kernel's arguments that hold the strides, in elements."""
-        return tuple(f"t{self.number}_{axis}" for axis in range(self.rank))
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.dtype}"
-
-
 @dataclass(frozen=True, eq=False)
 class Lookup(Integer):
     """`table[i, j, ...]` of an int32 table; indices are within it wherever a rule is evaluated."""
 
-    table: Table | Slot
+    table: AnyTable
     indices: tuple[Integer, ...]
 
     @property
@@ -284,7 +231,7 @@ class Lookup(Integer):
 class TruthLookup(Boolean):
     """`table[i, j, ...]` of a boolean table."""
 
-    table: Table | Slot
+    table: AnyTable
     indices: tuple[Integer, ...]
 
     @property

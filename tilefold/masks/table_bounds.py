@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.masks.expression import Table
+from tilefold.masks.tables import Declared, Table
 
 Array = NDArray[Any]
 
@@ -60,8 +60,10 @@ class TableBounds:
         self._kept: dict[tuple[int, tuple[str | None, ...]], _Spans | _Counts] = {}
         self._tables: list[Table] = []
 
-    def bounds(self, table: Table, indices: tuple[IndexRange, ...]) -> Bounds:
+    def bounds(self, table: Table | Declared, indices: tuple[IndexRange, ...]) -> Bounds:
         """The smallest and largest entry of the table where each index is within its range."""
+        if isinstance(table, Declared):
+            return entire(table)
         axes = tuple(index.name for index in indices)
         ranged = [axis for axis, name in enumerate(axes) if name in ("q", "k")]
         points = [axis for axis, name in enumerate(axes) if name in ("b", "h")]
@@ -88,8 +90,11 @@ class TableBounds:
         return self._kept[key].bounds(place, blocks)
 
 
-def entire(table: Table) -> Bounds:
+def entire(table: Table | Declared) -> Bounds:
     """The smallest and largest entry of a whole table; of an empty one, whatever."""
+    if isinstance(table, Declared):
+        kind = np.bool_ if table.dtype == "bool" else np.int64
+        return Bounds(kind(table.low), kind(table.high))
     array = table.array if table.array.size else np.zeros(1, table.array.dtype)
     low, high = array.min(), array.max()
     truths = array.dtype == np.bool_

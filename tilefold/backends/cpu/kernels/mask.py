@@ -12,11 +12,11 @@ from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Value, overload, vector
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.masks.expression import (
+    AnyTable,
     Expression,
     Interpretation,
     Parameter,
     Slot,
-    Table,
     evaluate,
     names,
 )
@@ -118,7 +118,7 @@ class _Text(Interpretation[Folded]):
     def truth(self, value: bool) -> Folded:
         return Value("true" if value else "false", "i1")
 
-    def lookup(self, table: Table | Slot, indices: tuple[Folded, ...]) -> Folded:
+    def lookup(self, table: AnyTable, indices: tuple[Folded, ...]) -> Folded:
         assert isinstance(table, Slot)
         strides = [self._arguments[name] for name in table.strides]
         return self._each(lambda *at: self._read(table, strides, at), *indices)
