@@ -15,9 +15,9 @@ from tilefold.masks.expression import (
     Lookup,
     Table,
     TruthLookup,
-    fill,
     split,
 )
+from tilefold.masks.rewrite import fill
 from tilefold.masks.runs import Counts, count, runs
 
 B, Q, K = (Index(name) for name in "bqk")

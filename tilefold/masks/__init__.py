@@ -3,6 +3,7 @@
 tables          tables of a rule's data: with entries, with bounds alone, and without any
 nodes           the nodes of an expression over the indices q, k, b, h
 expression      trees of nodes: walking them, and what is left when numbers are taken out
+rewrite         expressions made from other ones: tables filled, indices shifted
 coordinates     the coordinates of queries and keys, in 1-D and 2-D
 table_bounds    the smallest and largest entries of tables over ranges
 evaluate        the exact fold, which is the definition, and the interval fold

@@ -97,7 +97,10 @@ class _Exact(Interpretation[Any]):
 
 
 class Range(NamedTuple):
-    """A number over a tile: its smallest and largest value, and its name if it is an index."""
+    """An integer over a tile: its smallest and largest value, and the name of the index that it is.
+
+    An index plus a constant keeps the name.
+    """
 
     low: Any
     high: Any
@@ -163,7 +166,9 @@ class _Intervals(Interpretation[Range | Certainty]):
         (a, b, _), (c, d, _) = _range(left), _range(right)
         match operator:
             case "+":
-                return Range(a + c, b + d)
+                # A shifted index is still an index to the tables that it looks up.
+                name = _range(left).name if isinstance(c, int) and c == d else None
+                return Range(a + c, b + d, name)
             case "-":
                 return Range(a - d, b - c)
             case "*":

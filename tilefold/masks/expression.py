@@ -9,11 +9,9 @@ fold will come.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
-
-from numpy.typing import NDArray
+from typing import Generic, NamedTuple, TypeVar
 
 from tilefold.masks.nodes import (
     INDEX_NAMES,
@@ -62,7 +60,6 @@ __all__ = [
     "as_boolean",
     "as_integer",
     "evaluate",
-    "fill",
     "names",
     "split",
 ]
@@ -309,28 +306,3 @@ class _Splitter(Rebuild):
         self.parameters.append(Parameter(len(self.parameters), "int"))
         self.values.append(node.value)
         return self.parameters[-1]
-
-
-def fill(expression: Boolean, arrays: Sequence[NDArray[Any]]) -> Boolean:
-    """A tree with arrays in place of its declared tables, in the order of `Parts.declared`.
-
-    Raises ValueError for an array that does not keep what was declared, and for a wrong number.
-    """
-    filler = _Filler(arrays)
-    filled = evaluate(expression, filler)
-    if filler.used != len(arrays):
-        raise ValueError(f"{filler.used} tables are declared, got {len(arrays)} arrays")
-    return as_boolean(filled)
-
-
-class _Filler(Rebuild):
-    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
-        self.arrays = arrays
-        self.used = 0
-
-    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
-        if isinstance(table, Declared):
-            self.used += 1
-            if self.used <= len(self.arrays):
-                table = table.fill(self.arrays[self.used - 1])
-        return super().lookup(table, indices)

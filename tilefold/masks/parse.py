@@ -121,7 +121,9 @@ class _Walk:
             case ast.UnaryOp(ast.Invert(), operand):
                 return ~self._rule(operand)
             case ast.Call(ast.Name(name)) if name in RULES:
-                return self._call(node, name)
+                return self._call(node, name, RULES[name])
+            case ast.Call(ast.Attribute(whole, "window")):
+                return self._call(node, "window", self._rule(whole).window)
             case ast.Call(ast.Name(name)):
                 raise self._wrong(node, f"unknown rule {name}; use {', '.join(RULES)}")
             case ast.Name(name) if name in RULES:
@@ -130,8 +132,7 @@ class _Walk:
                 raise self._wrong(node, "write & | ~ instead of `and`, `or`, `not`")
         raise self._wrong(node, f"expected a rule, got `{self._source(node)}`")
 
-    def _call(self, node: ast.Call, name: str) -> Rule:
-        maker = RULES[name]
+    def _call(self, node: ast.Call, name: str, maker: Callable[..., Rule]) -> Rule:
         value = self._function if name == "rule" else self._value
         arguments = [value(argument) for argument in node.args]
         named = {}

@@ -102,7 +102,7 @@ def causal(
 class Local(Rule):
     """See `local`."""
 
-    window: int
+    reach: int
     stride: int
     causal: bool
     coordinates: Coordinates
@@ -115,7 +115,7 @@ class Local(Rule):
             distance = abs(axis.q - axis.k)
             # No distance reaches `longest`, so larger numbers mean the same and may not overflow.
             longest = max(axis.size_q, axis.size_k, 1)
-            tests.append(distance < min(self.window * self.stride, longest))
+            tests.append(distance < min(self.reach * self.stride, longest))
             if self.stride > 1:
                 tests.append(distance % min(self.stride, longest) == 0)
         if self.causal:
@@ -126,7 +126,7 @@ class Local(Rule):
     def __repr__(self) -> str:
         stride = "" if self.stride == 1 else f"stride={self.stride}"
         flag = "causal=True" if self.causal else ""
-        return f"local({_join(str(self.window), stride, _arguments(self.coordinates), flag)})"
+        return f"local({_join(str(self.reach), stride, _arguments(self.coordinates), flag)})"
 
 
 def local(

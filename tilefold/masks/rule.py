@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tilefold.common.check import shown, whole
 from tilefold.masks.evaluate import exact, index_bits
 from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, Logic, as_boolean, names
+from tilefold.masks.rewrite import shift
 from tilefold.masks.runs import Counts, count, runs
 
 
@@ -98,6 +99,38 @@ class Rule(ABC):
             block_traverse=whole("block_k", block_k, 1),
         )
         return count(visited, len_k, block_k)
+
+    def window(self, len_q: int, len_k: int, *, q0: int = 0, k0: int = 0) -> Rule:
+        """A piece of this rule: what it says between len_q queries and len_k keys, from q0, k0 on.
+
+        Query 0 of the piece is query q0 of the whole, key 0 is key k0. The piece ends where the
+        call that it masks ends. So a shard of a long sequence, a chunk of a prompt or a page of
+        keys is masked as it is within the whole:
+
+        >>> from tilefold import causal, local
+        >>> piece = (causal() & local(3)).window(8, 8, q0=4, k0=3)
+        >>> print(piece.to_dense(4, 4).astype(int))
+        [[1 1 0 0]
+         [1 1 1 0]
+         [0 1 1 1]
+         [0 0 1 1]]
+
+        These are rows 4 to 7 and columns 3 to 6 of `(causal() & local(3)).to_dense(8, 8)`. Arrays
+        that the rule carries are those of the whole.
+
+        Arguments:
+            len_q, len_k: the lengths of the whole.
+            q0, k0: the first query and the first key of the piece.
+
+        Raises TypeError or ValueError unless they are integers with 0 <= q0 <= len_q and
+        0 <= k0 <= len_k, and ValueError once a call leaves the whole.
+        """
+        len_q, len_k = (whole(f"window: len_{x}", n, 0) for x, n in (("q", len_q), ("k", len_k)))
+        q0, k0 = (whole(f"window: {x}0", n, 0) for x, n in (("q", q0), ("k", k0)))
+        for name, start, length in (("q", q0, len_q), ("k", k0, len_k)):
+            if start > length:
+                raise ValueError(f"window: {name}0 must be <= len_{name}={length}, got {start}")
+        return Window(self, len_q, len_k, q0, k0)
 
     def _sized(
         self, len_q: int, len_k: int, batch: int | None, heads: int | None
@@ -192,6 +225,41 @@ class Not(Rule):
     def __repr__(self) -> str:
         joined = isinstance(self.rule, (AllOf, AnyOf))
         return f"~({self.rule!r})" if joined else f"~{self.rule!r}"
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Rule):
+    """See `Rule.window`."""
+
+    rule: Rule
+    len_q: int
+    len_k: int
+    q0: int
+    k0: int
+
+    def bind(self, len_q: int, len_k: int) -> Boolean:
+        """The whole rule's expression, with the indices of the piece shifted to the whole's."""
+        for name, start, length, most in (
+            ("q", self.q0, len_q, self.len_q),
+            ("k", self.k0, len_k, self.len_k),
+        ):
+            if start + length > most:
+                raise ValueError(
+                    f"{self!r}: {name}0={start} and len_{name}={length} leave the whole, "
+                    f"which ends at {most}"
+                )
+        return shift(self.rule.bind(self.len_q, self.len_k), self.q0, self.k0)
+
+    def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
+        """Raises ValueError unless the piece is within the whole and the rule fits the whole."""
+        self.bind(len_q, len_k)
+        self.rule.check(batch, heads, self.len_q, self.len_k)
+
+    def __repr__(self) -> str:
+        joined = isinstance(self.rule, (AllOf, AnyOf, Not))
+        starts = [f"{name}={at}" for name, at in (("q0", self.q0), ("k0", self.k0)) if at]
+        given = ", ".join([str(self.len_q), str(self.len_k), *starts])
+        return f"({self.rule!r}).window({given})" if joined else f"{self.rule!r}.window({given})"
 
 
 def _combine(kind: type[AllOf] | type[AnyOf], left: Rule, right: Any) -> Rule:
