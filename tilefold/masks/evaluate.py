@@ -1,10 +1,10 @@
-"""The folds of a mask's expression that need only NumPy: exact values, and intervals over tiles.
+"""Two folds of a mask's expression with NumPy: exact values, and intervals over tiles.
 
-The exact fold is the definition of a mask. The interval fold says of a whole tile whether every
-pair in it is visible, or possibly some: it computes the smallest and largest value of each node
-over the tile, so skipping work needs no rule-specific code and no array of len_q x len_k. It may
-call a tile partial that is full or empty, never the other way round. It is tight where every index
-occurs once, as in comparisons of monotone coordinates: causal order, windows, chunks, lengths.
+The exact fold is the definition of a mask. The interval fold says of a whole tile whether all its
+pairs are visible, or perhaps some. It computes the smallest and largest value of each node over the
+tile, so skipping work needs no code of any rule and no array of len_q x len_k. It may call a tile
+partial that is full or empty, never the other way round. It is tight where every index occurs once,
+as in comparisons of monotone coordinates: causal order, windows, chunks, lengths.
 
 Interval arithmetic: Moore, "Interval Analysis" (1966).
 """
@@ -59,7 +59,7 @@ def exact(expression: Boolean, *, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.
 
 
 class _Exact(Interpretation[Any]):
-    """Each node's value is an array, or a number where it depends on no index."""
+    """The value of a node is an array, or one number if the node depends on no index."""
 
     def __init__(self, indices: Mapping[str, Array]) -> None:
         self.indices = indices
@@ -108,7 +108,7 @@ class Range(NamedTuple):
 
 
 class Certainty(NamedTuple):
-    """A truth over a tile: whether it holds for all pairs for sure, and whether for any perhaps."""
+    """A truth over a tile: whether it surely holds for all pairs, and whether perhaps for any."""
 
     all: Any
     any: Any
@@ -117,7 +117,7 @@ class Certainty(NamedTuple):
 def intervals(
     expression: Boolean, ranges: Mapping[str, tuple[Any, Any]], summary: TableBounds
 ) -> Certainty:
-    """What is known of each tile, given the first and last `b`, `h`, `q`, `k` in it (inclusive).
+    """Certainty about each tile, given the first and last `b`, `h`, `q`, `k` in it (inclusive).
 
     The arrays of `ranges` broadcast against each other; the results broadcast to that shape but may
     be smaller. `summary` answers for the tables.
@@ -228,13 +228,13 @@ def _product(a: Any, b: Any, c: Any, d: Any) -> Range:
 
 
 def _remainder(a: Any, b: Any, divisor: Any) -> Range:
-    """Within one period the remainder grows with the number; past it, it may be anything."""
+    """Within one period the remainder grows with the dividend; beyond, any remainder may occur."""
     within = a // divisor == b // divisor
     return Range(np.where(within, a % divisor, 0), np.where(within, b % divisor, divisor - 1))
 
 
 def index_bits(expression: Boolean, batch: int, heads: int, len_q: int, len_k: int) -> int:
-    """32 or 64: the integer width that holds every node of the expression at these sizes.
+    """The width of integers, 32 or 64 bits, that holds every node at these sizes.
 
     Raises OverflowError when 64 bits do not.
 
@@ -258,7 +258,7 @@ def index_bits(expression: Boolean, batch: int, heads: int, len_q: int, len_k: i
 
 
 class _Extent(_Intervals):
-    """Intervals in Python's unbounded integers over the whole mask, remembering the extremes."""
+    """Intervals over the whole mask in Python's unbounded integers; keeps the extremes of all."""
 
     low = 0
     high = 0

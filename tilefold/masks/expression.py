@@ -1,9 +1,9 @@
-"""The expression language of masks: its nodes, and how a tree of them is folded.
+"""The expression language of masks: its nodes, and how a tree of nodes gets a meaning.
 
 A rule says which query may see which key. Bound to two lengths it becomes one tree of `nodes` over
-the indices `q`, `k`, `b` (batch) and `h` (head). The tree is *folded* (see `fold`): exactly with
-NumPy, over intervals to classify whole tiles, and to text inside a kernel. Nothing here knows which
-fold will come.
+the indices `q`, `k`, `b` (batch) and `h` (head). An `Interpretation` gives a meaning to each kind
+of node, and `evaluate` folds the tree with it: to exact values, to intervals over a tile, or to
+kernel source. Nothing here knows which interpretation will come.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Interpretation(Generic[Value]):
         return self.other("Binary", (left, right))
 
     def compare(self, operator: str, left: Value, right: Value) -> Value:
-        """The truth of `x < y` or a sibling."""
+        """The truth of `x < y` or another comparison."""
         return self.other("Compare", (left, right))
 
     def logic(self, operator: str, operands: tuple[Value, ...]) -> Value:
@@ -131,10 +131,12 @@ def _visit(
     done: dict[int, Value], interpretation: Interpretation[Value], node: Expression
 ) -> Value:
     # No closure that calls itself: such a cycle would keep the values until the next collection.
-    if id(node) not in done:
-        values = tuple([_visit(done, interpretation, child) for child in node.children])
-        done[id(node)] = _meaning(interpretation, node, values)
-    return done[id(node)]
+    key = id(node)
+    if key not in done:
+        below = node.children
+        values = tuple([_visit(done, interpretation, child) for child in below]) if below else ()
+        done[key] = _meaning(interpretation, node, values)
+    return done[key]
 
 
 def _meaning(
@@ -175,7 +177,7 @@ class Collect(Interpretation[Value], ABC):
 
 
 class Rebuild(Interpretation[Expression]):
-    """An interpretation that makes the same tree anew; a class of its own changes some nodes."""
+    """An interpretation that makes the same tree anew; a subclass changes some of the nodes."""
 
     def index(self, name: str) -> Expression:
         """The index itself."""
@@ -215,7 +217,7 @@ class Rebuild(Interpretation[Expression]):
         return Logic(operator, tuple(as_boolean(operand) for operand in operands))
 
     def operand(self, node: Expression) -> Integer:
-        """The node that a new node gets as an operand: the one that was made, unless replaced."""
+        """The operand of a new node: the value itself, unless a subclass replaces it."""
         return as_integer(node)
 
 
@@ -234,10 +236,10 @@ class _Names(Collect[frozenset[str]]):
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A tree without its numbers and data: all that a kernel's text depends on. Equal by its text.
+    """A tree without its integers and tables: all that kernel source depends on. Equal by `text`.
 
-    Constants become parameters, except divisors (a division by a constant compiles to a
-    multiplication); tables become slots.
+    Constants become parameters, except divisors: a division by a constant compiles to a
+    multiplication. Tables become slots.
     """
 
     text: str
@@ -277,7 +279,7 @@ def split(expression: Boolean) -> Parts:
 
 
 class _Splitter(Rebuild):
-    """Takes the numbers and tables out of a tree, in the order in which its nodes are made."""
+    """Takes integers and tables out of a tree, in the order in which its nodes are made."""
 
     def __init__(self) -> None:
         self.parameters: list[Parameter] = []

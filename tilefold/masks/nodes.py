@@ -1,7 +1,7 @@
-"""The nodes of a mask's expression: whole numbers over indices, and truths over whole numbers.
+"""The nodes of a mask's expression: integers over the indices, and truths over integers.
 
-Operators on nodes build larger nodes, so a function of symbols traces itself. Python semantics hold
-everywhere: `//` and `%` floor. Divisors are positive constants, so no fold can divide by zero.
+Operators on nodes build larger nodes, so a function of symbols traces itself. Operators mean what
+they mean in Python: `//` and `%` floor. Divisors are positive constants: no fold divides by zero.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _valueless(node: Expression) -> TypeError:
 
 
 class Integer(Expression):
-    """A whole number that depends on the indices."""
+    """An integer that depends on the indices."""
 
     def __add__(self, other: Any) -> Integer:
         return _binary("+", self, other)
@@ -113,7 +113,7 @@ class Integer(Expression):
 
 
 class Boolean(Expression):
-    """True where the query may see the key."""
+    """A truth that depends on the indices, such as whether the query may see the key."""
 
     def __and__(self, other: Any) -> Boolean:
         return _join("&", self, other)
@@ -151,7 +151,7 @@ class Index(Integer):
 
 @dataclass(frozen=True, eq=False)
 class Constant(Integer):
-    """A number known when the rule is bound."""
+    """An integer that is known when the rule is bound."""
 
     value: int
 
@@ -161,7 +161,7 @@ class Constant(Integer):
 
 @dataclass(frozen=True, eq=False)
 class Parameter(Integer):
-    """A number that a kernel is given at run time: what a constant becomes in a `Skeleton`.
+    """A number that a kernel receives at run time. In a `Skeleton` it replaces a constant.
 
     `dtype` is "int": as wide as the indices that the mask is computed with.
     """
@@ -213,7 +213,7 @@ class Binary(Integer):
 
 @dataclass(frozen=True, eq=False)
 class Lookup(Integer):
-    """`table[i, j, ...]` of an int32 table; indices are within it wherever a rule is evaluated."""
+    """An entry `table[i, j, ...]` of an int32 table; its indices are within the table."""
 
     table: AnyTable
     indices: tuple[Integer, ...]
@@ -229,7 +229,7 @@ class Lookup(Integer):
 
 @dataclass(frozen=True, eq=False)
 class TruthLookup(Boolean):
-    """`table[i, j, ...]` of a boolean table."""
+    """An entry `table[i, j, ...]` of a boolean table; its indices are within the table."""
 
     table: AnyTable
     indices: tuple[Integer, ...]
@@ -255,7 +255,7 @@ class Truth(Boolean):
 
 @dataclass(frozen=True, eq=False)
 class Compare(Boolean):
-    """`x < y` and its five siblings."""
+    """A comparison: `x < y`, `<=`, `>`, `>=`, `==` or `!=`."""
 
     operator: str
     left: Integer
@@ -324,7 +324,7 @@ def _compare(operator: str, left: Any, right: Any) -> Boolean:
 
 
 def _join(operator: str, left: Any, right: Any) -> Boolean:
-    """Joins of joins are one join: a chain of a thousand is one node deep."""
+    """A join whose operands are no joins of the same kind: a chain of a thousand is one node."""
     parts: list[Boolean] = []
     for side in (as_boolean(left), as_boolean(right)):
         flat = isinstance(side, Logic) and side.operator == operator

@@ -1,8 +1,8 @@
-"""What every rule can do, the joins of rules, and rules traced from a user's own function.
+"""The base of all rules, joins and pieces of rules, and rules traced from a user's own function.
 
 A rule knows no lengths. Bound to two lengths it becomes an expression (see `expression`) that is
-folded exactly, over tiles, and to kernel text; so every rule, a user's own included, costs what its
-expression costs and skips what its intervals allow.
+folded to exact values, to intervals over tiles, and to kernel source. So every rule, a user's own
+included, costs what its expression costs and skips what its intervals allow.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Rule(ABC):
     def __repr__(self) -> str: ...
 
     def __eq__(self, other: object) -> bool:
-        """Same structure and data: rules are frozen dataclasses, which compare their fields."""
+        """True for the same structure and data: rules are frozen dataclasses and compare fields."""
         return NotImplemented
 
     def __hash__(self) -> int:
@@ -79,7 +79,7 @@ class Rule(ABC):
         batch: int | None = None,
         heads: int | None = None,
     ) -> Counts:
-        """How many tiles of block_q x block_k are skipped, full and partial.
+        """The numbers of skipped, full and partial tiles of block_q x block_k.
 
         A rule that depends on the batch or the head needs their number; its counts are the sums.
 
@@ -173,11 +173,11 @@ class AllOf(Rule):
     rules: tuple[Rule, ...]
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """All of them."""
+        """The expressions of all rules, joined by `&`."""
         return Logic("&", tuple(rule.bind(len_q, len_k) for rule in self.rules))
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless every one fits."""
+        """Raises ValueError unless every rule fits."""
         for rule in self.rules:
             rule.check(batch, heads, len_q, len_k)
 
@@ -194,11 +194,11 @@ class AnyOf(Rule):
     rules: tuple[Rule, ...]
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Any of them."""
+        """The expressions of all rules, joined by `|`."""
         return Logic("|", tuple(rule.bind(len_q, len_k) for rule in self.rules))
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless every one fits."""
+        """Raises ValueError unless every rule fits."""
         for rule in self.rules:
             rule.check(batch, heads, len_q, len_k)
 
@@ -215,7 +215,7 @@ class Not(Rule):
     rule: Rule
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """What it hides."""
+        """The expression of the rule, negated."""
         return ~self.rule.bind(len_q, len_k)
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:

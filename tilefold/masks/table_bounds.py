@@ -20,7 +20,7 @@ Array = NDArray[Any]
 
 
 class IndexRange(Protocol):
-    """The first and last value of an index, and its name; None if it is not a plain index."""
+    """The first and last value of an index; its name, or None if it is no plain index."""
 
     @property
     def low(self) -> Any:
@@ -43,7 +43,7 @@ class Bounds(NamedTuple):
 
 
 class TableBounds:
-    """Answers for all tables of one plan, remembering what it has reduced.
+    """Bounds of all tables of one plan; keeps what it has reduced.
 
     `grain` gives the block size along `q` and `k` (1 where absent). Bounds are exact for ranges
     that begin and end on blocks, and cover the blocks touched for others. Along `b` and `h` ranges
@@ -91,7 +91,7 @@ class TableBounds:
 
 
 def entire(table: Table | Declared) -> Bounds:
-    """The smallest and largest entry of a whole table; of an empty one, whatever."""
+    """The smallest and largest entry of a whole table; zeros for an empty one."""
     if isinstance(table, Declared):
         kind = np.bool_ if table.dtype == "bool" else np.int64
         return Bounds(kind(table.low), kind(table.high))
@@ -102,7 +102,7 @@ def entire(table: Table | Declared) -> Bounds:
 
 
 def _reduce(array: Array, axis: int, grain: int, function: Any) -> Array:
-    """Blocks of `grain` along one axis (counted from the end, negative), the last one short."""
+    """The array reduced to blocks of `grain` along one axis (negative); the last may be short."""
     axis += array.ndim
     size = array.shape[axis]
     whole = size // grain
@@ -148,7 +148,7 @@ def _spans(blocks: Array, function: Any) -> Array:
 
 
 class _Counts:
-    """How many blocks hold a true entry, and how many nothing else, over rectangles of blocks."""
+    """Counts of blocks over rectangles: blocks with a true entry, and blocks with no other."""
 
     def __init__(self, array: Array, grains: list[int]) -> None:
         numbers = array.view(np.uint8)

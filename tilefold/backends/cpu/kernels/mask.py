@@ -1,7 +1,7 @@
-"""The text fold of a rule: the lines of a kernel that say which pairs of a partial tile may meet.
+"""The mask of a CPU kernel: the instructions that say which pairs of a partial tile may meet.
 
-Along the parallel axis the indices are vectors, along the traversed axis one number. Whatever does
-not depend on the traversed index is computed once per tile, the rest once per row of the tile.
+Indices along the parallel axis are vectors, the index along the traversed axis is a scalar. What
+does not depend on the traversed index is computed once per tile, the rest once per row of the tile.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class MaskText:
 
 
 class _Text(Interpretation[Folded]):
-    """The algebra: a number is one value, or lanes as soon as it depends on the parallel index."""
+    """The interpretation: a node is a scalar, or lanes if it depends on the parallel index."""
 
     def __init__(self, body: Body, spec: KernelSpec, arguments: Arguments) -> None:
         self._body, self._spec, self._arguments = body, spec, arguments

@@ -63,12 +63,12 @@ def absolute(x):
 
 
 def masks(skeleton: Skeleton) -> bool:
-    """Whether the rule says more than that all pairs, or none, may meet."""
+    """True unless the mask is the same everywhere."""
     return not isinstance(skeleton.expression, Truth)
 
 
 def arguments(skeleton: Skeleton) -> tuple[str, ...]:
-    """What `visible` takes beside the indices, and a kernel with it: numbers, tables, strides."""
+    """Arguments of `visible`, and of a kernel, beside the indices: parameters, tables, strides."""
     found = [parameter.name for parameter in skeleton.parameters]
     for slot in skeleton.slots:
         found += [slot.name, *slot.strides]
