@@ -6,6 +6,7 @@ import gc
 import operator
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,14 @@ from tilefold import causal, documents, lengths, local, rule
 from tilefold.masks.evaluate import exact
 from tilefold.masks.expression import (
     Boolean,
+    Collect,
     Compare,
+    Expression,
     Index,
+    Integer,
     Logic,
     Lookup,
+    Rebuild,
     Table,
     Truth,
     TruthLookup,
@@ -143,14 +148,53 @@ def test_split_gives_numbers_and_tables_in_the_order_of_their_slots() -> None:
     assert [(slot.dtype, slot.rank) for slot in skeleton.slots] == [
         *(("int32", 1), ("int32", 1), ("bool", 2)),
     ]
-    assert skeleton.parameters == 3
+    assert [(one.name, one.dtype) for one in skeleton.parameters] == [
+        *(("p0", "int"), ("p1", "int"), ("p2", "int")),
+    ]
+    assert [slot.name for slot in skeleton.slots] == ["t0", "t1", "t2"]
+    assert [slot.strides for slot in skeleton.slots] == [("t0_0",), ("t1_0",), ("t2_0", "t2_1")]
     assert skeleton == split(expression)[0]
     assert hash(skeleton) == hash(split(expression)[0])
     assert skeleton != split(Q < K)[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Larger(Integer):
+    """A kind of node that the package does not know."""
+
+    left: Integer
+    right: Integer
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        return (self.left, self.right)
+
+
+class Leaves(Collect[int]):
+    def combine(self, values: tuple[int, ...]) -> int:
+        return sum(values) or 1
+
+
+def test_a_new_kind_of_node_means_something_to_what_only_walks_the_tree() -> None:
+    expression = Larger(Q * 2, K + Q) < abs(B)
+    assert names(expression) == {"q", "k", "b"}
+    assert evaluate(expression, Leaves()) == 5
+    with pytest.raises(NotImplementedError, match="no meaning to a node of Larger"):
+        exact(expression, b=0, h=0, q=1, k=2)
+
+
+def test_a_rebuilt_tree_is_the_same_tree() -> None:
+    ids = Table(np.array([1, 2], np.int32))
+    dense = TruthLookup(Table(np.ones((1, 2), bool)), (B, K))
+    expression = (abs(-(Q // 3)) <= Lookup(ids, (K % 2,))) & dense & ~Truth(True)
+    rebuilt = evaluate(expression, Rebuild())
+    assert rebuilt is not expression and str(rebuilt) == str(expression)
+    skeleton = split(expression)[0].expression
+    assert str(evaluate(skeleton, Rebuild())) == str(skeleton)
+
+
 class Count:
-    """An algebra that counts how often each kind of node is computed."""
+    """An interpretation that counts how often each kind of node is computed."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -170,7 +214,7 @@ class Value:
 def test_shared_nodes_are_computed_once() -> None:
     shared = Q - K
     count = Count()
-    evaluate((shared < 3) & (shared > -3), count)  # type: ignore[arg-type]  # stands for any algebra
+    evaluate((shared < 3) & (shared > -3), count)  # type: ignore[arg-type]  # stands for any interpretation
     assert count.seen.count("binary") == 1
     assert count.seen.count("compare") == 2
 
@@ -187,7 +231,7 @@ def test_a_fold_leaves_nothing_behind() -> None:
 
     gc.disable()
     try:
-        evaluate((Q < 3) & (K < 3), Watch())  # type: ignore[arg-type]  # stands for any algebra
+        evaluate((Q < 3) & (K < 3), Watch())  # type: ignore[arg-type]  # stands for any interpretation
         assert [reference() for reference in kept] == [None, None]
     finally:
         gc.enable()

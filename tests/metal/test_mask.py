@@ -58,8 +58,8 @@ def sized(given: Rule) -> tuple[Any, ...]:
 
 def position(skeleton: Any) -> Callable[[str], int]:
     """As in a kernel, where other words stand before those of the mask."""
-    numbers = [f"p{slot}" for slot in range(skeleton.parameters)]
-    strides = [f"t{slot.number}_{axis}" for slot in skeleton.slots for axis in range(slot.rank)]
+    numbers = [parameter.name for parameter in skeleton.parameters]
+    strides = [stride for slot in skeleton.slots for stride in slot.strides]
     return lambda name: 7 + [*numbers, *strides].index(name)
 
 

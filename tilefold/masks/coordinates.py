@@ -1,4 +1,4 @@
-"""Where queries and keys stand: coordinates of 1-D and 2-D sequences of different sizes.
+"""Coordinates of queries and keys in 1-D and 2-D sequences of different sizes.
 
 Rules such as causal order and windows compare coordinates, not indices. `align` shifts the queries
 so that either both first or both last positions meet; `sync` instead spreads the shorter sequence
@@ -49,7 +49,7 @@ class Coordinates:
         return rows, columns
 
     def order(self, len_q: int, len_k: int) -> tuple[Integer, Integer]:
-        """Numbers that stand in the order of the coordinates: raster order in 2-D.
+        """Integers in the order of the coordinates, which is raster order in 2-D.
 
         A row is worth more than any difference of columns: M = max(W_q, W_k). With steps A over
         rows and a over columns, A * row * M + a * column is a * index + (A * M - a * W) * row, and

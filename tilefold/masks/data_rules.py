@@ -1,7 +1,7 @@
 """Rules that carry data: documents, lengths, dense.
 
-The data become tables that a kernel reads and that the planner bounds. They are copied and frozen,
-so a rule never changes after it was made.
+The data become tables: a kernel reads them, and the planner bounds them. Data are copied and cannot
+be written to, so a rule never changes after it was made.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Documents(Rule):
     ids_k: Table
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Equal ids."""
+        """Whether the ids are equal."""
         sides: list[Integer] = []
         for name, table, length in (("q", self.ids_q, len_q), ("k", self.ids_k, len_k)):
             if table.array.shape[-1] != length:
@@ -70,7 +70,7 @@ def documents(ids_q: Any, ids_k: Any = None) -> Rule:
      [0 0 0 1]]
 
     Arguments:
-        ids_q: whole numbers of any integer type, (len_q,) or (batch, len_q); copied.
+        ids_q: integers of any integer type, (len_q,) or (batch, len_q); copied.
         ids_k: the same for keys, (len_k,) or (batch, len_k); ids_q where absent.
 
     Raises TypeError or ValueError for other arrays, and ValueError once the rule meets lengths or
@@ -89,7 +89,7 @@ def _fits_int32(array: NDArray[Any]) -> bool:
 
 
 def _ranks(arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
-    """Arrays of the same order and equalities with small numbers, as int32 tables hold them."""
+    """Arrays with the same order and equalities whose small integers fit int32 tables."""
     flat = [array.reshape(-1) for array in arrays]
     if len({array.dtype.kind for array in arrays}) > 1:  # int64 and uint64 would meet in float64
         flat = [array.astype(object) for array in flat]
@@ -105,7 +105,7 @@ class Lengths(Rule):
     n_k: int | Table
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Keys below the length."""
+        """Whether the key is below the length."""
         if isinstance(self.n_k, Table):
             return Index("k") < Lookup(self.n_k, (Index("b"),))
         return Index("k") < min(self.n_k, len_k)
@@ -130,7 +130,7 @@ def lengths(n_k: Any) -> Rule:
      [1 1 1 0]]
 
     Arguments:
-        n_k: a whole number >= 0, or (batch,) of them; copied. One past len_k hides nothing.
+        n_k: an integer >= 0, or an array (batch,) of them; copied. One past len_k hides nothing.
 
     Raises TypeError or ValueError for other values, and ValueError once an array meets a batch of
     another size.

@@ -1,10 +1,10 @@
-"""The folds of a mask's expression that need only NumPy: exact values, and intervals over tiles.
+"""Two folds of a mask's expression with NumPy: exact values, and intervals over tiles.
 
-The exact fold is the definition of a mask. The interval fold says of a whole tile whether every
-pair in it is visible, or possibly some: it computes the smallest and largest value of each node
-over the tile, so skipping work needs no rule-specific code and no array of len_q x len_k. It may
-call a tile partial that is full or empty, never the other way round. It is tight where every index
-occurs once, as in comparisons of monotone coordinates: causal order, windows, chunks, lengths.
+The exact fold is the definition of a mask. The interval fold says of a whole tile whether all its
+pairs are visible, or perhaps some. It computes the smallest and largest value of each node over the
+tile, so skipping work needs no code of any rule and no array of len_q x len_k. It may call a tile
+partial that is full or empty, never the other way round. It is tight where every index occurs once,
+as in comparisons of monotone coordinates: causal order, windows, chunks, lengths.
 
 Interval arithmetic: Moore, "Interval Analysis" (1966).
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.masks.expression import Boolean, Slot, Table, evaluate
+from tilefold.masks.expression import AnyTable, Boolean, Interpretation, Slot, evaluate
 from tilefold.masks.table_bounds import TableBounds, entire
 
 Array = NDArray[Any]
@@ -58,8 +58,8 @@ def exact(expression: Boolean, *, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.
     return np.array(np.broadcast_to(result, shape))
 
 
-class _Exact:
-    """Each node's value is an array, or a number where it depends on no index."""
+class _Exact(Interpretation[Any]):
+    """The value of a node is an array, or one number if the node depends on no index."""
 
     def __init__(self, indices: Mapping[str, Array]) -> None:
         self.indices = indices
@@ -70,16 +70,13 @@ class _Exact:
     def constant(self, value: int) -> Any:
         return value
 
-    def parameter(self, slot: int) -> Any:
-        raise AssertionError("a skeleton has no values")
-
     def truth(self, value: bool) -> Any:
         return np.bool_(value)
 
-    def lookup(self, table: Table | Slot, indices: tuple[Any, ...]) -> Any:
-        assert isinstance(table, Table)
+    def lookup(self, table: AnyTable, indices: tuple[Any, ...]) -> Any:
+        assert not isinstance(table, Slot)
         value = table.array[indices]
-        return value if table.array.dtype == np.bool_ else value.astype(np.int64)
+        return value if table.dtype == "bool" else value.astype(np.int64)
 
     def unary(self, operator: str, operand: Any) -> Any:
         return abs(operand) if operator == "abs" else -operand
@@ -100,7 +97,10 @@ class _Exact:
 
 
 class Range(NamedTuple):
-    """A number over a tile: its smallest and largest value, and its name if it is an index."""
+    """An integer over a tile: its smallest and largest value, and the name of the index that it is.
+
+    An index plus a constant keeps the name.
+    """
 
     low: Any
     high: Any
@@ -108,7 +108,7 @@ class Range(NamedTuple):
 
 
 class Certainty(NamedTuple):
-    """A truth over a tile: whether it holds for all pairs for sure, and whether for any perhaps."""
+    """A truth over a tile: whether it surely holds for all pairs, and whether perhaps for any."""
 
     all: Any
     any: Any
@@ -117,7 +117,7 @@ class Certainty(NamedTuple):
 def intervals(
     expression: Boolean, ranges: Mapping[str, tuple[Any, Any]], summary: TableBounds
 ) -> Certainty:
-    """What is known of each tile, given the first and last `b`, `h`, `q`, `k` in it (inclusive).
+    """Certainty about each tile, given the first and last `b`, `h`, `q`, `k` in it (inclusive).
 
     The arrays of `ranges` broadcast against each other; the results broadcast to that shape but may
     be smaller. `summary` answers for the tables.
@@ -132,7 +132,7 @@ def intervals(
     return known
 
 
-class _Intervals:
+class _Intervals(Interpretation[Range | Certainty]):
     def __init__(self, ranges: Mapping[str, tuple[Any, Any]], summary: TableBounds) -> None:
         self.ranges = ranges
         self.summary = summary
@@ -144,18 +144,13 @@ class _Intervals:
     def constant(self, value: int) -> Range | Certainty:
         return Range(value, value)
 
-    def parameter(self, slot: int) -> Range | Certainty:
-        raise AssertionError("a skeleton has no values")
-
     def truth(self, value: bool) -> Range | Certainty:
         return Certainty(np.bool_(value), np.bool_(value))
 
-    def lookup(
-        self, table: Table | Slot, indices: tuple[Range | Certainty, ...]
-    ) -> Range | Certainty:
-        assert isinstance(table, Table)
+    def lookup(self, table: AnyTable, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
+        assert not isinstance(table, Slot)
         low, high = self.summary.bounds(table, tuple(_range(index) for index in indices))
-        if table.array.dtype == np.bool_:
+        if table.dtype == "bool":
             return Certainty(low, high)
         return Range(low, high)
 
@@ -171,7 +166,9 @@ class _Intervals:
         (a, b, _), (c, d, _) = _range(left), _range(right)
         match operator:
             case "+":
-                return Range(a + c, b + d)
+                # A shifted index is still an index to the tables that it looks up.
+                name = _range(left).name if isinstance(c, int) and c == d else None
+                return Range(a + c, b + d, name)
             case "-":
                 return Range(a - d, b - c)
             case "*":
@@ -231,13 +228,13 @@ def _product(a: Any, b: Any, c: Any, d: Any) -> Range:
 
 
 def _remainder(a: Any, b: Any, divisor: Any) -> Range:
-    """Within one period the remainder grows with the number; past it, it may be anything."""
+    """Within one period the remainder grows with the dividend; beyond, any remainder may occur."""
     within = a // divisor == b // divisor
     return Range(np.where(within, a % divisor, 0), np.where(within, b % divisor, divisor - 1))
 
 
 def index_bits(expression: Boolean, batch: int, heads: int, len_q: int, len_k: int) -> int:
-    """32 or 64: the integer width that holds every node of the expression at these sizes.
+    """The width of integers, 32 or 64 bits, that holds every node at these sizes.
 
     Raises OverflowError when 64 bits do not.
 
@@ -261,7 +258,7 @@ def index_bits(expression: Boolean, batch: int, heads: int, len_q: int, len_k: i
 
 
 class _Extent(_Intervals):
-    """Intervals in Python's unbounded integers over the whole mask, remembering the extremes."""
+    """Intervals over the whole mask in Python's unbounded integers; keeps the extremes of all."""
 
     low = 0
     high = 0
@@ -277,11 +274,9 @@ class _Extent(_Intervals):
     def constant(self, value: int) -> Range | Certainty:
         return self._see(super().constant(value))
 
-    def lookup(
-        self, table: Table | Slot, indices: tuple[Range | Certainty, ...]
-    ) -> Range | Certainty:
-        assert isinstance(table, Table)
-        if table.array.dtype == np.bool_:
+    def lookup(self, table: AnyTable, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
+        assert not isinstance(table, Slot)
+        if table.dtype == "bool":
             return Certainty(*entire(table))
         return self._see(Range(*entire(table)))
 

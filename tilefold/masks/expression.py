@@ -1,19 +1,17 @@
-"""The expression language of masks: its nodes, and how a tree of them is folded.
+"""The expression language of masks: its nodes, and how a tree of nodes gets a meaning.
 
 A rule says which query may see which key. Bound to two lengths it becomes one tree of `nodes` over
-the indices `q`, `k`, `b` (batch) and `h` (head). The tree is *folded* (see `fold`): exactly with
-NumPy, over intervals to classify whole tiles, and to text inside a kernel. Nothing here knows which
-fold will come.
+the indices `q`, `k`, `b` (batch) and `h` (head). An `Interpretation` gives a meaning to each kind
+of node, and `evaluate` folds the tree with it: to exact values, to intervals over a tile, or to
+kernel source. Nothing here knows which interpretation will come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol, TypeVar
-
-import numpy as np
+from typing import Generic, NamedTuple, TypeVar
 
 from tilefold.masks.nodes import (
     INDEX_NAMES,
@@ -27,21 +25,23 @@ from tilefold.masks.nodes import (
     Logic,
     Lookup,
     Parameter,
-    Slot,
-    Table,
     Truth,
     TruthLookup,
     Unary,
     as_boolean,
     as_integer,
 )
+from tilefold.masks.tables import AnyTable, Declared, Slot, Table
 
 __all__ = [
     "INDEX_NAMES",
+    "AnyTable",
     "Binary",
     "Boolean",
+    "Collect",
     "Compare",
     "Constant",
+    "Declared",
     "Expression",
     "Index",
     "Integer",
@@ -49,6 +49,8 @@ __all__ = [
     "Logic",
     "Lookup",
     "Parameter",
+    "Parts",
+    "Rebuild",
     "Skeleton",
     "Slot",
     "Table",
@@ -57,7 +59,6 @@ __all__ = [
     "Unary",
     "as_boolean",
     "as_integer",
-    "children",
     "evaluate",
     "names",
     "split",
@@ -66,91 +67,158 @@ __all__ = [
 Value = TypeVar("Value")
 
 
-class Interpretation(Protocol[Value]):
-    """What each node means in one fold."""
+class Interpretation(Generic[Value]):
+    """What each kind of node means, given what its children mean.
+
+    A kind without a method of its own means `other`. So a new kind of node costs a method in the
+    interpretations that compute with it, and nothing in those that only walk the tree.
+    """
+
+    def other(self, kind: str, values: tuple[Value, ...]) -> Value:
+        """The value of a kind of node that this interpretation does not define."""
+        raise NotImplementedError(f"{type(self).__name__} gives no meaning to a node of {kind}")
 
     def index(self, name: str) -> Value:
         """The value of `b`, `h`, `q` or `k`."""
+        return self.other("Index", ())
 
     def constant(self, value: int) -> Value:
-        """The value of a number."""
+        """The value of an integer."""
+        return self.other("Constant", ())
 
-    def parameter(self, slot: int) -> Value:
+    def parameter(self, slot: int, dtype: str) -> Value:
         """The value of a kernel's parameter."""
+        return self.other("Parameter", ())
 
     def truth(self, value: bool) -> Value:
         """The value of True or False."""
+        return self.other("Truth", ())
 
-    def lookup(self, table: Table | Slot, indices: tuple[Value, ...]) -> Value:
-        """The value of `table[indices]`, a number or a truth as the table's type says."""
+    def lookup(self, table: AnyTable, indices: tuple[Value, ...]) -> Value:
+        """The value of `table[indices]`: an integer or a truth, as the table's type says."""
+        return self.other("Lookup", indices)
 
     def unary(self, operator: str, operand: Value) -> Value:
         """The value of `-x` or `abs(x)`."""
+        return self.other("Unary", (operand,))
 
     def binary(self, operator: str, left: Value, right: Value) -> Value:
         """The value of `x + y`, `x - y`, `x * y`, `x // y` or `x % y`."""
+        return self.other("Binary", (left, right))
 
     def compare(self, operator: str, left: Value, right: Value) -> Value:
-        """The truth of `x < y` or a sibling."""
+        """The truth of `x < y` or another comparison."""
+        return self.other("Compare", (left, right))
 
     def logic(self, operator: str, operands: tuple[Value, ...]) -> Value:
         """The truth of `x & y`, `x | y` or `~x`."""
+        return self.other("Logic", operands)
 
 
 def evaluate(
-    expression: Expression, algebra: Interpretation[Value], known: Mapping[int, Value] | None = None
+    expression: Expression,
+    interpretation: Interpretation[Value],
+    known: Mapping[int, Value] | None = None,
 ) -> Value:
-    """The value of a tree in an algebra; shared nodes are computed once.
+    """The value of a tree in an interpretation; shared nodes are computed once.
 
     `known` gives values to some nodes beforehand, by `id(node)`.
     """
-    return _visit(dict(known or {}), algebra, expression)
+    return _visit(dict(known or {}), interpretation, expression)
 
 
-def _visit(done: dict[int, Value], algebra: Interpretation[Value], node: Expression) -> Value:
+def _visit(
+    done: dict[int, Value], interpretation: Interpretation[Value], node: Expression
+) -> Value:
     # No closure that calls itself: such a cycle would keep the values until the next collection.
-    if id(node) not in done:
-        done[id(node)] = _step(node, algebra, partial(_visit, done, algebra))
-    return done[id(node)]
+    key = id(node)
+    if key not in done:
+        below = node.children
+        values = tuple([_visit(done, interpretation, child) for child in below]) if below else ()
+        done[key] = _meaning(interpretation, node, values)
+    return done[key]
 
 
-def _step(
-    node: Expression, algebra: Interpretation[Value], visit: Callable[[Expression], Value]
+def _meaning(
+    interpretation: Interpretation[Value], node: Expression, values: tuple[Value, ...]
 ) -> Value:
     match node:
         case Index(name):
-            return algebra.index(name)
+            return interpretation.index(name)
         case Constant(value):
-            return algebra.constant(value)
-        case Parameter(slot):
-            return algebra.parameter(slot)
+            return interpretation.constant(value)
+        case Parameter(slot, dtype):
+            return interpretation.parameter(slot, dtype)
         case Truth(value):
-            return algebra.truth(value)
-        case Lookup(table, indices) | TruthLookup(table, indices):
-            return algebra.lookup(table, tuple(visit(index) for index in indices))
-        case Unary(operator, operand):
-            return algebra.unary(operator, visit(operand))
-        case Binary(operator, left, right):
-            return algebra.binary(operator, visit(left), visit(right))
-        case Compare(operator, left, right):
-            return algebra.compare(operator, visit(left), visit(right))
-        case Logic(operator, operands):
-            return algebra.logic(operator, tuple(visit(operand) for operand in operands))
-    raise AssertionError(f"unknown node {type(node).__name__}")
+            return interpretation.truth(value)
+        case Lookup(table) | TruthLookup(table):
+            return interpretation.lookup(table, values)
+        case Unary(operator):
+            return interpretation.unary(operator, *values)
+        case Binary(operator):
+            return interpretation.binary(operator, *values)
+        case Compare(operator):
+            return interpretation.compare(operator, *values)
+        case Logic(operator):
+            return interpretation.logic(operator, values)
+    return interpretation.other(type(node).__name__, values)
 
 
-def children(node: Expression) -> tuple[Expression, ...]:
-    """The nodes that a node is made of."""
-    match node:
-        case Binary(_, left, right) | Compare(_, left, right):
-            return (left, right)
-        case Unary(_, operand):
-            return (operand,)
-        case Logic(_, operands):
-            return operands
-        case Lookup(_, indices) | TruthLookup(_, indices):
-            return indices
-    return ()
+class Collect(Interpretation[Value], ABC):
+    """An interpretation that combines the values of a node's children, whatever the node is."""
+
+    @abstractmethod
+    def combine(self, values: tuple[Value, ...]) -> Value:
+        """The value of a node from the values of its children; of a leaf from none."""
+
+    def other(self, kind: str, values: tuple[Value, ...]) -> Value:
+        """What all kinds of nodes mean."""
+        return self.combine(values)
+
+
+class Rebuild(Interpretation[Expression]):
+    """An interpretation that makes the same tree anew; a subclass changes some of the nodes."""
+
+    def index(self, name: str) -> Expression:
+        """The index itself."""
+        return Index(name)
+
+    def constant(self, value: int) -> Expression:
+        """The constant itself."""
+        return Constant(value)
+
+    def parameter(self, slot: int, dtype: str) -> Expression:
+        """The parameter itself."""
+        return Parameter(slot, dtype)
+
+    def truth(self, value: bool) -> Expression:
+        """The truth itself."""
+        return Truth(value)
+
+    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
+        """A lookup at the new indices."""
+        kind = TruthLookup if table.dtype == "bool" else Lookup
+        return kind(table, tuple(self.operand(index) for index in indices))
+
+    def unary(self, operator: str, operand: Expression) -> Expression:
+        """The operator on the new operand."""
+        return Unary(operator, self.operand(operand))
+
+    def binary(self, operator: str, left: Expression, right: Expression) -> Expression:
+        """The operator on the new operands."""
+        return Binary(operator, self.operand(left), self.operand(right))
+
+    def compare(self, operator: str, left: Expression, right: Expression) -> Expression:
+        """The comparison of the new operands."""
+        return Compare(operator, self.operand(left), self.operand(right))
+
+    def logic(self, operator: str, operands: tuple[Expression, ...]) -> Expression:
+        """The operator on the new operands."""
+        return Logic(operator, tuple(as_boolean(operand) for operand in operands))
+
+    def operand(self, node: Expression) -> Integer:
+        """The operand of a new node: the value itself, unless a subclass replaces it."""
+        return as_integer(node)
 
 
 def names(expression: Expression) -> frozenset[str]:
@@ -158,46 +226,25 @@ def names(expression: Expression) -> frozenset[str]:
     return evaluate(expression, _Names())
 
 
-class _Names:
+class _Names(Collect[frozenset[str]]):
     def index(self, name: str) -> frozenset[str]:
         return frozenset((name,))
 
-    def constant(self, value: int) -> frozenset[str]:
-        return frozenset()
-
-    def parameter(self, slot: int) -> frozenset[str]:
-        return frozenset()
-
-    def truth(self, value: bool) -> frozenset[str]:
-        return frozenset()
-
-    def lookup(self, table: Table | Slot, indices: tuple[frozenset[str], ...]) -> frozenset[str]:
-        return frozenset().union(*indices)
-
-    def unary(self, operator: str, operand: frozenset[str]) -> frozenset[str]:
-        return operand
-
-    def binary(self, operator: str, left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
-        return left | right
-
-    def compare(self, operator: str, left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
-        return left | right
-
-    def logic(self, operator: str, operands: tuple[frozenset[str], ...]) -> frozenset[str]:
-        return frozenset().union(*operands)
+    def combine(self, values: tuple[frozenset[str], ...]) -> frozenset[str]:
+        return frozenset().union(*values)
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A tree without its numbers and data: all that a kernel's text depends on. Equal by its text.
+    """A tree without its integers and tables: all that kernel source depends on. Equal by `text`.
 
-    Constants become parameters, except divisors (a division by a constant compiles to a
-    multiplication); tables become slots.
+    Constants become parameters, except divisors: a division by a constant compiles to a
+    multiplication. Tables become slots.
     """
 
     text: str
     expression: Boolean
-    parameters: int
+    parameters: tuple[Parameter, ...]
     slots: tuple[Slot, ...]
 
     def __eq__(self, other: object) -> bool:
@@ -207,60 +254,57 @@ class Skeleton:
         return hash(self.text)
 
 
-def split(expression: Boolean) -> tuple[Skeleton, tuple[int, ...], tuple[Table, ...]]:
-    """A tree as its skeleton, the parameters' values and the tables, in the slots' order."""
+class Parts(NamedTuple):
+    """A tree as its skeleton, the values of its parameters, and its tables in the slots' order."""
+
+    skeleton: Skeleton
+    parameters: tuple[int, ...]
+    tables: tuple[Table | Declared, ...]
+
+    @property
+    def declared(self) -> tuple[Slot, ...]:
+        """The slots of the tables whose data are known at launch only."""
+        pairs = zip(self.skeleton.slots, self.tables, strict=True)
+        return tuple(slot for slot, table in pairs if isinstance(table, Declared))
+
+
+def split(expression: Boolean) -> Parts:
+    """A tree as its skeleton and all that the skeleton leaves out."""
     splitter = _Splitter()
     skeleton = evaluate(expression, splitter)
     assert isinstance(skeleton, Boolean)
-    slots = tuple(
-        Slot(number, str(table.array.dtype), table.array.ndim)
-        for number, table in enumerate(splitter.tables)
-    )
-    whole = Skeleton(str(skeleton), skeleton, len(splitter.parameters), slots)
-    return whole, tuple(splitter.parameters), tuple(splitter.tables)
+    parameters, slots = tuple(splitter.parameters), tuple(splitter.slots)
+    whole = Skeleton(str(skeleton), skeleton, parameters, slots)
+    return Parts(whole, tuple(splitter.values), tuple(splitter.tables))
 
 
-class _Splitter:
+class _Splitter(Rebuild):
+    """Takes integers and tables out of a tree, in the order in which its nodes are made."""
+
     def __init__(self) -> None:
-        self.parameters: list[int] = []
-        self.tables: list[Table] = []
+        self.parameters: list[Parameter] = []
+        self.values: list[int] = []
+        self.slots: list[Slot] = []
+        self.tables: list[Table | Declared] = []
 
-    def index(self, name: str) -> Expression:
-        return Index(name)
-
-    def constant(self, value: int) -> Expression:
-        return Constant(value)
-
-    def parameter(self, slot: int) -> Expression:
+    def parameter(self, slot: int, dtype: str) -> Expression:
         raise AssertionError("already a skeleton")
 
-    def truth(self, value: bool) -> Expression:
-        return Truth(value)
-
-    def lookup(self, table: Table | Slot, indices: tuple[Expression, ...]) -> Expression:
-        assert isinstance(table, Table)
-        slot = Slot(len(self.tables), str(table.array.dtype), table.array.ndim)
+    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
+        assert not isinstance(table, Slot), "already a skeleton"
+        slot = Slot(len(self.slots), table.dtype, len(table.shape))
+        self.slots.append(slot)
         self.tables.append(table)
-        kind = TruthLookup if table.array.dtype == np.bool_ else Lookup
-        return kind(slot, tuple(self._number(index) for index in indices))
-
-    def unary(self, operator: str, operand: Expression) -> Expression:
-        return Unary(operator, self._number(operand))
+        return super().lookup(slot, indices)
 
     def binary(self, operator: str, left: Expression, right: Expression) -> Expression:
-        keep = operator in ("//", "%")
-        return Binary(
-            operator, self._number(left), as_integer(right) if keep else self._number(right)
-        )
+        if operator not in ("//", "%"):
+            return super().binary(operator, left, right)
+        return Binary(operator, self.operand(left), as_integer(right))
 
-    def compare(self, operator: str, left: Expression, right: Expression) -> Expression:
-        return Compare(operator, self._number(left), self._number(right))
-
-    def logic(self, operator: str, operands: tuple[Expression, ...]) -> Expression:
-        return Logic(operator, tuple(as_boolean(operand) for operand in operands))
-
-    def _number(self, node: Expression) -> Integer:
+    def operand(self, node: Expression) -> Integer:
         if not isinstance(node, Constant):
             return as_integer(node)
-        self.parameters.append(node.value)
-        return Parameter(len(self.parameters) - 1)
+        self.parameters.append(Parameter(len(self.parameters), "int"))
+        self.values.append(node.value)
+        return self.parameters[-1]

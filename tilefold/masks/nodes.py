@@ -1,18 +1,17 @@
-"""The nodes of a mask's expression: whole numbers over indices, and truths over whole numbers.
+"""The nodes of a mask's expression: integers over the indices, and truths over integers.
 
-Operators on nodes build larger nodes, so a function of symbols traces itself. Python semantics hold
-everywhere: `//` and `%` floor. Divisors are positive constants, so no fold can divide by zero.
+Operators on nodes build larger nodes, so a function of symbols traces itself. Operators mean what
+they mean in Python: `//` and `%` floor. Divisors are positive constants: no fold divides by zero.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
+
+from tilefold.masks.tables import AnyTable
 
 INDEX_NAMES = ("b", "h", "q", "k")
 _ASK_OPERATORS = (
@@ -30,6 +29,11 @@ class Expression:
             f"the truth of `{self}` is not known while a rule is traced; {_ASK_OPERATORS}"
         )
 
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The nodes that this node is made of."""
+        return ()
+
     __array_ufunc__ = None  # NumPy's numbers leave operators to the node on the other side
 
     def __array__(self, *arguments: Any, **options: Any) -> NoReturn:
@@ -44,7 +48,7 @@ def _valueless(node: Expression) -> TypeError:
 
 
 class Integer(Expression):
-    """A whole number that depends on the indices."""
+    """An integer that depends on the indices."""
 
     def __add__(self, other: Any) -> Integer:
         return _binary("+", self, other)
@@ -109,7 +113,7 @@ class Integer(Expression):
 
 
 class Boolean(Expression):
-    """True where the query may see the key."""
+    """A truth that depends on the indices, such as whether the query may see the key."""
 
     def __and__(self, other: Any) -> Boolean:
         return _join("&", self, other)
@@ -147,7 +151,7 @@ class Index(Integer):
 
 @dataclass(frozen=True, eq=False)
 class Constant(Integer):
-    """A number known when the rule is bound."""
+    """An integer that is known when the rule is bound."""
 
     value: int
 
@@ -157,12 +161,21 @@ class Constant(Integer):
 
 @dataclass(frozen=True, eq=False)
 class Parameter(Integer):
-    """A number that a kernel is given at run time: what a constant becomes in a `Skeleton`."""
+    """A number that a kernel receives at run time. In a `Skeleton` it replaces a constant.
+
+    `dtype` is "int": as wide as the indices that the mask is computed with.
+    """
 
     slot: int
+    dtype: str = "int"
+
+    @property
+    def name(self) -> str:
+        """The name of the kernel's argument."""
+        return f"p{self.slot}"
 
     def __str__(self) -> str:
-        return f"p{self.slot}"
+        return self.name if self.dtype == "int" else f"{self.name}:{self.dtype}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +184,11 @@ class Unary(Integer):
 
     operator: str
     operand: Integer
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The operand."""
+        return (self.operand,)
 
     def __str__(self) -> str:
         return f"abs({self.operand})" if self.operator == "abs" else f"-{self.operand}"
@@ -184,53 +202,26 @@ class Binary(Integer):
     left: Integer
     right: Integer
 
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The left side and the right side."""
+        return (self.left, self.right)
+
     def __str__(self) -> str:
         return f"({self.left} {self.operator} {self.right})"
 
 
-@dataclass(frozen=True)
-class Table:
-    """Mask data: an int32 or bool array, one axis per index that reads it; equal by content."""
-
-    array: NDArray[Any]
-
-    def __post_init__(self) -> None:
-        assert self.array.dtype in (np.int32, np.bool_), self.array.dtype
-
-    @cached_property
-    def digest(self) -> str:
-        """A hash of shape, type and content."""
-        head = f"{self.array.dtype}{self.array.shape}".encode()
-        return hashlib.sha256(head + np.ascontiguousarray(self.array).tobytes()).hexdigest()[:16]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Table) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __str__(self) -> str:
-        return f"{self.array.dtype}[{'x'.join(map(str, self.array.shape))}]#{self.digest[:6]}"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place for a table in a kernel: its number, element type and rank, without the data."""
-
-    number: int
-    dtype: str
-    rank: int
-
-    def __str__(self) -> str:
-        return f"t{self.number}:{self.dtype}"
-
-
 @dataclass(frozen=True, eq=False)
 class Lookup(Integer):
-    """`table[i, j, ...]` of an int32 table; indices are within it wherever a rule is evaluated."""
+    """An entry `table[i, j, ...]` of an int32 table; its indices are within the table."""
 
-    table: Table | Slot
+    table: AnyTable
     indices: tuple[Integer, ...]
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The indices."""
+        return self.indices
 
     def __str__(self) -> str:
         return f"{self.table}[{', '.join(map(str, self.indices))}]"
@@ -238,10 +229,15 @@ class Lookup(Integer):
 
 @dataclass(frozen=True, eq=False)
 class TruthLookup(Boolean):
-    """`table[i, j, ...]` of a boolean table."""
+    """An entry `table[i, j, ...]` of a boolean table; its indices are within the table."""
 
-    table: Table | Slot
+    table: AnyTable
     indices: tuple[Integer, ...]
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The indices."""
+        return self.indices
 
     def __str__(self) -> str:
         return f"{self.table}[{', '.join(map(str, self.indices))}]"
@@ -259,11 +255,16 @@ class Truth(Boolean):
 
 @dataclass(frozen=True, eq=False)
 class Compare(Boolean):
-    """`x < y` and its five siblings."""
+    """A comparison: `x < y`, `<=`, `>`, `>=`, `==` or `!=`."""
 
     operator: str
     left: Integer
     right: Integer
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The left side and the right side."""
+        return (self.left, self.right)
 
     def __str__(self) -> str:
         return f"({self.left} {self.operator} {self.right})"
@@ -275,6 +276,11 @@ class Logic(Boolean):
 
     operator: str
     operands: tuple[Boolean, ...]
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The operands."""
+        return self.operands
 
     def __str__(self) -> str:
         if self.operator == "~":
@@ -318,7 +324,7 @@ def _compare(operator: str, left: Any, right: Any) -> Boolean:
 
 
 def _join(operator: str, left: Any, right: Any) -> Boolean:
-    """Joins of joins are one join: a chain of a thousand is one node deep."""
+    """A join whose operands are no joins of the same kind: a chain of a thousand is one node."""
     parts: list[Boolean] = []
     for side in (as_boolean(left), as_boolean(right)):
         flat = isinstance(side, Logic) and side.operator == operator

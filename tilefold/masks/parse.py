@@ -1,7 +1,7 @@
 """Mask strings such as `(causal() & local(256)) | prefix(4)`, as rules print themselves.
 
-Python's own grammar is borrowed to get a syntax tree, and a walk over it knows the rules, numbers,
-strings, tuples and nothing else: nothing is evaluated, and no name leads out of the tables below.
+Python's own grammar gives a syntax tree. The walk over it knows rules, integers, strings, tuples
+and nothing else: nothing is evaluated, and no name leads out of the tables below.
 """
 
 from __future__ import annotations
@@ -47,18 +47,20 @@ _COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 
 def parse(text: str) -> Rule:
-    """The rule that a string spells: calls of rules, joined by `&`, `|`, `~` and parentheses.
+    """The rule that a string spells: calls of rules and their pieces, joined by `&`, `|`, `~`.
 
     >>> parse("(causal() & local(256)) | prefix(4)")
     (causal() & local(256)) | prefix(4)
     >>> parse("rule(lambda q, k: (q - k) % 3 == 0)")
     rule(lambda q, k: ((q - k) % 3) == 0)
+    >>> parse("causal().window(4096, 4096, q0=1024) & local(256)")
+    causal().window(4096, 4096, q0=1024) & local(256)
     >>> parse("causal() & locl(3)")
     Traceback (most recent call last):
     ValueError: mask string, column 12: unknown rule locl; use full, causal, local, prefix, \
 chunked, documents, lengths, dense, rule
 
-    Arguments may be whole numbers, strings, True, False, None, and tuples or lists of them.
+    Arguments may be integers, strings, True, False, None, and tuples or lists of them.
 
     Raises TypeError for anything but a string, and ValueError, naming the column, for a string
     that is not a rule.
@@ -75,7 +77,7 @@ chunked, documents, lengths, dense, rule
 
 
 class _Refusal(ValueError):
-    """An error that already says where."""
+    """An error that already names the column."""
 
 
 class _Walk:
@@ -121,7 +123,9 @@ class _Walk:
             case ast.UnaryOp(ast.Invert(), operand):
                 return ~self._rule(operand)
             case ast.Call(ast.Name(name)) if name in RULES:
-                return self._call(node, name)
+                return self._call(node, name, RULES[name])
+            case ast.Call(ast.Attribute(whole, "window")):
+                return self._call(node, "window", self._rule(whole).window)
             case ast.Call(ast.Name(name)):
                 raise self._wrong(node, f"unknown rule {name}; use {', '.join(RULES)}")
             case ast.Name(name) if name in RULES:
@@ -130,8 +134,7 @@ class _Walk:
                 raise self._wrong(node, "write & | ~ instead of `and`, `or`, `not`")
         raise self._wrong(node, f"expected a rule, got `{self._source(node)}`")
 
-    def _call(self, node: ast.Call, name: str) -> Rule:
-        maker = RULES[name]
+    def _call(self, node: ast.Call, name: str, maker: Callable[..., Rule]) -> Rule:
         value = self._function if name == "rule" else self._value
         arguments = [value(argument) for argument in node.args]
         named = {}
@@ -153,7 +156,7 @@ class _Walk:
             raise self._wrong(node, error) from None
 
     def _value(self, node: ast.expr) -> Any:
-        """A literal."""
+        """The value of a literal."""
         match node:
             case ast.Constant(value) if value is None or isinstance(value, (bool, int, str)):
                 return value
@@ -188,7 +191,7 @@ class _Walk:
         return build
 
     def _number(self, node: ast.expr, indices: Mapping[str, Index]) -> Any:
-        """A number or a truth over the indices."""
+        """An integer or a truth over the indices."""
         try:
             match node:
                 case ast.Name(name) if name in indices:
@@ -217,7 +220,7 @@ class _Walk:
 
 
 def _depth(tree: ast.AST) -> int:
-    """The levels of a tree, counted without recursion."""
+    """The number of levels of a tree, counted without recursion."""
     depth, level = 0, [tree]
     while level:
         depth, level = depth + 1, [low for node in level for low in ast.iter_child_nodes(node)]

@@ -84,14 +84,14 @@ class Picture:
 
     @property
     def summary(self) -> str:
-        """How many tiles there are of each kind."""
+        """The number of tiles of each kind, as a line."""
         skip, full, partial = self.counts
         tiles = f"tiles of {self.block_q} x {self.block_k}"
         return f"queries down, keys right; {tiles}: {full} full, {partial} partial, {skip} skipped"
 
     @property
     def legend(self) -> list[tuple[int, str]]:
-        """The marks in use with their names."""
+        """The kinds of marks in use, with their names."""
         if self.detailed:
             return [(kind, mark.name) for kind, mark in enumerate(MARKS)]
         return [(_SKIPPED, "skipped"), (_VISIBLE, "partial"), (_FULL, "full")]
@@ -174,7 +174,7 @@ def draw(
 
 
 def _readable(length: int, detailed: bool, most: int) -> int:
-    """A size of tiles that leaves a few of them, or as many marks as there may be."""
+    """A block size that leaves a few tiles, or at most the marks that fit."""
     if detailed:
         return -(-length // TILES)
     return 1 << (-(-length // most) - 1).bit_length()
@@ -275,7 +275,7 @@ def _write_png(picture: Picture, place: Path) -> None:
 
 
 def _steps(picture: Picture) -> tuple[int, int]:
-    """Marks per tile, down and right."""
+    """The number of marks per tile, down and right."""
     return (picture.block_q, picture.block_k) if picture.detailed else (1, 1)
 
 
@@ -288,7 +288,7 @@ def _borders(picture: Picture) -> str:
 
 
 def _stretches(row: NDArray[np.int8]) -> Iterator[tuple[int, int, int]]:
-    """Equal neighbours of a row: (kind, first, one past the last)."""
+    """The stretches of equal marks in a row: (kind, first, one past the last)."""
     edges = np.flatnonzero(np.diff(row)) + 1
     for first, last in zip((0, *edges), (*edges, len(row)), strict=True):
         yield int(row[first]), int(first), int(last)

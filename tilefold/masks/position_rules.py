@@ -1,8 +1,8 @@
-"""The rules of masks: which query may see which key.
+"""Rules over positions: full, causal, local, prefix, chunked.
 
-Here stand the rules over positions; `rules` holds their base, `&`, `|`, `~` and `rule`, and `data`
-the rules that carry arrays. All are values: they compare by structure, hash, and print as the call
-that makes them.
+This file also gives the other rules their public home: `rule` holds their base and joins, and
+`data_rules` the rules that carry arrays. All rules are values: they compare by structure, hash, and
+print as the call that makes them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Full(Rule):
     """See `full`."""
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Always true."""
+        """The truth True."""
         return Truth(True)
 
     def __repr__(self) -> str:
@@ -60,7 +60,7 @@ class Causal(Rule):
     coordinates: Coordinates
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """The order of the coordinates."""
+        """Whether the key's coordinate is no later than the query's."""
         self.coordinates.check(repr(self), len_q, len_k)
         order_q, order_k = self.coordinates.order(len_q, len_k)
         return order_q >= order_k
@@ -102,20 +102,20 @@ def causal(
 class Local(Rule):
     """See `local`."""
 
-    window: int
+    reach: int
     stride: int
     causal: bool
     coordinates: Coordinates
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """The distance per dimension is below the window and a multiple of the stride."""
+        """Whether the distance per dimension is below the reach and a multiple of the stride."""
         self.coordinates.check(repr(self), len_q, len_k)
         tests: list[Boolean] = []
         for axis in self.coordinates.axes(len_q, len_k):
             distance = abs(axis.q - axis.k)
             # No distance reaches `longest`, so larger numbers mean the same and may not overflow.
             longest = max(axis.size_q, axis.size_k, 1)
-            tests.append(distance < min(self.window * self.stride, longest))
+            tests.append(distance < min(self.reach * self.stride, longest))
             if self.stride > 1:
                 tests.append(distance % min(self.stride, longest) == 0)
         if self.causal:
@@ -126,7 +126,7 @@ class Local(Rule):
     def __repr__(self) -> str:
         stride = "" if self.stride == 1 else f"stride={self.stride}"
         flag = "causal=True" if self.causal else ""
-        return f"local({_join(str(self.window), stride, _arguments(self.coordinates), flag)})"
+        return f"local({_join(str(self.reach), stride, _arguments(self.coordinates), flag)})"
 
 
 def local(
@@ -173,7 +173,7 @@ class Prefix(Rule):
     causal: bool
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Early keys, or earlier keys."""
+        """Whether the key is among the first, or (if causal) no later than the query."""
         early = Index("k") < min(self.length, len_k)
         return early | Causal(Coordinates()).bind(len_q, len_k) if self.causal else early
 
@@ -192,7 +192,7 @@ def prefix(n: int, causal: bool = True) -> Rule:
 
     With causal=False, the first n keys alone.
 
-    Raises TypeError or ValueError unless n is a whole number >= 0 and causal a bool.
+    Raises TypeError or ValueError unless n is an integer >= 0 and causal a bool.
     """
     if not isinstance(causal, (bool, np.bool_)):
         raise TypeError(f"prefix: causal must be True or False, got {shown(causal)}")
@@ -206,7 +206,7 @@ class Chunked(Rule):
     size: int
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """The same chunk of raw indices."""
+        """Whether both raw indices are in the same chunk."""
         size = min(self.size, max(len_q, len_k, 1))
         return Index("q") // size == Index("k") // size
 
@@ -223,7 +223,7 @@ def chunked(size: int) -> Rule:
      [0 0 1 1]
      [0 0 1 1]]
 
-    Raises TypeError or ValueError unless size is a whole number >= 1.
+    Raises TypeError or ValueError unless size is an integer >= 1.
     """
     return Chunked(whole("chunked: size", size, 1))
 

@@ -1,8 +1,8 @@
-"""What every rule can do, the joins of rules, and rules traced from a user's own function.
+"""The base of all rules, joins and pieces of rules, and rules traced from a user's own function.
 
 A rule knows no lengths. Bound to two lengths it becomes an expression (see `expression`) that is
-folded exactly, over tiles, and to kernel text; so every rule, a user's own included, costs what its
-expression costs and skips what its intervals allow.
+folded to exact values, to intervals over tiles, and to kernel source. So every rule, a user's own
+included, costs what its expression costs and skips what its intervals allow.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tilefold.common.check import shown, whole
 from tilefold.masks.evaluate import exact, index_bits
 from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, Logic, as_boolean, names
+from tilefold.masks.rewrite import shift
 from tilefold.masks.runs import Counts, count, runs
 
 
@@ -42,7 +43,7 @@ class Rule(ABC):
     def __repr__(self) -> str: ...
 
     def __eq__(self, other: object) -> bool:
-        """Same structure and data: rules are frozen dataclasses, which compare their fields."""
+        """True for the same structure and data: rules are frozen dataclasses and compare fields."""
         return NotImplemented
 
     def __hash__(self) -> int:
@@ -78,7 +79,7 @@ class Rule(ABC):
         batch: int | None = None,
         heads: int | None = None,
     ) -> Counts:
-        """How many tiles of block_q x block_k are skipped, full and partial.
+        """The numbers of skipped, full and partial tiles of block_q x block_k.
 
         A rule that depends on the batch or the head needs their number; its counts are the sums.
 
@@ -98,6 +99,38 @@ class Rule(ABC):
             block_traverse=whole("block_k", block_k, 1),
         )
         return count(visited, len_k, block_k)
+
+    def window(self, len_q: int, len_k: int, *, q0: int = 0, k0: int = 0) -> Rule:
+        """A piece of this rule: what it says between len_q queries and len_k keys, from q0, k0 on.
+
+        Query 0 of the piece is query q0 of the whole, key 0 is key k0. The piece ends where the
+        call that it masks ends. So a shard of a long sequence, a chunk of a prompt or a page of
+        keys is masked as it is within the whole:
+
+        >>> from tilefold import causal, local
+        >>> piece = (causal() & local(3)).window(8, 8, q0=4, k0=3)
+        >>> print(piece.to_dense(4, 4).astype(int))
+        [[1 1 0 0]
+         [1 1 1 0]
+         [0 1 1 1]
+         [0 0 1 1]]
+
+        These are rows 4 to 7 and columns 3 to 6 of `(causal() & local(3)).to_dense(8, 8)`. Arrays
+        that the rule carries are those of the whole.
+
+        Arguments:
+            len_q, len_k: the lengths of the whole.
+            q0, k0: the first query and the first key of the piece.
+
+        Raises TypeError or ValueError unless they are integers with 0 <= q0 <= len_q and
+        0 <= k0 <= len_k, and ValueError once a call leaves the whole.
+        """
+        len_q, len_k = (whole(f"window: len_{x}", n, 0) for x, n in (("q", len_q), ("k", len_k)))
+        q0, k0 = (whole(f"window: {x}0", n, 0) for x, n in (("q", q0), ("k", k0)))
+        for name, start, length in (("q", q0, len_q), ("k", k0, len_k)):
+            if start > length:
+                raise ValueError(f"window: {name}0 must be <= len_{name}={length}, got {start}")
+        return Window(self, len_q, len_k, q0, k0)
 
     def _sized(
         self, len_q: int, len_k: int, batch: int | None, heads: int | None
@@ -140,11 +173,11 @@ class AllOf(Rule):
     rules: tuple[Rule, ...]
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """All of them."""
+        """The expressions of all rules, joined by `&`."""
         return Logic("&", tuple(rule.bind(len_q, len_k) for rule in self.rules))
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless every one fits."""
+        """Raises ValueError unless every rule fits."""
         for rule in self.rules:
             rule.check(batch, heads, len_q, len_k)
 
@@ -161,11 +194,11 @@ class AnyOf(Rule):
     rules: tuple[Rule, ...]
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Any of them."""
+        """The expressions of all rules, joined by `|`."""
         return Logic("|", tuple(rule.bind(len_q, len_k) for rule in self.rules))
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless every one fits."""
+        """Raises ValueError unless every rule fits."""
         for rule in self.rules:
             rule.check(batch, heads, len_q, len_k)
 
@@ -182,7 +215,7 @@ class Not(Rule):
     rule: Rule
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """What it hides."""
+        """The expression of the rule, negated."""
         return ~self.rule.bind(len_q, len_k)
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
@@ -192,6 +225,41 @@ class Not(Rule):
     def __repr__(self) -> str:
         joined = isinstance(self.rule, (AllOf, AnyOf))
         return f"~({self.rule!r})" if joined else f"~{self.rule!r}"
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Rule):
+    """See `Rule.window`."""
+
+    rule: Rule
+    len_q: int
+    len_k: int
+    q0: int
+    k0: int
+
+    def bind(self, len_q: int, len_k: int) -> Boolean:
+        """The whole rule's expression, with the indices of the piece shifted to the whole's."""
+        for name, start, length, most in (
+            ("q", self.q0, len_q, self.len_q),
+            ("k", self.k0, len_k, self.len_k),
+        ):
+            if start + length > most:
+                raise ValueError(
+                    f"{self!r}: {name}0={start} and len_{name}={length} leave the whole, "
+                    f"which ends at {most}"
+                )
+        return shift(self.rule.bind(self.len_q, self.len_k), self.q0, self.k0)
+
+    def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
+        """Raises ValueError unless the piece is within the whole and the rule fits the whole."""
+        self.bind(len_q, len_k)
+        self.rule.check(batch, heads, self.len_q, self.len_k)
+
+    def __repr__(self) -> str:
+        joined = isinstance(self.rule, (AllOf, AnyOf, Not))
+        starts = [f"{name}={at}" for name, at in (("q0", self.q0), ("k0", self.k0)) if at]
+        given = ", ".join([str(self.len_q), str(self.len_k), *starts])
+        return f"({self.rule!r}).window({given})" if joined else f"{self.rule!r}.window({given})"
 
 
 def _combine(kind: type[AllOf] | type[AnyOf], left: Rule, right: Any) -> Rule:

@@ -1,8 +1,8 @@
 """A mask cut into tiles: which runs of tiles each block row must visit, and which need masking.
 
-A tile is skipped, full or partial. Super-tiles are classified first and only partial ones are
-looked into, so a window over a million tokens costs its own length, not the square of it. The
-intervals of `fold` decide, so every rule is served by the same code.
+A tile is skipped, full or partial. Super-tiles are classified first, and only partial ones are
+looked into. So a window over a million tokens costs its own length, not the square of it. The
+intervals of `evaluate` decide, so every rule is served by the same code.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Runs:
 
 
 class Counts(NamedTuple):
-    """How many tiles of a mask are skipped, full and partial, over all its planes."""
+    """Numbers of skipped, full and partial tiles of a mask, over all its planes."""
 
     skip: int
     full: int
@@ -75,7 +75,7 @@ class _Grid(NamedTuple):
 
 
 class _Segments(NamedTuple):
-    """Runs in tiles: a row over all planes, the first tile, one past the last, and the kind."""
+    """Runs in tiles: the row over all planes, the first tile, one past the last, and the kind."""
 
     row: Array
     first: Array
@@ -221,7 +221,7 @@ def _chunks(parents: tuple[Array, ...], fan: tuple[int, int]) -> Iterator[tuple[
 
 
 def _segments(part: tuple[Array, ...], states: Array, level: _Grid, finest: bool) -> _Segments:
-    """Neighbours of one kind within each row of each parent, in tiles of this level."""
+    """Neighbouring tiles of one kind within each row of each parent, in tiles of this level."""
     kinds = states if finest else states * (states == FULL)
     change = np.ones(kinds.shape, np.bool_)
     np.not_equal(kinds[..., 1:], kinds[..., :-1], out=change[..., 1:])
@@ -282,7 +282,7 @@ class _Found:
             self.merged()
 
     def merged(self) -> _Segments:
-        """All segments in order; the next merge waits until there are twice as many."""
+        """All segments in order; the next merge waits until their number has doubled."""
         whole = _merge(self.parts, self.columns)
         self.parts, self.size = [whole], len(whole.row)
         self.limit = max(COMPACT_SEGMENTS, 2 * self.size)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.masks.expression import Table
+from tilefold.masks.tables import Declared, Table
 
 Array = NDArray[Any]
 
 
 class IndexRange(Protocol):
-    """The first and last value of an index, and its name; None if it is not a plain index."""
+    """The first and last value of an index; its name, or None if it is no plain index."""
 
     @property
     def low(self) -> Any:
@@ -43,7 +43,7 @@ class Bounds(NamedTuple):
 
 
 class TableBounds:
-    """Answers for all tables of one plan, remembering what it has reduced.
+    """Bounds of all tables of one plan; keeps what it has reduced.
 
     `grain` gives the block size along `q` and `k` (1 where absent). Bounds are exact for ranges
     that begin and end on blocks, and cover the blocks touched for others. Along `b` and `h` ranges
@@ -60,12 +60,14 @@ class TableBounds:
         self._kept: dict[tuple[int, tuple[str | None, ...]], _Spans | _Counts] = {}
         self._tables: list[Table] = []
 
-    def bounds(self, table: Table, indices: tuple[IndexRange, ...]) -> Bounds:
+    def bounds(self, table: Table | Declared, indices: tuple[IndexRange, ...]) -> Bounds:
         """The smallest and largest entry of the table where each index is within its range."""
+        if isinstance(table, Declared):
+            return entire(table)
         axes = tuple(index.name for index in indices)
         ranged = [axis for axis, name in enumerate(axes) if name in ("q", "k")]
         points = [axis for axis, name in enumerate(axes) if name in ("b", "h")]
-        truths = table.array.dtype == np.bool_
+        truths = table.dtype == "bool"
         simple = len(ranged) + len(points) == len(axes) and len(ranged) <= 1 + truths
         single = all(np.array_equal(indices[axis].low, indices[axis].high) for axis in points)
         if not simple or not single or table.array.size == 0:
@@ -88,8 +90,11 @@ class TableBounds:
         return self._kept[key].bounds(place, blocks)
 
 
-def entire(table: Table) -> Bounds:
-    """The smallest and largest entry of a whole table; of an empty one, whatever."""
+def entire(table: Table | Declared) -> Bounds:
+    """The smallest and largest entry of a whole table; zeros for an empty one."""
+    if isinstance(table, Declared):
+        kind = np.bool_ if table.dtype == "bool" else np.int64
+        return Bounds(kind(table.low), kind(table.high))
     array = table.array if table.array.size else np.zeros(1, table.array.dtype)
     low, high = array.min(), array.max()
     truths = array.dtype == np.bool_
@@ -97,7 +102,7 @@ def entire(table: Table) -> Bounds:
 
 
 def _reduce(array: Array, axis: int, grain: int, function: Any) -> Array:
-    """Blocks of `grain` along one axis (counted from the end, negative), the last one short."""
+    """The array reduced to blocks of `grain` along one axis (negative); the last may be short."""
     axis += array.ndim
     size = array.shape[axis]
     whole = size // grain
@@ -143,7 +148,7 @@ def _spans(blocks: Array, function: Any) -> Array:
 
 
 class _Counts:
-    """How many blocks hold a true entry, and how many nothing else, over rectangles of blocks."""
+    """Counts of blocks over rectangles: blocks with a true entry, and blocks with no other."""
 
     def __init__(self, array: Array, grains: list[int]) -> None:
         numbers = array.view(np.uint8)

@@ -32,7 +32,7 @@ from tilefold.backends.cpu.spec import DECODE, PARALLEL, KernelSpec
 from tilefold.backends.cpu.tables import RegisterTile
 from tilefold.common.lru import LruCache
 from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import Boolean, Skeleton, Table, split
+from tilefold.masks.expression import Boolean, Declared, Skeleton, Table, split
 from tilefold.masks.runs import Runs, runs
 from tilefold.planning.plan import Scratch
 from tilefold.planning.visited import MASK_STEP, bound, cut, visited_by
@@ -94,7 +94,7 @@ class Plan:
     operation: str
     launches: tuple[Launch, ...]
     parameters: tuple[int, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[Table | Declared, ...]
     buffers: Mapping[str, Scratch]
 
     @property

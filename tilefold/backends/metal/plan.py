@@ -23,7 +23,7 @@ from tilefold.backends.metal.spec import PARALLEL, RESIDENT, SIDE, Blocks, Metal
 from tilefold.common import check
 from tilefold.common.lru import LruCache
 from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import Table, split
+from tilefold.masks.expression import Declared, Table, split
 from tilefold.masks.runs import Runs, runs
 from tilefold.planning.plan import Scratch
 from tilefold.planning.tiles import runs_to_tiles
@@ -92,7 +92,7 @@ class MetalPlan:
     operation: str
     launches: tuple[Launch, ...]
     parameters: tuple[int, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[Table | Declared, ...]
     buffers: Mapping[str, Scratch]
 
     @property

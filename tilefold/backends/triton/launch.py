@@ -12,7 +12,7 @@ from tilefold.backends.triton import datasheets
 from tilefold.backends.triton.architectures import Architecture
 from tilefold.backends.triton.choice import Choice
 from tilefold.backends.triton.spec import TritonSpec
-from tilefold.masks.expression import Table
+from tilefold.masks.expression import Declared, Table
 from tilefold.planning import roofline
 from tilefold.planning.plan import Scratch
 from tilefold.problems.attention import Problem
@@ -63,7 +63,7 @@ class TritonPlan:
     operation: str
     launches: tuple[Launch, ...]
     parameters: tuple[int, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[Table | Declared, ...]
     buffers: Mapping[str, Scratch]
     cleared: tuple[str, ...] = ()
 

@@ -68,9 +68,9 @@ def names(spec: KernelSpec) -> tuple[str, ...]:
     for operand in OPERANDS[spec.kernel]:
         axes = "bhs" if operand in PER_ROW else "bhsd"
         words += [operand, *(f"{operand}_{axis}" for axis in axes)]
-    words += [f"p{slot}" for slot in range(spec.mask.parameters)]
+    words += [parameter.name for parameter in spec.mask.parameters]
     for slot in spec.mask.slots:
-        words += [f"t{slot.number}", *(f"t{slot.number}_{axis}" for axis in range(slot.rank))]
+        words += [slot.name, *slot.strides]
     return tuple(words)
 
 

@@ -1,7 +1,7 @@
-"""The text fold of a rule: the lines of a kernel that say which pairs of a partial tile may meet.
+"""The mask of a CPU kernel: the instructions that say which pairs of a partial tile may meet.
 
-Along the parallel axis the indices are vectors, along the traversed axis one number. Whatever does
-not depend on the traversed index is computed once per tile, the rest once per row of the tile.
+Indices along the parallel axis are vectors, the index along the traversed axis is a scalar. What
+does not depend on the traversed index is computed once per tile, the rest once per row of the tile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from collections.abc import Callable
 from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Value, overload, vector
 from tilefold.backends.cpu.spec import KernelSpec
-from tilefold.masks.expression import Expression, Slot, Table, children, evaluate, names
+from tilefold.masks.expression import (
+    AnyTable,
+    Expression,
+    Interpretation,
+    Parameter,
+    Slot,
+    evaluate,
+    names,
+)
 
 Lanes = tuple[Value, ...]
 """A value for each element of the parallel block: a vector for each vector of the tile."""
@@ -19,7 +27,6 @@ Lanes = tuple[Value, ...]
 Folded = Value | Lanes
 
 _OPCODES = {"+": "add", "-": "sub", "*": "mul"}
-_EXTREMES = {"min": "llvm.smin", "max": "llvm.smax"}
 _CONDITIONS = {"<": "slt", "<=": "sle", ">": "sgt", ">=": "sge", "==": "eq", "!=": "ne"}
 _LOGIC = {"&": "and", "|": "or"}
 
@@ -59,12 +66,12 @@ class MaskText:
         if self._traverse not in names(node):
             self._known[id(node)] = evaluate(node, self._text, self._known)
             return
-        for child in children(node):
+        for child in node.children:
             self._fold_before_rows(child)
 
 
-class _Text:
-    """The algebra: a number is one value, or lanes as soon as it depends on the parallel index."""
+class _Text(Interpretation[Folded]):
+    """The interpretation: a node is a scalar, or lanes if it depends on the parallel index."""
 
     def __init__(self, body: Body, spec: KernelSpec, arguments: Arguments) -> None:
         self._body, self._spec, self._arguments = body, spec, arguments
@@ -104,15 +111,16 @@ class _Text:
     def constant(self, value: int) -> Folded:
         return Value(str(value), self._integer)
 
-    def parameter(self, slot: int) -> Folded:
-        return self.narrow(self._arguments[f"p{slot}"])
+    def parameter(self, slot: int, dtype: str) -> Folded:
+        assert dtype == "int", dtype
+        return self.narrow(self._arguments[Parameter(slot, dtype).name])
 
     def truth(self, value: bool) -> Folded:
         return Value("true" if value else "false", "i1")
 
-    def lookup(self, table: Table | Slot, indices: tuple[Folded, ...]) -> Folded:
+    def lookup(self, table: AnyTable, indices: tuple[Folded, ...]) -> Folded:
         assert isinstance(table, Slot)
-        strides = [self._arguments[f"t{table.number}_{axis}"] for axis in range(table.rank)]
+        strides = [self._arguments[name] for name in table.strides]
         return self._each(lambda *at: self._read(table, strides, at), *indices)
 
     def _read(self, table: Slot, strides: list[Value], indices: tuple[Value, ...]) -> Value:
@@ -124,7 +132,7 @@ class _Text:
             position = term if position is None else body.add(position, term)
         assert position is not None
         element = "i32" if table.dtype == "int32" else "i8"
-        address = body.offset(self._arguments[f"t{table.number}"], element, position, "at")
+        address = body.offset(self._arguments[table.name], element, position, "at")
         found = self._gather(address, element)
         if table.dtype == "int32":
             return body.cast("sext", found, vector(found.lanes, self._integer))
@@ -154,11 +162,6 @@ class _Text:
         body = self._body
         if operator in ("//", "%"):
             return self._each(lambda x, y: self._floor(operator, x, y), left, right)
-        if operator in _EXTREMES:
-            name = _EXTREMES[operator]
-            return self._each(
-                lambda x, y: body.call(f"{name}.{overload(x.type)}", x.type, [x, y]), left, right
-            )
         return self._each(lambda x, y: body.binary(_OPCODES[operator], x, y), left, right)
 
     def _floor(self, operator: str, x: Value, y: Value) -> Value:

@@ -102,9 +102,9 @@ def sizes(spec: MetalSpec) -> tuple[str, ...]:
         if name in STRIDED:
             names += [f"{name}_{axis}" for axis in "bhnd"]
     if spec.kernel != "merge":
-        names += [f"p{number}" for number in range(spec.mask.parameters)]
+        names += [parameter.name for parameter in spec.mask.parameters]
         for slot in spec.mask.slots:
-            names += [f"t{slot.number}_{axis}" for axis in range(slot.rank)]
+            names += slot.strides
     return tuple(names)
 
 

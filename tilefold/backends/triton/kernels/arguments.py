@@ -89,12 +89,11 @@ def alike(spec: TritonSpec) -> tuple[str, ...]:
 def signature(spec: TritonSpec) -> dict[str, str]:
     """The types of all arguments as Triton writes them, for compilation ahead of time."""
     found = {name: f"*{ELEMENTS[dtype]}" for name, dtype in arrays(spec).items()}
-    tables = {
-        f"t{slot.number}": "*i32" if slot.dtype == "int32" else "*u8" for slot in spec.mask.slots
-    }
-    number = "i64" if spec.index_bits == 64 else "i32"
+    types = {slot.name: "*i32" if slot.dtype == "int32" else "*u8" for slot in spec.mask.slots}
+    numbers = {"int": "i64" if spec.index_bits == 64 else "i32"}
+    types |= {parameter.name: numbers[parameter.dtype] for parameter in spec.mask.parameters}
     for name in rule(spec):
-        found[name] = tables.get(name, number if name.startswith("p") else "i32")
+        found[name] = types.get(name, "i32")
     found |= dict.fromkeys(SIZES, "i32") | {"parts_stride": "i64"}
     found |= dict.fromkeys(strides(spec), "i64" if spec.wide else "i32")
     return found | {"scale": "i64" if spec.dtype == "float64" else "fp32"}

@@ -1,0 +1,65 @@
+"""Expressions made from other ones: with their declared tables filled, or over shifted indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from tilefold.masks.expression import (
+    AnyTable,
+    Boolean,
+    Declared,
+    Expression,
+    Index,
+    Rebuild,
+    as_boolean,
+    evaluate,
+)
+
+
+def fill(expression: Boolean, arrays: Sequence[NDArray[Any]]) -> Boolean:
+    """An expression with arrays in place of its declared tables, in the order of `Parts.declared`.
+
+    Raises ValueError for an array that does not keep what was declared, and for a wrong number.
+    """
+    filler = _Filler(arrays)
+    filled = evaluate(expression, filler)
+    if filler.used != len(arrays):
+        raise ValueError(f"{filler.used} tables are declared, got {len(arrays)} arrays")
+    return as_boolean(filled)
+
+
+class _Filler(Rebuild):
+    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
+        self.arrays = arrays
+        self.used = 0
+
+    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
+        if isinstance(table, Declared):
+            self.used += 1
+            if self.used <= len(self.arrays):
+                table = table.fill(self.arrays[self.used - 1])
+        return super().lookup(table, indices)
+
+
+def shift(expression: Boolean, q0: int, k0: int) -> Boolean:
+    """An expression over the indices of a piece: its query 0 is query q0, its key 0 is key k0.
+
+    A shift by 0 is an addition too, so all pieces of one mask share a kernel.
+
+    >>> print(shift(Index("q") - 5 >= Index("k"), 64, 0))
+    (((q + 64) - 5) >= (k + 0))
+    """
+    return as_boolean(evaluate(expression, _Shifter(q0, k0)))
+
+
+class _Shifter(Rebuild):
+    """One node for each shifted index, so that a kernel adds once."""
+
+    def __init__(self, q0: int, k0: int) -> None:
+        self.shifted = {"q": Index("q") + q0, "k": Index("k") + k0}
+
+    def index(self, name: str) -> Expression:
+        return self.shifted[name] if name in self.shifted else Index(name)

@@ -1,0 +1,135 @@
+"""Tables that masks look up: with their data, with bounds of data to come, and without any.
+
+A rule that carries data holds a `Table`. Data that are known at launch only, such as the lengths of
+sequences that grow with every decoding step, are `Declared`: a plan sees their shape, type and
+bounds, so it outlives the data. A kernel knows neither: its source has a `Slot` for each table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+DTYPES = ("int32", "bool")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Mask data: an int32 or bool array, one axis per index that reads it; equal by content."""
+
+    array: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+
+    @property
+    def dtype(self) -> str:
+        """The type of the entries: "int32" or "bool"."""
+        return str(self.array.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of entries along each axis."""
+        return self.array.shape
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of shape, type and content."""
+        head = f"{self.dtype}{self.shape}".encode()
+        return hashlib.sha256(head + np.ascontiguousarray(self.array).tobytes()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Table) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __str__(self) -> str:
+        return f"{_form(self)}#{self.digest[:6]}"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A table whose entries are known at launch only; equal by shape, type and bounds.
+
+    Every entry is at least `low` and at most `high`. So a plan knows of each tile what holds for
+    all such tables, and stays right when the entries change.
+
+    >>> lengths = Declared((2,), "int32", low=100, high=200)
+    >>> print(lengths)
+    int32[2]{100..200}
+    >>> lengths.fill(np.array([120, 200], np.int32)).array
+    array([120, 200], dtype=int32)
+    >>> lengths.array
+    Traceback (most recent call last):
+    ValueError: the entries of int32[2]{100..200} are known at launch only: \
+fill the declared table with an array first
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        assert self.dtype in DTYPES, self.dtype
+        least, most = (0, 1) if self.dtype == "bool" else (-(2**31), 2**31 - 1)
+        assert least <= self.low <= self.high <= most, (self.low, self.high)
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """Raises ValueError: there are no entries yet."""
+        raise ValueError(
+            f"the entries of {self} are known at launch only: "
+            "fill the declared table with an array first"
+        )
+
+    def fill(self, array: NDArray[Any]) -> Table:
+        """The table with its entries.
+
+        Raises ValueError for an array of another shape or type, or with an entry out of bounds.
+        """
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ValueError(f"{self} was declared, got an array {array.dtype}{[*array.shape]}")
+        if array.size and not self.low <= array.min() <= array.max() <= self.high:
+            raise ValueError(
+                f"{self} was declared, got entries from {array.min()} to {array.max()}"
+            )
+        return Table(array)
+
+    def __str__(self) -> str:
+        return f"{_form(self)}{{{self.low}..{self.high}}}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a table in a kernel: its number, element type and rank, without the data."""
+
+    number: int
+    dtype: str
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """The name of the kernel's argument that holds the table."""
+        return f"t{self.number}"
+
+    @property
+    def strides(self) -> tuple[str, ...]:
+        """The names of the kernel's arguments that hold the strides, in elements."""
+        return tuple(f"t{self.number}_{axis}" for axis in range(self.rank))
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.dtype}"
+
+
+AnyTable = Table | Declared | Slot
+
+
+def _form(table: Table | Declared) -> str:
+    return f"{table.dtype}[{'x'.join(map(str, table.shape))}]"
