@@ -158,7 +158,7 @@ def test_commands_in_the_pages_parse() -> None:
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text += (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    fenced = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    fenced = "\n".join(re.split(r"^```.*$", text, flags=re.MULTILINE)[1::2])
     commands = re.findall(r"^tilefold (.+)$", fenced, re.MULTILINE)
     import shlex
 
