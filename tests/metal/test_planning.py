@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 
 from tilefold import causal, documents, full, local
 from tilefold.backends.metal import choice, families, tables
-from tilefold.backends.metal.choice import LEAVING, choose
+from tilefold.backends.metal.choice import choose
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.families import FAMILIES, family
 from tilefold.backends.metal.kernels.msl import BYTES
 from tilefold.backends.metal.plan import FEW_QUERIES, KEYS_PER_SPLIT, MANY_KEYS, Launch, plan
 from tilefold.backends.metal.source import emit
-from tilefold.backends.metal.spec import PARALLEL, RESIDENT, SUMS, Blocks, whole
+from tilefold.backends.metal.spec import KERNELS, SUMS, Blocks, whole
 from tilefold.masks.runs import Runs
 from tilefold.planning import tiles as visits
 from tilefold.planning.tiles import runs_to_tiles
 from tilefold.problems.attention import Problem
 
 DTYPES = ("float32", "float16", "bfloat16")
-KERNELS = ("forward", "backward_dq", "backward_dkv")
+TILED = ("forward", "backward_dq", "backward_dkv")
 
 
 @pytest.mark.feature("M07")
@@ -42,12 +42,12 @@ def test_examples(module: object) -> None:
 def test_there_are_twelve_tables_in_the_order_of_their_dims() -> None:
     count = 0
     for gpu in ("apple7", "apple9"):
-        for kernel in KERNELS:
+        for kernel in TILED:
             for dtype in ("float32", "float16"):
                 rows = tables.table(gpu, kernel, dtype)
                 dims = [row.dim for row in rows]
                 assert dims == sorted(set(dims)) and dims[-1] == 384
-                assert all(set(row.cached) <= set(RESIDENT[kernel]) for row in rows)
+                assert all(set(row.cached) <= set(KERNELS[kernel].resident) for row in rows)
                 assert all(row.blocks.parallel == (32 if gpu == "apple7" else 16) for row in rows)
                 assert not rows[-1].cached
                 count += 1
@@ -62,7 +62,7 @@ def test_there_are_twelve_tables_in_the_order_of_their_dims() -> None:
 @settings(deadline=None)
 @given(
     st.sampled_from(sorted(FAMILIES)),
-    st.sampled_from(sorted(RESIDENT)),
+    st.sampled_from(sorted(KERNELS)),
     st.sampled_from(DTYPES),
     st.integers(1, 1024),
     st.integers(1, 1024),
@@ -83,7 +83,7 @@ def test_every_choice_fits_its_gpu(
             columns = whole(width if operand in ("v", "o", "do", "dv") else dim)
             narrow = operand not in SUMS and dtype != "float32" and (gpu.bfloat or "b" not in dtype)
             assert held[operand] == columns // 4 * (2 if narrow else 4)
-        assert ("spill" in held) == (not {*RESIDENT[kernel]} & {*SUMS} <= {*made.cached})
+        assert ("spill" in held) == (not {*KERNELS[kernel].resident} & {*SUMS} <= {*made.cached})
 
 
 @pytest.mark.slow
@@ -116,10 +116,10 @@ def test_the_text_declares_what_the_choice_counted(name: str, dtype: str) -> Non
 def test_what_leaves_the_registers_leaves_in_order_and_says_why() -> None:
     found = []
     for dim in (96, 128, 192, 400):
-        for kernel in KERNELS:
+        for kernel in TILED:
             made = choose(family("apple7"), kernel, "bfloat16", dim, dim)
             gone = [operand for operand, _ in made.evicted]
-            assert gone == [operand for operand in LEAVING[kernel] if operand in gone]
+            assert gone == [operand for operand in KERNELS[kernel].leaving if operand in gone]
             for operand, reason in made.evicted:
                 assert f"  {operand} leaves the registers: {reason}" in made.explain()
                 found.append((dim, kernel, operand))
@@ -186,14 +186,14 @@ def test_every_block_row_has_one_threadgroup_in_each_head(name: str) -> None:
     kernels = []
     for launch in all_launches(problem(causal() & local(100)), name):
         spec = launch.spec
-        length, heads = (300, 4) if PARALLEL[spec.kernel] == "q" else (420, 2)
+        length, heads = (300, 4) if spec.row.parallel == "q" else (420, 2)
         rows = -(-length // spec.blocks.parallel)
         assert launch.grid == (rows, heads, 2)
         assert launch.threads == (rows * spec.threads, heads, 2)
         assert sorted(launch.order) == list(range(rows))
         assert np.all(np.diff(launch.runs.met[launch.order]) <= 0)
         kernels.append(spec.kernel)
-    assert kernels == list(KERNELS)
+    assert kernels == list(TILED)
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_block_rows_visit_what_the_rule_shows_and_little_else(rule: str) -> None
     asked = problem(mask)
     visible = mask.to_dense(300, 420, 2, 4)
     for launch in all_launches(asked, "apple9"):
-        over_q = PARALLEL[launch.spec.kernel] == "q"
+        over_q = launch.spec.row.parallel == "q"
         seen = visible if over_q else visible.swapaxes(2, 3)
         runs, width = launch.runs, launch.spec.blocks.parallel
         for b in range(runs.planes_b):
@@ -355,7 +355,7 @@ scratch dk_spill: 2 x 2 x 420 x 96 float32""".splitlines()
 def test_a_plan_of_nothing_has_empty_grids_or_empty_runs(len_q: int, len_k: int) -> None:
     shapes = {"q": (2, 4, len_q, 8), "k": (2, 2, len_k, 8), "v": (2, 2, len_k, 8)}
     for launch in all_launches(problem(documents([0] * len_q, [0] * len_k), **shapes), "apple9"):
-        length = len_q if PARALLEL[launch.spec.kernel] == "q" else len_k
+        length = len_q if launch.spec.row.parallel == "q" else len_k
         assert launch.grid[0] == -(-length // launch.spec.blocks.parallel)
         assert not launch.runs.met.any()
 

@@ -25,7 +25,7 @@ from trial import Memory
 from tilefold.backends.cpu import dispatch, runtime, threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel, emit, workspace_bytes
-from tilefold.backends.cpu.kernels.arguments import OPERANDS, names
+from tilefold.backends.cpu.kernels.arguments import names
 from tilefold.backends.cpu.plan import Plan
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.planning.plan import Scratch
@@ -144,7 +144,7 @@ def _is_pointer(name: str, spec: KernelSpec) -> bool:
         "runs",
         "owners",
         "workspace",
-        *OPERANDS[spec.kernel],
+        *spec.row.operands,
     )
 
 

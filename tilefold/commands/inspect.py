@@ -19,7 +19,7 @@ from tilefold import triton
 from tilefold.backends.cpu import choice, kernel, peak, plan, runtime, threads, tuned
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import Launch, Plan
-from tilefold.backends.cpu.spec import DECODE, PARALLEL
+from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tuned import TunedBlocks
 from tilefold.commands import kernel_source, specification, terminal
 from tilefold.common import settings
@@ -117,7 +117,7 @@ def _problem(made: Plan) -> dict[str, Any]:
 
 def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, Any]:
     spec, runs, problem = launch.spec, launch.runs, made.problem
-    parallel = PARALLEL[spec.kernel]
+    parallel = spec.row.parallel
     masked = runs.runs[:, 2]
     pairs = roofline.computed_pairs(problem, parallel, runs, launch.block_parallel, launch.splits)
     described: dict[str, Any] = {
@@ -141,12 +141,12 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
         "computed_share": pairs / problem.pairs if problem.pairs else 0.0,
         "mask_expression": spec.mask.text,
     }
-    if spec.kernel in roofline.PASSES:
-        if spec.kernel not in DECODE:  # which has no tile to choose
+    if spec.row.visits:
+        if spec.row.tiled:  # which has no tile to choose
             described["choice"] = _choice(made, launch)
-        least = roofline.bounds(problem, spec.kernel, pairs, rates)
+        least = roofline.bounds(problem, spec.row, pairs, rates)
         described["instructions"] = roofline.instruction_count(
-            spec.kernel, pairs, problem.dim, problem.dim_v
+            spec.row, pairs, problem.dim, problem.dim_v
         )
         described["bounds"] = dict(least.__dict__) | {
             "seconds": least.seconds,
@@ -243,11 +243,11 @@ def _kernel_facts(described: dict[str, Any]) -> Any:
     traversed = "keys" if described["parallel"] == "q" else "queries"
     facts = terminal.facts()
     facts.add_row("kernel", f"[bold]{described['kernel']}[/]")
-    kind = "splits of keys" if described["kernel"] in DECODE else "block rows"
+    kind = "splits of keys" if KERNELS[described["kernel"]].by_query else "block rows"
     facts.add_row(
         "work", f"{described['work_items']:,} items in {described['block_rows']:,} {kind}"
     )
-    if described["kernel"] in roofline.PASSES:
+    if KERNELS[described["kernel"]].visits:
         blocks = (
             f"{described['block_parallel']} {parallel} x {described['block_traverse']} {traversed}"
         )

@@ -23,13 +23,12 @@ from tilefold.backends.cpu import dispatch, tuned
 from tilefold.backends.cpu.choice import family, table_blocks, usual_blocks, winner_key
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import Plan, plan
-from tilefold.backends.cpu.spec import DECODE, PARALLEL
+from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tables import RegisterTile
 from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
 from tilefold.measuring.environment import environment
 from tilefold.measuring.timing import operands, turn_by_turn, using_threads
 from tilefold.measuring.workload import Arrays, Call, Case, arrays
-from tilefold.planning.roofline import PASSES
 
 TRAVERSE = (32, 64, 96, 128, 160, 192, 256, 512)
 """Traversed rows per block that are tried, cut to whole register tiles."""
@@ -119,12 +118,12 @@ def passes(case: Case, form: str = "auto") -> list[str]:
     """The kernels of a case that have blocks to choose. Raises ValueError where none has."""
     launches = plan(case.problem, host(), case.operation, form).launches
     kernels = [launch.spec.kernel for launch in launches]
-    if set(kernels) <= set(DECODE):
+    if all(KERNELS[kernel].by_query for kernel in kernels):
         raise ValueError(
             f"shape {case.shape} has few queries: the decode kernel serves it, and has no blocks"
             " to choose"
         )
-    return [kernel for kernel in kernels if kernel in PASSES]
+    return [kernel for kernel in kernels if KERNELS[kernel].visits]
 
 
 def keep(found: Iterable[Tuned]) -> None:
@@ -162,7 +161,7 @@ class _Race:
     def _heights(self) -> list[int]:
         """Numbers of traversed rows to try: no more than one that holds the whole axis."""
         problem = self._case.problem
-        length = problem.len_k if PARALLEL[self._kernel] == "q" else problem.len_q
+        length = problem.len_k if KERNELS[self._kernel].parallel == "q" else problem.len_q
         return [rows for rows in TRAVERSE if rows < 2 * length or rows == TRAVERSE[0]]
 
     def _usual(self, tile: RegisterTile) -> Blocks:
@@ -220,8 +219,11 @@ class _Race:
             tile=blocks.tile,
             block_traverse=blocks.block_traverse,
         )
-        others = [name for name in PASSES if name != self._kernel]
-        launches = [launch for launch in made.launches if launch.spec.kernel not in others]
+        launches = [
+            launch
+            for launch in made.launches
+            if launch.spec.kernel == self._kernel or not launch.spec.row.visits
+        ]
         return replace(made, launches=tuple(launches))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tilefold.backends.cpu import tables, tuned
 from tilefold.backends.cpu.device import Device
-from tilefold.backends.cpu.spec import DECODE, FMA, PARALLEL, Multiplier
+from tilefold.backends.cpu.spec import FMA, KERNELS, Multiplier
 from tilefold.backends.cpu.tables import FAMILIES, Family, RegisterTile
 from tilefold.backends.cpu.tuned import Blocks, Key
 from tilefold.masks.expression import Skeleton, Truth
@@ -43,8 +43,8 @@ def table_blocks(problem: Problem, device: Device, kernel: str) -> Blocks:
     rows, lanes = family(problem, device, kernel), lanes_of(problem, device)
     if parallel_length(problem, kernel) <= tuned.LONG:
         tile = _for_length(rows.tiles, lanes, parallel_length(problem, kernel))
-    elif kernel in MASKED:
-        tile = _for_mask(rows.measured_tiles, lanes, problem, PARALLEL[kernel])
+    elif KERNELS[kernel].tiled:
+        tile = _for_mask(rows.measured_tiles, lanes, problem, KERNELS[kernel].parallel)
     else:
         tile = rows.tiles[0]
     return usual_blocks(problem, device, kernel, tile)
@@ -63,7 +63,7 @@ def lanes_of(problem: Problem, device: Device) -> int:
 
 def parallel_length(problem: Problem, kernel: str) -> int:
     """Of the axis that lies in the lanes."""
-    return problem.len_q if PARALLEL[kernel] == "q" else problem.len_k
+    return problem.len_q if KERNELS[kernel].parallel == "q" else problem.len_k
 
 
 def multiplier(problem: Problem, device: Device, kernel: str) -> Multiplier:
@@ -81,7 +81,7 @@ def multiplier(problem: Problem, device: Device, kernel: str) -> Multiplier:
     Three products of pairs would take 3/2 of the time of one in float32. So where there are pairs
     without tiles, "high" is computed as "highest".
     """
-    if kernel in ("delta", "reduce_dq", *DECODE):
+    if not KERNELS[kernel].tiled:
         return FMA
     kind = problem.precision if problem.dtype == "float32" else problem.dtype
     parts = {"bfloat16": 1, "medium": 1, "float16": 2, "high": 2}.get(kind)
@@ -111,9 +111,6 @@ def _for_length(tiles: tuple[RegisterTile, ...], lanes: int, length: int) -> Reg
 
     return min(tiles, key=cost)
 
-
-MASKED = ("forward", "backward_dq", "backward_dkv", "backward")
-"""Kernels that visit the pairs of the mask in blocks of the parallel axis."""
 
 LEAST_SAVED = 0.05
 """Of the visited pairs: a narrower block must save so many to be taken. float32, 1 x 1 x 4096 x 64,

@@ -18,7 +18,7 @@ import numpy as np
 from tilefold.backends.cpu import threads, tuned
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
-from tilefold.backends.cpu.kernels.arguments import OPERANDS, WORK
+from tilefold.backends.cpu.kernels.arguments import WORK
 from tilefold.backends.cpu.plan import Launch, Plan, plan
 from tilefold.common.lru import LruCache
 from tilefold.planning.plan import Scratch
@@ -199,7 +199,7 @@ def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
     ]
     order = list(strides)
     places = []
-    for name in OPERANDS[spec.kernel]:
+    for name in spec.row.operands:
         actual = launch.buffers.get(name, name)
         places.append((len(words), order.index(actual)))
         words += [0, *strides[actual]]

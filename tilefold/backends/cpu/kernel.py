@@ -16,9 +16,10 @@ from pathlib import Path
 from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernels.arguments import names
-from tilefold.backends.cpu.spec import DECODE, KernelSpec
+from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.common.single_flight import once
 from tilefold.masks.expression import Skeleton
+from tilefold.planning.kernels import emitter
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS
 
 _PACKAGE = Path(__file__).parents[2]
@@ -39,22 +40,8 @@ class CpuKernel:
 
 
 def emit(spec: KernelSpec) -> str:
-    """The LLVM text of a kernel; works on every machine."""
-    # The generators are imported where a text is wanted, which a first call seldom does.
-    from tilefold.backends.cpu.kernels import backward, decode, forward, fused, merge
-
-    generators = {
-        "forward": forward.forward,
-        "decode": decode.decode,
-        "decode_part": decode.decode,
-        "merge": merge.merge,
-        "delta": backward.delta,
-        "backward_dq": backward.dq,
-        "backward_dkv": backward.dkv,
-        "backward": fused.fused,
-        "reduce_dq": fused.reduce_dq,
-    }
-    return generators[spec.kernel](spec)
+    """The LLVM source of a kernel; works on every machine."""
+    return emitter(spec.row, "tilefold.backends.cpu.kernels")(spec)
 
 
 @once(most=512)
@@ -106,7 +93,7 @@ def workspace_bytes(spec: KernelSpec) -> int:
     from tilefold.backends.cpu.kernels import block, state
 
     item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]
-    regions = state.regions if spec.kernel in DECODE else block.regions
+    regions = state.regions if spec.row.by_query else block.regions
     return -(-sum(regions(spec).values()) * item_bytes // 64) * 64
 
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from tilefold.backends.cpu import splits, tuned
 from tilefold.backends.cpu.choice import (
-    MASKED,
     blocks_for,
     lanes_of,
     multiplier,
@@ -28,7 +27,7 @@ from tilefold.backends.cpu.partitions import (
     rows_of_parts,
     split_time,
 )
-from tilefold.backends.cpu.spec import DECODE, PARALLEL, KernelSpec
+from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.backends.cpu.tables import RegisterTile
 from tilefold.common.lru import LruCache
 from tilefold.masks.evaluate import index_bits
@@ -74,12 +73,12 @@ class Launch:
     @property
     def splits(self) -> int:
         """Block rows that share the same rows of the parallel axis: parts of the traversed one."""
-        return self.block_rows if self.spec.kernel in DECODE else 1
+        return self.block_rows if self.spec.row.by_query else 1
 
     @property
     def block_parallel(self) -> int:
         """Rows of the parallel axis in a block row: all queries where they are few."""
-        return self.problem.len_q if self.spec.kernel in DECODE else self.spec.block_parallel
+        return self.problem.len_q if self.spec.row.by_query else self.spec.block_parallel
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,9 +335,9 @@ def _spec(
 
 
 def _launch(problem: Problem, spec: KernelSpec) -> Launch:
-    parallel = PARALLEL[spec.kernel]
+    parallel = spec.row.parallel
     block_rows = -(-parallel_length(problem, spec.kernel) // spec.block_parallel)
-    if spec.kernel in MASKED:
+    if spec.row.tiled:
         visited = visited_by(problem, parallel, spec.block_parallel)
     else:
         visited = Runs(np.zeros(block_rows + 1, np.int64), np.zeros((0, 3), np.int64), 1, 1)

@@ -19,31 +19,12 @@ from tilefold.backends.metal.families import MetalFamily
 from tilefold.backends.metal.kernels.fragment import TYPES
 from tilefold.backends.metal.kernels.frame import stage_elements
 from tilefold.backends.metal.kernels.msl import BYTES, element
-from tilefold.backends.metal.spec import RESIDENT, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
+from tilefold.backends.metal.spec import KERNELS, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
 from tilefold.masks.expression import Truth, split
-
-LEAVING = {
-    "forward": ("q", "o"),
-    "decode": ("q", "o"),
-    "merge": (),
-    "backward_dq": ("do", "q", "dq"),
-    "backward_dkv": ("k", "v", "dk", "dv"),
-}
-"""Operands in the order in which they leave the registers."""
-
-SCORES = {"forward": 1, "decode": 1, "merge": 0, "backward_dq": 2, "backward_dkv": 2}
-"""Tiles of float32 scores that live at once: S; S and dP."""
 
 LEAST_TRAVERSE, LEAST_SPILLED = 32, 64
 """How far the traverse block shrinks to keep an operand: to the shortest of the tables' rows, and
 for an input beside spilled sums to the shortest of those rows that spill all sums."""
-
-UNTUNED = {
-    "decode": (Blocks(8, 32, 32), ("q", "o")),
-    "merge": (Blocks(8, 8, 8), ()),
-}
-"""Blocks of kernels that have no table. Decoding: one simdgroup to a threadgroup, so that few rows
-of many heads and splits are spread over the cores."""
 
 _STEP = 2 * SIDE
 _ANY = split(Truth(True))[0]
@@ -129,15 +110,17 @@ def choose(
             f"{dtype} is not a type of Apple's GPUs, which have {', '.join(TYPES)}: compute it on"
             " the CPU"
         )
-    others = [name for name in cached or () if name not in RESIDENT[kernel]]
+    others = [name for name in cached or () if name not in KERNELS[kernel].resident]
     if others:
-        allowed = ", ".join(RESIDENT[kernel]) or "nothing"
+        allowed = ", ".join(KERNELS[kernel].resident) or "nothing"
         raise ValueError(f"{kernel} keeps any of {allowed} in registers, got {others[0]}")
     asked = _Asked(family, kernel, dtype, dim, dim_v)
     start, row_blocks, row_cached = asked.row()
     first = asked.choice(start, blocks or row_blocks, row_cached if cached is None else cached)
     asked.check(first)
-    leaving = [] if cached is not None else [x for x in LEAVING[kernel] if x in first.cached]
+    leaving = (
+        [] if cached is not None else [x for x in KERNELS[kernel].leaving if x in first.cached]
+    )
     evicted: list[Eviction] = []
     for operand in (*leaving, None):
         kept = [name for name in first.cached if all(name != gone for gone, _ in evicted)]
@@ -182,9 +165,8 @@ class _Asked:
 
     def row(self) -> tuple[str, Blocks, tuple[str, ...]]:
         """Where to start: the words for it, blocks and cached operands."""
-        if self.kernel in UNTUNED:
-            blocks, cached = UNTUNED[self.kernel]
-            return "a block that nobody tuned", blocks, cached
+        if untuned := KERNELS[self.kernel].untuned:
+            return "a block that nobody tuned", *untuned
         widest = max(self.dim, self.dim_v)
         row = tables.row(self.family.table, self.kernel, self.dtype, widest)
         return f"table {self.family.table}, {row}", row.blocks, row.cached
@@ -192,18 +174,19 @@ class _Asked:
     def choice(self, start: str, blocks: Blocks, cached: Sequence[str]) -> Choice:
         """These blocks and operands, with what they take; no head block is wider than a row."""
         blocks = replace(blocks, head=min(blocks.head, whole(max(self.dim, self.dim_v))))
-        held = tuple(name for name in RESIDENT[self.kernel] if name in cached)
+        row = KERNELS[self.kernel]
+        held = tuple(name for name in row.resident if name in cached)
         spec = self._spec(blocks, held)
         number = BYTES[element(self.dtype, self.family.bfloat).compute]
         registers = [
             (name, whole(spec.width(name)) // 4 * (4 if name in SUMS else number)) for name in held
         ]
-        if SCORES[self.kernel]:
-            registers.append(("tiles", SCORES[self.kernel] * blocks.traverse))
-        if any(name in SUMS and name not in held for name in RESIDENT[self.kernel]):
+        if row.visits:
+            registers.append(("tiles", row.score_tiles * blocks.traverse))
+        if any(name in SUMS and name not in held for name in row.resident):
             registers.append(("spill", blocks.head))
         # A tile of a traversed operand, and for each simdgroup a truth.
-        shared = stage_elements(spec) * number + spec.simdgroups if self.kernel != "merge" else 0
+        shared = stage_elements(spec) * number + spec.simdgroups if row.visits else 0
         return Choice(self.family, self.kernel, start, blocks, held, tuple(registers), shared)
 
     def _spec(self, blocks: Blocks, cached: tuple[str, ...]) -> MetalSpec:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tilefold.backends.metal import dispatch
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.plan import Launch, MetalPlan, plan
-from tilefold.backends.metal.spec import PARALLEL, SIMD
+from tilefold.backends.metal.spec import KERNELS, SIMD
 from tilefold.planning.roofline import instruction_count
 from tilefold.problems.attention import Problem
 
@@ -45,7 +45,8 @@ WEIGHTS = {
 """Instructions of single lanes for each operation that the emulator counts. Rates are those of
 github.com/philipturner/metal-benchmarks for M1; where it has none, an operation is one."""
 
-OPERATIONS = ("forward", "backward_dq", "backward_dkv")
+MODELLED = ("forward", "backward_dq", "backward_dkv")
+"""Kernels that are modelled: those of long sequences."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Model:
     @property
     def shares(self) -> dict[str, float]:
         """Instructions issued for each useful one, by operation."""
-        useful = instruction_count(self.kernel, self.pairs, self.dim)
+        useful = instruction_count(KERNELS[self.kernel], self.pairs, self.dim)
         return {name: WEIGHTS[name] * self.counts[name] / useful for name in WEIGHTS}
 
     @property
@@ -92,7 +93,7 @@ def launch(family: str, kernel: str, dtype: str, dim: int, *, tiles: int) -> Lau
 
 def _problem(kernel: str, dtype: str, dim: int, parallel: int, traverse: int) -> Problem:
     """One head, its lengths by what the operation does with them."""
-    long_q = PARALLEL[kernel] == "k"
+    long_q = KERNELS[kernel].parallel == "k"
     len_q, len_k = (traverse, parallel) if long_q else (parallel, traverse)
     return Problem.of((1, 1, len_q, dim), (1, 1, len_k, dim), dtype=dtype)
 
@@ -113,7 +114,7 @@ class _Listening(Emulated):
     def compile(self, text: str) -> Any:
         """The kernels of a text."""
         self.texts.append(text)
-        entries = {f"tilefold_{kernel}": None for kernel in OPERATIONS}
+        entries = {f"tilefold_{kernel}": None for kernel in MODELLED}
         self.libraries.append(
             SimpleNamespace(**entries) if self.checks == "nothing" else super().compile(text)
         )

@@ -19,7 +19,7 @@ from tilefold.backends.metal import families
 from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
 from tilefold.backends.metal.kernels.arguments import spills
-from tilefold.backends.metal.spec import PARALLEL, RESIDENT, SIDE, Blocks, MetalSpec
+from tilefold.backends.metal.spec import KERNELS, SIDE, Blocks, MetalSpec
 from tilefold.common import check
 from tilefold.common.lru import LruCache
 from tilefold.masks.evaluate import index_bits
@@ -150,7 +150,7 @@ def _check(blocks: Asked, cached: AskedCached) -> None:
     """Raises for blocks that are none, and for operations that there are not."""
     for name, asked in (("blocks", blocks), ("cached", cached)):
         for operation in asked if isinstance(asked, Mapping) else ():
-            check.choice(f"an operation of {name}", operation, tuple(RESIDENT))
+            check.choice(f"an operation of {name}", operation, tuple(KERNELS))
     for one in blocks.values() if isinstance(blocks, Mapping) else (blocks,):
         if not isinstance(one, Blocks | None):
             shown = check.shown(one)
@@ -201,7 +201,7 @@ class _Planner:
     def _spill(self, spec: MetalSpec, name: str) -> Scratch:
         """A spilled sum: float32, as the operand's rows but contiguous."""
         problem, operand = self._problem, name.removesuffix("_spill")
-        if PARALLEL[spec.kernel] == "q":
+        if spec.row.parallel == "q":
             rows = (problem.batch, problem.heads_q, problem.len_q)
         else:
             rows = (problem.batch, problem.heads_kv, problem.len_k)
@@ -237,7 +237,7 @@ class _Planner:
         """A kernel whose threadgroups own a block row each."""
         problem = self._problem
         spec, made = self._spec(kernel)
-        parallel = PARALLEL[kernel]
+        parallel = KERNELS[kernel].parallel
         visited = visited_by(problem, parallel, spec.blocks.parallel)
         visited = runs_to_tiles(visited, spec.blocks.traverse)
         heads = problem.heads_q if parallel == "q" else problem.heads_kv

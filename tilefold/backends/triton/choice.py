@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from tilefold.backends.triton import resources, tables
 from tilefold.backends.triton.architectures import Architecture
 from tilefold.backends.triton.resources import kind as kind_of
-from tilefold.backends.triton.spec import LEAST, PARALLEL, Blocks, power_of_two
+from tilefold.backends.triton.spec import KERNELS, LEAST, Blocks, power_of_two
 from tilefold.common import check
 
 Asked = Blocks | Mapping[str, Blocks] | None
@@ -51,7 +51,7 @@ def check_asked(blocks: Asked) -> None:
     """Raises for blocks that are none, and for operations that there are not."""
     by_operation = blocks if isinstance(blocks, Mapping) else {}
     for kernel in by_operation:
-        check.choice("an operation of blocks", kernel, tuple(PARALLEL))
+        check.choice("an operation of blocks", kernel, tuple(KERNELS))
     for one in by_operation.values() if by_operation else (blocks,):
         if not isinstance(one, Blocks | None):
             raise TypeError(
@@ -139,13 +139,13 @@ class _Asked:
     @property
     def most_rows(self) -> int | None:
         """Rows of a block along the parallel axis, at most; None where resources alone say it."""
-        multiplied = self.dtype == "float64" and self.kernel in resources.HELD
+        multiplied = self.dtype == "float64" and KERNELS[self.kernel].visits
         return self.device.float64_rows if multiplied else None
 
     def row(self) -> tuple[tables.Row, list[str]]:
         """Where to start, and the words for it."""
         widest = max(self.dim, self.dim_v)
-        if self.kernel not in resources.HELD:
+        if not KERNELS[self.kernel].visits:
             rows = power_of_two(MOST_NUMBERS // resources.padded(widest) + 1) // 2
             blocks = Blocks(max(LEAST, min(64, rows)), LEAST, 4, 1)
             return tables.Row(widest, blocks, 0), ["a block that nobody tuned"]
@@ -162,7 +162,7 @@ class _Asked:
     def compiled(self, row: tables.Row) -> bool:
         """Whether a row was compiled for just these heads: narrower ones may have more pieces."""
         dims = {resources.padded(self.dim), resources.padded(self.dim_v), row.dim}
-        return self.kernel in resources.HELD and row.spills is not None and len(dims) == 1
+        return KERNELS[self.kernel].visits and row.spills is not None and len(dims) == 1
 
     def too_much(self, blocks: Blocks) -> str:
         """Why blocks do not fit, in a line; "" where they do."""
@@ -180,7 +180,7 @@ class _Asked:
         registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
         if registers > room:
             return f"{words}: {registers} registers of a thread for sums and scores, of {room}"
-        visits = self.kernel in resources.HELD
+        visits = KERNELS[self.kernel].visits
         sums_apart = device.tensor_memory and resources.asynchronous(device, self.kind, blocks)
         if visits and sums_apart:
             columns = resources.tensor_columns(
@@ -198,7 +198,7 @@ class _Asked:
         device = self.device
         shared = min(self._shared(blocks), device.shared_bytes)
         registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
-        visits = self.kernel in resources.HELD
+        visits = KERNELS[self.kernel].visits
         if visits:
             words.append(
                 f"shared memory about {shared} of {device.shared_bytes} bytes, sums and scores"

@@ -95,7 +95,7 @@ class TritonPlan:
         every = problem.batch * problem.heads_q * problem.len_q * problem.len_k
         lines = [f"{launch.pairs / every:.1%} of all pairs lie in the tiles that are visited"]
         if rates := datasheets.rates(self.architecture.name, spec.dtype, spec.float32_mode):
-            least = roofline.bounds(problem, spec.kernel, launch.pairs, rates)
+            least = roofline.bounds(problem, spec.row, launch.pairs, rates)
             lines.append(
                 f"no faster than {least.seconds * 1e3:.3g} ms ({least.binding}) on"
                 f" {'an' if rates.device[0] in 'AHLMR' else 'a'} {rates.device}, by its data sheet"

@@ -21,9 +21,9 @@ from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.spec import (
     BY_PRECISION,
+    KERNELS,
     LEAST,
     MOST_DIM,
-    PARALLEL,
     TritonSpec,
     power_of_two,
 )
@@ -199,7 +199,7 @@ class _Planner:
         """A kernel whose programs own a block row each."""
         problem = self._problem
         spec, made = self._spec(kernel)
-        parallel = PARALLEL[kernel]
+        parallel = KERNELS[kernel].parallel
         visited = visited_by(problem, parallel, spec.blocks.parallel)
         heads = problem.heads_q if parallel == "q" else problem.heads_kv
         return self._launch(spec, made, visited, heads)
