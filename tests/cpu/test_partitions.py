@@ -26,7 +26,7 @@ from tilefold.backends.cpu.partitions import (
     fastest,
     rows_of_parts,
 )
-from tilefold.backends.cpu.plan import Plan, plan
+from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.problems.attention import Problem
 
 MACHINE = Device("cpu", "described", "avx512", "", "", cores=4)
@@ -47,7 +47,7 @@ def problem(
     return Problem(**sizes | changes, mask=full() if mask is None else mask)
 
 
-def chosen(made: Plan) -> int:
+def chosen(made: CpuPlan) -> int:
     """How many owners each key head got; 0 where the form is split."""
     owners = {launch.spec.kernel: launch.item_rows for launch in made.launches}
     return owners.get("backward", SPLIT)

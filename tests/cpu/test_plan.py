@@ -16,7 +16,7 @@ from trial import PASSES, planned
 import tilefold
 from tilefold import Rule, causal, documents, full, local
 from tilefold.backends.cpu import dispatch
-from tilefold.backends.cpu.choice import family
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import kernel, workspace_bytes
 from tilefold.backends.cpu.kernels import ir, work
@@ -95,7 +95,7 @@ def test_every_plan_fits_the_machine(isa: str) -> None:
                         assert held <= device.vector_registers, spec
                         assert spec.block_traverse % spec.rows == 0, spec
                         scores = spec.block_traverse * spec.block_parallel * computed
-                        table = family(sizes, device, spec.kernel)
+                        table = Chooser(sizes, device).family(spec.kernel)
                         assert scores <= table.scratch_bytes, spec
                         assert spec.block_traverse % table.traverse_step == 0, spec
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import tilefold
-from tilefold.backends.cpu import choice, plan, tuned
+from tilefold.backends.cpu import plan, tuned
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
 from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
-from tilefold.masks.expression import split
 from tilefold.masks.position_rules import Rule, causal, full, lengths, local
 from tilefold.measuring import workload
 from tilefold.problems import reference
@@ -43,8 +43,7 @@ def problem(mask: Rule | None = None, length: int = 300, **changes: Any) -> Prob
 
 
 def key_of(problem: Problem, kernel: str = "forward", device: Device | None = None) -> Key:
-    skeleton, _, _ = split(problem.mask.bind(problem.len_q, problem.len_k))
-    return choice.winner_key(problem, device or host(), kernel, skeleton)
+    return Chooser(problem, device or host()).key(kernel)
 
 
 def winner(blocks: Blocks = OTHER, **changes: Any) -> TunedBlocks:
@@ -58,7 +57,7 @@ def winner(blocks: Blocks = OTHER, **changes: Any) -> TunedBlocks:
 
 
 def keep(problem: Problem, kernel: str = "forward", blocks: Blocks = OTHER) -> None:
-    table = Timed(choice.table_blocks(problem, host(), kernel), 2.0)
+    table = Timed(Chooser(problem, host()).table_blocks(kernel), 2.0)
     found = winner(blocks, table=table)
     tuned.keep({(Processor.of(host()), key_of(problem, kernel)): found})
 
@@ -80,7 +79,7 @@ def planned(problem: Problem, operation: str = "forward", **options: Any) -> dic
 def test_a_winner_overrides_the_table_and_is_overridden_by_the_caller(cache: Path) -> None:
     asked = problem()
     table = planned(asked)
-    assert table == {"forward": choice.table_blocks(asked, host(), "forward")}
+    assert table == {"forward": Chooser(asked, host()).table_blocks("forward")}
     keep(asked)  # the plan of the line above is remembered; it must not survive this
     assert planned(asked) == {"forward": OTHER}
     tile = FAMILIES[host().isa].tiles[0]
@@ -238,7 +237,7 @@ def test_a_damaged_file_is_left_out_with_a_reason(cache: Path, content: bytes) -
     asked = problem()
     keep(asked)
     damage(cache, content)
-    assert planned(asked)["forward"] == choice.table_blocks(asked, host(), "forward")
+    assert planned(asked)["forward"] == Chooser(asked, host()).table_blocks("forward")
     said = tuned.load().problem
     assert said == f"{cache / 'tuned.json'} is not a file of this version's winners"
     keep(asked)  # and is replaced by the next measurement

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tilefold import cli
-from tilefold.backends.cpu import choice, peak, plan, tuned
+from tilefold.backends.cpu import peak, plan, tuned
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
 from tilefold.backends.cpu.tuned import Blocks
@@ -96,7 +97,7 @@ def test_the_row_of_every_plan_is_in_the_table(isa: str, operation: str) -> None
             asked = case(len_q=length, len_k=length, dtype=dtype).problem
             form = "tiled" if operation == "forward" else "auto"
             for launch in plan.plan(asked, device, operation, form).launches:
-                found = choice.table_blocks(asked, device, launch.spec.kernel)
+                found = Chooser(asked, device).table_blocks(launch.spec.kernel)
                 assert FAMILIES[device.isa].row(found.tile) is not None
                 assert launch.spec.block_traverse == found.block_traverse
 
@@ -115,7 +116,7 @@ def test_the_fastest_candidate_wins_and_the_others_are_priced(timed: Any) -> Non
 
     stages = timed(model)
     (found,) = tuning.tune(case(), seconds=1)
-    table = choice.table_blocks(case().problem, host(), "forward")
+    table = Chooser(case().problem, host()).table_blocks("forward")
     assert found.table == table
     assert all(stage[0] == str(table) for stage in stages)  # in every round, the first one too
     best = min((trial.blocks for trial in found.trials), key=model)
@@ -134,7 +135,7 @@ def test_the_fastest_candidate_wins_and_the_others_are_priced(timed: Any) -> Non
 def test_the_table_stays_unless_others_are_clearly_faster(
     timed: Any, gain: float, wins: bool
 ) -> None:
-    table = choice.table_blocks(case().problem, host(), "forward")
+    table = Chooser(case().problem, host()).table_blocks("forward")
     timed(lambda candidate: 1.0 if candidate == table else 1.0 - gain)
     (found,) = tuning.tune(case(), seconds=1)
     assert (found.best.blocks != table) == wins
@@ -142,7 +143,7 @@ def test_the_table_stays_unless_others_are_clearly_faster(
 
 def test_noise_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fast in most rounds of a stage, but not in the last; or in the median, but not surely."""
-    table = choice.table_blocks(case().problem, host(), "forward")
+    table = Chooser(case().problem, host()).table_blocks("forward")
     noisy = [0.5, 0.5, 0.5, 1.5, 1.5]
     stages: list[int] = []
 
@@ -165,7 +166,7 @@ def test_noise_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_last_stage_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = choice.table_blocks(case().problem, host(), "forward")
+    table = Chooser(case().problem, host()).table_blocks("forward")
     stages: list[list[str]] = []
 
     def turns(calls: Mapping[str, Call], **limits: Any) -> dict[str, list[float]]:
@@ -183,7 +184,7 @@ def test_only_the_last_stage_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_clock_that_drifts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ratios are of one round; medians of each candidate alone would be those of the drift."""
-    table = choice.table_blocks(case().problem, host(), "forward")
+    table = Chooser(case().problem, host()).table_blocks("forward")
     drift = [1.0, 10.0, 100.0, 1000.0, 1e4]
 
     def turns(calls: Mapping[str, Call], **limits: Any) -> dict[str, list[float]]:
@@ -297,7 +298,7 @@ def test_precision_and_what_multiplies_are_said(cache: Path, timed: Any, capsys:
     units = {key.dtype: key.unit for _, key in tuned.load().winners}
     medium = case(precision="medium").problem
     assert units == {
-        "float32": choice.multiplier(medium, host(), "forward").unit,
+        "float32": Chooser(medium, host()).multiplier("forward").unit,
         "float64": "fma",
     }
 

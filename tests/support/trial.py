@@ -19,7 +19,7 @@ from operands import FORMS
 from tilefold import Rule, full
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
-from tilefold.backends.cpu.plan import Plan, plan
+from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.problems import reference
 from tilefold.problems.attention import STATISTICS, Problem, default_scale
 from tilefold.problems.buffer import Buffer
@@ -167,7 +167,7 @@ class Memory:
         """Where a kernel is told that an array begins."""
         return int(array.__array_interface__["data"][0])
 
-    def move(self, plan: Plan) -> Plan:
+    def move(self, plan: CpuPlan) -> CpuPlan:
         """The plan with its own arrays in this memory."""
         return plan
 
@@ -209,7 +209,7 @@ def run(
     return {name: views[name] for name in OUTPUTS[operation]}
 
 
-def planned(p: Problem, device: Device, operation: str, form: str, **options: Any) -> Plan:
+def planned(p: Problem, device: Device, operation: str, form: str, **options: Any) -> CpuPlan:
     """The plan of a pass; `options` as `plan` takes them."""
     return plan(p, device, operation, **{**options, **FORMS.get(form, {})})
 

@@ -18,7 +18,7 @@ from typing import Any
 from tilefold import triton
 from tilefold.backends.cpu import choice, kernel, peak, plan, runtime, threads, tuned
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.plan import Launch, Plan
+from tilefold.backends.cpu.plan import CpuPlan, Launch
 from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tuned import TunedBlocks
 from tilefold.commands import kernel_source, specification, terminal
@@ -87,7 +87,7 @@ def main(options: argparse.Namespace) -> int:
         print(text if options.text else runtime.assembly(text, device), end="")
         return 0
     picked = [_pick(made, options.kernel)] if options.kernel else made.launches
-    products = choice.multiplier(problem, device, options.operation)
+    products = choice.Chooser(problem, device).products
     rates = peak.rates(device, problem.dtype, threads.get_num_threads(), products)
     document = {
         "problem": _problem(made),
@@ -103,19 +103,19 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pick(made: Plan, name: str | None) -> Launch:
+def _pick(made: CpuPlan, name: str | None) -> Launch:
     """A kernel by name; without one, the one with the most to do."""
     launches = {launch.spec.kernel: launch for launch in made.launches}
     return launches[kernel_source.named(launches, name)]
 
 
-def _problem(made: Plan) -> dict[str, Any]:
+def _problem(made: CpuPlan) -> dict[str, Any]:
     problem = made.problem
     values = {name: value for name, value in problem.__dict__.items() if name != "mask"}
     return values | {"mask": str(problem.mask), "operation": made.operation}
 
 
-def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, Any]:
+def _describe(made: CpuPlan, launch: Launch, rates: roofline.Rates) -> dict[str, Any]:
     spec, runs, problem = launch.spec, launch.runs, made.problem
     parallel = spec.row.parallel
     masked = runs.runs[:, 2]
@@ -155,13 +155,13 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
     return described
 
 
-def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
+def _choice(made: CpuPlan, launch: Launch) -> dict[str, Any]:
     """Where the blocks come from, and what other ones would cost as far as anybody measured."""
     problem, device, spec = made.problem, made.device, launch.spec
-    table = choice.table_blocks(problem, device, spec.kernel)
-    key = choice.winner_key(problem, device, spec.kernel, spec.mask)
-    winner = tuned.find(device, key, table)
-    family = choice.family(problem, device, spec.kernel)
+    chooser = choice.Chooser(problem, device)
+    table = chooser.table_blocks(spec.kernel)
+    winner = tuned.find(device, chooser.key(spec.kernel), table)
+    family = chooser.family(spec.kernel)
     row = family.row(table.tile)
     assert row is not None, table
     return {
@@ -187,7 +187,7 @@ def _tuned(winner: TunedBlocks) -> dict[str, Any]:
     }
 
 
-def _tune_command(made: Plan) -> str:
+def _tune_command(made: CpuPlan) -> str:
     """What to type to measure this specification."""
     problem = made.problem
     shape = (problem.batch, problem.heads_q, problem.len_q, problem.dim)

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu import dispatch, tuned
-from tilefold.backends.cpu.choice import family, table_blocks, usual_blocks, winner_key
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.plan import Plan, plan
+from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tables import RegisterTile
 from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
@@ -139,8 +139,9 @@ class _Race:
     def __init__(self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note) -> None:
         self._case, self._form, self._kernel, self._note = case, form, kernel, note
         self._operands = operands(case, inputs)
-        self._family = family(case.problem, host(), kernel)
-        self._table = table_blocks(case.problem, host(), kernel)
+        self._chooser = Chooser(case.problem, host())
+        self._family = self._chooser.family(kernel)
+        self._table = self._chooser.table_blocks(kernel)
         self._trials: dict[Blocks, Trial] = {}
         self._table_seconds = 0.0
 
@@ -153,9 +154,7 @@ class _Race:
         self._stage("blocks", [blocks for blocks in others if blocks not in self._trials], share)
         self._stage("the best", self._fastest()[:KEPT_BLOCKS], share, last=True)
         trials = sorted(self._trials.values(), key=lambda trial: (not trial.last, trial.ratio))
-        made = self._plan(self._table)
-        (launch,) = [one for one in made.launches if one.spec.kernel == self._kernel]
-        key = winner_key(self._case.problem, host(), self._kernel, launch.spec.mask)
+        key = self._chooser.key(self._kernel)
         return Tuned(self._case, key, self._table, self._table_seconds, tuple(trials))
 
     def _heights(self) -> list[int]:
@@ -167,7 +166,7 @@ class _Race:
     def _usual(self, tile: RegisterTile) -> Blocks:
         if tile == self._table.tile:
             return self._table
-        return usual_blocks(self._case.problem, host(), self._kernel, tile)
+        return self._chooser.usual_blocks(self._kernel, tile)
 
     def _cut(self, tile: RegisterTile, rows: int) -> Blocks:
         return Blocks(tile, self._family.cut(tile, rows))
@@ -209,7 +208,7 @@ class _Race:
 
         return lambda: prepared().run(*pointers)
 
-    def _plan(self, blocks: Blocks) -> Plan:
+    def _plan(self, blocks: Blocks) -> CpuPlan:
         """The kernel alone, after what prepares its operands."""
         made = plan(
             self._case.problem,

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from tilefold.problems.attention import Problem
+
 
 class Operand(NamedTuple):
     """An array of the kernels.
@@ -117,6 +119,14 @@ class KernelRow(Work):
     def visits(self) -> bool:
         """True where the kernel visits pairs of queries and keys."""
         return self.score_tiles > 0
+
+    def length(self, problem: Problem) -> int:
+        """Length of the parallel axis."""
+        return problem.len_q if self.parallel == "q" else problem.len_k
+
+    def heads(self, problem: Problem) -> int:
+        """Heads on the side of the parallel axis."""
+        return problem.heads_q if self.parallel == "q" else problem.heads_kv
 
 
 Row = TypeVar("Row", bound=KernelRow)

@@ -10,7 +10,7 @@ kernel    spec to a loaded function
 threads   one function on several threads
 tuned     block sizes that were measured on this machine
 splits    how the keys of few queries are split
-choice    what multiplies in a kernel, and in which blocks
+choice    a chooser: what multiplies in a kernel, and in which blocks
 plan      problem and device to kernels, work items and runs
 dispatch  a plan made ready for arrays, and run
 peak      what the processor reaches at most, measured

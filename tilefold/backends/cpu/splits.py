@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from tilefold.backends.cpu.device import Device
 from tilefold.masks.runs import Runs
-from tilefold.planning.visited import _visited
 from tilefold.problems.attention import ITEM_BYTES, Problem
 
 MOST_ROWS = 128
@@ -70,7 +69,7 @@ def keys_per_split(
 
     A split is of `heads_per_item` heads.
     """
-    per_row = _visited(visited)
+    per_row = visited.met
     most = max(1, int(per_row.max(initial=0)))
     owners = problem.batch * problem.heads_kv // heads_per_item
     items = ITEMS_PER_CORE * device.cores

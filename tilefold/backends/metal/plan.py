@@ -22,12 +22,11 @@ from tilefold.backends.metal.kernels.arguments import spills
 from tilefold.backends.metal.spec import KERNELS, SIDE, Blocks, MetalSpec
 from tilefold.common import check
 from tilefold.common.lru import LruCache
-from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import Declared, Table, split
-from tilefold.masks.runs import Runs, runs
-from tilefold.planning.plan import Scratch
+from tilefold.masks.runs import Runs
+from tilefold.planning.masked import MaskedProblem
+from tilefold.planning.plan import Plan, Scratch, split_scratch
 from tilefold.planning.tiles import runs_to_tiles
-from tilefold.planning.visited import MASK_STEP, bound, cut, visited_by
+from tilefold.planning.visited import MASK_STEP, cut, heaviest_first, nothing
 from tilefold.problems.attention import Problem
 
 FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "tiled")}
@@ -54,8 +53,6 @@ Asked = Blocks | Mapping[str, Blocks] | None
 AskedCached = Sequence[str] | Mapping[str, Sequence[str]] | None
 """Cached operands of the only kernel of a plan, or by operation."""
 
-_NOTHING = Runs(np.zeros(1, np.int64), np.zeros((0, 3), np.int64), 1, 1)
-
 
 @dataclass(frozen=True, eq=False)
 class Launch:
@@ -74,34 +71,22 @@ class Launch:
     splits: int = 1
 
     @property
+    def arrays(self) -> tuple[NDArray[np.int64], ...]:
+        """The arrays that say where its threadgroups work."""
+        return (self.runs.rows, self.runs.runs, self.order)
+
+    @property
     def threads(self) -> tuple[int, int, int]:
         """Threads of the whole grid, each threadgroup having `spec.threads` of them."""
         groups, heads, batch = self.grid
         return (groups * self.spec.threads, heads, batch)
 
 
-@dataclass(frozen=True, eq=False)
-class MetalPlan:
-    """The kernels of one operation in the order in which they run, and the data of the mask.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MetalPlan(Plan[Launch]):
+    """The kernels of one operation on a GPU family."""
 
-    `buffers` are arrays that the kernels hand to each other, by their names in the kernels.
-    """
-
-    problem: Problem
     family: MetalFamily
-    operation: str
-    launches: tuple[Launch, ...]
-    parameters: tuple[int, ...]
-    tables: tuple[Table | Declared, ...]
-    buffers: Mapping[str, Scratch]
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of the mask's tables and of the runs."""
-        arrays = [table.array for table in self.tables]
-        for launch in self.launches:
-            arrays += [launch.runs.rows, launch.runs.runs, launch.order]
-        return sum(array.nbytes for array in arrays)
 
     def explain(self) -> list[str]:
         """What was chosen for each kernel and why, as lines of text."""
@@ -111,10 +96,7 @@ class MetalPlan:
             groups, heads, batch = launch.grid
             size = launch.spec.threads
             lines.append(f"  grid {groups} x {heads} x {batch} threadgroups of {size} threads")
-        for name, scratch in self.buffers.items():
-            shape = " x ".join(map(str, scratch.shape))
-            lines.append(f"scratch {name}: {shape} {scratch.dtype}")
-        return lines
+        return lines + self.explain_scratch()
 
 
 _recent: LruCache[MetalPlan] = LruCache(most=128, most_bytes=256 * 2**20)
@@ -172,10 +154,7 @@ class _Planner:
     ) -> None:
         self._problem, self._family = problem, family
         self._blocks, self._cached = blocks, cached
-        self._expression = bound(problem)
-        sizes = (problem.batch, problem.heads_q, problem.len_q, problem.len_k)
-        self._bits = index_bits(self._expression, *sizes)
-        self._mask, self._parameters, self._tables = split(self._expression)
+        self._masked = MaskedProblem.of(problem)
 
     def plan(self, operation: str, form: str) -> MetalPlan:
         check.choice("operation", operation, tuple(FORMS))
@@ -187,24 +166,25 @@ class _Planner:
             launches = [self._tiled("backward_dq"), self._tiled("backward_dkv")]
         elif self._decodes(form):
             launches = self._decode()
-            shape = (*row[:2], launches[0].splits, row[2])
-            buffers["part_o"] = Scratch((*shape, self._problem.dim_v), "float32")
-            buffers |= {name: Scratch(shape, "float32") for name in ("part_m", "part_l")}
+            buffers |= split_scratch(self._problem, launches[0].splits, "float32")
         else:
             launches = [self._tiled("forward")]
         for launch in launches:
             buffers |= {name: self._spill(launch.spec, name) for name in spills(launch.spec)}
-        problem, family = self._problem, self._family
-        made = tuple(launches)
-        return MetalPlan(problem, family, operation, made, self._parameters, self._tables, buffers)
+        return MetalPlan(
+            problem=self._problem,
+            family=self._family,
+            operation=operation,
+            launches=tuple(launches),
+            parameters=self._masked.parameters,
+            tables=self._masked.tables,
+            buffers=buffers,
+        )
 
     def _spill(self, spec: MetalSpec, name: str) -> Scratch:
         """A spilled sum: float32, as the operand's rows but contiguous."""
         problem, operand = self._problem, name.removesuffix("_spill")
-        if spec.row.parallel == "q":
-            rows = (problem.batch, problem.heads_q, problem.len_q)
-        else:
-            rows = (problem.batch, problem.heads_kv, problem.len_k)
+        rows = (problem.batch, spec.row.heads(problem), spec.row.length(problem))
         return Scratch((*rows, spec.width(operand)), "float32")
 
     def _spec(self, kernel: str) -> tuple[MetalSpec, Choice]:
@@ -228,8 +208,8 @@ class _Planner:
             cached=made.cached,
             staged=family.staged,
             bfloat=family.bfloat,
-            mask=self._mask,
-            index_bits=self._bits,
+            mask=self._masked.skeleton,
+            index_bits=self._masked.index_bits,
         )
         return spec, made
 
@@ -237,12 +217,10 @@ class _Planner:
         """A kernel whose threadgroups own a block row each."""
         problem = self._problem
         spec, made = self._spec(kernel)
-        parallel = KERNELS[kernel].parallel
-        visited = visited_by(problem, parallel, spec.blocks.parallel)
+        visited = self._masked.visited_by(spec.row.parallel, spec.blocks.parallel)
         visited = runs_to_tiles(visited, spec.blocks.traverse)
-        heads = problem.heads_q if parallel == "q" else problem.heads_kv
-        grid = (visited.block_rows, heads, problem.batch)
-        return Launch(spec, made, visited, _heaviest_first(visited), grid)
+        grid = (visited.block_rows, spec.row.heads(problem), problem.batch)
+        return Launch(spec, made, visited, heaviest_first(visited), grid)
 
     def _decodes(self, form: str) -> bool:
         problem = self._problem
@@ -256,34 +234,17 @@ class _Planner:
         problem = self._problem
         spec, made = self._spec("decode")
         group = problem.heads_q // problem.heads_kv
-        visited = runs(
-            self._expression,
-            parallel="q",
-            batch=problem.batch,
-            heads=problem.heads_q,
-            len_parallel=problem.len_q,
-            len_traverse=problem.len_k,
-            block_parallel=problem.len_q,
-            block_traverse=MASK_STEP,
-            group=group,
-        )
+        visited = self._masked.visited_together(problem.heads_kv)
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
         owners = problem.batch * problem.heads_kv * blocks
         least = int(visited.met.max(initial=0)) * owners // ENOUGH_GROUPS
         visited = cut(visited, max(KEYS_PER_SPLIT, -(-least // MASK_STEP) * MASK_STEP))
         count = visited.block_rows
-        order = (_heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
+        order = (heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
         grid = (len(order), problem.heads_kv, problem.batch)
         merge, merged = self._spec("merge")
         rows = (problem.len_q, problem.heads_q, problem.batch)
         return [
             Launch(spec, made, visited, order, grid, count),
-            Launch(merge, merged, _NOTHING, np.zeros(1, np.int64), rows, count),
+            Launch(merge, merged, nothing(), np.zeros(1, np.int64), rows, count),
         ]
-
-
-def _heaviest_first(visited: Runs) -> NDArray[np.int64]:
-    """Block rows by what they visit over all planes, most first; ties keep their order."""
-    planes = visited.planes_b * visited.planes_h
-    work = visited.met.reshape(planes, visited.block_rows).sum(0)
-    return np.argsort(-work, kind="stable")

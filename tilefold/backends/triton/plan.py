@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tilefold.backends.triton import tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
@@ -21,7 +20,6 @@ from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.spec import (
     BY_PRECISION,
-    KERNELS,
     LEAST,
     MOST_DIM,
     TritonSpec,
@@ -29,13 +27,12 @@ from tilefold.backends.triton.spec import (
 )
 from tilefold.common import check, settings
 from tilefold.common.lru import LruCache
-from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import split
-from tilefold.masks.runs import Runs, runs
+from tilefold.masks.runs import Runs
 from tilefold.planning import roofline
-from tilefold.planning.plan import Scratch
+from tilefold.planning.masked import MaskedProblem
+from tilefold.planning.plan import Scratch, split_scratch
 from tilefold.planning.tiles import parted, runs_to_tiles
-from tilefold.planning.visited import MASK_STEP, bound, cut, visited_by
+from tilefold.planning.visited import MASK_STEP, cut, heaviest_first
 from tilefold.problems.attention import STATISTICS, Problem
 
 FORMS = {
@@ -114,10 +111,7 @@ class _Planner:
     ) -> None:
         self._problem, self._device = problem, device
         self._blocks, self._owners = blocks, owners
-        self._expression = bound(problem)
-        sizes = (problem.batch, problem.heads_q, problem.len_q, problem.len_k)
-        self._bits = index_bits(self._expression, *sizes)
-        self._mask, self._parameters, self._tables = split(self._expression)
+        self._masked = MaskedProblem.of(problem)
 
     def plan(self, operation: str, form: str) -> TritonPlan:
         problem = self._problem
@@ -139,14 +133,19 @@ class _Planner:
                 launches = [self._tiled("backward_dq"), self._tiled("backward_dkv")]
         elif self._decodes(form):
             launches = self._decode()
-            shape = (*row[:2], launches[0].splits, row[2])
-            buffers["part_o"] = Scratch((*shape, problem.dim_v), kind)
-            buffers |= {name: Scratch(shape, kind) for name in ("part_m", "part_l")}
+            buffers |= split_scratch(problem, launches[0].splits, kind)
         else:
             launches = [self._forward(form)]
-        made = tuple(launches)
-        rest = self._parameters, self._tables, buffers, cleared
-        return TritonPlan(problem, self._device, operation, made, *rest)
+        return TritonPlan(
+            problem=problem,
+            architecture=self._device,
+            operation=operation,
+            launches=tuple(launches),
+            parameters=self._masked.parameters,
+            tables=self._masked.tables,
+            buffers=buffers,
+            cleared=cleared,
+        )
 
     def _check(self) -> None:
         """Raises NotImplementedError for what has no kernels."""
@@ -169,8 +168,8 @@ class _Planner:
             dim=problem.dim,
             dim_v=problem.dim_v,
             blocks=made.blocks,
-            mask=self._mask,
-            index_bits=self._bits,
+            mask=self._masked.skeleton,
+            index_bits=self._masked.index_bits,
             float32_mode=float32_mode,
             negative=problem.scale < 0,
         )
@@ -183,7 +182,9 @@ class _Planner:
         choice = functools.partial(choose, self._device, *sizes, float32_mode=float32_mode)
         if wanted := asked.get(kernel) if isinstance(asked, Mapping) else asked:
             return choice(blocks=wanted)
-        key = tuned.Key(self._device.name, *sizes, float32_mode, self._mask.text, rows or 0)
+        key = tuned.Key(
+            self._device.name, *sizes, float32_mode, self._masked.skeleton.text, rows or 0
+        )
         if measured := tuned.find(key):
             try:
                 made = choice(blocks=measured)
@@ -197,12 +198,9 @@ class _Planner:
 
     def _tiled(self, kernel: str) -> Launch:
         """A kernel whose programs own a block row each."""
-        problem = self._problem
         spec, made = self._spec(kernel)
-        parallel = KERNELS[kernel].parallel
-        visited = visited_by(problem, parallel, spec.blocks.parallel)
-        heads = problem.heads_q if parallel == "q" else problem.heads_kv
-        return self._launch(spec, made, visited, heads)
+        visited = self._masked.visited_by(spec.parallel, spec.blocks.parallel)
+        return self._launch(spec, made, visited, spec.row.heads(self._problem))
 
     def _forward(self, form: str) -> Launch:
         """The kernel of Hopper with the plain one behind it, or the plain one."""
@@ -238,8 +236,8 @@ class _Planner:
             dim=problem.dim,
             dim_v=problem.dim_v,
             blocks=hopper_launch.blocks(problem.dim, problem.dim_v),
-            mask=self._mask,
-            index_bits=self._bits,
+            mask=self._masked.skeleton,
+            index_bits=self._masked.index_bits,
             negative=problem.scale < 0,
             gluon=True,
         )
@@ -249,7 +247,7 @@ class _Planner:
         problem, spec = self._problem, self._spec_of_hopper()
         reasons = ("in Gluon, for Hopper: two teams of 64 queries and a warp that loads",)
         made = Choice("forward", spec.blocks, reasons)
-        visited = visited_by(problem, "q", spec.blocks.parallel)
+        visited = self._masked.visited_by("q", spec.blocks.parallel)
         return self._launch(spec, made, visited, problem.heads_q)
 
     def _launch(
@@ -265,7 +263,7 @@ class _Planner:
         if blocks is not None:
             height, splits = self._problem.len_q, rows
         pairs = roofline.computed_pairs(self._problem, spec.parallel, visited, height, splits)
-        order = (_heaviest_first(visited)[:, None] + rows * np.arange(blocks or 1)).ravel()
+        order = (heaviest_first(visited)[:, None] + rows * np.arange(blocks or 1)).ravel()
         run_rows, spans = parted(visited, spec.blocks.traverse)
         return Launch(
             spec,
@@ -317,17 +315,7 @@ class _Planner:
         rows = min(MOST_ROWS, max(LEAST, power_of_two(group * problem.len_q)))
         spec, made = self._spec("decode", rows)
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
-        visited = runs(
-            self._expression,
-            parallel="q",
-            batch=problem.batch,
-            heads=problem.heads_q,
-            len_parallel=problem.len_q,
-            len_traverse=problem.len_k,
-            block_parallel=problem.len_q,
-            block_traverse=MASK_STEP,
-            group=group,
-        )
+        visited = self._masked.visited_together(problem.heads_kv)
         splits = max(1, ENOUGH_PROGRAMS // (problem.batch * problem.heads_kv * blocks))
         keys = max(KEYS_PER_SPLIT, -(-int(visited.met.max(initial=0)) // splits))
         step = max(MASK_STEP, spec.blocks.traverse)
@@ -342,9 +330,3 @@ def key_of(spec: TritonSpec, name: str) -> tuned.Key:
     sizes = spec.dtype, spec.dim, spec.dim_v, spec.float32_mode
     rows = spec.blocks.parallel if spec.kernel == "decode" else 0
     return tuned.Key(name, spec.kernel, *sizes, spec.mask.text, rows)
-
-
-def _heaviest_first(visited: Runs) -> NDArray[np.int64]:
-    """Block rows, those with most to visit first, over all planes."""
-    work = visited.met.reshape(-1, max(1, visited.block_rows)).sum(axis=0)
-    return np.argsort(-work, kind="stable")
