@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.cpu import splits, tuned
+from tilefold.backends.cpu import splits
 from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.partitions import (
@@ -23,6 +23,7 @@ from tilefold.backends.cpu.partitions import (
 )
 from tilefold.backends.cpu.spec import KERNELS, KernelSpec
 from tilefold.backends.cpu.tables import RegisterTile
+from tilefold.common import generation
 from tilefold.common.lru import LruCache
 from tilefold.masks.runs import Runs
 from tilefold.planning.plan import Plan, Scratch
@@ -87,7 +88,6 @@ class CpuPlan(Plan[Launch]):
 
 
 _recent: LruCache[CpuPlan] = LruCache(most=128, most_bytes=256 * 2**20)
-tuned.when_changed(_recent.clear)
 
 
 def plan(
@@ -115,7 +115,8 @@ def plan(
     Plans are kept for the next call of the same problem: the newest ones, as far as their data
     (mask tables and runs) fit 256 MiB.
     """
-    key = (problem, device, operation, form, tile, block_traverse, owners, in_place)
+    asked = (problem, device, operation, form, tile, block_traverse, owners, in_place)
+    key = (generation.number, asked)
     found = _recent.get(key)
     if found is None:
         planner = _Planner(Chooser(problem, device), tile, block_traverse)
