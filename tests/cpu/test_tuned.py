@@ -19,6 +19,7 @@ from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
 from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
+from tilefold.common.tuned_store import TunedFile
 from tilefold.masks.position_rules import Rule, causal, full, lengths, local
 from tilefold.measuring import workload
 from tilefold.problems import reference
@@ -31,9 +32,9 @@ OTHER = Blocks(RegisterTile(3, 1), 33)
 @pytest.fixture
 def cache(fresh_cache: Path) -> Iterator[Path]:
     """An empty cache, and no plan or winner remembered from before or left for later tests."""
-    tuned.forget()
+    tuned.STORE.forget()
     yield fresh_cache
-    tuned.forget()
+    tuned.STORE.forget()
 
 
 def problem(mask: Rule | None = None, length: int = 300, **changes: Any) -> Problem:
@@ -59,7 +60,7 @@ def winner(blocks: Blocks = OTHER, **changes: Any) -> TunedBlocks:
 def keep(problem: Problem, kernel: str = "forward", blocks: Blocks = OTHER) -> None:
     table = Timed(Chooser(problem, host()).table_blocks(kernel), 2.0)
     found = winner(blocks, table=table)
-    tuned.keep({(Processor.of(host()), key_of(problem, kernel)): found})
+    tuned.STORE.keep({(Processor.of(host()), key_of(problem, kernel)): found})
 
 
 def planned(problem: Problem, operation: str = "forward", **options: Any) -> dict[str, Blocks]:
@@ -85,7 +86,7 @@ def test_a_winner_overrides_the_table_and_is_overridden_by_the_caller(cache: Pat
     tile = FAMILIES[host().isa].tiles[0]
     assert planned(asked, tile=tile)["forward"].tile == tile
     assert planned(asked, block_traverse=66)["forward"] == replace(OTHER, block_traverse=66)
-    assert tuned.forget() == 1
+    assert tuned.STORE.forget() == 1
     assert planned(asked) == table
 
 
@@ -184,9 +185,9 @@ def test_the_file_is_beside_the_kernels_and_is_read_once(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(problem())
-    assert tuned.path() == cache / "tuned.json"
-    kept = tuned.load()
-    assert kept.problem is None and [found.best.blocks for found in kept.winners.values()] == [
+    assert tuned.STORE.path == cache / "tuned.json"
+    kept = tuned.STORE.load()
+    assert kept.problem is None and [found.best.blocks for found in kept.entries.values()] == [
         OTHER
     ]
     with monkeypatch.context() as patch:
@@ -197,11 +198,11 @@ def test_the_file_is_beside_the_kernels_and_is_read_once(
 
 def test_winners_of_others_stay(cache: Path) -> None:
     elsewhere = replace(Processor.of(host()), name="another")
-    tuned.keep({(elsewhere, key_of(problem())): winner()})
+    tuned.STORE.keep({(elsewhere, key_of(problem())): winner()})
     assert planned(problem())["forward"] != OTHER
     keep(problem(dim=24))
     keep(problem(dim=24), blocks=Blocks(RegisterTile(2, 1), 20))
-    assert len(tuned.load().winners) == 2
+    assert len(tuned.STORE.load().entries) == 2
 
 
 @pytest.mark.slow
@@ -238,10 +239,10 @@ def test_a_damaged_file_is_left_out_with_a_reason(cache: Path, content: bytes) -
     keep(asked)
     damage(cache, content)
     assert planned(asked)["forward"] == Chooser(asked, host()).table_blocks("forward")
-    said = tuned.load().problem
+    said = tuned.STORE.load().problem
     assert said == f"{cache / 'tuned.json'} is not a file of this version's winners"
     keep(asked)  # and is replaced by the next measurement
-    assert tuned.load().problem is None
+    assert tuned.STORE.load().problem is None
     assert planned(asked)["forward"] == OTHER
 
 
@@ -250,7 +251,7 @@ def test_a_file_that_cannot_be_read_is_left_out_with_a_reason(cache: Path) -> No
     (cache / "tuned.json").unlink()
     (cache / "tuned.json").mkdir()
     reread()
-    assert "cannot be read" in str(tuned.load().problem)
+    assert "cannot be read" in str(tuned.STORE.load().problem)
     assert planned(problem())["forward"] != OTHER
     (cache / "tuned.json").rmdir()
 
@@ -290,7 +291,7 @@ def test_an_entry_that_is_wrong_is_left_out_alone(cache: Path, place: str, value
         inside = inside[name]
     inside[last] = value
     damage(cache, json.dumps(document).encode())
-    assert tuned.load().problem == f"1 of the winners in {file} cannot be used"
+    assert tuned.STORE.load().problem == f"1 of the winners in {file} cannot be used"
     assert planned(problem())["forward"] != OTHER
     assert planned(problem(dim=24))["forward"] == OTHER
 
@@ -301,7 +302,7 @@ def test_an_entry_without_a_field_is_left_out(cache: Path) -> None:
     for name in [*document["winners"][0]]:
         shorter = {k: v for k, v in document["winners"][0].items() if k != name}
         damage(cache, json.dumps(document | {"winners": [shorter, 7, None]}).encode())
-        assert tuned.load() == tuned.TunedFile(
+        assert tuned.STORE.load() == TunedFile(
             {}, f"3 of the winners in {cache / 'tuned.json'} cannot be used"
         )
 
@@ -321,4 +322,4 @@ def damage(folder: Path, content: bytes) -> None:
 
 def reread() -> None:
     """As in a new process."""
-    tuned._changed()
+    tuned.STORE.reread()

@@ -29,9 +29,9 @@ Model = Callable[[Blocks], float]
 @pytest.fixture
 def cache(fresh_cache: Path) -> Iterator[Path]:
     """An empty cache, and no plan or winner remembered from before or left for later tests."""
-    tuned.forget()
+    tuned.STORE.forget()
     yield fresh_cache
-    tuned.forget()
+    tuned.STORE.forget()
 
 
 def case(operation: str = "forward", mask: str = "full()", **changes: Any) -> Case:
@@ -285,7 +285,7 @@ def test_the_winner_is_shown_kept_and_used(
 def test_a_dry_run_keeps_nothing(cache: Path, narrow_wins: None, capsys: Any) -> None:
     assert cli.main([*TINY, "--dry-run"]) == 0
     assert "nothing kept" in capsys.readouterr().out
-    assert not tuned.load().winners
+    assert not tuned.STORE.load().entries
     assert not (cache / "tuned.json").exists()
 
 
@@ -295,7 +295,7 @@ def test_precision_and_what_multiplies_are_said(cache: Path, timed: Any, capsys:
     said = capsys.readouterr().out
     assert "forward 1,2,300,16 float32 (medium) full()" in said
     assert "forward 1,2,300,16 float64 full()" in said  # which has one precision
-    units = {key.dtype: key.unit for _, key in tuned.load().winners}
+    units = {key.dtype: key.unit for _, key in tuned.STORE.load().entries}
     medium = case(precision="medium").problem
     assert units == {
         "float32": Chooser(medium, host()).multiplier("forward").unit,

@@ -130,7 +130,7 @@ def keep(found: Iterable[Tuned]) -> None:
     """Store the winners for the planner, of this process too. Raises OSError."""
     now, machine = environment(), Processor.of(host())
     new = {(machine, tuned.key): tuned.winner(now["date"], now["versions"]) for tuned in found}
-    tuned.keep(new)
+    tuned.STORE.keep(new)
 
 
 class _Race:

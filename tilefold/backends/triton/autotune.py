@@ -112,7 +112,7 @@ def tune(
             if trial.winner and not trial.usual:
                 winners[key_of(launch.spec, machine.architecture)] = trial.blocks
     if keep and winners:
-        tuned.keep(winners)
+        tuned.STORE.keep(winners)
     return found
 
 
