@@ -15,13 +15,13 @@ from trial import Trial, numbers, run
 
 from tilefold import Rule, causal, full, lengths, local, prefix
 from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.heuristics import DEFAULT
 from tilefold.backends.cpu.partitions import (
     FIRST_QUERY,
     FIRST_ROW,
     LAST_QUERY,
     LAST_ROW,
     PART,
-    PARTS_SHARE,
     KeyPartitioner,
     fastest,
     rows_of_parts,
@@ -134,7 +134,7 @@ def test_parts_are_bounded_by_the_arrays_of_the_call(cores: int, dtype: str) -> 
                 shape, kept = made.buffers["dq_parts"].shape, made.buffers["dq_parts"].dtype
                 assert kept == ("float64" if dtype == "float64" else "float32")
                 size = math.prod(shape) * np.dtype(kept).itemsize
-                assert size <= PARTS_SHARE * sizes.bytes("backward"), (sizes, shape)
+                assert size <= DEFAULT.parts_share * sizes.bytes("backward"), (sizes, shape)
 
 
 # Which keys and queries ------------------------------------------------------------------------

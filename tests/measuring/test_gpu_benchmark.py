@@ -40,7 +40,7 @@ from gpu_parts import (  # noqa: E402
 )
 from gpu_parts.section import INTERPRETED, Here, Section, Settings, Stage  # noqa: E402
 
-from tilefold.backends.triton.plan import PACKED_QUERIES  # noqa: E402
+from tilefold.backends.triton.heuristics import DEFAULT  # noqa: E402
 from tilefold.backends.triton.spec import KERNELS  # noqa: E402
 from tilefold.problems.attention import Problem  # noqa: E402
 
@@ -210,7 +210,7 @@ def test_conformance_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = conformance.measure(name, here())
     assert row["failures"] == {}
     assert {"forward tiled", "backward split", "backward fused"} <= {*row["ran"]}
-    assert ("forward decode" in row["ran"]) == (TINY[name][0].shape[0] <= PACKED_QUERIES)
+    assert ("forward decode" in row["ran"]) == (TINY[name][0].shape[0] <= DEFAULT.packed_queries)
     assert "forward hopper" in row["absent"]
 
 

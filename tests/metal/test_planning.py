@@ -18,8 +18,9 @@ from tilefold.backends.metal import choice, families, tables
 from tilefold.backends.metal.choice import choose
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.families import FAMILIES, family
+from tilefold.backends.metal.heuristics import DEFAULT
 from tilefold.backends.metal.kernels.msl import BYTES
-from tilefold.backends.metal.plan import FEW_QUERIES, KEYS_PER_SPLIT, MANY_KEYS, Launch, plan
+from tilefold.backends.metal.plan import Launch, plan
 from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import KERNELS, SUMS, Blocks, whole
 from tilefold.masks.runs import Runs
@@ -371,7 +372,7 @@ def test_decoding_cuts_keys_into_splits_and_rows_into_fragments(mask: object) ->
     assert merge.grid == (3, 12, 2) and merge.splits == count
     assert sorted(part.order) == list(range(2 * count))
     assert np.all(np.diff(part.runs.met[part.order % count]) <= 0)
-    assert part.runs.met.max() <= KEYS_PER_SPLIT
+    assert part.runs.met.max() <= DEFAULT.keys_per_split
     first = 0 if mask == full() else 480  # a run begins with a granule of 32
     assert part.runs.met.sum() == 2000 - first
     assert made.buffers["part_o"].shape == (2, 12, count, 3, 96)
@@ -387,13 +388,14 @@ def test_few_queries_of_many_keys_are_decoded_and_no_others() -> None:
         made = plan(problem, "apple9", "forward", form=form)
         return [launch.spec.kernel for launch in made.launches]
 
-    assert kernels(1, MANY_KEYS) == kernels(FEW_QUERIES, 9999) == ["decode", "merge"]
-    assert kernels(1, MANY_KEYS - 1) == kernels(FEW_QUERIES + 1, 9999) == ["forward"]
+    few, many = DEFAULT.few_queries, DEFAULT.many_keys
+    assert kernels(1, many) == kernels(few, 9999) == ["decode", "merge"]
+    assert kernels(1, many - 1) == kernels(few + 1, 9999) == ["forward"]
     assert kernels(1, 9999, "tiled") == ["forward"]
     assert kernels(20, 30, "decode") == ["decode", "merge"]
     window = Problem.of((1, 2, 4, 64), (1, 2, 10**6, 64), mask=causal() & local(1000))
     part = plan(window, "apple9", "forward").launches[0]
-    assert part.splits == -(-part.runs.met.sum() // KEYS_PER_SPLIT) < 6
+    assert part.splits == -(-part.runs.met.sum() // DEFAULT.keys_per_split) < 6
     # Where there are threadgroups enough, keys are not split further.
     long = Problem.of((2, 8, 1, 64), (2, 4, 10**6, 64))
     part = plan(long, "apple9", "forward").launches[0]

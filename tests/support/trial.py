@@ -19,6 +19,7 @@ from operands import FORMS
 from tilefold import Rule, full
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.problems import reference
 from tilefold.problems.attention import STATISTICS, Problem, default_scale
@@ -179,6 +180,7 @@ def run(
     form: str = "auto",
     memory: Memory | None = None,
     device: Device | None = None,
+    heuristics: Heuristics = DEFAULT,
 ) -> dict[str, Array]:
     """Run one operation on arrays laid out as the trial says; compare, and return its results.
 
@@ -199,7 +201,8 @@ def run(
     before = {name: flats[name].tobytes() for name in INPUTS[operation]}
     buffers = {name: _buffer(memory, name, view) for name, view in views.items()}
     in_place = operation == "forward" or buffers["dq"].strides[3] == 1
-    made = planned(p, device or host(), operation, form, in_place=in_place)
+    options = {"in_place": in_place, "heuristics": heuristics}
+    made = planned(p, device or host(), operation, form, **options)
     dispatch.run(memory.move(made), buffers)
     for name, old in before.items():
         assert flats[name].tobytes() == old, f"{name} was modified"

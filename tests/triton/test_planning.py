@@ -27,9 +27,9 @@ from tilefold.backends.triton import (
     spec,
 )
 from tilefold.backends.triton.dispatch import fitted
+from tilefold.backends.triton.heuristics import DEFAULT
 from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.machine import MachineCache
-from tilefold.backends.triton.plan import ENOUGH_PROGRAMS
 from tilefold.backends.triton.spec import Blocks, pieces
 
 LARGE = Problem.of((2, 16, 4096, 128), (2, 4, 4096, 128), dtype="bfloat16", mask=causal())
@@ -64,7 +64,7 @@ def test_the_fused_form_has_a_part_of_dq_for_each_owner() -> None:
     assert operations(made) == ["delta", "backward", "reduce_dq"]
     owners = made.launches[1].splits
     assert made.launches[1].programs == owners * 2 * 4
-    assert owners == min(made.launches[1].block_rows, -(-ENOUGH_PROGRAMS // 8))
+    assert owners == min(made.launches[1].block_rows, -(-DEFAULT.enough_programs // 8))
     assert made.buffers["dq_parts"].shape == (owners, 2, 16, 4096, 128)
     assert made.cleared == ("dq_parts",)
     alone = plan.plan(LARGE, "sm_90", "backward", form="fused", owners=1)
@@ -89,7 +89,7 @@ def test_few_queries_are_decoded(shape: tuple[Any, ...], form: str, expected: li
     assert operations(made) == expected
     if expected[0] == "decode":
         launch, programs = made.launches[0], 4 * shape[1][1] * made.launches[0].block_rows
-        assert programs >= min(ENOUGH_PROGRAMS, 8 * 8192 // plan.KEYS_PER_SPLIT)
+        assert programs >= min(DEFAULT.enough_programs, 8 * 8192 // DEFAULT.keys_per_split)
         assert made.buffers["part_o"].shape == (4, 8, launch.splits, shape[0][2], 64)
 
 

@@ -3,6 +3,7 @@
 device    what this machine has: instruction set, cores, caches
 spec      all that decides a kernel's source
 tables    tuned block sizes
+heuristics  the planner's other constants, as a value
 partitions  who sums dQ in the fused backward pass
 kernels   everything that writes source
 runtime   source to machine code

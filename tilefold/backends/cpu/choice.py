@@ -6,26 +6,19 @@ from functools import cached_property
 
 from tilefold.backends.cpu import tables, tuned
 from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.spec import FMA, KERNELS, KernelSpec, Multiplier
 from tilefold.backends.cpu.tables import FAMILIES, Family, RegisterTile
 from tilefold.backends.cpu.tuned import Blocks, Key
 from tilefold.planning.masked import MaskedProblem
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
-LEAST_SAVED = 0.05
-"""Share of the visited pairs that a narrower block must save to be taken. float32,
-1 x 1 x 4096 x 64, 10x2 beside 6x4 on one core of an AMD EPYC (Zen 4), forward and backward,
-2026-11-21: `causal() & local(64)` saves 25 % of the pairs and took 18 % and 9 % less time,
-`local(256)` 10 % and 6 % and 5 %, `local(1024)` 3 % and 2 % and 0 %; `causal()` at 512 tokens 6 %
-and 5 % and 4 %.
-"""
-
 
 class Chooser:
     """Chooses for one problem on one device: what multiplies, and the blocks of each kernel."""
 
-    def __init__(self, problem: Problem, device: Device) -> None:
-        self.problem, self.device = problem, device
+    def __init__(self, problem: Problem, device: Device, heuristics: Heuristics = DEFAULT) -> None:
+        self.problem, self.device, self.heuristics = problem, device, heuristics
         self.item_bytes = ITEM_BYTES[STATISTICS[problem.dtype]]
         self.lanes = FAMILIES[device.isa].lanes(self.item_bytes)
         """Elements of one vector, in the type that is computed in."""
@@ -157,12 +150,13 @@ class Chooser:
         met = self.masked.visited_by(parallel, width).met
         if not met.any():
             return widest
-        least = (1 - LEAST_SAVED) * width * int(met.sum())
+        least_saved = self.heuristics.least_saved
+        least = (1 - least_saved) * width * int(met.sum())
         for tile in tiles[1:]:
             narrow = tile.vectors * self.lanes
             cost = _cost(tile) / _cost(widest)
             # Where a window ends, a block reaches as much less far as it is narrower.
-            if cost * (1 - (width - narrow) / met.mean()) < 1 - LEAST_SAVED:
+            if cost * (1 - (width - narrow) / met.mean()) < 1 - least_saved:
                 visited = self.masked.visited_by(parallel, narrow)
                 pairs = cost * narrow * int(visited.met.sum())
                 if pairs < least:

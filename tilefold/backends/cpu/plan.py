@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.cpu import splits
 from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.partitions import (
     COLUMNS,
     KeyPartitioner,
@@ -22,6 +22,7 @@ from tilefold.backends.cpu.partitions import (
     split_time,
 )
 from tilefold.backends.cpu.spec import KERNELS, KernelSpec
+from tilefold.backends.cpu.splits import KeySplitter
 from tilefold.backends.cpu.tables import RegisterTile
 from tilefold.common import generation
 from tilefold.common.lru import LruCache
@@ -32,6 +33,9 @@ from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
 FORMS = ("auto", "interleaved", "tiled", "decode", "fused", "split")
 """Forms of an operation: forward "tiled" or "decode", backward "fused" or "split"."""
+
+UNIT = {"fma": 1.0, "dot": 0.5, "amx": 1 / 16}
+"""Time of a product by what multiplies in the tiled kernel, as the units are made."""
 
 _NO_OWNERS = np.zeros((1, COLUMNS), np.int64)
 
@@ -100,6 +104,7 @@ def plan(
     *,
     owners: int | None = None,
     in_place: bool = True,
+    heuristics: Heuristics = DEFAULT,
 ) -> CpuPlan:
     """The plan of an operation, "forward" or "backward".
 
@@ -109,17 +114,18 @@ def plan(
     of keys). "auto" takes what is predicted to be faster, and so does "interleaved", for keys whose
     heads lie side by side: there a worker decodes the same keys of many heads. With `in_place` the
     rows of dq are contiguous: a single owner may sum them where they lie, unless they hold a half
-    type. `tile` and `block_traverse` override the tables; results depend on all of these only by
-    rounding.
+    type. `tile` and `block_traverse` override the tables, and `heuristics` the constants by which
+    forms, owners and splits are chosen; results depend on all of these only by rounding.
 
     Plans are kept for the next call of the same problem: the newest ones, as far as their data
     (mask tables and runs) fit 256 MiB.
     """
-    asked = (problem, device, operation, form, tile, block_traverse, owners, in_place)
+    blocks = (tile, block_traverse)
+    asked = (problem, device, operation, form, *blocks, owners, in_place, heuristics)
     key = (generation.number, asked)
     found = _recent.get(key)
     if found is None:
-        planner = _Planner(Chooser(problem, device), tile, block_traverse)
+        planner = _Planner(Chooser(problem, device, heuristics), *blocks)
         made = planner.plan(operation, form, owners, in_place)
         found = _recent.put(key, made, made.data_bytes)
     return found
@@ -134,7 +140,11 @@ class _Planner:
         self._chooser, self._tile, self._block_traverse = chooser, tile, block_traverse
         self._problem, self._device = chooser.problem, chooser.device
         self._masked = chooser.masked
+        self._heuristics = chooser.heuristics
         self._computed = STATISTICS[chooser.problem.dtype]
+        self._splitter = KeySplitter(
+            chooser.problem, chooser.device.cores, chooser.lanes, chooser.heuristics
+        )
 
     def plan(self, operation: str, form: str, owners: int | None, in_place: bool) -> CpuPlan:
         """The plan of an operation in a form."""
@@ -211,7 +221,8 @@ class _Planner:
             block_q=reduce.spec.block_parallel,
             block_k=fused.spec.block_parallel,
             row_bytes=fused.spec.whole(self._problem.dim) * ITEM_BYTES[self._computed],
-            product=splits.UNIT[products.unit] * products.terms,
+            product=UNIT[products.unit] * products.terms,
+            heuristics=self._heuristics,
         )
 
     def _decodes(self, form: str) -> bool:
@@ -224,40 +235,41 @@ class _Planner:
         """
         assert form in FORMS, form  # forms of the backward pass leave the choice open here
         problem, cores, lanes = self._problem, self._device.cores, self._chooser.lanes
-        rows = problem.heads_q // max(1, problem.heads_kv) * problem.len_q
+        rows, most_rows = self._splitter.rows, self._heuristics.most_rows
         if form == "tiled" or self._tile or problem.empty:
             return False
-        if form == "decode" or rows > splits.MOST_ROWS:
-            if rows > splits.MOST_ROWS and form == "decode":
-                most = f"at most {splits.MOST_ROWS} queries for each key head, over all query heads"
+        if form == "decode" or rows > most_rows:
+            if rows > most_rows and form == "decode":
+                most = f"at most {most_rows} queries for each key head, over all query heads"
                 raise ValueError(f"form 'decode' takes {most}, got {rows}")
             return form == "decode"
         tile = self._chooser.table_blocks("forward").tile
         multiplies = self._chooser.products
         heads = problem.batch * problem.heads_q
         blocks = heads * -(-problem.len_q // (tile.vectors * lanes))
-        product = splits.UNIT[multiplies.unit] * multiplies.terms
+        product = UNIT[multiplies.unit] * multiplies.terms
         products = product * (problem.dim + problem.dim_v)
-        tiled = blocks * tile.vectors * (products + splits.EXP) / min(cores, blocks)
-        work = heads * problem.len_q * splits.row_work(problem, lanes)
-        most_splits = splits.most_splits(problem, lanes, problem.len_k)
+        products += self._heuristics.exponential
+        tiled = blocks * tile.vectors * products / min(cores, blocks)
+        work = heads * problem.len_q * self._splitter.row_work
+        most_splits = self._splitter.most_splits(problem.len_k)
         return work / min(cores, problem.batch * problem.heads_kv * most_splits) < tiled
 
     def _decode(self, form: str) -> tuple[list[Launch], dict[str, Scratch]]:
         """One launch, or where the keys of a head are split two, and what the first leaves."""
         problem, lanes = self._problem, self._chooser.lanes
+        keys = self._block_traverse or self._heuristics.decode_tile
         # One vector of keys at a time; a tile of keys and one of values share the first cache.
         spec = self._chooser.spec_of(
             "decode",
             vectors=1,
-            rows=splits.MOST_ROWS,
-            block_traverse=-(-(self._block_traverse or splits.TILE) // lanes) * lanes,
+            rows=self._heuristics.most_rows,
+            block_traverse=-(-keys // lanes) * lanes,
         )
-        heads_per_item = splits.heads_per_item(problem) if form == "interleaved" else 1
+        heads_per_item = self._splitter.heads_per_item if form == "interleaved" else 1
         heads = problem.heads_kv // heads_per_item
         visited = self._masked.visited_together(heads)
-        keys = splits.keys_per_split(visited, problem, self._device, lanes, heads_per_item)
-        visited = cut(visited, keys)
+        visited = cut(visited, self._splitter.keys_per_split(visited, heads_per_item))
         count = visited.block_rows
         order = _heaviest_first(visited, problem, heads, count)
         name = "decode" if count == 1 else "decode_part"

@@ -16,15 +16,12 @@ from typing import NamedTuple
 
 from tilefold.backends.metal import tables
 from tilefold.backends.metal.families import MetalFamily
+from tilefold.backends.metal.heuristics import DEFAULT, Heuristics
 from tilefold.backends.metal.kernels.fragment import TYPES
 from tilefold.backends.metal.kernels.frame import stage_elements
 from tilefold.backends.metal.kernels.msl import BYTES, element
 from tilefold.backends.metal.spec import KERNELS, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
 from tilefold.masks.expression import Truth, split
-
-LEAST_TRAVERSE, LEAST_SPILLED = 32, 64
-"""How far the traverse block shrinks to keep an operand: to the shortest of the tables' rows, and
-for an input beside spilled sums to the shortest of those rows that spill all sums."""
 
 _STEP = 2 * SIDE
 _ANY = split(Truth(True))[0]
@@ -91,6 +88,7 @@ def choose(
     *,
     blocks: Blocks | None = None,
     cached: Sequence[str] | None = None,
+    heuristics: Heuristics = DEFAULT,
 ) -> Choice:
     """The choice for a kernel. `blocks` and `cached` override the tables, and are kept as given.
 
@@ -125,7 +123,7 @@ def choose(
     for operand in (*leaving, None):
         kept = [name for name in first.cached if all(name != gone for gone, _ in evicted)]
         longest = first.blocks.traverse
-        least = longest if blocks else _STEP if cached is not None else _least(kept)
+        least = longest if blocks else _STEP if cached is not None else _least(kept, heuristics)
         traverses = [longest, *range((longest - 1) // _STEP * _STEP, least - 1, -_STEP)]
         options = [asked.choice(start, replace(first.blocks, traverse=n), kept) for n in traverses]
         for made in options:
@@ -140,11 +138,12 @@ def choose(
     )
 
 
-def _least(kept: Sequence[str]) -> int:
-    """How far the traverse block shrinks before another operand leaves."""
+def _least(kept: Sequence[str], limits: Heuristics) -> int:
+    """Length to which the traverse block shrinks before another operand leaves."""
     if not kept:
         return _STEP
-    return LEAST_TRAVERSE if any(name in SUMS for name in kept) else LEAST_SPILLED
+    sums = any(name in SUMS for name in kept)
+    return limits.least_traverse if sums else limits.least_spilled
 
 
 def _shrunk(before: Choice, after: Choice) -> str:

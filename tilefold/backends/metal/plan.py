@@ -1,6 +1,6 @@
 """Planning for Apple GPUs: the kernels of an operation, what each threadgroup visits, and scratch.
 
-A plan knows lengths and masks but no strides: the texts that follow from it serve them all.
+A plan knows lengths and masks but no strides: the sources that follow from it serve them all.
 Backward is two kernels, since the second one reads the delta that the first one writes. A forward
 pass with few queries and many keys is two kernels too: keys are split among threadgroups, whose
 parts are then merged in a fixed order.
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from tilefold.backends.metal import families
 from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
+from tilefold.backends.metal.heuristics import DEFAULT, Heuristics
 from tilefold.backends.metal.kernels.arguments import spills
-from tilefold.backends.metal.spec import KERNELS, SIDE, Blocks, MetalSpec
+from tilefold.backends.metal.spec import KERNELS, Blocks, MetalSpec
 from tilefold.common import check
 from tilefold.common.lru import LruCache
 from tilefold.masks.runs import Runs
@@ -30,28 +31,13 @@ from tilefold.planning.visited import MASK_STEP, cut, heaviest_first, nothing
 from tilefold.problems.attention import Problem
 
 FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "tiled")}
-"""How an operation is done: "decode" splits the keys of few queries."""
-
-FEW_QUERIES = SIDE
-""""auto" decodes so few: the blocks of the tiled kernel, 16 or 32 queries of one head, would be at
-least half empty, where decoding fills fragments with the queries of all heads of a key head."""
-
-KEYS_PER_SPLIT = 256
-"""Keys that a threadgroup of the decode kernel visits at least. Its part, 8 rows of dim_v float32
-numbers, is written and read: a sixteenth of the bytes of float16 keys and values. Not tuned."""
-
-ENOUGH_GROUPS = 1024
-"""Threadgroups of the decode kernel for which keys are split, no finer: 25 simdgroups for each of
-the 40 cores of the largest GPUs. Not tuned."""
-
-MANY_KEYS = 2 * KEYS_PER_SPLIT
-""""auto" decodes from so many keys, where there is something to split."""
+"""Forms of an operation: "decode" splits the keys of few queries."""
 
 Asked = Blocks | Mapping[str, Blocks] | None
-"""Blocks for all kernels of a plan, or by operation."""
+"""Blocks for all kernels of a plan, or by kernel."""
 
 AskedCached = Sequence[str] | Mapping[str, Sequence[str]] | None
-"""Cached operands of the only kernel of a plan, or by operation."""
+"""Cached operands of the only kernel of a plan, or by kernel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +100,7 @@ def plan(
     """The plan of an operation, "forward" or "backward", on a GPU of a family such as "apple9".
 
     `form` is how it is done: see `FORMS`. `blocks` and `cached` override the tables; by
-    operation ("forward", "decode", "backward_dq", "backward_dkv") where they differ. Results depend
+    kernel ("forward", "decode", "backward_dq", "backward_dkv") where they differ. Results depend
     on all of these only by rounding.
 
     Raises ValueError for what no GPU of the family can run, NotImplementedError for float64.
@@ -123,7 +109,7 @@ def plan(
     key = (problem, family, operation, form, _frozen(blocks), _frozen(cached))
     found = _recent.get(key)
     if found is None:
-        made = _Planner(problem, families.family(family), blocks, cached).plan(operation, form)
+        made = Planner(problem, families.family(family), blocks, cached).plan(operation, form)
         found = _recent.put(key, made, made.data_bytes)
     return found
 
@@ -146,17 +132,23 @@ def _frozen(asked: Any) -> object:
     return asked if asked is None or isinstance(asked, Blocks) else tuple(asked)
 
 
-class _Planner:
+class Planner:
     """One problem on one family."""
 
     def __init__(
-        self, problem: Problem, family: MetalFamily, blocks: Asked, cached: AskedCached
+        self,
+        problem: Problem,
+        family: MetalFamily,
+        blocks: Asked = None,
+        cached: AskedCached = None,
+        heuristics: Heuristics = DEFAULT,
     ) -> None:
-        self._problem, self._family = problem, family
+        self._problem, self._family, self._heuristics = problem, family, heuristics
         self._blocks, self._cached = blocks, cached
         self._masked = MaskedProblem.of(problem)
 
-    def plan(self, operation: str, form: str) -> MetalPlan:
+    def plan(self, operation: str, form: str = "auto") -> MetalPlan:
+        """The plan of an operation in a form; see `plan`."""
         check.choice("operation", operation, tuple(FORMS))
         check.choice("form", form, FORMS[operation])
         row = (self._problem.batch, self._problem.heads_q, self._problem.len_q)
@@ -198,6 +190,7 @@ class _Planner:
             problem.dim_v,
             blocks=blocks.get(kernel) if isinstance(blocks, Mapping) else blocks,
             cached=cached.get(kernel) if isinstance(cached, Mapping) else cached,
+            heuristics=self._heuristics,
         )
         spec = MetalSpec(
             kernel=kernel,
@@ -226,7 +219,8 @@ class _Planner:
         problem = self._problem
         if form == "decode" and problem.empty:
             raise ValueError("form 'decode' splits keys, and there is no query or no key")
-        few = problem.len_q <= FEW_QUERIES and problem.len_k >= MANY_KEYS
+        limits = self._heuristics
+        few = problem.len_q <= limits.few_queries and problem.len_k >= limits.many_keys
         return form == "decode" or (form == "auto" and few and not problem.empty)
 
     def _decode(self) -> list[Launch]:
@@ -237,8 +231,9 @@ class _Planner:
         visited = self._masked.visited_together(problem.heads_kv)
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
         owners = problem.batch * problem.heads_kv * blocks
-        least = int(visited.met.max(initial=0)) * owners // ENOUGH_GROUPS
-        visited = cut(visited, max(KEYS_PER_SPLIT, -(-least // MASK_STEP) * MASK_STEP))
+        least = int(visited.met.max(initial=0)) * owners // self._heuristics.enough_groups
+        keys = max(self._heuristics.keys_per_split, -(-least // MASK_STEP) * MASK_STEP)
+        visited = cut(visited, keys)
         count = visited.block_rows
         order = (heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
         grid = (len(order), problem.heads_kv, problem.batch)
