@@ -141,7 +141,7 @@ def test_the_table_stays_unless_others_are_clearly_faster(
     assert (found.best.blocks != table) == wins
 
 
-def test_noise_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_does_not_win() -> None:
     """Fast in most rounds of a stage, but not in the last; or in the median, but not surely."""
     table = Chooser(case().problem, host()).table_blocks("forward")
     noisy = [0.5, 0.5, 0.5, 1.5, 1.5]
@@ -154,18 +154,17 @@ def test_noise_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
         once = [0.5] * 5 if len(stages) < tuning.STAGES else noisy
         return {name: [1.0] * 5 if blocks(name) == table else once for name in calls}
 
-    monkeypatch.setattr(tuning, "turn_by_turn", turns)
-    (found,) = tuning.tune(case(), seconds=1)
+    (found,) = tuning.tune(case(), seconds=1, turns=turns)
     assert found.trials[0].ratio == 0.5 and found.trials[0].share == 0.6
     assert found.best.blocks == table
     assert stages == [tuning.LEAST_ROUNDS] * 2 + [tuning.LEAST_LAST_ROUNDS]
     noisy[3] = 0.5
     stages.clear()
-    (found,) = tuning.tune(case(), seconds=1)
+    (found,) = tuning.tune(case(), seconds=1, turns=turns)
     assert found.best.blocks != table
 
 
-def test_only_the_last_stage_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_last_stage_decides() -> None:
     table = Chooser(case().problem, host()).table_blocks("forward")
     stages: list[list[str]] = []
 
@@ -175,14 +174,13 @@ def test_only_the_last_stage_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         time = 0.9 if len(stages) < tuning.STAGES else 1.1  # the table looked slow at first
         return {name: [1.0 if blocks(name) == table else time] * 3 for name in calls}
 
-    monkeypatch.setattr(tuning, "turn_by_turn", turns)
-    (found,) = tuning.tune(case(), seconds=1)
+    (found,) = tuning.tune(case(), seconds=1, turns=turns)
     assert min(trial.ratio for trial in found.trials) == 0.9
     assert found.best.blocks == table
     assert {str(trial.blocks) for trial in found.trials if trial.last} == set(stages[-1])
 
 
-def test_a_clock_that_drifts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_drifts_changes_nothing() -> None:
     """Ratios are of one round; medians of each candidate alone would be those of the drift."""
     table = Chooser(case().problem, host()).table_blocks("forward")
     drift = [1.0, 10.0, 100.0, 1000.0, 1e4]
@@ -195,8 +193,7 @@ def test_a_clock_that_drifts_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
         times[str(table)] = drift
         return {name: times[name][:1] if limits.get("most") == 1 else drift for name in times}
 
-    monkeypatch.setattr(tuning, "turn_by_turn", turns)
-    (found,) = tuning.tune(case(), seconds=1)
+    (found,) = tuning.tune(case(), seconds=1, turns=turns)
     assert {trial.ratio for trial in found.trials} == {1.0}
 
 

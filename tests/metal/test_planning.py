@@ -18,9 +18,9 @@ from tilefold.backends.metal import choice, families, tables
 from tilefold.backends.metal.choice import choose
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.families import FAMILIES, family
-from tilefold.backends.metal.heuristics import DEFAULT
+from tilefold.backends.metal.heuristics import DEFAULT, Heuristics
 from tilefold.backends.metal.kernels.msl import BYTES
-from tilefold.backends.metal.plan import Launch, plan
+from tilefold.backends.metal.plan import Launch, Planner, plan
 from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import KERNELS, SUMS, Blocks, whole
 from tilefold.masks.runs import Runs
@@ -400,3 +400,5 @@ def test_few_queries_of_many_keys_are_decoded_and_no_others() -> None:
     long = Problem.of((2, 8, 1, 64), (2, 4, 10**6, 64))
     part = plan(long, "apple9", "forward").launches[0]
     assert part.grid == (part.splits, 4, 2) and 120 < part.splits <= 128
+    few_groups = Planner(long, family("apple9"), heuristics=Heuristics(enough_groups=64))
+    assert 7 <= few_groups.plan("forward").launches[0].splits <= 8

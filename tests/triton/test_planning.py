@@ -27,7 +27,7 @@ from tilefold.backends.triton import (
     spec,
 )
 from tilefold.backends.triton.dispatch import fitted
-from tilefold.backends.triton.heuristics import DEFAULT
+from tilefold.backends.triton.heuristics import DEFAULT, Heuristics
 from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.machine import MachineCache
 from tilefold.backends.triton.spec import Blocks, pieces
@@ -91,6 +91,20 @@ def test_few_queries_are_decoded(shape: tuple[Any, ...], form: str, expected: li
         launch, programs = made.launches[0], 4 * shape[1][1] * made.launches[0].block_rows
         assert programs >= min(DEFAULT.enough_programs, 8 * 8192 // DEFAULT.keys_per_split)
         assert made.buffers["part_o"].shape == (4, 8, launch.splits, shape[0][2], 64)
+
+
+def test_a_planner_takes_other_heuristics() -> None:
+    few = Problem.of((1, 8, 1, 64), (1, 8, 8192, 64), dtype="float16")
+    device = architectures.architecture("sm_90")
+    splits = []
+    for keys in (1024, 4096):
+        chosen = Heuristics(keys_per_split=keys)
+        made = plan.Planner(few, device, heuristics=chosen).plan("forward")
+        splits.append(made.launches[0].splits)
+    assert splits == [8, 2]
+    never = Heuristics(many_keys=10**6)
+    made = plan.Planner(few, device, heuristics=never).plan("forward", "auto")
+    assert operations(made) == ["forward"]
 
 
 @pytest.mark.feature("M10")

@@ -45,6 +45,8 @@ TURN_SECONDS = 1e-3
 """Shorter calls are repeated within a turn, so that the clock and the loop do not count."""
 
 Note = Callable[[str], None]
+Turns = Callable[..., dict[str, list[float]]]
+"""What times calls turn by turn, as `timing.turn_by_turn` does."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +100,26 @@ class Tuned:
 
 
 def tune(
-    case: Case, *, seconds: float, form: str = "auto", note: Note = lambda _: None
+    case: Case,
+    *,
+    seconds: float,
+    form: str = "auto",
+    note: Note = lambda _: None,
+    turns: Turns | None = None,
 ) -> list[Tuned]:
     """Measure the candidates for each pass of a case, for about `seconds` each.
 
     Compiling comes on top, and no stage has fewer than `LEAST_ROUNDS`. `note` hears what is being
-    done, `STAGES` times for each pass. Raises ValueError for a problem without pairs.
+    done, `STAGES` times for each kernel; `turns` takes the times. Raises ValueError for a problem
+    without pairs.
     """
     if case.problem.empty:
         raise ValueError(f"there is nothing to measure in shape {case.shape}")
     with using_threads(case.threads):
         inputs = arrays(case)
         return [
-            _Race(case, form, kernel, inputs, note).run(seconds) for kernel in passes(case, form)
+            _Race(case, form, kernel, inputs, note, turns or turn_by_turn).run(seconds)
+            for kernel in passes(case, form)
         ]
 
 
@@ -136,8 +145,11 @@ def keep(found: Iterable[Tuned]) -> None:
 class _Race:
     """The candidates for one kernel."""
 
-    def __init__(self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note) -> None:
+    def __init__(
+        self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note, turns: Turns
+    ) -> None:
         self._case, self._form, self._kernel, self._note = case, form, kernel, note
+        self._turns = turns
         self._operands = operands(case, inputs)
         self._chooser = Chooser(case.problem, host())
         self._family = self._chooser.family(kernel)
@@ -181,13 +193,13 @@ class _Race:
         self._note(f"{self._kernel} {self._case.shape} {self._case.problem.mask}: {what}")
         entered = dict.fromkeys([self._table, *candidates])
         calls = {str(blocks): self._call(blocks) for blocks in entered}
-        turn_by_turn(calls, seconds=0, least=1, most=1)  # compiles
-        first = turn_by_turn(calls, seconds=0, least=1, most=1)
+        self._turns(calls, seconds=0, least=1, most=1)  # compiles
+        first = self._turns(calls, seconds=0, least=1, most=1)
         repeats = max(1, round(TURN_SECONDS / min(first[str(self._table)])))
         turns = {name: _repeated(call, repeats) for name, call in calls.items()}
         least = LEAST_LAST_ROUNDS if last else LEAST_ROUNDS
         timer = clock(self._case.threads)
-        times = turn_by_turn(turns, seconds=seconds, least=least, clock=timer)
+        times = self._turns(turns, seconds=seconds, least=least, clock=timer)
         beside = times[str(self._table)]
         self._table_seconds = statistics.median(beside) / repeats
         for blocks in entered:
