@@ -318,13 +318,13 @@ def test_a_plan_is_overridden_by_kernel_and_kept() -> None:
         ({"operation": "training"}, "operation must be"),
         ({"form": "fused"}, "form must be"),
         ({"operation": "backward", "form": "decode"}, "form must be 'auto' or 'tiled', got 'deco"),
-        ({"blocks": {"dq": blocks}}, "operation of blocks must be 'forward', .*, got 'dq'"),
-        ({"cached": {"dkv": ("k",)}}, "operation of cached must be 'forward', .*, got 'dkv'"),
+        ({"blocks": {"dq": blocks}}, "a kernel of blocks must be 'forward', .*, got 'dq'"),
+        ({"cached": {"dkv": ("k",)}}, "a kernel of cached must be 'forward', .*, got 'dkv'"),
     ):
         with pytest.raises(ValueError, match=message):
             plan(asked, "apple9", **{"operation": "forward", **unknown})
     for wrong in ((8, 8, 8), {"forward": (8, 8, 8)}, 8):
-        with pytest.raises(TypeError, match=r"^blocks must be Blocks, or Blocks by operation, got"):
+        with pytest.raises(TypeError, match=r"^blocks must be Blocks, or Blocks by kernel, got"):
             plan(asked, "apple9", "forward", blocks=wrong)
     with pytest.raises(NotImplementedError, match="float64"):
         plan(problem(dtype="float64"), "apple9", "forward")

@@ -195,12 +195,12 @@ def test_descriptors_where_tiles_can_be_moved_whole() -> None:
         (
             lambda: plan.plan(LARGE, "sm_90", "backward", blocks={"dq": Blocks(64, 64, 4, 2)}),
             ValueError,
-            "an operation of blocks must be 'forward'",
+            "a kernel of blocks must be 'forward'",
         ),
         (
             lambda: plan.plan(LARGE, "sm_90", "forward", blocks=(64, 64, 4, 2)),  # type: ignore[arg-type]  # bad
             TypeError,
-            "blocks must be Blocks, or Blocks by operation, got (64, 64, 4, 2)",
+            "blocks must be Blocks, or Blocks by kernel, got (64, 64, 4, 2)",
         ),
         (lambda: Blocks(48, 64, 4, 2), ValueError, "parallel must be a power of two from 16"),
         (lambda: Blocks(64, 64, 3, 2), ValueError, "warps must be 1, 2, 4, 8 or 16, got 3"),

@@ -19,9 +19,10 @@ from tilefold.problems.attention import Problem
 class Operand(NamedTuple):
     """An array of the kernels.
 
-    Its rows are those of `axis` ("q" or "k"), and `width` names the field of a problem that counts
-    the elements of a row; None stands for one element. A `given` array comes from the caller: it
-    has the caller's type and any strides. Others are contiguous and have the type of the sums.
+    It has a row for each position of `axis` ("q" or "k"), and `width` names the field of a problem
+    that counts the elements of a row; None stands for one element. A `given` array comes from the
+    caller: it has the caller's type and any strides. Others are contiguous and have the type of the
+    sums.
     """
 
     axis: str

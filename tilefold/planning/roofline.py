@@ -25,7 +25,7 @@ SOFTMAX_INSTRUCTIONS = 5
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device was measured to reach in one type with so many workers."""
+    """What a device was measured to reach in one type with `workers` workers."""
 
     device: str
     dtype: str
@@ -50,7 +50,7 @@ class Bounds:
 
     @property
     def binding(self) -> str:
-        """Which of the three that is."""
+        """Name of the largest of the three."""
         named = {
             "arithmetic": self.arithmetic_seconds,
             "exponentials": self.exponential_seconds,

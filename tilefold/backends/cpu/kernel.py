@@ -1,8 +1,8 @@
 """From a spec to a function in memory: emit, find in the cache or compile, load.
 
-A kernel's name on disk is the hash of its text. Where the same sources of this package wrote the
-text of the same spec before, that name was noted, and neither the text is written nor a generator
-imported: that is most of what a first call would take.
+A kernel's name on disk is the hash of its source. Where the same files of this package wrote the
+source of the same spec before, that name was noted, and neither the source is written nor a
+generator imported: that is most of what a first call would take.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
     question = f"{written_by}\n{_spelt(spec)}"
     found = runtime.recall(question, spec.kernel, device) if written_by else None
     if found is None:
-        text = emit(spec)
-        found = runtime.kernel(text, spec.kernel, device), workspace_bytes(spec)
+        source = emit(spec)
+        found = runtime.kernel(source, spec.kernel, device), workspace_bytes(spec)
         if written_by and written_by == sources():  # else someone is just editing a generator
-            runtime.note(question, text, device, found[1])
+            runtime.note(question, source, device, found[1])
     loaded, scratch_bytes = found
     return CpuKernel(loaded, names(spec), scratch_bytes)
 
 
 def sources() -> str:
-    """A checksum of all code that a text could depend on; empty where it cannot be read."""
+    """A checksum of all code that kernels depend on; empty where it cannot be read."""
     digest = hashlib.sha256()
     try:
         for path in sorted(path for folder in _SOURCES for path in folder.iterdir()):

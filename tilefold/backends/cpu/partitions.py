@@ -38,15 +38,15 @@ head, split / fused turn by turn, 2026-11-21: dense 2048 x 64 1.41, 8192 x 64 1.
 COLUMNS = 5
 FIRST_ROW, LAST_ROW, FIRST_QUERY, LAST_QUERY, PART = range(COLUMNS)
 """The columns of a deal: block rows of keys, the queries whose rows of dQ an owner sums, and how
-many rows after that of a query its row in the parts of a head comes: those of an owner lie together
-and after those of the owner before."""
+many rows after a query its row in the parts of a head comes: the rows of an owner lie together,
+after the rows of the owner before."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeyPartitioner:
     """A problem as its owners see it: block rows of keys with their runs, and blocks of queries.
 
-    A row of a part takes `row_bytes`; `product` is the time of a product in those of float32.
+    A row of a part takes `row_bytes`; `product` is the time of a product, in products of float32.
     """
 
     problem: Problem

@@ -110,15 +110,15 @@ def plan(
 
     `form` is how it is done. Forward: "tiled" (queries in the lanes) or "decode" (few queries, the
     head dimension in the lanes, keys split among workers). Backward: "fused" (5 products per pair,
-    so many `owners` to each key head) or "split" (7 products, one owner per block of queries, then
+    `owners` of each key head) or "split" (7 products, one owner per block of queries, then
     of keys). "auto" takes what is predicted to be faster, and so does "interleaved", for keys whose
     heads lie side by side: there a worker decodes the same keys of many heads. With `in_place` the
     rows of dq are contiguous: a single owner may sum them where they lie, unless they hold a half
     type. `tile` and `block_traverse` override the tables, and `heuristics` the constants by which
     forms, owners and splits are chosen; results depend on all of these only by rounding.
 
-    Plans are kept for the next call of the same problem: the newest ones, as far as their data
-    (mask tables and runs) fit 256 MiB.
+    Plans are kept for the next call of the same problem: the newest ones, up to 256 MiB of data
+    (mask tables and runs).
     """
     blocks = (tile, block_traverse)
     asked = (problem, device, operation, form, *blocks, owners, in_place, heuristics)

@@ -48,8 +48,8 @@ class Processor:
 class Key:
     """What a choice of blocks depends on, beside the machine.
 
-    `unit` and `parts` say how the kernel multiplies: see `plan.KernelSpec`. `mask` is the text of
-    its skeleton. `length` is that of the parallel axis: see `length_class`.
+    `unit` and `parts` say how the kernel multiplies: see `spec.Multiplier`. `mask` is the text of
+    its skeleton. `length` is the class of the parallel axis: see `length_class`.
     """
 
     kernel: str
@@ -105,7 +105,7 @@ def length_class(length: int, lanes: int) -> int:
 
 
 def find(device: Device, key: Key, table: Blocks) -> TunedBlocks | None:
-    """The winner for a key on a machine, else that of full() if the table's row is the same."""
+    """The winner of a key on a machine, else of full() if the table has the same row for both."""
     kept = STORE.load().entries
     if not kept:
         return None

@@ -1,8 +1,8 @@
 """Which blocks a kernel gets and what it keeps in registers: a row of the tables, made to fit.
 
 A simdgroup holds 8 rows of an operand in its 32 lanes, so a row of width W costs each thread W / 4
-numbers: inputs in the type that is multiplied, sums in float32. A tile of scores costs a quarter of
-its columns, in float32. Where that is more than the family's budget, first the traverse block
+elements: inputs in the type that is multiplied, sums in float32. A tile of scores costs a quarter
+of its columns, in float32. Where that is more than the family's budget, first the traverse block
 shrinks, which costs no traffic while the sums are in registers; then operands leave, in the order
 in which they leave the tables: inputs, which are read again for each tile, before sums, which are
 read and written for each tile.

@@ -115,14 +115,14 @@ def plan(
 
 
 def _check(blocks: Asked, cached: AskedCached) -> None:
-    """Raises for blocks that are none, and for operations that there are not."""
+    """Raises for blocks that are none, and for kernels that there are not."""
     for name, asked in (("blocks", blocks), ("cached", cached)):
-        for operation in asked if isinstance(asked, Mapping) else ():
-            check.choice(f"an operation of {name}", operation, tuple(KERNELS))
+        for kernel in asked if isinstance(asked, Mapping) else ():
+            check.choice(f"a kernel of {name}", kernel, tuple(KERNELS))
     for one in blocks.values() if isinstance(blocks, Mapping) else (blocks,):
         if not isinstance(one, Blocks | None):
             shown = check.shown(one)
-            raise TypeError(f"blocks must be Blocks, or Blocks by operation, got {shown}")
+            raise TypeError(f"blocks must be Blocks, or Blocks by kernel, got {shown}")
 
 
 def _frozen(asked: Any) -> object:

@@ -46,12 +46,10 @@ def check_asked(blocks: Asked) -> None:
     """Raises for blocks that are none, and for kernels that there are not."""
     by_kernel = blocks if isinstance(blocks, Mapping) else {}
     for kernel in by_kernel:
-        check.choice("an operation of blocks", kernel, tuple(KERNELS))
+        check.choice("a kernel of blocks", kernel, tuple(KERNELS))
     for one in by_kernel.values() if by_kernel else (blocks,):
         if not isinstance(one, Blocks | None):
-            raise TypeError(
-                f"blocks must be Blocks, or Blocks by operation, got {check.shown(one)}"
-            )
+            raise TypeError(f"blocks must be Blocks, or Blocks by kernel, got {check.shown(one)}")
 
 
 def choose(

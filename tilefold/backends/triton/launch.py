@@ -22,7 +22,7 @@ class Launch:
     `order` gives each program of a head its block row, the heaviest first; in the decode kernel
     that is row block * splits + split. `run_rows` and `runs` are as `tiles.parted` makes them,
     `planes` how many of the batch and of the heads have runs of their own (1 where all are alike).
-    `pairs` are those of queries and keys in the tiles that are visited, over batch and heads.
+    `pairs` counts pairs of a query and a key in the tiles that are visited, over batch and heads.
     `plain` takes the place of a launch where the arrays lie so that it cannot serve; without one
     that is an error.
     """

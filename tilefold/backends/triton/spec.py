@@ -141,7 +141,7 @@ KERNELS = table(
 
 
 class Piece(NamedTuple):
-    """Columns `first` to `first + width` of a head, of which those below `stop` are there."""
+    """Columns `first` to `first + width` of a head; columns from `stop` on are padding."""
 
     first: int
     width: int

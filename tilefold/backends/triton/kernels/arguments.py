@@ -2,8 +2,8 @@
 
 Arrays come first, then what the rule reads, then integers (lengths, strides) and the scale.
 Strides are the arguments for which Triton may compile anew: it asks whether they are 1 or multiples
-of 16, which decides how much a thread moves at once. All other numbers serve every value alike. The
-scale of float64 is given as an integer of the same bits: Triton passes float32 alone.
+of 16, which decides how much a thread moves at once. All other integers serve every value alike.
+The scale of float64 is given as an integer of the same bits: Triton passes float32 alone.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tilefold.planning.kernels import STRIDED
 
 RUNS = ("order", "run_rows", "runs")
 """Which tiles are visited, in 32-bit integers: `order` gives the block row of a program; runs
-`run_rows[2 i]` to `run_rows[2 i + 1]` of block row i are of whole tiles without a mask, and those
-from there to `run_rows[2 i + 2]` of the others. A run is (first, last)."""
+`run_rows[2 i]` to `run_rows[2 i + 1]` of block row i are of whole tiles without a mask, and the
+runs from there to `run_rows[2 i + 2]` of the others. A run is (first, last)."""
 
 SIZES = (
     "len_q",
@@ -48,7 +48,7 @@ def arrays(spec: TritonSpec) -> dict[str, str]:
 
 
 def rule(spec: TritonSpec) -> tuple[str, ...]:
-    """What the rule reads: numbers, tables and their strides."""
+    """What the rule reads: parameters, tables and their strides."""
     return mask.arguments(spec.mask) if spec.row.visits else ()
 
 
@@ -64,7 +64,7 @@ def names(spec: TritonSpec) -> tuple[str, ...]:
 
 
 def alike(spec: TritonSpec) -> tuple[str, ...]:
-    """Numbers for whose values no kernel is compiled anew."""
+    """Arguments for whose values no kernel is compiled anew."""
     numbers = tuple(name for name in rule(spec) if name.startswith("p"))
     return (*numbers, *SIZES, "scale")
 
