@@ -206,7 +206,8 @@ def test_winners_of_others_stay(cache: Path) -> None:
 def test_another_process_reads_it(cache: Path) -> None:
     keep(problem(dim_v=16))
     code = (
-        "from tilefold import full, plan; from tilefold.backends.cpu.device import host;"
+        "from tilefold import full; from tilefold.backends.cpu import plan;"
+        "from tilefold.backends.cpu.device import host;"
         "from tilefold.problems.attention import Problem;"
         "made = plan.plan(Problem(1, 2, 2, 300, 96, 16, 16, 'float32', 0.25, full()), host(),"
         " 'forward'); spec = made.launches[0].spec;"
