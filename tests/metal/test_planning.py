@@ -272,18 +272,18 @@ def test_a_narrow_window_is_one_tile() -> None:
 
 
 @pytest.mark.feature("M01", "M04")
-def test_scratch_is_a_number_per_row_and_the_pages_of_sums() -> None:
+def test_scratch_is_an_element_per_row_and_the_spilled_sums() -> None:
     for name in ("apple7", "apple9"):
         assert not plan(problem(), name, "forward").buffers
         buffers = plan(problem(), name, "backward").buffers
         assert buffers["delta"].shape == (2, 4, 300) and buffers["delta"].dtype == "float32"
         for sum_, shape in (("dk_spill", (2, 2, 420, 24)), ("dv_spill", (2, 2, 420, 40))):
-            paged = (
+            spilled = (
                 sum_.removesuffix("_spill")
                 not in plan(problem(), name, "backward").launches[1].spec.cached
             )
-            assert (sum_ in buffers) == paged
-            assert not paged or buffers[sum_].shape == shape
+            assert (sum_ in buffers) == spilled
+            assert not spilled or buffers[sum_].shape == shape
     wide = {"q": (2, 4, 300, 400), "k": (2, 2, 420, 400), "v": (2, 2, 420, 500)}
     assert plan(problem(**wide), "apple9", "forward").buffers["o_spill"].shape == (2, 4, 300, 500)
     assert plan(problem(**wide), "apple9", "backward").buffers.keys() == {
@@ -373,7 +373,7 @@ def test_decoding_cuts_keys_into_splits_and_rows_into_fragments(mask: object) ->
     assert sorted(part.order) == list(range(2 * count))
     assert np.all(np.diff(part.runs.met[part.order % count]) <= 0)
     assert part.runs.met.max() <= DEFAULT.keys_per_split
-    first = 0 if mask == full() else 480  # a run begins with a granule of 32
+    first = 0 if mask == full() else 480  # a run begins at a multiple of MASK_STEP
     assert part.runs.met.sum() == 2000 - first
     assert made.buffers["part_o"].shape == (2, 12, count, 3, 96)
     assert made.buffers["part_m"].shape == made.buffers["part_l"].shape == (2, 12, count, 3)

@@ -222,5 +222,5 @@ own: what is chosen for them is how many vectors of the parallel axis a block ha
 
 
 def family(isa: str, unit: str) -> Family:
-    """The table of an instruction set and of what multiplies: see `plan.KernelSpec`."""
+    """The table of an instruction set and of what multiplies: see `spec.Multiplier`."""
     return FAMILIES[isa] if unit == "fma" else PAIRS[unit]
