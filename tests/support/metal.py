@@ -89,16 +89,20 @@ def instead(old: str, new: str) -> Edit:
 
 
 def forward(
-    problem: Problem, operands: Mapping[str, Array], on: dispatch.Emulated, **options: Any
+    problem: Problem,
+    operands: Mapping[str, Array],
+    on: dispatch.Emulated,
+    made: MetalPlan | None = None,
+    **options: Any,
 ) -> dict[str, Array]:
-    """o and lse, contiguous."""
+    """o and lse, contiguous; `options` as `plan` takes them, unless a plan is given."""
     shape = (problem.batch, problem.heads_q, problem.len_q)
     results = {
         "o": np.full((*shape, problem.dim_v), SENTINEL, problem.dtype),
         "lse": np.full(shape, SENTINEL, np.float32),
     }
     given = {name: operands[name] for name in ("q", "k", "v")}
-    made = plan(problem, on.family, "forward", **options)
+    made = made or plan(problem, on.family, "forward", **options)
     dispatch.execute(made, on, {**given, **results})
     return results
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilefold.backends.cpu import threads, tuned
+from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
-from tilefold.backends.cpu.kernels.arguments import OPERANDS, WORK
-from tilefold.backends.cpu.plan import Launch, Plan, plan
+from tilefold.backends.cpu.kernels.arguments import WORK
+from tilefold.backends.cpu.plan import CpuPlan, Launch, plan
+from tilefold.common import generation
 from tilefold.common.lru import LruCache
 from tilefold.planning.plan import Scratch
 from tilefold.problems.attention import (
@@ -61,7 +62,7 @@ class Call:
     `results` are the shapes of what it writes, in the layout of the caller.
     """
 
-    plan: Plan
+    plan: CpuPlan
     steps: tuple[_Step, ...]
     alone: bool
     results: tuple[Shape, ...]
@@ -102,18 +103,17 @@ class _Step:
 
 
 _calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
-tuned.when_changed(_calls.clear)
 
 
 def recent(key: Hashable) -> Call | None:
     """The call that was kept under a key, if it is one for this device."""
-    call = _calls.get(key)
+    call = _calls.get((generation.number, key))
     return call if call is not None and call.plan.device is host() else None
 
 
 def keep(key: Hashable, call: Call) -> Call:
     """Keep a call for `recent`: the newest ones, as far as their plans' data fit 256 MiB."""
-    return _calls.put(key, call, call.plan.data_bytes)
+    return _calls.put((generation.number, key), call, call.plan.data_bytes)
 
 
 def forward(problem: Problem, layout: str, *strides: Strides) -> Call:
@@ -139,14 +139,14 @@ def backward(problem: Problem, layout: str, *strides: Strides) -> Call:
     return prepare(made, operands, results)
 
 
-def run(plan: Plan, operands: Mapping[str, Buffer]) -> None:
+def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:
     """Run the kernels of a plan in order; `operands` by their names in the kernels."""
     strides = {name: buffer.strides for name, buffer in operands.items()}
     call = prepare(plan, strides, results=())
     call.run(*[operands[name].pointer for name in GIVEN[plan.operation]])
 
 
-def prepare(plan: Plan, strides: Mapping[str, Strides], results: tuple[Shape, ...]) -> Call:
+def prepare(plan: CpuPlan, strides: Mapping[str, Strides], results: tuple[Shape, ...]) -> Call:
     """A plan's kernels, compiled and loaded, and argument blocks for operands of these strides.
 
     Here the axes of `strides` are canonical.
@@ -170,7 +170,7 @@ def _named(operation: str, layout: str, strides: Sequence[Strides]) -> dict[str,
     }
 
 
-def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
+def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
     """The argument block of a launch; `strides` of all operands, in the order of the pointers."""
     problem, spec, runs = plan.problem, launch.spec, launch.runs
     function = kernel(spec, plan.device)
@@ -199,7 +199,7 @@ def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
     ]
     order = list(strides)
     places = []
-    for name in OPERANDS[spec.kernel]:
+    for name in spec.row.operands:
         actual = launch.buffers.get(name, name)
         places.append((len(words), order.index(actual)))
         words += [0, *strides[actual]]

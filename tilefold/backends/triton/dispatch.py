@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from tilefold.backends.triton import module, resources, source
 from tilefold.backends.triton.kernels import arguments, frame, hopper_launch
-from tilefold.backends.triton.kernels.arguments import OPERANDS, RUNS, SIZES, STRIDED
+from tilefold.backends.triton.kernels.arguments import RUNS, SIZES
 from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.machine import Machine, ResourceError
 from tilefold.backends.triton.spec import TritonSpec
+from tilefold.planning.kernels import STRIDED
 from tilefold.problems.attention import ITEM_BYTES, Problem
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def fitted(
     spec: TritonSpec, plan: TritonPlan, strides: Mapping[str, Strides], aligned16: bool
 ) -> TritonSpec:
     """The spec for operands that lie like this: the plan has forgotten it."""
-    given = {name: strides[name] for name in OPERANDS[spec.kernel] if name in STRIDED}
+    given = {name: strides[name] for name in spec.row.operands if name in STRIDED}
     longest = max(spec.blocks.parallel, spec.blocks.traverse)
     reach = [
         longest * abs(along_n) + spec.width(name) * abs(along_d)
@@ -229,7 +230,7 @@ def _step(
     if launch.persistent:
         known |= _places(plan.problem, launch.block_rows)
         names, programs = (*names, *hopper_launch.PLACES), min(programs, machine.multiprocessors)
-    operands = OPERANDS[spec.kernel]
+    operands = spec.row.operands
     return _Step(
         machine.function(source.emit(spec), spec.entry),
         spec,
@@ -306,7 +307,7 @@ def _unbroadcast(table: NDArray[Any]) -> NDArray[Any]:
 
 def _data(machine: Machine, plan: TritonPlan, launch: Launch) -> dict[str, Tensor]:
     """The runs of a launch and the tables of the mask on a machine, by their names."""
-    if launch.spec.kernel not in arguments.VISITING:
+    if not launch.spec.row.visits:
         return {}
     tables = machine.kept.data.get(plan)
     if tables is None:

@@ -16,7 +16,7 @@ from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.softmax import LOG2_E
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
-from tilefold.backends.cpu.spec import PARALLEL, KernelSpec
+from tilefold.backends.cpu.spec import KernelSpec
 
 
 def regions(spec: KernelSpec) -> dict[str, int]:
@@ -89,7 +89,7 @@ def _near_regions(spec: KernelSpec) -> dict[str, int]:
         )
         return padded(max(as_rows, turned), lanes)
 
-    if spec.kernel in ("delta", "reduce_dq"):
+    if not spec.row.visits:
         return {}
     if spec.kernel == "forward":
         return {"left": max(size(spec.dim), size(spec.dim_v))}
@@ -126,7 +126,7 @@ class Block:
         item: work.Item,
     ) -> None:
         self.body, self.spec, self.shape, self.arguments = body, spec, shape, arguments
-        self.parallel = PARALLEL[spec.kernel]
+        self.parallel = spec.row.parallel
         self.b, self.h, self.row = item.b, item.h, item.row
         self._scratch = scratch
         self._begin()

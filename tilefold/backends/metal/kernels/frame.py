@@ -14,7 +14,7 @@ from tilefold.backends.metal.kernels import mask
 from tilefold.backends.metal.kernels.arguments import Argument, arrays, position, sizes, variable
 from tilefold.backends.metal.kernels.fragment import PLACE, ROW_LANES, at
 from tilefold.backends.metal.kernels.msl import HEADERS, Text, element, kernel_head, open_text
-from tilefold.backends.metal.spec import PARALLEL, SIDE, MetalSpec, whole
+from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 from tilefold.masks.expression import Truth
 
 MASKED = "-0.5f * FLT_MAX"
@@ -142,7 +142,7 @@ def seen(spec: MetalSpec, parallel: str, traverse: str) -> str:
     within = f"{traverse} < last"
     if not masks(spec):
         return within
-    queries = PARALLEL[spec.kernel] == "q"
+    queries = spec.row.parallel == "q"
     q, k = (parallel, traverse) if queries else (traverse, parallel)
     return f"{within} && (!masked || {mask.call(spec.mask, b='b', h='h', q=q, k=k)})"
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from tilefold.backends.metal.kernels.fragment import Fragment, at
 from tilefold.backends.metal.kernels.frame import seen, stage_stride
 from tilefold.backends.metal.kernels.msl import Element, Text, element
-from tilefold.backends.metal.spec import PARALLEL, SIDE, MetalSpec
+from tilefold.backends.metal.spec import SIDE, MetalSpec
 
 
 class Reader(NamedTuple):
@@ -182,7 +182,7 @@ class Tiles:
     def _add_wild(self, total: str, weights: str, block: HeadBlock) -> None:
         """Add the pairs of a wild tile that may meet, one by one; weights come from their lanes."""
         text, spec = self._text, self._spec
-        other, mine = ("key", "query") if PARALLEL[spec.kernel] == "q" else ("query", "key")
+        other, mine = ("key", "query") if spec.row.parallel == "q" else ("query", "key")
         with text.loop("j", spec.blocks.traverse, SIDE), text.loop("c", SIDE, unroll=False):
             text("const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);")
             element_ = f"float({at(f'{weights}[j / {SIDE}]', 'c % 2')})"

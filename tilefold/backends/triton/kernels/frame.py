@@ -101,7 +101,7 @@ def descriptors(spec: TritonSpec) -> list[tuple[str, tuple[str, int, int]]]:
     if not spec.descriptors:
         return []
     found = {}
-    for operand in arguments.OPERANDS[spec.kernel]:
+    for operand in spec.row.operands:
         if operand in ("q", "k", "v", "do"):
             own = SIDES[operand] == spec.parallel
             rows = spec.blocks.parallel if own else spec.blocks.traverse
