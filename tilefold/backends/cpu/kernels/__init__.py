@@ -14,6 +14,7 @@ amx          products on AMX tiles
 block        one block of the parallel axis
 multiply     products of single elements
 products     which of the products a kernel uses
+scores       scores from products, dS from P and dP
 forward      the forward pass
 backward     delta, dQ, and dK with dV
 fused        the backward pass in one kernel

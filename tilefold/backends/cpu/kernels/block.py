@@ -14,7 +14,6 @@ from tilefold.backends.cpu.kernels.arguments import COMPUTED, Arguments
 from tilefold.backends.cpu.kernels.convert import SCALARS, Storage
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.mask import MaskText
-from tilefold.backends.cpu.kernels.softmax import LOG2_E
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
 from tilefold.backends.cpu.spec import PARALLEL, KernelSpec
 
@@ -142,22 +141,6 @@ class Block:
         """Move to another block row of the same item."""
         self.row = row
         self._begin()
-
-    def scale(self) -> Value:
-        """The scale of the scores, in the kernel's type."""
-        scale = self.body.cast("bitcast", self.arguments["scale"], "double", "scale")
-        if self.shape.scalar == "double":
-            return scale
-        return self.body.cast("fptrunc", scale, self.shape.scalar, "scale")
-
-    def scale_log2(self) -> Value:
-        """scale * log2(e), rounded once."""
-        body = self.body
-        scale = body.cast("bitcast", self.arguments["scale"], "double", "scale")
-        factor = body.binary("fmul", scale, body.constant(LOG2_E, "double"), "factor")
-        if self.shape.scalar == "double":
-            return factor
-        return body.cast("fptrunc", factor, self.shape.scalar, "factor")
 
     def scalar(self, number: float) -> Value:
         """A constant of the kernel's type."""

@@ -32,7 +32,8 @@ from tilefold.backends.cpu.kernels import pack, work
 from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
-from tilefold.backends.cpu.kernels.softmax import LOG2_E, exp2
+from tilefold.backends.cpu.kernels.scores import operand_factor, score
+from tilefold.backends.cpu.kernels.softmax import exp2
 from tilefold.backends.cpu.kernels.state import VALUES, Frame, emit
 from tilefold.backends.cpu.kernels.sums import push
 from tilefold.backends.cpu.spec import KernelSpec
@@ -93,7 +94,7 @@ class _Decode:
     def write(self) -> None:
         body, frame, arguments = self.body, self.frame, self.arguments
         body.comment("Q <- scale log2(e) Q;  O <- 0;  m <- -inf;  l <- -0")
-        factor = self._scale_log2()
+        factor = operand_factor(body, arguments, frame.shape.scalar)
         with body.loop("g", 0, self.heads) as g:
             h = body.add(self.first_head, g, "h")
             array = arguments.rows_of("q", frame.kept.stored, frame.item.b, h)
@@ -139,13 +140,6 @@ class _Decode:
         rows = arguments.rows_of("part", frame.shape.scalar, frame.item.b, h)
         return frame.at(rows, body.mul(place, arguments["part_s"]), "state")
 
-    def _scale_log2(self) -> Value:
-        """scale * log2(e), rounded once."""
-        body, scalar = self.body, self.frame.shape.scalar
-        scale = body.cast("bitcast", self.arguments["scale"], "double", "scale")
-        factor = body.binary("fmul", scale, body.constant(LOG2_E, "double"), "factor")
-        return factor if scalar == "double" else body.cast("fptrunc", factor, scalar, "factor")
-
     def _tile(self, first: Value, count: Value, masked: bool) -> None:
         body, lanes = self.body, self.lanes
         keys, values = self.keys.moved(body, first), self.values.moved(body, first)
@@ -156,16 +150,16 @@ class _Decode:
         ):
             left = body.minimum(body.sub(count, c), lanes, "left")
 
-            def score(near: _Rows) -> None:
+            def score_rows(near: _Rows) -> None:
                 with self._rows(h_kv) as (h, i, row):
-                    scores = self._products(near, self._query(row))
+                    scores = score(self._products(near, self._query(row)))
                     if masked:
                         allowed = self._allowed(body.add(first, c), left, h, i)
                         scores = self.frame.marks.mark(allowed, scores, "score")
                     body.store(scores, self._weight(row, c))
 
             rows = self._of_head(keys.moved(body, c), h_kv)
-            self._near(rows, left, lanes if masked else 1, score)
+            self._near(rows, left, lanes if masked else 1, score_rows)
         with self._rows() as (h, _, row):
             self._weigh(self._state(h, row), row, count, masked)
         body.comment("O <- O + P V")

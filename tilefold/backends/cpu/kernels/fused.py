@@ -23,6 +23,7 @@ from tilefold.backends.cpu.kernels.backward import KeyGradients, Statistics
 from tilefold.backends.cpu.kernels.block import Block, emit
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.multiply import Right, factors_of
+from tilefold.backends.cpu.kernels.scores import gradient_factor
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
 from tilefold.backends.cpu.partitions import (
     COLUMNS,
@@ -155,7 +156,7 @@ class _AllGradients(KeyGradients):
 
     def key_factor(self) -> Value:
         """What the copy of K is multiplied by, so that dQ need not be."""
-        return self.block.scale()
+        return gradient_factor(self.body, self.block.arguments, self.shape.scalar)
 
     def ds_factor(self) -> Value:
         """What dS still lacks."""
@@ -285,7 +286,7 @@ class _PairGradients(_AllGradients):
         return self.block.scalar(1.0)
 
     def ds_factor(self) -> Value:
-        return self.block.scale()
+        return gradient_factor(self.body, self.block.arguments, self.shape.scalar)
 
     @property
     def _parts(self) -> int:

@@ -8,6 +8,7 @@ mask       the text fold of a rule
 frame      what stands around every kernel
 tile       reading a traversed operand
 products   the two products, three blocks
+scores     scores from products, dS from P and dP
 softmax    the running softmax
 forward    the forward pass
 backward   dQ, and dK with dV

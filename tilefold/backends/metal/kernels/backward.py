@@ -11,6 +11,7 @@ from tilefold.backends.metal.kernels import frame, softmax
 from tilefold.backends.metal.kernels.forward import queries, row
 from tilefold.backends.metal.kernels.msl import Text, element
 from tilefold.backends.metal.kernels.products import Products
+from tilefold.backends.metal.kernels.scores import FACTOR, GRADIENT_FACTOR
 from tilefold.backends.metal.kernels.tile import column_of
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 
@@ -48,7 +49,7 @@ def emit_dq(spec: MetalSpec) -> str:
     products.spills(("dq",), "row")
     text("")
     _delta(text, spec, products)
-    text("", softmax.FACTOR)
+    text("", FACTOR)
     text(f"const float base = {BASE};", "")
     products.hold("q", "do")
     products.begin("dq")
@@ -62,7 +63,7 @@ def emit_dq(spec: MetalSpec) -> str:
         products.accumulate("dq", ds, "k", products.slope_type)
         products.end_tile("dq")
     text("")
-    products.finish("dq", "scale")
+    products.finish("dq", GRADIENT_FACTOR)
     title = "Attention, backward over queries: dq, and delta for the other kernel."
     return frame.written(spec, title, ALGORITHM_DQ, text)
 
@@ -99,7 +100,7 @@ def emit_dkv(spec: MetalSpec) -> str:
         frame.row_of(text, spec, name, "h_kv", "key_inside")
     heads = "(long(b) * (heads_q / group) + h_kv)"
     products.spills(("dk", "dv"), f"{heads} * len_k + key_inside")
-    text("", softmax.FACTOR)
+    text("", FACTOR)
     products.hold("k", "v")
     products.begin("dv", "dk")
     with text.block("for (int h = h_kv * group; h < (h_kv + 1) * group; ++h)"):
@@ -110,7 +111,7 @@ def emit_dkv(spec: MetalSpec) -> str:
             _tile(text, spec, products)
     text("")
     products.finish("dv", "1.0f")
-    products.finish("dk", "scale")
+    products.finish("dk", GRADIENT_FACTOR)
     title = "Attention, backward over keys: dk and dv."
     return frame.written(spec, title, ALGORITHM_DKV, text)
 

@@ -20,7 +20,8 @@ from tilefold.backends.metal.kernels import frame
 from tilefold.backends.metal.kernels.frame import LOWEST, MASKED
 from tilefold.backends.metal.kernels.matmul2d import HEADERS, Matmul2d, elements, fill
 from tilefold.backends.metal.kernels.msl import BYTES, Text, element, kernel_head
-from tilefold.backends.metal.kernels.softmax import FACTOR, write_lse
+from tilefold.backends.metal.kernels.scores import FACTOR, score
+from tilefold.backends.metal.kernels.softmax import write_lse
 from tilefold.backends.metal.spec import SIMD, TENSOR_ROWS, Blocks, MetalSpec
 
 ALGORITHM = """
@@ -272,7 +273,7 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
     """Fold S into m and l of the lane's row; leaves P, and what O must be scaled by."""
     step = spec.blocks.traverse
     number = element(spec.dtype, spec.bfloat).compute
-    score = f"scores[tile_row * {step + _SCORE_PAD} + j]"
+    place = f"scores[tile_row * {step + _SCORE_PAD} + j]"
     text.note("m' = max(m, rowmax s)")
     text("float m_new = m;")
     columns = f"for (ushort j = side; j < {step}; j += 2)"
@@ -281,8 +282,8 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
             "const int key = start + j;",
             f"const bool seen = inside && (!edge || ({frame.seen(spec, 'query', 'key')}));",
             "any |= seen;",
-            f"const float x = seen ? {score} * factor : {MASKED};",
-            f"{score} = x;",
+            f"const float x = seen ? {score(place)} : {MASKED};",
+            f"{place} = x;",
             "m_new = max(m_new, x);",
         )
     text("m_new = max(m_new, simd_shuffle_xor(m_new, 1));")
@@ -290,7 +291,7 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
     text("const float correction = fast::exp2(m - m_new);", "m = m_new;", "l *= correction;")
     with text.block(columns):
         text(
-            f"const float x = {score};",
+            f"const float x = {place};",
             "const float weight = fast::exp2(x - m);",
             f"weights[tile_row * {step} + j] = {_as(number, 'weight')};",
             "l += weight;",

@@ -4,6 +4,7 @@ text              lines and blocks of Triton source
 mask              the text fold of a rule
 arguments         the arguments of a kernel
 frame             what stands around every kernel, and its walks over tiles
+scores            scores from products, dS from P and dP
 softmax           the running softmax
 forward           the forward pass
 backward          delta, dQ, and dK with dV

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tilefold.backends.triton.kernels import softmax
+from tilefold.backends.triton.kernels import scores
 from tilefold.backends.triton.kernels.frame import (
     AGAIN,
     USUAL,
@@ -66,13 +66,13 @@ def emit_dq(spec: TritonSpec) -> str:
     text = Text()
     parallel(text, spec)
     text("h_k = h // group", "odd = 0")
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     delta_of(text, spec)
     statistic = "(b.to(tl.int64) * heads + h) * len_q + q_at"
     text(
         f"tl.store(delta + {statistic}, sums, mask=within_parallel)",
-        f"base = tl.load(lse + {statistic}, mask=within_parallel, other=0.0) * {softmax.LOG2_E}",
+        f"base = tl.load(lse + {statistic}, mask=within_parallel, other=0.0) * {scores.LOG2_E}",
     )
     _queries_block(text, spec, USUAL)
     with text.block("if odd != 0"):
@@ -89,16 +89,17 @@ def _queries_block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", "h_k", "start", within(walk))
             multiply(text, spec, "s", "q", "k", walk, look=True)
+            scores.score(text)
             if walk is not Walk.WHOLE:
                 seen(text, spec, "h")
             _weights(text, walk, "[:, None]")
             fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
             multiply(text, spec, "dp", "do", "v", walk)
-            _slopes(text, spec, walk, "sums[:, None]")
+            scores.score_gradient(text, spec, walk, "sums[:, None]")
             for i, name in enumerate(sums):
                 take(text, spec, "k", i, within(walk))
                 add_product(text, spec, name, "ds", f"k_{i}", walk)
-    write(text, spec, "dq", "h", "first_q", [f"({name} * scale)" for name in sums])
+    write(text, spec, "dq", "h", "first_q", [scores.gradient(name) for name in sums])
 
 
 def delta_of(text: Text, spec: TritonSpec) -> None:
@@ -133,7 +134,7 @@ def keys_block(
     infinite: dk and dv, which are not written there, do not care, other sums do.
     """
     parallel(text, spec)
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     for operand in ("k", "v"):
         fetch(text, spec, operand, "parallel", "h", "first_k", "within_parallel")
     own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
@@ -147,7 +148,7 @@ def keys_block(
                 _add_tile(text, spec, walk, guarded=also is not None)
                 if also is not None:
                     also(text, spec, walk)
-    write(text, spec, "dk", "h", "first_k", [f"(dk_{i} * scale)" for i in own])
+    write(text, spec, "dk", "h", "first_k", [scores.gradient(f"dk_{i}") for i in own])
     write(text, spec, "dv", "h", "first_k", [f"dv_{i}" for i in other])
 
 
@@ -156,11 +157,12 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
     fetch(text, spec, "q", "traverse", "h_q", "start", within(walk))
     multiply(text, spec, "s", "k", "q", walk, look=True)
+    scores.score(text)
     if walk is not Walk.WHOLE:
         seen(text, spec, "h_q")
     text("row = (b.to(tl.int64) * heads * group + h_q) * len_q + start + row_traverse")
     guard = "" if walk is Walk.WHOLE else ", mask=within_traverse, other=0.0"
-    text(f"base = tl.load(lse + row{guard}) * {softmax.LOG2_E}")
+    text(f"base = tl.load(lse + row{guard}) * {scores.LOG2_E}")
     _weights(text, walk, "[None, :]")
     if guarded and walk is Walk.WHOLE:
         text("p = tl.where(within_parallel[:, None], p, 0.0)")
@@ -172,7 +174,7 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
         add_product(text, spec, f"dv_{i}", "weights", f"do_{i}", walk)
     multiply(text, spec, "dp", "v", "do", walk)
     text(f"sums = tl.load(delta + row{guard})")
-    _slopes(text, spec, walk, "sums[None, :]")
+    scores.score_gradient(text, spec, walk, "sums[None, :]")
     for i in own:
         take(text, spec, "q", i, within(walk))
         add_product(text, spec, f"dk_{i}", "ds", f"q_{i}", walk)
@@ -182,17 +184,9 @@ def _weights(text: Text, walk: Walk, axis: str) -> None:
     """`p`, from scores and `base`, which is lse to base 2: of a query that sees no key it is -inf,
     so such weights are chosen, not computed.
     """
-    text(f"p = tl.exp2(s * factor - base{axis})")
+    text(f"p = tl.exp2({scores.exponent('s', f'base{axis}')})")
     if walk is not Walk.WHOLE:
         text("p = tl.where(seen, p, 0.0)")
-
-
-def _slopes(text: Text, spec: TritonSpec, walk: Walk, delta: str) -> None:
-    """`ds`, rounded to the type of the operands."""
-    text(f"ds = p * (dp - {delta})")
-    if walk is not Walk.WHOLE:
-        text("ds = tl.where(seen, ds, 0.0)")
-    text(f"ds = ds.to(tl.{spec.dtype})")
 
 
 def emit_delta(spec: TritonSpec) -> str:

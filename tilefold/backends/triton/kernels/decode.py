@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilefold.backends.triton.kernels import softmax
+from tilefold.backends.triton.kernels import scores, softmax
 from tilefold.backends.triton.kernels.forward import folded
 from tilefold.backends.triton.kernels.frame import (
     AGAIN,
@@ -60,7 +60,7 @@ def emit(spec: TritonSpec) -> str:
     text("h_q = h * group + tl.minimum(member, group - 1)")
     if masks(spec.mask):
         text("q_safe = q_at")
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     text("q_block = q + b.to(tl.int64) * q_b")
     text("q_rows = q_block + (h_q.to(tl.int64) * q_h + q_at.to(tl.int64) * q_n)[:, None]")
     for i, piece in enumerate(spec.pieces("q") if spec.preloaded else ()):
@@ -91,7 +91,7 @@ def emit_merge(spec: TritonSpec) -> str:
     values = range(len(spec.pieces("v")))
     sums = [f"o_{i}" for i in values]
     rows_parallel(text, spec)
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     softmax.begin(text, spec)
     for name, piece in zip(sums, spec.pieces("v"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilefold.backends.triton.kernels import softmax
+from tilefold.backends.triton.kernels import scores, softmax
 from tilefold.backends.triton.kernels.frame import (
     AGAIN,
     USUAL,
@@ -47,7 +47,7 @@ def emit(spec: TritonSpec) -> str:
     text = Text()
     parallel(text, spec)
     text("h_k = h // group", "odd = 0")
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     _block(text, spec, USUAL)
     with text.block("if odd != 0"):
@@ -78,6 +78,7 @@ def folded(
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", keys, "start", within(walk))
             multiply(text, spec, "s", "q", "k", walk)
+            scores.score(text)
             if walk is not Walk.WHOLE:
                 seen(text, spec, head)
             softmax.fold(text, spec, sums, walk)

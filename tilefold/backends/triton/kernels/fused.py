@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tilefold.backends.triton.kernels import scores
 from tilefold.backends.triton.kernels.backward import keys_block
 from tilefold.backends.triton.kernels.frame import (
     AGAIN,
@@ -121,6 +122,6 @@ def emit_reduce(spec: TritonSpec) -> str:
         for i, piece in enumerate(spec.pieces("q")):
             where = " & ".join(["within_parallel[:, None]", *_columns(piece)])
             text(f"dq_{i} += tl.load({_of_part(spec, piece)}, mask={where}, other=0.0)")
-    values = [f"(dq_{i} * scale)" for i in range(len(spec.pieces("q")))]
+    values = [scores.gradient(f"dq_{i}") for i in range(len(spec.pieces("q")))]
     write(text, spec, "dq", "h", "first_q", values)
     return written(spec, "Attention, backward: the parts of dq, added.", REDUCE, text)

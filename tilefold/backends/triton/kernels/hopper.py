@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tilefold.backends.triton.kernels import arguments, frame, mask, softmax
+from tilefold.backends.triton.kernels import arguments, frame, mask, scores, softmax
 from tilefold.backends.triton.kernels import hopper_nonfinite as repair
 from tilefold.backends.triton.kernels.frame import LOWEST, USUAL, Walk
 from tilefold.backends.triton.kernels.gluon import HEAD, HELPERS, Function, function, listed, row_of
@@ -163,7 +163,7 @@ def _repair(spec: TritonSpec, odd: Function, again: Function) -> Function:
 
 def _rows(text: Text, spec: TritonSpec) -> None:
     """The rows of a warpgroup, and the scale."""
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     text(
         "row_parallel = warpgroup * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES))",
         "row_traverse = tl.arange(0, TRAVERSE, tl.SliceLayout(0, SCORES))",
@@ -207,8 +207,7 @@ def _values(text: Text, tile: str) -> None:
 
 def _fold(text: Text, spec: TritonSpec, walk: Walk) -> None:
     """From scores to weights, which stay in their registers."""
-    if spec.negative:
-        text("s = -s")
+    scores.score(text, opposite=spec.negative)
     if walk is Walk.EDGE:
         text("within_traverse = start + row_traverse < last")
         frame.seen(text, spec, "h")

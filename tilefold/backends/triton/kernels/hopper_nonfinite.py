@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tilefold.backends.triton.kernels import mask
+from tilefold.backends.triton.kernels import mask, scores
 from tilefold.backends.triton.kernels.frame import LOWEST
 from tilefold.backends.triton.kernels.gluon import Function, function, keys, row_of
 from tilefold.backends.triton.kernels.text import Text
@@ -56,11 +56,13 @@ def again(spec: TritonSpec, known: Iterable[str]) -> Function:
             f"at = {row_of('k', 'h_k', 'key', 'column')}",
             f"value = tl.load(at, mask=column < {spec.dim}, other=0.0).to(tl.float32)",
             f"s = tl.convert_layout(tl.sum(query * value[None, :], 1), {rows})",
-            *(["s = -s"] if spec.negative else []),
+        )
+        scores.score(text, opposite=spec.negative)
+        text(
             f"seen = within & {mask.call(spec.mask, b='b', h='h', q='q_safe', k='key')}",
             f"s = tl.where(seen, s, {lowest})",
             "top = tl.maximum(m, s)",
-            "p = tl.where(seen, tl.exp2(s * factor - top * factor), 0.0)",
+            f"p = tl.where(seen, tl.exp2({scores.exponent('s', 'top * factor')}), 0.0)",
             "shrink = tl.exp2((m - top) * factor)",
             "m, l = top, l * shrink + p",
             f"at = {row_of('v', 'h_k', 'key', 'column_v')}",
