@@ -29,12 +29,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu.kernels import pack, work
-from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.scores import operand_factor, score
 from tilefold.backends.cpu.kernels.softmax import exp2
 from tilefold.backends.cpu.kernels.state import VALUES, Frame, emit
+from tilefold.backends.cpu.kernels.storage import Storage
 from tilefold.backends.cpu.kernels.sums import push
 from tilefold.backends.cpu.spec import KernelSpec
 
@@ -56,20 +56,20 @@ class _Rows:
     dim: int
     address: Value
     stride: Value
-    kept: Storage
+    storage: Storage
 
     def moved(self, body: Body, rows: Value) -> _Rows:
         """So many rows further."""
         elements = body.mul(rows, self.stride)
-        return replace(self, address=self.kept.at(body, self.address, elements, self.name))
+        return replace(self, address=self.storage.at(body, self.address, elements, self.name))
 
     def following(self, body: Body) -> _Rows:
         """One row further."""
-        return replace(self, address=self.kept.at(body, self.address, self.stride, self.name))
+        return replace(self, address=self.storage.at(body, self.address, self.stride, self.name))
 
     def from_element(self, body: Body, d: Operand) -> _Rows:
         """The same rows from an element on."""
-        return replace(self, address=self.kept.at(body, self.address, d, self.name))
+        return replace(self, address=self.storage.at(body, self.address, d, self.name))
 
 
 class _Decode:
@@ -86,10 +86,10 @@ class _Decode:
         self.queries, self.weights = frame.region("q"), frame.region("p")
 
     def _operand(self, name: str, dim: int) -> _Rows:
-        item, kept = self.frame.item, self.frame.kept
+        item, storage = self.frame.item, self.frame.storage
         first = self.body.mul(item.h, self.arguments["heads_per_item"], "h_kv")
-        head = self.arguments.rows_of(name, kept.stored, item.b, first)
-        return _Rows(name, dim, head, self.arguments[f"{name}_s"], kept)
+        head = self.arguments.rows_of(name, storage.stored, item.b, first)
+        return _Rows(name, dim, head, self.arguments[f"{name}_s"], storage)
 
     def write(self) -> None:
         body, frame, arguments = self.body, self.frame, self.arguments
@@ -97,7 +97,7 @@ class _Decode:
         factor = operand_factor(body, arguments, frame.shape.scalar)
         with body.loop("g", 0, self.heads) as g:
             h = body.add(self.first_head, g, "h")
-            array = arguments.rows_of("q", frame.kept.stored, frame.item.b, h)
+            array = arguments.rows_of("q", frame.storage.stored, frame.item.b, h)
             packed = self._query(body.mul(g, arguments["len_q"]))
             frame.move(pack.pack, packed, array, self.spec.dim, arguments["len_q"], "q", factor)
         with self._rows() as (h, _, row):
@@ -178,7 +178,7 @@ class _Decode:
     def _of_head(self, rows: _Rows, h_kv: Value) -> _Rows:
         """The same rows of another key head of the item."""
         elements = self.body.mul(h_kv, self.arguments[f"{rows.name}_h"])
-        address = rows.kept.at(self.body, rows.address, elements, rows.name)
+        address = rows.storage.at(self.body, rows.address, elements, rows.name)
         return replace(rows, address=address)
 
     def _near(self, rows: _Rows, count: Value, whole: int, use: Callable[[_Rows], None]) -> None:
@@ -195,8 +195,8 @@ class _Decode:
             apart = body.binary("or", apart, body.compare("ne", rest, Value("0", "i64")))
         region = frame.region(name)
         width = Value(str(self.spec.whole(rows.dim)), "i64")
-        copied = replace(rows, address=region, stride=width, kept=rows.kept.computed)
-        if rows.kept.converts:
+        copied = replace(rows, address=region, stride=width, storage=rows.storage.computed)
+        if rows.storage.converts:
             several = body.mul(self.arguments["group"], self.arguments["len_q"])
             apart = body.binary("or", apart, body.compare("ne", several, Value("1", "i64")))
             with body.choose(apart, "copy") as branch:
@@ -306,11 +306,11 @@ class _Decode:
 
     def _vector(self, row: _Rows, number: int, rest: int) -> Value:
         """Vector `number` of a row; where `rest` is not 0, only so many elements of it exist."""
-        body, lanes, kept = self.body, self.lanes, row.kept
-        place = kept.at(body, row.address, number * lanes)
+        body, lanes, storage = self.body, self.lanes, row.storage
+        place = storage.at(body, row.address, number * lanes)
         if not rest:
-            return kept.load(body, place, lanes, "row")
-        return kept.load_first(body, place, lanes, rest, "row")
+            return storage.load(body, place, lanes, "row")
+        return storage.load_first(body, place, lanes, rest, "row")
 
     def _chunks(self, dim: int, write: Callable[[Operand, int, int], None]) -> None:
         """`write(first, vectors, rest)` over a row; `rest` elements in the last vector, 0: all."""

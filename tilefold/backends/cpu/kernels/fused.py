@@ -172,7 +172,7 @@ class _AllGradients(KeyGradients):
             source = keys.row(body, body.add(block.first, key))
             target = body.offset(region, scalar, body.mul(key, self._line))
             with body.loop("d", 0, self.spec.dim) as d:
-                number = keys.kept.load(body, keys.at(body, source, d))
+                number = keys.storage.load(body, keys.at(body, source, d))
                 body.store(body.binary("fmul", number, scale), body.offset(target, scalar, d))
             with body.loop("d", self.spec.dim, self._line) as d:
                 body.store(block.scalar(0.0), body.offset(target, scalar, d))
