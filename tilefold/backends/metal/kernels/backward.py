@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from tilefold.backends.metal.kernels import frame, softmax
 from tilefold.backends.metal.kernels.forward import queries, row
-from tilefold.backends.metal.kernels.msl import Text, element
+from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.products import Products
 from tilefold.backends.metal.kernels.scores import FACTOR, GRADIENT_FACTOR
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.kernels.tile import column_of
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 
@@ -59,8 +60,8 @@ def emit_dq(spec: MetalSpec) -> str:
         softmax.weights(text, spec, "query")
         products.outer("dp", "do", "v")
         softmax.ds(text, spec)
-        ds = softmax.convert(text, spec, "ds", "dp", products.slope_type)
-        products.accumulate("dq", ds, "k", products.slope_type)
+        ds = softmax.convert(text, spec, "ds", "dp", products.ds_type)
+        products.accumulate("dq", ds, "k", products.ds_type)
         products.end_tile("dq")
     text("")
     products.finish("dq", GRADIENT_FACTOR)
@@ -70,7 +71,7 @@ def emit_dq(spec: MetalSpec) -> str:
 
 def _delta(text: Text, spec: MetalSpec, products: Products) -> None:
     """delta of this lane's row, and written for the kernel of dk and dv."""
-    number, width = element(spec.dtype, spec.bfloat), spec.dim_v
+    own, width = storage(spec.dtype, spec.bfloat), spec.dim_v
     text.note("delta = rowsum(do o)")
     text("float row_delta = 0.0f;")
     with (
@@ -78,8 +79,8 @@ def _delta(text: Text, spec: MetalSpec, products: Products) -> None:
         text.loop("e", 2),
     ):
         text("const ushort column = d + fragment_column + e;")
-        do = number.read(f"do_row[{column_of(spec, 'do', 'column')}]", "float")
-        o = number.read(f"o_row[{column_of(spec, 'o', 'column')}]", "float")
+        do = own.read(f"do_row[{column_of(spec, 'do', 'column')}]", "float")
+        o = own.read(f"o_row[{column_of(spec, 'o', 'column')}]", "float")
         if width % SIDE:
             text(f"row_delta += column < {width} ? {do} * {o} : 0.0f;")
         else:
@@ -127,6 +128,6 @@ def _tile(text: Text, spec: MetalSpec, products: Products) -> None:
     products.accumulate("dv", p, "do", products.weight_type)
     products.outer("dp", "v", "do")
     softmax.ds(text, spec, [row, "const float row_delta = delta[row];"])
-    ds = softmax.convert(text, spec, "ds", "dp", products.slope_type)
-    products.accumulate("dk", ds, "q", products.slope_type)
+    ds = softmax.convert(text, spec, "ds", "dp", products.ds_type)
+    products.accumulate("dk", ds, "q", products.ds_type)
     products.end_tile("dv", "dk")

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from tilefold.backends.metal.kernels import fragment
 from tilefold.backends.metal.kernels.fragment import Fragment
-from tilefold.backends.metal.kernels.msl import BYTES, Text, element, kernel_head, open_text
+from tilefold.backends.metal.kernels.msl import Text, kernel_head, open_text
+from tilefold.backends.metal.kernels.storage import Storage, storage
 from tilefold.backends.metal.matmul import activation
 from tilefold.backends.metal.matmul.activation import ACTIVATIONS
 from tilefold.backends.metal.spec import SIDE, SIMD
@@ -121,9 +122,14 @@ class GemmSpec:
         return multiplied(self.a, self.b, self.bfloat)
 
     @property
+    def operand(self) -> Storage:
+        """The storage of the elements that are multiplied."""
+        return storage(self.multiplied, self.bfloat)
+
+    @property
     def stages(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows of the stages of A and of B, and the elements from one to the next."""
-        pad = _PAD_BYTES // BYTES[Fragment(self.multiplied).element]
+        pad = _PAD_BYTES // self.operand.compute_bytes
         blocks = self.blocks
         a = (blocks.k, blocks.m) if self.transpose_a else (blocks.m, blocks.k)
         b = (blocks.n, blocks.k) if self.transpose_b else (blocks.k, blocks.n)
@@ -132,7 +138,7 @@ class GemmSpec:
     @property
     def threadgroup_bytes(self) -> int:
         """Bytes of threadgroup memory."""
-        size = BYTES[Fragment(self.multiplied).element]
+        size = self.operand.compute_bytes
         return sum(rows * stride for rows, stride in self.stages) * size if self.staged else 0
 
     @property
@@ -148,7 +154,7 @@ def multiplied(a: str, b: str, bfloat: bool) -> str:
     >>> multiplied("bfloat16", "bfloat16", bfloat=False)
     'float32'
     """
-    return "float32" if a != b or (a == "bfloat16" and not bfloat) else a
+    return "float32" if a != b or storage(a, bfloat).converts else a
 
 
 def emit(spec: GemmSpec) -> str:
@@ -164,13 +170,12 @@ class _Gemm:
         self.rows, self.columns = spec.fragments
         self.tile = Fragment(spec.multiplied)
         self.sums = Fragment("float32")
-        self.elements = {name: element(getattr(spec, name), spec.bfloat) for name in "abc"}
+        self.storage = {name: storage(getattr(spec, name), spec.bfloat) for name in "abc"}
 
     def write(self) -> str:
         text, spec = self.text, self.spec
         title, *algorithm = _algorithm(spec)
-        widens = any(each.memory == "ushort" for each in self.elements.values())
-        open_text(text, title, algorithm, widens=widens)
+        open_text(text, title, algorithm, [*self.storage.values()])
         if spec.activation:
             activation.define(text, spec.activation)
         head = kernel_head(ENTRY, self.blocks.threads)
@@ -190,11 +195,11 @@ class _Gemm:
         return f"{text}\n"
 
     def _parameters(self) -> str:
-        declared = [f"device const {self.elements[name].memory}* {name}" for name in "ab"]
+        declared = [f"device const {self.storage[name].memory}* {name}" for name in "ab"]
         if self.spec.bias:
-            declared.append(f"device const {self.elements['c'].memory}* bias")
+            declared.append(f"device const {self.storage['c'].memory}* bias")
         declared += [
-            f"device {self.elements['c'].memory}* c",
+            f"device {self.storage['c'].memory}* c",
             "constant long* sizes",
             "constant float& alpha",
             "constant float& beta",
@@ -256,7 +261,7 @@ class _Gemm:
 
     def _number(self, name: str, place: str) -> str:
         """A number of A or B in the type that is multiplied."""
-        return self.elements[name].read(place, self.tile.element)
+        return self.storage[name].read(place, self.tile.element)
 
     def _staged(self) -> None:
         text, spec, blocks = self.text, self.spec, self.blocks
@@ -329,7 +334,7 @@ class _Gemm:
                 ("a", self._times("row", "a_m"), self._times("fragment_column", "a_k")),
                 ("b", self._times("fragment_row", "b_k"), self._times("column", "b_n")),
             ):
-                kind = self.elements[name].memory
+                kind = self.storage[name].memory
                 text(f"device const {kind}* {name}_lane = {name} + {far} + {near};")
             with text.block(f"for (; first + {blocks.k} <= k; first += {blocks.k})"):
                 with text.loop("s", blocks.k, SIDE):
@@ -368,7 +373,7 @@ class _Gemm:
             text(fragment.multiply_accumulate(total, "a_tile[i]", "b_tile[j]"))
 
     def _finish(self) -> None:
-        text, spec, kept = self.text, self.spec, self.elements["c"]
+        text, spec, own = self.text, self.spec, self.storage["c"]
         with (
             text.loop("i", self.rows),
             text.loop("j", self.columns),
@@ -380,10 +385,10 @@ class _Gemm:
             if spec.bias:
                 index = "column + 8 * j + e" if spec.bias == "column" else "row + 8 * i"
                 step = f"sizes[{SIZES.index('bias_step')}]"
-                text(f"x += {kept.read(f'bias[({index}) * {step}]', 'float')};")
+                text(f"x += {own.read(f'bias[({index}) * {step}]', 'float')};")
             with text.block("if (beta != 0.0f)"):
-                text(f"x += beta * {kept.read('c[at]', 'float')};")
-            text(f"c[at] = {kept.write(activation.apply(spec.activation, 'x'))};")
+                text(f"x += beta * {own.read('c[at]', 'float')};")
+            text(f"c[at] = {own.write(activation.apply(spec.activation, 'x'))};")
 
 
 def _algorithm(spec: GemmSpec) -> list[str]:

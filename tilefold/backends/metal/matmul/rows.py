@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilefold.backends.metal.kernels.msl import Text, element, kernel_head, open_text
+from tilefold.backends.metal.kernels.msl import Text, kernel_head, open_text
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import SIMD
 from tilefold.common.check import choice
 
@@ -64,7 +65,7 @@ class SoftmaxSpec:
 
 def emit(spec: SoftmaxSpec) -> str:
     """The text of a softmax."""
-    text, number = Text(), element(spec.dtype, spec.bfloat)
+    text, own = Text(), storage(spec.dtype, spec.bfloat)
     owner = "a simdgroup" if spec.rows > 1 else "a threadgroup"
     algorithm = [
         f"{spec.rows} of the rows for a threadgroup of {spec.threads}:",
@@ -77,16 +78,16 @@ def emit(spec: SoftmaxSpec) -> str:
     if spec.lse:
         algorithm.append("    lse <- m + log l")
     title = f"P = softmax of every row of X, {spec.dtype}, {owner} for each row"
-    open_text(text, title, algorithm, widens=number.memory == "ushort")
+    open_text(text, title, algorithm, [own])
     head = kernel_head(ENTRY, spec.threads)
-    with text.block(f"{head}{_parameters(spec, number.memory)})"):
+    with text.block(f"{head}{_parameters(spec, own.memory)})"):
         _place(text, spec)
         step = SIMD if spec.rows > 1 else spec.threads
         first = "lane" if spec.rows > 1 else "thread_index"
         text("float m = -FLT_MAX;", "float l = 0.0f;")
         walk = f"for (long e = {first}; e < width; e += {step})"
         with text.block(walk):
-            text(f"const float value = {number.read('x[e * x_column]', 'float')};")
+            text(f"const float value = {own.read('x[e * x_column]', 'float')};")
             with text.block("if (value > m)"):
                 text("l *= exp(m - value);", "m = value;")
             text("l += exp(value - m);")
@@ -95,8 +96,8 @@ def emit(spec: SoftmaxSpec) -> str:
             _share(text)
         text("const float inverse = l == 0.0f ? 0.0f : 1.0f / l;")
         with text.block(walk):
-            text(f"const float value = {number.read('x[e * x_column]', 'float')};")
-            text(f"p[e * p_column] = {number.write('exp(value - top) * inverse')};")
+            text(f"const float value = {own.read('x[e * x_column]', 'float')};")
+            text(f"p[e * p_column] = {own.write('exp(value - top) * inverse')};")
         if spec.lse:
             with text.block(f"if ({first} == 0)"):
                 at = "(group.z * heads + group.y) * rows + row"

@@ -31,6 +31,7 @@ from tilefold.backends.triton.kernels.frame import (
     written,
     zeros,
 )
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
@@ -106,12 +107,12 @@ def delta_of(text: Text, spec: TritonSpec) -> None:
     """`sums`, delta of the block of queries; and dO, loaded once or only where it lies."""
     rows_of(text, spec, "o", "h", "first_q", "parallel")
     fetch(text, spec, "do", "parallel", "h", "first_q", "within_parallel")
-    kind = f"tl.{spec.statistics}"
-    text(f"sums = tl.full([PARALLEL], 0.0, {kind})")
+    own = storage(spec.dtype)
+    text(f"sums = tl.full([PARALLEL], 0.0, tl.{own.compute})")
     for i, piece in enumerate(spec.pieces("v")):
         take(text, spec, "do", i, "within_parallel")
         text(f"o_{i} = {load(spec, 'o', piece, 'within_parallel')}")
-        text(f"sums += tl.sum(o_{i}.to({kind}) * do_{i}.to({kind}), 1)")
+        text(f"sums += tl.sum({own.read(f'o_{i}')} * {own.read(f'do_{i}')}, 1)")
 
 
 def emit_dkv(spec: TritonSpec) -> str:
@@ -166,7 +167,7 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     _weights(text, walk, "[None, :]")
     if guarded and walk is Walk.WHOLE:
         text("p = tl.where(within_parallel[:, None], p, 0.0)")
-    text(f"weights = p.to(tl.{spec.dtype})")
+    text(f"weights = {storage(spec.dtype).write('p')}")
     fetch(text, spec, "do", "traverse", "h_q", "start", within(walk))
     for i in other:
         take(text, spec, "do", i, within(walk))

@@ -27,6 +27,7 @@ from tilefold.backends.triton.kernels.frame import (
     written,
     zeros,
 )
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
@@ -82,7 +83,7 @@ def folded(
             if walk is not Walk.WHOLE:
                 seen(text, spec, head)
             softmax.fold(text, spec, sums, walk)
-            text(f"weights = p.to(tl.{spec.dtype})")
+            text(f"weights = {storage(spec.dtype).write('p')}")
             fetch(text, spec, "v", "traverse", keys, "start", within(walk))
             for i, name in enumerate(sums):
                 take(text, spec, "v", i, within(walk))

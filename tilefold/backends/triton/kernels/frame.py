@@ -19,13 +19,11 @@ from contextlib import contextmanager
 from enum import Enum
 
 from tilefold.backends.triton.kernels import arguments, mask
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import Piece, TritonSpec
 
 HEADERS = ("import triton", "import triton.language as tl")
-
-LOWEST = {"float32": "-3e38", "float64": "-1e308"}
-"""Where a running maximum starts: finite, so that no difference of two of them is NaN."""
 
 SIDES = {"q": "q", "o": "q", "do": "q", "dq": "q", "k": "k", "v": "k", "dk": "k", "dv": "k"}
 """The sequence along which the rows of an operand lie."""
@@ -59,15 +57,10 @@ def careful(weights, seen, values, total, rows, count):
 """Functions that kernels call by name; only those that a text calls stand in it."""
 
 
-def precision(spec: TritonSpec) -> str:
-    """How a product of float32 numbers is asked for; other types have one way."""
-    return f', input_precision="{spec.float32_mode}"' if spec.dtype == "float32" else ""
-
-
 def dot(spec: TritonSpec, left: str, right: str, total: str = "") -> str:
     """A product of two tiles, added to a sum where one is given."""
-    kind = ", out_dtype=tl.float64" if spec.dtype == "float64" else ""
-    return f"tl.dot({left}, {right}{f', {total}' if total else ''}{precision(spec)}{kind})"
+    how = storage(spec.dtype).product.format(mode=spec.float32_mode)
+    return f"tl.dot({left}, {right}{f', {total}' if total else ''}{how})"
 
 
 def written(spec: TritonSpec, title: str, algorithm: Sequence[str], body: Text) -> str:
@@ -117,7 +110,7 @@ def _words(text: str) -> set[str]:
 def _head(spec: TritonSpec, used: set[str]) -> list[str]:
     """The place of a program, and the indices that the body names."""
     lines = ["place = tl.program_id(0)"]
-    if "scale" in used and spec.dtype == "float64":  # given by its bits
+    if "scale" in used and storage(spec.dtype).by_bits:
         lines.append("scale = tl.cast(scale, tl.int64).to(tl.float64, bitcast=True)")
     if spec.kernel == "backward":  # an owner has several blocks, one after the other
         lines += ["owner = place % splits", "h = place // splits % heads"]
@@ -206,7 +199,7 @@ def fetch(
         text(f"{operand}_{i} = {tile}")
     if spec.negative and operand == spec.parallel:
         loaded = [f"{operand}_{i}" for i in range(len(spec.pieces(operand)))]
-        text(*(f"{tile} = {negated(spec, tile)}" for tile in loaded))
+        text(*(f"{tile} = {storage(spec.dtype).negated(tile)}" for tile in loaded))
 
 
 def take(text: Text, spec: TritonSpec, operand: str, i: int, rows: str) -> None:
@@ -241,7 +234,7 @@ def multiply(
             there += [f"(d_at < {columns})"] if columns % width else []
             text(f"{operand}_part = {_loaded(address(spec, operand, 'd_at'), ' & '.join(there))}")
         if spec.negative and own == spec.parallel:
-            text(f"{own}_part = {negated(spec, f'{own}_part')}")
+            text(f"{own}_part = {storage(spec.dtype).negated(f'{own}_part')}")
         if look:
             inspect(text, f"{other}_part", walk)
         text(f"{total} = {dot(spec, f'{own}_part', f'tl.trans({other}_part)', total)}")
@@ -255,14 +248,7 @@ def write(
     for piece, value in zip(spec.pieces(operand), values, strict=True):
         where = guard(piece, "within_parallel")
         at = address(spec, operand, f"{column(piece)}[None, :]")
-        text(f"tl.store({at}, {value}.to(tl.{spec.dtype}), mask={where})")
-
-
-def negated(spec: TritonSpec, tile: str) -> str:
-    """A tile with the other sign; half types are computed with in float32."""
-    if spec.dtype in ("float32", "float64"):
-        return f"-{tile}"
-    return f"(-{tile}.to(tl.float32)).to(tl.{spec.dtype})"
+        text(f"tl.store({at}, {storage(spec.dtype).write(value)}, mask={where})")
 
 
 def zeros(spec: TritonSpec, rows: str, columns: int | str) -> str:

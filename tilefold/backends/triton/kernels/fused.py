@@ -20,13 +20,13 @@ from tilefold.backends.triton.kernels.frame import (
     Walk,
     add_product,
     column,
-    negated,
     take,
     write,
     written,
     zeros,
 )
 from tilefold.backends.triton.kernels.frame import parallel as rows_parallel
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import Piece, TritonSpec
 
@@ -103,7 +103,9 @@ def _add_to_part(text: Text, spec: TritonSpec, walk: Walk) -> None:
         text(f"at = {_of_part(spec, piece)}")
         text(f"sum_{i} = tl.load(at{f', mask={where}, other=0.0' if where else ''})")
         take(text, spec, "k", i, "within_parallel")
-        key = negated(spec, f"k_{i}") if spec.negative and spec.preloaded else f"k_{i}"
+        key = (
+            storage(spec.dtype).negated(f"k_{i}") if spec.negative and spec.preloaded else f"k_{i}"
+        )
         if walk is Walk.EDGE:  # keys are in the block's registers as they are, for its whole tiles
             text(f"odd |= is_odd(k_{i})")
         add_product(text, spec, f"sum_{i}", "turned", key, walk, pairs)

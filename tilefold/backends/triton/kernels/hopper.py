@@ -28,7 +28,7 @@ from contextlib import contextmanager
 
 from tilefold.backends.triton.kernels import arguments, frame, mask, scores, softmax
 from tilefold.backends.triton.kernels import hopper_nonfinite as repair
-from tilefold.backends.triton.kernels.frame import LOWEST, USUAL, Walk
+from tilefold.backends.triton.kernels.frame import USUAL, Walk
 from tilefold.backends.triton.kernels.gluon import HEAD, HELPERS, Function, function, listed, row_of
 from tilefold.backends.triton.kernels.hopper_launch import (
     PLACES,
@@ -38,6 +38,7 @@ from tilefold.backends.triton.kernels.hopper_launch import (
     padded,
     parameters,
 )
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
@@ -126,8 +127,9 @@ def _attend(spec: TritonSpec, repair: Function | None) -> Function:
         text("pass_turn(warpgroup)  # the other warpgroup begins")
     with _places(text):
         frame.parallel(text, spec)
+        lowest = storage(spec.dtype).lowest
         text(
-            f"m = tl.full([ROWS], {LOWEST['float32']}, tl.float32, tl.SliceLayout(1, SCORES))",
+            f"m = tl.full([ROWS], {lowest}, tl.float32, tl.SliceLayout(1, SCORES))",
             "l = tl.full([ROWS], 0.0, tl.float32, tl.SliceLayout(1, SCORES))",
             "total = tl.full([ROWS, DIM_V], 0.0, tl.float32, SUMS)",
         )
@@ -216,7 +218,8 @@ def _fold(text: Text, spec: TritonSpec, walk: Walk) -> None:
 
 def _round(text: Text, spec: TritonSpec) -> None:
     """The weights as the left side of a product, in the registers where they are."""
-    text(f"weights = tl.convert_layout(p.to(tl.{spec.dtype}), WEIGHTS, assert_trivial=True)")
+    weights = storage(spec.dtype).write("p")
+    text(f"weights = tl.convert_layout({weights}, WEIGHTS, assert_trivial=True)")
 
 
 def _first_tile(text: Text, spec: TritonSpec) -> None:
@@ -280,7 +283,7 @@ def _write(text: Text, spec: TritonSpec) -> None:
     text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
     text(
         "share = tl.convert_layout(1.0 / share, tl.SliceLayout(1, SUMS))",
-        f"total = (total * share[:, None]).to(tl.{spec.dtype})",
+        f"total = {storage(spec.dtype).write('(total * share[:, None])')}",
         "row = first_q + warpgroup * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SUMS))",
         "column = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
         f"at = {row_of('o', 'h', 'row[:, None]', 'column[None, :]')}",

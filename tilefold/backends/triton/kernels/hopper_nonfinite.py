@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tilefold.backends.triton.kernels import mask, scores
-from tilefold.backends.triton.kernels.frame import LOWEST
 from tilefold.backends.triton.kernels.gluon import Function, function, keys, row_of
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
 
 def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
     """Whether a value of a masked tile is NaN or infinite."""
-    text = Text()
+    text, own = Text(), storage(spec.dtype)
     text(
         "column = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
         "odd = tl.full([DIM_V], 0, tl.int32, tl.SliceLayout(0, SUMS))",
@@ -25,7 +25,7 @@ def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
     with keys(text, "middle"):
         text(
             f"at = {row_of('v', 'h_k', 'key', 'column')}",
-            f"value = tl.load(at, mask=column < {spec.dim_v}, other=0.0).to(tl.float32)",
+            f"value = {own.read(f'tl.load(at, mask=column < {spec.dim_v}, other=0.0)')}",
             "odd = odd | (value - value != 0).to(tl.int32)",
         )
     text("return tl.max(odd, 0)")
@@ -36,7 +36,8 @@ def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
 def again(spec: TritonSpec, known: Iterable[str]) -> Function:
     """The sums of a warpgroup without products of tiles."""
     text = Text()
-    lowest, rows = LOWEST["float32"], "tl.SliceLayout(1, SUMS)"
+    own, rows = storage(spec.dtype), "tl.SliceLayout(1, SUMS)"
+    lowest = own.lowest
     text(
         f"m = tl.full([ROWS], {lowest}, tl.float32, {rows})",
         f"l = tl.full([ROWS], 0.0, tl.float32, {rows})",
@@ -52,9 +53,9 @@ def again(spec: TritonSpec, known: Iterable[str]) -> Function:
     )
     with keys(text, "begin"):
         text(
-            "query = tl.load(q_rows, mask=there, other=0.0).to(tl.float32)",
+            f"query = {own.read('tl.load(q_rows, mask=there, other=0.0)')}",
             f"at = {row_of('k', 'h_k', 'key', 'column')}",
-            f"value = tl.load(at, mask=column < {spec.dim}, other=0.0).to(tl.float32)",
+            f"value = {own.read(f'tl.load(at, mask=column < {spec.dim}, other=0.0)')}",
             f"s = tl.convert_layout(tl.sum(query * value[None, :], 1), {rows})",
         )
         scores.score(text, opposite=spec.negative)
@@ -66,7 +67,7 @@ def again(spec: TritonSpec, known: Iterable[str]) -> Function:
             "shrink = tl.exp2((m - top) * factor)",
             "m, l = top, l * shrink + p",
             f"at = {row_of('v', 'h_k', 'key', 'column_v')}",
-            f"value = tl.load(at, mask=column_v < {spec.dim_v}, other=0.0).to(tl.float32)",
+            f"value = {own.read(f'tl.load(at, mask=column_v < {spec.dim_v}, other=0.0)')}",
             "added = tl.where(seen[:, None], p[:, None] * value[None, :], 0.0)",
             "total = total * shrink[:, None] + added",
         )

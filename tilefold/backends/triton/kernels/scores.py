@@ -18,6 +18,7 @@ of the scale waits for the finished sums, dq and dk: `gradient`.
 from __future__ import annotations
 
 from tilefold.backends.triton.kernels.frame import Walk
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
@@ -48,7 +49,7 @@ def score_gradient(text: Text, spec: TritonSpec, walk: Walk, delta: str) -> None
     text(f"ds = p * (dp - {delta})")
     if walk is not Walk.WHOLE:
         text("ds = tl.where(seen, ds, 0.0)")
-    text(f"ds = ds.to(tl.{spec.dtype})")
+    text(f"ds = {storage(spec.dtype).write('ds')}")
 
 
 def gradient(total: str) -> str:

@@ -6,8 +6,9 @@ The maximum `m` is one of scores without the scale, which is multiplied in with 
 
 from __future__ import annotations
 
-from tilefold.backends.triton.kernels.frame import LOWEST, Walk
+from tilefold.backends.triton.kernels.frame import Walk
 from tilefold.backends.triton.kernels.scores import exponent
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
@@ -17,14 +18,14 @@ LN_2 = 0.6931471805599453
 def begin(text: Text, spec: TritonSpec) -> None:
     """No key yet."""
     kind = f"tl.{spec.statistics}"
-    text(f"m = tl.full([PARALLEL], {LOWEST[spec.statistics]}, {kind})")
+    text(f"m = tl.full([PARALLEL], {storage(spec.dtype).lowest}, {kind})")
     text(f"l = tl.full([PARALLEL], 0.0, {kind})")
 
 
 def fold(text: Text, spec: TritonSpec, sums: list[str], walk: Walk) -> None:
     """Fold a tile of scores `s` into m and l; sums are scaled; `p` are the tile's weights."""
     if walk is not Walk.WHOLE:
-        text(f"s = tl.where(seen, s, {LOWEST[spec.statistics]})")
+        text(f"s = tl.where(seen, s, {storage(spec.dtype).lowest})")
     text("top = tl.maximum(m, tl.max(s, 1))")
     text(f"p = tl.exp2({exponent('s', '(top * factor)[:, None]')})")
     if walk is not Walk.WHOLE:

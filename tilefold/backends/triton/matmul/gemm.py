@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilefold.backends.triton.kernels.frame import HEADERS
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import ELEMENTS, Text
 from tilefold.backends.triton.matmul import activation
 from tilefold.backends.triton.matmul.activation import ACTIVATIONS
@@ -117,7 +118,7 @@ class GemmSpec:
     @property
     def sums(self) -> str:
         """The type of sums, and of all that is done to them."""
-        return "float64" if self.a == "float64" else "float32"
+        return storage(self.a).compute
 
 
 def multiplied(a: str, b: str) -> str:
@@ -163,7 +164,7 @@ def signature(spec: GemmSpec) -> dict[str, str]:
     """The types of all arguments as Triton writes them, for compilation ahead of time."""
     kinds = {"a": spec.a, "b": spec.b, "bias": spec.c, "c": spec.c}
     found = {name: f"*{ELEMENTS[kinds[name]]}" for name in names(spec) if name in kinds}
-    scalar = "i64" if spec.sums == "float64" else "fp32"
+    scalar = "i64" if storage(spec.sums).by_bits else "fp32"
     for name in names(spec)[len(found) :]:
         found[name] = scalar if name in ("alpha", "beta") else "i32"
     if spec.descriptors:
@@ -236,13 +237,10 @@ def _tiles(text: Text, spec: GemmSpec) -> None:
 def _walk(text: Text, spec: GemmSpec) -> None:
     """The sums over the contraction."""
     left, right = (
-        tile if kind == spec.multiplied else f"{tile}.to(tl.{spec.multiplied})"
+        tile if kind == spec.multiplied else storage(spec.multiplied).write(tile)
         for tile, kind in (("left", spec.a), ("right", spec.b))
     )
-    how = {
-        "float32": f', input_precision="{spec.products}"',
-        "float64": ", out_dtype=tl.float64",
-    }.get(spec.multiplied, "")
+    how = storage(spec.multiplied).product.format(mode=spec.products)
     step = "tl.cast(K, tl.int64)" if spec.wide else "K"
     text(f"sums = tl.full([M, N], 0.0, tl.{spec.sums})")
     with text.block("for first in tl.range(0, k, K)"):
@@ -272,7 +270,7 @@ def _moved(spec: GemmSpec, tile: str, name: str, corner: str, sides: str) -> str
 def _finish(text: Text, spec: GemmSpec) -> None:
     """From sums to C."""
     kind = spec.sums
-    if kind == "float64":
+    if storage(kind).by_bits:
         for name in ("alpha", "beta"):
             text(f"{name} = tl.cast({name}, tl.int64).to(tl.float64, bitcast=True)")
     text("x = alpha * sums")
@@ -295,7 +293,7 @@ def _finish(text: Text, spec: GemmSpec) -> None:
     with text.block("if beta != 0.0"):
         text(f"x += beta * tl.load(c_tile, mask=here, other=0.0).to(tl.{kind})")
     result = activation.apply(spec.activation, "x")
-    text(f"tl.store(c_tile, {result}.to(tl.{spec.c}), mask=here)")
+    text(f"tl.store(c_tile, {storage(spec.c).write(result)}, mask=here)")
 
 
 def _algorithm(spec: GemmSpec) -> list[str]:

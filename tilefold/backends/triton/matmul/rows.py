@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilefold.backends.triton.kernels.frame import HEADERS
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import ELEMENTS, Text
 from tilefold.backends.triton.spec import power_of_two
 from tilefold.common.check import choice
@@ -96,7 +97,7 @@ class SoftmaxSpec:
     @property
     def statistics(self) -> str:
         """The type of all that is computed, and of lse."""
-        return "float64" if self.dtype == "float64" else "float32"
+        return storage(self.dtype).compute
 
 
 def names(spec: SoftmaxSpec) -> tuple[str, ...]:
@@ -162,7 +163,7 @@ def _load(text: Text, spec: SoftmaxSpec, inside: str) -> None:
     text(
         f"inside = in_rows[:, None] & ({inside})",
         'value = tl.load(x_block, mask=inside, other=float("-inf"))',
-        f"value = value.to(tl.{spec.statistics})",
+        f"value = {storage(spec.dtype).read('value')}",
     )
 
 
@@ -174,7 +175,7 @@ def _once(text: Text, spec: SoftmaxSpec) -> None:
         "weight = tl.exp(value - m[:, None])",
         "l = tl.sum(weight, 1)",
         "share = tl.where(l == 0, 1.0, l)",
-        f"weight = (weight * (1.0 / share)[:, None]).to(tl.{spec.dtype})",
+        f"weight = {storage(spec.dtype).write('(weight * (1.0 / share)[:, None])')}",
         "tl.store(p_block, weight, mask=inside)",
     )
 
@@ -202,7 +203,7 @@ def _online(text: Text, spec: SoftmaxSpec) -> None:
         _load(text, spec, "column < width - start")
         text(
             "weight = tl.exp(value - m[:, None]) * inverse",
-            f"tl.store(p_block, weight.to(tl.{spec.dtype}), mask=inside)",
+            f"tl.store(p_block, {storage(spec.dtype).write('weight')}, mask=inside)",
             f"x_block += {step} * x_column",
             f"p_block += {step} * p_column",
         )
