@@ -23,9 +23,6 @@ const float t = 1.0f / (1.0f + 0.3275911f * z);
 const float low = -0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f));
 const float tail = 0.5f * t * (0.254829592f + t * low) * exp(-z * z);"""
 
-ACTIVATIONS = (None, *_FORMULAS)
-"""Activations by name; None leaves results as they are."""
-
 
 def define(text: Text, name: str) -> None:
     """The function of an activation, which `apply` calls."""

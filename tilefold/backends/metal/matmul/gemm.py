@@ -24,14 +24,12 @@ from tilefold.backends.metal.kernels.fragment import Fragment
 from tilefold.backends.metal.kernels.msl import Text, kernel_head, open_text
 from tilefold.backends.metal.kernels.storage import Storage, storage
 from tilefold.backends.metal.matmul import activation
-from tilefold.backends.metal.matmul.activation import ACTIVATIONS
 from tilefold.backends.metal.spec import SIDE, SIMD
 from tilefold.common.check import choice
+from tilefold.problems.matmul import ACTIVATIONS, BIAS_AXES, result_types
 
 ENTRY = "tilefold_gemm"
 DTYPES = ("float32", "float16", "bfloat16")
-BIASES = (None, "column", "row")
-"""A bias has a number for each column of C (as in a linear layer), or for each row."""
 
 SIZES = (
     *("m", "n", "k", "tiles"),
@@ -104,8 +102,8 @@ class GemmSpec:
     def __post_init__(self) -> None:
         for name in ("a", "b"):
             choice(f"the type of {name}", getattr(self, name), DTYPES)
-        choice("the type of c", self.c, tuple(dict.fromkeys(("float32", self.a, self.b))))
-        choice("bias", self.bias, BIASES)
+        choice("the type of c", self.c, result_types(self.a, self.b))
+        choice("bias", self.bias, (None, *BIAS_AXES))
         choice("activation", self.activation, ACTIVATIONS)
         for name, value, most in (
             ("threads", self.blocks.threads, 1024),

@@ -21,9 +21,6 @@ _FORMULAS = {
     "tanh": f"tl.where(tl.abs(x) < {_NEAR_ZERO}, near, tl.where(x < 0, -far, far))",
 }
 
-ACTIVATIONS = (None, *_FORMULAS)
-"""Activations by name; None leaves results as they are."""
-
 
 def define(text: Text, name: str) -> None:
     """The function of an activation, which `apply` calls."""

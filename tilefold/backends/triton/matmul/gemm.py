@@ -27,14 +27,12 @@ from tilefold.backends.triton.kernels.frame import HEADERS
 from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import ELEMENTS, Text
 from tilefold.backends.triton.matmul import activation
-from tilefold.backends.triton.matmul.activation import ACTIVATIONS
 from tilefold.backends.triton.spec import FLOAT32_MODES, LEAST
 from tilefold.common.check import choice
+from tilefold.problems.matmul import ACTIVATIONS, BIAS_AXES, multiplied, result_types
 
 ENTRY = "tilefold_gemm"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-BIASES = (None, "column", "row")
-"""A bias has a number for each column of C (as in a linear layer), or for each row."""
 
 STRIDES = (
     *("a_m", "a_k", "a_h", "a_b"),
@@ -104,9 +102,8 @@ class GemmSpec:
             choice(f"the type of {name}", getattr(self, name), DTYPES)
         if (self.a == "float64") != (self.b == "float64"):
             raise ValueError(f"a and b must both be float64 or neither, got {self.a} and {self.b}")
-        least = () if self.a == "float64" else ("float32",)
-        choice("the type of c", self.c, tuple(dict.fromkeys((*least, self.a, self.b))))
-        choice("bias", self.bias, BIASES)
+        choice("the type of c", self.c, result_types(self.a, self.b))
+        choice("bias", self.bias, (None, *BIAS_AXES))
         choice("activation", self.activation, ACTIVATIONS)
         choice("products", self.products, FLOAT32_MODES)
 
@@ -119,15 +116,6 @@ class GemmSpec:
     def sums(self) -> str:
         """The type of sums, and of all that is done to them."""
         return storage(self.a).compute
-
-
-def multiplied(a: str, b: str) -> str:
-    """The type that blocks of A and B are multiplied in: float32 where the two types differ.
-
-    >>> multiplied("bfloat16", "bfloat16"), multiplied("bfloat16", "float16")
-    ('bfloat16', 'float32')
-    """
-    return a if a == b else "float32"
 
 
 def names(spec: GemmSpec) -> tuple[str, ...]:
