@@ -228,7 +228,10 @@ def _step(
     names, programs = arguments.names(spec), launch.programs
     if launch.persistent:
         known |= _places(plan.problem, launch.block_rows)
-        names, programs = (*names, *hopper_launch.PLACES), min(programs, machine.multiprocessors)
+        names, programs = (
+            (*names, *hopper_launch.ROW_BLOCKS),
+            min(programs, machine.multiprocessors),
+        )
     operands = OPERANDS[spec.kernel]
     return _Step(
         machine.function(source.emit(spec), spec.entry),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from tilefold.backends.triton.kernels import scores
 from tilefold.backends.triton.kernels.frame import (
-    AGAIN,
+    RECOMPUTED,
     USUAL,
     Walk,
     add_product,
@@ -77,7 +77,7 @@ def emit_dq(spec: TritonSpec) -> str:
     )
     _queries_block(text, spec, USUAL)
     with text.block("if odd != 0"):
-        _queries_block(text, spec, AGAIN)
+        _queries_block(text, spec, RECOMPUTED)
     return written(spec, "Attention, backward: the gradient of the queries.", DQ, text)
 
 
@@ -121,7 +121,7 @@ def emit_dkv(spec: TritonSpec) -> str:
     text("odd = 0")
     keys_block(text, spec, USUAL)
     with text.block("if odd != 0"):
-        keys_block(text, spec, AGAIN)
+        keys_block(text, spec, RECOMPUTED)
     return written(spec, "Attention, backward: the gradients of keys and values.", DKV, text)
 
 

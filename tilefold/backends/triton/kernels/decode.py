@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from tilefold.backends.triton.kernels import scores, softmax
 from tilefold.backends.triton.kernels.forward import folded
 from tilefold.backends.triton.kernels.frame import (
-    AGAIN,
+    RECOMPUTED,
     USUAL,
     Walk,
     column,
@@ -68,7 +68,7 @@ def emit(spec: TritonSpec) -> str:
     text("odd = 0")
     _part(text, spec, USUAL)
     with text.block("if odd != 0"):
-        _part(text, spec, AGAIN)
+        _part(text, spec, RECOMPUTED)
     return written(spec, "Attention of few queries: the part of one split.", DECODE, text)
 
 

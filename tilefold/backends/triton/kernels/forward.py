@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from tilefold.backends.triton.kernels import scores, softmax
 from tilefold.backends.triton.kernels.frame import (
-    AGAIN,
+    RECOMPUTED,
     USUAL,
     Walk,
     add_product,
@@ -52,7 +52,7 @@ def emit(spec: TritonSpec) -> str:
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     _block(text, spec, USUAL)
     with text.block("if odd != 0"):
-        _block(text, spec, AGAIN)
+        _block(text, spec, RECOMPUTED)
     return written(spec, "Attention, forward.", ALGORITHM, text)
 
 

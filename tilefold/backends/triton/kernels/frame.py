@@ -274,7 +274,7 @@ class Walk(Enum):
 USUAL = (Walk.WHOLE, Walk.EDGE)
 """The walks of finite numbers, one after the other."""
 
-AGAIN = (Walk.CAREFUL,)
+RECOMPUTED = (Walk.CAREFUL,)
 """The walk over all tiles where some number was not finite."""
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from tilefold.backends.triton.kernels import scores
 from tilefold.backends.triton.kernels.backward import keys_block
 from tilefold.backends.triton.kernels.frame import (
-    AGAIN,
+    RECOMPUTED,
     USUAL,
     Walk,
     add_product,
@@ -55,7 +55,7 @@ def emit(spec: TritonSpec) -> str:
     _blocks(text, spec, USUAL)
     with text.block("if odd != 0"):
         _forget(text, spec)
-        _blocks(text, spec, AGAIN)
+        _blocks(text, spec, RECOMPUTED)
     return written(spec, "Attention, backward, fused.", FUSED, text)
 
 

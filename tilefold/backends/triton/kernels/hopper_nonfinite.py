@@ -1,4 +1,4 @@
-"""The slow way through a block of queries, for Hopper: one key at a time, where values are odd.
+"""Hopper's slow way through a block of queries, one key at a time, where values are not finite.
 
 A weight of 0 times NaN or infinity is NaN. So where a masked tile holds such a value, sums are made
 anew without products of tiles: only who may see a value touches it.
@@ -15,7 +15,7 @@ from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
 
-def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
+def nonfinite(spec: TritonSpec, known: Iterable[str]) -> Function:
     """Whether a value of a masked tile is NaN or infinite."""
     text, own = Text(), storage(spec.dtype)
     text(
@@ -33,7 +33,7 @@ def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
     return function("holds_odd", title, text, known)
 
 
-def again(spec: TritonSpec, known: Iterable[str]) -> Function:
+def one_by_one(spec: TritonSpec, known: Iterable[str]) -> Function:
     """The sums of a warpgroup without products of tiles."""
     text = Text()
     own, rows = storage(spec.dtype), "tl.SliceLayout(1, SUMS)"
