@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.matmul import calls, gemm, rows
-from tilefold.backends.metal.matmul.gemm import GemmBlocks, GemmSpec
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
+from tilefold.backends.metal.matmul.spec import GemmBlocks, GemmSpec
 from tilefold.common import disk_cache
 
 Array = NDArray[Any]

@@ -18,8 +18,8 @@ from tilefold.backends.metal.dispatch import Array, Machine, check_written, kern
 from tilefold.backends.metal.families import MetalFamily, family
 from tilefold.backends.metal.matmul import gemm as products
 from tilefold.backends.metal.matmul import rows
-from tilefold.backends.metal.matmul.gemm import DTYPES, GemmBlocks, GemmSpec
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
+from tilefold.backends.metal.matmul.spec import DTYPES, GemmBlocks, GemmSpec, multiplied
 from tilefold.backends.metal.runtime import gpu
 from tilefold.problems.matmul import Accepted, Operand, Product, Rows
 
@@ -162,7 +162,7 @@ def _spec(product: Product, limits: MetalFamily, blocks: GemmBlocks | None, core
     """The kernel of a product on a family of GPUs, with the table's blocks where none are given."""
     left, right = product.a, product.b
     if blocks is None:
-        meeting = products.multiplied(left.dtype, right.dtype, limits.bfloat)
+        meeting = multiplied(left.dtype, right.dtype, limits.bfloat)
         blocks = block_sizes(limits.staged, meeting, product.m, product.n, product.matrices, cores)
     return GemmSpec(
         a=left.dtype,

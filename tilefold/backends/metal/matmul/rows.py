@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 from tilefold.backends.metal.kernels.msl import Text, kernel_head, open_text
 from tilefold.backends.metal.kernels.storage import storage
+from tilefold.backends.metal.matmul.spec import DTYPES
 from tilefold.backends.metal.spec import SIMD
 from tilefold.common.check import choice
 
 ENTRY = "tilefold_softmax"
-DTYPES = ("float32", "float16", "bfloat16")
 
 SIZES = (
     *("rows", "width", "heads"),
