@@ -8,7 +8,7 @@
     backward      parallel over heads:    all three from the same dS      5 products, not 7
 
 Every output tile has one owner and is summed in ascending order: no atomics, bit-identical from
-run to run, and no scratch but one number per query (Dao et al. 2022, Algorithm 4, in two passes or
+run to run, and no scratch but one element per query (Dao et al. 2022, Algorithm 4, in two passes or
 in one). Each pass is the forward pass with other operands: what is parallel lies in the lanes.
 """
 
@@ -37,12 +37,12 @@ Statistics = list[tuple[list[Value], list[Value]]]
 
 
 def delta(spec: KernelSpec) -> str:
-    """The text of the kernel that writes delta."""
+    """The source of the kernel that writes delta."""
     return emit(spec, "delta <- rowsum(dO O)", _write_delta)
 
 
 def dq(spec: KernelSpec) -> str:
-    """The text of the kernel that is parallel over queries."""
+    """The source of the kernel that is parallel over queries."""
     title = """
 for each block of queries:                               one owner
     for each tile of keys that the plan names:
@@ -54,7 +54,7 @@ for each block of queries:                               one owner
 
 
 def dkv(spec: KernelSpec) -> str:
-    """The text of the kernel that is parallel over keys."""
+    """The source of the kernel that is parallel over keys."""
     title = """
 for each block of keys:                                  one owner
     for each query head of the group, for each tile of queries that the plan names:
@@ -206,7 +206,7 @@ class KeyGradients:
     def _of_query(
         self, name: str, head: Value, tile: Tile, row: Value, factor: float | None
     ) -> Value:
-        """The number of one query in all lanes; past the tile's end, of its last query."""
+        """The statistic of one query in all lanes; past the tile's end, of the last query."""
         body, shape = self.body, self.shape
         index = body.mul(tile.inside(row), self.block.arguments[f"{name}_s"])
         number = body.load(body.offset(head, shape.scalar, index), shape.scalar, name)

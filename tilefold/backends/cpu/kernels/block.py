@@ -96,7 +96,7 @@ def _near_regions(spec: KernelSpec) -> dict[str, int]:
 
 
 def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
-    """A module with one kernel named after the operation: `write` runs once per work item."""
+    """A module with one kernel named after the pass: `write` runs once per work item."""
     scalar = SCALARS[spec.dtype]
     shape = microkernel.Shape(
         spec.rows, spec.vectors, spec.lanes, scalar, spec.multiplier.unit == "dot"
@@ -180,7 +180,7 @@ class Block:
         return own.computed if name in COMPUTED else own
 
     def near(self, tile: Tile, rows: Matrix, region: str, dim: int) -> Matrix:
-        """A tile's rows as numbers to compute with, in a region where they have to be widened."""
+        """A tile's rows as elements to compute with, in a region where they have to be widened."""
         if not rows.storage.converts:
             return rows
         return tile.near(rows, self.region(region), self.spec.block_traverse, dim)

@@ -43,7 +43,7 @@ CHUNK = 8
 
 
 def decode(spec: KernelSpec) -> str:
-    """The text of the decode kernel; "decode_part" leaves the state of its rows to the merge."""
+    """The source of the decode kernel; "decode_part" leaves the state of its rows to the merge."""
     title = __doc__.split("\n\n")[1] if __doc__ else ""
     return emit(spec, title, lambda frame: _Decode(frame).write())
 
@@ -59,7 +59,7 @@ class _Rows:
     storage: Storage
 
     def moved(self, body: Body, rows: Value) -> _Rows:
-        """So many rows further."""
+        """The same rows from a later one on."""
         elements = body.mul(rows, self.stride)
         return replace(self, address=self.storage.at(body, self.address, elements, self.name))
 
@@ -185,7 +185,7 @@ class _Decode:
         """`use` a few rows with d contiguous. Where they do not lie so they are copied first.
 
         So they are where `count` is no multiple of `whole`: past the end then follows what scratch
-        happens to hold, and whatever is computed of it is not used. And where numbers have to be
+        happens to hold, and whatever is computed of it is not used. And where elements have to be
         widened for several rows of queries; for a single one they are widened as they are read.
         """
         body, frame, name = self.body, self.frame, rows.name
@@ -305,7 +305,7 @@ class _Decode:
         return total
 
     def _vector(self, row: _Rows, number: int, rest: int) -> Value:
-        """Vector `number` of a row; where `rest` is not 0, only so many elements of it exist."""
+        """Vector `number` of a row; where `rest` is not 0, only the first `rest` elements exist."""
         body, lanes, storage = self.body, self.lanes, row.storage
         place = storage.at(body, row.address, number * lanes)
         if not rest:

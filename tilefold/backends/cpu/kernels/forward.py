@@ -32,7 +32,7 @@ from tilefold.backends.cpu.spec import KernelSpec
 
 
 def forward(spec: KernelSpec) -> str:
-    """The text of the forward kernel."""
+    """The source of the forward kernel."""
     title = __doc__.split("\n\n")[1] if __doc__ else ""
     return emit(spec, title, lambda block: _Forward(block).write())
 

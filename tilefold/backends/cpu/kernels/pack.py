@@ -2,12 +2,12 @@
 
     pack:    scratch[d, lane] = array[lane, d] * factor     lanes past the end become 0
     unpack:  array[lane, d]   = scratch[d, lane] * factor   only lanes that exist
-    widen:   scratch[i, j]    = array[i, j]                 as numbers to compute with
+    widen:   scratch[i, j]    = array[i, j]                 as elements to compute with
 
 Arrays may have any strides. Whole squares of lanes x lanes go through a transpose in registers when
-`d` is contiguous, whole vectors are copied when the lanes are, and the rest goes number by number.
-Each is a function of its own, one for each type of array and width of scratch: kernels call them
-for several operands.
+`d` is contiguous, whole vectors are copied when the lanes are, and the rest goes element by
+element. Each is a function of its own, one for each type of array and width of scratch: kernels
+call them for several operands.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _Move(ABC):
         self.squares_end = body.sub(self.dim, body.binary("urem", self.dim, shape.lanes))
 
     def scaled(self, value: Value) -> Value:
-        """A number or a vector times the factor."""
+        """An element or a vector times the factor."""
         factor = self._factors if value.lanes > 1 else self._factor
         return self._body.binary("fmul", value, factor)
 
@@ -147,11 +147,11 @@ class _Move(ABC):
         return self._body.offset(self._scratch, self._shape.scalar, index)
 
     def load(self, lane: Value, d: Value, lanes: int = 1) -> Value:
-        """Numbers of the array, ready to compute with."""
+        """Read elements of the array, ready to compute with."""
         return self._storage.load(self._body, self.array(lane, d), lanes)
 
     def store(self, value: Value, lane: Value, d: Value) -> None:
-        """Numbers to the array, times the factor, rounded to what it holds."""
+        """Write elements to the array, times the factor, rounded to its type."""
         self._storage.store(self._body, self.scaled(value), self.array(lane, d))
 
     def array(self, lane: Value, d: Value) -> Value:
@@ -161,7 +161,7 @@ class _Move(ABC):
 
     @abstractmethod
     def square(self, block: Value, d: Value) -> None:
-        """Move lanes x lanes numbers, turned."""
+        """Move lanes x lanes elements, turned."""
 
     @abstractmethod
     def line(self, block: Value, d: Value) -> None:
@@ -169,7 +169,7 @@ class _Move(ABC):
 
     @abstractmethod
     def number(self, lane: Value, d: Value) -> None:
-        """Move one number."""
+        """Move one element."""
 
     @abstractmethod
     def end(self, block: Value) -> Value:

@@ -39,7 +39,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
 
 
 def emit(spec: KernelSpec, title: str, write: Callable[[Frame], None]) -> str:
-    """A module with one kernel named after the operation: `write` runs once per work item."""
+    """A module with one kernel named after the pass: `write` runs once per work item."""
     scalar = SCALARS[spec.dtype]
     module = Module(title, spec.lanes * (32 if scalar == "float" else 64))
     argument = Value("%arguments", "ptr")
@@ -103,7 +103,7 @@ class Frame:
         return self.body.select(unset, self.zero, m, "m.safe")
 
     def across(self, value: Value, operation: Callable[[Value, Value], Value]) -> Value:
-        """All lanes folded into one number, in every lane."""
+        """All lanes folded into one value, which every lane then holds."""
         half = self.spec.lanes // 2
         while half:
             turned = self.body.shuffle(value, value, [i ^ half for i in range(self.spec.lanes)])

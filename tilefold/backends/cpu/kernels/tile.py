@@ -40,12 +40,12 @@ class Matrix:
         return self.storage.at(body, self.address, body.mul(index, self.row_stride), hint)
 
     def at(self, body: Body, row: Value, d: Operand) -> Value:
-        """The address of one number of a row, given the row's address."""
+        """The address of one element of a row, given the row's address."""
         return self.storage.at(body, row, body.mul(d, self.d_stride))
 
 
 def padded(elements: int, unit: int) -> int:
-    """A number of elements rounded up to whole units."""
+    """A count of elements, rounded up to whole units."""
     return -(-elements // unit) * unit
 
 
@@ -106,7 +106,7 @@ class Tile:
         return replace(matrix, address=matrix.row(self.body, self.first, "corner"))
 
     def near(self, rows: Matrix, scratch: Value, capacity: int, dim: int) -> Matrix:
-        """The tile's rows widened into scratch, as numbers to compute with.
+        """The tile's rows widened into scratch, as elements to compute with.
 
         The axis that is contiguous stays so; `capacity` rows must fit.
         """
@@ -217,7 +217,7 @@ class Tile:
         """As `accumulate`, but leaves out the pairs whose entry in `marks` is a forbidden weight.
 
         0 * NaN is NaN, so a forbidden row of `matrix` with a NaN must not be multiplied at all.
-        This is for tiles that hold such numbers: one row of d at a time, slow and rare.
+        This is for tiles that hold such elements: one row of d at a time, slow and rare.
         """
         body, shape = self.body, self.shape
         with body.loop("d", 0, dim) as d:
@@ -239,7 +239,7 @@ class Tile:
                 body.store(body.read(place), self.at(total, d, j))
 
     def finite(self, matrix: Matrix, dim: int) -> Value:
-        """Whether every number of the tile's rows of `matrix` is finite: 0 * x summed stays 0.
+        """Whether every element of the tile's rows of `matrix` is finite: 0 * x summed stays 0.
 
         Reads along whichever axis is contiguous, a vector at a time: about 1 % of a tile's work.
         """

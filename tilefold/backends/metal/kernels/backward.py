@@ -1,8 +1,8 @@
 """The backward pass as two kernels: dq and delta over queries, dk and dv over keys.
 
 Seven products instead of five, since each pass makes the scores and dP again: so both are split
-over all blocks, no number is added to by two threadgroups, nothing is atomic, and two runs give the
-same bits (Turner, Metal FlashAttention, 2024). Scratch is one number per row, delta.
+over all blocks, no element is added to by two threadgroups, nothing is atomic, and two runs give
+the same bits (Turner, Metal FlashAttention, 2024). Scratch is one element per row, delta.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BASE = "isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F"
 
 
 def emit_dq(spec: MetalSpec) -> str:
-    """The text of the kernel that gives dq and delta."""
+    """The source of the kernel that gives dq and delta."""
     text = Text()
     products = Products(text, spec)
     queries(text, spec, "q", "o", "do", "dq")
@@ -91,7 +91,7 @@ def _delta(text: Text, spec: MetalSpec, products: Products) -> None:
 
 
 def emit_dkv(spec: MetalSpec) -> str:
-    """The text of the kernel that gives dk and dv."""
+    """The source of the kernel that gives dk and dv."""
     text = Text()
     products = Products(text, spec)
     text("const int h_kv = int(place.y);", "const int b = int(place.z);")

@@ -39,7 +39,7 @@ for each query, one simdgroup, its lanes along the head dimension:
 
 
 def emit(spec: MetalSpec) -> str:
-    """The text of the kernel that leaves a part for each split of the keys."""
+    """The source of the kernel that leaves a part for each split of the keys."""
     text = Text()
     products = Products(text, spec)
     text("const int h_kv = int(place.y);", "const int b = int(place.z);")
@@ -85,7 +85,7 @@ def _leave(text: Text, spec: MetalSpec) -> None:
 
 
 def emit_merge(spec: MetalSpec) -> str:
-    """The text of the kernel that merges the parts of the splits."""
+    """The source of the kernel that merges the parts of the splits."""
     text = Text()
     own = storage(spec.dtype, spec.bfloat)
     text("const int query = int(place.x);")

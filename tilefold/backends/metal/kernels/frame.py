@@ -1,6 +1,6 @@
-"""The frame of every attention kernel: its signature, its numbers, its place, its walk over tiles.
+"""The frame of every attention kernel: its signature, its sizes, its place, its walk over tiles.
 
-Only what the body names is declared, so that the text stays as short as its kernel.
+Only what the body names is declared, so that the source stays as short as its kernel.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def stage_elements(spec: MetalSpec) -> int:
 def written(
     spec: MetalSpec, title: str, algorithm: Sequence[str], body: Text, *, headers: str = HEADERS
 ) -> str:
-    """A whole text: the kernel `spec.entry` around its body, and what it needs before it."""
+    """The whole source: the kernel `spec.entry` around its body, and what it needs before it."""
     text = Text()
     own = storage(spec.dtype, spec.bfloat)
     open_text(text, title, algorithm, [own], headers=headers)
@@ -149,7 +149,10 @@ def seen(spec: MetalSpec, parallel: str, traverse: str) -> str:
 
 
 def over_row(text: Text, value: str, join: str) -> None:
-    """Reduce a number over the lanes of a row; `join` has `{x}` for it and `{y}` for the other."""
+    """Reduce a value over the lanes of a row.
+
+    `join` has `{x}` for the lane's value and `{y}` for the other lane's.
+    """
     for lanes in ROW_LANES:
         other = f"simd_shuffle_xor({value}, {lanes})"
         text(f"{value} = {join.replace('{x}', value).replace('{y}', other)};")

@@ -15,7 +15,7 @@ UNROLL = "#pragma clang loop unroll(full)"
 
 
 class Text:
-    """The text of a kernel on its way.
+    """The source of a kernel while it is written.
 
     >>> text = Text()
     >>> with text.block("if (x)"):

@@ -33,7 +33,7 @@ from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 class Products:
     """The products of one kernel.
 
-    The text has a `row` pointer for each operand of the parallel axis.
+    The source has a `row` pointer for each operand of the parallel axis.
     """
 
     def __init__(self, text: Text, spec: MetalSpec) -> None:
@@ -46,7 +46,7 @@ class Products:
         """The type in which dS is multiplied."""
 
     def hold(self, *names: str) -> None:
-        """Read operands of the parallel axis into registers, those that the spec keeps there."""
+        """Read operands of the parallel axis into registers, if the spec keeps them there."""
         for name in names:
             if name in self._spec.cached:
                 width = self._spec.width(name)
@@ -151,7 +151,7 @@ class Products:
                     text(f"*(device {kind}*)({name}_row + column) = {kind}({first}, {second});")
 
     def _finished(self, name: str, e: str, column: str, factor: str) -> str:
-        """A number of a sum as it is written."""
+        """The expression of an element of a sum as it is written."""
         value = at(f"{name}_sum[d / {SIDE}]", e)
         if name not in self._spec.cached:
             value = f"(fresh ? 0.0f : {name}_spill_row[{column}])"

@@ -68,10 +68,9 @@ def write_lse(text: Text, place: str) -> None:
 def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = ()) -> None:
     """The weights of the tile `s` in place, by the finished statistics.
 
-    The text knows `base`, an element's lse log2(e), after the lines `before`. `parallel` is "query"
-    or "key".
-    Hidden pairs weigh 0 by their mask: exp2(0 - lse) of a padded score may be infinite. They weigh
-    -0.0, which no exponential is, so that `ds` knows them.
+    The source knows `base`, an element's lse log2(e), after the lines `before`. `parallel` is
+    "query" or "key". Hidden pairs weigh 0 by their mask: exp2(0 - lse) of a padded score may be
+    infinite. They weigh -0.0, which no exponential is, so that `ds` knows them.
     """
     text.note("p = exp2(s - lse)")
     other = "key" if parallel == "query" else "query"
@@ -87,8 +86,8 @@ def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = 
 def ds(text: Text, spec: MetalSpec, before: Sequence[str] = ()) -> None:
     """dS = P (dP - delta) of a tile, in place of dP; the scale waits for the end of the sum.
 
-    The text knows `row_delta` after the lines `before`. What is hidden is 0 even where dP is NaN or
-    infinite.
+    The source knows `row_delta` after the lines `before`. What is hidden is 0 even where dP is NaN
+    or infinite.
     """
     text.note("ds = p (dp - delta)")
     weight = f"const float weight = {at(f's[j / {SIDE}]', 'e')};"

@@ -4,7 +4,7 @@ Each simdgroup multiplies by itself, 16 rows of queries: S goes from its coopera
 threadgroup memory, where two lanes fold each row into the running softmax and leave P; the second
 product reads P back from there as its left operand. O stays in cooperative tensors. So no word
 depends on which lane holds which element, which differs between GPUs and versions of macOS and has
-scrambled P V elsewhere. (Milakov and Gimelshein, 2018; Dao, 2023; the split of the work is that of
+scrambled P V elsewhere. (Milakov and Gimelshein, 2018; Dao, 2023; the work is split as in
 liuliu/ccv, which measured it.)
 
 The backward pass stays with fragments. Nothing here has run on hardware.
@@ -44,7 +44,7 @@ HEAD = 64
 
 PANEL = 256
 """Columns of O that a pass over the keys makes, 128 floats of each lane. Values with more take
-several passes, each with its own S, instead of paging O. Not tuned."""
+several passes, each with its own S, instead of spilling O. Not tuned."""
 
 MOST_BYTES = 32768
 """Threadgroup memory of every Apple GPU."""
@@ -152,7 +152,7 @@ def probe() -> str:
 
 
 def emit(spec: MetalSpec) -> str:
-    """The text of a forward kernel on tensor operations.
+    """The source of a forward kernel on tensor operations.
 
     Raises NotImplementedError for what they do not serve.
     """
@@ -301,7 +301,7 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
 
 
 def _share(text: Text, value: str) -> None:
-    """Give a number of the lane's row to whichever lanes hold the row of O."""
+    """Give a value of the lane's row to the lanes that hold the row of O."""
     with text.block("if (side == 0)"):
         text(f"factors[tile_row] = {value};")
     text("simdgroup_barrier(mem_flags::mem_threadgroup);")

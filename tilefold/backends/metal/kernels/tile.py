@@ -23,7 +23,8 @@ from tilefold.backends.metal.spec import PARALLEL, SIDE, MetalSpec
 class Reader(NamedTuple):
     """How a tile is read, given a row and a column beside the lane's place.
 
-    `number` is the text of a number; `pair` are the statements that set `x` to two neighbours.
+    `number` gives the expression of an element; `pair` gives the statements that set `x` to two
+    neighbours.
     """
 
     number: Callable[[str, str], str]
@@ -45,7 +46,7 @@ class HeadBlock(NamedTuple):
 class Tiles:
     """The tiles of one kernel's traversed operands.
 
-    The text has a `head` pointer for each, and the tile's `start`, `last` and `edge` (see
+    The source has a `head` pointer for each, and the tile's `start`, `last` and `edge` (see
     `frame.tiles`).
     """
 
@@ -110,7 +111,7 @@ class Tiles:
             yield read
 
     def _number_of(self, name: str, kind: str, r: str, d: str) -> str:
-        """A number of a tile that is read where it lies."""
+        """The expression of an element of a tile that is read where it lies."""
         place = f"{_by(r, f'{name}_n')} + {column_of(self._spec, name, f'd0 + {d}')}"
         return self._storage.read(f"lane_of_{name}[{place}]", kind)
 
@@ -175,7 +176,7 @@ class Tiles:
                 text("wild |= oddities[i] && edge;")
 
     def _put(self, column: str, watch: bool) -> None:
-        """Store the number `x` in the stage, and look whether it is odd."""
+        """Store the element `x` in the stage, and look whether it is finite."""
         self._text(f"stage[r * {stage_stride(self._spec)} + {column}] = x;")
         if watch:
             # By its bits: fast mathematics take isfinite for true.
@@ -201,7 +202,7 @@ class Tiles:
 
 
 def vector_of(storage: Storage, place: str, count: int) -> str:
-    """So many neighbours in device memory, read at once."""
+    """The expression of `count` neighbours in device memory, read at once."""
     return f"*(device const {storage.memory}{count}*)({place})"
 
 

@@ -1,4 +1,4 @@
-"""What a product may do to its results before it writes them, as functions of one number.
+"""What a product may do to its results before it writes them, as functions of one element.
 
 Metal has no error function, which gelu needs: x times the normal distribution function of x. So
 that is computed by formula 7.1.26 of Abramowitz and Stegun ("Handbook of Mathematical Functions",
@@ -34,7 +34,7 @@ def define(text: Text, name: str) -> None:
 
 
 def apply(name: str | None, value: str) -> str:
-    """The text of an activation of a value.
+    """The expression of an activation of a value.
 
     >>> apply("relu", "x"), apply(None, "x")
     ('relu_of(x)', 'x')

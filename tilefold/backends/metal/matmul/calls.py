@@ -31,7 +31,7 @@ LARGE_GPU_CORES = 32
 
 
 class Row(NamedTuple):
-    """Blocks for large products, and those where so many threadgroups for a core, or less, are."""
+    """Blocks of large products, and of products with at most `groups_per_core` groups per core."""
 
     large: GemmBlocks
     small: GemmBlocks
@@ -47,15 +47,15 @@ TABLE = {
     (False, "float32"): Row(_ONE, _ONE, 0),
     (False, "float16"): Row(_ONE, _ONE, 0),
 }
-"""Blocks by (staged, float32 or a half type is multiplied): those of Metal FlashAttention at commit
-8671cdd, tuned there on M1 Max and M4. Nobody measured them with this text.
+"""Blocks by (staged, float32 or a half type is multiplied), as in Metal FlashAttention at commit
+8671cdd, tuned there on M1 Max and M4. Nobody measured them with this source.
 """
 
 
 def block_sizes(
     staged: bool, multiplied: str, m: int, n: int, batch: int = 1, cores: int = LARGE_GPU_CORES
 ) -> GemmBlocks:
-    """The table's blocks for a product m x n on a GPU of so many cores.
+    """The table's blocks for a product m x n on a GPU with `cores` cores.
 
     >>> print(block_sizes(True, "float16", 4096, 4096))
     48 x 48 x 32
@@ -186,7 +186,7 @@ def softmax(
     return_lse: bool = False,
     machine: Machine | None = None,
 ) -> Any:
-    """The softmax of x along its last axis, safe for numbers of any size.
+    """The softmax of x along its last axis, safe for elements of any size.
 
     >>> import numpy as np
     >>> import tilefold

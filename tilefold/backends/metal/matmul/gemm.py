@@ -1,4 +1,4 @@
-"""The matrix product as a kernel of its own, any of its types, transposed or not, in batches.
+"""The kernel of a matrix product, in any of its types, transposed or not, in batches.
 
     C = activation(alpha op(A) op(B) + bias + beta C),  a block of C for each threadgroup
 
@@ -34,7 +34,7 @@ SIZES = (
     *("c_m", "c_n", "c_h", "c_b"),
     *("bias_step", "bias_h", "bias_b"),
 )
-"""The whole numbers of a launch, in their order: C is m x n, sums have k terms, a row of blocks has
+"""The integers of a launch, in their order: C is m x n, sums have k terms, a row of blocks has
 `tiles` of them; then strides by axis, in elements, h and b being the two axes of a batch."""
 
 AXES = {"a": ("m", "k"), "b": ("k", "n")}
@@ -42,7 +42,7 @@ AXES = {"a": ("m", "k"), "b": ("k", "n")}
 
 
 def emit(spec: GemmSpec) -> str:
-    """The text of a product."""
+    """The source of a product."""
     return _Gemm(spec).write()
 
 
@@ -138,13 +138,13 @@ class _Gemm:
         return a, b
 
     def _times(self, index: str, stride: str) -> str:
-        """The text of an index times a stride."""
+        """The expression of an index times a stride."""
         if stride in self._ones():
             return index
         return f"({index}) * {stride}" if " " in index else f"{index} * {stride}"
 
     def _number(self, name: str, place: str) -> str:
-        """A number of A or B in the type that is multiplied."""
+        """The expression of an element of A or B in the type that is multiplied."""
         return self.storage[name].read(place, self.tile.element)
 
     def _staged(self) -> None:
@@ -209,7 +209,7 @@ class _Gemm:
                 text(f"stage_{name}[r * {stride} + e] = inside ? {value} : {zero};")
 
     def _direct(self) -> None:
-        """Each lane reads its own numbers; at an edge it asks for each whether it is there."""
+        """Each lane reads its own elements; at an edge it asks whether each of them exists."""
         text, blocks = self.text, self.blocks
         text(self.tile.declare("a_tile", self.rows), self.tile.declare("b_tile", self.columns))
         text("long first = 0;")
@@ -236,7 +236,7 @@ class _Gemm:
             self._multiply()
 
     def _read(self, source: str, indices: tuple[str, str], *, guarded: bool) -> None:
-        """Fragments of A or B, the two numbers of a lane side by side in a row."""
+        """Fragments of A or B, the two elements of a lane are neighbours in a row."""
         text, name = self.text, source[0]
         row, column = indices[0], f"{indices[1]} + e"
         strides = [f"{name}_{axis}" for axis in AXES[name]]
@@ -276,7 +276,7 @@ class _Gemm:
 
 
 def _algorithm(spec: GemmSpec) -> list[str]:
-    """The lines that open the text."""
+    """The lines that open the source."""
     a, b = (f"{name}^T" if getattr(spec, f"transpose_{name}") else name for name in "ab")
     value = f"alpha {a.upper()} {b.upper()}"
     if spec.bias:

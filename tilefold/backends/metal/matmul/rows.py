@@ -1,4 +1,4 @@
-"""The softmax of every row of a matrix, as a kernel of its own.
+"""The kernel of the softmax of every row of a matrix.
 
     for each x of a row, neighbouring lanes at neighbouring x:
         l <- l exp(m - max(m, x)) + exp(x - max(m, x));  m <- max(m, x)
@@ -30,19 +30,19 @@ SIZES = (
     *("x_row", "x_column", "x_h", "x_b"),
     *("p_row", "p_column", "p_h", "p_b"),
 )
-"""The whole numbers of a launch, in their order; strides by axis, in elements, h and b being the
+"""The integers of a launch, in their order; strides by axis, in elements, h and b being the
 two axes of a batch. lse is contiguous: batch, heads, rows."""
 
 SIMDGROUPS = 4
 """Simdgroups of a threadgroup."""
 
 WIDE = 1024
-"""Numbers above which a row has a whole threadgroup, 32 for each lane of one simdgroup; untuned."""
+"""Elements above which a row has a whole threadgroup: 32 for each lane of a simdgroup; untuned."""
 
 
 @dataclass(frozen=True)
 class SoftmaxSpec:
-    """What changes the text: the type of X and P, how a row is shared, and whether lse is written.
+    """What changes the source: the type of X and P, how a row is shared, whether lse is written.
 
     `rows` of a threadgroup: 4, a simdgroup for each, or 1 that all four share. `bfloat`: the GPU
     knows bfloat16 itself.
@@ -64,7 +64,7 @@ class SoftmaxSpec:
 
 
 def emit(spec: SoftmaxSpec) -> str:
-    """The text of a softmax."""
+    """The source of a softmax."""
     text, own = Text(), storage(spec.dtype, spec.bfloat)
     owner = "a simdgroup" if spec.rows > 1 else "a threadgroup"
     algorithm = [
@@ -144,7 +144,7 @@ def _place(text: Text, spec: SoftmaxSpec) -> None:
 
 
 def _share(text: Text) -> None:
-    """The maximum and the sum of the whole row, from those of each simdgroup."""
+    """The maximum and the sum of the whole row, from the ones of each simdgroup."""
     text(
         "",
         "// Of all simdgroups.",

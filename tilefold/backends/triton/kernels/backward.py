@@ -1,7 +1,7 @@
 """The backward pass in its split form: dQ by blocks of queries, then dK and dV by blocks of keys.
 
 Seven products instead of five, and in exchange no sum is shared between programs: no atomics, the
-same bits from run to run, and one number for each query as scratch (Dao, 2023, arXiv:2307.08691,
+same bits from run to run, and one element for each query as scratch (Dao, 2023, arXiv:2307.08691,
 Algorithm 2, with its loop over keys split off as in Metal FlashAttention). Scores and weights are
 made again from lse. With grouped queries a program of the second kernel walks over all query heads
 of its key head.

@@ -54,7 +54,7 @@ def careful(weights, seen, values, total, rows, count):
     return total
 ''',
 }
-"""Functions that kernels call by name; only those that a text calls stand in it."""
+"""Functions that kernels call by name; only the called ones stand in a source."""
 
 
 def dot(spec: TritonSpec, left: str, right: str, total: str = "") -> str:
@@ -143,7 +143,7 @@ def column(piece: Piece) -> str:
 def rows_of(text: Text, spec: TritonSpec, operand: str, head: str, first: str, side: str) -> None:
     """Where the rows of a block of an operand begin: `q_rows`, a column of addresses."""
     wide = ".to(tl.int64)" if spec.wide else ""
-    # The index of a loop is a plain number in the interpreter.
+    # The index of a loop is a plain integer in the interpreter.
     at = "tl.cast(start, tl.int64)" if first == "start" else f"{first}.to(tl.int64)"
     text(
         f"{operand}_block = {operand} + b.to(tl.int64) * {operand}_b"
@@ -159,7 +159,7 @@ def address(spec: TritonSpec, operand: str, columns: str) -> str:
 
 
 def guard(piece: Piece, rows: str) -> str:
-    """Which numbers of a tile are there: `rows` says it of the rows, "" where all are."""
+    """Which elements of a tile exist: `rows` says which rows do, "" where all do."""
     parts = [f"{rows}[:, None]"] if rows else []
     if piece.padded:
         parts.append(f"({column(piece)}[None, :] < {piece.stop})")
@@ -259,11 +259,11 @@ def zeros(spec: TritonSpec, rows: str, columns: int | str) -> str:
 class Walk(Enum):
     """How tiles are visited.
 
-    Most kernels visit those of whole pairs (`WHOLE`), then those at an edge (`EDGE`), where pairs
+    Most kernels visit tiles of whole pairs (`WHOLE`), then tiles at an edge (`EDGE`), where pairs
     that may not meet get weight 0. But 0 * NaN is NaN, so tiles of an edge are asked for NaN and
     infinities, and `odd` says that there were any: then, at the end, what was computed is thrown
     away, and all is done once more, slowly, with a look at each pair (`CAREFUL`). That costs the
-    usual case a comparison for each number of an edge.
+    usual case a comparison for each element of an edge.
     """
 
     WHOLE = 0
@@ -272,10 +272,10 @@ class Walk(Enum):
 
 
 USUAL = (Walk.WHOLE, Walk.EDGE)
-"""The walks of finite numbers, one after the other."""
+"""The walks where all elements are finite, one after the other."""
 
 RECOMPUTED = (Walk.CAREFUL,)
-"""The walk over all tiles where some number was not finite."""
+"""The walk over all tiles where some element was not finite."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The backward pass in its fused form: five products, dQ summed beside dK and dV.
 
-A key head has so many *owners*. Each walks over its own blocks of keys, one after the other, and
+A key head has several *owners*. Each walks over its own blocks of keys, one after the other, and
 adds what they give dQ to a part of dQ of its own, which no other program touches; a second kernel
 adds the parts in a fixed order. So there are no atomics and no locks here either, and results are
 the same from run to run. The price is a float32 dQ for each owner, and reading and writing it once
@@ -60,7 +60,7 @@ def emit(spec: TritonSpec) -> str:
 
 
 def _blocks(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
-    """All blocks of keys of the owner. Threads may read numbers of the part that others wrote in
+    """All blocks of keys of the owner. Threads may read elements of the part that others wrote in
     the block before: they wait for each other.
     """
     with text.block("for turn in tl.range(owner, block_rows, splits, num_stages=1)"):

@@ -1,4 +1,4 @@
-"""What a product may do to its results before it writes them, as functions of a tile of numbers.
+"""What a product may do to its results before it writes them, as functions of a tile.
 
 Triton's own language has an error function, which gelu needs, but no hyperbolic tangent that its
 interpreter knows as well. Near 0 that is Lambert's continued fraction (1761), which loses nothing
@@ -37,7 +37,7 @@ def define(text: Text, name: str) -> None:
 
 
 def apply(name: str | None, value: str) -> str:
-    """The text of an activation of a value.
+    """The expression of an activation of a value.
 
     >>> apply("relu", "x"), apply(None, "x")
     ('relu(x)', 'x')

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """Blocks for large products, and for those of which a GPU would be partly idle."""
+    """Blocks for large products, and for products that would leave a GPU partly idle."""
 
     large: GemmBlocks
     small: GemmBlocks
@@ -211,7 +211,7 @@ def softmax(
     blocks: SoftmaxBlocks | None = None,
     machine: Machine | None = None,
 ) -> Any:
-    """The softmax of x along its last axis, safe for numbers of any size.
+    """The softmax of x along its last axis, safe for elements of any size.
 
         softmax(torch.zeros(1, 4, device="cuda"))  # 1 x 4, all of it 0.25
 
@@ -338,7 +338,7 @@ def _gpu_of(name: str, tensor: Any) -> Machine:
 
 
 def _how(device: Architecture, meeting: str, precision: str) -> str:
-    """How numbers of a type are multiplied on a device."""
+    """How elements of a type are multiplied on a device."""
     exact = meeting != "float32" or device.kind != "cuda"
     return "ieee" if exact else BY_PRECISION[precision]
 

@@ -1,4 +1,4 @@
-"""The matrix product as a kernel of its own, any of its types, transposed or not, in batches.
+"""The kernel of a matrix product, in any of its types, transposed or not, in batches.
 
     C = activation(alpha A B + bias + beta C),  a block of C for each program
 
@@ -7,11 +7,12 @@
         sums = sums + A B                       what lies beyond the edges is 0
     C = activation(alpha sums + bias + beta C)  C is read only where beta is not 0
 
-A transposed matrix is one with other strides, so no text knows of it, unless a GPU has a unit that
-moves whole tiles (Hopper's TMA) and they lie so that it can: then A and B are *tensor descriptors*,
-which say once where a matrix is, and their tiles are turned where they are multiplied.
+A transposed matrix is one with other strides, so no source knows of it, unless a GPU has a unit
+that moves whole tiles (Hopper's TMA) and they lie so that it can: then A and B are *tensor
+descriptors*, which say once where a matrix is, and their tiles are turned where they are
+multiplied.
 
-Triton compiles a text anew where lengths and strides become multiples of 16, or 1, since that
+Triton compiles a source anew where lengths and strides become multiples of 16, or 1, since that
 decides how much a thread moves at once; all other sizes are alike to it.
 
 Programs run about in the order of their numbers, and neighbours share rows of A and columns of B.
@@ -42,7 +43,7 @@ STRIDES = (
 """Strides by axis, in elements, h and b being the two axes of a batch."""
 
 BIAS_STRIDES = ("bias_step", "bias_h", "bias_b")
-"""Those of a bias: from number to number, then of the batch."""
+"""Strides of a bias: from element to element, then of the batch."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ class GemmBlocks:
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """What changes the text of a product: types, blocks and what is done to the result.
+    """What changes the source of a product: types, blocks and what is done to the result.
 
     `a`, `b` and `c` are types; c is float32 or one of the other two, and float64 stands alone.
     `products` is how float32 is multiplied. `wide`: offsets inside a block may pass 31 bits.
     `descriptors`: a unit moves tiles of A and B, which have a half type and lie as `transpose_a`
-    and `transpose_b` say: numbers of a column side by side.
+    and `transpose_b` say: the elements of a column are neighbours.
     """
 
     a: str
@@ -144,7 +145,7 @@ def tiles(spec: GemmSpec) -> dict[str, list[int]]:
 
 
 def alike(spec: GemmSpec) -> tuple[str, ...]:
-    """Numbers for whose values no kernel is compiled anew."""
+    """Arguments for whose values no kernel is compiled anew."""
     return tuple(name for name in names(spec) if name in ("heads", *BIAS_STRIDES, "alpha", "beta"))
 
 
@@ -285,7 +286,7 @@ def _finish(text: Text, spec: GemmSpec) -> None:
 
 
 def _algorithm(spec: GemmSpec) -> list[str]:
-    """The lines that open the text."""
+    """The lines that open the source."""
     value = "alpha sums"
     if spec.bias:
         value += f" + bias of the {spec.bias}"

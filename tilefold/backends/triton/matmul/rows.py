@@ -1,4 +1,4 @@
-"""The softmax of every row of a matrix, as a kernel of its own.
+"""The kernel of the softmax of every row of a matrix.
 
     one pass, a row in registers:               online, in blocks of columns:
         x = the row                                 m, l = lowest, 0
@@ -30,11 +30,11 @@ ENTRY = "tilefold_softmax"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 WIDE = 16384
-"""Columns of a block, at most; wider rows are walked. With 16 warps a thread then holds 32 numbers
+"""Columns of a block, at most; wider rows are walked. With 16 warps a thread then holds 32 elements
 of a row. Not tuned."""
 
 TOGETHER = 1024
-"""Numbers of a block at least, where rows are narrow: several rows share a program. Not tuned."""
+"""Elements of a block at least, where rows are narrow: several rows share a program. Not tuned."""
 
 STAGES = 2
 """Stages of a walk. Not tuned."""
@@ -80,7 +80,7 @@ class SoftmaxBlocks:
 
 @dataclass(frozen=True)
 class SoftmaxSpec:
-    """What changes the text: the type of X and P, blocks, and whether lse is written.
+    """What changes the source: the type of X and P, blocks, and whether lse is written.
 
     `online`: rows are wider than a block. `wide`: offsets inside of rows may pass 31 bits.
     """
@@ -106,7 +106,7 @@ def names(spec: SoftmaxSpec) -> tuple[str, ...]:
 
 
 def alike() -> tuple[str, ...]:
-    """Numbers for whose values no kernel is compiled anew."""
+    """Arguments for whose values no kernel is compiled anew."""
     return "rows", "heads"
 
 
