@@ -23,8 +23,8 @@ from tilefold.backends.metal.dispatch import WIDEST_MOVE
 from tilefold.backends.metal.families import family
 from tilefold.backends.metal.matmul import gemm, rows
 from tilefold.backends.metal.matmul.calls import block_sizes
-from tilefold.backends.metal.matmul.gemm import GemmSpec
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
+from tilefold.backends.metal.matmul.spec import GemmSpec
 from tilefold.backends.metal.model import MODELLED, Model, model, text_of
 from tilefold.backends.metal.plan import plan
 from tilefold.problems.attention import Problem

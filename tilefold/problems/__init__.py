@@ -1,6 +1,7 @@
 """What is asked, with no word on how: shapes, types, scale and mask.
 
 attention  one call without its arrays; all checks of shapes
+matmul     products of matrices and softmax of rows; all checks of their shapes
 buffer     where elements lie, without the framework that owns them
 reference  attention and its gradients in plain NumPy: the definition
 """

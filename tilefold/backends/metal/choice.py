@@ -19,7 +19,7 @@ from tilefold.backends.metal.families import MetalFamily
 from tilefold.backends.metal.heuristics import DEFAULT, Heuristics
 from tilefold.backends.metal.kernels.fragment import TYPES
 from tilefold.backends.metal.kernels.frame import stage_elements
-from tilefold.backends.metal.kernels.msl import BYTES, element
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import KERNELS, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
 from tilefold.masks.expression import Truth, split
 
@@ -176,7 +176,7 @@ class _Asked:
         row = KERNELS[self.kernel]
         held = tuple(name for name in row.resident if name in cached)
         spec = self._spec(blocks, held)
-        number = BYTES[element(self.dtype, self.family.bfloat).compute]
+        number = storage(self.dtype, self.family.bfloat).compute_bytes
         registers = [
             (name, whole(spec.width(name)) // 4 * (4 if name in SUMS else number)) for name in held
         ]

@@ -229,7 +229,8 @@ def _step(
     names, programs = arguments.names(spec), launch.programs
     if launch.persistent:
         known |= _places(plan.problem, launch.block_rows)
-        names, programs = (*names, *hopper_launch.PLACES), min(programs, machine.multiprocessors)
+        names = (*names, *hopper_launch.ROW_BLOCKS)
+        programs = min(programs, machine.multiprocessors)
     operands = spec.row.operands
     return _Step(
         machine.function(source.emit(spec), spec.entry),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tilefold.backends.metal.kernels.msl import element
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import MetalSpec
 from tilefold.planning.kernels import STRIDED
 
@@ -47,7 +47,7 @@ def variable(name: str) -> str:
 
 def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
     """The arrays of a kernel, in the order of their buffers."""
-    number = element(spec.dtype, spec.bfloat).memory
+    number = storage(spec.dtype, spec.bfloat).memory
     found = [
         Argument(
             name,
