@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = config.rootpath / ".pytest_cache" / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["TILEFOLD_CACHE_DIR"] = str(folder)
+    # The suite compiles 2500 kernels of 0.3 MiB. In the usual 256 MiB each test would evict what
+    # the next one shares with it, and most kernels would be compiled twice.
+    os.environ["TILEFOLD_CACHE_MIB"] = "2048"
+    # Hundreds of child processes import the package: bytecode is kept even where the environment
+    # says otherwise.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
