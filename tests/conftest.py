@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from closing import Closing, Measuring
 from features import ROWS
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(Measuring())
+    else:
+        config.pluginmanager.register(Closing())
+        if not config.getoption("numprocesses", None):
+            config.pluginmanager.register(Measuring())
     # NumPy's products on one thread: several test processes with teams of their own take twice as
     # long. Read when NumPy is imported, so it must be set before any test is collected.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
