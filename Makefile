@@ -14,10 +14,10 @@ run: $(VENV)/run.stamp  ## the main job: real text through a real transformer
 	$(BIN)/tilefold run $(ARGS)
 
 test: $(VENV)/test.stamp  ## every test, with coverage
-	$(BIN)/python -m pytest -n $(JOBS) --cov=tilefold --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov=tilefold --cov-report=term:skip-covered $(ARGS)
 
 quick: $(VENV)/test.stamp  ## the tests that end within seconds
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 check: $(VENV)/test.stamp  ## format, lint, types, import order, the feature table
 	$(BIN)/ruff format --check .
