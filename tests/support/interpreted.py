@@ -18,6 +18,9 @@ from tilefold.backends.triton import dispatch, interpreter
 from tilefold.backends.triton.plan import plan
 from tilefold.problems.attention import STATISTICS, Problem
 
+PLACES = ("packed", "padded", "step2")
+"""Memory that tensors of PyTorch can lie in: they have no negative strides."""
+
 
 def needs() -> None:
     """Skip, with the reason, where Triton's interpreter or torch is not there; CI has both."""
