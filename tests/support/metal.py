@@ -98,7 +98,7 @@ def forward(
     made: MetalPlan | None = None,
     **options: Any,
 ) -> dict[str, Array]:
-    """o, in `into` if it is given, and lse; `options` as `plan` takes them, unless a plan is given."""
+    """o, in `into` if it is given, and lse; `options` are those of `plan`, used without a plan."""
     shape = (problem.batch, problem.heads_q, problem.len_q)
     if into is None:
         into = np.full((*shape, problem.dim_v), SENTINEL, problem.dtype)
