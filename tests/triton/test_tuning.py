@@ -92,6 +92,30 @@ def test_the_fastest_blocks_are_kept(clock: Clock, on: Interpreted) -> None:
     assert usual() == before
 
 
+@pytest.mark.feature("S08")
+def test_tuning_reaches_shapes_that_were_called_before(clock: Clock, on: Interpreted) -> None:
+    import torch
+
+    class Watched(Interpreted):
+        """The interpreter, and the sources of the kernels it was asked for."""
+
+        def function(self, text: str, entry: str) -> Any:
+            sources.append(text)
+            return super().function(text, entry)
+
+    sources: list[str] = []
+    watched = Watched("sm_90")
+    q = torch.zeros(1, 1, 20, 16)
+    for _ in range(2):
+        tilefold.triton.attention(q, q, q, mask=causal(), machine=watched)
+    clock({usual(): 3.0, SOME[1]: 1.0})
+    tilefold.triton.tune(SMALL, "forward", on)
+    for _ in range(2):
+        tilefold.triton.attention(q, q, q, mask=causal(), machine=watched)
+    before, after = sources
+    assert before != after, "a call that was prepared before the tuning is prepared again"
+
+
 def test_the_best_are_timed_again_turn_by_turn(clock: Clock, on: Interpreted) -> None:
     measured = clock({usual(): 9.0, **dict(zip(SOME, (1.0, 2.0, 3.0, 4.0), strict=True))})
     tilefold.triton.tune(SMALL, "forward", on, keep=False)

@@ -5,6 +5,7 @@ check          checks of single arguments
 files          files that are written whole or not at all
 lru            a store that keeps the newest values
 single_flight  values that are made once, however many threads ask
+generation     how often tuned block sizes changed in this process
 array_files    arrays in files
 disk_cache     compiled kernels on disk, and which files are trusted
 """

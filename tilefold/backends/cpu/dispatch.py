@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tilefold.backends.cpu import threads, tuned
+from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
 from tilefold.backends.cpu.kernels.arguments import OPERANDS, WORK
 from tilefold.backends.cpu.plan import Launch, Plan, plan
+from tilefold.common import generation
 from tilefold.common.lru import LruCache
 from tilefold.planning.plan import Scratch
 from tilefold.problems.attention import (
@@ -102,18 +103,17 @@ class _Step:
 
 
 _calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
-tuned.when_changed(_calls.clear)
 
 
 def recent(key: Hashable) -> Call | None:
     """The call that was kept under a key, if it is one for this device."""
-    call = _calls.get(key)
+    call = _calls.get((generation.number, key))
     return call if call is not None and call.plan.device is host() else None
 
 
 def keep(key: Hashable, call: Call) -> Call:
     """Keep a call for `recent`: the newest ones, as far as their plans' data fit 256 MiB."""
-    return _calls.put(key, call, call.plan.data_bytes)
+    return _calls.put((generation.number, key), call, call.plan.data_bytes)
 
 
 def forward(problem: Problem, layout: str, *strides: Strides) -> Call:

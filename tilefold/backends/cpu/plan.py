@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.cpu import splits, tuned
+from tilefold.backends.cpu import splits
 from tilefold.backends.cpu.choice import (
     MASKED,
     blocks_for,
@@ -30,6 +30,7 @@ from tilefold.backends.cpu.partitions import (
 )
 from tilefold.backends.cpu.spec import DECODE, PARALLEL, KernelSpec
 from tilefold.backends.cpu.tables import RegisterTile
+from tilefold.common import generation
 from tilefold.common.lru import LruCache
 from tilefold.masks.evaluate import index_bits
 from tilefold.masks.expression import Boolean, Declared, Skeleton, Table, split
@@ -107,7 +108,6 @@ class Plan:
 
 
 _recent: LruCache[Plan] = LruCache(most=128, most_bytes=256 * 2**20)
-tuned.when_changed(_recent.clear)
 
 
 def plan(
@@ -135,10 +135,11 @@ def plan(
     Plans are kept for the next call of the same problem: the newest ones, as far as their data
     (mask tables and runs) fit 256 MiB.
     """
-    key = (problem, device, operation, form, tile, block_traverse, owners, in_place)
+    asked = (problem, device, operation, form, tile, block_traverse, owners, in_place)
+    key = (generation.number, asked)
     found = _recent.get(key)
     if found is None:
-        made = _plan(*key)
+        made = _plan(*asked)
         found = _recent.put(key, made, made.data_bytes)
     return found
 

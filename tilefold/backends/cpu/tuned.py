@@ -6,14 +6,14 @@ of full() where the tables have the same row for both. Block sizes change result
 so nothing but speed hangs on this file: one that is damaged is left out, with the reason for
 `tilefold doctor`.
 
-The file is read once per process. `keep` and `forget` replace it, and tell who remembers plans.
+The file is read once per process. `keep` and `forget` replace it and begin a new generation.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from tilefold.backends.cpu import tables
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.tables import Family, RegisterTile
-from tilefold.common import disk_cache
+from tilefold.common import disk_cache, generation
 from tilefold.common.files import write_atomically
 
 FORMAT = "tilefold winners 1"
@@ -201,18 +201,9 @@ def forget() -> int:
     return count
 
 
-def when_changed(listener: Callable[[], None]) -> None:
-    """Call a function whenever this process replaces the file: who keeps plans must drop them."""
-    _listeners.append(listener)
-
-
-_listeners: list[Callable[[], None]] = []
-
-
 def _changed() -> None:
     load.cache_clear()
-    for listener in _listeners:
-        listener()
+    generation.advance()
 
 
 def _parse_all(entries: Iterable[Any], place: Path) -> TunedFile:

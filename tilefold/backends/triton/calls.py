@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tilefold.backends.triton.dispatch import Call, is_aligned16, prepare
 from tilefold.backends.triton.machine import Machine
 from tilefold.backends.triton.plan import plan
+from tilefold.common import generation
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.attention import (
     LAYOUTS,
@@ -164,7 +165,8 @@ def _run(
     machine.check(**given)
     aligned16 = is_aligned16(given)
     forms = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in given.values()]
-    key = (operation, mask, scale, layout, precision, aligned16, *forms)
+    rest = mask, scale, layout, precision
+    key = (operation, generation.number, *rest, aligned16, *forms)
     known = machine.kept.calls.get(key)
     if known is None:
         known = _know(machine, operation, given, mask, scale, layout, precision, aligned16)

@@ -27,7 +27,7 @@ from tilefold.backends.triton.spec import (
     TritonSpec,
     power_of_two,
 )
-from tilefold.common import check, settings
+from tilefold.common import check, generation, settings
 from tilefold.common.lru import LruCache
 from tilefold.masks.evaluate import index_bits
 from tilefold.masks.expression import split
@@ -75,7 +75,6 @@ speed (FlashAttention-3 and Triton's, H100, dim 128); ours were not timed."""
 _NO_RUNS = np.zeros((1, 2), np.int32)
 
 _recent: LruCache[TritonPlan] = LruCache(most=128, most_bytes=256 * 2**20)
-tuned.when_changed(_recent.clear)
 
 
 def plan(
@@ -98,7 +97,8 @@ def plan(
     """
     check_asked(blocks)
     asked = tuple(sorted(blocks.items())) if isinstance(blocks, Mapping) else blocks
-    key = (problem, name, operation, form, asked, owners, settings.HOPPER.get())
+    hopper = settings.HOPPER.get()
+    key = (generation.number, problem, name, operation, form, asked, owners, hopper)
     found = _recent.get(key)
     if found is None:
         made = _Planner(problem, architecture(name), blocks, owners).plan(operation, form)

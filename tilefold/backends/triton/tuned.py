@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tilefold.backends.triton.spec import Blocks
-from tilefold.common import disk_cache
+from tilefold.common import disk_cache, generation
 from tilefold.common.files import write_atomically
 
 FORMAT = "tilefold triton blocks 3"
@@ -98,18 +98,9 @@ def forget() -> int:
     return count
 
 
-def when_changed(listener: Callable[[], None]) -> None:
-    """Call a function whenever this process replaces the file: who keeps plans must drop them."""
-    _listeners.append(listener)
-
-
-_listeners: list[Callable[[], None]] = []
-
-
 def _changed() -> None:
     load.cache_clear()
-    for listener in _listeners:
-        listener()
+    generation.advance()
 
 
 def _key(entry: Mapping[str, Any]) -> Key:
