@@ -24,6 +24,7 @@ from trial import LAYOUTS, Trial, numbers, problem, run
 
 import tilefold
 from tilefold import Rule, causal, full, lengths, local
+from tilefold.backends import calls, registry
 from tilefold.backends.cpu import dispatch, splits
 from tilefold.backends.cpu import plan as planning
 from tilefold.backends.cpu.device import Device, host
@@ -31,8 +32,8 @@ from tilefold.backends.cpu.kernel import workspace_bytes
 from tilefold.backends.cpu.plan import plan
 from tilefold.masks.runs import Runs
 from tilefold.planning.visited import cut
-from tilefold.problems.attention import LAYOUTS as LAYOUTS_OF_CALLS
-from tilefold.problems.attention import Problem, contiguous
+from tilefold.problems.attention import Problem
+from tilefold.problems.request import LAYOUTS as LAYOUTS_OF_CALLS
 
 # Results --------------------------------------------------------------------------------------
 
@@ -88,10 +89,8 @@ def test_heads_side_by_side_are_read_together(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(dispatch, "plan", planned)
     sizes = problem(1, 300, 16, batch=1, heads=(4, 4))
-    for layout, axes in LAYOUTS_OF_CALLS.items():
-        shapes = [tuple(shape[axis] for axis in axes) for shape in ((1, 4, 1, 16), (1, 4, 300, 16))]
-        strides = [contiguous(shapes[name != "q"]) for name in "qkv"]
-        dispatch.forward(sizes, layout, *strides)
+    for layout in LAYOUTS_OF_CALLS:
+        calls.compile_ahead(registry.machine("cpu"), sizes, "forward", layout)
     assert forms == ["auto", "interleaved", "auto"]
     assert splits.heads_per_item(sizes) == 4
     assert splits.heads_per_item(problem(5, 300, 16, heads=(64, 32))) == 8, "of at most 128 rows"

@@ -1,9 +1,10 @@
 """The operators `tilefold::attention` and `tilefold::attention_backward` of PyTorch.
 
-Both take the mask as a `Rule`: it is registered as an opaque value, a constant of the compiled
-graph that is guarded by equality, so another rule compiles another graph. Rules over positions may
-be made and joined inside a compiled function; rules that carry data, and `rule(...)`, are made
-outside of it and used inside. PyTorch takes such values from 2.12 on.
+Both take the options of a call as one `Request`: it is registered as an opaque value, a constant of
+the compiled graph that is guarded by equality, so another request compiles another graph. Rules are
+opaque values too, since they are made outside: rules over positions may be made and joined inside a
+compiled function; rules that carry data, and `rule(...)`, are made outside of it and used inside.
+PyTorch takes such values from 2.12 on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from tilefold.frontends import tensors
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.position_rules import Rule
-from tilefold.problems.attention import LAYOUTS
+from tilefold.problems.request import LAYOUTS, Request
 
 _constants: dict[str, object] = {}
 
@@ -47,23 +48,20 @@ def _register(kind: Any) -> None:
 
 _register(Coordinates)
 _register(Rule)
+_register(Request)
 
 
 @torch.library.custom_op(
     "tilefold::attention", mutates_args=(), device_types=("cpu", "mps", "cuda")
 )
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
-) -> tuple[Tensor, Tensor]:
-    """O and lse, of arguments as `tilefold.attention` takes them; none may be left out."""
-    return tensors.forward(q, k, v, mask, scale, layout, precision)
+def attention(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """O and lse, of arguments as `tilefold.attention` takes them."""
+    return tensors.forward(q, k, v, request)
 
 
 @attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
-) -> tuple[Tensor, Tensor]:
-    axes = LAYOUTS[layout]
+def _(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    axes = LAYOUTS[request.layout]
     sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
     lse = q.new_empty(sizes[:3], dtype=tensors.statistics(q))
     return q.new_empty([sizes[axis] for axis in axes]), lse
@@ -79,13 +77,10 @@ def attention_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, of arguments as `tilefold.attention_backward` takes them."""
-    return tensors.backward(do, q, k, v, o, lse, mask, scale, layout, precision)
+    return tensors.backward(do, q, k, v, o, lse, request)
 
 
 @attention_backward.register_fake
@@ -96,9 +91,6 @@ def _(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Hashable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends import protocols
 from tilefold.backends.metal import emulate, families, source
 from tilefold.backends.metal.kernels.arguments import OPERANDS, RUNS, STRIDED, arrays, sizes
 from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
+from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.common.check import shown
 from tilefold.common.lru import LruCache
 from tilefold.common.single_flight import SingleFlight
-
-Array = Any
-"""An array of the machine's kind: of NumPy, or a tensor."""
-
-Strides = tuple[int, ...]
 
 Spec = TypeVar("Spec", bound=Hashable)
 
@@ -49,42 +47,45 @@ class CompileError(RuntimeError):
     """Metal rejected the text of a kernel; the message says where the text was written."""
 
 
-class Machine(Protocol):
-    """What compiles texts and runs their kernels. `family` is that of the GPU: see `families`."""
-
-    @property
-    def family(self) -> str:
-        """The family of the GPU whose tables and limits plans follow."""
-
-    @property
-    def kept(self) -> MachineCache:
-        """What was compiled and copied."""
-
-    def compile(self, text: str) -> Any:
-        """An object whose attributes are the kernels of a text. Raises SyntaxError."""
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A contiguous array whose numbers are not set."""
-
-    def upload(self, array: NDArray[Any]) -> Array:
-        """A copy of an array where kernels can read it."""
-
-    def check(self, **arrays: Array) -> None:
-        """Raises TypeError, or NotImplementedError, for arrays that kernels cannot read."""
-
-
 class MachineCache:
-    """What a machine holds for the next call: kernels, and the newest plans' data and calls."""
+    """What a machine holds for the next call: kernels, and the data of the newest plans."""
 
     def __init__(self) -> None:
         self.libraries: SingleFlight[Any] = SingleFlight(most=512)
         self.kernels: SingleFlight[Callable[..., None]] = SingleFlight(most=512)
         self.data: LruCache[dict[str, Array]] = LruCache(most=128, most_bytes=256 * 2**20)
-        self.calls: LruCache[Any] = LruCache(most=128, most_bytes=256 * 2**20)
+
+
+class Machine(protocols.Machine):
+    """What compiles kernel sources and runs them."""
+
+    family: str
+    """The family of the GPU whose tables and limits plans follow: see `families`."""
+    kept: MachineCache
+    """What was compiled and copied."""
+
+    backend = "metal"
+    aligned = WIDEST_MOVE
+
+    @abstractmethod
+    def compile(self, text: str) -> Any:
+        """An object whose attributes are the kernels of a source. Raises SyntaxError."""
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """A contiguous array whose elements are not set."""
+
+    @abstractmethod
+    def upload(self, array: NDArray[Any]) -> Array:
+        """A copy of an array where kernels can read it."""
+
+    def alignment(self, arrays: Mapping[str, Array]) -> int:
+        """Elements of every array that may be moved at once, by where they begin."""
+        return alignment_of(arrays)
 
 
 @dataclass(frozen=True, eq=False)
-class Emulated:
+class Emulated(Machine):
     """The emulator as a machine: kernels run on the CPU, on NumPy arrays and on CPU tensors.
 
     `checks` and `tensor_layout` are those of `tilefold.metal.emulate.compile_shader`.
@@ -127,6 +128,18 @@ class Call:
     machine: Machine
     plan: MetalPlan
     steps: tuple[_Step, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        return self.plan.data_bytes
+
+    def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
+        """Launch the kernels in order on arrays, in the order of `protocols.OPERANDS`."""
+        self.run(dict(zip(protocols.OPERANDS[self.plan.operation], operands, strict=True)))
+
+    def compile(self) -> None:
+        """Nothing is left to do: kernels are compiled before there is a call."""
 
     def run(self, operands: Mapping[str, Array]) -> None:
         """Launch the kernels in order on operands by their names; scratch is made here."""

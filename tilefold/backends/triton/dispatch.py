@@ -10,31 +10,29 @@ plans, which are copied to it once.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends import protocols
+from tilefold.backends.protocols import Arrays, Strides
 from tilefold.backends.triton import module, resources, source
 from tilefold.backends.triton.kernels import arguments, frame, hopper_launch
 from tilefold.backends.triton.kernels.arguments import OPERANDS, RUNS, SIZES, STRIDED
 from tilefold.backends.triton.launch import Launch, TritonPlan
-from tilefold.backends.triton.machine import Machine, ResourceError
+from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError, is_aligned16
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.problems.attention import ITEM_BYTES, Problem
+from tilefold.problems.request import LAYOUTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Strides = tuple[int, ...]
-
 L2_BYTES = 32 * 2**20
 """Of keys and values that programs read at the same time: most of an H100's 50 MB. Not tuned."""
-
-ALIGNED = 16
-"""Bytes: where a tile that a descriptor moves begins, and each of its rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +42,28 @@ class Call:
     machine: Machine
     plan: TritonPlan
     steps: tuple[_Step, ...]
+    axes: tuple[int, int, int, int] = LAYOUTS["bhnd"]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        return self.plan.data_bytes
+
+    def launch(self, arrays: Arrays, operands: Sequence[Tensor]) -> None:
+        """Launch the kernels in order on tensors in the caller's layout, in the order of
+        `protocols.OPERANDS`; scratch is made here."""
+        axes, names = self.axes, protocols.OPERANDS[self.plan.operation]
+        with self.machine.active():
+            self.run(
+                {
+                    name: tensor if name == "lse" else tensor.permute(axes)
+                    for name, tensor in zip(names, operands, strict=True)
+                }
+            )
 
     def run(self, operands: Mapping[str, Tensor]) -> None:
         """Launch the kernels in order on operands with canonical axes; scratch is made here."""
-        self.launch(self.scratch(operands))
+        self.launch_on(self.scratch(operands))
 
     def scratch(self, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The operands and what the kernels hand to each other."""
@@ -58,7 +74,7 @@ class Call:
                 given[name].zero_()
         return given
 
-    def launch(self, given: Mapping[str, Tensor]) -> None:
+    def launch_on(self, given: Mapping[str, Tensor]) -> None:
         """Launch the kernels in order on operands and scratch."""
         for step in self.steps:
             step.launch(given)
@@ -118,21 +134,20 @@ def execute(plan: TritonPlan, machine: Machine, operands: Mapping[str, Tensor]) 
     prepare(plan, machine, strides, is_aligned16(operands)).run(operands)
 
 
-def is_aligned16(operands: Mapping[str, Tensor]) -> bool:
-    """Whether every operand begins where a descriptor may."""
-    return all(tensor.data_ptr() % ALIGNED == 0 for tensor in operands.values())
-
-
 def prepare(
-    plan: TritonPlan, machine: Machine, strides: Mapping[str, Strides], aligned16: bool
+    plan: TritonPlan,
+    machine: Machine,
+    strides: Mapping[str, Strides],
+    aligned16: bool,
+    axes: tuple[int, int, int, int] = LAYOUTS["bhnd"],
 ) -> Call:
-    """A plan's kernels, and their arguments for operands of these strides, in elements.
+    """A plan's kernels, and their arguments for operands of these strides of canonical axes.
 
-    `together` is what `aligned` says of the operands. Raises ValueError where more programs would
-    be needed than a grid has.
+    `aligned16` is what `is_aligned16` says of the operands; `axes` are those of `Placement`. Raises
+    ValueError where more programs would be needed than a grid has.
     """
     steps = tuple(_step(plan, launch, machine, strides, aligned16) for launch in plan.launches)
-    return Call(machine, plan, steps)
+    return Call(machine, plan, steps, axes)
 
 
 def fitted(

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tilefold.backends.metal.dispatch import Array, Machine, check_written, kernel, strides_of
+from tilefold.backends.metal.dispatch import Machine, check_written, kernel, strides_of
 from tilefold.backends.metal.families import family
 from tilefold.backends.metal.matmul import gemm as products
 from tilefold.backends.metal.matmul import rows
 from tilefold.backends.metal.matmul.gemm import DTYPES, GemmBlocks, GemmSpec
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
 from tilefold.backends.metal.runtime import gpu
+from tilefold.backends.protocols import Array
 
 LARGE_GPU_CORES = 32
 """Cores that are assumed where nobody says how many there are: those of M1 Max."""

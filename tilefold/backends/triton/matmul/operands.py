@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from tilefold.backends.triton.dispatch import ALIGNED
-from tilefold.backends.triton.machine import Machine
+from tilefold.backends.triton.machine import ALIGNED, Machine
 from tilefold.backends.triton.matmul.gemm import DTYPES
 from tilefold.problems.attention import LIMIT
 
