@@ -9,6 +9,7 @@ PyTorch takes such values from 2.12 on.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,8 +17,17 @@ from torch import Tensor
 
 from tilefold.frontends import tensors
 from tilefold.masks.coordinates import Coordinates
-from tilefold.masks.position_rules import Rule
-from tilefold.problems.request import LAYOUTS, Request
+from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix, Rule
+from tilefold.masks.rule import AllOf, AnyOf, Not
+from tilefold.problems.request import (
+    LAYOUTS,
+    Request,
+    as_rule,
+    as_scale,
+    check_layout,
+    check_precision,
+    check_scale,
+)
 
 _constants: dict[str, object] = {}
 
@@ -49,6 +59,59 @@ def _register(kind: Any) -> None:
 _register(Coordinates)
 _register(Rule)
 _register(Request)
+
+
+_KINDS = (Full, Causal, Local, Prefix, Chunked, AllOf, AnyOf, Not, Coordinates)
+_FIELDS = tuple([tuple([field.name for field in fields(kind)]) for kind in _KINDS])
+"""Rules over positions and what is in them, with their fields."""
+
+_SPELLED = "a rule"
+
+
+class _Spelled(Request):
+    """Makes a request of a rule that is spelled in plain constants; there are none of its own."""
+
+    def __new__(cls, mask: Any, scale: Any, layout: Any, precision: Any) -> Request:  # type: ignore[misc]  # no instance
+        """The request."""
+        return Request(_rule(mask), scale, layout, precision)
+
+
+def _rule(spelled: Any) -> Any:
+    """What was spelled by `_spelling`."""
+    if not isinstance(spelled, tuple):
+        return spelled
+    if spelled[:1] == (_SPELLED,):
+        return _KINDS[spelled[1]](*map(_rule, spelled[2:]))
+    return tuple(map(_rule, spelled))
+
+
+def _spelling(value: Any) -> Any:
+    """A rule over positions as nested tuples of plain constants; other values as they are.
+
+    The first call of a program may be a compiled one: its rule was made inside the graph before the
+    classes of rules were registered, and is no constant there, but its fields are.
+    """
+    if isinstance(value, tuple):
+        return tuple([_spelling(part) for part in value])
+    for number, kind in enumerate(_KINDS):
+        if isinstance(value, kind):
+            parts = [_spelling(getattr(value, name)) for name in _FIELDS[number]]
+            return (_SPELLED, number, *parts)
+    return value
+
+
+def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
+    """The request of a call that a compiler traces: so it raises what the checks raise."""
+    if isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        scale = guard_scalar(scale)  # a constant of the graph
+    rule, factor = as_rule(mask), as_scale(scale)
+    check_layout(layout)
+    check_precision(precision)
+    if factor is not None:
+        check_scale(factor)
+    return _Spelled(_spelling(rule), factor, layout, precision)
 
 
 @torch.library.custom_op(

@@ -21,14 +21,7 @@ from torch.autograd import forward_ad
 from tilefold.backends.arrays.torch import dtype_of
 from tilefold.frontends import tensors
 from tilefold.problems.attention import check_parts
-from tilefold.problems.request import (
-    Request,
-    as_rule,
-    as_scale,
-    check_layout,
-    check_precision,
-    check_scale,
-)
+from tilefold.problems.request import Request
 
 # 2.12 and 2.13 pass all tests, 2.10 and 2.11 those that need no operator, 2.15 (a CUDA build) all
 # but its own opcheck, which trips over a warning of its own.
@@ -51,17 +44,9 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
-    """The request of a call. A compiler traces the checks, and so raises what they raise."""
-    if torch.compiler.is_compiling():
-        if isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
-            from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-            scale = guard_scalar(scale)  # a constant of the graph
-        mask, scale = as_rule(mask), as_scale(scale)
-        check_layout(layout)
-        check_precision(precision)
-        if scale is not None:
-            check_scale(scale)
+    """The request of a call."""
+    if OPERATORS and torch.compiler.is_compiling():
+        return operators.traced_request(mask, scale, layout, precision)
     return Request(mask, scale, layout, precision)
 
 
