@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends import protocols
+from tilefold.backends.launching import mask_arguments, runs_on, stride_arguments, tables_on
 from tilefold.backends.metal import emulate, families, source
 from tilefold.backends.metal.kernels.arguments import OPERANDS, RUNS, STRIDED, arrays, sizes
 from tilefold.backends.metal.plan import Launch, MetalPlan
@@ -278,7 +279,7 @@ def _step(
         )
     data = _data(machine, plan, launch)
     given = tuple(name for name in names if name not in data)
-    known = {**sizes_of(plan, launch), **_strides(strides)}
+    known = {**sizes_of(plan, launch), **stride_arguments(strides, STRIDED)}
     numbers = [int(known[name]) for name in sizes(spec)]
     if len(numbers) > MOST_NUMBERS:
         raise NotImplementedError(
@@ -325,48 +326,10 @@ def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
         "row_h": rows if runs.planes_h > 1 else 0,
         "splits": launch.splits,
     }
-    found |= {f"p{number}": value for number, value in enumerate(plan.parameters)}
-    for number, table in enumerate(plan.tables):
-        held = _unbroadcast(table.array)
-        spans = [stride // held.itemsize for stride in np.ascontiguousarray(held).strides]
-        for axis, (length, span) in enumerate(zip(held.shape, spans, strict=True)):
-            found[f"t{number}_{axis}"] = span if length > 1 else 0
-    return found
-
-
-def _strides(strides: Mapping[str, Strides]) -> dict[str, int]:
-    return {
-        f"{name}_{axis}": stride
-        for name in STRIDED
-        if name in strides
-        for axis, stride in zip("bhnd", strides[name], strict=True)
-    }
-
-
-def _unbroadcast(table: NDArray[Any]) -> NDArray[Any]:
-    """A table without the copies of a broadcast axis."""
-    cut = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)
-    return table[cut]
+    return found | mask_arguments(plan)
 
 
 def _data(machine: Machine, plan: MetalPlan, launch: Launch) -> dict[str, Array]:
     """The runs of a launch and the tables of the mask on a machine, by their names."""
-    tables = machine.kept.data.get(plan)
-    if tables is None:
-        held = {f"t{number}": _unbroadcast(table.array) for number, table in enumerate(plan.tables)}
-        tables = {name: _upload(machine, array) for name, array in held.items()}
-        machine.kept.data.put(plan, tables, sum(array.nbytes for array in held.values()))
-    runs = machine.kept.data.get(launch)
-    if runs is None:
-        visited = launch.order, launch.runs.rows, launch.runs.runs
-        runs = {name: _upload(machine, array) for name, array in zip(RUNS, visited, strict=True)}
-        machine.kept.data.put(launch, runs, sum(array.nbytes for array in visited))
-    return runs | tables
-
-
-def _upload(machine: Machine, array: NDArray[Any]) -> Array:
-    """A copy on the machine; of one unused number where there is none, since buffers have bytes."""
-    plain = np.ascontiguousarray(array)
-    if plain.dtype == np.bool_:
-        plain = plain.view(np.uint8)
-    return machine.upload(plain if plain.size else np.zeros(1, plain.dtype))
+    kept, visited = machine.kept.data, (launch.order, launch.runs.rows, launch.runs.runs)
+    return runs_on(machine, kept, launch, RUNS, visited) | tables_on(machine, kept, plan)

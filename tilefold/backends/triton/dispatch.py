@@ -14,10 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tilefold.backends import protocols
+from tilefold.backends.launching import mask_arguments, runs_on, stride_arguments, tables_on
 from tilefold.backends.protocols import Arrays, Strides
 from tilefold.backends.triton import module, resources, source
 from tilefold.backends.triton.kernels import arguments, frame, hopper_launch
@@ -235,7 +233,7 @@ def _step(
             raise ValueError(f"form 'hopper' is not possible: {reason}")
         return _step(plan, launch.plain, machine, strides, aligned16)
     data = _data(machine, plan, launch)
-    known: dict[str, Any] = {**data, **_numbers(plan, launch), **_strides(strides)}
+    known: dict[str, Any] = {**data, **_numbers(plan, launch), **stride_arguments(strides, STRIDED)}
     scale = float(plan.problem.scale)
     # Triton passes float32 alone: float64 goes by its bits.
     bits = struct.unpack("<q", struct.pack("<d", scale))[0]
@@ -296,48 +294,12 @@ def _numbers(plan: TritonPlan, launch: Launch) -> dict[str, int]:
         problem.batch * problem.heads_q * problem.len_q,
     )
     found = dict(zip(SIZES, sizes, strict=True))
-    found |= {f"p{number}": value for number, value in enumerate(plan.parameters)}
-    for number, table in enumerate(plan.tables):
-        held = _unbroadcast(table.array)
-        spans = [stride // held.itemsize for stride in np.ascontiguousarray(held).strides]
-        for axis, (length, span) in enumerate(zip(held.shape, spans, strict=True)):
-            found[f"t{number}_{axis}"] = span if length > 1 else 0
-    return found
-
-
-def _strides(strides: Mapping[str, Strides]) -> dict[str, int]:
-    return {
-        f"{name}_{axis}": stride
-        for name in STRIDED
-        if name in strides
-        for axis, stride in zip(arguments.AXES, strides[name], strict=True)
-    }
-
-
-def _unbroadcast(table: NDArray[Any]) -> NDArray[Any]:
-    """A table without the copies of a broadcast axis."""
-    return table[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)]
+    return found | mask_arguments(plan)
 
 
 def _data(machine: Machine, plan: TritonPlan, launch: Launch) -> dict[str, Tensor]:
     """The runs of a launch and the tables of the mask on a machine, by their names."""
     if launch.spec.kernel not in arguments.VISITING:
         return {}
-    tables = machine.kept.data.get(plan)
-    if tables is None:
-        held = {f"t{number}": _unbroadcast(table.array) for number, table in enumerate(plan.tables)}
-        tables = {name: machine.upload(_plain(array)) for name, array in held.items()}
-        machine.kept.data.put(plan, tables, sum(array.nbytes for array in held.values()))
-    runs = machine.kept.data.get(launch)
-    if runs is None:
-        visited = launch.order, launch.run_rows, launch.runs
-        runs = {name: machine.upload(array) for name, array in zip(RUNS, visited, strict=True)}
-        machine.kept.data.put(launch, runs, sum(array.nbytes for array in visited))
-    return runs | tables
-
-
-def _plain(table: NDArray[Any]) -> NDArray[Any]:
-    """A table as kernels read it: truths are bytes, and there is at least one number."""
-    plain = np.ascontiguousarray(table)
-    plain = plain.view(np.uint8) if plain.dtype == np.bool_ else plain
-    return plain if plain.size else np.zeros(1, plain.dtype)
+    kept, visited = machine.kept.data, (launch.order, launch.run_rows, launch.runs)
+    return runs_on(machine, kept, launch, RUNS, visited) | tables_on(machine, kept, plan)
