@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tilefold.backends.protocols import Array, Strides
 from tilefold.common.lru import LruCache
-from tilefold.masks.expression import Table
+from tilefold.masks.expression import Declared, Table
 
 AXES = "bhnd"
 """The letters of the canonical axes in the names of arguments."""
@@ -24,7 +24,7 @@ class MaskData(Protocol):
         """Integers of the mask."""
 
     @property
-    def tables(self) -> tuple[Table, ...]:
+    def tables(self) -> tuple[Table | Declared, ...]:
         """Arrays of the mask."""
 
 
