@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from tilefold.backends import calls, registry
-from tilefold.backends.protocols import Machine
 from tilefold.common.check import choice
 from tilefold.planning.plan import OPERATIONS
 from tilefold.problems.attention import Problem
@@ -75,14 +73,14 @@ def compile_async(
                 "problems must be tilefold.Problem objects such as Problem.of((1, 8, 2048, 64)),"
                 f" got {type(problem).__name__}"
             )
-    work = partial(_work, registry.machine(device), asked, layout)
+    machine = registry.machine(device)
+
+    def work(problem: Problem) -> None:
+        for operation in asked:
+            calls.compile_ahead(machine, problem, operation, layout)
+
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="tilefold-compile")
     futures = [pool.submit(work, problem) for problem in known]
     pool.shutdown(wait=False)  # its threads end with their work
     return futures
-
-
-def _work(machine: Machine, operations: list[str], layout: str, problem: Problem) -> None:
-    for operation in operations:
-        calls.compile_ahead(machine, problem, operation, layout)

@@ -19,6 +19,7 @@ from tilefold.backends.protocols import (
     RESULTS,
     Array,
     Arrays,
+    Axes,
     Machine,
     Placement,
     Prepared,
@@ -135,7 +136,7 @@ def bind(
     if call.prepared and any(array is not None for array in into):
         every = dict(zip(OPERANDS[operation], (*given, *results), strict=True))
         strides = {name: arrays.strides(name, array) for name, array in every.items()}
-        placement = _placement(strides, machine.alignment(every), request.layout)
+        placement = _placement(strides, machine.alignment(every), LAYOUTS[request.layout])
         prepared = backend(machine.backend).prepare(machine, call.problem, operation, placement)
         call = Call(call.problem, operation, arrays, call.results, prepared)
     return Bound(call, given, tuple(results))
@@ -155,7 +156,7 @@ def compile_ahead(machine: Machine, problem: Problem, operation: str, layout: st
     shapes |= {"o": shape_o(problem, layout), "lse": shape_lse(problem)}
     shapes |= {"do": shapes["o"], "dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
     strides = {name: contiguous(shapes[name]) for name in OPERANDS[operation]}
-    placement = _placement(strides, machine.aligned, layout)
+    placement = _placement(strides, machine.aligned, LAYOUTS[layout])
     found = backend(machine.backend)
     found.prepare(machine, found.admit(problem), operation, placement).compile()
 
@@ -200,14 +201,13 @@ def _call(
         return Call(problem, operation, arrays, results, None)
     strides = {name: arrays.strides(name, array) for name, array in named.items()}
     strides |= dict(zip(RESULTS[operation], map(contiguous, shapes), strict=True))
-    placement = _placement(strides, alignment, layout)
+    placement = _placement(strides, alignment, LAYOUTS[layout])
     prepared = on.prepare(machine, problem, operation, placement)
     return Call(problem, operation, arrays, results, prepared)
 
 
-def _placement(strides: Mapping[str, Strides], alignment: int, layout: str) -> Placement:
-    """The placement of operands whose strides are in the order of a layout."""
-    axes = LAYOUTS[layout]
+def _placement(strides: Mapping[str, Strides], alignment: int, axes: Axes) -> Placement:
+    """The placement of operands whose strides are in the order of a layout with these axes."""
     canonical = {
         name: found if name == "lse" else tuple([found[axis] for axis in axes])
         for name, found in strides.items()

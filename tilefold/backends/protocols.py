@@ -19,6 +19,9 @@ Array = Any
 Strides = tuple[int, ...]
 """The strides of an array in elements."""
 
+Axes = tuple[int, int, int, int]
+"""Which axis of an array in the caller's layout each canonical axis is."""
+
 GIVEN = {"forward": ("q", "k", "v"), "backward": ("do", "q", "k", "v", "o", "lse")}
 """The arrays that a caller gives to each pass, in order."""
 
@@ -73,7 +76,7 @@ class Placement:
 
     strides: Mapping[str, Strides]
     alignment: int
-    axes: tuple[int, int, int, int]
+    axes: Axes
 
 
 class Prepared(Protocol):

@@ -71,9 +71,9 @@ _SPELLED = "a rule"
 class _Spelled(Request):
     """Makes a request of a rule that is spelled in plain constants; there are none of its own."""
 
-    def __new__(cls, mask: Any, scale: Any, layout: Any, precision: Any) -> Request:  # type: ignore[misc]  # no instance
-        """The request."""
-        return Request(_rule(mask), scale, layout, precision)
+    def __new__(cls, spelled: Any, *rest: Any) -> Request:  # type: ignore[misc]  # no instance
+        """The request of a spelled rule, and of the other options as `Request` takes them."""
+        return Request(_rule(spelled), *rest)
 
 
 def _rule(spelled: Any) -> Any:
