@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 import tilefold
+from tilefold.backends.calls import calls as prepared
 from tilefold.backends.cpu import dispatch, threads
 from tilefold.measuring.environment import environment
 
@@ -157,7 +158,7 @@ def alone(length: int, seconds: float) -> dict[str, Any]:
     arrays = np.random.default_rng(0).standard_normal((3, 1, 4, length, 32), dtype=np.float32)
     before = threads.get_num_threads()
     bound, dispatch._ALONE_FLOPS = dispatch._ALONE_FLOPS, 0.0
-    dispatch._calls.clear()
+    prepared.clear()
     try:
         calls = {"all": own_run(*arrays)}
         threads.set_num_threads(1)
@@ -165,7 +166,7 @@ def alone(length: int, seconds: float) -> dict[str, Any]:
     finally:
         dispatch._ALONE_FLOPS = bound
         threads.set_num_threads(before)
-        dispatch._calls.clear()
+        prepared.clear()
     row: dict[str, Any] = {"flops": 4 * 4 * length * length * 32}
     for label, pause in (("", 0.0), (" after 5 ms", 0.005)):
         for name, each in turn_by_turn(calls, seconds, pause).items():

@@ -24,7 +24,7 @@ import torch
 import tilefold
 from tilefold.backends.metal import runtime
 from tilefold.backends.metal.runtime import Mps
-from tilefold.frontends import gpu
+from tilefold.frontends import tensors as below
 from tilefold.measuring.environment import environment
 
 COUNTS = (1, 8, 64)
@@ -48,7 +48,7 @@ def main() -> None:
     device = torch.device("cpu" if reason else "mps")
     machine = Mps(device, lambda text: Idle(), "apple9") if reason else runtime.gpu()
     if reason:
-        gpu.machine = lambda tensor: machine  # type: ignore[assignment]  # calls go to it
+        below.machine_of = lambda tensor: machine  # type: ignore[assignment]  # calls go to it
         print(f"Python's part alone: {reason}")
     tensors = [torch.randn(SHAPE, device=device, dtype=torch.float16) for _ in range(3)]
     rows = [measured(count, machine, tensors, options.rounds) for count in COUNTS]

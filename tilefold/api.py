@@ -6,13 +6,11 @@ already imported, so none is ever imported for its absence.
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
+from tilefold.frontends import registry
 from tilefold.implementations import KERNEL, find
 from tilefold.masks.position_rules import Rule
-from tilefold.problems.attention import as_rule, as_scale
 
 
 def attention(
@@ -101,13 +99,13 @@ def attention(
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by
     Milakov and Gimelshein (2018, arXiv:1805.02867).
     """
-    frontend = _frontend(q=q, k=k, v=v)
-    rule, factor = as_rule(mask), as_scale(scale)
+    frontend = registry.find(q=q, k=k, v=v)
+    request = frontend.request_of(mask, scale, layout, precision)
     if impl == KERNEL:
-        o, lse = frontend.attention(q, k, v, rule, factor, layout, precision)
+        o, lse = frontend.attention(q, k, v, request)
     else:
         run = find(impl, frontend.__name__.rpartition(".")[2])
-        o, lse = run(q, k, v, rule, factor, layout, precision, return_lse)
+        o, lse = run(q, k, v, request, return_lse)
     return (o, lse) if return_lse else o
 
 
@@ -155,10 +153,9 @@ def attention_backward(
     The probabilities are computed again from lse, a tile at a time (Dao et al., 2022,
     arXiv:2205.14135, Algorithm 4), and results are the same from run to run.
     """
-    frontend = _frontend(q=q, k=k, v=v, do=do, o=o, lse=lse)
-    gradients: tuple[Any, Any, Any] = frontend.attention_backward(
-        do, q, k, v, o, lse, as_rule(mask), as_scale(scale), layout, precision
-    )
+    frontend = registry.find(q=q, k=k, v=v, do=do, o=o, lse=lse)
+    request = frontend.request_of(mask, scale, layout, precision)
+    gradients: tuple[Any, Any, Any] = frontend.attention_backward(do, q, k, v, o, lse, request)
     return gradients
 
 
@@ -201,41 +198,6 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, *, layout: str = "bhnd") -> tu
     Each part is weighed by its share of the sum of exponentials (Milakov and Gimelshein, 2018,
     arXiv:1805.02867, section 3.1).
     """
-    frontend = _frontend(o1=o1, lse1=lse1, o2=o2, lse2=lse2)
+    frontend = registry.find(o1=o1, lse1=lse1, o2=o2, lse2=lse2)
     merged: tuple[Any, Any] = frontend.merge(o1, lse1, o2, lse2, layout)
     return merged
-
-
-_known: dict[type, ModuleType] = {}
-"""The frontends of the plain arrays that were met: a look-up, where asking torch takes a while."""
-
-
-def _frontend(**arrays: Any) -> ModuleType:
-    """The frontend of all arguments. Raises TypeError where torch tensors meet other arrays."""
-    kinds = {*map(type, arrays.values())}
-    kind = kinds.pop()
-    if not kinds and kind in _known:
-        return _known[kind]
-    tensor = getattr(sys.modules.get("torch"), "Tensor", ())
-    tensors = [name for name, array in arrays.items() if isinstance(array, tensor)]
-    if 0 < len(tensors) < len(arrays):
-        other = next(name for name in arrays if name not in tensors)
-        raise TypeError(
-            f"{other} must be a torch tensor as {tensors[0]} is, got {type(arrays[other]).__name__}"
-        )
-    frontend = _torch() if tensors else _numpy()
-    if kind in frontend.PLAIN:
-        _known[kind] = frontend
-    return frontend
-
-
-def _numpy() -> ModuleType:
-    from tilefold.frontends import numpy
-
-    return numpy
-
-
-def _torch() -> ModuleType:
-    from tilefold.frontends import torch
-
-    return torch

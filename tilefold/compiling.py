@@ -7,23 +7,15 @@ waits for it, and never compiles it again (see `once`).
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
-from tilefold.backends.cpu import dispatch
+from tilefold.backends import calls, registry
 from tilefold.common.check import choice
 from tilefold.planning.plan import OPERATIONS
-from tilefold.problems.attention import (
-    Problem,
-    check_layout,
-    contiguous,
-    shape_lse,
-    shape_o,
-    shapes_qkv,
-)
+from tilefold.problems.attention import Problem
+from tilefold.problems.request import check_layout
 
 MOST_THREADS = 8
 """At most: LLVM compiles one kernel at a time, and PyTorch holds Python's lock while Metal does."""
@@ -81,52 +73,14 @@ def compile_async(
                 "problems must be tilefold.Problem objects such as Problem.of((1, 8, 2048, 64)),"
                 f" got {type(problem).__name__}"
             )
-    work = partial(_work, _compiler(device), asked, layout)
+    machine = registry.machine(device)
+
+    def work(problem: Problem) -> None:
+        for operation in asked:
+            calls.compile_ahead(machine, problem, operation, layout)
+
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="tilefold-compile")
     futures = [pool.submit(work, problem) for problem in known]
     pool.shutdown(wait=False)  # its threads end with their work
     return futures
-
-
-Compiler = Callable[[Problem, str, str], None]
-
-
-def _work(compiler: Compiler, operations: list[str], layout: str, problem: Problem) -> None:
-    for operation in operations:
-        compiler(problem, operation, layout)
-
-
-def _compiler(device: Any) -> Compiler:
-    """What compiles the kernels of a problem, operation and layout on a device."""
-    if not isinstance(device, str):
-        return _triton(device) if hasattr(device, "architecture") else _metal(device)
-    if match := re.fullmatch(r"cuda(?::(\d+))?", device):
-        from tilefold.backends.triton import runtime
-
-        return _triton(runtime.gpu(int(match[1] or 0)))
-    choice("device", device, ("cpu", "mps", "cuda"))
-    return _cpu if device == "cpu" else _metal(None)
-
-
-def _cpu(problem: Problem, operation: str, layout: str) -> None:
-    if problem.empty:
-        return
-    given = [*map(contiguous, shapes_qkv(problem, layout))]
-    if operation == "forward":
-        dispatch.forward(problem, layout, *given)
-        return
-    o, lse = contiguous(shape_o(problem, layout)), contiguous(shape_lse(problem))
-    dispatch.backward(problem, layout, o, *given, o, lse)
-
-
-def _metal(machine: Any) -> Compiler:
-    from tilefold.backends.metal import calls, runtime
-
-    return partial(calls.ready, runtime.gpu() if machine is None else machine)
-
-
-def _triton(machine: Any) -> Compiler:
-    from tilefold.backends.triton import calls
-
-    return partial(calls.ready, machine)

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 import tilefold
 from tilefold import Rule, attention, attention_backward
+from tilefold.backends import calls
 from tilefold.backends.cpu import dispatch, threads
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import kernel
 from tilefold.problems import reference
-from tilefold.problems.attention import PRECISIONS, Problem
+from tilefold.problems.attention import Problem
+from tilefold.problems.request import PRECISIONS
 
 Array = NDArray[Any]
 
@@ -52,7 +54,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(plan.operation)
         return real(plan, *rest)
 
-    dispatch._calls.clear()
+    calls.calls.clear()
     monkeypatch.setattr(dispatch, "prepare", prepare)
     return seen
 
@@ -170,7 +172,8 @@ def test_another_instruction_set_is_another_call(
             continue
         monkeypatch.setenv("TILEFOLD_CPU_ISA", isa)
         check(arrays)
-        assert next(reversed(dispatch._calls._held.values()))[0].plan.device.isa == isa
+        newest: Any = next(reversed(calls.calls._held.values()))[0].prepared
+        assert newest.plan.device.isa == isa
         break
     monkeypatch.delenv("TILEFOLD_CPU_ISA", raising=False)
     check(arrays)
@@ -190,13 +193,13 @@ def test_one_call_from_several_threads_at_once(prepared: list[str]) -> None:
     expected = [attention(*inputs(seed)) for seed in range(6)]
     meeting = threading.Barrier(6)
 
-    def calls(seed: int) -> bool:
+    def attend(seed: int) -> bool:
         arrays = inputs(seed)
         meeting.wait(timeout=20)
         return all(np.array_equal(attention(*arrays), expected[seed]) for _ in range(100))
 
     with ThreadPoolExecutor(6) as pool:
-        assert all(pool.map(calls, range(6)))
+        assert all(pool.map(attend, range(6)))
     assert prepared == ["forward"]
 
 
@@ -228,7 +231,7 @@ def test_a_fork_while_a_call_is_looked_up() -> None:
     """The child finds the table unlocked, and what was prepared in it."""
     arrays = inputs(shape=(1, 1, 20, 4))  # small enough for one thread
     expected = attention(*arrays)
-    with dispatch._calls._lock:
+    with calls.calls._lock:
         child = os.fork()
         if child == 0:
             os._exit(17 if np.array_equal(attention(*arrays), expected) else 1)

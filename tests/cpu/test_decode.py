@@ -24,13 +24,14 @@ from trial import LAYOUTS, Trial, numbers, problem, run
 
 import tilefold
 from tilefold import Rule, causal, full, lengths, local
+from tilefold.backends import calls, registry
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.plan import plan
 from tilefold.backends.cpu.splits import KeySplitter
-from tilefold.problems.attention import LAYOUTS as LAYOUTS_OF_CALLS
-from tilefold.problems.attention import Problem, contiguous
+from tilefold.problems.attention import Problem
+from tilefold.problems.request import LAYOUTS as LAYOUTS_OF_CALLS
 
 # Results --------------------------------------------------------------------------------------
 
@@ -85,10 +86,8 @@ def test_heads_side_by_side_are_read_together(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(dispatch, "plan", planned)
     sizes = problem(1, 300, 16, batch=1, heads=(4, 4))
-    for layout, axes in LAYOUTS_OF_CALLS.items():
-        shapes = [tuple(shape[axis] for axis in axes) for shape in ((1, 4, 1, 16), (1, 4, 300, 16))]
-        strides = [contiguous(shapes[name != "q"]) for name in "qkv"]
-        dispatch.forward(sizes, layout, *strides)
+    for layout in LAYOUTS_OF_CALLS:
+        calls.compile_ahead(registry.machine("cpu"), sizes, "forward", layout)
     assert forms == ["auto", "interleaved", "auto"]
     assert KeySplitter(sizes, cores=4, lanes=16).heads_per_item == 4
     many = KeySplitter(problem(5, 300, 16, heads=(64, 32)), cores=4, lanes=16)

@@ -15,6 +15,7 @@ from trial import PASSES, planned
 
 import tilefold
 from tilefold import Rule, causal, documents, full, local
+from tilefold.backends import calls
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
@@ -46,7 +47,7 @@ def fresh_kernels(fresh_cache: Path) -> Iterator[Path]:
 def forget() -> None:
     """Make this process as new: no kernel is loaded, and no call prepared."""
     kernel.cache_clear()
-    dispatch._calls.clear()
+    calls.calls.clear()
 
 
 @pytest.mark.slow

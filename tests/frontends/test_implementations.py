@@ -21,7 +21,8 @@ from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import plan
 from tilefold.implementations.torch import array_of, tensor_of
 from tilefold.problems import reference
-from tilefold.problems.attention import LAYOUTS, Problem
+from tilefold.problems.attention import Problem
+from tilefold.problems.request import LAYOUTS
 
 Array = NDArray[Any]
 

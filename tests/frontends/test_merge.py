@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import tilefold
 from tilefold import lengths
 from tilefold.problems import reference
-from tilefold.problems.attention import LAYOUTS
+from tilefold.problems.request import LAYOUTS
 
 Array = NDArray[Any]
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}

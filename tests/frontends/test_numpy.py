@@ -16,7 +16,8 @@ import tilefold
 from tilefold import attention, attention_backward, causal
 from tilefold.backends.cpu import dispatch
 from tilefold.problems import reference
-from tilefold.problems.attention import ITEM_BYTES, LAYOUTS, STATISTICS
+from tilefold.problems.attention import ITEM_BYTES, STATISTICS
+from tilefold.problems.request import LAYOUTS
 
 Array = NDArray[Any]
 TOLERANCES = {"float64": 1e-12, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}

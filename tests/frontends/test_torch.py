@@ -20,7 +20,7 @@ from tilefold import Rule, attention, attention_backward
 from tilefold.frontends import operators
 from tilefold.frontends.tensors import check
 from tilefold.problems import reference
-from tilefold.problems.attention import LAYOUTS
+from tilefold.problems.request import LAYOUTS, Request
 
 RULES = [
     tilefold.full(),
@@ -196,10 +196,12 @@ def test_tensors_without_data_give_shapes() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(mask: Rule, layout: str) -> None:
     inputs = tensors(layout=layout)
-    torch.library.opcheck(operators.attention, (*inputs, mask, None, layout, "high"))
+    torch.library.opcheck(operators.attention, (*inputs, Request(mask, None, layout, "high")))
     o, lse = attention(*inputs, mask=mask, layout=layout, return_lse=True)
     saved = [tensor.detach() for tensor in (o, *inputs, o, lse)]
-    torch.library.opcheck(operators.attention_backward, (*saved, mask, 0.5, layout, "high"))
+    torch.library.opcheck(
+        operators.attention_backward, (*saved, Request(mask, 0.5, layout, "high"))
+    )
 
 
 @pytest.mark.slow
@@ -207,11 +209,11 @@ def test_opcheck(mask: Rule, layout: str) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_opcheck_and_compile_of_half_types(dtype: torch.dtype) -> None:
     inputs = tensors(dtype)
-    options = (tilefold.causal(), None, "bhnd", "highest")
-    torch.library.opcheck(operators.attention, (*inputs, *options))
+    request = Request(tilefold.causal())
+    torch.library.opcheck(operators.attention, (*inputs, request))
     o, lse = attention(*inputs, mask=tilefold.causal(), return_lse=True)
     saved = [tensor.detach() for tensor in (o, *inputs, o, lse)]
-    torch.library.opcheck(operators.attention_backward, (*saved, *options))
+    torch.library.opcheck(operators.attention_backward, (*saved, request))
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, mask=tilefold.causal())

@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import tilefold
 import tilefold.frontends.torch  # gives the operators their derivatives
+from tilefold.backends import calls
 from tilefold.backends.cpu import dispatch
 from tilefold.frontends import operators
+from tilefold.problems.request import Request
 
 MASK = tilefold.causal()
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,7 +31,7 @@ def direct(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    result: Tensor = operators.attention(q, k, v, MASK, None, "bhnd", "highest")[0]
+    result: Tensor = operators.attention(q, k, v, Request(MASK))[0]
     return result
 
 
@@ -330,7 +332,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         seen.append(plan.operation)
         return real(plan, *rest)
 
-    dispatch._calls.clear()
+    calls.calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "prepare", prepare)
         yield seen
@@ -363,7 +365,7 @@ def test_precision_reaches_the_planner(compiled: bool, monkeypatch: pytest.Monke
         result: Tensor = tilefold.attention(q, k, v, precision="medium")
         return result
 
-    dispatch._calls.clear()
+    calls.calls.clear()
     monkeypatch.setattr(dispatch, "plan", plan)
     function = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     q, k, v = (tensor.float() for tensor in tensors())

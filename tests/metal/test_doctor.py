@@ -33,6 +33,7 @@ from tilefold.measuring import baselines, metal_selftest, metal_utilisation
 from tilefold.measuring.metal_selftest import Place, Trial
 from tilefold.planning import roofline
 from tilefold.problems.attention import Problem
+from tilefold.problems.request import Request
 
 KERNELS = {"forward", "backward_dq", "backward_dkv", "decode, merge", "gemm", "softmax"}
 MAC = {
@@ -358,7 +359,7 @@ def test_an_empty_call_launches_nothing() -> None:
     recorder = Recorder("apple10")
     q, k = torch.ones(1, 2, 3, 8, requires_grad=True), torch.ones(1, 2, 0, 8)
     problem = Problem.of((1, 2, 3, 8), (1, 2, 0, 8))
-    o, lse = ways._TensorOps.apply(recorder, problem, "bhnd", q, k, k)
+    o, lse = ways._TensorOps.apply(recorder, problem, Request(), q, k, k)
     assert (o == 0).all() and (lse == -torch.inf).all() and not recorder.launched
     o.sum().backward()
     assert q.grad is not None and (q.grad == 0).all()

@@ -24,9 +24,10 @@ import tilefold
 import tilefold.frontends.torch  # gives the operators their derivatives
 from tilefold import attention, attention_backward
 from tilefold.backends.metal.runtime import Mps
-from tilefold.frontends import gpu, operators
+from tilefold.frontends import operators
+from tilefold.frontends import tensors as below
 from tilefold.problems import reference
-from tilefold.problems.attention import LAYOUTS
+from tilefold.problems.request import LAYOUTS, Request
 
 MASK = tilefold.causal()
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -49,7 +50,7 @@ def machine(compiler: Compiler) -> Mps:
 @pytest.fixture(autouse=True)
 def on_it(machine: Mps, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls on tensors go where those on "mps" go."""
-    monkeypatch.setattr(gpu, "machine", lambda tensor: machine)
+    monkeypatch.setattr(below, "machine_of", lambda tensor: machine)
     yield
 
 
@@ -175,11 +176,11 @@ def test_compile_with_lengths_that_change() -> None:
 
 def test_opcheck() -> None:
     inputs = tensors()
-    options = (MASK, None, "bhnd", "highest")
-    torch.library.opcheck(operators.attention, (*inputs, *options))
+    request = Request(MASK)
+    torch.library.opcheck(operators.attention, (*inputs, request))
     o, lse = attention(*inputs, mask=MASK, return_lse=True)
     saved = [tensor.detach() for tensor in (o, *inputs, o, lse)]
-    torch.library.opcheck(operators.attention_backward, (*saved, *options))
+    torch.library.opcheck(operators.attention_backward, (*saved, request))
 
 
 def test_parts_merge() -> None:

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold import metal
-from tilefold.backends.metal.dispatch import Emulated, MachineCache
+from tilefold.backends.metal.dispatch import Emulated, Machine, MachineCache
 
 Array = NDArray[Any]
 
 
 @dataclass(eq=False)
-class Recorder:
+class Recorder(Machine):
     """A machine that notes what is asked of it and computes nothing."""
 
     family: str = "apple9"

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.plan import plan
-from tilefold.problems.attention import LAYOUTS, STATISTICS, Problem
+from tilefold.problems.attention import STATISTICS, Problem
 from tilefold.problems.buffer import Buffer
+from tilefold.problems.request import LAYOUTS
 
 Array = NDArray[Any]
 SENTINEL = 12288.0

@@ -11,8 +11,8 @@ from cases import RULES, Sizes, random_rule
 from interpreted import needs
 
 from tilefold import Rule, causal, dense, full, local, rule
+from tilefold.backends.launching import plain, unbroadcast
 from tilefold.backends.triton import module
-from tilefold.backends.triton.dispatch import _plain, _unbroadcast
 from tilefold.backends.triton.kernels import mask
 from tilefold.backends.triton.kernels.frame import HEADERS
 from tilefold.masks.evaluate import index_bits
@@ -57,12 +57,12 @@ def interpreted(given: Rule, bits: int) -> np.ndarray:
     out = torch.full(shape, 7, dtype=torch.int8)
     arguments: list[object] = [*parameters]
     for table in tables:
-        held = _unbroadcast(table.array)
+        held = unbroadcast(table.array)
         spans = [
             stride // held.itemsize if length > 1 else 0
             for stride, length in zip(np.ascontiguousarray(held).strides, held.shape, strict=True)
         ]
-        arguments += [torch.tensor(_plain(held)), *spans]
+        arguments += [torch.tensor(plain(held)), *spans]
     pairs = module.load(text_of(given, bits), "pairs")
     pairs[(SIZES.batch * SIZES.heads,)](out, *arguments)
     return out.numpy()

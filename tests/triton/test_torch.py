@@ -16,15 +16,15 @@ from interpreted import needs
 
 import tilefold
 from tilefold import attention, attention_backward
-from tilefold.backends.triton import calls, interpreter, runtime
+from tilefold.backends.triton import interpreter, runtime
 from tilefold.problems import reference
-from tilefold.problems.attention import LAYOUTS
+from tilefold.problems.request import LAYOUTS
 
 torch = pytest.importorskip("torch", reason="there are no tensors without torch")
 from torch import Tensor  # noqa: E402  # only where there is torch
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
-from tilefold.frontends import gpu  # noqa: E402
+from tilefold.frontends import tensors as below  # noqa: E402
 
 MASK = tilefold.causal()
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -48,7 +48,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     needs()
     found = Watched("sm_90")
     object.__setattr__(found, "entries", [])
-    monkeypatch.setattr(gpu, "machine", lambda tensor: found)
+    monkeypatch.setattr(below, "machine_of", lambda tensor: found)
     yield found
 
 
@@ -218,9 +218,8 @@ def test_message(case: str, machine: Watched) -> None:
 def test_a_tensor_elsewhere_than_the_machine() -> None:
     needs()
     meta = torch.empty(1, 2, 3, 4, device="meta")
-    rest = MASK, None, "bhnd", "highest"
     with pytest.raises(TypeError, match="q must be a tensor on the CPU, got meta"):
-        calls.forward(interpreter.Interpreted(), meta, meta, meta, *rest)
+        tilefold.triton.attention(meta, meta, meta, machine=interpreter.Interpreted())
 
 
 @pytest.mark.feature("T15", "J13")

@@ -1,6 +1,11 @@
-"""One folder a device, each with the same rooms.
+"""What computes: one folder for each kind of device, all with the same rooms.
 
-cpu     processors, by LLVM
-metal   Apple GPUs, by Metal
-triton  GPUs of NVIDIA and AMD, by Triton
+protocols  what a call asks of arrays, machines and backends
+arrays     arrays of NumPy and PyTorch, as calls see them
+registry   the backends by name, and the machine of a device
+calls      from arrays to launches, looked up or prepared
+launching  integers and data of launches on GPUs
+cpu        processors, by LLVM
+metal      Apple GPUs, by Metal
+triton     GPUs of NVIDIA and AMD, by Triton
 """

@@ -13,7 +13,7 @@ from tilefold.commands import main_job, terminal
 from tilefold.common import array_files
 from tilefold.masks import parse
 from tilefold.masks.position_rules import full
-from tilefold.problems.attention import LAYOUTS
+from tilefold.problems.request import LAYOUTS
 
 DESCRIPTION = """Without --q, --k, --v: encode real text with a real transformer whose attention is
 tilefold's, answer a question by its nearest paragraphs, check against float64, and measure this

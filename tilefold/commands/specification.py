@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from tilefold.masks.position_rules import Rule
-from tilefold.problems.attention import ITEM_BYTES, PRECISIONS, Problem, default_scale
+from tilefold.problems.attention import ITEM_BYTES, Problem, default_scale
+from tilefold.problems.request import PRECISIONS
 
 SHAPE = "BATCH,HEADS,LENGTH,DIM"
 

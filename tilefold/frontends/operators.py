@@ -1,13 +1,15 @@
 """The operators `tilefold::attention` and `tilefold::attention_backward` of PyTorch.
 
-Both take the mask as a `Rule`: it is registered as an opaque value, a constant of the compiled
-graph that is guarded by equality, so another rule compiles another graph. Rules over positions may
-be made and joined inside a compiled function; rules that carry data, and `rule(...)`, are made
-outside of it and used inside. PyTorch takes such values from 2.12 on.
+Both take the options of a call as one `Request`: it is registered as an opaque value, a constant of
+the compiled graph that is guarded by equality, so another request compiles another graph. Rules are
+opaque values too, since they are made outside: rules over positions may be made and joined inside a
+compiled function; rules that carry data, and `rule(...)`, are made outside of it and used inside.
+PyTorch takes such values from 2.12 on.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,8 +17,17 @@ from torch import Tensor
 
 from tilefold.frontends import tensors
 from tilefold.masks.coordinates import Coordinates
-from tilefold.masks.position_rules import Rule
-from tilefold.problems.attention import LAYOUTS
+from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix, Rule
+from tilefold.masks.rule import AllOf, AnyOf, Not
+from tilefold.problems.request import (
+    LAYOUTS,
+    Request,
+    as_rule,
+    as_scale,
+    check_layout,
+    check_precision,
+    check_scale,
+)
 
 _constants: dict[str, object] = {}
 
@@ -47,23 +58,73 @@ def _register(kind: Any) -> None:
 
 _register(Coordinates)
 _register(Rule)
+_register(Request)
+
+
+_KINDS = (Full, Causal, Local, Prefix, Chunked, AllOf, AnyOf, Not, Coordinates)
+_FIELDS = tuple([tuple([field.name for field in fields(kind)]) for kind in _KINDS])
+"""Rules over positions and what is in them, with their fields."""
+
+_SPELLED = "a rule"
+
+
+class _Spelled(Request):
+    """Makes a request of a rule that is spelled in plain constants; there are none of its own."""
+
+    def __new__(cls, spelled: Any, *rest: Any) -> Request:  # type: ignore[misc]  # no instance
+        """The request of a spelled rule, and of the other options as `Request` takes them."""
+        return Request(_rule(spelled), *rest)
+
+
+def _rule(spelled: Any) -> Any:
+    """What was spelled by `_spelling`."""
+    if not isinstance(spelled, tuple):
+        return spelled
+    if spelled[:1] == (_SPELLED,):
+        return _KINDS[spelled[1]](*map(_rule, spelled[2:]))
+    return tuple(map(_rule, spelled))
+
+
+def _spelling(value: Any) -> Any:
+    """A rule over positions as nested tuples of plain constants; other values as they are.
+
+    The first call of a program may be a compiled one: its rule was made inside the graph before the
+    classes of rules were registered, and is no constant there, but its fields are.
+    """
+    if isinstance(value, tuple):
+        return tuple([_spelling(part) for part in value])
+    for number, kind in enumerate(_KINDS):
+        if isinstance(value, kind):
+            parts = [_spelling(getattr(value, name)) for name in _FIELDS[number]]
+            return (_SPELLED, number, *parts)
+    return value
+
+
+def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
+    """The request of a call that a compiler traces: so it raises what the checks raise."""
+    if isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        scale = guard_scalar(scale)  # a constant of the graph
+    rule, factor = as_rule(mask), as_scale(scale)
+    check_layout(layout)
+    check_precision(precision)
+    if factor is not None:
+        check_scale(factor)
+    return _Spelled(_spelling(rule), factor, layout, precision)
 
 
 @torch.library.custom_op(
     "tilefold::attention", mutates_args=(), device_types=("cpu", "mps", "cuda")
 )
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
-) -> tuple[Tensor, Tensor]:
-    """O and lse, of arguments as `tilefold.attention` takes them; none may be left out."""
-    return tensors.forward(q, k, v, mask, scale, layout, precision)
+def attention(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """O and lse, of arguments as `tilefold.attention` takes them."""
+    return tensors.forward(q, k, v, request)
 
 
 @attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
-) -> tuple[Tensor, Tensor]:
-    axes = LAYOUTS[layout]
+def _(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    axes = LAYOUTS[request.layout]
     sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
     lse = q.new_empty(sizes[:3], dtype=tensors.statistics(q))
     return q.new_empty([sizes[axis] for axis in axes]), lse
@@ -79,13 +140,10 @@ def attention_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, of arguments as `tilefold.attention_backward` takes them."""
-    return tensors.backward(do, q, k, v, o, lse, mask, scale, layout, precision)
+    return tensors.backward(do, q, k, v, o, lse, request)
 
 
 @attention_backward.register_fake
@@ -96,9 +154,6 @@ def _(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

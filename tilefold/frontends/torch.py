@@ -6,8 +6,8 @@ in all. So a call that nobody but autograd could observe runs at once, with a
 `torch.autograd.Function` where gradients are wanted; compilers, tracers, modes, transforms,
 profilers and subclasses meet the operators. lse carries no gradient.
 
-Before PyTorch 2.12, which has no place for a rule in an operator, all calls run at once: a compiled
-function breaks its graph there, and transforms and subclasses are refused.
+Before PyTorch 2.12, which has no place for a request in an operator, all calls run at once: a
+compiled function breaks its graph there, and transforms and subclasses are refused.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilefold.frontends import gpu, tensors
-from tilefold.masks.position_rules import Rule
-from tilefold.problems.attention import check_layout, check_parts, check_precision
+from tilefold.backends.arrays.torch import dtype_of
+from tilefold.frontends import tensors
+from tilefold.problems.attention import check_parts
+from tilefold.problems.request import Request
 
 # 2.12 and 2.13 pass all tests, 2.10 and 2.11 those that need no operator, 2.15 (a CUDA build) all
 # but its own opcheck, which trips over a warning of its own.
@@ -33,7 +34,7 @@ if torch.__version__ < OLDEST:  # a TorchVersion, which compares releases
     )
 
 OPERATORS = torch.__version__ >= "2.12"
-"""Whether there are operators: 2.11 takes opaque values of its own classes alone."""
+"""True from torch 2.12, whose custom operators accept an opaque Python value such as a Request."""
 
 if OPERATORS:
     from tilefold.frontends import operators
@@ -42,20 +43,23 @@ PLAIN = (Tensor, torch.nn.Parameter)
 """Types of tensors that do what they do without calling back into Python."""
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
-) -> tuple[Tensor, Tensor]:
+def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
+    """The request of a call."""
+    if OPERATORS and torch.compiler.is_compiling():
+        return operators.traced_request(mask, scale, layout, precision)
+    return Request(mask, scale, layout, precision)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """Return o and lse; see `tilefold.attention`."""
-    check_layout(layout)
-    check_precision(precision)
     result: tuple[Tensor, Tensor]
     if _unobserved(q, k, v):
         run = _Attention.apply if _recorded(q, k, v) else tensors.forward
-        result = run(q, k, v, mask, scale, layout, precision)
+        result = run(q, k, v, request)
     else:
         tensors.check(q=q, k=k, v=v)
         _refuse_tangents(q, k, v)
-        result = _operators().attention(q, k, v, mask, scale, layout, precision)
+        result = _operators().attention(q, k, v, request)
     return result
 
 
@@ -66,23 +70,18 @@ def attention_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv; see `tilefold.attention_backward`."""
-    check_layout(layout)
-    check_precision(precision)
     given = do, q, k, v, o, lse
     result: tuple[Tensor, Tensor, Tensor]
     if _unobserved(*given):
         run = _Backward.apply if _recorded(*given) else tensors.backward
-        result = run(*given, mask, scale, layout, precision)
+        result = run(*given, request)
     else:
         tensors.check_all(*given)
         _refuse_tangents(*given)
-        result = _operators().attention_backward(*given, mask, scale, layout, precision)
+        result = _operators().attention_backward(*given, request)
     return result
 
 
@@ -91,9 +90,7 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tu
     """Return o and lse; see `tilefold.merge`."""
     given = {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
-    axes = check_parts(
-        shapes, {name: tensors.name_of(tensor) for name, tensor in given.items()}, layout
-    )
+    axes = check_parts(shapes, {name: dtype_of(tensor) for name, tensor in given.items()}, layout)
     lses = torch.stack((lse1, lse2))
     unseen = lses == -torch.inf
     nothing = unseen.all(0)
@@ -122,7 +119,7 @@ def _unobserved(*given: Tensor) -> bool:
     for tensor in given:
         if not (
             type(tensor) in PLAIN
-            and (tensor.is_cpu if here else gpu.same(tensor, given[0]))
+            and (tensor.is_cpu if here else tensors.same_gpu(tensor, given[0]))
             and tensor.layout is torch.strided
             and not tensor.is_neg()
         ):
@@ -185,14 +182,15 @@ def _refuse_tangents(*given: Tensor) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.rest = inputs
+    q, k, v, ctx.request = inputs
     o, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, o, lse)
 
 
 def _gradients(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*attention_backward(do, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
+    q, k, v, o, lse = ctx.saved_tensors
+    return (*attention_backward(do, q, k, v, o, lse, ctx.request), None)
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -27,8 +27,7 @@ KERNEL = "kernel"
 NAMES = ("composed", "native", KERNEL, "tensorops")
 
 Implementation = Callable[..., tuple[Any, Any]]
-"""(q, k, v, mask, scale, layout, precision, wants_lse) -> (o, lse); lse may be None unless
-wanted."""
+"""(q, k, v, request, wants_lse) -> (o, lse); lse may be None unless wanted."""
 
 
 def find(name: object, framework: str) -> Implementation:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.frontends.numpy import as_array, element_name
-from tilefold.masks.position_rules import Rule
-from tilefold.problems.attention import LAYOUTS, STATISTICS, describe
+from tilefold.backends.arrays.numpy import common_dtype
+from tilefold.frontends.numpy import as_array
+from tilefold.problems.attention import STATISTICS, describe
+from tilefold.problems.request import LAYOUTS, Request
 
 Array = NDArray[Any]
 
@@ -22,18 +23,15 @@ def composed(
     q: Any,
     k: Any,
     v: Any,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
     wants_lse: bool,
 ) -> tuple[Array, Array]:
     """o and lse by two products and a softmax, in the type of lse, for all pairs at once."""
     q, k, v = as_array("q", q), as_array("k", k), as_array("v", v)
-    dtype = element_name(q=q, k=k, v=v)
-    problem = describe(q.shape, k.shape, v.shape, dtype, scale, mask, layout, precision)
-    axes, kind = LAYOUTS[layout], STATISTICS[dtype]
-    visible = mask.to_dense(problem.len_q, problem.len_k, problem.batch, problem.heads_q)
+    dtype = common_dtype({"q": q, "k": k, "v": v})
+    problem = describe(q.shape, k.shape, v.shape, dtype, request)
+    axes, kind = LAYOUTS[request.layout], STATISTICS[dtype]
+    visible = request.mask.to_dense(problem.len_q, problem.len_k, problem.batch, problem.heads_q)
     queries, keys, values = (x.transpose(axes).astype(kind, copy=False) for x in (q, k, v))
     every = (problem.batch, problem.heads_q, problem.len_q)
     rows = (problem.batch, problem.heads_kv, -1)  # all queries that share a key head: one matrix
@@ -58,10 +56,7 @@ def native(
     q: Any,
     k: Any,
     v: Any,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
     wants_lse: bool,
 ) -> tuple[Array, Array | None]:
     """o and lse by PyTorch's fused attention, on tensors that share the arrays' memory."""
@@ -73,9 +68,9 @@ def native(
             " or choose impl='composed' or impl='kernel'"
         ) from None
     q, k, v = as_array("q", q), as_array("k", k), as_array("v", v)
-    element_name(q=q, k=k, v=v)
+    common_dtype({"q": q, "k": k, "v": v})
     queries, keys, values = (torch.tensor_of(array) for array in (q, k, v))
-    o, lse = torch.native(queries, keys, values, mask, scale, layout, precision, wants_lse)
+    o, lse = torch.native(queries, keys, values, request, wants_lse)
     return torch.array_of(o, q.dtype), None if lse is None else lse.numpy()
 
 

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tilefold.backends import calls
+from tilefold.backends.arrays import torch as arrays
 from tilefold.common.lru import LruCache
-from tilefold.masks.position_rules import Rule, causal, full
+from tilefold.masks.position_rules import causal, full
 from tilefold.problems.attention import (
-    LAYOUTS,
     STATISTICS,
     Problem,
     common_dtype,
@@ -26,6 +27,7 @@ from tilefold.problems.attention import (
     shape_lse,
     shape_o,
 )
+from tilefold.problems.request import LAYOUTS, Request
 
 Array = NDArray[Any]
 
@@ -34,15 +36,12 @@ def composed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """o and lse by two products and a softmax, in the type of lse, for all pairs at once."""
-    problem = _problem(q, k, v, mask, scale, layout, precision)
-    axes = LAYOUTS[layout]
+    problem = _problem(q, k, v, request)
+    axes = LAYOUTS[request.layout]
     queries, keys, values = (x.permute(axes) for x in (q, k, v))
     s, nothing = _scores(problem, queries, keys)
     p = s.softmax(dim=3)
@@ -57,17 +56,14 @@ def native(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """o by `scaled_dot_product_attention`; lse, which that has none of, by the composed scores."""
-    problem = _problem(q, k, v, mask, scale, layout, precision)
+    problem = _problem(q, k, v, request)
     if problem.empty:  # no fused kernel takes a length of 0
-        return composed(q, k, v, mask, scale, layout, precision, wants_lse)
-    axes = LAYOUTS[layout]
+        return composed(q, k, v, request, wants_lse)
+    axes = LAYOUTS[request.layout]
     queries, keys, values = (x.permute(axes) for x in (q, k, v))
     options: dict[str, Any] = {"scale": problem.scale}
     if problem.heads_q != problem.heads_kv:
@@ -75,7 +71,7 @@ def native(
     nothing = None
     if _is_causal(problem):
         options["is_causal"] = True
-    elif mask != full():
+    elif request.mask != full():
         hidden, nothing = _hidden(problem, q.device)
         options["attn_mask"] = ~hidden
     o = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, **options)
@@ -92,17 +88,14 @@ def tensorops(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Rule,
-    scale: float | None,
-    layout: str,
-    precision: str,
+    request: Request,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """o and lse by Metal's tensor operations, gradients by tilefold's other kernels.
 
     Raises NotImplementedError with the reason where they are not there.
     """
-    problem = _problem(q, k, v, mask, scale, layout, precision)
+    problem = _problem(q, k, v, request)
     reason = f"q is on {q.device}"
     if q.is_mps:
         from tilefold.backends.metal import gated, runtime
@@ -110,7 +103,7 @@ def tensorops(
         found = gated.missing()
         if found is None:
             run: Any = _TensorOps.apply
-            result: tuple[Tensor, Tensor] = run(runtime.gpu(), problem, layout, q, k, v)
+            result: tuple[Tensor, Tensor] = run(runtime.gpu(), problem, request, q, k, v)
             return result
         reason = found
     raise NotImplementedError(
@@ -123,11 +116,11 @@ class _TensorOps(torch.autograd.Function):
     """A forward pass by tensor operations on a machine of Metal kernels."""
 
     @staticmethod
-    def forward(ctx: Any, machine: Any, problem: Problem, layout: str, *given: Tensor) -> Any:
+    def forward(ctx: Any, machine: Any, problem: Problem, request: Request, *given: Tensor) -> Any:
         from tilefold.backends.metal import dispatch, gated
 
-        axes = LAYOUTS[layout]
-        o = given[0].new_empty(shape_o(problem, layout))
+        axes = LAYOUTS[request.layout]
+        o = given[0].new_empty(shape_o(problem, request.layout))
         lse = given[0].new_empty(shape_lse(problem), dtype=torch.float32)
         if problem.empty:
             o.zero_()
@@ -136,19 +129,15 @@ class _TensorOps(torch.autograd.Function):
             views = (tensor.permute(axes) for tensor in (*given, o))
             operands = dict(zip(("q", "k", "v", "o"), views, strict=True), lse=lse)
             dispatch.execute(gated.plan(problem, machine.family), machine, operands)
-        ctx.rest = machine, problem, layout
+        ctx.rest = machine, request
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(*given, o, lse)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: Tensor) -> Any:
-        from tilefold.backends.metal import calls
-
-        machine, problem, layout = ctx.rest
-        q, k, v, o, lse = ctx.saved_tensors
-        rest = problem.mask, problem.scale, layout
-        gradients = calls.backward(machine, do, q, k, v, o, lse, *rest).run()
+        machine, request = ctx.rest
+        gradients = calls.run(machine, arrays, "backward", (do, *ctx.saved_tensors), request)
         return (None, None, None, *gradients)
 
 
@@ -235,9 +224,7 @@ def _is_causal(problem: Problem) -> bool:
     return problem.mask == causal("start") or (square and problem.mask == causal())
 
 
-def _problem(
-    q: Tensor, k: Tensor, v: Tensor, mask: Rule, scale: float | None, layout: str, precision: str
-) -> Problem:
+def _problem(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Problem:
     """Checks what torch itself would not, or would say less clearly."""
     names = {"q": q, "k": k, "v": v}
     for name, tensor in names.items():
@@ -249,4 +236,4 @@ def _problem(
             )
     dtype = common_dtype({name: str(x.dtype).removeprefix("torch.") for name, x in names.items()})
     shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-    return describe(*shapes, dtype, scale, mask, layout, precision)
+    return describe(*shapes, dtype, request)

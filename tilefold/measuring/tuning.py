@@ -26,6 +26,7 @@ from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tables import RegisterTile
 from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
+from tilefold.backends.protocols import OPERANDS
 from tilefold.measuring.environment import environment
 from tilefold.measuring.timing import operands, turn_by_turn, using_threads
 from tilefold.measuring.workload import Arrays, Call, Case, arrays
@@ -211,12 +212,12 @@ class _Race:
     def _call(self, blocks: Blocks) -> Call:
         """The first of these calls compiles; they are quick to make."""
         strides = {name: buffer.strides for name, buffer in self._operands.items()}
-        names = dispatch.GIVEN[self._case.operation]
+        names = OPERANDS[self._case.operation]
         pointers = [self._operands[name].pointer for name in names]
 
         @functools.cache
         def prepared() -> dispatch.Call:
-            return dispatch.prepare(self._plan(blocks), strides, results=())
+            return dispatch.prepare(self._plan(blocks), strides)
 
         return lambda: prepared().run(*pointers)
 

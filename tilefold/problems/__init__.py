@@ -1,5 +1,6 @@
 """What is asked, with no word on how: shapes, types, scale and mask.
 
+request    the options of a call: mask, scale, layout, precision
 attention  one call without its arrays; all checks of shapes
 matmul     products of matrices and softmax of rows; all checks of their shapes
 buffer     where elements lie, without the framework that owns them

@@ -9,20 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from tilefold.common.check import choice, shown
-from tilefold.masks.position_rules import Rule, full
+from tilefold.common.check import choice
+from tilefold.masks.position_rules import Rule
+from tilefold.problems.request import LAYOUTS, PRECISIONS, Request, check_layout, check_scale
 
 Shape = tuple[int, ...]
 
-# Where the canonical axes (batch, heads, sequence, dim) stand in each layout, and, each being its
-# own inverse, which canonical axis each axis of the layout is.
-LAYOUTS: Final[dict[str, tuple[int, int, int, int]]] = {
-    "bhnd": (0, 1, 2, 3),
-    "bnhd": (0, 2, 1, 3),
-    "bhdn": (0, 1, 3, 2),
-}
 AXES: Final = ("batch", "heads", "sequence", "dim")
 ITEM_BYTES: Final = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 STATISTICS: Final = {
@@ -33,13 +27,8 @@ STATISTICS: Final = {
 }
 """The type that is computed in, and that of lse, by the type of the arrays."""
 
-PRECISIONS: Final = ("highest", "high", "medium")
-"""How exact the products of float32 arrays are, with the meaning of torch's own setting."""
-
 LIMIT: Final = 2**31 - 2**10
 """Lengths, dims and batch * heads stay below: 32 bits count them to the end of the last block."""
-
-_FULL = full()
 
 
 @dataclass(frozen=True)
@@ -70,8 +59,7 @@ class Problem:
     def __post_init__(self) -> None:
         choice("dtype", self.dtype, tuple(ITEM_BYTES))
         choice("precision", self.precision, PRECISIONS if self.dtype == "float32" else ("highest",))
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number, got {self.scale}")
+        check_scale(self.scale)
         self._check_sizes()
         self.mask.check(self.batch, self.heads_q, self.len_q, self.len_k)
 
@@ -94,7 +82,7 @@ class Problem:
         """
         k = q if k is None else k
         v = k if v is None else v
-        return describe(q, k, v, dtype, as_scale(scale), as_rule(mask), layout, precision)
+        return describe(q, k, v, dtype, Request(mask, scale, layout, precision))
 
     def _check_sizes(self) -> None:
         for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v"):
@@ -127,7 +115,7 @@ class Problem:
         "forward" has two products (Q K^T, P V), "backward" five (Q K^T, dO V^T, dV, dQ, dK).
         `pairs` counts the pairs that are computed; without it all are, masked ones too.
 
-        >>> Problem(1, 8, 8, 1024, 1024, 64, 64, "float32", 0.125, full()).flops("forward")
+        >>> Problem.of((1, 8, 1024, 64)).flops("forward")
         2147483648
         """
         widths = {
@@ -152,17 +140,13 @@ def describe(
     shape_k: Shape,
     shape_v: Shape,
     dtype: str,
-    scale: float | None,
-    mask: Rule,
-    layout: str,
-    precision: str,
+    request: Request,
 ) -> Problem:
-    """The Problem of arrays of these shapes, whose axes lie as `layout` says. Raises ValueError.
+    """The Problem of arrays of these shapes and this type. Raises ValueError.
 
     Only float32 has a choice of precision; what is asked of other types has no effect.
     """
-    check_layout(layout)
-    check_precision(precision)
+    layout, scale = request.layout, request.scale
     raw = {"q": shape_q, "k": shape_k, "v": shape_v}
     q, k, v = (_canonical(name, shape, layout) for name, shape in raw.items())
     for axis, name, shape, other, expected in (
@@ -187,8 +171,8 @@ def describe(
         dim_v=v[3],
         dtype=dtype,
         scale=default_scale(q[3]) if scale is None else scale,
-        mask=mask,
-        precision=precision if dtype == "float32" else "highest",
+        mask=request.mask,
+        precision=request.precision if dtype == "float32" else "highest",
     )
 
 
@@ -204,31 +188,6 @@ def _canonical(name: str, shape: Shape, layout: str) -> Shape:
 def default_scale(dim: int) -> float:
     """1 / sqrt(dim)."""
     return 1 / math.sqrt(max(1, dim))
-
-
-def as_rule(mask: Any) -> Rule:
-    """The rule of a `mask` argument, None being full(). Raises TypeError for what is no rule."""
-    if mask is None:
-        return _FULL
-    if isinstance(mask, Rule):
-        return mask
-    hint = "write tilefold.rule(function) or combine tilefold's rules with & | ~"
-    if hasattr(mask, "shape") or isinstance(mask, (list, tuple)):
-        hint = "wrap an array of bool as tilefold.dense(array)"
-    raise TypeError(f"mask must be a rule such as tilefold.causal(), got {shown(mask)}; {hint}")
-
-
-def as_scale(scale: Any) -> float | None:
-    """The value of a `scale` argument. Raises TypeError for what is neither None nor a number."""
-    if scale is None or type(scale) is float:
-        return scale
-    try:
-        if isinstance(scale, (str, bytes, bool)):
-            raise TypeError
-        return float(scale)
-    except (TypeError, ValueError, OverflowError):
-        allowed = "a finite number, or None for 1 / sqrt(dim)"
-        raise TypeError(f"scale must be {allowed}, got {shown(scale)}") from None
 
 
 def common_dtype(dtypes: Mapping[str, str]) -> str:
@@ -247,18 +206,6 @@ def check_lse(dtype: str, expected: str) -> None:
     """Raises TypeError where lse is not of the type that `STATISTICS` says."""
     if dtype != STATISTICS[expected]:
         raise TypeError(f"lse must be of {STATISTICS[expected]} where q is {expected}, got {dtype}")
-
-
-def check_layout(layout: Any) -> None:
-    """Raises ValueError for a layout that is not one of `LAYOUTS`."""
-    if type(layout) is not str or layout not in LAYOUTS:
-        choice("layout", layout, tuple(LAYOUTS))
-
-
-def check_precision(precision: Any) -> None:
-    """Raises ValueError for a precision that is not one of `PRECISIONS`."""
-    if type(precision) is not str or precision not in PRECISIONS:
-        choice("precision", precision, PRECISIONS)
 
 
 def check_shape(name: str, shape: Shape, expected: Shape) -> None:

@@ -14,5 +14,6 @@ splits    how the keys of few queries are split
 choice    a chooser: what multiplies in a kernel, and in which blocks
 plan      problem and device to kernels, work items and runs
 dispatch  a plan made ready for arrays, and run
+calls     the processor as a machine
 peak      what the processor reaches at most, measured
 """

@@ -10,70 +10,67 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tilefold.backends import protocols
 from tilefold.backends.cpu import threads
-from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
 from tilefold.backends.cpu.kernels.arguments import WORK
 from tilefold.backends.cpu.plan import CpuPlan, Launch, plan
-from tilefold.common import generation
-from tilefold.common.lru import LruCache
+from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.planning.plan import Scratch
-from tilefold.problems.attention import (
-    LAYOUTS,
-    Problem,
-    Shape,
-    contiguous,
-    shape_lse,
-    shape_o,
-    shapes_qkv,
-)
+from tilefold.problems.attention import Problem, contiguous
 from tilefold.problems.buffer import Buffer
 
-GIVEN = {
-    "forward": ("q", "k", "v", "o", "lse"),
-    "backward": ("do", "q", "k", "v", "o", "lse", "dq", "dk", "dv"),
-}
-"""The operands that a caller gives to each operation, in order."""
-
 _ALONE_FLOPS = 1e6
-"""Below this one thread works. Between two bounds measured on Zen 4 (EPYC, two cores, float32):
-calls that follow each other gain by a second thread from 0.3e6, since handing work to a team that
-still spins takes 1.6 us; after a pause of 5 ms, when it sleeps, waking it takes some 35 us, which
-pays from 6e6. `benchmarks/call_cost.py` measures both.
+"""Calls with fewer operations than this run on one thread.
+
+Between two bounds measured on Zen 4 (EPYC, two cores, float32): calls that follow each other gain
+by a second thread from 0.3e6, since handing work to a team that still spins takes 1.6 us; after a
+pause of 5 ms, when it sleeps, waking it takes some 35 us, which pays from 6e6.
+`benchmarks/call_cost.py` measures both.
 """
 
 _ALONE_BYTES = 2**18
-"""And below this: 10 us of a core at 25 GB/s (not tuned)."""
+"""They move fewer bytes than this, too: 10 us of a core at 25 GB/s. Not tuned."""
 
 _WORKSPACE = WORK.index("workspace")
-
-Strides = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A plan made ready for operands of certain strides: all but where they lie and who works.
-
-    `results` are the shapes of what it writes, in the layout of the caller.
-    """
+    """A plan made ready for operands of certain strides: all but where they lie and who works."""
 
     plan: CpuPlan
     steps: tuple[_Step, ...]
     alone: bool
-    results: tuple[Shape, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        return self.plan.data_bytes
+
+    def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
+        """Run the kernels in order on arrays, in the order of `OPERANDS`."""
+        self._run([*map(arrays.pointer, operands)])
+
+    def compile(self) -> None:
+        """Nothing is left to do: kernels are loaded before there is a call."""
 
     def run(self, *pointers: int) -> None:
-        """Run the kernels in order on operands at these addresses, in the order of `GIVEN`.
+        """Run the kernels in order on operands at these addresses, in the order of `OPERANDS`.
 
         Whoever calls keeps the operands alive meanwhile.
         """
+        self._run([*pointers])
+
+    def _run(self, pointers: list[int]) -> None:
         made = [_allocate(name, scratch) for name, scratch in self.plan.buffers.items()]
-        pointers += tuple([buffer.pointer for buffer in made])
+        pointers += [buffer.pointer for buffer in made]
         workers = 1 if self.alone else threads.get_num_threads()
         for step in self.steps:
             step.run(pointers, workers)
@@ -102,51 +99,26 @@ class _Step:
         threads.run(self.kernel.loaded.address, ctypes.addressof(block), workers)
 
 
-_calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
-
-
-def recent(key: Hashable) -> Call | None:
-    """The call that was kept under a key, if it is one for this device."""
-    call = _calls.get((generation.number, key))
-    return call if call is not None and call.plan.device is host() else None
-
-
-def keep(key: Hashable, call: Call) -> Call:
-    """Keep a call for `recent`: the newest ones, as far as their plans' data fit 256 MiB."""
-    return _calls.put((generation.number, key), call, call.plan.data_bytes)
-
-
-def forward(problem: Problem, layout: str, *strides: Strides) -> Call:
-    """The call that reads q, k and v and writes o and lse.
-
-    `strides` are those of q, k and v, in elements, axes in the order of the layout; what is written
-    is contiguous in that order.
-    """
-    results = shape_o(problem, layout), shape_lse(problem)
-    operands = _named("forward", layout, [*strides, *map(contiguous, results)])
+def call(problem: Problem, device: Device, operation: str, strides: Mapping[str, Strides]) -> Call:
+    """The call of a problem for operands of these strides, of canonical axes."""
+    if operation == "backward":
+        in_place = strides["dq"][3] == 1
+        return prepare(plan(problem, device, operation, in_place=in_place), strides)
     heads_interleaved = all(
-        0 < abs(operands[name][1]) < abs(operands[name][2]) for name in ("k", "v")
+        0 < abs(strides[name][1]) < abs(strides[name][2]) for name in ("k", "v")
     )
     form = "interleaved" if heads_interleaved else "auto"
-    return prepare(plan(problem, host(), "forward", form), operands, results)
-
-
-def backward(problem: Problem, layout: str, *strides: Strides) -> Call:
-    """The call that reads do, q, k, v, o and lse and writes dq, dk and dv; as `forward`."""
-    results = shapes_qkv(problem, layout)
-    operands = _named("backward", layout, [*strides, *map(contiguous, results)])
-    made = plan(problem, host(), "backward", in_place=operands["dq"][3] == 1)
-    return prepare(made, operands, results)
+    return prepare(plan(problem, device, operation, form), strides)
 
 
 def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:
     """Run the kernels of a plan in order; `operands` by their names in the kernels."""
     strides = {name: buffer.strides for name, buffer in operands.items()}
-    call = prepare(plan, strides, results=())
-    call.run(*[operands[name].pointer for name in GIVEN[plan.operation]])
+    made = prepare(plan, strides)
+    made.run(*[operands[name].pointer for name in protocols.OPERANDS[plan.operation]])
 
 
-def prepare(plan: CpuPlan, strides: Mapping[str, Strides], results: tuple[Shape, ...]) -> Call:
+def prepare(plan: CpuPlan, strides: Mapping[str, Strides]) -> Call:
     """A plan's kernels, compiled and loaded, and argument blocks for operands of these strides.
 
     Here the axes of `strides` are canonical.
@@ -155,19 +127,10 @@ def prepare(plan: CpuPlan, strides: Mapping[str, Strides], results: tuple[Shape,
     pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
     few_flops = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
     alone = few_flops and problem.bytes(plan.operation) < _ALONE_BYTES
-    ordered = {name: strides[name] for name in GIVEN[plan.operation]}
+    ordered = {name: strides[name] for name in protocols.OPERANDS[plan.operation]}
     ordered |= {name: contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
     steps = tuple(_step(plan, launch, ordered) for launch in plan.launches)
-    return Call(plan, steps, alone, results)
-
-
-def _named(operation: str, layout: str, strides: Sequence[Strides]) -> dict[str, Strides]:
-    """Strides by the names of the operands, with their axes in the canonical order."""
-    axes = LAYOUTS[layout]
-    return {
-        name: tuple([given[axis] for axis in axes]) if name != "lse" else given
-        for name, given in zip(GIVEN[operation], strides, strict=True)
-    }
+    return Call(plan, steps, alone)
 
 
 def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:

@@ -11,8 +11,8 @@ plan      problem to kernels, grids and scratch
 emulator  the headers that stand in for Metal's, and the compiler's invocation
 emulate   the emulator: Metal source compiled for the CPU
 dispatch  a plan made ready for arrays, and run
-calls     arrays to launches
 runtime   the Apple GPU, through PyTorch
+calls     Apple GPUs as machines
 gated     the gate of Metal 4
 commands  lists of calls
 matmul    products of matrices and softmax of rows, as kernels of their own

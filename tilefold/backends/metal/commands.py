@@ -8,14 +8,19 @@ wait for Python between them; torch puts them into one encoder. Metal FlashAtten
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from tilefold.backends.metal import calls, runtime
-from tilefold.backends.metal.dispatch import Array, Machine
+import numpy as np
+
+from tilefold.backends import calls
+from tilefold.backends.metal import runtime
+from tilefold.backends.metal.dispatch import Machine
+from tilefold.backends.protocols import GIVEN, Array, Arrays
 from tilefold.masks.position_rules import Rule
-from tilefold.problems.attention import as_rule, as_scale
+from tilefold.problems.request import Request
 
 
 class Commands:
@@ -51,8 +56,8 @@ class Commands:
         lse: Array | None = None,
     ) -> tuple[Array, Array]:
         """Record `tilefold.attention`; returns o and lse, which are `out` and `lse` where given."""
-        arguments = (q, k, v, as_rule(mask), as_scale(scale), layout)
-        o, lse = self._record(calls.forward, arguments, (out, lse))
+        request = Request(mask, scale, layout)
+        o, lse = self._record("forward", (q, k, v), request, (out, lse))
         return o, lse
 
     def attention_backward(
@@ -72,8 +77,8 @@ class Commands:
         dv: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """Record `tilefold.attention_backward`; returns dq, dk and dv, the given ones or new."""
-        arguments = (do, q, k, v, o, lse, as_rule(mask), as_scale(scale), layout)
-        dq, dk, dv = self._record(calls.backward, arguments, (dq, dk, dv))
+        request = Request(mask, scale, layout)
+        dq, dk, dv = self._record("backward", (do, q, k, v, o, lse), request, (dq, dk, dv))
         return dq, dk, dv
 
     def launch(self) -> None:
@@ -94,23 +99,44 @@ class Commands:
             self.launch()
 
     def _record(
-        self, bind: Any, arguments: tuple[Any, ...], results: Sequence[Array | None]
+        self,
+        operation: str,
+        given: tuple[Array, ...],
+        request: Request,
+        results: Sequence[Array | None],
     ) -> Sequence[Any]:
         try:
-            bound: calls.Bound = bind(self._find(), *arguments, results)
+            machine = self._find()
+            arrays = _arrays(machine, operation, given)
+            bound = calls.bind(machine, arrays, operation, given, request, results)
         except NotImplementedError as error:
             if self._strict:
                 raise
             self.refused.append(str(error))
             return results
         self._bound.append(bound)
-        return tuple(bound.results.values())
+        return bound.results
 
     def _find(self) -> Machine:
         """The machine: without one given, the GPU. Raises NotImplementedError without one."""
         if self._machine is None:
             self._machine = runtime.gpu()
         return self._machine
+
+
+def _arrays(machine: Machine, operation: str, given: tuple[Array, ...]) -> Arrays:
+    """The module of the framework that all arrays are of. Raises TypeError where they differ."""
+    tensor = getattr(sys.modules.get("torch"), "Tensor", ())
+    if all(isinstance(array, tensor) for array in given):
+        from tilefold.backends.arrays import torch
+
+        return torch
+    from tilefold.backends.arrays import numpy
+
+    if not all(isinstance(array, np.ndarray) for array in given):
+        machine.check(**dict(zip(GIVEN[operation], given, strict=True)))
+        raise TypeError("all arrays of a call must be of NumPy, or all tensors")
+    return numpy
 
 
 def attention(

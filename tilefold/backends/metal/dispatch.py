@@ -12,27 +12,26 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Hashable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends import protocols
+from tilefold.backends.launching import mask_arguments, runs_on, stride_arguments, tables_on
 from tilefold.backends.metal import emulate, families, source
 from tilefold.backends.metal.kernels.arguments import RUNS, arrays, sizes
 from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
+from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.common.check import shown
 from tilefold.common.lru import LruCache
 from tilefold.common.single_flight import SingleFlight
 from tilefold.planning.kernels import STRIDED
-
-Array = Any
-"""An array of the machine's kind: of NumPy, or a tensor."""
-
-Strides = tuple[int, ...]
 
 Spec = TypeVar("Spec", bound=Hashable)
 
@@ -50,42 +49,45 @@ class CompileError(RuntimeError):
     """Metal rejected the text of a kernel; the message says where the text was written."""
 
 
-class Machine(Protocol):
-    """What compiles texts and runs their kernels. `family` is that of the GPU: see `families`."""
-
-    @property
-    def family(self) -> str:
-        """The family of the GPU whose tables and limits plans follow."""
-
-    @property
-    def kept(self) -> MachineCache:
-        """What was compiled and copied."""
-
-    def compile(self, text: str) -> Any:
-        """An object whose attributes are the kernels of a text. Raises SyntaxError."""
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A contiguous array whose numbers are not set."""
-
-    def upload(self, array: NDArray[Any]) -> Array:
-        """A copy of an array where kernels can read it."""
-
-    def check(self, **arrays: Array) -> None:
-        """Raises TypeError, or NotImplementedError, for arrays that kernels cannot read."""
-
-
 class MachineCache:
-    """What a machine holds for the next call: kernels, and the newest plans' data and calls."""
+    """What a machine holds for the next call: kernels, and the data of the newest plans."""
 
     def __init__(self) -> None:
         self.libraries: SingleFlight[Any] = SingleFlight(most=512)
         self.kernels: SingleFlight[Callable[..., None]] = SingleFlight(most=512)
         self.data: LruCache[dict[str, Array]] = LruCache(most=128, most_bytes=256 * 2**20)
-        self.calls: LruCache[Any] = LruCache(most=128, most_bytes=256 * 2**20)
+
+
+class Machine(protocols.Machine):
+    """What compiles kernel sources and runs them."""
+
+    family: str
+    """The family of the GPU whose tables and limits plans follow: see `families`."""
+    kept: MachineCache
+    """What was compiled and copied."""
+
+    backend = "metal"
+    aligned = WIDEST_MOVE
+
+    @abstractmethod
+    def compile(self, text: str) -> Any:
+        """An object whose attributes are the kernels of a source. Raises SyntaxError."""
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """A contiguous array whose elements are not set."""
+
+    @abstractmethod
+    def upload(self, array: NDArray[Any]) -> Array:
+        """A copy of an array where kernels can read it."""
+
+    def alignment(self, arrays: Mapping[str, Array]) -> int:
+        """Elements of every array that may be moved at once, by where they begin."""
+        return alignment_of(arrays)
 
 
 @dataclass(frozen=True, eq=False)
-class Emulated:
+class Emulated(Machine):
     """The emulator as a machine: kernels run on the CPU, on NumPy arrays and on CPU tensors.
 
     `checks` and `tensor_layout` are those of `tilefold.metal.emulate.compile_shader`.
@@ -128,6 +130,18 @@ class Call:
     machine: Machine
     plan: MetalPlan
     steps: tuple[_Step, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        return self.plan.data_bytes
+
+    def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
+        """Launch the kernels in order on arrays, in the order of `protocols.OPERANDS`."""
+        self.run(dict(zip(protocols.OPERANDS[self.plan.operation], operands, strict=True)))
+
+    def compile(self) -> None:
+        """Nothing is left to do: kernels are compiled before there is a call."""
 
     def run(self, operands: Mapping[str, Array]) -> None:
         """Launch the kernels in order on operands by their names; scratch is made here."""
@@ -266,7 +280,7 @@ def _step(
         )
     data = _data(machine, plan, launch)
     given = tuple(name for name in names if name not in data)
-    known = {**sizes_of(plan, launch), **_strides(strides)}
+    known = {**sizes_of(plan, launch), **stride_arguments(strides, STRIDED)}
     numbers = [int(known[name]) for name in sizes(spec)]
     if len(numbers) > MOST_NUMBERS:
         raise NotImplementedError(
@@ -313,48 +327,10 @@ def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
         "row_h": rows if runs.planes_h > 1 else 0,
         "splits": launch.splits,
     }
-    found |= {f"p{number}": value for number, value in enumerate(plan.parameters)}
-    for number, table in enumerate(plan.tables):
-        held = _unbroadcast(table.array)
-        spans = [stride // held.itemsize for stride in np.ascontiguousarray(held).strides]
-        for axis, (length, span) in enumerate(zip(held.shape, spans, strict=True)):
-            found[f"t{number}_{axis}"] = span if length > 1 else 0
-    return found
-
-
-def _strides(strides: Mapping[str, Strides]) -> dict[str, int]:
-    return {
-        f"{name}_{axis}": stride
-        for name in STRIDED
-        if name in strides
-        for axis, stride in zip("bhnd", strides[name], strict=True)
-    }
-
-
-def _unbroadcast(table: NDArray[Any]) -> NDArray[Any]:
-    """A table without the copies of a broadcast axis."""
-    cut = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)
-    return table[cut]
+    return found | mask_arguments(plan)
 
 
 def _data(machine: Machine, plan: MetalPlan, launch: Launch) -> dict[str, Array]:
     """The runs of a launch and the tables of the mask on a machine, by their names."""
-    tables = machine.kept.data.get(plan)
-    if tables is None:
-        held = {f"t{number}": _unbroadcast(table.array) for number, table in enumerate(plan.tables)}
-        tables = {name: _upload(machine, array) for name, array in held.items()}
-        machine.kept.data.put(plan, tables, sum(array.nbytes for array in held.values()))
-    runs = machine.kept.data.get(launch)
-    if runs is None:
-        visited = launch.order, launch.runs.rows, launch.runs.runs
-        runs = {name: _upload(machine, array) for name, array in zip(RUNS, visited, strict=True)}
-        machine.kept.data.put(launch, runs, sum(array.nbytes for array in visited))
-    return runs | tables
-
-
-def _upload(machine: Machine, array: NDArray[Any]) -> Array:
-    """A copy on the machine; of one unused number where there is none, since buffers have bytes."""
-    plain = np.ascontiguousarray(array)
-    if plain.dtype == np.bool_:
-        plain = plain.view(np.uint8)
-    return machine.upload(plain if plain.size else np.zeros(1, plain.dtype))
+    kept, visited = machine.kept.data, (launch.order, launch.runs.rows, launch.runs.runs)
+    return runs_on(machine, kept, launch, RUNS, visited) | tables_on(machine, kept, plan)

@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.metal import emulate
-from tilefold.backends.metal.dispatch import Array, MachineCache
+from tilefold.backends.metal.dispatch import Machine, MachineCache
 from tilefold.backends.metal.families import FAMILIES
+from tilefold.backends.protocols import Array
 from tilefold.common import settings
 
 
 @dataclass(frozen=True, eq=False)
-class Mps:
+class Mps(Machine):
     """A torch device as a machine; `compiler` is called as `torch.mps.compile_shader` is."""
 
     device: Any

@@ -17,7 +17,7 @@ machine        what runs kernels, as a protocol
 interpreter    Triton's interpreter, as a machine
 runtime        the GPU, through PyTorch
 dispatch       a plan made ready for tensors, and run
-calls          tensors to launches
+calls          GPUs as machines, and calls on one of them
 matmul         products of matrices and softmax of rows, as kernels of their own
 autotune       the fastest blocks, measured
 listing        what the compiler reports

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from tilefold.backends.triton import tuned
 from tilefold.backends.triton.architectures import architecture
 from tilefold.backends.triton.choice import choose
-from tilefold.backends.triton.dispatch import execute, is_aligned16, prepare
+from tilefold.backends.triton.dispatch import execute, prepare
 from tilefold.backends.triton.launch import Launch
-from tilefold.backends.triton.machine import Machine, ResourceError
+from tilefold.backends.triton.machine import Machine, ResourceError, is_aligned16
 from tilefold.backends.triton.plan import key_of, plan
 from tilefold.backends.triton.spec import LEAST, WIDEST_STREAMED, Blocks
 from tilefold.problems.attention import STATISTICS, Problem
@@ -227,7 +227,7 @@ class _Search:
         strides = {key: tuple(tensor.stride()) for key, tensor in self._operands.items()}
         call = prepare(made, self._machine, strides, is_aligned16(self._operands))
         given = call.scratch(self._operands)
-        call.launch(given)
+        call.launch_on(given)
         step = next(step for step in call.steps if step.spec.kernel == name)
         return lambda: step.launch(given)
 

@@ -10,32 +10,28 @@ plans, which are copied to it once.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from tilefold.backends import protocols
+from tilefold.backends.launching import mask_arguments, runs_on, stride_arguments, tables_on
+from tilefold.backends.protocols import Arrays, Strides
 from tilefold.backends.triton import module, resources, source
 from tilefold.backends.triton.kernels import arguments, frame, hopper_launch
 from tilefold.backends.triton.kernels.arguments import RUNS, SIZES
 from tilefold.backends.triton.launch import Launch, TritonPlan
-from tilefold.backends.triton.machine import Machine, ResourceError
+from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError, is_aligned16
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.planning.kernels import STRIDED
 from tilefold.problems.attention import ITEM_BYTES, Problem
+from tilefold.problems.request import LAYOUTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Strides = tuple[int, ...]
-
 L2_BYTES = 32 * 2**20
 """Of keys and values that programs read at the same time: most of an H100's 50 MB. Not tuned."""
-
-ALIGNED = 16
-"""Bytes: where a tile that a descriptor moves begins, and each of its rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +41,28 @@ class Call:
     machine: Machine
     plan: TritonPlan
     steps: tuple[_Step, ...]
+    axes: tuple[int, int, int, int] = LAYOUTS["bhnd"]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        return self.plan.data_bytes
+
+    def launch(self, arrays: Arrays, operands: Sequence[Tensor]) -> None:
+        """Launch the kernels in order on tensors in the caller's layout, in the order of
+        `protocols.OPERANDS`; scratch is made here."""
+        axes, names = self.axes, protocols.OPERANDS[self.plan.operation]
+        with self.machine.active():
+            self.run(
+                {
+                    name: tensor if name == "lse" else tensor.permute(axes)
+                    for name, tensor in zip(names, operands, strict=True)
+                }
+            )
 
     def run(self, operands: Mapping[str, Tensor]) -> None:
         """Launch the kernels in order on operands with canonical axes; scratch is made here."""
-        self.launch(self.scratch(operands))
+        self.launch_on(self.scratch(operands))
 
     def scratch(self, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The operands and what the kernels hand to each other."""
@@ -59,7 +73,7 @@ class Call:
                 given[name].zero_()
         return given
 
-    def launch(self, given: Mapping[str, Tensor]) -> None:
+    def launch_on(self, given: Mapping[str, Tensor]) -> None:
         """Launch the kernels in order on operands and scratch."""
         for step in self.steps:
             step.launch(given)
@@ -119,21 +133,20 @@ def execute(plan: TritonPlan, machine: Machine, operands: Mapping[str, Tensor]) 
     prepare(plan, machine, strides, is_aligned16(operands)).run(operands)
 
 
-def is_aligned16(operands: Mapping[str, Tensor]) -> bool:
-    """Whether every operand begins where a descriptor may."""
-    return all(tensor.data_ptr() % ALIGNED == 0 for tensor in operands.values())
-
-
 def prepare(
-    plan: TritonPlan, machine: Machine, strides: Mapping[str, Strides], aligned16: bool
+    plan: TritonPlan,
+    machine: Machine,
+    strides: Mapping[str, Strides],
+    aligned16: bool,
+    axes: tuple[int, int, int, int] = LAYOUTS["bhnd"],
 ) -> Call:
-    """A plan's kernels, and their arguments for operands of these strides, in elements.
+    """A plan's kernels, and their arguments for operands of these strides of canonical axes.
 
-    `together` is what `aligned` says of the operands. Raises ValueError where more programs would
-    be needed than a grid has.
+    `aligned16` is what `is_aligned16` says of the operands; `axes` are those of `Placement`. Raises
+    ValueError where more programs would be needed than a grid has.
     """
     steps = tuple(_step(plan, launch, machine, strides, aligned16) for launch in plan.launches)
-    return Call(machine, plan, steps)
+    return Call(machine, plan, steps, axes)
 
 
 def fitted(
@@ -221,7 +234,7 @@ def _step(
             raise ValueError(f"form 'hopper' is not possible: {reason}")
         return _step(plan, launch.plain, machine, strides, aligned16)
     data = _data(machine, plan, launch)
-    known: dict[str, Any] = {**data, **_numbers(plan, launch), **_strides(strides)}
+    known: dict[str, Any] = {**data, **_numbers(plan, launch), **stride_arguments(strides, STRIDED)}
     scale = float(plan.problem.scale)
     # Triton passes float32 alone: float64 goes by its bits.
     bits = struct.unpack("<q", struct.pack("<d", scale))[0]
@@ -283,48 +296,12 @@ def _numbers(plan: TritonPlan, launch: Launch) -> dict[str, int]:
         problem.batch * problem.heads_q * problem.len_q,
     )
     found = dict(zip(SIZES, sizes, strict=True))
-    found |= {f"p{number}": value for number, value in enumerate(plan.parameters)}
-    for number, table in enumerate(plan.tables):
-        held = _unbroadcast(table.array)
-        spans = [stride // held.itemsize for stride in np.ascontiguousarray(held).strides]
-        for axis, (length, span) in enumerate(zip(held.shape, spans, strict=True)):
-            found[f"t{number}_{axis}"] = span if length > 1 else 0
-    return found
-
-
-def _strides(strides: Mapping[str, Strides]) -> dict[str, int]:
-    return {
-        f"{name}_{axis}": stride
-        for name in STRIDED
-        if name in strides
-        for axis, stride in zip(arguments.AXES, strides[name], strict=True)
-    }
-
-
-def _unbroadcast(table: NDArray[Any]) -> NDArray[Any]:
-    """A table without the copies of a broadcast axis."""
-    return table[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)]
+    return found | mask_arguments(plan)
 
 
 def _data(machine: Machine, plan: TritonPlan, launch: Launch) -> dict[str, Tensor]:
     """The runs of a launch and the tables of the mask on a machine, by their names."""
     if not launch.spec.row.visits:
         return {}
-    tables = machine.kept.data.get(plan)
-    if tables is None:
-        held = {f"t{number}": _unbroadcast(table.array) for number, table in enumerate(plan.tables)}
-        tables = {name: machine.upload(_plain(array)) for name, array in held.items()}
-        machine.kept.data.put(plan, tables, sum(array.nbytes for array in held.values()))
-    runs = machine.kept.data.get(launch)
-    if runs is None:
-        visited = launch.order, launch.run_rows, launch.runs
-        runs = {name: machine.upload(array) for name, array in zip(RUNS, visited, strict=True)}
-        machine.kept.data.put(launch, runs, sum(array.nbytes for array in visited))
-    return runs | tables
-
-
-def _plain(table: NDArray[Any]) -> NDArray[Any]:
-    """A table as kernels read it: truths are bytes, and there is at least one number."""
-    plain = np.ascontiguousarray(table)
-    plain = plain.view(np.uint8) if plain.dtype == np.bool_ else plain
-    return plain if plain.size else np.zeros(1, plain.dtype)
+    kept, visited = machine.kept.data, (launch.order, launch.run_rows, launch.runs)
+    return runs_on(machine, kept, launch, RUNS, visited) | tables_on(machine, kept, plan)

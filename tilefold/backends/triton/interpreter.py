@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.triton import module
-from tilefold.backends.triton.machine import MachineCache
+from tilefold.backends.triton.machine import Machine, MachineCache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Interpreted:
+class Interpreted(Machine):
     """Triton's interpreter as a machine: every operation of a kernel is one of NumPy's.
 
     For tests and for looking at small cases: it takes seconds where a GPU takes microseconds.

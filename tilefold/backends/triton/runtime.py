@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from tilefold.backends.triton import module
 from tilefold.backends.triton.architectures import ARCHITECTURES
-from tilefold.backends.triton.machine import MachineCache
+from tilefold.backends.triton.machine import Machine, MachineCache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Gpu:
+class Gpu(Machine):
     """One GPU as a machine. Tensors that graphs read are in `pinned`, and stay as long as it."""
 
     device: Any

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tilefold.backends.metal.dispatch import Array, Machine, check_written, kernel, strides_of
+from tilefold.backends.metal.dispatch import Machine, check_written, kernel, strides_of
 from tilefold.backends.metal.families import MetalFamily, family
 from tilefold.backends.metal.matmul import gemm as products
 from tilefold.backends.metal.matmul import rows
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
 from tilefold.backends.metal.matmul.spec import DTYPES, GemmBlocks, GemmSpec, multiplied
 from tilefold.backends.metal.runtime import gpu
+from tilefold.backends.protocols import Array
 from tilefold.problems.matmul import Accepted, Operand, Product, Rows
 
 ACCEPTED = Accepted(DTYPES, empty=False)

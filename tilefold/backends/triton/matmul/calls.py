@@ -15,8 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tilefold.backends.triton.architectures import Architecture, architecture
-from tilefold.backends.triton.dispatch import ALIGNED
-from tilefold.backends.triton.machine import Machine, ResourceError
+from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError
 from tilefold.backends.triton.matmul import gemm as products
 from tilefold.backends.triton.matmul import rows
 from tilefold.backends.triton.matmul.gemm import GemmBlocks, GemmSpec
@@ -26,8 +25,8 @@ from tilefold.backends.triton.module import launch_options
 from tilefold.backends.triton.runtime import gpu
 from tilefold.backends.triton.spec import BY_PRECISION
 from tilefold.common.check import choice
-from tilefold.problems.attention import PRECISIONS
 from tilefold.problems.matmul import Axes, Product, Rows, multiplied
+from tilefold.problems.request import PRECISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tilefold.backends.triton.dispatch import ALIGNED
+from tilefold.backends.triton.machine import ALIGNED
 from tilefold.backends.triton.matmul.gemm import DTYPES
 from tilefold.problems.attention import LIMIT
 from tilefold.problems.matmul import Accepted, Axes, Operand

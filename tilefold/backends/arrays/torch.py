@@ -1,0 +1,83 @@
+"""PyTorch tensors, as calls see them: see `protocols.Arrays`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilefold.problems import attention
+from tilefold.problems.attention import Shape
+
+
+def layout_key(given: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Shapes, strides and types."""
+    return tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in given])
+
+
+def strides(name: str, tensor: Tensor) -> tuple[int, ...]:
+    """The strides of an argument in elements."""
+    return tensor.stride()
+
+
+def dtype_of(tensor: Tensor) -> str:
+    """The name of a tensor's type."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def common_dtype(tensors: Mapping[str, Tensor]) -> str:
+    """The one type of dense tensors on one device. A compiler's stand-ins pass too. Raises."""
+    device = next(iter(tensors.values())).device
+    for name, tensor in tensors.items():
+        check_place(name, tensor, device)
+    return attention.common_dtype({name: dtype_of(tensor) for name, tensor in tensors.items()})
+
+
+def check_place(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises for a tensor that is not dense, or elsewhere than on the device."""
+    if tensor.device.type not in ("cpu", "mps", "cuda", "meta"):
+        raise NotImplementedError(
+            f"{name} is on {tensor.device}, and there are kernels for the CPU, for GPUs of"
+            f" NVIDIA's and AMD's (cuda) and for Apple's (mps); pass {name}.cpu()"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and others are on {device}: pass"
+            f" {name}.to({str(device)!r}), or the others on {tensor.device}"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a strided tensor, got {tensor.layout}; pass {name}.to_dense()"
+        )
+
+
+def native_dtype(like: Tensor, dtype: str) -> torch.dtype:
+    """The type of a name."""
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def empty(like: Tensor, wanted: Sequence[tuple[Shape, torch.dtype]]) -> tuple[Tensor, ...]:
+    """Tensors of shapes and types on the device of another, whose elements are not set."""
+    return tuple([like.new_empty(*shape, dtype=dtype) for shape, dtype in wanted])
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """The tensor where it is contiguous, else a contiguous copy."""
+    return tensor.contiguous()
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """True for a contiguous tensor."""
+    return tensor.is_contiguous()
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """True: torch has no read-only tensors."""
+    return True
+
+
+pointer = Tensor.data_ptr
+"""The address of the first element."""

@@ -1,0 +1,234 @@
+"""From arrays to launches, the one way of all backends and frameworks.
+
+A call is looked up by the machine, the request, and how its arrays lie. What is found runs at once:
+results are made and kernels launched. Else the arrays are checked, the problem is planned and its
+kernels are compiled, once, for all later calls that differ in data alone.
+
+    accept -> look up -> (describe -> check -> prepare -> keep) -> make results -> launch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tilefold.backends.protocols import (
+    GIVEN,
+    OPERANDS,
+    RESULTS,
+    Array,
+    Arrays,
+    Axes,
+    Machine,
+    Placement,
+    Prepared,
+    Strides,
+)
+from tilefold.backends.registry import backend
+from tilefold.common import generation
+from tilefold.common.lru import LruCache
+from tilefold.problems.attention import (
+    STATISTICS,
+    Problem,
+    Shape,
+    check_lse,
+    check_shape,
+    contiguous,
+    describe,
+    shape_lse,
+    shape_o,
+    shapes_qkv,
+)
+from tilefold.problems.request import LAYOUTS, Request
+
+_EMPTY = {"o": 0.0, "lse": float("-inf"), "dq": 0.0, "dk": 0.0, "dv": 0.0}
+"""The results where no query meets a key."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What follows from a request and from how arrays lie: results to make, kernels to launch.
+
+    `results` are the shapes and native types of the arrays that the call writes. Without a
+    `prepared` plan no query meets a key, and nothing is computed.
+    """
+
+    problem: Problem
+    operation: str
+    arrays: Arrays
+    results: tuple[tuple[Shape, Any], ...]
+    prepared: Prepared | None
+
+
+calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
+"""The newest calls of all backends, within 256 MiB of their plans' data. Nothing else keeps any."""
+
+
+def run(
+    machine: Machine, arrays: Arrays, operation: str, given: tuple[Array, ...], request: Request
+) -> tuple[Array, ...]:
+    """The results of a pass, "forward" or "backward", of arrays in the order of `GIVEN`."""
+    given, alignment = machine.accept(arrays, operation, given)
+    key = (
+        machine,
+        operation,
+        request,
+        generation.number,
+        arrays,
+        alignment,
+        arrays.layout_key(given),
+    )
+    call = calls.get(key) or _keep(key, given)
+    results = arrays.empty(given[0], call.results)
+    if call.prepared is None:
+        _fill(operation, results)
+    else:
+        call.prepared.launch(arrays, given + results)
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A call with its operands, to be run later."""
+
+    call: Call
+    given: tuple[Array, ...]
+    results: tuple[Array, ...]
+
+    def run(self) -> tuple[Array, ...]:
+        """Write the results and return them."""
+        call = self.call
+        if call.prepared is None:
+            _fill(call.operation, self.results)
+        else:
+            call.prepared.launch(call.arrays, self.given + self.results)
+        return self.results
+
+
+def bind(
+    machine: Machine,
+    arrays: Arrays,
+    operation: str,
+    given: tuple[Array, ...],
+    request: Request,
+    into: Sequence[Array | None],
+) -> Bound:
+    """The call of `run`, which writes into the arrays of `into`, or into new ones where None."""
+    given, alignment = machine.accept(arrays, operation, given)
+    key = (
+        machine,
+        operation,
+        request,
+        generation.number,
+        arrays,
+        alignment,
+        arrays.layout_key(given),
+    )
+    call = calls.get(key) or _keep(key, given)
+    results = []
+    for name, array, (shape, dtype) in zip(RESULTS[operation], into, call.results, strict=True):
+        if array is None:
+            (array,) = arrays.empty(given[0], ((shape, dtype),))
+        else:
+            _check_result(machine, arrays, name, array, shape, call.problem)
+        results.append(array)
+    if call.prepared and any(array is not None for array in into):
+        every = dict(zip(OPERANDS[operation], (*given, *results), strict=True))
+        strides = {name: arrays.strides(name, array) for name, array in every.items()}
+        placement = _placement(strides, machine.alignment(every), LAYOUTS[request.layout])
+        prepared = backend(machine.backend).prepare(machine, call.problem, operation, placement)
+        call = Call(call.problem, operation, arrays, call.results, prepared)
+    return Bound(call, given, tuple(results))
+
+
+def _fill(operation: str, results: tuple[Array, ...]) -> None:
+    """Write the results where no query meets a key."""
+    for name, array in zip(RESULTS[operation], results, strict=True):
+        array[...] = _EMPTY[name]
+
+
+def compile_ahead(machine: Machine, problem: Problem, operation: str, layout: str) -> None:
+    """Plan a problem of contiguous arrays and compile its kernels: see `tilefold.compile_async`."""
+    if problem.empty:
+        return
+    shapes = dict(zip(("q", "k", "v"), shapes_qkv(problem, layout), strict=True))
+    shapes |= {"o": shape_o(problem, layout), "lse": shape_lse(problem)}
+    shapes |= {"do": shapes["o"], "dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
+    strides = {name: contiguous(shapes[name]) for name in OPERANDS[operation]}
+    placement = _placement(strides, machine.aligned, LAYOUTS[layout])
+    found = backend(machine.backend)
+    found.prepare(machine, found.admit(problem), operation, placement).compile()
+
+
+def _keep(key: tuple[Any, ...], given: tuple[Array, ...]) -> Call:
+    """Make the call of a key, which is not kept yet, and keep it."""
+    machine, operation, request, _, arrays, alignment, _ = key
+    call = _call(machine, operation, request, arrays, alignment, given)
+    if call.prepared is None:
+        return call
+    return calls.put(key, call, call.prepared.data_bytes)
+
+
+def _call(
+    machine: Machine,
+    operation: str,
+    request: Request,
+    arrays: Arrays,
+    alignment: int,
+    given: tuple[Array, ...],
+) -> Call:
+    """Checks the arrays, and prepares the call unless it is empty."""
+    named: dict[str, Array] = dict(zip(GIVEN[operation], given, strict=True))
+    read: dict[str, Array] = {
+        name: named[name] for name in ("q", "k", "v", "do", "o") if name in named
+    }
+    dtype = arrays.common_dtype(read)
+    if operation == "backward":
+        check_lse(arrays.dtype_of(named["lse"]), dtype)
+    q, k, v = (tuple(named[name].shape) for name in ("q", "k", "v"))
+    on, layout = backend(machine.backend), request.layout
+    problem = on.admit(describe(q, k, v, dtype, request))
+    shapes: tuple[Shape, ...] = shape_o(problem, layout), shape_lse(problem)
+    dtypes: tuple[str, ...] = dtype, STATISTICS[dtype]
+    if operation == "backward":
+        for name, shape in zip(("do", "o", "lse"), (shapes[0], *shapes), strict=True):
+            check_shape(name, tuple(named[name].shape), shape)
+        shapes, dtypes = shapes_qkv(problem, layout), (dtype,) * 3
+    native = [arrays.native_dtype(named["q"], name) for name in dtypes]
+    results = tuple(zip(shapes, native, strict=True))
+    if problem.empty:
+        return Call(problem, operation, arrays, results, None)
+    strides = {name: arrays.strides(name, array) for name, array in named.items()}
+    strides |= dict(zip(RESULTS[operation], map(contiguous, shapes), strict=True))
+    placement = _placement(strides, alignment, LAYOUTS[layout])
+    prepared = on.prepare(machine, problem, operation, placement)
+    return Call(problem, operation, arrays, results, prepared)
+
+
+def _placement(strides: Mapping[str, Strides], alignment: int, axes: Axes) -> Placement:
+    """The placement of operands whose strides are in the order of a layout with these axes."""
+    canonical = {
+        name: found if name == "lse" else tuple([found[axis] for axis in axes])
+        for name, found in strides.items()
+    }
+    return Placement(canonical, alignment, axes)
+
+
+def _check_result(
+    machine: Machine, arrays: Arrays, name: str, array: Array, shape: Shape, problem: Problem
+) -> None:
+    """Raises for an array that is to hold a result and cannot."""
+    called = "out" if name == "o" else name
+    machine.check(**{called: array})
+    check_shape(called, tuple(array.shape), shape)
+    dtype = STATISTICS[problem.dtype] if name == "lse" else problem.dtype
+    if arrays.dtype_of(array) != dtype:
+        raise TypeError(f"{called} must be of {dtype}, got {arrays.dtype_of(array)}")
+    strides = arrays.strides(called, array)
+    if any(step == 0 < length - 1 for length, step in zip(shape, strides, strict=True)):
+        raise ValueError(f"{called} is written, so no axis of it may be broadcast")
+    if not arrays.is_writable(array):
+        raise ValueError(f"{called} is written, but it is read-only")
+    if name == "lse" and not arrays.is_packed(array):
+        raise ValueError(f"{called} must be contiguous, got strides {strides}")

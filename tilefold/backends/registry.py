@@ -1,0 +1,63 @@
+"""The backends by name, and the machine of a device: one row each, imported at its first use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+
+from tilefold.backends.protocols import Backend, Machine
+from tilefold.common.check import choice
+
+
+@dataclass(frozen=True)
+class Row:
+    """A backend: its module with the functions of `Backend`, and the device it serves."""
+
+    module: str
+    device: str
+    """The type of the device, as torch names it."""
+    several: bool = False
+    """True where a machine may have several such devices, which are counted from 0."""
+
+
+BACKENDS = {
+    "cpu": Row("tilefold.backends.cpu.calls", "cpu"),
+    "metal": Row("tilefold.backends.metal.calls", "mps"),
+    "triton": Row("tilefold.backends.triton.calls", "cuda", several=True),
+}
+
+DEVICES = {row.device: name for name, row in BACKENDS.items()}
+"""The backends by the devices that they serve."""
+
+
+@cache
+def backend(name: str) -> Backend:
+    """The functions of a backend."""
+    found: Any = import_module(BACKENDS[name].module)
+    return found  # type: ignore[no-any-return]  # a module has the functions of the protocol
+
+
+def machine(device: Any) -> Machine:
+    """The machine of a device: of a string such as "cpu", "mps", "cuda" or "cuda:1", or itself.
+
+    Raises ValueError for devices without a backend, NotImplementedError for those not here.
+    """
+    known = _finders.get(device)
+    if known is not None:
+        return known()
+    if isinstance(device, Machine):
+        return device
+    found = re.fullmatch(r"(\w+?)(?::(\d+))?", str(device))
+    kind = found[1] if found else str(device)
+    choice("device", kind if kind in DEVICES else device, tuple(DEVICES))
+    assert found is not None
+    finder = _finders[device] = partial(backend(DEVICES[kind]).machine, int(found[2] or 0))
+    return finder()
+
+
+_finders: dict[Any, Callable[[], Machine]] = {}
+"""What finds the machine of a device that was asked for before: every call of tensors asks."""

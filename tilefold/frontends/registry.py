@@ -1,0 +1,68 @@
+"""The frontend of arrays, by their class: one row for each framework.
+
+A framework is looked for among the modules that the program has already imported, as einops does,
+so none is ever imported for its absence. Arrays of no framework in the table are for NumPy to view.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """A framework: the class of its arrays, what people call one, and what imports its frontend."""
+
+    kind: str
+    noun: str
+    frontend: Callable[[], ModuleType]
+
+
+def _numpy() -> ModuleType:
+    from tilefold.frontends import numpy
+
+    return numpy
+
+
+def _torch() -> ModuleType:
+    from tilefold.frontends import torch
+
+    return torch
+
+
+FRONTENDS = {"torch": Row("Tensor", "torch tensor", _torch)}
+"""Frameworks by the names of their modules."""
+
+_known: dict[type, ModuleType] = {}
+"""The frontends of the plain arrays that were met: a look-up, where asking torch takes a while."""
+
+
+def find(**arrays: Any) -> ModuleType:
+    """The frontend of all arguments. Raises TypeError where frameworks meet."""
+    kinds = {*map(type, arrays.values())}
+    kind = kinds.pop()
+    if not kinds and kind in _known:
+        return _known[kind]
+    found = _of_classes(arrays)
+    if kind in found.PLAIN:
+        _known[kind] = found
+    return found
+
+
+def _of_classes(arrays: dict[str, Any]) -> ModuleType:
+    """The frontend by the table."""
+    for framework, row in FRONTENDS.items():
+        its = getattr(sys.modules.get(framework), row.kind, ())
+        names = [name for name, array in arrays.items() if isinstance(array, its)]
+        if 0 < len(names) < len(arrays):
+            other = next(name for name in arrays if name not in names)
+            raise TypeError(
+                f"{other} must be a {row.noun} as {names[0]} is, got {type(arrays[other]).__name__}"
+            )
+        if names:
+            return row.frontend()
+    return _numpy()
