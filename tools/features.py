@@ -113,7 +113,7 @@ def collect() -> dict[str, list[str]]:
         done = subprocess.run(
             [*command, f"--features-to={target}"], cwd=ROOT, capture_output=True, text=True
         )
-        if not target.exists():
+        if done.returncode or not target.exists():
             raise SystemExit(done.stdout + done.stderr)
         table: dict[str, list[str]] = json.loads(target.read_text(encoding="utf-8"))
     return table
