@@ -32,19 +32,19 @@ LANES = 16
 def split(body: Body, value: Value, parts: int, *, short: bool = False) -> list[Value]:
     """Vectors of float that sum to `value`, each but the last exact in bfloat16.
 
-    The first is rounded (halves away from 0), or cut off where rounding would make it infinite.
-    With `short` all are cut off: two parts hold the 11 bits of a float16 number in any case.
+    The first is rounded (halves away from 0), or cut off where rounding would make it infinite,
+    which `short` elements (of float16) never are. Cutting all of them off would save one addition
+    and make the product of the low parts, which is left out, four times as large.
     An infinity is 1 and an infinity: with 0 as one of its parts, products with it would be NaN.
     """
     if parts == 1:
         return [value]
     bits = body.cast("bitcast", value, vector(value.lanes, "i32"), "bits")
     sign, upper = -(1 << 31), 0xFFFF0000 - (1 << 32)
-    kept = body.binary("and", bits, upper)
+    kept = body.binary("and", body.add(bits, 0x8000), upper)
     if not short:
-        rounded = body.binary("and", body.add(bits, 0x8000), upper)
-        overflow = _infinite(body, body.cast("bitcast", rounded, value.type))
-        kept = body.select(overflow, kept, rounded)
+        overflow = _infinite(body, body.cast("bitcast", kept, value.type))
+        kept = body.select(overflow, body.binary("and", bits, upper), kept)
     one = body.binary("or", body.binary("and", bits, sign), 0x3F800000)
     kept = body.select(_infinite(body, value), one, kept)
     high = body.cast("bitcast", kept, value.type, "high")

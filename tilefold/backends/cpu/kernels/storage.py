@@ -23,8 +23,8 @@ class Storage:
     """Elements of one type in memory and in registers.
 
     `stored` and `scalar` are LLVM's names of the type in memory and in registers. `pairs`: two
-    neighbours in memory are a word that products of pairs of bfloat16 take as it is. `short`: two
-    parts in bfloat16 sum to an element exactly.
+    neighbours in memory are a word that products of pairs of bfloat16 take as it is. `short`: an
+    element is the exact sum of two parts in bfloat16, and rounding never makes one infinite.
     """
 
     dtype: str
