@@ -7,17 +7,18 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= auto
 ARGS   ?=
+COVER  ?= $(if $(CI),--cov=tilefold --cov-report=term:skip-covered)
 
 .PHONY: run test quick check peers bench docs format clean
 
 run: $(VENV)/run.stamp  ## the main job: real text through a real transformer
 	$(BIN)/tilefold run $(ARGS)
 
-test: $(VENV)/test.stamp  ## every test, with coverage
-	$(BIN)/python -m pytest -n $(JOBS) --cov=tilefold --cov-report=term:skip-covered $(ARGS)
+test: $(VENV)/test.stamp  ## every test; with coverage where CI is set, which takes a third longer
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(COVER) $(ARGS)
 
 quick: $(VENV)/test.stamp  ## the tests that end within seconds
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 check: $(VENV)/test.stamp  ## format, lint, types, import order, the feature table
 	$(BIN)/ruff format --check .

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tilefold.backends.cpu import peak, runtime, threads
-from tilefold.backends.cpu.choice import multiplier
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import emit
 from tilefold.backends.cpu.plan import plan
@@ -298,7 +298,7 @@ def _rates(dtype: str, workers: int, products: Multiplier) -> Rates:
 
 def _share(case: Case, seconds: float, pairs: int) -> tuple[float, str]:
     """The share of the roofline, and which bound binds."""
-    products = multiplier(case.problem, host(), workload.PASSES[case.operation][-1])
+    products = Chooser(case.problem, host()).products
     rates = _rates(case.problem.dtype, case.threads, products)
     least, binding = case.least_seconds(pairs, rates)
     return least / seconds, binding

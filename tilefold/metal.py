@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tilefold.backends.metal.kernels.matmul2d import Matmul2d, Tile
     from tilefold.backends.metal.kernels.msl import Text
     from tilefold.backends.metal.matmul.calls import gemm, softmax
-    from tilefold.backends.metal.matmul.gemm import GemmBlocks
+    from tilefold.backends.metal.matmul.spec import GemmBlocks
     from tilefold.backends.metal.plan import plan
     from tilefold.backends.metal.runtime import gpu, missing
     from tilefold.backends.metal.source import emit
@@ -41,7 +41,7 @@ _HOMES = {
     "CompileError": (f"{_BACKEND}.dispatch", "CompileError"),
     "FAMILIES": (f"{_BACKEND}.families", "FAMILIES"),
     "Fragment": (f"{_BACKEND}.kernels.fragment", "Fragment"),
-    "GemmBlocks": (f"{_BACKEND}.matmul.gemm", "GemmBlocks"),
+    "GemmBlocks": (f"{_BACKEND}.matmul.spec", "GemmBlocks"),
     "Matmul2d": (f"{_BACKEND}.kernels.matmul2d", "Matmul2d"),
     "MetalSpec": (f"{_BACKEND}.spec", "MetalSpec"),
     "Text": (f"{_BACKEND}.kernels.msl", "Text"),

@@ -23,9 +23,9 @@ from tilefold.backends.metal.dispatch import WIDEST_MOVE
 from tilefold.backends.metal.families import family
 from tilefold.backends.metal.matmul import gemm, rows
 from tilefold.backends.metal.matmul.calls import block_sizes
-from tilefold.backends.metal.matmul.gemm import GemmSpec
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
-from tilefold.backends.metal.model import OPERATIONS, Model, model, text_of
+from tilefold.backends.metal.matmul.spec import GemmSpec
+from tilefold.backends.metal.model import MODELLED, Model, model, text_of
 from tilefold.backends.metal.plan import plan
 from tilefold.problems.attention import Problem
 
@@ -94,7 +94,7 @@ def cases() -> Iterator[tuple[str, str, int, str]]:
     for name in GPUS:
         for dtype in DTYPES:
             for dim in DIMS:
-                for operation in OPERATIONS:
+                for operation in MODELLED:
                     yield name, dtype, dim, operation
 
 
@@ -178,7 +178,7 @@ def model_table(kept: list[Row]) -> list[str]:
         name, dtype, dim, operation = row["case"]
         made = Model(operation, dim, row["pairs"], row["counts"])
         parts = [sum(made.shares[each] for each in group) for group in GROUPS.values()]
-        published = PUBLISHED[name, dtype][dim][OPERATIONS.index(operation)]
+        published = PUBLISHED[name, dtype][dim][MODELLED.index(operation)]
         cells = [GPUS[name], dtype, str(dim), NAMES[operation]]
         cells += [f"{part:.2f}" for part in parts]
         cells += [f"{made.issued:.2f}", f"{100 / made.issued:.0f} %", f"{published} %"]

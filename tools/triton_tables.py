@@ -27,8 +27,7 @@ from tilefold import causal
 from tilefold.backends.triton.ahead import Compiled, Compiler
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.spec import WIDEST_STREAMED, Blocks, TritonSpec
-from tilefold.masks.expression import split
-from tilefold.planning.visited import bound
+from tilefold.planning.masked import MaskedProblem
 from tilefold.problems.attention import Problem
 
 KINDS = {
@@ -205,7 +204,7 @@ def spec(operation: str, kind: str, dim: int, blocks: Blocks, moved: bool = Fals
     """The kernel of a cell, causal."""
     dtype, products = KINDS[kind]
     problem = Problem.of((1, 4, 1000, dim), (1, 2, 1000, dim), dtype="float32", mask=causal())
-    skeleton = split(bound(problem))[0]
+    skeleton = MaskedProblem.of(problem).skeleton
     return TritonSpec(
         operation, dtype, dim, dim, blocks, skeleton, 32, float32_mode=products, descriptors=moved
     )

@@ -29,7 +29,7 @@ from operands import SENTINEL, Array, Placed, inputs, place
 from gpu_parts import attend, checks
 from gpu_parts.section import Here, Row, Section, Settings, Stage, processes
 from tilefold.backends.triton.dispatch import execute
-from tilefold.backends.triton.plan import PACKED_QUERIES
+from tilefold.backends.triton.heuristics import DEFAULT
 from tilefold.problems.attention import STATISTICS, Problem
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def trials(case: Case, dtype: str, here: Here) -> Iterator[tuple[str, Callable[[
 
     kept: dict[str, Array] = {}
     forward = [*attend.forms("forward")]
-    if problem.len_q <= PACKED_QUERIES and not problem.empty:
+    if problem.len_q <= DEFAULT.packed_queries and not problem.empty:
         forward.append("decode")
     for form in forward:
         yield f"forward {form}", functools.partial(trial, "forward", form)

@@ -10,7 +10,7 @@ import functools
 
 from gpu_parts import attend, speed, timing
 from gpu_parts.section import Here, Row, Section, Settings, Stage
-from tilefold.backends.triton.plan import PACKED_QUERIES
+from tilefold.backends.triton.heuristics import DEFAULT
 from tilefold.masks.position_rules import full
 from tilefold.problems.attention import ITEM_BYTES, Problem, default_scale
 
@@ -26,7 +26,8 @@ def cases(settings: Settings) -> dict[str, Problem]:
     found = {}
     for length in settings.decoded:
         batch = max(1, min(32, settings.tokens * 16 // length))
-        for heads_q, heads_kv, queries in ((32, 8, 1), (16, 16, 1), (32, 8, PACKED_QUERIES)):
+        most = DEFAULT.packed_queries
+        for heads_q, heads_kv, queries in ((32, 8, 1), (16, 16, 1), (32, 8, most)):
             for dtype in settings.dtypes[: 1 if settings.quick else 2]:
                 dim = settings.dims[0]
                 name = f"{dtype} b{batch} h{heads_q}/{heads_kv} q{queries} n{length} d{dim}"

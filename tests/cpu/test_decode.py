@@ -25,13 +25,11 @@ from trial import LAYOUTS, Trial, numbers, problem, run
 import tilefold
 from tilefold import Rule, causal, full, lengths, local
 from tilefold.backends import calls, registry
-from tilefold.backends.cpu import dispatch, splits
-from tilefold.backends.cpu import plan as planning
+from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
-from tilefold.backends.cpu.kernel import workspace_bytes
+from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.plan import plan
-from tilefold.masks.runs import Runs
-from tilefold.planning.visited import cut
+from tilefold.backends.cpu.splits import KeySplitter
 from tilefold.problems.attention import Problem
 from tilefold.problems.request import LAYOUTS as LAYOUTS_OF_CALLS
 
@@ -52,31 +50,30 @@ TRIALS = [
 """Rule, lengths, dims, heads, layout: as different from each other as they can be."""
 
 
-@pytest.fixture
-def small_splits(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """A device on which keys are split however few there are: it is named so, for its plans."""
-    return shorten(monkeypatch)
+SMALL_SPLITS = Heuristics(decode_tile=32, least_split_seconds=1e-12)
+"""Splits of one tile, and tiles of 32 keys, however few keys there are."""
 
 
-def shorten(patch: pytest.MonkeyPatch) -> Device:
-    """Splits of one tile, and tiles of 32 keys, until the patch is undone."""
-    patch.setattr(splits, "TILE", 32)
-    patch.setattr(splits, "most_splits", lambda *_: 1000)
-    return replace(host(), name="many small splits", cores=8)
+def on(cut: bool) -> dict[str, Any]:
+    """Where a plan is made: with the keys cut into many splits, or into none."""
+    if cut:
+        return {"device": replace(host(), cores=8), "heuristics": SMALL_SPLITS}
+    return {"device": replace(host(), cores=1)}
 
 
 @pytest.mark.slow
 @pytest.mark.feature("M01", "T08", "T10")
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("number", range(len(TRIALS)))
-def test_results_of_heads_together(number: int, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where heads lie side by side, here wherever they lie."""
-    device = shorten(monkeypatch) if cut else replace(host(), cores=1)
-    monkeypatch.setattr(planning, "_decodes", lambda *_: True)
+def test_results_of_heads_together(number: int, cut: bool) -> None:
+    """Where heads lie side by side, here wherever they lie, and decoding costs nothing."""
+    usual = SMALL_SPLITS if cut else Heuristics()
+    free = replace(usual, decode_product=0, decode_sum=0, exponential=0)
+    options = {**on(cut), "heuristics": free}
     this = trial(number, "float32")
-    first = plan(this.problem, device, "forward", "interleaved").launches[0]
+    first = plan(this.problem, operation="forward", form="interleaved", **options).launches[0]
     assert first.heads_per_item == this.problem.heads_kv and first.heads == 1
-    run(this, numbers(this), "forward", "interleaved", device=device)
+    run(this, numbers(this), "forward", "interleaved", **options)
 
 
 @pytest.mark.feature("T02", "T08")
@@ -92,8 +89,9 @@ def test_heads_side_by_side_are_read_together(monkeypatch: pytest.MonkeyPatch) -
     for layout in LAYOUTS_OF_CALLS:
         calls.compile_ahead(registry.machine("cpu"), sizes, "forward", layout)
     assert forms == ["auto", "interleaved", "auto"]
-    assert splits.heads_per_item(sizes) == 4
-    assert splits.heads_per_item(problem(5, 300, 16, heads=(64, 32))) == 8, "of at most 128 rows"
+    assert KeySplitter(sizes, cores=4, lanes=16).heads_per_item == 4
+    many = KeySplitter(problem(5, 300, 16, heads=(64, 32)), cores=4, lanes=16)
+    assert many.heads_per_item == 8, "of at most 128 rows"
 
 
 def trial(number: int, dtype: str) -> Trial:
@@ -103,8 +101,11 @@ def trial(number: int, dtype: str) -> Trial:
     return Trial(sizes, layout, poisoned=number % 2 == 1)
 
 
-def kernels(sizes: Problem, device: Device, form: str = "auto") -> list[str]:
-    return [launch.spec.kernel for launch in plan(sizes, device, "forward", form).launches]
+def kernels(
+    sizes: Problem, device: Device, form: str = "auto", heuristics: Heuristics = DEFAULT
+) -> list[str]:
+    made = plan(sizes, device, "forward", form, heuristics=heuristics)
+    return [launch.spec.kernel for launch in made.launches]
 
 
 @pytest.mark.feature("M01", "M16", "T02", "T09", "T10")
@@ -123,11 +124,11 @@ def test_results(number: int, dtype: str) -> None:
 @pytest.mark.feature("M01", "M16", "T08", "T10")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("number", range(len(TRIALS)))
-def test_results_of_splits(number: int, dtype: str, small_splits: Device) -> None:
+def test_results_of_splits(number: int, dtype: str) -> None:
     this = trial(number, dtype)
     parts = ["decode_part", "merge"] if TRIALS[number][0] != "nothing" else ["decode"]
-    assert kernels(this.problem, small_splits, "decode") == parts
-    run(this, numbers(this), "forward", "decode", device=small_splits)
+    assert kernels(this.problem, form="decode", **on(True)) == parts
+    run(this, numbers(this), "forward", "decode", **on(True))
 
 
 @pytest.mark.slow
@@ -135,9 +136,8 @@ def test_results_of_splits(number: int, dtype: str, small_splits: Device) -> Non
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("memory", ["packed", "transposed"])
-def test_half_types(dtype: str, cut: bool, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_types(dtype: str, cut: bool, memory: str) -> None:
     """As exact as one rounding of the result in float64 allows, and float32 sums beside it."""
-    device = shorten(monkeypatch) if cut else replace(host(), cores=1)
     bits = {"float16": 11, "bfloat16": 8}[dtype]
     for heads, len_q, dims in (((2, 2), 1, (64, 64)), ((4, 1), 3, (77, 19)), ((2, 2), 1, (13, 7))):
         mask = causal() & local(150)
@@ -151,7 +151,7 @@ def test_half_types(dtype: str, cut: bool, memory: str, monkeypatch: pytest.Monk
             "o": half(np.zeros(want["o"].shape), dtype),
             "lse": np.zeros(want["lse"].shape, "f4"),
         }
-        made = plan(sizes, device, "forward", "decode")
+        made = plan(sizes, operation="forward", form="decode", **on(cut))
         assert len(made.launches) == 1 + cut
         buffers = {name: buffer(array) for name, array in {**stored, **got}.items()}
         dispatch.run(made, buffers)
@@ -170,7 +170,7 @@ def half(array: Array, dtype: str, memory: str = "packed") -> Array:
 # NaN, infinities, empty rows ------------------------------------------------------------------
 
 
-def results(sizes: Problem, operands: dict[str, Array], device: Device) -> dict[str, Array]:
+def results(sizes: Problem, operands: dict[str, Array], cut: bool) -> dict[str, Array]:
     shape = (sizes.batch, sizes.heads_q, sizes.len_q)
     got = {
         "o": np.full((*shape, sizes.dim_v), np.nan, sizes.dtype),
@@ -178,7 +178,7 @@ def results(sizes: Problem, operands: dict[str, Array], device: Device) -> dict[
     }
     buffers = {name: buffer(operands[name]) for name in ("q", "k", "v")}
     buffers |= {name: buffer(array) for name, array in got.items()}
-    dispatch.run(plan(sizes, device, "forward", "decode"), buffers)
+    dispatch.run(plan(sizes, operation="forward", form="decode", **on(cut)), buffers)
     return got
 
 
@@ -192,20 +192,17 @@ def few(mask: Rule, dtype: str = "float32", **changes: Any) -> Problem:
 @pytest.mark.feature("M01", "M15", "T07", "T09")
 @pytest.mark.parametrize("held", ["k", "v"])
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_bad_key_reaches_exactly_those_who_see_it(
-    cut: bool, held: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = shorten(monkeypatch) if cut else replace(host(), cores=1)
+def test_a_bad_key_reaches_exactly_those_who_see_it(cut: bool, held: str) -> None:
     mask = tilefold.dense(np.random.default_rng(3).random((3, 150)) < 0.4)
     sizes = few(mask)
     operands = inputs(sizes, "bhnd", "packed")
-    clean = results(sizes, operands, device)
+    clean = results(sizes, operands, cut)
     seen = mask.to_dense(3, 150)
     for value in (math.nan, math.inf, -math.inf):
         for key in (np.flatnonzero(seen[0] & ~seen[1])[0], 149):
             bad = {name: array.copy() for name, array in operands.items()}
             bad[held][1, 0, key, 2] = value
-            got = results(sizes, bad, device)
+            got = results(sizes, bad, cut)
             apart = np.ones((2, 4, 3), bool)
             apart[1, :2, seen[:, key]] = False
             want = dense(bad, mask, 0.5)
@@ -225,35 +222,29 @@ UNSEEN: dict[str, tuple[Rule, Array]] = {
 @pytest.mark.feature("M01", "M15", "T07")
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", UNSEEN)
-def test_what_no_query_sees_changes_nothing(
-    name: str, cut: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = shorten(monkeypatch) if cut else replace(host(), cores=1)
+def test_what_no_query_sees_changes_nothing(name: str, cut: bool) -> None:
     mask, unseen = UNSEEN[name]
     sizes = few(mask)
     operands = inputs(sizes, "bhnd", "packed")
-    clean = results(sizes, operands, device)
+    clean = results(sizes, operands, cut)
     for value in (math.nan, math.inf, -math.inf):
         for held in ("k", "v"):
             operands[held].transpose(0, 2, 1, 3)[unseen] = value
-        for result, array in results(sizes, operands, device).items():
+        for result, array in results(sizes, operands, cut).items():
             assert_same(f"{result} with {value}", array, clean[result])
 
 
 @pytest.mark.slow
 @pytest.mark.feature("T09", "T10")
 @pytest.mark.parametrize("cut", [False, True])
-def test_scores_of_minus_infinity_alone_have_no_mean(
-    cut: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_of_minus_infinity_alone_have_no_mean(cut: bool) -> None:
     """An empty row is 0 and -inf; one that sees scores of -inf alone is 0 / 0. Not so if split."""
-    device = shorten(monkeypatch) if cut else replace(host(), cores=1)
     sizes = few(lengths([150, 70]), scale=1.0)
     operands = inputs(sizes, "bhnd", "packed")
     operands["q"][...] = abs(operands["q"])
     operands["k"][0] = -math.inf
     operands["k"][1, :, :64] = -math.inf  # whole splits
-    got, want = results(sizes, operands, device), dense(operands, sizes.mask, 1.0)
+    got, want = results(sizes, operands, cut), dense(operands, sizes.mask, 1.0)
     assert np.isnan(got["o"][0]).all() and np.isfinite(got["o"][1]).all()
     for name in ("o", "lse"):
         assert_near(name, got[name], want[name], 1e-5 * 20)
@@ -262,14 +253,13 @@ def test_scores_of_minus_infinity_alone_have_no_mean(
 @pytest.mark.slow
 @pytest.mark.feature("T10")
 @pytest.mark.parametrize("cut", [False, True])
-def test_huge_scores_choose_one_key(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = shorten(monkeypatch) if cut else replace(host(), cores=1)
+def test_huge_scores_choose_one_key(cut: bool) -> None:
     for size in (1e4, 1e8, 1e30):
         sizes = few(full(), scale=1.0)
         operands = inputs(sizes, "bhnd", "packed")
         operands["q"][...] = operands["k"][...] = 0
         operands["q"][..., 0], operands["k"][..., 0] = size, np.arange(1, 151)
-        got = results(sizes, operands, device)
+        got = results(sizes, operands, cut)
         values = np.repeat(operands["v"][:, :, -1:], 2, axis=1)
         assert_near("o", got["o"], np.broadcast_to(values, got["o"].shape), 1e-6)
         assert_near("lse", got["lse"], np.full((2, 4, 3), 150 * size), 1e-5 * 150 * size)
@@ -282,7 +272,7 @@ def test_huge_scores_choose_one_key(cut: bool, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.feature("T08")
 @pytest.mark.parametrize("number", [0, 3, 5, 7])
 def test_the_same_bits_on_any_number_of_threads(
-    number: int, small_splits: Device, monkeypatch: pytest.MonkeyPatch
+    number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "_ALONE_FLOPS", 0)
     this = trial(number, "float32")
@@ -292,7 +282,7 @@ def test_the_same_bits_on_any_number_of_threads(
         found = []
         for count in (1, 2, 4, 3, 1):
             tilefold.set_num_threads(count)
-            found.append(run(this, given, "forward", "decode", device=small_splits))
+            found.append(run(this, given, "forward", "decode", **on(True)))
     finally:
         tilefold.set_num_threads(before)
     for again in found[1:]:
@@ -330,13 +320,10 @@ def touch(dtype: str) -> None:
     for number in range(len(TRIALS)):
         this = trial(number, dtype)
         given = numbers(this)
-        for shortened in (False, True):
-            with pytest.MonkeyPatch.context() as patch:
-                device = shorten(patch) if shortened else replace(host(), cores=1)
-                for side in SIDES:
-                    print(this, cut, f"page {side}", flush=True)
-                    with guarded(side) as memory:
-                        run(this, given, "forward", "decode", memory, device)
+        for split, side in itertools.product((False, True), SIDES):
+            print(this, split, f"page {side}", flush=True)
+            with guarded(side) as memory:
+                run(this, given, "forward", "decode", memory, **on(split))
 
 
 @pytest.mark.slow
@@ -373,7 +360,7 @@ def test_every_length_and_dim_around_a_vector() -> None:
 @pytest.mark.slow
 @pytest.mark.feature("T01")
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2"])
-def test_results_at_every_level(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_at_every_level(isa: str) -> None:
     try:
         lowered = host().lowered(isa)
     except ValueError as error:
@@ -382,9 +369,9 @@ def test_results_at_every_level(isa: str, monkeypatch: pytest.MonkeyPatch) -> No
         this = trial(number, ("float32", "float64")[number % 2])
         given = numbers(this)
         run(this, given, "forward", "decode", device=replace(lowered, cores=1))
-    device = replace(shorten(monkeypatch), isa=lowered.isa, features=lowered.features)
+    device = replace(lowered, cores=8)
     this = trial(3, "float32")
-    run(this, numbers(this), "forward", "decode", device=device)
+    run(this, numbers(this), "forward", "decode", device=device, heuristics=SMALL_SPLITS)
 
 
 @pytest.mark.slow
@@ -394,8 +381,8 @@ def test_results_at_every_level(isa: str, monkeypatch: pytest.MonkeyPatch) -> No
     reason=f"{' and '.join(MISSING)} not found; Debian has them in {PACKAGES}",
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_results_on_arm(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = shorten(monkeypatch)
+def test_results_on_arm(dtype: str, tmp_path: Path) -> None:
+    small = replace(host(), cores=8)
     features = "+neon,+fp-armv8"
     device = replace(small, isa="neon", triple="aarch64-linux-gnu", features=features)
     with emulated(tmp_path) as memory:
@@ -403,97 +390,4 @@ def test_results_on_arm(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             this = trial(number, dtype)
             given = numbers(this)
             for memory.side in SIDES:
-                run(this, given, "forward", "decode", memory, device)
-
-
-# Plans ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.feature("M07", "T08")
-def test_few_queries_are_decoded_and_many_are_not() -> None:
-    device = Device("cpu", "any", "avx512", "", "", cores=4)
-    for len_q, heads, expected in (
-        (1, (8, 8), "decode"),
-        (4, (8, 8), "decode"),
-        (1, (32, 8), "decode"),
-        (100, (8, 8), "forward"),
-        (1000, (8, 8), "forward"),
-    ):
-        sizes = problem(len_q, 5000, 64, heads=heads)
-        first = kernels(sizes, device)[0]
-        assert first.removesuffix("_part") == expected, (len_q, heads)
-        assert kernels(sizes, device, "tiled") == ["forward"]
-    with pytest.raises(ValueError, match=r"form 'decode' takes at most 128 queries .* got 1000"):
-        plan(problem(1000, 50, 64, heads=(1, 1)), device, "forward", "decode")
-
-
-@pytest.mark.feature("T08")
-def test_keys_are_split_where_heads_do_not_feed_the_cores() -> None:
-    def items(heads: int, len_k: int, cores: int, mask: Rule | None = None) -> list[int]:
-        device = Device("cpu", "any", "avx512", "", "", cores)
-        sizes = problem(1, len_k, 64, mask, heads=(heads, heads))
-        return [launch.items for launch in plan(sizes, device, "forward").launches]
-
-    assert items(8, 32768, cores=2) == [8]
-    assert items(1, 131072, cores=2) == [8, 1]
-    assert items(1, 131072, cores=4) == [16, 1]
-    assert items(3, 131072, cores=4) == [18, 3]
-    assert items(1, 131072, cores=1) == [1]
-    assert items(1, 500, cores=4) == [1], "too few keys to share"
-    assert items(1, 131072, cores=4, mask=causal() & local(400)) == [1], "as few are visited"
-
-
-@pytest.mark.feature("T07", "T08")
-def test_splits_share_what_is_visited() -> None:
-    """The first sequence is long, the second short: keys are classified 32 at a time."""
-    device = Device("cpu", "any", "avx512", "", "", cores=4)
-    mask = lengths([100000, 5000])
-    sizes = problem(1, 131072, 64, mask, batch=2, heads=(1, 1))
-    launch = plan(sizes, device, "forward").launches[0]
-    rows, runs = launch.runs.rows, launch.runs.runs
-    visited = [int((runs[a:b, 1] - runs[a:b, 0]).sum()) for a, b in itertools.pairwise(rows)]
-    first, second = visited[: launch.splits], visited[launch.splits :]
-    assert sum(first) == 100000 and sum(second) == second[0] == 5024
-    assert max(visited) <= 1.1 * 105024 / 16
-    order = [visited[row] for row in launch.order]
-    assert order == sorted(visited, reverse=True)
-
-
-def test_a_cut_keeps_every_element() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(100):
-        edges = np.sort(random.choice(1000, (3, 8), replace=False), axis=1).reshape(3, 4, 2)
-        counts = random.integers(0, 5, 3)
-        runs = [
-            (a, b, random.integers(2)) for row, n in enumerate(counts) for a, b in edges[row, :n]
-        ]
-        whole = Runs(
-            np.concatenate([[0], np.cumsum(counts)]),
-            np.array(runs, np.int64).reshape(-1, 3),
-            *(1, 3),
-        )
-        keys = int(random.integers(1, 400))
-        pieces = cut(whole, keys)
-        parts = pieces.block_rows
-        assert parts >= 1 and len(pieces.rows) == 3 * parts + 1
-        for row in range(3):
-            got = elements(pieces, row * parts, (row + 1) * parts)
-            assert got == elements(whole, row, row + 1)
-            for part in range(row * parts, (row + 1) * parts):
-                assert len(elements(pieces, part, part + 1)) <= keys
-
-
-def elements(runs: Runs, first: int, last: int) -> list[tuple[int, int]]:
-    """(element, masked) of some block rows, in order."""
-    rows = runs.runs[runs.rows[first] : runs.rows[last]]
-    return [(x, int(masked)) for a, b, masked in rows for x in range(a, b)]
-
-
-@pytest.mark.feature("M01")
-def test_scratch_does_not_grow_with_the_keys() -> None:
-    device = Device("cpu", "any", "avx512", "", "", cores=4)
-    short, long = (plan(problem(1, n, 64), device, "forward") for n in (300_000, 3_000_000))
-    for one, other in zip(short.launches, long.launches, strict=True):
-        assert one.spec == other.spec
-        assert workspace_bytes(one.spec) < 2**20
-    assert short.buffers == long.buffers
+                run(this, given, "forward", "decode", memory, device, SMALL_SPLITS)

@@ -22,7 +22,7 @@ from paths import finding
 from trial import LAYOUTS, PASSES, Trial, numbers, problem, run
 
 from tilefold import set_num_threads
-from tilefold.backends.cpu.kernels.arguments import OPERANDS
+from tilefold.backends.cpu.spec import KERNELS
 from tilefold.problems.attention import ITEM_BYTES
 
 PARTS = 8
@@ -120,7 +120,7 @@ def things(operation: str, form: str) -> list[str]:
         "fused": ["backward", "delta"],
         "parts": ["backward", "delta", "reduce_dq"],
     }[form]
-    operands = {name for kernel in kernels for name in OPERANDS[kernel]}
+    operands = {name for kernel in kernels for name in KERNELS[kernel].operands}
     lists = ["order", "rows", "runs", "table 0", "argument block", "workspace"]
     if form == "fused":  # the part of the one owner is dq
         operands = operands - {"dq_parts"} | {"dq"}

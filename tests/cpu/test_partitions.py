@@ -15,18 +15,18 @@ from trial import Trial, numbers, run
 
 from tilefold import Rule, causal, full, lengths, local, prefix
 from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.heuristics import DEFAULT
 from tilefold.backends.cpu.partitions import (
     FIRST_QUERY,
     FIRST_ROW,
     LAST_QUERY,
     LAST_ROW,
     PART,
-    PARTS_SHARE,
     KeyPartitioner,
     fastest,
     rows_of_parts,
 )
-from tilefold.backends.cpu.plan import Plan, plan
+from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.problems.attention import Problem
 
 MACHINE = Device("cpu", "described", "avx512", "", "", cores=4)
@@ -47,14 +47,14 @@ def problem(
     return Problem(**sizes | changes, mask=full() if mask is None else mask)
 
 
-def chosen(made: Plan) -> int:
+def chosen(made: CpuPlan) -> int:
     """How many owners each key head got; 0 where the form is split."""
     owners = {launch.spec.kernel: launch.item_rows for launch in made.launches}
     return owners.get("backward", SPLIT)
 
 
-def dealer_of(sizes: Problem) -> KeyPartitioner:
-    """Who deals a problem's keys on the described machine."""
+def partitioner_of(sizes: Problem) -> KeyPartitioner:
+    """The partitioner of a problem's keys on the described machine."""
     of_q, of_k = plan(sizes, MACHINE, "backward", "split").launches[1:]
     return KeyPartitioner(sizes, of_k.runs, of_q.spec.block_parallel, of_k.spec.block_parallel, 256)
 
@@ -95,7 +95,7 @@ def test_parts_of_a_window_are_small_so_it_feeds_many_cores() -> None:
 @pytest.mark.feature("M05")
 def test_faster_products_make_parts_dearer() -> None:
     sizes = problem(1, 2048)
-    slow = replace(dealer_of(sizes), row_bytes=0)
+    slow = replace(partitioner_of(sizes), row_bytes=0)
     fast = replace(slow, product=1 / 32)
     assert fastest(slow, 32, True)[0] == 32
     assert 4 < fastest(fast, 32, True)[0] < 32
@@ -134,7 +134,7 @@ def test_parts_are_bounded_by_the_arrays_of_the_call(cores: int, dtype: str) -> 
                 shape, kept = made.buffers["dq_parts"].shape, made.buffers["dq_parts"].dtype
                 assert kept == ("float64" if dtype == "float64" else "float32")
                 size = math.prod(shape) * np.dtype(kept).itemsize
-                assert size <= PARTS_SHARE * sizes.bytes("backward"), (sizes, shape)
+                assert size <= DEFAULT.parts_share * sizes.bytes("backward"), (sizes, shape)
 
 
 # Which keys and queries ------------------------------------------------------------------------
@@ -155,7 +155,7 @@ MASKS: dict[str, Rule] = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_owners_share_all_keys_and_hold_the_queries_that_these_meet(mask: str, owners: int) -> None:
     sizes = problem(2, (700, 900), MASKS[mask], batch=2)
-    partitioner = dealer_of(sizes)
+    partitioner = partitioner_of(sizes)
     dealt = partitioner.cut(owners)
     assert len(dealt) == owners
     assert dealt[0, FIRST_ROW] == 0 and dealt[-1, LAST_ROW] == partitioner.runs.block_rows
@@ -177,7 +177,7 @@ def test_owners_share_all_keys_and_hold_the_queries_that_these_meet(mask: str, o
 @pytest.mark.parametrize("mask", MASKS)
 def test_parts_lie_one_after_another_and_every_block_of_queries_finds_its_own(mask: str) -> None:
     sizes = problem(2, (700, 900), MASKS[mask], batch=2)
-    partitioner = dealer_of(sizes)
+    partitioner = partitioner_of(sizes)
     dealt = partitioner.cut(5)
     rows = [range(owner[FIRST_QUERY], owner[LAST_QUERY]) for owner in dealt]
     places = [
@@ -194,7 +194,7 @@ def test_parts_lie_one_after_another_and_every_block_of_queries_finds_its_own(ma
 @pytest.mark.feature("M01", "M05")
 def test_parts_of_a_window_hold_each_query_about_once() -> None:
     sizes = problem(1, 30000, causal() & local(256))
-    partitioner = dealer_of(sizes)
+    partitioner = partitioner_of(sizes)
     for owners in (2, 8, 60):
         rows = rows_of_parts(partitioner.cut(owners))
         assert rows <= 30000 + (owners - 1) * (256 + partitioner.block_q + 2 * partitioner.block_k)

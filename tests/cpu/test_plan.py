@@ -17,13 +17,13 @@ import tilefold
 from tilefold import Rule, causal, documents, full, local
 from tilefold.backends import calls
 from tilefold.backends.cpu import dispatch
-from tilefold.backends.cpu.choice import family
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import kernel, workspace_bytes
 from tilefold.backends.cpu.kernels import ir, work
 from tilefold.backends.cpu.plan import plan
 from tilefold.backends.cpu.runtime import CompileError
-from tilefold.backends.cpu.spec import DECODE, PARALLEL
+from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
 from tilefold.planning.visited import MASK_STEP
 from tilefold.problems import reference
@@ -88,7 +88,7 @@ def test_every_plan_fits_the_machine(isa: str) -> None:
                     for launch in planned(sizes, device, operation, form).launches:
                         spec = launch.spec
                         assert spec.lanes * computed == device.vector_bytes
-                        if spec.kernel in DECODE:  # no tile of registers
+                        if spec.row.by_query:  # no tile of registers
                             assert spec.rows >= 2 * length
                             assert spec.block_traverse % spec.lanes == 0
                             continue
@@ -96,7 +96,7 @@ def test_every_plan_fits_the_machine(isa: str) -> None:
                         assert held <= device.vector_registers, spec
                         assert spec.block_traverse % spec.rows == 0, spec
                         scores = spec.block_traverse * spec.block_parallel * computed
-                        table = family(sizes, device, spec.kernel)
+                        table = Chooser(sizes, device).family(spec.kernel)
                         assert scores <= table.scratch_bytes, spec
                         assert spec.block_traverse % table.traverse_step == 0, spec
 
@@ -234,13 +234,13 @@ def test_kernels_visit_the_tiles_of_the_plan_and_no_other(
             rows = runs[runs[:, 2] == masked]
             expected[masked] += 2 * 4 * (rows[:, 1] - rows[:, 0]).sum()  # alike in all heads
         if launch.spec.kernel == kernel_name:
-            traversed = 420 if PARALLEL[kernel_name] == "q" else 300
+            traversed = 420 if KERNELS[kernel_name].parallel == "q" else 300
             total += 2 * 4 * launch.block_rows * traversed
             tiles = sizes.mask.blocks(
                 *(300, 420),
                 *(
                     (launch.spec.block_parallel, MASK_STEP)
-                    if PARALLEL[kernel_name] == "q"
+                    if KERNELS[kernel_name].parallel == "q"
                     else (MASK_STEP, launch.spec.block_parallel)
                 ),
             )

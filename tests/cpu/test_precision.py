@@ -10,7 +10,7 @@ from amx import Amx
 from operands import Array, backward, forward, inputs
 
 from tilefold import causal, full
-from tilefold.backends.cpu.choice import multiplier
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.spec import FMA, Multiplier
 from tilefold.masks.position_rules import Rule
@@ -83,7 +83,7 @@ def test_what_multiplies() -> None:
     }
     for precision, expected in want.items():
         for device, products in zip((plain, pairs, tiles), expected, strict=True):
-            assert multiplier(problem(precision), device, "forward") == products
+            assert Chooser(problem(precision), device).multiplier("forward") == products
     for dtype, expected in {
         "float64": (FMA, FMA, FMA),
         "float16": (FMA, FMA, Multiplier("amx", 2)),
@@ -91,4 +91,4 @@ def test_what_multiplies() -> None:
     }.items():
         sizes = replace(problem("highest"), dtype=dtype)
         for device, products in zip((plain, pairs, tiles), expected, strict=True):
-            assert multiplier(sizes, device, "forward") == products
+            assert Chooser(sizes, device).multiplier("forward") == products

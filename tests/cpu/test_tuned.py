@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 import tilefold
-from tilefold.backends.cpu import choice, plan, tuned
+from tilefold.backends.cpu import plan, tuned
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
 from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
-from tilefold.masks.expression import split
+from tilefold.common.tuned_store import TunedFile
 from tilefold.masks.position_rules import Rule, causal, full, lengths, local
 from tilefold.measuring import workload
 from tilefold.problems import reference
@@ -31,9 +32,9 @@ OTHER = Blocks(RegisterTile(3, 1), 33)
 @pytest.fixture
 def cache(fresh_cache: Path) -> Iterator[Path]:
     """An empty cache, and no plan or winner remembered from before or left for later tests."""
-    tuned.forget()
+    tuned.STORE.forget()
     yield fresh_cache
-    tuned.forget()
+    tuned.STORE.forget()
 
 
 def problem(mask: Rule | None = None, length: int = 300, **changes: Any) -> Problem:
@@ -43,8 +44,7 @@ def problem(mask: Rule | None = None, length: int = 300, **changes: Any) -> Prob
 
 
 def key_of(problem: Problem, kernel: str = "forward", device: Device | None = None) -> Key:
-    skeleton, _, _ = split(problem.mask.bind(problem.len_q, problem.len_k))
-    return choice.winner_key(problem, device or host(), kernel, skeleton)
+    return Chooser(problem, device or host()).key(kernel)
 
 
 def winner(blocks: Blocks = OTHER, **changes: Any) -> TunedBlocks:
@@ -58,9 +58,9 @@ def winner(blocks: Blocks = OTHER, **changes: Any) -> TunedBlocks:
 
 
 def keep(problem: Problem, kernel: str = "forward", blocks: Blocks = OTHER) -> None:
-    table = Timed(choice.table_blocks(problem, host(), kernel), 2.0)
+    table = Timed(Chooser(problem, host()).table_blocks(kernel), 2.0)
     found = winner(blocks, table=table)
-    tuned.keep({(Processor.of(host()), key_of(problem, kernel)): found})
+    tuned.STORE.keep({(Processor.of(host()), key_of(problem, kernel)): found})
 
 
 def planned(problem: Problem, operation: str = "forward", **options: Any) -> dict[str, Blocks]:
@@ -80,13 +80,13 @@ def planned(problem: Problem, operation: str = "forward", **options: Any) -> dic
 def test_a_winner_overrides_the_table_and_is_overridden_by_the_caller(cache: Path) -> None:
     asked = problem()
     table = planned(asked)
-    assert table == {"forward": choice.table_blocks(asked, host(), "forward")}
+    assert table == {"forward": Chooser(asked, host()).table_blocks("forward")}
     keep(asked)  # the plan of the line above is remembered; it must not survive this
     assert planned(asked) == {"forward": OTHER}
     tile = FAMILIES[host().isa].tiles[0]
     assert planned(asked, tile=tile)["forward"].tile == tile
     assert planned(asked, block_traverse=66)["forward"] == replace(OTHER, block_traverse=66)
-    assert tuned.forget() == 1
+    assert tuned.STORE.forget() == 1
     assert planned(asked) == table
 
 
@@ -181,35 +181,33 @@ def test_a_call_that_was_made_before_takes_the_winner(cache: Path) -> None:
 # The file --------------------------------------------------------------------------------------
 
 
-def test_the_file_is_beside_the_kernels_and_is_read_once(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_is_beside_the_kernels_and_is_read_once(cache: Path) -> None:
     keep(problem())
-    assert tuned.path() == cache / "tuned.json"
-    kept = tuned.load()
-    assert kept.problem is None and [found.best.blocks for found in kept.winners.values()] == [
-        OTHER
-    ]
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", lambda _: pytest.fail("read again"))
-        for length in range(300, 310):
-            assert planned(problem(length=length))["forward"] == OTHER
+    assert tuned.STORE.path == cache / "tuned.json"
+    kept = tuned.STORE.load()
+    assert kept.problem is None
+    assert [found.best.blocks for found in kept.entries.values()] == [OTHER]
+    tuned.STORE.path.unlink()  # whoever read it again would find nothing
+    for length in range(300, 310):
+        assert planned(problem(length=length))["forward"] == OTHER
+    assert tuned.STORE.load() is kept
 
 
 def test_winners_of_others_stay(cache: Path) -> None:
     elsewhere = replace(Processor.of(host()), name="another")
-    tuned.keep({(elsewhere, key_of(problem())): winner()})
+    tuned.STORE.keep({(elsewhere, key_of(problem())): winner()})
     assert planned(problem())["forward"] != OTHER
     keep(problem(dim=24))
     keep(problem(dim=24), blocks=Blocks(RegisterTile(2, 1), 20))
-    assert len(tuned.load().winners) == 2
+    assert len(tuned.STORE.load().entries) == 2
 
 
 @pytest.mark.slow
 def test_another_process_reads_it(cache: Path) -> None:
     keep(problem(dim_v=16))
     code = (
-        "from tilefold import full, plan; from tilefold.backends.cpu.device import host;"
+        "from tilefold import full; from tilefold.backends.cpu import plan;"
+        "from tilefold.backends.cpu.device import host;"
         "from tilefold.problems.attention import Problem;"
         "made = plan.plan(Problem(1, 2, 2, 300, 96, 16, 16, 'float32', 0.25, full()), host(),"
         " 'forward'); spec = made.launches[0].spec;"
@@ -238,11 +236,11 @@ def test_a_damaged_file_is_left_out_with_a_reason(cache: Path, content: bytes) -
     asked = problem()
     keep(asked)
     damage(cache, content)
-    assert planned(asked)["forward"] == choice.table_blocks(asked, host(), "forward")
-    said = tuned.load().problem
+    assert planned(asked)["forward"] == Chooser(asked, host()).table_blocks("forward")
+    said = tuned.STORE.load().problem
     assert said == f"{cache / 'tuned.json'} is not a file of this version's winners"
     keep(asked)  # and is replaced by the next measurement
-    assert tuned.load().problem is None
+    assert tuned.STORE.load().problem is None
     assert planned(asked)["forward"] == OTHER
 
 
@@ -251,7 +249,7 @@ def test_a_file_that_cannot_be_read_is_left_out_with_a_reason(cache: Path) -> No
     (cache / "tuned.json").unlink()
     (cache / "tuned.json").mkdir()
     reread()
-    assert "cannot be read" in str(tuned.load().problem)
+    assert "cannot be read" in str(tuned.STORE.load().problem)
     assert planned(problem())["forward"] != OTHER
     (cache / "tuned.json").rmdir()
 
@@ -291,7 +289,7 @@ def test_an_entry_that_is_wrong_is_left_out_alone(cache: Path, place: str, value
         inside = inside[name]
     inside[last] = value
     damage(cache, json.dumps(document).encode())
-    assert tuned.load().problem == f"1 of the winners in {file} cannot be used"
+    assert tuned.STORE.load().problem == f"1 of the winners in {file} cannot be used"
     assert planned(problem())["forward"] != OTHER
     assert planned(problem(dim=24))["forward"] == OTHER
 
@@ -302,7 +300,7 @@ def test_an_entry_without_a_field_is_left_out(cache: Path) -> None:
     for name in [*document["winners"][0]]:
         shorter = {k: v for k, v in document["winners"][0].items() if k != name}
         damage(cache, json.dumps(document | {"winners": [shorter, 7, None]}).encode())
-        assert tuned.load() == tuned.TunedFile(
+        assert tuned.STORE.load() == TunedFile(
             {}, f"3 of the winners in {cache / 'tuned.json'} cannot be used"
         )
 
@@ -322,4 +320,4 @@ def damage(folder: Path, content: bytes) -> None:
 
 def reread() -> None:
     """As in a new process."""
-    tuned._changed()
+    tuned.STORE.reread()

@@ -135,6 +135,8 @@ ARITHMETIC = (
         ("lambda: causal()", "column 1: expected a rule, got `lambda: causal()`"),
         ("[causal()][0]", "column 1: expected a rule, got `[causal()][0]`"),
         ("causal().bind(3, 3)", "column 1: expected a rule, got `causal().bind(3, 3)`"),
+        ("causal().windows(3, 3)", "column 1: expected a rule, got `causal().windows(3, 3)`"),
+        ("causal.window(3, 3)", "column 1: a rule is called: write causal(...)"),
         ("causal.__class__()", "column 1: expected a rule, got `causal.__class__()`"),
         ("__import__('os').system('true')", "column 1: expected a rule, got `__import__('os')"),
         ("eval('causal()')", f"column 1: unknown rule eval; {KNOWN}"),

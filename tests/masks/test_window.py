@@ -100,7 +100,9 @@ def test_a_piece_prints_as_it_is_made_and_reads_back(made: Rule, text: str) -> N
 
 
 def test_pieces_are_equal_by_rule_lengths_and_place() -> None:
-    make: Callable[..., Rule] = lambda **at: documents([1, 2, 3, 4]).window(4, 4, **at)  # noqa: E731
+    def make(**start: int) -> Rule:
+        return documents([1, 2, 3, 4]).window(4, 4, **start)
+
     assert make(q0=2) == make(q0=2)
     assert hash(make(q0=2)) == hash(make(q0=2))
     others = (make(), make(k0=2), documents([1, 2, 3, 5]).window(4, 4, q0=2))

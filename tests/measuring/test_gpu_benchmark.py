@@ -40,8 +40,8 @@ from gpu_parts import (  # noqa: E402
 )
 from gpu_parts.section import INTERPRETED, Here, Section, Settings, Stage  # noqa: E402
 
-from tilefold.backends.triton import source  # noqa: E402
-from tilefold.backends.triton.plan import PACKED_QUERIES  # noqa: E402
+from tilefold.backends.triton.heuristics import DEFAULT  # noqa: E402
+from tilefold.backends.triton.spec import KERNELS  # noqa: E402
 from tilefold.problems.attention import Problem  # noqa: E402
 
 
@@ -210,7 +210,7 @@ def test_conformance_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = conformance.measure(name, here())
     assert row["failures"] == {}
     assert {"forward tiled", "backward split", "backward fused"} <= {*row["ran"]}
-    assert ("forward decode" in row["ran"]) == (TINY[name][0].shape[0] <= PACKED_QUERIES)
+    assert ("forward decode" in row["ran"]) == (TINY[name][0].shape[0] <= DEFAULT.packed_queries)
     assert "forward hopper" in row["absent"]
 
 
@@ -466,7 +466,7 @@ def test_a_document_becomes_pictures(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.feature("S06", "S07")
 def test_the_page_names_kernels_and_commands_that_there_are() -> None:
     page = (ROOT / "docs" / "profiling.md").read_text(encoding="utf-8")
-    entries = {f"tilefold_{operation}" for operation in source.EMITTERS}
+    entries = {f"tilefold_{operation}" for operation in KERNELS}
     assert set(re.findall(r"tilefold_[a-z]\w+", page)) == entries | {"tilefold_forward_hopper"}
     commands = re.findall(r"gpu\.py (-.*?)(?: +#.*)?$", page, re.MULTILINE)
     assert len(commands) == 3

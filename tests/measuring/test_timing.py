@@ -11,7 +11,7 @@ import pytest
 from tilefold.backends.cpu import peak, threads
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import plan
-from tilefold.backends.cpu.spec import PARALLEL
+from tilefold.backends.cpu.spec import KERNELS
 from tilefold.masks import parse
 from tilefold.masks.runs import runs
 from tilefold.measuring import baselines, timing, workload
@@ -33,25 +33,25 @@ def problem(mask: str = "full()", **changes: Any) -> Problem:
 @pytest.mark.parametrize("dim", [1, 64, 80, 256])
 def test_instruction_counts_are_those_of_the_model(dim: int) -> None:
     n = 1000
-    assert roofline.instruction_count("forward", n * n, dim) == (2 * dim + 5) * n * n
-    assert roofline.instruction_count("backward_dq", n * n, dim) == (3 * dim + 5) * n * n
-    assert roofline.instruction_count("backward_dkv", n * n, dim) == (4 * dim + 5) * n * n
-    assert roofline.instruction_count("backward", n * n, dim) == (5 * dim + 5) * n * n
+    assert roofline.instruction_count(KERNELS["forward"], n * n, dim) == (2 * dim + 5) * n * n
+    assert roofline.instruction_count(KERNELS["backward_dq"], n * n, dim) == (3 * dim + 5) * n * n
+    assert roofline.instruction_count(KERNELS["backward_dkv"], n * n, dim) == (4 * dim + 5) * n * n
+    assert roofline.instruction_count(KERNELS["backward"], n * n, dim) == (5 * dim + 5) * n * n
 
 
 @pytest.mark.feature("M10")
 def test_instruction_counts_tell_dim_from_dim_v() -> None:
-    assert roofline.instruction_count("forward", 1, 10, 3) == 10 + 3 + 5
-    assert roofline.instruction_count("backward_dkv", 1, 10, 3) == 2 * 10 + 2 * 3 + 5
-    with pytest.raises(ValueError, match=r"operation is 'delta'; allowed are forward,"):
-        roofline.instruction_count("delta", 1, 10)
+    assert roofline.instruction_count(KERNELS["forward"], 1, 10, 3) == 10 + 3 + 5
+    assert roofline.instruction_count(KERNELS["backward_dkv"], 1, 10, 3) == 2 * 10 + 2 * 3 + 5
+    with pytest.raises(ValueError, match="delta multiplies no pairs"):
+        roofline.instruction_count(KERNELS["delta"], 1, 10)
 
 
 @pytest.mark.feature("M10")
 def test_bounds_follow_from_the_rates() -> None:
     rates = roofline.Rates("a machine", "float32", 1, 1e9, 1e6, 1e3)
     asked = problem(len_q=100, len_k=50)
-    least = roofline.bounds(asked, "forward", 10_000, rates)
+    least = roofline.bounds(asked, KERNELS["forward"], 10_000, rates)
     assert least.arithmetic_seconds == 2 * 10_000 * 32 / 1e9
     assert least.exponential_seconds == 10_000 / 1e6
     q, k, v, o, lse = 3200, 1600, 1600, 3200, 200
@@ -119,7 +119,7 @@ def test_computed_pairs_are_those_of_the_tiles_in_the_plan(mask: str, parallel: 
 def test_a_plan_computes_little_more_than_what_is_visible() -> None:
     asked = problem("causal() & local(256)", len_q=8192, len_k=8192)
     (launch,) = plan(asked, host(), "forward").launches
-    parallel = PARALLEL["forward"]
+    parallel = KERNELS["forward"].parallel
     computed = roofline.computed_pairs(asked, parallel, launch.runs, launch.spec.block_parallel)
     assert roofline.visible_pairs(asked) < computed < 1.5 * roofline.visible_pairs(asked)
 
@@ -354,5 +354,5 @@ def test_no_measured_time_beats_the_roofline() -> None:
     asked = problem(len_q=512, len_k=512, dim=64, dim_v=64)
     (row,) = timing.measure(Case(asked, threads=1), seconds=0.05)
     rates = peak.rates(host(), "float32", 1, again=True)
-    least = roofline.bounds(asked, "forward", row.pairs, rates)
+    least = roofline.bounds(asked, KERNELS["forward"], row.pairs, rates)
     assert least.seconds < 1.1 * min(row.seconds)  # 1.1: the two are measured one after the other

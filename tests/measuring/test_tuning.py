@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tilefold import cli
-from tilefold.backends.cpu import choice, peak, plan, tuned
+from tilefold.backends.cpu import peak, plan, tuned
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
 from tilefold.backends.cpu.tuned import Blocks
@@ -28,9 +29,9 @@ Model = Callable[[Blocks], float]
 @pytest.fixture
 def cache(fresh_cache: Path) -> Iterator[Path]:
     """An empty cache, and no plan or winner remembered from before or left for later tests."""
-    tuned.forget()
+    tuned.STORE.forget()
     yield fresh_cache
-    tuned.forget()
+    tuned.STORE.forget()
 
 
 def case(operation: str = "forward", mask: str = "full()", **changes: Any) -> Case:
@@ -96,7 +97,7 @@ def test_the_row_of_every_plan_is_in_the_table(isa: str, operation: str) -> None
             asked = case(len_q=length, len_k=length, dtype=dtype).problem
             form = "tiled" if operation == "forward" else "auto"
             for launch in plan.plan(asked, device, operation, form).launches:
-                found = choice.table_blocks(asked, device, launch.spec.kernel)
+                found = Chooser(asked, device).table_blocks(launch.spec.kernel)
                 assert FAMILIES[device.isa].row(found.tile) is not None
                 assert launch.spec.block_traverse == found.block_traverse
 
@@ -115,7 +116,7 @@ def test_the_fastest_candidate_wins_and_the_others_are_priced(timed: Any) -> Non
 
     stages = timed(model)
     (found,) = tuning.tune(case(), seconds=1)
-    table = choice.table_blocks(case().problem, host(), "forward")
+    table = Chooser(case().problem, host()).table_blocks("forward")
     assert found.table == table
     assert all(stage[0] == str(table) for stage in stages)  # in every round, the first one too
     best = min((trial.blocks for trial in found.trials), key=model)
@@ -134,15 +135,15 @@ def test_the_fastest_candidate_wins_and_the_others_are_priced(timed: Any) -> Non
 def test_the_table_stays_unless_others_are_clearly_faster(
     timed: Any, gain: float, wins: bool
 ) -> None:
-    table = choice.table_blocks(case().problem, host(), "forward")
+    table = Chooser(case().problem, host()).table_blocks("forward")
     timed(lambda candidate: 1.0 if candidate == table else 1.0 - gain)
     (found,) = tuning.tune(case(), seconds=1)
     assert (found.best.blocks != table) == wins
 
 
-def test_noise_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_does_not_win() -> None:
     """Fast in most rounds of a stage, but not in the last; or in the median, but not surely."""
-    table = choice.table_blocks(case().problem, host(), "forward")
+    table = Chooser(case().problem, host()).table_blocks("forward")
     noisy = [0.5, 0.5, 0.5, 1.5, 1.5]
     stages: list[int] = []
 
@@ -153,19 +154,18 @@ def test_noise_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
         once = [0.5] * 5 if len(stages) < tuning.STAGES else noisy
         return {name: [1.0] * 5 if blocks(name) == table else once for name in calls}
 
-    monkeypatch.setattr(tuning, "turn_by_turn", turns)
-    (found,) = tuning.tune(case(), seconds=1)
+    (found,) = tuning.tune(case(), seconds=1, turns=turns)
     assert found.trials[0].ratio == 0.5 and found.trials[0].share == 0.6
     assert found.best.blocks == table
     assert stages == [tuning.LEAST_ROUNDS] * 2 + [tuning.LEAST_LAST_ROUNDS]
     noisy[3] = 0.5
     stages.clear()
-    (found,) = tuning.tune(case(), seconds=1)
+    (found,) = tuning.tune(case(), seconds=1, turns=turns)
     assert found.best.blocks != table
 
 
-def test_only_the_last_stage_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = choice.table_blocks(case().problem, host(), "forward")
+def test_only_the_last_stage_decides() -> None:
+    table = Chooser(case().problem, host()).table_blocks("forward")
     stages: list[list[str]] = []
 
     def turns(calls: Mapping[str, Call], **limits: Any) -> dict[str, list[float]]:
@@ -174,16 +174,15 @@ def test_only_the_last_stage_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         time = 0.9 if len(stages) < tuning.STAGES else 1.1  # the table looked slow at first
         return {name: [1.0 if blocks(name) == table else time] * 3 for name in calls}
 
-    monkeypatch.setattr(tuning, "turn_by_turn", turns)
-    (found,) = tuning.tune(case(), seconds=1)
+    (found,) = tuning.tune(case(), seconds=1, turns=turns)
     assert min(trial.ratio for trial in found.trials) == 0.9
     assert found.best.blocks == table
     assert {str(trial.blocks) for trial in found.trials if trial.last} == set(stages[-1])
 
 
-def test_a_clock_that_drifts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_drifts_changes_nothing() -> None:
     """Ratios are of one round; medians of each candidate alone would be those of the drift."""
-    table = choice.table_blocks(case().problem, host(), "forward")
+    table = Chooser(case().problem, host()).table_blocks("forward")
     drift = [1.0, 10.0, 100.0, 1000.0, 1e4]
 
     def turns(calls: Mapping[str, Call], **limits: Any) -> dict[str, list[float]]:
@@ -194,8 +193,7 @@ def test_a_clock_that_drifts_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
         times[str(table)] = drift
         return {name: times[name][:1] if limits.get("most") == 1 else drift for name in times}
 
-    monkeypatch.setattr(tuning, "turn_by_turn", turns)
-    (found,) = tuning.tune(case(), seconds=1)
+    (found,) = tuning.tune(case(), seconds=1, turns=turns)
     assert {trial.ratio for trial in found.trials} == {1.0}
 
 
@@ -284,7 +282,7 @@ def test_the_winner_is_shown_kept_and_used(
 def test_a_dry_run_keeps_nothing(cache: Path, narrow_wins: None, capsys: Any) -> None:
     assert cli.main([*TINY, "--dry-run"]) == 0
     assert "nothing kept" in capsys.readouterr().out
-    assert not tuned.load().winners
+    assert not tuned.STORE.load().entries
     assert not (cache / "tuned.json").exists()
 
 
@@ -294,10 +292,10 @@ def test_precision_and_what_multiplies_are_said(cache: Path, timed: Any, capsys:
     said = capsys.readouterr().out
     assert "forward 1,2,300,16 float32 (medium) full()" in said
     assert "forward 1,2,300,16 float64 full()" in said  # which has one precision
-    units = {key.dtype: key.unit for _, key in tuned.load().winners}
+    units = {key.dtype: key.unit for _, key in tuned.STORE.load().entries}
     medium = case(precision="medium").problem
     assert units == {
-        "float32": choice.multiplier(medium, host(), "forward").unit,
+        "float32": Chooser(medium, host()).multiplier("forward").unit,
         "float64": "fma",
     }
 

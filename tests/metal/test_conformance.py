@@ -9,13 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import compare
+import metal
 import numpy as np
 import pytest
 from cases import Case
-from compare import HALVES, assert_near, assert_same, dense, tolerances
+from compare import HALVES, assert_same, dense, tolerances
+from conformance import assert_conforms
 from metal import FAMILIES, backward, forward, machine
 from metal_cases import CASES
-from operands import inputs, place
+from operands import inputs
 
 from tilefold.backends.cpu.device import host
 from tilefold.backends.metal import dispatch
@@ -43,26 +45,7 @@ def trials() -> list[Any]:
 @pytest.mark.feature("M01", "M02", "M03", "M04", "M05", "M06", "M16", "J03")
 @pytest.mark.parametrize(("family", "dtype", "case"), trials())
 def test_attention_and_its_gradients(family: str, dtype: str, case: Case) -> None:
-    """With outputs that lie as oddly as the inputs, and nothing written around them."""
-    on = machine(family)
-    problem = case.problem(dtype)
-    operands = inputs(problem, case.layout, case.memory)
-    want = dense(operands, problem.mask, problem.scale)
-    tolerance = tolerances(problem, operands, want, host_pairs=False)
-    got = forward(problem, operands, on)
-    for name, array in got.items():
-        assert_near(name, array, want[name], tolerance[name])
-    memory = "packed" if case.memory in ("broadcast", "misaligned") else case.memory
-    into = {
-        f"d{name}": place(operands[name].shape, dtype, case.layout, memory)
-        for name in ("q", "k", "v")
-    }
-    outputs = {name: placed.array for name, placed in into.items()}
-    made = plan(problem, family, "backward")
-    dispatch.execute(made, on, {**operands, **got, **outputs})
-    for name, array in outputs.items():
-        assert into[name].untouched(), f"the kernel wrote around {name}"
-        assert_near(name, array, want[name], tolerance[name])
+    assert_conforms(metal, machine(family), case.problem(dtype), case)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -12,8 +12,9 @@ from metal import forward, machine
 from operands import inputs
 
 from tilefold import causal, lengths
-from tilefold.backends.metal import plan as planning
-from tilefold.backends.metal.plan import plan
+from tilefold.backends.metal.families import family
+from tilefold.backends.metal.heuristics import Heuristics
+from tilefold.backends.metal.plan import Planner, plan
 from tilefold.problems.attention import Problem
 
 pytestmark = pytest.mark.slow  # each launch is a process, each kernel a run of a C++ compiler
@@ -48,7 +49,7 @@ def test_results_of_splits(number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.feature("M07")
-def test_results_depend_on_the_splits_only_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_depend_on_the_splits_only_by_rounding() -> None:
     """From a split of one tile to one of all keys, with the same kernel."""
     case = TRIALS[0][2]
     problem = case.problem("float32")
@@ -57,14 +58,13 @@ def test_results_depend_on_the_splits_only_by_rounding(monkeypatch: pytest.Monke
     tolerance = tolerances(problem, operands, want, host_pairs=False)
     counts = []
     for keys in (32, 96, 1024):
-        monkeypatch.setattr(planning, "KEYS_PER_SPLIT", keys)
-        planning._recent.clear()
-        counts.append(plan(problem, "apple9", "forward").launches[0].splits)
-        first, again = (forward(problem, operands, machine("apple9")) for _ in range(2))
+        splitting = Heuristics(keys_per_split=keys)
+        made = Planner(problem, family("apple9"), heuristics=splitting).plan("forward")
+        counts.append(made.launches[0].splits)
+        first, again = (forward(problem, operands, machine("apple9"), made=made) for _ in range(2))
         for name in ("o", "lse"):
             assert_near(f"{name}, {keys} keys", first[name], want[name], tolerance[name])
             assert_same(name, first[name], again[name])
-    planning._recent.clear()
     assert counts == [22, 8, 1]
 
 

@@ -26,6 +26,7 @@ from tilefold import cli
 from tilefold.backends.metal import emulate, gated, runtime
 from tilefold.backends.metal.kernels import tensorops
 from tilefold.backends.metal.runtime import Mps
+from tilefold.backends.metal.spec import KERNELS as METAL_KERNELS
 from tilefold.commands import metal
 from tilefold.implementations import torch as ways
 from tilefold.measuring import baselines, metal_selftest, metal_utilisation
@@ -240,7 +241,7 @@ def test_on_a_mac_all_is_measured_shown_and_written(
         *("forward", "backward_dq", "backward_dkv"),
         *("native forward", "native backward"),
     }
-    count = roofline.instruction_count("backward_dkv", 2 * 40 * 40, 128)
+    count = roofline.instruction_count(METAL_KERNELS["backward_dkv"], 2 * 40 * 40, 128)
     assert count in [row["instructions"] for row in rows]
     assert len(document["notes"]) == 2
     assert document["gpu"]["name"] == "Apple M4"

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.matmul import calls, gemm, rows
-from tilefold.backends.metal.matmul.gemm import GemmBlocks, GemmSpec
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
+from tilefold.backends.metal.matmul.spec import GemmBlocks, GemmSpec
 from tilefold.common import disk_cache
 
 Array = NDArray[Any]
@@ -148,7 +148,12 @@ def ones(*shape: int, dtype: str = "float32") -> Array:
             TypeError,
             "bias must be float32 as the result is",
         ),
-        ((ones(2, 3), ones(3, 2)), {"bias": ones(2), "bias_axis": "k"}, ValueError, "bias must be"),
+        (
+            (ones(2, 3), ones(3, 2)),
+            {"bias": ones(2), "bias_axis": "k"},
+            ValueError,
+            "bias_axis must",
+        ),
         ((ones(2, 3), ones(3, 2)), {"activation": "sine"}, ValueError, "activation must be None"),
         (([[1.0]], ones(1, 1)), {}, TypeError, "a must be a NumPy array or a tensor"),
     ],

@@ -15,20 +15,21 @@ from hypothesis import strategies as st
 
 from tilefold import causal, documents, full, local
 from tilefold.backends.metal import choice, families, tables
-from tilefold.backends.metal.choice import LEAVING, choose
+from tilefold.backends.metal.choice import choose
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.families import FAMILIES, family
+from tilefold.backends.metal.heuristics import DEFAULT, Heuristics
 from tilefold.backends.metal.kernels.msl import BYTES
-from tilefold.backends.metal.plan import FEW_QUERIES, KEYS_PER_SPLIT, MANY_KEYS, Launch, plan
+from tilefold.backends.metal.plan import Launch, Planner, plan
 from tilefold.backends.metal.source import emit
-from tilefold.backends.metal.spec import PARALLEL, RESIDENT, SUMS, Blocks, whole
+from tilefold.backends.metal.spec import KERNELS, SUMS, Blocks, whole
 from tilefold.masks.runs import Runs
 from tilefold.planning import tiles as visits
 from tilefold.planning.tiles import runs_to_tiles
 from tilefold.problems.attention import Problem
 
 DTYPES = ("float32", "float16", "bfloat16")
-KERNELS = ("forward", "backward_dq", "backward_dkv")
+TILED = ("forward", "backward_dq", "backward_dkv")
 
 
 @pytest.mark.feature("M07")
@@ -42,12 +43,12 @@ def test_examples(module: object) -> None:
 def test_there_are_twelve_tables_in_the_order_of_their_dims() -> None:
     count = 0
     for gpu in ("apple7", "apple9"):
-        for kernel in KERNELS:
+        for kernel in TILED:
             for dtype in ("float32", "float16"):
                 rows = tables.table(gpu, kernel, dtype)
                 dims = [row.dim for row in rows]
                 assert dims == sorted(set(dims)) and dims[-1] == 384
-                assert all(set(row.cached) <= set(RESIDENT[kernel]) for row in rows)
+                assert all(set(row.cached) <= set(KERNELS[kernel].resident) for row in rows)
                 assert all(row.blocks.parallel == (32 if gpu == "apple7" else 16) for row in rows)
                 assert not rows[-1].cached
                 count += 1
@@ -62,7 +63,7 @@ def test_there_are_twelve_tables_in_the_order_of_their_dims() -> None:
 @settings(deadline=None)
 @given(
     st.sampled_from(sorted(FAMILIES)),
-    st.sampled_from(sorted(RESIDENT)),
+    st.sampled_from(sorted(KERNELS)),
     st.sampled_from(DTYPES),
     st.integers(1, 1024),
     st.integers(1, 1024),
@@ -83,7 +84,7 @@ def test_every_choice_fits_its_gpu(
             columns = whole(width if operand in ("v", "o", "do", "dv") else dim)
             narrow = operand not in SUMS and dtype != "float32" and (gpu.bfloat or "b" not in dtype)
             assert held[operand] == columns // 4 * (2 if narrow else 4)
-        assert ("spill" in held) == (not {*RESIDENT[kernel]} & {*SUMS} <= {*made.cached})
+        assert ("spill" in held) == (not {*KERNELS[kernel].resident} & {*SUMS} <= {*made.cached})
 
 
 @pytest.mark.slow
@@ -116,10 +117,10 @@ def test_the_text_declares_what_the_choice_counted(name: str, dtype: str) -> Non
 def test_what_leaves_the_registers_leaves_in_order_and_says_why() -> None:
     found = []
     for dim in (96, 128, 192, 400):
-        for kernel in KERNELS:
+        for kernel in TILED:
             made = choose(family("apple7"), kernel, "bfloat16", dim, dim)
             gone = [operand for operand, _ in made.evicted]
-            assert gone == [operand for operand in LEAVING[kernel] if operand in gone]
+            assert gone == [operand for operand in KERNELS[kernel].leaving if operand in gone]
             for operand, reason in made.evicted:
                 assert f"  {operand} leaves the registers: {reason}" in made.explain()
                 found.append((dim, kernel, operand))
@@ -186,14 +187,14 @@ def test_every_block_row_has_one_threadgroup_in_each_head(name: str) -> None:
     kernels = []
     for launch in all_launches(problem(causal() & local(100)), name):
         spec = launch.spec
-        length, heads = (300, 4) if PARALLEL[spec.kernel] == "q" else (420, 2)
+        length, heads = (300, 4) if spec.row.parallel == "q" else (420, 2)
         rows = -(-length // spec.blocks.parallel)
         assert launch.grid == (rows, heads, 2)
         assert launch.threads == (rows * spec.threads, heads, 2)
         assert sorted(launch.order) == list(range(rows))
         assert np.all(np.diff(launch.runs.met[launch.order]) <= 0)
         kernels.append(spec.kernel)
-    assert kernels == list(KERNELS)
+    assert kernels == list(TILED)
 
 
 @pytest.mark.slow
@@ -204,7 +205,7 @@ def test_block_rows_visit_what_the_rule_shows_and_little_else(rule: str) -> None
     asked = problem(mask)
     visible = mask.to_dense(300, 420, 2, 4)
     for launch in all_launches(asked, "apple9"):
-        over_q = PARALLEL[launch.spec.kernel] == "q"
+        over_q = launch.spec.row.parallel == "q"
         seen = visible if over_q else visible.swapaxes(2, 3)
         runs, width = launch.runs, launch.spec.blocks.parallel
         for b in range(runs.planes_b):
@@ -271,18 +272,18 @@ def test_a_narrow_window_is_one_tile() -> None:
 
 
 @pytest.mark.feature("M01", "M04")
-def test_scratch_is_a_number_per_row_and_the_pages_of_sums() -> None:
+def test_scratch_is_an_element_per_row_and_the_spilled_sums() -> None:
     for name in ("apple7", "apple9"):
         assert not plan(problem(), name, "forward").buffers
         buffers = plan(problem(), name, "backward").buffers
         assert buffers["delta"].shape == (2, 4, 300) and buffers["delta"].dtype == "float32"
         for sum_, shape in (("dk_spill", (2, 2, 420, 24)), ("dv_spill", (2, 2, 420, 40))):
-            paged = (
+            spilled = (
                 sum_.removesuffix("_spill")
                 not in plan(problem(), name, "backward").launches[1].spec.cached
             )
-            assert (sum_ in buffers) == paged
-            assert not paged or buffers[sum_].shape == shape
+            assert (sum_ in buffers) == spilled
+            assert not spilled or buffers[sum_].shape == shape
     wide = {"q": (2, 4, 300, 400), "k": (2, 2, 420, 400), "v": (2, 2, 420, 500)}
     assert plan(problem(**wide), "apple9", "forward").buffers["o_spill"].shape == (2, 4, 300, 500)
     assert plan(problem(**wide), "apple9", "backward").buffers.keys() == {
@@ -317,13 +318,13 @@ def test_a_plan_is_overridden_by_kernel_and_kept() -> None:
         ({"operation": "training"}, "operation must be"),
         ({"form": "fused"}, "form must be"),
         ({"operation": "backward", "form": "decode"}, "form must be 'auto' or 'tiled', got 'deco"),
-        ({"blocks": {"dq": blocks}}, "operation of blocks must be 'forward', .*, got 'dq'"),
-        ({"cached": {"dkv": ("k",)}}, "operation of cached must be 'forward', .*, got 'dkv'"),
+        ({"blocks": {"dq": blocks}}, "a kernel of blocks must be 'forward', .*, got 'dq'"),
+        ({"cached": {"dkv": ("k",)}}, "a kernel of cached must be 'forward', .*, got 'dkv'"),
     ):
         with pytest.raises(ValueError, match=message):
             plan(asked, "apple9", **{"operation": "forward", **unknown})
     for wrong in ((8, 8, 8), {"forward": (8, 8, 8)}, 8):
-        with pytest.raises(TypeError, match=r"^blocks must be Blocks, or Blocks by operation, got"):
+        with pytest.raises(TypeError, match=r"^blocks must be Blocks, or Blocks by kernel, got"):
             plan(asked, "apple9", "forward", blocks=wrong)
     with pytest.raises(NotImplementedError, match="float64"):
         plan(problem(dtype="float64"), "apple9", "forward")
@@ -355,7 +356,7 @@ scratch dk_spill: 2 x 2 x 420 x 96 float32""".splitlines()
 def test_a_plan_of_nothing_has_empty_grids_or_empty_runs(len_q: int, len_k: int) -> None:
     shapes = {"q": (2, 4, len_q, 8), "k": (2, 2, len_k, 8), "v": (2, 2, len_k, 8)}
     for launch in all_launches(problem(documents([0] * len_q, [0] * len_k), **shapes), "apple9"):
-        length = len_q if PARALLEL[launch.spec.kernel] == "q" else len_k
+        length = len_q if launch.spec.row.parallel == "q" else len_k
         assert launch.grid[0] == -(-length // launch.spec.blocks.parallel)
         assert not launch.runs.met.any()
 
@@ -371,8 +372,8 @@ def test_decoding_cuts_keys_into_splits_and_rows_into_fragments(mask: object) ->
     assert merge.grid == (3, 12, 2) and merge.splits == count
     assert sorted(part.order) == list(range(2 * count))
     assert np.all(np.diff(part.runs.met[part.order % count]) <= 0)
-    assert part.runs.met.max() <= KEYS_PER_SPLIT
-    first = 0 if mask == full() else 480  # a run begins with a granule of 32
+    assert part.runs.met.max() <= DEFAULT.keys_per_split
+    first = 0 if mask == full() else 480  # a run begins at a multiple of MASK_STEP
     assert part.runs.met.sum() == 2000 - first
     assert made.buffers["part_o"].shape == (2, 12, count, 3, 96)
     assert made.buffers["part_m"].shape == made.buffers["part_l"].shape == (2, 12, count, 3)
@@ -387,14 +388,17 @@ def test_few_queries_of_many_keys_are_decoded_and_no_others() -> None:
         made = plan(problem, "apple9", "forward", form=form)
         return [launch.spec.kernel for launch in made.launches]
 
-    assert kernels(1, MANY_KEYS) == kernels(FEW_QUERIES, 9999) == ["decode", "merge"]
-    assert kernels(1, MANY_KEYS - 1) == kernels(FEW_QUERIES + 1, 9999) == ["forward"]
+    few, many = DEFAULT.few_queries, DEFAULT.many_keys
+    assert kernels(1, many) == kernels(few, 9999) == ["decode", "merge"]
+    assert kernels(1, many - 1) == kernels(few + 1, 9999) == ["forward"]
     assert kernels(1, 9999, "tiled") == ["forward"]
     assert kernels(20, 30, "decode") == ["decode", "merge"]
     window = Problem.of((1, 2, 4, 64), (1, 2, 10**6, 64), mask=causal() & local(1000))
     part = plan(window, "apple9", "forward").launches[0]
-    assert part.splits == -(-part.runs.met.sum() // KEYS_PER_SPLIT) < 6
+    assert part.splits == -(-part.runs.met.sum() // DEFAULT.keys_per_split) < 6
     # Where there are threadgroups enough, keys are not split further.
     long = Problem.of((2, 8, 1, 64), (2, 4, 10**6, 64))
     part = plan(long, "apple9", "forward").launches[0]
     assert part.grid == (part.splits, 4, 2) and 120 < part.splits <= 128
+    few_groups = Planner(long, family("apple9"), heuristics=Heuristics(enough_groups=64))
+    assert 7 <= few_groups.plan("forward").launches[0].splits <= 8

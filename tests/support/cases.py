@@ -280,10 +280,10 @@ def cover(
             {axis: draw.choice(values) for axis, values in axes.items()} | dict(seed)
             for _ in range(100)
         ]
-        scored = [
-            ({group for group in wanted if group <= set(candidate.items())}, candidate)
-            for candidate in candidates
-        ]
+        scored = []
+        for candidate in candidates:
+            settings = frozenset(candidate.items())
+            scored.append(({group for group in wanted if group <= settings}, candidate))
         met, best = max(scored, key=lambda pair: len(pair[0]))
         wanted -= met
         yield replace(Case(), **best)

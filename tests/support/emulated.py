@@ -25,8 +25,8 @@ from trial import Memory
 from tilefold.backends.cpu import dispatch, runtime, threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel, emit, workspace_bytes
-from tilefold.backends.cpu.kernels.arguments import OPERANDS, names
-from tilefold.backends.cpu.plan import Plan
+from tilefold.backends.cpu.kernels.arguments import names
+from tilefold.backends.cpu.plan import CpuPlan
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.planning.plan import Scratch
 from tilefold.problems.buffer import Buffer
@@ -70,7 +70,7 @@ class Emulator(Memory):
         self.arrays[name] = super().allocate(name, elements, dtype)
         return self.arrays[name]
 
-    def move(self, plan: Plan) -> Plan:
+    def move(self, plan: CpuPlan) -> CpuPlan:
         """See `Memory.move`."""
         tables = []
         for number, table in enumerate(plan.tables):
@@ -144,7 +144,7 @@ def _is_pointer(name: str, spec: KernelSpec) -> bool:
         "runs",
         "owners",
         "workspace",
-        *OPERANDS[spec.kernel],
+        *spec.row.operands,
     )
 
 

@@ -23,7 +23,7 @@ from trial import Memory
 from tilefold.backends.cpu import dispatch, threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel
-from tilefold.backends.cpu.plan import Plan
+from tilefold.backends.cpu.plan import CpuPlan
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.masks.expression import Table
 from tilefold.planning.plan import Scratch
@@ -94,7 +94,7 @@ class GuardedMemory(Memory):
         shift = self._shift(name, 64 if name == "workspace" else np.dtype(dtype).itemsize)
         return self.allocate(name, elements, dtype).ctypes.data + shift
 
-    def move(self, plan: Plan) -> Plan:
+    def move(self, plan: CpuPlan) -> CpuPlan:
         """See `Memory.move`."""
         tables = [Table(self.copy(f"table {i}", t.array)) for i, t in enumerate(plan.tables)]
         launches = []

@@ -18,6 +18,8 @@ from tilefold.problems.attention import Problem
 FAMILIES = ("apple7", "apple9")
 """One of each kind: traversed operands staged and bfloat16 widened, or read where they lie."""
 
+PLACES = ("packed", "padded", "step2", "reversed", "transposed")
+"""Memory that results can be written to."""
 
 TENSOR_LAYOUTS = (0, 1)
 """Layouts of cooperative tensors that the emulator knows."""
@@ -89,25 +91,35 @@ def instead(old: str, new: str) -> Edit:
 
 
 def forward(
-    problem: Problem, operands: Mapping[str, Array], on: dispatch.Emulated, **options: Any
+    problem: Problem,
+    operands: Mapping[str, Array],
+    on: dispatch.Emulated,
+    into: Array | None = None,
+    made: MetalPlan | None = None,
+    **options: Any,
 ) -> dict[str, Array]:
-    """o and lse, contiguous."""
+    """o, in `into` if it is given, and lse; `options` are those of `plan`, used without a plan."""
     shape = (problem.batch, problem.heads_q, problem.len_q)
-    results = {
-        "o": np.full((*shape, problem.dim_v), SENTINEL, problem.dtype),
-        "lse": np.full(shape, SENTINEL, np.float32),
-    }
+    if into is None:
+        into = np.full((*shape, problem.dim_v), SENTINEL, problem.dtype)
+    results = {"o": into, "lse": np.full(shape, SENTINEL, np.float32)}
     given = {name: operands[name] for name in ("q", "k", "v")}
-    made = plan(problem, on.family, "forward", **options)
+    made = made or plan(problem, on.family, "forward", **options)
     dispatch.execute(made, on, {**given, **results})
     return results
 
 
 def backward(
-    problem: Problem, operands: Mapping[str, Array], on: dispatch.Emulated, **options: Any
+    problem: Problem,
+    operands: Mapping[str, Array],
+    on: dispatch.Emulated,
+    into: Mapping[str, Array] | None = None,
+    **options: Any,
 ) -> dict[str, Array]:
-    """dq, dk and dv, contiguous; `operands` holds do, q, k, v, o and lse."""
-    results = {f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"}
+    """dq, dk and dv, in `into` if it is given; `operands` holds do, q, k, v, o and lse."""
+    results = into or {
+        f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"
+    }
     given = {name: operands[name] for name in ("do", "q", "k", "v", "o", "lse")}
     dispatch.execute(plan(problem, on.family, "backward", **options), on, {**given, **results})
-    return results
+    return dict(results)

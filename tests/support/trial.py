@@ -19,7 +19,8 @@ from operands import FORMS
 from tilefold import Rule, full
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
-from tilefold.backends.cpu.plan import Plan, plan
+from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
+from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.problems import reference
 from tilefold.problems.attention import STATISTICS, Problem, default_scale
 from tilefold.problems.buffer import Buffer
@@ -167,7 +168,7 @@ class Memory:
         """Where a kernel is told that an array begins."""
         return int(array.__array_interface__["data"][0])
 
-    def move(self, plan: Plan) -> Plan:
+    def move(self, plan: CpuPlan) -> CpuPlan:
         """The plan with its own arrays in this memory."""
         return plan
 
@@ -179,6 +180,7 @@ def run(
     form: str = "auto",
     memory: Memory | None = None,
     device: Device | None = None,
+    heuristics: Heuristics = DEFAULT,
 ) -> dict[str, Array]:
     """Run one operation on arrays laid out as the trial says; compare, and return its results.
 
@@ -199,7 +201,8 @@ def run(
     before = {name: flats[name].tobytes() for name in INPUTS[operation]}
     buffers = {name: _buffer(memory, name, view) for name, view in views.items()}
     in_place = operation == "forward" or buffers["dq"].strides[3] == 1
-    made = planned(p, device or host(), operation, form, in_place=in_place)
+    options = {"in_place": in_place, "heuristics": heuristics}
+    made = planned(p, device or host(), operation, form, **options)
     dispatch.run(memory.move(made), buffers)
     for name, old in before.items():
         assert flats[name].tobytes() == old, f"{name} was modified"
@@ -209,7 +212,7 @@ def run(
     return {name: views[name] for name in OUTPUTS[operation]}
 
 
-def planned(p: Problem, device: Device, operation: str, form: str, **options: Any) -> Plan:
+def planned(p: Problem, device: Device, operation: str, form: str, **options: Any) -> CpuPlan:
     """The plan of a pass; `options` as `plan` takes them."""
     return plan(p, device, operation, **{**options, **FORMS.get(form, {})})
 

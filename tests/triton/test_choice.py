@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tilefold.backends.triton import choice, resources, tables
 from tilefold.backends.triton.architectures import ARCHITECTURES, architecture
 from tilefold.backends.triton.choice import choose
-from tilefold.backends.triton.spec import PARALLEL, Blocks
+from tilefold.backends.triton.spec import KERNELS, Blocks
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 NAMES = sorted(ARCHITECTURES)
+VISITING = [name for name, row in KERNELS.items() if row.visits]
 
 
 @pytest.mark.feature("M07")
@@ -28,14 +29,14 @@ def test_examples(module: object) -> None:
 @pytest.mark.feature("M07")
 def test_tables_are_in_the_order_of_their_dims() -> None:
     for name in {made.table for made in ARCHITECTURES.values()}:
-        for operation in resources.HELD:
+        for kernel in VISITING:
             for kind in tables.KINDS:
-                rows = tables.table(name, operation, kind)
+                rows = tables.table(name, kernel, kind)
                 dims = [row.dim for row in rows]
                 assert dims == sorted(set(dims)) and rows[0].blocks.warps
-                if operation == "decode":
+                if kernel == "decode":
                     assert all(row.blocks.parallel == 16 for row in rows)
-            half = tables.table(name, operation, "half")
+            half = tables.table(name, kernel, "half")
             assert half[0].dim <= 128 and all(row.spills is not None for row in half)
 
 
@@ -43,30 +44,30 @@ def test_tables_are_in_the_order_of_their_dims() -> None:
 @settings(deadline=None)
 @given(
     st.sampled_from(NAMES),
-    st.sampled_from(sorted(PARALLEL)),
+    st.sampled_from(sorted(KERNELS)),
     st.sampled_from(DTYPES),
     st.sampled_from(("ieee", "tf32x3", "tf32")),
     st.integers(1, 512),
     st.integers(1, 512),
 )
 def test_every_choice_fits(
-    name: str, operation: str, dtype: str, float32_mode: str, dim: int, dim_v: int
+    name: str, kernel: str, dtype: str, float32_mode: str, dim: int, dim_v: int
 ) -> None:
     device = architecture(name)
-    made = choose(device, operation, dtype, dim, dim_v, float32_mode=float32_mode)
+    made = choose(device, kernel, dtype, dim, dim_v, float32_mode=float32_mode)
     kind = resources.kind(dtype, float32_mode)
     assert made.shared_bytes <= device.shared_bytes
     assert made.registers <= resources.room(device, kind, made.blocks)
     assert not made.descriptors or (device.descriptors and made.blocks.parallel >= 64)
-    if made.blocks != tables_blocks(name, operation, kind, max(dim, dim_v)):
+    if made.blocks != tables_blocks(name, kernel, kind, max(dim, dim_v)):
         assert any(" shrink to " in why or " at most" in why for why in made.reasons)
 
 
-def tables_blocks(name: str, operation: str, kind: str, dim: int) -> Blocks:
+def tables_blocks(name: str, kernel: str, kind: str, dim: int) -> Blocks:
     """The blocks of the table, or of a kernel that has none."""
-    if operation in resources.HELD:
-        return tables.row(architecture(name).table, operation, kind, dim).blocks
-    return choose(architecture(name), operation, "float16", dim, dim).blocks
+    if kernel in VISITING:
+        return tables.row(architecture(name).table, kernel, kind, dim).blocks
+    return choose(architecture(name), kernel, "float16", dim, dim).blocks
 
 
 @pytest.mark.feature("M07")

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import interpreted
 import numpy as np
 import pytest
 from cases import AXES, Case, cover
 from compare import assert_near, assert_same, dense, tolerances
+from conformance import assert_conforms
 from interpreted import backward, forward, machine
-from operands import inputs, place
+from operands import inputs
 
 from tilefold.backends.triton import dispatch, source
 from tilefold.backends.triton.plan import plan
@@ -65,30 +67,12 @@ def trials() -> list[Any]:
 @pytest.mark.feature("M01", "M02", "M03", "M04", "M05", "M06", "M16", "T01", "T08", "T09")
 @pytest.mark.parametrize(("architecture", "dtype", "form", "case"), trials())
 def test_attention_and_its_gradients(architecture: str, dtype: str, form: str, case: Case) -> None:
-    """With outputs that lie as oddly as the inputs, and nothing written around them."""
-    on = machine(architecture)
-    problem = case.problem(dtype)
+    on, problem = machine(architecture), case.problem(dtype)
     if problem.dim_v > MOST_DIM:
         with pytest.raises(NotImplementedError, match="heads of up to 512 numbers"):
             plan(problem, architecture, "forward")
         return
-    operands = inputs(problem, case.layout, case.memory)
-    want = dense(operands, problem.mask, problem.scale)
-    tolerance = tolerances(problem, operands, want, host_pairs=False)
-    memory = case.memory if case.memory in ("packed", "padded", "step2") else "packed"
-    shapes = {
-        "o": (problem.batch, problem.heads_q, problem.len_q, problem.dim_v),
-        **{f"d{name}": operands[name].shape for name in ("q", "k", "v")},
-    }
-    into = {name: place(shape, dtype, case.layout, memory) for name, shape in shapes.items()}
-    got = forward(problem, operands, on, into["o"].array)
-    for name, array in got.items():
-        assert_near(name, array, want[name], tolerance[name])
-    gradients = {name: placed.array for name, placed in into.items() if name != "o"}
-    backward(problem, {**operands, **got}, on, gradients, form=form)
-    for name, placed in into.items():
-        assert placed.untouched(), f"the kernel wrote around {name}"
-        assert_near(name, placed.array, want[name], tolerance[name])
+    assert_conforms(interpreted, on, problem, case, form=form)
 
 
 FEW = [

@@ -227,7 +227,8 @@ def table_spec(target: str, a: str, products: str, **options: Any) -> GemmSpec:
     return GemmSpec(a, a, a, blocks, products=products, **options)
 
 
-@pytest.mark.parametrize("descriptors", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("descriptors", [False, True])
 def test_a_gpu_multiplies_on_its_matrix_unit_and_copies_ahead(
     tmp_path: Path, descriptors: bool
 ) -> None:

@@ -85,7 +85,7 @@ def attend(
             for axis, step in zip("bhnd"[: array.ndim], steps_of, strict=True)
         }
     given: list[Any] = []
-    for name in arguments.names(spec) + hopper_launch.PLACES:
+    for name in arguments.names(spec) + hopper_launch.ROW_BLOCKS:
         if name in arrays or name in tables:
             given.append(gluon.Pointer({**arrays, **tables}[name]))
         elif name == "scale":
@@ -263,7 +263,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
-from tilefold.backends.triton import arguments, hopper, resident
+from tilefold.backends.triton.kernels import arguments, hopper, hopper_launch
 from tilefold.backends.triton.kernels.text import ELEMENTS
 
 folder = pathlib.Path(sys.argv[1])
@@ -272,11 +272,11 @@ spec = pickle.loads((folder / "spec").read_bytes())
 given = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
 module = importlib.util.module_from_spec(given)
 given.loader.exec_module(module)
-types = arguments.signature(spec) | dict.fromkeys(resident.PLACES, "i32")
-for tile in resident.descriptors(spec):
+types = arguments.signature(spec) | dict.fromkeys(hopper_launch.ROW_BLOCKS, "i32")
+for tile in hopper_launch.descriptors(spec):
     layout = tile.layout(NVMMASharedLayout)
     types[tile.name] = f"tensordesc<{ELEMENTS[spec.dtype]}{tile.block},{layout!r}>"
-names = resident.parameters(spec)
+names = hopper_launch.parameters(spec)
 steps = arguments.strides(spec)
 constants = {name: 1 for name in steps if name.endswith("_d")}
 types = {name: "constexpr" if name in constants else types[name] for name in names}

@@ -27,9 +27,9 @@ from tilefold.backends.triton import (
     spec,
 )
 from tilefold.backends.triton.dispatch import fitted
+from tilefold.backends.triton.heuristics import DEFAULT, Heuristics
 from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.machine import MachineCache
-from tilefold.backends.triton.plan import ENOUGH_PROGRAMS
 from tilefold.backends.triton.spec import Blocks, pieces
 
 LARGE = Problem.of((2, 16, 4096, 128), (2, 4, 4096, 128), dtype="bfloat16", mask=causal())
@@ -64,7 +64,7 @@ def test_the_fused_form_has_a_part_of_dq_for_each_owner() -> None:
     assert operations(made) == ["delta", "backward", "reduce_dq"]
     owners = made.launches[1].splits
     assert made.launches[1].programs == owners * 2 * 4
-    assert owners == min(made.launches[1].block_rows, -(-ENOUGH_PROGRAMS // 8))
+    assert owners == min(made.launches[1].block_rows, -(-DEFAULT.enough_programs // 8))
     assert made.buffers["dq_parts"].shape == (owners, 2, 16, 4096, 128)
     assert made.cleared == ("dq_parts",)
     alone = plan.plan(LARGE, "sm_90", "backward", form="fused", owners=1)
@@ -89,8 +89,22 @@ def test_few_queries_are_decoded(shape: tuple[Any, ...], form: str, expected: li
     assert operations(made) == expected
     if expected[0] == "decode":
         launch, programs = made.launches[0], 4 * shape[1][1] * made.launches[0].block_rows
-        assert programs >= min(ENOUGH_PROGRAMS, 8 * 8192 // plan.KEYS_PER_SPLIT)
+        assert programs >= min(DEFAULT.enough_programs, 8 * 8192 // DEFAULT.keys_per_split)
         assert made.buffers["part_o"].shape == (4, 8, launch.splits, shape[0][2], 64)
+
+
+def test_a_planner_takes_other_heuristics() -> None:
+    few = Problem.of((1, 8, 1, 64), (1, 8, 8192, 64), dtype="float16")
+    device = architectures.architecture("sm_90")
+    splits = []
+    for keys in (1024, 4096):
+        chosen = Heuristics(keys_per_split=keys)
+        made = plan.Planner(few, device, heuristics=chosen).plan("forward")
+        splits.append(made.launches[0].splits)
+    assert splits == [8, 2]
+    never = Heuristics(many_keys=10**6)
+    made = plan.Planner(few, device, heuristics=never).plan("forward", "auto")
+    assert operations(made) == ["forward"]
 
 
 @pytest.mark.feature("M10")
@@ -181,12 +195,12 @@ def test_descriptors_where_tiles_can_be_moved_whole() -> None:
         (
             lambda: plan.plan(LARGE, "sm_90", "backward", blocks={"dq": Blocks(64, 64, 4, 2)}),
             ValueError,
-            "an operation of blocks must be 'forward'",
+            "a kernel of blocks must be 'forward'",
         ),
         (
             lambda: plan.plan(LARGE, "sm_90", "forward", blocks=(64, 64, 4, 2)),  # type: ignore[arg-type]  # bad
             TypeError,
-            "blocks must be Blocks, or Blocks by operation, got (64, 64, 4, 2)",
+            "blocks must be Blocks, or Blocks by kernel, got (64, 64, 4, 2)",
         ),
         (lambda: Blocks(48, 64, 4, 2), ValueError, "parallel must be a power of two from 16"),
         (lambda: Blocks(64, 64, 3, 2), ValueError, "warps must be 1, 2, 4, 8 or 16, got 3"),

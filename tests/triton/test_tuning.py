@@ -41,7 +41,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> Iterator[Clock]
 
     Returns the blocks in the order in which they are timed. Kernels run, in the interpreter.
     """
-    tuned.load.cache_clear()
+    tuned.STORE.reread()
     measured: list[Blocks] = []
 
     def use(seconds: dict[Blocks, float]) -> list[Blocks]:
@@ -69,7 +69,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> Iterator[Clock]
         return measured
 
     yield use
-    tuned.forget()
+    tuned.STORE.forget()
 
 
 @pytest.mark.feature("S08")
@@ -88,7 +88,7 @@ def test_the_fastest_blocks_are_kept(clock: Clock, on: Interpreted) -> None:
     assert made.launches[0].spec.blocks == SOME[1]
     assert "measured here" in "\n".join(made.explain())
     assert plan.plan(SMALL, "sm_80", "forward").launches[0].spec.blocks != SOME[1]
-    assert tuned.forget() == 1
+    assert tuned.STORE.forget() == 1
     assert usual() == before
 
 
@@ -134,13 +134,13 @@ def test_it_goes_on_where_blocks_do_not_fit(clock: Clock, on: Interpreted) -> No
     clock({SOME[0]: -1.0, SOME[1]: 1.0})
     trials = tilefold.triton.tune(SMALL, "forward", on, keep=False)
     assert [trial.seconds for trial in trials] == [1.0, None]
-    assert trials[1].reason == "too large" and not tuned.path().exists()
+    assert trials[1].reason == "too large" and not tuned.STORE.path.exists()
 
 
 def test_where_none_fits_nothing_is_kept(clock: Clock, on: Interpreted) -> None:
     clock({SOME[0]: -1.0})
     (trial,) = tilefold.triton.tune(SMALL, "forward", on)
-    assert not trial.winner and not tuned.path().exists()
+    assert not trial.winner and not tuned.STORE.path.exists()
 
 
 def test_after_some_seconds_no_candidate_begins(clock: Clock, on: Interpreted) -> None:
@@ -179,18 +179,18 @@ def test_candidates_begin_with_the_usual_blocks_and_fit(problem: Problem) -> Non
 )
 def test_a_damaged_file_is_left_out(fresh_cache: Path, content: bytes) -> None:
     fresh_cache.mkdir(mode=0o700)
-    (fresh_cache / tuned.FILE).write_bytes(content)
-    tuned.load.cache_clear()
-    assert tuned.load() == {}
+    (tuned.STORE.path).write_bytes(content)
+    tuned.STORE.reread()
+    assert tuned.STORE.load().entries == {}
     key = plan.key_of(plan.plan(SMALL, "sm_90", "forward").launches[0].spec, "sm_90")
-    tuned.keep({key: Blocks(16, 16, 1, 1)})
-    document = json.loads((fresh_cache / tuned.FILE).read_text())
+    tuned.STORE.keep({key: Blocks(16, 16, 1, 1)})
+    document = json.loads((tuned.STORE.path).read_text())
     document["blocks"] += [{"key": {}, "blocks": {}}, {"key": 3}, None]
     document["blocks"].append({**document["blocks"][0], "blocks": {"parallel": 7}})
-    (fresh_cache / tuned.FILE).write_text(json.dumps(document))
-    tuned.load.cache_clear()
-    assert tuned.load() == {key: Blocks(16, 16, 1, 1)}
-    tuned.forget()
+    (tuned.STORE.path).write_text(json.dumps(document))
+    tuned.STORE.reread()
+    assert tuned.STORE.load().entries == {key: Blocks(16, 16, 1, 1)}
+    tuned.STORE.forget()
 
 
 # The command ----------------------------------------------------------------------------------
@@ -249,26 +249,26 @@ def test_where_nothing_is_to_be_seen_nothing_is_tuned(
 
 
 def test_what_was_measured_and_fits_no_more_gives_way(fresh_cache: Path) -> None:
-    tuned.load.cache_clear()
+    tuned.STORE.reread()
     wide = Problem.of((1, 1, 64, 512))
     before = plan.plan(wide, "sm_80", "forward").launches[0]
-    tuned.keep({plan.key_of(before.spec, "sm_80"): Blocks(128, 128, 4, 3)})
+    tuned.STORE.keep({plan.key_of(before.spec, "sm_80"): Blocks(128, 128, 4, 3)})
     made = plan.plan(wide, "sm_80", "forward")
     assert made.launches[0].spec.blocks == before.spec.blocks
     assert "what was measured does not fit" in "\n".join(made.explain())
-    tuned.forget()
+    tuned.STORE.forget()
 
 
 def test_blocks_of_decoding_are_kept_by_their_rows(fresh_cache: Path) -> None:
-    tuned.load.cache_clear()
+    tuned.STORE.reread()
     many, few = (
         Problem.of((1, 8, queries, 64), (1, 2, 4096, 64), dtype="float16") for queries in (64, 1)
     )
     launch = plan.plan(many, "sm_80", "forward").launches[0]
-    tuned.keep({plan.key_of(launch.spec, "sm_80"): Blocks(64, 16, 4, 2)})
+    tuned.STORE.keep({plan.key_of(launch.spec, "sm_80"): Blocks(64, 16, 4, 2)})
     assert plan.plan(many, "sm_80", "forward").launches[0].spec.blocks == Blocks(64, 16, 4, 2)
     assert plan.plan(few, "sm_80", "forward").launches[0].spec.blocks.parallel == 16
-    tuned.forget()
+    tuned.STORE.forget()
 
 
 def test_without_a_gpu_the_command_says_so(capsys: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tilefold.backends.cpu import peak, threads
-from tilefold.backends.cpu.choice import multiplier
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.spec import Multiplier
 from tilefold.commands import specification, terminal
@@ -170,7 +170,7 @@ def _rates(cases: Sequence[Case]) -> Measured:
 
 def _rated(case: Case) -> tuple[str, int, Multiplier]:
     """What the rates of a case depend on: type, threads and what multiplies."""
-    return case.problem.dtype, case.threads, multiplier(case.problem, host(), case.operation)
+    return case.problem.dtype, case.threads, Chooser(case.problem, host()).products
 
 
 def _share(row: Row, rates: Measured) -> tuple[float, str]:

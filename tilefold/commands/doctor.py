@@ -169,7 +169,7 @@ def _document(checks: list[Check], agreed: list[Agreement]) -> dict[str, Any]:
             "kernels": kept.count(),
             "problem": kept.problem(),
         },
-        "tuned": {"winners": len(winners.here(device)), "problem": winners.load().problem},
+        "tuned": {"winners": len(winners.here(device)), "problem": winners.STORE.load().problem},
         "settings": {
             setting.name: None if setting.get() == setting.default else str(setting.get())
             for setting in settings.ALL

@@ -18,8 +18,8 @@ from typing import Any
 from tilefold import triton
 from tilefold.backends.cpu import choice, kernel, peak, plan, runtime, threads, tuned
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.plan import Launch, Plan
-from tilefold.backends.cpu.spec import DECODE, PARALLEL
+from tilefold.backends.cpu.plan import CpuPlan, Launch
+from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tuned import TunedBlocks
 from tilefold.commands import kernel_source, specification, terminal
 from tilefold.common import settings
@@ -87,7 +87,7 @@ def main(options: argparse.Namespace) -> int:
         print(text if options.text else runtime.assembly(text, device), end="")
         return 0
     picked = [_pick(made, options.kernel)] if options.kernel else made.launches
-    products = choice.multiplier(problem, device, options.operation)
+    products = choice.Chooser(problem, device).products
     rates = peak.rates(device, problem.dtype, threads.get_num_threads(), products)
     document = {
         "problem": _problem(made),
@@ -103,21 +103,21 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pick(made: Plan, name: str | None) -> Launch:
+def _pick(made: CpuPlan, name: str | None) -> Launch:
     """A kernel by name; without one, the one with the most to do."""
     launches = {launch.spec.kernel: launch for launch in made.launches}
     return launches[kernel_source.named(launches, name)]
 
 
-def _problem(made: Plan) -> dict[str, Any]:
+def _problem(made: CpuPlan) -> dict[str, Any]:
     problem = made.problem
     values = {name: value for name, value in problem.__dict__.items() if name != "mask"}
     return values | {"mask": str(problem.mask), "operation": made.operation}
 
 
-def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, Any]:
+def _describe(made: CpuPlan, launch: Launch, rates: roofline.Rates) -> dict[str, Any]:
     spec, runs, problem = launch.spec, launch.runs, made.problem
-    parallel = PARALLEL[spec.kernel]
+    parallel = spec.row.parallel
     masked = runs.runs[:, 2]
     pairs = roofline.computed_pairs(problem, parallel, runs, launch.block_parallel, launch.splits)
     described: dict[str, Any] = {
@@ -141,12 +141,12 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
         "computed_share": pairs / problem.pairs if problem.pairs else 0.0,
         "mask_expression": spec.mask.text,
     }
-    if spec.kernel in roofline.PASSES:
-        if spec.kernel not in DECODE:  # which has no tile to choose
+    if spec.row.visits:
+        if spec.row.tiled:  # which has no tile to choose
             described["choice"] = _choice(made, launch)
-        least = roofline.bounds(problem, spec.kernel, pairs, rates)
+        least = roofline.bounds(problem, spec.row, pairs, rates)
         described["instructions"] = roofline.instruction_count(
-            spec.kernel, pairs, problem.dim, problem.dim_v
+            spec.row, pairs, problem.dim, problem.dim_v
         )
         described["bounds"] = dict(least.__dict__) | {
             "seconds": least.seconds,
@@ -155,13 +155,13 @@ def _describe(made: Plan, launch: Launch, rates: roofline.Rates) -> dict[str, An
     return described
 
 
-def _choice(made: Plan, launch: Launch) -> dict[str, Any]:
+def _choice(made: CpuPlan, launch: Launch) -> dict[str, Any]:
     """Where the blocks come from, and what other ones would cost as far as anybody measured."""
     problem, device, spec = made.problem, made.device, launch.spec
-    table = choice.table_blocks(problem, device, spec.kernel)
-    key = choice.winner_key(problem, device, spec.kernel, spec.mask)
-    winner = tuned.find(device, key, table)
-    family = choice.family(problem, device, spec.kernel)
+    chooser = choice.Chooser(problem, device)
+    table = chooser.table_blocks(spec.kernel)
+    winner = tuned.find(device, chooser.key(spec.kernel), table)
+    family = chooser.family(spec.kernel)
     row = family.row(table.tile)
     assert row is not None, table
     return {
@@ -187,7 +187,7 @@ def _tuned(winner: TunedBlocks) -> dict[str, Any]:
     }
 
 
-def _tune_command(made: Plan) -> str:
+def _tune_command(made: CpuPlan) -> str:
     """What to type to measure this specification."""
     problem = made.problem
     shape = (problem.batch, problem.heads_q, problem.len_q, problem.dim)
@@ -243,11 +243,11 @@ def _kernel_facts(described: dict[str, Any]) -> Any:
     traversed = "keys" if described["parallel"] == "q" else "queries"
     facts = terminal.facts()
     facts.add_row("kernel", f"[bold]{described['kernel']}[/]")
-    kind = "splits of keys" if described["kernel"] in DECODE else "block rows"
+    kind = "splits of keys" if KERNELS[described["kernel"]].by_query else "block rows"
     facts.add_row(
         "work", f"{described['work_items']:,} items in {described['block_rows']:,} {kind}"
     )
-    if described["kernel"] in roofline.PASSES:
+    if KERNELS[described["kernel"]].visits:
         blocks = (
             f"{described['block_parallel']} {parallel} x {described['block_traverse']} {traversed}"
         )

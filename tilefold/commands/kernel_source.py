@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 from tilefold import metal, triton
 from tilefold.backends.metal import dispatch, gated
 from tilefold.backends.metal.kernels import tensorops
 from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.common import check
-from tilefold.planning.roofline import PASSES
 from tilefold.problems.attention import Problem
 
 
-def named(kernels: Iterable[str], name: str | None) -> str:
+def named(launches: Mapping[str, Any], name: str | None) -> str:
     """A name of a plan's kernels; without one, that with the most to do. Raises ValueError."""
-    known = [*kernels]
+    known = [*launches]
     if name is None:
-        return next(kernel for kernel in known if kernel in PASSES)
+        return next(kernel for kernel in known if launches[kernel].spec.row.visits)
     if name not in known:
         raise ValueError(f"--kernel must be one of {', '.join(known)}, not {name!r}")
     return name
@@ -78,7 +78,7 @@ def _tensor_operations(options: argparse.Namespace, problem: Problem) -> MetalPl
 
 def _visits(launch: Launch) -> list[str]:
     """What the buffers hold that say where a threadgroup works."""
-    if launch.spec.kernel == "merge":
+    if not launch.spec.row.visits:
         return []
     row, cut = "its block row", "visits"
     if launch.spec.kernel == "decode":

@@ -27,6 +27,7 @@ from tilefold.masks import parse, picture
 from tilefold.masks.position_rules import Rule
 from tilefold.measuring import timing
 from tilefold.measuring.workload import Case
+from tilefold.planning.kernels import WORK
 from tilefold.planning.roofline import bounds
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
@@ -201,7 +202,7 @@ def _benchmark() -> list[tuple[timing.Row, float, str]]:
             case = Case(_problem(parse.parse(mask)), operation, workers)
             row = timing.measure(case, seconds=0.5)[0]
             rates = peak.rates(host(), "float32", workers, again=True)
-            least = bounds(case.problem, operation, row.pairs, rates)
+            least = bounds(case.problem, WORK[operation], row.pairs, rates)
             rows.append((row, least.seconds / row.median, least.binding))
     return rows
 

@@ -8,12 +8,12 @@ rounding only. `--device cuda` does it for the Triton kernels of a GPU.
 from __future__ import annotations
 
 import argparse
-from types import ModuleType
 from typing import Any
 
-from tilefold.backends.cpu import tuned as winners
-from tilefold.backends.triton import tuned as gpu_winners
+from tilefold.backends.cpu.tuned import STORE
+from tilefold.backends.triton.tuned import STORE as GPU_STORE
 from tilefold.commands import specification, terminal
+from tilefold.common.tuned_store import TunedStore
 from tilefold.masks import parse
 from tilefold.measuring import tuning
 from tilefold.measuring.environment import environment
@@ -66,7 +66,7 @@ def main(options: argparse.Namespace) -> int:
     if on_gpu and options.threads is not None:
         raise ValueError("--threads goes with --device cpu")
     if options.forget:
-        return _forget(gpu_winners if on_gpu else winners, options.json)
+        return _forget(GPU_STORE if on_gpu else STORE, options.json)
     if options.seconds is None:
         options.seconds = SECONDS[options.device]
     if not options.seconds > 0:
@@ -78,7 +78,7 @@ def main(options: argparse.Namespace) -> int:
     if options.threads is None:
         options.threads = 1
     if not options.dry_run:
-        winners.check()
+        STORE.check()
     found = _measure(_cases(options), options.seconds, options.form)
     if not options.dry_run:
         tuning.keep(found)
@@ -90,11 +90,11 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _forget(kept: ModuleType, as_json: bool) -> int:
-    """Remove the file of `winners`, or of the GPU's."""
+def _forget(kept: TunedStore[Any, Any], as_json: bool) -> int:
+    """Remove the file of a store."""
     count = kept.forget()
     if as_json:
-        terminal.print_json({"path": str(kept.path()), "forgotten": count})
+        terminal.print_json({"path": str(kept.path), "forgotten": count})
     else:
         terminal.out().print(f"{count} winners forgotten", soft_wrap=True)
     return 0
@@ -131,7 +131,7 @@ def _measure(cases: list[Case], seconds: float, form: str) -> list[Tuned]:
 def _document(found: list[Tuned], stored: bool) -> dict[str, Any]:
     return {
         **environment(),
-        "path": str(winners.path()) if stored else None,
+        "path": str(STORE.path) if stored else None,
         "kernels": [_describe(tuned) for tuned in found],
     }
 

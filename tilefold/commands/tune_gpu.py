@@ -22,13 +22,13 @@ SHOWN = 6
 def main(options: argparse.Namespace) -> int:
     """Measure, keep and show."""
     if not options.dry_run:
-        tuned.check()
+        tuned.STORE.check()
     machine = runtime.gpu()
     document = {
         **environment(),
         "architecture": machine.architecture,
         "gpu": machine.name,
-        "path": None if options.dry_run else str(tuned.path()),
+        "path": None if options.dry_run else str(tuned.STORE.path),
         "kernels": _measured(options, machine),
     }
     if options.json:

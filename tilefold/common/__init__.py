@@ -8,4 +8,5 @@ single_flight  values that are made once, however many threads ask
 generation     how often tuned block sizes changed in this process
 array_files    arrays in files
 disk_cache     compiled kernels on disk, and which files are trusted
+tuned_store    what was measured on this machine, in a file beside the kernels
 """

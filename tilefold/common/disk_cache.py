@@ -32,6 +32,8 @@ _NOTE = "a question"
 """Stands for the toolchain in the names of notes, so that no kernel shares one."""
 _MAGIC = b"tilefold kernel 1\n"
 _OURS = re.compile(r"[0-9a-f]{64}\.[a-z]{1,8}(\.[0-9a-f]{16})?")
+_room: dict[tuple[Path, int], int] = {}
+"""Bytes that this process may write into a directory of a limit before it looks at it again."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Cache:
             with _opened(self.directory) as directory:
                 for name, content in files.items():
                     _write(name, content, directory)
-                self._evict(directory)
+                self._make_room(directory, sum(map(len, files.values())))
 
     def size(self) -> int:
         """Return the bytes that all kernels, their texts and the notes take."""
@@ -121,8 +123,21 @@ class Cache:
         except OSError:
             return []
 
-    def _evict(self, directory: int) -> None:
-        """Remove the kernels that were not used for longest, until the rest fits."""
+    def _make_room(self, directory: int, written: int) -> None:
+        """Evict when this process may have filled the directory since it last looked at it.
+
+        Looking takes 6 us a file: 20 ms for a full directory, at each kernel. So a process looks
+        again after it has written what was free then, or 1/16 of the limit if that is less: each
+        further process that writes meanwhile can pass the limit by 1/16.
+        """
+        place = self.directory, self.limit_bytes
+        left = _room.get(place, 0) - written
+        if left < 0:
+            left = min(self.limit_bytes - self._evict(directory), self.limit_bytes // 16)
+        _room[place] = left
+
+    def _evict(self, directory: int) -> int:
+        """Remove the kernels that were not used for longest, until the rest fits; its bytes."""
         entries = _entries(directory)
         total = sum(entry.bytes for entry in entries)
         for entry in sorted(entries, key=lambda entry: entry.used):
@@ -130,6 +145,7 @@ class Cache:
                 break
             entry.remove(directory)
             total -= entry.bytes
+        return total
 
 
 def key(text: str, toolchain: str) -> str:

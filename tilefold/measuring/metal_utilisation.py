@@ -18,6 +18,7 @@ from typing import Any
 from tilefold.backends.metal.dispatch import Machine, alignment_of, prepare, strides_of
 from tilefold.backends.metal.plan import plan
 from tilefold.measuring import timing
+from tilefold.planning.kernels import WORK
 from tilefold.planning.roofline import instruction_count
 from tilefold.problems.attention import Problem
 
@@ -105,10 +106,10 @@ def measure(
             one = replace(made, launches=(launch,), buffers=kept)
             call = prepare(one, machine, strides, alignment_of(operands))
             calls[name] = functools.partial(call.run, given)
-            counts[name] = instruction_count(name, pairs, problem.dim, problem.dim_v)
+            counts[name] = instruction_count(launch.spec.row, pairs, problem.dim, problem.dim_v)
     for name, run in native.items():
         calls[f"native {name}"] = run
-        counts[f"native {name}"] = instruction_count(name, pairs, problem.dim, problem.dim_v)
+        counts[f"native {name}"] = instruction_count(WORK[name], pairs, problem.dim, problem.dim_v)
     turns, launches = {}, {}
     for name, run in calls.items():
         turns[name], launches[name] = _turn(run, finish)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tilefold.backends.cpu import dispatch, threads
-from tilefold.backends.cpu.choice import family
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import plan
 from tilefold.measuring import baselines
@@ -234,7 +234,7 @@ def block_sizes(case: Case, a: Arrays) -> dict[str, Call]:
     """
     buffers = operands(case, a)
     calls: dict[str, Call] = {}
-    for tile in family(case.problem, host(), case.operation).tiles:
+    for tile in Chooser(case.problem, host()).family(case.operation).tiles:
         for wanted in SWEEP_TRAVERSE:
             block = max(1, wanted // tile.rows) * tile.rows
             made = plan(

@@ -20,17 +20,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu import dispatch, tuned
-from tilefold.backends.cpu.choice import family, table_blocks, usual_blocks, winner_key
+from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.plan import Plan, plan
-from tilefold.backends.cpu.spec import DECODE, PARALLEL
+from tilefold.backends.cpu.plan import CpuPlan, plan
+from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tables import RegisterTile
 from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
 from tilefold.backends.protocols import OPERANDS
 from tilefold.measuring.environment import environment
 from tilefold.measuring.timing import operands, turn_by_turn, using_threads
 from tilefold.measuring.workload import Arrays, Call, Case, arrays
-from tilefold.planning.roofline import PASSES
 
 TRAVERSE = (32, 64, 96, 128, 160, 192, 256, 512)
 """Traversed rows per block that are tried, cut to whole register tiles."""
@@ -47,6 +46,8 @@ TURN_SECONDS = 1e-3
 """Shorter calls are repeated within a turn, so that the clock and the loop do not count."""
 
 Note = Callable[[str], None]
+Turns = Callable[..., dict[str, list[float]]]
+"""What times calls turn by turn, as `timing.turn_by_turn` does."""
 
 
 @dataclass(frozen=True)
@@ -100,19 +101,26 @@ class Tuned:
 
 
 def tune(
-    case: Case, *, seconds: float, form: str = "auto", note: Note = lambda _: None
+    case: Case,
+    *,
+    seconds: float,
+    form: str = "auto",
+    note: Note = lambda _: None,
+    turns: Turns | None = None,
 ) -> list[Tuned]:
     """Measure the candidates for each pass of a case, for about `seconds` each.
 
     Compiling comes on top, and no stage has fewer than `LEAST_ROUNDS`. `note` hears what is being
-    done, `STAGES` times for each pass. Raises ValueError for a problem without pairs.
+    done, `STAGES` times for each kernel; `turns` takes the times. Raises ValueError for a problem
+    without pairs.
     """
     if case.problem.empty:
         raise ValueError(f"there is nothing to measure in shape {case.shape}")
     with using_threads(case.threads):
         inputs = arrays(case)
         return [
-            _Race(case, form, kernel, inputs, note).run(seconds) for kernel in passes(case, form)
+            _Race(case, form, kernel, inputs, note, turns or turn_by_turn).run(seconds)
+            for kernel in passes(case, form)
         ]
 
 
@@ -120,29 +128,33 @@ def passes(case: Case, form: str = "auto") -> list[str]:
     """The kernels of a case that have blocks to choose. Raises ValueError where none has."""
     launches = plan(case.problem, host(), case.operation, form).launches
     kernels = [launch.spec.kernel for launch in launches]
-    if set(kernels) <= set(DECODE):
+    if all(KERNELS[kernel].by_query for kernel in kernels):
         raise ValueError(
             f"shape {case.shape} has few queries: the decode kernel serves it, and has no blocks"
             " to choose"
         )
-    return [kernel for kernel in kernels if kernel in PASSES]
+    return [kernel for kernel in kernels if KERNELS[kernel].visits]
 
 
 def keep(found: Iterable[Tuned]) -> None:
     """Store the winners for the planner, of this process too. Raises OSError."""
     now, machine = environment(), Processor.of(host())
     new = {(machine, tuned.key): tuned.winner(now["date"], now["versions"]) for tuned in found}
-    tuned.keep(new)
+    tuned.STORE.keep(new)
 
 
 class _Race:
     """The candidates for one kernel."""
 
-    def __init__(self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note) -> None:
+    def __init__(
+        self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note, turns: Turns
+    ) -> None:
         self._case, self._form, self._kernel, self._note = case, form, kernel, note
+        self._turns = turns
         self._operands = operands(case, inputs)
-        self._family = family(case.problem, host(), kernel)
-        self._table = table_blocks(case.problem, host(), kernel)
+        self._chooser = Chooser(case.problem, host())
+        self._family = self._chooser.family(kernel)
+        self._table = self._chooser.table_blocks(kernel)
         self._trials: dict[Blocks, Trial] = {}
         self._table_seconds = 0.0
 
@@ -155,21 +167,19 @@ class _Race:
         self._stage("blocks", [blocks for blocks in others if blocks not in self._trials], share)
         self._stage("the best", self._fastest()[:KEPT_BLOCKS], share, last=True)
         trials = sorted(self._trials.values(), key=lambda trial: (not trial.last, trial.ratio))
-        made = self._plan(self._table)
-        (launch,) = [one for one in made.launches if one.spec.kernel == self._kernel]
-        key = winner_key(self._case.problem, host(), self._kernel, launch.spec.mask)
+        key = self._chooser.key(self._kernel)
         return Tuned(self._case, key, self._table, self._table_seconds, tuple(trials))
 
     def _heights(self) -> list[int]:
         """Numbers of traversed rows to try: no more than one that holds the whole axis."""
         problem = self._case.problem
-        length = problem.len_k if PARALLEL[self._kernel] == "q" else problem.len_q
+        length = problem.len_k if KERNELS[self._kernel].parallel == "q" else problem.len_q
         return [rows for rows in TRAVERSE if rows < 2 * length or rows == TRAVERSE[0]]
 
     def _usual(self, tile: RegisterTile) -> Blocks:
         if tile == self._table.tile:
             return self._table
-        return usual_blocks(self._case.problem, host(), self._kernel, tile)
+        return self._chooser.usual_blocks(self._kernel, tile)
 
     def _cut(self, tile: RegisterTile, rows: int) -> Blocks:
         return Blocks(tile, self._family.cut(tile, rows))
@@ -184,13 +194,13 @@ class _Race:
         self._note(f"{self._kernel} {self._case.shape} {self._case.problem.mask}: {what}")
         entered = dict.fromkeys([self._table, *candidates])
         calls = {str(blocks): self._call(blocks) for blocks in entered}
-        turn_by_turn(calls, seconds=0, least=1, most=1)  # compiles
-        first = turn_by_turn(calls, seconds=0, least=1, most=1)
+        self._turns(calls, seconds=0, least=1, most=1)  # compiles
+        first = self._turns(calls, seconds=0, least=1, most=1)
         repeats = max(1, round(TURN_SECONDS / min(first[str(self._table)])))
         turns = {name: _repeated(call, repeats) for name, call in calls.items()}
         least = LEAST_LAST_ROUNDS if last else LEAST_ROUNDS
         timer = clock(self._case.threads)
-        times = turn_by_turn(turns, seconds=seconds, least=least, clock=timer)
+        times = self._turns(turns, seconds=seconds, least=least, clock=timer)
         beside = times[str(self._table)]
         self._table_seconds = statistics.median(beside) / repeats
         for blocks in entered:
@@ -211,7 +221,7 @@ class _Race:
 
         return lambda: prepared().run(*pointers)
 
-    def _plan(self, blocks: Blocks) -> Plan:
+    def _plan(self, blocks: Blocks) -> CpuPlan:
         """The kernel alone, after what prepares its operands."""
         made = plan(
             self._case.problem,
@@ -221,8 +231,11 @@ class _Race:
             tile=blocks.tile,
             block_traverse=blocks.block_traverse,
         )
-        others = [name for name in PASSES if name != self._kernel]
-        launches = [launch for launch in made.launches if launch.spec.kernel not in others]
+        launches = [
+            launch
+            for launch in made.launches
+            if launch.spec.kernel == self._kernel or not launch.spec.row.visits
+        ]
         return replace(made, launches=tuple(launches))
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tilefold import api
 from tilefold.common.array_files import element_type
+from tilefold.planning.kernels import WORK
 from tilefold.planning.roofline import Rates, bounds
 from tilefold.problems.attention import Problem
 
@@ -49,7 +50,7 @@ class Case:
 
     def least_seconds(self, pairs: int, rates: Rates) -> tuple[float, str]:
         """The lower bound of the roofline, and which bound of the last pass binds."""
-        found = [bounds(self.problem, each, pairs, rates) for each in PASSES[self.operation]]
+        found = [bounds(self.problem, WORK[each], pairs, rates) for each in PASSES[self.operation]]
         return sum(each.seconds for each in found), found[-1].binding
 
 

@@ -1,7 +1,9 @@
 """What plans of all backends are made of.
 
-plan      the types that all plans share
-visited   the tiles that a kernel visits, and how keys are split
+plan      the types that all plans share: a plan, and scratch
+kernels   what a kernel reads, writes and multiplies: the rows of `KERNELS`
+visited   block rows by weight, and how keys are split
+masked    a problem whose mask is bound: its expression, and the tiles that kernels visit
 tiles     runs as whole tiles, for the GPUs
 roofline  how fast a problem can be at most
 """

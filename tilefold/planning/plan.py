@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.masks.expression import Declared, Table
+from tilefold.problems.attention import Problem
+
+OPERATIONS = ("forward", "backward")
+"""What a user asks for; one or more kernels serve each."""
 
 
 @dataclass(frozen=True)
@@ -13,4 +24,52 @@ class Scratch:
     dtype: str
 
 
-OPERATIONS = ("forward", "backward")
+class Launched(Protocol):
+    """One kernel of a plan with its work."""
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.integer], ...]:
+        """The arrays that say where its workers work."""
+
+
+L = TypeVar("L", bound=Launched)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan(Generic[L]):
+    """The kernels of one operation in the order in which they run, and the data of the mask.
+
+    `buffers` are operands that no caller gives, by their names in the kernels.
+    """
+
+    problem: Problem
+    operation: str
+    launches: tuple[L, ...]
+    parameters: tuple[int, ...]
+    tables: tuple[Table | Declared, ...]
+    buffers: Mapping[str, Scratch]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the mask's tables and of the runs."""
+        arrays = [table.array for table in self.tables]
+        for launch in self.launches:
+            arrays += launch.arrays
+        return sum(array.nbytes for array in arrays)
+
+    def explain_scratch(self) -> list[str]:
+        """The buffers, as lines of text."""
+        return [
+            f"scratch {name}: {' x '.join(map(str, scratch.shape))} {scratch.dtype}"
+            for name, scratch in self.buffers.items()
+        ]
+
+
+def split_scratch(problem: Problem, splits: int, dtype: str) -> dict[str, Scratch]:
+    """What decoding leaves of each query and each split of the keys, for a merge."""
+    shape = (problem.batch, problem.heads_q, splits, problem.len_q)
+    return {
+        "part_o": Scratch((*shape, problem.dim_v), dtype),
+        "part_m": Scratch(shape, dtype),
+        "part_l": Scratch(shape, dtype),
+    }

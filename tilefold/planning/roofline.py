@@ -17,35 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilefold.masks import evaluate, runs
+from tilefold.planning.kernels import OPERANDS, Contractions, Work
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
 SOFTMAX_INSTRUCTIONS = 5
 
-# Products of each pass by the length of their sum or row: (times dim, times dim_v).
-_CONTRACTIONS = {
-    "forward": (1, 1),  # S = Q K^T; O = P V
-    "decode": (1, 1),  # the same, one query in a row
-    "decode_part": (1, 1),
-    "backward_dq": (2, 1),  # S; dP = dO V^T; dQ = dS K
-    "backward_dkv": (2, 2),  # S^T; dP^T; dV = P^T dO; dK = dS^T Q
-    "backward": (3, 2),  # S; dP; dQ; dK; dV
-}
-_OPERANDS = {
-    "forward": ("q", "k", "v", "o", "lse"),
-    "decode": ("q", "k", "v", "o", "lse"),
-    "decode_part": ("q", "k", "v", "o", "lse"),
-    "backward_dq": ("q", "k", "v", "o", "do", "lse", "q"),
-    "backward_dkv": ("q", "k", "v", "do", "lse", "lse", "k", "v"),
-    "backward": ("q", "k", "v", "o", "do", "lse", "q", "k", "v"),
-}
-PASSES = tuple(_CONTRACTIONS)
-"""The passes that have a count: forward and its forms for few queries, the two of the split
-backward, and the fused one."""
-
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device was measured to reach in one type with so many workers."""
+    """What a device was measured to reach in one type with `workers` workers."""
 
     device: str
     dtype: str
@@ -70,7 +50,7 @@ class Bounds:
 
     @property
     def binding(self) -> str:
-        """Which of the three that is."""
+        """Name of the largest of the three."""
         named = {
             "arithmetic": self.arithmetic_seconds,
             "exponentials": self.exponential_seconds,
@@ -79,31 +59,29 @@ class Bounds:
         return max(named, key=lambda name: named[name])
 
 
-def instruction_count(operation: str, pairs: int, dim: int, dim_v: int | None = None) -> int:
-    """Instructions of one pass over so many pairs, for vectors of one element.
+def instruction_count(work: Work, pairs: int, dim: int, dim_v: int | None = None) -> int:
+    """Instructions of an operation or a kernel over `pairs` pairs, for vectors of one element.
 
-    >>> instruction_count("forward", 1024**2, 64) == (2 * 64 + 5) * 1024**2
+    >>> from tilefold.planning.kernels import WORK
+    >>> instruction_count(WORK["forward"], 1024**2, 64) == (2 * 64 + 5) * 1024**2
     True
     """
-    by_dim, by_dim_v = _products(operation)
-    width = by_dim * dim + by_dim_v * (dim if dim_v is None else dim_v)
+    made = _contractions(work)
+    width = made.dim * dim + made.dim_v * (dim if dim_v is None else dim_v)
     return (width + SOFTMAX_INSTRUCTIONS) * pairs
 
 
-def bounds(problem: Problem, operation: str, pairs: int, rates: Rates) -> Bounds:
-    """Lower bounds of one pass over so many pairs (of all heads) at measured rates."""
-    by_dim, by_dim_v = _products(operation)
-    flops = 2 * pairs * (by_dim * problem.dim + by_dim_v * problem.dim_v)
-    sizes = _sizes(problem)
-    statistics = ITEM_BYTES[STATISTICS[problem.dtype]]
-    moved = sum(
-        sizes[name] * (statistics if name == "lse" else ITEM_BYTES[problem.dtype])
-        for name in _OPERANDS[operation]
-    )
+def bounds(problem: Problem, work: Work, pairs: int, rates: Rates) -> Bounds:
+    """Lower bounds of an operation or a kernel over `pairs` pairs of all heads, at measured rates.
+
+    Scratch counts as if keys were not split.
+    """
+    made = _contractions(work)
+    flops = 2 * pairs * (made.dim * problem.dim + made.dim_v * problem.dim_v)
     return Bounds(
         arithmetic_seconds=flops / rates.flops_per_second,
         exponential_seconds=pairs / rates.exponentials_per_second,
-        bytes_seconds=moved / rates.bytes_per_second,
+        bytes_seconds=sum(_bytes(problem, name) for name in work.operands) / rates.bytes_per_second,
     )
 
 
@@ -172,21 +150,17 @@ def computed_pairs(
     return int((per_row * height).sum()) * alike
 
 
-def _products(operation: str) -> tuple[int, int]:
-    if operation not in _CONTRACTIONS:
-        raise ValueError(f"operation is {operation!r}; allowed are {', '.join(PASSES)}")
-    return _CONTRACTIONS[operation]
+def _contractions(work: Work) -> Contractions:
+    if work.contractions is None:
+        raise ValueError(f"{work.name} multiplies no pairs of queries and keys")
+    return work.contractions
 
 
-def _sizes(problem: Problem) -> dict[str, int]:
-    rows_q = problem.batch * problem.heads_q * problem.len_q
-    rows_k = problem.batch * problem.heads_kv * problem.len_k
-    o = rows_q * problem.dim_v
-    return {
-        "q": rows_q * problem.dim,
-        "k": rows_k * problem.dim,
-        "v": rows_k * problem.dim_v,
-        "o": o,
-        "do": o,
-        "lse": rows_q,
-    }
+def _bytes(problem: Problem, name: str) -> int:
+    """Bytes of an operand, over batch and heads."""
+    operand = OPERANDS[name]
+    of_query = operand.axis == "q"
+    rows = problem.len_q * problem.heads_q if of_query else problem.len_k * problem.heads_kv
+    width = getattr(problem, operand.width) if operand.width else 1
+    dtype = problem.dtype if operand.given else STATISTICS[problem.dtype]
+    return int(problem.batch * rows * width * ITEM_BYTES[dtype])

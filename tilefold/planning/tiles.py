@@ -82,7 +82,7 @@ def parted(visited: Runs, step: int) -> tuple[NDArray[np.int32], NDArray[np.int3
 
 
 def _joined(chain: Array, low: Array, high: Array) -> tuple[Array, Array, Array]:
-    """Ascending intervals of each chain, those that overlap or touch as one."""
+    """Ascending intervals of each chain; intervals that overlap or touch become one."""
     fresh = np.ones(len(chain), np.bool_)
     fresh[1:] = (chain[1:] != chain[:-1]) | (low[1:] > high[:-1])
     heads = np.flatnonzero(fresh)
@@ -90,5 +90,5 @@ def _joined(chain: Array, low: Array, high: Array) -> tuple[Array, Array, Array]
 
 
 def _ends(heads: Array, count: int) -> Array:
-    """The last of each group, given the first of each and how many there are in all."""
+    """The last of each group, given the first of each and the number of all."""
     return np.append(heads[1:], count)[: len(heads)] - 1

@@ -1,40 +1,25 @@
-"""What a kernel visits: the bound mask, its runs by block width, and their splits."""
+"""What the block rows of a kernel visit: which come first, and how their keys are split."""
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
+from numpy.typing import NDArray
 
-from tilefold.masks.expression import Boolean
-from tilefold.masks.runs import Runs, runs
-from tilefold.problems.attention import Problem
+from tilefold.masks.runs import Runs
 
 MASK_STEP = 32
 """Traversed rows that are classified together; a run is cut into tiles only inside the kernel."""
 
 
-def bound(problem: Problem) -> Boolean:
-    """The mask of a problem as an expression of its lengths."""
-    return problem.mask.bind(problem.len_q, problem.len_k)
+def nothing(block_rows: int = 0) -> Runs:
+    """The runs of block rows that visit no pairs."""
+    return Runs(np.zeros(block_rows + 1, np.int64), np.zeros((0, 3), np.int64), 1, 1)
 
 
-@functools.lru_cache(maxsize=4)  # few, since they may be large; `_launch` asks again at once
-def visited_by(problem: Problem, parallel: str, width: int) -> Runs:
-    """The runs of blocks that are so wide."""
-    length, traversed = problem.len_q, problem.len_k
-    if parallel == "k":
-        length, traversed = traversed, length
-    return runs(
-        bound(problem),
-        parallel=parallel,
-        batch=problem.batch,
-        heads=problem.heads_q,
-        len_parallel=length,
-        len_traverse=traversed,
-        block_parallel=width,
-        block_traverse=MASK_STEP,
-    )
+def heaviest_first(visited: Runs) -> NDArray[np.int64]:
+    """Block rows by what they visit over all planes, most first; ties keep their order."""
+    work = visited.met.reshape(-1, max(1, visited.block_rows)).sum(axis=0)
+    return np.argsort(-work, kind="stable")
 
 
 def cut(visited: Runs, keys: int) -> Runs:
@@ -51,7 +36,7 @@ def cut(visited: Runs, keys: int) -> Runs:
     before = np.concatenate([[0], ends])[visited.rows[:-1]]
     stop = ends - before[row]
     start = stop - (last - first)
-    pieces = max(1, -(-int(_visited(visited).max(initial=0)) // keys))
+    pieces = max(1, -(-int(visited.met.max(initial=0)) // keys))
     spans = -(-stop // keys) - start // keys
     run = np.repeat(np.arange(len(first)), spans)
     piece = np.arange(len(run)) - np.repeat(np.cumsum(spans) - spans, spans) + start[run] // keys
@@ -62,12 +47,3 @@ def cut(visited: Runs, keys: int) -> Runs:
     np.cumsum(counts, out=rows[1:])
     cut_runs = np.stack((left, right, masked[run]), axis=1)
     return Runs(rows, cut_runs, visited.planes_b, visited.planes_h)
-
-
-def _visited(visited: Runs) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """How many keys each block row visits."""
-    ends = np.concatenate([[0], np.cumsum(visited.runs[:, 1] - visited.runs[:, 0])])
-    counts: np.ndarray[tuple[int], np.dtype[np.int64]] = (
-        ends[visited.rows[1:]] - ends[visited.rows[:-1]]
-    )
-    return counts

@@ -2,6 +2,7 @@
 
 request    the options of a call: mask, scale, layout, precision
 attention  one call without its arrays; all checks of shapes
+matmul     products of matrices and softmax of rows; all checks of their shapes
 buffer     where elements lie, without the framework that owns them
 reference  attention and its gradients in plain NumPy: the definition
 """

@@ -3,6 +3,7 @@
 device    what this machine has: instruction set, cores, caches
 spec      all that decides a kernel's source
 tables    tuned block sizes
+heuristics  the planner's other constants, as a value
 partitions  who sums dQ in the fused backward pass
 kernels   everything that writes source
 runtime   source to machine code
@@ -10,7 +11,7 @@ kernel    spec to a loaded function
 threads   one function on several threads
 tuned     block sizes that were measured on this machine
 splits    how the keys of few queries are split
-choice    what multiplies in a kernel, and in which blocks
+choice    a chooser: what multiplies in a kernel, and in which blocks
 plan      problem and device to kernels, work items and runs
 dispatch  a plan made ready for arrays, and run
 calls     the processor as a machine

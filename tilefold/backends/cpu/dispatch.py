@@ -19,8 +19,8 @@ from tilefold.backends import protocols
 from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
-from tilefold.backends.cpu.kernels.arguments import OPERANDS, WORK
-from tilefold.backends.cpu.plan import Launch, Plan, plan
+from tilefold.backends.cpu.kernels.arguments import WORK
+from tilefold.backends.cpu.plan import CpuPlan, Launch, plan
 from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.planning.plan import Scratch
 from tilefold.problems.attention import Problem, contiguous
@@ -45,7 +45,7 @@ _WORKSPACE = WORK.index("workspace")
 class Call:
     """A plan made ready for operands of certain strides: all but where they lie and who works."""
 
-    plan: Plan
+    plan: CpuPlan
     steps: tuple[_Step, ...]
     alone: bool
 
@@ -111,14 +111,14 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
     return prepare(plan(problem, device, operation, form), strides)
 
 
-def run(plan: Plan, operands: Mapping[str, Buffer]) -> None:
+def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:
     """Run the kernels of a plan in order; `operands` by their names in the kernels."""
     strides = {name: buffer.strides for name, buffer in operands.items()}
     made = prepare(plan, strides)
     made.run(*[operands[name].pointer for name in protocols.OPERANDS[plan.operation]])
 
 
-def prepare(plan: Plan, strides: Mapping[str, Strides]) -> Call:
+def prepare(plan: CpuPlan, strides: Mapping[str, Strides]) -> Call:
     """A plan's kernels, compiled and loaded, and argument blocks for operands of these strides.
 
     Here the axes of `strides` are canonical.
@@ -133,7 +133,7 @@ def prepare(plan: Plan, strides: Mapping[str, Strides]) -> Call:
     return Call(plan, steps, alone)
 
 
-def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
+def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
     """The argument block of a launch; `strides` of all operands, in the order of the pointers."""
     problem, spec, runs = plan.problem, launch.spec, launch.runs
     function = kernel(spec, plan.device)
@@ -162,7 +162,7 @@ def _step(plan: Plan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
     ]
     order = list(strides)
     places = []
-    for name in OPERANDS[spec.kernel]:
+    for name in spec.row.operands:
         actual = launch.buffers.get(name, name)
         places.append((len(words), order.index(actual)))
         words += [0, *strides[actual]]

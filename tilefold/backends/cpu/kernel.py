@@ -1,8 +1,8 @@
 """From a spec to a function in memory: emit, find in the cache or compile, load.
 
-A kernel's name on disk is the hash of its text. Where the same sources of this package wrote the
-text of the same spec before, that name was noted, and neither the text is written nor a generator
-imported: that is most of what a first call would take.
+A kernel's name on disk is the hash of its source. Where the same files of this package wrote the
+source of the same spec before, that name was noted, and neither the source is written nor a
+generator imported: that is most of what a first call would take.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernels.arguments import names
-from tilefold.backends.cpu.spec import DECODE, KernelSpec
+from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.common.single_flight import once
 from tilefold.masks.expression import Skeleton
+from tilefold.planning.kernels import emitter
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS
 
 _PACKAGE = Path(__file__).parents[2]
@@ -39,22 +40,8 @@ class CpuKernel:
 
 
 def emit(spec: KernelSpec) -> str:
-    """The LLVM text of a kernel; works on every machine."""
-    # The generators are imported where a text is wanted, which a first call seldom does.
-    from tilefold.backends.cpu.kernels import backward, decode, forward, fused, merge
-
-    generators = {
-        "forward": forward.forward,
-        "decode": decode.decode,
-        "decode_part": decode.decode,
-        "merge": merge.merge,
-        "delta": backward.delta,
-        "backward_dq": backward.dq,
-        "backward_dkv": backward.dkv,
-        "backward": fused.fused,
-        "reduce_dq": fused.reduce_dq,
-    }
-    return generators[spec.kernel](spec)
+    """The LLVM source of a kernel; works on every machine."""
+    return emitter(spec.row, "tilefold.backends.cpu.kernels")(spec)
 
 
 @once(most=512)
@@ -64,16 +51,16 @@ def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
     question = f"{written_by}\n{_spelt(spec)}"
     found = runtime.recall(question, spec.kernel, device) if written_by else None
     if found is None:
-        text = emit(spec)
-        found = runtime.kernel(text, spec.kernel, device), workspace_bytes(spec)
+        source = emit(spec)
+        found = runtime.kernel(source, spec.kernel, device), workspace_bytes(spec)
         if written_by and written_by == sources():  # else someone is just editing a generator
-            runtime.note(question, text, device, found[1])
+            runtime.note(question, source, device, found[1])
     loaded, scratch_bytes = found
     return CpuKernel(loaded, names(spec), scratch_bytes)
 
 
 def sources() -> str:
-    """A checksum of all code that a text could depend on; empty where it cannot be read."""
+    """A checksum of all code that kernels depend on; empty where it cannot be read."""
     digest = hashlib.sha256()
     try:
         for path in sorted(path for folder in _SOURCES for path in folder.iterdir()):
@@ -106,7 +93,7 @@ def workspace_bytes(spec: KernelSpec) -> int:
     from tilefold.backends.cpu.kernels import block, state
 
     item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]
-    regions = state.regions if spec.kernel in DECODE else block.regions
+    regions = state.regions if spec.row.by_query else block.regions
     return -(-sum(regions(spec).values()) * item_bytes // 64) * 64
 
 

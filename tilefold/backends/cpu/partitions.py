@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.masks.runs import Runs
 from tilefold.problems.attention import Problem
 
@@ -26,37 +27,26 @@ Array = NDArray[np.int64]
 
 FUSED_PRODUCTS = 5
 SPLIT_PRODUCTS = (3, 4)
-"""Products per pair: of the fused kernel, and of the two kernels that are split over q and over k.
+"""Products per pair of the fused kernel, and of the two kernels that are split over q and over k.
 
-That time follows their number was measured on one core of an AMD EPYC (Zen 4), float32, one head,
-split / fused turn by turn, 2026-11-21: dense 2048 x 64 1.41, 8192 x 64 1.38, 2048 x 128 1.40,
+Their number decides the time, as was measured on one core of an AMD EPYC (Zen 4), float32, one
+head, split / fused turn by turn, 2026-11-21: dense 2048 x 64 1.41, 8192 x 64 1.38, 2048 x 128 1.40,
 8192 x 128 1.32, 4096 x 40 1.38, causal 2048 x 64 1.40; bfloat16 pairs 2048 x 64 1.37, 2048 x 128
 1.38; float16 1.39, 1.37; 7 / 5 is 1.4.
 """
 
-ROW_PRODUCTS = 40
-"""What a row of a part costs (set to zero, read again, added), in float32 products of a query and a
-key. Measured as above, 8 owners less one: 19 to 50; bfloat16 pairs 63 and 76 of theirs, which take
-half the time; float16 38."""
-
-BLOCK_QUERIES = 16
-"""What a block row of keys costs whatever it meets, in queries that it meets (not tuned)."""
-
-PARTS_SHARE = 2
-"""The parts take at most so many times the bytes of all inputs and outputs of the call."""
-
 COLUMNS = 5
 FIRST_ROW, LAST_ROW, FIRST_QUERY, LAST_QUERY, PART = range(COLUMNS)
 """The columns of a deal: block rows of keys, the queries whose rows of dQ an owner sums, and how
-many rows after that of a query its row in the parts of a head comes: those of an owner lie together
-and after those of the owner before."""
+many rows after a query its row in the parts of a head comes: the rows of an owner lie together,
+after the rows of the owner before."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeyPartitioner:
     """A problem as its owners see it: block rows of keys with their runs, and blocks of queries.
 
-    A row of a part takes `row_bytes`; `product` is the time of a product in those of float32.
+    A row of a part takes `row_bytes`; `product` is the time of a product, in products of float32.
     """
 
     problem: Problem
@@ -65,6 +55,7 @@ class KeyPartitioner:
     block_k: int
     row_bytes: int
     product: float = 1.0
+    heuristics: Heuristics = DEFAULT
 
     @property
     def heads_q(self) -> int:
@@ -91,7 +82,7 @@ class KeyPartitioner:
         """Queries that each block row meets, the mean over the heads, and its fixed cost."""
         planes = self.runs.planes_b * self.runs.planes_h
         met = self.runs.met.reshape(planes, self.runs.block_rows).sum(axis=0)
-        work: NDArray[np.float64] = met / max(1, planes) + BLOCK_QUERIES
+        work: NDArray[np.float64] = met / max(1, planes) + self.heuristics.block_queries
         return work
 
     def cut(self, owners: int) -> Array:
@@ -179,10 +170,11 @@ def fastest(partitioner: KeyPartitioner, cores: int, in_place: bool) -> tuple[in
     split takes 7 / 4. With 3 heads one owner each takes 5, four 15 / 4.
 
     A single owner needs no part where it may sum dQ `in_place`. The parts of several keep to
-    `PARTS_SHARE`, so memory is linear in the lengths: few heads on very many cores may be served
+    `parts_share`, so memory is linear in the lengths: few heads on very many cores may be served
     better by the split form.
     """
-    most = PARTS_SHARE * partitioner.problem.bytes("backward")
+    costs = partitioner.heuristics
+    most = costs.parts_share * partitioner.problem.bytes("backward")
     times: dict[int, float] = {}
     for owners in range(1, max(1, min(cores, partitioner.runs.block_rows)) + 1):
         dealt = partitioner.cut(owners)
@@ -194,7 +186,8 @@ def fastest(partitioner: KeyPartitioner, cores: int, in_place: bool) -> tuple[in
             FUSED_PRODUCTS * rounds * float(partitioner.shares(dealt).max()) * partitioner.group
         )
         if owners > 1 or not in_place:
-            times[owners] += ROW_PRODUCTS / partitioner.product * rows / partitioner.block_k / cores
+            row = costs.row_products / partitioner.product
+            times[owners] += row * rows / partitioner.block_k / cores
     owners = min(times, key=lambda count: times[count])
     return owners, times[owners]
 

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernels import amx, microkernel
-from tilefold.backends.cpu.kernels.convert import SCALARS
 from tilefold.backends.cpu.kernels.ir import Body, Module, Value, Variable, alignment, vector
 from tilefold.backends.cpu.kernels.softmax import EXP2_COARSE, exp2
+from tilefold.backends.cpu.kernels.storage import SCALARS
 from tilefold.backends.cpu.spec import FMA, Multiplier
 from tilefold.common import disk_cache
 from tilefold.planning.roofline import Rates

@@ -1,6 +1,6 @@
-"""What a kernel is: its name, which axis lies in its lanes, what multiplies, and its sizes.
+"""What a kernel of processors is: its row in `KERNELS`, what multiplies in it, and its sizes.
 
-A spec is all that decides the text of a kernel, and forgets the lengths: one kernel serves many
+A spec decides the whole source of a kernel, and forgets the lengths: one kernel serves many
 problems.
 """
 
@@ -10,26 +10,120 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tilefold.masks.expression import Skeleton
+from tilefold.planning.kernels import (
+    ALL_GRADIENTS,
+    ATTEND,
+    KEY_GRADIENTS,
+    QUERY_GRADIENT,
+    KernelRow,
+    table,
+)
 
-DECODE = ("decode", "decode_part", "merge")
-"""Kernels whose rows hold one query each, the head dimension in the lanes."""
 
-PARALLEL = {
-    "forward": "q",
-    **dict.fromkeys(DECODE, "q"),
-    "delta": "q",
-    "backward_dq": "q",
-    "backward_dkv": "k",
-    "backward": "k",
-    "reduce_dq": "q",
-}
-"""The axis that lies in the lanes, by kernel."""
+@dataclass(frozen=True, kw_only=True)
+class CpuKernelRow(KernelRow):
+    """One kernel of processors; `parallel` is the axis that is vectorised.
+
+    A `by_query` kernel keeps one query in a row, and vectorises the head dimension instead.
+    """
+
+    by_query: bool = False
+
+    @property
+    def tiled(self) -> bool:
+        """True where pairs are visited in blocks of the parallel axis."""
+        return self.visits and not self.by_query
+
+
+KERNELS = table(
+    (
+        CpuKernelRow(
+            name="forward",
+            parallel="q",
+            reads=("q", "k", "v"),
+            writes=("o", "lse"),
+            score_tiles=1,
+            contractions=ATTEND,
+            emitter="forward.forward",
+        ),
+        CpuKernelRow(
+            name="decode",
+            parallel="q",
+            reads=("q", "k", "v"),
+            writes=("o", "lse"),
+            score_tiles=1,
+            contractions=ATTEND,
+            emitter="decode.decode",
+            by_query=True,
+        ),
+        CpuKernelRow(
+            name="decode_part",
+            parallel="q",
+            reads=("q", "k", "v"),
+            writes=("part",),
+            score_tiles=1,
+            contractions=ATTEND,
+            emitter="decode.decode",
+            by_query=True,
+        ),
+        CpuKernelRow(
+            name="merge",
+            parallel="q",
+            reads=("part",),
+            writes=("o", "lse"),
+            emitter="merge.merge",
+            by_query=True,
+        ),
+        CpuKernelRow(
+            name="delta",
+            parallel="q",
+            reads=("o", "do"),
+            writes=("delta",),
+            emitter="backward.delta",
+        ),
+        CpuKernelRow(
+            name="backward_dq",
+            parallel="q",
+            reads=("q", "k", "v", "do", "lse", "delta"),
+            writes=("dq",),
+            score_tiles=2,
+            contractions=QUERY_GRADIENT,
+            emitter="backward.dq",
+        ),
+        CpuKernelRow(
+            name="backward_dkv",
+            parallel="k",
+            reads=("q", "k", "v", "do", "lse", "delta"),
+            writes=("dk", "dv"),
+            score_tiles=2,
+            contractions=KEY_GRADIENTS,
+            emitter="backward.dkv",
+        ),
+        CpuKernelRow(
+            name="backward",
+            parallel="k",
+            reads=("q", "k", "v", "do", "lse", "delta"),
+            writes=("dq_parts", "dk", "dv"),
+            score_tiles=2,
+            contractions=ALL_GRADIENTS,
+            emitter="fused.fused",
+        ),
+        CpuKernelRow(
+            name="reduce_dq",
+            parallel="q",
+            reads=("dq_parts",),
+            writes=("dq",),
+            emitter="fused.reduce_dq",
+        ),
+    )
+)
+"""All kernels of processors by name: adding one takes a row here and its emitter."""
 
 
 class Multiplier(NamedTuple):
-    """What multiplies: "fma" numbers, "dot" pairs of bfloat16, "amx" tiles of such pairs.
+    """What multiplies: "fma" single elements, "dot" pairs of bfloat16, "amx" tiles of such pairs.
 
-    With pairs every operand is a sum of `parts` bfloat16 numbers.
+    With pairs every operand is a sum of `parts` bfloat16 arrays.
     """
 
     unit: str
@@ -37,12 +131,12 @@ class Multiplier(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Numbers of a sum in one product: operands are padded to a multiple."""
+        """Terms of a sum in one instruction: operands are padded to a multiple."""
         return {"fma": 1, "dot": 2, "amx": 32}[self.unit]
 
     @property
     def terms(self) -> int:
-        """Products that make one: all of two parts but that of the low ones."""
+        """Products of parts in one product: all pairs of parts but the two low ones."""
         return self.parts * (self.parts + 1) // 2
 
 
@@ -51,12 +145,12 @@ FMA = Multiplier("fma")
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What changes the text of a kernel, and nothing else: no lengths, batch, heads or mask data.
+    """What changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
 
     The register tile is `rows` broadcast rows by `vectors` vectors of `lanes` elements. The
-    parallel axis lies in the lanes, `block_parallel` at a time; the traversed axis is walked
-    `block_traverse` rows at a time. In the kernels of `DECODE`, `rows` is how many queries a worker
-    holds at most. `native_half`: the machine converts float16 itself.
+    parallel axis is vectorised, `block_parallel` elements at a time; the traversed axis is walked
+    `block_traverse` rows at a time. In a kernel that works by query, `rows` is how many queries a
+    worker holds at most. `native_half`: the machine converts float16 itself.
     """
 
     kernel: str
@@ -71,6 +165,11 @@ class KernelSpec:
     index_bits: int
     native_half: bool = False
     multiplier: Multiplier = FMA
+
+    @property
+    def row(self) -> CpuKernelRow:
+        """What follows from the kernel's name."""
+        return KERNELS[self.kernel]
 
     @property
     def block_parallel(self) -> int:

@@ -1,4 +1,4 @@
-"""Block sizes by device family: the only place with tuned numbers.
+"""Block sizes by device family: the only place with tuned blocks.
 
 A register tile of rows x vectors accumulators wants eight or more of them in flight (two fused
 multiply-adds start per cycle and take four), and one row of vectors and a broadcast beside them in
@@ -39,7 +39,7 @@ class RegisterTile:
 class Row:
     """One row of the table: a register tile, and the measurement that chose it, if there is one.
 
-    `measured` gives its figure on each processor, and in brackets those of others beside it.
+    `measured` gives its figure on each processor, and in brackets the figures of other tiles.
     """
 
     tile: RegisterTile
@@ -71,7 +71,7 @@ class Family:
 
     @property
     def measured_tiles(self) -> tuple[RegisterTile, ...]:
-        """The first tile, and those others of which a measurement says what they cost."""
+        """The first tile, and the others whose cost was measured."""
         return tuple(row.tile for n, row in enumerate(self.table) if n == 0 or row.measured)
 
     def row(self, tile: RegisterTile) -> Row | None:
@@ -93,7 +93,7 @@ class Family:
         return max(1, rows // step) * step
 
     def allows(self, tile: RegisterTile, block_traverse: int) -> bool:
-        """Whether kernels can have this tile and so many traversed rows at a time."""
+        """Whether kernels can have this tile and `block_traverse` traversed rows at a time."""
         return (
             tile.registers <= self.registers
             and tile.rows % self.row_step == 0
@@ -129,8 +129,8 @@ class Family:
 # are the same for all of them. Blocks of 64 to 256 traversed rows were within 2 % too. Granite
 # Rapids (Xeon with 48 KiB L1d, 64 KiB L1i, 2 MiB L2 a core, which tell it: the hypervisor hides the
 # name): 1 x 8 x 2048 tokens; 2x8 by 256 traversed rows instead of 128 gave 4 % more in one part,
-# and 3 % less in two at dim 128. Nobody measured NEON: its rows are those of AVX-512, which has as
-# many registers.
+# and 3 % less in two at dim 128. Nobody measured NEON: its rows are the rows of AVX-512, which has
+# as many registers.
 
 _AVX512 = Family(
     vector_bytes=64,
@@ -222,5 +222,5 @@ own: what is chosen for them is how many vectors of the parallel axis a block ha
 
 
 def family(isa: str, unit: str) -> Family:
-    """The table of an instruction set and of what multiplies: see `plan.KernelSpec`."""
+    """The table of an instruction set and of what multiplies: see `spec.Multiplier`."""
     return FAMILIES[isa] if unit == "fma" else PAIRS[unit]

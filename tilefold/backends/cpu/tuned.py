@@ -1,47 +1,35 @@
 """Block sizes that were measured here: what `tilefold tune` found, in one file beside the kernels.
 
 The planner asks here before it reads `tables`. A winner serves the machine, kernel, types, head
-dims, mask and length class that it was measured for; a mask without a winner of its own takes that
-of full() where the tables have the same row for both. Block sizes change results by rounding only,
-so nothing but speed hangs on this file: one that is damaged is left out, with the reason for
-`tilefold doctor`.
-
-The file is read once per process. `keep` and `forget` replace it and begin a new generation.
+dims, mask and length class that it was measured for; a mask without a winner of its own takes the
+winner of full() where the tables have the same row for both.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from tilefold.backends.cpu import tables
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.tables import Family, RegisterTile
-from tilefold.common import disk_cache, generation
-from tilefold.common.files import write_atomically
+from tilefold.common.tuned_store import TunedStore
 
-FORMAT = "tilefold winners 1"
-"""The first entry of the file. The number goes up when the generators change so much that what was
-measured before says nothing any more.
-"""
-FILE = "tuned.json"
 LONG = 256
-"""Parallel elements above which all lengths are alike (few lanes of the last block are idle), so
-that fewer kernels compile.
+"""Lengths of the parallel axis above this one are alike: few lanes of the last block are idle. So
+fewer kernels compile.
 """
 LONGEST_BLOCK = 4096
-"""Traversed rows of a block that are believed; 512 is the most that is ever measured."""
+"""Most traversed rows of a block that are believed; no more than 512 are ever measured."""
 DENSE = "True"
 """The mask of full(), as the text of its skeleton."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A processor, as far as the best blocks depend on it."""
+    """What the best blocks depend on of a processor."""
 
     name: str
     isa: str
@@ -60,8 +48,8 @@ class Processor:
 class Key:
     """What a choice of blocks depends on, beside the machine.
 
-    `unit` and `parts` say how the kernel multiplies: see `plan.KernelSpec`. `mask` is the text of
-    its skeleton. `length` is that of the parallel axis: see `length_class`.
+    `unit` and `parts` say how the kernel multiplies: see `spec.Multiplier`. `mask` is the text of
+    its skeleton. `length` is the class of the parallel axis: see `length_class`.
     """
 
     kernel: str
@@ -107,20 +95,6 @@ class TunedBlocks:
     versions: Mapping[str, str]
 
 
-_UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
-"""What reading an entry raises that nobody of ours wrote."""
-
-Winners = dict[tuple[Processor, Key], TunedBlocks]
-
-
-@dataclass(frozen=True)
-class TunedFile:
-    """The content of a file: winners by machine and key, and what was wrong with the rest."""
-
-    winners: Winners
-    problem: str | None = None
-
-
 def length_class(length: int, lanes: int) -> int:
     """The parallel axis in elements of whole vectors; 0 where it is long.
 
@@ -131,8 +105,8 @@ def length_class(length: int, lanes: int) -> int:
 
 
 def find(device: Device, key: Key, table: Blocks) -> TunedBlocks | None:
-    """The winner for a key on a machine, else that of full() if the table's row is the same."""
-    kept = load().winners
+    """The winner of a key on a machine, else of full() if the table has the same row for both."""
+    kept = STORE.load().entries
     if not kept:
         return None
     machine = Processor.of(device)
@@ -142,82 +116,8 @@ def find(device: Device, key: Key, table: Blocks) -> TunedBlocks | None:
 
 def here(device: Device) -> dict[Key, TunedBlocks]:
     """All winners of a machine."""
-    machine = Processor.of(device)
-    return {key: winner for (where, key), winner in load().winners.items() if where == machine}
-
-
-def path() -> Path:
-    """Where the winners are kept: in the folder of the kernel cache."""
-    return disk_cache.default().directory / FILE
-
-
-@functools.cache
-def load() -> TunedFile:
-    """What is kept, read when this process first asks."""
-    place = path()
-    try:
-        content = place.read_bytes()
-    except FileNotFoundError:
-        return TunedFile({})
-    except OSError as error:
-        return TunedFile({}, f"{place} cannot be read: {error.strerror or error}")
-    import json  # where there is something to read; a first call counts its milliseconds
-
-    try:
-        document = json.loads(content)
-        entries = document["winners"] if document["format"] == FORMAT else None
-    except (*_UNUSABLE, RecursionError):
-        entries = None
-    if not isinstance(entries, list):
-        return TunedFile({}, f"{place} is not a file of this version's winners")
-    return _parse_all(entries, place)
-
-
-def check() -> None:
-    """Raises OSError where winners cannot be kept."""
-    problem = disk_cache.default().problem()
-    if problem:
-        raise OSError(f"winners cannot be kept: {problem}")
-
-
-def keep(new: Mapping[tuple[Processor, Key], TunedBlocks]) -> None:
-    """Add winners to the file, in place of older ones of the same keys. Raises OSError."""
-    check()
-    load.cache_clear()  # another process may have written since
-    merged = load().winners | dict(new)
-    import json
-
-    document = {"format": FORMAT, "winners": [_entry(*item) for item in merged.items()]}
-    write_atomically(path(), (json.dumps(document, indent=1) + "\n").encode())
-    _changed()
-
-
-def forget() -> int:
-    """Remove the file and return how many winners were in it. Raises OSError."""
-    load.cache_clear()
-    count = len(load().winners)
-    path().unlink(missing_ok=True)
-    _changed()
-    return count
-
-
-def _changed() -> None:
-    load.cache_clear()
-    generation.advance()
-
-
-def _parse_all(entries: Iterable[Any], place: Path) -> TunedFile:
-    winners: Winners = {}
-    wrong = 0
-    for entry in entries:
-        try:
-            machine, key, winner = _parse(entry)
-        except _UNUSABLE:
-            wrong += 1
-        else:
-            winners[machine, key] = winner
-    problem = f"{wrong} of the winners in {place} cannot be used" if wrong else None
-    return TunedFile(winners, problem)
+    machine, entries = Processor.of(device), STORE.load().entries
+    return {key: winner for (where, key), winner in entries.items() if where == machine}
 
 
 def _entry(where: tuple[Processor, Key], winner: TunedBlocks) -> dict[str, Any]:
@@ -225,8 +125,8 @@ def _entry(where: tuple[Processor, Key], winner: TunedBlocks) -> dict[str, Any]:
     return {"machine": asdict(machine), "key": asdict(key)} | asdict(winner)
 
 
-def _parse(entry: dict[str, Any]) -> tuple[Processor, Key, TunedBlocks]:
-    """An entry of the file. Raises one of `_UNUSABLE`."""
+def _parse(entry: dict[str, Any]) -> tuple[tuple[Processor, Key], TunedBlocks]:
+    """An entry of the file. Raises one of `tuned_store.UNUSABLE`."""
     machine, key = Processor(**entry["machine"]), Key(**entry["key"])
     family = tables.family(machine.isa, key.unit)
     timed = {name: _timed(entry[name], family) for name in ("best", "table", "worst")}
@@ -236,7 +136,7 @@ def _parse(entry: dict[str, Any]) -> tuple[Processor, Key, TunedBlocks]:
         for field in fields(part):
             if field.type in ("str", "int"):
                 _check(type(getattr(part, field.name)).__name__ == field.type, field.name)
-    return machine, key, winner
+    return (machine, key), winner
 
 
 def _timed(value: Any, family: Family) -> Timed:
@@ -252,3 +152,9 @@ def _timed(value: Any, family: Family) -> Timed:
 def _check(holds: bool, value: object) -> None:
     if not holds:
         raise ValueError(value)
+
+
+STORE = TunedStore(
+    file="tuned.json", form="tilefold winners 1", noun="winners", parse=_parse, entry=_entry
+)
+"""The file of this machine's processors."""

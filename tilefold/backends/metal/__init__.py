@@ -3,6 +3,7 @@
 spec      all that decides a kernel's source
 families  GPU families and their limits
 tables    tuned block sizes
+heuristics  the planner's other constants, as a value
 kernels   everything that writes source
 choice    the blocks of a kernel: a row of the tables, made to fit
 source    spec to source

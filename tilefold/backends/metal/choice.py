@@ -1,8 +1,8 @@
 """Which blocks a kernel gets and what it keeps in registers: a row of the tables, made to fit.
 
 A simdgroup holds 8 rows of an operand in its 32 lanes, so a row of width W costs each thread W / 4
-numbers: inputs in the type that is multiplied, sums in float32. A tile of scores costs a quarter of
-its columns, in float32. Where that is more than the family's budget, first the traverse block
+elements: inputs in the type that is multiplied, sums in float32. A tile of scores costs a quarter
+of its columns, in float32. Where that is more than the family's budget, first the traverse block
 shrinks, which costs no traffic while the sums are in registers; then operands leave, in the order
 in which they leave the tables: inputs, which are read again for each tile, before sums, which are
 read and written for each tile.
@@ -16,34 +16,12 @@ from typing import NamedTuple
 
 from tilefold.backends.metal import tables
 from tilefold.backends.metal.families import MetalFamily
+from tilefold.backends.metal.heuristics import DEFAULT, Heuristics
 from tilefold.backends.metal.kernels.fragment import TYPES
 from tilefold.backends.metal.kernels.frame import stage_elements
-from tilefold.backends.metal.kernels.msl import BYTES, element
-from tilefold.backends.metal.spec import RESIDENT, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
+from tilefold.backends.metal.kernels.storage import storage
+from tilefold.backends.metal.spec import KERNELS, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
 from tilefold.masks.expression import Truth, split
-
-LEAVING = {
-    "forward": ("q", "o"),
-    "decode": ("q", "o"),
-    "merge": (),
-    "backward_dq": ("do", "q", "dq"),
-    "backward_dkv": ("k", "v", "dk", "dv"),
-}
-"""Operands in the order in which they leave the registers."""
-
-SCORES = {"forward": 1, "decode": 1, "merge": 0, "backward_dq": 2, "backward_dkv": 2}
-"""Tiles of float32 scores that live at once: S; S and dP."""
-
-LEAST_TRAVERSE, LEAST_SPILLED = 32, 64
-"""How far the traverse block shrinks to keep an operand: to the shortest of the tables' rows, and
-for an input beside spilled sums to the shortest of those rows that spill all sums."""
-
-UNTUNED = {
-    "decode": (Blocks(8, 32, 32), ("q", "o")),
-    "merge": (Blocks(8, 8, 8), ()),
-}
-"""Blocks of kernels that have no table. Decoding: one simdgroup to a threadgroup, so that few rows
-of many heads and splits are spread over the cores."""
 
 _STEP = 2 * SIDE
 _ANY = split(Truth(True))[0]
@@ -110,6 +88,7 @@ def choose(
     *,
     blocks: Blocks | None = None,
     cached: Sequence[str] | None = None,
+    heuristics: Heuristics = DEFAULT,
 ) -> Choice:
     """The choice for a kernel. `blocks` and `cached` override the tables, and are kept as given.
 
@@ -129,20 +108,22 @@ def choose(
             f"{dtype} is not a type of Apple's GPUs, which have {', '.join(TYPES)}: compute it on"
             " the CPU"
         )
-    others = [name for name in cached or () if name not in RESIDENT[kernel]]
+    others = [name for name in cached or () if name not in KERNELS[kernel].resident]
     if others:
-        allowed = ", ".join(RESIDENT[kernel]) or "nothing"
+        allowed = ", ".join(KERNELS[kernel].resident) or "nothing"
         raise ValueError(f"{kernel} keeps any of {allowed} in registers, got {others[0]}")
     asked = _Asked(family, kernel, dtype, dim, dim_v)
     start, row_blocks, row_cached = asked.row()
     first = asked.choice(start, blocks or row_blocks, row_cached if cached is None else cached)
     asked.check(first)
-    leaving = [] if cached is not None else [x for x in LEAVING[kernel] if x in first.cached]
+    leaving = (
+        [] if cached is not None else [x for x in KERNELS[kernel].leaving if x in first.cached]
+    )
     evicted: list[Eviction] = []
     for operand in (*leaving, None):
         kept = [name for name in first.cached if all(name != gone for gone, _ in evicted)]
         longest = first.blocks.traverse
-        least = longest if blocks else _STEP if cached is not None else _least(kept)
+        least = longest if blocks else _STEP if cached is not None else _least(kept, heuristics)
         traverses = [longest, *range((longest - 1) // _STEP * _STEP, least - 1, -_STEP)]
         options = [asked.choice(start, replace(first.blocks, traverse=n), kept) for n in traverses]
         for made in options:
@@ -157,11 +138,12 @@ def choose(
     )
 
 
-def _least(kept: Sequence[str]) -> int:
-    """How far the traverse block shrinks before another operand leaves."""
+def _least(kept: Sequence[str], limits: Heuristics) -> int:
+    """Length to which the traverse block shrinks before another operand leaves."""
     if not kept:
         return _STEP
-    return LEAST_TRAVERSE if any(name in SUMS for name in kept) else LEAST_SPILLED
+    sums = any(name in SUMS for name in kept)
+    return limits.least_traverse if sums else limits.least_spilled
 
 
 def _shrunk(before: Choice, after: Choice) -> str:
@@ -182,9 +164,8 @@ class _Asked:
 
     def row(self) -> tuple[str, Blocks, tuple[str, ...]]:
         """Where to start: the words for it, blocks and cached operands."""
-        if self.kernel in UNTUNED:
-            blocks, cached = UNTUNED[self.kernel]
-            return "a block that nobody tuned", blocks, cached
+        if untuned := KERNELS[self.kernel].untuned:
+            return "a block that nobody tuned", *untuned
         widest = max(self.dim, self.dim_v)
         row = tables.row(self.family.table, self.kernel, self.dtype, widest)
         return f"table {self.family.table}, {row}", row.blocks, row.cached
@@ -192,18 +173,19 @@ class _Asked:
     def choice(self, start: str, blocks: Blocks, cached: Sequence[str]) -> Choice:
         """These blocks and operands, with what they take; no head block is wider than a row."""
         blocks = replace(blocks, head=min(blocks.head, whole(max(self.dim, self.dim_v))))
-        held = tuple(name for name in RESIDENT[self.kernel] if name in cached)
+        row = KERNELS[self.kernel]
+        held = tuple(name for name in row.resident if name in cached)
         spec = self._spec(blocks, held)
-        number = BYTES[element(self.dtype, self.family.bfloat).compute]
+        number = storage(self.dtype, self.family.bfloat).compute_bytes
         registers = [
             (name, whole(spec.width(name)) // 4 * (4 if name in SUMS else number)) for name in held
         ]
-        if SCORES[self.kernel]:
-            registers.append(("tiles", SCORES[self.kernel] * blocks.traverse))
-        if any(name in SUMS and name not in held for name in RESIDENT[self.kernel]):
+        if row.visits:
+            registers.append(("tiles", row.score_tiles * blocks.traverse))
+        if any(name in SUMS and name not in held for name in row.resident):
             registers.append(("spill", blocks.head))
         # A tile of a traversed operand, and for each simdgroup a truth.
-        shared = stage_elements(spec) * number + spec.simdgroups if self.kernel != "merge" else 0
+        shared = stage_elements(spec) * number + spec.simdgroups if row.visits else 0
         return Choice(self.family, self.kernel, start, blocks, held, tuple(registers), shared)
 
     def _spec(self, blocks: Blocks, cached: tuple[str, ...]) -> MetalSpec:

@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from tilefold.backends import protocols
 from tilefold.backends.launching import mask_arguments, runs_on, stride_arguments, tables_on
 from tilefold.backends.metal import emulate, families, source
-from tilefold.backends.metal.kernels.arguments import OPERANDS, RUNS, STRIDED, arrays, sizes
+from tilefold.backends.metal.kernels.arguments import RUNS, arrays, sizes
 from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.common.check import shown
 from tilefold.common.lru import LruCache
 from tilefold.common.single_flight import SingleFlight
+from tilefold.planning.kernels import STRIDED
 
 Spec = TypeVar("Spec", bound=Hashable)
 
@@ -300,7 +301,7 @@ def _step(
 
 def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], alignment: int) -> MetalSpec:
     """The spec for operands that lie like this: the plan has forgotten it."""
-    given = {name: strides[name] for name in OPERANDS[spec.kernel] if name in STRIDED}
+    given = {name: strides[name] for name in spec.row.operands if name in STRIDED}
     longest = max(spec.blocks.parallel, spec.blocks.traverse) + SIDE
     reach = [
         longest * abs(along_n) + whole(spec.width(name)) * abs(along_d)

@@ -20,7 +20,7 @@ GENERATIONS = {"apple7": 13, "apple8": 14, "apple9": 15, "apple10": 17}
 FAMILIES = tuple(
     name for name, number in GENERATIONS.items() if number >= tensorops.OLDEST_GENERATION
 )
-"""Those with units for tensor operations, oldest first."""
+"""Families with units for tensor operations, oldest first."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -34,7 +34,7 @@ def missing() -> str | None:
 
 
 def plan(problem: Problem, family: str) -> MetalPlan:
-    """The plan of a forward pass whose kernel is that of `tensorops`.
+    """The plan of a forward pass whose kernel multiplies by `tensorops`.
 
     Raises NotImplementedError for what tensor operations do not serve.
     """

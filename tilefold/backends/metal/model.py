@@ -1,7 +1,7 @@
 """A model of the instructions that a Metal kernel issues, from what the emulator counts.
 
 No Apple GPU has run these kernels, so nothing here is a measurement of one. The emulator counts
-what a text does: products of fragments, exponentials, shuffles, accesses to memory and to the
+what a source does: products of fragments, exponentials, shuffles, accesses to memory and to the
 elements of fragments. Each is weighed by what public measurements say that it takes of a core, a
 multiply-add of one lane being 1. What a kernel must do anyway is the count of Turner (2024):
 2 D + 5 for each pair of query and key in the forward pass, 3 D + 5 and 4 D + 5 in the backward ones
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tilefold.backends.metal import dispatch
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.plan import Launch, MetalPlan, plan
-from tilefold.backends.metal.spec import PARALLEL, SIMD
+from tilefold.backends.metal.spec import KERNELS, SIMD
 from tilefold.planning.roofline import instruction_count
 from tilefold.problems.attention import Problem
 
@@ -42,10 +42,11 @@ WEIGHTS = {
     "threadgroup_loads": 1.0,
     "threadgroup_stores": 1.0,
 }
-"""Instructions of single lanes for each operation that the emulator counts. Rates are those of
+"""Instructions of single lanes for each operation that the emulator counts. Rates are from
 github.com/philipturner/metal-benchmarks for M1; where it has none, an operation is one."""
 
-OPERATIONS = ("forward", "backward_dq", "backward_dkv")
+MODELLED = ("forward", "backward_dq", "backward_dkv")
+"""Kernels that are modelled: they serve long sequences."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Model:
     @property
     def shares(self) -> dict[str, float]:
         """Instructions issued for each useful one, by operation."""
-        useful = instruction_count(self.kernel, self.pairs, self.dim)
+        useful = instruction_count(KERNELS[self.kernel], self.pairs, self.dim)
         return {name: WEIGHTS[name] * self.counts[name] / useful for name in WEIGHTS}
 
     @property
@@ -83,7 +84,7 @@ def model(family: str, kernel: str, dtype: str, dim: int, check: str = "count") 
 
 
 def launch(family: str, kernel: str, dtype: str, dim: int, *, tiles: int) -> Launch:
-    """The launch of one threadgroup that visits so many whole tiles; no mask."""
+    """The launch of one threadgroup that visits `tiles` whole tiles; no mask."""
     spec = _launch(_problem(kernel, dtype, dim, 64, 64), family, kernel).spec
     blocks = spec.blocks
     problem = _problem(kernel, dtype, dim, blocks.parallel, tiles * blocks.traverse)
@@ -91,8 +92,8 @@ def launch(family: str, kernel: str, dtype: str, dim: int, *, tiles: int) -> Lau
 
 
 def _problem(kernel: str, dtype: str, dim: int, parallel: int, traverse: int) -> Problem:
-    """One head, its lengths by what the operation does with them."""
-    long_q = PARALLEL[kernel] == "k"
+    """One head, its lengths by which of them the kernel traverses."""
+    long_q = KERNELS[kernel].parallel == "k"
     len_q, len_k = (traverse, parallel) if long_q else (parallel, traverse)
     return Problem.of((1, 1, len_q, dim), (1, 1, len_k, dim), dtype=dtype)
 
@@ -111,23 +112,23 @@ class _Listening(Emulated):
     libraries: list[Any] = field(default_factory=list)
 
     def compile(self, text: str) -> Any:
-        """The kernels of a text."""
+        """The kernels of a source."""
         self.texts.append(text)
-        entries = {f"tilefold_{kernel}": None for kernel in OPERATIONS}
+        entries = {f"tilefold_{kernel}": None for kernel in MODELLED}
         self.libraries.append(
             SimpleNamespace(**entries) if self.checks == "nothing" else super().compile(text)
         )
         return self.libraries[-1]
 
     def at(self, kernel: str) -> int:
-        """Which of them is the kernel of an operation."""
+        """Index of the library that holds a kernel."""
         found = [n for n, text in enumerate(self.texts) if f" tilefold_{kernel}(" in text]
         assert len(found) == 1, found
         return found[0]
 
 
 def text_of(family: str, kernel: str, dtype: str, dim: int) -> str:
-    """The text that a machine compiles for contiguous operands; nothing is compiled here."""
+    """The source that a machine compiles for contiguous operands; nothing is compiled here."""
     machine = _Listening(family, "nothing")
     made, operands = _call(family, kernel, dtype, dim, tiles=2)
     strides = {name: dispatch.strides_of(name, array) for name, array in operands.items()}
@@ -148,7 +149,7 @@ def _counted(
 def _call(
     family: str, kernel: str, dtype: str, dim: int, tiles: int
 ) -> tuple[MetalPlan, Mapping[str, NDArray[Any]]]:
-    """A plan in which one threadgroup of the operation visits so many tiles, and its operands."""
+    """A plan in which one threadgroup of the kernel visits `tiles` tiles, and its operands."""
     blocks = launch(family, kernel, dtype, dim, tiles=tiles).spec.blocks
     problem = _problem(kernel, dtype, dim, blocks.parallel, tiles * blocks.traverse)
     made = plan(problem, family, kernel.partition("_")[0], form="tiled")

@@ -1,6 +1,6 @@
 """Planning for Apple GPUs: the kernels of an operation, what each threadgroup visits, and scratch.
 
-A plan knows lengths and masks but no strides: the texts that follow from it serve them all.
+A plan knows lengths and masks but no strides: the sources that follow from it serve them all.
 Backward is two kernels, since the second one reads the delta that the first one writes. A forward
 pass with few queries and many keys is two kernels too: keys are split among threadgroups, whose
 parts are then merged in a fixed order.
@@ -18,43 +18,26 @@ from numpy.typing import NDArray
 from tilefold.backends.metal import families
 from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
+from tilefold.backends.metal.heuristics import DEFAULT, Heuristics
 from tilefold.backends.metal.kernels.arguments import spills
-from tilefold.backends.metal.spec import PARALLEL, RESIDENT, SIDE, Blocks, MetalSpec
+from tilefold.backends.metal.spec import KERNELS, Blocks, MetalSpec
 from tilefold.common import check
 from tilefold.common.lru import LruCache
-from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import Declared, Table, split
-from tilefold.masks.runs import Runs, runs
-from tilefold.planning.plan import Scratch
+from tilefold.masks.runs import Runs
+from tilefold.planning.masked import MaskedProblem
+from tilefold.planning.plan import Plan, Scratch, split_scratch
 from tilefold.planning.tiles import runs_to_tiles
-from tilefold.planning.visited import MASK_STEP, bound, cut, visited_by
+from tilefold.planning.visited import MASK_STEP, cut, heaviest_first, nothing
 from tilefold.problems.attention import Problem
 
 FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "tiled")}
-"""How an operation is done: "decode" splits the keys of few queries."""
-
-FEW_QUERIES = SIDE
-""""auto" decodes so few: the blocks of the tiled kernel, 16 or 32 queries of one head, would be at
-least half empty, where decoding fills fragments with the queries of all heads of a key head."""
-
-KEYS_PER_SPLIT = 256
-"""Keys that a threadgroup of the decode kernel visits at least. Its part, 8 rows of dim_v float32
-numbers, is written and read: a sixteenth of the bytes of float16 keys and values. Not tuned."""
-
-ENOUGH_GROUPS = 1024
-"""Threadgroups of the decode kernel for which keys are split, no finer: 25 simdgroups for each of
-the 40 cores of the largest GPUs. Not tuned."""
-
-MANY_KEYS = 2 * KEYS_PER_SPLIT
-""""auto" decodes from so many keys, where there is something to split."""
+"""Forms of an operation: "decode" splits the keys of few queries."""
 
 Asked = Blocks | Mapping[str, Blocks] | None
-"""Blocks for all kernels of a plan, or by operation."""
+"""Blocks for all kernels of a plan, or by kernel."""
 
 AskedCached = Sequence[str] | Mapping[str, Sequence[str]] | None
-"""Cached operands of the only kernel of a plan, or by operation."""
-
-_NOTHING = Runs(np.zeros(1, np.int64), np.zeros((0, 3), np.int64), 1, 1)
+"""Cached operands of the only kernel of a plan, or by kernel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,34 +57,22 @@ class Launch:
     splits: int = 1
 
     @property
+    def arrays(self) -> tuple[NDArray[np.int64], ...]:
+        """The arrays that say where its threadgroups work."""
+        return (self.runs.rows, self.runs.runs, self.order)
+
+    @property
     def threads(self) -> tuple[int, int, int]:
         """Threads of the whole grid, each threadgroup having `spec.threads` of them."""
         groups, heads, batch = self.grid
         return (groups * self.spec.threads, heads, batch)
 
 
-@dataclass(frozen=True, eq=False)
-class MetalPlan:
-    """The kernels of one operation in the order in which they run, and the data of the mask.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MetalPlan(Plan[Launch]):
+    """The kernels of one operation on a GPU family."""
 
-    `buffers` are arrays that the kernels hand to each other, by their names in the kernels.
-    """
-
-    problem: Problem
     family: MetalFamily
-    operation: str
-    launches: tuple[Launch, ...]
-    parameters: tuple[int, ...]
-    tables: tuple[Table | Declared, ...]
-    buffers: Mapping[str, Scratch]
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of the mask's tables and of the runs."""
-        arrays = [table.array for table in self.tables]
-        for launch in self.launches:
-            arrays += [launch.runs.rows, launch.runs.runs, launch.order]
-        return sum(array.nbytes for array in arrays)
 
     def explain(self) -> list[str]:
         """What was chosen for each kernel and why, as lines of text."""
@@ -111,10 +82,7 @@ class MetalPlan:
             groups, heads, batch = launch.grid
             size = launch.spec.threads
             lines.append(f"  grid {groups} x {heads} x {batch} threadgroups of {size} threads")
-        for name, scratch in self.buffers.items():
-            shape = " x ".join(map(str, scratch.shape))
-            lines.append(f"scratch {name}: {shape} {scratch.dtype}")
-        return lines
+        return lines + self.explain_scratch()
 
 
 _recent: LruCache[MetalPlan] = LruCache(most=128, most_bytes=256 * 2**20)
@@ -132,7 +100,7 @@ def plan(
     """The plan of an operation, "forward" or "backward", on a GPU of a family such as "apple9".
 
     `form` is how it is done: see `FORMS`. `blocks` and `cached` override the tables; by
-    operation ("forward", "decode", "backward_dq", "backward_dkv") where they differ. Results depend
+    kernel ("forward", "decode", "backward_dq", "backward_dkv") where they differ. Results depend
     on all of these only by rounding.
 
     Raises ValueError for what no GPU of the family can run, NotImplementedError for float64.
@@ -141,20 +109,20 @@ def plan(
     key = (problem, family, operation, form, _frozen(blocks), _frozen(cached))
     found = _recent.get(key)
     if found is None:
-        made = _Planner(problem, families.family(family), blocks, cached).plan(operation, form)
+        made = Planner(problem, families.family(family), blocks, cached).plan(operation, form)
         found = _recent.put(key, made, made.data_bytes)
     return found
 
 
 def _check(blocks: Asked, cached: AskedCached) -> None:
-    """Raises for blocks that are none, and for operations that there are not."""
+    """Raises for blocks that are none, and for kernels that there are not."""
     for name, asked in (("blocks", blocks), ("cached", cached)):
-        for operation in asked if isinstance(asked, Mapping) else ():
-            check.choice(f"an operation of {name}", operation, tuple(RESIDENT))
+        for kernel in asked if isinstance(asked, Mapping) else ():
+            check.choice(f"a kernel of {name}", kernel, tuple(KERNELS))
     for one in blocks.values() if isinstance(blocks, Mapping) else (blocks,):
         if not isinstance(one, Blocks | None):
             shown = check.shown(one)
-            raise TypeError(f"blocks must be Blocks, or Blocks by operation, got {shown}")
+            raise TypeError(f"blocks must be Blocks, or Blocks by kernel, got {shown}")
 
 
 def _frozen(asked: Any) -> object:
@@ -164,20 +132,23 @@ def _frozen(asked: Any) -> object:
     return asked if asked is None or isinstance(asked, Blocks) else tuple(asked)
 
 
-class _Planner:
+class Planner:
     """One problem on one family."""
 
     def __init__(
-        self, problem: Problem, family: MetalFamily, blocks: Asked, cached: AskedCached
+        self,
+        problem: Problem,
+        family: MetalFamily,
+        blocks: Asked = None,
+        cached: AskedCached = None,
+        heuristics: Heuristics = DEFAULT,
     ) -> None:
-        self._problem, self._family = problem, family
+        self._problem, self._family, self._heuristics = problem, family, heuristics
         self._blocks, self._cached = blocks, cached
-        self._expression = bound(problem)
-        sizes = (problem.batch, problem.heads_q, problem.len_q, problem.len_k)
-        self._bits = index_bits(self._expression, *sizes)
-        self._mask, self._parameters, self._tables = split(self._expression)
+        self._masked = MaskedProblem.of(problem)
 
-    def plan(self, operation: str, form: str) -> MetalPlan:
+    def plan(self, operation: str, form: str = "auto") -> MetalPlan:
+        """The plan of an operation in a form; see `plan`."""
         check.choice("operation", operation, tuple(FORMS))
         check.choice("form", form, FORMS[operation])
         row = (self._problem.batch, self._problem.heads_q, self._problem.len_q)
@@ -187,24 +158,25 @@ class _Planner:
             launches = [self._tiled("backward_dq"), self._tiled("backward_dkv")]
         elif self._decodes(form):
             launches = self._decode()
-            shape = (*row[:2], launches[0].splits, row[2])
-            buffers["part_o"] = Scratch((*shape, self._problem.dim_v), "float32")
-            buffers |= {name: Scratch(shape, "float32") for name in ("part_m", "part_l")}
+            buffers |= split_scratch(self._problem, launches[0].splits, "float32")
         else:
             launches = [self._tiled("forward")]
         for launch in launches:
             buffers |= {name: self._spill(launch.spec, name) for name in spills(launch.spec)}
-        problem, family = self._problem, self._family
-        made = tuple(launches)
-        return MetalPlan(problem, family, operation, made, self._parameters, self._tables, buffers)
+        return MetalPlan(
+            problem=self._problem,
+            family=self._family,
+            operation=operation,
+            launches=tuple(launches),
+            parameters=self._masked.parameters,
+            tables=self._masked.tables,
+            buffers=buffers,
+        )
 
     def _spill(self, spec: MetalSpec, name: str) -> Scratch:
         """A spilled sum: float32, as the operand's rows but contiguous."""
         problem, operand = self._problem, name.removesuffix("_spill")
-        if PARALLEL[spec.kernel] == "q":
-            rows = (problem.batch, problem.heads_q, problem.len_q)
-        else:
-            rows = (problem.batch, problem.heads_kv, problem.len_k)
+        rows = (problem.batch, spec.row.heads(problem), spec.row.length(problem))
         return Scratch((*rows, spec.width(operand)), "float32")
 
     def _spec(self, kernel: str) -> tuple[MetalSpec, Choice]:
@@ -218,6 +190,7 @@ class _Planner:
             problem.dim_v,
             blocks=blocks.get(kernel) if isinstance(blocks, Mapping) else blocks,
             cached=cached.get(kernel) if isinstance(cached, Mapping) else cached,
+            heuristics=self._heuristics,
         )
         spec = MetalSpec(
             kernel=kernel,
@@ -228,8 +201,8 @@ class _Planner:
             cached=made.cached,
             staged=family.staged,
             bfloat=family.bfloat,
-            mask=self._mask,
-            index_bits=self._bits,
+            mask=self._masked.skeleton,
+            index_bits=self._masked.index_bits,
         )
         return spec, made
 
@@ -237,18 +210,17 @@ class _Planner:
         """A kernel whose threadgroups own a block row each."""
         problem = self._problem
         spec, made = self._spec(kernel)
-        parallel = PARALLEL[kernel]
-        visited = visited_by(problem, parallel, spec.blocks.parallel)
+        visited = self._masked.visited_by(spec.row.parallel, spec.blocks.parallel)
         visited = runs_to_tiles(visited, spec.blocks.traverse)
-        heads = problem.heads_q if parallel == "q" else problem.heads_kv
-        grid = (visited.block_rows, heads, problem.batch)
-        return Launch(spec, made, visited, _heaviest_first(visited), grid)
+        grid = (visited.block_rows, spec.row.heads(problem), problem.batch)
+        return Launch(spec, made, visited, heaviest_first(visited), grid)
 
     def _decodes(self, form: str) -> bool:
         problem = self._problem
         if form == "decode" and problem.empty:
             raise ValueError("form 'decode' splits keys, and there is no query or no key")
-        few = problem.len_q <= FEW_QUERIES and problem.len_k >= MANY_KEYS
+        limits = self._heuristics
+        few = problem.len_q <= limits.few_queries and problem.len_k >= limits.many_keys
         return form == "decode" or (form == "auto" and few and not problem.empty)
 
     def _decode(self) -> list[Launch]:
@@ -256,34 +228,18 @@ class _Planner:
         problem = self._problem
         spec, made = self._spec("decode")
         group = problem.heads_q // problem.heads_kv
-        visited = runs(
-            self._expression,
-            parallel="q",
-            batch=problem.batch,
-            heads=problem.heads_q,
-            len_parallel=problem.len_q,
-            len_traverse=problem.len_k,
-            block_parallel=problem.len_q,
-            block_traverse=MASK_STEP,
-            group=group,
-        )
+        visited = self._masked.visited_together(problem.heads_kv)
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
         owners = problem.batch * problem.heads_kv * blocks
-        least = int(visited.met.max(initial=0)) * owners // ENOUGH_GROUPS
-        visited = cut(visited, max(KEYS_PER_SPLIT, -(-least // MASK_STEP) * MASK_STEP))
+        least = int(visited.met.max(initial=0)) * owners // self._heuristics.enough_groups
+        keys = max(self._heuristics.keys_per_split, -(-least // MASK_STEP) * MASK_STEP)
+        visited = cut(visited, keys)
         count = visited.block_rows
-        order = (_heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
+        order = (heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
         grid = (len(order), problem.heads_kv, problem.batch)
         merge, merged = self._spec("merge")
         rows = (problem.len_q, problem.heads_q, problem.batch)
         return [
             Launch(spec, made, visited, order, grid, count),
-            Launch(merge, merged, _NOTHING, np.zeros(1, np.int64), rows, count),
+            Launch(merge, merged, nothing(), np.zeros(1, np.int64), rows, count),
         ]
-
-
-def _heaviest_first(visited: Runs) -> NDArray[np.int64]:
-    """Block rows by what they visit over all planes, most first; ties keep their order."""
-    planes = visited.planes_b * visited.planes_h
-    work = visited.met.reshape(planes, visited.block_rows).sum(0)
-    return np.argsort(-work, kind="stable")

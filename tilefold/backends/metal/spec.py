@@ -1,9 +1,9 @@
-"""What a Metal kernel is: its name, its types, its three block sizes and what stays in registers.
+"""What a Metal kernel is: its row in `KERNELS`, its three block sizes and what stays in registers.
 
-As on the CPU a spec is all that decides the text of a kernel, and forgets the lengths. The letters
-are those of Metal FlashAttention (Turner 2024): the `parallel` axis is split over threadgroups and
-its simdgroups, 8 rows each; the `traverse` axis is walked inside a threadgroup; `head` is the head
-dimension, which is walked too where it is larger than its block.
+As on the CPU a spec decides the whole source of a kernel, and forgets the lengths. The axes have
+the names of Metal FlashAttention (Turner 2024): the `parallel` axis is split over threadgroups and
+their simdgroups, 8 rows each; the `traverse` axis is walked inside a threadgroup; `head` is the
+head dimension, which is walked too where it is larger than its block.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilefold.masks.expression import Skeleton
+from tilefold.planning.kernels import (
+    ATTEND,
+    KEY_GRADIENTS,
+    OPERANDS,
+    QUERY_GRADIENT,
+    KernelRow,
+    table,
+)
 
 SIMD = 32
 """Threads of a simdgroup, on every Apple GPU."""
@@ -18,26 +26,8 @@ SIMD = 32
 SIDE = 8
 """Rows and columns of a fragment, the only matrix that simdgroups multiply."""
 
-PARALLEL = {
-    "forward": "q",
-    "decode": "q",
-    "merge": "q",
-    "backward_dq": "q",
-    "backward_dkv": "k",
-}
-"""The axis that is split over threadgroups, by operation."""
-
 TENSOR_ROWS = 16
 """Rows of the parallel axis that a simdgroup multiplies with tensor operations."""
-
-RESIDENT = {
-    "forward": ("q", "o"),
-    "decode": ("q", "o"),
-    "merge": (),
-    "backward_dq": ("q", "do", "dq"),
-    "backward_dkv": ("k", "v", "dv", "dk"),
-}
-"""Operands along the parallel axis: each is kept in registers, or read and written per tile."""
 
 SUMS = ("o", "dq", "dk", "dv")
 """Operands that are sums over the traversed axis: float32 wherever they are kept."""
@@ -64,17 +54,98 @@ class Blocks:
         return f"{self.parallel} x {self.traverse} x {self.head}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class MetalKernelRow(KernelRow):
+    """One kernel of Apple GPUs; threadgroups share `parallel`.
+
+    `resident` names the operands along the parallel axis that may be kept in registers; each other
+    one is read, or read and written, for every tile. They leave the registers in the order of
+    `leaving`. `untuned` are the blocks and the operands in registers of a kernel without a table.
+    """
+
+    resident: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+    untuned: tuple[Blocks, tuple[str, ...]] | None = None
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """Results that are summed over the traversed axis, in registers or spilled to memory."""
+        return tuple(name for name in self.writes if name in self.resident)
+
+
+KERNELS = table(
+    (
+        MetalKernelRow(
+            name="forward",
+            parallel="q",
+            reads=("q", "k", "v"),
+            writes=("o", "lse"),
+            score_tiles=1,
+            contractions=ATTEND,
+            emitter="forward.emit",
+            resident=("q", "o"),
+            leaving=("q", "o"),
+        ),
+        # One simdgroup to a threadgroup, so that few rows of many heads and splits are spread over
+        # the cores.
+        MetalKernelRow(
+            name="decode",
+            parallel="q",
+            reads=("q", "k", "v"),
+            writes=("part_o", "part_m", "part_l"),
+            score_tiles=1,
+            contractions=ATTEND,
+            emitter="decode.emit",
+            resident=("q", "o"),
+            leaving=("q", "o"),
+            untuned=(Blocks(8, 32, 32), ("q", "o")),
+        ),
+        MetalKernelRow(
+            name="merge",
+            parallel="q",
+            reads=("part_o", "part_m", "part_l"),
+            writes=("o", "lse"),
+            emitter="decode.emit_merge",
+            untuned=(Blocks(8, 8, 8), ()),
+        ),
+        MetalKernelRow(
+            name="backward_dq",
+            parallel="q",
+            reads=("q", "k", "v", "o", "do", "lse"),
+            writes=("delta", "dq"),
+            score_tiles=2,
+            contractions=QUERY_GRADIENT,
+            emitter="backward.emit_dq",
+            resident=("q", "do", "dq"),
+            leaving=("do", "q", "dq"),
+        ),
+        MetalKernelRow(
+            name="backward_dkv",
+            parallel="k",
+            reads=("q", "k", "v", "do", "lse", "delta"),
+            writes=("dk", "dv"),
+            score_tiles=2,
+            contractions=KEY_GRADIENTS,
+            emitter="backward.emit_dkv",
+            resident=("k", "v", "dv", "dk"),
+            leaving=("k", "v", "dk", "dv"),
+        ),
+    )
+)
+"""All kernels of Apple GPUs by name: adding one takes a row here and its emitter."""
+
+
 @dataclass(frozen=True)
 class MetalSpec:
-    """What changes the text of a kernel, and nothing else: no lengths, batch, heads or mask data.
+    """What changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
 
-    `cached` names the operands of `HELD` that stay in registers. With `staged` the traversed
-    operands always pass through threadgroup memory, else only tiles at an edge do. `bfloat`: the
-    GPU multiplies bfloat16 itself, else such numbers are widened by their bits. `unit`: the
-    elements of a row lie side by side in every operand. `wide`: offsets inside a tile may pass 31
-    bits. `vector`, 1, 2 or 4: so many neighbours of a row may be moved at once, and rows are whole
-    in them. These three follow from where the arrays lie, which a plan does not know.
-    `tensor_ops`: multiplies by Metal 4's tensor operations, not by fragments.
+    `cached` names the operands that stay in registers. With `staged` the traversed operands always
+    pass through threadgroup memory, else only tiles at an edge do. `bfloat`: the GPU multiplies
+    bfloat16 itself, else such elements are widened by their bits. `unit`: the elements of a row lie
+    side by side in every operand. `wide`: offsets inside a tile may pass 31 bits. `vector`, 1, 2 or
+    4: elements of a row that are moved at once, and that divide each row. These three follow from
+    where the arrays lie, which a plan does not know. `tensor_ops`: multiplies by Metal 4's tensor
+    operations, not by fragments.
     """
 
     kernel: str
@@ -93,8 +164,13 @@ class MetalSpec:
     tensor_ops: bool = False
 
     def __post_init__(self) -> None:
-        assert self.kernel in RESIDENT, self.kernel
-        assert set(self.cached) <= set(RESIDENT[self.kernel]), self.cached
+        assert self.kernel in KERNELS, self.kernel
+        assert set(self.cached) <= set(self.row.resident), self.cached
+
+    @property
+    def row(self) -> MetalKernelRow:
+        """What follows from the kernel's name."""
+        return KERNELS[self.kernel]
 
     @property
     def simdgroups(self) -> int:
@@ -108,12 +184,12 @@ class MetalSpec:
 
     @property
     def entry(self) -> str:
-        """The kernel's name in the text: stable, so that an app can take the text."""
+        """The kernel's name in the source: stable, so that an app can take the source."""
         return f"tilefold_{self.kernel}"
 
     def width(self, operand: str) -> int:
         """Elements in a row of an operand."""
-        return self.dim_v if operand in ("v", "o", "do", "dv") else self.dim
+        return self.dim_v if OPERANDS[operand].width == "dim_v" else self.dim
 
 
 def whole(dim: int) -> int:

@@ -107,7 +107,7 @@ _TABLES = {
         384 | 16 128 16 |
     """,
 }
-"""By GPU, operation and type: "half" are float16 and bfloat16."""
+"""Tables by GPU, kernel and type: "half" stands for float16 and bfloat16."""
 
 
 @functools.cache

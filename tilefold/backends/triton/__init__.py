@@ -5,6 +5,7 @@ architectures  GPUs and their limits
 resources      what blocks take of a multiprocessor
 datasheets     what chips reach at most
 tables         blocks of the kernels
+heuristics     the planner's other constants, as a value
 kernels        everything that writes source
 tuned          blocks that were measured on this machine
 choice         the blocks of a kernel: a row of the tables, made to fit

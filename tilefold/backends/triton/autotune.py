@@ -104,7 +104,7 @@ def tune(
     for launch in [launch.plain or launch for launch in made.launches]:
         if launch.spec.gluon or not launch.pairs:
             continue  # its blocks are what shared memory allows; there is nothing to visit
-        if launch.spec.kernel in ("delta", "merge", "reduce_dq"):
+        if not launch.spec.row.visits:
             continue  # they read and write memory once; nobody waits for their blocks
         trials = search.kernel(launch)
         found += trials
@@ -112,7 +112,7 @@ def tune(
             if trial.winner and not trial.usual:
                 winners[key_of(launch.spec, machine.architecture)] = trial.blocks
     if keep and winners:
-        tuned.keep(winners)
+        tuned.STORE.keep(winners)
     return found
 
 

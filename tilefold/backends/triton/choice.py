@@ -13,18 +13,13 @@ from dataclasses import dataclass, replace
 
 from tilefold.backends.triton import resources, tables
 from tilefold.backends.triton.architectures import Architecture
+from tilefold.backends.triton.heuristics import DEFAULT, Heuristics
 from tilefold.backends.triton.resources import kind as kind_of
-from tilefold.backends.triton.spec import LEAST, PARALLEL, Blocks, power_of_two
+from tilefold.backends.triton.spec import KERNELS, LEAST, Blocks, power_of_two
 from tilefold.common import check
 
 Asked = Blocks | Mapping[str, Blocks] | None
-"""Blocks for all kernels of a plan, or by operation."""
-
-MOST_NUMBERS = 4096
-"""Numbers of a block of a kernel that visits no tiles. Not tuned."""
-
-MOST_WARPS = 16
-"""Of a program, where fewer have too few registers for its sums."""
+"""Blocks for all kernels of a plan, or by kernel."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +43,13 @@ class Choice:
 
 
 def check_asked(blocks: Asked) -> None:
-    """Raises for blocks that are none, and for operations that there are not."""
-    by_operation = blocks if isinstance(blocks, Mapping) else {}
-    for kernel in by_operation:
-        check.choice("an operation of blocks", kernel, tuple(PARALLEL))
-    for one in by_operation.values() if by_operation else (blocks,):
+    """Raises for blocks that are none, and for kernels that there are not."""
+    by_kernel = blocks if isinstance(blocks, Mapping) else {}
+    for kernel in by_kernel:
+        check.choice("a kernel of blocks", kernel, tuple(KERNELS))
+    for one in by_kernel.values() if by_kernel else (blocks,):
         if not isinstance(one, Blocks | None):
-            raise TypeError(
-                f"blocks must be Blocks, or Blocks by operation, got {check.shown(one)}"
-            )
+            raise TypeError(f"blocks must be Blocks, or Blocks by kernel, got {check.shown(one)}")
 
 
 def choose(
@@ -69,6 +62,7 @@ def choose(
     float32_mode: str = "ieee",
     blocks: Blocks | None = None,
     rows: int | None = None,
+    heuristics: Heuristics = DEFAULT,
 ) -> Choice:
     """The blocks of a kernel, asked for or of the tables; `rows` along the parallel axis, if given.
 
@@ -79,7 +73,7 @@ def choose(
     >>> print(choose(architecture("sm_80"), "forward", "float16", 128, 128).blocks)
     128 x 64, 8 warps, 3 stages
     """
-    asked = _Asked(architecture, kernel, dtype, dim, dim_v, float32_mode)
+    asked = _Asked(architecture, kernel, dtype, dim, dim_v, float32_mode, heuristics)
     row, words = asked.row()
     if blocks is not None:
         why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks)
@@ -96,7 +90,7 @@ def choose(
         words.append(f"{architecture.name} multiplies {most} rows of float64 at most")
     first = found
     while not compiled and (why := asked.too_much(found)):
-        smaller = _smaller(found, more_threads="registers" in why)
+        smaller = _smaller(found, heuristics.most_warps if "registers" in why else 0)
         if smaller is None and not found.streamed:
             smaller = replace(first, stages=min(first.stages, 2), streamed=True)
         if smaller is None:
@@ -106,8 +100,8 @@ def choose(
     return asked.choice(found, words)
 
 
-def _smaller(blocks: Blocks, more_threads: bool) -> Blocks | None:
-    """The next blocks to try where these do not fit; `more_threads` would help."""
+def _smaller(blocks: Blocks, most_warps: int) -> Blocks | None:
+    """The next blocks to try where these do not fit; up to `most_warps` warps would help."""
     if blocks.stages > 2:
         return replace(blocks, stages=blocks.stages - 1)
     if blocks.traverse > LEAST:
@@ -116,7 +110,7 @@ def _smaller(blocks: Blocks, more_threads: bool) -> Blocks | None:
         return replace(blocks, stages=1)
     if blocks.parallel > LEAST:
         return replace(blocks, parallel=blocks.parallel // 2)
-    if more_threads and blocks.warps < MOST_WARPS:
+    if blocks.warps < most_warps:
         return replace(blocks, warps=blocks.warps * 2)
     return None
 
@@ -131,6 +125,7 @@ class _Asked:
     dim: int
     dim_v: int
     float32_mode: str
+    heuristics: Heuristics
 
     @property
     def kind(self) -> str:
@@ -139,14 +134,15 @@ class _Asked:
     @property
     def most_rows(self) -> int | None:
         """Rows of a block along the parallel axis, at most; None where resources alone say it."""
-        multiplied = self.dtype == "float64" and self.kernel in resources.HELD
+        multiplied = self.dtype == "float64" and KERNELS[self.kernel].visits
         return self.device.float64_rows if multiplied else None
 
     def row(self) -> tuple[tables.Row, list[str]]:
         """Where to start, and the words for it."""
         widest = max(self.dim, self.dim_v)
-        if self.kernel not in resources.HELD:
-            rows = power_of_two(MOST_NUMBERS // resources.padded(widest) + 1) // 2
+        if not KERNELS[self.kernel].visits:
+            most = self.heuristics.most_row_elements
+            rows = power_of_two(most // resources.padded(widest) + 1) // 2
             blocks = Blocks(max(LEAST, min(64, rows)), LEAST, 4, 1)
             return tables.Row(widest, blocks, 0), ["a block that nobody tuned"]
         found = tables.row(self.device.table, self.kernel, self.kind, widest)
@@ -162,7 +158,7 @@ class _Asked:
     def compiled(self, row: tables.Row) -> bool:
         """Whether a row was compiled for just these heads: narrower ones may have more pieces."""
         dims = {resources.padded(self.dim), resources.padded(self.dim_v), row.dim}
-        return self.kernel in resources.HELD and row.spills is not None and len(dims) == 1
+        return KERNELS[self.kernel].visits and row.spills is not None and len(dims) == 1
 
     def too_much(self, blocks: Blocks) -> str:
         """Why blocks do not fit, in a line; "" where they do."""
@@ -180,7 +176,7 @@ class _Asked:
         registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
         if registers > room:
             return f"{words}: {registers} registers of a thread for sums and scores, of {room}"
-        visits = self.kernel in resources.HELD
+        visits = KERNELS[self.kernel].visits
         sums_apart = device.tensor_memory and resources.asynchronous(device, self.kind, blocks)
         if visits and sums_apart:
             columns = resources.tensor_columns(
@@ -198,7 +194,7 @@ class _Asked:
         device = self.device
         shared = min(self._shared(blocks), device.shared_bytes)
         registers, room = self._registers(blocks), resources.room(device, self.kind, blocks)
-        visits = self.kernel in resources.HELD
+        visits = KERNELS[self.kernel].visits
         if visits:
             words.append(
                 f"shared memory about {shared} of {device.shared_bytes} bytes, sums and scores"

@@ -17,7 +17,7 @@ TERA = 1e12
 
 
 class Sheet(NamedTuple):
-    """TFLOP/s by the kind of numbers, 10**12 exponentials a second, TB/s of memory."""
+    """TFLOP/s by the kind of type, 10**12 exponentials a second, TB/s of memory."""
 
     chip: str
     half: float

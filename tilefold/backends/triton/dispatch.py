@@ -19,10 +19,11 @@ from tilefold.backends.launching import mask_arguments, runs_on, stride_argument
 from tilefold.backends.protocols import Arrays, Strides
 from tilefold.backends.triton import module, resources, source
 from tilefold.backends.triton.kernels import arguments, frame, hopper_launch
-from tilefold.backends.triton.kernels.arguments import OPERANDS, RUNS, SIZES, STRIDED
+from tilefold.backends.triton.kernels.arguments import RUNS, SIZES
 from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError, is_aligned16
 from tilefold.backends.triton.spec import TritonSpec
+from tilefold.planning.kernels import STRIDED
 from tilefold.problems.attention import ITEM_BYTES, Problem
 from tilefold.problems.request import LAYOUTS
 
@@ -152,7 +153,7 @@ def fitted(
     spec: TritonSpec, plan: TritonPlan, strides: Mapping[str, Strides], aligned16: bool
 ) -> TritonSpec:
     """The spec for operands that lie like this: the plan has forgotten it."""
-    given = {name: strides[name] for name in OPERANDS[spec.kernel] if name in STRIDED}
+    given = {name: strides[name] for name in spec.row.operands if name in STRIDED}
     longest = max(spec.blocks.parallel, spec.blocks.traverse)
     reach = [
         longest * abs(along_n) + spec.width(name) * abs(along_d)
@@ -241,8 +242,9 @@ def _step(
     names, programs = arguments.names(spec), launch.programs
     if launch.persistent:
         known |= _places(plan.problem, launch.block_rows)
-        names, programs = (*names, *hopper_launch.PLACES), min(programs, machine.multiprocessors)
-    operands = OPERANDS[spec.kernel]
+        names = (*names, *hopper_launch.ROW_BLOCKS)
+        programs = min(programs, machine.multiprocessors)
+    operands = spec.row.operands
     return _Step(
         machine.function(source.emit(spec), spec.entry),
         spec,
@@ -299,7 +301,7 @@ def _numbers(plan: TritonPlan, launch: Launch) -> dict[str, int]:
 
 def _data(machine: Machine, plan: TritonPlan, launch: Launch) -> dict[str, Tensor]:
     """The runs of a launch and the tables of the mask on a machine, by their names."""
-    if launch.spec.kernel not in arguments.VISITING:
+    if not launch.spec.row.visits:
         return {}
     kept, visited = machine.kept.data, (launch.order, launch.run_rows, launch.runs)
     return runs_on(machine, kept, launch, RUNS, visited) | tables_on(machine, kept, plan)

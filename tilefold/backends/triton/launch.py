@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +11,8 @@ from tilefold.backends.triton import datasheets
 from tilefold.backends.triton.architectures import Architecture
 from tilefold.backends.triton.choice import Choice
 from tilefold.backends.triton.spec import TritonSpec
-from tilefold.masks.expression import Declared, Table
 from tilefold.planning import roofline
-from tilefold.planning.plan import Scratch
-from tilefold.problems.attention import Problem
+from tilefold.planning.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +20,9 @@ class Launch:
     """One kernel of a plan, and the work that its programs share.
 
     `order` gives each program of a head its block row, the heaviest first; in the decode kernel
-    that is row block * splits + split. `run_rows` and `runs` are as `visits.parted` makes them,
+    that is row block * splits + split. `run_rows` and `runs` are as `tiles.parted` makes them,
     `planes` how many of the batch and of the heads have runs of their own (1 where all are alike).
-    `pairs` are those of queries and keys in the tiles that are visited, over batch and heads.
+    `pairs` counts pairs of a query and a key in the tiles that are visited, over batch and heads.
     `plain` takes the place of a launch where the arrays lie so that it cannot serve; without one
     that is an error.
     """
@@ -45,35 +42,22 @@ class Launch:
     plain: Launch | None = None
 
     @property
+    def arrays(self) -> tuple[NDArray[np.int32], ...]:
+        """The arrays that say where its programs work."""
+        return (self.order, self.run_rows, self.runs)
+
+    @property
     def persistent(self) -> bool:
         """Whether programs stay: as many as multiprocessors, each with several block rows."""
         return self.spec.gluon
 
 
-@dataclass(frozen=True, eq=False)
-class TritonPlan:
-    """The kernels of one operation in the order in which they run, and the data of the mask.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TritonPlan(Plan[Launch]):
+    """The kernels of one operation on an architecture; buffers in `cleared` begin with zeros."""
 
-    `buffers` are arrays that the kernels hand to each other, by their names in the kernels; those
-    in `cleared` begin with zeros.
-    """
-
-    problem: Problem
     architecture: Architecture
-    operation: str
-    launches: tuple[Launch, ...]
-    parameters: tuple[int, ...]
-    tables: tuple[Table | Declared, ...]
-    buffers: Mapping[str, Scratch]
     cleared: tuple[str, ...] = ()
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of the mask's tables and of the runs."""
-        arrays = [table.array for table in self.tables]
-        for launch in self.launches:
-            arrays += [launch.order, launch.run_rows, launch.runs]
-        return sum(array.nbytes for array in arrays)
 
     def explain(self) -> list[str]:
         """What was chosen for each kernel and why, as lines of text."""
@@ -82,10 +66,7 @@ class TritonPlan:
             lines += launch.choice.explain()
             lines.append(f"  {launch.programs} programs")
             lines += [f"  {line}" for line in self._bounds(launch)]
-        for name, scratch in self.buffers.items():
-            shape = " x ".join(map(str, scratch.shape))
-            lines.append(f"scratch {name}: {shape} {scratch.dtype}")
-        return lines
+        return lines + self.explain_scratch()
 
     def _bounds(self, launch: Launch) -> list[str]:
         """What a launch computes, and how fast that can be at most."""
@@ -95,7 +76,7 @@ class TritonPlan:
         every = problem.batch * problem.heads_q * problem.len_q * problem.len_k
         lines = [f"{launch.pairs / every:.1%} of all pairs lie in the tiles that are visited"]
         if rates := datasheets.rates(self.architecture.name, spec.dtype, spec.float32_mode):
-            least = roofline.bounds(problem, spec.kernel, launch.pairs, rates)
+            least = roofline.bounds(problem, spec.row, launch.pairs, rates)
             lines.append(
                 f"no faster than {least.seconds * 1e3:.3g} ms ({least.binding}) on"
                 f" {'an' if rates.device[0] in 'AHLMR' else 'a'} {rates.device}, by its data sheet"

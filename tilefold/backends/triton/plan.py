@@ -1,6 +1,6 @@
 """Planning for Triton: the kernels of an operation, what each program visits, and scratch.
 
-A plan knows lengths and masks but no strides: the texts that follow from it serve them all. A
+A plan knows lengths and masks but no strides: the sources that follow from it serve them all. A
 backward pass is two kernels (split) or three (fused); a forward pass of few queries is two: keys
 are split among programs, whose parts are merged in a fixed order.
 """
@@ -12,65 +12,38 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tilefold.backends.triton import tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.choice import Asked, Choice, check_asked, choose
+from tilefold.backends.triton.heuristics import DEFAULT, Heuristics
 from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.spec import (
     BY_PRECISION,
     LEAST,
     MOST_DIM,
-    PARALLEL,
     TritonSpec,
     power_of_two,
 )
 from tilefold.common import check, generation, settings
 from tilefold.common.lru import LruCache
-from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import split
-from tilefold.masks.runs import Runs, runs
+from tilefold.masks.runs import Runs
 from tilefold.planning import roofline
-from tilefold.planning.plan import Scratch
+from tilefold.planning.masked import MaskedProblem
+from tilefold.planning.plan import Scratch, split_scratch
 from tilefold.planning.tiles import parted, runs_to_tiles
-from tilefold.planning.visited import MASK_STEP, bound, cut, visited_by
+from tilefold.planning.visited import MASK_STEP, cut, heaviest_first
 from tilefold.problems.attention import STATISTICS, Problem
 
 FORMS = {
     "forward": ("auto", "tiled", "hopper", "decode"),
     "backward": ("auto", "split", "fused"),
 }
-"""How an operation is done: "tiled" is the plain kernel of every GPU, "hopper" that in Gluon, which
+"""Forms of an operation: "tiled" is the plain kernel of every GPU, "hopper" the one in Gluon, which
 "auto" takes on sm_90 where it serves and TILEFOLD_HOPPER does not turn it off. "auto" takes "split"
 for a backward pass: the fused form reads and writes dQ in memory for every tile, and nobody has
 measured yet where that pays."""
-
-FEW_QUERIES = 16
-""""auto" decodes so few queries, where blocks of the tiled kernel would be mostly empty..."""
-
-PACKED_QUERIES = 64
-"""... and so many where heads share keys: the queries of a group fill blocks together, where those
-of one head would leave half of a block of 128 rows empty, or more..."""
-
-MANY_KEYS = 512
-"""... and so many keys. None of the three is tuned."""
-
-KEYS_PER_SPLIT = 256
-"""Keys that a program of the decode kernel visits at least. Not tuned."""
-
-ENOUGH_PROGRAMS = 264
-"""Programs for which keys are split and the fused form deals out blocks, no finer: two for each of
-the 132 multiprocessors of an H100. Not tuned."""
-
-MOST_ROWS = 64
-"""Rows of a block of the decode kernel, at most."""
-
-MOST_PADDING = 1.4
-"""Columns of Hopper's kernel over those of the head, at most: it pads a head of 80 to 128, which
-the plain kernel cuts into 64 and 16. Published kernels of the two kinds differ by 1.4 to 1.6 in
-speed (FlashAttention-3 and Triton's, H100, dim 128); ours were not timed."""
 
 _NO_RUNS = np.zeros((1, 2), np.int32)
 
@@ -88,7 +61,7 @@ def plan(
 ) -> TritonPlan:
     """The plan of an operation, "forward" or "backward", on an architecture such as "sm_90".
 
-    `form` is how it is done: see `FORMS`. `blocks` override the tables; by operation ("forward",
+    `form` is how it is done: see `FORMS`. `blocks` override the tables; by kernel ("forward",
     "decode", "backward_dq", ...) where they differ. `owners` of each key head share the fused
     backward pass. Results depend on all of these only by rounding.
 
@@ -101,25 +74,28 @@ def plan(
     key = (generation.number, problem, name, operation, form, asked, owners, hopper)
     found = _recent.get(key)
     if found is None:
-        made = _Planner(problem, architecture(name), blocks, owners).plan(operation, form)
+        made = Planner(problem, architecture(name), blocks, owners).plan(operation, form)
         found = _recent.put(key, made, made.data_bytes)
     return found
 
 
-class _Planner:
+class Planner:
     """One problem on one architecture."""
 
     def __init__(
-        self, problem: Problem, device: Architecture, blocks: Asked, owners: int | None
+        self,
+        problem: Problem,
+        device: Architecture,
+        blocks: Asked = None,
+        owners: int | None = None,
+        heuristics: Heuristics = DEFAULT,
     ) -> None:
-        self._problem, self._device = problem, device
+        self._problem, self._device, self._heuristics = problem, device, heuristics
         self._blocks, self._owners = blocks, owners
-        self._expression = bound(problem)
-        sizes = (problem.batch, problem.heads_q, problem.len_q, problem.len_k)
-        self._bits = index_bits(self._expression, *sizes)
-        self._mask, self._parameters, self._tables = split(self._expression)
+        self._masked = MaskedProblem.of(problem)
 
-    def plan(self, operation: str, form: str) -> TritonPlan:
+    def plan(self, operation: str, form: str = "auto") -> TritonPlan:
+        """The plan of an operation in a form; see `plan`."""
         problem = self._problem
         check.choice("operation", operation, tuple(FORMS))
         check.choice("form", form, FORMS[operation])
@@ -139,14 +115,19 @@ class _Planner:
                 launches = [self._tiled("backward_dq"), self._tiled("backward_dkv")]
         elif self._decodes(form):
             launches = self._decode()
-            shape = (*row[:2], launches[0].splits, row[2])
-            buffers["part_o"] = Scratch((*shape, problem.dim_v), kind)
-            buffers |= {name: Scratch(shape, kind) for name in ("part_m", "part_l")}
+            buffers |= split_scratch(problem, launches[0].splits, kind)
         else:
             launches = [self._forward(form)]
-        made = tuple(launches)
-        rest = self._parameters, self._tables, buffers, cleared
-        return TritonPlan(problem, self._device, operation, made, *rest)
+        return TritonPlan(
+            problem=problem,
+            architecture=self._device,
+            operation=operation,
+            launches=tuple(launches),
+            parameters=self._masked.parameters,
+            tables=self._masked.tables,
+            buffers=buffers,
+            cleared=cleared,
+        )
 
     def _check(self) -> None:
         """Raises NotImplementedError for what has no kernels."""
@@ -169,8 +150,8 @@ class _Planner:
             dim=problem.dim,
             dim_v=problem.dim_v,
             blocks=made.blocks,
-            mask=self._mask,
-            index_bits=self._bits,
+            mask=self._masked.skeleton,
+            index_bits=self._masked.index_bits,
             float32_mode=float32_mode,
             negative=problem.scale < 0,
         )
@@ -180,10 +161,18 @@ class _Planner:
         """The blocks that were asked for, or measured here, or of the tables."""
         problem, asked = self._problem, self._blocks
         sizes = kernel, problem.dtype, problem.dim, problem.dim_v
-        choice = functools.partial(choose, self._device, *sizes, float32_mode=float32_mode)
+        choice = functools.partial(
+            choose,
+            self._device,
+            *sizes,
+            float32_mode=float32_mode,
+            heuristics=self._heuristics,
+        )
         if wanted := asked.get(kernel) if isinstance(asked, Mapping) else asked:
             return choice(blocks=wanted)
-        key = tuned.Key(self._device.name, *sizes, float32_mode, self._mask.text, rows or 0)
+        key = tuned.Key(
+            self._device.name, *sizes, float32_mode, self._masked.skeleton.text, rows or 0
+        )
         if measured := tuned.find(key):
             try:
                 made = choice(blocks=measured)
@@ -197,12 +186,9 @@ class _Planner:
 
     def _tiled(self, kernel: str) -> Launch:
         """A kernel whose programs own a block row each."""
-        problem = self._problem
         spec, made = self._spec(kernel)
-        parallel = PARALLEL[kernel]
-        visited = visited_by(problem, parallel, spec.blocks.parallel)
-        heads = problem.heads_q if parallel == "q" else problem.heads_kv
-        return self._launch(spec, made, visited, heads)
+        visited = self._masked.visited_by(spec.parallel, spec.blocks.parallel)
+        return self._launch(spec, made, visited, spec.row.heads(self._problem))
 
     def _forward(self, form: str) -> Launch:
         """The kernel of Hopper with the plain one behind it, or the plain one."""
@@ -217,7 +203,7 @@ class _Planner:
         columns = hopper_launch.padded(self._problem.dim) + hopper_launch.padded(
             self._problem.dim_v
         )
-        if columns > MOST_PADDING * (self._problem.dim + self._problem.dim_v):
+        if columns > self._heuristics.most_padding * (self._problem.dim + self._problem.dim_v):
             return plain
         return replace(self._hopper(), plain=plain)
 
@@ -238,8 +224,8 @@ class _Planner:
             dim=problem.dim,
             dim_v=problem.dim_v,
             blocks=hopper_launch.blocks(problem.dim, problem.dim_v),
-            mask=self._mask,
-            index_bits=self._bits,
+            mask=self._masked.skeleton,
+            index_bits=self._masked.index_bits,
             negative=problem.scale < 0,
             gluon=True,
         )
@@ -247,9 +233,9 @@ class _Planner:
     def _hopper(self) -> Launch:
         """The forward kernel in Gluon."""
         problem, spec = self._problem, self._spec_of_hopper()
-        reasons = ("in Gluon, for Hopper: two teams of 64 queries and a warp that loads",)
+        reasons = ("in Gluon, for Hopper: two warpgroups of 64 queries and a warp that loads",)
         made = Choice("forward", spec.blocks, reasons)
-        visited = visited_by(problem, "q", spec.blocks.parallel)
+        visited = self._masked.visited_by("q", spec.blocks.parallel)
         return self._launch(spec, made, visited, problem.heads_q)
 
     def _launch(
@@ -265,7 +251,7 @@ class _Planner:
         if blocks is not None:
             height, splits = self._problem.len_q, rows
         pairs = roofline.computed_pairs(self._problem, spec.parallel, visited, height, splits)
-        order = (_heaviest_first(visited)[:, None] + rows * np.arange(blocks or 1)).ravel()
+        order = (heaviest_first(visited)[:, None] + rows * np.arange(blocks or 1)).ravel()
         run_rows, spans = parted(visited, spec.blocks.traverse)
         return Launch(
             spec,
@@ -296,7 +282,7 @@ class _Planner:
         problem = self._problem
         main = self._tiled("backward")
         heads = problem.batch * problem.heads_kv
-        owners = self._owners or -(-ENOUGH_PROGRAMS // max(1, heads))
+        owners = self._owners or -(-self._heuristics.enough_programs // max(1, heads))
         owners = max(1, min(owners, main.block_rows))
         main = replace(main, splits=owners, programs=owners * heads)
         return [self._simple("delta", 1), main, self._simple("reduce_dq", owners)]
@@ -306,30 +292,22 @@ class _Planner:
         if form == "decode" and problem.empty:
             raise ValueError("form 'decode' splits keys, and there is no query or no key")
         grouped = problem.heads_q > problem.heads_kv
-        few = problem.len_q <= (PACKED_QUERIES if grouped else FEW_QUERIES)
-        many = problem.len_k >= MANY_KEYS
+        limits = self._heuristics
+        few = problem.len_q <= (limits.packed_queries if grouped else limits.few_queries)
+        many = problem.len_k >= limits.many_keys
         return form == "decode" or (form == "auto" and few and many and not problem.empty)
 
     def _decode(self) -> list[Launch]:
         """The kernel that leaves a part for each split, and the one that merges them."""
         problem = self._problem
         group = problem.heads_q // problem.heads_kv
-        rows = min(MOST_ROWS, max(LEAST, power_of_two(group * problem.len_q)))
+        limits = self._heuristics
+        rows = min(limits.most_decode_rows, max(LEAST, power_of_two(group * problem.len_q)))
         spec, made = self._spec("decode", rows)
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
-        visited = runs(
-            self._expression,
-            parallel="q",
-            batch=problem.batch,
-            heads=problem.heads_q,
-            len_parallel=problem.len_q,
-            len_traverse=problem.len_k,
-            block_parallel=problem.len_q,
-            block_traverse=MASK_STEP,
-            group=group,
-        )
-        splits = max(1, ENOUGH_PROGRAMS // (problem.batch * problem.heads_kv * blocks))
-        keys = max(KEYS_PER_SPLIT, -(-int(visited.met.max(initial=0)) // splits))
+        visited = self._masked.visited_together(problem.heads_kv)
+        splits = max(1, limits.enough_programs // (problem.batch * problem.heads_kv * blocks))
+        keys = max(limits.keys_per_split, -(-int(visited.met.max(initial=0)) // splits))
         step = max(MASK_STEP, spec.blocks.traverse)
         visited = cut(visited, -(-keys // step) * step)
         launch = self._launch(spec, made, visited, problem.heads_kv, blocks)
@@ -342,9 +320,3 @@ def key_of(spec: TritonSpec, name: str) -> tuned.Key:
     sizes = spec.dtype, spec.dim, spec.dim_v, spec.float32_mode
     rows = spec.blocks.parallel if spec.kernel == "decode" else 0
     return tuned.Key(name, spec.kernel, *sizes, spec.mask.text, rows)
-
-
-def _heaviest_first(visited: Runs) -> NDArray[np.int64]:
-    """Block rows, those with most to visit first, over all planes."""
-    work = visited.met.reshape(-1, max(1, visited.block_rows)).sum(axis=0)
-    return np.argsort(-work, kind="stable")

@@ -1,6 +1,6 @@
-"""What a Triton kernel is: its name, its types, its block sizes, its warps and pipeline stages.
+"""What a Triton kernel is: its row in `KERNELS`, its block sizes, its warps and pipeline stages.
 
-As in the other backends a spec is all that decides the text of a kernel, and forgets the lengths.
+As in the other backends a spec decides the whole source of a kernel, and forgets the lengths.
 The `parallel` axis is split over programs (thread blocks), the `traverse` axis is walked inside of
 one. Tensors of Triton have sides that are powers of two, so the head dimension is cut into *pieces*
 that are: 80 is 64 and 16, and 199 is 128, 64 and 16, of which the last 9 columns are padding.
@@ -12,6 +12,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tilefold.masks.expression import Skeleton
+from tilefold.planning.kernels import (
+    ALL_GRADIENTS,
+    ATTEND,
+    KEY_GRADIENTS,
+    OPERANDS,
+    QUERY_GRADIENT,
+    KernelRow,
+    table,
+)
 
 LEAST = 16
 """The least side of a product: every matrix unit of the known GPUs takes 16."""
@@ -22,34 +31,117 @@ MOST_DIM = 512
 WIDEST_EXACT = 32
 """The widest piece of float32 that is multiplied exactly: by multiply-adds of single lanes, for
 which Triton loads whole rows of a piece into the registers of a thread. By the compiler, on an A100
-with dim 128 and blocks of 64 x 16 (4 warps), the forward pass spilled 2801 numbers of a thread for
-each tile where a piece was the whole head, and none with pieces of 32."""
+with dim 128 and blocks of 64 x 16 (4 warps), the forward pass spilled 2801 registers of a thread
+for each tile where a piece was the whole head, and none with pieces of 32."""
 
 WIDEST_STREAMED = 64
 """The widest piece of operands that are streamed: two of them, of 16 rows of float64, take 16 KiB
 of shared memory, so that every head fits every GPU."""
 
-PARALLEL = {
-    "forward": "q",
-    "decode": "q",
-    "merge": "q",
-    "backward_dq": "q",
-    "backward_dkv": "k",
-    "delta": "q",
-    "backward": "k",
-    "reduce_dq": "q",
-}
-"""The axis that is split over programs, by operation."""
-
 FLOAT32_MODES = ("ieee", "tf32x3", "tf32")
-"""How float32 numbers are multiplied, by Triton's names: exactly, in three products, in one."""
+"""How float32 is multiplied, by Triton's names: exactly, in three products, in one."""
 
 BY_PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 """By `precision`: TF32 has 11 significant bits, of which three products make more than 16."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TritonKernelRow(KernelRow):
+    """One kernel of GPUs by Triton; programs share `parallel`.
+
+    `preloaded` names the operands along the parallel axis that are loaded once, `sums` the results
+    that a kernel that visits pairs adds up in registers.
+    """
+
+    preloaded: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+
+
+KERNELS = table(
+    (
+        TritonKernelRow(
+            name="forward",
+            parallel="q",
+            reads=("q", "k", "v"),
+            writes=("o", "lse"),
+            score_tiles=1,
+            contractions=ATTEND,
+            emitter="forward.emit",
+            preloaded=("q",),
+            sums=("o",),
+        ),
+        TritonKernelRow(
+            name="decode",
+            parallel="q",
+            reads=("q", "k", "v"),
+            writes=("part_o", "part_m", "part_l"),
+            score_tiles=1,
+            contractions=ATTEND,
+            emitter="decode.emit",
+            preloaded=("q",),
+            sums=("o",),
+        ),
+        TritonKernelRow(
+            name="merge",
+            parallel="q",
+            reads=("part_o", "part_m", "part_l"),
+            writes=("o", "lse"),
+            emitter="decode.emit_merge",
+        ),
+        TritonKernelRow(
+            name="backward_dq",
+            parallel="q",
+            reads=("q", "k", "v", "o", "do", "lse"),
+            writes=("delta", "dq"),
+            score_tiles=2,
+            contractions=QUERY_GRADIENT,
+            emitter="backward.emit_dq",
+            preloaded=("q", "do"),
+            sums=("dq",),
+        ),
+        TritonKernelRow(
+            name="backward_dkv",
+            parallel="k",
+            reads=("q", "k", "v", "do", "lse", "delta"),
+            writes=("dk", "dv"),
+            score_tiles=2,
+            contractions=KEY_GRADIENTS,
+            emitter="backward.emit_dkv",
+            preloaded=("k", "v"),
+            sums=("dk", "dv"),
+        ),
+        TritonKernelRow(
+            name="delta",
+            parallel="q",
+            reads=("o", "do"),
+            writes=("delta",),
+            emitter="backward.emit_delta",
+        ),
+        TritonKernelRow(
+            name="backward",
+            parallel="k",
+            reads=("q", "k", "v", "do", "lse", "delta"),
+            writes=("dk", "dv", "dq_parts"),
+            score_tiles=2,
+            contractions=ALL_GRADIENTS,
+            emitter="fused.emit",
+            preloaded=("k", "v"),
+            sums=("dk", "dv"),
+        ),
+        TritonKernelRow(
+            name="reduce_dq",
+            parallel="q",
+            reads=("dq_parts",),
+            writes=("dq",),
+            emitter="fused.emit_reduce",
+        ),
+    )
+)
+"""All kernels of Triton by name: adding one takes a row here and its emitter."""
+
+
 class Piece(NamedTuple):
-    """Columns `first` to `first + width` of a head, of which those below `stop` are there."""
+    """Columns `first` to `first + width` of a head; columns from `stop` on are padding."""
 
     first: int
     width: int
@@ -101,9 +193,9 @@ class Blocks:
 
 @dataclass(frozen=True)
 class TritonSpec:
-    """What changes the text of a kernel, and nothing else: no lengths, batch, heads or mask data.
+    """What changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
 
-    `products` is how float32 is multiplied. `negative`: the scale is below 0, and queries are
+    `float32_mode` is how float32 is multiplied. `negative`: the scale is below 0, and queries are
     negated. `wide`: offsets inside a tile may pass 31 bits. `descriptors`: tiles are moved by
     tensor descriptors (the TMA unit of Hopper and newer). The last two follow from where the arrays
     lie, which a plan does not know.
@@ -124,17 +216,22 @@ class TritonSpec:
     gluon: bool = False
 
     def __post_init__(self) -> None:
-        assert self.kernel in PARALLEL, self.kernel
+        assert self.kernel in KERNELS, self.kernel
         assert self.float32_mode in FLOAT32_MODES, self.float32_mode
+
+    @property
+    def row(self) -> TritonKernelRow:
+        """What follows from the kernel's name."""
+        return KERNELS[self.kernel]
 
     @property
     def parallel(self) -> str:
         """The axis that is split over programs, "q" or "k"."""
-        return PARALLEL[self.kernel]
+        return self.row.parallel
 
     @property
     def entry(self) -> str:
-        """The kernel's name in the text: stable, so that a profiler can ask for it."""
+        """The kernel's name in the source: stable, so that a profiler can ask for it."""
         return f"tilefold_{self.kernel}{'_hopper' if self.gluon else ''}"
 
     @property
@@ -149,7 +246,7 @@ class TritonSpec:
 
     def width(self, operand: str) -> int:
         """Elements in a row of an operand."""
-        return self.dim_v if operand in ("v", "o", "do", "dv") else self.dim
+        return self.dim_v if OPERANDS[operand].width == "dim_v" else self.dim
 
     def pieces(self, operand: str) -> tuple[Piece, ...]:
         """The columns of an operand, piece by piece."""

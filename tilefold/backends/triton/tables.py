@@ -1,7 +1,7 @@
-"""Blocks of Triton kernels, by architecture, operation, kind of type and head dimension.
+"""Blocks of Triton kernels, by architecture, kernel, kind of type and head dimension.
 
 A row holds for head dimensions up to its first number. A cell is the rows of the parallel and the
-traverse axis, warps, pipeline stages, and how many numbers of a thread are spilled for each whole
+traverse axis, warps, pipeline stages, and how many registers of a thread are spilled for each whole
 tile; an "s" after the stages says that operands are streamed. Where a cell is empty, the next one
 below it serves.
 
@@ -27,7 +27,7 @@ KINDS = ("half", "tf32", "float32", "float64")
 
 
 class Row(NamedTuple):
-    """One cell: its blocks serve head dimensions up to `dim`, and spill so many numbers.
+    """One cell: its blocks serve head dimensions up to `dim`, and spill `spills` registers.
 
     `spills` is None where nobody compiled the blocks for this.
     """
@@ -243,7 +243,7 @@ _TABLES = {
 
 @functools.cache
 def table(name: str, kernel: str, kind: str) -> tuple[Row, ...]:
-    """The rows of an operation and a kind, for the narrowest heads first."""
+    """The rows of a kernel and a kind, for the narrowest heads first."""
     if kernel == "decode" and kind != "half":
         return (Row(MOST_DIM, DECODING, None),)
     if kernel == "backward" and kind != "half":

@@ -1,7 +1,8 @@
 """The CPU's generators. Read microkernel, then forward, which opens with its pseudo-code.
 
 ir           LLVM text: values, instructions, loops
-convert      half types in memory, float32 in registers
+convert      half types to float32 and back
+storage      how elements lie in memory, and how they are read and written
 microkernel  the one product: a register tile
 softmax      exponentials and logarithms to base 2
 arguments    the argument block
@@ -14,6 +15,7 @@ amx          products on AMX tiles
 block        one block of the parallel axis
 multiply     products of single elements
 products     which of the products a kernel uses
+scores       scores from products, dS from P and dP
 forward      the forward pass
 backward     delta, dQ, and dK with dV
 fused        the backward pass in one kernel

@@ -39,23 +39,11 @@ WORK = (
 
 COUNTERS = ("next_item", "next_worker")
 
-OPERANDS = {
-    "forward": ("q", "k", "v", "o", "lse"),
-    "decode": ("q", "k", "v", "o", "lse"),
-    "decode_part": ("q", "k", "v", "part"),
-    "merge": ("part", "o", "lse"),
-    "delta": ("o", "do", "delta"),
-    "backward_dq": ("q", "k", "v", "do", "lse", "delta", "dq"),
-    "backward_dkv": ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),
-    "backward": ("q", "k", "v", "do", "lse", "delta", "dq_parts", "dk", "dv"),
-    "reduce_dq": ("dq_parts", "dq"),
-}
-
 PER_ROW = ("lse", "delta")
-"""Operands with one number per query."""
+"""Operands with one element per query."""
 
 COMPUTED = (*PER_ROW, "dq_parts")
-"""Operands in the type that is computed in, whatever that of the others."""
+"""Operands in the type of the sums, whatever the type of the others."""
 
 
 @lru_cache(maxsize=256)
@@ -65,7 +53,7 @@ def names(spec: KernelSpec) -> tuple[str, ...]:
     An operand `x` is its address `x` and its strides in elements `x_b x_h x_s x_d`.
     """
     words = list(WORK)
-    for operand in OPERANDS[spec.kernel]:
+    for operand in spec.row.operands:
         axes = "bhs" if operand in PER_ROW else "bhsd"
         words += [operand, *(f"{operand}_{axis}" for axis in axes)]
     words += [parameter.name for parameter in spec.mask.parameters]
@@ -82,7 +70,7 @@ class Arguments:
         self._block = block
         self._position = {name: index for index, name in enumerate(names(spec))}
         self._values: dict[str, Value] = {}
-        addresses = {*OPERANDS[spec.kernel], "order", "rows", "runs", "owners", "workspace"}
+        addresses = {*spec.row.operands, "order", "rows", "runs", "owners", "workspace"}
         addresses |= {f"t{slot.number}" for slot in spec.mask.slots}
         for name in names(spec):
             if name not in COUNTERS:

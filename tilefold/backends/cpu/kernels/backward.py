@@ -8,7 +8,7 @@
     backward      parallel over heads:    all three from the same dS      5 products, not 7
 
 Every output tile has one owner and is summed in ascending order: no atomics, bit-identical from
-run to run, and no scratch but one number per query (Dao et al. 2022, Algorithm 4, in two passes or
+run to run, and no scratch but one element per query (Dao et al. 2022, Algorithm 4, in two passes or
 in one). Each pass is the forward pass with other operands: what is parallel lies in the lanes.
 """
 
@@ -22,6 +22,12 @@ from tilefold.backends.cpu.kernels.ir import Value
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.multiply import Products, Right
 from tilefold.backends.cpu.kernels.products import products
+from tilefold.backends.cpu.kernels.scores import (
+    gradient_factor,
+    operand_factor,
+    score_gradient,
+    score_tile,
+)
 from tilefold.backends.cpu.kernels.softmax import LOG2_E, exp2
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile
 from tilefold.backends.cpu.spec import KernelSpec
@@ -31,12 +37,12 @@ Statistics = list[tuple[list[Value], list[Value]]]
 
 
 def delta(spec: KernelSpec) -> str:
-    """The text of the kernel that writes delta."""
+    """The source of the kernel that writes delta."""
     return emit(spec, "delta <- rowsum(dO O)", _write_delta)
 
 
 def dq(spec: KernelSpec) -> str:
-    """The text of the kernel that is parallel over queries."""
+    """The source of the kernel that is parallel over queries."""
     title = """
 for each block of queries:                               one owner
     for each tile of keys that the plan names:
@@ -48,7 +54,7 @@ for each block of queries:                               one owner
 
 
 def dkv(spec: KernelSpec) -> str:
-    """The text of the kernel that is parallel over keys."""
+    """The source of the kernel that is parallel over keys."""
     title = """
 for each block of keys:                                  one owner
     for each query head of the group, for each tile of queries that the plan names:
@@ -90,7 +96,8 @@ class _QueryGradient:
         body, block, spec = self.body, self.block, self.spec
         body.comment("Q^T <- scale log2(e) Q^T;  dO^T;  lse <- log2(e) lse;  dQ^T <- 0")
         one = block.scalar(1.0)
-        self.q_packed = self.products.pack("q", spec.dim, block.scale_log2())
+        factor = operand_factor(body, block.arguments, self.shape.scalar)
+        self.q_packed = self.products.pack("q", spec.dim, factor)
         self.do_packed = self.products.pack("do", spec.dim_v)
         lse, delta = block.pack("lse", 1, block.scalar(LOG2_E)), block.pack("delta", 1, one)
         columns = range(self.shape.vectors)
@@ -98,7 +105,8 @@ class _QueryGradient:
         self.delta = [body.load(block.at(delta, 0, j), self.shape.vector, "delta") for j in columns]
         block.zero("dq", spec.dim)
         work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self.tile)
-        block.unpack("dq", self.dq, spec.dim, block.scale())
+        factor = gradient_factor(body, block.arguments, self.shape.scalar)
+        block.unpack("dq", self.dq, spec.dim, factor)
 
     def tile(self, first: Value, count: Value, masked: bool) -> None:
         body, spec = self.body, self.spec
@@ -136,7 +144,8 @@ class KeyGradients:
         """Write the block's dk and dv."""
         body, block, spec = self.body, self.block, self.spec
         body.comment("K^T <- scale log2(e) K^T;  V^T;  dK^T <- 0;  dV^T <- 0")
-        self.k_packed = self.products.pack("k", spec.dim, block.scale_log2())
+        factor = operand_factor(body, block.arguments, self.shape.scalar)
+        self.k_packed = self.products.pack("k", spec.dim, factor)
         self.v_packed = self.products.pack("v", spec.dim_v)
         block.zero("dk", spec.dim)
         block.zero("dv", spec.dim_v)
@@ -145,7 +154,8 @@ class KeyGradients:
             h = body.add(body.mul(block.h, group), g, "h_q")
             self.take_head(h)
             work.tiles(body, spec, block.arguments, block.b, h, block.row, self.tile)
-        block.unpack("dk", self.dk, spec.dim, block.scale())
+        factor = gradient_factor(body, block.arguments, self.shape.scalar)
+        block.unpack("dk", self.dk, spec.dim, factor)
         block.unpack("dv", self.dv, spec.dim_v, block.scalar(1.0))
 
     def take_head(self, h: Value) -> None:
@@ -196,7 +206,7 @@ class KeyGradients:
     def _of_query(
         self, name: str, head: Value, tile: Tile, row: Value, factor: float | None
     ) -> Value:
-        """The number of one query in all lanes; past the tile's end, of its last query."""
+        """The statistic of one query in all lanes; past the tile's end, of the last query."""
         body, shape = self.body, self.shape
         index = body.mul(tile.inside(row), self.block.arguments[f"{name}_s"])
         number = body.load(body.offset(head, shape.scalar, index), shape.scalar, name)
@@ -226,7 +236,7 @@ def _store_scores(
             for j, score in enumerate(line):
                 body.store(score, tile.at(scores, body.add(row, i), j))
 
-    products.scores(tile, left, right, products.spec.dim, use)
+    score_tile(products, tile, left, right, use)
 
 
 def _keep_differences(
@@ -275,8 +285,7 @@ def _differences(
         score = body.load(tile.at(scores, row, j), vector_, "s")
         exponent = body.binary("fsub", score, lse[j], "e")
         weight = exp2(body, exponent, bounded=False, terms=products.exp2_terms)
-        difference = body.binary("fsub", gradient, delta[j], "e")
-        change = body.binary("fmul", weight, difference, "ds")
+        change = score_gradient(body, weight, gradient, delta[j])
         if masked:
             forbidden = tile.marked(score, "score")
             weight = tile.mark_where(forbidden, weight, "weight")

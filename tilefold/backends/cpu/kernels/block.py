@@ -11,12 +11,11 @@ from contextlib import nullcontext
 
 from tilefold.backends.cpu.kernels import amx, microkernel, pack, work
 from tilefold.backends.cpu.kernels.arguments import COMPUTED, Arguments
-from tilefold.backends.cpu.kernels.convert import SCALARS, Storage
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.mask import MaskText
-from tilefold.backends.cpu.kernels.softmax import LOG2_E
+from tilefold.backends.cpu.kernels.storage import SCALARS, Storage, storage
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
-from tilefold.backends.cpu.spec import PARALLEL, KernelSpec
+from tilefold.backends.cpu.spec import KernelSpec
 
 
 def regions(spec: KernelSpec) -> dict[str, int]:
@@ -39,7 +38,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     }[spec.kernel]
     if spec.multiplier.unit != "fma":
         return found | _pair_regions(spec)
-    if Storage(spec.dtype, spec.native_half).converts:
+    if storage(spec.dtype, spec.native_half).converts:
         return found | _near_regions(spec)
     return found
 
@@ -89,7 +88,7 @@ def _near_regions(spec: KernelSpec) -> dict[str, int]:
         )
         return padded(max(as_rows, turned), lanes)
 
-    if spec.kernel in ("delta", "reduce_dq"):
+    if not spec.row.visits:
         return {}
     if spec.kernel == "forward":
         return {"left": max(size(spec.dim), size(spec.dim_v))}
@@ -97,7 +96,7 @@ def _near_regions(spec: KernelSpec) -> dict[str, int]:
 
 
 def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
-    """A module with one kernel named after the operation: `write` runs once per work item."""
+    """A module with one kernel named after the pass: `write` runs once per work item."""
     scalar = SCALARS[spec.dtype]
     shape = microkernel.Shape(
         spec.rows, spec.vectors, spec.lanes, scalar, spec.multiplier.unit == "dot"
@@ -126,7 +125,7 @@ class Block:
         item: work.Item,
     ) -> None:
         self.body, self.spec, self.shape, self.arguments = body, spec, shape, arguments
-        self.parallel = PARALLEL[spec.kernel]
+        self.parallel = spec.row.parallel
         self.b, self.h, self.row = item.b, item.h, item.row
         self._scratch = scratch
         self._begin()
@@ -142,22 +141,6 @@ class Block:
         """Move to another block row of the same item."""
         self.row = row
         self._begin()
-
-    def scale(self) -> Value:
-        """The scale of the scores, in the kernel's type."""
-        scale = self.body.cast("bitcast", self.arguments["scale"], "double", "scale")
-        if self.shape.scalar == "double":
-            return scale
-        return self.body.cast("fptrunc", scale, self.shape.scalar, "scale")
-
-    def scale_log2(self) -> Value:
-        """scale * log2(e), rounded once."""
-        body = self.body
-        scale = body.cast("bitcast", self.arguments["scale"], "double", "scale")
-        factor = body.binary("fmul", scale, body.constant(LOG2_E, "double"), "factor")
-        if self.shape.scalar == "double":
-            return factor
-        return body.cast("fptrunc", factor, self.shape.scalar, "factor")
 
     def scalar(self, number: float) -> Value:
         """A constant of the kernel's type."""
@@ -187,18 +170,18 @@ class Block:
 
     def matrix(self, name: str, h: Value) -> Matrix:
         """An operand of the traversed side, for one head."""
-        kept = self.kept(name)
-        head = self.arguments.rows_of(name, kept.stored, self.b, h)
-        return Matrix(head, self.arguments[f"{name}_s"], self.arguments[f"{name}_d"], kept)
+        found = self.storage(name)
+        head = self.arguments.rows_of(name, found.stored, self.b, h)
+        return Matrix(head, self.arguments[f"{name}_s"], self.arguments[f"{name}_d"], found)
 
-    def kept(self, name: str) -> Storage:
-        """How the numbers of an operand lie in memory."""
-        kept = Storage(self.spec.dtype, self.spec.native_half)
-        return kept.computed if name in COMPUTED else kept
+    def storage(self, name: str) -> Storage:
+        """The storage of an operand."""
+        own = storage(self.spec.dtype, self.spec.native_half)
+        return own.computed if name in COMPUTED else own
 
     def near(self, tile: Tile, rows: Matrix, region: str, dim: int) -> Matrix:
-        """A tile's rows as numbers to compute with, in a region where they have to be widened."""
-        if not rows.kept.converts:
+        """A tile's rows as elements to compute with, in a region where they have to be widened."""
+        if not rows.storage.converts:
             return rows
         return tile.near(rows, self.region(region), self.spec.block_traverse, dim)
 
@@ -211,22 +194,24 @@ class Block:
         """
         region = self.region(into or name)
         place = [*self._place(name, skipped), Value(str(dim), "i64"), factor]
-        self.body.invoke(pack.pack(self.body.module, self.shape, self.kept(name)), [region, *place])
+        self.body.invoke(
+            pack.pack(self.body.module, self.shape, self.storage(name)), [region, *place]
+        )
         return region
 
     def unpack(self, name: str, region: Value, dim: int, factor: Value) -> None:
         """Write a region, multiplied, to the block's rows of an operand."""
         place = [*self._place(name), Value(str(dim), "i64"), factor]
-        function = pack.unpack(self.body.module, self.shape, self.kept(name))
+        function = pack.unpack(self.body.module, self.shape, self.storage(name))
         self.body.invoke(function, [region, *place])
 
     def _place(self, name: str, skipped: Operand = 0) -> list[Value]:
         body, arguments = self.body, self.arguments
-        kept = self.kept(name)
-        head = arguments.rows_of(name, kept.stored, self.b, self.h)
+        found = self.storage(name)
+        head = arguments.rows_of(name, found.stored, self.b, self.h)
         stride = arguments[f"{name}_s"]
         first = body.add(self.first, skipped)
-        start = kept.at(body, head, body.mul(first, stride))
+        start = found.at(body, head, body.mul(first, stride))
         d_stride = arguments[f"{name}_d"] if f"{name}_d" in arguments else Value("0", "i64")
         return [start, stride, d_stride, self.valid]
 

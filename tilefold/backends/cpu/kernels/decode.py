@@ -29,11 +29,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu.kernels import pack, work
-from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
-from tilefold.backends.cpu.kernels.softmax import LOG2_E, exp2
+from tilefold.backends.cpu.kernels.scores import operand_factor, score
+from tilefold.backends.cpu.kernels.softmax import exp2
 from tilefold.backends.cpu.kernels.state import VALUES, Frame, emit
+from tilefold.backends.cpu.kernels.storage import Storage
 from tilefold.backends.cpu.kernels.sums import push
 from tilefold.backends.cpu.spec import KernelSpec
 
@@ -42,7 +43,7 @@ CHUNK = 8
 
 
 def decode(spec: KernelSpec) -> str:
-    """The text of the decode kernel; "decode_part" leaves the state of its rows to the merge."""
+    """The source of the decode kernel; "decode_part" leaves the state of its rows to the merge."""
     title = __doc__.split("\n\n")[1] if __doc__ else ""
     return emit(spec, title, lambda frame: _Decode(frame).write())
 
@@ -55,20 +56,20 @@ class _Rows:
     dim: int
     address: Value
     stride: Value
-    kept: Storage
+    storage: Storage
 
     def moved(self, body: Body, rows: Value) -> _Rows:
-        """So many rows further."""
+        """The same rows from a later one on."""
         elements = body.mul(rows, self.stride)
-        return replace(self, address=self.kept.at(body, self.address, elements, self.name))
+        return replace(self, address=self.storage.at(body, self.address, elements, self.name))
 
     def following(self, body: Body) -> _Rows:
         """One row further."""
-        return replace(self, address=self.kept.at(body, self.address, self.stride, self.name))
+        return replace(self, address=self.storage.at(body, self.address, self.stride, self.name))
 
     def from_element(self, body: Body, d: Operand) -> _Rows:
         """The same rows from an element on."""
-        return replace(self, address=self.kept.at(body, self.address, d, self.name))
+        return replace(self, address=self.storage.at(body, self.address, d, self.name))
 
 
 class _Decode:
@@ -85,18 +86,18 @@ class _Decode:
         self.queries, self.weights = frame.region("q"), frame.region("p")
 
     def _operand(self, name: str, dim: int) -> _Rows:
-        item, kept = self.frame.item, self.frame.kept
+        item, storage = self.frame.item, self.frame.storage
         first = self.body.mul(item.h, self.arguments["heads_per_item"], "h_kv")
-        head = self.arguments.rows_of(name, kept.stored, item.b, first)
-        return _Rows(name, dim, head, self.arguments[f"{name}_s"], kept)
+        head = self.arguments.rows_of(name, storage.stored, item.b, first)
+        return _Rows(name, dim, head, self.arguments[f"{name}_s"], storage)
 
     def write(self) -> None:
         body, frame, arguments = self.body, self.frame, self.arguments
         body.comment("Q <- scale log2(e) Q;  O <- 0;  m <- -inf;  l <- -0")
-        factor = self._scale_log2()
+        factor = operand_factor(body, arguments, frame.shape.scalar)
         with body.loop("g", 0, self.heads) as g:
             h = body.add(self.first_head, g, "h")
-            array = arguments.rows_of("q", frame.kept.stored, frame.item.b, h)
+            array = arguments.rows_of("q", frame.storage.stored, frame.item.b, h)
             packed = self._query(body.mul(g, arguments["len_q"]))
             frame.move(pack.pack, packed, array, self.spec.dim, arguments["len_q"], "q", factor)
         with self._rows() as (h, _, row):
@@ -139,13 +140,6 @@ class _Decode:
         rows = arguments.rows_of("part", frame.shape.scalar, frame.item.b, h)
         return frame.at(rows, body.mul(place, arguments["part_s"]), "state")
 
-    def _scale_log2(self) -> Value:
-        """scale * log2(e), rounded once."""
-        body, scalar = self.body, self.frame.shape.scalar
-        scale = body.cast("bitcast", self.arguments["scale"], "double", "scale")
-        factor = body.binary("fmul", scale, body.constant(LOG2_E, "double"), "factor")
-        return factor if scalar == "double" else body.cast("fptrunc", factor, scalar, "factor")
-
     def _tile(self, first: Value, count: Value, masked: bool) -> None:
         body, lanes = self.body, self.lanes
         keys, values = self.keys.moved(body, first), self.values.moved(body, first)
@@ -156,16 +150,16 @@ class _Decode:
         ):
             left = body.minimum(body.sub(count, c), lanes, "left")
 
-            def score(near: _Rows) -> None:
+            def score_rows(near: _Rows) -> None:
                 with self._rows(h_kv) as (h, i, row):
-                    scores = self._products(near, self._query(row))
+                    scores = score(self._products(near, self._query(row)))
                     if masked:
                         allowed = self._allowed(body.add(first, c), left, h, i)
                         scores = self.frame.marks.mark(allowed, scores, "score")
                     body.store(scores, self._weight(row, c))
 
             rows = self._of_head(keys.moved(body, c), h_kv)
-            self._near(rows, left, lanes if masked else 1, score)
+            self._near(rows, left, lanes if masked else 1, score_rows)
         with self._rows() as (h, _, row):
             self._weigh(self._state(h, row), row, count, masked)
         body.comment("O <- O + P V")
@@ -184,14 +178,14 @@ class _Decode:
     def _of_head(self, rows: _Rows, h_kv: Value) -> _Rows:
         """The same rows of another key head of the item."""
         elements = self.body.mul(h_kv, self.arguments[f"{rows.name}_h"])
-        address = rows.kept.at(self.body, rows.address, elements, rows.name)
+        address = rows.storage.at(self.body, rows.address, elements, rows.name)
         return replace(rows, address=address)
 
     def _near(self, rows: _Rows, count: Value, whole: int, use: Callable[[_Rows], None]) -> None:
         """`use` a few rows with d contiguous. Where they do not lie so they are copied first.
 
         So they are where `count` is no multiple of `whole`: past the end then follows what scratch
-        happens to hold, and whatever is computed of it is not used. And where numbers have to be
+        happens to hold, and whatever is computed of it is not used. And where elements have to be
         widened for several rows of queries; for a single one they are widened as they are read.
         """
         body, frame, name = self.body, self.frame, rows.name
@@ -201,8 +195,8 @@ class _Decode:
             apart = body.binary("or", apart, body.compare("ne", rest, Value("0", "i64")))
         region = frame.region(name)
         width = Value(str(self.spec.whole(rows.dim)), "i64")
-        copied = replace(rows, address=region, stride=width, kept=rows.kept.computed)
-        if rows.kept.converts:
+        copied = replace(rows, address=region, stride=width, storage=rows.storage.computed)
+        if rows.storage.converts:
             several = body.mul(self.arguments["group"], self.arguments["len_q"])
             apart = body.binary("or", apart, body.compare("ne", several, Value("1", "i64")))
             with body.choose(apart, "copy") as branch:
@@ -311,12 +305,12 @@ class _Decode:
         return total
 
     def _vector(self, row: _Rows, number: int, rest: int) -> Value:
-        """Vector `number` of a row; where `rest` is not 0, only so many elements of it exist."""
-        body, lanes, kept = self.body, self.lanes, row.kept
-        place = kept.at(body, row.address, number * lanes)
+        """Vector `number` of a row; where `rest` is not 0, only the first `rest` elements exist."""
+        body, lanes, storage = self.body, self.lanes, row.storage
+        place = storage.at(body, row.address, number * lanes)
         if not rest:
-            return kept.load(body, place, lanes, "row")
-        return kept.load_first(body, place, lanes, rest, "row")
+            return storage.load(body, place, lanes, "row")
+        return storage.load_first(body, place, lanes, rest, "row")
 
     def _chunks(self, dim: int, write: Callable[[Operand, int, int], None]) -> None:
         """`write(first, vectors, rest)` over a row; `rest` elements in the last vector, 0: all."""

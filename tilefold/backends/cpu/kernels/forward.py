@@ -25,13 +25,14 @@ from tilefold.backends.cpu.kernels.ir import Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.microkernel import Accumulators
 from tilefold.backends.cpu.kernels.products import products
+from tilefold.backends.cpu.kernels.scores import operand_factor, score_tile
 from tilefold.backends.cpu.kernels.softmax import LN_2, exp2, log2
 from tilefold.backends.cpu.kernels.tile import Tile
 from tilefold.backends.cpu.spec import KernelSpec
 
 
 def forward(spec: KernelSpec) -> str:
-    """The text of the forward kernel."""
+    """The source of the forward kernel."""
     title = __doc__.split("\n\n")[1] if __doc__ else ""
     return emit(spec, title, lambda block: _Forward(block).write())
 
@@ -52,7 +53,8 @@ class _Forward:
     def write(self) -> None:
         body, shape, spec, block = self.body, self.shape, self.spec, self.block
         body.comment("Q^T <- scale log2(e) Q^T;  O^T <- 0;  m <- -inf;  l <- 0")
-        self.q_packed = self.products.pack("q", spec.dim, block.scale_log2())
+        factor = operand_factor(body, block.arguments, shape.scalar)
+        self.q_packed = self.products.pack("q", spec.dim, factor)
         block.zero("o", spec.dim_v)
         never = body.constant(0, vector(shape.lanes, "i1"))
         columns = range(shape.vectors)
@@ -70,19 +72,19 @@ class _Forward:
         body.comment("S^T <- K Q^T, and the largest of each lane")
         if masked:
             mask = self.block.mask(self.block.h)
-            self.products.scores(
+            score_tile(
+                self.products,
                 tile,
                 keys.rows,
                 self.q_packed,
-                spec.dim,
                 lambda row, scores: self._keep_visible(tile, mask, tops, row, scores),
             )
         else:
-            self.products.scores(
+            score_tile(
+                self.products,
                 tile,
                 keys.rows,
                 self.q_packed,
-                spec.dim,
                 lambda row, scores: self._keep(tile, tops, row, scores, scores),
             )
             every = body.constant(-1, vector(self.shape.lanes, "i1"))

@@ -9,7 +9,7 @@
 
 Five products per pair where the split form takes seven. With one owner per key head its part is dQ
 itself, where rows of dQ are contiguous: then there is no second kernel and no memory for parts.
-`owners.py` says how many owners there are and what each of them has.
+`partitions.py` says how many owners there are and which blocks each of them has.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tilefold.backends.cpu.kernels.backward import KeyGradients, Statistics
 from tilefold.backends.cpu.kernels.block import Block, emit
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.multiply import Right, factors_of
+from tilefold.backends.cpu.kernels.scores import gradient_factor
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
 from tilefold.backends.cpu.partitions import (
     COLUMNS,
@@ -37,7 +38,7 @@ from tilefold.masks.expression import Truth
 
 
 def fused(spec: KernelSpec) -> str:
-    """The text of the kernel that makes parts of dQ, or all of it."""
+    """The source of the kernel that makes parts of dQ, or all of it."""
     title = """
 for each owner of blocks of keys:
     its dQ <- 0
@@ -53,7 +54,7 @@ for each owner of blocks of keys:
 
 
 def reduce_dq(spec: KernelSpec) -> str:
-    """The text of the kernel that adds the parts up."""
+    """The source of the kernel that adds the parts up."""
     title = """
 for each block of queries:                               one owner
     dQ^T <- 0
@@ -81,7 +82,7 @@ def _write_sum(block: Block) -> None:
 
 
 def _of_owner(block: Block, owner: Value, column: int) -> Value:
-    """What the plan's deal says of an owner."""
+    """One column of the plan's table of owners, for one owner."""
     body = block.body
     place = body.add(body.mul(owner, COLUMNS), column)
     return body.load(body.offset(block.arguments["owners"], "i64", place), "i64")
@@ -155,7 +156,7 @@ class _AllGradients(KeyGradients):
 
     def key_factor(self) -> Value:
         """What the copy of K is multiplied by, so that dQ need not be."""
-        return self.block.scale()
+        return gradient_factor(self.body, self.block.arguments, self.shape.scalar)
 
     def ds_factor(self) -> Value:
         """What dS still lacks."""
@@ -171,7 +172,7 @@ class _AllGradients(KeyGradients):
             source = keys.row(body, body.add(block.first, key))
             target = body.offset(region, scalar, body.mul(key, self._line))
             with body.loop("d", 0, self.spec.dim) as d:
-                number = keys.kept.load(body, keys.at(body, source, d))
+                number = keys.storage.load(body, keys.at(body, source, d))
                 body.store(body.binary("fmul", number, scale), body.offset(target, scalar, d))
             with body.loop("d", self.spec.dim, self._line) as d:
                 body.store(block.scalar(0.0), body.offset(target, scalar, d))
@@ -285,7 +286,7 @@ class _PairGradients(_AllGradients):
         return self.block.scalar(1.0)
 
     def ds_factor(self) -> Value:
-        return self.block.scale()
+        return gradient_factor(self.body, self.block.arguments, self.shape.scalar)
 
     @property
     def _parts(self) -> int:
@@ -297,8 +298,8 @@ class _PairGradients(_AllGradients):
         return self.shape.width // 2 * self._line
 
     @property
-    def _numbers_of_lines(self) -> int:
-        """Numbers of one part of the lines of dS."""
+    def _elements_of_lines(self) -> int:
+        """Elements of one part of the lines of dS."""
         return padded(self.spec.block_traverse, self.spec.multiplier.step) * self.shape.width
 
     def _copy_keys(self) -> tuple[Value, Variable]:
@@ -331,7 +332,7 @@ class _PairGradients(_AllGradients):
             for j, change in enumerate(line):
                 value = body.binary("fmul", change, scale, "ds")
                 for part, number in enumerate(pairs.split(body, value, self._parts)):
-                    offset = part * self._numbers_of_lines + j * self.shape.lanes
+                    offset = part * self._elements_of_lines + j * self.shape.lanes
                     body.store(pairs.narrow(body, number), body.offset(place, "i16", offset))
         return changes
 
@@ -364,7 +365,7 @@ class _TileGradients(_PairGradients):
         with body.loop("q", 0, tile.count, 2 * amx.ROWS) as first:
             line = self._line_of(first)
             stride, parts = Value(str(width), "i64"), range(self._parts)
-            lines = [body.offset(line, "i16", part * self._numbers_of_lines) for part in parts]
+            lines = [body.offset(line, "i16", part * self._elements_of_lines) for part in parts]
             right = [body.offset(words, "i32", part * self._words_of_keys) for part in parts]
             factors = factors_of([amx.Lines(at, stride) for at in lines], Right(tuple(right)))
             amx.panel(body, shape, factors, depth, staging, 2, start=None)

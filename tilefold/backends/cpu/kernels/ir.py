@@ -1,8 +1,8 @@
 """LLVM IR as text: values with types, named instructions, counted loops, and nothing more.
 
 A generator reads like the loop nest it writes. State that changes lives in a `Variable` (an alloca
-in the entry block); LLVM's SROA turns it into registers, so no generator writes a phi. The text is
-indented by loop depth and carries the generator's comments: it is what `tilefold inspect` shows.
+in the entry block); LLVM's SROA turns it into registers, so no generator writes a phi. The source
+is indented by loop depth and carries the generator's comments: it is what `tilefold inspect` shows.
 
 Reference: LLVM Language Reference Manual, https://llvm.org/docs/LangRef.html.
 """

@@ -17,7 +17,7 @@ from tilefold.backends.cpu.spec import KernelSpec
 
 
 def merge(spec: KernelSpec) -> str:
-    """The text of the merge kernel."""
+    """The source of the merge kernel."""
     title = __doc__.split("\n\n")[1] if __doc__ else ""
     return emit(spec, title, lambda frame: _Merge(frame).write())
 

@@ -2,10 +2,10 @@
 
     for c in range(count):                      rows + vectors loads
         for j in range(vectors): b[j] = B[c, j]           (a vector)
-        for i in range(rows):    a    = A[i, c]           (one number, in all lanes)
+        for i in range(rows):    a    = A[i, c]           (one element, in all lanes)
             for j in range(vectors): C[i, j] += a * b[j]
 
-A is read number by number, so any strides will do and nothing of it need be packed; B is a row of
+A is read element by element, so any strides will do and nothing of it is packed; B is a row of
 vectors in scratch. Every product of attention has this form when the parallel axis lies in the
 lanes (BLIS, Van Zee and van de Geijn 2015, calls it the micro-kernel; it is the only code that
 knows how many registers there are).
@@ -25,7 +25,7 @@ Accumulators = list[list[Value]]
 class Shape:
     """A register tile: `rows` broadcast rows by `vectors` vectors of `lanes` x `scalar`.
 
-    `pairs`: A and B hold pairs of bfloat16 numbers that follow each other in the contraction, 32
+    `pairs`: A and B hold pairs of bfloat16 elements that follow each other in the contraction, 32
     bits each, and one instruction multiplies and adds both (AVX512-BF16).
     """
 
@@ -71,9 +71,9 @@ def multiply(
 ) -> Accumulators:
     """C[i][j] = start(i, j) + the sum over c < count of A[i][c] * B[c][j].
 
-    A[i][c] is `left[i][c * left_step]`: `left` holds the address of each row's first number. B[c]
+    A[i][c] is `left[i][c * left_step]`: `left` holds the address of each row's first element. B[c]
     is the row of vectors at `right[c * right_stride]` in scratch. Steps and strides count elements;
-    with pairs, `count` and those of B count pairs, and `left_step` counts bfloat16 numbers.
+    with pairs, `count` and the strides of B count pairs, and `left_step` counts bfloat16 elements.
     """
     element = "i16" if shape.pairs else shape.scalar
     places = [

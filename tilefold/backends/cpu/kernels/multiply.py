@@ -40,7 +40,7 @@ class Sides:
 
 
 class Products:
-    """Products in the type of the scores, number by number."""
+    """Products in the type of the scores, element by element."""
 
     step = 1
     """Rows of weights that are kept together."""
@@ -63,7 +63,7 @@ class Products:
     def sides(
         self, tile: Tile, matrix: Matrix, region: str, dim: int, *, rows: bool, columns: bool
     ) -> Sides:
-        """A tile's rows of an operand as left sides, as far as they are wanted."""
+        """A tile's rows of an operand as the left sides that are wanted."""
         near = (self.block.near(tile, tile.of(matrix), region, dim),)
         return Sides(near, near)
 
@@ -134,7 +134,7 @@ class Products:
 
 
 def factors_of(left: Sequence[Side], right: Right) -> list[Factor[Side]]:
-    """The products whose sum is left x right: all but those of two low parts.
+    """The products whose sum is left x right: all products but the ones of two low parts.
 
     Each has a side in common with the next: high low, high high, low high.
     """

@@ -2,12 +2,12 @@
 
     pack:    scratch[d, lane] = array[lane, d] * factor     lanes past the end become 0
     unpack:  array[lane, d]   = scratch[d, lane] * factor   only lanes that exist
-    widen:   scratch[i, j]    = array[i, j]                 as numbers to compute with
+    widen:   scratch[i, j]    = array[i, j]                 as elements to compute with
 
 Arrays may have any strides. Whole squares of lanes x lanes go through a transpose in registers when
-`d` is contiguous, whole vectors are copied when the lanes are, and the rest goes number by number.
-Each is a function of its own, one for each type of array and width of scratch: kernels call them
-for several operands.
+`d` is contiguous, whole vectors are copied when the lanes are, and the rest goes element by
+element. Each is a function of its own, one for each type of array and width of scratch: kernels
+call them for several operands.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Body, Module, Value
 from tilefold.backends.cpu.kernels.microkernel import Shape
+from tilefold.backends.cpu.kernels.storage import Storage
 
 
-def pack(module: Module, shape: Shape, kept: Storage) -> str:
+def pack(module: Module, shape: Shape, storage: Storage) -> str:
     """`(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`: its name."""
-    return _defined(module, f"pack_{kept.dtype}_{shape.width}", shape, kept, _Pack)
+    return _defined(module, f"pack_{storage.dtype}_{shape.width}", shape, storage, _Pack)
 
 
-def unpack(module: Module, shape: Shape, kept: Storage) -> str:
+def unpack(module: Module, shape: Shape, storage: Storage) -> str:
     """`(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`: its name."""
-    return _defined(module, f"unpack_{kept.dtype}_{shape.width}", shape, kept, _Unpack)
+    return _defined(module, f"unpack_{storage.dtype}_{shape.width}", shape, storage, _Unpack)
 
 
-def widen(module: Module, shape: Shape, kept: Storage) -> str:
+def widen(module: Module, shape: Shape, storage: Storage) -> str:
     """`(scratch, array, outer, inner, outer stride, inner stride, line)`: its name.
 
     Lines of `line` elements in scratch; whole vectors where the inner stride is 1.
     """
-    name = f"widen_{kept.dtype}"
+    name = f"widen_{storage.dtype}"
     if module.defines(name):
         return name
     integers = ("outer", "inner", "outer_stride", "inner_stride", "line")
@@ -47,23 +47,25 @@ def widen(module: Module, shape: Shape, kept: Storage) -> str:
         whole = body.sub(inner, body.binary("urem", inner, shape.lanes))
         vectors_end = body.select(unit, whole, Value("0", "i64"))
         with body.loop("i", 0, outer) as i:
-            source = kept.at(body, array, body.mul(i, outer_stride))
+            source = storage.at(body, array, body.mul(i, outer_stride))
             target = body.offset(scratch, shape.scalar, body.mul(i, line))
             with body.loop("j", 0, vectors_end, shape.lanes) as j:
-                numbers = kept.load(body, kept.at(body, source, j), shape.lanes)
+                numbers = storage.load(body, storage.at(body, source, j), shape.lanes)
                 body.store(numbers, body.offset(target, shape.scalar, j))
             with body.loop("j", vectors_end, inner) as j:
-                number = kept.load(body, kept.at(body, source, body.mul(j, inner_stride)))
+                number = storage.load(body, storage.at(body, source, body.mul(j, inner_stride)))
                 body.store(number, body.offset(target, shape.scalar, j))
     return name
 
 
-def _defined(module: Module, name: str, shape: Shape, kept: Storage, direction: type[_Move]) -> str:
+def _defined(
+    module: Module, name: str, shape: Shape, storage: Storage, direction: type[_Move]
+) -> str:
     """Both directions: a vector of lanes at a time, the widest way that its strides allow."""
     if module.defines(name):
         return name
     with module.function(name, _parameters(shape), internal=True) as body:
-        move = direction(body, shape, kept)
+        move = direction(body, shape, storage)
         with body.loop("block", 0, shape.width, shape.lanes) as block:
             start = body.variable("i64", Value("0", "i64"), "start")
             whole = move.whole(block)
@@ -117,8 +119,8 @@ def _parameters(shape: Shape) -> list[Value]:
 class _Move(ABC):
     """The addresses that both directions share, and what each does at one place."""
 
-    def __init__(self, body: Body, shape: Shape, kept: Storage) -> None:
-        self._body, self._shape, self._kept = body, shape, kept
+    def __init__(self, body: Body, shape: Shape, storage: Storage) -> None:
+        self._body, self._shape, self._storage = body, shape, storage
         scratch, array, lane_stride, d_stride, valid, dim, factor = _parameters(shape)
         self._scratch, self._array = scratch, array
         self._lane_stride, self._d_stride = lane_stride, d_stride
@@ -132,7 +134,7 @@ class _Move(ABC):
         self.squares_end = body.sub(self.dim, body.binary("urem", self.dim, shape.lanes))
 
     def scaled(self, value: Value) -> Value:
-        """A number or a vector times the factor."""
+        """An element or a vector times the factor."""
         factor = self._factors if value.lanes > 1 else self._factor
         return self._body.binary("fmul", value, factor)
 
@@ -145,21 +147,21 @@ class _Move(ABC):
         return self._body.offset(self._scratch, self._shape.scalar, index)
 
     def load(self, lane: Value, d: Value, lanes: int = 1) -> Value:
-        """Numbers of the array, ready to compute with."""
-        return self._kept.load(self._body, self.array(lane, d), lanes)
+        """Read elements of the array, ready to compute with."""
+        return self._storage.load(self._body, self.array(lane, d), lanes)
 
     def store(self, value: Value, lane: Value, d: Value) -> None:
-        """Numbers to the array, times the factor, rounded to what it holds."""
-        self._kept.store(self._body, self.scaled(value), self.array(lane, d))
+        """Write elements to the array, times the factor, rounded to its type."""
+        self._storage.store(self._body, self.scaled(value), self.array(lane, d))
 
     def array(self, lane: Value, d: Value) -> Value:
         body = self._body
         index = body.add(body.mul(lane, self._lane_stride), body.mul(d, self._d_stride))
-        return self._kept.at(body, self._array, index)
+        return self._storage.at(body, self._array, index)
 
     @abstractmethod
     def square(self, block: Value, d: Value) -> None:
-        """Move lanes x lanes numbers, turned."""
+        """Move lanes x lanes elements, turned."""
 
     @abstractmethod
     def line(self, block: Value, d: Value) -> None:
@@ -167,7 +169,7 @@ class _Move(ABC):
 
     @abstractmethod
     def number(self, lane: Value, d: Value) -> None:
-        """Move one number."""
+        """Move one element."""
 
     @abstractmethod
     def end(self, block: Value) -> Value:

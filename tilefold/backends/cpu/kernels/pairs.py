@@ -21,9 +21,9 @@ high low, low high (Henry, Tang and Heinecke, 2019, arXiv:1904.06376).
 from __future__ import annotations
 
 from tilefold.backends.cpu.kernels import pack
-from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value, vector
 from tilefold.backends.cpu.kernels.microkernel import Shape
+from tilefold.backends.cpu.kernels.storage import Storage
 
 LANES = 16
 """Float32 numbers of a 512-bit register: pairs exist there only."""
@@ -140,26 +140,26 @@ def words_of(
     return [high, join(body, *rests)]
 
 
-def lines(module: Module, shape: Shape, kept: Storage, parts: int) -> str:
+def lines(module: Module, shape: Shape, storage: Storage, parts: int) -> str:
     """`(left, array, staging, outer, inner, strides of both, line, numbers between the parts)`.
 
     The name of the function that brings array[outer, inner] to lines of `line` numbers; up to the
     next multiple of the block's width, what lies past `inner` is 0. `staging` holds `outer` rows.
     """
-    name = f"lines_{kept.dtype}_{parts}"
+    name = f"lines_{storage.dtype}_{parts}"
     if module.defines(name):
         return name
     integers = ("outer", "inner", "outer_stride", "inner_stride", "line", "part_stride")
     parameters = [Value(f"%{pointer}", "ptr") for pointer in ("left", "array", "staging")]
     parameters += [Value(f"%{integer}", "i64") for integer in integers]
     left, array, staging, outer, inner, outer_stride, inner_stride, line, part_stride = parameters
-    function = pack.pack(module, shape, kept)
+    function = pack.pack(module, shape, storage)
     with (
         module.function(name, parameters, internal=True) as body,
         body.loop("chunk", 0, inner, shape.width) as chunk,
     ):
         valid = body.minimum(body.sub(inner, chunk), shape.width)
-        source = kept.at(body, array, body.mul(chunk, inner_stride))
+        source = storage.at(body, array, body.mul(chunk, inner_stride))
         one = body.constant(1.0, shape.scalar)
         body.invoke(function, [staging, source, inner_stride, outer_stride, valid, outer, one])
         with body.loop("i", 0, outer) as i:
@@ -214,13 +214,13 @@ def _word(body: Body, low: Value, high: Value) -> Value:
     return body.binary("or", body.binary("shl", high, 16), low, "word")
 
 
-def turn(module: Module, kept: Storage, parts: int, dim: int) -> str:
+def turn(module: Module, storage: Storage, parts: int, dim: int) -> str:
     """`(left, array, rows, row stride, line, numbers between the parts)`: its name.
 
     For rows contiguous along `dim`, a multiple of 32 of them; lines of `line` numbers. Up to the
     next multiple of 16, lines past `dim` are 0.
     """
-    name = f"turn_{kept.dtype}_{parts}_{dim}"
+    name = f"turn_{storage.dtype}_{parts}_{dim}"
     if module.defines(name):
         return name
     parameters = _left_parameters()
@@ -232,11 +232,11 @@ def turn(module: Module, kept: Storage, parts: int, dim: int) -> str:
         whole = dim - dim % LANES
 
         def square(d: Operand, exist: int) -> None:
-            corner = kept.at(body, array, body.add(body.mul(row, row_stride), d))
-            places = [kept.at(body, corner, body.mul(row_stride, i)) for i in range(2 * LANES)]
+            corner = storage.at(body, array, body.add(body.mul(row, row_stride), d))
+            places = [storage.at(body, corner, body.mul(row_stride, i)) for i in range(2 * LANES)]
             target = body.offset(left, "i16", body.add(body.mul(line, d), row))
             pairs = zip(places[::2], places[1::2], strict=True)
-            rows_of_words = [_words_at(body, kept, pair, parts, exist) for pair in pairs]
+            rows_of_words = [_words_at(body, storage, pair, parts, exist) for pair in pairs]
             for part, words in enumerate(zip(*rows_of_words, strict=True)):
                 start = target if not part else body.offset(target, "i16", part_stride)
                 for i, column in enumerate(pack.transpose(body, list(words))):
@@ -250,34 +250,36 @@ def turn(module: Module, kept: Storage, parts: int, dim: int) -> str:
 
 
 def _words_at(
-    body: Body, kept: Storage, places: tuple[Value, Value], parts: int, exist: int
+    body: Body, storage: Storage, places: tuple[Value, Value], parts: int, exist: int
 ) -> list[Value]:
     """Two vectors of an array as words, part by part: bfloat16 numbers as they are."""
-    if kept.dtype == "bfloat16":
+    if storage.pairs:
         halves, wide = vector(LANES, "i16"), vector(LANES, "i32")
         bits = [
-            body.load(at, halves) if exist == LANES else kept.bits_of_first(body, at, LANES, exist)
+            body.load(at, halves)
+            if exist == LANES
+            else storage.bits_of_first(body, at, LANES, exist)
             for at in places
         ]
         return [_word(body, *(body.cast("zext", each, wide) for each in bits))]
-    low, high = (_numbers_at(body, kept, at, exist) for at in places)
-    return words_of(body, low, high, parts, short=kept.dtype == "float16")
+    low, high = (_numbers_at(body, storage, at, exist) for at in places)
+    return words_of(body, low, high, parts, short=storage.short)
 
 
-def _numbers_at(body: Body, kept: Storage, place: Value, exist: int) -> Value:
+def _numbers_at(body: Body, storage: Storage, place: Value, exist: int) -> Value:
     """A vector of an array, of which so many numbers exist; the rest is 0."""
     if exist >= LANES:
-        return kept.load(body, place, LANES)
-    return kept.load_first(body, place, LANES, exist)
+        return storage.load(body, place, LANES)
+    return storage.load_first(body, place, LANES, exist)
 
 
-def along(module: Module, kept: Storage, parts: int, dim: int) -> str:
+def along(module: Module, storage: Storage, parts: int, dim: int) -> str:
     """`(left, array, rows, row stride, line, numbers between the parts)`: its name.
 
     For rows contiguous along `dim`; up to the next multiple of 32, what lies past it is 0. This is
     `lines` without a way through staging.
     """
-    name = f"along_{kept.dtype}_{parts}_{dim}"
+    name = f"along_{storage.dtype}_{parts}_{dim}"
     if module.defines(name):
         return name
     parameters = _left_parameters()
@@ -287,17 +289,17 @@ def along(module: Module, kept: Storage, parts: int, dim: int) -> str:
         body.loop("row", 0, rows) as row,
     ):
         whole = dim - dim % (2 * LANES)
-        source = kept.at(body, array, body.mul(row, row_stride))
+        source = storage.at(body, array, body.mul(row, row_stride))
         target = body.offset(left, "i16", body.mul(row, line))
 
         def two(d: Operand, exist: int) -> None:
-            short = kept.dtype == "float16"
-            place = kept.at(body, source, d)
-            first = split(body, _numbers_at(body, kept, place, exist), parts, short=short)
+            short = storage.short
+            place = storage.at(body, source, d)
+            first = split(body, _numbers_at(body, storage, place, exist), parts, short=short)
             second = [body.constant(0.0, first[0].type)] * parts
             if exist > LANES:
-                place = kept.at(body, place, LANES)
-                numbers = _numbers_at(body, kept, place, exist - LANES)
+                place = storage.at(body, place, LANES)
+                numbers = _numbers_at(body, storage, place, exist - LANES)
                 second = split(body, numbers, parts, short=short)
             for part, both in enumerate(zip(first, second, strict=True)):
                 there = body.offset(target, "i16", d)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from tilefold.backends.cpu.kernels import amx, microkernel, pairs
 from tilefold.backends.cpu.kernels.block import Block
-from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload
 from tilefold.backends.cpu.kernels.multiply import Products, Right, Sides, factors_of, multiplied
 from tilefold.backends.cpu.kernels.softmax import EXP2_COARSE
+from tilefold.backends.cpu.kernels.storage import storage
 from tilefold.backends.cpu.kernels.tile import Matrix, Scores, Tile, padded
 
 
@@ -95,7 +95,7 @@ class _PairProducts(Products):
     def _can_zip(self, tile: Tile, matrix: Matrix) -> Value:
         """Whether the words of two rows are made from whole rows, by pairs those of bfloat16."""
         body = self.body
-        if self._unit == 2 and matrix.kept.dtype != "bfloat16":
+        if self._unit == 2 and not matrix.storage.pairs:
             return Value("false", "i1")
         contiguous = body.compare("eq", matrix.d_stride, Value("1", "i64"))
         if self._unit == 2:
@@ -116,7 +116,7 @@ class _PairProducts(Products):
         """Pairs take words in any order of their axes, tiles of AMX take lines."""
         body = self.body
         if self._unit > 2:
-            function = pairs.turn(body.module, matrix.kept, self._parts, dim)
+            function = pairs.turn(body.module, matrix.storage, self._parts, dim)
             place = [scratch, matrix.address, tile.count, matrix.row_stride]
             body.invoke(function, [*place, *_integers(line, part)])
             return
@@ -137,7 +137,7 @@ class _PairProducts(Products):
     ) -> None:
         """Lines in scratch of any array; sizes and strides are of the lines, then along them."""
         body = self.body
-        function = pairs.lines(body.module, self.shape, matrix.kept, self._parts)
+        function = pairs.lines(body.module, self.shape, matrix.storage, self._parts)
         pointers = [scratch, matrix.address, self.block.region("staging")]
         body.invoke(function, [*pointers, *sizes, *strides, *_integers(line, part)])
 
@@ -146,12 +146,12 @@ class _PairProducts(Products):
     ) -> tuple[Matrix, ...]:
         places = [address]
         places += [self.body.offset(address, "i16", part * i) for i in range(1, self._parts)]
-        kept = Storage("bfloat16", False)
-        return tuple(Matrix(place, row_stride, d_stride, kept) for place in places)
+        lines = storage("bfloat16")
+        return tuple(Matrix(place, row_stride, d_stride, lines) for place in places)
 
     def _holds_lines(self, matrix: Matrix, stride: Value, size: int) -> Value:
         """Whether an array of bfloat16 is contiguous along an axis of whole steps."""
-        if self._parts > 1 or matrix.kept.dtype != "bfloat16" or size % self._unit:
+        if self._parts > 1 or not matrix.storage.pairs or size % self._unit:
             return Value("false", "i1")
         return self.body.compare("eq", stride, Value("1", "i64"))
 
@@ -266,7 +266,7 @@ class _TileProducts(_PairProducts):
             contiguous = body.compare("eq", matrix.d_stride, Value("1", "i64"))
             with body.choose(contiguous, "contiguous") as short:
                 close = _integer(padded(dim, self._unit))
-                function = pairs.along(body.module, matrix.kept, self._parts, dim)
+                function = pairs.along(body.module, matrix.storage, self._parts, dim)
                 place = [scratch, matrix.address, tile.count, matrix.row_stride]
                 body.invoke(function, [*place, close, _integer(part)])
                 body.write(stride, close)

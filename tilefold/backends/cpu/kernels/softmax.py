@@ -70,13 +70,13 @@ def exp2(
 ) -> Value:
     """2**x in each lane; NaN stays NaN, and what is below the smallest normal number becomes 0.
 
-    `terms` are those of the polynomial, to the precision of x without them.
+    `terms`: coefficients of the polynomial; without them it has the precision of x.
 
     `bounded` promises that x is not far above 0, or NaN (the forward pass). Without it x is cut at
     0: a probability made again from lse is never above 1, even where lse was rounded to less than
     the largest score.
 
-    Adding 1.5 * 2^mantissa_bits rounds x to a whole number n and leaves n in the low bits: with the
+    Adding 1.5 * 2^mantissa_bits rounds x to an integer n and leaves n in the low bits: with the
     bias added too, those bits shifted up are the number 2^n. The last step multiplies, so that NaN
     survives.
     """

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from tilefold.backends.cpu.kernels import pack, work
 from tilefold.backends.cpu.kernels.arguments import Arguments
-from tilefold.backends.cpu.kernels.convert import SCALARS, Storage
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.microkernel import Shape
 from tilefold.backends.cpu.kernels.softmax import LN_2, log2
+from tilefold.backends.cpu.kernels.storage import SCALARS, Storage, storage
 from tilefold.backends.cpu.kernels.tile import Tile
 from tilefold.backends.cpu.spec import KernelSpec
 
@@ -39,7 +39,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
 
 
 def emit(spec: KernelSpec, title: str, write: Callable[[Frame], None]) -> str:
-    """A module with one kernel named after the operation: `write` runs once per work item."""
+    """A module with one kernel named after the pass: `write` runs once per work item."""
     scalar = SCALARS[spec.dtype]
     module = Module(title, spec.lanes * (32 if scalar == "float" else 64))
     argument = Value("%arguments", "ptr")
@@ -59,7 +59,7 @@ class Frame:
     ) -> None:
         self.body, self.spec, self.arguments, self.item = body, spec, arguments, item
         self.shape = Shape(1, 1, spec.lanes, SCALARS[spec.dtype])
-        self.kept = Storage(spec.dtype, spec.native_half)
+        self.storage = storage(spec.dtype, spec.native_half)
         self.vector = self.shape.vector
         self.lowest = body.constant(float("-inf"), self.vector)
         self.zero = body.constant(0.0, self.vector)
@@ -103,7 +103,7 @@ class Frame:
         return self.body.select(unset, self.zero, m, "m.safe")
 
     def across(self, value: Value, operation: Callable[[Value, Value], Value]) -> Value:
-        """All lanes folded into one number, in every lane."""
+        """All lanes folded into one value, which every lane then holds."""
         half = self.spec.lanes // 2
         while half:
             turned = self.body.shuffle(value, value, [i ^ half for i in range(self.spec.lanes)])
@@ -123,8 +123,8 @@ class Frame:
             place = self.at(state, first)
             mean = body.binary("fmul", self.load(place, "o"), inverse, "o")
             body.store(body.select(empty, self.zero, mean), place)
-        rows = arguments.rows_of("o", self.kept.stored, self.item.b, h)
-        row = self.kept.at(body, rows, body.mul(i, arguments["o_s"]))
+        rows = arguments.rows_of("o", self.storage.stored, self.item.b, h)
+        row = self.storage.at(body, rows, body.mul(i, arguments["o_s"]))
         self.move(pack.unpack, state, row, spec.dim_v, 1, "o")
         exponent = body.binary("fadd", self.load(self.maximum_place(state)), log2(body, total))
         lse = body.binary("fmul", exponent, body.constant(LN_2, self.vector))
@@ -153,5 +153,5 @@ class Frame:
         strides = [self.arguments[f"{name}_d"], self.arguments[f"{name}_s"]]
         sizes = [Value(str(dim), "i64"), self.body.operand(rows)]
         width = Shape(1, -(-dim // self.spec.lanes), self.spec.lanes, self.shape.scalar)
-        function = direction(self.body.module, width, self.kept)
+        function = direction(self.body.module, width, self.storage)
         self.body.invoke(function, [scratch, array, *strides, *sizes, factor])

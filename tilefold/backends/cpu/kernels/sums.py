@@ -10,7 +10,7 @@ from tilefold.backends.cpu.kernels.ir import Body, Value
 
 
 def push(body: Body, sums: list[tuple[int, Value]], value: Value) -> None:
-    """Add the sums of one more key; those of equally many keys are folded into one vector.
+    """Add the sums of one more key; vectors of equally many keys are folded into one.
 
     A vector of 2^t keys holds, for each of them, as many partial sums as fill it. Neighbours are
     folded as soon as both are there, so that few vectors are held at a time.

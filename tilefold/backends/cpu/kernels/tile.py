@@ -15,37 +15,37 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from tilefold.backends.cpu.kernels import microkernel, pack
-from tilefold.backends.cpu.kernels.convert import Storage
 from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.softmax import FORMATS
+from tilefold.backends.cpu.kernels.storage import Storage
 
 _SIGNALLING_NAN = {"float": 0x7FA00000, "double": 0x7FF4000000000000}
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows of an operand: the address of the first, strides in elements, how numbers are kept.
+    """Rows of an operand, of a whole head or of one tile.
 
-    Those of a whole head, or those of one tile.
+    The address of the first row, strides in elements, and how the elements lie in memory.
     """
 
     address: Value
     row_stride: Value
     d_stride: Value
-    kept: Storage
+    storage: Storage
 
     def row(self, body: Body, index: Operand, hint: str = "row") -> Value:
         """The address of a row."""
-        return self.kept.at(body, self.address, body.mul(index, self.row_stride), hint)
+        return self.storage.at(body, self.address, body.mul(index, self.row_stride), hint)
 
     def at(self, body: Body, row: Value, d: Operand) -> Value:
-        """The address of one number of a row, given the row's address."""
-        return self.kept.at(body, row, body.mul(d, self.d_stride))
+        """The address of one element of a row, given the row's address."""
+        return self.storage.at(body, row, body.mul(d, self.d_stride))
 
 
 def padded(elements: int, unit: int) -> int:
-    """A number of elements rounded up to whole units."""
+    """A count of elements, rounded up to whole units."""
     return -(-elements // unit) * unit
 
 
@@ -106,7 +106,7 @@ class Tile:
         return replace(matrix, address=matrix.row(self.body, self.first, "corner"))
 
     def near(self, rows: Matrix, scratch: Value, capacity: int, dim: int) -> Matrix:
-        """The tile's rows widened into scratch, as numbers to compute with.
+        """The tile's rows widened into scratch, as elements to compute with.
 
         The axis that is contiguous stays so; `capacity` rows must fit.
         """
@@ -121,8 +121,8 @@ class Tile:
         outer_stride = pick(rows.d_stride, rows.row_stride)
         inner_stride = pick(rows.row_stride, rows.d_stride)
         place = [scratch, rows.address, outer, inner, outer_stride, inner_stride, line]
-        body.invoke(pack.widen(body.module, self.shape, rows.kept), place)
-        return Matrix(scratch, pick(1, line), pick(line, 1), rows.kept.computed)
+        body.invoke(pack.widen(body.module, self.shape, rows.storage), place)
+        return Matrix(scratch, pick(1, line), pick(line, 1), rows.storage.computed)
 
     def rows_of(self, matrix: Matrix, row: Value, rows: int) -> list[Value]:
         """Addresses of `rows` of the tile's rows; past the tile's end, of its last row.
@@ -217,7 +217,7 @@ class Tile:
         """As `accumulate`, but leaves out the pairs whose entry in `marks` is a forbidden weight.
 
         0 * NaN is NaN, so a forbidden row of `matrix` with a NaN must not be multiplied at all.
-        This is for tiles that hold such numbers: one row of d at a time, slow and rare.
+        This is for tiles that hold such elements: one row of d at a time, slow and rare.
         """
         body, shape = self.body, self.shape
         with body.loop("d", 0, dim) as d:
@@ -227,7 +227,7 @@ class Tile:
                 scaled = old if scales is None else body.binary("fmul", old, scales[j])
                 places.append(body.variable(shape.vector, scaled, "acc"))
             with body.loop("c", 0, self.count) as c:
-                number = matrix.kept.load(body, matrix.at(body, matrix.row(body, c), d))
+                number = matrix.storage.load(body, matrix.at(body, matrix.row(body, c), d))
                 wide = body.splat(number, shape.lanes)
                 for j, place in enumerate(places):
                     weight = body.load(self.at(weights, c, j), shape.vector)
@@ -239,7 +239,7 @@ class Tile:
                 body.store(body.read(place), self.at(total, d, j))
 
     def finite(self, matrix: Matrix, dim: int) -> Value:
-        """Whether every number of the tile's rows of `matrix` is finite: 0 * x summed stays 0.
+        """Whether every element of the tile's rows of `matrix` is finite: 0 * x summed stays 0.
 
         Reads along whichever axis is contiguous, a vector at a time: about 1 % of a tile's work.
         """
@@ -267,14 +267,14 @@ class Tile:
         vectors_end = body.select(unit, whole, Value("0", "i64"))
         scalar_total = body.variable(shape.scalar, body.constant(0.0, shape.scalar), "zero")
         with body.loop("o", 0, outer) as o:
-            line = matrix.kept.at(body, matrix.address, body.mul(o, outer_stride))
+            line = matrix.storage.at(body, matrix.address, body.mul(o, outer_stride))
             with body.loop("i", 0, vectors_end, shape.lanes) as i:
-                numbers = matrix.kept.load(body, matrix.kept.at(body, line, i), shape.lanes)
+                numbers = matrix.storage.load(body, matrix.storage.at(body, line, i), shape.lanes)
                 folded = body.multiply_add(numbers, zero, body.read(wide_total))
                 body.write(wide_total, folded)
             with body.loop("i", vectors_end, inner) as i:
-                at = matrix.kept.at(body, line, body.mul(i, inner_stride))
-                number = matrix.kept.load(body, at)
+                at = matrix.storage.at(body, line, body.mul(i, inner_stride))
+                number = matrix.storage.load(body, at)
                 zero_scalar = body.constant(0.0, shape.scalar)
                 folded = body.multiply_add(number, zero_scalar, body.read(scalar_total))
                 body.write(scalar_total, folded)

@@ -1,6 +1,7 @@
 """Metal's generators. Read products, then forward.
 
-msl        lines and blocks of Metal source; elements in memory and registers
+storage    how elements lie in memory, and how they are read and written
+msl        lines and blocks of Metal source
 fragment   the 8 x 8 matrix that a simdgroup multiplies
 matmul2d   the product of Metal 4
 arguments  the arguments of a kernel
@@ -8,6 +9,7 @@ mask       the text fold of a rule
 frame      what stands around every kernel
 tile       reading a traversed operand
 products   the two products, three blocks
+scores     scores from products, dS from P and dP
 softmax    the running softmax
 forward    the forward pass
 backward   dQ, and dK with dV

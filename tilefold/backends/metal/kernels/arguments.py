@@ -1,7 +1,7 @@
-"""The arguments of a kernel in their order: what the text declares and what a launch binds.
+"""The arguments of a kernel in their order: what the source declares and what a launch binds.
 
-Arrays come first, each in a buffer of its own, then one list of whole numbers (lengths, strides,
-the mask's parameters) and the scale. So one compiled text serves every length and layout, and a
+Arrays come first, each in a buffer of its own, then one list of integers (lengths, strides,
+the mask's parameters) and the scale. So one compiled kernel serves every length and layout, and a
 launch stays far below the 31 buffers that Metal binds.
 """
 
@@ -9,43 +9,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tilefold.backends.metal.kernels.msl import element
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import MetalSpec
-
-OPERANDS = {
-    "forward": ("q", "k", "v", "o", "lse"),
-    "backward_dq": ("q", "k", "v", "o", "do", "lse", "delta", "dq"),
-    "backward_dkv": ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),
-    "decode": ("q", "k", "v", "part_o", "part_m", "part_l"),
-    "merge": ("part_o", "part_m", "part_l", "o", "lse"),
-}
-"""Operands by operation. Those of rows of numbers have strides; lse and delta are contiguous."""
-
-WRITTEN = {
-    "forward": ("o", "lse"),
-    "backward_dq": ("delta", "dq"),
-    "backward_dkv": ("dk", "dv"),
-    "decode": ("part_o", "part_m", "part_l"),
-    "merge": ("o", "lse"),
-}
-"""Operands that an operation writes."""
-
-STRIDED = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
-"""Operands of four axes that may lie in memory in any way."""
-
-SUMS_OF = {"forward": ("o",), "backward_dq": ("dq",), "backward_dkv": ("dk", "dv")}
-"""The sums of an operation, each in registers or spilled to memory."""
+from tilefold.planning.kernels import STRIDED
 
 RUNS = ("order", "run_rows", "runs")
-"""Which tiles are visited: see `tilefold.blocks.Runs`; `order` gives the block row of a group."""
+"""Which tiles are visited: see `tilefold.masks.runs.Runs`; `order` gives a threadgroup's
+block row."""
 
 SIZES = ("len_q", "len_k", "heads_q", "group", "row_b", "row_h", "splits")
-"""Whole numbers of every kernel: `group` query heads to a key head, `row_b` and `row_h` block rows
+"""Integers of every kernel: `group` query heads to a key head, `row_b` and `row_h` block rows
 from one plane of the runs to the next (0 where all are alike)."""
 
 
 class Argument(NamedTuple):
-    """An array of a kernel: its name, its type in the text and whether the kernel writes it."""
+    """An array of a kernel: its name, its type in the source and whether the kernel writes it."""
 
     name: str
     type: str
@@ -63,24 +41,24 @@ class Argument(NamedTuple):
 
 
 def variable(name: str) -> str:
-    """What an array is called in the text: `do` is a keyword there."""
+    """Name of an array in the source, where `do` is a keyword."""
     return "dO" if name == "do" else name
 
 
 def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
     """The arrays of a kernel, in the order of their buffers."""
-    number = element(spec.dtype, spec.bfloat).memory
+    number = storage(spec.dtype, spec.bfloat).memory
     found = [
         Argument(
             name,
             number if name in STRIDED else "float",
-            name in WRITTEN[spec.kernel],
+            name in spec.row.writes,
         )
-        for name in OPERANDS[spec.kernel]
+        for name in spec.row.operands
     ]
     for name in spills(spec):
         found.append(Argument(name, "float", True))
-    if spec.kernel != "merge":
+    if spec.row.visits:
         found += [Argument(name, "long", False) for name in RUNS]
         for slot in spec.mask.slots:
             kind = "int" if slot.dtype == "int32" else "uchar"
@@ -90,18 +68,16 @@ def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
 
 def spills(spec: MetalSpec) -> tuple[str, ...]:
     """Sums that are not kept in registers, as the names of their buffers: contiguous float32."""
-    return tuple(
-        f"{name}_spill" for name in SUMS_OF.get(spec.kernel, ()) if name not in spec.cached
-    )
+    return tuple(f"{name}_spill" for name in spec.row.sums if name not in spec.cached)
 
 
 def sizes(spec: MetalSpec) -> tuple[str, ...]:
-    """The names of the whole numbers, in their order: strides count elements."""
+    """The names of the integers, in their order: strides count elements."""
     names = list(SIZES)
-    for name in OPERANDS[spec.kernel]:
+    for name in spec.row.operands:
         if name in STRIDED:
             names += [f"{name}_{axis}" for axis in "bhnd"]
-    if spec.kernel != "merge":
+    if spec.row.visits:
         names += [parameter.name for parameter in spec.mask.parameters]
         for slot in spec.mask.slots:
             names += slot.strides

@@ -1,16 +1,18 @@
 """The backward pass as two kernels: dq and delta over queries, dk and dv over keys.
 
 Seven products instead of five, since each pass makes the scores and dP again: so both are split
-over all blocks, no number is added to by two threadgroups, nothing is atomic, and two runs give the
-same bits (Turner, Metal FlashAttention, 2024). Scratch is one number per row, delta.
+over all blocks, no element is added to by two threadgroups, nothing is atomic, and two runs give
+the same bits (Turner, Metal FlashAttention, 2024). Scratch is one element per row, delta.
 """
 
 from __future__ import annotations
 
 from tilefold.backends.metal.kernels import frame, softmax
 from tilefold.backends.metal.kernels.forward import queries, row
-from tilefold.backends.metal.kernels.msl import Text, element
+from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.products import Products
+from tilefold.backends.metal.kernels.scores import FACTOR, GRADIENT_FACTOR
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.kernels.tile import column_of
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 
@@ -41,14 +43,14 @@ BASE = "isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F"
 
 
 def emit_dq(spec: MetalSpec) -> str:
-    """The text of the kernel that gives dq and delta."""
+    """The source of the kernel that gives dq and delta."""
     text = Text()
     products = Products(text, spec)
     queries(text, spec, "q", "o", "do", "dq")
     products.spills(("dq",), "row")
     text("")
     _delta(text, spec, products)
-    text("", softmax.FACTOR)
+    text("", FACTOR)
     text(f"const float base = {BASE};", "")
     products.hold("q", "do")
     products.begin("dq")
@@ -58,18 +60,18 @@ def emit_dq(spec: MetalSpec) -> str:
         softmax.weights(text, spec, "query")
         products.outer("dp", "do", "v")
         softmax.ds(text, spec)
-        ds = softmax.convert(text, spec, "ds", "dp", products.slope_type)
-        products.accumulate("dq", ds, "k", products.slope_type)
+        ds = softmax.convert(text, spec, "ds", "dp", products.ds_type)
+        products.accumulate("dq", ds, "k", products.ds_type)
         products.end_tile("dq")
     text("")
-    products.finish("dq", "scale")
+    products.finish("dq", GRADIENT_FACTOR)
     title = "Attention, backward over queries: dq, and delta for the other kernel."
     return frame.written(spec, title, ALGORITHM_DQ, text)
 
 
 def _delta(text: Text, spec: MetalSpec, products: Products) -> None:
     """delta of this lane's row, and written for the kernel of dk and dv."""
-    number, width = element(spec.dtype, spec.bfloat), spec.dim_v
+    own, width = storage(spec.dtype, spec.bfloat), spec.dim_v
     text.note("delta = rowsum(do o)")
     text("float row_delta = 0.0f;")
     with (
@@ -77,8 +79,8 @@ def _delta(text: Text, spec: MetalSpec, products: Products) -> None:
         text.loop("e", 2),
     ):
         text("const ushort column = d + fragment_column + e;")
-        do = number.read(f"do_row[{column_of(spec, 'do', 'column')}]", "float")
-        o = number.read(f"o_row[{column_of(spec, 'o', 'column')}]", "float")
+        do = own.read(f"do_row[{column_of(spec, 'do', 'column')}]", "float")
+        o = own.read(f"o_row[{column_of(spec, 'o', 'column')}]", "float")
         if width % SIDE:
             text(f"row_delta += column < {width} ? {do} * {o} : 0.0f;")
         else:
@@ -89,7 +91,7 @@ def _delta(text: Text, spec: MetalSpec, products: Products) -> None:
 
 
 def emit_dkv(spec: MetalSpec) -> str:
-    """The text of the kernel that gives dk and dv."""
+    """The source of the kernel that gives dk and dv."""
     text = Text()
     products = Products(text, spec)
     text("const int h_kv = int(place.y);", "const int b = int(place.z);")
@@ -99,7 +101,7 @@ def emit_dkv(spec: MetalSpec) -> str:
         frame.row_of(text, spec, name, "h_kv", "key_inside")
     heads = "(long(b) * (heads_q / group) + h_kv)"
     products.spills(("dk", "dv"), f"{heads} * len_k + key_inside")
-    text("", softmax.FACTOR)
+    text("", FACTOR)
     products.hold("k", "v")
     products.begin("dv", "dk")
     with text.block("for (int h = h_kv * group; h < (h_kv + 1) * group; ++h)"):
@@ -110,7 +112,7 @@ def emit_dkv(spec: MetalSpec) -> str:
             _tile(text, spec, products)
     text("")
     products.finish("dv", "1.0f")
-    products.finish("dk", "scale")
+    products.finish("dk", GRADIENT_FACTOR)
     title = "Attention, backward over keys: dk and dv."
     return frame.written(spec, title, ALGORITHM_DKV, text)
 
@@ -126,6 +128,6 @@ def _tile(text: Text, spec: MetalSpec, products: Products) -> None:
     products.accumulate("dv", p, "do", products.weight_type)
     products.outer("dp", "v", "do")
     softmax.ds(text, spec, [row, "const float row_delta = delta[row];"])
-    ds = softmax.convert(text, spec, "ds", "dp", products.slope_type)
-    products.accumulate("dk", ds, "q", products.slope_type)
+    ds = softmax.convert(text, spec, "ds", "dp", products.ds_type)
+    products.accumulate("dk", ds, "q", products.ds_type)
     products.end_tile("dv", "dk")

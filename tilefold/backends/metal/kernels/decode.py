@@ -12,8 +12,9 @@ from __future__ import annotations
 from tilefold.backends.metal.kernels import frame, softmax
 from tilefold.backends.metal.kernels.forward import attend
 from tilefold.backends.metal.kernels.fragment import at
-from tilefold.backends.metal.kernels.msl import Text, element
+from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.products import Products
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.kernels.tile import column_of
 from tilefold.backends.metal.spec import SIDE, SIMD, MetalSpec, whole
 
@@ -38,7 +39,7 @@ for each query, one simdgroup, its lanes along the head dimension:
 
 
 def emit(spec: MetalSpec) -> str:
-    """The text of the kernel that leaves a part for each split of the keys."""
+    """The source of the kernel that leaves a part for each split of the keys."""
     text = Text()
     products = Products(text, spec)
     text("const int h_kv = int(place.y);", "const int b = int(place.z);")
@@ -84,9 +85,9 @@ def _leave(text: Text, spec: MetalSpec) -> None:
 
 
 def emit_merge(spec: MetalSpec) -> str:
-    """The text of the kernel that merges the parts of the splits."""
+    """The source of the kernel that merges the parts of the splits."""
     text = Text()
-    number = element(spec.dtype, spec.bfloat)
+    own = storage(spec.dtype, spec.bfloat)
     text("const int query = int(place.x);")
     text("const int h = int(place.y);", "const int b = int(place.z);")
     frame.row_of(text, spec, "o", "h", "query")
@@ -109,7 +110,7 @@ def emit_merge(spec: MetalSpec) -> str:
             weight = "fast::exp2(part_m[i] - m)"
             value = f"{weight} * part_o[i * {spec.dim_v} + d]"
             text(f"sum += part_l[i] < 0.0f ? 0.0f : {value};")
-        text(f"o_row[{column_of(spec, 'o', 'd')}] = {number.write('sum * inverse')};")
+        text(f"o_row[{column_of(spec, 'o', 'd')}] = {own.write('sum * inverse')};")
     with text.block("if (lane == 0)"):
         softmax.write_lse(text, "row * len_q + query")
     title = "Attention of few queries: o and lse from the parts of all splits."

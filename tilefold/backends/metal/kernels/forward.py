@@ -25,7 +25,7 @@ lse = m + log l                        0 and -inf where no key is seen
 
 
 def emit(spec: MetalSpec) -> str:
-    """The text of a forward kernel."""
+    """The source of a forward kernel."""
     text = Text()
     products = Products(text, spec)
     queries(text, spec, "q", "o")

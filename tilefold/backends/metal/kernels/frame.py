@@ -1,6 +1,6 @@
-"""The frame of every attention kernel: its signature, its numbers, its place, its walk over tiles.
+"""The frame of every attention kernel: its signature, its sizes, its place, its walk over tiles.
 
-Only what the body names is declared, so that the text stays as short as its kernel.
+Only what the body names is declared, so that the source stays as short as its kernel.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from functools import partial
 from tilefold.backends.metal.kernels import mask
 from tilefold.backends.metal.kernels.arguments import Argument, arrays, position, sizes, variable
 from tilefold.backends.metal.kernels.fragment import PLACE, ROW_LANES, at
-from tilefold.backends.metal.kernels.msl import HEADERS, Text, element, kernel_head, open_text
-from tilefold.backends.metal.spec import PARALLEL, SIDE, MetalSpec, whole
+from tilefold.backends.metal.kernels.msl import HEADERS, Text, kernel_head, open_text
+from tilefold.backends.metal.kernels.storage import storage
+from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 from tilefold.masks.expression import Truth
 
 MASKED = "-0.5f * FLT_MAX"
@@ -43,7 +44,7 @@ def masks(spec: MetalSpec) -> bool:
 def stage_stride(spec: MetalSpec) -> int:
     """Elements from one row of the staged tile to the next."""
     width = min(spec.blocks.head, whole(max(spec.dim, spec.dim_v)))
-    return width + _PAD_BYTES // (4 if element(spec.dtype, spec.bfloat).compute == "float" else 2)
+    return width + _PAD_BYTES // storage(spec.dtype, spec.bfloat).compute_bytes
 
 
 def stage_elements(spec: MetalSpec) -> int:
@@ -54,10 +55,10 @@ def stage_elements(spec: MetalSpec) -> int:
 def written(
     spec: MetalSpec, title: str, algorithm: Sequence[str], body: Text, *, headers: str = HEADERS
 ) -> str:
-    """A whole text: the kernel `spec.entry` around its body, and what it needs before it."""
+    """The whole source: the kernel `spec.entry` around its body, and what it needs before it."""
     text = Text()
-    number = element(spec.dtype, spec.bfloat)
-    open_text(text, title, algorithm, widens=number.memory == "ushort", headers=headers)
+    own = storage(spec.dtype, spec.bfloat)
+    open_text(text, title, algorithm, [own], headers=headers)
     used = set(re.findall(r"[A-Za-z_]\w*", str(body)))
     if "visible" in used:
         text(mask.visible(spec.mask, spec.index_bits, partial(position, spec)))
@@ -75,7 +76,7 @@ def written(
             text.note("This lane's place in a fragment of 8x8: one row, two columns.")
             text(*PLACE)
         if "stage" in used:
-            text(f"threadgroup {number.compute} stage[{stage_elements(spec)}];")
+            text(f"threadgroup {own.compute} stage[{stage_elements(spec)}];")
         if "oddities" in used:
             text(f"threadgroup bool oddities[{spec.simdgroups}];")
         text("", str(body))
@@ -142,13 +143,16 @@ def seen(spec: MetalSpec, parallel: str, traverse: str) -> str:
     within = f"{traverse} < last"
     if not masks(spec):
         return within
-    queries = PARALLEL[spec.kernel] == "q"
+    queries = spec.row.parallel == "q"
     q, k = (parallel, traverse) if queries else (traverse, parallel)
     return f"{within} && (!masked || {mask.call(spec.mask, b='b', h='h', q=q, k=k)})"
 
 
 def over_row(text: Text, value: str, join: str) -> None:
-    """Reduce a number over the lanes of a row; `join` has `{x}` for it and `{y}` for the other."""
+    """Reduce a value over the lanes of a row.
+
+    `join` has `{x}` for the lane's value and `{y}` for the other lane's.
+    """
     for lanes in ROW_LANES:
         other = f"simd_shuffle_xor({value}, {lanes})"
         text(f"{value} = {join.replace('{x}', value).replace('{y}', other)};")

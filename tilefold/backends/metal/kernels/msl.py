@@ -1,36 +1,21 @@
-"""Metal Shading Language as text: lines and blocks, and how numbers lie in memory and registers.
+"""Metal Shading Language as text: lines and blocks of kernel source.
 
-Text is ASCII, since `torch.mps.compile_shader` takes nothing else. What is written here compiles
-as it stands; whoever reads it should not see that a program wrote it.
+The source is ASCII, since `torch.mps.compile_shader` takes nothing else. What is written here
+compiles as it stands; whoever reads it should not see that a program wrote it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+from tilefold.backends.metal.kernels.storage import Storage
 
 UNROLL = "#pragma clang loop unroll(full)"
 
-WIDEN = """
-// bfloat16 is the upper half of a float. GPUs before Apple9 emulate it, slower than this.
-static inline float widen(const ushort bits) {
-    return as_type<float>(uint(bits) << 16);
-}
-
-// To the nearest, ties to even; a NaN stays one.
-static inline ushort narrow(const float x) {
-    const uint bits = as_type<uint>(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        return ushort((bits >> 16) | 0x40u);
-    }
-    return ushort((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-""".strip()
-
 
 class Text:
-    """The text of a kernel on its way.
+    """The source of a kernel while it is written.
 
     >>> text = Text()
     >>> with text.block("if (x)"):
@@ -94,47 +79,6 @@ class Text:
         return text
 
 
-@dataclass(frozen=True)
-class Element:
-    """A number of an array: its type in memory, and the type that it is multiplied in."""
-
-    memory: str
-    compute: str
-
-    def read(self, value: str, to: str = "") -> str:
-        """The text of a number read from memory, as `to` or the type that is multiplied."""
-        to = to or self.compute
-        if self.memory == "ushort":
-            value, found = f"widen({value})", "float"
-        else:
-            found = self.memory
-        return value if found == to else f"{to}({value})"
-
-    def write(self, value: str) -> str:
-        """The text of a float as it is written to memory."""
-        if self.memory == "ushort":
-            return f"narrow({value})"
-        return value if self.memory == "float" else f"{self.memory}({value})"
-
-
-FLOAT = Element("float", "float")
-
-BYTES = {"float": 4, "half": 2, "bfloat": 2, "ushort": 2}
-"""Bytes of a number in Metal."""
-
-
-def element(dtype: str, bfloat: bool) -> Element:
-    """How numbers of a type are held; without `bfloat` those of bfloat16 are widened to float.
-
-    >>> element("bfloat16", bfloat=False)
-    Element(memory='ushort', compute='float')
-    """
-    if dtype == "bfloat16" and not bfloat:
-        return Element("ushort", "float")
-    name = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}[dtype]
-    return Element(name, name)
-
-
 HEADERS = "#include <metal_stdlib>\nusing namespace metal;\n"
 """The one header of kernels on fragments."""
 
@@ -148,10 +92,16 @@ def kernel_head(entry: str, threads: int) -> str:
 
 
 def open_text(
-    text: Text, title: str, algorithm: Sequence[str], *, widens: bool, headers: str = HEADERS
+    text: Text,
+    title: str,
+    algorithm: Sequence[str],
+    storages: Sequence[Storage],
+    *,
+    headers: str = HEADERS,
 ) -> None:
-    """The start of every text: what it computes and how, and the headers that it needs."""
+    """The start of every kernel source: what it computes and how, and what it needs before it."""
     text.note(title, "", *algorithm)
     text(headers)
-    if widens:
-        text(WIDEN, "")
+    for conversions in dict.fromkeys(storage.conversions for storage in storages):
+        if conversions:
+            text(conversions, "")

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from tilefold.backends.metal.kernels.fragment import at, multiply_accumulate
-from tilefold.backends.metal.kernels.msl import Text, element
+from tilefold.backends.metal.kernels.msl import Text
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.kernels.tile import (
     HeadBlock,
     Reader,
@@ -32,21 +33,20 @@ from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 class Products:
     """The products of one kernel.
 
-    The text has a `row` pointer for each operand of the parallel axis.
+    The source has a `row` pointer for each operand of the parallel axis.
     """
 
     def __init__(self, text: Text, spec: MetalSpec) -> None:
         self._text, self._spec = text, spec
-        self._number = element(spec.dtype, spec.bfloat)
+        self._storage = storage(spec.dtype, spec.bfloat)
         self.tiles = Tiles(text, spec)
-        self.weight_type = self._number.compute
-        """In which P is multiplied."""
-        # dS may pass what float16 holds; bfloat16 has float32's range.
-        self.slope_type = "float" if self.weight_type == "half" else self.weight_type
-        """In which dS is multiplied."""
+        self.weight_type = self._storage.compute
+        """The type in which P is multiplied."""
+        self.ds_type = self._storage.ds
+        """The type in which dS is multiplied."""
 
     def hold(self, *names: str) -> None:
-        """Read operands of the parallel axis into registers, those that the spec keeps there."""
+        """Read operands of the parallel axis into registers, if the spec keeps them there."""
         for name in names:
             if name in self._spec.cached:
                 width = self._spec.width(name)
@@ -145,17 +145,17 @@ class Products:
                     value = self._finished(name, "e", "column", factor)
                     text(f"{name}_row[{column_of(self._spec, name, 'column')}] = {value};")
                 else:
-                    kind = f"{self._number.memory}2"
+                    kind = f"{self._storage.memory}2"
                     first = self._finished(name, "0", "column", factor)
                     second = self._finished(name, "1", "column + 1", factor)
                     text(f"*(device {kind}*)({name}_row + column) = {kind}({first}, {second});")
 
     def _finished(self, name: str, e: str, column: str, factor: str) -> str:
-        """A number of a sum as it is written."""
+        """The expression of an element of a sum as it is written."""
         value = at(f"{name}_sum[d / {SIDE}]", e)
         if name not in self._spec.cached:
             value = f"(fresh ? 0.0f : {name}_spill_row[{column}])"
-        return self._number.write(f"{value} * {factor}")
+        return self._storage.write(f"{value} * {factor}")
 
     def spills(self, names: Sequence[str], row: str) -> None:
         """Where the spilled rows of this lane's row begin; `row` counts spilled rows before it."""
@@ -199,16 +199,18 @@ class Products:
         column, width = f"{d} + fragment_column", self._spec.width(name)
         if self._spec.vector == 1:
             for e, place in enumerate((column, f"{column} + 1")):
-                value = self._number.read(f"{name}_row[{column_of(self._spec, name, place)}]", kind)
+                value = self._storage.read(
+                    f"{name}_row[{column_of(self._spec, name, place)}]", kind
+                )
                 if not exact:
                     value = f"{place} < {width} ? {value} : {kind}(0)"
                 text(f"{at(target, e)} = {value};")
             return
-        pair = f"{self._number.memory}2"
-        value = vector_of(self._number, f"{name}_row + {column}", 2)
+        pair = f"{self._storage.memory}2"
+        value = vector_of(self._storage, f"{name}_row + {column}", 2)
         if not exact:
-            value = f"{column} < {width} ? {value} : {pair}({self._number.memory}(0))"
-        numbers = (self._number.read(f"{name}_pair[{e}]", kind) for e in range(2))
+            value = f"{column} < {width} ? {value} : {pair}({self._storage.memory}(0))"
+        numbers = (self._storage.read(f"{name}_pair[{e}]", kind) for e in range(2))
         text(f"const {pair} {name}_pair = {value};", *set_pair(target, *numbers))
 
     def _head_blocks(self, dim: int) -> list[HeadBlock]:

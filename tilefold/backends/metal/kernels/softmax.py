@@ -1,10 +1,9 @@
 """The running softmax of one tile of scores, and the weights that the backward passes recompute.
 
-Base 2 throughout: the scale takes log2(e) with it, once. A lane holds two columns of a row, so a
-row's maximum takes two shuffles; the sum l stays apart in each lane until the last tile, since all
-lanes of a row scale it by the same factor. (Milakov and Gimelshein, 2018; Dao, 2023.)
-
-Score modifications will stand where scores are scaled: before the mask, in every pass alike.
+Base 2 throughout: scores have the factor log2(e) already (see `scores`). A lane holds two columns
+of a row, so a row's maximum takes two shuffles; the sum l stays apart in each lane until the last
+tile, since all lanes of a row scale it by the same factor. (Milakov and Gimelshein, 2018; Dao,
+2023.)
 """
 
 from __future__ import annotations
@@ -14,14 +13,12 @@ from collections.abc import Sequence
 from tilefold.backends.metal.kernels.fragment import at
 from tilefold.backends.metal.kernels.frame import LOWEST, MASKED, columns, over_row, seen
 from tilefold.backends.metal.kernels.msl import Text
+from tilefold.backends.metal.kernels.scores import FACTOR, score, score_gradient
 from tilefold.backends.metal.kernels.tile import fragment
 from tilefold.backends.metal.spec import SIDE, MetalSpec
 
 COLUMN = "start + j + fragment_column + e"
 """The row of the traversed operand that is a column of the tile."""
-
-FACTOR = "const float factor = scale * M_LOG2E_F;"
-"""Scores times `factor` are exponents of 2."""
 
 
 def begin(text: Text) -> None:
@@ -36,7 +33,7 @@ def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
     """
     text.note("m' = max(m, rowmax s)")
     text("float m_new = m;")
-    columns(text, spec, "s", ["x = x * factor;"])
+    columns(text, spec, "s", [f"x = {score('x')};"])
     with text.either("edge") as otherwise:
         lines = [f"const int key = {COLUMN};", f"const bool seen = {seen(spec, row, 'key')};"]
         columns(text, spec, "s", [*lines, "any |= seen;", f"x = seen ? x : {MASKED};"])
@@ -71,14 +68,13 @@ def write_lse(text: Text, place: str) -> None:
 def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = ()) -> None:
     """The weights of the tile `s` in place, by the finished statistics.
 
-    The text knows `base`, an element's lse log2(e), after the lines `before`. `parallel` is "query"
-    or "key".
-    Hidden pairs weigh 0 by their mask: exp2(0 - lse) of a padded score may be infinite. They weigh
-    -0.0, which no exponential is, so that `slopes` knows them.
+    The source knows `base`, an element's lse log2(e), after the lines `before`. `parallel` is
+    "query" or "key". Hidden pairs weigh 0 by their mask: exp2(0 - lse) of a padded score may be
+    infinite. They weigh -0.0, which no exponential is, so that `ds` knows them.
     """
     text.note("p = exp2(s - lse)")
     other = "key" if parallel == "query" else "query"
-    raised = "fast::exp2(x * factor - base)"
+    raised = f"fast::exp2({score('x')} - base)"
     truth = f"const bool seen = {seen(spec, f'{parallel}_inside', other)};"
     with text.either("edge") as otherwise:
         lines = [f"const int {other} = {COLUMN};", truth, f"x = seen ? {raised} : -0.0f;"]
@@ -90,12 +86,14 @@ def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = 
 def ds(text: Text, spec: MetalSpec, before: Sequence[str] = ()) -> None:
     """dS = P (dP - delta) of a tile, in place of dP; the scale waits for the end of the sum.
 
-    The text knows `row_delta` after the lines `before`. What is hidden is 0 even where dP is NaN or
-    infinite.
+    The source knows `row_delta` after the lines `before`. What is hidden is 0 even where dP is NaN
+    or infinite.
     """
     text.note("ds = p (dp - delta)")
     weight = f"const float weight = {at(f's[j / {SIDE}]', 'e')};"
-    columns(text, spec, "dp", [*before, weight, "x = weight * (x - row_delta);"])
+    columns(
+        text, spec, "dp", [*before, weight, f"x = {score_gradient('weight', 'x', 'row_delta')};"]
+    )
     with text.block("if (edge)"):
         hidden = f"const bool hidden = as_type<uint>({at(f's[j / {SIDE}]', 'e')}) == 0x80000000u;"
         columns(text, spec, "dp", [hidden, "x = hidden ? 0.0f : x;"])

@@ -4,7 +4,7 @@ Each simdgroup multiplies by itself, 16 rows of queries: S goes from its coopera
 threadgroup memory, where two lanes fold each row into the running softmax and leave P; the second
 product reads P back from there as its left operand. O stays in cooperative tensors. So no word
 depends on which lane holds which element, which differs between GPUs and versions of macOS and has
-scrambled P V elsewhere. (Milakov and Gimelshein, 2018; Dao, 2023; the split of the work is that of
+scrambled P V elsewhere. (Milakov and Gimelshein, 2018; Dao, 2023; the work is split as in
 liuliu/ccv, which measured it.)
 
 The backward pass stays with fragments. Nothing here has run on hardware.
@@ -19,8 +19,10 @@ from dataclasses import replace
 from tilefold.backends.metal.kernels import frame
 from tilefold.backends.metal.kernels.frame import LOWEST, MASKED
 from tilefold.backends.metal.kernels.matmul2d import HEADERS, Matmul2d, elements, fill
-from tilefold.backends.metal.kernels.msl import BYTES, Text, element, kernel_head
-from tilefold.backends.metal.kernels.softmax import FACTOR, write_lse
+from tilefold.backends.metal.kernels.msl import Text, kernel_head
+from tilefold.backends.metal.kernels.scores import FACTOR, score
+from tilefold.backends.metal.kernels.softmax import write_lse
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import SIMD, TENSOR_ROWS, Blocks, MetalSpec
 
 ALGORITHM = """
@@ -42,7 +44,7 @@ HEAD = 64
 
 PANEL = 256
 """Columns of O that a pass over the keys makes, 128 floats of each lane. Values with more take
-several passes, each with its own S, instead of paging O. Not tuned."""
+several passes, each with its own S, instead of spilling O. Not tuned."""
 
 MOST_BYTES = 32768
 """Threadgroup memory of every Apple GPU."""
@@ -90,9 +92,9 @@ def registers(spec: MetalSpec) -> tuple[tuple[str, int], ...]:
 
 def threadgroup_bytes(spec: MetalSpec) -> int:
     """Threadgroup memory: scores, weights, and a factor for each row."""
-    number = element(spec.dtype, spec.bfloat).compute
+    weight_bytes = storage(spec.dtype, spec.bfloat).compute_bytes
     rows, step = spec.blocks.parallel, spec.blocks.traverse
-    return rows * (4 * (step + _SCORE_PAD) + BYTES[number] * step + 4)
+    return rows * (4 * (step + _SCORE_PAD) + weight_bytes * step + 4)
 
 
 def gate(
@@ -150,7 +152,7 @@ def probe() -> str:
 
 
 def emit(spec: MetalSpec) -> str:
-    """The text of a forward kernel on tensor operations.
+    """The source of a forward kernel on tensor operations.
 
     Raises NotImplementedError for what they do not serve.
     """
@@ -193,11 +195,11 @@ def _products(spec: MetalSpec) -> tuple[Matmul2d, Matmul2d]:
 
 def _place(text: Text, spec: MetalSpec) -> None:
     """Which rows this simdgroup makes, and where its share of threadgroup memory begins."""
-    number = element(spec.dtype, spec.bfloat).compute
+    kind = storage(spec.dtype, spec.bfloat).compute
     rows, step = spec.blocks.parallel, spec.blocks.traverse
     text(
         f"threadgroup float scores[{rows * (step + _SCORE_PAD)}];",
-        f"threadgroup {number} weights[{rows * step}];",
+        f"threadgroup {kind} weights[{rows * step}];",
         f"threadgroup float factors[{rows}];",
         "",
         "const int h = int(place.y);",
@@ -242,12 +244,12 @@ def _pass(text: Text, spec: MetalSpec, scores: Matmul2d, values: Matmul2d, panel
     text("l += simd_shuffle_xor(l, 1);", "any |= simd_shuffle_xor(any, 1);")
     text("simdgroup_barrier(mem_flags::mem_threadgroup);")
     _share(text, "any ? 1.0f / l : 0.0f")
-    number = element(spec.dtype, spec.bfloat)
+    own = storage(spec.dtype, spec.bfloat)
     for i, name in enumerate(sums):
         with elements(text, name), text.block(f"if (row < rows && column < width_{i})"):
             offset = f"row * o_n{_columns(spec, panel, i)} + column"
             mean = f"{name}[i] * factors[simdgroup * {TENSOR_ROWS} + row]"
-            text(f"o_row[{offset}] = {number.write(mean)};")
+            text(f"o_row[{offset}] = {own.write(mean)};")
     with text.block("if (inside && side == 0)"):
         text("const long at = (long(b) * heads_q + h) * len_q + query;")
         write_lse(text, "at")
@@ -271,8 +273,8 @@ def _scores(text: Text, spec: MetalSpec, scores: Matmul2d) -> None:
 def _softmax(text: Text, spec: MetalSpec) -> None:
     """Fold S into m and l of the lane's row; leaves P, and what O must be scaled by."""
     step = spec.blocks.traverse
-    number = element(spec.dtype, spec.bfloat).compute
-    score = f"scores[tile_row * {step + _SCORE_PAD} + j]"
+    kind = storage(spec.dtype, spec.bfloat).compute
+    place = f"scores[tile_row * {step + _SCORE_PAD} + j]"
     text.note("m' = max(m, rowmax s)")
     text("float m_new = m;")
     columns = f"for (ushort j = side; j < {step}; j += 2)"
@@ -281,8 +283,8 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
             "const int key = start + j;",
             f"const bool seen = inside && (!edge || ({frame.seen(spec, 'query', 'key')}));",
             "any |= seen;",
-            f"const float x = seen ? {score} * factor : {MASKED};",
-            f"{score} = x;",
+            f"const float x = seen ? {score(place)} : {MASKED};",
+            f"{place} = x;",
             "m_new = max(m_new, x);",
         )
     text("m_new = max(m_new, simd_shuffle_xor(m_new, 1));")
@@ -290,16 +292,16 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
     text("const float correction = fast::exp2(m - m_new);", "m = m_new;", "l *= correction;")
     with text.block(columns):
         text(
-            f"const float x = {score};",
+            f"const float x = {place};",
             "const float weight = fast::exp2(x - m);",
-            f"weights[tile_row * {step} + j] = {_as(number, 'weight')};",
+            f"weights[tile_row * {step} + j] = {_as(kind, 'weight')};",
             "l += weight;",
         )
     _share(text, "correction")
 
 
 def _share(text: Text, value: str) -> None:
-    """Give a number of the lane's row to whichever lanes hold the row of O."""
+    """Give a value of the lane's row to the lanes that hold the row of O."""
     with text.block("if (side == 0)"):
         text(f"factors[tile_row] = {value};")
     text("simdgroup_barrier(mem_flags::mem_threadgroup);")
@@ -358,7 +360,7 @@ def _as(kind: str, value: str) -> str:
 
 def _read(spec: MetalSpec, pointer: str) -> str:
     """A pointer to an operand as a tensor takes it."""
-    return f"const_cast<device {element(spec.dtype, spec.bfloat).memory}*>({pointer})"
+    return f"const_cast<device {storage(spec.dtype, spec.bfloat).memory}*>({pointer})"
 
 
 def _weights(spec: MetalSpec) -> str:
@@ -384,7 +386,7 @@ def _check(spec: MetalSpec) -> None:
     reason = ""
     if spec.kernel != "forward":
         reason = f"tensor operations make the forward pass alone, not {spec.kernel}"
-    elif spec.dtype == "bfloat16" and not spec.bfloat:
+    elif storage(spec.dtype, spec.bfloat).converts:
         reason = "tensor operations take bfloat16 only where the GPU multiplies it itself"
     elif not spec.unit:
         reason = "tensor operations need rows whose elements lie side by side"

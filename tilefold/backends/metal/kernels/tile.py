@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 from tilefold.backends.metal.kernels.fragment import Fragment, at
 from tilefold.backends.metal.kernels.frame import seen, stage_stride
-from tilefold.backends.metal.kernels.msl import Element, Text, element
-from tilefold.backends.metal.spec import PARALLEL, SIDE, MetalSpec
+from tilefold.backends.metal.kernels.msl import Text
+from tilefold.backends.metal.kernels.storage import Storage, storage
+from tilefold.backends.metal.spec import SIDE, MetalSpec
 
 
 class Reader(NamedTuple):
     """How a tile is read, given a row and a column beside the lane's place.
 
-    `number` is the text of a number; `pair` are the statements that set `x` to two neighbours.
+    `number` gives the expression of an element; `pair` gives the statements that set `x` to two
+    neighbours.
     """
 
     number: Callable[[str, str], str]
@@ -44,19 +46,19 @@ class HeadBlock(NamedTuple):
 class Tiles:
     """The tiles of one kernel's traversed operands.
 
-    The text has a `head` pointer for each, and the tile's `start`, `last` and `edge` (see
+    The source has a `head` pointer for each, and the tile's `start`, `last` and `edge` (see
     `frame.tiles`).
     """
 
     def __init__(self, text: Text, spec: MetalSpec) -> None:
         self._text, self._spec = text, spec
-        self._number = element(spec.dtype, spec.bfloat)
+        self._storage = storage(spec.dtype, spec.bfloat)
 
     def begin(self, *names: str) -> None:
         """Where the present tile of each traversed operand begins."""
         for name in names:
             self._text(
-                f"device const {self._number.memory}* {name}_tile"
+                f"device const {self._storage.memory}* {name}_tile"
                 f" = {name}_head + long(start) * {name}_n;"
             )
 
@@ -77,7 +79,7 @@ class Tiles:
         row, column = place
         if not self._spec.staged and block.exact:
             with text.either("!edge") as otherwise:
-                argument = f"device const {self._number.memory}*"
+                argument = f"device const {self._storage.memory}*"
                 lane = f"{row} * {name}_n + {column_of(self._spec, name, column)}"
                 text(f"{argument} lane_of_{name} = {name}_tile + {lane};")
                 yield Reader(
@@ -109,21 +111,21 @@ class Tiles:
             yield read
 
     def _number_of(self, name: str, kind: str, r: str, d: str) -> str:
-        """A number of a tile that is read where it lies."""
+        """The expression of an element of a tile that is read where it lies."""
         place = f"{_by(r, f'{name}_n')} + {column_of(self._spec, name, f'd0 + {d}')}"
-        return self._number.read(f"lane_of_{name}[{place}]", kind)
+        return self._storage.read(f"lane_of_{name}[{place}]", kind)
 
     def _pair_of(self, name: str, kind: str, r: str, d: str) -> Sequence[str]:
         if self._spec.vector == 1:
             numbers = (self._number_of(name, kind, r, column) for column in (d, f"{d} + 1"))
             return set_pair("x", *numbers)
-        pair = vector_of(self._number, f"lane_of_{name} + {_by(r, f'{name}_n')} + d0 + {d}", 2)
-        numbers = (self._number.read(f"pair[{e}]", kind) for e in range(2))
-        return [f"const {self._number.memory}2 pair = {pair};", *set_pair("x", *numbers)]
+        pair = vector_of(self._storage, f"lane_of_{name} + {_by(r, f'{name}_n')} + d0 + {d}", 2)
+        numbers = (self._storage.read(f"pair[{e}]", kind) for e in range(2))
+        return [f"const {self._storage.memory}2 pair = {pair};", *set_pair("x", *numbers)]
 
     def _staged_number(self, lane: str, kind: str, r: str, d: str) -> str:
         value = f"stage[{lane} + {_by(r, stage_stride(self._spec))} + {d}]"
-        return value if kind == self._number.compute else f"{kind}({value})"
+        return value if kind == self._storage.compute else f"{kind}({value})"
 
     def _staged_pair(self, number: Callable[[str, str], str], r: str, d: str) -> Sequence[str]:
         return set_pair("x", number(r, d), number(r, f"{d} + 1"))
@@ -134,7 +136,7 @@ class Tiles:
         With `watch`, `wild` tells whether a tile at an edge holds NaN or infinities.
         """
         text, spec = self._text, self._spec
-        compute = self._number.compute
+        compute = self._storage.compute
         across = block.width // spec.vector
         count = spec.blocks.traverse * across
         text("threadgroup_barrier(mem_flags::mem_threadgroup);")
@@ -149,17 +151,19 @@ class Tiles:
                 there += f" && d0 + d < {spec.width(name)}"
             if spec.vector == 1:
                 place = f"{name}_tile[r * {name}_n + {column_of(self._spec, name, 'd0 + d')}]"
-                value = self._number.read(place, compute)
+                value = self._storage.read(place, compute)
                 text(f"const {compute} x = {there} ? {value} : {compute}(0);")
                 self._put("d", watch)
             else:
-                kind = f"{self._number.memory}{spec.vector}"
-                value = vector_of(self._number, f"{name}_tile + r * {name}_n + d0 + d", spec.vector)
+                kind = f"{self._storage.memory}{spec.vector}"
+                value = vector_of(
+                    self._storage, f"{name}_tile + r * {name}_n + d0 + d", spec.vector
+                )
                 text(
-                    f"const {kind} several = {there} ? {value} : {kind}({self._number.memory}(0));"
+                    f"const {kind} several = {there} ? {value} : {kind}({self._storage.memory}(0));"
                 )
                 with text.loop("e", spec.vector):
-                    text(f"const {compute} x = {self._number.read('several[e]', compute)};")
+                    text(f"const {compute} x = {self._storage.read('several[e]', compute)};")
                     self._put("d + e", watch)
         if watch:
             text("odd = simd_any(odd);")
@@ -172,17 +176,17 @@ class Tiles:
                 text("wild |= oddities[i] && edge;")
 
     def _put(self, column: str, watch: bool) -> None:
-        """Store the number `x` in the stage, and look whether it is odd."""
+        """Store the element `x` in the stage, and look whether it is finite."""
         self._text(f"stage[r * {stage_stride(self._spec)} + {column}] = x;")
         if watch:
             # By its bits: fast mathematics take isfinite for true.
-            value = "x" if self._number.compute == "float" else "float(x)"
+            value = "x" if self._storage.compute == "float" else "float(x)"
             self._text(f"odd |= (as_type<uint>({value}) & 0x7f800000u) == 0x7f800000u;")
 
     def _add_wild(self, total: str, weights: str, block: HeadBlock) -> None:
         """Add the pairs of a wild tile that may meet, one by one; weights come from their lanes."""
         text, spec = self._text, self._spec
-        other, mine = ("key", "query") if PARALLEL[spec.kernel] == "q" else ("query", "key")
+        other, mine = ("key", "query") if spec.row.parallel == "q" else ("query", "key")
         with text.loop("j", spec.blocks.traverse, SIDE), text.loop("c", SIDE, unroll=False):
             text("const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);")
             element_ = f"float({at(f'{weights}[j / {SIDE}]', 'c % 2')})"
@@ -197,9 +201,9 @@ class Tiles:
                 text(f"{at(total, 'e')} += weight * float({value});")
 
 
-def vector_of(number: Element, place: str, count: int) -> str:
-    """So many neighbours in device memory, read at once."""
-    return f"*(device const {number.memory}{count}*)({place})"
+def vector_of(storage: Storage, place: str, count: int) -> str:
+    """The expression of `count` neighbours in device memory, read at once."""
+    return f"*(device const {storage.memory}{count}*)({place})"
 
 
 def column_of(spec: MetalSpec, name: str, column: str) -> str:

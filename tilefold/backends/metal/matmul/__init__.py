@@ -1,6 +1,7 @@
 """Products of matrices and softmax of rows on Apple GPUs.
 
 activation  functions applied to each element of a result
+spec        the kernel of a product as a value
 gemm        the kernel of a product
 rows        the kernel of a softmax
 calls       arrays to launches

@@ -1,4 +1,4 @@
-"""What a product may do to its results before it writes them, as functions of one number.
+"""What a product may do to its results before it writes them, as functions of one element.
 
 Metal has no error function, which gelu needs: x times the normal distribution function of x. So
 that is computed by formula 7.1.26 of Abramowitz and Stegun ("Handbook of Mathematical Functions",
@@ -23,9 +23,6 @@ const float t = 1.0f / (1.0f + 0.3275911f * z);
 const float low = -0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f));
 const float tail = 0.5f * t * (0.254829592f + t * low) * exp(-z * z);"""
 
-ACTIVATIONS = (None, *_FORMULAS)
-"""Activations by name; None leaves results as they are."""
-
 
 def define(text: Text, name: str) -> None:
     """The function of an activation, which `apply` calls."""
@@ -37,7 +34,7 @@ def define(text: Text, name: str) -> None:
 
 
 def apply(name: str | None, value: str) -> str:
-    """The text of an activation of a value.
+    """The expression of an activation of a value.
 
     >>> apply("relu", "x"), apply(None, "x")
     ('relu_of(x)', 'x')

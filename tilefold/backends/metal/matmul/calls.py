@@ -1,8 +1,10 @@
-"""Products and softmax on the arrays of a machine: the kernels that stand alone.
+"""Calls of products and of softmax on the arrays of a machine.
 
-A call becomes a spec (types, which axis lies side by side, blocks for the GPU's family) and a list
-of sizes; the machine compiles each text once. Leading axes are a batch, two at most, and broadcast
-as in NumPy, by strides of 0.
+    arrays -> Product or Rows -> spec -> kernel, which the machine compiles once per source
+                             -> sizes: lengths and strides
+
+A spec knows types, the axis whose elements are neighbours in memory, and the blocks for the GPU's
+family.
 """
 
 from __future__ import annotations
@@ -13,20 +15,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tilefold.backends.metal.dispatch import Machine, check_written, kernel, strides_of
-from tilefold.backends.metal.families import family
+from tilefold.backends.metal.families import MetalFamily, family
 from tilefold.backends.metal.matmul import gemm as products
 from tilefold.backends.metal.matmul import rows
-from tilefold.backends.metal.matmul.gemm import DTYPES, GemmBlocks, GemmSpec
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
+from tilefold.backends.metal.matmul.spec import DTYPES, GemmBlocks, GemmSpec, multiplied
 from tilefold.backends.metal.runtime import gpu
 from tilefold.backends.protocols import Array
+from tilefold.problems.matmul import Accepted, Operand, Product, Rows
+
+ACCEPTED = Accepted(DTYPES, empty=False)
+"""The arrays that kernels of products and of softmax take."""
 
 LARGE_GPU_CORES = 32
-"""Cores that are assumed where nobody says how many there are: those of M1 Max."""
+"""Cores that are assumed where nobody says how many there are: as many as M1 Max has."""
 
 
 class Row(NamedTuple):
-    """Blocks for large products, and those where so many threadgroups for a core, or less, are."""
+    """Blocks of large products, and of products with at most `groups_per_core` groups per core."""
 
     large: GemmBlocks
     small: GemmBlocks
@@ -42,15 +48,15 @@ TABLE = {
     (False, "float32"): Row(_ONE, _ONE, 0),
     (False, "float16"): Row(_ONE, _ONE, 0),
 }
-"""Blocks by (staged, float32 or a half type is multiplied): those of Metal FlashAttention at commit
-8671cdd, tuned there on M1 Max and M4. Nobody measured them with this text.
+"""Blocks by (staged, float32 or a half type is multiplied), as in Metal FlashAttention at commit
+8671cdd, tuned there on M1 Max and M4. Nobody measured them with this source.
 """
 
 
 def block_sizes(
     staged: bool, multiplied: str, m: int, n: int, batch: int = 1, cores: int = LARGE_GPU_CORES
 ) -> GemmBlocks:
-    """The table's blocks for a product m x n on a GPU of so many cores.
+    """The table's blocks for a product m x n on a GPU with `cores` cores.
 
     >>> print(block_sizes(True, "float16", 4096, 4096))
     48 x 48 x 32
@@ -60,41 +66,6 @@ def block_sizes(
     row = TABLE[staged, "float32" if multiplied == "float32" else "float16"]
     groups = batch * _parts(m, row.large.m) * _parts(n, row.large.n)
     return row.small if groups <= row.groups_per_core * cores else row.large
-
-
-class Axes(NamedTuple):
-    """Lengths and strides of an array of four axes; a stride is 0 where its length is 1."""
-
-    lengths: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """Lengths of the two axes of the batch."""
-        return self.lengths[:2]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Strides in the order of a kernel's list: rows and columns, then the batch from inside."""
-        b, h, row, column = self.strides
-        return [row, column, h, b]
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the numbers of a column lie nearer to each other than those of a row."""
-        (*_, rows, columns), (*_, down, across) = self
-        if across == 1 or rows == 1:
-            return False
-        return down == 1 or columns == 1 or abs(down) < abs(across)
-
-    @property
-    def unit(self) -> bool:
-        """Whether what lies nearest is one element apart."""
-        return self.strides[2 if self.transposed else 3] in (0, 1)
-
-    def turned(self) -> Axes:
-        """The transposed matrices."""
-        return Axes(*((b, h, n, m) for b, h, m, n in self))
 
 
 def gemm(
@@ -156,53 +127,57 @@ def gemm(
     arrays = {"a": a, "b": b, "c": c, "bias": bias}
     arrays = {name: array for name, array in arrays.items() if array is not None}
     machine.check(**arrays)
-    types = {name: _dtype(name, array) for name, array in arrays.items()}
-    left = _axes("a", a, 2).turned() if transpose_a else _axes("a", a, 2)
-    right = _axes("b", b, 2).turned() if transpose_b else _axes("b", b, 2)
-    (*_, m, k), (*_, inner, n) = left.lengths, right.lengths
-    if inner != k:
-        raise ValueError(f"op(a) is {m} x {k} and op(b) {inner} x {n}: the inner two must be equal")
-    batch = _common("b", left.batch, right.batch)
-    kind = dtype or types.get("c") or (types["a"] if types["a"] == types["b"] else "float32")
-    shape = (*batch, m, n)[-max(a.ndim, b.ndim) :]
-    limits = family(machine.family)
-    if blocks is None:
-        meeting = products.multiplied(types["a"], types["b"], limits.bfloat)
-        blocks = block_sizes(limits.staged, meeting, m, n, batch[0] * batch[1], cores)
-    spec = GemmSpec(
-        a=types["a"],
-        b=types["b"],
-        c=kind,
-        blocks=blocks,
-        staged=limits.staged,
-        bfloat=limits.bfloat,
-        unit=left.unit and right.unit,
-        transpose_a=left.transposed,
-        transpose_b=right.transposed,
-        bias=None if bias is None else bias_axis,
+    product = Product.of(
+        {name: _operand(name, array, 1 if name == "bias" else 2) for name, array in arrays.items()},
+        alpha=alpha,
+        beta=beta,
+        transpose_a=transpose_a,
+        transpose_b=transpose_b,
+        bias_axis=bias_axis,
         activation=activation,
+        dtype=dtype,
     )
-    if beta and c is None:
-        raise ValueError(f"beta is {beta}, so c must be given")
-    c = _result("c", c, shape, kind, a)
-    tiles = _parts(n, blocks.n)
-    sizes = [m, n, k, tiles]
-    for axes in (left, right, _axes("c", c, 2)):
+    spec = _spec(product, family(machine.family), blocks, cores)
+    c = _result("c", c, product.shape, product.dtype, a)
+    left, right, blocks = product.a.axes, product.b.axes, spec.blocks
+    tiles = _parts(product.n, blocks.n)
+    sizes = [product.m, product.n, product.k, tiles]
+    for axes in (left, right, _operand("c", c, 2).axes):
         sizes += axes.sizes
-    operands = [a, b]
-    if bias is not None:
-        operands.append(bias)
-        sizes += _bias_sizes(bias, types["bias"], kind, (*batch, n if bias_axis == "column" else m))
+    operands = [a, b] if bias is None else [a, b, bias]
+    sizes += product.bias_strides
+    groups = tiles * _parts(product.m, blocks.m)
     kernel(machine, spec, products.emit, "tilefold_gemm")(
         *operands,
         c,
         sizes,
         float(alpha),
         float(beta),
-        threads=(tiles * _parts(m, blocks.m) * blocks.threads, batch[1], batch[0]),
+        threads=(groups * blocks.threads, product.batch[1], product.batch[0]),
         group_size=(blocks.threads, 1, 1),
     )
     return c
+
+
+def _spec(product: Product, limits: MetalFamily, blocks: GemmBlocks | None, cores: int) -> GemmSpec:
+    """The kernel of a product on a family of GPUs, with the table's blocks where none are given."""
+    left, right = product.a, product.b
+    if blocks is None:
+        meeting = multiplied(left.dtype, right.dtype, limits.bfloat)
+        blocks = block_sizes(limits.staged, meeting, product.m, product.n, product.matrices, cores)
+    return GemmSpec(
+        a=left.dtype,
+        b=right.dtype,
+        c=product.dtype,
+        blocks=blocks,
+        staged=limits.staged,
+        bfloat=limits.bfloat,
+        unit=left.axes.unit and right.axes.unit,
+        transpose_a=left.axes.transposed,
+        transpose_b=right.axes.transposed,
+        bias=product.bias_axis,
+        activation=product.activation,
+    )
 
 
 def softmax(
@@ -212,7 +187,7 @@ def softmax(
     return_lse: bool = False,
     machine: Machine | None = None,
 ) -> Any:
-    """The softmax of x along its last axis, safe for numbers of any size.
+    """The softmax of x along its last axis, safe for elements of any size.
 
     >>> import numpy as np
     >>> import tilefold
@@ -240,24 +215,25 @@ def softmax(
         NotImplementedError: there is no Metal here
     """
     machine = machine or gpu()
-    machine.check(**({"x": x} if p is None else {"x": x, "p": p}))
-    kind = _dtype("x", x)
-    axes, shape = _axes("x", x, 1), tuple(x.shape)
-    batch, heads, count, width = axes.lengths
+    arrays = {"x": x} if p is None else {"x": x, "p": p}
+    machine.check(**arrays)
+    called = Rows.of({name: _operand(name, array, 1) for name, array in arrays.items()})
+    shape, kind = called.x.shape, called.x.dtype
     p = _result("p", p, shape, kind, x)
     spec = SoftmaxSpec(
         dtype=kind,
-        rows=1 if width > rows.WIDE else rows.SIMDGROUPS,
+        rows=1 if called.width > rows.WIDE else rows.SIMDGROUPS,
         bfloat=family(machine.family).bfloat,
         lse=return_lse,
     )
+    result = _operand("p", p, 1)
     lse = [_result("lse", None, shape[:-1], "float32", x)] if return_lse else []
     kernel(machine, spec, rows.emit, "tilefold_softmax")(
         x,
         p,
         *lse,
-        [count, width, heads, *axes.sizes, *_axes("p", p, 1).sizes],
-        threads=(_parts(count, spec.rows) * spec.threads, heads, batch),
+        [called.count, called.width, called.heads, *called.x.axes.sizes, *result.axes.sizes],
+        threads=(_parts(called.count, spec.rows) * spec.threads, called.heads, called.batch),
         group_size=(spec.threads, 1, 1),
     )
     return (p, *lse) if return_lse else p
@@ -268,55 +244,17 @@ def _parts(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def _dtype(name: str, array: Array) -> str:
-    """The name of an array's type. Raises TypeError for one that Metal kernels do not take."""
-    found = str(array.dtype).removeprefix("torch.")
-    if found not in DTYPES:
-        raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {found}")
-    return found
-
-
-def _axes(name: str, array: Array, least: int) -> Axes:
-    """An array with axes of length 1 put before its own, four in all."""
-    lengths = tuple(int(length) for length in array.shape)
-    if not least <= len(lengths) <= 4 or 0 in lengths:
-        raise ValueError(f"{name} must have {least} to 4 axes, none of length 0, got {lengths}")
-    strides = strides_of(name, array)
-    steps = (0 if length == 1 else step for length, step in zip(lengths, strides, strict=True))
-    front = 4 - len(lengths)
-    return Axes((1,) * front + lengths, (0,) * front + tuple(steps))
-
-
-def _common(name: str, batch: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    """The batch of two arrays, where an axis of length 1 serves any length."""
-    for one, two in zip(batch, other, strict=True):
-        if one != two and 1 not in (one, two):
-            raise ValueError(f"the batch of {name} must be {batch} or 1 along an axis, got {other}")
-    return tuple(map(max, batch, other))
-
-
-def _bias_sizes(bias: Array, dtype: str, result: str, shape: tuple[int, ...]) -> list[int]:
-    """Strides of a bias: from number to number, then those of the batch from inside."""
-    if dtype != result:
-        raise TypeError(f"bias must be {result} as the result is, got {dtype}")
-    axes = _axes("bias", bias, 1)
-    if axes.lengths[3] != shape[2] or axes.lengths[0] != 1:
-        raise ValueError(f"bias must be (..., {shape[2]}), got {tuple(bias.shape)}")
-    if _common("bias", shape[:2], axes.lengths[1:3]) != shape[:2]:
-        raise ValueError(f"the batch of bias must be {shape[:2]}, got {axes.lengths[1:3]}")
-    return [axes.strides[3], axes.strides[2], axes.strides[1]]
+def _operand(name: str, array: Array, least: int) -> Operand:
+    """An array of a call. Raises TypeError or ValueError for one that no kernel takes."""
+    dtype = str(array.dtype).removeprefix("torch.")
+    return ACCEPTED.operand(name, dtype, array.shape, strides_of(name, array), least)
 
 
 def _result(name: str, given: Array | None, shape: tuple[int, ...], dtype: str, like: Array) -> Any:
-    """The array that a kernel writes: the given one, checked, or a new one, a tensor as `like`."""
-    if given is None:
-        if isinstance(like, np.ndarray):
-            return np.empty(shape, dtype)
-        return like.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
-    if tuple(given.shape) != shape or _dtype(name, given) != dtype:
-        raise ValueError(
-            f"{name} must be {dtype} of shape {shape}, got {_dtype(name, given)} of shape "
-            f"{tuple(given.shape)}"
-        )
-    check_written(name, given)
-    return given
+    """The array that a kernel writes: the given one, or a new one, a tensor as `like`."""
+    if given is not None:
+        check_written(name, given)
+        return given
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype)
+    return like.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))

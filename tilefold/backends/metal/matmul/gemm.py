@@ -1,4 +1,4 @@
-"""The matrix product as a kernel of its own, any of its types, transposed or not, in batches.
+"""The kernel of a matrix product, in any of its types, transposed or not, in batches.
 
     C = activation(alpha op(A) op(B) + bias + beta C),  a block of C for each threadgroup
 
@@ -17,20 +17,15 @@ as there, since a shifted block would add beta C twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tilefold.backends.metal.kernels import fragment
 from tilefold.backends.metal.kernels.fragment import Fragment
-from tilefold.backends.metal.kernels.msl import BYTES, Text, element, kernel_head, open_text
+from tilefold.backends.metal.kernels.msl import Text, kernel_head, open_text
+from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.matmul import activation
-from tilefold.backends.metal.matmul.activation import ACTIVATIONS
+from tilefold.backends.metal.matmul.spec import GemmSpec
 from tilefold.backends.metal.spec import SIDE, SIMD
-from tilefold.common.check import choice
 
 ENTRY = "tilefold_gemm"
-DTYPES = ("float32", "float16", "bfloat16")
-BIASES = (None, "column", "row")
-"""A bias has a number for each column of C (as in a linear layer), or for each row."""
 
 SIZES = (
     *("m", "n", "k", "tiles"),
@@ -39,120 +34,15 @@ SIZES = (
     *("c_m", "c_n", "c_h", "c_b"),
     *("bias_step", "bias_h", "bias_b"),
 )
-"""The whole numbers of a launch, in their order: C is m x n, sums have k terms, a row of blocks has
+"""The integers of a launch, in their order: C is m x n, sums have k terms, a row of blocks has
 `tiles` of them; then strides by axis, in elements, h and b being the two axes of a batch."""
 
 AXES = {"a": ("m", "k"), "b": ("k", "n")}
 """The rows and columns of op(A) and op(B)."""
 
-_PAD_BYTES = 16
-"""Added to the rows of a stage, so that the rows of a column lie in several memory banks (MLX)."""
-
-
-@dataclass(frozen=True)
-class GemmBlocks:
-    """Elements of a block of C, and of the contraction at a time; how many simdgroups share it.
-
-    >>> GemmBlocks(48, 48, 24, split=(2, 2)).threads
-    128
-    """
-
-    m: int
-    n: int
-    k: int
-    split: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        steps = {"m": SIDE * self.split[0], "n": SIDE * self.split[1], "k": SIDE}
-        for name, step in steps.items():
-            value = getattr(self, name)
-            if min(value, step) < 1 or value % step:
-                raise ValueError(f"{name} must be a multiple of {step}, got {value}")
-
-    @property
-    def threads(self) -> int:
-        """Threads of a threadgroup."""
-        return SIMD * self.split[0] * self.split[1]
-
-    def __str__(self) -> str:
-        return f"{self.m} x {self.n} x {self.k}"
-
-
-@dataclass(frozen=True)
-class GemmSpec:
-    """What changes the text of a product: types, blocks and what is done to the result.
-
-    `a`, `b` and `c` are types; c is float32 or one of the other two. `transpose_a`: the rows of
-    op(A) lie side by side in memory, not its columns; `transpose_b` alike. `staged`: operands pass
-    through threadgroup memory. `bfloat`: the GPU multiplies bfloat16 itself. `unit`: what lies side
-    by side is one element apart in A and B, whatever their leading dimensions.
-    """
-
-    a: str
-    b: str
-    c: str
-    blocks: GemmBlocks
-    staged: bool
-    bfloat: bool
-    unit: bool = True
-    transpose_a: bool = False
-    transpose_b: bool = False
-    bias: str | None = None
-    activation: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("a", "b"):
-            choice(f"the type of {name}", getattr(self, name), DTYPES)
-        choice("the type of c", self.c, tuple(dict.fromkeys(("float32", self.a, self.b))))
-        choice("bias", self.bias, BIASES)
-        choice("activation", self.activation, ACTIVATIONS)
-        for name, value, most in (
-            ("threads", self.blocks.threads, 1024),
-            ("threadgroup memory in bytes", self.threadgroup_bytes, 32768),
-        ):
-            if value > most:
-                raise ValueError(
-                    f"{name} must be at most {most}, and blocks {self.blocks} take {value}"
-                )
-
-    @property
-    def multiplied(self) -> str:
-        """The type that fragments of A and B have."""
-        return multiplied(self.a, self.b, self.bfloat)
-
-    @property
-    def stages(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows of the stages of A and of B, and the elements from one to the next."""
-        pad = _PAD_BYTES // BYTES[Fragment(self.multiplied).element]
-        blocks = self.blocks
-        a = (blocks.k, blocks.m) if self.transpose_a else (blocks.m, blocks.k)
-        b = (blocks.n, blocks.k) if self.transpose_b else (blocks.k, blocks.n)
-        return (a[0], a[1] + pad), (b[0], b[1] + pad)
-
-    @property
-    def threadgroup_bytes(self) -> int:
-        """Bytes of threadgroup memory."""
-        size = BYTES[Fragment(self.multiplied).element]
-        return sum(rows * stride for rows, stride in self.stages) * size if self.staged else 0
-
-    @property
-    def fragments(self) -> tuple[int, int]:
-        """Rows and columns of fragments that a simdgroup makes."""
-        blocks = self.blocks
-        return blocks.m // SIDE // blocks.split[0], blocks.n // SIDE // blocks.split[1]
-
-
-def multiplied(a: str, b: str, bfloat: bool) -> str:
-    """The type that fragments of A and B have: float32 where the two types differ.
-
-    >>> multiplied("bfloat16", "bfloat16", bfloat=False)
-    'float32'
-    """
-    return "float32" if a != b or (a == "bfloat16" and not bfloat) else a
-
 
 def emit(spec: GemmSpec) -> str:
-    """The text of a product."""
+    """The source of a product."""
     return _Gemm(spec).write()
 
 
@@ -164,13 +54,12 @@ class _Gemm:
         self.rows, self.columns = spec.fragments
         self.tile = Fragment(spec.multiplied)
         self.sums = Fragment("float32")
-        self.elements = {name: element(getattr(spec, name), spec.bfloat) for name in "abc"}
+        self.storage = {name: storage(getattr(spec, name), spec.bfloat) for name in "abc"}
 
     def write(self) -> str:
         text, spec = self.text, self.spec
         title, *algorithm = _algorithm(spec)
-        widens = any(each.memory == "ushort" for each in self.elements.values())
-        open_text(text, title, algorithm, widens=widens)
+        open_text(text, title, algorithm, [*self.storage.values()])
         if spec.activation:
             activation.define(text, spec.activation)
         head = kernel_head(ENTRY, self.blocks.threads)
@@ -190,11 +79,11 @@ class _Gemm:
         return f"{text}\n"
 
     def _parameters(self) -> str:
-        declared = [f"device const {self.elements[name].memory}* {name}" for name in "ab"]
+        declared = [f"device const {self.storage[name].memory}* {name}" for name in "ab"]
         if self.spec.bias:
-            declared.append(f"device const {self.elements['c'].memory}* bias")
+            declared.append(f"device const {self.storage['c'].memory}* bias")
         declared += [
-            f"device {self.elements['c'].memory}* c",
+            f"device {self.storage['c'].memory}* c",
             "constant long* sizes",
             "constant float& alpha",
             "constant float& beta",
@@ -249,14 +138,14 @@ class _Gemm:
         return a, b
 
     def _times(self, index: str, stride: str) -> str:
-        """The text of an index times a stride."""
+        """The expression of an index times a stride."""
         if stride in self._ones():
             return index
         return f"({index}) * {stride}" if " " in index else f"{index} * {stride}"
 
     def _number(self, name: str, place: str) -> str:
-        """A number of A or B in the type that is multiplied."""
-        return self.elements[name].read(place, self.tile.element)
+        """The expression of an element of A or B in the type that is multiplied."""
+        return self.storage[name].read(place, self.tile.element)
 
     def _staged(self) -> None:
         text, spec, blocks = self.text, self.spec, self.blocks
@@ -320,7 +209,7 @@ class _Gemm:
                 text(f"stage_{name}[r * {stride} + e] = inside ? {value} : {zero};")
 
     def _direct(self) -> None:
-        """Each lane reads its own numbers; at an edge it asks for each whether it is there."""
+        """Each lane reads its own elements; at an edge it asks whether each of them exists."""
         text, blocks = self.text, self.blocks
         text(self.tile.declare("a_tile", self.rows), self.tile.declare("b_tile", self.columns))
         text("long first = 0;")
@@ -329,7 +218,7 @@ class _Gemm:
                 ("a", self._times("row", "a_m"), self._times("fragment_column", "a_k")),
                 ("b", self._times("fragment_row", "b_k"), self._times("column", "b_n")),
             ):
-                kind = self.elements[name].memory
+                kind = self.storage[name].memory
                 text(f"device const {kind}* {name}_lane = {name} + {far} + {near};")
             with text.block(f"for (; first + {blocks.k} <= k; first += {blocks.k})"):
                 with text.loop("s", blocks.k, SIDE):
@@ -347,7 +236,7 @@ class _Gemm:
             self._multiply()
 
     def _read(self, source: str, indices: tuple[str, str], *, guarded: bool) -> None:
-        """Fragments of A or B, the two numbers of a lane side by side in a row."""
+        """Fragments of A or B, the two elements of a lane are neighbours in a row."""
         text, name = self.text, source[0]
         row, column = indices[0], f"{indices[1]} + e"
         strides = [f"{name}_{axis}" for axis in AXES[name]]
@@ -368,7 +257,7 @@ class _Gemm:
             text(fragment.multiply_accumulate(total, "a_tile[i]", "b_tile[j]"))
 
     def _finish(self) -> None:
-        text, spec, kept = self.text, self.spec, self.elements["c"]
+        text, spec, own = self.text, self.spec, self.storage["c"]
         with (
             text.loop("i", self.rows),
             text.loop("j", self.columns),
@@ -380,14 +269,14 @@ class _Gemm:
             if spec.bias:
                 index = "column + 8 * j + e" if spec.bias == "column" else "row + 8 * i"
                 step = f"sizes[{SIZES.index('bias_step')}]"
-                text(f"x += {kept.read(f'bias[({index}) * {step}]', 'float')};")
+                text(f"x += {own.read(f'bias[({index}) * {step}]', 'float')};")
             with text.block("if (beta != 0.0f)"):
-                text(f"x += beta * {kept.read('c[at]', 'float')};")
-            text(f"c[at] = {kept.write(activation.apply(spec.activation, 'x'))};")
+                text(f"x += beta * {own.read('c[at]', 'float')};")
+            text(f"c[at] = {own.write(activation.apply(spec.activation, 'x'))};")
 
 
 def _algorithm(spec: GemmSpec) -> list[str]:
-    """The lines that open the text."""
+    """The lines that open the source."""
     a, b = (f"{name}^T" if getattr(spec, f"transpose_{name}") else name for name in "ab")
     value = f"alpha {a.upper()} {b.upper()}"
     if spec.bias:

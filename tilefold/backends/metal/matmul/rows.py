@@ -1,4 +1,4 @@
-"""The softmax of every row of a matrix, as a kernel of its own.
+"""The kernel of the softmax of every row of a matrix.
 
     for each x of a row, neighbouring lanes at neighbouring x:
         l <- l exp(m - max(m, x)) + exp(x - max(m, x));  m <- max(m, x)
@@ -17,31 +17,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilefold.backends.metal.kernels.msl import Text, element, kernel_head, open_text
+from tilefold.backends.metal.kernels.msl import Text, kernel_head, open_text
+from tilefold.backends.metal.kernels.storage import storage
+from tilefold.backends.metal.matmul.spec import DTYPES
 from tilefold.backends.metal.spec import SIMD
 from tilefold.common.check import choice
 
 ENTRY = "tilefold_softmax"
-DTYPES = ("float32", "float16", "bfloat16")
 
 SIZES = (
     *("rows", "width", "heads"),
     *("x_row", "x_column", "x_h", "x_b"),
     *("p_row", "p_column", "p_h", "p_b"),
 )
-"""The whole numbers of a launch, in their order; strides by axis, in elements, h and b being the
+"""The integers of a launch, in their order; strides by axis, in elements, h and b being the
 two axes of a batch. lse is contiguous: batch, heads, rows."""
 
 SIMDGROUPS = 4
 """Simdgroups of a threadgroup."""
 
 WIDE = 1024
-"""Numbers above which a row has a whole threadgroup, 32 for each lane of one simdgroup; untuned."""
+"""Elements above which a row has a whole threadgroup: 32 for each lane of a simdgroup; untuned."""
 
 
 @dataclass(frozen=True)
 class SoftmaxSpec:
-    """What changes the text: the type of X and P, how a row is shared, and whether lse is written.
+    """What changes the source: the type of X and P, how a row is shared, whether lse is written.
 
     `rows` of a threadgroup: 4, a simdgroup for each, or 1 that all four share. `bfloat`: the GPU
     knows bfloat16 itself.
@@ -63,8 +64,8 @@ class SoftmaxSpec:
 
 
 def emit(spec: SoftmaxSpec) -> str:
-    """The text of a softmax."""
-    text, number = Text(), element(spec.dtype, spec.bfloat)
+    """The source of a softmax."""
+    text, own = Text(), storage(spec.dtype, spec.bfloat)
     owner = "a simdgroup" if spec.rows > 1 else "a threadgroup"
     algorithm = [
         f"{spec.rows} of the rows for a threadgroup of {spec.threads}:",
@@ -77,16 +78,16 @@ def emit(spec: SoftmaxSpec) -> str:
     if spec.lse:
         algorithm.append("    lse <- m + log l")
     title = f"P = softmax of every row of X, {spec.dtype}, {owner} for each row"
-    open_text(text, title, algorithm, widens=number.memory == "ushort")
+    open_text(text, title, algorithm, [own])
     head = kernel_head(ENTRY, spec.threads)
-    with text.block(f"{head}{_parameters(spec, number.memory)})"):
+    with text.block(f"{head}{_parameters(spec, own.memory)})"):
         _place(text, spec)
         step = SIMD if spec.rows > 1 else spec.threads
         first = "lane" if spec.rows > 1 else "thread_index"
         text("float m = -FLT_MAX;", "float l = 0.0f;")
         walk = f"for (long e = {first}; e < width; e += {step})"
         with text.block(walk):
-            text(f"const float value = {number.read('x[e * x_column]', 'float')};")
+            text(f"const float value = {own.read('x[e * x_column]', 'float')};")
             with text.block("if (value > m)"):
                 text("l *= exp(m - value);", "m = value;")
             text("l += exp(value - m);")
@@ -95,8 +96,8 @@ def emit(spec: SoftmaxSpec) -> str:
             _share(text)
         text("const float inverse = l == 0.0f ? 0.0f : 1.0f / l;")
         with text.block(walk):
-            text(f"const float value = {number.read('x[e * x_column]', 'float')};")
-            text(f"p[e * p_column] = {number.write('exp(value - top) * inverse')};")
+            text(f"const float value = {own.read('x[e * x_column]', 'float')};")
+            text(f"p[e * p_column] = {own.write('exp(value - top) * inverse')};")
         if spec.lse:
             with text.block(f"if ({first} == 0)"):
                 at = "(group.z * heads + group.y) * rows + row"
@@ -143,7 +144,7 @@ def _place(text: Text, spec: SoftmaxSpec) -> None:
 
 
 def _share(text: Text) -> None:
-    """The maximum and the sum of the whole row, from those of each simdgroup."""
+    """The maximum and the sum of the whole row, from the ones of each simdgroup."""
     text(
         "",
         "// Of all simdgroups.",

@@ -1,9 +1,11 @@
 """Triton's generators. Read forward, then what `tilefold inspect --backend triton` prints.
 
 text              lines and blocks of Triton source
+storage           how elements lie in memory, and how they are read and written
 mask              the text fold of a rule
 arguments         the arguments of a kernel
 frame             what stands around every kernel, and its walks over tiles
+scores            scores from products, dS from P and dP
 softmax           the running softmax
 forward           the forward pass
 backward          delta, dQ, and dK with dV

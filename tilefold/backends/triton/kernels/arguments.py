@@ -1,9 +1,9 @@
-"""The arguments of a kernel in their order: what the text declares and what a launch gives.
+"""The arguments of a kernel in their order: what the source declares and what a launch gives.
 
-Arrays come first, then what the rule reads, then whole numbers (lengths, strides) and the scale.
+Arrays come first, then what the rule reads, then integers (lengths, strides) and the scale.
 Strides are the arguments for which Triton may compile anew: it asks whether they are 1 or multiples
-of 16, which decides how much a thread moves at once. All other numbers serve every value alike. The
-scale of float64 is given as an integer of the same bits: Triton passes float32 alone.
+of 16, which decides how much a thread moves at once. All other integers serve every value alike.
+The scale of float64 is given as an integer of the same bits: Triton passes float32 alone.
 """
 
 from __future__ import annotations
@@ -11,29 +11,12 @@ from __future__ import annotations
 from tilefold.backends.triton.kernels import mask
 from tilefold.backends.triton.kernels.text import ELEMENTS
 from tilefold.backends.triton.spec import TritonSpec
-
-OPERANDS = {
-    "forward": ("q", "k", "v", "o", "lse"),
-    "backward_dq": ("q", "k", "v", "o", "do", "lse", "delta", "dq"),
-    "backward_dkv": ("q", "k", "v", "do", "lse", "delta", "dk", "dv"),
-    "backward": ("q", "k", "v", "do", "lse", "delta", "dk", "dv", "dq_parts"),
-    "delta": ("o", "do", "delta"),
-    "reduce_dq": ("dq_parts", "dq"),
-    "decode": ("q", "k", "v", "part_o", "part_m", "part_l"),
-    "merge": ("part_o", "part_m", "part_l", "o", "lse"),
-}
-"""Operands by operation. Those of `STRIDED` have strides; all others are contiguous."""
-
-STRIDED = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
-"""Operands of four axes that may lie in memory in any way."""
+from tilefold.planning.kernels import STRIDED
 
 RUNS = ("order", "run_rows", "runs")
-"""Which tiles are visited, in 32-bit numbers: `order` gives the block row of a program; runs
-`run_rows[2 i]` to `run_rows[2 i + 1]` of block row i are of whole tiles without a mask, and those
-from there to `run_rows[2 i + 2]` of the others. A run is (first, last)."""
-
-VISITING = ("forward", "backward_dq", "backward_dkv", "backward", "decode")
-"""Operations that visit the pairs of the rule."""
+"""Which tiles are visited, in 32-bit integers: `order` gives the block row of a program; runs
+`run_rows[2 i]` to `run_rows[2 i + 1]` of block row i are of whole tiles without a mask, and the
+runs from there to `run_rows[2 i + 2]` of the others. A run is (first, last)."""
 
 SIZES = (
     "len_q",
@@ -46,7 +29,7 @@ SIZES = (
     "splits",
     "parts_stride",
 )
-"""Whole numbers of every kernel: `heads` on the parallel side, `group` query heads to a key head,
+"""Integers of every kernel: `heads` on the parallel side, `group` query heads to a key head,
 `row_b` and `row_h` block rows from one plane of the runs to the next (0 where all are alike),
 `block_rows` of one head, `splits` parts that another kernel joins, and `parts_stride` rows, of 64
 bits, from one part of dq to the next."""
@@ -57,21 +40,21 @@ AXES = "bhnd"
 def arrays(spec: TritonSpec) -> dict[str, str]:
     """The arrays of a kernel that are pointers, with the names of their types."""
     found = {}
-    for name in OPERANDS[spec.kernel]:
+    for name in spec.row.operands:
         found[name] = spec.dtype if name in STRIDED else spec.statistics
-    if spec.kernel in VISITING:
+    if spec.row.visits:
         found |= dict.fromkeys(RUNS, "int32")
     return found
 
 
 def rule(spec: TritonSpec) -> tuple[str, ...]:
-    """What the rule reads: numbers, tables and their strides."""
-    return mask.arguments(spec.mask) if spec.kernel in VISITING else ()
+    """What the rule reads: parameters, tables and their strides."""
+    return mask.arguments(spec.mask) if spec.row.visits else ()
 
 
 def strides(spec: TritonSpec) -> tuple[str, ...]:
     """The strides of the operands, in elements."""
-    given = (name for name in OPERANDS[spec.kernel] if name in STRIDED)
+    given = (name for name in spec.row.operands if name in STRIDED)
     return tuple(f"{name}_{axis}" for name in given for axis in AXES)
 
 
@@ -81,7 +64,7 @@ def names(spec: TritonSpec) -> tuple[str, ...]:
 
 
 def alike(spec: TritonSpec) -> tuple[str, ...]:
-    """Numbers for whose values no kernel is compiled anew."""
+    """Arguments for whose values no kernel is compiled anew."""
     numbers = tuple(name for name in rule(spec) if name.startswith("p"))
     return (*numbers, *SIZES, "scale")
 

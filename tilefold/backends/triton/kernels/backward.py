@@ -1,7 +1,7 @@
 """The backward pass in its split form: dQ by blocks of queries, then dK and dV by blocks of keys.
 
 Seven products instead of five, and in exchange no sum is shared between programs: no atomics, the
-same bits from run to run, and one number for each query as scratch (Dao, 2023, arXiv:2307.08691,
+same bits from run to run, and one element for each query as scratch (Dao, 2023, arXiv:2307.08691,
 Algorithm 2, with its loop over keys split off as in Metal FlashAttention). Scores and weights are
 made again from lse. With grouped queries a program of the second kernel walks over all query heads
 of its key head.
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tilefold.backends.triton.kernels import softmax
+from tilefold.backends.triton.kernels import scores
 from tilefold.backends.triton.kernels.frame import (
-    AGAIN,
+    RECOMPUTED,
     USUAL,
     Walk,
     add_product,
@@ -31,6 +31,7 @@ from tilefold.backends.triton.kernels.frame import (
     written,
     zeros,
 )
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
@@ -66,17 +67,17 @@ def emit_dq(spec: TritonSpec) -> str:
     text = Text()
     parallel(text, spec)
     text("h_k = h // group", "odd = 0")
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     delta_of(text, spec)
     statistic = "(b.to(tl.int64) * heads + h) * len_q + q_at"
     text(
         f"tl.store(delta + {statistic}, sums, mask=within_parallel)",
-        f"base = tl.load(lse + {statistic}, mask=within_parallel, other=0.0) * {softmax.LOG2_E}",
+        f"base = tl.load(lse + {statistic}, mask=within_parallel, other=0.0) * {scores.LOG2_E}",
     )
     _queries_block(text, spec, USUAL)
     with text.block("if odd != 0"):
-        _queries_block(text, spec, AGAIN)
+        _queries_block(text, spec, RECOMPUTED)
     return written(spec, "Attention, backward: the gradient of the queries.", DQ, text)
 
 
@@ -89,28 +90,29 @@ def _queries_block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", "h_k", "start", within(walk))
             multiply(text, spec, "s", "q", "k", walk, look=True)
+            scores.score(text)
             if walk is not Walk.WHOLE:
                 seen(text, spec, "h")
             _weights(text, walk, "[:, None]")
             fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
             multiply(text, spec, "dp", "do", "v", walk)
-            _slopes(text, spec, walk, "sums[:, None]")
+            scores.score_gradient(text, spec, walk, "sums[:, None]")
             for i, name in enumerate(sums):
                 take(text, spec, "k", i, within(walk))
                 add_product(text, spec, name, "ds", f"k_{i}", walk)
-    write(text, spec, "dq", "h", "first_q", [f"({name} * scale)" for name in sums])
+    write(text, spec, "dq", "h", "first_q", [scores.gradient(name) for name in sums])
 
 
 def delta_of(text: Text, spec: TritonSpec) -> None:
     """`sums`, delta of the block of queries; and dO, loaded once or only where it lies."""
     rows_of(text, spec, "o", "h", "first_q", "parallel")
     fetch(text, spec, "do", "parallel", "h", "first_q", "within_parallel")
-    kind = f"tl.{spec.statistics}"
-    text(f"sums = tl.full([PARALLEL], 0.0, {kind})")
+    own = storage(spec.dtype)
+    text(f"sums = tl.full([PARALLEL], 0.0, tl.{own.compute})")
     for i, piece in enumerate(spec.pieces("v")):
         take(text, spec, "do", i, "within_parallel")
         text(f"o_{i} = {load(spec, 'o', piece, 'within_parallel')}")
-        text(f"sums += tl.sum(o_{i}.to({kind}) * do_{i}.to({kind}), 1)")
+        text(f"sums += tl.sum({own.read(f'o_{i}')} * {own.read(f'do_{i}')}, 1)")
 
 
 def emit_dkv(spec: TritonSpec) -> str:
@@ -119,7 +121,7 @@ def emit_dkv(spec: TritonSpec) -> str:
     text("odd = 0")
     keys_block(text, spec, USUAL)
     with text.block("if odd != 0"):
-        keys_block(text, spec, AGAIN)
+        keys_block(text, spec, RECOMPUTED)
     return written(spec, "Attention, backward: the gradients of keys and values.", DKV, text)
 
 
@@ -133,7 +135,7 @@ def keys_block(
     infinite: dk and dv, which are not written there, do not care, other sums do.
     """
     parallel(text, spec)
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     for operand in ("k", "v"):
         fetch(text, spec, operand, "parallel", "h", "first_k", "within_parallel")
     own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
@@ -147,7 +149,7 @@ def keys_block(
                 _add_tile(text, spec, walk, guarded=also is not None)
                 if also is not None:
                     also(text, spec, walk)
-    write(text, spec, "dk", "h", "first_k", [f"(dk_{i} * scale)" for i in own])
+    write(text, spec, "dk", "h", "first_k", [scores.gradient(f"dk_{i}") for i in own])
     write(text, spec, "dv", "h", "first_k", [f"dv_{i}" for i in other])
 
 
@@ -156,15 +158,16 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
     fetch(text, spec, "q", "traverse", "h_q", "start", within(walk))
     multiply(text, spec, "s", "k", "q", walk, look=True)
+    scores.score(text)
     if walk is not Walk.WHOLE:
         seen(text, spec, "h_q")
     text("row = (b.to(tl.int64) * heads * group + h_q) * len_q + start + row_traverse")
     guard = "" if walk is Walk.WHOLE else ", mask=within_traverse, other=0.0"
-    text(f"base = tl.load(lse + row{guard}) * {softmax.LOG2_E}")
+    text(f"base = tl.load(lse + row{guard}) * {scores.LOG2_E}")
     _weights(text, walk, "[None, :]")
     if guarded and walk is Walk.WHOLE:
         text("p = tl.where(within_parallel[:, None], p, 0.0)")
-    text(f"weights = p.to(tl.{spec.dtype})")
+    text(f"weights = {storage(spec.dtype).write('p')}")
     fetch(text, spec, "do", "traverse", "h_q", "start", within(walk))
     for i in other:
         take(text, spec, "do", i, within(walk))
@@ -172,7 +175,7 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
         add_product(text, spec, f"dv_{i}", "weights", f"do_{i}", walk)
     multiply(text, spec, "dp", "v", "do", walk)
     text(f"sums = tl.load(delta + row{guard})")
-    _slopes(text, spec, walk, "sums[None, :]")
+    scores.score_gradient(text, spec, walk, "sums[None, :]")
     for i in own:
         take(text, spec, "q", i, within(walk))
         add_product(text, spec, f"dk_{i}", "ds", f"q_{i}", walk)
@@ -182,17 +185,9 @@ def _weights(text: Text, walk: Walk, axis: str) -> None:
     """`p`, from scores and `base`, which is lse to base 2: of a query that sees no key it is -inf,
     so such weights are chosen, not computed.
     """
-    text(f"p = tl.exp2(s * factor - base{axis})")
+    text(f"p = tl.exp2({scores.exponent('s', f'base{axis}')})")
     if walk is not Walk.WHOLE:
         text("p = tl.where(seen, p, 0.0)")
-
-
-def _slopes(text: Text, spec: TritonSpec, walk: Walk, delta: str) -> None:
-    """`ds`, rounded to the type of the operands."""
-    text(f"ds = p * (dp - {delta})")
-    if walk is not Walk.WHOLE:
-        text("ds = tl.where(seen, ds, 0.0)")
-    text(f"ds = ds.to(tl.{spec.dtype})")
 
 
 def emit_delta(spec: TritonSpec) -> str:

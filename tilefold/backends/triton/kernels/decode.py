@@ -10,23 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilefold.backends.triton.kernels import softmax
+from tilefold.backends.triton.kernels import scores, softmax
 from tilefold.backends.triton.kernels.forward import folded
 from tilefold.backends.triton.kernels.frame import (
-    AGAIN,
-    LOWEST,
+    RECOMPUTED,
     USUAL,
     Walk,
     column,
     guard,
     load,
-    negated,
     write,
     written,
     zeros,
 )
 from tilefold.backends.triton.kernels.frame import parallel as rows_parallel
 from tilefold.backends.triton.kernels.mask import masks
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
@@ -60,16 +59,16 @@ def emit(spec: TritonSpec) -> str:
     text("h_q = h * group + tl.minimum(member, group - 1)")
     if masks(spec.mask):
         text("q_safe = q_at")
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     text("q_block = q + b.to(tl.int64) * q_b")
     text("q_rows = q_block + (h_q.to(tl.int64) * q_h + q_at.to(tl.int64) * q_n)[:, None]")
     for i, piece in enumerate(spec.pieces("q") if spec.preloaded else ()):
         tile = load(spec, "q", piece, "within_parallel")
-        text(f"q_{i} = {negated(spec, tile) if spec.negative else tile}")
+        text(f"q_{i} = {storage(spec.dtype).negated(tile) if spec.negative else tile}")
     text("odd = 0")
     _part(text, spec, USUAL)
     with text.block("if odd != 0"):
-        _part(text, spec, AGAIN)
+        _part(text, spec, RECOMPUTED)
     return written(spec, "Attention of few queries: the part of one split.", DECODE, text)
 
 
@@ -91,13 +90,13 @@ def emit_merge(spec: TritonSpec) -> str:
     values = range(len(spec.pieces("v")))
     sums = [f"o_{i}" for i in values]
     rows_parallel(text, spec)
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     softmax.begin(text, spec)
     for name, piece in zip(sums, spec.pieces("v"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
     with text.block("for split in tl.range(0, splits)"):
         text("row_n = ((b.to(tl.int64) * heads + h) * splits + split) * len_q + q_at")
-        lowest = LOWEST[spec.statistics]
+        lowest = storage(spec.dtype).lowest
         text(f"m_s = tl.load(part_m + row_n, mask=within_parallel, other={lowest})")
         text("l_s = tl.load(part_l + row_n, mask=within_parallel, other=0.0)")
         text("top = tl.maximum(m, m_s)")

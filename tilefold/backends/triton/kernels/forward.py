@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilefold.backends.triton.kernels import softmax
+from tilefold.backends.triton.kernels import scores, softmax
 from tilefold.backends.triton.kernels.frame import (
-    AGAIN,
+    RECOMPUTED,
     USUAL,
     Walk,
     add_product,
@@ -27,6 +27,7 @@ from tilefold.backends.triton.kernels.frame import (
     written,
     zeros,
 )
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
@@ -47,11 +48,11 @@ def emit(spec: TritonSpec) -> str:
     text = Text()
     parallel(text, spec)
     text("h_k = h // group", "odd = 0")
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     _block(text, spec, USUAL)
     with text.block("if odd != 0"):
-        _block(text, spec, AGAIN)
+        _block(text, spec, RECOMPUTED)
     return written(spec, "Attention, forward.", ALGORITHM, text)
 
 
@@ -78,10 +79,11 @@ def folded(
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", keys, "start", within(walk))
             multiply(text, spec, "s", "q", "k", walk)
+            scores.score(text)
             if walk is not Walk.WHOLE:
                 seen(text, spec, head)
             softmax.fold(text, spec, sums, walk)
-            text(f"weights = p.to(tl.{spec.dtype})")
+            text(f"weights = {storage(spec.dtype).write('p')}")
             fetch(text, spec, "v", "traverse", keys, "start", within(walk))
             for i, name in enumerate(sums):
                 take(text, spec, "v", i, within(walk))

@@ -19,13 +19,11 @@ from contextlib import contextmanager
 from enum import Enum
 
 from tilefold.backends.triton.kernels import arguments, mask
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import Piece, TritonSpec
 
 HEADERS = ("import triton", "import triton.language as tl")
-
-LOWEST = {"float32": "-3e38", "float64": "-1e308"}
-"""Where a running maximum starts: finite, so that no difference of two of them is NaN."""
 
 SIDES = {"q": "q", "o": "q", "do": "q", "dq": "q", "k": "k", "v": "k", "dk": "k", "dv": "k"}
 """The sequence along which the rows of an operand lie."""
@@ -56,18 +54,13 @@ def careful(weights, seen, values, total, rows, count):
     return total
 ''',
 }
-"""Functions that kernels call by name; only those that a text calls stand in it."""
-
-
-def precision(spec: TritonSpec) -> str:
-    """How a product of float32 numbers is asked for; other types have one way."""
-    return f', input_precision="{spec.float32_mode}"' if spec.dtype == "float32" else ""
+"""Functions that kernels call by name; only the called ones stand in a source."""
 
 
 def dot(spec: TritonSpec, left: str, right: str, total: str = "") -> str:
     """A product of two tiles, added to a sum where one is given."""
-    kind = ", out_dtype=tl.float64" if spec.dtype == "float64" else ""
-    return f"tl.dot({left}, {right}{f', {total}' if total else ''}{precision(spec)}{kind})"
+    how = storage(spec.dtype).product.format(mode=spec.float32_mode)
+    return f"tl.dot({left}, {right}{f', {total}' if total else ''}{how})"
 
 
 def written(spec: TritonSpec, title: str, algorithm: Sequence[str], body: Text) -> str:
@@ -101,7 +94,7 @@ def descriptors(spec: TritonSpec) -> list[tuple[str, tuple[str, int, int]]]:
     if not spec.descriptors:
         return []
     found = {}
-    for operand in arguments.OPERANDS[spec.kernel]:
+    for operand in spec.row.operands:
         if operand in ("q", "k", "v", "do"):
             own = SIDES[operand] == spec.parallel
             rows = spec.blocks.parallel if own else spec.blocks.traverse
@@ -117,7 +110,7 @@ def _words(text: str) -> set[str]:
 def _head(spec: TritonSpec, used: set[str]) -> list[str]:
     """The place of a program, and the indices that the body names."""
     lines = ["place = tl.program_id(0)"]
-    if "scale" in used and spec.dtype == "float64":  # given by its bits
+    if "scale" in used and storage(spec.dtype).by_bits:
         lines.append("scale = tl.cast(scale, tl.int64).to(tl.float64, bitcast=True)")
     if spec.kernel == "backward":  # an owner has several blocks, one after the other
         lines += ["owner = place % splits", "h = place // splits % heads"]
@@ -150,7 +143,7 @@ def column(piece: Piece) -> str:
 def rows_of(text: Text, spec: TritonSpec, operand: str, head: str, first: str, side: str) -> None:
     """Where the rows of a block of an operand begin: `q_rows`, a column of addresses."""
     wide = ".to(tl.int64)" if spec.wide else ""
-    # The index of a loop is a plain number in the interpreter.
+    # The index of a loop is a plain integer in the interpreter.
     at = "tl.cast(start, tl.int64)" if first == "start" else f"{first}.to(tl.int64)"
     text(
         f"{operand}_block = {operand} + b.to(tl.int64) * {operand}_b"
@@ -166,7 +159,7 @@ def address(spec: TritonSpec, operand: str, columns: str) -> str:
 
 
 def guard(piece: Piece, rows: str) -> str:
-    """Which numbers of a tile are there: `rows` says it of the rows, "" where all are."""
+    """Which elements of a tile exist: `rows` says which rows do, "" where all do."""
     parts = [f"{rows}[:, None]"] if rows else []
     if piece.padded:
         parts.append(f"({column(piece)}[None, :] < {piece.stop})")
@@ -206,7 +199,7 @@ def fetch(
         text(f"{operand}_{i} = {tile}")
     if spec.negative and operand == spec.parallel:
         loaded = [f"{operand}_{i}" for i in range(len(spec.pieces(operand)))]
-        text(*(f"{tile} = {negated(spec, tile)}" for tile in loaded))
+        text(*(f"{tile} = {storage(spec.dtype).negated(tile)}" for tile in loaded))
 
 
 def take(text: Text, spec: TritonSpec, operand: str, i: int, rows: str) -> None:
@@ -241,7 +234,7 @@ def multiply(
             there += [f"(d_at < {columns})"] if columns % width else []
             text(f"{operand}_part = {_loaded(address(spec, operand, 'd_at'), ' & '.join(there))}")
         if spec.negative and own == spec.parallel:
-            text(f"{own}_part = {negated(spec, f'{own}_part')}")
+            text(f"{own}_part = {storage(spec.dtype).negated(f'{own}_part')}")
         if look:
             inspect(text, f"{other}_part", walk)
         text(f"{total} = {dot(spec, f'{own}_part', f'tl.trans({other}_part)', total)}")
@@ -255,14 +248,7 @@ def write(
     for piece, value in zip(spec.pieces(operand), values, strict=True):
         where = guard(piece, "within_parallel")
         at = address(spec, operand, f"{column(piece)}[None, :]")
-        text(f"tl.store({at}, {value}.to(tl.{spec.dtype}), mask={where})")
-
-
-def negated(spec: TritonSpec, tile: str) -> str:
-    """A tile with the other sign; half types are computed with in float32."""
-    if spec.dtype in ("float32", "float64"):
-        return f"-{tile}"
-    return f"(-{tile}.to(tl.float32)).to(tl.{spec.dtype})"
+        text(f"tl.store({at}, {storage(spec.dtype).write(value)}, mask={where})")
 
 
 def zeros(spec: TritonSpec, rows: str, columns: int | str) -> str:
@@ -273,11 +259,11 @@ def zeros(spec: TritonSpec, rows: str, columns: int | str) -> str:
 class Walk(Enum):
     """How tiles are visited.
 
-    Most kernels visit those of whole pairs (`WHOLE`), then those at an edge (`EDGE`), where pairs
+    Most kernels visit tiles of whole pairs (`WHOLE`), then tiles at an edge (`EDGE`), where pairs
     that may not meet get weight 0. But 0 * NaN is NaN, so tiles of an edge are asked for NaN and
     infinities, and `odd` says that there were any: then, at the end, what was computed is thrown
     away, and all is done once more, slowly, with a look at each pair (`CAREFUL`). That costs the
-    usual case a comparison for each number of an edge.
+    usual case a comparison for each element of an edge.
     """
 
     WHOLE = 0
@@ -286,10 +272,10 @@ class Walk(Enum):
 
 
 USUAL = (Walk.WHOLE, Walk.EDGE)
-"""The walks of finite numbers, one after the other."""
+"""The walks where all elements are finite, one after the other."""
 
-AGAIN = (Walk.CAREFUL,)
-"""The walk over all tiles where some number was not finite."""
+RECOMPUTED = (Walk.CAREFUL,)
+"""The walk over all tiles where some element was not finite."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The backward pass in its fused form: five products, dQ summed beside dK and dV.
 
-A key head has so many *owners*. Each walks over its own blocks of keys, one after the other, and
+A key head has several *owners*. Each walks over its own blocks of keys, one after the other, and
 adds what they give dQ to a part of dQ of its own, which no other program touches; a second kernel
 adds the parts in a fixed order. So there are no atomics and no locks here either, and results are
 the same from run to run. The price is a float32 dQ for each owner, and reading and writing it once
@@ -12,20 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tilefold.backends.triton.kernels import scores
 from tilefold.backends.triton.kernels.backward import keys_block
 from tilefold.backends.triton.kernels.frame import (
-    AGAIN,
+    RECOMPUTED,
     USUAL,
     Walk,
     add_product,
     column,
-    negated,
     take,
     write,
     written,
     zeros,
 )
 from tilefold.backends.triton.kernels.frame import parallel as rows_parallel
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import Piece, TritonSpec
 
@@ -54,12 +55,12 @@ def emit(spec: TritonSpec) -> str:
     _blocks(text, spec, USUAL)
     with text.block("if odd != 0"):
         _forget(text, spec)
-        _blocks(text, spec, AGAIN)
+        _blocks(text, spec, RECOMPUTED)
     return written(spec, "Attention, backward, fused.", FUSED, text)
 
 
 def _blocks(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
-    """All blocks of keys of the owner. Threads may read numbers of the part that others wrote in
+    """All blocks of keys of the owner. Threads may read elements of the part that others wrote in
     the block before: they wait for each other.
     """
     with text.block("for turn in tl.range(owner, block_rows, splits, num_stages=1)"):
@@ -102,7 +103,9 @@ def _add_to_part(text: Text, spec: TritonSpec, walk: Walk) -> None:
         text(f"at = {_of_part(spec, piece)}")
         text(f"sum_{i} = tl.load(at{f', mask={where}, other=0.0' if where else ''})")
         take(text, spec, "k", i, "within_parallel")
-        key = negated(spec, f"k_{i}") if spec.negative and spec.preloaded else f"k_{i}"
+        key = (
+            storage(spec.dtype).negated(f"k_{i}") if spec.negative and spec.preloaded else f"k_{i}"
+        )
         if walk is Walk.EDGE:  # keys are in the block's registers as they are, for its whole tiles
             text(f"odd |= is_odd(k_{i})")
         add_product(text, spec, f"sum_{i}", "turned", key, walk, pairs)
@@ -121,6 +124,6 @@ def emit_reduce(spec: TritonSpec) -> str:
         for i, piece in enumerate(spec.pieces("q")):
             where = " & ".join(["within_parallel[:, None]", *_columns(piece)])
             text(f"dq_{i} += tl.load({_of_part(spec, piece)}, mask={where}, other=0.0)")
-    values = [f"(dq_{i} * scale)" for i in range(len(spec.pieces("q")))]
+    values = [scores.gradient(f"dq_{i}") for i in range(len(spec.pieces("q")))]
     write(text, spec, "dq", "h", "first_q", values)
     return written(spec, "Attention, backward: the parts of dq, added.", REDUCE, text)

@@ -18,7 +18,7 @@ It departs from the plain kernel, `forward`, in this:
 - A weight of 0 times a value that is NaN or infinite is NaN. Values are not looked at in the loop:
   sums that come out finite have met no such value. If some do not, then at its end a program does
   those of its blocks again of which a masked tile holds one, slowly, one key at a time.
-- Head dimensions that are no power of two are padded, not cut into pieces.
+- Head dimensions that are not a power of two are padded, not cut into pieces.
 """
 
 from __future__ import annotations
@@ -26,18 +26,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tilefold.backends.triton.kernels import arguments, frame, mask, softmax
-from tilefold.backends.triton.kernels import hopper_nonfinite as repair
-from tilefold.backends.triton.kernels.frame import LOWEST, USUAL, Walk
+from tilefold.backends.triton.kernels import (
+    arguments,
+    frame,
+    hopper_nonfinite,
+    mask,
+    scores,
+    softmax,
+)
+from tilefold.backends.triton.kernels.frame import USUAL, Walk
 from tilefold.backends.triton.kernels.gluon import HEAD, HELPERS, Function, function, listed, row_of
 from tilefold.backends.triton.kernels.hopper_launch import (
-    PLACES,
+    ROW_BLOCKS,
     ROWS,
     WARPGROUPS,
     fits,
     padded,
     parameters,
 )
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
@@ -86,8 +93,9 @@ def emit(spec: TritonSpec) -> str:
     if mask.masks(spec.mask):
         text(mask.visible(spec.mask, spec.index_bits, "gluon.jit"), "")
         known = _known(spec)
-        odd, again = repair.odd(spec, known), repair.again(spec, known)
-        functions = [odd, again, _repair(spec, odd, again)]
+        nonfinite = hopper_nonfinite.nonfinite(spec, known)
+        one_by_one = hopper_nonfinite.one_by_one(spec, known)
+        functions = [nonfinite, one_by_one, _recompute(spec, nonfinite, one_by_one)]
     functions += [_attend(spec, functions[-1] if functions else None), _load(spec)]
     text(*(f"{function.text}\n" for function in functions))
     _kernel(text, spec, *functions[-2:])
@@ -112,22 +120,23 @@ def _constants(spec: TritonSpec) -> dict[str, str]:
     }
 
 
-def _attend(spec: TritonSpec, repair: Function | None) -> Function:
-    """What a warpgroup does; `repair` is called where its sums have met NaN or infinity."""
+def _attend(spec: TritonSpec, recompute: Function | None) -> Function:
+    """What a warpgroup does; `recompute` is called where its sums have met NaN or infinity."""
     text = Text()
     _rows(text, spec)
     text(
         "q_tile = q_ring.index(warpgroup).reshape((ROWS, DIM))",
         "tile, filled = 0, 0  # tiles, and blocks of queries, so far: they name slots and phases",
     )
-    if repair:
+    if recompute:
         text("strange = tl.full([ROWS], 0.0, tl.float32, tl.SliceLayout(1, SUMS))")
     with text.block("if warpgroup == 1"):
         text("pass_turn(warpgroup)  # the other warpgroup begins")
-    with _places(text):
+    with _row_blocks(text):
         frame.parallel(text, spec)
+        lowest = storage(spec.dtype).lowest
         text(
-            f"m = tl.full([ROWS], {LOWEST['float32']}, tl.float32, tl.SliceLayout(1, SCORES))",
+            f"m = tl.full([ROWS], {lowest}, tl.float32, tl.SliceLayout(1, SCORES))",
             "l = tl.full([ROWS], 0.0, tl.float32, tl.SliceLayout(1, SCORES))",
             "total = tl.full([ROWS, DIM_V], 0.0, tl.float32, SUMS)",
         )
@@ -135,27 +144,27 @@ def _attend(spec: TritonSpec, repair: Function | None) -> Function:
             _first_tile(text, spec)
             _other_tiles(text, spec)
             _last_values(text)
-        if repair:
+        if recompute:
             text("strange += tl.sum(total - total, 1)  # NaN from the first odd number on")
         _write(text, spec)
     with text.block("if warpgroup == 0"):
         text("wait_turn(warpgroup)  # the other has passed once more: no barrier is left half full")
-    if repair:
+    if recompute:
         with text.block("if tl.max((strange != 0).to(tl.int32), 0) != 0"):
-            repair.call(text)
+            recompute.call(text)
     title = "A warpgroup: half of the queries of each block that this program has."
     return function("attend", title, text, _known(spec))
 
 
-def _repair(spec: TritonSpec, odd: Function, again: Function) -> Function:
-    """The second walk over the places of a program."""
+def _recompute(spec: TritonSpec, nonfinite: Function, one_by_one: Function) -> Function:
+    """The second walk over the row blocks of a program."""
     text = Text()
     _rows(text, spec)
-    with _places(text):
+    with _row_blocks(text):
         frame.parallel(text, spec)
-        odd.call(text, "odd = ")
+        nonfinite.call(text, "odd = ")
         with text.block("if odd != 0"):
-            again.call(text, "total, m, l = ")
+            one_by_one.call(text, "total, m, l = ")
             _write(text, spec)
     title = "Compute anew where a masked tile holds values that are not finite."
     return function("repair", title, text, _known(spec))
@@ -163,7 +172,7 @@ def _repair(spec: TritonSpec, odd: Function, again: Function) -> Function:
 
 def _rows(text: Text, spec: TritonSpec) -> None:
     """The rows of a warpgroup, and the scale."""
-    softmax.factor(text, spec)
+    scores.factor(text, spec)
     text(
         "row_parallel = warpgroup * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SCORES))",
         "row_traverse = tl.arange(0, TRAVERSE, tl.SliceLayout(0, SCORES))",
@@ -171,8 +180,11 @@ def _rows(text: Text, spec: TritonSpec) -> None:
 
 
 @contextmanager
-def _places(text: Text) -> Iterator[None]:
-    """The walk over the places of a program, and which tiles are visited there."""
+def _row_blocks(text: Text) -> Iterator[None]:
+    """The walk over the row blocks of a program, and which tiles are visited in each.
+
+    The source calls a row block of a head a place.
+    """
     with text.block("for round in range(rounds_of(places))"):
         text(
             "block, h, b = position(place_in(round), order, places, near, block_rows, heads)",
@@ -207,8 +219,7 @@ def _values(text: Text, tile: str) -> None:
 
 def _fold(text: Text, spec: TritonSpec, walk: Walk) -> None:
     """From scores to weights, which stay in their registers."""
-    if spec.negative:
-        text("s = -s")
+    scores.score(text, opposite=spec.negative)
     if walk is Walk.EDGE:
         text("within_traverse = start + row_traverse < last")
         frame.seen(text, spec, "h")
@@ -217,7 +228,8 @@ def _fold(text: Text, spec: TritonSpec, walk: Walk) -> None:
 
 def _round(text: Text, spec: TritonSpec) -> None:
     """The weights as the left side of a product, in the registers where they are."""
-    text(f"weights = tl.convert_layout(p.to(tl.{spec.dtype}), WEIGHTS, assert_trivial=True)")
+    weights = storage(spec.dtype).write("p")
+    text(f"weights = tl.convert_layout({weights}, WEIGHTS, assert_trivial=True)")
 
 
 def _first_tile(text: Text, spec: TritonSpec) -> None:
@@ -281,7 +293,7 @@ def _write(text: Text, spec: TritonSpec) -> None:
     text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
     text(
         "share = tl.convert_layout(1.0 / share, tl.SliceLayout(1, SUMS))",
-        f"total = (total * share[:, None]).to(tl.{spec.dtype})",
+        f"total = {storage(spec.dtype).write('(total * share[:, None])')}",
         "row = first_q + warpgroup * ROWS + tl.arange(0, ROWS, tl.SliceLayout(1, SUMS))",
         "column = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
         f"at = {row_of('o', 'h', 'row[:, None]', 'column[None, :]')}",
@@ -293,7 +305,7 @@ def _load(spec: TritonSpec) -> Function:
     """What the loader does: it is ahead of the warpgroups by the slots of the rings at most."""
     text = Text()
     text("tile, filled = 0, 0")
-    with _places(text):
+    with _row_blocks(text):
         text("before = -1  # where the tile before this one starts")
         with text.block("for run in range(begin, end)"):
             text("first, last = tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1)")
@@ -333,7 +345,7 @@ def _fill_values(text: Text, tile: str) -> None:
 
 def _kernel(text: Text, spec: TritonSpec, attend: Function, load: Function) -> None:
     """The kernel: shared memory, barriers, and the three parts."""
-    alike = [f'"{name}"' for name in (*arguments.alike(spec), *PLACES)]
+    alike = [f'"{name}"' for name in (*arguments.alike(spec), *ROW_BLOCKS)]
     text.listed("@gluon.jit(do_not_specialize=[", alike, "])")
     text.listed(f"def {spec.entry}(", parameters(spec), "):")
     body = Text()

@@ -1,9 +1,10 @@
 """Hopper's kernel as plans and launches see it: which specs it serves, its tiles, its arguments.
 
-What a launch gives, in this order: what `arguments.names` lists; `places`, the blocks of queries of
-all heads; `near`; and the tensor descriptors that `descriptors` lists. The grid is (programs,), at
-most one for each multiprocessor. `num_warps` is 4: Gluon adds those of the second
-warpgroup and of the loader. As in `forward`, runs without a mask are of whole tiles.
+What a launch gives, in this order: what `arguments.names` lists; `places`, the number of row blocks
+of all heads; `near`, the number of heads that come together; and the tensor descriptors that
+`descriptors` lists. The grid is (programs,), at most one for each multiprocessor. `num_warps` is 4:
+Gluon adds the warps of the second warpgroup and of the loader. As in `forward`, runs without a mask
+are of whole tiles.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tilefold.backends.triton.kernels import arguments
 from tilefold.backends.triton.spec import Blocks, TritonSpec, power_of_two
 
 WARPGROUPS, ROWS = 2, 64
-"""Teams, and queries of each: an instruction of Hopper multiplies 64 rows, by four warps."""
+"""Warpgroups, and queries of each: an instruction of Hopper multiplies 64 rows, by four warps."""
 
 SHARED_BYTES = 232448
 """Shared memory of a program on sm_90."""
@@ -26,8 +27,8 @@ SPARE_BYTES = 2048
 ACCUMULATED = 320
 """The most columns of scores and sums together: a thread holds half as many registers of them."""
 
-PLACES = ("places", "near")
-"""Whole numbers beside those of all kernels: see above."""
+ROW_BLOCKS = ("places", "near")
+"""Integers that this kernel takes beside those of all kernels: see above."""
 
 
 class Operand(NamedTuple):
@@ -65,7 +66,7 @@ def descriptors(spec: TritonSpec) -> tuple[Operand, ...]:
 
 def parameters(spec: TritonSpec) -> tuple[str, ...]:
     """All arguments in their order."""
-    return (*arguments.names(spec), *PLACES, *(given.name for given in descriptors(spec)))
+    return (*arguments.names(spec), *ROW_BLOCKS, *(given.name for given in descriptors(spec)))
 
 
 def padded(dim: int) -> int:

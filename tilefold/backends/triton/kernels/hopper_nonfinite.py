@@ -1,4 +1,4 @@
-"""The slow way through a block of queries, for Hopper: one key at a time, where values are odd.
+"""Hopper's slow way through a block of queries, one key at a time, where values are not finite.
 
 A weight of 0 times NaN or infinity is NaN. So where a masked tile holds such a value, sums are made
 anew without products of tiles: only who may see a value touches it.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tilefold.backends.triton.kernels import mask
-from tilefold.backends.triton.kernels.frame import LOWEST
+from tilefold.backends.triton.kernels import mask, scores
 from tilefold.backends.triton.kernels.gluon import Function, function, keys, row_of
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
 
-def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
+def nonfinite(spec: TritonSpec, known: Iterable[str]) -> Function:
     """Whether a value of a masked tile is NaN or infinite."""
-    text = Text()
+    text, own = Text(), storage(spec.dtype)
     text(
         "column = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",
         "odd = tl.full([DIM_V], 0, tl.int32, tl.SliceLayout(0, SUMS))",
@@ -25,7 +25,7 @@ def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
     with keys(text, "middle"):
         text(
             f"at = {row_of('v', 'h_k', 'key', 'column')}",
-            f"value = tl.load(at, mask=column < {spec.dim_v}, other=0.0).to(tl.float32)",
+            f"value = {own.read(f'tl.load(at, mask=column < {spec.dim_v}, other=0.0)')}",
             "odd = odd | (value - value != 0).to(tl.int32)",
         )
     text("return tl.max(odd, 0)")
@@ -33,10 +33,11 @@ def odd(spec: TritonSpec, known: Iterable[str]) -> Function:
     return function("holds_odd", title, text, known)
 
 
-def again(spec: TritonSpec, known: Iterable[str]) -> Function:
+def one_by_one(spec: TritonSpec, known: Iterable[str]) -> Function:
     """The sums of a warpgroup without products of tiles."""
     text = Text()
-    lowest, rows = LOWEST["float32"], "tl.SliceLayout(1, SUMS)"
+    own, rows = storage(spec.dtype), "tl.SliceLayout(1, SUMS)"
+    lowest = own.lowest
     text(
         f"m = tl.full([ROWS], {lowest}, tl.float32, {rows})",
         f"l = tl.full([ROWS], 0.0, tl.float32, {rows})",
@@ -52,19 +53,21 @@ def again(spec: TritonSpec, known: Iterable[str]) -> Function:
     )
     with keys(text, "begin"):
         text(
-            "query = tl.load(q_rows, mask=there, other=0.0).to(tl.float32)",
+            f"query = {own.read('tl.load(q_rows, mask=there, other=0.0)')}",
             f"at = {row_of('k', 'h_k', 'key', 'column')}",
-            f"value = tl.load(at, mask=column < {spec.dim}, other=0.0).to(tl.float32)",
+            f"value = {own.read(f'tl.load(at, mask=column < {spec.dim}, other=0.0)')}",
             f"s = tl.convert_layout(tl.sum(query * value[None, :], 1), {rows})",
-            *(["s = -s"] if spec.negative else []),
+        )
+        scores.score(text, opposite=spec.negative)
+        text(
             f"seen = within & {mask.call(spec.mask, b='b', h='h', q='q_safe', k='key')}",
             f"s = tl.where(seen, s, {lowest})",
             "top = tl.maximum(m, s)",
-            "p = tl.where(seen, tl.exp2(s * factor - top * factor), 0.0)",
+            f"p = tl.where(seen, tl.exp2({scores.exponent('s', 'top * factor')}), 0.0)",
             "shrink = tl.exp2((m - top) * factor)",
             "m, l = top, l * shrink + p",
             f"at = {row_of('v', 'h_k', 'key', 'column_v')}",
-            f"value = tl.load(at, mask=column_v < {spec.dim_v}, other=0.0).to(tl.float32)",
+            f"value = {own.read(f'tl.load(at, mask=column_v < {spec.dim_v}, other=0.0)')}",
             "added = tl.where(seen[:, None], p[:, None] * value[None, :], 0.0)",
             "total = total * shrink[:, None] + added",
         )

@@ -1,38 +1,33 @@
 """The running softmax of a block of queries, to base 2 (Milakov and Gimelshein, 2018).
 
-The maximum `m` is of scores as they are, and the scale is multiplied in with the subtraction: one
-fused multiply-add and one exponential for each weight. That wants a scale that is not negative, so
-where it is, queries are negated first.
+The maximum `m` is one of scores without the scale, which is multiplied in with the subtraction (see
+`scores`): one fused multiply-add and one exponential for each weight.
 """
 
 from __future__ import annotations
 
-from tilefold.backends.triton.kernels.frame import LOWEST, Walk
+from tilefold.backends.triton.kernels.frame import Walk
+from tilefold.backends.triton.kernels.scores import exponent
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
 
-LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-
-
-def factor(text: Text, spec: TritonSpec) -> None:
-    """The scale of scores to base 2, never below 0."""
-    text(f"factor = {'-' if spec.negative else ''}scale * {LOG2_E}")
 
 
 def begin(text: Text, spec: TritonSpec) -> None:
     """No key yet."""
     kind = f"tl.{spec.statistics}"
-    text(f"m = tl.full([PARALLEL], {LOWEST[spec.statistics]}, {kind})")
+    text(f"m = tl.full([PARALLEL], {storage(spec.dtype).lowest}, {kind})")
     text(f"l = tl.full([PARALLEL], 0.0, {kind})")
 
 
 def fold(text: Text, spec: TritonSpec, sums: list[str], walk: Walk) -> None:
     """Fold a tile of scores `s` into m and l; sums are scaled; `p` are the tile's weights."""
     if walk is not Walk.WHOLE:
-        text(f"s = tl.where(seen, s, {LOWEST[spec.statistics]})")
+        text(f"s = tl.where(seen, s, {storage(spec.dtype).lowest})")
     text("top = tl.maximum(m, tl.max(s, 1))")
-    text("p = tl.exp2(s * factor - (top * factor)[:, None])")
+    text(f"p = tl.exp2({exponent('s', '(top * factor)[:, None]')})")
     if walk is not Walk.WHOLE:
         text("p = tl.where(seen, p, 0.0)")
     text("shrink = tl.exp2((m - top) * factor)")

@@ -1,4 +1,4 @@
-"""What a product may do to its results before it writes them, as functions of a tile of numbers.
+"""What a product may do to its results before it writes them, as functions of a tile.
 
 Triton's own language has an error function, which gelu needs, but no hyperbolic tangent that its
 interpreter knows as well. Near 0 that is Lambert's continued fraction (1761), which loses nothing
@@ -21,9 +21,6 @@ _FORMULAS = {
     "tanh": f"tl.where(tl.abs(x) < {_NEAR_ZERO}, near, tl.where(x < 0, -far, far))",
 }
 
-ACTIVATIONS = (None, *_FORMULAS)
-"""Activations by name; None leaves results as they are."""
-
 
 def define(text: Text, name: str) -> None:
     """The function of an activation, which `apply` calls."""
@@ -40,7 +37,7 @@ def define(text: Text, name: str) -> None:
 
 
 def apply(name: str | None, value: str) -> str:
-    """The text of an activation of a value.
+    """The expression of an activation of a value.
 
     >>> apply("relu", "x"), apply(None, "x")
     ('relu(x)', 'x')

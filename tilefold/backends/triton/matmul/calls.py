@@ -1,8 +1,10 @@
-"""Products and softmax on the tensors of a machine: the kernels that stand alone.
+"""Calls of products and of softmax on the tensors of a machine.
 
-A call becomes a spec (types, blocks for the GPU's architecture) and a list of sizes; the text of a
-spec is written and loaded once. Leading axes are a batch, two at most, and broadcast as in NumPy,
-by strides of 0. An axis may have length 0: a sum over none is 0.
+    tensors -> Product or Rows -> spec -> kernel, whose source is written and loaded once
+                               -> sizes: lengths and strides
+
+A spec knows types and the blocks for the GPU's architecture. An axis may have length 0: a sum over
+none is 0.
 """
 
 from __future__ import annotations
@@ -16,20 +18,14 @@ from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError
 from tilefold.backends.triton.matmul import gemm as products
 from tilefold.backends.triton.matmul import rows
-from tilefold.backends.triton.matmul.gemm import BIASES, GemmBlocks, GemmSpec, multiplied
-from tilefold.backends.triton.matmul.operands import (
-    Axes,
-    axes_of,
-    bias_steps,
-    common,
-    dtype_of,
-    written,
-)
+from tilefold.backends.triton.matmul.gemm import GemmBlocks, GemmSpec
+from tilefold.backends.triton.matmul.operands import movable, operand, wide
 from tilefold.backends.triton.matmul.rows import SoftmaxBlocks, SoftmaxSpec
 from tilefold.backends.triton.module import launch_options
 from tilefold.backends.triton.runtime import gpu
 from tilefold.backends.triton.spec import BY_PRECISION
 from tilefold.common.check import choice
+from tilefold.problems.matmul import Axes, Product, Rows, multiplied
 from tilefold.problems.request import PRECISIONS
 
 if TYPE_CHECKING:
@@ -37,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """Blocks for large products, and for those of which a GPU would be partly idle."""
+    """Blocks for large products, and for products that would leave a GPU partly idle."""
 
     large: GemmBlocks
     small: GemmBlocks
@@ -146,56 +142,64 @@ def gemm(
     given = {"a": a, "b": b, "c": c, "bias": bias}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     machine.check(**tensors)
-    choice("bias_axis", bias_axis, BIASES[1:])
     choice("precision", precision, PRECISIONS)
-    types = {name: dtype_of(name, tensor) for name, tensor in tensors.items()}
-    left = axes_of("a", a, 2).turned() if transpose_a else axes_of("a", a, 2)
-    right = axes_of("b", b, 2).turned() if transpose_b else axes_of("b", b, 2)
-    (*_, m, k), (*_, inner, n) = left.lengths, right.lengths
-    if inner != k:
-        raise ValueError(f"op(a) is {m} x {k} and op(b) {inner} x {n}: the inner two must be equal")
-    batch = common("b", left.batch, right.batch)
-    shape = (*batch, m, n)[-max(a.ndim, b.ndim) :]
-    device, meeting = architecture(machine.architecture), multiplied(types["a"], types["b"])
-    how = _how(device, meeting, precision)
-    if blocks is None:
-        blocks = block_sizes(
-            device.name,
-            meeting,
-            m,
-            n,
-            batch[0] * batch[1],
-            products=how,
-            multiprocessors=machine.multiprocessors,
-        )
-    spec = GemmSpec(
-        a=types["a"],
-        b=types["b"],
-        c=dtype or types.get("c") or meeting,
-        blocks=blocks,
-        bias=None if bias is None else bias_axis,
+    product = Product.of(
+        {name: operand(name, each, 1 if name == "bias" else 2) for name, each in tensors.items()},
+        alpha=alpha,
+        beta=beta,
+        transpose_a=transpose_a,
+        transpose_b=transpose_b,
+        bias_axis=bias_axis,
         activation=activation,
-        products=how,
+        dtype=dtype,
     )
-    if beta and c is None:
-        raise ValueError(f"beta is {beta}, so c must be given")
-    c = written("c", c, shape, spec.c, machine)
-    result = axes_of("c", c, 2)
-    steps = []
-    if bias is not None:
-        length = n if bias_axis == "column" else m
-        steps = bias_steps(bias, types["bias"], spec.c, (*batch, length))
+    device, left, right = architecture(machine.architecture), product.a.axes, product.b.axes
+    spec = _spec(product, device, precision, blocks, machine)
+    c = machine.empty(product.shape, spec.c) if c is None else c
+    result, blocks = operand("c", c, 2).axes, spec.blocks
     spec = _placed(spec, device, (a, left), (b, right), result)
     function = machine.function(products.emit(spec), products.ENTRY)
     operands, placed = _operands(spec, (a, left), (b, right))
     if bias is not None:
         operands.append(bias)
-    sizes = [m, n, k, batch[1], *placed, *result.sizes, *steps]
+    m, n, k = product.m, product.n, product.k
+    sizes = [m, n, k, product.batch[1], *placed, *result.sizes, *product.bias_strides]
     scalars = [_scalar(number, spec.sums) for number in (alpha, beta)]
-    programs = batch[0] * batch[1] * _parts(m, blocks.m) * _parts(n, blocks.n)
-    options = launch_options(device.kind, meeting, blocks.warps, blocks.stages)
+    programs = product.matrices * _parts(m, blocks.m) * _parts(n, blocks.n)
+    options = launch_options(device.kind, spec.multiplied, blocks.warps, blocks.stages)
     _launch(machine, function, programs, (*operands, c, *sizes, *scalars), blocks, options)
     return c
+
+
+def _spec(
+    product: Product,
+    device: Architecture,
+    precision: str,
+    blocks: GemmBlocks | None,
+    machine: Machine,
+) -> GemmSpec:
+    """The kernel of a product on a device, with the table's blocks where none are given."""
+    meeting = multiplied(product.a.dtype, product.b.dtype)
+    how = _how(device, meeting, precision)
+    if blocks is None:
+        blocks = block_sizes(
+            device.name,
+            meeting,
+            product.m,
+            product.n,
+            product.matrices,
+            products=how,
+            multiprocessors=machine.multiprocessors,
+        )
+    return GemmSpec(
+        a=product.a.dtype,
+        b=product.b.dtype,
+        c=product.dtype,
+        blocks=blocks,
+        bias=product.bias_axis,
+        activation=product.activation,
+        products=how,
+    )
 
 
 def softmax(
@@ -206,7 +210,7 @@ def softmax(
     blocks: SoftmaxBlocks | None = None,
     machine: Machine | None = None,
 ) -> Any:
-    """The softmax of x along its last axis, safe for numbers of any size.
+    """The softmax of x along its last axis, safe for elements of any size.
 
         softmax(torch.zeros(1, 4, device="cuda"))  # 1 x 4, all of it 0.25
 
@@ -231,21 +235,22 @@ def softmax(
         NotImplementedError: there is no GPU here
     """
     machine = machine or _gpu_of("x", x)
-    machine.check(**({"x": x} if p is None else {"x": x, "p": p}))
-    kind, axes, shape = dtype_of("x", x), axes_of("x", x, 1), tuple(x.shape)
-    batch, heads, count, width = axes.lengths
-    p = written("p", p, shape, kind, machine)
-    result, blocks = axes_of("p", p, 1), blocks or SoftmaxBlocks.of(width)
+    tensors = {"x": x} if p is None else {"x": x, "p": p}
+    machine.check(**tensors)
+    called = Rows.of({name: operand(name, tensor, 1) for name, tensor in tensors.items()})
+    kind, axes, shape = called.x.dtype, called.x.axes, called.x.shape
+    p = machine.empty(shape, kind) if p is None else p
+    result, blocks = operand("p", p, 1).axes, blocks or SoftmaxBlocks.of(called.width)
     spec = SoftmaxSpec(
         dtype=kind,
         blocks=blocks,
-        online=width > blocks.columns,
+        online=called.width > blocks.columns,
         lse=return_lse,
-        wide=any(each.wide(blocks.rows, blocks.columns) for each in (axes, result)),
+        wide=any(wide(each, blocks.rows, blocks.columns) for each in (axes, result)),
     )
     lse = [machine.empty(shape[:-1], spec.statistics)] if return_lse else []
-    sizes = [count, width, heads, *axes.sizes, *result.sizes]
-    programs = batch * heads * _parts(count, blocks.rows)
+    sizes = [called.count, called.width, called.heads, *axes.sizes, *result.sizes]
+    programs = called.batch * called.heads * _parts(called.count, blocks.rows)
     function = machine.function(rows.emit(spec), rows.ENTRY)
     device = architecture(machine.architecture)
     options = launch_options(device.kind, kind, blocks.warps, rows.STAGES)
@@ -267,7 +272,7 @@ def _placed(spec: GemmSpec, device: Architecture, a: Placed, b: Placed, c: Axes)
     attention (`resources.tma`).
     """
     sides = spec.blocks
-    near = [axes.moved(2) for _, axes in (a, b)]
+    near = [movable(axes, 2) for _, axes in (a, b)]
     half = spec.multiplied in ("float16", "bfloat16")
     aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor, _ in (a, b))
     fits = max(sides.m, sides.n, sides.k) <= _LONGEST
@@ -277,7 +282,7 @@ def _placed(spec: GemmSpec, device: Architecture, a: Placed, b: Placed, c: Axes)
     reach = [(c, sides.m, sides.n)]
     if not spec.descriptors:
         reach += [(a[1], sides.m, sides.k), (b[1], sides.k, sides.n)]
-    return replace(spec, wide=any(axes.wide(*block) for axes, *block in reach))
+    return replace(spec, wide=any(wide(*each) for each in reach))
 
 
 def _operands(spec: GemmSpec, a: Placed, b: Placed) -> tuple[list[Any], list[int]]:
@@ -332,7 +337,7 @@ def _gpu_of(name: str, tensor: Any) -> Machine:
 
 
 def _how(device: Architecture, meeting: str, precision: str) -> str:
-    """How numbers of a type are multiplied on a device."""
+    """How elements of a type are multiplied on a device."""
     exact = meeting != "float32" or device.kind != "cuda"
     return "ieee" if exact else BY_PRECISION[precision]
 

@@ -1,4 +1,4 @@
-"""The matrix product as a kernel of its own, any of its types, transposed or not, in batches.
+"""The kernel of a matrix product, in any of its types, transposed or not, in batches.
 
     C = activation(alpha A B + bias + beta C),  a block of C for each program
 
@@ -7,11 +7,12 @@
         sums = sums + A B                       what lies beyond the edges is 0
     C = activation(alpha sums + bias + beta C)  C is read only where beta is not 0
 
-A transposed matrix is one with other strides, so no text knows of it, unless a GPU has a unit that
-moves whole tiles (Hopper's TMA) and they lie so that it can: then A and B are *tensor descriptors*,
-which say once where a matrix is, and their tiles are turned where they are multiplied.
+A transposed matrix is one with other strides, so no source knows of it, unless a GPU has a unit
+that moves whole tiles (Hopper's TMA) and they lie so that it can: then A and B are *tensor
+descriptors*, which say once where a matrix is, and their tiles are turned where they are
+multiplied.
 
-Triton compiles a text anew where lengths and strides become multiples of 16, or 1, since that
+Triton compiles a source anew where lengths and strides become multiples of 16, or 1, since that
 decides how much a thread moves at once; all other sizes are alike to it.
 
 Programs run about in the order of their numbers, and neighbours share rows of A and columns of B.
@@ -24,16 +25,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilefold.backends.triton.kernels.frame import HEADERS
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import ELEMENTS, Text
 from tilefold.backends.triton.matmul import activation
-from tilefold.backends.triton.matmul.activation import ACTIVATIONS
 from tilefold.backends.triton.spec import FLOAT32_MODES, LEAST
 from tilefold.common.check import choice
+from tilefold.problems.matmul import ACTIVATIONS, BIAS_AXES, multiplied, result_types
 
 ENTRY = "tilefold_gemm"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-BIASES = (None, "column", "row")
-"""A bias has a number for each column of C (as in a linear layer), or for each row."""
 
 STRIDES = (
     *("a_m", "a_k", "a_h", "a_b"),
@@ -43,7 +43,7 @@ STRIDES = (
 """Strides by axis, in elements, h and b being the two axes of a batch."""
 
 BIAS_STRIDES = ("bias_step", "bias_h", "bias_b")
-"""Those of a bias: from number to number, then of the batch."""
+"""Strides of a bias: from element to element, then of the batch."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class GemmBlocks:
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """What changes the text of a product: types, blocks and what is done to the result.
+    """What changes the source of a product: types, blocks and what is done to the result.
 
     `a`, `b` and `c` are types; c is float32 or one of the other two, and float64 stands alone.
     `products` is how float32 is multiplied. `wide`: offsets inside a block may pass 31 bits.
     `descriptors`: a unit moves tiles of A and B, which have a half type and lie as `transpose_a`
-    and `transpose_b` say: numbers of a column side by side.
+    and `transpose_b` say: the elements of a column are neighbours.
     """
 
     a: str
@@ -103,9 +103,8 @@ class GemmSpec:
             choice(f"the type of {name}", getattr(self, name), DTYPES)
         if (self.a == "float64") != (self.b == "float64"):
             raise ValueError(f"a and b must both be float64 or neither, got {self.a} and {self.b}")
-        least = () if self.a == "float64" else ("float32",)
-        choice("the type of c", self.c, tuple(dict.fromkeys((*least, self.a, self.b))))
-        choice("bias", self.bias, BIASES)
+        choice("the type of c", self.c, result_types(self.a, self.b))
+        choice("bias", self.bias, (None, *BIAS_AXES))
         choice("activation", self.activation, ACTIVATIONS)
         choice("products", self.products, FLOAT32_MODES)
 
@@ -117,16 +116,7 @@ class GemmSpec:
     @property
     def sums(self) -> str:
         """The type of sums, and of all that is done to them."""
-        return "float64" if self.a == "float64" else "float32"
-
-
-def multiplied(a: str, b: str) -> str:
-    """The type that blocks of A and B are multiplied in: float32 where the two types differ.
-
-    >>> multiplied("bfloat16", "bfloat16"), multiplied("bfloat16", "float16")
-    ('bfloat16', 'float32')
-    """
-    return a if a == b else "float32"
+        return storage(self.a).compute
 
 
 def names(spec: GemmSpec) -> tuple[str, ...]:
@@ -155,7 +145,7 @@ def tiles(spec: GemmSpec) -> dict[str, list[int]]:
 
 
 def alike(spec: GemmSpec) -> tuple[str, ...]:
-    """Numbers for whose values no kernel is compiled anew."""
+    """Arguments for whose values no kernel is compiled anew."""
     return tuple(name for name in names(spec) if name in ("heads", *BIAS_STRIDES, "alpha", "beta"))
 
 
@@ -163,7 +153,7 @@ def signature(spec: GemmSpec) -> dict[str, str]:
     """The types of all arguments as Triton writes them, for compilation ahead of time."""
     kinds = {"a": spec.a, "b": spec.b, "bias": spec.c, "c": spec.c}
     found = {name: f"*{ELEMENTS[kinds[name]]}" for name in names(spec) if name in kinds}
-    scalar = "i64" if spec.sums == "float64" else "fp32"
+    scalar = "i64" if storage(spec.sums).by_bits else "fp32"
     for name in names(spec)[len(found) :]:
         found[name] = scalar if name in ("alpha", "beta") else "i32"
     if spec.descriptors:
@@ -236,13 +226,10 @@ def _tiles(text: Text, spec: GemmSpec) -> None:
 def _walk(text: Text, spec: GemmSpec) -> None:
     """The sums over the contraction."""
     left, right = (
-        tile if kind == spec.multiplied else f"{tile}.to(tl.{spec.multiplied})"
+        tile if kind == spec.multiplied else storage(spec.multiplied).write(tile)
         for tile, kind in (("left", spec.a), ("right", spec.b))
     )
-    how = {
-        "float32": f', input_precision="{spec.products}"',
-        "float64": ", out_dtype=tl.float64",
-    }.get(spec.multiplied, "")
+    how = storage(spec.multiplied).product.format(mode=spec.products)
     step = "tl.cast(K, tl.int64)" if spec.wide else "K"
     text(f"sums = tl.full([M, N], 0.0, tl.{spec.sums})")
     with text.block("for first in tl.range(0, k, K)"):
@@ -272,7 +259,7 @@ def _moved(spec: GemmSpec, tile: str, name: str, corner: str, sides: str) -> str
 def _finish(text: Text, spec: GemmSpec) -> None:
     """From sums to C."""
     kind = spec.sums
-    if kind == "float64":
+    if storage(kind).by_bits:
         for name in ("alpha", "beta"):
             text(f"{name} = tl.cast({name}, tl.int64).to(tl.float64, bitcast=True)")
     text("x = alpha * sums")
@@ -295,11 +282,11 @@ def _finish(text: Text, spec: GemmSpec) -> None:
     with text.block("if beta != 0.0"):
         text(f"x += beta * tl.load(c_tile, mask=here, other=0.0).to(tl.{kind})")
     result = activation.apply(spec.activation, "x")
-    text(f"tl.store(c_tile, {result}.to(tl.{spec.c}), mask=here)")
+    text(f"tl.store(c_tile, {storage(spec.c).write(result)}, mask=here)")
 
 
 def _algorithm(spec: GemmSpec) -> list[str]:
-    """The lines that open the text."""
+    """The lines that open the source."""
     value = "alpha sums"
     if spec.bias:
         value += f" + bias of the {spec.bias}"

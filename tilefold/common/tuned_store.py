@@ -1,0 +1,121 @@
+"""What was measured on this machine, in one file beside the kernels: read once, replaced whole.
+
+Tuned blocks change speed and nothing else (results by rounding only), so a file that is damaged is
+left out, and so is a single entry, with the reason for `tilefold doctor`. What replaces the file
+begins a new generation: plans of before are then never found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from tilefold.common import disk_cache, generation
+from tilefold.common.files import write_atomically
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""Errors that reading an entry of a foreign or damaged file raises."""
+
+
+@dataclass(frozen=True)
+class TunedFile(Generic[Key, Value]):
+    """The content of a file: its entries, and what was wrong with the rest."""
+
+    entries: Mapping[Key, Value] = field(default_factory=dict)
+    problem: str | None = None
+
+
+class TunedStore(Generic[Key, Value]):
+    """One file of tuned values. `noun` is what they are called in the file and in messages.
+
+    A file is a document of JSON with its `form` ("tilefold winners 1"), whose number goes up when
+    kernels change so much that what was measured before says nothing any more, and a list under
+    `noun`. `parse` makes a key and a value of an entry, and raises one of `UNUSABLE`; `entry` goes
+    the other way.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        form: str,
+        noun: str,
+        parse: Callable[[Any], tuple[Key, Value]],
+        entry: Callable[[Key, Value], dict[str, Any]],
+    ) -> None:
+        self._file, self._form, self._noun = file, form, noun
+        self._parse, self._entry = parse, entry
+        self._read: TunedFile[Key, Value] | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies: in the folder of the kernel cache."""
+        return disk_cache.default().directory / self._file
+
+    def load(self) -> TunedFile[Key, Value]:
+        """What is kept, read when this process first asks."""
+        found = self._read
+        if found is None:
+            found = self._read = self._load()
+        return found
+
+    def check(self) -> None:
+        """Raises OSError where nothing can be kept."""
+        if problem := disk_cache.default().problem():
+            raise OSError(f"{self._noun} cannot be kept: {problem}")
+
+    def keep(self, new: Mapping[Key, Value]) -> None:
+        """Add to the file, in place of older entries of the same keys. Raises OSError."""
+        import json
+
+        self.check()
+        merged = {**self._load().entries, **new}  # another process may have written since
+        entries = [self._entry(key, value) for key, value in merged.items()]
+        document = {"format": self._form, self._noun: entries}
+        write_atomically(self.path, (json.dumps(document, indent=1) + "\n").encode())
+        self.reread()
+
+    def forget(self) -> int:
+        """Remove the file and return how many entries were in it. Raises OSError."""
+        count = len(self._load().entries)
+        self.path.unlink(missing_ok=True)
+        self.reread()
+        return count
+
+    def reread(self) -> None:
+        """Read the file again when it is next asked for, as a new process would."""
+        self._read = None
+        generation.advance()
+
+    def _load(self) -> TunedFile[Key, Value]:
+        path = self.path
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return TunedFile()
+        except OSError as error:
+            return TunedFile(problem=f"{path} cannot be read: {error.strerror or error}")
+        import json  # where there is something to read; a first call counts its milliseconds
+
+        try:
+            document = json.loads(content)
+            listed = document[self._noun] if document["format"] == self._form else None
+        except UNUSABLE:
+            listed = None
+        if not isinstance(listed, list):
+            return TunedFile(problem=f"{path} is not a file of this version's {self._noun}")
+        entries: dict[Key, Value] = {}
+        wrong = 0
+        for each in listed:
+            try:
+                key, value = self._parse(each)
+            except UNUSABLE:
+                wrong += 1
+            else:
+                entries[key] = value
+        problem = f"{wrong} of the {self._noun} in {path} cannot be used" if wrong else None
+        return TunedFile(entries, problem)

@@ -1,0 +1,81 @@
+"""A problem whose mask is bound to its lengths: what all planners read.
+
+The rule of a problem becomes an expression of its lengths once per plan. From the expression follow
+what a kernel's source contains (the skeleton, the bits of an index), what a launch is given
+(parameters and tables), and which tiles are visited (runs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tilefold.masks.evaluate import index_bits
+from tilefold.masks.expression import Boolean, Declared, Skeleton, Table, Truth, split
+from tilefold.masks.runs import Runs, runs
+from tilefold.planning.visited import MASK_STEP
+from tilefold.problems.attention import Problem
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedProblem:
+    """A problem, its mask as an expression, and the parts of that expression.
+
+    The runs of each block width are found when they are first asked for, and kept as long as this
+    value lives.
+
+    >>> from tilefold import causal
+    >>> masked = MaskedProblem.of(Problem.of((1, 1, 64, 16), mask=causal()))
+    >>> masked.index_bits, masked.visited_by("q", 32).runs.tolist()
+    (32, [[0, 32, 1], [0, 32, 0], [32, 64, 1]])
+    """
+
+    problem: Problem
+    expression: Boolean
+    skeleton: Skeleton
+    parameters: tuple[int, ...]
+    tables: tuple[Table | Declared, ...]
+    index_bits: int
+    _runs: dict[tuple[str, int, int], Runs] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of(problem: Problem) -> MaskedProblem:
+        """Bind the mask of a problem to its lengths."""
+        expression = problem.mask.bind(problem.len_q, problem.len_k)
+        sizes = (problem.batch, problem.heads_q, problem.len_q, problem.len_k)
+        return MaskedProblem(
+            problem, expression, *split(expression), index_bits(expression, *sizes)
+        )
+
+    @property
+    def constant(self) -> bool:
+        """True where the rule says the same of all pairs: nothing is left to ask."""
+        return isinstance(self.expression, Truth)
+
+    def visited_by(self, parallel: str, width: int) -> Runs:
+        """The runs of block rows that are `width` elements high along `parallel`."""
+        return self._found(parallel, width, 1)
+
+    def visited_together(self, heads: int) -> Runs:
+        """The runs of all queries as one block row, for each of `heads` groups of query heads."""
+        return self._found("q", self.problem.len_q, self.problem.heads_q // heads)
+
+    def _found(self, parallel: str, width: int, group: int) -> Runs:
+        key = (parallel, width, group)
+        found = self._runs.get(key)
+        if found is None:
+            problem = self.problem
+            length, traversed = problem.len_q, problem.len_k
+            if parallel == "k":
+                length, traversed = traversed, length
+            found = self._runs[key] = runs(
+                self.expression,
+                parallel=parallel,
+                batch=problem.batch,
+                heads=problem.heads_q,
+                len_parallel=length,
+                len_traverse=traversed,
+                block_parallel=width,
+                block_traverse=MASK_STEP,
+                group=group,
+            )
+        return found
