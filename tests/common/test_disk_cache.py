@@ -301,6 +301,15 @@ def use(store: disk_cache.Cache, name: str, minutes_ago: float) -> None:
         os.utime(path, (then, then))
 
 
+def test_a_process_alone_never_passes_the_limit_though_it_seldom_looks(tmp_path: Path) -> None:
+    store = disk_cache.Cache(tmp_path / "cache", 100_000)
+    for number in range(60):
+        store.put(f"text {number}", "toolchain", bytes(1000 + 700 * (number % 7)))
+        assert store.size() <= store.limit_bytes
+        assert store.get(f"text {number}", "toolchain") is not None
+    assert store.size() > store.limit_bytes // 2
+
+
 def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     room_for_three = 3 * (len(BINARY) + 100)
     store = disk_cache.Cache(tmp_path / "kernels", room_for_three)

@@ -19,7 +19,7 @@ from tilefold.backends.metal.choice import choose
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.families import FAMILIES, family
 from tilefold.backends.metal.heuristics import DEFAULT, Heuristics
-from tilefold.backends.metal.kernels.msl import BYTES
+from tilefold.backends.metal.kernels.storage import BYTES
 from tilefold.backends.metal.plan import Launch, Planner, plan
 from tilefold.backends.metal.source import emit
 from tilefold.backends.metal.spec import KERNELS, SUMS, Blocks, whole

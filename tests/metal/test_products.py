@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-import ml_dtypes
 import numpy as np
+import product_cases
 import pytest
-from compare import UNITS, assert_near
+from compare import assert_near
 from metal import needs
-from numpy.lib.stride_tricks import as_strided
-from numpy.typing import NDArray
+from product_cases import BATCHES, SHAPES, VARIANTS, Variant, given, padded
 
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.emulator.fault import Fault
 from tilefold.backends.metal.matmul import calls
-
-Array = NDArray[Any]
 
 pytestmark = pytest.mark.slow
 
@@ -25,40 +22,11 @@ FAMILIES = ("apple7", "apple9")
 """One that stages operands in threadgroup memory, and one whose lanes read them."""
 
 
-class Variant(NamedTuple):
-    """Options of a product that make one kernel on each family."""
+METAL_SHAPES = (*SHAPES, (48, 48, 24), (47, 49, 25))
+"""The shared shapes, whole blocks, and one that is not."""
 
-    a: str = "float32"
-    b: str = "float32"
-    c: str = "float32"
-    transpose_a: bool = False
-    transpose_b: bool = False
-    bias: str | None = None
-    activation: str | None = None
-    every: int = 1
-    """Elements from one number of a row to the next."""
-
-    def __str__(self) -> str:
-        turned = "".join("NT"[each] for each in (self.transpose_a, self.transpose_b))
-        return "-".join(str(each) for each in (*self[:3], turned, *self[5:]))
-
-
-VARIANTS = (
-    Variant(),
-    Variant("float16", "float16", "float16", False, True, "column", "relu"),
-    Variant("bfloat16", "bfloat16", "bfloat16", True, False, "row", "gelu"),
-    Variant("float16", "float32", "float32", True, True, "row", "silu"),
-    Variant("bfloat16", "float16", "float32", False, False, "column", "tanh"),
-    Variant("float32", "bfloat16", "bfloat16", True, False, every=3),
-)
-SHAPES = (
-    *((1, 1, 1), (2, 20, 3), (20, 2, 9), (99, 3, 257), (3, 257, 99), (1, 130, 8), (130, 1, 24)),
-    *((48, 48, 24), (47, 49, 25), (64, 96, 40), (33, 95, 7), (35, 6, 1)),
-)
-"""m, n, k: single numbers, very long and very narrow ones, whole blocks, and one beside them."""
-
-SLOPES = {None: 1.0, "relu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}
-"""How much an activation can make of an error."""
+assert_product = partial(product_cases.assert_product, activation_unit=3e-7)
+"""Activations are off by 3e-7 of their argument here."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -72,90 +40,34 @@ def machine(family: str) -> Emulated:
     return Emulated(family)
 
 
-def activate(name: str | None, x: Array) -> Array:
-    """An activation in float64."""
-    if name == "relu":
-        return np.maximum(x, 0)
-    if name == "gelu":
-        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    if name == "silu":
-        with np.errstate(over="ignore"):
-            return x / (1 + np.exp(-x))
-    return np.tanh(x) if name == "tanh" else x
-
-
-def assert_product(
-    got: Array,
-    a: Array,
-    b: Array,
-    *,
-    alpha: float = 1,
-    beta: float = 0,
-    c: Array | float = 0,
-    bias: Array | float = 0,
-    activation: str | None = None,
-) -> None:
-    """Raises unless a product is as near to that in float64 as sums in float32 can be.
-
-    `a` and `b` as they multiply, `bias` as it is added. A sum of k rounded products, in any order,
-    is off by k units of the sum of their sizes at most; alpha, the bias, beta C and their sums are
-    five roundings more. An activation passes that on by its slope, and is off by 3e-7 of its
-    argument itself. The result is rounded once.
-    """
-    wide = [np.asarray(x, np.float64) for x in (a, b, c, bias)]
-    left, right, old, added = wide
-    terms = abs(alpha) * (abs(left) @ abs(right)) + abs(beta * old) + abs(added)
-    sums = alpha * (left @ right) + beta * old + added
-    want = activate(activation, sums)
-    kept = str(got.dtype)
-    allowed = SLOPES[activation] * (a.shape[-1] + 5) * UNITS["float32"] * terms
-    allowed += 3e-7 * abs(sums) * (activation is not None)
-    allowed += 1.01 * UNITS[kept] * (abs(want) + allowed)
-    allowed += float(ml_dtypes.finfo(kept).smallest_subnormal)
-    assert_near("c", got, want, allowed)
-
-
 def product(
     machine: Emulated, variant: Variant, shape: tuple[int, int, int], **options: Any
 ) -> None:
     """Raises unless a product of random numbers is right."""
-    m, n, k = shape
-    rng = np.random.default_rng(shape)
-
-    def matrix(rows: int, columns: int, dtype: str, turned: bool) -> tuple[Array, Array]:
-        lengths = (columns, rows) if turned else (rows, columns)
-        wide = rng.normal(size=(lengths[0], lengths[1] * variant.every)).astype(dtype)
-        found = wide[:, :: variant.every]
-        return found, found.T if turned else found
-
-    a, left = matrix(m, k, variant.a, variant.transpose_a)
-    b, right = matrix(k, n, variant.b, variant.transpose_b)
-    c = rng.normal(size=(m, n)).astype(variant.c)
-    bias = rng.normal(size={"column": n, "row": m, None: 0}[variant.bias]).astype(variant.c)
-    options |= {"alpha": float(np.float32(rng.normal())), "beta": float(np.float32(rng.normal()))}
-    old = c.copy()
+    x = given(variant, shape)
+    c = x.c.copy()
     got = calls.gemm(
-        a,
-        b,
+        x.a,
+        x.b,
         c,
         transpose_a=variant.transpose_a,
         transpose_b=variant.transpose_b,
-        bias=bias if variant.bias else None,
+        bias=x.bias if variant.bias else None,
         bias_axis=variant.bias or "column",
         activation=variant.activation,
+        **x.scalars,
         **options,
         machine=machine,
     )
     assert got is c
-    added = {"column": bias, "row": bias[:, None], None: 0.0}[variant.bias]
-    scalars = {name: options[name] for name in ("alpha", "beta")}
-    assert_product(got, left, right, c=old, bias=added, activation=variant.activation, **scalars)
+    activation = variant.activation
+    assert_product(got, x.left, x.right, c=x.c, bias=x.added, activation=activation, **x.scalars)
 
 
 @pytest.mark.feature("M11")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_products_of_any_shape(machine: Emulated, variant: Variant) -> None:
-    for shape in SHAPES:
+    for shape in METAL_SHAPES:
         product(machine, variant, shape, cores=1)
 
 
@@ -188,16 +100,6 @@ def test_where_arrays_lie_does_not_matter(machine: Emulated) -> None:
         assert calls.gemm(left, right, c, machine=machine) is c
 
 
-def padded(array: Array) -> Array:
-    """With room behind each row, that ends where the last row ends."""
-    rows, columns = array.shape
-    memory = np.full((rows - 1) * (columns + 5) + columns, np.nan, array.dtype)
-    size = array.itemsize
-    found = as_strided(memory, array.shape, ((columns + 5) * size, size))
-    found[...] = array
-    return found
-
-
 PLACES = {
     "as they come": np.ascontiguousarray,
     "padded rows": padded,
@@ -209,13 +111,7 @@ PLACES = {
 @pytest.mark.feature("M11")
 def test_a_batch_broadcasts_as_in_numpy(machine: Emulated) -> None:
     rng = np.random.default_rng(6)
-    shapes = (
-        ((2, 3, 9, 5), (5, 11)),
-        ((9, 5), (3, 5, 11)),
-        ((2, 1, 9, 5), (3, 5, 11)),
-        ((2, 1, 9, 5), (1, 3, 5, 11)),
-    )
-    for shape_a, shape_b in shapes:
+    for shape_a, shape_b in BATCHES:
         a, b = (rng.normal(size=shape).astype("float32") for shape in (shape_a, shape_b))
         got = calls.gemm(a, b, machine=machine)
         assert got.shape == np.matmul(a, b).shape

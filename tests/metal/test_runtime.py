@@ -23,7 +23,7 @@ from tilefold.backends.metal import dispatch, runtime
 from tilefold.backends.metal.dispatch import CompileError, Emulated
 from tilefold.backends.metal.kernels import frame
 from tilefold.backends.metal.kernels.arguments import arrays, sizes
-from tilefold.backends.metal.matmul import calls as standalone
+from tilefold.backends.metal.matmul import calls as matmul_calls
 from tilefold.problems import reference
 
 MASK = tilefold.causal()
@@ -263,7 +263,7 @@ def test_a_block_that_raises_launches_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.feature("T12")
 def test_examples_run(emulated: Emulated) -> None:
-    for module in (metal, listed, standalone, dispatch):
+    for module in (metal, listed, matmul_calls, dispatch):
         outcome = doctest.testmod(module, raise_on_error=False)
         assert outcome.attempted and not outcome.failed
 

@@ -6,16 +6,24 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from bounds import Fault, Watched
-from compare import UNITS, assert_near
+from compare import assert_near
 from interpreted import array, needs, tensor
 from numpy.lib.stride_tricks import as_strided
-from numpy.typing import NDArray
+from product_cases import (
+    BATCHES,
+    SHAPES,
+    VARIANTS,
+    Array,
+    Variant,
+    assert_product,
+    given,
+    padded,
+)
 
 from tilefold.backends.triton.interpreter import Interpreted
 from tilefold.backends.triton.matmul import calls
@@ -23,48 +31,15 @@ from tilefold.backends.triton.matmul.gemm import GemmBlocks
 
 pytestmark = pytest.mark.slow
 
-Array = NDArray[Any]
-
 SMALL = GemmBlocks(32, 32, 16, warps=4, stages=2, band=2)
 LARGE = GemmBlocks(128, 256, 64, warps=8, stages=3)
 
-SLOPES = {None: 1.0, "relu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}
-"""How much an activation can make of an error."""
-
-
-class Variant(NamedTuple):
-    """Options of a product that make one kernel."""
-
-    a: str = "float32"
-    b: str = "float32"
-    c: str = "float32"
-    transpose_a: bool = False
-    transpose_b: bool = False
-    bias: str | None = None
-    activation: str | None = None
-    every: int = 1
-    """Elements from one number of a row to the next."""
-
-    def __str__(self) -> str:
-        turned = "".join("NT"[each] for each in (self.transpose_a, self.transpose_b))
-        return "-".join(str(each) for each in (*self[:3], turned, *self[5:]))
-
-
-VARIANTS = (
-    Variant(),
-    Variant("float16", "float16", "float16", False, True, "column", "relu"),
-    Variant("bfloat16", "bfloat16", "bfloat16", True, False, "row", "gelu"),
-    Variant("float16", "float32", "float32", True, True, "row", "silu"),
-    Variant("bfloat16", "float16", "float32", False, False, "column", "tanh"),
-    Variant("float32", "bfloat16", "bfloat16", True, False, every=3),
+TRITON_VARIANTS = (
+    *VARIANTS,
     Variant("float64", "float64", "float64", False, True, "column", "gelu"),
 )
-SHAPES = (
-    *((1, 1, 1), (2, 20, 3), (20, 2, 9), (99, 3, 257), (3, 257, 99), (1, 130, 8), (130, 1, 24)),
-    *((32, 32, 16), (31, 33, 17), (64, 96, 40), (33, 95, 7), (35, 6, 1)),
-    *((0, 5, 3), (5, 0, 3), (5, 3, 0)),
-)
-"""m, n, k: single numbers, very long and very narrow ones, whole blocks, one beside them, none."""
+TRITON_SHAPES = (*SHAPES, (32, 32, 16), (31, 33, 17), (0, 5, 3), (5, 0, 3), (5, 3, 0))
+"""The shared shapes, whole blocks, one that is not, and axes of length 0."""
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +65,7 @@ class Listening(Watched):
 def multiply(
     a: Array, b: Array, c: Array | None = None, on: Interpreted | None = None, **options: Any
 ) -> Array:
-    """`standalone.gemm` on arrays; the kernel touches them alone, and writes all of C once."""
+    """`gemm` on arrays; the kernel touches them alone, and writes all of C once."""
     needs()
     on, options = on or Watched(written=("c",)), {"blocks": SMALL, **options}
     if options.get("bias") is not None:
@@ -101,89 +76,32 @@ def multiply(
     return array(got, str(got.dtype).removeprefix("torch."))
 
 
-def activate(name: str | None, x: Array) -> Array:
-    """An activation in float64."""
-    if name == "relu":
-        return np.maximum(x, 0)
-    if name == "gelu":
-        return np.array(x * 0.5 * (1 + np.vectorize(math.erf, otypes=["d"])(x / math.sqrt(2))))
-    if name == "silu":
-        return np.array(x / (1 + np.exp(-x)))
-    return np.tanh(x) if name == "tanh" else x
-
-
-def assert_product(
-    got: Array,
-    a: Array,
-    b: Array,
-    *,
-    alpha: float = 1,
-    beta: float = 0,
-    c: Array | float = 0,
-    bias: Array | float = 0,
-    activation: str | None = None,
-) -> None:
-    """Raises unless a product is as near to that in float64 as its sums can be.
-
-    A sum of k rounded products, in any order, is off by k units of the sum of their sizes at most;
-    alpha, the bias, beta C and their sums are five roundings more. Of float64 the definition has as
-    many itself. An activation passes that on by its slope, and is off by 4 units of its argument
-    itself. The result is rounded once.
-    """
-    left, right, old, added = (np.asarray(x, np.float64) for x in (a, b, c, bias))
-    terms = abs(alpha) * (abs(left) @ abs(right)) + abs(beta * old) + abs(added)
-    sums = alpha * (left @ right) + beta * old + added
-    want = activate(activation, sums)
-    kept = str(got.dtype)
-    unit = 2 * UNITS["float64"] if a.dtype == np.float64 else UNITS["float32"]
-    allowed = SLOPES[activation] * (a.shape[-1] + 5) * unit * terms
-    allowed += 4 * unit * abs(sums) * (activation is not None)
-    allowed += 1.01 * UNITS[kept] * (abs(want) + allowed)
-    allowed += float(ml_dtypes.finfo(kept).smallest_subnormal)
-    assert_near("c", got, want, allowed)
-
-
 def product(
     variant: Variant, shape: tuple[int, int, int], on: Interpreted | None = None, **options: Any
 ) -> None:
     """Raises unless a product of random numbers is right."""
-    m, n, k = shape
-    rng = np.random.default_rng(shape)
-
-    def matrix(rows: int, columns: int, dtype: str, turned: bool) -> tuple[Array, Array]:
-        lengths = (columns, rows) if turned else (rows, columns)
-        wide = rng.normal(size=(lengths[0], lengths[1] * variant.every)).astype(dtype)
-        found = wide[:, :: variant.every]
-        return found, found.T if turned else found
-
-    a, left = matrix(m, k, variant.a, variant.transpose_a)
-    b, right = matrix(k, n, variant.b, variant.transpose_b)
-    c = rng.normal(size=(m, n)).astype(variant.c)
-    bias = rng.normal(size={"column": n, "row": m, None: 0}[variant.bias]).astype(variant.c)
-    scalars = {"alpha": float(np.float32(rng.normal())), "beta": float(np.float32(rng.normal()))}
-    if variant.a == "float64":
-        scalars = {"alpha": 1 / 3, "beta": -math.pi}
+    x = given(variant, shape)
     got = multiply(
-        a,
-        b,
-        c.copy(),
+        x.a,
+        x.b,
+        x.c.copy(),
         on,
         transpose_a=variant.transpose_a,
         transpose_b=variant.transpose_b,
-        bias=bias if variant.bias else None,
+        bias=x.bias if variant.bias else None,
         bias_axis=variant.bias or "column",
         activation=variant.activation,
-        **scalars,
+        **x.scalars,
         **options,
     )
-    added = {"column": bias, "row": bias[:, None], None: 0.0}[variant.bias]
-    assert_product(got, left, right, c=c, bias=added, activation=variant.activation, **scalars)
+    activation = variant.activation
+    assert_product(got, x.left, x.right, c=x.c, bias=x.added, activation=activation, **x.scalars)
 
 
 @pytest.mark.feature("M11", "S10")
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", TRITON_VARIANTS, ids=str)
 def test_products_of_any_shape(variant: Variant) -> None:
-    for shape in SHAPES:
+    for shape in TRITON_SHAPES:
         product(variant, shape)
 
 
@@ -237,16 +155,6 @@ def test_where_arrays_lie_does_not_matter() -> None:
         assert_product(multiply(place(a), place(b), c), a, b)
         assert (around[[0, -1]] == 7).all() and (around[:, [0, 1, -3, -2, -1]] == 7).all()
         assert_product(multiply(place(a), place(b), place(np.full((m, n), np.nan, "f4"))), a, b)
-
-
-def padded(given: Array) -> Array:
-    """With room behind each row, that ends where the last row ends."""
-    rows, columns = given.shape
-    memory = np.full((rows - 1) * (columns + 5) + columns, np.nan, given.dtype)
-    size = given.itemsize
-    found = as_strided(memory, given.shape, ((columns + 5) * size, size))
-    found[...] = given
-    return found
 
 
 @pytest.mark.feature("M11")
@@ -303,14 +211,7 @@ def test_what_no_unit_can_move_is_loaded_as_it_lies() -> None:
 @pytest.mark.feature("M11")
 def test_a_batch_broadcasts_as_in_numpy() -> None:
     rng = np.random.default_rng(6)
-    shapes = (
-        ((2, 3, 9, 5), (5, 11)),
-        ((9, 5), (3, 5, 11)),
-        ((2, 1, 9, 5), (3, 5, 11)),
-        ((2, 1, 9, 5), (1, 3, 5, 11)),
-        ((0, 9, 5), (1, 5, 11)),
-    )
-    for shape_a, shape_b in shapes:
+    for shape_a, shape_b in (*BATCHES, ((0, 9, 5), (1, 5, 11))):
         a, b = (rng.normal(size=shape).astype("float32") for shape in (shape_a, shape_b))
         got = multiply(a, b)
         assert got.shape == np.matmul(a, b).shape

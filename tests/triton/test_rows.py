@@ -57,7 +57,7 @@ def blocks(request: pytest.FixtureRequest) -> SoftmaxBlocks | None:
 
 
 def weigh(x: Array, p: Array | None = None, **options: Any) -> tuple[Array, Array]:
-    """`standalone.softmax` on arrays, with lse; its kernel touches its operands and no more."""
+    """`softmax` on arrays, with lse; its kernel touches its operands and no more."""
     needs()
     into = None if p is None else tensor(p)
     on = Watched(written=("p", "lse"))
