@@ -279,7 +279,7 @@ def test_tensor_operations_are_one_kernel_with_gradients(layout: str) -> None:
     problem = Problem.of(
         *(tuple(x.shape) for x in (q, k, v)), dtype="float16", mask=mask, layout=layout
     )
-    o, lse = ways._TensorOps.apply(on, problem, layout, q, k, v)
+    o, lse = ways._TensorOps.apply(on, problem, Request(mask, None, layout), q, k, v)
     options: dict[str, Any] = {"mask": mask, "layout": layout, "impl": "composed"}
     want, want_lse = tilefold.attention(q, k, v, **options, return_lse=True)
     torch.testing.assert_close(o, want, rtol=0, atol=4e-3)
