@@ -172,7 +172,8 @@ def test_another_instruction_set_is_another_call(
             continue
         monkeypatch.setenv("TILEFOLD_CPU_ISA", isa)
         check(arrays)
-        newest: Any = next(reversed(calls.calls._held.values()))[0].prepared
+        newest: Any = calls.calls.get(calls.calls.keys()[-1])
+        newest = newest.prepared
         assert newest.plan.device.isa == isa
         break
     monkeypatch.delenv("TILEFOLD_CPU_ISA", raising=False)

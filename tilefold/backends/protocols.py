@@ -128,7 +128,7 @@ class Machine(ABC):
 class Backend(Protocol):
     """The functions of a backend's `calls` module."""
 
-    def machine(self, index: int) -> Machine:
+    def machine(self, index: int = 0) -> Machine:
         """The machine that is here, by its number among several. Raises NotImplementedError."""
 
     def missing(self) -> str | None:

@@ -55,7 +55,10 @@ def machine(device: Any) -> Machine:
     kind = found[1] if found else str(device)
     choice("device", kind if kind in DEVICES else device, tuple(DEVICES))
     assert found is not None
-    finder = _finders[device] = partial(backend(DEVICES[kind]).machine, int(found[2] or 0))
+    finder: Callable[[], Machine] = backend(DEVICES[kind]).machine
+    if BACKENDS[DEVICES[kind]].several:
+        finder = partial(backend(DEVICES[kind]).machine, int(found[2] or 0))
+    _finders[device] = finder
     return finder()
 
 

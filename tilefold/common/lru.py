@@ -2,54 +2,76 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
+class _Entry(Generic[T]):
+    """A value, its size in bytes, and when it was last used: later is larger."""
+
+    __slots__ = ("size", "used", "value")
+
+    def __init__(self, value: T, size: int, used: int) -> None:
+        self.value, self.size, self.used = value, size, used
+
+
 class LruCache(Generic[T]):
     """The values that were put or asked for last, up to a number of them and of bytes.
 
     The newest one always stays. Any number of threads may use it; a forked child may go on with it.
+    Asking takes no lock and hashes the key once: it is what every call begins with.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self._most, self._most_bytes = most, most_bytes
-        self._held: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
+        self._entries: dict[Hashable, _Entry[T]] = {}
+        self._clock = itertools.count()
         self._lock = threading.Lock()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._unlock)
 
+    def __len__(self) -> int:
+        """The number of values that are kept."""
+        return len(self._entries)
+
     def get(self, key: Hashable) -> T | None:
         """The value of a key, or None."""
-        with self._lock:
-            found = self._held.get(key)
-            if found is None:
-                return None
-            self._held.move_to_end(key)
-            return found[0]
+        found = self._entries.get(key)
+        if found is None:
+            return None
+        found.used = next(self._clock)
+        return found.value
 
     def put(self, key: Hashable, value: T, size: int) -> T:
         """Keep a value, which holds `size` bytes of data, and return it."""
         with self._lock:
-            self._held[key] = value, size
-            self._held.move_to_end(key)
-            total = sum(size for _, size in self._held.values())
-            while len(self._held) > 1 and (
-                len(self._held) > self._most or total > self._most_bytes
-            ):
-                _, (_, oldest) = self._held.popitem(last=False)
-                total -= oldest
+            self._entries[key] = _Entry(value, size, next(self._clock))
+            total = sum(entry.size for entry in self._entries.values())
+            if len(self._entries) > self._most or total > self._most_bytes:
+                self._drop(total)
         return value
+
+    def keys(self) -> list[Hashable]:
+        """The keys of all values, the one that was used last at the end."""
+        return sorted(self._entries, key=lambda key: self._entries[key].used)
 
     def clear(self) -> None:
         """Keep nothing."""
         with self._lock:
-            self._held.clear()
+            self._entries.clear()
+
+    def _drop(self, total: int) -> None:
+        """Drop the values that were used longest ago until the rest is within the bounds."""
+        *oldest, _ = self.keys()
+        for key in oldest:
+            if len(self._entries) <= self._most and total <= self._most_bytes:
+                break
+            total -= self._entries.pop(key).size
 
     def _unlock(self) -> None:
         """In a forked child: whoever held the lock at the fork is not there to release it."""

@@ -28,7 +28,7 @@ class CpuMachine(Machine):
 
 
 _machines: dict[int, CpuMachine] = {}
-"""Machines by the identity of their devices, which is found faster than their hash."""
+"""Machines by the identity of their devices, which is found faster than by their hash."""
 
 
 def machine(index: int = 0) -> CpuMachine:

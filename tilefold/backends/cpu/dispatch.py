@@ -56,7 +56,7 @@ class Call:
 
     def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
         """Run the kernels in order on arrays, in the order of `OPERANDS`."""
-        self._run([*map(arrays.pointer, operands)])
+        self.run(*map(arrays.pointer, operands))
 
     def compile(self) -> None:
         """Nothing is left to do: kernels are loaded before there is a call."""
@@ -66,11 +66,8 @@ class Call:
 
         Whoever calls keeps the operands alive meanwhile.
         """
-        self._run([*pointers])
-
-    def _run(self, pointers: list[int]) -> None:
         made = [_allocate(name, scratch) for name, scratch in self.plan.buffers.items()]
-        pointers += [buffer.pointer for buffer in made]
+        pointers += tuple([buffer.pointer for buffer in made])
         workers = 1 if self.alone else threads.get_num_threads()
         for step in self.steps:
             step.run(pointers, workers)
