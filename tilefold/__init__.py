@@ -7,14 +7,12 @@ if TYPE_CHECKING:
     from tilefold.api import attention, attention_backward, merge
     from tilefold.backends.cpu.threads import get_num_threads, set_num_threads
     from tilefold.compiling import compile_async
+    from tilefold.masks.data_rules import dense, documents, lengths
     from tilefold.masks.position_rules import (
         Rule,
         causal,
         chunked,
-        dense,
-        documents,
         full,
-        lengths,
         local,
         prefix,
         rule,
@@ -46,6 +44,9 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "attention": "tilefold.api",
     "attention_backward": "tilefold.api",
     "merge": "tilefold.api",
+    "dense": "tilefold.masks.data_rules",
+    "documents": "tilefold.masks.data_rules",
+    "lengths": "tilefold.masks.data_rules",
     "Problem": "tilefold.problems.attention",
     "compile_async": "tilefold.compiling",
     "get_num_threads": "tilefold.backends.cpu.threads",

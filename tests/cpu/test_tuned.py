@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import tilefold
+from tilefold import Rule, causal, full, lengths, local
 from tilefold.backends.cpu import plan, tuned
 from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
-from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
-from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
+from tilefold.backends.cpu.tables import FAMILIES, Blocks, RegisterTile
+from tilefold.backends.cpu.tuned import Key, Processor, Timed, TunedBlocks
 from tilefold.common.tuned_store import TunedFile
-from tilefold.masks.position_rules import Rule, causal, full, lengths, local
 from tilefold.measuring import workload
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem

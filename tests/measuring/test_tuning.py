@@ -15,8 +15,7 @@ from tilefold import cli
 from tilefold.backends.cpu import peak, plan, tuned
 from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.tables import FAMILIES, RegisterTile
-from tilefold.backends.cpu.tuned import Blocks
+from tilefold.backends.cpu.tables import FAMILIES, Blocks, RegisterTile
 from tilefold.masks import parse
 from tilefold.measuring import tuning, workload
 from tilefold.measuring.workload import Call, Case

@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tilefold.masks import position_rules
+from tilefold.masks import data_rules, position_rules
 from tilefold.masks.rule import Rule
 
 # No time limit per example: a busy machine is not a failing test.
@@ -146,7 +146,7 @@ def _plain(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
         case "chunked":
             size = number + 1
             return position_rules.chunked(size), lambda b, h, q, k: q // size == k // size
-    return position_rules.lengths(number), lambda b, h, q, k: k < number
+    return data_rules.lengths(number), lambda b, h, q, k: k < number
 
 
 @st.composite
@@ -162,17 +162,17 @@ def _data(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
                 sides.append(np.sort(ids) if draw(st.booleans()) else ids)
             whole = [np.broadcast_to(ids, (sizes.batch, ids.shape[-1])) for ids in sides]
             return (
-                position_rules.documents(*sides),
+                data_rules.documents(*sides),
                 lambda b, h, q, k: bool(whole[0][b, q] == whole[1][b, k]),
             )
         case "lengths":
             n_k = random.integers(0, sizes.len_k + 2, sizes.batch)
-            return position_rules.lengths(n_k), lambda b, h, q, k: bool(k < n_k[b])
+            return data_rules.lengths(n_k), lambda b, h, q, k: bool(k < n_k[b])
     shape = (sizes.batch, sizes.heads, sizes.len_q, sizes.len_k)
     given = tuple(size if draw(st.booleans()) else 1 for size in shape)
     given = given[draw(st.integers(0, 3)) :]
     array = random.random(given) < draw(st.sampled_from((0.02, 0.5, 0.98)))
-    return position_rules.dense(array), lambda b, h, q, k: bool(
+    return data_rules.dense(array), lambda b, h, q, k: bool(
         np.broadcast_to(array, shape)[b, h, q, k]
     )
 

@@ -66,7 +66,7 @@ class Arrays(Protocol):
         """False for an array that is read-only."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
     """How the operands of a call lie in memory, whatever they hold.
 

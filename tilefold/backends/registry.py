@@ -13,7 +13,7 @@ from tilefold.backends.protocols import Backend, Machine
 from tilefold.common.check import choice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A backend: its module with the functions of `Backend`, and the device it serves."""
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A framework: the class of its arrays, what people call one, and what imports its frontend."""
 

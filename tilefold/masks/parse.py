@@ -14,16 +14,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tilefold.common.check import shorten, shown
-from tilefold.masks import position_rules
+from tilefold.masks.data_rules import dense, documents, lengths
 from tilefold.masks.expression import INDEX_NAMES, Index, as_boolean
-from tilefold.masks.rule import Rule
+from tilefold.masks.position_rules import causal, chunked, full, local, prefix
+from tilefold.masks.rule import Rule, rule
 
 RULES: Mapping[str, Callable[..., Rule]] = {
-    name: getattr(position_rules, name)
-    for name in (
-        *("full", "causal", "local", "prefix", "chunked"),
-        *("documents", "lengths", "dense", "rule"),
-    )
+    made.__name__: made
+    for made in (full, causal, local, prefix, chunked, documents, lengths, dense, rule)
 }
 DEEPEST = 150  # levels of operators and calls; deeper trees meet the limit of Python's own stack
 

@@ -13,22 +13,10 @@ import numpy as np
 
 from tilefold.common.check import shown, whole
 from tilefold.masks.coordinates import Coordinates, coordinates
-from tilefold.masks.data_rules import dense, documents, lengths
 from tilefold.masks.expression import Boolean, Index, Logic, Truth
 from tilefold.masks.rule import Rule, rule
 
-__all__ = [
-    "Rule",
-    "causal",
-    "chunked",
-    "dense",
-    "documents",
-    "full",
-    "lengths",
-    "local",
-    "prefix",
-    "rule",
-]
+__all__ = ["Rule", "causal", "chunked", "full", "local", "prefix", "rule"]
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,7 +20,8 @@ from tilefold.backends.metal.dispatch import Machine, execute
 from tilefold.backends.metal.matmul import calls
 from tilefold.backends.metal.plan import MetalPlan, plan
 from tilefold.common.array_files import element_type
-from tilefold.masks.position_rules import Rule, causal, chunked, full, lengths, local
+from tilefold.masks.data_rules import lengths
+from tilefold.masks.position_rules import Rule, causal, chunked, full, local
 from tilefold.measuring.agreement import error
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem

@@ -24,8 +24,8 @@ from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.cpu.spec import KERNELS
-from tilefold.backends.cpu.tables import RegisterTile
-from tilefold.backends.cpu.tuned import Blocks, Key, Processor, Timed, TunedBlocks
+from tilefold.backends.cpu.tables import Blocks, RegisterTile
+from tilefold.backends.cpu.tuned import Key, Processor, Timed, TunedBlocks
 from tilefold.backends.protocols import OPERANDS
 from tilefold.measuring.environment import environment
 from tilefold.measuring.timing import operands, turn_by_turn, using_threads

@@ -70,7 +70,7 @@ ALL_GRADIENTS = Contractions(3, 2)
 """Products of the whole backward pass at once: S; dP; dQ; dK; dV."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Work:
     """Arrays that are read and written once, and products that are made for each pair."""
 
@@ -102,7 +102,7 @@ WORK = {
 """Work that no form of an operation can do without."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class KernelRow(Work):
     """One kernel of a backend.
 

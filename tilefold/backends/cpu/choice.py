@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from tilefold.backends.cpu import tables, tuned
+from tilefold.backends.cpu import tables
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.spec import FMA, KERNELS, KernelSpec, Multiplier
-from tilefold.backends.cpu.tables import FAMILIES, Family, RegisterTile
-from tilefold.backends.cpu.tuned import Blocks, Key
+from tilefold.backends.cpu.tables import FAMILIES, LONG, Blocks, Family, RegisterTile
+from tilefold.common import disk_cache
 from tilefold.planning.masked import MaskedProblem
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
+
+if TYPE_CHECKING:
+    from tilefold.backends.cpu.tuned import Key
 
 
 class Chooser:
@@ -68,11 +73,17 @@ class Chooser:
         if tile is not None:
             return self.usual_blocks(kernel, tile)
         table = self.table_blocks(kernel)
+        if not _measured():
+            return table
+        from tilefold.backends.cpu import tuned
+
         winner = tuned.find(self.device, self.key(kernel), table)
         return winner.best.blocks if winner else table
 
     def key(self, kernel: str) -> Key:
         """What the choice of blocks for one kernel depends on, beside the machine."""
+        from tilefold.backends.cpu.tuned import Key
+
         problem = self.problem
         unit, parts = self.multiplier(kernel)
         length = KERNELS[kernel].length(problem)
@@ -84,13 +95,13 @@ class Chooser:
             dim=problem.dim,
             dim_v=problem.dim_v,
             mask=self.masked.skeleton.text,
-            length=tuned.length_class(length, self.lanes),
+            length=tables.length_class(length, self.lanes),
         )
 
     def table_blocks(self, kernel: str) -> Blocks:
         """Blocks of a kernel by `tables`."""
         family, row = self.family(kernel), KERNELS[kernel]
-        if row.length(self.problem) <= tuned.LONG:
+        if row.length(self.problem) <= LONG:
             tile = self._for_length(family.tiles, row.length(self.problem))
         elif row.tiled:
             tile = self._for_mask(family.measured_tiles, row.parallel)
@@ -162,6 +173,15 @@ class Chooser:
                 if pairs < least:
                     best, least = tile, pairs
         return best
+
+
+def _measured() -> bool:
+    """True where blocks were measured on this machine: `tuned` has read the file, or there is one.
+
+    Without a file `tuned` is not imported: a first call counts its 3 milliseconds.
+    """
+    read = "tilefold.backends.cpu.tuned" in sys.modules
+    return read or (disk_cache.default().directory / tables.TUNED).exists()
 
 
 def _cost(tile: RegisterTile) -> float:

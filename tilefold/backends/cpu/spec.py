@@ -20,7 +20,7 @@ from tilefold.planning.kernels import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class CpuKernelRow(KernelRow):
     """One kernel of processors; `parallel` is the axis that is vectorised.
 

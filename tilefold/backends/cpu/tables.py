@@ -13,6 +13,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+TUNED = "tuned.json"
+"""File of the blocks that were measured on this machine, in the folder of the kernel cache."""
+
+LONG = 256
+"""Lengths of the parallel axis above this one are alike: few lanes of the last block are idle. So
+fewer kernels compile.
+"""
+
 
 @dataclass(frozen=True)
 class RegisterTile:
@@ -33,6 +41,17 @@ class RegisterTile:
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.vectors}"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A register tile, and how many rows are traversed at a time."""
+
+    tile: RegisterTile
+    block_traverse: int
+
+    def __str__(self) -> str:
+        return f"{self.tile} by {self.block_traverse}"
 
 
 @dataclass(frozen=True)
@@ -219,6 +238,15 @@ PAIRS = {
 """Kernels that multiply bfloat16 pairs, by the unit that does. Tiles of AMX have a shape of their
 own: what is chosen for them is how many vectors of the parallel axis a block has, by twos.
 """
+
+
+def length_class(length: int, lanes: int) -> int:
+    """The parallel axis in elements of whole vectors; 0 where it is long.
+
+    >>> length_class(100, 16), length_class(112, 16), length_class(2048, 16)
+    (112, 112, 0)
+    """
+    return 0 if length > LONG else -(-length // lanes) * lanes
 
 
 def family(isa: str, unit: str) -> Family:

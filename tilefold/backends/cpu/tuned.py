@@ -14,13 +14,9 @@ from typing import Any
 
 from tilefold.backends.cpu import tables
 from tilefold.backends.cpu.device import Device
-from tilefold.backends.cpu.tables import Family, RegisterTile
+from tilefold.backends.cpu.tables import Blocks, Family, RegisterTile
 from tilefold.common.tuned_store import TunedStore
 
-LONG = 256
-"""Lengths of the parallel axis above this one are alike: few lanes of the last block are idle. So
-fewer kernels compile.
-"""
 LONGEST_BLOCK = 4096
 """Most traversed rows of a block that are believed; no more than 512 are ever measured."""
 DENSE = "True"
@@ -49,7 +45,7 @@ class Key:
     """What a choice of blocks depends on, beside the machine.
 
     `unit` and `parts` say how the kernel multiplies: see `spec.Multiplier`. `mask` is the text of
-    its skeleton. `length` is the class of the parallel axis: see `length_class`.
+    its skeleton. `length` is the class of the parallel axis: see `tables.length_class`.
     """
 
     kernel: str
@@ -60,17 +56,6 @@ class Key:
     dim_v: int
     mask: str
     length: int
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A register tile, and how many rows are traversed at a time."""
-
-    tile: RegisterTile
-    block_traverse: int
-
-    def __str__(self) -> str:
-        return f"{self.tile} by {self.block_traverse}"
 
 
 @dataclass(frozen=True)
@@ -93,15 +78,6 @@ class TunedBlocks:
     threads: int
     date: str
     versions: Mapping[str, str]
-
-
-def length_class(length: int, lanes: int) -> int:
-    """The parallel axis in elements of whole vectors; 0 where it is long.
-
-    >>> length_class(100, 16), length_class(112, 16), length_class(2048, 16)
-    (112, 112, 0)
-    """
-    return 0 if length > LONG else -(-length // lanes) * lanes
 
 
 def find(device: Device, key: Key, table: Blocks) -> TunedBlocks | None:
@@ -155,6 +131,6 @@ def _check(holds: bool, value: object) -> None:
 
 
 STORE = TunedStore(
-    file="tuned.json", form="tilefold winners 1", noun="winners", parse=_parse, entry=_entry
+    file=tables.TUNED, form="tilefold winners 1", noun="winners", parse=_parse, entry=_entry
 )
 """The file of this machine's processors."""

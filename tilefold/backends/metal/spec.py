@@ -54,7 +54,7 @@ class Blocks:
         return f"{self.parallel} x {self.traverse} x {self.head}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class MetalKernelRow(KernelRow):
     """One kernel of Apple GPUs; threadgroups share `parallel`.
 

@@ -45,7 +45,7 @@ BY_PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 """By `precision`: TF32 has 11 significant bits, of which three products make more than 16."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TritonKernelRow(KernelRow):
     """One kernel of GPUs by Triton; programs share `parallel`.
 
