@@ -308,7 +308,7 @@ def test_the_system_call_itself() -> None:
 def test_a_real_filter_of_system_calls(answer: int) -> None:
     code = f"""
 import ctypes, errno, struct
-from tilefold import device
+from tilefold.backends.cpu import device
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 # Load the number of the system call; arch_prctl is answered with an error, all others pass.

@@ -238,7 +238,8 @@ def test_attention_on_a_confined_machine(confined: str) -> None:
     code = f"""
 import tilefold
 from compare import assert_near
-from tilefold import device, reference
+from tilefold.backends.cpu import device
+from tilefold.problems import reference
 {how}
 q = np.random.default_rng(1).standard_normal((2, 3, 200, 40), dtype=np.float32)
 mask = tilefold.causal()
@@ -286,6 +287,7 @@ def test_without_a_runtime_python_threads_do_the_work(monkeypatch: pytest.Monkey
     def missing(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
+    host()  # asks the system for AMX, by way of ctypes too
     monkeypatch.setattr(threads, "_mapped_runtimes", list)
     monkeypatch.setattr(ctypes, "CDLL", missing)
     team = threads._choose(forked=False)

@@ -174,7 +174,7 @@ def test_sizes_and_simdgroups_are_in_the_text() -> None:
 def test_what_tensor_operations_do_not_serve_is_refused() -> None:
     (launch,) = plan(Problem.of((1, 1, 8, 8))).launches
     for change, message in (
-        ({"operation": "backward_dq", "cached": ()}, "forward pass alone, not backward_dq"),
+        ({"kernel": "backward_dq", "cached": ()}, "forward pass alone, not backward_dq"),
         ({"dtype": "bfloat16", "bfloat": False}, "bfloat16 only where"),
         ({"unit": False}, "side by side"),
         ({"wide": True}, "31 bits"),
