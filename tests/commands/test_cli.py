@@ -197,9 +197,9 @@ class Trap:
         (["run", "--top", "0"], "--top must be at least 1, not 0"),
         (["run", "--paragraphs", "0"], "--paragraphs must be at least 1, not 0"),
         (["mask", "cusal()"], "unknown rule cusal; use full, causal,"),
-        (["mask", "causal()", "--len-q", "0"], "len_q must be a whole number >= 1, got 0"),
+        (["mask", "causal()", "--len-q", "0"], "len_q must be an integer >= 1, got 0"),
         (["mask", "causal()", "--save", "m.gif"], "must end in .svg or .png"),
-        (["inspect", "--shape", "1,2,3"], "a shape is four whole numbers"),
+        (["inspect", "--shape", "1,2,3"], "a shape is four integers"),
         (["inspect", "--shape", "1,8,64,64", "--heads-kv", "3"], "heads of q must be a multiple"),
         (["inspect", "--isa", "neon2"], "isa must be one of"),
         (["inspect", "--kernel", "backward"], "--kernel must be one of forward, not 'backward'"),
@@ -207,7 +207,7 @@ class Trap:
         (["bench", "--device", "cpu"], "--device says where --impl runs"),
         (["bench", "--impl", "kernel", "--sweep"], "--sweep goes with peers"),
         (["bench", "--impl", "kernel", "--device", "tpu"], "--device must be cpu"),
-        (["bench", "--threads", "0", "--peers"], "n must be a whole number from 1 to"),
+        (["bench", "--threads", "0", "--peers"], "n must be an integer from 1 to"),
     ],
 )
 @pytest.mark.feature("T15")

@@ -359,8 +359,8 @@ def test_inspect_says_how_to_measure(
     ("options", "said"),
     [
         (["--seconds", "0"], "--seconds must be more than 0, not 0"),
-        (["--threads", "0"], "n must be a whole number from 1 to"),
-        (["--shape", "1,2"], "a shape is four whole numbers"),
+        (["--threads", "0"], "n must be an integer from 1 to"),
+        (["--shape", "1,2"], "a shape is four integers"),
         (["--mask", "cusal()"], "unknown rule cusal"),
         (["--shape", "1,2,0,16"], "there is nothing to measure in shape 1,2,0,16"),
     ],

@@ -290,7 +290,7 @@ def test_a_mask_with_more_numbers_than_metal_takes_is_refused() -> None:
         return total(terms[:half]) + total(terms[half:]) if half else terms[0]
 
     many = tilefold.rule(lambda q, k: total([abs(q - 7 * n) for n in range(600)]) > k)
-    with pytest.raises(NotImplementedError, match=r"^Metal takes 512 whole numbers"):
+    with pytest.raises(NotImplementedError, match=r"^Metal takes 512 integers"):
         forward(Recorder(), *operands(), mask=many)
 
 

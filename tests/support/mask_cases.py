@@ -182,7 +182,7 @@ Formula = Callable[[Any, Any, Any, Any], Any]
 
 @st.composite
 def _numbers(draw: st.DrawFn, depth: int) -> Formula:
-    """Whole numbers over the indices, as functions that serve Python's integers and symbols."""
+    """Integers over the indices, as functions that serve Python's integers and symbols."""
     kind = draw(st.sampled_from(("index", "constant", "binary", "divide", "abs", "negate")))
     if depth == 0 or kind == "index":
         which = draw(st.integers(0, 3))

@@ -17,7 +17,7 @@ def shape(text: str) -> tuple[int, int, int, int]:
         batch, heads, length, dim = (int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"a shape is four whole numbers such as 1,8,2048,64 ({SHAPE}), not {text!r}"
+            f"a shape is four integers such as 1,8,2048,64 ({SHAPE}), not {text!r}"
         ) from None
     return batch, heads, length, dim
 

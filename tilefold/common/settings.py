@@ -89,7 +89,7 @@ def _directory(text: str) -> Path:
 NUM_THREADS: Setting[int | None] = Setting(
     "TILEFOLD_NUM_THREADS",
     _threads,
-    f"a whole number from 1 to {MAX_THREADS}",
+    f"an integer from 1 to {MAX_THREADS}",
     None,
     "threads per call; without it, the cores that this process may use",
 )
@@ -124,7 +124,7 @@ CACHE_DIR: Setting[Path | None] = Setting(
 CACHE_MIB: Setting[int] = Setting(
     "TILEFOLD_CACHE_MIB",
     _count,
-    "a whole number of MiB, 0 to keep nothing",
+    "an integer (MiB), 0 to keep nothing",
     256,
     "how large the kernel cache may grow before the least recently used kernels go",
 )

@@ -89,7 +89,7 @@ def _spelt(spec: KernelSpec) -> str:
 
 
 def workspace_bytes(spec: KernelSpec) -> int:
-    """Scratch of one worker, a whole number of 64-byte lines and one page apart from the next."""
+    """Scratch of one worker, a multiple of 64 bytes and one page apart from the next."""
     from tilefold.backends.cpu.kernels import block, state
 
     item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]

@@ -41,7 +41,7 @@ def get_num_threads() -> int:
     Results do not depend on it, to the last bit.
 
     Raises
-        ValueError: TILEFOLD_NUM_THREADS is no whole number from 1 to 1024
+        ValueError: TILEFOLD_NUM_THREADS is no integer from 1 to 1024
     """
     return _requested or _default_num_threads()
 
@@ -57,7 +57,7 @@ def set_num_threads(n: int) -> None:
     >>> tilefold.set_num_threads(before)
 
     Arguments
-        n: a whole number from 1 to 1024; more than there are cores is fine
+        n: an integer from 1 to 1024; more than there are cores is fine
 
     Raises
         ValueError: n is anything else
@@ -65,7 +65,7 @@ def set_num_threads(n: int) -> None:
     global _requested
     whole = hasattr(n, "__index__") and not isinstance(n, bool)
     if not whole or not 1 <= n.__index__() <= settings.MAX_THREADS:
-        raise ValueError(f"n must be a whole number from 1 to {settings.MAX_THREADS}, not {n!r}")
+        raise ValueError(f"n must be an integer from 1 to {settings.MAX_THREADS}, not {n!r}")
     _requested = n.__index__()
 
 

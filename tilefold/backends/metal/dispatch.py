@@ -284,7 +284,7 @@ def _step(
     numbers = [int(known[name]) for name in sizes(spec)]
     if len(numbers) > MOST_NUMBERS:
         raise NotImplementedError(
-            f"Metal takes {MOST_NUMBERS} whole numbers beside the arrays, and {spec.kernel} with"
+            f"Metal takes {MOST_NUMBERS} integers beside the arrays, and {spec.kernel} with"
             f" this mask has {len(numbers)}: give the mask's numbers as a table (tilefold.dense,"
             " documents), or run it on the CPU"
         )
@@ -315,7 +315,7 @@ def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], alignment: int) -> 
 
 
 def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
-    """The whole numbers of a launch that do not depend on where operands lie."""
+    """The integers of a launch that do not depend on where operands lie."""
     problem, runs = plan.problem, launch.runs
     rows = runs.block_rows
     found = {

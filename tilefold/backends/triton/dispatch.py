@@ -281,7 +281,7 @@ def _places(problem: Problem, block_rows: int) -> dict[str, int]:
 
 
 def _numbers(plan: TritonPlan, launch: Launch) -> dict[str, int]:
-    """The whole numbers of a launch that do not depend on where operands lie."""
+    """The integers of a launch that do not depend on where operands lie."""
     problem, (planes_b, planes_h) = plan.problem, launch.planes
     rows = launch.visited_rows
     sizes = (

@@ -133,7 +133,7 @@ def scalars(entry: Entry, value: object, parameter: Parameter, cast: str | None)
         return ((halves + 0x7FFF + (halves >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
     form = CASTS[cast] if cast else ("q" if whole else "f")
     if cast is None and (parameter.element in _FLOATS) == whole:
-        _mismatch(entry, parameter, "whole numbers" if whole else "floats")
+        _mismatch(entry, parameter, "integers" if whole else "floats")
     content = struct.pack(f"<{len(numbers)}{form}", *numbers)
     if len(content) > MOST_LIST_BYTES:
         raise Fault(
