@@ -7,7 +7,7 @@ from typing import Any
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """An integer of at least `least` as an int.
+    """The value as an int. Raises unless it is an integer of at least `least`.
 
     >>> whole("window", 0, 1)
     Traceback (most recent call last):
@@ -26,7 +26,7 @@ def whole(name: str, value: Any, least: int) -> int:
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raises ValueError unless the value is one of those allowed.
+    """Raises ValueError unless the value is an allowed one.
 
     >>> choice("align", "front", ("end", "start"))
     Traceback (most recent call last):

@@ -1,6 +1,6 @@
 """Every environment variable that tilefold reads, declared once, with its type.
 
-Each is read when it is asked for, never at import, so a program may set them before its first call.
+No variable is read at import, so a program may set them before its first call.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ ISAS = ("amx", "avx512", "avx2", "sse2", "neon")
 """The instruction-set levels that the CPU kernels are written for, widest first."""
 
 METAL_FAMILIES = ("apple7", "apple8", "apple9", "apple10")
-"""The families of GPUs that the Metal kernels are written for, oldest first."""
+"""The families of Apple GPUs that the Metal kernels are written for, oldest first."""
 
 MAX_THREADS = 1024
-"""More is refused: OpenMP runtimes end the process when the system gives them no more threads."""
+"""The largest number of threads that can be set: OpenMP runtimes end the process when the system
+cannot start another thread, so larger numbers are refused.
+"""
 
 
 @dataclass(frozen=True)
 class Setting(Generic[T]):
-    """One environment variable: its name, how its text becomes a value, and what it means."""
+    """One environment variable: its name, the function that reads its text, and its meaning."""
 
     name: str
     read: Callable[[str], T]
@@ -36,7 +38,7 @@ class Setting(Generic[T]):
     def get(self) -> T:
         """Return the variable's value, or the default where it is unset or empty.
 
-        Raises `ValueError` naming the variable, its text and what is allowed.
+        Raises ValueError, which names the variable, its text and the allowed values.
         """
         text = os.environ.get(self.name, "").strip()
         if not text:
@@ -137,4 +139,4 @@ ALL: tuple[Setting[int | None] | Setting[str | None] | Setting[Path | None] | Se
     CACHE_DIR,
     CACHE_MIB,
 )
-"""All of them, for `tilefold doctor` and the documentation."""
+"""All settings, for `tilefold doctor` and the documentation."""
