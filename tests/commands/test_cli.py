@@ -159,7 +159,7 @@ def test_run_answers_programs_in_json(files: Path, capsys: Any) -> None:
         ({"q": "pickle.npy"}, [], r"only arrays of numbers are read"),
         ({"q": "objects.npy"}, [], r"only arrays of numbers are read"),
         ({"q": "half.npy"}, [], r"half|float16"),
-        ({"k": "q.npy"}, [], r"the heads of v must be 4 as that of k, got 2"),
+        ({"k": "q.npy"}, [], r"the heads of v must be 4 as in k, got 2"),
         ({"out": "none/o.npy"}, [], r"none: there is no such folder"),
         ({"out": "o.npz:o"}, [], r"a file is written as a whole"),
         ({}, ["--mask", "causal() and local(2)"], r"write & \| ~ instead of `and`"),
