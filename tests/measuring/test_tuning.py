@@ -122,7 +122,7 @@ def test_the_fastest_candidate_wins_and_the_others_are_priced(timed: Any) -> Non
     assert best.tile.vectors == wide and 56 <= best.block_traverse <= 64
     assert found.best.blocks == best == found.trials[0].blocks
     assert found.best.ratio == pytest.approx(model(best) / model(table))
-    kept = found.winner("today", {})
+    kept = found.tuned_blocks("today", {})
     worst = max((trial.blocks for trial in found.trials), key=model)
     assert kept.worst.blocks == worst
     assert kept.worst.seconds / kept.best.seconds == pytest.approx(model(worst) / model(best))
