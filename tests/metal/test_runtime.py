@@ -113,7 +113,7 @@ def test_a_text_that_metal_rejects_is_one_clear_error() -> None:
     assert "\n" not in message
     found = re.fullmatch(
         r"Metal rejected an emitted kernel: program_source:7:5: error: unknown type name 'flaot';"
-        r" the text is (\S+), the log beside it",
+        r" the source is (\S+), the log beside it",
         message,
     )
     assert found, message
