@@ -19,8 +19,8 @@ look for; each check also finds the faults of "fast":
 | thread | missing barriers; threadgroups that meet in one address | ThreadSanitizer |
 | count | nothing more, but counts loads and stores | Clang's coverage |
 
-All bits of threadgroup memory are set (NaN) when a threadgroup starts. `check_address_spaces` finds,
-without a run, pointers into one kind of memory that are used for another kind.
+All bits of threadgroup memory are set (NaN) when a threadgroup starts. `check_address_spaces`
+finds pointers into one kind of memory that are used for another kind, without a run.
 
 A clean run shows that, for these arguments, the source does what it should by the written rules of
 Metal. It does not show that Apple's compiler accepts the source, and says nothing about speed.
