@@ -418,5 +418,5 @@ def test_a_text_that_counts_on_a_layout_is_found(metal: Compile, layout: int) ->
     if layout == 0:
         check_product(PLAIN, c, a, b)
     else:
-        with pytest.raises(AssertionError, match="numbers differ"):
+        with pytest.raises(AssertionError, match="elements differ"):
             check_product(PLAIN, c, a, b)
