@@ -71,7 +71,7 @@ def metal() -> dict[str, str]:
 
 
 def triton() -> dict[str, str]:
-    """Sources by the names of their files: every kernel, four architectures, all types, streamed."""
+    """Sources by the names of their files: every kernel, four architectures, all types."""
     found = {}
     for name, device, dtype, dim, mask, operation, form in (
         ("causal", "sm_90", "bfloat16", 128, "causal()", "forward", "tiled"),
