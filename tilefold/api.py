@@ -48,10 +48,10 @@ def attention(
             q, k and v are NumPy arrays, objects with `__array_interface__` or `__dlpack__`, or
             torch tensors. All have one type: float32, float64, float16 or bfloat16 (in NumPy, the
             bfloat16 of the package ml_dtypes). Torch tensors may lie on the CPU, on an Apple GPU
-            ("mps", without float64) or on a GPU of NVIDIA or AMD ("cuda"). All strides are allowed,
-            and the arrays are never modified. Arrays are read in place, except that NumPy arrays
-            which are byte-swapped, misaligned, or have strides that are no multiples of the item
-            size are copied first.
+            ("mps", without float64) or on a GPU of NVIDIA or AMD ("cuda"). All strides are allowed.
+            The arrays are read in place and never modified. Only misaligned arrays, and NumPy
+            arrays that are byte-swapped or have strides that are no multiples of the item size,
+            are copied first.
         mask: the rule that says which query sees which key, such as `causal() & local(256)`; None
             means `full()`
         scale: the factor of the scores, a finite number; None means 1 / sqrt(dim)

@@ -238,6 +238,7 @@ def test_attention_on_a_confined_machine(confined: str) -> None:
     code = f"""
 import tilefold
 from compare import assert_near
+from tilefold.backends.cpu import device
 from tilefold.problems import reference
 {how}
 q = np.random.default_rng(1).standard_normal((2, 3, 200, 40), dtype=np.float32)

@@ -3,8 +3,8 @@
 Show the plan, the tiles that it visits, the lower bounds on this machine, and one kernel as LLVM
 source or as assembly. With `--backend metal` or `--backend triton`, print the source of one GPU
 kernel, on any machine, for use in an app: `tilefold inspect --shape 1,8,2048,64 --backend metal >
-forward.metal`. The entry of the kernel is its name after tilefold_, such as tilefold_forward. The
-first lines of the source say how to launch it.
+forward.metal`. Its entry is called tilefold_ and the name of the kernel, such as tilefold_forward.
+The first lines of the source say how to launch it.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def _metal(options: argparse.Namespace, problem: Problem) -> str:
         f"{spec.entry}: {kind}; {where}.",
         f"Threadgroups have {spec.threads} threads; for this shape there are {x} x {y} x {z}.",
         f"The buffer `sizes` holds, as 64-bit integers, for this mask and shape: {', '.join(sizes)}"
-        ". Those without a value are strides, in elements.",
+        ". Names without a value are strides, in elements.",
         *_visits(launch),
     ]
     return _commented("//", facts, launch.choice.explain()) + metal.emit(spec)
