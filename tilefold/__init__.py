@@ -1,4 +1,4 @@
-"""Exact attention, forward and backward, in kernels compiled on the spot. Start at `attention`."""
+"""Exact attention, forward and backward, by kernels compiled at run time. Start at `attention`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `import tilefold` alone loads not even NumPy."""
     if name in ("metal", "triton"):
-        return import_module(f"tilefold.{name}")  # which the import makes an attribute of tilefold
+        return import_module(f"tilefold.{name}")  # the import makes it an attribute of tilefold
     if name not in _HOMES:
         raise AttributeError(f"module 'tilefold' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

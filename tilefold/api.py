@@ -1,7 +1,7 @@
-"""The two calls: attention and its gradients, on whatever arrays they are given.
+"""The public calls: attention, its gradients, and the merge of partial results.
 
-The arrays choose the frontend. A framework is looked for among the modules that the program has
-already imported, so none is ever imported for its absence.
+The class of the arrays chooses the frontend. A framework is looked up among the modules that the
+program has already imported, so tilefold never imports a framework to find out that it is unused.
 """
 
 from __future__ import annotations
@@ -25,76 +25,80 @@ def attention(
     return_lse: bool = False,
     impl: str = KERNEL,
 ) -> Any:
-    """Exact attention: softmax(scale * q k^T) v, each query over the keys that `mask` lets it see.
+    """Exact attention: o = softmax(scale * q k^T) v, where `mask` says which keys each query sees.
 
     >>> import numpy as np
     >>> import tilefold
     >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, 5, 8))
     >>> o = tilefold.attention(q, k, v, mask=tilefold.causal())
-    >>> bool(np.allclose(o[:, :, 0], v[:, :, 0]))  # the first query sees the first key alone
+    >>> bool(np.allclose(o[:, :, 0], v[:, :, 0]))  # the first query sees only the first key
     True
     >>> o, lse = tilefold.attention(q, k, v, return_lse=True)
     >>> o.shape, lse.shape
     ((1, 2, 5, 8), (1, 2, 5))
 
-    The scores are made a tile at a time and folded into a running softmax, so memory grows with
-    the lengths and not with their product; tiles that the mask hides are skipped.
+    The scores are computed tile by tile and folded into a running softmax. So memory grows with
+    the lengths and not with their product. Tiles that the mask hides are skipped.
 
     Arguments:
-        q: (batch, heads_q, len_q, dim)
-        k: (batch, heads_kv, len_k, dim); heads_q is a multiple of heads_kv, and query head h reads
-            key head h // (heads_q // heads_kv)
-        v: (batch, heads_kv, len_k, dim_v)
-            All three are NumPy arrays, or objects with `__array_interface__` or `__dlpack__`, or
-            torch tensors; on the CPU, all float32, float64, float16 or bfloat16 (in NumPy, that
-            of ml_dtypes). Torch tensors may also lie on an Apple GPU ("mps"), where there is no
-            float64. They are read where they lie, whatever their strides, and never modified.
-            (Arrays that are byte-swapped, misaligned or have strides between their items are
-            copied first.)
-        mask: which query sees which key, a rule such as `causal() & local(256)`; None is `full()`
-        scale: a finite number; None is 1 / sqrt(dim)
-        layout: the order of the axes of q, k, v and o. "bhnd" is as above; "bnhd" is (batch,
-            sequence, heads, dim); "bhdn" is (batch, heads, dim, sequence)
-        precision: how exact the products of float32 arrays must be at least, in the words of
-            `torch.set_float32_matmul_precision`: "highest", all in float32; "high", as if the
-            factors had about the 16 bits of two bfloat16 numbers; "medium", one bfloat16 number.
-            A machine without fast products of bfloat16 computes more exactly than asked. Other
-            types accept it, and it has no effect there. Torch's own setting is never read.
-        return_lse: also return the log-sum-exp of each query's scores
-        impl: who computes it, for comparison and trust (see below); none stands in for another.
-            The default is "kernel"
+        q: queries, (batch, heads_q, len_q, dim)
+        k: keys, (batch, heads_kv, len_k, dim). heads_q is a multiple of heads_kv, and query head h
+            reads key head h // (heads_q // heads_kv)
+        v: values, (batch, heads_kv, len_k, dim_v)
+            q, k and v are NumPy arrays, objects with `__array_interface__` or `__dlpack__`, or
+            torch tensors. All have one type: float32, float64, float16 or bfloat16 (in NumPy, the
+            bfloat16 of the package ml_dtypes). Torch tensors may lie on the CPU, on an Apple GPU
+            ("mps", without float64) or on a GPU of NVIDIA or AMD ("cuda"). All strides are allowed.
+            The arrays are read in place and never modified. Only misaligned arrays, and NumPy
+            arrays that are byte-swapped or have strides that are no multiples of the item size,
+            are copied first.
+        mask: the rule that says which query sees which key, such as `causal() & local(256)`; None
+            means `full()`
+        scale: the factor of the scores, a finite number; None means 1 / sqrt(dim)
+        layout: the order of the axes of q, k, v and o. "bhnd" is the order above, "bnhd" is
+            (batch, sequence, heads, dim), "bhdn" is (batch, heads, dim, sequence)
+        precision: the least precision of products of float32 arrays, in the words of
+            `torch.set_float32_matmul_precision`. "highest": float32. "high": each factor has about
+            16 significant bits, as the sum of two bfloat16 values has. "medium": each factor is
+            rounded to bfloat16. A machine without fast bfloat16 products computes more exactly
+            than asked. The argument has no effect on other types. Torch's own setting is not read.
+        return_lse: if True, also return the log-sum-exp of each query's scores
+        impl: the implementation, one of the four below; the default is "kernel". If the chosen one
+            cannot do a call, an error says why; no other one takes its place
 
     Returns:
-        o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous; a torch tensor
-            where q is one (differentiable with respect to q, k and v), else a NumPy array
-        lse: with return_lse, (batch, heads_q, len_q) in any layout, natural logarithm, float64 for
-            float64 and float32 for all others; gradients do not flow through it
+        o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous. If q is a torch
+            tensor, o is one too and is differentiable with respect to q, k and v; otherwise o is a
+            NumPy array
+        lse: only with return_lse: (batch, heads_q, len_q) in every layout, as natural logarithm,
+            float64 for float64 arrays and float32 for all others. Gradients do not flow through it
 
-    A query that sees no key gets o = 0 and lse = -inf. What a query may not see never reaches it,
-    whatever it holds, NaN and infinity included; what it sees follows IEEE arithmetic.
+    A query that sees no key has o = 0 and lse = -inf. Hidden keys and values never influence a
+    query, even if they hold NaN or infinity. Visible ones follow IEEE arithmetic.
 
-    The same answer in four ways, by the name that `impl` gives:
+    The implementations, by the value of `impl`:
 
-    - "kernel": tilefold's own kernels, whose memory is linear in the lengths
-    - "composed": two products and a softmax of NumPy's or torch's own, in the type of lse. They
-      hold len_q x len_k scores, weights and a mask. Torch tensors may be on any device
-    - "native": torch's `scaled_dot_product_attention`, on any device, and for NumPy arrays too
-      where torch is installed. It has no lse: with return_lse composed scores are added
-    - "tensorops": tilefold's forward kernel on Metal 4's matrix units, on Apple GPUs that have them
+    - "kernel": tilefold's own kernels. Their memory is linear in the lengths
+    - "composed": two matrix products and a softmax of NumPy or torch, in the type of lse. They
+      store the scores, the weights and the mask of all len_q x len_k pairs. Torch tensors may be on
+      any device
+    - "native": torch's `scaled_dot_product_attention`, on any device. It also serves NumPy arrays
+      if torch is installed. It computes no lse, so return_lse adds the scores of "composed"
+    - "tensorops": tilefold's forward kernel on the matrix units of Metal 4, on Apple GPUs with them
 
-    With "composed" and "native" gradients are torch's, its own setting stands for `precision`, and
-    NaN or infinity in what a query may not see can reach it, multiplied by 0.
+    With "composed" and "native", torch computes the gradients, torch's own setting replaces
+    `precision`, and NaN or infinity in a hidden key can reach a query, since it is multiplied by 0.
 
-    Under `torch.compile` a rule is a constant of the graph. Rules that carry data, and `rule(...)`,
-    are made outside the compiled function. Only "kernel" can be part of a graph.
+    Under `torch.compile` a rule is a constant of the graph. Make rules that carry data, and
+    `rule(...)`, outside the compiled function. Only "kernel" can be part of a graph.
 
     Raises:
-        TypeError: q, k or v is not an array, their types are mixed or are not floating point, or
-            mask is not a rule
-        ValueError: shapes do not fit together or to the mask, or scale, layout, precision or impl
-            is not allowed
-        NotImplementedError: arrays on other devices than these, or what an `impl` has no way to do
-        ModuleNotFoundError: impl is "native" on NumPy arrays, and torch is not installed
+        TypeError: q, k or v is not an array, their types differ or are not allowed, or mask is not
+            a rule
+        ValueError: the shapes do not fit together or do not fit the mask, or scale, layout,
+            precision or impl is not allowed
+        NotImplementedError: the arrays lie on another device, or `impl` cannot do this call
+        ModuleNotFoundError: impl is "native", the arrays are NumPy arrays, and torch is missing
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by
     Milakov and Gimelshein (2018, arXiv:1805.02867).
@@ -122,7 +126,7 @@ def attention_backward(
     layout: str = "bhnd",
     precision: str = "highest",
 ) -> tuple[Any, Any, Any]:
-    """The gradients of sum(do * attention(q, k, v)) with respect to q, k and v.
+    """The gradients dq, dk and dv of sum(do * attention(q, k, v)) with respect to q, k and v.
 
     >>> import numpy as np
     >>> import tilefold
@@ -133,25 +137,26 @@ def attention_backward(
     >>> bool(np.allclose(dv.sum(axis=2), do.sum(axis=2)))  # the weights of each query sum to 1
     True
 
-    For frameworks without automatic differentiation; torch tensors need it only for their own
-    autograd functions, since `attention` is differentiable there.
+    This function serves frameworks without automatic differentiation. On torch tensors
+    `attention` is differentiable, so only a custom autograd function needs this one.
 
     Arguments:
-        do: (batch, heads_q, len_q, dim_v), the gradient of the result with respect to o
-        q, k, v: as given to `attention`
-        o, lse: as `attention(..., return_lse=True)` returned them
-        mask, scale, layout: as given to `attention`; all arrays but lse are in the layout
-        precision: of the products, as for `attention`
+        do: the gradient with respect to o, (batch, heads_q, len_q, dim_v)
+        q, k, v: the arrays that were given to `attention`
+        o, lse: the results of `attention(..., return_lse=True)`
+        mask, scale, layout: the values that were given to `attention`; all arrays except lse are
+            in the layout
+        precision: the least precision of products of float32 arrays, as for `attention`
 
     Returns:
-        dq, dk, dv, each of the shape and type of its input. A query that sees no key, and a key
-        that no query sees, have gradient 0.
+        dq, dk, dv, each of the shape and type of its input. The gradient of a query that sees no
+        key, and of a key that no query sees, is 0.
 
     Raises:
-        As `attention` does; ValueError too where do, o or lse has another shape than q, k and v ask
+        The errors of `attention`, and ValueError if the shape of do, o or lse does not fit q, k, v
 
-    The probabilities are computed again from lse, a tile at a time (Dao et al., 2022,
-    arXiv:2205.14135, Algorithm 4), and results are the same from run to run.
+    The probabilities are computed again from lse, tile by tile (Dao et al., 2022,
+    arXiv:2205.14135, Algorithm 4). The results are the same, bit for bit, in every run.
     """
     frontend = registry.find(q=q, k=k, v=v, do=do, o=o, lse=lse)
     request = frontend.request_of(mask, scale, layout, precision)
@@ -160,7 +165,7 @@ def attention_backward(
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, *, layout: str = "bhnd") -> tuple[Any, Any]:
-    """Attention over two sets of keys, from the results over each: the sets share no key.
+    """Attention over two disjoint sets of keys, from the results over each set.
 
     >>> import numpy as np
     >>> import tilefold
@@ -171,31 +176,32 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, *, layout: str = "bhnd") -> tu
     >>> bool(np.allclose(o, tilefold.attention(q, k, v)))
     True
 
-    For keys that come in pieces: from several machines, or a prompt that many queries share and
-    what follows it. The order of the two does not matter but for rounding, and any number of
-    results merge one by one.
+    Use it when the keys come in pieces: from several machines, or as a prompt that many queries
+    share and the tokens that follow the prompt. The order of the two parts changes the results by
+    rounding only. To merge more than two parts, merge them one after the other.
 
     Arguments:
         o1, o2: (batch, heads, len_q, dim_v) in the layout, as `attention` returned them
-        lse1, lse2: (batch, heads, len_q), as `attention(..., return_lse=True)` returned them, in
-            float64 where o1 is float64, else in float32
+        lse1, lse2: (batch, heads, len_q), as `attention(..., return_lse=True)` returned them:
+            float64 if o1 is float64, otherwise float32
+            All four are NumPy arrays (or objects that NumPy can view), or all four are torch
+            tensors, on any device.
         layout: the order of the axes of o1, o2 and o, as for `attention`
-            All four are NumPy arrays (or what NumPy can view), or all torch tensors, on any device.
 
     Returns:
         o, lse: of the shapes and types of o1 and lse1. A query that saw no key in one part
-            (lse = -inf) has the result of the other; one that saw none in both has o = 0 and
-            lse = -inf.
+            (lse = -inf) has the result of the other part. A query that saw no key in either part
+            has o = 0 and lse = -inf.
 
-    Results carry no gradient. The gradients of the parts follow from the merged results: for each
-    part, `attention_backward(do, q, k1, v1, o, lse)` is what its keys and values add, and dq is the
-    sum over the parts.
+    The results carry no gradient. For the gradients, call `attention_backward(do, q, k1, v1, o,
+    lse)` for each part, with its keys and values and the merged o and lse. It returns dk and dv of
+    that part; dq is the sum of the dq of all parts.
 
     Raises:
-        TypeError: an argument is not an array, or their types do not fit together
-        ValueError: shapes do not fit together, or layout is not allowed
+        TypeError: an argument is not an array, or the types do not fit together
+        ValueError: the shapes do not fit together, or layout is not allowed
 
-    Each part is weighed by its share of the sum of exponentials (Milakov and Gimelshein, 2018,
+    The weight of each part is its share of the sum of exponentials (Milakov and Gimelshein, 2018,
     arXiv:1805.02867, section 3.1).
     """
     frontend = registry.find(o1=o1, lse1=lse1, o2=o2, lse2=lse2)

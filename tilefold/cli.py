@@ -13,7 +13,7 @@ COMMANDS = (run, bench, tune, inspect, mask, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name and return the program's exit code."""
+    """Run the command that the arguments name; return the exit code of the program."""
     options = parser().parse_args(arguments)
     try:
         code: int = options.main(options)
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(options.command, failure, 1)
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError):
-            # The reader has gone, as `head` goes; Python would complain again at exit.
+            # The reader has closed the pipe, as `head` does; Python would complain again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         return _complain(options.command, error, 2)
@@ -35,7 +35,7 @@ def parser() -> Parser:
     """All commands and their options."""
     top = Parser(
         prog="tilefold",
-        description="Exact attention in kernels compiled on the spot.",
+        description="Exact attention by kernels compiled at run time.",
         epilog=EXIT_CODES,
     )
     top.add_argument("--version", action="version", version=_version())

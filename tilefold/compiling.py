@@ -1,7 +1,7 @@
 """Compiling ahead: kernels of problems that are known before their arrays are.
 
-Threads in the background plan, write and compile. A call that needs a kernel before it is done
-waits for it, and never compiles it again (see `once`).
+Threads in the background plan, emit and compile. A call that needs an unfinished kernel waits for
+it and never compiles it a second time (see `once`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from tilefold.problems.attention import Problem
 from tilefold.problems.request import check_layout
 
 MOST_THREADS = 8
-"""At most: LLVM compiles one kernel at a time, and PyTorch holds Python's lock while Metal does."""
+"""The largest number of threads. More would wait: LLVM compiles one kernel at a time, and PyTorch
+holds Python's lock while Metal compiles.
+"""
 
 
 def compile_async(
@@ -28,7 +30,7 @@ def compile_async(
     layout: str = "bhnd",
     device: Any = "cpu",
 ) -> list[Future[None]]:
-    """Compile kernels in the background, for calls whose shapes are known ahead.
+    """Compile the kernels of known problems in the background, before they are called.
 
     >>> import tilefold
     >>> known = [tilefold.Problem.of((1, 2, length, 8)) for length in (64, 256)]
@@ -36,21 +38,20 @@ def compile_async(
     >>> [future.result() for future in futures]
     [None, None]
 
-    Nothing has to wait for the futures: a call that needs an unfinished kernel waits for that one
-    alone. Where a compiler fails, so does the future, and so does the call, which tries again. A
-    program that ends meanwhile waits for what is still to be compiled.
+    You need not wait for the futures: a call that needs an unfinished kernel waits for that kernel
+    only. If a compiler fails, its future holds the error, and a call tries to compile again. A
+    program that ends in the meantime first waits for all compilations.
 
     Arguments:
-        problems: what will be called, such as `Problem.of((1, 8, 2048, 64), mask=causal())`; the
-            arrays are expected to be contiguous
+        problems: the problems to be called, such as `Problem.of((1, 8, 2048, 64), mask=causal())`.
+            Their arrays are expected to be contiguous
         operations: "forward", "backward" or both
         layout: the order of the arrays' axes, as for `attention`
-        device: "cpu", "mps" for the Apple GPU of this machine, "cuda" or "cuda:1" for one of
-            NVIDIA's or AMD's, or what `tilefold.metal.emulated()` or `tilefold.triton.gpu()`
-            returns
+        device: "cpu", "mps" for the Apple GPU of this machine, "cuda" or "cuda:1" for a GPU of
+            NVIDIA or AMD, or a machine from `tilefold.metal.emulated()` or `tilefold.triton.gpu()`
 
     Returns:
-        One future for each problem, in order; their result is None
+        One future for each problem, in order; the result of each is None
 
     Raises:
         TypeError: a problem is not a `Problem`
@@ -58,9 +59,9 @@ def compile_async(
         NotImplementedError: there is no such device here
 
     On a GPU one kernel serves every length, batch and number of heads, so a list of lengths costs
-    one compilation. How much goes on at the same time depends on the compilers: LLVM compiles one
-    kernel at a time while Python writes the text of the next; PyTorch holds Python's lock while
-    Metal compiles, which leaves the time to what runs outside of Python.
+    one compilation. The compilers limit the parallel work. LLVM compiles one kernel at a time,
+    while Python emits the source of the next one. PyTorch holds Python's lock while Metal compiles,
+    so only code outside of Python runs meanwhile.
     """
     check_layout(layout)
     asked = [*operations]

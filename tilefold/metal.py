@@ -1,6 +1,6 @@
-"""Metal kernels by themselves: what they are made of, their texts, and ways to run them.
+"""Metal kernels by themselves: their parts, their sources, and ways to run them.
 
-`tilefold.attention` needs nothing of this: tensors on an Apple GPU are served by it as they are.
+`tilefold.attention` needs nothing of this module: it takes tensors on an Apple GPU directly.
 
     >>> import numpy as np
     >>> import tilefold
@@ -8,7 +8,7 @@
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 5, 8), np.float32)
     >>> with tilefold.metal.queue(machine) as commands:
     ...     o, lse = commands.attention(q, k, v, mask=tilefold.causal())
-    >>> bool(np.allclose(o[:, :, 0], v[:, :, 0]))  # the first query sees the first key alone
+    >>> bool(np.allclose(o[:, :, 0], v[:, :, 0]))  # the first query sees only the first key
     True
 """
 
@@ -62,7 +62,7 @@ _HOMES = {
     "sizes": (f"{_BACKEND}.kernels.arguments", "sizes"),
     "softmax": (f"{_BACKEND}.matmul.calls", "softmax"),
 }
-"""Where the public names live: the module, and the name in it (None is the module itself)."""
+"""The home of each public name: a module, and the name in it (None means the module itself)."""
 
 __all__ = [
     "FAMILIES",

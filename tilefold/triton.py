@@ -1,15 +1,15 @@
-"""Triton kernels by themselves: their plans and texts, and ways to run and to tune them.
+"""Triton kernels by themselves: their plans and sources, and ways to run and to tune them.
 
-`tilefold.attention` needs nothing of this: it serves tensors on a GPU of NVIDIA's or AMD's as they
-are. Without a GPU, Triton's interpreter runs the same kernels on CPU tensors, where
-TRITON_INTERPRET=1 is set before Triton is imported: `machine = tilefold.triton.interpreted()`.
+`tilefold.attention` needs nothing of this module: it takes tensors on a GPU of NVIDIA or AMD
+directly. Without a GPU, Triton's interpreter runs the same kernels on CPU tensors. Set
+TRITON_INTERPRET=1 before Triton is imported, and use `machine = tilefold.triton.interpreted()`.
 
     >>> import tilefold
     >>> from tilefold import triton
     >>> problem = tilefold.Problem.of((1, 8, 4096, 64), dtype="bfloat16", mask=tilefold.causal())
     >>> plan = triton.plan(problem, "sm_90", "forward")
-    >>> text = triton.emit(plan.launches[0].spec)
-    >>> "def tilefold_forward(" in text
+    >>> source = triton.emit(plan.launches[0].spec)
+    >>> "def tilefold_forward(" in source
     True
 """
 
@@ -49,10 +49,10 @@ _HOMES = {
     "softmax": "matmul.calls",
     "tune": "autotune",
 }
-"""Where the public names live."""
+"""The module of each public name."""
 
 _CALLED = {"interpreted": "Interpreted"}
-"""Their names there, where they differ."""
+"""Names that differ in their module, by public name."""
 
 __all__ = [
     "ARCHITECTURES",

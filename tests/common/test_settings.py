@@ -46,17 +46,17 @@ def test_text_becomes_a_value(
         (
             settings.NUM_THREADS,
             "0",
-            "TILEFOLD_NUM_THREADS must be a whole number from 1 to 1024, not '0'",
+            "TILEFOLD_NUM_THREADS must be an integer from 1 to 1024, not '0'",
         ),
         (
             settings.NUM_THREADS,
             "1025",
-            "TILEFOLD_NUM_THREADS must be a whole number from 1 to 1024, not '1025'",
+            "TILEFOLD_NUM_THREADS must be an integer from 1 to 1024, not '1025'",
         ),
         (
             settings.NUM_THREADS,
             "many",
-            "TILEFOLD_NUM_THREADS must be a whole number from 1 to 1024, not 'many'",
+            "TILEFOLD_NUM_THREADS must be an integer from 1 to 1024, not 'many'",
         ),
         (
             settings.CPU_ISA,
@@ -76,7 +76,7 @@ def test_text_becomes_a_value(
         (
             settings.CACHE_MIB,
             "-1",
-            "TILEFOLD_CACHE_MIB must be a whole number of MiB, 0 to keep nothing, not '-1'",
+            "TILEFOLD_CACHE_MIB must be an integer (MiB), 0 to keep nothing, not '-1'",
         ),
     ],
     ids=lambda value: getattr(value, "name", str(value)),

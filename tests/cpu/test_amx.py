@@ -366,7 +366,7 @@ MISUSES = {
     "tdpbf16ps: the first factor has other rows than the sum": (CONFIGURE + dot(0, 4, 1), TWO),
     "tdpbf16ps: the second factor has other columns than the sum": (CONFIGURE + dot(0, 1, 5), TWO),
     "tdpbf16ps: the factors disagree about the pairs between them": (CONFIGURE + dot(0, 1, 4), TWO),
-    "tdpbf16ps: the tile's rows are no whole number of 4 bytes": (
+    "tdpbf16ps: the tile's rows are no multiple of 4 bytes": (
         CONFIGURE + dot(0, 1, 2),
         config({0: (16, 64), 1: (16, 62), 2: (16, 64)}),
     ),

@@ -192,7 +192,7 @@ def test_the_number_of_threads_can_be_set() -> None:
     assert threads.get_num_threads() == 3
     threads.set_num_threads(host().cores + 5)
     assert threads.get_num_threads() == host().cores + 5
-    threads.set_num_threads(np.int64(2))  # type: ignore[arg-type]  # any whole number will do
+    threads.set_num_threads(np.int64(2))  # type: ignore[arg-type]  # any integer will do
     assert threads.get_num_threads() == 2
 
 
@@ -203,7 +203,7 @@ def test_a_bad_number_of_threads_is_refused(n: object) -> None:
     before = threads.get_num_threads()
     with pytest.raises(ValueError) as raised:
         threads.set_num_threads(n)  # type: ignore[arg-type]  # the point of the test
-    assert str(raised.value) == f"n must be a whole number from 1 to 1024, not {n!r}"
+    assert str(raised.value) == f"n must be an integer from 1 to 1024, not {n!r}"
     assert threads.get_num_threads() == before
 
 

@@ -69,31 +69,31 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "batch": (
         lambda: attention(Q, zeros(3, 4, 5, 8), Q),
         ValueError,
-        "the batch of k must be 2 as that of q, got 3: q is (2, 4, 5, 8) and k (3, 4, 5, 8) in"
+        "the batch of k must be 2 as in q, got 3: q is (2, 4, 5, 8) and k (3, 4, 5, 8) in"
         " layout bhnd",
     ),
     "dim": (
         lambda: attention(Q, zeros(2, 4, 5, 7), Q),
         ValueError,
-        "the dim of k must be 8 as that of q, got 7: q is (2, 4, 5, 8) and k (2, 4, 5, 7) in"
+        "the dim of k must be 8 as in q, got 7: q is (2, 4, 5, 8) and k (2, 4, 5, 7) in"
         " layout bhnd",
     ),
     "batch of v": (
         lambda: attention(Q, Q, zeros(1, 4, 5, 8)),
         ValueError,
-        "the batch of v must be 2 as that of k, got 1: k is (2, 4, 5, 8) and v (1, 4, 5, 8) in"
+        "the batch of v must be 2 as in k, got 1: k is (2, 4, 5, 8) and v (1, 4, 5, 8) in"
         " layout bhnd",
     ),
     "heads of v": (
         lambda: attention(Q, Q, zeros(2, 2, 5, 8)),
         ValueError,
-        "the heads of v must be 4 as that of k, got 2: k is (2, 4, 5, 8) and v (2, 2, 5, 8) in"
+        "the heads of v must be 4 as in k, got 2: k is (2, 4, 5, 8) and v (2, 2, 5, 8) in"
         " layout bhnd",
     ),
     "length of v": (
         lambda: attention(Q, Q, zeros(2, 4, 6, 8)),
         ValueError,
-        "the sequence of v must be 5 as that of k, got 6: k is (2, 4, 5, 8) and v (2, 4, 6, 8) in"
+        "the sequence of v must be 5 as in k, got 6: k is (2, 4, 5, 8) and v (2, 4, 6, 8) in"
         " layout bhnd",
     ),
     "groups": (

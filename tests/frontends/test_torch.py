@@ -360,7 +360,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "dim": (
         lambda: attention(Q, Q[..., :3], Q),
         ValueError,
-        "the dim of k must be 4 as that of q, got 3: q is (1, 2, 3, 4) and k (1, 2, 3, 3) in"
+        "the dim of k must be 4 as in q, got 3: q is (1, 2, 3, 4) and k (1, 2, 3, 3) in"
         " layout bhnd",
     ),
     "layout": (

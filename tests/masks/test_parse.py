@@ -79,8 +79,7 @@ def test_strings_and_their_rules(text: str, made: Rule) -> None:
 
 KNOWN = "use full, causal, local, prefix, chunked, documents, lengths, dense, rule"
 ARITHMETIC = (
-    "is not known here; use q, k, whole numbers, + - * // % abs(), "
-    "one comparison at a time, and & | ~"
+    "is not known here; use q, k, integers, + - * // % abs(), one comparison at a time, and & | ~"
 )
 
 
@@ -98,11 +97,11 @@ ARITHMETIC = (
         ("causal() + local(3)", "column 1: expected a rule, got `causal() + local(3)`"),
         ("-causal()", "column 1: expected a rule, got `-causal()`"),
         ("causal() == causal()", "column 1: expected a rule, got `causal() == causal()`"),
-        ("causal() & local(0)", "column 12: local: window must be a whole number >= 1, got 0"),
+        ("causal() & local(0)", "column 12: local: window must be an integer >= 1, got 0"),
         ("local(2.5)", "column 7: expected a number, a string or a tuple of them, got `2.5`"),
         ("local(2 + 3)", "column 7: expected a number, a string or a tuple of them, got `2 + 3`"),
         ("local(n)", "column 7: expected a number, a string or a tuple of them, got `n`"),
-        ("local(-3)", "column 1: local: window must be a whole number >= 1, got -3"),
+        ("local(-3)", "column 1: local: window must be an integer >= 1, got -3"),
         ("full(3)", "column 1: full takes no argument: too many positional arguments"),
         ("prefix()", "column 1: prefix takes n, causal: missing a required argument: 'n'"),
         (
@@ -144,7 +143,7 @@ ARITHMETIC = (
         ("(fall := causal())", "column 2: expected a rule, got `fall := causal()`"),
         ("\u00e9() & causal()", "column 1: unknown rule \u00e9"),
         ("causal('\u00e9\u00e9') & 3", "column 1: causal: align must be 'end' or 'start'"),
-        ("dense([[True]]) & lengths('\u00e9')", "column 19: lengths: n_k must be whole numbers"),
+        ("dense([[True]]) & lengths('\u00e9')", "column 19: lengths: n_k must be integers"),
         ("(causal(\n) & ~\u00e9)", "column 15: expected a rule, got `\u00e9`"),
         ("causal(\x00)", "column 1: "),
         ("~" * 1000 + "causal()", "column 1: nested more than 150 deep"),

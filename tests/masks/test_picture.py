@@ -106,8 +106,8 @@ def test_tails_and_tiles_of_two_sizes() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: draw(causal(), 0, 4), "len_q must be a whole number >= 1, got 0"),
-        (lambda: draw(causal(), 4, 4, block_k=0), "block_k must be a whole number >= 1, got 0"),
+        (lambda: draw(causal(), 0, 4), "len_q must be an integer >= 1, got 0"),
+        (lambda: draw(causal(), 4, 4, block_k=0), "block_k must be an integer >= 1, got 0"),
         (
             lambda: draw(causal(), 4096, 4096, 16, 64),
             "block_q must be at least 57 for a picture of 4096 positions, got 16: "

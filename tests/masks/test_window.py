@@ -112,11 +112,11 @@ def test_pieces_are_equal_by_rule_lengths_and_place() -> None:
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        (lambda: causal().window(-1, 4), ValueError, "window: len_q must be a whole number >= 0"),
-        (lambda: causal().window(4, 2.5), TypeError, "window: len_k must be a whole number >= 0"),
-        (lambda: causal().window(4, 4, q0=-1), ValueError, "window: q0 must be a whole number"),
+        (lambda: causal().window(-1, 4), ValueError, "window: len_q must be an integer >= 0"),
+        (lambda: causal().window(4, 2.5), TypeError, "window: len_k must be an integer >= 0"),
+        (lambda: causal().window(4, 4, q0=-1), ValueError, "window: q0 must be an integer"),
         (lambda: causal().window(4, 4, q0=5), ValueError, "window: q0 must be <= len_q=4, got 5"),
-        (lambda: causal().window(4, 4, k0="1"), TypeError, "window: k0 must be a whole number"),
+        (lambda: causal().window(4, 4, k0="1"), TypeError, "window: k0 must be an integer"),
         (
             lambda: causal().window(4, 4, q0=2).to_dense(3, 4),
             ValueError,

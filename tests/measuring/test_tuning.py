@@ -122,7 +122,7 @@ def test_the_fastest_candidate_wins_and_the_others_are_priced(timed: Any) -> Non
     assert best.tile.vectors == wide and 56 <= best.block_traverse <= 64
     assert found.best.blocks == best == found.trials[0].blocks
     assert found.best.ratio == pytest.approx(model(best) / model(table))
-    kept = found.winner("today", {})
+    kept = found.tuned_blocks("today", {})
     worst = max((trial.blocks for trial in found.trials), key=model)
     assert kept.worst.blocks == worst
     assert kept.worst.seconds / kept.best.seconds == pytest.approx(model(worst) / model(best))
@@ -359,8 +359,8 @@ def test_inspect_says_how_to_measure(
     ("options", "said"),
     [
         (["--seconds", "0"], "--seconds must be more than 0, not 0"),
-        (["--threads", "0"], "n must be a whole number from 1 to"),
-        (["--shape", "1,2"], "a shape is four whole numbers"),
+        (["--threads", "0"], "n must be an integer from 1 to"),
+        (["--shape", "1,2"], "a shape is four integers"),
         (["--mask", "cusal()"], "unknown rule cusal"),
         (["--shape", "1,2,0,16"], "there is nothing to measure in shape 1,2,0,16"),
     ],

@@ -217,7 +217,7 @@ def test_arguments_that_share_memory_share_it_in_the_kernel() -> None:
 
 @pytest.mark.parametrize(("change", "error", "words"), [
     ({1: np.zeros(4, np.float16)}, Fault, "y is .* but is given an array of float16"),
-    ({3: 1}, Fault, "scale is .* but is given whole numbers"),
+    ({3: 1}, Fault, "scale is .* but is given integers"),
     ({2: [1] * 513}, Fault, "4104 bytes"),
     ({0: "x"}, TypeError, "must be an array"),
     ({0: 1.5}, None, ""),

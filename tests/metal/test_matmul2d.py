@@ -112,7 +112,7 @@ def test_another_number_of_simdgroups_is_another_text_and_is_refused_by_a_launch
     PLAIN.check_threads(96)  # each simdgroup runs a product of its own
     with pytest.raises(ValueError, match=r"for 4 simdgroups, 32 threads each, but .* has 256"):
         four.check_threads(256)
-    with pytest.raises(ValueError, match="simdgroups must be a whole number from 1 to 32, got 33"):
+    with pytest.raises(ValueError, match="simdgroups must be an integer from 1 to 32, got 33"):
         replace(PLAIN, simdgroups=33)
 
 
@@ -122,7 +122,7 @@ def test_a_tile_has_one_number_for_each_axis() -> None:
         Tile("float32", 3).declare("a", "q", (4, 5))
     with pytest.raises(ValueError, match="strides must begin with 1, got 2"):
         Tile("float32").declare("a", "q", (4, 5), strides=(2, 4))
-    with pytest.raises(ValueError, match="rank must be a whole number from 1 to 8, got 9"):
+    with pytest.raises(ValueError, match="rank must be an integer from 1 to 8, got 9"):
         Tile("float32", 9)
     with pytest.raises(ValueError, match="origin must have 2 numbers"):
         Tile("float32").slice("b", "a", (0,))
@@ -133,7 +133,7 @@ def test_a_tile_has_one_number_for_each_axis() -> None:
 
 
 def kernel(name: str, product: Matmul2d, *body: str) -> str:
-    """A kernel with the operands a, b, c of a product and whole numbers; one threadgroup."""
+    """A kernel with the operands a, b, c of a product and integers; one threadgroup."""
     kinds = [ELEMENTS[dtype] for dtype in (product.left, product.right, product.result)]
     given = [
         f"device {kind}* {x} [[buffer({i})]]"
@@ -418,5 +418,5 @@ def test_a_text_that_counts_on_a_layout_is_found(metal: Compile, layout: int) ->
     if layout == 0:
         check_product(PLAIN, c, a, b)
     else:
-        with pytest.raises(AssertionError, match="numbers differ"):
+        with pytest.raises(AssertionError, match="elements differ"):
             check_product(PLAIN, c, a, b)

@@ -141,9 +141,9 @@ def test_inspect_prints_a_file_that_an_app_can_take(kernel: str, capsys: Any) ->
     assert all(line.startswith("// ") for line in comment.splitlines())
     assert f"have {spec.threads} threads; for this shape there are 4 x 4 x 2." in comment
     words = " ".join(comment.replace("//", "").split())
-    assert "innermost strides 1, one number moved at a time: any alignment" in words
+    assert "innermost strides 1, one element moved at a time: any alignment" in words
     assert "len_q=100, len_k=100, heads_q=4, group=1, row_b=0, row_h=0" in words
-    assert "block row, those with the most to do first" in words
+    assert "block row; the threadgroups with the most work come" in words
     choice = next(x.choice for x in made.launches if x.spec.kernel == kernel)
     assert all(f"//   {line}\n" in comment for line in choice.explain())
 

@@ -113,7 +113,7 @@ def test_a_text_that_metal_rejects_is_one_clear_error() -> None:
     assert "\n" not in message
     found = re.fullmatch(
         r"Metal rejected an emitted kernel: program_source:7:5: error: unknown type name 'flaot';"
-        r" the text is (\S+), the log beside it",
+        r" the source is (\S+), the log beside it",
         message,
     )
     assert found, message
@@ -290,7 +290,7 @@ def test_a_mask_with_more_numbers_than_metal_takes_is_refused() -> None:
         return total(terms[:half]) + total(terms[half:]) if half else terms[0]
 
     many = tilefold.rule(lambda q, k: total([abs(q - 7 * n) for n in range(600)]) > k)
-    with pytest.raises(NotImplementedError, match=r"^Metal takes 512 whole numbers"):
+    with pytest.raises(NotImplementedError, match=r"^Metal takes 512 integers"):
         forward(Recorder(), *operands(), mask=many)
 
 

@@ -158,7 +158,7 @@ def test_inspect_prints_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert said.endswith(emit(spec)) and "32 x 8 x 1" in said
     assert cli.main(["inspect", *given, "--operation", "backward"]) == 2
-    assert "tensor operations make the forward pass alone" in capsys.readouterr().err
+    assert "tensor operations serve the forward pass only" in capsys.readouterr().err
 
 
 @pytest.mark.feature("J12")

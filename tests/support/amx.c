@@ -194,7 +194,7 @@ static int usable(const state *of, enum kind kind, unsigned number)
     else if (of->config.rows[number] == 0)
         reason = "the tile is not configured";
     else if (of->config.row_bytes[number] % 4 && kind != TILEZERO)
-        reason = "the tile's rows are no whole number of 4 bytes";
+        reason = "the tile's rows are no multiple of 4 bytes";
     if (reason)
         refuse(kind, reason);
     return !reason;

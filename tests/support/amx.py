@@ -1,15 +1,15 @@
-"""AMX for tests: the processor's own tiles, or where it has none, `amx.c` in their place.
+"""AMX for tests: the processor's own tiles, or `amx.c` in their place if it has none.
 
 The machine code is the same in both cases. On a processor without AMX its tile instructions raise
 a signal, and the handler of `amx.c` executes them: counted, checked, with the arithmetic that the
-manual states. What was seen of LLVM 22 around its tile intrinsics, on which kernels may rely:
+manual states. Kernels may rely on what was observed of LLVM 22's tile intrinsics:
 
 - An intrinsic with constant tile numbers is one instruction on these tiles. LLVM allocates no
   tiles, spills none, copies none, and neither configures nor releases any by itself.
 - Without the feature `amx-tile` LLVM does not raise: it ends the process ("Cannot select").
-- They may read and write any memory, so that no load or store is moved across one, neither in the
-  text nor in the machine code. Invariant loads stay in a loop that has one, therefore; arithmetic
-  in registers moves freely.
+- They may read and write any memory, so no load or store is moved across one, neither in the source
+  nor in the machine code. Therefore invariant loads stay in a loop that contains an intrinsic.
+  Arithmetic in registers moves freely.
 
 `test_amx.py` holds all but the second.
 """
@@ -51,7 +51,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Amx:
-    """A machine with AMX: the `device` to emit and compile for, and what its tiles did.
+    """A machine with AMX: the `device` to emit and compile for, and the record of its tiles.
 
     Counts and faults exist only where tiles are `emulated`; a processor ends the process instead.
     """
@@ -61,12 +61,12 @@ class Amx:
     library: ctypes.CDLL
 
     def counts(self) -> dict[str, int]:
-        """How often each instruction was executed."""
+        """The number of executions of each instruction."""
         counts = {kind: self.library.amx_count(number) for number, kind in enumerate(KINDS)}
         return {kind: count for kind, count in counts.items() if count}
 
     def faults(self) -> list[str]:
-        """What a processor would have refused: the first ones, and how many followed."""
+        """The first faults that a processor would refuse, and the number of further ones."""
         count, kept = self.library.amx_faults(), 64
         found = []
         for place in range(min(count, kept)):
@@ -75,7 +75,7 @@ class Amx:
         return found + [f"and {count - kept} more"] * (count > kept)
 
     def configured(self) -> int:
-        """How many threads have tiles configured: 0 once every kernel has released its own."""
+        """The number of threads with configured tiles; 0 if every kernel has released its tiles."""
         return int(self.library.amx_configured())
 
     def reset(self) -> None:
@@ -83,13 +83,13 @@ class Amx:
         self.library.amx_reset()
 
     def check(self) -> None:
-        """Raises AssertionError for a fault, or for tiles that no one released."""
+        """Raises AssertionError for a fault, or for tiles that were not released."""
         assert not self.faults(), self.faults()
         assert not self.configured(), f"{self.configured()} threads did not release their tiles"
 
 
 def missing() -> str | None:
-    """Why AMX cannot be had here, not even in software."""
+    """The reason why AMX is not available here, not even in software; None if it is."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "AMX and its signal handler are for Linux on x86-64"
     if not device.host().has("avx512bf16"):
@@ -101,7 +101,7 @@ def missing() -> str | None:
 
 @contextmanager
 def amx() -> Iterator[Amx]:
-    """Tiles until the end of the block, which checks what the kernels did with them."""
+    """A machine with AMX; the end of the block checks the use of its tiles."""
     made = _machine()
     if made.emulated:
         made.library.amx_install()
@@ -117,7 +117,7 @@ def amx() -> Iterator[Amx]:
 
 @contextmanager
 def everywhere() -> Iterator[Amx]:
-    """As `amx`, and `host()` is the machine with AMX meanwhile: all calls run on tiles."""
+    """A machine with AMX that is also `host()` meanwhile, so that all calls run on tiles."""
 
     def host(isa: str | None) -> Device:
         return made.device if isa is None else made.device.lowered(isa)

@@ -1,4 +1,4 @@
-"""Which numbers a kernel touches in Triton's interpreter: those of its operands, and no others."""
+"""Checks of the elements that a kernel touches in Triton's interpreter: only its operands'."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Array = NDArray[Any]
 
 
 class Fault(AssertionError):
-    """A kernel read or wrote what it should not, or left out what it should write."""
+    """A kernel touched a wrong element, or did not write an element of its result."""
 
 
 @contextmanager
 def bounded(read: Sequence[Any], written: Sequence[Any]) -> Iterator[None]:
-    """While it is open, kernels read numbers of these tensors, and write each of `written` once.
+    """A context in which kernels read only these tensors, and write each of `written` once.
 
-    The gaps between the numbers of a view are no part of it. `written` may be read, too.
+    The gaps between the elements of a view are no part of it. `written` may also be read.
     """
     from triton.runtime import interpreter
 
@@ -50,24 +50,24 @@ def bounded(read: Sequence[Any], written: Sequence[Any]) -> Iterator[None]:
     ):
         yield
     if (counts != 1).any():
-        raise Fault(f"{(counts == 0).sum()} numbers were not written, {(counts > 1).sum()} often")
+        raise Fault(f"{(counts == 0).sum()} elements were not written, {(counts > 1).sum()} often")
 
 
 @dataclass(frozen=True, eq=False)
 class Watched(Interpreted):
-    """The interpreter; kernels that run on it are `bounded` to the tensors that they are given.
+    """The interpreter, which bounds kernels to their tensors by `bounded`.
 
-    `written` are the arguments that a kernel writes; `replaced` is a part of its text, and what
-    stands there instead.
+    `written` names the arguments that a kernel writes. `replaced` is a part of its source, and the
+    replacement.
     """
 
     written: tuple[str, ...] = ()
     replaced: tuple[str, str] = ("", "")
 
     def function(self, text: str, entry: str) -> Any:
-        """The kernel of a text."""
+        """The kernel of a source."""
         old, new = self.replaced
-        assert old in text, f"{old!r} is not in the text"
+        assert old in text, f"{old!r} is not in the source"
         text = text.replace(old, new) if old else text
         return _Function(super().function(text, entry), self.written)
 
@@ -90,7 +90,7 @@ class _Function:
 
 
 def addresses(tensor: Any) -> Array:
-    """The addresses of the numbers of a tensor."""
+    """The addresses of the elements of a tensor."""
     found = np.array(tensor.data_ptr(), np.int64)
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         found = found[..., None] + np.arange(length) * stride * tensor.element_size()
@@ -102,11 +102,11 @@ def _join(parts: Iterator[Array]) -> Array:
 
 
 def _find(does: str, known: Array, places: Any, mask: Any) -> Array:
-    """The numbers of addresses among those that are known."""
+    """The indices of addresses among the known addresses."""
     mask = np.broadcast_to(mask.data, places.data.shape)
     asked = places.data[mask].astype(np.int64)
     at = np.searchsorted(known, asked)
     wrong = at == len(known) if len(known) == 0 else known[at.clip(max=len(known) - 1)] != asked
     if wrong.any():
-        raise Fault(f"the kernel {does} {wrong.sum()} numbers outside of its operands")
+        raise Fault(f"the kernel {does} {wrong.sum()} elements outside of its operands")
     return at

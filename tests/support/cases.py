@@ -1,6 +1,6 @@
-"""The one table of cases: what attention is asked to compute, by tests and benchmarks alike.
+"""The one table of cases of attention, for tests and benchmarks.
 
-A case says shapes, heads, dims, rule, layout and how the arrays lie in memory; so does its id.
+A case has shapes, heads, dims, a rule, a layout and a placement in memory, and its id names them.
 `CASES` covers every value of every axis, and every pair of values of the axes in `PAIRS`: the full
 product would be millions.
 """
@@ -38,7 +38,7 @@ SYNCS = ["none_front", "scale_front", "scale_end"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rule may depend on."""
+    """The sizes that a rule may depend on."""
 
     batch: int
     heads: int
@@ -47,11 +47,11 @@ class Sizes:
 
     @property
     def grids(self) -> dict[str, tuple[int, int]]:
-        """The two lengths as 2-D sequences, as square as they factor."""
+        """The two lengths as 2-D sequences, as square as their factors allow."""
         return {"grid_q": grid(self.len_q), "grid_k": grid(self.len_k)}
 
     def random(self) -> np.random.Generator:
-        """Data of a rule, the same for the same sizes."""
+        """A random generator for data of a rule; it is the same for the same sizes."""
         return np.random.default_rng([self.batch, self.heads, self.len_q, self.len_k])
 
 
@@ -66,7 +66,7 @@ def grid(length: int) -> tuple[int, int]:
 
 
 def _documents(sizes: Sizes) -> Rule:
-    """Some of the queries belong to no document of any key, and the other way round."""
+    """Documents, of which some have no key and some have no query."""
     ids_q = sizes.random().integers(0, 5, sizes.len_q)
     return documents(np.sort(ids_q), np.sort(sizes.random().integers(1, 6, sizes.len_k)))
 
@@ -128,11 +128,11 @@ RULES: dict[str, Callable[[Sizes], Rule]] = {
         for seed in range(8)
     },
 }
-"""Every rule, in every sync mode and dimension, and compositions of them, by name."""
+"""All rules in every sync mode and dimension, and compositions of them, by name."""
 
 
 def random_rule(draw: random.Random, sizes: Sizes, depth: int = 2) -> Rule:
-    """A composition of any rules. `draw` is a seeded generator, or hypothesis's."""
+    """A random composition of rules. `draw` is a seeded generator, or hypothesis's generator."""
     kind = draw.randrange(5) if depth else 0
     if kind <= 1:
         return _random_leaf(draw, sizes)
@@ -190,7 +190,7 @@ def _random_leaf(draw: random.Random, sizes: Sizes) -> Rule:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: sizes, rule by its name in `RULES`, layout and memory of the arrays."""
+    """One call: its sizes, the name of its rule in `RULES`, and the arrays' layout and memory."""
 
     shape: tuple[int, int] = (64, 32)
     dim: int = 16
@@ -210,7 +210,7 @@ class Case:
 
     @property
     def sizes(self) -> Sizes:
-        """Batch and heads; long sequences have a batch of one, for the time they take."""
+        """The sizes of the case; long sequences have a batch of one, to save time."""
         batch = 2 if math.prod(self.shape) < 60000 else 1
         return Sizes(batch, HEADS[self.heads][0], *self.shape)
 
@@ -219,7 +219,7 @@ class Case:
         return RULES[self.rule](self.sizes)
 
     def problem(self, dtype: str) -> Problem:
-        """The case as tilefold's planner takes it."""
+        """The case as a problem, which tilefold's planner takes."""
         sizes = self.sizes
         return Problem(
             batch=sizes.batch,
@@ -245,13 +245,13 @@ AXES: dict[str, list[object]] = {
     "dim_v": list(DIM_V),
     "scale": list(SCALES),
 }
-"""Every axis of a `Case` and its values."""
+"""The axes of a `Case` and their values."""
 
 PAIRS = [
     *[("shape", "layout"), ("shape", "heads"), ("dim", "layout"), ("dim", "heads")],
     *[("dim", "dim_v"), ("layout", "memory"), ("heads", "memory"), ("layout", "dim_v")],
 ]
-"""Axes that meet in the kernels' text or in their loops: all pairs of their values are tested."""
+"""Axes that meet in kernel sources or in their loops: all pairs of their values are tested."""
 
 Setting = tuple[str, object]
 
@@ -265,7 +265,7 @@ def cover(
     pairs: Sequence[tuple[str, str]] = PAIRS,
     large: Sequence[tuple[int, int]] = LARGE,
 ) -> Iterator[Case]:
-    """Few cases: every value of every axis, every pair of `pairs`, each rule on a large shape."""
+    """A few cases with every value of each axis, all `pairs`, and each rule on a large shape."""
     draw = random.Random(0)
     wanted: set[frozenset[Setting]] = {
         frozenset([("rule", name), ("shape", large[i % len(large)])])
@@ -290,4 +290,4 @@ def cover(
 
 
 CASES = list(cover())
-"""The table."""
+"""The table of cases."""

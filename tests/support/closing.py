@@ -1,7 +1,7 @@
-"""What a run of the tests says at its end: what was skipped and why, and how long quick tests took.
+"""The end of a test run: it lists skipped tests with reasons, and the time of the quick tests.
 
-`conftest.py` registers `Closing` in the process that reports. Tests run in it or in workers of
-pytest-xdist, whose reports bring the CPU time of each test.
+`conftest.py` registers `Closing` in the process that reports. Tests run in this process or in
+workers of pytest-xdist. The workers' reports carry the CPU time of each test.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ INSTALL = (
     (r"triton|torch|matplotlib|ml_dtypes|safetensors|hypothesis", TEST_EXTRA),
     (r"(jax|keras|onnx|onnxruntime|openvino|tensorflow)\b.* not installed", "make peers"),
 )
-"""What to install, by what stands in the reason of a skip; the first that matches is said."""
+"""Commands that install what is missing, by a pattern of the skip's reason; the first match counts.
+"""
 
 QUICK_SECONDS = 100.0
-"""CPU time that all quick tests may take: two cores for 25 s, twice that on slow machines."""
+"""The CPU time that all quick tests may take: two cores for 25 s, doubled for slow machines."""
 
 _SPENT = pytest.StashKey[float]()
 
 
 def spent() -> float:
-    """CPU seconds of this process and of the children it has waited for."""
+    """The CPU time of this process and of its finished children, in seconds."""
     return sum(os.times()[:4])
 
 
 def install(reason: str) -> str:
-    """The command that makes a skipped test run; "" where none does."""
+    """The command after which a skipped test runs; "" if there is none."""
     found = (command for words, command in INSTALL if re.search(words, reason, re.IGNORECASE))
     return next(found, "")
 
 
 def skips(reports: list[Any]) -> list[str]:
-    """Lines that say of each reason how many tests it skipped, and what to install."""
+    """Lines with each reason, the number of tests that it skipped, and a command to install."""
     counts: Counter[str] = Counter()
     for report in reports:
         longrepr = report.longrepr
@@ -58,7 +59,7 @@ def skips(reports: list[Any]) -> list[str]:
 
 
 class Measuring:
-    """Notes the CPU time of a test in its last report, in the process that runs it."""
+    """A plugin that notes the CPU time of a test in its last report, where the test runs."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
@@ -74,7 +75,7 @@ class Measuring:
 
 
 class Closing:
-    """Collects reports; fails a run whose quick tests took longer than `QUICK_SECONDS`."""
+    """A plugin that collects reports; it fails a run if quick tests exceed `QUICK_SECONDS`."""
 
     def __init__(self, quick_seconds: float = QUICK_SECONDS) -> None:
         self.most = quick_seconds
@@ -83,7 +84,7 @@ class Closing:
 
     @property
     def late(self) -> bool:
-        """Whether quick tests took more time than they may."""
+        """True if the quick tests took too much time."""
         return self.seconds > self.most
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -1,4 +1,4 @@
-"""The one comparison: raises, and shows the worst place. What results may be off by, and why."""
+"""The one comparison of results, which raises and shows the worst place; and its tolerances."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNITS = {
     "float16": 2.0**-11,
     "bfloat16": 2.0**-8,
 }
-"""What a number is off by at most, relative to it, when it is rounded once."""
+"""The largest relative error of one rounding, by type."""
 
 HALVES = ("float16", "bfloat16")
 
@@ -33,7 +33,7 @@ def assert_near(name: str, got: ArrayLike, want: ArrayLike, tolerance: ArrayLike
 
     >>> assert_near("o", [1.0, 2.5], [1.0, 2.0], 0.1)
     Traceback (most recent call last):
-    AssertionError: o: 1 of 2 numbers differ; worst at (1,): got 2.5, want 2.0, error 0.5 > 0.1
+    AssertionError: o: 1 of 2 elements differ; worst at (1,): got 2.5, want 2.0, error 0.5 > 0.1
     """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, f"{name}: got shape {got.shape}, want {want.shape}"
@@ -45,14 +45,14 @@ def assert_near(name: str, got: ArrayLike, want: ArrayLike, tolerance: ArrayLike
             ratio = np.where(wrong, np.nan_to_num(error / allowed, nan=np.inf, posinf=np.inf), -1)
         at = tuple(int(i) for i in np.unravel_index(np.argmax(ratio), want.shape))
         raise AssertionError(
-            f"{name}: {wrong.sum()} of {wrong.size} numbers differ; worst at {at}: got "
+            f"{name}: {wrong.sum()} of {wrong.size} elements differ; worst at {at}: got "
             f"{float(got[at])!r}, want {float(want[at])!r}, error {float(error[at]):.3g} > "
             f"{float(allowed[at]):.3g}"
         )
 
 
 def assert_same(name: str, got: ArrayLike, want: ArrayLike) -> None:
-    """Raises AssertionError unless both hold the same bits, but for the payload of a NaN."""
+    """Raises AssertionError unless both hold the same bits; payloads of NaN may differ."""
     got, want = np.asarray(got), np.asarray(want)
     assert got.dtype == want.dtype and got.shape == want.shape, (name, got.dtype, got.shape)
     with np.errstate(invalid="ignore"):  # signalling NaN
@@ -61,7 +61,7 @@ def assert_same(name: str, got: ArrayLike, want: ArrayLike) -> None:
     if not same.all():
         at = tuple(int(i) for i in np.argwhere(~same)[0])
         raise AssertionError(
-            f"{name}: {(~same).sum()} of {same.size} numbers differ; first at {at}: got "
+            f"{name}: {(~same).sum()} of {same.size} elements differ; first at {at}: got "
             f"{float(got[at])!r}, want {float(want[at])!r}"
         )
 
@@ -83,13 +83,14 @@ def roundings(
     *,
     exact_scores: bool = False,
 ) -> dict[str, float]:
-    """How far rounding every intermediate number could move each result, in units of the type.
+    """The largest effect of rounding every intermediate value, in units of the type.
 
-    A sum is off by the sum of its terms' sizes, whatever cancels (the running sums of one chain are
-    as large as that within a small factor); a score that is off by t moves its weight p by p t. The
-    largest over the array, in float64. It is the floor of a tolerance: a dense computation may be
-    exact by luck (one key: p = 1 and dp = delta) or sum in several chains, and another way to
-    compute the same is not bound to be lucky there. `exact_scores`: of what follows the scores.
+    A sum is off by the sum of its terms' sizes, even if the terms cancel (the running sums of one
+    chain reach this size within a small factor). A score that is off by t moves its weight p by
+    p t. The result is the largest effect over the array, in float64. It is the floor of a
+    tolerance: a dense computation may be exact by luck (one key: p = 1 and dp = delta) or may sum
+    in several chains, and another algorithm may have no such luck. With `exact_scores` only the
+    roundings after the scores count.
     """
     do, q, k, v = (operands[name].astype(np.float64) for name in ("do", "q", "k", "v"))
     batch, heads_q, len_q, _ = q.shape
@@ -122,7 +123,7 @@ def roundings(
 def dense(
     operands: Mapping[str, Array], mask: Rule, scale: float, dtype: str = "float64"
 ) -> dict[str, Array]:
-    """o, lse, dq, dk and dv by the reference, computed in `dtype`."""
+    """The results o, lse, dq, dk and dv of the reference, computed in `dtype`."""
     q, k, v, do = (operands[name] for name in ("q", "k", "v", "do"))
     o, lse = reference.attention(q, k, v, mask=mask, scale=scale, dtype=dtype)
     gradients = reference.attention_backward(
@@ -134,10 +135,10 @@ def dense(
 def dense_rounded(operands: Mapping[str, Array], mask: Rule, scale: float) -> dict[str, Array]:
     """`dense` in the half type of the operands, as a matrix unit does it: the measure of precision.
 
-    Products of halves are summed in float32, and softmax, lse and delta are float32 too. What goes
-    into a second product is rounded to the half type first: P, normalised, and dS. Results are
-    rounded once; those of grouped queries are summed before. The backward pass takes this forward
-    pass's own o and lse. Operands are finite.
+    Products of halves are summed in float32, and softmax, lse and delta are float32 too. The
+    factors of a second product are first rounded to the half type: the normalised P, and dS.
+    Results are rounded once; results of grouped queries are summed before. The backward pass takes
+    this forward pass's own o and lse. Operands are finite.
     """
     kept = operands["q"].dtype
     q, k, v, do = (operands[name].astype(np.float32) for name in ("q", "k", "v", "do"))
@@ -180,13 +181,13 @@ def tolerances(
     *,
     host_pairs: bool = True,
 ) -> dict[str, float]:
-    """What a result may be off by.
+    """The tolerances of the results.
 
-    float64: 1e-12 of its largest number. float32: twice the largest error of the same computation
-    done dense by NumPy in float32. Both on a floor of a few roundings of the terms of every sum
-    (`roundings`): 3 in float32, of which these cases and 120 random ones need 1.7 at most;
-    and 6 in float64, where the definition rounds as much itself. Half types: see `_of_halves`;
-    `host_pairs` is False for kernels of GPUs, which do not multiply them as this processor's do.
+    float64: 1e-12 of the largest element. float32: twice the largest error of the same dense
+    computation by NumPy in float32. Both have a floor of a few roundings of the terms of every sum
+    (`roundings`): 3 in float32, of which these cases and 120 random ones need at most 1.7, and 6 in
+    float64, where the definition rounds as much itself. Half types: see `_of_halves`. `host_pairs`
+    is False for kernels of GPUs, which do not multiply them as this processor does.
     """
     dtype = problem.dtype
     moves = roundings(operands, want, problem.mask, problem.scale)
@@ -208,13 +209,14 @@ def _of_halves(
     moves: Mapping[str, float],
     host_pairs: bool,
 ) -> dict[str, float]:
-    """Twice the largest error of a dense computation in the type, for gradients three times.
+    """Tolerances of half types: two times the error of a dense computation, three for gradients.
 
-    At least one rounding of the largest result, since the other may be exact by luck. Where values
-    are equal, dQ and dK are 0 and what comes out is rounding alone: there one of the largest term.
-    And the floor of float32, in which sums are made; but where numbers are multiplied in two parts,
-    the product of the low parts is left out of every term. lse is held to what float32 is, and with
-    pairs to the error of the exponential, which is as near as weights of a half type need.
+    They are at least one rounding of the largest result, since the dense computation may be exact
+    by luck. If all values are equal, dQ and dK are 0 and only rounding is left: then the floor is
+    one rounding of the largest term. The floor of float32 is added, since sums are float32. If
+    elements are multiplied in two parts, the product of the low parts is missing in every term. The
+    tolerance of lse is the tolerance of float32, and with pairs the error of the exponential, which
+    is exact enough for weights of a half type.
     """
     low = dense_rounded(operands, problem.mask, problem.scale)
     kept = problem.dtype
@@ -236,15 +238,15 @@ def _of_halves(
 
 
 def largest(array: Array) -> float:
-    """The size of the largest number, -inf left out."""
+    """The absolute value of the largest element, without -inf."""
     return float(abs(finite(array)).max(initial=0))
 
 
 def largest_error(got: Array, want: Array) -> float:
-    """The size of the largest difference, -inf left out."""
+    """The absolute value of the largest difference, without -inf."""
     return float(abs(finite(got) - finite(want)).max(initial=0))
 
 
 def finite(array: Array) -> Array:
-    """0 for the -inf in lse, which must be met exactly."""
+    """The array with 0 in place of -inf in lse, which must agree exactly."""
     return np.where(np.isneginf(array), 0, array).astype(np.float64)

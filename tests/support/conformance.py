@@ -1,4 +1,4 @@
-"""What every backend owes: a case, forward and backward, against dense attention in float64."""
+"""The conformance test of every backend: a case, both passes, against dense float64 attention."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class Backend(Protocol):
     def forward(
         self, problem: Problem, operands: Results, on: Any, into: Array | None
     ) -> dict[str, Array]:
-        """o, in `into` if it is given, and lse."""
+        """Return o, in `into` if it is given, and lse."""
         ...
 
     def backward(
         self, problem: Problem, operands: Results, on: Any, into: Results, **options: Any
     ) -> dict[str, Array]:
-        """dq, dk and dv in `into`; `operands` holds do, q, k, v, o and lse."""
+        """Return dq, dk and dv in `into`; `operands` holds do, q, k, v, o and lse."""
         ...
 
 
 def assert_conforms(
     backend: Backend, on: Any, problem: Problem, case: Case, **options: Any
 ) -> None:
-    """Raise AssertionError where a result is wrong, or memory around a result was written.
+    """Raise AssertionError if a result is wrong, or memory around a result was written.
 
-    Results lie as oddly as the operands do. `options` are those of the backward plan.
+    Results have the same memory layout as the operands. `options` go to the backward plan.
     """
     operands = inputs(problem, case.layout, case.memory)
     want = dense(operands, problem.mask, problem.scale)

@@ -1,7 +1,7 @@
-"""Kernels for another processor, run under an emulator: the engine's own calls, one process each.
+"""Kernels for another processor, run under qemu: the engine's own calls, each in its own process.
 
-The engine fills its argument blocks as always; the arrays that they point to go to `driver.c` in a
-file, and come back in one.
+The engine fills its argument blocks as always. The arrays that they point to travel to `driver.c`
+and back in a file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PACKAGES = "qemu-user, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross"
 
 
 def missing() -> list[str]:
-    """Which of the tools are not here."""
+    """The tools that are missing here."""
     absent = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
     if not absent:
         command = [COMPILER, "-print-file-name=libc.a"]
@@ -52,10 +52,10 @@ MISSING = missing()
 
 @dataclass
 class Emulator(Memory):
-    """Memory whose arrays are carried to the emulator and back.
+    """Memory whose arrays are copied to the emulator and back.
 
-    They lie there flush against a page "before" or "after" them that no one may touch; of the array
-    named `cut` the last element stays here.
+    There they are adjacent to a page "before" or "after" them that must not be touched. The last
+    element of the array named `cut` is not copied.
     """
 
     folder: Path
@@ -85,7 +85,7 @@ class Emulator(Memory):
         return replace(plan, tables=tuple(tables))
 
     def kernel(self, spec: KernelSpec, device: Device) -> CpuKernel:
-        """Compile and link a kernel; its address is its number among those that were asked for."""
+        """Compile and link a kernel; its address is its number in the order of requests."""
         key = (spec, device.features)
         if key not in self.programs:
             program = self.folder / f"kernel{len(self.programs)}"
@@ -124,7 +124,7 @@ class Emulator(Memory):
             command,
             timeout=120,
             capture_output=True,
-            cwd=self.folder,  # it may leave a core file
+            cwd=self.folder,  # a crash may write a core file
         ).returncode
         ended = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
         assert code == 0, f"{spec.kernel} {ended}"
@@ -149,7 +149,7 @@ def _is_pointer(name: str, spec: KernelSpec) -> bool:
 
 
 def _find(address: int, arrays: list[Array]) -> tuple[int, int]:
-    """The array that an address lies in, and how many bytes from its start."""
+    """The index of the array that holds an address, and the address's offset in it in bytes."""
     for number, array in enumerate(arrays):
         offset = address - array.ctypes.data
         if 0 <= offset < max(1, array.nbytes):
@@ -159,7 +159,7 @@ def _find(address: int, arrays: list[Array]) -> tuple[int, int]:
 
 @contextmanager
 def emulated(folder: Path) -> Iterator[Emulator]:
-    """The engine runs its kernels under the emulator meanwhile."""
+    """A context in which the engine runs its kernels under the emulator."""
     emulator = Emulator(folder)
 
     def workspace(size: int) -> SimpleNamespace:

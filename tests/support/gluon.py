@@ -1,13 +1,13 @@
-"""A GPU for a Gluon kernel with warps of their own trades, in Python: to see it finish, and right.
+"""A model GPU in Python for a warp-specialised Gluon kernel: does it end, with the right result?
 
-Gluon has no interpreter. This runs the text of such a kernel on NumPy arrays: every part of a
-program is a thread, of which one runs at a time, and each thing that a GPU does later - a copy of
-the TMA unit, a product of the tensor cores - is done at a time that a seeded die decides, as late
-as the instruction that waits for it. What has been asked for and is not there yet is NaN, so a slot
-that is read too early or filled too early spoils the result, and a wait that nobody ends raises.
+Gluon has no interpreter. This model runs the source of such a kernel on NumPy arrays. Every part of
+a program is a thread, and one thread runs at a time. An asynchronous operation, such as a copy of
+the TMA unit or a product of the tensor cores, is done at a random time, at the latest when an
+instruction waits for it. Until then its result is NaN, so a slot that is read or filled too early
+spoils the result. A wait that never ends raises.
 
-It knows the functions that `hopper` uses and no layouts: what a compiler makes of these, and how
-registers and shared memory are used, it does not show.
+The model knows the functions that `hopper` uses, and no layouts. It does not show what a compiler
+makes of layouts, nor how registers and shared memory are used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Array = NDArray[Any]
 
 
 class Tensor(np.ndarray):
-    """An array that keeps its class, also as a number."""
+    """An array that keeps its class, also as a scalar."""
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
         return np.asarray(array).view(Tensor)
@@ -47,7 +47,7 @@ def tensor(value: Any) -> Tensor:
 
 
 class Pointer:
-    """Numbers in memory, from an offset on."""
+    """A pointer to elements in memory, at an offset."""
 
     def __init__(self, memory: Array, offset: Any = 0) -> None:
         self.memory, self.offset = memory, tensor(offset)
@@ -56,14 +56,14 @@ class Pointer:
         return Pointer(self.memory, self.offset + steps)
 
     def where(self, mask: Any) -> tuple[Array, Array]:
-        """Offsets that may be used and whether each may; others must not be looked at."""
+        """The offsets, and whether each may be used; asserts that these are inside the memory."""
         at, mask = np.broadcast_arrays(np.asarray(self.offset), np.asarray(mask))
         assert ((at >= 0) & (at < self.memory.size) | ~mask).all(), "outside of memory"
         return np.where(mask, at, 0), mask
 
 
 class Descriptor:
-    """What the TMA unit knows of an array of four axes."""
+    """A tensor descriptor for the TMA unit, of an array of four axes."""
 
     def __init__(self, array: Array, rows: int, columns: int) -> None:
         self.array, self.rows, self.columns = array, rows, columns
@@ -79,7 +79,7 @@ class Descriptor:
 
 
 class Shared:
-    """A tensor in shared memory, or a view of one; what nobody has written is NaN."""
+    """A tensor in shared memory, or a view of one; unwritten elements are NaN."""
 
     def __init__(self, array: Array) -> None:
         self.array = array
@@ -95,7 +95,7 @@ class Shared:
 
 
 class MBarrier:
-    """Phases that end when all arrivals have come and all bytes are there."""
+    """A barrier whose phase ends when all arrivals have come and all bytes are copied."""
 
     def __init__(self) -> None:
         self.count = self.left = self.bytes = self.phase = 0
@@ -111,13 +111,13 @@ class MBarrier:
 
 
 class Named:
-    """A hardware barrier: threads that came, and how often it was full."""
+    """A hardware barrier: the threads that arrived, and the number of times that it was full."""
 
     def __init__(self) -> None:
         self.threads = self.full = 0
 
     def come(self, threads: int, of: int) -> int:
-        """Add threads; returns how often the barrier is full once these may go on."""
+        """Add threads; return the number of full phases after which they may go on."""
         self.threads += threads
         assert self.threads <= of, "threads of two turns meet at one barrier"
         goal = self.full + 1
@@ -127,7 +127,7 @@ class Named:
 
 
 class Product:
-    """A sum of products that is asked for, and there once `value` is."""
+    """An asynchronous product; it is done when `value` is set."""
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
         self.compute = compute
@@ -139,7 +139,7 @@ class Stopped(Exception):
 
 
 class Program:
-    """One program: its parts in threads that take turns, and what is under way."""
+    """One program: its parts in threads that take turns, and its unfinished operations."""
 
     def __init__(self, die: random.Random) -> None:
         self.die = die
@@ -186,7 +186,7 @@ class Program:
                 self.turn.notify_all()
 
     def until(self, ready: Callable[[], bool]) -> None:
-        """Let others go on, and return at some time when it is ready."""
+        """Let other parts run, and return at some time after `ready` holds."""
         part = self.here.part
         self.waiting[part] = ready
         self._next()
@@ -195,7 +195,7 @@ class Program:
             raise Stopped
 
     def _next(self) -> None:
-        """Do what is under way until a part that can go on is drawn."""
+        """Do unfinished operations until a part that can go on is drawn."""
         while self.waiting:
             parts = [part for part, ready in self.waiting.items() if ready()]
             doing = [*range(len(self.copies))], [p for p, own in self.products.items() if own]
@@ -216,7 +216,7 @@ class Program:
 
 
 class Device:
-    """Runs a kernel's text, one program after the other."""
+    """A device that runs a kernel source, one program after the other."""
 
     def __init__(self, text: str, entry: str, seed: int) -> None:
         self._program_id, self._programs = 0, 1
@@ -242,13 +242,13 @@ class Device:
             self._entry(*given)
 
     def function(self, name: str) -> Callable[..., Any]:
-        """A function of the text."""
+        """A function of the source."""
         found: Callable[..., Any] = self._space[name]
         return found
 
     @contextlib.contextmanager
     def as_program(self, number: int, programs: int) -> Iterator[None]:
-        """As a program sees it."""
+        """A context with the number of a program."""
         self._program_id, self._programs = number, programs
         yield
 

@@ -1,4 +1,4 @@
-"""A few emitted texts, kept beside the tests so that a change of them is seen in review.
+"""A few emitted kernel sources, kept beside the tests so that a change is seen in review.
 
 `python tests/support/golden.py` writes them anew.
 """
@@ -21,32 +21,32 @@ from tilefold.problems.attention import Problem
 
 
 class Golden(NamedTuple):
-    """The texts of one backend: where they are kept, how files end, and what makes them."""
+    """The sources of one backend: their folder, the ending of their files, and their generator."""
 
     folder: Path
     suffix: str
     texts: Callable[[], dict[str, str]]
 
     def kept(self, file: str) -> str:
-        """A text as it is kept."""
+        """The kept source with the name of a file."""
         return (self.folder / file).read_text(encoding="ascii")
 
     def files(self) -> set[str]:
-        """The names of all files that are kept."""
+        """The names of all kept files."""
         return {path.name for path in self.folder.glob(f"*{self.suffix}")}
 
 
 def problem(dtype: str, dim: int, mask: str, form: str, heads_kv: int = 4) -> Problem:
-    """Long sequences, or one query where it is decoded."""
+    """A problem of long sequences, or of one query for the form "decode"."""
     queries = 1 if form == "decode" else 1000
     shapes = (1, 4, queries, dim), (1, heads_kv, 1000, dim)
     return Problem.of(*shapes, dtype=dtype, mask=parse(mask))
 
 
 def metal() -> dict[str, str]:
-    """Texts by the names of their files: every kernel, both families, all types, four masks.
+    """Sources by the names of their files: every kernel, both families, all types, four masks.
 
-    They serve any alignment, but for one: what aligned arrays run.
+    They serve any alignment, except one source for aligned arrays.
     """
     found = {}
     for name, family, dtype, dim, mask, operation, form in (
@@ -71,7 +71,7 @@ def metal() -> dict[str, str]:
 
 
 def triton() -> dict[str, str]:
-    """Texts by the names of their files: every kernel, four architectures, all types, streamed."""
+    """Sources by the names of their files: every kernel, four architectures, all types."""
     found = {}
     for name, device, dtype, dim, mask, operation, form in (
         ("causal", "sm_90", "bfloat16", 128, "causal()", "forward", "tiled"),

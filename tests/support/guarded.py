@@ -1,7 +1,7 @@
-"""Memory between two pages that no one may touch: one step outside an array ends the process.
+"""Memory between two forbidden pages: an access outside of an array ends the process.
 
-Every array of a call lies there flush against the page before it or after it: arguments (which
-become read-only), results, the mask's tables, the plan's lists, the argument block, the scratch.
+Every array of a call is adjacent to the page before it or after it: arguments (which become
+read-only), results, the mask's tables, the plan's lists, the argument block, the scratch.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class GuardedMemory(Memory):
-    """Arrays flush against the forbidden page "before" or "after" them; `close` ends them all.
+    """Arrays adjacent to the forbidden page "before" or "after" them; `close` frees them all.
 
-    `short` names an array that lies one element too far, its outermost element on the forbidden
-    page: a kernel that touches every element must die, or this harness overlooks overruns.
+    `short` names an array whose outermost element lies on the forbidden page: a kernel that touches
+    every element must crash, or this harness overlooks overruns.
     """
 
     def __init__(self, side: str, short: str | None = None) -> None:
@@ -75,12 +75,12 @@ class GuardedMemory(Memory):
             _protect(*self._pages[name], _READ_ONLY)
 
     def copy(self, name: str, array: Array, *, frozen: bool = True) -> Array:
-        """The same numbers in this memory, contiguous, and read-only unless not `frozen`."""
+        """The same elements in this memory, contiguous, and read-only if `frozen`."""
         array = np.ascontiguousarray(array)
         copy = self.allocate(name, array.size, str(array.dtype))
         address = self.address(name, copy)
         flat = array.reshape(-1)
-        if name == self._short:  # what is left of it stands where it should, seen from its start
+        if name == self._short:  # the elements that fit keep their places, counted from its start
             flat = flat[1:] if self._side == "before" else flat[:-1]
         where = max(address, self._pages[name][0])
         ctypes.memmove(where, flat.ctypes.data, flat.nbytes)
@@ -90,7 +90,7 @@ class GuardedMemory(Memory):
         return np.frombuffer(view, np.uint8).view(array.dtype).reshape(array.shape)
 
     def scratch(self, name: str, elements: int, dtype: str) -> int:
-        """The address of fresh memory, each bit of it set."""
+        """The address of new memory with all bits set."""
         shift = self._shift(name, 64 if name == "workspace" else np.dtype(dtype).itemsize)
         return self.allocate(name, elements, dtype).ctypes.data + shift
 
@@ -110,7 +110,7 @@ class GuardedMemory(Memory):
         return replace(plan, tables=tuple(tables), launches=tuple(launches))
 
     def close(self) -> None:
-        """Give the memory back; no array in it may be used any more."""
+        """Free the memory; no array in it may be used any more."""
         for first, inside in (*self._old, *self._pages.values()):
             _libc.munmap(first - PAGE, inside + 2 * PAGE)
         self._old, self._pages = [], {}
@@ -139,7 +139,7 @@ EMPTY_RUNS = np.empty((0, 3), np.int64)
 
 @contextmanager
 def guarded(side: str, short: str | None = None) -> Iterator[GuardedMemory]:
-    """Guarded memory, in which the engine puts its scratch and its argument blocks meanwhile."""
+    """Guarded memory, which also holds the engine's scratch and argument blocks meanwhile."""
     memory = GuardedMemory(side, short)
     words: dict[int, int] = {}
 

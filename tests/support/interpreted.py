@@ -1,4 +1,4 @@
-"""Attention in Triton's interpreter: the operands of a case, and what its kernels give."""
+"""Attention in Triton's interpreter: the operands of a case, and the results of its kernels."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tilefold.backends.triton.plan import plan
 from tilefold.problems.attention import STATISTICS, Problem
 
 PLACES = ("packed", "padded", "step2")
-"""Memory that tensors of PyTorch can lie in: they have no negative strides."""
+"""Kinds of memory that torch tensors can have: their strides are never negative."""
 
 
 def needs() -> None:
-    """Skip, with the reason, where Triton's interpreter or torch is not there; CI has both."""
+    """Skip, with the reason, if Triton's interpreter or torch is missing; CI has both."""
     reason = interpreter.missing()
     if reason is None and importlib.util.find_spec("torch") is None:
         reason = "Triton's kernels are given tensors of PyTorch, which is not installed"
@@ -36,10 +36,10 @@ def needs() -> None:
 
 @functools.cache
 def _quicken() -> None:
-    """Spare Triton's interpreter what it does again at each step: a third of its time.
+    """Save Triton's interpreter repeated work at each step, a third of its time.
 
-    Each call of a device function patches the whole language that its kernel has patched already,
-    and each operation makes a table of all types to look up one.
+    Each call of a device function patches the whole language, although its kernel has already
+    patched it, and each operation makes a table of all types to look up one type.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -89,7 +89,7 @@ _machines: dict[str, interpreter.Interpreted] = {}
 
 
 def tensor(array: Array) -> Any:
-    """The array as a tensor: the same memory, or a copy where torch has no such tensor."""
+    """The array as a tensor: the same memory, or a copy if torch has no such tensor."""
     from tilefold.implementations.torch import tensor_of
 
     return tensor_of(array if array.flags.aligned else array.copy())
@@ -109,7 +109,7 @@ def forward(
     into: Array | None = None,
     **options: Any,
 ) -> dict[str, Array]:
-    """o, in `into` if it is given, and lse; `options` as `plan` takes them."""
+    """Return o, in `into` if it is given, and lse; `options` go to `plan`."""
     on = on or machine()
     shape, kind = (problem.batch, problem.heads_q, problem.len_q), STATISTICS[problem.dtype]
     if into is None:
@@ -127,7 +127,7 @@ def backward(
     into: Mapping[str, Array] | None = None,
     **options: Any,
 ) -> dict[str, Array]:
-    """dq, dk and dv; `operands` holds do, q, k, v, o and lse."""
+    """Return dq, dk and dv; `operands` holds do, q, k, v, o and lse."""
     on = on or machine()
     results = into or {
         f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"

@@ -1,7 +1,7 @@
-"""Random masks for property tests: sizes, a rule that fits them, and what it means pair by pair.
+"""Random masks for property tests: sizes, a rule that fits them, and its meaning pair by pair.
 
-A case carries its own definition, written in plain Python integers and independent of the package:
-`sees(b, h, q, k)` for every pair. So a test can compare any fold of the rule with the definition.
+A case has its own definition, `sees(b, h, q, k)` for every pair, in plain Python integers and
+independent of the package. So a test can compare any fold of the rule with the definition.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def coordinate(
 
 
 def places(sizes: Sizes, sync: str) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
-    """The coordinates of query and key as tuples, one number per dimension."""
+    """The coordinates of query and key as tuples, one integer per dimension."""
     if sizes.grid_q is None or sizes.grid_k is None:
         place_q, place_k = coordinate(sizes.len_q, sizes.len_k, sync)
         return (lambda q: (place_q(q),)), (lambda k: (place_k(k),))
@@ -133,7 +133,7 @@ def _positions(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
 
 @st.composite
 def _plain(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
-    """full, prefix, chunked and lengths of one number."""
+    """full, prefix, chunked, and lengths with one integer."""
     number = draw(st.integers(0, sizes.len_k + 2))
     match draw(st.sampled_from(("full", "prefix", "prefix causal", "chunked", "lengths"))):
         case "full":
@@ -182,7 +182,7 @@ Formula = Callable[[Any, Any, Any, Any], Any]
 
 @st.composite
 def _numbers(draw: st.DrawFn, depth: int) -> Formula:
-    """Whole numbers over the indices, as functions that serve Python's integers and symbols."""
+    """Integer functions of the indices, which take Python's integers and symbols."""
     kind = draw(st.sampled_from(("index", "constant", "binary", "divide", "abs", "negate")))
     if depth == 0 or kind == "index":
         which = draw(st.integers(0, 3))
@@ -251,7 +251,7 @@ def _composed(draw: st.DrawFn, sizes: Sizes, depth: int, data: bool) -> tuple[Ru
 
 @st.composite
 def cases(draw: st.DrawFn, longest: int = 24, depth: int = 2, data: bool = True) -> Case:
-    """Random compositions of all rules, on 1-D and 2-D sequences; without arrays if not `data`."""
+    """Random compositions of all rules, on 1-D and 2-D sequences; with arrays only if `data`."""
     sizes = draw(all_sizes(longest))
     rule, sees = draw(_composed(sizes, depth, data))
     return Case(rule, sizes, sees)

@@ -1,4 +1,4 @@
-"""Attention on the emulator of Metal text: the operands of a case, and what its kernels give."""
+"""Attention on the Metal emulator: the operands of a case, and the results of its kernels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tilefold.backends.metal.plan import MetalPlan, plan
 from tilefold.problems.attention import Problem
 
 FAMILIES = ("apple7", "apple9")
-"""One of each kind: traversed operands staged and bfloat16 widened, or read where they lie."""
+"""One family of each kind: traversed operands are staged and bfloat16 widened, or read in place."""
 
 PLACES = ("packed", "padded", "step2", "reversed", "transposed")
-"""Memory that results can be written to."""
+"""Kinds of memory that results can be written to."""
 
 TENSOR_LAYOUTS = (0, 1)
 """Layouts of cooperative tensors that the emulator knows."""
@@ -47,7 +47,7 @@ def tensor_plan(problem: Problem) -> MetalPlan:
 
 
 def needs(check: str = "fast") -> None:
-    """Skip, with the reason, where the emulator cannot make this check; CI has what it needs."""
+    """Skip, with the reason, if the emulator cannot make this check; CI has its tools."""
     if reason := emulate.available(check):
         if os.environ.get("CI"):
             pytest.fail(reason)
@@ -55,7 +55,7 @@ def needs(check: str = "fast") -> None:
 
 
 def machine(family: str, check: str = "fast", tensor_layout: int = 0) -> dispatch.Emulated:
-    """The emulator as a GPU of a family; skips where it cannot make this check."""
+    """The emulator as a GPU of a family; skips if it cannot make this check."""
     needs(check)
     key = family, check, tensor_layout
     found = _machines.get(key)
@@ -72,7 +72,7 @@ Edit = Callable[[str], str]
 
 @dataclass(frozen=True, eq=False)
 class Edited(dispatch.Emulated):
-    """The emulator, on texts that are not quite the emitted ones."""
+    """The emulator, on edited kernel sources."""
 
     edit: Edit = str
 
@@ -81,7 +81,7 @@ class Edited(dispatch.Emulated):
 
 
 def instead(old: str, new: str) -> Edit:
-    """The text with another part, wherever that one stands; it must."""
+    """An edit that replaces a part of a source; the part must be there."""
 
     def edit(text: str) -> str:
         assert old in text, old
@@ -98,7 +98,7 @@ def forward(
     made: MetalPlan | None = None,
     **options: Any,
 ) -> dict[str, Array]:
-    """o, in `into` if it is given, and lse; `options` are those of `plan`, used without a plan."""
+    """Return o, in `into` if it is given, and lse; `options` go to `plan` if no plan is given."""
     shape = (problem.batch, problem.heads_q, problem.len_q)
     if into is None:
         into = np.full((*shape, problem.dim_v), SENTINEL, problem.dtype)
@@ -116,7 +116,7 @@ def backward(
     into: Mapping[str, Array] | None = None,
     **options: Any,
 ) -> dict[str, Array]:
-    """dq, dk and dv, in `into` if it is given; `operands` holds do, q, k, v, o and lse."""
+    """Return dq, dk and dv, in `into` if given; `operands` holds do, q, k, v, o and lse."""
     results = into or {
         f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"
     }

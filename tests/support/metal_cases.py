@@ -1,4 +1,4 @@
-"""The cases of the CPU with smaller lengths: in the emulator a lane is a fiber."""
+"""The cases of the CPU with smaller lengths, since each lane is a fiber in the emulator."""
 
 from __future__ import annotations
 

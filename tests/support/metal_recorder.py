@@ -1,4 +1,4 @@
-"""A machine for Metal kernels that notes what is asked of it, and the operands of small calls."""
+"""A machine for Metal kernels that records its requests, and the operands of small calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 @dataclass(eq=False)
 class Recorder(Machine):
-    """A machine that notes what is asked of it and computes nothing."""
+    """A machine that records its requests and computes nothing."""
 
     family: str = "apple9"
     kept: MachineCache = field(default_factory=MachineCache)

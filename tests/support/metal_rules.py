@@ -1,7 +1,7 @@
-"""`torch.mps.compile_shader` as far as a machine without Metal can be it: its rules, and results.
+"""A stand-in for `torch.mps.compile_shader` on a machine without Metal: its rules, and results.
 
-The rules are those of PyTorch's own argument parsing: texts in ASCII, numbers and lists as plain
-Python ones, tensors on the device, 31 buffers, 4 KiB to a list, and grids.
+The rules are PyTorch's rules for arguments: sources in ASCII, plain Python numbers and lists,
+tensors on the device, at most 31 buffers, at most 4 KiB in a list, and grids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_THREADS = 1024
 
 @dataclass
 class Compiler:
-    """Stands in for `compile_shader`; `texts` are those it compiled, `calls` the kernels run."""
+    """A stand-in for `compile_shader`; `texts` holds compiled sources, `calls` the kernels run."""
 
     device: str = "cpu"
     check: str = "fast"
@@ -63,7 +63,7 @@ class Kernel:
 
 
 def check(name: str, value: Any, device: str) -> None:
-    """Raise AssertionError for what torch would refuse, or bind to nothing."""
+    """Raise AssertionError for an argument that torch would refuse or bind to nothing."""
     if isinstance(value, torch.Tensor):
         assert value.device.type == device, f"{name} is on {value.device}"
         assert value.dtype != torch.float64, f"{name} is float64, which MPS does not have"

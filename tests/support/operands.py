@@ -1,6 +1,6 @@
-"""Arrays of a case as a caller might hold them: any layout, any strides, and the same as Buffers.
+"""Arrays of a case as a caller might hold them: any layout, any strides; and as Buffers.
 
-The memory around an array is filled with a sentinel, to be found again untouched.
+The memory around an array is filled with a sentinel, which must stay unchanged.
 """
 
 from __future__ import annotations
@@ -22,38 +22,39 @@ from tilefold.problems.request import LAYOUTS
 
 Array = NDArray[Any]
 SENTINEL = 12288.0
-"""A number that every type holds exactly."""
+"""A value that every type holds exactly."""
 
 FORMS: dict[str, dict[str, Any]] = {
     "split": {"form": "split"},
     "fused": {"form": "fused", "owners": 1},
     "parts": {"form": "fused", "owners": 3, "in_place": False},
 }
-"""The forms of the backward pass, as options of `plan`: fused with one owner, and with several."""
+"""The forms of the backward pass, as options of `plan`; fused with one partition and with several.
+"""
 
 SHARED_AXES = {"q": (0,), "k": (1,), "v": (2,), "do": (3,)}
 
 
 @dataclass(frozen=True)
 class Placed:
-    """An array (canonical axes), all the memory around it, and which of that is the array."""
+    """An array (canonical axes), all the memory around it, and the array's part of it."""
 
     array: Array
     base: Array
     inside: Array
 
     def untouched(self) -> bool:
-        """Whether the memory around the array still holds the sentinel."""
+        """True if the memory around the array still holds the sentinel."""
         return bool((self.base[~self.inside] == SENTINEL).all())
 
 
 def canonical(array: Array, layout: str) -> Array:
-    """A view with the axes (batch, heads, sequence, dim) of an array in a layout, and back."""
+    """A view with canonical axes of an array in a layout, or the other way round."""
     return array.transpose(LAYOUTS[layout])
 
 
 def place(shape: tuple[int, ...], dtype: str, layout: str, memory: str, name: str = "") -> Placed:
-    """An array of a canonical shape whose memory is laid out as said; it holds the sentinel."""
+    """An array of a canonical shape in a layout and a kind of memory, filled with the sentinel."""
     order = LAYOUTS[layout] if len(shape) == 4 else (0, 1, 2)
     outer = tuple(shape[axis] for axis in order)
     shared = [axis in SHARED_AXES.get(name, ()) for axis in order]
@@ -104,14 +105,14 @@ def _base(shape: tuple[int, ...], dtype: str, *, misaligned: bool) -> Array:
 
 
 def fill(placed: Placed, random: np.random.Generator) -> Array:
-    """Give an array normal numbers; return it."""
+    """Fill an array with normal random elements; return it."""
     numbers = random.normal(size=placed.base.shape)
     placed.base[placed.inside] = numbers[placed.inside]
     return placed.array
 
 
 def inputs(problem: Problem, layout: str, memory: str, seed: int = 0) -> dict[str, Array]:
-    """q, k, v and do with the canonical axes, of normal numbers."""
+    """Random q, k, v and do with canonical axes, normally distributed."""
     random = np.random.default_rng(seed)
     p = problem
     shapes = {
@@ -127,7 +128,7 @@ def inputs(problem: Problem, layout: str, memory: str, seed: int = 0) -> dict[st
 
 
 def buffer(array: Array) -> Buffer:
-    """A canonical array as the engine takes it; a copy of one that is not aligned."""
+    """A canonical array as a Buffer; a copy of it if it is misaligned."""
     array = np.require(array, requirements="A")
     strides = tuple(stride // array.itemsize for stride in array.strides)
     return Buffer(array.ctypes.data, array.shape, strides, array.dtype.name, array)
@@ -141,7 +142,7 @@ def run(
     device: Device | None = None,
     **options: Any,
 ) -> None:
-    """Run one plan on canonical arrays; `options` as `plan` takes them. Outputs must be aligned.
+    """Run one plan on canonical arrays; `options` go to `plan`. Outputs must be aligned.
 
     `form` may also be one of `FORMS`.
     """
@@ -152,7 +153,7 @@ def run(
 
 
 def forward(problem: Problem, operands: Mapping[str, Array], **options: Any) -> dict[str, Array]:
-    """o and lse, contiguous."""
+    """Return o and lse, contiguous."""
     shape = (problem.batch, problem.heads_q, problem.len_q)
     results = {
         "o": np.full((*shape, problem.dim_v), SENTINEL, problem.dtype),
@@ -166,7 +167,7 @@ def forward(problem: Problem, operands: Mapping[str, Array], **options: Any) -> 
 def backward(
     problem: Problem, operands: Mapping[str, Array], form: str, **options: Any
 ) -> dict[str, Array]:
-    """dq, dk and dv, contiguous; `operands` holds do, q, k, v, o and lse."""
+    """Return dq, dk and dv, contiguous; `operands` holds do, q, k, v, o and lse."""
     results = {f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"}
     names = ("do", "q", "k", "v", "o", "lse")
     given = {name: operands[name] for name in names}

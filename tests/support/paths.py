@@ -1,4 +1,4 @@
-"""Where things lie, and how a child process finds the file of a test."""
+"""Paths of the project, and the environment in which a child process finds the file of a test."""
 
 from __future__ import annotations
 

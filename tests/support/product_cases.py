@@ -1,4 +1,4 @@
-"""Products of matrices: what the suites of Metal and Triton share, cases and the comparison."""
+"""Matrix products: the cases and the comparison that the suites of Metal and Triton share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 SLOPES = {None: 1.0, "relu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}
-"""How much an activation can make of an error."""
+"""The largest factor by which an activation can increase an error."""
 
 
 class Variant(NamedTuple):
@@ -28,7 +28,7 @@ class Variant(NamedTuple):
     bias: str | None = None
     activation: str | None = None
     every: int = 1
-    """Elements from one element of a row to the next."""
+    """The stride from one element of a row to the next, in elements."""
 
     def __str__(self) -> str:
         turned = "".join("NT"[each] for each in (self.transpose_a, self.transpose_b))
@@ -48,7 +48,7 @@ SHAPES = (
     *((1, 1, 1), (2, 20, 3), (20, 2, 9), (99, 3, 257), (3, 257, 99), (1, 130, 8), (130, 1, 24)),
     *((64, 96, 40), (33, 95, 7), (35, 6, 1)),
 )
-"""m, n, k: single elements, very long and very narrow matrices, some of several blocks."""
+"""Sizes (m, n, k): single elements, very long or very narrow matrices, and several blocks."""
 
 BATCHES = (
     ((2, 3, 9, 5), (5, 11)),
@@ -118,13 +118,13 @@ def assert_product(
     activation: str | None = None,
     activation_unit: float = 0,
 ) -> None:
-    """Raises unless a product is as near to that in float64 as its sums can be.
+    """Raises unless a product is as near to the float64 product as rounding allows.
 
-    `a` and `b` as they multiply, `bias` as it is added. A sum of k rounded products, in any order,
-    is off by k units of the sum of their sizes at most; alpha, the bias, beta C and their sums are
-    five roundings more. In float64 the definition has as many itself. An activation passes that on
-    by its slope, and is off by `activation_unit` of its argument itself, or by 4 units of its sums
-    where that is 0. The result is rounded once.
+    `a` and `b` are the factors, and `bias` the added elements. A sum of k rounded products, in any
+    order, is off by at most k units of the sum of their sizes. alpha, the bias, beta C and their
+    sums are five more roundings. In float64 the definition has as many itself. An activation
+    multiplies the error by its slope, and adds an error of `activation_unit` of its argument, or of
+    4 units of its sums if that is 0. The result is rounded once.
     """
     left, right, old, added = (np.asarray(x, np.float64) for x in (a, b, c, bias))
     terms = abs(alpha) * (abs(left) @ abs(right)) + abs(beta * old) + abs(added)
@@ -140,7 +140,7 @@ def assert_product(
 
 
 def padded(array: Array) -> Array:
-    """The same elements with room behind each row, which ends where the last row ends."""
+    """The same elements with a gap after each row except the last."""
     rows, columns = array.shape
     memory = np.full((rows - 1) * (columns + 5) + columns, np.nan, array.dtype)
     size = array.itemsize

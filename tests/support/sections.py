@@ -1,4 +1,4 @@
-"""Sections for `benchmarks/gpu.py` that go wrong; its processes are sent these functions."""
+"""Sections for `benchmarks/gpu.py` that fail; these functions are sent to its processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def no_jobs(settings: Settings) -> list[str]:
 
 
 def dies(job: str, here: Here) -> Row:
-    """Of three parts the second ends the process."""
+    """End the process in the second of three parts."""
     reasons: dict[str, str] = {}
     ran = []
     for part in ("first", "second", "third"):

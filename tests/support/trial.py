@@ -1,7 +1,7 @@
-"""One problem with numbers of its own: laid out in memory, run through the engine, compared.
+"""One problem with its own data: laid out in memory, run through the engine, compared.
 
-Tests that ask where arrays may lie, on which machine or on how many threads kernels run, and not
-which numbers come out, share these numbers, these layouts and this comparison.
+Tests of memory layouts, machines and threads, which do not test precision, share this data, these
+layouts and this comparison.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 PASSES = (("forward", "auto"), *(("backward", form) for form in FORMS))
-"""Every operation in every form."""
+"""All operations in all forms."""
 
 INPUTS = {"forward": ("q", "k", "v"), "backward": ("do", "q", "k", "v", "o", "lse")}
 OUTPUTS = {"forward": ("o", "lse"), "backward": ("dq", "dk", "dv")}
 
 TOLERANCE = {"float32": 5e-4, "float64": 1e-10, "float16": 4e-3, "bfloat16": 3e-2}
-"""Largest error relative to the largest number of an array, or to 1 where that is larger.
+"""The largest error by type, relative to the largest element of an array, but at least to 1.
 
-It tells wrong from right; how precise results are is for the tests that compare with float32.
+It tells wrong from right; other tests compare the precision with float32.
 """
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How an array lies: its axes from the outermost in, the innermost stride, gaps, direction.
+    """A memory layout: axes from the outermost to the innermost, innermost stride, gaps, direction.
 
-    `gap` elements lie between the entries of every axis; `shared` heads are one and the same.
+    `gap` elements lie between the entries of every axis. With `shared`, all heads are one.
     """
 
     order: Shape = (0, 1, 2, 3)
@@ -55,7 +55,7 @@ class Layout:
     shared: bool = False
 
     def strides(self, shape: Shape) -> Shape:
-        """Strides in elements of an array of a canonical shape."""
+        """The strides of an array of a canonical shape, in elements."""
         strides = [0] * len(shape)
         size = self.step
         for axis in reversed([axis for axis in self.order if axis < len(shape)]):
@@ -81,7 +81,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A problem, how its arrays lie, and whether what no one may look at holds NaN."""
+    """A problem, the layout of its arrays, and whether elements that are never read hold NaN."""
 
     problem: Problem
     layout: str = "bhnd"
@@ -104,13 +104,13 @@ def problem(
     batch: int = 1,
     heads: tuple[int, int] = (2, 1),
 ) -> Problem:
-    """A problem with what most trials do not care about filled in."""
+    """A problem with defaults for the values that most trials do not depend on."""
     sizes = (batch, *heads, len_q, len_k, dim, dim_v or dim)
     return Problem(*sizes, dtype, default_scale(dim), full() if mask is None else mask)
 
 
 def numbers(trial: Trial) -> dict[str, Array]:
-    """The arguments in the problem's type, and what comes out by definition in float64."""
+    """The arguments in the problem's type, and the results of the definition in float64."""
     p = trial.problem
     random = np.random.default_rng(p.len_q * 1000 + p.len_k)
     given = {}
@@ -143,7 +143,7 @@ def shape_of(p: Problem, name: str) -> Shape:
 
 
 def _poison(p: Problem, given: dict[str, Array]) -> None:
-    """NaN in keys that no query sees and in queries that see no key."""
+    """Write NaN to keys that no query sees and to queries that see no key."""
     seen = p.mask.to_dense(p.len_q, p.len_k, batch=p.batch, heads=p.heads_q)
     seen = np.broadcast_to(seen, (p.batch, p.heads_q, p.len_q, p.len_k))
     blind = ~seen.any(axis=3)
@@ -154,18 +154,18 @@ def _poison(p: Problem, given: dict[str, Array]) -> None:
 
 
 class Memory:
-    """Where arrays lie: here, wherever NumPy puts them."""
+    """The memory of arrays; this class uses NumPy's own memory."""
 
     def allocate(self, name: str, elements: int, dtype: str) -> Array:
-        """Exactly so many elements, every bit of them set: floats are NaN."""
+        """An array of `elements` elements with all bits set: floats are NaN."""
         item = np.dtype(dtype).itemsize
         return np.full(elements * item, 0xFF, np.uint8).view(dtype)
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Arrays that no one should write to from now on."""
+        """Make arrays read-only from now on."""
 
     def address(self, name: str, array: Array) -> int:
-        """Where a kernel is told that an array begins."""
+        """The address of an array that a kernel is given."""
         return int(array.__array_interface__["data"][0])
 
     def move(self, plan: CpuPlan) -> CpuPlan:
@@ -182,9 +182,9 @@ def run(
     device: Device | None = None,
     heuristics: Heuristics = DEFAULT,
 ) -> dict[str, Array]:
-    """Run one operation on arrays laid out as the trial says; compare, and return its results.
+    """Run one operation on arrays in the trial's layout; compare and return its results.
 
-    Raises AssertionError where a result is wrong, an argument changed or a gap was written to.
+    Raises AssertionError if a result is wrong, an argument changed or a gap was written to.
     """
     memory = memory or Memory()
     p = trial.problem
@@ -213,12 +213,12 @@ def run(
 
 
 def planned(p: Problem, device: Device, operation: str, form: str, **options: Any) -> CpuPlan:
-    """The plan of a pass; `options` as `plan` takes them."""
+    """The plan of a pass; `options` go to `plan`."""
     return plan(p, device, operation, **{**options, **FORMS.get(form, {})})
 
 
 def _layout_of(name: str, trial: Trial, operation: str, form: str) -> Layout:
-    """As the trial says, but results share nothing, and fused wants rows of dq as they are."""
+    """The trial's layout, but results share no heads, and fused keeps the rows of dq contiguous."""
     layout = LAYOUTS[trial.layout]
     if layout.shared and name not in ("q", "k", "v", "do"):
         return LAYOUTS["bhnd"]
@@ -230,7 +230,7 @@ def _layout_of(name: str, trial: Trial, operation: str, form: str) -> Layout:
 def _place(
     memory: Memory, name: str, shape: Shape, strides: Shape, dtype: str
 ) -> tuple[Array, Array]:
-    """Exactly the elements that the strides span, and the array as a view of them."""
+    """Memory of exactly the elements that the strides span, and the array as a view of it."""
     reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
     lowest = sum(min(0, far) for far in reach)
     highest = sum(max(0, far) for far in reach)
@@ -245,13 +245,13 @@ def _buffer(memory: Memory, name: str, view: Array) -> Buffer:
 
 
 def compare(name: str, found: Array, expected: Array) -> None:
-    """Raises AssertionError where a result is wrong."""
+    """Raises AssertionError if a result is wrong."""
     largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
     assert_near(name, found, expected, TOLERANCE[str(found.dtype)] * max(1, largest))
 
 
 def _check_gaps(name: str, flat: Array, view: Array) -> None:
-    """What lies between the elements of a result keeps its bits."""
+    """Assert that the gaps between the elements of a result keep their bits."""
     touched = np.zeros(flat.size, np.bool_)
     start = (view.__array_interface__["data"][0] - flat.ctypes.data) // flat.itemsize
     np.lib.stride_tricks.as_strided(

@@ -1,9 +1,9 @@
-"""Triton kernels compiled for GPUs that are not there, in a process that does not interpret them.
+"""Triton kernels compiled for absent GPUs, in a process that does not interpret them.
 
     python tests/support/triton_ahead.py < tasks.json
 
-A task is {file, entry, signature, constants, aligned, options, target}; the answer to each is a
-line of JSON: {"shared": bytes, "assembly": counts of instructions}, or {"failure": in a line}.
+A task is {file, entry, signature, constants, aligned, options, target}. The answer to each task is
+a line of JSON: {"shared": bytes, "assembly": counts of instructions}, or {"failure": one line}.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Task = Mapping[str, Any]
 
 
 def compiled(tasks: Sequence[Task], cache: Path, python: str = sys.executable) -> list[Any]:
-    """What the compiler says of each task; `cache` is Triton's own, for this call."""
+    """The compiler's answer to each task; `cache` is the folder of Triton's cache for this call."""
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(
         [python, __file__],
         input=json.dumps(tasks),
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # where it fails Triton prints all of its intermediate code
+        stderr=subprocess.DEVNULL,  # a failing Triton prints all of its intermediate code
         text=True,
         env=environment,
     )
@@ -99,7 +99,7 @@ def answer(task: Task) -> dict[str, Any]:
 def main() -> None:
     """Answer the tasks of standard input."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what else is printed is no answer
+    os.dup2(2, 1)  # other output is no answer
     for task in json.load(sys.stdin):
         try:
             found = answer(task)

@@ -252,7 +252,7 @@ def test_a_forgotten_edge_is_found(text: str) -> None:
     needs()
     from triton.runtime.errors import InterpreterError
 
-    with pytest.raises(InterpreterError, match="numbers outside of its operands"):
+    with pytest.raises(InterpreterError, match="elements outside of its operands"):
         multiply(
             np.ones((5, 5)),
             np.ones((5, 5)),
@@ -262,7 +262,7 @@ def test_a_forgotten_edge_is_found(text: str) -> None:
 
 def test_a_block_too_few_is_found() -> None:
     needs()
-    with pytest.raises(Fault, match="40 numbers were not written"):
+    with pytest.raises(Fault, match="40 elements were not written"):
         multiply(
             np.ones((5, 40)),
             np.ones((40, 40)),

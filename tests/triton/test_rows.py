@@ -171,14 +171,14 @@ def test_a_forgotten_edge_is_found(text: str) -> None:
 
     on = Watched(written=("p", "lse"), replaced=(text, text.replace("<", "<=")))
     x = tensor(np.ones((5, 7), "float32"))
-    with pytest.raises(InterpreterError, match="numbers outside of its operands"):
+    with pytest.raises(InterpreterError, match="elements outside of its operands"):
         calls.softmax(x, return_lse=True, machine=on)
 
 
 def test_a_row_too_few_is_found() -> None:
     needs()
     on = Watched(written=("p", "lse"), replaced=("row < rows", "row < rows - 1"))
-    with pytest.raises(Fault, match="8 numbers were not written"):
+    with pytest.raises(Fault, match="8 elements were not written"):
         calls.softmax(tensor(np.ones((5, 7), "float32")), return_lse=True, machine=on)
 
 

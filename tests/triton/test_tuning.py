@@ -225,7 +225,7 @@ def test_the_command_shows_and_keeps(
     [
         (["--threads", "2"], "--threads goes with --device cpu"),
         (["--seconds", "0"], "--seconds must be more than 0, not 0.0"),
-        (["--shape", "1,2"], "a shape is four whole numbers"),
+        (["--shape", "1,2"], "a shape is four integers"),
     ],
 )
 def test_bad_words_get_one_line(

@@ -1,6 +1,6 @@
-"""What computes: one folder for each kind of device, all with the same rooms.
+"""The backends: one folder for each kind of device, all with the same rooms.
 
-protocols  what a call asks of arrays, machines and backends
+protocols  the functions of arrays, machines and backends that a call uses
 arrays     arrays of NumPy and PyTorch, as calls see them
 registry   the backends by name, and the machine of a device
 calls      from arrays to launches, looked up or prepared

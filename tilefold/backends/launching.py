@@ -1,4 +1,4 @@
-"""What launches on GPUs have alike: integers by their names, and data that is copied there once."""
+"""The common parts of launches on GPUs: integers by name, and data that is copied once."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ AXES = "bhnd"
 
 
 class MaskData(Protocol):
-    """A plan, by the parameters and tables of its mask."""
+    """The part of a plan with the parameters and tables of its mask."""
 
     @property
     def parameters(self) -> tuple[int, ...]:
-        """Integers of the mask."""
+        """The integers of the mask."""
 
     @property
     def tables(self) -> tuple[Table | Declared, ...]:
-        """Arrays of the mask."""
+        """The arrays of the mask."""
 
 
 class Host(Protocol):
-    """A machine that has memory of its own."""
+    """A machine with memory of its own."""
 
     def upload(self, array: NDArray[Any]) -> Array:
-        """A copy of an array where kernels can read it."""
+        """A copy of an array in memory that kernels can read."""
 
 
 def stride_arguments(strides: Mapping[str, Strides], strided: Iterable[str]) -> dict[str, int]:
-    """The strides of operands by the names of arguments, such as "q_n"; `strided` have them.
+    """The strides of the operands named in `strided`, by names of arguments such as "q_n".
 
     >>> stride_arguments({"q": (8, 4, 2, 1), "lse": (4, 2, 1)}, ["q", "k"])
     {'q_b': 8, 'q_h': 4, 'q_n': 2, 'q_d': 1}
@@ -50,7 +50,7 @@ def stride_arguments(strides: Mapping[str, Strides], strided: Iterable[str]) -> 
 
 
 def mask_arguments(plan: MaskData) -> dict[str, int]:
-    """Parameters of the mask and strides of its tables by the names of arguments."""
+    """The parameters of the mask and the strides of its tables, by the names of arguments."""
     found = {f"p{number}": value for number, value in enumerate(plan.parameters)}
     for number, table in enumerate(plan.tables):
         held = unbroadcast(table.array)
@@ -61,12 +61,12 @@ def mask_arguments(plan: MaskData) -> dict[str, int]:
 
 
 def unbroadcast(table: NDArray[Any]) -> NDArray[Any]:
-    """A table without the copies of a broadcast axis."""
+    """A table with one entry along each broadcast axis."""
     return table[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)]
 
 
 def tables_on(machine: Host, kept: LruCache[dict[str, Array]], plan: MaskData) -> dict[str, Array]:
-    """The tables of a plan's mask on a machine, by their names; copied there once."""
+    """The tables of a plan's mask on a machine, by their names; they are copied once."""
     held = {f"t{number}": unbroadcast(table.array) for number, table in enumerate(plan.tables)}
     return _copied(machine, kept, plan, held)
 
@@ -78,7 +78,7 @@ def runs_on(
     names: Sequence[str],
     visited: Sequence[NDArray[Any]],
 ) -> dict[str, Array]:
-    """The runs of a launch on a machine, by their names; copied there once."""
+    """The runs of a launch on a machine, by their names; they are copied once."""
     return _copied(machine, kept, launch, dict(zip(names, visited, strict=True)))
 
 
@@ -93,7 +93,7 @@ def _copied(
 
 
 def plain(array: NDArray[Any]) -> NDArray[Any]:
-    """An array as kernels read it: truths are bytes, and there is at least one element."""
+    """An array as kernels read it: a bool is a byte, and there is at least one element."""
     plain = np.ascontiguousarray(array)
     plain = plain.view(np.uint8) if plain.dtype == np.bool_ else plain
     return plain if plain.size else np.zeros(1, plain.dtype)

@@ -1,4 +1,4 @@
-"""What a call asks of arrays, and of the machine that runs its kernels.
+"""The protocols of a call: the functions of arrays, and of the machine that runs its kernels.
 
 A backend is a folder whose `calls` module has the functions of `Backend`; a framework is a module
 with the functions of `Arrays`.
@@ -20,7 +20,7 @@ Strides = tuple[int, ...]
 """The strides of an array in elements."""
 
 Axes = tuple[int, int, int, int]
-"""Which axis of an array in the caller's layout each canonical axis is."""
+"""The positions of the canonical axes in an array of the caller's layout."""
 
 GIVEN = {"forward": ("q", "k", "v"), "backward": ("do", "q", "k", "v", "o", "lse")}
 """The arrays that a caller gives to each pass, in order."""
@@ -29,35 +29,38 @@ RESULTS = {"forward": ("o", "lse"), "backward": ("dq", "dk", "dv")}
 """The arrays that each pass writes, in order."""
 
 OPERANDS = {name: GIVEN[name] + RESULTS[name] for name in GIVEN}
-"""All arrays of each pass: the order in which they are handed to a prepared call."""
+"""All arrays of each pass, in the order in which a prepared call takes them."""
 
 
 class Arrays(Protocol):
     """The functions of a framework's module."""
 
     def layout_key(self, given: Sequence[Array]) -> tuple[Any, ...]:
-        """All of arrays but their data and place: shapes, strides and types."""
+        """The properties of arrays without data and addresses: shapes, strides and types."""
 
     def strides(self, name: str, array: Array) -> Strides:
-        """The strides of an argument. Raises ValueError for fractions of an element."""
+        """The strides of an argument, in elements.
+
+        Raises ValueError if a stride is no multiple of the item size.
+        """
 
     def dtype_of(self, array: Array) -> str:
         """The name of an array's type."""
 
     def common_dtype(self, arrays: Mapping[str, Array]) -> str:
-        """The one type of arguments that can be read together. Raises."""
+        """The common type of arguments. Raises if they cannot be read together."""
 
     def native_dtype(self, like: Array, dtype: str) -> Any:
-        """A type of the framework by its name, which may be the type of the array `like`."""
+        """The framework's type with this name; `like` is an array that may have this type."""
 
     def empty(self, like: Array, wanted: Sequence[tuple[Shape, Any]]) -> tuple[Array, ...]:
-        """Contiguous arrays of shapes and native types beside another; elements are not set."""
+        """New contiguous arrays on the device of another array; their elements are not set."""
 
     def pointer(self, array: Array) -> int:
         """The address of the first element."""
 
     def packed(self, array: Array) -> Array:
-        """The array where it is contiguous, else a contiguous copy."""
+        """The array if it is contiguous, else a contiguous copy."""
 
     def is_packed(self, array: Array) -> bool:
         """True for a contiguous array."""
@@ -68,10 +71,10 @@ class Arrays(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """How the operands of a call lie in memory, whatever they hold.
+    """The placement of a call's operands in memory.
 
-    `strides` have canonical axes. `alignment` is a machine's measure of where operands begin, and
-    `axes` says which axis of an array in the caller's layout each canonical axis is.
+    `strides` have canonical axes. `alignment` is a machine's measure of the operands' addresses.
+    `axes` are the positions of the canonical axes in an array of the caller's layout.
     """
 
     strides: Mapping[str, Strides]
@@ -80,42 +83,45 @@ class Placement:
 
 
 class Prepared(Protocol):
-    """A plan made ready for operands that lie in one way: all but the operands themselves."""
+    """A plan prepared for one placement of operands; only the operands are missing."""
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the mask's tables and of the runs."""
+        """The size of the mask's tables and of the runs, in bytes."""
 
     def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
-        """Run the kernels in order on arrays in the caller's layout, in the order of `OPERANDS`."""
+        """Run the kernels in order on arrays in the caller's layout.
+
+        `operands` are in the order of `OPERANDS`.
+        """
 
     def compile(self) -> None:
-        """Have the kernels compiled that were not compiled yet."""
+        """Compile the kernels that are not compiled yet."""
 
 
 class Machine(ABC):
-    """What runs kernels: a processor, a GPU, or a stand-in for one. Equal to itself alone."""
+    """A machine that runs kernels: a processor, a GPU, or a stand-in. It equals only itself."""
 
     backend: ClassVar[str]
-    """The name of the backend whose kernels it runs: see `registry.BACKENDS`."""
+    """The name of the backend whose kernels the machine runs: see `registry.BACKENDS`."""
 
     aligned: ClassVar[int] = 0
-    """The alignment of operands that begin where an allocation does."""
+    """The alignment of operands that begin at the start of an allocation."""
 
     @abstractmethod
     def check(self, **arrays: Array) -> None:
-        """Raises TypeError, ValueError or NotImplementedError for arrays that are elsewhere."""
+        """Raises TypeError, ValueError or NotImplementedError for arrays of another machine."""
 
     def alignment(self, arrays: Mapping[str, Array]) -> int:
-        """How far the places where arrays begin let kernels move several elements at once."""
+        """The machine's measure of the arrays' addresses: see `Placement.alignment`."""
         return 0
 
     def accept(
         self, arrays: Arrays, operation: str, given: tuple[Array, ...]
     ) -> tuple[tuple[Array, ...], int]:
-        """The arrays as kernels read them, and their alignment: asked in every call.
+        """The arrays as kernels read them, and their alignment. Every call asks for them.
 
-        Kernels read lse without strides. Raises for arrays that are elsewhere.
+        Kernels read lse without strides. Raises unless kernels can read the arrays.
         """
         named = dict(zip(GIVEN[operation], given, strict=True))
         self.check(**named)
@@ -129,15 +135,15 @@ class Backend(Protocol):
     """The functions of a backend's `calls` module."""
 
     def machine(self, index: int = 0) -> Machine:
-        """The machine that is here, by its number among several. Raises NotImplementedError."""
+        """The machine of this computer with a number. Raises NotImplementedError without one."""
 
     def missing(self) -> str | None:
-        """Why this backend's kernels cannot run here; None where they can."""
+        """The reason why this backend's kernels cannot run here; None if they can."""
 
     def admit(self, problem: Problem) -> Problem:
-        """The problem as it is computed here. Raises NotImplementedError for what cannot be."""
+        """The problem as this backend computes it. Raises NotImplementedError if it cannot."""
 
     def prepare(
         self, machine: Any, problem: Problem, operation: str, placement: Placement
     ) -> Prepared:
-        """Plan a problem that is not empty, and compile its kernels or have them written."""
+        """Plan a problem that is not empty, and emit or compile its kernels."""

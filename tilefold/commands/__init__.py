@@ -1,7 +1,7 @@
-"""The command line, one file a command.
+"""The command line: one file for each command, and the parts that commands share.
 
 terminal       tables, colours and progress
-specification  shapes and masks as options
+specification  the options that describe a problem
 minilm         the sentence encoder of the main job
 main_job       real text through a real transformer
 kernel_source  a kernel's source, printed

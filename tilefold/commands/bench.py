@@ -1,4 +1,4 @@
-"""`tilefold bench`: this machine, against the peers that are installed, turn by turn."""
+"""`tilefold bench`: tilefold on this machine beside the installed peers, turn by turn."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def register(commands: Any) -> None:
     """Add the command and its options."""
     parser = commands.add_parser(
         "bench",
-        help="measure this machine, with the peers that are installed",
-        description="Measure tilefold and other implementations turn by turn in one process."
-        " Options with several values measure every combination.",
+        help="measure tilefold on this machine, beside the peers that are installed",
+        description="Measure tilefold and its peers, other libraries that compute attention,"
+        " turn by turn in one process. Options with several values measure every combination.",
         epilog=terminal.EXIT_CODES,
     )
     parser.set_defaults(main=main)
@@ -47,25 +47,33 @@ def register(commands: Any) -> None:
     parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
     parser.add_argument("--mask", nargs="+", default=MASKS, metavar="RULE")
     parser.add_argument("--operation", nargs="+", choices=tuple(PASSES), default=list(OPERATIONS))
-    parser.add_argument("--threads", nargs="+", type=int, help="default: 1, and as many as cores")
+    parser.add_argument(
+        "--threads", nargs="+", type=int, help="default: 1, and the number of cores"
+    )
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument(
         "--peers",
         nargs="*",
         choices=tuple(BASELINES),
-        help="default: torch, if it is installed; --peers alone for none",
+        help="other libraries to measure (default: torch, if installed; --peers alone: none)",
     )
     beside.add_argument(
         "--impl",
         nargs="+",
         choices=NAMES,
-        help="implementations of attention(impl=...) on torch tensors, in place of peers",
+        help="measure implementations of attention(impl=...) on torch tensors in place of peers",
     )
-    parser.add_argument("--device", help="of --impl, as torch names it; default: a GPU, if any")
+    parser.add_argument(
+        "--device", help="the device of --impl by torch's name (default: a GPU, if there is one)"
+    )
     parser.add_argument("--sweep", action="store_true", help="measure other block sizes too")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per combination (default 2)")
-    parser.add_argument("--save", metavar="FOLDER", help="write JSON, CSV and a PNG plot there")
-    parser.add_argument("--name", default="attention", help="of the saved files")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="seconds per combination (default 2)"
+    )
+    parser.add_argument(
+        "--save", metavar="FOLDER", help="write JSON, CSV and a PNG plot to this folder"
+    )
+    parser.add_argument("--name", default="attention", help="the name of the saved files")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -106,7 +114,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _names(options: argparse.Namespace) -> list[str]:
-    """What is measured, in order; the others are compared with the first."""
+    """The names of the measured implementations; the others are compared with the first."""
     if options.impl:
         first = "kernel" if "kernel" in options.impl else options.impl[0]
         return list(dict.fromkeys([first, *options.impl]))
@@ -119,7 +127,7 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 
 def _device(options: argparse.Namespace) -> str | None:
-    """Where implementations are measured; None where peers are."""
+    """The device on which implementations are measured; None if peers are measured."""
     if not options.impl:
         if options.device:
             raise ValueError("--device says where --impl runs; peers run on the CPU")
@@ -163,18 +171,18 @@ Measured = dict[tuple[str, int, Multiplier], Rates]
 
 
 def _rates(cases: Sequence[Case]) -> Measured:
-    """What the machine can do at most, measured in the same minute as the rest."""
+    """The peak rates of the machine, measured within the same minutes as the rest."""
     wanted = {_rated(case) for case in cases}
     return {rated: peak.rates(host(), *rated, again=True) for rated in wanted}
 
 
 def _rated(case: Case) -> tuple[str, int, Multiplier]:
-    """What the rates of a case depend on: type, threads and what multiplies."""
+    """The key of the rates of a case: type, threads and multiplier."""
     return case.problem.dtype, case.threads, Chooser(case.problem, host()).products
 
 
 def _share(row: Row, rates: Measured) -> tuple[float, str]:
-    """The share of the roofline that a row reaches, and what binds."""
+    """The share of the roofline that a row reaches, and the bound that binds."""
     known = rates[_rated(row.case)]
     least, binding = row.case.least_seconds(row.pairs, known)
     return least / row.median, binding
@@ -211,7 +219,7 @@ def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None
 
 
 def _show_implementations(found: list[list[Row]], device: str) -> None:
-    """A line per case and implementation, compared with the first of each case."""
+    """Show a line for each case and implementation, compared with the first of the case."""
     lines = []
     for rows in found:
         case, first = rows[0].case, rows[0]
@@ -236,7 +244,7 @@ def _show_reasons(found: list[list[Row]]) -> None:
 
 
 def _show_sweep(found: list[list[Row]]) -> None:
-    """Per case, the medians of every register tile (down) and block (across)."""
+    """Show for each case the medians of every register tile (down) and block (across)."""
     console = terminal.out()
     for rows in found:
         times = {row.name: row.median for row in rows if " by " in row.name}
@@ -283,7 +291,7 @@ def _save(
 
 
 def _plot(document: dict[str, Any], found: list[list[Row]], names: Sequence[str]) -> bytes:
-    """Bars: operations per second of each implementation in each case."""
+    """A PNG of bars: operations per second of each implementation in each case."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""`tilefold doctor`: what this machine has, what works here, and a self-test of a few seconds."""
+"""`tilefold doctor`: the hardware and software of this machine, and a short self-test."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tilefold.measuring.agreement import Agreement
 from tilefold.problems import reference
 from tilefold.problems.attention import STATISTICS
 
-# (batch, heads_q, heads_kv, len_q, len_k, dim, dim_v) and mask: tails, grouped queries, rows that
-# see nothing
+# (batch, heads_q, heads_kv, len_q, len_k, dim, dim_v) and mask: tails, grouped queries, and rows
+# that see nothing.
 CASES = (
     ((1, 2, 2, 64, 64, 64, 64), "full()"),
     ((2, 4, 2, 113, 203, 40, 24), "causal()"),
@@ -33,12 +33,12 @@ CASES = (
     ((1, 1, 1, 70, 50, 3, 5), "causal(sync='scale_end')"),
 )
 TOLERANCES = {"float32": 1e-4, "float64": 1e-12, "float16": 4e-3, "bfloat16": 3e-2}
-"""Largest error, relative to the largest number of the exact result."""
+"""The largest allowed error by type, relative to the largest element of the exact result."""
 
 SELF_TEST = [(case, dtype) for dtype in ("float32", "float64") for case in CASES] + [
     (case, dtype) for dtype in ("float16", "bfloat16") for case in CASES[:2]
 ]
-"""What is tested; bfloat16 where ml_dtypes is there, which has the type."""
+"""The cases and types of the self-test; bfloat16 runs only if ml_dtypes is installed."""
 
 
 def register(commands: Any) -> None:
@@ -46,7 +46,8 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="what this machine has, what works, and a self-test",
-        description="Show what this machine has and what works here, and test it in a few seconds.",
+        description="Show the hardware and software of this machine, say what works, and test it in"
+        " a few seconds.",
         epilog=terminal.EXIT_CODES,
     )
     parser.set_defaults(main=main)
@@ -56,14 +57,14 @@ def register(commands: Any) -> None:
         "--metal", action="store_true", help="test all Metal kernels, then time them on the GPU"
     )
     group.add_argument(
-        "--emulate", action="store_true", help="with --metal: test a few on the CPU, under Linux"
+        "--emulate", action="store_true", help="with --metal: test a few in the emulator, on Linux"
     )
-    group.add_argument("--save", metavar="FILE", help="with --metal: write one JSON document there")
+    group.add_argument("--save", metavar="FILE", help="with --metal: write a JSON document to FILE")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One case of the self-test; `error` is relative, `problem` the text of a failure."""
+    """One result of the self-test; `error` is relative, and `problem` describes a failure."""
 
     case: str
     error: float
@@ -73,7 +74,7 @@ class Check:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Look, test, show; exit code 1 if a test fails."""
+    """Run the tests and show the results; exit code 1 if a test fails."""
     if options.metal:
         from tilefold.commands import metal
 
@@ -98,14 +99,14 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _right(each: Agreement) -> bool:
-    """Whether an implementation agrees with the definition, or only is not there."""
+    """True if an implementation agrees with the definition or is merely missing."""
     if each.error is None:
         return not each.broken
     return each.error < TOLERANCES[agreement.PROBLEM.dtype]
 
 
 def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
-    """Forward and backward of one case against the dense float64 definition."""
+    """Compare forward and backward of one case with the dense float64 definition."""
     batch, heads_q, heads_kv, len_q, len_k, dim, dim_v = sizes
     rule, rng = parse.parse(mask), np.random.default_rng(0)
     q, k, v, do = (
@@ -125,7 +126,7 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
         start = time.perf_counter()
         try:
             found = call()
-        except Exception as raised:  # whatever is wrong here is the doctor's to report
+        except Exception as raised:  # the doctor reports every error
             text = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
             return Check(f"{operation} {name}", np.inf, False, time.perf_counter() - start, text)
         seconds = time.perf_counter() - start
@@ -193,7 +194,7 @@ def _document(checks: list[Check], agreed: list[Agreement]) -> dict[str, Any]:
 
 
 def _apple(agreed: list[Agreement]) -> dict[str, Any]:
-    """Whether Metal kernels work, by what the implementation made of tensors on the GPU."""
+    """Say whether Metal kernels work, from the results on tensors on the GPU."""
     from tilefold.backends.metal import runtime
 
     if reason := runtime.missing():
@@ -202,7 +203,7 @@ def _apple(agreed: list[Agreement]) -> dict[str, Any]:
 
 
 def _triton(vendor: str, agreed: list[Agreement]) -> dict[str, Any]:
-    """The same of Triton's kernels, "nvidia" or "amd": torch is built for one of them."""
+    """Say whether Triton kernels work on "nvidia" or "amd" GPUs; torch is built for one of them."""
     from tilefold.backends.triton import runtime
 
     if reason := runtime.missing():
@@ -220,7 +221,7 @@ def _triton(vendor: str, agreed: list[Agreement]) -> dict[str, Any]:
 
 
 def _kernels(kind: str, agreed: list[Agreement]) -> dict[str, Any]:
-    """Whether kernels gave the right results on arrays of a kind."""
+    """Say whether kernels gave the right results on arrays of a kind."""
     own = next(each for each in agreed if (each.implementation, each.arrays) == ("kernel", kind))
     works = own.error is not None and _right(own)
     return {"works": works, "reason": None if works else own.reason or "results are wrong"}
@@ -277,7 +278,7 @@ def _show(document: dict[str, Any], checks: list[Check]) -> None:
 
 
 def _show_agreements(agreed: list[Agreement]) -> None:
-    """Implementations down, kinds of arrays across; what is absent or wrong with its reason."""
+    """Show implementations (down) by kinds of arrays (across), and reasons for missing results."""
     console = terminal.out()
     kinds = list(dict.fromkeys(each.arrays for each in agreed))
     lines: dict[str, list[str]] = {}

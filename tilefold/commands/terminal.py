@@ -1,7 +1,7 @@
-"""How commands speak: tables that fit 80 columns, numbers with three digits, JSON for programs.
+"""The output of commands: tables that fit 80 columns, numbers with three digits, JSON for programs.
 
-What a person came for goes to the standard output; progress and notes go to the standard error, so
-that output can be piped. Without a terminal nothing moves and nothing is coloured.
+Results go to the standard output. Progress and notes go to the standard error, so that results can
+be piped. Without a terminal nothing moves and nothing is coloured.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ EXIT_CODES = "exit codes: 0 success, 1 a check failed, 2 bad input, 130 interrup
 
 
 class Failure(Exception):
-    """A check that a command makes did not hold; ends the program with exit code 1."""
+    """A check of a command failed; the program ends with exit code 1."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad usage is one line on the standard error, and exit code 2."""
+    """A parser that reports bad usage in one line on the standard error, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser.error`."""
@@ -53,17 +53,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def out() -> Console:
-    """Where results are shown."""
+    """The console that shows results."""
     return Console(highlight=False, soft_wrap=False)
 
 
 def notes() -> Console:
-    """Where progress and remarks are shown."""
+    """The console that shows progress and remarks."""
     return Console(stderr=True, highlight=False)
 
 
 def progress() -> Progress:
-    """A bar with a description, a count and the time; silent where there is no terminal."""
+    """A bar with a description, a count and the time; silent without a terminal."""
     console = notes()
     return Progress(
         TextColumn("{task.description}"),
@@ -77,13 +77,13 @@ def progress() -> Progress:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on the standard output."""
+    """Print one JSON document on the standard output."""
     json.dump(value, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
-    """A line and a table without a frame; columns named `>...` are aligned to the right."""
+    """A title and a table without a frame; columns named `>...` are aligned to the right."""
     made = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         justify = "right" if column.startswith(">") else "left"
@@ -100,7 +100,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def grid() -> Table:
-    """Columns side by side without a header: the last one takes the room that is left."""
+    """Columns side by side without a header; the last one takes the remaining width."""
     made = Table.grid(padding=(0, 2, 0, 0))
     made.add_column(justify="right", style="bold", no_wrap=True)
     made.add_column(style="cyan", no_wrap=True)
@@ -109,7 +109,7 @@ def grid() -> Table:
 
 
 def facts() -> Table:
-    """A name and what is to be said of it, line by line."""
+    """A table of facts, each with a name and a value."""
     made = Table.grid(padding=(0, 2, 0, 0))
     made.add_column(style="bold", no_wrap=True, min_width=10)
     made.add_column(ratio=1, overflow="fold")

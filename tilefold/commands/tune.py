@@ -1,8 +1,8 @@
-"""`tilefold tune`: the fastest blocks for given shapes on this machine, kept for the planner.
+"""`tilefold tune`: find the fastest block sizes for given shapes, and keep them for the planner.
 
-Candidates are measured turn by turn with the blocks of the built-in table, on random data. The
-winners go to a file beside the kernel cache, which every later call reads; results change by
-rounding only. `--device cuda` does it for the Triton kernels of a GPU.
+Measure candidates turn by turn with the blocks of the built-in table, on random data. The winners
+go to a file beside the kernel cache, and every later call reads it. Results change by rounding
+only. `--device cuda` tunes the Triton kernels of a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tilefold.measuring.workload import OPERATIONS, Case
 from tilefold.problems.attention import ITEM_BYTES
 
 SECONDS = {"cpu": 6.0, "cuda": 60.0}
-"""For each kernel, unless `--seconds` says another number."""
+"""The default of `--seconds`, the time for each kernel, by device."""
 
 
 def register(commands: Any) -> None:
@@ -44,7 +44,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--threads",
         type=int,
-        help="default 1, which neighbours disturb least; winners serve any number",
+        help="default 1, which other programs disturb least; the winners serve any number",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: this machine's first GPU"
@@ -52,7 +52,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="per kernel (default: 6 beside compiling; on a GPU 60 with it)",
+        help="seconds per kernel (default: 6 without compiling; on a GPU 60, compiling included)",
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--dry-run", action="store_true", help="measure, but keep nothing")
@@ -61,7 +61,7 @@ def register(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, keep and show; or forget."""
+    """Measure candidates, keep the winners and show them; or forget all kept winners."""
     on_gpu = options.device == "cuda"
     if on_gpu and options.threads is not None:
         raise ValueError("--threads goes with --device cpu")
@@ -91,7 +91,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _forget(kept: TunedStore[Any, Any], as_json: bool) -> int:
-    """Remove the file of a store."""
+    """Remove the file of a store, and say how many winners it had."""
     count = kept.forget()
     if as_json:
         terminal.print_json({"path": str(kept.path), "forgotten": count})

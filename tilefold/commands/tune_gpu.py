@@ -16,11 +16,11 @@ from tilefold.measuring.environment import environment
 from tilefold.problems.attention import Problem
 
 SHOWN = 6
-"""Candidates of a kernel in the table, beside the usual blocks; JSON has all."""
+"""The number of candidates of a kernel that are shown, beside the usual blocks; JSON has all."""
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, keep and show."""
+    """Measure candidates, keep the winners and show them."""
     if not options.dry_run:
         tuned.STORE.check()
     machine = runtime.gpu()
@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _measured(options: argparse.Namespace, machine: Machine) -> list[dict[str, Any]]:
-    """The kernels of all problems, each with its candidates."""
+    """The kernels of all problems as plain values, each with its candidates."""
     found = []
     with terminal.progress() as bar:
         task = bar.add_task("", total=None)

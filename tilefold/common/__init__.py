@@ -1,4 +1,4 @@
-"""What every room may use, and what knows nothing of attention.
+"""Rooms that every other room may use; none of them knows anything of attention.
 
 settings       every environment variable, declared once
 check          checks of single arguments
@@ -8,5 +8,5 @@ single_flight  values that are made once, however many threads ask
 generation     how often tuned block sizes changed in this process
 array_files    arrays in files
 disk_cache     compiled kernels on disk, and which files are trusted
-tuned_store    what was measured on this machine, in a file beside the kernels
+tuned_store    block sizes tuned on this machine, in a file beside the kernels
 """

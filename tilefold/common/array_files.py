@@ -1,10 +1,10 @@
 """Arrays in files: .npy, .npz and .safetensors, read without pickle and written atomically.
 
-`file.npz:name` picks one array of a file that holds several. A file holds numbers or it is refused:
-an object array of NumPy's would run code of its author's choice when it is read.
+`file.npz:name` picks one array of a file that holds several. A file of Python objects is refused:
+reading it would run code that its author chose.
 
-bfloat16 is a type of ml_dtypes, not of NumPy, which writes such arrays as two bytes without a name.
-That is how they are read too.
+bfloat16 is a type of ml_dtypes, not of NumPy. NumPy writes a bfloat16 array as items of two bytes
+without a type name, and this module reads such items as bfloat16.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
 def element_type(name: str) -> np.dtype[Any]:
-    """NumPy's type of a name. Raises ModuleNotFoundError for bfloat16 without ml_dtypes."""
+    """The NumPy type with this name. Raises ModuleNotFoundError for bfloat16 without ml_dtypes."""
     if name != "bfloat16":
         return np.dtype(name)
     try:
@@ -63,9 +63,9 @@ def load(place: str, default: str) -> Array:
 
 
 def save(place: str, arrays: Mapping[str, Array]) -> None:
-    """Write arrays to a file of one of the three kinds; readers see all of it or nothing.
+    """Write arrays to a file of one of the three kinds; readers see all of the file or nothing.
 
-    A .npy file holds one array alone, so `arrays` must have one entry for it.
+    A .npy file holds one array, so `arrays` must have exactly one entry for it.
     """
     path, name = _split(place)
     if name is not None:
@@ -85,7 +85,7 @@ def save(place: str, arrays: Mapping[str, Array]) -> None:
 
 
 def _typed(array: Array) -> Array:
-    """bfloat16 numbers where two bytes have no name: NumPy knows none for them."""
+    """The array, as bfloat16 where NumPy read items of two bytes without a type name."""
     return array.view(element_type("bfloat16")) if array.dtype.name == "void16" else array
 
 

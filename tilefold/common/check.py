@@ -7,13 +7,13 @@ from typing import Any
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """A whole number of at least `least` as an int.
+    """The value as an int. Raises unless it is an integer of at least `least`.
 
     >>> whole("window", 0, 1)
     Traceback (most recent call last):
-    ValueError: window must be a whole number >= 1, got 0
+    ValueError: window must be an integer >= 1, got 0
     """
-    refused = f"{name} must be a whole number >= {least}, got {shown(value)}"
+    refused = f"{name} must be an integer >= {least}, got {shown(value)}"
     if isinstance(value, bool):
         raise TypeError(refused)
     try:
@@ -26,7 +26,7 @@ def whole(name: str, value: Any, least: int) -> int:
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raises ValueError unless the value is one of those allowed.
+    """Raises ValueError unless the value is an allowed one.
 
     >>> choice("align", "front", ("end", "start"))
     Traceback (most recent call last):

@@ -1,15 +1,15 @@
 """Compiled kernels on disk, so that a program's second start compiles nothing.
 
-An entry's name is the SHA-256 of the kernel's text and of the toolchain that compiled it: there is
-no key to forget a field of. The text is kept beside the binary for people to read.
+An entry's name is the SHA-256 of the kernel source and of the toolchain that compiled it, so no
+field of a key can be forgotten. The source is kept beside the binary for people to read.
 
-Writing a text takes longer than reading a binary. So what a text was written from is kept too, as
-a *note*: a small file whose name is the hash of a question, and which says the answer. Notes are
-trusted no more than binaries are.
+Emitting a source takes longer than reading a binary. So the cache also keeps *notes*: small files
+that answer a question, such as "which source does this kernel spec lead to?". The name of a note is
+the hash of its question. Notes are checked before use, exactly as binaries are.
 
 Machine code is only loaded from where nobody else could have put it: the directory and the file
-must be real (no symbolic links), belong to this user, and be writable by nobody else; a header
-carries the length and a checksum. An entry that fails any of this is treated as absent, and the
+must be real (no symbolic links), belong to this user, and be writable by nobody else. A header
+holds the length and a checksum. An entry that fails one of these checks counts as absent, and the
 kernel is compiled again. A directory that cannot be used costs time, never correctness. Entries are
 written under a temporary name and renamed, so any number of processes may share a directory.
 """
@@ -29,30 +29,30 @@ from pathlib import Path
 from tilefold.common import settings
 
 _NOTE = "a question"
-"""Stands for the toolchain in the names of notes, so that no kernel shares one."""
+"""This word takes the toolchain's place in the names of notes, so no kernel has the same name."""
 _MAGIC = b"tilefold kernel 1\n"
 _OURS = re.compile(r"[0-9a-f]{64}\.[a-z]{1,8}(\.[0-9a-f]{16})?")
 _room: dict[tuple[Path, int], int] = {}
-"""Bytes that this process may write into a directory of a limit before it looks at it again."""
+"""Bytes that this process may still write, by directory and limit, before it counts files again."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A directory of compiled kernels, kept below a size by forgetting the least recently used."""
+    """A directory of compiled kernels below a size limit; the least recently used are removed."""
 
     directory: Path
     limit_bytes: int
 
-    def get(self, text: str, toolchain: str) -> bytes | None:
-        """Return the binary that a toolchain made of a text, or None if there is none to trust."""
-        return self.binary(key(text, toolchain))
+    def get(self, source: str, toolchain: str) -> bytes | None:
+        """Return the binary that a toolchain made of a source; None if no trusted one is there."""
+        return self.binary(key(source, toolchain))
 
     def binary(self, key: str) -> bytes | None:
-        """Return the binary under a key, or None if there is none to trust."""
+        """Return the binary under a key; None if no trusted one is there."""
         return self._load(key, ".bin")
 
     def note(self, question: str) -> bytes | None:
-        """Return the answer that was noted to a question, or None if there is none to trust."""
+        """Return the noted answer to a question; None if no trusted one is there."""
         return self._load(key(question, _NOTE), ".note")
 
     def _load(self, key: str, suffix: str) -> bytes | None:
@@ -64,11 +64,11 @@ class Cache:
         rest = content[len(_header(key, b"")) :]
         return rest if content == _header(key, rest) + rest else None
 
-    def put(self, text: str, toolchain: str, binary: bytes, suffix: str = ".ll") -> None:
-        """Keep a binary and its text. A directory that cannot be written to is left alone."""
-        name = key(text, toolchain)
+    def put(self, source: str, toolchain: str, binary: bytes, suffix: str = ".ll") -> None:
+        """Keep a binary and its source. A directory that cannot be written to stays as it is."""
+        name = key(source, toolchain)
         content = _header(name, binary) + binary
-        self._keep({f"{name}{suffix}": text.encode(), f"{name}.bin": content})
+        self._keep({f"{name}{suffix}": source.encode(), f"{name}.bin": content})
 
     def put_note(self, question: str, answer: bytes) -> None:
         """Keep the answer to a question, as `put` keeps binaries."""
@@ -87,15 +87,15 @@ class Cache:
                 self._make_room(directory, sum(map(len, files.values())))
 
     def size(self) -> int:
-        """Return the bytes that all kernels, their texts and the notes take."""
+        """Return the total size of all kernels, their sources and the notes, in bytes."""
         return sum(entry.bytes for entry in self._entries())
 
     def count(self) -> int:
-        """Return how many kernels are kept."""
+        """Return the number of kernels that are kept."""
         return sum(entry.kernel for entry in self._entries())
 
     def clear(self) -> int:
-        """Remove every kernel and note; return how many kernels. Files of other names stay."""
+        """Remove every kernel and note. Other files stay. Returns the number of kernels."""
         entries = self._entries()
         with contextlib.suppress(OSError), _opened(self.directory) as directory:
             for entry in entries:
@@ -124,11 +124,12 @@ class Cache:
             return []
 
     def _make_room(self, directory: int, written: int) -> None:
-        """Evict when this process may have filled the directory since it last looked at it.
+        """Evict when this process may have filled the directory since it last counted its files.
 
-        Looking takes 6 us a file: 20 ms for a full directory, at each kernel. So a process looks
-        again after it has written what was free then, or 1/16 of the limit if that is less: each
-        further process that writes meanwhile can pass the limit by 1/16.
+        Counting takes 6 us a file, which would be 20 ms at each kernel for a full directory. So a
+        process counts again only after it has written the space that was free at the last count,
+        or 1/16 of the limit if that is less. Each further process that writes in the meantime can
+        pass the limit by 1/16.
         """
         place = self.directory, self.limit_bytes
         left = _room.get(place, 0) - written
@@ -137,7 +138,7 @@ class Cache:
         _room[place] = left
 
     def _evict(self, directory: int) -> int:
-        """Remove the kernels that were not used for longest, until the rest fits; its bytes."""
+        """Remove the least recently used kernels until the rest fits; return its size in bytes."""
         entries = _entries(directory)
         total = sum(entry.bytes for entry in entries)
         for entry in sorted(entries, key=lambda entry: entry.used):
@@ -148,14 +149,14 @@ class Cache:
         return total
 
 
-def key(text: str, toolchain: str) -> str:
-    """Return the name of what a toolchain made of a text."""
+def key(source: str, toolchain: str) -> str:
+    """Return the name of the entry for a source and a toolchain."""
     name = toolchain.encode()
-    return hashlib.sha256(b"%d\n%s%s" % (len(name), name, text.encode())).hexdigest()
+    return hashlib.sha256(b"%d\n%s%s" % (len(name), name, source.encode())).hexdigest()
 
 
 def default() -> Cache:
-    """Return the cache of this user: TILEFOLD_CACHE_DIR, or the system's place for such things."""
+    """Return this user's cache: TILEFOLD_CACHE_DIR, else the system's usual place for caches."""
     directory = settings.CACHE_DIR.get()
     if directory is None:
         import platformdirs  # here, since a first call counts its milliseconds
@@ -166,7 +167,7 @@ def default() -> Cache:
 
 @dataclass
 class _Entry:
-    """The files of one kernel (binary, text) or one note, and of writers that did not finish."""
+    """The files of one kernel (binary, source) or one note, with files of unfinished writers."""
 
     names: list[str] = field(default_factory=list)
     bytes: int = 0
@@ -197,7 +198,7 @@ def _entries(directory: int) -> list[_Entry]:
 
 
 def _header(key: str, binary: bytes) -> bytes:
-    """What stands before a binary. It depends on the key: under another name it is not valid."""
+    """The header of a binary. It depends on the key, so it is not valid under another name."""
     size = len(binary).to_bytes(8, "little")
     return _MAGIC + hashlib.sha256(key.encode() + size + binary).digest() + size
 
@@ -211,7 +212,7 @@ def _make(path: Path) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A directory that only this user can write to; held open, so that nobody can swap it."""
+    """A directory that only this user can write to; it stays open, so nobody can replace it."""
     if os.open not in os.supports_dir_fd:
         raise OSError("this system does not open files relative to a directory")
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -1,16 +1,16 @@
-"""The generation of what was measured on this machine: part of every key that plans depend on.
+"""The generation of this machine's tuned block sizes: a part of every key of a plan.
 
-Tuned block sizes change while a process runs. Whoever keeps plans, or calls that were prepared from
-them, puts `number` into the key: what an older generation led to is then never found again.
+Tuned block sizes can change while a process runs. A cache of plans, or of calls prepared from
+plans, has `number` in its keys, so entries of an older generation are never found again.
 """
 
 from __future__ import annotations
 
 number = 0
-"""How often tuned block sizes changed in this process; `advance` alone writes it."""
+"""The number of changes of tuned block sizes in this process; only `advance` writes it."""
 
 
 def advance() -> None:
-    """Begin a new generation: called by whoever replaces tuned block sizes."""
+    """Begin a new generation: called after tuned block sizes were replaced."""
     global number
     number += 1

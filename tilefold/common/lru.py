@@ -1,4 +1,4 @@
-"""Values that are kept for the next call that needs the same ones: the newest, within bounds."""
+"""A store that keeps the most recently used values for later calls, within limits of its size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class _Entry(Generic[T]):
-    """A value, its size in bytes, and when it was last used: later is larger."""
+    """A value, its size in bytes, and the time of its last use: a count that grows."""
 
     __slots__ = ("size", "used", "value")
 
@@ -21,10 +21,10 @@ class _Entry(Generic[T]):
 
 
 class LruCache(Generic[T]):
-    """The values that were put or asked for last, up to a number of them and of bytes.
+    """The most recently used values: at most `most` of them, of `most_bytes` bytes in all.
 
-    The newest one always stays. Any number of threads may use it; a forked child may go on with it.
-    Asking takes no lock and hashes the key once: it is what every call begins with.
+    The newest value always stays. Any number of threads may use the store, and so may a forked
+    child. `get` takes no lock and hashes the key once, since every call begins with it.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
@@ -40,7 +40,7 @@ class LruCache(Generic[T]):
         return len(self._entries)
 
     def get(self, key: Hashable) -> T | None:
-        """The value of a key, or None."""
+        """The value under a key, or None."""
         found = self._entries.get(key)
         if found is None:
             return None
@@ -57,16 +57,16 @@ class LruCache(Generic[T]):
         return value
 
     def keys(self) -> list[Hashable]:
-        """The keys of all values, the one that was used last at the end."""
+        """The keys of all values, from the least to the most recently used."""
         return sorted(self._entries, key=lambda key: self._entries[key].used)
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Remove all values."""
         with self._lock:
             self._entries.clear()
 
     def _drop(self, total: int) -> None:
-        """Drop the values that were used longest ago until the rest is within the bounds."""
+        """Drop the least recently used values until the rest is within the limits."""
         *oldest, _ = self.keys()
         for key in oldest:
             if len(self._entries) <= self._most and total <= self._most_bytes:
@@ -74,5 +74,5 @@ class LruCache(Generic[T]):
             total -= self._entries.pop(key).size
 
     def _unlock(self) -> None:
-        """In a forked child: whoever held the lock at the fork is not there to release it."""
+        """Replace the lock in a forked child: the thread that held it does not exist there."""
         self._lock = threading.Lock()

@@ -1,6 +1,6 @@
 """Every environment variable that tilefold reads, declared once, with its type.
 
-Each is read when it is asked for, never at import, so a program may set them before its first call.
+No variable is read at import, so a program may set them before its first call.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ ISAS = ("amx", "avx512", "avx2", "sse2", "neon")
 """The instruction-set levels that the CPU kernels are written for, widest first."""
 
 METAL_FAMILIES = ("apple7", "apple8", "apple9", "apple10")
-"""The families of GPUs that the Metal kernels are written for, oldest first."""
+"""The families of Apple GPUs that the Metal kernels are written for, oldest first."""
 
 MAX_THREADS = 1024
-"""More is refused: OpenMP runtimes end the process when the system gives them no more threads."""
+"""The largest number of threads that can be set: OpenMP runtimes end the process when the system
+cannot start another thread, so larger numbers are refused.
+"""
 
 
 @dataclass(frozen=True)
 class Setting(Generic[T]):
-    """One environment variable: its name, how its text becomes a value, and what it means."""
+    """One environment variable: its name, the function that reads its text, and its meaning."""
 
     name: str
     read: Callable[[str], T]
@@ -36,7 +38,7 @@ class Setting(Generic[T]):
     def get(self) -> T:
         """Return the variable's value, or the default where it is unset or empty.
 
-        Raises `ValueError` naming the variable, its text and what is allowed.
+        Raises ValueError, which names the variable, its text and the allowed values.
         """
         text = os.environ.get(self.name, "").strip()
         if not text:
@@ -89,7 +91,7 @@ def _directory(text: str) -> Path:
 NUM_THREADS: Setting[int | None] = Setting(
     "TILEFOLD_NUM_THREADS",
     _threads,
-    f"a whole number from 1 to {MAX_THREADS}",
+    f"an integer from 1 to {MAX_THREADS}",
     None,
     "threads per call; without it, the cores that this process may use",
 )
@@ -124,7 +126,7 @@ CACHE_DIR: Setting[Path | None] = Setting(
 CACHE_MIB: Setting[int] = Setting(
     "TILEFOLD_CACHE_MIB",
     _count,
-    "a whole number of MiB, 0 to keep nothing",
+    "an integer (MiB), 0 to keep nothing",
     256,
     "how large the kernel cache may grow before the least recently used kernels go",
 )
@@ -137,4 +139,4 @@ ALL: tuple[Setting[int | None] | Setting[str | None] | Setting[Path | None] | Se
     CACHE_DIR,
     CACHE_MIB,
 )
-"""All of them, for `tilefold doctor` and the documentation."""
+"""All settings, for `tilefold doctor` and the documentation."""

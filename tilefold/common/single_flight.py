@@ -1,7 +1,7 @@
-"""Values that are made once: whoever asks for one that another thread is making waits for it.
+"""Values that are made once: a thread that needs a value which another thread is making waits.
 
-Compiled kernels are such values. A function of `functools.lru_cache` would make one twice where two
-threads ask at the same time, as they do when kernels are compiled ahead in the background.
+Compiled kernels are such values. `functools.lru_cache` would make a value twice when two threads
+ask at the same time, as they do when kernels are compiled ahead in the background.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class _Making(Future[Value]):
 
 
 class SingleFlight(Generic[Value]):
-    """The values of the newest `most` keys.
+    """The values of the `most` keys that were used last.
 
-    Where making a value fails, all who wait for it get that error, and the next to ask tries again.
+    When making a value fails, every waiting thread gets the error, and the next call tries again.
     """
 
     def __init__(self, most: int) -> None:
@@ -39,7 +39,7 @@ class SingleFlight(Generic[Value]):
         _all.add(self)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of a key, which `make` makes unless there is one or one is being made."""
+        """The value under a key; `make` makes it unless it exists or is being made already."""
         while True:
             with self._lock:
                 found = self._made.get(key)
@@ -50,19 +50,19 @@ class SingleFlight(Generic[Value]):
             if found is None:
                 return self._make(key, future, make)
             if not found.done() and found.thread == threading.get_ident():
-                return make()  # a finaliser asks, in the midst of making: waiting would never end
+                return make()  # a finaliser asks while this thread makes it: waiting never ends
             try:
                 return found.result()
             except CancelledError:
-                continue  # whoever made it was interrupted
+                continue  # the thread that made it was interrupted
 
     def clear(self) -> None:
-        """Forget all values; those being made go to who waits for them."""
+        """Forget all values; a value that is being made still reaches the threads that wait."""
         with self._lock:
             self._made.clear()
 
     def forget_unfinished(self) -> None:
-        """In a forked child: the threads that held the lock or made values are not there."""
+        """Start afresh in a forked child, where the threads that made values do not exist."""
         self._lock = threading.RLock()
         for key, future in [*self._made.items()]:
             if not future.done():
@@ -97,7 +97,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Function(Generic[Parameters, Value]):
-    """A function whose values are made once, by its hashable arguments."""
+    """A function whose values are made once and kept under its hashable arguments."""
 
     def __init__(self, function: Callable[Parameters, Value], most: int) -> None:
         self.__wrapped__ = function
@@ -117,7 +117,7 @@ class Function(Generic[Parameters, Value]):
 def once(
     most: int,
 ) -> Callable[[Callable[Parameters, Value]], Function[Parameters, Value]]:
-    """Decorate a function: the values of the newest `most` arguments are kept and made once.
+    """Decorate a function: each value is made once, and the last `most` used ones are kept.
 
     >>> @once(most=2)
     ... def square(x: int) -> int:

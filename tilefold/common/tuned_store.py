@@ -1,8 +1,8 @@
-"""What was measured on this machine, in one file beside the kernels: read once, replaced whole.
+"""Values tuned on this machine, in one file beside the kernels: read once, replaced as a whole.
 
-Tuned blocks change speed and nothing else (results by rounding only), so a file that is damaged is
-left out, and so is a single entry, with the reason for `tilefold doctor`. What replaces the file
-begins a new generation: plans of before are then never found again.
+Tuned blocks change the speed of a call, and its results only by rounding. So a damaged file or
+entry is ignored, and `tilefold doctor` says why. Replacing the file begins a new generation, so
+plans that were made before are never found again.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-"""Errors that reading an entry of a foreign or damaged file raises."""
+"""Errors that are expected when an entry of a foreign or damaged file is read."""
 
 
 @dataclass(frozen=True)
 class TunedFile(Generic[Key, Value]):
-    """The content of a file: its entries, and what was wrong with the rest."""
+    """The content of a file: its usable entries, and a description of the unusable ones."""
 
     entries: Mapping[Key, Value] = field(default_factory=dict)
     problem: str | None = None
 
 
 class TunedStore(Generic[Key, Value]):
-    """One file of tuned values. `noun` is what they are called in the file and in messages.
+    """One file of tuned values. `noun` is their name in the file and in messages.
 
-    A file is a document of JSON with its `form` ("tilefold winners 1"), whose number goes up when
-    kernels change so much that what was measured before says nothing any more, and a list under
-    `noun`. `parse` makes a key and a value of an entry, and raises one of `UNUSABLE`; `entry` goes
-    the other way.
+    A file is a JSON document with its `form` ("tilefold winners 1") and a list under `noun`. The
+    number in `form` goes up when kernels change so much that older measurements mean nothing.
+    `parse` makes a key and a value of an entry, and raises one of `UNUSABLE`; `entry` is its
+    inverse.
     """
 
     def __init__(
@@ -53,23 +53,23 @@ class TunedStore(Generic[Key, Value]):
 
     @property
     def path(self) -> Path:
-        """Where the file lies: in the folder of the kernel cache."""
+        """The path of the file, in the folder of the kernel cache."""
         return disk_cache.default().directory / self._file
 
     def load(self) -> TunedFile[Key, Value]:
-        """What is kept, read when this process first asks."""
+        """The content of the file, which is read at the first call in this process."""
         found = self._read
         if found is None:
             found = self._read = self._load()
         return found
 
     def check(self) -> None:
-        """Raises OSError where nothing can be kept."""
+        """Raises OSError if the file cannot be written."""
         if problem := disk_cache.default().problem():
             raise OSError(f"{self._noun} cannot be kept: {problem}")
 
     def keep(self, new: Mapping[Key, Value]) -> None:
-        """Add to the file, in place of older entries of the same keys. Raises OSError."""
+        """Add entries to the file; they replace older ones with the same keys. Raises OSError."""
         import json
 
         self.check()
@@ -80,14 +80,14 @@ class TunedStore(Generic[Key, Value]):
         self.reread()
 
     def forget(self) -> int:
-        """Remove the file and return how many entries were in it. Raises OSError."""
+        """Remove the file and return the number of entries it had. Raises OSError."""
         count = len(self._load().entries)
         self.path.unlink(missing_ok=True)
         self.reread()
         return count
 
     def reread(self) -> None:
-        """Read the file again when it is next asked for, as a new process would."""
+        """Read the file again at its next use, as a new process would."""
         self._read = None
         generation.advance()
 

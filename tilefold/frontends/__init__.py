@@ -1,6 +1,6 @@
-"""Arrays of a framework to a call of a backend, and back: one file a framework.
+"""Frontends turn a framework's arrays into calls of a backend, one file for each framework.
 
-numpy      NumPy arrays, and whatever shares its memory with them
+numpy      NumPy arrays, and objects that share memory with them
 tensors    PyTorch tensors below autograd
 operators  PyTorch's operators, for `torch.compile`
 torch      PyTorch tensors with autograd

@@ -1,9 +1,9 @@
-"""NumPy arrays, and whatever shares its memory with them, to calls and back.
+"""The frontend of NumPy arrays, and of objects that share memory with them.
 
-An array is read where it lies, whatever its strides (negative and zero ones too), when it is in
-native byte order, aligned to its items, and its strides are multiples of the item size. Any other
-array is copied once. Objects that are not arrays but offer `__array_interface__` or `__dlpack__`
-are viewed as arrays; results are NumPy arrays, contiguous in the layout of the call.
+An array is read in place if it is in native byte order, is aligned to its items, and has strides
+that are multiples of the item size; negative strides and strides of 0 are allowed. Any other array
+is copied once. Objects with `__array_interface__` or `__dlpack__` are viewed as arrays. Results are
+NumPy arrays, contiguous in the layout of the call.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tilefold.problems.request import Request
 Array = NDArray[Any]
 
 PLAIN = (np.ndarray,)
-"""Types of arrays that are of this frontend, whatever else they are."""
+"""Array types that always belong to this frontend."""
 
 _DLPACK_CPU = 1
 
 
 request_of = Request
-"""The request of a call."""
+"""Makes the request of a call from its options."""
 
 
 def attention(q: Any, k: Any, v: Any, request: Request) -> tuple[Array, Array]:
@@ -73,7 +73,7 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, A
 
 
 def as_array(name: str, value: Any) -> Array:
-    """An argument as an array whose items are aligned and in native byte order."""
+    """The argument as an array whose items are aligned and in native byte order."""
     array: Array = value if type(value) is np.ndarray else _viewed(name, value)
     if array.flags.aligned and array.dtype.isnative:
         return array
@@ -81,7 +81,7 @@ def as_array(name: str, value: Any) -> Array:
 
 
 def _viewed(name: str, value: Any) -> Array:
-    """What is no plain array as one, without a copy."""
+    """A plain array that views an object of another type, without a copy."""
     kind = type(value).__name__
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(

@@ -1,10 +1,10 @@
 """The operators `tilefold::attention` and `tilefold::attention_backward` of PyTorch.
 
-Both take the options of a call as one `Request`: it is registered as an opaque value, a constant of
+Both take the options of a call as one `Request`. It is registered as an opaque value: a constant of
 the compiled graph that is guarded by equality, so another request compiles another graph. Rules are
-opaque values too, since they are made outside: rules over positions may be made and joined inside a
-compiled function; rules that carry data, and `rule(...)`, are made outside of it and used inside.
-PyTorch takes such values from 2.12 on.
+opaque values too. Rules over positions may be made and combined inside a compiled function. Rules
+that carry data, and `rule(...)`, are made outside of it and used inside. PyTorch takes opaque
+values from 2.12 on.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _constants: dict[str, object] = {}
 
 
 def _constant(key: str) -> object:
-    """The value that a compiled graph names."""
+    """The value behind a name in a compiled graph."""
     return _constants[key]
 
 
 def _write(value: object) -> tuple[str, dict[str, Any]]:
-    """A value as the code of a compiled graph spells it, and the names in that spelling."""
+    """The code that stands for a value in a compiled graph, and the values of the names in it."""
     key = repr(value)
     while _constants.setdefault(key, value) != value:  # data is not part of what a rule prints
         key += "'"
@@ -46,7 +46,7 @@ def _write(value: object) -> tuple[str, dict[str, Any]]:
 
 
 def _register(kind: Any) -> None:
-    """Make values of a class constants of compiled graphs."""
+    """Register a class, so that its values are constants of compiled graphs."""
     from torch._library import opaque_object
 
     kind.__fx_repr__ = _write
@@ -63,13 +63,13 @@ _register(Request)
 
 _KINDS = (Full, Causal, Local, Prefix, Chunked, AllOf, AnyOf, Not, Coordinates)
 _FIELDS = tuple([tuple([field.name for field in fields(kind)]) for kind in _KINDS])
-"""Rules over positions and what is in them, with their fields."""
+"""The fields of each class that rules over positions are made of."""
 
 _SPELLED = "a rule"
 
 
 class _Spelled(Request):
-    """Makes a request of a rule that is spelled in plain constants; there are none of its own."""
+    """The constructor of a request whose rule is spelled in plain constants; it is never made."""
 
     def __new__(cls, spelled: Any, *rest: Any) -> Request:  # type: ignore[misc]  # no instance
         """The request of a spelled rule, and of the other options as `Request` takes them."""
@@ -77,7 +77,7 @@ class _Spelled(Request):
 
 
 def _rule(spelled: Any) -> Any:
-    """What was spelled by `_spelling`."""
+    """The rule of a spelling that `_spelling` made."""
     if not isinstance(spelled, tuple):
         return spelled
     if spelled[:1] == (_SPELLED,):
@@ -86,10 +86,10 @@ def _rule(spelled: Any) -> Any:
 
 
 def _spelling(value: Any) -> Any:
-    """A rule over positions as nested tuples of plain constants; other values as they are.
+    """A rule over positions as nested tuples of plain constants; other values stay as they are.
 
-    The first call of a program may be a compiled one: its rule was made inside the graph before the
-    classes of rules were registered, and is no constant there, but its fields are.
+    The first call of a program may be a compiled one. Then its rule was made inside the graph
+    before the classes of rules were registered: it is no constant of the graph, but its fields are.
     """
     if isinstance(value, tuple):
         return tuple([_spelling(part) for part in value])
@@ -101,7 +101,7 @@ def _spelling(value: Any) -> Any:
 
 
 def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
-    """The request of a call that a compiler traces: so it raises what the checks raise."""
+    """The request of a call that a compiler traces; it raises the errors of the checks."""
     if isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         from torch.fx.experimental.symbolic_shapes import guard_scalar
 
@@ -118,7 +118,7 @@ def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Reques
     "tilefold::attention", mutates_args=(), device_types=("cpu", "mps", "cuda")
 )
 def attention(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
-    """O and lse, of arguments as `tilefold.attention` takes them."""
+    """o and lse; the arguments are as for `tilefold.attention`."""
     return tensors.forward(q, k, v, request)
 
 
@@ -142,7 +142,7 @@ def attention_backward(
     lse: Tensor,
     request: Request,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients, of arguments as `tilefold.attention_backward` takes them."""
+    """dq, dk and dv; the arguments are as for `tilefold.attention_backward`."""
     return tensors.backward(do, q, k, v, o, lse, request)
 
 

@@ -1,7 +1,7 @@
-"""The frontend of arrays, by their class: one row for each framework.
+"""The frontends by the class of their arrays: one row for each framework.
 
-A framework is looked for among the modules that the program has already imported, as einops does,
-so none is ever imported for its absence. Arrays of no framework in the table are for NumPy to view.
+A framework is looked up among the modules that the program has already imported, as einops does, so
+tilefold never imports an unused framework. NumPy views arrays of frameworks outside of the table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A framework: the class of its arrays, what people call one, and what imports its frontend."""
+    """A framework: its array class, the noun for one array, and the import of its frontend."""
 
     kind: str
     noun: str
@@ -35,14 +35,14 @@ def _torch() -> ModuleType:
 
 
 FRONTENDS = {"torch": Row("Tensor", "torch tensor", _torch)}
-"""Frameworks by the names of their modules."""
+"""The frameworks by the names of their modules."""
 
 _known: dict[type, ModuleType] = {}
-"""The frontends of the plain arrays that were met: a look-up, where asking torch takes a while."""
+"""The frontends of plain array types met before: a look-up is faster than asking torch again."""
 
 
 def find(**arrays: Any) -> ModuleType:
-    """The frontend of all arguments. Raises TypeError where frameworks meet."""
+    """The frontend of all arguments. Raises TypeError if they belong to different frameworks."""
     kinds = {*map(type, arrays.values())}
     kind = kinds.pop()
     if not kinds and kind in _known:
@@ -54,7 +54,7 @@ def find(**arrays: Any) -> ModuleType:
 
 
 def _of_classes(arrays: dict[str, Any]) -> ModuleType:
-    """The frontend by the table."""
+    """The frontend of arrays by the table."""
     for framework, row in FRONTENDS.items():
         its = getattr(sys.modules.get(framework), row.kind, ())
         names = [name for name, array in arrays.items() if isinstance(array, its)]

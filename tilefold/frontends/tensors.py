@@ -1,7 +1,7 @@
-"""What is done with PyTorch tensors below autograd: checks, and calls of kernels.
+"""Calls of kernels on PyTorch tensors, below autograd, and the checks of these tensors.
 
-Tensors are read where they lie, whatever their strides. Those on a GPU of Apple's ("mps"), NVIDIA's
-or AMD's ("cuda") meet the kernels of Metal or Triton.
+Tensors are read in place, with any strides. Tensors on an Apple GPU ("mps") go to the Metal
+kernels, and tensors on a GPU of NVIDIA or AMD ("cuda") to the Triton kernels.
 """
 
 from __future__ import annotations
@@ -39,23 +39,26 @@ def machine_of(tensor: Tensor) -> Machine:
 def _run(
     operation: str, given: tuple[Tensor, ...], q: Tensor, request: Request
 ) -> tuple[Tensor, ...]:
-    if q.is_cpu:  # a tensor whose items lie across their natural boundaries is copied
+    if q.is_cpu:  # a tensor whose items are misaligned is copied
         given = tuple([x if x.data_ptr() % x.itemsize == 0 else x.clone() for x in given])
     return calls.run(machine_of(q), arrays, operation, given, request)
 
 
 def same_gpu(tensor: Tensor, first: Tensor) -> bool:
-    """True for two tensors on one GPU that has kernels."""
+    """True if two tensors lie on one GPU that has kernels."""
     return (tensor.is_cuda or tensor.is_mps) and tensor.device == first.device
 
 
 def check(**tensors: Tensor) -> str:
-    """The one type of dense tensors on one device. A compiler's stand-ins pass too; raises."""
+    """The common type of tensors. Raises unless they are dense and lie on one device.
+
+    Fake tensors of a compiler pass these checks too.
+    """
     return common_dtype(tensors)
 
 
 def check_all(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
-    """Raises for tensors that a backward pass cannot read."""
+    """Raises if a backward pass cannot read the tensors."""
     dtype = check(q=q, k=k, v=v, do=do, o=o)
     check_place("lse", lse, do.device)
     check_lse(dtype_of(lse), dtype)
@@ -65,6 +68,6 @@ _DTYPES = {getattr(torch, name): getattr(torch, kind) for name, kind in STATISTI
 
 
 def statistics(tensor: Tensor) -> torch.dtype:
-    """The type of lse where q is a tensor of this type."""
+    """The type of lse if `tensor` is q."""
     kind: torch.dtype = _DTYPES[tensor.dtype]
     return kind

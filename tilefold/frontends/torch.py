@@ -1,13 +1,13 @@
 """PyTorch tensors: two operators that autograd, `torch.compile` and `opcheck` understand.
 
-`tilefold::attention` has a derivative, `tilefold::attention_backward` has none (so second
-derivatives raise). PyTorch takes longer to find its way to such an operator than a small call takes
-in all. So a call that nobody but autograd could observe runs at once, with a
-`torch.autograd.Function` where gradients are wanted; compilers, tracers, modes, transforms,
-profilers and subclasses meet the operators. lse carries no gradient.
+`tilefold::attention` has a derivative. `tilefold::attention_backward` has none, so second
+derivatives raise. PyTorch takes longer to dispatch such an operator than a whole small call takes.
+So a call that only autograd can observe runs directly, with a `torch.autograd.Function` if
+gradients are wanted. Compilers, tracers, modes, transforms, profilers and subclasses see the
+operators. lse carries no gradient.
 
-Before PyTorch 2.12, which has no place for a request in an operator, all calls run at once: a
-compiled function breaks its graph there, and transforms and subclasses are refused.
+Before 2.12 PyTorch's operators cannot take a request, so all calls run directly: a compiled
+function breaks its graph there, and transforms and subclasses are refused.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tilefold.frontends import tensors
 from tilefold.problems.attention import check_parts
 from tilefold.problems.request import Request
 
-# 2.12 and 2.13 pass all tests, 2.10 and 2.11 those that need no operator, 2.15 (a CUDA build) all
-# but its own opcheck, which trips over a warning of its own.
+# 2.12 and 2.13 pass all tests, 2.10 and 2.11 all tests that need no operator. 2.15 (a CUDA build)
+# passes all but its own opcheck, which fails on a warning that it raises itself.
 OLDEST = "2.10"
 
 if torch.__version__ < OLDEST:  # a TorchVersion, which compares releases
@@ -40,11 +40,11 @@ if OPERATORS:
     from tilefold.frontends import operators
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""Types of tensors that do what they do without calling back into Python."""
+"""Tensor types whose operations never call back into Python."""
 
 
 def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
-    """The request of a call."""
+    """The request of a call, from its options."""
     if OPERATORS and torch.compiler.is_compiling():
         return operators.traced_request(mask, scale, layout, precision)
     return Request(mask, scale, layout, precision)
@@ -112,7 +112,7 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tu
 
 
 def _unobserved(*given: Tensor) -> bool:
-    """Whether these are plain tensors, and nothing of torch's watches what is done to them."""
+    """True if these are plain tensors, and no part of torch observes operations on them."""
     if _transformed() or (_watched() if OPERATORS else _faked()):
         return False
     here = given[0].is_cpu
@@ -128,7 +128,7 @@ def _unobserved(*given: Tensor) -> bool:
 
 
 def _transformed() -> bool:
-    """Whether a compiler, a tracer or a transform runs this, which must see one operator."""
+    """True inside a compiler, a tracer or a transform, which must see one operator."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -138,7 +138,7 @@ def _transformed() -> bool:
 
 
 def _watched() -> bool:
-    """Whether a mode or a profiler would like to see an operator."""
+    """True if a mode or a profiler observes operators."""
     return bool(
         torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
@@ -147,14 +147,14 @@ def _watched() -> bool:
 
 
 def _faked() -> bool:
-    """Whether a mode gives tensors without data, or writes down what is done to them."""
+    """True if a mode makes tensors without data, or records operations."""
     kinds = torch._C._TorchDispatchModeKey
     modes = kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
 
 
 def _operators() -> Any:
-    """The operators. Raises NotImplementedError where PyTorch is too old for them."""
+    """The module of the operators. Raises NotImplementedError if PyTorch is too old for them."""
     if not OPERATORS:
         raise NotImplementedError(
             "attention under torch.func, tracers and forward-mode derivatives, on meta tensors, on"
@@ -165,12 +165,12 @@ def _operators() -> Any:
 
 
 def _recorded(*given: Tensor) -> bool:
-    """Whether autograd wants to hear of a call."""
+    """True if autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
 def _refuse_tangents(*given: Tensor) -> None:
-    """Raises where tensors carry forward-mode derivatives: the operators would lose them."""
+    """Raises if tensors carry forward-mode derivatives, which the operators would lose."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     unpack: Any = forward_ad.unpack_dual
@@ -201,7 +201,7 @@ def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _Attention(torch.autograd.Function):
-    """`tilefold::attention` for autograd alone."""
+    """`tilefold::attention` for calls that only autograd observes."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -213,7 +213,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """`tilefold::attention_backward` for autograd alone."""
+    """`tilefold::attention_backward` for calls that only autograd observes."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,15 +1,15 @@
-"""Who computes attention: what `attention(..., impl=...)` names, to check each by the others.
+"""The implementations that `attention(..., impl=...)` names; each can be checked by the others.
 
 - "kernel": tilefold's own kernels, the only one whose memory does not grow with len_q * len_k.
-- "composed": two products and a softmax of the framework's own. Scores and weights of all pairs
-  are arrays, and so is the rule.
+- "composed": two matrix products and a softmax of the framework. The scores and weights of all
+  pairs, and the mask, are arrays.
 - "native": the framework's own fused attention, PyTorch's `scaled_dot_product_attention`.
 - "tensorops": tilefold's kernel on the matrix units of Apple's newest GPUs, by Metal 4.
 
-The arrays choose the framework, and a file here is named after each: a function per way, all with
-the arguments of `Implementation`. The kernels are the frontends' own and do not pass through here.
-What an implementation cannot do raises NotImplementedError with the reason; none stands in for
-another.
+The arrays choose the framework, and each framework has a file here. The file has one function for
+each implementation, all with the arguments of `Implementation`. Calls of "kernel" go through the
+frontends and not through this folder. An implementation that cannot do a call raises
+NotImplementedError with the reason; no other one takes its place.
 
     torch  on PyTorch tensors
     numpy  on NumPy arrays
@@ -27,11 +27,14 @@ KERNEL = "kernel"
 NAMES = ("composed", "native", KERNEL, "tensorops")
 
 Implementation = Callable[..., tuple[Any, Any]]
-"""(q, k, v, request, wants_lse) -> (o, lse); lse may be None unless wanted."""
+"""The type of an implementation: (q, k, v, request, wants_lse) -> (o, lse).
+
+lse may be None if `wants_lse` is False.
+"""
 
 
 def find(name: object, framework: str) -> Implementation:
-    """The function of an implementation for arrays of a framework, "numpy" or "torch".
+    """The function of the implementation `name` for arrays of a framework, "numpy" or "torch".
 
     >>> find("dense", "numpy")
     Traceback (most recent call last):

@@ -1,7 +1,7 @@
 """The other implementations on NumPy arrays: attention composed of NumPy's own operations.
 
-NumPy has no fused attention, so "native" is PyTorch's on the same memory, where PyTorch is
-installed. Gradients of either are PyTorch's matter: NumPy arrays carry none.
+NumPy has no fused attention, so "native" is PyTorch's attention on the same memory, if PyTorch is
+installed. Neither computes gradients, since NumPy arrays carry none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def composed(
     request: Request,
     wants_lse: bool,
 ) -> tuple[Array, Array]:
-    """o and lse by two products and a softmax, in the type of lse, for all pairs at once."""
+    """o and lse by two matrix products and a softmax, in the type of lse, for all pairs at once."""
     q, k, v = as_array("q", q), as_array("k", k), as_array("v", v)
     dtype = common_dtype({"q": q, "k": k, "v": v})
     problem = describe(q.shape, k.shape, v.shape, dtype, request)
@@ -59,7 +59,7 @@ def native(
     request: Request,
     wants_lse: bool,
 ) -> tuple[Array, Array | None]:
-    """o and lse by PyTorch's fused attention, on tensors that share the arrays' memory."""
+    """o and lse by PyTorch's fused attention, on tensors that share memory with the arrays."""
     try:
         from tilefold.implementations import torch
     except ModuleNotFoundError:
@@ -75,7 +75,7 @@ def native(
 
 
 def tensorops(q: Any, k: Any, v: Any, *_: Any) -> tuple[Array, Array]:
-    """Raises NotImplementedError: arrays of NumPy's are not on an Apple GPU."""
+    """Raises NotImplementedError, since NumPy arrays never lie on an Apple GPU."""
     raise NotImplementedError(
         "impl='tensorops' runs on Apple GPUs by Metal 4: q is a NumPy array; pass tensors on the"
         " device mps, or choose impl='composed', 'native' or 'kernel'"

@@ -1,9 +1,9 @@
 """The other implementations on torch tensors, on any device, differentiable by torch's own ops.
 
-"composed" and "native" are what a user of the framework would write, so what non-finite numbers do
-there is torch's: a hidden key is multiplied by 0, and 0 * NaN is NaN. How exact the products of
-float32 tensors are is torch's setting (`torch.set_float32_matmul_precision`) too. What a query that
-sees no key gets is tilefold's own: o = 0, lse = -inf and gradients 0.
+"composed" and "native" are written as a user of torch would write them. So NaN and infinity behave
+as in torch: a hidden key is multiplied by 0, and 0 * NaN is NaN. The precision of products of
+float32 tensors is torch's setting (`torch.set_float32_matmul_precision`). A query that sees no key
+has tilefold's results: o = 0, lse = -inf and gradients 0.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def composed(
     request: Request,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """o and lse by two products and a softmax, in the type of lse, for all pairs at once."""
+    """o and lse by two matrix products and a softmax, in the type of lse, for all pairs at once."""
     problem = _problem(q, k, v, request)
     axes = LAYOUTS[request.layout]
     queries, keys, values = (x.permute(axes) for x in (q, k, v))
@@ -59,7 +59,7 @@ def native(
     request: Request,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """o by `scaled_dot_product_attention`; lse, which that has none of, by the composed scores."""
+    """o by `scaled_dot_product_attention`, and lse by the scores of "composed" if it is wanted."""
     problem = _problem(q, k, v, request)
     if problem.empty:  # no fused kernel takes a length of 0
         return composed(q, k, v, request, wants_lse)
@@ -91,9 +91,9 @@ def tensorops(
     request: Request,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """o and lse by Metal's tensor operations, gradients by tilefold's other kernels.
+    """o and lse by Metal's tensor operations; gradients by tilefold's other Metal kernels.
 
-    Raises NotImplementedError with the reason where they are not there.
+    Raises NotImplementedError, with the reason, if there are no tensor operations.
     """
     problem = _problem(q, k, v, request)
     reason = f"q is on {q.device}"
@@ -142,21 +142,21 @@ class _TensorOps(torch.autograd.Function):
 
 
 def devices() -> tuple[str, ...]:
-    """The devices here, as torch names them: the CPU, and one more where there is one."""
+    """The devices of this machine by torch's names: the CPU, and an accelerator if there is one."""
     there = torch.accelerator.current_accelerator(check_available=True)
     return ("cpu",) if there is None else ("cpu", there.type)
 
 
 def finish(device: str) -> None:
-    """Wait for what was asked of a device; the CPU is done when a call returns."""
+    """Wait until a device has finished its work; the CPU has finished when a call returns."""
     if device != "cpu":
         torch.accelerator.synchronize()
 
 
 def tensor_of(array: Array) -> Tensor:
-    """A tensor that shares an array's memory, or a copy where torch has no such tensor.
+    """A tensor that shares the memory of an array, or a copy where torch has no such tensor.
 
-    Torch takes no negative strides and no read-only memory, and bfloat16 by its bits alone.
+    Torch takes no negative strides and no read-only memory. It takes bfloat16 only as integers.
     """
     if not array.flags.writeable or min(array.strides, default=0) < 0:
         array = array.copy()
@@ -166,7 +166,7 @@ def tensor_of(array: Array) -> Tensor:
 
 
 def array_of(tensor: Tensor, dtype: np.dtype[Any]) -> Array:
-    """A tensor's memory as an array of the same type, which NumPy calls `dtype`."""
+    """The memory of a tensor as an array; `dtype` is NumPy's name of the tensor's type."""
     if tensor.dtype == torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
         return bits.view(dtype)
@@ -174,9 +174,10 @@ def array_of(tensor: Tensor, dtype: np.dtype[Any]) -> Array:
 
 
 def _scores(problem: Problem, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scores of all pairs, -inf where the rule hides them, and which rows see nothing, if any.
+    """Scores of all pairs, -inf for hidden ones, and the rows that see nothing (None if none do).
 
-    The scores of such a row stay: softmax of -inf alone is NaN, and so would its gradients be.
+    A row that sees nothing keeps its scores: the softmax of a row of -inf, and its gradients, would
+    be NaN.
     """
     kind = getattr(torch, STATISTICS[problem.dtype])
     scaled = _of_groups(problem, queries.to(kind) * problem.scale)
@@ -189,7 +190,7 @@ def _scores(problem: Problem, queries: Tensor, keys: Tensor) -> tuple[Tensor, Te
 
 
 def _of_groups(problem: Problem, rows: Tensor) -> Tensor:
-    """Rows of the query heads that share a key head as those of one matrix."""
+    """The rows of all query heads that share a key head, as the rows of one matrix."""
     group = problem.heads_q // max(1, problem.heads_kv)
     shape = problem.batch, problem.heads_kv, group * problem.len_q, rows.shape[3]
     return rows.reshape(shape)
@@ -205,7 +206,7 @@ _masks: LruCache[tuple[Tensor, Tensor | None]] = LruCache(most=8, most_bytes=64 
 
 
 def _hidden(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Which pairs are hidden, in rows that see something, and which rows see nothing, if any."""
+    """The hidden pairs of rows that see something, and the rows that see nothing, if any."""
     sizes = problem.len_q, problem.len_k, problem.batch, problem.heads_q
     key = (problem.mask, *sizes, device)
     made = _masks.get(key)
@@ -219,13 +220,13 @@ def _hidden(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor | No
 
 
 def _is_causal(problem: Problem) -> bool:
-    """Whether torch's own causal flag, which counts from the first query and key, says the same."""
+    """True if the rule equals torch's causal flag, which aligns the first query and key."""
     square = problem.len_q == problem.len_k
     return problem.mask == causal("start") or (square and problem.mask == causal())
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Problem:
-    """Checks what torch itself would not, or would say less clearly."""
+    """The problem of a call. Raises errors that torch would not raise, or not as clearly."""
     names = {"q": q, "k": k, "v": v}
     for name, tensor in names.items():
         if tensor.device != q.device:

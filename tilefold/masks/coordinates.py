@@ -137,5 +137,5 @@ def coordinates(rule: str, align: Any, sync: Any, grid_q: Any, grid_k: Any) -> C
 
 def _grid(name: str, value: Any) -> Grid:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} must be two whole numbers (height, width), got {value!r}")
+        raise ValueError(f"{name} must be two integers (height, width), got {value!r}")
     return whole(name, value[0], 0), whole(name, value[1], 0)

@@ -141,7 +141,7 @@ def lengths(n_k: Any) -> Rule:
     if array.ndim == 0:
         return Lengths(whole("lengths: n_k", int(array), 0))
     if array.size and array.min() < 0:
-        raise ValueError(f"lengths: n_k must be whole numbers >= 0, got {array.min()} among them")
+        raise ValueError(f"lengths: n_k must be integers >= 0, got {array.min()} among them")
     return Lengths(_table(np.minimum(array, INT32.max), np.int32))
 
 
@@ -223,7 +223,7 @@ def _array(name: str, value: Any) -> NDArray[Any]:
 def _integers(name: str, value: Any, ranks: tuple[int, ...]) -> NDArray[Any]:
     array = _array(name, value)
     if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name} must be whole numbers, got {array.dtype} {shown(value)}")
+        raise TypeError(f"{name} must be integers, got {array.dtype} {shown(value)}")
     if array.ndim not in ranks:
         axes = " or ".join(map(str, ranks))
         raise ValueError(f"{name} must have {axes} axes, got {array.ndim} in shape {array.shape}")

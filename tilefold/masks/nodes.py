@@ -299,7 +299,7 @@ def as_integer(value: Any) -> Integer:
     if isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_)):
         return Constant(int(value))
     raise TypeError(
-        f"a rule computes with whole numbers and indices, not with {type(value).__name__} {value!r}"
+        f"a rule computes with integers and indices, not with {type(value).__name__} {value!r}"
     )
 
 

@@ -212,7 +212,7 @@ class _Walk:
             raise
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise self._wrong(node, error) from None
-        known = f"{', '.join(indices) or 'numbers'}, whole numbers, + - * // % abs()"
+        known = f"{', '.join(indices) or 'numbers'}, integers, + - * // % abs()"
         reason = f"use {known}, one comparison at a time, and & | ~"
         raise self._wrong(node, f"`{self._source(node)}` is not known here; {reason}")
 

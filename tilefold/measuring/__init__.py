@@ -1,11 +1,11 @@
-"""What is timed, against whom, how, and which blocks are the fastest.
+"""Measurements: workloads, baselines, timing, tuning, and tests of Metal kernels on a Mac.
 
 environment        machine, versions and commit of a measurement
-workload           what is timed
+workload           the cases that are timed, and their arrays
 baselines          the libraries that are measured beside tilefold
-agreement          how far apart all implementations are
-timing             turn by turn in one process
-tuning             the fastest blocks of this machine
+agreement          the differences between all implementations
+timing             times of implementations, turn by turn in one process
+tuning             the fastest block sizes of this machine
 metal_selftest     every kernel tested on a Mac
 metal_utilisation  every kernel measured on a Mac
 """

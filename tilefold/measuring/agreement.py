@@ -1,7 +1,8 @@
-"""The implementations on one small problem, beside the definition and each other.
+"""All implementations on one small problem, compared with the definition and with each other.
 
-Grouped queries, a window, queries that see nothing: what implementations treat differently. On
-NumPy arrays o and lse are compared; on torch tensors, on every device here, o and the gradients.
+The problem has grouped queries, a window, and queries that see nothing, since implementations treat
+these differently. On NumPy arrays o and lse are compared. On torch tensors, on every device of this
+machine, o and the gradients are compared.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ ARRAYS = "NumPy arrays"
 
 @dataclass(frozen=True)
 class Agreement:
-    """What one implementation made of the problem on arrays of one kind.
+    """The result of one implementation on arrays of one kind.
 
-    `error` is its largest, relative to the largest number of the definition; None with the `reason`
-    why there is no result. `broken`: the reason is an error, not that something is not there.
+    `error` is the largest error, relative to the largest element of the definition. It is None if
+    there is no result, and `reason` then says why. `broken` is True if the reason is an error, and
+    False if something is missing.
     """
 
     implementation: str
@@ -46,7 +48,7 @@ class Agreement:
 
 
 def check() -> list[Agreement]:
-    """Every implementation on every kind of arrays that is here."""
+    """Run every implementation on every kind of arrays that exists here."""
     inputs = _inputs()
     o, lse = reference.attention(inputs.q, inputs.k, inputs.v, mask=PROBLEM.mask)
     gradients = reference.attention_backward(
@@ -78,7 +80,7 @@ def check() -> list[Agreement]:
 
 
 def largest_difference(found: list[Agreement]) -> float:
-    """Between any two that were found, relative as `error` is."""
+    """The largest difference between any two results, relative as `error` is."""
     made = [each.results for each in found if each.results]
     differences = [
         error(one[name], other[name])
@@ -109,7 +111,7 @@ def _try(
         results = {key: np.asarray(each, np.float64) for key, each in run(name).items()}
     except (NotImplementedError, ModuleNotFoundError) as raised:
         return Agreement(name, arrays, reason=_line(raised))
-    except Exception as raised:  # whatever is wrong here is to be shown
+    except Exception as raised:  # every error is shown
         return Agreement(
             name, arrays, reason=f"{type(raised).__name__}: {_line(raised)}", broken=True
         )
@@ -122,7 +124,7 @@ def _line(raised: Exception) -> str:
 
 
 def _inputs() -> Arrays:
-    """Normal numbers; o and lse are not needed, since every pass here begins at the first."""
+    """Random inputs. They include no o and lse, since each run begins with a forward pass."""
     rng, p = np.random.default_rng(0), PROBLEM
     q, k, v, do = (
         rng.standard_normal((p.batch, heads, length, dim), np.float32)

@@ -1,9 +1,9 @@
-"""Other implementations of the same thing, each an adapter of a few lines.
+"""Other libraries that compute attention, each an adapter of a few lines.
 
-A peer is made ready outside of the clock: its arrays are in its own layout and type, its graph is
-compiled, its threads are set. What is left in the call is what its user would wait for. Each is
-imported when it is asked for; what a peer cannot do raises NotImplementedError with the reason, as
-data for the table that would have held its time.
+On the command line they are called peers. A baseline is prepared before the clock starts: its
+arrays have its own layout and type, its graph is compiled, its threads are set. The timed call is
+the part for which a user waits. A library is imported when it is first asked for. If a baseline
+cannot do a case, it raises NotImplementedError, and the table shows the reason in place of a time.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from tilefold.measuring.workload import Array, Arrays, Call, Case
 from tilefold.problems import reference
 
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""Relative error, by norm, above which a peer computes something else."""
+"""The largest relative error, by norm, of a baseline that computes the same thing, by type."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """An implementation: what to import before anything runs, and how its call is made.
+    """A baseline: the modules to import before anything runs, and the function that makes its call.
 
-    `layout` is that of its results. `own_team`: it has threads of its own, not those of the OpenMP
-    runtime that tilefold and torch share. `environment` is set before the import.
+    `layout` is the layout of its results. `own_team` is True if it has threads of its own and does
+    not use the OpenMP runtime that tilefold and torch share. `environment` holds variables that are
+    set before the import.
     """
 
     modules: tuple[str, ...]
@@ -44,19 +45,19 @@ class Baseline:
 
     @property
     def missing(self) -> str | None:
-        """The first of its modules that is not installed."""
+        """The first of its modules that is not installed; None if all are installed."""
         return next((name for name in self.modules if not importlib.util.find_spec(name)), None)
 
     def load(self) -> None:
-        """Import it. Raises ModuleNotFoundError."""
+        """Import its modules. Raises ModuleNotFoundError."""
         for name, value in (self.environment or {}).items():
             os.environ.setdefault(name, value)
         for name in self.modules:
             importlib.import_module(name)
 
 
-def numpy_peer(case: Case, a: Arrays) -> Call:
-    """Dense attention in basic operations, in the type that the case is computed in."""
+def numpy_baseline(case: Case, a: Arrays) -> Call:
+    """The dense reference in basic NumPy operations, in the type of lse."""
     mask, dtype = case.problem.mask, a.lse.dtype
     if case.operation == "forward":
         return lambda: reference.attention(a.q, a.k, a.v, mask=mask, dtype=dtype)[0]
@@ -65,8 +66,8 @@ def numpy_peer(case: Case, a: Arrays) -> Call:
     return lambda: reference.attention_backward(*inputs, mask=mask, dtype=dtype)
 
 
-def torch_peer(case: Case, a: Arrays) -> Call:
-    """PyTorch's `scaled_dot_product_attention` on the CPU, and its own gradient."""
+def torch_baseline(case: Case, a: Arrays) -> Call:
+    """PyTorch's `scaled_dot_product_attention` on the CPU, with its gradients by autograd."""
     import torch
 
     torch.set_num_threads(case.threads)
@@ -87,7 +88,7 @@ def torch_peer(case: Case, a: Arrays) -> Call:
     return lambda: torch.autograd.grad(attend(*inputs, **options), inputs, do)
 
 
-def flex_peer(case: Case, a: Arrays) -> Call:
+def flex_baseline(case: Case, a: Arrays) -> Call:
     """PyTorch's FlexAttention, compiled, with a block mask; it has no gradient on the CPU."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -105,12 +106,12 @@ def flex_peer(case: Case, a: Arrays) -> Call:
         visible = eval(f"lambda b, h, q, k: {rule}")
         lengths = (problem.len_q, problem.len_k)
         options["block_mask"] = create_block_mask(visible, None, None, *lengths, device="cpu")
-    torch.compiler.reset()  # it compiles a function eight times at most, then no longer, quietly
+    torch.compiler.reset()  # after eight compilations of a function it silently stops compiling
     attend: Any = torch.compile(flex_attention)
     return lambda: attend(q, k, v, **options)
 
 
-def onnxruntime_peer(case: Case, a: Arrays) -> Call:
+def onnxruntime_baseline(case: Case, a: Arrays) -> Call:
     """ONNX Runtime's `MultiHeadAttention`."""
     import onnx
     import onnxruntime
@@ -125,7 +126,7 @@ def onnxruntime_peer(case: Case, a: Arrays) -> Call:
     feeds = {name: x.reshape(*x.shape[:2], -1) for name, x in feeds.items()}
     inputs = ["q", "k", "v"]
     if problem.mask != full() and not _square_causal(case):
-        inputs += ["", "", "bias"]  # the two between are a bias of the projections and padding
+        inputs += ["", "", "bias"]  # the two empty ones are the projections' bias and padding
         feeds["bias"] = np.where(_dense(case), np.float32(0), np.float32(-np.inf))
     real = onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(
@@ -147,7 +148,7 @@ def onnxruntime_peer(case: Case, a: Arrays) -> Call:
     model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case.threads
-    # Its threads would keep the cores busy in the others' turns; its own times do not change.
+    # Spinning threads would keep the cores busy in turns of others; its own times do not change.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -156,8 +157,8 @@ def onnxruntime_peer(case: Case, a: Arrays) -> Call:
     return lambda: session.run(None, feeds)[0].reshape(shape)
 
 
-def openvino_peer(case: Case, a: Arrays) -> Call:
-    """OpenVINO's `ScaledDotProductAttention`, held to the type of the case."""
+def openvino_baseline(case: Case, a: Arrays) -> Call:
+    """OpenVINO's `ScaledDotProductAttention`, computed in the type of the case."""
     import openvino
 
     problem = case.problem
@@ -177,7 +178,7 @@ def openvino_peer(case: Case, a: Arrays) -> Call:
     settings = {
         "INFERENCE_NUM_THREADS": case.threads,
         "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": kind,  # else float32 is computed in bfloat16 where that is fast
+        "INFERENCE_PRECISION_HINT": kind,  # without it, float32 may be computed in bfloat16
     }
     model = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", settings)
     request = model.create_infer_request()
@@ -191,7 +192,7 @@ def openvino_peer(case: Case, a: Arrays) -> Call:
     return call
 
 
-def jax_peer(case: Case, a: Arrays) -> Call:
+def jax_baseline(case: Case, a: Arrays) -> Call:
     """`jax.nn.dot_product_attention` under jit, and its vector-Jacobian product."""
     import jax
 
@@ -216,7 +217,7 @@ def jax_peer(case: Case, a: Arrays) -> Call:
     return lambda: jax.block_until_ready(both(q, k, v, do))
 
 
-def keras_peer(case: Case, a: Arrays) -> Call:
+def keras_baseline(case: Case, a: Arrays) -> Call:
     """`keras.ops.dot_product_attention` on TensorFlow, inside a `tf.function`."""
     import keras
     import tensorflow
@@ -249,9 +250,9 @@ def keras_peer(case: Case, a: Arrays) -> Call:
 
 
 def implementation(name: str, device: str, case: Case, a: Arrays, *, wait: bool = True) -> Call:
-    """One of `implementations.NAMES` on torch tensors on a device, gradients by autograd.
+    """One of `implementations.NAMES` on torch tensors on a device, with gradients by autograd.
 
-    With `wait` the call returns when the device is done.
+    With `wait` the call returns when the device has finished.
     """
     import torch
 
@@ -281,25 +282,25 @@ def implementation(name: str, device: str, case: Case, a: Arrays, *, wait: bool 
 
 
 BASELINES: Mapping[str, Baseline] = {
-    "torch": Baseline(("torch",), torch_peer),
-    "flex": Baseline(("torch",), flex_peer),
-    "onnxruntime": Baseline(("onnx", "onnxruntime"), onnxruntime_peer, "bnhd", own_team=True),
-    "openvino": Baseline(("openvino",), openvino_peer, own_team=True),
-    "jax": Baseline(("jax",), jax_peer, "bnhd", own_team=True),
+    "torch": Baseline(("torch",), torch_baseline),
+    "flex": Baseline(("torch",), flex_baseline),
+    "onnxruntime": Baseline(("onnx", "onnxruntime"), onnxruntime_baseline, "bnhd", own_team=True),
+    "openvino": Baseline(("openvino",), openvino_baseline, own_team=True),
+    "jax": Baseline(("jax",), jax_baseline, "bnhd", own_team=True),
     "keras": Baseline(
         ("tensorflow", "keras"),
-        keras_peer,
+        keras_baseline,
         "bnhd",
         own_team=True,
         environment={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"},
     ),
-    "numpy": Baseline(("numpy",), numpy_peer),
+    "numpy": Baseline(("numpy",), numpy_baseline),
 }
-"""Every implementation that there is an adapter of, installed or not."""
+"""All baselines by name, installed or not."""
 
 
 def check(name: str, case: Case, expected: object, found: object) -> float:
-    """The relative error of a peer's result. Raises ArithmeticError where it is something else."""
+    """The relative error of a baseline's result. Raises ArithmeticError if it is too large."""
     layout = BASELINES[name].layout if name in BASELINES else "bhnd"
     errors = []
     for mine, theirs in zip(results(expected), results(found), strict=True):
@@ -314,7 +315,7 @@ def check(name: str, case: Case, expected: object, found: object) -> float:
 
 
 def results(value: object) -> list[NDArray[np.float64]]:
-    """What a call returned, as arrays of float64."""
+    """The results of a call as arrays of float64."""
     many = value if isinstance(value, (tuple, list)) else (value,)
     found = []
     for each in many:
@@ -325,7 +326,7 @@ def results(value: object) -> list[NDArray[np.float64]]:
 
 
 def tensor(x: Array) -> Any:
-    """A torch tensor that shares an array's memory; torch reads no bfloat16 of NumPy's."""
+    """A torch tensor that shares the memory of an array, also of one in ml_dtypes' bfloat16."""
     import torch
 
     if x.dtype.name == "bfloat16":
@@ -334,12 +335,12 @@ def tensor(x: Array) -> Any:
 
 
 def _sequence_first(x: Array) -> Array:
-    """The layout (batch, sequence, heads, dim)."""
+    """A contiguous copy in the layout (batch, sequence, heads, dim)."""
     return np.ascontiguousarray(x.swapaxes(1, 2))
 
 
 def _square_causal(case: Case) -> bool:
-    """Whether every library's own causal flag says the same as the rule."""
+    """True if the causal flag of every library means the same as the rule."""
     return case.problem.mask == causal() and case.problem.len_q == case.problem.len_k
 
 
@@ -361,7 +362,7 @@ def _only_backward(case: Case) -> None:
 
 
 def _all_threads(case: Case, library: str) -> None:
-    """Raise where a library, which has as many threads as the process has cores, has too many."""
+    """Raise if a library, which uses as many threads as the process has cores, uses too many."""
     if case.threads != host().cores:
         raise NotImplementedError(
             f"{library} has as many threads as the process may use cores, and no way to change"

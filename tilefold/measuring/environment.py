@@ -1,4 +1,4 @@
-"""What a measurement must say beside its figures: when, on which machine, with which versions."""
+"""The environment of a measurement: its date, machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MEASURED_WITH = (
 
 
 def environment() -> dict[str, Any]:
-    """Date, machine, versions and commit, as values of a JSON document."""
+    """The date, machine, versions and commit, as values of a JSON document."""
     device = host()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -41,7 +41,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, marked where the package differs."""
+    """The commit of the checkout that holds this package, marked if the package has changes."""
     package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():
         return None

@@ -1,8 +1,8 @@
-"""Every Metal kernel of this package on a machine, against the dense definition in float64.
+"""Tests of every Metal kernel on a machine, against the dense definition in float64.
 
-The same trials on an Apple GPU and on the emulator, which does fewer of them: compiling is what
-takes time there. Gradients start from what the definition says o and lse are, so that a wrong
-forward pass does not show as a wrong gradient.
+An Apple GPU and the emulator run the same trials. The emulator runs fewer of them, since compiling
+takes its time. Gradients start from the definition's o and lse, so a wrong forward pass does not
+show as a wrong gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tilefold.problems.attention import Problem
 Array = NDArray[Any]
 
 TOLERANCES = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
-"""Largest error, relative to the largest number of the exact result."""
+"""The largest allowed error by type, relative to the largest element of the exact result."""
 
 MASKS: dict[str, Callable[[], Rule]] = {
     "full": full,
@@ -38,16 +38,16 @@ MASKS: dict[str, Callable[[], Rule]] = {
     "chunks": lambda: local(9) | chunked(24),
     "lengths": lambda: lengths([30, 0]),
 }
-"""Rules by name. In three of them some queries see nothing."""
+"""Rules by name. In three of them, some queries see nothing."""
 
 Sizes = tuple[int, int, int, int, str]
-"""dim, dim_v, len_q, len_k and the name of a mask."""
+"""The sizes of a trial: dim, dim_v, len_q, len_k and the name of a mask."""
 
 SMALL: tuple[tuple[str, Sizes], ...] = (
     ("float32", (24, 16, 40, 33, "window")),
     ("bfloat16", (200, 200, 24, 40, "lengths")),
 )
-"""On the emulator. The second is so wide that sums leave the registers."""
+"""The trials on the emulator. In the second one the sums are too wide for registers and spill."""
 
 LARGE: tuple[Sizes, ...] = (
     (1, 1, 3, 5, "full"),
@@ -59,14 +59,15 @@ LARGE: tuple[Sizes, ...] = (
     (256, 256, 100, 140, "window"),
     (384, 384, 72, 96, "full"),
 )
-"""On a GPU, each in every type: small, odd and large dims."""
+"""The trials on a GPU, each in every type: small, odd and large dims."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One kernel on one case; `error` is relative, None where it did not run for `reason`.
+    """One kernel on one case.
 
-    `absent`: there is no such thing on this machine, which is no failure.
+    `error` is relative; it is None if the kernel did not run, and `reason` then says why. `absent`
+    is True if this machine has no such kernel, which is no failure.
     """
 
     kernel: str
@@ -79,22 +80,22 @@ class Trial:
 
     @property
     def passed(self) -> bool:
-        """Whether the result is near enough."""
+        """True if the error is small enough."""
         return self.error is not None and self.error < TOLERANCES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Place:
-    """How arrays come to where a machine's kernels find them, and back."""
+    """Functions that copy arrays into the memory of a machine's kernels, and back."""
 
     there: Callable[[Array], Any] = lambda array: array
     back: Callable[[Any], Array] = np.asarray
 
 
 def trials(machine: Machine, place: Place, missing: str | None, *, few: bool) -> Iterator[Trial]:
-    """Run them one by one; `few` are those that the emulator does in seconds.
+    """Run the trials one by one; with `few`, only the trials that the emulator does in seconds.
 
-    `missing` says why the machine has no tensor operations, None where it has them.
+    `missing` says why the machine has no tensor operations; None means that it has them.
     """
     dtypes = []
     for dtype in TOLERANCES:
@@ -120,7 +121,7 @@ def trials(machine: Machine, place: Place, missing: str | None, *, few: bool) ->
 
 
 class _Attention:
-    """One problem, its operands, and what the definition says."""
+    """One problem, its operands, and the results of the definition."""
 
     def __init__(self, machine: Machine, place: Place, problem: Problem) -> None:
         self._machine, self._place, self._problem = machine, place, problem
@@ -141,7 +142,7 @@ class _Attention:
         self._case = f"{p.len_q}x{p.len_k} d{p.dim}/{p.dim_v} {p.mask}"
 
     def tiled(self) -> Iterator[Trial]:
-        """Forward, dQ and dK/dV."""
+        """The forward kernel, and the kernels of dQ and dK/dV."""
         yield self._try("forward", self._plan("forward", form="tiled"), ("o", "lse"))
         made = self._plan("backward")
         for launch, outputs in zip(made.launches, (("delta", "dq"), ("dk", "dv")), strict=True):
@@ -150,23 +151,23 @@ class _Attention:
             yield self._try(launch.spec.kernel, one, outputs)
 
     def decoded(self) -> Trial:
-        """Few queries and many keys: the kernel of parts of the keys, and the one that merges."""
+        """Few queries and many keys: the decode kernel on splits of the keys, and the merge."""
         return self._try("decode, merge", self._plan("forward", form="decode"), ("o", "lse"))
 
     def by_tensor_operations(self, missing: str | None) -> Trial:
-        """The variant of the forward kernel that Metal 4 has matrix units for."""
+        """The forward kernel on the matrix units of Metal 4."""
         dtype = self._problem.dtype
         if not missing:
             try:
                 made = gated.plan(self._problem, self._machine.family)
-            except NotImplementedError as error:  # a type that they do not take
+            except NotImplementedError as error:  # a type that tensor operations do not take
                 missing = str(error)
             else:
                 return self._try("tensorops", made, ("o", "lse"))
         return Trial("tensorops", self._case, dtype, reason=missing, absent=True)
 
     def _run(self, made: MetalPlan, outputs: tuple[str, ...]) -> dict[str, Array]:
-        """A plan's results by their names. What is not written stays NaN."""
+        """The results of a plan by their names. Elements that are not written stay NaN."""
         names = [name for name in self._given if name not in outputs]
         operands = {name: self._place.there(self._given[name]) for name in names}
         for name in outputs:
@@ -184,7 +185,7 @@ class _Attention:
 
 
 def _gemm(machine: Machine, place: Place, dtype: str) -> Trial:
-    """A product with alpha, beta and a bias, the second factor transposed."""
+    """A matrix product with alpha, beta and a bias; the second factor is transposed."""
     a, b, c, bias = _normal(dtype, (2, 70, 50), (2, 90, 50), (2, 70, 90), (90,))
     wide = [array.astype(np.float64) for array in (a, b, c, bias)]
     exact = 0.5 * wide[0] @ wide[1].swapaxes(1, 2) + wide[3] - 2.0 * wide[2]
@@ -199,7 +200,7 @@ def _gemm(machine: Machine, place: Place, dtype: str) -> Trial:
 
 
 def _softmax(machine: Machine, place: Place, dtype: str) -> Trial:
-    """Rows that end between two vectors."""
+    """The softmax of rows whose length is no multiple of a vector."""
     (x,) = _normal(dtype, (2, 9, 301))
     weights = np.exp(x.astype(np.float64))
     total = weights.sum(axis=2, keepdims=True)
@@ -224,11 +225,11 @@ def _judge(
     run: Callable[[], Mapping[str, Array]],
     exact: Mapping[str, Array],
 ) -> Trial:
-    """A trial of what runs; an exception is its reason."""
+    """The trial of a call; an exception becomes its reason."""
     start = time.perf_counter()
     try:
         found = run()
-    except Exception as raised:  # whatever is wrong on this machine is to be shown
+    except Exception as raised:  # every error on this machine is shown
         text = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
         return Trial(kernel, case, dtype, None, time.perf_counter() - start, text)
     seconds = time.perf_counter() - start

@@ -1,8 +1,8 @@
-"""How much of an Apple GPU's arithmetic its kernels use, by the count of `roofline`.
+"""The arithmetic utilisation of an Apple GPU by the Metal kernels, by the count of `roofline`.
 
-A multiply-add is one instruction of a thread, and each core starts 128 a clock, so the peak of a
-chip is 128 x cores x clock. What is measured is many launches behind each other, then one wait, as
-Metal FlashAttention (Turner, 2024) measures; PyTorch's fused attention takes its turns beside them.
+A multiply-add is one instruction of a thread, and each core starts 128 of them in a clock. So the
+peak of a chip is 128 x cores x clock. Many launches are measured in a row with one wait at the end,
+as Metal FlashAttention (Turner, 2024) does. PyTorch's fused attention takes turns with them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from tilefold.planning.roofline import instruction_count
 from tilefold.problems.attention import Problem
 
 GINSTRS_PER_CORE = {"Apple M1 Max": 5308 / 32, "Apple M4": 1790 / 10}
-"""Billions of instructions that a core starts in a second, of chips whose peak was published with
-the figures of Metal FlashAttention: 10616 GFLOP/s of M1 Max with 32 cores, 3580 of M4 with 10."""
+"""Billions of instructions per second and core, for the chips whose peak was published with Metal
+FlashAttention: 10616 GFLOP/s for M1 Max with 32 cores, 3580 GFLOP/s for M4 with 10 cores."""
 
 TURN_SECONDS = 0.05
-"""Launches of a turn last about so long, so that one wait at its end does not count."""
+"""The launches of a turn take about this long, so that the one wait at its end hardly counts."""
 
 MOST_LAUNCHES = 1000
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One pass of a problem: seconds of a launch in each round, and instructions by the count."""
+    """One pass of a problem: the seconds of a launch in each round, and its instruction count."""
 
     name: str
     problem: Problem
@@ -43,16 +43,16 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """Seconds of a launch."""
+        """The median time of a launch, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def ginstrs(self) -> float:
-        """Billions of instructions per second."""
+        """Billions of instructions per second, by the median."""
         return self.instructions / self.median / 1e9
 
     def record(self, peak: float | None) -> dict[str, Any]:
-        """As plain values."""
+        """The measurement as plain values for JSON."""
         p = self.problem
         return {
             "name": self.name,
@@ -68,7 +68,7 @@ class Measured:
 
 
 def peak(chip: str, cores: int) -> float | None:
-    """Billions of instructions per second at most; None for chips whose peak is not known here.
+    """The peak of a chip in billions of instructions per second; None for unknown chips.
 
     >>> peak("Apple M4", 8), peak("Apple M9", 8)
     (1432.0, None)
@@ -85,10 +85,10 @@ def measure(
     native: Mapping[str, Callable[[], object]],
     seconds: float,
 ) -> list[Measured]:
-    """Each kernel of both passes turn by turn with the calls of `native`, "forward" and "backward".
+    """Measure each kernel of both passes, turn by turn with PyTorch's calls in `native`.
 
-    `operands` are q, k, v, do and all results, where the machine's kernels find them. `finish`
-    waits until the machine is done.
+    `native` has the calls "forward" and "backward". `operands` are q, k, v, do and all results in
+    the memory of the machine. `finish` waits until the machine has finished.
     """
     calls: dict[str, Callable[[], object]] = {}
     counts: dict[str, int] = {}
@@ -121,7 +121,7 @@ def measure(
 
 
 def _turn(run: Callable[[], object], finish: Callable[[], None]) -> tuple[Callable[[], float], int]:
-    """A turn of so many launches that the wait at its end is small, and how many they are."""
+    """A turn with enough launches to make the wait at its end small, and the number of launches."""
 
     def turn(launches: int) -> float:
         start = time.perf_counter()

@@ -1,8 +1,8 @@
 """Timing: implementations measured turn by turn in one process, on the same random arrays.
 
 A machine's clock, its neighbours and its caches drift within seconds. So every implementation runs
-once per round, in rotating order, and what is compared is the ratio of medians of the same rounds.
-What a peer returned on its first call is compared with tilefold's result before it is timed.
+once per round, in rotating order, and the ratio of medians over the same rounds is compared. The
+first result of a baseline is compared with tilefold's result before the baseline is timed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tilefold.planning.roofline import visible_pairs
 from tilefold.problems.buffer import Buffer
 
 SWEEP_TRAVERSE = (32, 64, 128, 256)
-"""Traversed rows per block that a sweep tries, cut to whole register tiles."""
+"""The numbers of traversed rows per block that a sweep tries, cut to whole register tiles."""
 
 PAUSE = 0.01
-"""Seconds before each turn where implementations have teams of their own: GNU's OpenMP spins for
-some 7 ms after its work (EPYC, 2 cores), on cores that belong to the next turn.
+"""The pause before each turn, in seconds, if implementations have their own threads: GNU's OpenMP
+spins for about 7 ms after its work (EPYC, 2 cores) and would slow down the next turn.
 """
 
 _SIZES = ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")
@@ -40,9 +40,10 @@ _SIZES = ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v")
 
 @dataclass(frozen=True)
 class Row:
-    """What one implementation reached in one case, or the reason why it has no times.
+    """The times of one implementation in one case, or the reason why it has none.
 
-    `prepare_seconds` passed before its first call: arrays turned, graphs and masks built.
+    `prepare_seconds` is the time before its first call: transposing arrays, building graphs and
+    masks.
     """
 
     case: Case
@@ -55,12 +56,12 @@ class Row:
 
     @property
     def flops(self) -> int:
-        """Operations over visible pairs."""
+        """The number of floating-point operations over visible pairs."""
         return self.case.flops(self.pairs)
 
     @property
     def median(self) -> float:
-        """Seconds of a call, the median over the rounds; NaN without any."""
+        """The median time of a call over the rounds, in seconds; NaN without rounds."""
         return statistics.median(self.seconds) if self.seconds else math.nan
 
     @property
@@ -69,7 +70,7 @@ class Row:
         return self.flops / self.median / 1e9
 
     def record(self, own: Row | None) -> dict[str, Any]:
-        """The row as plain values, beside tilefold's row of the same case, if that has times."""
+        """The row as plain values for JSON, with its ratio to tilefold's row `own` if it exists."""
         problem = self.case.problem
         sizes = {name: getattr(problem, name) for name in _SIZES}
         timed = {
@@ -104,7 +105,7 @@ def turn_by_turn(
     pause: float = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Times of each call by a clock, in rounds of one turn each, for about `seconds` in all.
+    """The times of each call in rounds of one turn each, which take about `seconds` in all.
 
     `pause` seconds pass before each turn.
     """
@@ -127,14 +128,14 @@ def turn_by_turn(
 def measure(
     case: Case, names: Sequence[str] = (), *, seconds: float = 1.0, sweep: bool = False
 ) -> list[Row]:
-    """Time tilefold and some of `peers.PEERS` on one case; tilefold's row comes first.
+    """Time tilefold and some of `baselines.BASELINES` on one case; tilefold's row comes first.
 
-    With `sweep` every block size of `block_sizes` follows, as rows of their own. A first call of
-    each compiles what has to be compiled; it is reported by itself. A peer that cannot do the case,
-    or whose result is another one, has a row with the reason instead of times.
+    With `sweep`, each block size of `block_sizes` follows as a row of its own. The first call of
+    each implementation includes compiling and is reported separately. A baseline that cannot do
+    the case, or whose result is wrong, has a row with the reason in place of times.
     """
     for name in names:
-        # Before any call of ours: threads are then those of the peer's runtime, not a second team.
+        # Before tilefold's first call, so that it shares the baseline's OpenMP runtime.
         baselines.BASELINES[name].load()
     with using_threads(case.threads):
         inputs = arrays(case)
@@ -159,10 +160,10 @@ def measure(
 def measure_implementations(
     case: Case, names: Sequence[str], device: str, *, seconds: float = 1.0
 ) -> list[Row]:
-    """Time some of `implementations.NAMES` on one case, on tensors on a device of torch's.
+    """Time some of `implementations.NAMES` on one case, on tensors on a torch device.
 
-    Each has a row, in this order; what they are checked against is tilefold's result on the CPU.
-    One that cannot do the case, or has not the memory for it, has the reason instead of times.
+    Each has a row, in the given order, and is checked against tilefold's result on the CPU. One
+    that cannot do the case, or has too little memory for it, has the reason in place of times.
     """
     with using_threads(case.threads):
         inputs = arrays(case)
@@ -178,7 +179,7 @@ def measure_implementations(
 
 @dataclass
 class _Started:
-    """Implementations made ready, by name: their calls, or the reasons why there is none."""
+    """Prepared implementations by name: their calls, or the reasons why there are none."""
 
     calls: dict[str, Call] = field(default_factory=dict)
     prepared: dict[str, float] = field(default_factory=dict)
@@ -187,7 +188,7 @@ class _Started:
 
 
 def _start(case: Case, makers: Mapping[str, Callable[[], Call]], expected: object) -> _Started:
-    """Make each call, make it once, and keep those that return what is expected."""
+    """Prepare each call, run it once, and keep the calls that return what is expected."""
     started = _Started()
     for name, make in makers.items():
         start = time.perf_counter()
@@ -222,15 +223,16 @@ def _rows(
 
 
 def first_call(call: Call) -> tuple[float, object]:
-    """Seconds of one call, and its result."""
+    """The time of one call in seconds, and its result."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
 
 
 def block_sizes(case: Case, a: Arrays) -> dict[str, Call]:
-    """The same call with other register tiles and blocks: `6x4 by 96` is 6 rows of 4 vectors, and
-    about 96 traversed rows at a time.
+    """The call of a case with other register tiles and block sizes, by name.
+
+    `6x4 by 96` means a register tile of 6 rows of 4 vectors, and about 96 traversed rows per block.
     """
     buffers = operands(case, a)
     calls: dict[str, Call] = {}
@@ -245,7 +247,7 @@ def block_sizes(case: Case, a: Arrays) -> dict[str, Call]:
 
 
 def operands(case: Case, a: Arrays) -> dict[str, Buffer]:
-    """The arrays of a case by their names in the kernels, with outputs of their own."""
+    """The arrays of a case by their names in the kernels, with new outputs."""
     outputs = [np.empty_like(x) for x in (a.q, a.k, a.v, a.o, a.lse)]
     named = {"q": a.q, "k": a.k, "v": a.v, "do": a.do, "o": a.o, "lse": a.lse}
     if case.operation == "forward":
@@ -262,7 +264,7 @@ def _buffer(array: Array) -> Buffer:
 
 @contextmanager
 def using_threads(number: int) -> Iterator[None]:
-    """So many threads inside, as many as before after it."""
+    """Use `number` threads inside the block, and the former number after it."""
     before = threads.get_num_threads()
     threads.set_num_threads(number)
     try:

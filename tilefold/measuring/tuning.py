@@ -1,14 +1,14 @@
-"""Which blocks are the fastest here: candidates measured turn by turn, and the winners kept.
+"""The fastest block sizes of this machine: candidates are measured turn by turn, the best kept.
 
 For each pass of a case, on random data:
 
-    every tile that the registers hold, with as many traversed rows as the table's scratch
+    every tile that fits the registers, with as many traversed rows as the table's scratch
     the best three of these tiles, with other numbers of traversed rows
     the best four of all
 
-The table's blocks run in every round. What is compared is a candidate's time over theirs in the
-same round, and the median of that over the rounds: a clock that drifts slows both. Who is first
-among many by noise is not first again among few: only the last stage decides.
+The table's blocks run in every round. A candidate's figure is its time divided by theirs in the
+same round, as the median over the rounds, since a drifting clock slows both. Noise can make a
+candidate the first of many, but hardly again the first of few, so only the last stage decides.
 """
 
 from __future__ import annotations
@@ -32,29 +32,32 @@ from tilefold.measuring.timing import operands, turn_by_turn, using_threads
 from tilefold.measuring.workload import Arrays, Call, Case, arrays
 
 TRAVERSE = (32, 64, 96, 128, 160, 192, 256, 512)
-"""Traversed rows per block that are tried, cut to whole register tiles."""
+"""The numbers of traversed rows per block that are tried, cut to whole register tiles."""
 STAGES = 3
 KEPT_TILES, KEPT_BLOCKS = 3, 4
-"""How many go on into the second and the third stage."""
+"""The numbers of candidates in the second and in the third stage."""
 LEAST_GAIN, LEAST_SHARE = 0.01, 0.75
-"""The table's blocks win unless others are faster by more, and faster in so many of the rounds:
-less is noise on a shared machine.
+"""The gain in time, and the share of rounds, by which others must beat the table's blocks; less is
+noise on a shared machine.
 """
 LEAST_ROUNDS, LEAST_LAST_ROUNDS = 3, 9
-"""Rounds of a stage, and of the last one, however long they take."""
+"""The least numbers of rounds of a stage, and of the last stage."""
 TURN_SECONDS = 1e-3
-"""Shorter calls are repeated within a turn, so that the clock and the loop do not count."""
+"""The least time of a turn, in seconds: shorter calls are repeated within it, so that the clock and
+the loop hardly count.
+"""
 
 Note = Callable[[str], None]
 Turns = Callable[..., dict[str, list[float]]]
-"""What times calls turn by turn, as `timing.turn_by_turn` does."""
+"""The type of a function that times calls turn by turn, such as `timing.turn_by_turn`."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Blocks and their time over that of the table's blocks, the median over so many rounds.
+    """Blocks, and the median of their time divided by the time of the table's blocks.
 
-    `share` of the rounds saw them faster. `last`: these are the rounds of the last stage.
+    `rounds` is the number of rounds, and `share` the share of rounds in which they were faster.
+    `last` is True if these are the rounds of the last stage.
     """
 
     blocks: Blocks
@@ -66,7 +69,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured of one kernel; `trials` by speed, those of the last stage before others."""
+    """The measurements of one kernel; `trials` are sorted by speed, the last stage first."""
 
     case: Case
     key: Key
@@ -76,17 +79,17 @@ class Tuned:
 
     @property
     def best(self) -> Trial:
-        """The fastest trial of the last stage, or the table's where nothing is clearly faster."""
+        """The fastest trial of the last stage, or the table's if nothing is clearly faster."""
         fastest = self.trials[0]
         if fastest.ratio < 1 - LEAST_GAIN and fastest.share >= LEAST_SHARE:
             return fastest
         return next(trial for trial in self.trials if trial.blocks == self.table)
 
     def timed(self, trial: Trial) -> Timed:
-        """A trial's blocks and seconds."""
+        """The blocks of a trial and their time in seconds."""
         return Timed(trial.blocks, trial.ratio * self.table_seconds)
 
-    def winner(self, date: str, versions: Mapping[str, str]) -> TunedBlocks:
+    def tuned_blocks(self, date: str, versions: Mapping[str, str]) -> TunedBlocks:
         """The record that the planner reads."""
         return TunedBlocks(
             best=self.timed(self.best),
@@ -108,11 +111,11 @@ def tune(
     note: Note = lambda _: None,
     turns: Turns | None = None,
 ) -> list[Tuned]:
-    """Measure the candidates for each pass of a case, for about `seconds` each.
+    """Measure the candidates for each pass of a case, for about `seconds` per pass.
 
-    Compiling comes on top, and no stage has fewer than `LEAST_ROUNDS`. `note` hears what is being
-    done, `STAGES` times for each kernel; `turns` takes the times. Raises ValueError for a problem
-    without pairs.
+    Compiling takes additional time, and every stage has at least `LEAST_ROUNDS` rounds. `note` is
+    called with a description of each step, `STAGES` times for each kernel. `turns` times the calls.
+    Raises ValueError for a problem without pairs.
     """
     if case.problem.empty:
         raise ValueError(f"there is nothing to measure in shape {case.shape}")
@@ -125,7 +128,7 @@ def tune(
 
 
 def passes(case: Case, form: str = "auto") -> list[str]:
-    """The kernels of a case that have blocks to choose. Raises ValueError where none has."""
+    """The kernels of a case that have blocks to choose. Raises ValueError if none has."""
     launches = plan(case.problem, host(), case.operation, form).launches
     kernels = [launch.spec.kernel for launch in launches]
     if all(KERNELS[kernel].by_query for kernel in kernels):
@@ -137,14 +140,16 @@ def passes(case: Case, form: str = "auto") -> list[str]:
 
 
 def keep(found: Iterable[Tuned]) -> None:
-    """Store the winners for the planner, of this process too. Raises OSError."""
+    """Store the tuned blocks for the planner, also of this process. Raises OSError."""
     now, machine = environment(), Processor.of(host())
-    new = {(machine, tuned.key): tuned.winner(now["date"], now["versions"]) for tuned in found}
+    new = {
+        (machine, tuned.key): tuned.tuned_blocks(now["date"], now["versions"]) for tuned in found
+    }
     tuned.STORE.keep(new)
 
 
 class _Race:
-    """The candidates for one kernel."""
+    """The measurement of one kernel's candidates, stage by stage."""
 
     def __init__(
         self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note, turns: Turns
@@ -171,7 +176,7 @@ class _Race:
         return Tuned(self._case, key, self._table, self._table_seconds, tuple(trials))
 
     def _heights(self) -> list[int]:
-        """Numbers of traversed rows to try: no more than one that holds the whole axis."""
+        """The numbers of traversed rows to try, at most one of which holds the whole axis."""
         problem = self._case.problem
         length = problem.len_k if KERNELS[self._kernel].parallel == "q" else problem.len_q
         return [rows for rows in TRAVERSE if rows < 2 * length or rows == TRAVERSE[0]]
@@ -210,7 +215,7 @@ class _Race:
             self._trials[blocks] = Trial(blocks, median, faster, len(ratios), last)
 
     def _call(self, blocks: Blocks) -> Call:
-        """The first of these calls compiles; they are quick to make."""
+        """A call with these blocks; it compiles when it first runs."""
         strides = {name: buffer.strides for name, buffer in self._operands.items()}
         names = OPERANDS[self._case.operation]
         pointers = [self._operands[name].pointer for name in names]
@@ -222,7 +227,7 @@ class _Race:
         return lambda: prepared().run(*pointers)
 
     def _plan(self, blocks: Blocks) -> CpuPlan:
-        """The kernel alone, after what prepares its operands."""
+        """A plan of this kernel only, and of the kernels that prepare its operands."""
         made = plan(
             self._case.problem,
             host(),
@@ -240,9 +245,9 @@ class _Race:
 
 
 def clock(workers: int) -> Callable[[], float]:
-    """The time of this thread where it works alone, so that neighbours do not count; else of all.
+    """This thread's CPU time if it works alone, so that neighbours do not count; else the time.
 
-    Windows counts a thread's time in steps of 16 ms, which is too coarse.
+    Windows counts the time of a thread in steps of 16 ms, too coarse for this purpose.
     """
     alone = workers == 1 and time.get_clock_info("thread_time").resolution < 1e-6
     return time.thread_time if alone else time.perf_counter

@@ -1,7 +1,7 @@
-"""What is timed: a case, its random arrays, and tilefold's own call on them.
+"""The workload of a measurement: a case, its random arrays, and tilefold's call on them.
 
-Operations are counted over visible pairs, 2 per multiply-add, 2 products forward and 5 backward,
-whatever an implementation really computes.
+Operations are counted over visible pairs, 2 per multiply-add, with 2 products in the forward and 5
+in the backward pass. An implementation may really compute more.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Array = NDArray[Any]
 Call = Callable[[], object]
 
 OPERATIONS = ("forward", "backward")
-"""What a benchmark measures unless asked otherwise."""
+"""The operations that a benchmark measures by default."""
 BOTH = "forward+backward"
 PASSES = {"forward": ("forward",), "backward": ("backward",), BOTH: OPERATIONS}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: a problem, one of `PASSES`, and how many threads."""
+    """One case to time: a problem, one of `PASSES`, and the number of threads."""
 
     problem: Problem
     operation: str = "forward"
@@ -38,25 +38,25 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """The sizes of q, `1,8,2048,64`, and after a slash those of v where they differ."""
+        """The shape of q, such as `1,8,2048,64`, and after a slash the sizes of v that differ."""
         problem = self.problem
         q = (problem.batch, problem.heads_q, problem.len_q, problem.dim)
         v = (problem.batch, problem.heads_kv, problem.len_k, problem.dim_v)
         return "/".join(",".join(map(str, sizes)) for sizes in ([q] if q == v else [q, v]))
 
     def flops(self, pairs: int) -> int:
-        """Operations over so many pairs."""
+        """The number of floating-point operations over `pairs` pairs."""
         return sum(self.problem.flops(each, pairs) for each in PASSES[self.operation])
 
     def least_seconds(self, pairs: int, rates: Rates) -> tuple[float, str]:
-        """The lower bound of the roofline, and which bound of the last pass binds."""
+        """The lower bound of the roofline in seconds, and the bound that binds in the last pass."""
         found = [bounds(self.problem, WORK[each], pairs, rates) for each in PASSES[self.operation]]
         return sum(each.seconds for each in found), found[-1].binding
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Random inputs of a case and the outputs that a backward pass starts from."""
+    """The random inputs of a case, and the forward results that a backward pass needs."""
 
     q: Array
     k: Array
@@ -67,7 +67,7 @@ class Arrays:
 
 
 def arrays(case: Case, seed: int = 0) -> Arrays:
-    """Standard normal numbers in the layout (batch, heads, sequence, dim)."""
+    """Arrays of standard normal elements in the layout (batch, heads, sequence, dim)."""
     problem, rng = case.problem, np.random.default_rng(seed)
     dtype = element_type(problem.dtype)
 
@@ -84,7 +84,7 @@ def arrays(case: Case, seed: int = 0) -> Arrays:
 
 
 def own(case: Case, a: Arrays) -> Call:
-    """tilefold, through its public functions."""
+    """A call of tilefold through its public functions."""
     options: dict[str, Any] = {"mask": case.problem.mask, "precision": case.problem.precision}
     if case.operation == "forward":
         return lambda: api.attention(a.q, a.k, a.v, **options)

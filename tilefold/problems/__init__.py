@@ -1,4 +1,4 @@
-"""What is asked, with no word on how: shapes, types, scale and mask.
+"""The question without the way to its answer: shapes, types, scale and mask.
 
 request    the options of a call: mask, scale, layout, precision
 attention  one call without its arrays; all checks of shapes

@@ -1,7 +1,7 @@
-"""A call without its pointers: shapes, types, scale and mask, checked once at the border.
+"""A call without its arrays: shapes, types, scale and mask, checked once where a call enters.
 
-Every frontend reduces its arrays to shapes and calls `describe`; whatever comes after may rely on a
-`Problem` that fits together. An error names the argument, what is allowed and what was given.
+Every frontend reduces its arrays to shapes and calls `describe`. All later code may rely on the
+checks of `Problem`. An error names the argument, the allowed values and the given value.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ STATISTICS: Final = {
     "float16": "float32",
     "bfloat16": "float32",
 }
-"""The type that is computed in, and that of lse, by the type of the arrays."""
+"""The type of lse and of the computation, by the type of the arrays."""
 
 LIMIT: Final = 2**31 - 2**10
-"""Lengths, dims and batch * heads stay below: 32 bits count them to the end of the last block."""
+"""Lengths, dims and batch * heads are below this limit, so that 32 bits can count to the end of the
+last block.
+"""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What attention is asked to compute. Lengths count tokens, dims count elements.
+    """One problem of attention: the sizes, type, scale and mask of a call, without its arrays.
 
     >>> import tilefold
     >>> tilefold.Problem.of((1, 8, 2048, 64), (1, 2, 512, 64), mask=tilefold.causal()).len_k
     512
 
-    Query head h reads key head h // (heads_q // heads_kv) (grouped queries). `precision` says how
-    exact products of float32 numbers must be at least; other types have no choice, and "highest".
-    Raises ValueError unless everything fits together.
+    Lengths count tokens, and dims count elements. Query head h reads key head
+    h // (heads_q // heads_kv) (grouped queries). `precision` is the least precision of products of
+    float32 arrays; for other types it is always "highest". `Problem.of` makes a problem from
+    shapes. Raises ValueError if a value is not allowed or the values do not fit together.
     """
 
     batch: int
@@ -78,7 +81,8 @@ class Problem:
     ) -> Problem:
         """The problem of a call of `attention` with arrays of these shapes and this type.
 
-        k has the shape of q unless it is given, and v that of k; the rest is as for `attention`.
+        Without `k`, k has the shape of q; without `v`, v has the shape of k. The other arguments
+        are as for `tilefold.attention`. Raises TypeError or ValueError, as that call does.
         """
         k = q if k is None else k
         v = k if v is None else v
@@ -106,14 +110,14 @@ class Problem:
 
     @property
     def pairs(self) -> int:
-        """How many (query, key) pairs there are, over batch and query heads, masked or not."""
+        """The number of (query, key) pairs over batch and query heads, including masked pairs."""
         return self.batch * self.heads_q * self.len_q * self.len_k
 
     def flops(self, operation: str, pairs: int | None = None) -> int:
-        """Operations of the products that `operation` cannot do without, 2 per multiply-add.
+        """Floating-point operations of the products of `operation`, 2 per multiply-add.
 
         "forward" has two products (Q K^T, P V), "backward" five (Q K^T, dO V^T, dV, dQ, dK).
-        `pairs` counts the pairs that are computed; without it all are, masked ones too.
+        `pairs` is the number of computed pairs; None means all pairs, including masked ones.
 
         >>> Problem.of((1, 8, 1024, 64)).flops("forward")
         2147483648
@@ -125,7 +129,7 @@ class Problem:
         return 2 * widths[operation] * (self.pairs if pairs is None else pairs)
 
     def bytes(self, operation: str) -> int:
-        """Bytes of all inputs and outputs of `operation`, "forward" or "backward", once each."""
+        """Bytes of all inputs and outputs of `operation`, "forward" or "backward", each once."""
         q = self.batch * self.heads_q * self.len_q * self.dim
         k = self.batch * self.heads_kv * self.len_k * self.dim
         v = self.batch * self.heads_kv * self.len_k * self.dim_v
@@ -144,7 +148,7 @@ def describe(
 ) -> Problem:
     """The Problem of arrays of these shapes and this type. Raises ValueError.
 
-    Only float32 has a choice of precision; what is asked of other types has no effect.
+    The precision of the request has an effect on float32 only.
     """
     layout, scale = request.layout, request.scale
     raw = {"q": shape_q, "k": shape_k, "v": shape_v}
@@ -158,7 +162,7 @@ def describe(
     ):
         if shape[axis] != expected[axis]:
             raise ValueError(
-                f"the {AXES[axis]} of {name} must be {expected[axis]} as that of {other}, got "
+                f"the {AXES[axis]} of {name} must be {expected[axis]} as in {other}, got "
                 f"{shape[axis]}: {other} is {raw[other]} and {name} {raw[name]} in layout {layout}"
             )
     return Problem(
@@ -186,12 +190,12 @@ def _canonical(name: str, shape: Shape, layout: str) -> Shape:
 
 
 def default_scale(dim: int) -> float:
-    """1 / sqrt(dim)."""
+    """The default factor of the scores, 1 / sqrt(dim)."""
     return 1 / math.sqrt(max(1, dim))
 
 
 def common_dtype(dtypes: Mapping[str, str]) -> str:
-    """The one type of all arguments. Raises TypeError."""
+    """The common type of all arguments. Raises TypeError if they differ or are not allowed."""
     first, expected = next(iter(dtypes.items()))
     for name, dtype in dtypes.items():
         if dtype not in ITEM_BYTES:
@@ -203,13 +207,13 @@ def common_dtype(dtypes: Mapping[str, str]) -> str:
 
 
 def check_lse(dtype: str, expected: str) -> None:
-    """Raises TypeError where lse is not of the type that `STATISTICS` says."""
+    """Raises TypeError unless lse has the type that `STATISTICS` names."""
     if dtype != STATISTICS[expected]:
         raise TypeError(f"lse must be of {STATISTICS[expected]} where q is {expected}, got {dtype}")
 
 
 def check_shape(name: str, shape: Shape, expected: Shape) -> None:
-    """Raises ValueError where do, o or lse has not the shape that q, k and v ask for."""
+    """Raises ValueError unless do, o or lse has the shape that goes with q, k and v."""
     if shape != expected:
         raise ValueError(f"{name} must have shape {expected} to go with q, k and v, got {shape}")
 
@@ -225,7 +229,7 @@ def shapes_qkv(problem: Problem, layout: str) -> tuple[Shape, Shape, Shape]:
 def check_parts(
     shapes: Mapping[str, Shape], dtypes: Mapping[str, str], layout: str
 ) -> tuple[int, int, int, int]:
-    """Check partial results o1, lse1, o2 and lse2; return where the axes of o1 stand.
+    """Check partial results o1, lse1, o2 and lse2; return the canonical axes of o1.
 
     Raises TypeError or ValueError unless they fit together.
     """
@@ -256,7 +260,7 @@ def shape_lse(problem: Problem) -> Shape:
 
 
 def contiguous(shape: Shape) -> tuple[int, ...]:
-    """The strides of an array of this shape without gaps, in elements."""
+    """The strides of a contiguous array of this shape, in elements."""
     strides = [1]
     for length in reversed(shape[1:]):
         strides.insert(0, strides[0] * length)

@@ -1,4 +1,4 @@
-"""Where numbers lie: a pointer, a shape and strides, without the framework that owns them."""
+"""The place of an array in memory: a pointer, a shape and strides, without its framework."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Buffer:
-    """A view of someone's memory, its axes in the canonical order (batch, heads, sequence, dim).
+    """A view of an array, its axes in the canonical order (batch, heads, sequence, dim).
 
-    `strides` count elements, may be zero or negative, and belong to `shape`'s axes. `owner` keeps
-    the memory alive. The log-sum-exp has the axes (batch, heads, sequence).
+    `strides` count elements and may be zero or negative. `owner` keeps the memory alive. The
+    log-sum-exp has the axes (batch, heads, sequence).
     """
 
     pointer: int

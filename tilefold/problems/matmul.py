@@ -1,11 +1,11 @@
-"""Products of matrices and softmax of rows, without their arrays: shapes, types, options, checks.
+"""Matrix products and softmax of rows, without their arrays: shapes, types, options, checks.
 
     C = activation(alpha op(A) op(B) + bias + beta C)          a Product
     P = softmax of every row of X                              Rows
 
 A backend says which arrays its kernels take (`Accepted`), makes an `Operand` of each array, and
-gets one frozen description in return; all errors of a call are raised on the way. Leading axes are
-a batch, two at most, and broadcast as in NumPy, by strides of 0.
+gets one frozen description in return. All errors of a call are raised in these steps. Leading axes
+are a batch, at most two of them. They broadcast as in NumPy, by strides of 0.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import NamedTuple
 from tilefold.common.check import choice
 
 BIAS_AXES = ("column", "row")
-"""A bias has a number for each column of C, as in a linear layer, or for each row."""
+"""The axis of a bias: one element for each column of C, as in a linear layer, or for each row."""
 
 ACTIVATIONS = (None, "relu", "gelu", "silu", "tanh")
-"""Functions of each element of a result by name; None leaves results as they are."""
+"""The names of functions that are applied to each element of a result; None changes nothing."""
 
 _MOST_AXES = 4
 
@@ -38,13 +38,13 @@ class Axes(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """Strides in the order of a kernel's list: rows and columns, then the batch from inside."""
+        """Strides in a kernel's order: rows, columns, then the batch from the innermost axis."""
         b, h, row, column = self.strides
         return [row, column, h, b]
 
     @property
     def transposed(self) -> bool:
-        """True where the elements of a column lie nearer to each other than those of a row."""
+        """True if neighbours in a column lie nearer to each other in memory than in a row."""
         (*_, rows, columns), (*_, down, across) = self
         if across == 1 or rows == 1:
             return False
@@ -52,12 +52,12 @@ class Axes(NamedTuple):
 
     @property
     def unit(self) -> bool:
-        """True where the nearest elements are neighbours in memory."""
+        """True if the nearest elements are adjacent in memory."""
         return self.strides[2 if self.transposed else 3] in (0, 1)
 
     @property
     def broadcast(self) -> bool:
-        """True where several elements share one place in memory, so that none may be written."""
+        """True if several elements share one place in memory, so that none may be written."""
         shared = (
             step == 0 < length - 1 for length, step in zip(self.lengths, self.strides, strict=True)
         )
@@ -82,10 +82,10 @@ class Operand(NamedTuple):
 
 @dataclass(frozen=True)
 class Accepted:
-    """Arrays that the kernels of a backend take.
+    """The arrays that the kernels of a backend take.
 
-    `dtypes`: names of types. `empty`: axes of length 0 are allowed. `longest`: the most elements of
-    an axis, None for any number.
+    `dtypes` are the names of allowed types. `empty` is True if axes of length 0 are allowed.
+    `longest` is the largest length of an axis; None means no limit.
     """
 
     dtypes: tuple[str, ...]
@@ -95,9 +95,9 @@ class Accepted:
     def operand(
         self, name: str, dtype: str, shape: Sequence[int], strides: Sequence[int], least: int
     ) -> Operand:
-        """An array of `least` to 4 axes, with axes of length 1 put before its own.
+        """The operand of an array of `least` to 4 axes, padded in front with axes of length 1.
 
-        Raises TypeError for a type, and ValueError for lengths, that no kernel takes.
+        Raises TypeError for a type and ValueError for lengths that no kernel takes.
         """
         if dtype not in self.dtypes:
             raise TypeError(f"{name} must be one of {', '.join(self.dtypes)}, got {dtype}")
@@ -121,8 +121,8 @@ class Accepted:
 class Product:
     """One call of a product: `a` is op(A), m x k, and `b` is op(B), k x n.
 
-    `dtype` and `shape` are those of the result, `batch` is what the leading axes of A and B
-    broadcast to. `bias` and `bias_axis` are both None or both given.
+    `dtype` and `shape` belong to the result. `batch` is the common shape of the leading axes of A
+    and B after broadcasting. `bias` and `bias_axis` are both None or both given.
     """
 
     a: Operand
@@ -149,10 +149,11 @@ class Product:
         activation: str | None,
         dtype: str | None,
     ) -> Product:
-        """The description of a call from its operands: "a", "b" and, where given, "c", "bias".
+        """The description of a call from its operands: "a", "b" and, if given, "c" and "bias".
 
-        `dtype`: the type of the result; None is that of c, or of a and b, or float32 if these
-        differ. Raises ValueError, or TypeError for a bias of another type than the result.
+        `dtype` is the type of the result. None means the type of c; without c, the common type of
+        a and b, or float32 if they differ. Raises ValueError, or TypeError for a bias whose type
+        is not the type of the result.
         """
         choice("bias_axis", bias_axis, BIAS_AXES)
         choice("activation", activation, ACTIVATIONS)
@@ -180,27 +181,27 @@ class Product:
 
     @property
     def m(self) -> int:
-        """Rows of the result."""
+        """The number of rows of the result."""
         return self.a.axes.lengths[2]
 
     @property
     def n(self) -> int:
-        """Columns of the result."""
+        """The number of columns of the result."""
         return self.b.axes.lengths[3]
 
     @property
     def k(self) -> int:
-        """Terms of each sum."""
+        """The number of terms of each sum."""
         return self.a.axes.lengths[3]
 
     @property
     def matrices(self) -> int:
-        """Matrices of the result: the length of the whole batch."""
+        """The number of matrices of the result, the product of both batch axes."""
         return self.batch[0] * self.batch[1]
 
     @property
     def bias_strides(self) -> list[int]:
-        """Strides of the bias: from element to element, then those of the batch from inside."""
+        """Strides of the bias: its elements, then the batch from the innermost axis."""
         return [] if self.bias is None else list(self.bias.axes.strides[:0:-1])
 
 
@@ -212,7 +213,7 @@ class Rows:
 
     @classmethod
     def of(cls, operands: Mapping[str, Operand]) -> Rows:
-        """The description of a call from its operands: "x" and, where it is given, "p"."""
+        """The description of a call from its operands: "x" and, if given, "p"."""
         x, p = operands["x"], operands.get("p")
         if p is not None:
             check_result("p", p, x.shape, x.dtype)
@@ -240,7 +241,7 @@ class Rows:
 
 
 def multiplied(a: str, b: str) -> str:
-    """The type that elements of two types meet in: float32 where the two differ.
+    """The type in which elements of two types are multiplied: float32 if the two differ.
 
     >>> multiplied("bfloat16", "bfloat16"), multiplied("bfloat16", "float16")
     ('bfloat16', 'float32')
@@ -249,7 +250,9 @@ def multiplied(a: str, b: str) -> str:
 
 
 def result_types(a: str, b: str) -> tuple[str, ...]:
-    """Types that a product of two types may have: float32 or one of the two; float64 is alone.
+    """The types that a product of two types may have: float32 or one of the two.
+
+    The product of float64 arrays is always float64.
 
     >>> result_types("float16", "float16"), result_types("float64", "float64")
     (('float32', 'float16'), ('float64',))
@@ -259,7 +262,7 @@ def result_types(a: str, b: str) -> tuple[str, ...]:
 
 
 def check_result(name: str, given: Operand, shape: tuple[int, ...], dtype: str) -> None:
-    """Raises ValueError unless an array can take a result of a shape and a type."""
+    """Raises ValueError unless an array can hold a result of this shape and type."""
     if given.shape != shape or given.dtype != dtype:
         raise ValueError(
             f"{name} must be {dtype} of shape {shape}, got {given.dtype} of shape {given.shape}"
@@ -269,7 +272,7 @@ def check_result(name: str, given: Operand, shape: tuple[int, ...], dtype: str) 
 
 
 def _common(name: str, batch: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    """The batch of two arrays, where an axis of length 1 serves any length."""
+    """The common batch of two arrays, where an axis of length 1 broadcasts to any length."""
     for one, two in zip(batch, other, strict=True):
         if one != two and 1 not in (one, two):
             raise ValueError(f"the batch of {name} must be {batch} or 1 along an axis, got {other}")

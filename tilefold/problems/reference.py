@@ -1,14 +1,14 @@
 """Attention and its gradients in plain NumPy: the definition that everything is tested against.
 
-Dense, one (batch, head) at a time, in float64 unless asked otherwise; with `dtype=np.float32` it is
-attention in basic operations, the baseline of accuracy and speed. `tiled` is the forward pass of
-FlashAttention (Dao et al., 2022, arXiv:2205.14135, Algorithm 1): one tile of keys after the
-other, with a maximum and a sum per query that follow.
+It is dense and computes one (batch, head) at a time, in float64 by default. With `dtype=np.float32`
+it is attention in basic operations, the baseline of accuracy and speed. `tiled` is the forward pass
+of FlashAttention (Dao et al., 2022, arXiv:2205.14135, Algorithm 1): it reads one tile of keys after
+the other and updates a running maximum and a running sum of each query.
 
-What a masked pair holds never matters: products run over the visible keys of each query, so a NaN
-in a key reaches exactly the queries that see it. Visible pairs follow IEEE arithmetic: a query all
-of whose scores are -inf, or one of them +inf, has no mean and gets NaN. A query that sees no key
-has o = 0, lse = -inf and no gradients.
+The values of a masked pair never matter: products run over the visible keys of each query, so a NaN
+in a key reaches exactly the queries that see it. Visible pairs follow IEEE arithmetic: a query gets
+NaN if all of its scores are -inf or one of them is +inf. A query that sees no key has o = 0,
+lse = -inf and gradients 0.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def attention(
 
     q is (batch, heads_q, len_q, dim), k (batch, heads_kv, len_k, dim), v (batch, heads_kv, len_k,
     dim_v); o comes back as (batch, heads_q, len_q, dim_v) and lse as (batch, heads_q, len_q), both
-    of type `dtype`, in which everything is computed.
+    of type `dtype`. All computations are done in `dtype`.
     """
     q, k, v = (np.asarray(array, dtype) for array in (q, k, v))
     scale = default_scale(q.shape[3]) if scale is None else scale
@@ -74,14 +74,14 @@ def attention_backward(
     scale: float | None = None,
     dtype: DTypeLike = np.float64,
 ) -> tuple[Array, Array, Array]:
-    """The gradients dq, dk, dv of sum(do * o), from what the forward pass took and returned.
+    """The gradients dq, dk, dv of sum(do * o), from the inputs and results of the forward pass.
 
     >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1, 4, 8))
     >>> dq, dk, dv = attention_backward(np.ones_like(v), q, k, v, *attention(q, k, v))
     >>> dq.shape, bool(np.isclose(dv.sum(), 4 * 8))
     ((1, 1, 4, 8), True)
 
-    Each gradient has the shape of its input; shapes and letters as in `attention`.
+    Each gradient has the shape of its input. The shapes are as in `attention`.
     """
     do, q, k, v, o, lse = (np.asarray(array, dtype) for array in (do, q, k, v, o, lse))
     scale = default_scale(q.shape[3]) if scale is None else scale
@@ -117,9 +117,9 @@ def tiled(
     >>> np.allclose(o, expected_o), np.allclose(m + np.log(normaliser), expected_lse)
     (True, True)
 
-    Arguments as in `attention`; l and m are (batch, heads_q, len_q). `memory` is the paper's M, how
-    many elements fast memory holds: key blocks have ceil(M / 4 dim) rows, query blocks as many but
-    at most dim.
+    The arguments are as in `attention`. l and m are (batch, heads_q, len_q). `memory` is the
+    paper's M, the number of elements that fast memory holds: a block of keys has ceil(M / 4 dim)
+    rows, and a block of queries has as many, but at most dim.
     """
     q, k, v = (np.asarray(array, dtype) for array in (q, k, v))
     scale = default_scale(q.shape[3]) if scale is None else scale
@@ -161,7 +161,7 @@ def _fold_tile(
 def _heads(
     q: Array, k: Array, mask: Rule | None
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int], Array]]:
-    """For every query head its place, the place of its key head, and what it sees of each key."""
+    """The index of every query head, the index of its key head, and its visible pairs."""
     batch, heads_q, len_q, _ = q.shape
     heads_kv, len_k = k.shape[1:3]
     visible = np.ones((1, 1), bool) if mask is None else mask.to_dense(len_q, len_k, batch, heads_q)
@@ -177,12 +177,12 @@ def _row_max(s: Array) -> Array:
 
 
 def _shift(m: Array) -> Array:
-    """What to subtract from a row's scores: its maximum, but 0 where every score is -inf."""
+    """The value that is subtracted from a row's scores: its maximum, or 0 if all are -inf."""
     return np.where(m == -np.inf, np.zeros_like(m), m)
 
 
 def _product(weights: Array, visible: Array, values: Array) -> Array:
-    """`weights @ values` over visible pairs alone: other weights are 0, but 0 * NaN is NaN."""
+    """`weights @ values` over visible pairs only: other weights are 0, but 0 * NaN is NaN."""
     if np.isfinite(values).all():
         return weights @ values
     result = np.zeros((weights.shape[0], values.shape[1]), weights.dtype)

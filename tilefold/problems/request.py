@@ -1,8 +1,8 @@
-"""What a caller asks of attention beside the arrays: mask, scale, layout and precision.
+"""The options of a call of attention, beside the arrays: mask, scale, layout and precision.
 
-A `Request` is made and checked once, where a call enters. From there it travels as one value: it is
-a part of every key under which something is kept, and the one option of PyTorch's operators. A new
-option of attention becomes a field here.
+A `Request` is made and checked once, where a call enters. From there it travels as one value. It is
+a part of the key of every cache, and the one option of PyTorch's operators. A new option of
+attention becomes a field of `Request`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Final
 from tilefold.common.check import choice, shown
 from tilefold.masks.position_rules import Rule, full
 
-# Where the canonical axes (batch, heads, sequence, dim) stand in each layout, and, each being its
-# own inverse, which canonical axis each axis of the layout is.
+# The positions of the canonical axes (batch, heads, sequence, dim) in each layout. Each permutation
+# is its own inverse, so it also says which canonical axis each axis of the layout is.
 LAYOUTS: Final[dict[str, tuple[int, int, int, int]]] = {
     "bhnd": (0, 1, 2, 3),
     "bnhd": (0, 2, 1, 3),
@@ -24,14 +24,14 @@ LAYOUTS: Final[dict[str, tuple[int, int, int, int]]] = {
 }
 
 PRECISIONS: Final = ("highest", "high", "medium")
-"""How exact the products of float32 arrays are, with the meaning of torch's own setting."""
+"""The precisions of products of float32 arrays; the words mean the same as in torch's setting."""
 
 _FULL = full()
 
 
 @dataclass(frozen=True, init=False)
 class Request:
-    """The options of a call, checked: equal requests ask for the same.
+    """The checked options of a call; equal requests ask for the same.
 
     >>> from tilefold import causal
     >>> Request(causal(), 1) == Request(causal(), 1.0)
@@ -39,18 +39,18 @@ class Request:
     >>> Request()
     Request(mask=full(), scale=None, layout='bhnd', precision='highest')
 
-    Raises TypeError or ValueError for what `tilefold.attention` does not allow. The newest requests
-    are kept, so that a repeated call finds its own with the hash that was computed once.
+    Raises TypeError or ValueError for options that `tilefold.attention` does not allow. The newest
+    requests are kept, so that a repeated call finds its request and the hash computed before.
     """
 
     mask: Rule
-    """Which query sees which key."""
+    """The rule that says which query sees which key."""
     scale: float | None
-    """The factor of the scores; None is 1 / sqrt(dim)."""
+    """The factor of the scores; None means 1 / sqrt(dim)."""
     layout: str
     """The order of the arrays' axes: see `LAYOUTS`."""
     precision: str
-    """How exact products of float32 are at least: see `PRECISIONS`."""
+    """The least precision of products of float32 arrays: see `PRECISIONS`."""
     _hash: int = field(repr=False, compare=False)
 
     def __new__(
@@ -65,19 +65,19 @@ class Request:
             scale = as_scale(scale)
         try:
             return _kept(mask, scale, layout, precision)
-        except TypeError:  # something has no hash, or is wrong in a way that is now named
+        except TypeError:  # an option has no hash or is not allowed: the checks name it
             return _made(mask, scale, layout, precision)
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is made as the first one was, with the hash of its own process."""
+        """Make a copy as the first one was made, with the hash of its own process."""
         return Request, (self.mask, self.scale, self.layout, self.precision)
 
 
 def _made(mask: Any, scale: float | None, layout: Any, precision: Any) -> Request:
-    """A new request of options whose scale has its type. Raises TypeError or ValueError."""
+    """A new request; `scale` is a float or None. Raises TypeError or ValueError."""
     rule = as_rule(mask)
     if scale is not None:
         check_scale(scale)
@@ -94,12 +94,12 @@ def _made(mask: Any, scale: float | None, layout: Any, precision: Any) -> Reques
     return request
 
 
-# Typed: a str that is no plain one equals a layout. Few: the masks may hold arrays.
+# Typed, since a str of a subclass equals a layout. Few, because masks may hold arrays.
 _kept = lru_cache(maxsize=16, typed=True)(_made)
 
 
 def as_rule(mask: Any) -> Rule:
-    """The rule of a `mask` argument, None being full(). Raises TypeError for what is no rule."""
+    """The rule of a `mask` argument; None means full(). Raises TypeError unless it is a rule."""
     if mask is None:
         return _FULL
     if isinstance(mask, Rule):
@@ -111,7 +111,7 @@ def as_rule(mask: Any) -> Rule:
 
 
 def as_scale(scale: Any) -> float | None:
-    """The value of a `scale` argument. Raises TypeError for what is neither None nor a number."""
+    """The value of a `scale` argument. Raises TypeError unless it is None or a number."""
     if scale is None or type(scale) is float:
         return scale
     try:

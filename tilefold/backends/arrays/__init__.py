@@ -1,4 +1,4 @@
-"""What calls ask of arrays, one file for each framework, with the functions of `protocols.Arrays`.
+"""The functions of `protocols.Arrays`, in one file for each framework.
 
 numpy  NumPy arrays
 torch  PyTorch tensors

@@ -1,6 +1,6 @@
-"""NumPy arrays, as calls see them: see `protocols.Arrays`.
+"""The functions of `protocols.Arrays` for NumPy arrays.
 
-Their items are aligned and in native byte order.
+The items of the arrays are aligned and in native byte order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tilefold.problems.attention import ITEM_BYTES, Shape
 
 Array = NDArray[Any]
 
-# bfloat16 is no type of NumPy's own: `attention.common_dtype` knows that of ml_dtypes by its name.
+# NumPy has no bfloat16: `attention.common_dtype` knows the type of ml_dtypes by its name.
 _NAMES = {np.dtype(name): name for name in ITEM_BYTES if name != "bfloat16"}
 
 
@@ -27,7 +27,9 @@ def layout_key(given: Sequence[Array]) -> tuple[Any, ...]:
 
 
 def strides(name: str, array: Array) -> tuple[int, ...]:
-    """The strides of an argument in elements. Raises ValueError for fractions of an element.
+    """The strides of an argument in elements.
+
+    Raises ValueError if a stride is no multiple of the item size.
 
     >>> strides("q", np.zeros((2, 3), np.float32).T)
     (1, 3)
@@ -57,13 +59,13 @@ def common_dtype(arrays: Mapping[str, Array]) -> str:
         if found == "void16":
             raise TypeError(
                 f"{name} must be an array whose type has a name, got two bytes without one; if they"
-                " are bfloat16 numbers, pass array.view(ml_dtypes.bfloat16)"
+                " are bfloat16 elements, pass array.view(ml_dtypes.bfloat16)"
             )
     return attention.common_dtype(names)
 
 
 def native_dtype(like: Array, dtype: str) -> np.dtype[Any]:
-    """The type of a name. That of the array itself where it has this name: bfloat16 is no other."""
+    """The type with this name; the array's own type if it has this name, such as bfloat16."""
     return like.dtype if like.dtype.name == dtype else np.dtype(dtype)
 
 
@@ -73,7 +75,7 @@ def empty(like: Array, wanted: Sequence[tuple[Shape, np.dtype[Any]]]) -> tuple[A
 
 
 def packed(array: Array) -> Array:
-    """The array where it is contiguous, else a contiguous copy."""
+    """The array if it is contiguous, else a contiguous copy."""
     return np.ascontiguousarray(array)
 
 
@@ -108,7 +110,7 @@ _described_at.argtypes = [ctypes.py_object, ctypes.c_void_p]
 
 
 def pointer(array: Array) -> int:
-    """The address of the first element; takes half the time of `array.ctypes.data`."""
+    """The address of the first element, in half the time of `array.ctypes.data`."""
     capsule = array.__array_struct__
     found: int = _Interface.from_address(_described_at(capsule, None)).data
     return found

@@ -1,4 +1,4 @@
-"""PyTorch tensors, as calls see them: see `protocols.Arrays`."""
+"""The functions of `protocols.Arrays` for PyTorch tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def dtype_of(tensor: Tensor) -> str:
 
 
 def common_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """The one type of dense tensors on one device. A compiler's stand-ins pass too. Raises."""
+    """The common type of tensors. Raises unless they are dense and lie on one device.
+
+    Fake tensors of a compiler pass these checks too.
+    """
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
         check_place(name, tensor, device)
@@ -36,7 +39,7 @@ def common_dtype(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_place(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raises for a tensor that is not dense, or elsewhere than on the device."""
+    """Raises unless a tensor is dense and lies on the device."""
     if tensor.device.type not in ("cpu", "mps", "cuda", "meta"):
         raise NotImplementedError(
             f"{name} is on {tensor.device}, and there are kernels for the CPU, for GPUs of"
@@ -54,7 +57,7 @@ def check_place(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def native_dtype(like: Tensor, dtype: str) -> torch.dtype | None:
-    """The type of a name; None is the type of `like`, which torch takes faster."""
+    """The type with this name; None means the type of `like`, which torch takes faster."""
     found: torch.dtype = getattr(torch, dtype)
     return None if found == like.dtype else found
 
@@ -70,7 +73,7 @@ def empty(like: Tensor, wanted: Sequence[tuple[Shape, torch.dtype | None]]) -> t
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """The tensor where it is contiguous, else a contiguous copy."""
+    """The tensor if it is contiguous, else a contiguous copy."""
     return tensor.contiguous()
 
 

@@ -77,8 +77,8 @@ class Chooser:
             return table
         from tilefold.backends.cpu import tuned
 
-        winner = tuned.find(self.device, self.key(kernel), table)
-        return winner.best.blocks if winner else table
+        record = tuned.find(self.device, self.key(kernel), table)
+        return record.best.blocks if record else table
 
     def key(self, kernel: str) -> Key:
         """What the choice of blocks for one kernel depends on, beside the machine."""

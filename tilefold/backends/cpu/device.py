@@ -1,11 +1,11 @@
-"""Device: what a machine offers to kernels (instruction sets, cores, caches).
+"""The device that CPU kernels run on: its instruction sets, cores and caches.
 
 Instruction sets come from LLVM's host *feature* flags, never from the CPU's name: under a
-hypervisor the name is often wrong, while the flags are what processor and kernel really report.
+hypervisor the name is often wrong, while processor and system really report the flags.
 
-AMX is more than a flag: a process may touch tiles only after it asked Linux for their state, which
-Linux, a container's filter or an old version may refuse. It is asked once, before a `Device` first
-has AMX; a refusal leaves the vectors. Other systems have no such question, and get no AMX.
+AMX is more than a flag. A process may touch tiles only after it asked Linux for their state, and
+Linux, a container's filter or an old version may refuse. The process asks once, before a `Device`
+first has AMX; after a refusal, kernels use vectors. On other systems AMX is not used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ALLOWED["avx512"] = (
     "vpclmulqdq"
 )
 _ALLOWED["amx"] = _ALLOWED["avx512"] + " amx-tile amx-bf16 amx-int8 amx-fp16"
-"""What each level may use, where the machine has it."""
+"""The features that each level may use, if the machine has them."""
 
 _AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -41,7 +41,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "sse2": ("sse2",),
     "neon": ("neon",),
 }
-"""What a machine must have to be of a level; widest first."""
+"""The features that a machine must have for a level; the widest level comes first."""
 
 _VECTOR_BYTES = {"amx": 64, "avx512": 64, "avx2": 32, "sse2": 16, "neon": 16}
 _VECTOR_REGISTERS = {"amx": 32, "avx512": 32, "avx2": 16, "sse2": 16, "neon": 32}
@@ -49,12 +49,12 @@ _VECTOR_REGISTERS = {"amx": 32, "avx512": 32, "avx2": 16, "sse2": 16, "neon": 32
 _SYS_ARCH_PRCTL = 158
 _ARCH_GET_XCOMP_PERM, _ARCH_REQ_XCOMP_PERM = 0x1022, 0x1023
 _XTILEDATA = 18
-"""The number of the tiles' data among the parts of a processor's extended state."""
+"""The number of the tile data among the components of a processor's extended state."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One machine as kernels see it.
+    """One machine, by the properties that kernels depend on.
 
     `features` is LLVM's feature string: it enables exactly what kernels of level `isa` may use.
     Cache sizes are in bytes and per instance (`l3_bytes` may be shared); 0: none or unknown.
@@ -72,21 +72,21 @@ class Device:
 
     @property
     def vector_bytes(self) -> int:
-        """The width of a vector register."""
+        """The width of a vector register in bytes."""
         return _VECTOR_BYTES[self.isa]
 
     @property
     def vector_registers(self) -> int:
-        """How many vector registers the instruction set names."""
+        """The number of vector registers of the instruction set."""
         return _VECTOR_REGISTERS[self.isa]
 
     @property
     def converts_float16(self) -> bool:
-        """Whether there are instructions between float16 and float32."""
+        """True if there are instructions that convert between float16 and float32."""
         return self.isa == "neon" or self.has("f16c")
 
     def has(self, feature: str) -> bool:
-        """Whether kernels may use a feature, by LLVM's name of it: `device.has("amx-bf16")`."""
+        """True if kernels may use a feature, by LLVM's name, as in `device.has("amx-bf16")`."""
         return f"+{feature}" in self.features.split(",")
 
     def lowered(self, isa: str) -> Device:
@@ -109,7 +109,7 @@ def _host(isa: str | None) -> Device:
 
     triple = llvm.get_process_triple()
     present = _present()
-    # Not asked where AMX is off: a process with tile state needs larger signal stacks.
+    # The process does not ask if AMX is off, since tile state needs larger signal stacks.
     vectors_only = {name for name in present if not name.startswith("amx-")}
     if present != vectors_only and (isa in _levels(vectors_only) or _tile_state_refused()):
         present = vectors_only
@@ -135,7 +135,7 @@ def _host(isa: str | None) -> Device:
 
 
 def amx() -> str:
-    """Return in words whether kernels may use AMX in this process."""
+    """Return a description of whether kernels may use AMX in this process, and why not."""
     if "amx-tile" not in _present():
         return "not on this processor"
     isa = settings.CPU_ISA.get()
@@ -150,7 +150,7 @@ def amx() -> str:
 
 
 def _present() -> set[str]:
-    """The features that processor and system report, by LLVM's names."""
+    """The features that the processor and the system report, by LLVM's names."""
     import llvmlite.binding as llvm
 
     triple = llvm.get_process_triple()
@@ -163,24 +163,24 @@ def _present() -> set[str]:
 
 @functools.cache
 def _tile_state_refused() -> int:
-    """Ask the system for tile state; return 0, or the number of the error that it answers with.
+    """Ask the system for tile state; return 0, or the number of the error.
 
-    LLVM's flags only say that the system can keep tiles, not that this process may have any. What
-    Linux grants holds for all threads, those that run already too, and for children by fork. It
-    refuses with ENOSPC where a thread has a signal stack that is too small for tiles.
+    LLVM's flags only say that the system can save tiles, not that this process may use them. Linux
+    grants them to all threads, also to running ones, and to forked children. It refuses with ENOSPC
+    if a thread has a signal stack that is too small for tiles.
     """
     if platform.system() != "Linux":
         return errno.ENOSYS
     if refused := _arch_prctl(_ARCH_REQ_XCOMP_PERM, _XTILEDATA):
         return refused
-    # A filter of system calls may answer 0 to one that it does not let through.
+    # A filter of system calls may return 0 for a call that it blocks.
     granted = ctypes.c_uint64()
     refused = _arch_prctl(_ARCH_GET_XCOMP_PERM, ctypes.addressof(granted))
     return refused or (0 if granted.value >> _XTILEDATA & 1 else errno.EPERM)
 
 
 def _arch_prctl(code: int, argument: int) -> int:
-    """Linux's system call on x86-64; returns 0, or the number of the error."""
+    """Linux's system call `arch_prctl` on x86-64; returns 0, or the number of the error."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
     libc.syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_ulong]
@@ -198,7 +198,7 @@ def _features(isa: str, present: set[str]) -> str:
 
 
 def _cores() -> int:
-    """Usable cores: the affinity mask's, and no more than the control group's quota pays for."""
+    """The number of usable cores: the affinity mask's cores, within the control group's quota."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -210,7 +210,7 @@ def _cores() -> int:
 def _quota(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> float | None:
-    """The smallest CPU quota, in cores, of this process's control group and those above it."""
+    """The smallest CPU quota of this process's control group and its parents, in cores."""
     quotas: list[float] = []
     for line in _read(membership).splitlines():
         _, _, rest = line.partition(":")
@@ -247,11 +247,11 @@ def _name() -> str:
 
 
 def _cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> tuple[int, int, int]:
-    """The data caches of the first core, level 1 to 3."""
+    """The sizes of the data caches of the first core, level 1 to 3, in bytes."""
     sizes = {1: 0, 2: 0, 3: 0}
     if platform.system() == "Darwin":
         for level, name in ((1, "l1dcachesize"), (2, "l2cachesize"), (3, "l3cachesize")):
-            # "perflevel0" is the fast cores of Apple's processors.
+            # "perflevel0" names the fast cores of Apple's processors.
             text = _sysctl(f"hw.perflevel0.{name}") or _sysctl(f"hw.{name}")
             sizes[level] = int(text) if text.isdigit() else 0
         return sizes[1], sizes[2], sizes[3]

@@ -1,8 +1,8 @@
 """Runs plans: a call is prepared once for the strides of its operands, then run on any pointers.
 
-What a prepared call does again is little: it copies a template of each argument block, writes the
-pointers into it, and hands it to the threads. A call that is running owns its block, and a thread
-its workspace, so any number of threads may run one prepared call at the same time.
+Each run of a prepared call does little: it copies a template of each argument block, writes the
+pointers into it, and passes it to the threads. Each run owns its argument blocks and each thread
+owns its workspace, so any number of threads may run one prepared call at the same time.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from tilefold.problems.buffer import Buffer
 _ALONE_FLOPS = 1e6
 """Calls with fewer operations than this run on one thread.
 
-Between two bounds measured on Zen 4 (EPYC, two cores, float32): calls that follow each other gain
-by a second thread from 0.3e6, since handing work to a team that still spins takes 1.6 us; after a
-pause of 5 ms, when it sleeps, waking it takes some 35 us, which pays from 6e6.
+The value lies between two bounds measured on Zen 4 (EPYC, two cores, float32). Calls that follow
+each other gain from a second thread from 0.3e6 on, since a spinning team takes 1.6 us to start.
+After a pause of 5 ms the team sleeps and takes about 35 us to wake, which pays from 6e6 on.
 `benchmarks/call_cost.py` measures both.
 """
 
 _ALONE_BYTES = 2**18
-"""They move fewer bytes than this, too: 10 us of a core at 25 GB/s. Not tuned."""
+"""Such calls also move fewer bytes than this: 10 us of a core at 25 GB/s. It is not tuned."""
 
 _WORKSPACE = WORK.index("workspace")
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A plan made ready for operands of certain strides: all but where they lie and who works."""
+    """A plan prepared for operands of certain strides; only pointers and threads are missing."""
 
     plan: CpuPlan
     steps: tuple[_Step, ...]
@@ -51,20 +51,20 @@ class Call:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the mask's tables and of the runs."""
+        """The size of the mask's tables and of the runs, in bytes."""
         return self.plan.data_bytes
 
     def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
-        """Run the kernels in order on arrays, in the order of `OPERANDS`."""
+        """Run the kernels in order; `operands` are in the order of `OPERANDS`."""
         self.run(*map(arrays.pointer, operands))
 
     def compile(self) -> None:
-        """Nothing is left to do: kernels are loaded before there is a call."""
+        """Do nothing: the kernels of a call are already loaded."""
 
     def run(self, *pointers: int) -> None:
         """Run the kernels in order on operands at these addresses, in the order of `OPERANDS`.
 
-        Whoever calls keeps the operands alive meanwhile.
+        The caller keeps the operands alive meanwhile.
         """
         made = [_allocate(name, scratch) for name, scratch in self.plan.buffers.items()]
         pointers += tuple([buffer.pointer for buffer in made])
@@ -75,7 +75,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One kernel of a call: its argument block but for the workspace and the operands' addresses.
+    """One kernel of a call: its argument block without workspace and addresses of operands.
 
     `places` says which word of the block takes which pointer of the call.
     """
@@ -97,7 +97,7 @@ class _Step:
 
 
 def call(problem: Problem, device: Device, operation: str, strides: Mapping[str, Strides]) -> Call:
-    """The call of a problem for operands of these strides, of canonical axes."""
+    """The call of a problem for operands of these strides, in canonical axes."""
     if operation == "backward":
         in_place = strides["dq"][3] == 1
         return prepare(plan(problem, device, operation, in_place=in_place), strides)
@@ -109,16 +109,16 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
 
 
 def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:
-    """Run the kernels of a plan in order; `operands` by their names in the kernels."""
+    """Run the kernels of a plan in order on operands by their names in the kernels."""
     strides = {name: buffer.strides for name, buffer in operands.items()}
     made = prepare(plan, strides)
     made.run(*[operands[name].pointer for name in protocols.OPERANDS[plan.operation]])
 
 
 def prepare(plan: CpuPlan, strides: Mapping[str, Strides]) -> Call:
-    """A plan's kernels, compiled and loaded, and argument blocks for operands of these strides.
+    """The loaded kernels of a plan, and their argument blocks for operands of these strides.
 
-    Here the axes of `strides` are canonical.
+    The axes of `strides` are canonical.
     """
     problem = plan.problem
     pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
@@ -131,7 +131,7 @@ def prepare(plan: CpuPlan, strides: Mapping[str, Strides]) -> Call:
 
 
 def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
-    """The argument block of a launch; `strides` of all operands, in the order of the pointers."""
+    """The step of a launch; `strides` has all operands, in the order of the pointers."""
     problem, spec, runs = plan.problem, launch.spec, launch.runs
     function = kernel(spec, plan.device)
     row_b = runs.planes_h * launch.block_rows if runs.planes_b > 1 else 0
@@ -173,13 +173,13 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
 
 
 def _allocate(name: str, scratch: Scratch) -> Buffer:
-    """Memory of a plan's buffer, from the start of a cache line; `name` is for who watches it."""
+    """Memory for a plan's buffer, from the start of a cache line; tests use `name`."""
     held = _Memory(math.prod(scratch.shape) * np.dtype(scratch.dtype).itemsize)
     return Buffer(held.pointer, scratch.shape, contiguous(scratch.shape), scratch.dtype, held)
 
 
 class _Memory:
-    """Some bytes from the start of a cache line."""
+    """Memory of `size` bytes from the start of a cache line."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -195,10 +195,10 @@ _local = _Local()
 
 
 def _workspace(size: int) -> _Memory:
-    """This thread's scratch, made anew when it is too small.
+    """This thread's scratch; a larger one is made if it is too small.
 
-    Who runs a kernel holds it until the kernel is done: a call from a finaliser, in the same thread
-    and before the kernel begins, may make a larger one.
+    The caller holds it until the kernel ends, since a call from a finaliser, in the same thread and
+    before the kernel begins, may make a larger one.
     """
     held = _local.workspace
     if held.size < size:

@@ -1,8 +1,8 @@
 """From a spec to a function in memory: emit, find in the cache or compile, load.
 
-A kernel's name on disk is the hash of its source. Where the same files of this package wrote the
-source of the same spec before, that name was noted, and neither the source is written nor a
-generator imported: that is most of what a first call would take.
+A kernel's name on disk is the hash of its source. If the same files of this package emitted the
+source of the same spec before, that name was noted. Then no source is emitted and no generator is
+imported, which would take most of the time of a first call.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _SOURCES = tuple(
     _PACKAGE / name
     for name in ("common", "masks", "problems", "planning", "backends/cpu", "backends/cpu/kernels")
 )
-"""The folders of all modules that a generator could import: no others stand above them."""
+"""The folders of all modules that a generator can import."""
 
 
 @dataclass(frozen=True)
 class CpuKernel:
-    """A loaded kernel: its address, the words of its argument block, the scratch of one worker."""
+    """A loaded kernel, the names of the words of its argument block, and one worker's scratch."""
 
     loaded: runtime.Loaded
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class CpuKernel:
 
 
 def emit(spec: KernelSpec) -> str:
-    """The LLVM source of a kernel; works on every machine."""
+    """The LLVM source of a kernel; it can be emitted on every machine."""
     return emitter(spec.row, "tilefold.backends.cpu.kernels")(spec)
 
 
@@ -53,18 +53,18 @@ def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
     if found is None:
         source = emit(spec)
         found = runtime.kernel(source, spec.kernel, device), workspace_bytes(spec)
-        if written_by and written_by == sources():  # else someone is just editing a generator
+        if written_by and written_by == sources():  # otherwise a generator is being edited
             runtime.note(question, source, device, found[1])
     loaded, scratch_bytes = found
     return CpuKernel(loaded, names(spec), scratch_bytes)
 
 
 def sources() -> str:
-    """A checksum of all code that kernels depend on; empty where it cannot be read."""
+    """A checksum of all code that kernels depend on; empty if the code cannot be read."""
     digest = hashlib.sha256()
     try:
         for path in sorted(path for folder in _SOURCES for path in folder.iterdir()):
-            if path.is_file():  # sources, or bytecode where a package comes without them
+            if path.is_file():  # sources, or bytecode in a package without sources
                 content = path.read_bytes()
                 name = path.relative_to(path.parents[1]).as_posix().encode()
                 digest.update(b"%s %d\n%s" % (name, len(content), content))
@@ -75,12 +75,12 @@ def sources() -> str:
 
 @lru_cache(maxsize=1)
 def _loaded_sources() -> str:
-    """The sources as this process first met them."""
+    """The checksum of the sources when this process first read them."""
     return sources()
 
 
 def _spelt(spec: KernelSpec) -> str:
-    """All fields of a spec; a mask by its text, which is what makes two of them equal."""
+    """All fields of a spec as text; a mask by its own text, which defines its equality."""
     values = ((field.name, getattr(spec, field.name)) for field in fields(spec))
     return "\n".join(
         f"{name} {value.text if isinstance(value, Skeleton) else repr(value)}"
@@ -89,7 +89,7 @@ def _spelt(spec: KernelSpec) -> str:
 
 
 def workspace_bytes(spec: KernelSpec) -> int:
-    """Scratch of one worker, a whole number of 64-byte lines and one page apart from the next."""
+    """The scratch of one worker: a multiple of 64 bytes, one page apart from the next scratch."""
     from tilefold.backends.cpu.kernels import block, state
 
     item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]

@@ -1,14 +1,14 @@
-"""What this processor can reach at most: multiply-adds, exponentials and reads, measured.
+"""The peak rates of this processor, measured: multiply-adds, exponentials and reads.
 
 Three small kernels, written with the same generator as attention, run on the same threads:
 
-    multiply-add:  acc[i] += a * b              on as many independent registers as there are, by
-                                                what multiplies: numbers, pairs, or tiles of pairs
+    multiply-add:  acc[i] += a * b              on as many independent registers as there are, of
+                                                elements, pairs, or tiles of pairs
     exponential:   x[i] = exp2(x[i] - 1)        the exp2 of `softmax`, several chains at once
     read:          acc[i] += memory[...]        over more memory than the caches hold
 
-The best run counts: what disturbs a measurement only ever makes it slower. Results are kept in the
-kernel cache, for this device, type and number of threads.
+The fastest run counts, since a disturbance only makes a run slower. Results are kept in the kernel
+cache, for this device, type and number of threads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ from tilefold.problems.attention import ITEM_BYTES, STATISTICS
 
 Run = Callable[[], None]
 Writer = Callable[[Body, Value, Value, Value, str], None]
-"""Writes the work of one item: its body, the data, the item's number, its result, the type."""
+"""A function that emits the work of one item.
+
+Its arguments are the body, the data, the item's number, the item's result, and the type.
+"""
 
 SECONDS = 0.1  # of each of the three; a run takes 0.1 ms to 10 ms
 ITEMS_PER_WORKER = 4
@@ -51,9 +54,9 @@ _MEASURED = ("flops_per_second", "exponentials_per_second", "bytes_per_second")
 def rates(
     device: Device, dtype: str, workers: int, products: Multiplier = FMA, *, again: bool = False
 ) -> Rates:
-    """The best rates seen on this machine: kept ones, or with `again` also those of a new look.
+    """The best rates seen on this machine: the kept ones, and with `again` a new measurement too.
 
-    `products` says what multiplies (`choice.multiplier`).
+    `products` is the multiplier of the kernels (`choice.multiplier`).
     """
     kept = disk_cache.default()
     question = json.dumps([device.name, device.triple, device.features, dtype, workers, *products])
@@ -70,7 +73,7 @@ def rates(
 
 
 def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA) -> Rates:
-    """Measure now; takes about half a second."""
+    """Measure all rates now, which takes about half a second."""
     computed = STATISTICS[dtype]
     lanes = device.vector_bytes // ITEM_BYTES[computed]
     steps = STEPS * workers * ITEMS_PER_WORKER
@@ -100,7 +103,7 @@ def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA
 def reader(device: Device, data: NDArray[Any], workers: int) -> Run:
     """A call that reads a contiguous array once, whatever its type.
 
-    Raises ValueError where the array is no multiple of `READ_ITEM_BYTES`.
+    Raises ValueError unless its size is a multiple of `READ_ITEM_BYTES`.
     """
     items, rest = divmod(data.nbytes, READ_ITEM_BYTES)
     if rest or not data.flags.c_contiguous:
@@ -111,8 +114,8 @@ def reader(device: Device, data: NDArray[Any], workers: int) -> Run:
 
 
 def _runner(device: Device, workers: int, write: Writer, items: int, data: NDArray[Any]) -> Run:
-    """A call of a kernel over so many work items, each of which has a vector for its result."""
-    kernel = runtime.kernel(_text(device, data.dtype.name, write), "peak", device)
+    """A call of a kernel over `items` work items, each with one vector for its result."""
+    kernel = runtime.kernel(_source(device, data.dtype.name, write), "peak", device)
     results = np.empty(items * device.vector_bytes, np.int8)
     arguments = (ctypes.c_int64 * 4)(0, items, data.ctypes.data, results.ctypes.data)
 
@@ -124,7 +127,7 @@ def _runner(device: Device, workers: int, write: Writer, items: int, data: NDArr
 
 
 def _best(run: Run) -> float:
-    """Seconds of the fastest of some runs."""
+    """The time of the fastest run, in seconds."""
     best = float("inf")
     end = time.perf_counter() + SECONDS
     while (start := time.perf_counter()) < end:
@@ -133,7 +136,7 @@ def _best(run: Run) -> float:
     return best
 
 
-def _text(device: Device, dtype: str, write: Writer) -> str:
+def _source(device: Device, dtype: str, write: Writer) -> str:
     scalar = SCALARS[dtype]
     module = Module("a measurement of peak rates", device.vector_bytes * 8)
     type_ = vector(device.vector_bytes // np.dtype(dtype).itemsize, scalar)
@@ -211,7 +214,7 @@ def _reads(body: Body, data: Value, item: Value, result: Value, type_: str) -> N
 
 
 def _keep(body: Body, result: Value, places: list[Variable]) -> None:
-    """Store the sum of all registers, so that nothing above is dead code."""
+    """Emit a store of the sum of all registers, so that no code before it is dead."""
     total = body.read(places[0])
     for place in places[1:]:
         total = body.binary("fadd", total, body.read(place))

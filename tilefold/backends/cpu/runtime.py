@@ -1,8 +1,7 @@
-"""LLVM at run time: text of a kernel -> object code -> an address to call.
+"""LLVM at run time: kernel source -> object code -> an address to call.
 
-The emitted text is already vectorised and shaped by hand, so LLVM is asked for cleaning and good
-registers, not for loop transformations: no vectoriser and no unrolling run, which also keeps
-compiling short.
+The emitted source is already vectorised and shaped by hand. So LLVM only cleans it and allocates
+registers. No vectoriser and no loop unrolling run, which also keeps compiling short.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from tilefold.backends.cpu.device import Device, host
 from tilefold.common import disk_cache
 
 # llvmlite holds one lock during every call into LLVM, so any number of threads may compile. A fork
-# must wait for it: a child would inherit LLVM half way through a call, and the lock held for ever.
-# There is no public name for that lock.
+# must wait for the lock: a child would inherit LLVM in the middle of a call, and a lock that nobody
+# releases. The lock has no public name.
 _llvm_lock = getattr(llvm.ffi.lib, "_lock", contextlib.nullcontext())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -35,7 +34,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class CompileError(RuntimeError):
-    """LLVM rejected the text of a kernel; the message shows the emitted line."""
+    """LLVM rejected the source of a kernel; the message shows the emitted line."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,18 @@ class Loaded:
     code: llvm.ResourceTracker
 
 
-def compile(text: str, device: Device) -> bytes:
-    """Compile LLVM IR text to object code for a device. Raises `CompileError`."""
+def compile(source: str, device: Device) -> bytes:
+    """Compile LLVM IR to object code for a device. Raises `CompileError`."""
     machine = _machine(device.triple, device.features)
-    with _optimised(text, machine) as module:
+    with _optimised(source, machine) as module:
         object_code: bytes = machine.emit_object(module)
     return object_code
 
 
-def assembly(text: str, device: Device) -> str:
-    """Compile LLVM IR text to readable assembly for a device. Raises `CompileError`."""
+def assembly(source: str, device: Device) -> str:
+    """Compile LLVM IR to readable assembly for a device. Raises `CompileError`."""
     machine = _machine(device.triple, device.features)
-    with _optimised(text, machine) as module:
+    with _optimised(source, machine) as module:
         listing: str = machine.emit_assembly(module)
     return listing
 
@@ -78,38 +77,38 @@ def load(binary: bytes, symbol: str) -> Loaded:
 
 @functools.lru_cache(maxsize=1)
 def _linker() -> llvm.LLJIT:
-    """What links kernels into this process.
+    """The linker of kernels into this process.
 
-    JITLink lays an object into one piece of memory. MCJIT, the older way, maps code and constants
-    apart: where other libraries have filled the address space, more than 2 GiB apart, which the
-    small code model cannot reach, and LLVM ended the process (seen with TensorFlow and JAX loaded).
-    It is also slower: 0.7 ms a kernel against 0.2.
+    JITLink places an object in one piece of memory. MCJIT, the older linker, maps code and
+    constants separately. If other libraries have filled the address space, they lie more than 2 GiB
+    apart, too far for the small code model, and LLVM ended the process (seen with TensorFlow and
+    JAX loaded). MCJIT is also slower: 0.7 ms for a kernel, against 0.2 ms.
     """
     machine = _new_machine(host().triple, host().features)
     return llvm.create_lljit_compiler(machine, use_jit_link=True, suppress_errors=True)
 
 
-_numbers = itertools.count()  # a library's name serves once
+_numbers = itertools.count()  # the name of a library can be used only once
 
 
-def kernel(text: str, symbol: str, device: Device) -> Loaded:
-    """Return the loaded kernel of a text, from the cache on disk if it is there.
+def kernel(source: str, symbol: str, device: Device) -> Loaded:
+    """Return the loaded kernel of a source, from the cache on disk if it is there.
 
     Raises `CompileError`, and `ValueError` for a device that this process does not run on.
     """
     _check_host(device)
     store = disk_cache.default()
-    binary = store.get(text, toolchain(device))
+    binary = store.get(source, toolchain(device))
     if binary is None:
-        binary = compile(text, device)
-        store.put(text, toolchain(device), binary, suffix=".ll")
+        binary = compile(source, device)
+        store.put(source, toolchain(device), binary, suffix=".ll")
     return load(binary, symbol)
 
 
 def recall(question: str, symbol: str, device: Device) -> tuple[Loaded, int] | None:
-    """Return the kernel whose text was the answer to a question, and the number noted with it.
+    """Return the kernel whose source was noted as the answer to a question, and the noted number.
 
-    None where nobody noted it, or its binary is gone: then the text must be written.
+    None if there is no such note or no binary; then the source must be emitted.
     """
     _check_host(device)
     store = disk_cache.default()
@@ -121,9 +120,9 @@ def recall(question: str, symbol: str, device: Device) -> tuple[Loaded, int] | N
     return None if binary is None else (load(binary, symbol), int(number))
 
 
-def note(question: str, text: str, device: Device, number: int) -> None:
-    """Keep for `recall` that a text is the answer to a question, and a number beside it."""
-    answer = f"{disk_cache.key(text, toolchain(device))} {number}"
+def note(question: str, source: str, device: Device, number: int) -> None:
+    """Note for `recall` that a source is the answer to a question, together with a number."""
+    answer = f"{disk_cache.key(source, toolchain(device))} {number}"
     disk_cache.default().put_note(_asked(question, device), answer.encode())
 
 
@@ -138,9 +137,9 @@ def _check_host(device: Device) -> None:
 
 @functools.lru_cache(maxsize=16)
 def toolchain(device: Device) -> str:
-    """Return what, beside the text, decides about the object code, as one line.
+    """Return one line that names everything beside the source that determines the object code.
 
-    This file is part of it by its checksum: another choice of passes makes other keys.
+    The checksum of this file is a part of it, so another choice of passes makes other keys.
     """
     versions = f"LLVM {llvm.llvm_version_info} llvmlite {llvmlite.__version__}"
     passes = hashlib.sha256(_source()).hexdigest()
@@ -148,29 +147,29 @@ def toolchain(device: Device) -> str:
 
 
 def _source() -> bytes:
-    """This file, in a folder or an archive."""
+    """The content of this file, in a folder or an archive."""
     assert __spec__ is not None and __spec__.loader is not None
     content: bytes = __spec__.loader.get_data(__file__)  # type: ignore[attr-defined]  # it is there
     return content
 
 
 @contextlib.contextmanager
-def _optimised(text: str, machine: llvm.TargetMachine) -> Iterator[llvm.ModuleRef]:
-    """The parsed and cleaned module of a text.
+def _optimised(source: str, machine: llvm.TargetMachine) -> Iterator[llvm.ModuleRef]:
+    """The parsed and cleaned module of a source.
 
-    Module and context are closed here, in this order. Left to the garbage collector, which ends
-    the members of a cycle in any order, a module could outlive its context and end the process.
+    Module and context are closed here, in this order. The garbage collector ends the members of a
+    cycle in any order: a module could then outlive its context and crash the process.
     """
     with llvm.create_context() as context:
         try:
-            module = llvm.parse_assembly(text, context)
+            module = llvm.parse_assembly(source, context)
         except RuntimeError as error:
-            raise CompileError(_explain(text, str(error))) from None
+            raise CompileError(_explain(source, str(error))) from None
         with module:
             try:
                 module.verify()
             except RuntimeError as error:
-                raise CompileError(_explain(text, str(error))) from None
+                raise CompileError(_explain(source, str(error))) from None
             _run_passes(module, machine)
             yield module
 
@@ -178,9 +177,9 @@ def _optimised(text: str, machine: llvm.TargetMachine) -> Iterator[llvm.ModuleRe
 def _run_passes(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
     """Clean the module: the one place where the pipeline is chosen.
 
-    LLVM's function simplification (sroa, early-cse, instcombine, licm, dead code) at level 1,
-    without loop unrolling; the vectorisers are no part of it. Level 2 makes the same speed, forward
-    and backward, dims 64 to 128, within noise, and takes 15 % longer; most of the time goes into
+    It is LLVM's function simplification (sroa, early-cse, instcombine, licm, dead code) at level 1,
+    without loop unrolling and without vectorisers. Level 2 gives the same speed within noise
+    (forward and backward, dims 64 to 128) and takes 15 % longer. Most of the time goes into
     instruction selection and registers (EPYC with AVX-512: 0.04 to 0.25 s per kernel in all).
     """
     with llvm.create_pipeline_tuning_options(speed_level=1) as options:
@@ -204,8 +203,8 @@ def _machine(triple: str, features: str) -> llvm.TargetMachine:
 
 def _new_machine(triple: str, features: str) -> llvm.TargetMachine:
     _initialize(native=triple == llvm.get_process_triple())
-    # The small code model addresses constants relative to the instruction pointer; the JIT's
-    # default, the large one, would load every constant's address into a register first.
+    # The small code model addresses constants relative to the instruction pointer. The large model,
+    # the JIT's default, would first load the address of every constant into a register.
     return llvm.Target.from_triple(triple).create_target_machine(
         cpu="generic" if triple.startswith("aarch64") else "x86-64",
         features=features,
@@ -225,12 +224,12 @@ def _initialize(native: bool) -> None:
         llvm.initialize_all_asmprinters()
 
 
-def _explain(text: str, message: str) -> str:
-    """Show the emitted line beside LLVM's message."""
+def _explain(source: str, message: str) -> str:
+    """A message that shows the emitted line beside LLVM's message."""
     found = re.search(r"<string>:(\d+):(\d+): error: (.*)", message)
     if not found:
         return f"LLVM rejected an emitted kernel: {message.strip()}"
     number = int(found[1])
-    lines = text.splitlines()
+    lines = source.splitlines()
     line = lines[number - 1] if number <= len(lines) else ""
     return f"LLVM rejected line {number} of an emitted kernel: {found[3]}\n    {line.strip()}"

@@ -5,7 +5,7 @@ multiply-adds start per cycle and take four), and one row of vectors and a broad
 the registers: 32 in AVX-512 and NEON, 16 in AVX2 and SSE2. Where LLVM needs one register more than
 there are, it spills an accumulator in the inner loop, and half the speed goes.
 
-The rows serve machines that nobody measured; `tilefold tune` measures the one at hand (`winners`).
+The rows serve machines that nobody measured; `tilefold tune` measures the one at hand (`tuned`).
 """
 
 from __future__ import annotations

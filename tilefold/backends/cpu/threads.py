@@ -1,13 +1,13 @@
 """Run one kernel on several threads at once.
 
-An OpenMP runtime is the fastest team to hire (a few microseconds per call), and one that is already
-in the process, torch's above all, is shared: two runtimes would keep two teams spinning on the same
+An OpenMP runtime is the fastest team of threads (a few microseconds per call). If one is already in
+the process, above all torch's, it is shared: two runtimes would keep two teams spinning on the same
 cores. Otherwise the system's libgomp is loaded; macOS has `dispatch_apply_f`; Python threads come
-last. Kernels pull their work from a counter in their arguments, so a team of fewer threads than
-asked for still finishes the work, and ctypes releases the interpreter while they do.
+last. Kernels take their work from a counter in their arguments, so a smaller team than asked for
+still finishes the work. ctypes releases the interpreter lock meanwhile.
 
-A team does not survive `fork`: a child process notices that its process id is new, never touches a
-runtime that it inherited, and starts threads of its own.
+A team does not survive `fork`. A child process notices that its process id is new, never touches an
+inherited runtime, and starts threads of its own.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ _requested: int | None = None
 
 
 def get_num_threads() -> int:
-    """How many threads a call may use.
+    """The number of threads that a call may use.
 
     >>> import tilefold
     >>> tilefold.get_num_threads() >= 1
     True
 
-    That is the number given to `set_num_threads`, else TILEFOLD_NUM_THREADS, else the cores that
-    this process may use: those of its affinity mask, within the quota of its control group.
-    Results do not depend on it, to the last bit.
+    It is the number given to `set_num_threads`, else TILEFOLD_NUM_THREADS, else the number of cores
+    that this process may use: the cores of its affinity mask, within the quota of its control
+    group. The results of a call do not depend on it, not even in the last bit.
 
-    Raises
-        ValueError: TILEFOLD_NUM_THREADS is no whole number from 1 to 1024
+    Raises:
+        ValueError: TILEFOLD_NUM_THREADS is not an integer from 1 to 1024
     """
     return _requested or _default_num_threads()
 
 
 def set_num_threads(n: int) -> None:
-    """Set how many threads each following call may use, in this process.
+    """Set the number of threads that each later call in this process may use.
 
     >>> import tilefold
     >>> before = tilefold.get_num_threads()
@@ -56,16 +56,16 @@ def set_num_threads(n: int) -> None:
     2
     >>> tilefold.set_num_threads(before)
 
-    Arguments
-        n: a whole number from 1 to 1024; more than there are cores is fine
+    Arguments:
+        n: an integer from 1 to 1024; it may be larger than the number of cores
 
-    Raises
-        ValueError: n is anything else
+    Raises:
+        ValueError: n is not an integer from 1 to 1024
     """
     global _requested
     whole = hasattr(n, "__index__") and not isinstance(n, bool)
     if not whole or not 1 <= n.__index__() <= settings.MAX_THREADS:
-        raise ValueError(f"n must be a whole number from 1 to {settings.MAX_THREADS}, not {n!r}")
+        raise ValueError(f"n must be an integer from 1 to {settings.MAX_THREADS}, not {n!r}")
     _requested = n.__index__()
 
 
@@ -81,7 +81,7 @@ def run(address: int, arguments: int, workers: int) -> None:
 
 
 def describe() -> str:
-    """Return the name of the team in use, such as `libgomp (torch)`; chooses one if none is yet."""
+    """Return the name of the team, such as `libgomp (torch)`; the first call chooses the team."""
     return _current_team().name
 
 
@@ -102,13 +102,13 @@ class Team(ABC):
 
     @abstractmethod
     def run(self, address: int, arguments: int, workers: int) -> None:
-        """Run the function at an address on at most `workers` threads; return when all are done."""
+        """Run the function at an address on at most `workers` threads; return when all finished."""
 
 
 class OpenMPTeam(Team):
-    """The threads of an OpenMP runtime, through the entry point that GNU compilers emit calls of.
+    """The threads of an OpenMP runtime, through the entry point that GNU compilers call.
 
-    LLVM's and Intel's runtimes offer the same entry point.
+    The runtimes of LLVM and Intel have the same entry point.
     """
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
@@ -128,7 +128,7 @@ class OpenMPTeam(Team):
 
 
 class DispatchTeam(Team):
-    """Grand Central Dispatch on macOS. Written from its manual; not yet run on a Mac."""
+    """Grand Central Dispatch on macOS, written from its manual and not yet run on a Mac."""
 
     name = "dispatch_apply_f"
 
@@ -150,7 +150,7 @@ class DispatchTeam(Team):
 
 
 class PythonTeam(Team):
-    """Python threads that are started when first needed and kept."""
+    """Python threads that start when first needed and stay."""
 
     name = "Python threads"
 
@@ -170,7 +170,7 @@ class PythonTeam(Team):
             call.close()
 
     def _hire(self, wanted: int) -> int:
-        """Make sure of `wanted` threads, or of as many as the system gives; return how many."""
+        """Have `wanted` threads, or as many as the system starts; return their number."""
         with self._lock:
             while self._threads < wanted:
                 name = f"tilefold-{self._threads + 1}"
@@ -189,9 +189,9 @@ class PythonTeam(Team):
 class _Call:
     """One run of a function by a team of Python threads.
 
-    When the caller's own run of the function ends, all work has been taken by someone. So the
-    caller closes the call: helpers that come later find it closed, and the caller waits only for
-    those that are inside.
+    When the caller's own run of the function ends, all work has been taken by some thread. So the
+    caller closes the call: threads that come later find it closed, and the caller waits only for
+    threads that are inside.
     """
 
     def __init__(self, function: Callable[[int], None], arguments: int) -> None:
@@ -215,9 +215,10 @@ class _Call:
                 self._left.set()
 
     def close(self) -> None:
-        """Let no helper in any more, and wait for those inside.
+        """Admit no more threads, and wait for the threads inside.
 
-        Interrupted (by Ctrl-C), it still waits: they write to arrays that the caller may free.
+        After an interrupt (Ctrl-C) it still waits, since the threads write to arrays that the
+        caller may free.
         """
         interruption: BaseException | None = None
         while True:
@@ -236,7 +237,7 @@ class _Call:
 
 
 class _Process:
-    """What belongs to one process and must not be used in a forked child."""
+    """The state of one process, which must not be used in a forked child."""
 
     def __init__(self, inherited: bool) -> None:
         self.id = os.getpid()
@@ -266,8 +267,8 @@ def _choose(forked: bool) -> Team:
         return DispatchTeam(ctypes.CDLL(None))
     mapped = _mapped_runtimes()
     if forked and mapped:
-        # Whether it was used before the fork cannot be seen, and if it was it would wait for ever
-        # for threads that the child does not have.
+        # It may have been used before the fork. Then it would wait for ever for threads that the
+        # child does not have.
         return PythonTeam()
     for path in [*mapped, "libgomp.so.1"]:
         try:
@@ -278,7 +279,7 @@ def _choose(forked: bool) -> Team:
 
 
 def _mapped_runtimes(maps: Path = Path("/proc/self/maps")) -> list[str]:
-    """The OpenMP runtimes in this process, the one to prefer first: torch's, then GNU's."""
+    """The OpenMP runtimes in this process, in the order of preference: torch's, then GNU's."""
     try:
         text = maps.read_text(errors="surrogateescape")
     except OSError:
@@ -288,16 +289,16 @@ def _mapped_runtimes(maps: Path = Path("/proc/self/maps")) -> list[str]:
 
 
 def _runtime_name(path: str) -> str:
-    """`libgomp (torch)` from a library's path."""
+    """The name of a runtime from the path of its library, such as `libgomp (torch)`."""
     library = re.split(r"[-.]", path.rpartition("/")[2])[0]
     package = re.search(r"/(?:site|dist)-packages/([^/]+?)(?:\.libs)?/", path)
     return f"{library} ({package[1] if package else 'system'})"
 
 
 def _forked_without_exec() -> bool:
-    """Whether this process is a fork of a program rather than a program started afresh (Linux).
+    """True if this process was forked without starting a program of its own (Linux only).
 
-    It matters where tilefold is first imported in the child: no process id was noted before.
+    It matters if tilefold is first imported in the child, since no process id was noted before.
     """
     try:
         text = Path("/proc/self/stat").read_text()

@@ -1,8 +1,8 @@
-"""Block sizes that were measured here: what `tilefold tune` found, in one file beside the kernels.
+"""Tuned blocks of this machine: `tilefold tune` measures them and keeps them in one file.
 
-The planner asks here before it reads `tables`. A winner serves the machine, kernel, types, head
-dims, mask and length class that it was measured for; a mask without a winner of its own takes the
-winner of full() where the tables have the same row for both.
+The planner looks here before it reads `tables`. Tuned blocks serve the machine, kernel, types, head
+dims, mask and length class that they were measured for. A mask without tuned blocks takes the tuned
+blocks of full() if the tables have the same row for both.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tilefold.backends.cpu.tables import Blocks, Family, RegisterTile
 from tilefold.common.tuned_store import TunedStore
 
 LONGEST_BLOCK = 4096
-"""Most traversed rows of a block that are believed; no more than 512 are ever measured."""
+"""The largest number of traversed rows of a block that is accepted; at most 512 are measured."""
 DENSE = "True"
 """The mask of full(), as the text of its skeleton."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What the best blocks depend on of a processor."""
+    """The properties of a processor that the best blocks depend on."""
 
     name: str
     isa: str
@@ -35,14 +35,14 @@ class Processor:
 
     @staticmethod
     def of(device: Device) -> Processor:
-        """The machine of a device; its features by a checksum."""
+        """The processor of a device; its features are a checksum."""
         features = hashlib.sha256(f"{device.triple} {device.features}".encode()).hexdigest()[:12]
         return Processor(device.name, device.isa, device.l1_bytes, device.l2_bytes, features)
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a choice of blocks depends on, beside the machine.
+    """The properties of a kernel that a choice of blocks depends on, beside the processor.
 
     `unit` and `parts` say how the kernel multiplies: see `spec.Multiplier`. `mask` is the text of
     its skeleton. `length` is the class of the parallel axis: see `tables.length_class`.
@@ -68,7 +68,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class TunedBlocks:
-    """The fastest blocks of one kernel, and what the table's and the worst ones cost."""
+    """The fastest blocks of one kernel, with the times of the table's and the worst blocks."""
 
     best: Timed
     table: Timed
@@ -81,7 +81,10 @@ class TunedBlocks:
 
 
 def find(device: Device, key: Key, table: Blocks) -> TunedBlocks | None:
-    """The winner of a key on a machine, else of full() if the table has the same row for both."""
+    """The tuned blocks of a key on a machine.
+
+    Without them, the tuned blocks of full(), if the table has the same row for both masks.
+    """
     kept = STORE.load().entries
     if not kept:
         return None
@@ -91,14 +94,14 @@ def find(device: Device, key: Key, table: Blocks) -> TunedBlocks | None:
 
 
 def here(device: Device) -> dict[Key, TunedBlocks]:
-    """All winners of a machine."""
+    """All tuned blocks of a machine by their keys."""
     machine, entries = Processor.of(device), STORE.load().entries
-    return {key: winner for (where, key), winner in entries.items() if where == machine}
+    return {key: record for (where, key), record in entries.items() if where == machine}
 
 
-def _entry(where: tuple[Processor, Key], winner: TunedBlocks) -> dict[str, Any]:
+def _entry(where: tuple[Processor, Key], record: TunedBlocks) -> dict[str, Any]:
     machine, key = where
-    return {"machine": asdict(machine), "key": asdict(key)} | asdict(winner)
+    return {"machine": asdict(machine), "key": asdict(key)} | asdict(record)
 
 
 def _parse(entry: dict[str, Any]) -> tuple[tuple[Processor, Key], TunedBlocks]:
@@ -107,12 +110,12 @@ def _parse(entry: dict[str, Any]) -> tuple[tuple[Processor, Key], TunedBlocks]:
     family = tables.family(machine.isa, key.unit)
     timed = {name: _timed(entry[name], family) for name in ("best", "table", "worst")}
     rest = {name: value for name, value in entry.items() if name not in ("machine", "key")}
-    winner = TunedBlocks(**rest | timed)
-    for part in (machine, key, winner):
+    record = TunedBlocks(**rest | timed)
+    for part in (machine, key, record):
         for field in fields(part):
             if field.type in ("str", "int"):
                 _check(type(getattr(part, field.name)).__name__ == field.type, field.name)
-    return (machine, key), winner
+    return (machine, key), record
 
 
 def _timed(value: Any, family: Family) -> Timed:

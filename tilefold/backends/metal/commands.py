@@ -1,9 +1,9 @@
-"""Lists of calls that are prepared one by one and launched in one go.
+"""Lists of calls that are prepared one by one and launched together.
 
 Preparing a call (checking, planning, at first compiling) takes longer than encoding its launches.
-A list prepares all of its calls first, so that the GPU then gets kernel after kernel and does not
-wait for Python between them; torch puts them into one encoder. Metal FlashAttention's interface
-(Turner, 2023) was built around such lists, and asked for 8 commands or more in each.
+A list prepares all of its calls first. Then the GPU gets kernel after kernel and does not wait for
+Python between them; torch puts them into one encoder. The interface of Metal FlashAttention
+(Turner, 2023) was built around such lists, with 8 or more commands in each.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tilefold.problems.request import Request
 
 
 class Commands:
-    """Recorded calls. `launch` runs them in order, and so does the end of a `with` block.
+    """A list of recorded calls. `launch` runs them in order, and so does the end of a `with` block.
 
-    Methods return the arrays that will hold the results; what they hold before `launch` is not
-    said. Gradients do not flow through them. `refused` lists why calls were left out where
-    `strict` is False: their results stay as they are.
+    The methods return the arrays that will hold the results; their elements are not defined before
+    `launch`. Gradients do not flow through the calls. If `strict` is False, calls that the machine
+    cannot do are left out, their results stay as they are, and `refused` lists the reasons.
     """
 
     def __init__(self, machine: Machine | None = None, *, strict: bool = True) -> None:
@@ -40,7 +40,7 @@ class Commands:
             self._find()
 
     def __len__(self) -> int:
-        """How many calls wait to be launched."""
+        """The number of recorded calls."""
         return len(self._bound)
 
     def attention(
@@ -55,7 +55,7 @@ class Commands:
         out: Array | None = None,
         lse: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Record `tilefold.attention`; returns o and lse, which are `out` and `lse` where given."""
+        """Record a call of `tilefold.attention`; return o and lse: `out` and `lse` if given."""
         request = Request(mask, scale, layout)
         o, lse = self._record("forward", (q, k, v), request, (out, lse))
         return o, lse
@@ -76,7 +76,7 @@ class Commands:
         dk: Array | None = None,
         dv: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """Record `tilefold.attention_backward`; returns dq, dk and dv, the given ones or new."""
+        """Record a call of `tilefold.attention_backward`; return dq, dk and dv, given or new."""
         request = Request(mask, scale, layout)
         dq, dk, dv = self._record("backward", (do, q, k, v, o, lse), request, (dq, dk, dv))
         return dq, dk, dv
@@ -118,14 +118,14 @@ class Commands:
         return bound.results
 
     def _find(self) -> Machine:
-        """The machine: without one given, the GPU. Raises NotImplementedError without one."""
+        """The given machine, else the GPU of this Mac. Raises NotImplementedError without one."""
         if self._machine is None:
             self._machine = runtime.gpu()
         return self._machine
 
 
 def _arrays(machine: Machine, operation: str, given: tuple[Array, ...]) -> Arrays:
-    """The module of the framework that all arrays are of. Raises TypeError where they differ."""
+    """The module of the arrays' framework. Raises TypeError if the frameworks differ."""
     tensor = getattr(sys.modules.get("torch"), "Tensor", ())
     if all(isinstance(array, tensor) for array in given):
         from tilefold.backends.arrays import torch
@@ -152,7 +152,7 @@ def attention(
     machine: Machine | None = None,
     strict: bool = True,
 ) -> tuple[Any, Any]:
-    """Exact attention by Metal kernels on a machine; without gradients.
+    """Exact attention by Metal kernels on a machine, without gradients.
 
     >>> import numpy as np
     >>> import tilefold
@@ -163,19 +163,20 @@ def attention(
     True
 
     Arguments:
-        q, k, v, mask, scale, layout: as for `tilefold.attention`; float32, float16 or bfloat16
-        out: (batch, heads_q, len_q, dim_v) in the layout, of the type of q: takes o; None makes an
-            array
-        lse: (batch, heads_q, len_q), float32, contiguous: takes lse; None makes an array
-        machine: what runs it; None is the GPU of this Mac
-        strict: where False, what the machine cannot do leaves `out` and `lse` as they are, and
-            they are returned
+        q, k, v, mask, scale, layout: as for `tilefold.attention`; the arrays are float32, float16
+            or bfloat16
+        out: an array for o, (batch, heads_q, len_q, dim_v) in the layout, of the type of q; None
+            makes a new array
+        lse: an array for lse, (batch, heads_q, len_q), float32, contiguous; None makes a new array
+        machine: the machine that runs the kernels; None means the GPU of this Mac
+        strict: if False, a call that the machine cannot do raises nothing and returns `out` and
+            `lse` as they are
 
     Returns:
-        o, lse: the arrays that were written
+        o, lse: the arrays with the results
 
     Raises:
-        As `tilefold.attention` does; with `strict`, NotImplementedError where there is no Metal
+        The errors of `tilefold.attention`; with `strict`, NotImplementedError without Metal
     """
     with Commands(machine, strict=strict) as commands:
         return commands.attention(q, k, v, mask=mask, scale=scale, layout=layout, out=out, lse=lse)
@@ -208,13 +209,13 @@ def attention_backward(
 
     Arguments:
         do, q, k, v, o, lse, mask, scale, layout: as for `tilefold.attention_backward`
-        machine: what runs it; None is the GPU of this Mac
+        machine: the machine that runs the kernels; None means the GPU of this Mac
 
     Returns:
         dq, dk, dv, each of the shape and type of its input
 
     Raises:
-        As `tilefold.attention_backward` does; NotImplementedError where there is no Metal
+        The errors of `tilefold.attention_backward`, and NotImplementedError without Metal
     """
     with Commands(machine) as commands:
         return commands.attention_backward(

@@ -1,11 +1,11 @@
 """Runs plans of Metal kernels on a machine: binds their arguments and launches them in order.
 
-A machine is whatever compiles a text and calls its kernels the way `torch.mps.compile_shader` does:
-an Apple GPU through PyTorch, or the emulator, which runs the same text on the CPU. Launches follow
-each other without a synchronisation between them: both run kernels in the order of the calls.
+A machine compiles a source and calls its kernels as `torch.mps.compile_shader` does: an Apple GPU
+through PyTorch, or the emulator, which runs the same source on the CPU. Launches follow each other
+without a synchronisation between them, since both machines run kernels in the order of the calls.
 
-What a machine compiled stays with it, by the text; so do the runs and tables of a plan, which are
-copied to it once.
+A machine keeps its compiled kernels by their sources. It also keeps the runs and tables of a plan,
+which are copied to it once.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from tilefold.planning.kernels import STRIDED
 Spec = TypeVar("Spec", bound=Hashable)
 
 WIDEST_MOVE = 4
-"""Elements that a thread moves at once, at most: 16 bytes of float32."""
+"""The largest number of elements that a thread moves at once: 16 bytes of float32."""
 
 MOST_BUFFERS = 31
-"""What Metal binds to one kernel."""
+"""The largest number of buffers that Metal binds to one kernel."""
 
 MOST_NUMBERS = 4096 // 8
-"""What `setBytes` takes at most, in 64-bit numbers."""
+"""The largest number of 64-bit integers that `setBytes` takes."""
 
 
 class CompileError(RuntimeError):
-    """Metal rejected the text of a kernel; the message says where the text was written."""
+    """Metal rejected the source of a kernel; the message names the file with the source."""
 
 
 class MachineCache:
-    """What a machine holds for the next call: kernels, and the data of the newest plans."""
+    """The cache of a machine: its kernels, and the data of the newest plans."""
 
     def __init__(self) -> None:
         self.libraries: SingleFlight[Any] = SingleFlight(most=512)
@@ -59,12 +59,12 @@ class MachineCache:
 
 
 class Machine(protocols.Machine):
-    """What compiles kernel sources and runs them."""
+    """A machine that compiles Metal sources and runs their kernels."""
 
     family: str
     """The family of the GPU whose tables and limits plans follow: see `families`."""
     kept: MachineCache
-    """What was compiled and copied."""
+    """The cache of compiled kernels and copied data."""
 
     backend = "metal"
     aligned = WIDEST_MOVE
@@ -82,7 +82,7 @@ class Machine(protocols.Machine):
         """A copy of an array where kernels can read it."""
 
     def alignment(self, arrays: Mapping[str, Array]) -> int:
-        """Elements of every array that may be moved at once, by where they begin."""
+        """The number of elements of every array that may be moved at once, by their addresses."""
         return alignment_of(arrays)
 
 
@@ -90,7 +90,7 @@ class Machine(protocols.Machine):
 class Emulated(Machine):
     """The emulator as a machine: kernels run on the CPU, on NumPy arrays and on CPU tensors.
 
-    `checks` and `tensor_layout` are those of `tilefold.metal.emulate.compile_shader`.
+    `checks` and `tensor_layout` are the arguments of `tilefold.metal.emulate.compile_shader`.
     """
 
     family: str = "apple9"
@@ -99,22 +99,22 @@ class Emulated(Machine):
     kept: MachineCache = field(default_factory=MachineCache)
 
     def __post_init__(self) -> None:
-        families.family(self.family)  # raises ValueError for others
+        families.family(self.family)  # raises ValueError for an unknown family
 
     def compile(self, text: str) -> Any:
-        """The kernels of a text, compiled by the system's C++ compiler."""
+        """The kernels of a source, compiled by the system's C++ compiler."""
         return emulate.compile_shader(text, self.checks, self.tensor_layout)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """An array whose numbers are not set."""
+        """An array whose elements are not set."""
         return np.empty(shape, dtype)
 
     def upload(self, array: NDArray[Any]) -> Array:
-        """The array itself: there is one memory."""
+        """The array itself, since host and emulator share memory."""
         return array
 
     def check(self, **arrays: Array) -> None:
-        """Raises for what is neither a NumPy array nor a tensor on the CPU."""
+        """Raises TypeError unless all arrays are NumPy arrays or tensors on the CPU."""
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray) and not getattr(array, "is_cpu", False):
                 raise TypeError(
@@ -125,7 +125,7 @@ class Emulated(Machine):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A plan made ready for operands of certain strides: all but the operands themselves."""
+    """A plan prepared for operands of certain strides; only the operands are missing."""
 
     machine: Machine
     plan: MetalPlan
@@ -133,18 +133,18 @@ class Call:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the mask's tables and of the runs."""
+        """The size of the mask's tables and of the runs, in bytes."""
         return self.plan.data_bytes
 
     def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
-        """Launch the kernels in order on arrays, in the order of `protocols.OPERANDS`."""
+        """Launch the kernels in order; `operands` are in the order of `protocols.OPERANDS`."""
         self.run(dict(zip(protocols.OPERANDS[self.plan.operation], operands, strict=True)))
 
     def compile(self) -> None:
-        """Nothing is left to do: kernels are compiled before there is a call."""
+        """Do nothing: the kernels of a call are already compiled."""
 
     def run(self, operands: Mapping[str, Array]) -> None:
-        """Launch the kernels in order on operands by their names; scratch is made here."""
+        """Launch the kernels in order on operands by their names, with new scratch."""
         made = {
             name: self.machine.empty(scratch.shape, scratch.dtype)
             for name, scratch in self.plan.buffers.items()
@@ -155,7 +155,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One launch: the kernel, the names of its operands, and the arguments that stay the same."""
+    """One launch: the kernel, the names of its operands, and its constant arguments."""
 
     kernel: Callable[..., None]
     operands: tuple[str, ...]
@@ -175,7 +175,9 @@ def execute(plan: MetalPlan, machine: Machine, operands: Mapping[str, Array]) ->
 
 
 def strides_of(name: str, array: Array) -> Strides:
-    """The strides of a NumPy array or a tensor, in elements. Raises ValueError for parts of them.
+    """The strides of a NumPy array or a tensor, in elements.
+
+    Raises ValueError if a stride is no multiple of the item size.
 
     >>> strides_of("q", np.zeros((2, 3), np.float32).T)
     (1, 3)
@@ -192,7 +194,7 @@ def strides_of(name: str, array: Array) -> Strides:
 
 
 def check_written(name: str, array: Array) -> None:
-    """Raises ValueError for an array that a kernel cannot write: broadcast, or read-only."""
+    """Raises ValueError if a kernel cannot write an array: it is broadcast or read-only."""
     strides = strides_of(name, array)
     if any(step == 0 < length - 1 for length, step in zip(array.shape, strides, strict=True)):
         raise ValueError(f"{name} is written, so no axis of it may be broadcast")
@@ -201,12 +203,12 @@ def check_written(name: str, array: Array) -> None:
 
 
 def alignment_of(operands: Mapping[str, Array]) -> int:
-    """How many elements of every operand may be moved at once, by where they begin: 1, 2 or 4."""
+    """The number of elements that may be moved at once, by the operands' addresses: 1, 2 or 4."""
     found = WIDEST_MOVE
     for array in operands.values():
         if isinstance(array, np.ndarray):
             first, size = array.__array_interface__["data"][0], array.itemsize
-        else:  # a buffer of Metal begins at a page, and what a tensor is of it counts elements
+        else:  # a Metal buffer begins at a page; a tensor's offset in it counts elements
             size = array.element_size()
             first = array.data_ptr() if array.is_cpu else array.storage_offset() * size
         found = math.gcd(found, first // size) if first % size == 0 else 1
@@ -216,10 +218,10 @@ def alignment_of(operands: Mapping[str, Array]) -> int:
 def prepare(
     plan: MetalPlan, machine: Machine, strides: Mapping[str, Strides], alignment: int
 ) -> Call:
-    """A plan's kernels, compiled, and their arguments for operands of these strides.
+    """The compiled kernels of a plan, and their arguments for operands of these strides.
 
-    Strides count elements, of the canonical axes: batch, heads, sequence, dim. `together` is what
-    `aligned` says of the operands.
+    Strides count elements and are in canonical axes (batch, heads, sequence, dim). `alignment` is
+    the result of `alignment_of` for the operands.
     """
     steps = tuple(_step(plan, launch, machine, strides, alignment) for launch in plan.launches)
     return Call(machine, plan, steps)
@@ -228,9 +230,10 @@ def prepare(
 def kernel(
     machine: Machine, spec: Spec, emit: Callable[[Spec], str], entry: str
 ) -> Callable[..., None]:
-    """The kernel of a spec on a machine: at the first demand its text is written and compiled.
+    """The kernel of a spec on a machine; its source is emitted and compiled at the first call.
 
-    Its handle is kept: each look-up in a library of torch's makes a new one. Raises `CompileError`.
+    The handle is kept, since each look-up in a torch library makes a new one. Raises
+    `CompileError`.
     """
 
     def make() -> Callable[..., None]:
@@ -241,7 +244,7 @@ def kernel(
 
 
 def library_of(machine: Machine, text: str) -> Any:
-    """The kernels of a text on a machine, compiled at the first demand. Raises `CompileError`."""
+    """The kernels of a source on a machine, compiled at the first call. Raises `CompileError`."""
 
     def make() -> Any:
         try:
@@ -253,14 +256,14 @@ def library_of(machine: Machine, text: str) -> Any:
 
 
 def _explain(text: str, log: str) -> str:
-    """The compiler's first complaint, and where to look it up."""
+    """A message with the compiler's first error, and the files with the source and the log."""
     folder = Path(tempfile.mkdtemp(prefix="tilefold-"))
     file = folder / "kernel.metal"
     file.write_text(text, encoding="utf-8")
     (folder / "kernel.log").write_text(log, encoding="utf-8")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-    return f"Metal rejected an emitted kernel: {first}; the text is {file}, the log beside it"
+    return f"Metal rejected an emitted kernel: {first}; the source is {file}, the log beside it"
 
 
 def _step(
@@ -270,7 +273,7 @@ def _step(
     strides: Mapping[str, Strides],
     alignment: int,
 ) -> _Step:
-    """A launch with all of its arguments but the operands."""
+    """The step of a launch, with all arguments except the operands."""
     spec = _fitted(launch.spec, strides, alignment)
     names = [argument.name for argument in arrays(spec)]
     if len(names) + 2 > MOST_BUFFERS:
@@ -284,7 +287,7 @@ def _step(
     numbers = [int(known[name]) for name in sizes(spec)]
     if len(numbers) > MOST_NUMBERS:
         raise NotImplementedError(
-            f"Metal takes {MOST_NUMBERS} whole numbers beside the arrays, and {spec.kernel} with"
+            f"Metal takes {MOST_NUMBERS} integers beside the arrays, and {spec.kernel} with"
             f" this mask has {len(numbers)}: give the mask's numbers as a table (tilefold.dense,"
             " documents), or run it on the CPU"
         )
@@ -300,7 +303,7 @@ def _step(
 
 
 def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], alignment: int) -> MetalSpec:
-    """The spec for operands that lie like this: the plan has forgotten it."""
+    """The spec for operands of these strides and this alignment, which a plan does not know."""
     given = {name: strides[name] for name in spec.row.operands if name in STRIDED}
     longest = max(spec.blocks.parallel, spec.blocks.traverse) + SIDE
     reach = [
@@ -315,7 +318,7 @@ def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], alignment: int) -> 
 
 
 def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
-    """The whole numbers of a launch that do not depend on where operands lie."""
+    """The integers of a launch that do not depend on the operands' strides and addresses."""
     problem, runs = plan.problem, launch.runs
     rows = runs.block_rows
     found = {
@@ -331,6 +334,6 @@ def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
 
 
 def _data(machine: Machine, plan: MetalPlan, launch: Launch) -> dict[str, Array]:
-    """The runs of a launch and the tables of the mask on a machine, by their names."""
+    """The runs of a launch and the tables of the mask, copied to a machine, by their names."""
     kept, visited = machine.kept.data, (launch.order, launch.runs.rows, launch.runs.runs)
     return runs_on(machine, kept, launch, RUNS, visited) | tables_on(machine, kept, plan)

@@ -1,15 +1,15 @@
-"""Kernels of Metal run on the CPU, from their own text, to find what is wrong with them.
+"""The emulator: it runs Metal kernels on the CPU, from their own source, to find their faults.
 
-The call is that of `torch.mps.compile_shader`, the arrays are NumPy's or PyTorch's:
+It is called like `torch.mps.compile_shader`, with arrays of NumPy or PyTorch:
 
     library = compile_shader(text)
     library.tilefold_softmax(x, y, [rows, columns], 0.125, threads=(128, 4), group_size=(128, 1))
 
-The text, unchanged, is compiled as C++ with headers that stand in for `<metal_stdlib>`. A launch
-runs in a process of its own: threadgroups one after the other, each thread a fiber, the 32 lanes of
-a simdgroup in lockstep at each of its operations. What is wrong raises `Fault`, whose `kind` says
-what it is (`KINDS`), and whose message names the argument, the line and the lane. `check` chooses
-what is looked for; each finds what "fast" finds, too:
+The unchanged source is compiled as C++, with headers in place of `<metal_stdlib>`. A launch runs in
+a process of its own: threadgroups run one after the other, each thread is a fiber, and the 32 lanes
+of a simdgroup run in lockstep at each of its operations. A fault raises `Fault`. Its `kind` is one
+of `KINDS`, and its message names the argument, the line and the lane. `check` chooses the faults to
+look for; each check also finds the faults of "fast":
 
 | check | finds | by |
 |---|---|---|
@@ -19,17 +19,17 @@ what is looked for; each finds what "fast" finds, too:
 | thread | missing barriers; threadgroups that meet in one address | ThreadSanitizer |
 | count | nothing more, but counts loads and stores | Clang's coverage |
 
-Threadgroup memory is all ones, NaN, when a threadgroup starts. Pointers into one kind of memory
-used as ones into another are found by `check_address_spaces`, without a run.
+All bits of threadgroup memory are set (NaN) when a threadgroup starts. `check_address_spaces`
+finds pointers into one kind of memory that are used for another kind, without a run.
 
-What a clean run shows: for these arguments the text means what it should, by the written rules of
-Metal. What it does not show: that Apple's compiler takes the text, or anything of speed. Threads
-run in one order, so what depends on the order is seen as a race (by "thread") or not at all. The
-order of an 8x8 product's sums and its rounding are not written down: here they go in float, from C
-on, and are rounded once. `fast::` functions are as exact as the others, and small numbers are not
-flushed to zero, as a GPU may. What `simdgroup_load` or `simdgroup_store` reads or writes is taken
-to be the act of the lane that holds the element. Not there: atomics, textures, pointers to
-threadgroup memory, swizzles of vectors, function constants.
+A clean run shows that, for these arguments, the source does what it should by the written rules of
+Metal. It does not show that Apple's compiler accepts the source, and says nothing about speed.
+Threads run in one order, so a dependence on the order is found as a race (by "thread") or not at
+all. Metal does not specify the order of sums in an 8x8 product, nor its rounding: here the sums are
+float, start from C, and are rounded once. `fast::` functions are as exact as the others, and small
+numbers are not flushed to zero, as a GPU may do. Each access of `simdgroup_load` or
+`simdgroup_store` counts for the lane that holds the element. Not emulated are atomics, textures,
+pointers to threadgroup memory, swizzles of vectors, and function constants.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ from tilefold.common.check import choice
 __all__ = ["KINDS", "Fault", "Library", "available", "check_address_spaces", "compile_shader"]
 
 TIMEOUT_SECONDS = 300.0
-"""A launch that has not ended by then is taken for one that never will."""
+"""The time limit of a launch, in seconds; a longer launch counts as one that never ends."""
 
 
 def available(check: str = "fast") -> str | None:
-    """Return why kernels cannot be run here with this check, or None if they can."""
+    """The reason why kernels cannot run here with this check; None if they can."""
     choice("check", check, tuple(toolchain.CHECKS))
     return toolchain.reason(check)
 
 
 def compile_shader(text: str, check: str = "fast", tensor_layout: int = 0) -> Library:
-    """Compile a text of Metal for the CPU.
+    """Compile the Metal source `text` for the CPU.
 
-    `tensor_layout`, 0 or 1, is where the elements of a cooperative tensor lie: on a GPU it is not
-    defined, so a text with any must do the same under both.
+    `tensor_layout`, 0 or 1, chooses where the elements of a cooperative tensor lie. On a GPU this
+    is not defined, so a source with such tensors must give the same results under both.
 
-    Raises SyntaxError where it does not compile, `Fault` where Metal would refuse it, and
-    NotImplementedError where there is no compiler.
+    Raises SyntaxError if the source does not compile, `Fault` if Metal would refuse it, and
+    NotImplementedError if there is no compiler.
     """
     choice("tensor_layout", tensor_layout, (0, 1))
     if reason := available(check):
@@ -79,10 +79,10 @@ def compile_shader(text: str, check: str = "fast", tensor_layout: int = 0) -> Li
 
 
 def check_address_spaces(text: str) -> None:
-    """Raise `Fault` where a pointer into one kind of memory is used as one into another.
+    """Raise `Fault` if a pointer into one kind of memory is used as a pointer into another kind.
 
-    Nothing is run: Clang compiles the text with headers in which the kinds are types of their own.
-    Raises NotImplementedError without a Clang.
+    Nothing runs: Clang compiles the source `text` with headers in which each kind is a type of its
+    own. Raises NotImplementedError without Clang.
     """
     signature.check_text(text)
     try:
@@ -96,7 +96,7 @@ def check_address_spaces(text: str) -> None:
 
 
 class Library:
-    """The kernels of a text, as attributes. `counters` is what the last launch did."""
+    """The kernels of a source, as attributes. `counters` holds the counts of the last launch."""
 
     def __init__(
         self, text: str, entries: Mapping[str, Entry], check: str, tensor_layout: int
@@ -119,19 +119,19 @@ class Library:
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel. Calling it runs it; the results are in the arrays when the call returns."""
+    """A kernel. A call runs it, and the results are in the arrays when the call returns."""
 
     library: Library
     entry: Entry
 
     @property
     def max_threads_per_threadgroup(self) -> int:
-        """What the text promises, or what every GPU has."""
+        """The most threads of a threadgroup: the source's promise, or the limit of every GPU."""
         return self.entry.promised or signature.MOST_THREADS
 
     @property
     def thread_execution_width(self) -> int:
-        """Lanes of a simdgroup."""
+        """The number of lanes of a simdgroup."""
         return 32
 
     def __call__(
@@ -141,7 +141,7 @@ class Function:
         group_size: int | Sequence[int] | None = None,
         arg_casts: str | Mapping[int, str] | None = None,
     ) -> None:
-        """Run the kernel on a grid of `threads` in all, `group_size` of them together.
+        """Run the kernel on a grid of `threads` threads in groups of `group_size` threads.
 
         The n-th value is buffer n: an array, a number (int64, float32 or as `arg_casts` says) or a
         list of numbers.
@@ -181,7 +181,7 @@ class Function:
         group_size: int | Sequence[int] | None,
         bound: Sequence[arguments.View | bytes],
     ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Both as three numbers, checked as Metal does."""
+        """The grid and the group, each with three sizes, checked as Metal checks them."""
         if threads is None:
             arrays = [each for each in bound if isinstance(each, arguments.View)]
             if not arrays:
@@ -218,7 +218,7 @@ def _tuple(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
 def _check_threadgroup_memory(
     arrays: Sequence[tuple[str, int, int]], entries: Mapping[str, Entry]
 ) -> None:
-    """Raise `Fault` if a kernel has too much of it, or other functions have any."""
+    """Raise `Fault` if a kernel has too much threadgroup memory, or another function has any."""
     totals = dict.fromkeys(entries, 0)
     for name, _, size in arrays:
         owner = next((each for each in entries if name.startswith(f"_ZZ{len(each)}{each}")), None)

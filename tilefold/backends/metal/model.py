@@ -1,18 +1,18 @@
-"""A model of the instructions that a Metal kernel issues, from what the emulator counts.
+"""A model of the instructions that a Metal kernel issues, from the counts of the emulator.
 
-No Apple GPU has run these kernels, so nothing here is a measurement of one. The emulator counts
-what a source does: products of fragments, exponentials, shuffles, accesses to memory and to the
-elements of fragments. Each is weighed by what public measurements say that it takes of a core, a
-multiply-add of one lane being 1. What a kernel must do anyway is the count of Turner (2024):
-2 D + 5 for each pair of query and key in the forward pass, 3 D + 5 and 4 D + 5 in the backward ones
+No Apple GPU has run these kernels, so nothing here is a measurement of a GPU. The emulator counts
+the operations of a source: products of fragments, exponentials, shuffles, accesses to memory and to
+the elements of fragments. Each operation has a weight: its cost on a core by public measurements,
+where a multiply-add of one lane is 1. The useful instructions are the count of Turner (2024):
+2 D + 5 for each pair of query and key in the forward pass, 3 D + 5 and 4 D + 5 in the backward pass
 (`roofline.instruction_count`).
 
     issued per useful one = sum over operations of (weight x count) / ((2 D + 5) pairs)
 
-Its inverse is the share of the peak that is left to a core that issues one instruction after the
-other and never waits, without arithmetic of addresses, loops and masks, and without spilled
-registers. Neighbours that a lane reads are counted one by one, where a GPU may read them at once,
-and since M3 several units of a core work side by side. So a GPU may be above it or below.
+The inverse is the share of the peak that a core reaches if it issues one instruction after the
+other and never waits, without arithmetic of addresses, loops and masks, and without spills. The
+model counts adjacent elements that a lane reads one by one, while a GPU may read them at once, and
+since M3 several units of a core work side by side. So a GPU may be above the model or below it.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ WEIGHTS = {
     "threadgroup_loads": 1.0,
     "threadgroup_stores": 1.0,
 }
-"""Instructions of single lanes for each operation that the emulator counts. Rates are from
-github.com/philipturner/metal-benchmarks for M1; where it has none, an operation is one."""
+"""The instructions of single lanes for each operation that the emulator counts. The rates are from
+github.com/philipturner/metal-benchmarks for M1; an operation without a rate there counts as one."""
 
 MODELLED = ("forward", "backward_dq", "backward_dkv")
-"""Kernels that are modelled: they serve long sequences."""
+"""The modelled kernels, which serve long sequences."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What one kernel does for a tile that a threadgroup visits, `pairs` of queries and keys."""
+    """The operations of one kernel for one visited tile of `pairs` pairs of query and key."""
 
     kernel: str
     dim: int
@@ -71,10 +71,10 @@ class Model:
 
 
 def model(family: str, kernel: str, dtype: str, dim: int, check: str = "count") -> Model:
-    """Run a kernel on the emulator over two tiles and over three: the difference is one tile.
+    """The model of a kernel: the emulator runs two tiles and three; the difference is one tile.
 
-    With the check "fast" accesses to memory are not counted. Raises NotImplementedError, with the
-    reason, where the emulator cannot run.
+    The check "fast" does not count accesses to memory. Raises NotImplementedError, with the reason,
+    if the emulator cannot run.
     """
     machine = _Listening(family, check)
     blocks = launch(family, kernel, dtype, dim, tiles=2).spec.blocks
@@ -84,7 +84,7 @@ def model(family: str, kernel: str, dtype: str, dim: int, check: str = "count") 
 
 
 def launch(family: str, kernel: str, dtype: str, dim: int, *, tiles: int) -> Launch:
-    """The launch of one threadgroup that visits `tiles` whole tiles; no mask."""
+    """The launch of one threadgroup that visits `tiles` whole tiles without a mask."""
     spec = _launch(_problem(kernel, dtype, dim, 64, 64), family, kernel).spec
     blocks = spec.blocks
     problem = _problem(kernel, dtype, dim, blocks.parallel, tiles * blocks.traverse)
@@ -92,7 +92,7 @@ def launch(family: str, kernel: str, dtype: str, dim: int, *, tiles: int) -> Lau
 
 
 def _problem(kernel: str, dtype: str, dim: int, parallel: int, traverse: int) -> Problem:
-    """One head, its lengths by which of them the kernel traverses."""
+    """A problem of one head, with lengths of the parallel and the traversed axis."""
     long_q = KERNELS[kernel].parallel == "k"
     len_q, len_k = (traverse, parallel) if long_q else (parallel, traverse)
     return Problem.of((1, 1, len_q, dim), (1, 1, len_k, dim), dtype=dtype)
@@ -106,7 +106,7 @@ def _launch(problem: Problem, family: str, kernel: str) -> Launch:
 
 @dataclass(frozen=True, eq=False)
 class _Listening(Emulated):
-    """The emulator, which keeps what it compiled; with the check "nothing" it compiles nothing."""
+    """The emulator, which keeps the sources; with the check "nothing" it compiles nothing."""
 
     texts: list[str] = field(default_factory=list)
     libraries: list[Any] = field(default_factory=list)
@@ -139,7 +139,7 @@ def text_of(family: str, kernel: str, dtype: str, dim: int) -> str:
 def _counted(
     machine: _Listening, kernel: str, dtype: str, dim: int, tiles: int
 ) -> Mapping[str, int]:
-    """What the emulator counts in the launch of one threadgroup."""
+    """The emulator's counts in the launch of one threadgroup."""
     made, operands = _call(machine.family, kernel, dtype, dim, tiles)
     dispatch.execute(made, machine, operands)
     counters: Mapping[str, int] = machine.libraries[machine.at(kernel)].counters

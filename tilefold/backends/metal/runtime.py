@@ -1,7 +1,7 @@
-"""The GPU of this Mac, through PyTorch: texts are compiled by `torch.mps.compile_shader`.
+"""The GPU of this Mac, through PyTorch: `torch.mps.compile_shader` compiles kernel sources.
 
-PyTorch's own stream takes the launches, so they run in order with all that torch does on the GPU,
-and nothing waits for them before somebody reads a result. Elsewhere than on a Mac `gpu` raises
+Launches go to PyTorch's own stream, so they run in order with all other work of torch on the GPU,
+and nothing waits for them until a result is read. On other machines `gpu` raises
 NotImplementedError with the reason.
 """
 
@@ -29,7 +29,7 @@ from tilefold.common import settings
 
 @dataclass(frozen=True, eq=False)
 class Mps(Machine):
-    """A torch device as a machine; `compiler` is called as `torch.mps.compile_shader` is."""
+    """A torch device as a machine; `compiler` has the interface of `torch.mps.compile_shader`."""
 
     device: Any
     compiler: Callable[[str], Any]
@@ -37,24 +37,24 @@ class Mps(Machine):
     kept: MachineCache = field(default_factory=MachineCache)
 
     def compile(self, text: str) -> Any:
-        """The kernels of a text. Raises SyntaxError with Metal's log."""
-        assert text.isascii(), "torch hands texts to Metal as ASCII"
+        """The kernels of a source. Raises SyntaxError with Metal's log."""
+        assert text.isascii(), "torch passes sources to Metal as ASCII"
         return self.compiler(text)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A tensor whose numbers are not set."""
+        """A tensor whose elements are not set."""
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
     def upload(self, array: NDArray[Any]) -> Array:
-        """A tensor with the numbers of an array."""
+        """A tensor with the elements of an array."""
         import torch
 
         return torch.tensor(np.ascontiguousarray(array), device=self.device)
 
     def check(self, **arrays: Array) -> None:
-        """Raises for what is not a tensor on the device."""
+        """Raises TypeError or ValueError unless all arrays are tensors on the device."""
         for name, array in arrays.items():
             place = getattr(array, "device", None)  # of NumPy's arrays it is a string
             if getattr(place, "type", None) != self.device.type:
@@ -64,7 +64,7 @@ class Mps(Machine):
 
 @functools.lru_cache(maxsize=1)
 def gpu() -> Mps:
-    """The GPU that torch's device "mps" is. Raises NotImplementedError where there is none."""
+    """The GPU behind torch's device "mps". Raises NotImplementedError if there is none."""
     if reason := missing():
         raise NotImplementedError(reason)
     import torch
@@ -75,9 +75,9 @@ def gpu() -> Mps:
 def missing(
     advice: str = "tilefold.metal.emulated() runs the same kernels on the CPU",
 ) -> str | None:
-    """Why Metal kernels cannot run on this machine; None where they can.
+    """The reason why Metal kernels cannot run on this machine; None if they can.
 
-    With the advice where the emulator runs.
+    The reason ends with `advice` if the emulator can run here.
     """
     reason = _missing()
     return reason if reason is None or emulate.available() else f"{reason}; {advice}"
@@ -101,10 +101,10 @@ def _missing() -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def macos() -> str | None:
-    """The version of macOS, such as "26.2"; None elsewhere.
+    """The version of macOS, such as "26.2"; None on other systems.
 
-    A Python that was built for an older system is told 16 by macOS 26 (python/cpython#135675), as
-    long as it does not ask for the truth before it starts.
+    macOS 26 reports version 16 to a Python that was built for an older system
+    (python/cpython#135675), unless an environment variable asks for the true version at its start.
     """
     version = platform.mac_ver()[0]
     if not version.startswith("16."):
@@ -120,7 +120,7 @@ def macos() -> str | None:
 
 
 def family() -> str:
-    """The family of this Mac's GPU: TILEFOLD_METAL_FAMILY, or by the name that Metal gives it."""
+    """The family of this Mac's GPU: TILEFOLD_METAL_FAMILY, else the family of its Metal name."""
     import torch
 
     chosen = settings.METAL_FAMILY.get()

@@ -1,12 +1,12 @@
-"""Kernels compiled ahead of time, and what the compiler says that they take.
+"""Kernels compiled ahead of time, with the compiler's report of their resources.
 
-Triton compiles for GPUs that are not there, so a machine without one can tell how many registers a
-kernel takes, whether its loops spill, how much shared memory it wants and which instructions
-multiply. That is a report of a compiler and no measurement: it says nothing of time.
+Triton can compile for GPUs that are absent. So a machine without a GPU can find how many registers
+a kernel takes, whether its loops spill, how much shared memory it needs, and which instructions
+multiply. This is a compiler's report and no measurement: it says nothing about time.
 
 A process that interprets kernels (`TRITON_INTERPRET=1`) cannot compile them, and Triton's C++ code
-ends its process where it meets what it cannot do. So `reports` compiles in processes of its own,
-which run this file.
+ends the process when it meets a case that it cannot compile. So `reports` compiles in separate
+processes, which run this file.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ Task = tuple[TritonSpec, str]
 """A kernel and the name of the architecture that it is compiled for."""
 
 _ROOT = Path(__file__).parents[3]
-"""Where the package lies, so that other processes import the same."""
+"""The folder of the package, so that other processes import the same package."""
 
 _ALIGNED = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler says of a kernel.
+    """A compiler's report of a kernel.
 
-    `registers` are 32-bit ones of a thread, `tensor_columns` those of Blackwell's tensor memory.
-    `spills` are loads and stores of spilled registers in the innermost loops that multiply, by the
-    walk ("whole", "edge", "careful"), or "body" of a kernel without walks; the stack serves all.
-    `failure` says in a line why there is no kernel, "" where there is one.
+    `registers` counts the 32-bit registers of a thread, `tensor_columns` the columns of Blackwell's
+    tensor memory. `stack_bytes` is the stack of the whole kernel. `spills` counts loads and stores
+    of spilled registers in the innermost loops that multiply, by walk ("whole", "edge", "careful"),
+    or under "body" for a kernel without walks. `failure` says in one line why there is no kernel;
+    it is "" if there is one.
     """
 
     architecture: str
@@ -65,20 +66,20 @@ class Compiled:
 
     @property
     def hot_spills(self) -> int:
-        """Those of the loop over whole tiles."""
+        """The number of spills in the loop over whole tiles."""
         return self.spills.get("whole", 0)
 
     def within(self, device: Architecture) -> bool:
-        """Whether there is a kernel, and the architecture can hold one program of it."""
+        """True if there is a kernel, and the architecture can hold one program of it."""
         tensors = self.tensor_columns <= 512
         return not self.failure and self.shared_bytes <= device.shared_bytes and tensors
 
 
 def compile(spec: TritonSpec, name: str, *, text: str | None = None) -> Compiled:
-    """Compile a kernel for an architecture such as "sm_90". `text` replaces the spec's own.
+    """Compile a kernel for an architecture such as "sm_90". `text` replaces the spec's own source.
 
-    Operands are taken to be aligned to 16 bytes, with rows whose numbers lie side by side. Raises
-    NotImplementedError where Triton is missing or interprets kernels in this process.
+    Operands are assumed to be aligned to 16 bytes, with adjacent elements in each row. Raises
+    NotImplementedError if Triton is missing or interprets kernels in this process.
     """
     if reason := missing():
         raise NotImplementedError(reason)
@@ -112,7 +113,7 @@ def compile(spec: TritonSpec, name: str, *, text: str | None = None) -> Compiled
 
 
 def missing() -> str | None:
-    """Why kernels cannot be compiled in this process; None where they can."""
+    """The reason why kernels cannot be compiled in this process; None if they can."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 is set: kernels are interpreted here; compile with `reports`"
     return module.missing()
@@ -121,7 +122,7 @@ def missing() -> str | None:
 def declared(
     spec: TritonSpec, names: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
-    """Types, constants and alignments of a kernel's arguments, as Triton takes them."""
+    """The types, constants and alignments of a kernel's arguments, as Triton takes them."""
     types = arguments.signature(spec)
     for name, (_, rows, columns) in frame.descriptors(spec):
         types[name] = f"tensordesc<{ELEMENTS[spec.dtype]}[1, 1, {rows}, {columns}]>"
@@ -153,9 +154,9 @@ def reports(
     fresh: bool = False,
     python: str = sys.executable,
 ) -> list[Compiled]:
-    """Compile kernels in other processes; a kernel that fails is reported with its `failure`.
+    """Compile kernels in other processes; the report of a failed kernel has its `failure`.
 
-    Kernels that Triton's cache holds are not compiled again, unless they shall be `fresh`.
+    Kernels in Triton's cache are not compiled again, unless `fresh` is True.
     """
     waiting = list(tasks)
     found: dict[int, Compiled] = {}
@@ -180,7 +181,7 @@ def reports(
 
 
 class Compiler:
-    """A process that compiles one kernel after the other, and is started again where it ends."""
+    """A process that compiles one kernel after the other; it is started again if it ends."""
 
     def __init__(
         self, python: str = sys.executable, limit_seconds: float = 300.0, fresh: bool = False
@@ -206,7 +207,7 @@ class Compiler:
         process = self._process
         assert process.stdin and process.stdout
         timer = threading.Timer(self._limit, process.kill)
-        begin = time.perf_counter()  # before the timer's own clock
+        begin = time.perf_counter()  # before the timer starts
         timer.start()
         try:
             process.stdin.write(base64.b64encode(pickle.dumps(task)).decode() + "\n")
@@ -223,7 +224,7 @@ class Compiler:
         return Compiled(task[1], failure=f"the compiler {why}")
 
     def end(self) -> int:
-        """The code with which the process ended."""
+        """End the process, and return its exit code."""
         if self._process is None:
             return 0
         with self._process as process:
@@ -235,9 +236,9 @@ class Compiler:
 
 
 def main() -> None:
-    """Compile what the lines of standard input ask for, and answer each with a line."""
+    """Compile the task in each line of standard input, and answer with a line."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what else is printed is no answer
+    os.dup2(2, 1)  # other output is no answer
     for line in sys.stdin:
         spec, name = pickle.loads(base64.b64decode(line))
         try:
@@ -249,7 +250,7 @@ def main() -> None:
 
 
 def _nvidia(made: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """The report of a cubin."""
+    """The report of a cubin, NVIDIA's machine code."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(made["cubin"])
@@ -264,7 +265,7 @@ def _nvidia(made: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def _amd(made: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """The report of amdgcn."""
+    """The report of amdgcn, AMD's assembly."""
     code = made["amdgcn"]
 
     def field_of(name: str) -> int:
@@ -279,7 +280,7 @@ def _amd(made: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def _tool(name: str, *given: str) -> str:
-    """What a tool of CUDA prints that came with Triton."""
+    """The output of a CUDA tool that is a part of Triton."""
     import triton
 
     file = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

@@ -1,9 +1,9 @@
-"""Which blocks are the fastest on this GPU: measured on request, and kept for the planner.
+"""Tuning on this GPU: the fastest blocks are measured on request and kept for the planner.
 
-Never part of a call: a first call takes the table's blocks and is as fast as a compiler. `tune`
-tries, for each kernel of an operation, blocks around the table's, a step of two in each direction
-and other numbers of warps and stages, by Triton's own timer, on random data. The best of them and
-the blocks that a plan takes now are then timed once more, turn by turn.
+Tuning is never a part of a call: a first call takes the table's blocks and only waits for the
+compiler. For each kernel of an operation, `tune` tries blocks around the table's: half and twice
+each size, and other numbers of warps and stages. It uses Triton's own timer and random data. The
+best candidates and the blocks of the present plan are then timed once more, turn by turn.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Timer = Callable[[Callable[[], None]], float]
-"""Seconds of a call."""
+"""A function that returns the time of a call, in seconds."""
 
 FINALISTS = 4
-"""Candidates that are timed again beside the usual blocks..."""
+"""The number of candidates that are timed again beside the usual blocks."""
 
 ROUNDS = 5
-"""... so often, turn by turn, so that a clock that rises or falls hurts all of them alike."""
+"""The number of these turns; they alternate, so that a changing clock slows all alike."""
 
 LEAST_GAIN = 0.01
-"""The share by which the usual blocks must be beaten: less is noise."""
+"""The least gain in time over the usual blocks; a smaller gain is noise."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Blocks of a kernel and what they took: seconds, or the reason why they cannot run.
+    """Blocks of a kernel with their time in seconds, or the reason why they cannot run.
 
-    `usual`: a plan takes them now. `winner`: it should take them.
+    `usual` is True for the blocks of the present plan, and `winner` for the blocks that later plans
+    should take.
     """
 
     operation: str
@@ -71,23 +72,25 @@ def tune(
     """Measure blocks for each kernel of an operation, and keep the fastest for later plans.
 
     Arguments:
-        problem: what will be called, such as `Problem.of((4, 16, 4096, 128), dtype="bfloat16")`
+        problem: the problem to tune for, such as `Problem.of((4, 16, 4096, 128), dtype="bfloat16")`
         operation: "forward" or "backward"
-        machine: the GPU, `tilefold.triton.gpu(0)` unless it is given
-        form: see `tilefold.triton.plan`
-        timer: returns the seconds of a call; the default is the median of `triton.testing.do_bench`
-        seconds: after so many, a kernel gets no more candidates, of which the nearest come first;
-            compiling counts
-        note: is called with a line before each candidate
-        keep: write what was found to the file that plans read
+        machine: the GPU; None means `tilefold.triton.gpu(0)`
+        form: the variant of the operation, as for `tilefold.triton.plan`
+        timer: a function that returns the time of a call in seconds; None means the median of
+            `triton.testing.do_bench`
+        seconds: the time limit for each kernel, including compiling; after it no further candidate
+            is tried. Candidates nearest to the usual blocks come first. None means no limit
+        note: a function that is called with a line of text before each candidate
+        keep: if True, write the winners to the file that plans read
 
     Returns:
-        All trials, kernel by kernel, the fastest first of those that were timed again, then the
-        fastest of the others, then what does not fit. A kernel whose table has one row only, that
-        of Hopper in Gluon, and a problem in which no query meets a key, have none.
+        All trials, kernel by kernel. For each kernel the trials that were timed again come first,
+        then the others, each from fast to slow, then the blocks that do not fit. There are no
+        trials for the Hopper kernel in Gluon, whose table has only one row, and none for a problem
+        in which no query meets a key.
 
     Raises:
-        NotImplementedError: there is no GPU that Triton serves here
+        NotImplementedError: there is no GPU here that Triton serves
         ValueError: operation or form is not allowed
         OSError: the file cannot be written
     """
@@ -103,9 +106,9 @@ def tune(
     winners: dict[tuned.Key, Blocks] = {}
     for launch in [launch.plain or launch for launch in made.launches]:
         if launch.spec.gluon or not launch.pairs:
-            continue  # its blocks are what shared memory allows; there is nothing to visit
+            continue  # shared memory determines its blocks, and no query meets a key
         if not launch.spec.row.visits:
-            continue  # they read and write memory once; nobody waits for their blocks
+            continue  # such kernels read and write memory once, so their blocks hardly matter
         trials = search.kernel(launch)
         found += trials
         for trial in trials:
@@ -117,12 +120,12 @@ def tune(
 
 
 def candidates(launch: Launch, name: str) -> Iterator[Blocks]:
-    """The blocks of a launch first, then those near them that the architecture can hold."""
+    """The blocks of a launch, then near blocks that the architecture can hold."""
     spec, usual = launch.spec, launch.spec.blocks
     steps = ({max(LEAST, size // 2), size, size * 2} for size in (usual.parallel, usual.traverse))
     parallel, traverse = map(sorted, steps)
     if spec.kernel == "decode":
-        parallel = [usual.parallel]  # as many as there are queries
+        parallel = [usual.parallel]  # the number of queries
     streamed = (False, True) if max(spec.dim, spec.dim_v) > WIDEST_STREAMED else (False,)
     every = [
         Blocks(*sizes)
@@ -143,14 +146,14 @@ def candidates(launch: Launch, name: str) -> Iterator[Blocks]:
 
 
 def _distance(a: Blocks, b: Blocks) -> float:
-    """How far blocks are from others: steps of two, and of a stage."""
+    """The distance between two choices of blocks, in factors of two and in stages."""
     pairs = (a.parallel, b.parallel), (a.traverse, b.traverse), (a.warps, b.warps)
     steps = sum(abs(math.log2(one / other)) for one, other in pairs)
     return steps + abs(a.stages - b.stages) + 2 * (a.streamed != b.streamed)
 
 
 class _Search:
-    """What the trials of one problem share."""
+    """The search for the fastest blocks of one problem's kernels."""
 
     def __init__(
         self,
@@ -206,7 +209,7 @@ class _Search:
     def _turn_by_turn(
         self, name: str, calls: Mapping[Blocks, Callable[[], None]]
     ) -> dict[Blocks, float]:
-        """The median seconds of each call."""
+        """The median time of each call in seconds, measured turn by turn."""
         rounds: dict[Blocks, list[float]] = {blocks: [] for blocks in calls}
         for turn in range(ROUNDS):
             self._note(f"{name}: turn {turn + 1} of {ROUNDS}")
@@ -216,7 +219,7 @@ class _Search:
         return {blocks: statistics.median(taken) for blocks, taken in rounds.items()}
 
     def _call(self, name: str, blocks: Blocks) -> Callable[[], None]:
-        """One launch of the plan with these blocks, alone, after the whole plan has run."""
+        """A call of one launch with these blocks; the whole plan has run before."""
         made = plan(
             self._problem,
             self._machine.architecture,
@@ -233,7 +236,7 @@ class _Search:
 
 
 def _operands(problem: Problem, machine: Machine, operation: str) -> dict[str, Tensor]:
-    """Random arrays with canonical axes, contiguous, and the results of what comes before."""
+    """Random contiguous arrays with canonical axes, and the forward results for a backward pass."""
     p = problem
     q, k = (p.batch, p.heads_q, p.len_q), (p.batch, p.heads_kv, p.len_k)
     shapes = {"q": (*q, p.dim), "k": (*k, p.dim), "v": (*k, p.dim_v), "o": (*q, p.dim_v)}

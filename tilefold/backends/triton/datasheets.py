@@ -1,9 +1,9 @@
-"""What GPUs reach at most by their makers' data sheets: the rates of a plan's lower bounds.
+"""Peak rates of GPUs by their makers' data sheets, for the lower bounds of a plan.
 
-One chip stands for an architecture. Products are dense, with sums of float32, or of float64 beside
-it; exponentials are 16 of a multiprocessor in a clock (CUDA programming guide, table of arithmetic
-throughput; a quarter of the lanes of an AMD compute unit) at the boost clock. No figure was
-measured here, and none says what a kernel of ours takes.
+One chip stands for an architecture. Products are dense, with sums in float32, or in float64 for
+float64. A multiprocessor computes 16 exponentials in a clock, at the boost clock (CUDA programming
+guide, table of arithmetic throughput); an AMD compute unit computes a quarter of its lanes. No
+figure was measured here, and none is the speed of a kernel of tilefold.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TERA = 1e12
 
 
 class Sheet(NamedTuple):
-    """TFLOP/s by the kind of type, 10**12 exponentials a second, TB/s of memory."""
+    """The rates of a chip: TFLOP/s by kind of type, 10**12 exponentials/s, TB/s of memory."""
 
     chip: str
     half: float
@@ -39,11 +39,11 @@ SHEETS = {
     "gfx942": Sheet("MI300X", 1307, 163, 163, 163, 10.2, 5.3),
     "gfx950": Sheet("MI355X", 2517, 157, 157, 79, 9.8, 8.0),
 }
-"""By architecture. AMD's multiply float32 and float64 exactly on their matrix units."""
+"""The data sheets by architecture. Matrix units of AMD multiply float32 and float64 exactly."""
 
 
 def rates(architecture: str, dtype: str, float32_mode: str) -> Rates | None:
-    """The rates of the chip of an architecture; None where there is no sheet.
+    """The rates of the chip of an architecture; None if it has no data sheet.
 
     >>> found = rates("sm_90", "bfloat16", "ieee")
     >>> found.device, found.flops_per_second

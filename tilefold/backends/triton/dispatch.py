@@ -1,10 +1,8 @@
-"""Runs plans of Triton kernels on a machine: gives their arguments and launches them in order.
+"""Runs plans of Triton kernels on a machine: binds their arguments and launches them in order.
 
-Launches follow each other on the current stream, without a synchronisation between them: nothing
-here waits for the device.
-
-What a machine holds for the next call stays with it: prepared calls, and the runs and tables of
-plans, which are copied to it once.
+Launches follow each other on the current stream, without a synchronisation between them, and
+nothing here waits for the device. A machine keeps the runs and tables of plans, which are copied to
+it once.
 """
 
 from __future__ import annotations
@@ -31,12 +29,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 L2_BYTES = 32 * 2**20
-"""Of keys and values that programs read at the same time: most of an H100's 50 MB. Not tuned."""
+"""The bytes of keys and values that programs may read at the same time: most of an H100's 50 MB of
+L2 cache. It is not tuned.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A plan made ready for operands of certain strides: all but the operands themselves."""
+    """A plan prepared for operands of certain strides; only the operands are missing."""
 
     machine: Machine
     plan: TritonPlan
@@ -45,12 +45,14 @@ class Call:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the mask's tables and of the runs."""
+        """The size of the mask's tables and of the runs, in bytes."""
         return self.plan.data_bytes
 
     def launch(self, arrays: Arrays, operands: Sequence[Tensor]) -> None:
-        """Launch the kernels in order on tensors in the caller's layout, in the order of
-        `protocols.OPERANDS`; scratch is made here."""
+        """Launch the kernels in order on tensors in the caller's layout, with new scratch.
+
+        `operands` are in the order of `protocols.OPERANDS`.
+        """
         axes, names = self.axes, protocols.OPERANDS[self.plan.operation]
         with self.machine.active():
             self.run(
@@ -61,11 +63,11 @@ class Call:
             )
 
     def run(self, operands: Mapping[str, Tensor]) -> None:
-        """Launch the kernels in order on operands with canonical axes; scratch is made here."""
+        """Launch the kernels in order on operands with canonical axes, with new scratch."""
         self.launch_on(self.scratch(operands))
 
     def scratch(self, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The operands and what the kernels hand to each other."""
+        """The operands and new scratch, by name."""
         given = dict(operands)
         for name, scratch in self.plan.buffers.items():
             given[name] = self.machine.empty(scratch.shape, scratch.dtype)
@@ -80,7 +82,7 @@ class Call:
             self.machine.launched(step.data)
 
     def compile(self) -> None:
-        """Have the kernels compiled, for operands that begin at multiples of 16 bytes."""
+        """Compile the kernels for operands that begin at multiples of 16 bytes."""
         with self.machine.active():
             for step in self.steps:
                 step.compile(self.machine)
@@ -88,7 +90,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One launch: the kernel, its operands by name, and the arguments that stay the same."""
+    """One launch: the kernel, the names of its operands, and its constant arguments."""
 
     function: Any
     spec: TritonSpec
@@ -100,7 +102,7 @@ class _Step:
     options: Mapping[str, int]
 
     def compile(self, machine: Machine) -> None:
-        """Compile without a launch; arrays of one number stand for the operands."""
+        """Compile without a launch; arrays of one element stand for the operands."""
         if not hasattr(self.function, "warmup"):  # in the interpreter
             return
         kinds = arguments.arrays(self.spec)
@@ -140,10 +142,11 @@ def prepare(
     aligned16: bool,
     axes: tuple[int, int, int, int] = LAYOUTS["bhnd"],
 ) -> Call:
-    """A plan's kernels, and their arguments for operands of these strides of canonical axes.
+    """The kernels of a plan, and their arguments for operands of these strides in canonical axes.
 
-    `aligned16` is what `is_aligned16` says of the operands; `axes` are those of `Placement`. Raises
-    ValueError where more programs would be needed than a grid has.
+    `aligned16` is the result of `is_aligned16` for the operands. `axes` are the positions of the
+    canonical axes in the caller's layout. Raises ValueError if a launch needs more programs than a
+    grid can have.
     """
     steps = tuple(_step(plan, launch, machine, strides, aligned16) for launch in plan.launches)
     return Call(machine, plan, steps, axes)
@@ -152,7 +155,7 @@ def prepare(
 def fitted(
     spec: TritonSpec, plan: TritonPlan, strides: Mapping[str, Strides], aligned16: bool
 ) -> TritonSpec:
-    """The spec for operands that lie like this: the plan has forgotten it."""
+    """The spec for operands of these strides and this alignment, which a plan does not know."""
     given = {name: strides[name] for name in spec.row.operands if name in STRIDED}
     longest = max(spec.blocks.parallel, spec.blocks.traverse)
     reach = [
@@ -171,7 +174,7 @@ def fitted(
 
 
 def _describable(strides: Strides, dtype: str) -> bool:
-    """Whether tiles of such an operand can be moved whole."""
+    """True if a tensor descriptor can describe an operand with these strides."""
     *along, last = strides
     item = ITEM_BYTES[dtype]
     return last == 1 and all(step > 0 and step * item % ALIGNED == 0 for step in along)
@@ -179,9 +182,9 @@ def _describable(strides: Strides, dtype: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class TmaTile:
-    """A tensor descriptor to be: of an operand, in blocks of (1, 1, rows, columns).
+    """The description of a tensor descriptor of an operand, in blocks of (1, 1, rows, columns).
 
-    `layout` is that of its tiles in shared memory, which Gluon asks for.
+    `layout` is the layout of its tiles in shared memory, which Gluon asks for.
     """
 
     operand: str
@@ -222,7 +225,7 @@ def _step(
     strides: Mapping[str, Strides],
     aligned16: bool,
 ) -> _Step:
-    """A launch with all of its arguments but the operands."""
+    """The step of a launch, with all arguments except the operands."""
     if launch.programs >= 2**31:
         raise ValueError(
             f"{launch.spec.kernel} would take {launch.programs} programs, and a grid has"
@@ -236,7 +239,7 @@ def _step(
     data = _data(machine, plan, launch)
     known: dict[str, Any] = {**data, **_numbers(plan, launch), **stride_arguments(strides, STRIDED)}
     scale = float(plan.problem.scale)
-    # Triton passes float32 alone: float64 goes by its bits.
+    # Triton passes only float32, so a float64 is passed as its bits.
     bits = struct.unpack("<q", struct.pack("<d", scale))[0]
     known["scale"] = bits if spec.dtype == "float64" else scale
     names, programs = arguments.names(spec), launch.programs
@@ -260,7 +263,7 @@ def _step(
 
 
 def _not_gluon(machine: Machine, spec: TritonSpec) -> str | None:
-    """Why a kernel in Gluon cannot be launched."""
+    """The reason why a kernel in Gluon cannot be launched; None if it can."""
     if not machine.gluon:
         return "this machine takes no kernels in Gluon"
     if not spec.descriptors:
@@ -272,7 +275,10 @@ def _not_gluon(machine: Machine, spec: TritonSpec) -> str | None:
 
 
 def _places(problem: Problem, block_rows: int) -> dict[str, int]:
-    """Blocks of queries over all heads, and how many heads share the L2 cache: see `hopper`."""
+    """The row blocks over all heads, and the number of heads that share the L2 cache.
+
+    See `kernels/hopper.py`.
+    """
     group = problem.heads_q // problem.heads_kv
     row = (problem.dim + problem.dim_v) * ITEM_BYTES[problem.dtype]
     near = group * max(1, L2_BYTES // max(1, problem.len_k * row))
@@ -281,7 +287,7 @@ def _places(problem: Problem, block_rows: int) -> dict[str, int]:
 
 
 def _numbers(plan: TritonPlan, launch: Launch) -> dict[str, int]:
-    """The whole numbers of a launch that do not depend on where operands lie."""
+    """The integers of a launch that do not depend on the operands' strides and addresses."""
     problem, (planes_b, planes_h) = plan.problem, launch.planes
     rows = launch.visited_rows
     sizes = (
@@ -300,7 +306,7 @@ def _numbers(plan: TritonPlan, launch: Launch) -> dict[str, int]:
 
 
 def _data(machine: Machine, plan: TritonPlan, launch: Launch) -> dict[str, Tensor]:
-    """The runs of a launch and the tables of the mask on a machine, by their names."""
+    """The runs of a launch and the tables of the mask, copied to a machine, by their names."""
     if not launch.spec.row.visits:
         return {}
     kept, visited = machine.kept.data, (launch.order, launch.run_rows, launch.runs)

@@ -1,4 +1,4 @@
-"""Triton's interpreter as a machine: the same texts, on the CPU, for tests and small cases."""
+"""Triton's interpreter as a machine: the same kernel sources on the CPU, for small cases."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Interpreted(Machine):
-    """Triton's interpreter as a machine: every operation of a kernel is one of NumPy's.
+    """Triton's interpreter as a machine: NumPy does every operation of a kernel.
 
-    For tests and for looking at small cases: it takes seconds where a GPU takes microseconds.
+    It is for tests and small cases, since it takes seconds where a GPU takes microseconds.
     Raises NotImplementedError unless TRITON_INTERPRET=1 was set before Triton was imported.
     """
 
@@ -39,38 +39,38 @@ class Interpreted(Machine):
         _teach_bfloat16()
 
     def active(self) -> AbstractContextManager[Any]:
-        """There is one process."""
+        """A context that does nothing: there is only one device."""
         return nullcontext()
 
     def function(self, text: str, entry: str) -> Any:
-        """The kernel of a text, to be interpreted."""
+        """The kernel of a source, as a function that is interpreted."""
         return module.load(text, entry)
 
     def upload(self, array: NDArray[Any]) -> Tensor:
-        """A tensor with the numbers of an array."""
+        """A tensor with the elements of an array."""
         import torch
 
         return torch.tensor(np.ascontiguousarray(array))
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """A tensor whose numbers are not set."""
+        """A tensor whose elements are not set."""
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype))
 
     def check(self, **tensors: Tensor) -> None:
-        """Raises for what is not a tensor on the CPU."""
+        """Raises TypeError unless all arguments are tensors on the CPU."""
         for name, tensor in tensors.items():
             if not getattr(tensor, "is_cpu", False):
                 where = getattr(tensor, "device", f"a {type(tensor).__name__}")
                 raise TypeError(f"{name} must be a tensor on the CPU, got {where}")
 
     def launched(self, tensors: Sequence[Tensor]) -> None:
-        """Nothing is under way when a launch returns."""
+        """Do nothing: an interpreted launch has finished when it returns."""
 
 
 def missing() -> str | None:
-    """Why Triton's interpreter cannot run kernels in this process; None where it can."""
+    """The reason why Triton's interpreter cannot run kernels in this process; None if it can."""
     if reason := module.missing():
         return reason
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -80,8 +80,10 @@ def missing() -> str | None:
 
 @functools.cache
 def _teach_bfloat16() -> None:
-    """Teach the interpreter bfloat16: it multiplies the integers that hold such numbers, and cuts
-    off what does not fit where it makes them, which GPUs round.
+    """Correct the interpreter's bfloat16.
+
+    Without this it multiplies the integers that hold bfloat16 elements, and truncates where GPUs
+    round.
     """
     import triton.language as tl
     from triton.runtime import interpreter

@@ -1,9 +1,9 @@
-"""What a compiler made of a kernel, read from its machine code: loops, spills and instructions.
+"""The loops, spills and instructions of a compiled kernel, read from its machine code.
 
-A kernel has three walks (`frame.Walk`), of which only the first is hot, so the stack that a
-compiler reports says little: a walk that is never taken may spill as it likes. What counts is
-spilled in the loops over tiles, walk by walk. A loop is found as a jump backwards; whose it is, by
-the lines of the text that its products come from, which both compilers write down.
+A kernel has three walks (`frame.Walk`), and only the first one is hot. So the compiler's stack size
+says little: spills in a walk that is never taken do no harm. Only spills in the loops over tiles
+count, walk by walk. A loop is found as a jump backwards. Its walk is found by the source lines of
+its products, which both compilers record.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = {
     "cp.async": r"cp\.async\.c[ag]\.",
     "bulk copies": r"cp\.async\.bulk\.tensor",
 }
-"""Instructions that are counted, as PTX and amdgcn name them."""
+"""The instructions that are counted, by their names in PTX and amdgcn."""
 
 _UNITS = re.compile(r"\b(?:HGMMA|QGMMA|HMMA|DMMA|UTC\w*MMA|v_mfma_\w+)")
 _LANES = re.compile(r"\b(?:FFMA2?|DFMA|v_(?:pk_)?fma(?:c|_)\w*)\b")
@@ -37,10 +37,10 @@ _JUMP = re.compile(r"\b(?:BRA|s_cbranch_\w+|s_branch)\b.*?(\.L[\w$]+)")
 _CODE = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s*)?(?:@!?U?P\w+\s+)?([A-Za-z][\w.]+)")
 
 _PIECES = "for first_d in"
-"""How loops over pieces begin in a text."""
+"""The beginning of a loop over pieces of dim in a kernel source."""
 
 _LEAST = 32
-"""Multiply-adds of single lanes in a loop that multiplies tiles by them."""
+"""The least number of multiply-adds in a loop that multiplies tiles without matrix units."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,23 @@ class _Instruction:
 
 
 def walks(text: str) -> list[Walk | None]:
-    """The walk of each line of a kernel's text, by line numbers from 1; None before the first.
+    """The walk of each line of a kernel source, by line numbers from 1; None before the first walk.
 
-    Walks stand in the text in the order of `Walk`, and each begins where runs are looked up.
+    Walks follow each other in the source in the order of `Walk`, and each begins with a look-up of
+    runs.
     """
     begins = accumulate(int(line.lstrip().startswith("visited = ")) for line in text.splitlines())
     return [None, *([*Walk][min(n, len(Walk)) - 1] if n else None for n in begins)]
 
 
 def spills(code: str, text: str) -> dict[str, int]:
-    """Loads and stores of spilled registers in the loops over tiles, by walk.
+    """The number of loads and stores of spilled registers in the loops over tiles, by walk.
 
-    `code` is SASS with line information or amdgcn. A kernel without walks has one, "body". Those
-    loops are the innermost ones that multiply: of a pipelined one, products of the first tiles
-    stand before it. Where operands are streamed, loops over pieces lie within, unless the compiler
-    unrolled them, and nothing is pipelined: there it is the smallest loop that holds half of a
-    walk's products.
+    `code` is SASS with line information, or amdgcn. A kernel without walks has one entry, "body".
+    The loops over tiles are the innermost loops that multiply. Before a pipelined loop stand the
+    products of the first tiles. A kernel that streams its operands has loops over pieces inside,
+    unless the compiler unrolled them, and no pipeline: there the loop over tiles is the smallest
+    loop that holds half of a walk's products.
     """
     instructions, jumps = _read(code)
     owner = walks(text)
@@ -96,13 +97,13 @@ def spills(code: str, text: str) -> dict[str, int]:
 
 
 def instructions(code: str) -> dict[str, int]:
-    """How many instructions of each kind PTX or amdgcn has; kinds that it has."""
+    """The number of instructions of each kind in PTX or amdgcn, without absent kinds."""
     counts = {kind: len(re.findall(pattern, code)) for kind, pattern in KINDS.items()}
     return {kind: count for kind, count in counts.items() if count}
 
 
 def _read(code: str) -> tuple[list[_Instruction], list[tuple[int, int]]]:
-    """The instructions with the lines they come from, and the jumps backwards, by their places."""
+    """The instructions with their source lines, and the jumps backwards by their places."""
     found: list[_Instruction] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, int]] = []
@@ -122,7 +123,7 @@ def _read(code: str) -> tuple[list[_Instruction], list[tuple[int, int]]]:
 def _loops(
     units: Sequence[bool], least: int, jumps: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """The loops with so many instructions that multiply."""
+    """The loops that contain enough multiplying instructions."""
     before = [0, *accumulate(map(int, units))]
     latest: dict[int, int] = {}
     for first, last in jumps:  # several jumps to one place are one loop
@@ -133,12 +134,12 @@ def _loops(
 
 
 def _holds(loop: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether another loop lies within a loop."""
+    """True if the loop `other` lies within `loop`."""
     return loop != other and loop[0] <= other[0] and other[1] <= loop[1]
 
 
 def _smallest(loops: Sequence[tuple[int, int]], places: Sequence[int]) -> tuple[int, int]:
-    """The smallest loop that holds half of the places; what holds all of them, where none does."""
+    """The smallest loop that holds half of the places, else the range that holds all of them."""
     holding = [
         (last - first, first, last)
         for first, last in loops

@@ -24,21 +24,21 @@ class ResourceError(RuntimeError):
 
 
 class MachineCache:
-    """What a machine holds for the next call: the data of the newest plans."""
+    """The cache of a machine: the data of the newest plans."""
 
     def __init__(self) -> None:
         self.data: LruCache[dict[str, Tensor]] = LruCache(most=128, most_bytes=256 * 2**20)
 
 
 class Machine(protocols.Machine):
-    """What runs kernels."""
+    """A machine that runs Triton kernels."""
 
     architecture: str
     """The name of the architecture whose tables and limits plans follow: see `architectures`."""
     multiprocessors: int
-    """How many programs run at the same time, if each takes all that one has."""
+    """The number of programs that run at the same time, if each fills a multiprocessor."""
     kept: MachineCache
-    """What is held for the next call."""
+    """The cache of copied data."""
 
     backend = "triton"
     aligned = 1
@@ -46,16 +46,16 @@ class Machine(protocols.Machine):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What people call it."""
+        """The name of the machine for people."""
 
     @property
     @abstractmethod
     def gluon(self) -> bool:
-        """True where it takes kernels in Gluon."""
+        """True if the machine takes kernels in Gluon."""
 
     @abstractmethod
     def active(self) -> AbstractContextManager[Any]:
-        """While it is open, launches go to this machine."""
+        """A context in which launches go to this machine."""
 
     @abstractmethod
     def function(self, text: str, entry: str) -> Any:
@@ -71,14 +71,16 @@ class Machine(protocols.Machine):
 
     @abstractmethod
     def launched(self, tensors: Sequence[Tensor]) -> None:
-        """Called after launches with the machine-owned tensors they read, so that their memory
-        outlives the stream."""
+        """Keep memory alive until streams have read it.
+
+        It is called after launches with the machine-owned tensors that they read.
+        """
 
     def alignment(self, arrays: Mapping[str, Tensor]) -> int:
-        """1 where every tensor begins where a descriptor may, else 0."""
+        """1 if every tensor begins at a multiple of 16 bytes, as descriptors ask, else 0."""
         return int(is_aligned16(arrays))
 
 
 def is_aligned16(operands: Mapping[str, Tensor]) -> bool:
-    """True where every operand begins where a descriptor may."""
+    """True if every operand begins at a multiple of 16 bytes, as tensor descriptors ask."""
     return all(tensor.data_ptr() % ALIGNED == 0 for tensor in operands.values())

@@ -1,8 +1,8 @@
-"""From a text to a function of Triton's: the module is written into the cache, and run.
+"""From a kernel source to a Triton function: the module is written into the cache, and executed.
 
-What is run is the text that was just emitted and never what lies on the disk, so nobody else's
-file can become code. The file is there for people, profilers and Triton itself, which asks Python
-for the source of a function.
+The emitted source is executed, and never the file on disk, so a foreign file cannot become code.
+The file serves people, profilers, and Triton itself, which asks Python for the source of a
+function.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ _TOOLCHAIN = "a module of Triton kernels"
 
 @once(most=512)
 def load(text: str, entry: str) -> Any:
-    """The function of a text by its name, as Triton's decorator made it."""
+    """The function named `entry` in a source, as Triton's decorator made it."""
     return getattr(_module(text), entry)
 
 
 def missing() -> str | None:
-    """Why there is no Triton; None where there is."""
+    """The reason why there is no Triton; None if it is installed."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (it comes with PyTorch for CUDA)"
     return None
 
 
 def launch_options(kind: str, dtype: str, warps: int, stages: int) -> dict[str, int]:
-    """How Triton is to compile a kernel: for a kind of GPU ("cuda", "hip"), beside its arguments.
+    """The options of a launch, beside the kernel's arguments, by kind of GPU ("cuda" or "hip").
 
-    Triton up to 3.7 gives products of float64 to the matrix unit of an MI300, and then has no code
-    for it. Asked for a unit of 32 x 32, which there is none of for float64, it takes multiply-adds.
+    Triton up to 3.7 assigns products of float64 to the matrix unit of an MI300 but cannot generate
+    code for them. A request for 32 x 32 units, which do not exist for float64, makes it use
+    multiply-adds.
     """
     found = {"num_warps": warps, "num_stages": stages}
     if kind == "hip" and dtype == "float64" and version() < (3, 9):
@@ -46,9 +47,9 @@ def launch_options(kind: str, dtype: str, warps: int, stages: int) -> dict[str, 
 
 @functools.cache
 def version() -> tuple[int, int]:
-    """The version of Triton that is installed, its first two numbers.
+    """The first two numbers of the installed version of Triton.
 
-    Its package has other names where AMD builds it, so the module says it.
+    AMD's builds have other package names, so the version is read from the module.
     """
     import triton
 
@@ -58,7 +59,7 @@ def version() -> tuple[int, int]:
 
 @functools.cache
 def has_gluon() -> bool:
-    """Whether this Triton has Gluon, its language of explicit layouts."""
+    """True if this Triton has Gluon, its language with explicit layouts."""
     if missing():
         return False
     try:
@@ -75,7 +76,7 @@ def _module(text: str) -> ModuleType:
     name = disk_cache.key(text, _TOOLCHAIN)
     kept.put(text, _TOOLCHAIN, b"", suffix=".py")
     file = str(kept.directory / f"{name}.py")
-    # Without a time of change the entry stays, whether there is such a file or not.
+    # Without a modification time the entry stays, whether the file exists or not.
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     module = ModuleType(f"tilefold_triton_{name[:16]}")
     module.__file__ = file

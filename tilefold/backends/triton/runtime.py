@@ -1,8 +1,8 @@
-"""GPUs of NVIDIA and AMD through PyTorch: Triton compiles a text at its first launch.
+"""GPUs of NVIDIA and AMD through PyTorch: Triton compiles a kernel source at its first launch.
 
-Launches go to PyTorch's current stream of the tensors' device, and nothing waits for them before
-somebody reads a result. What a plan needs on the device is copied there by its first call, which
-does wait, once. So a call can be recorded into a CUDA graph when it was made once before.
+Launches go to PyTorch's current stream of the tensors' device, and nothing waits for them until a
+result is read. The first call of a plan copies the plan's data to the device and waits for the
+copy. So a call can be recorded into a CUDA graph if it was made once before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Gpu(Machine):
-    """One GPU as a machine. Tensors that graphs read are in `pinned`, and stay as long as it."""
+    """One GPU as a machine. `pinned` keeps the tensors that CUDA graphs read, while it lives."""
 
     device: Any
     architecture: str
@@ -37,29 +37,29 @@ class Gpu(Machine):
 
     @property
     def name(self) -> str:
-        """What the driver calls it."""
+        """The name of the GPU in the driver."""
         import torch
 
         return str(torch.cuda.get_device_name(self.device))
 
     @property
     def gluon(self) -> bool:
-        """Whether this Triton has Gluon, and the GPU is one that kernels in it are written for."""
+        """True if this Triton has Gluon, and kernels in Gluon are written for this GPU."""
         return self.architecture == "sm_90" and module.has_gluon()
 
     def active(self) -> AbstractContextManager[Any]:
-        """While it is open, Triton launches on this device."""
+        """A context in which Triton launches on this device."""
         import torch
 
         held: AbstractContextManager[Any] = torch.cuda.device(self.device)
         return held
 
     def function(self, text: str, entry: str) -> Any:
-        """The kernel of a text; Triton compiles it when it is launched first."""
+        """The kernel of a source; Triton compiles it at its first launch."""
         return module.load(text, entry)
 
     def upload(self, array: NDArray[Any]) -> Tensor:
-        """A copy of an array on the device; waits for it, so that any stream may read it."""
+        """A copy of an array on the device; the call waits for it, so any stream may read it."""
         import torch
 
         if torch.cuda.is_current_stream_capturing():
@@ -71,13 +71,13 @@ class Gpu(Machine):
             return torch.tensor(np.ascontiguousarray(array), device=self.device)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """A tensor whose numbers are not set, for the current stream."""
+        """A tensor whose elements are not set, for the current stream."""
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
     def check(self, **tensors: Tensor) -> None:
-        """Raises for what is not a tensor on the device."""
+        """Raises TypeError or ValueError unless all arguments are tensors on the device."""
         for name, tensor in tensors.items():
             place = getattr(tensor, "device", None)
             if not hasattr(place, "type"):
@@ -101,7 +101,7 @@ class Gpu(Machine):
 
 @functools.lru_cache(maxsize=64)
 def gpu(index: int = 0) -> Gpu:
-    """The GPU that torch calls "cuda:<index>". Raises NotImplementedError where it cannot serve."""
+    """The GPU with torch's name "cuda:<index>". Raises NotImplementedError if it cannot be used."""
     if reason := missing():
         raise NotImplementedError(reason)
     import torch
@@ -112,15 +112,15 @@ def gpu(index: int = 0) -> Gpu:
 
 
 def missing() -> str | None:
-    """Why Triton's kernels cannot run on this machine; None where they can."""
+    """The reason why Triton kernels cannot run on this machine; None if they can."""
     try:
         import torch
     except ImportError:
-        return "kernels on NVIDIA's and AMD's GPUs need PyTorch, which is not installed"
+        return "kernels on GPUs of NVIDIA and AMD need PyTorch, which is not installed"
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return (
-            f"this PyTorch ({torch.__version__}) finds no GPU of NVIDIA's or AMD's"
+            f"this PyTorch ({torch.__version__}) finds no GPU of NVIDIA or AMD"
             f"{'' if built else ', and was built without support for any'}"
         )
     if reason := module.missing():
@@ -131,7 +131,7 @@ def missing() -> str | None:
 
 
 def architecture_of(index: int) -> str:
-    """The architecture of a GPU. Raises NotImplementedError for one without tables."""
+    """The architecture of a GPU. Raises NotImplementedError if it has no tables."""
     import torch
 
     properties = torch.cuda.get_device_properties(index)
@@ -141,12 +141,12 @@ def architecture_of(index: int) -> str:
 
 
 def known(name: str, chip: str = "") -> str:
-    """The architecture whose tables and limits hold for one that the driver names.
+    """The architecture whose tables and limits serve the architecture that the driver names.
 
     >>> known("sm_90"), known("sm_103"), known("sm_121")
     ('sm_90', 'sm_100', 'sm_120')
 
-    Raises NotImplementedError for those that are too old, or that nobody has tables for.
+    Raises NotImplementedError for architectures that are too old or have no tables.
     """
     found = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_121": "sm_120"}.get(name, name)
     if found not in ARCHITECTURES:

@@ -1,8 +1,8 @@
-"""Metal's own part played on the CPU, under a C++ compiler.
+"""The parts of the emulator, which runs Metal kernels on the CPU through a C++ compiler.
 
-fault      what a faulty kernel raises
+fault      the exception of a faulty kernel
 signature  a kernel's parameters, read from its source
-arguments  arrays to pointers
-toolchain  the C++ compiler, and what it compiled before
-launch     threadgroups, run
+arguments  the arguments of a launch in memory
+toolchain  the C++ compiler, and the cache of its results
+launch     one launch, in a process of its own
 """

@@ -1,7 +1,7 @@
-"""The arguments of a launch: what they are in memory, and the regions that they lie in.
+"""The arguments of a launch in memory, and the regions that hold them.
 
-A region is the bytes from the lowest to the highest that a view reaches, and no more: what lies
-beyond is out of bounds. Views that share memory share a region where one of them is written.
+A region is the range from the lowest to the highest byte that a view reaches; all other bytes are
+out of bounds. Views that share memory share a region if one of them is written.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tilefold.backends.metal.emulator.fault import Fault
 from tilefold.backends.metal.emulator.signature import Entry, Parameter
 
 MOST_LIST_BYTES = 4096
-"""Of a list: Metal's setBytes takes no more."""
+"""The largest size of a list in bytes, the limit of Metal's `setBytes`."""
 
 CASTS = {"fp16": "e", "bf16": "", "int32": "i", "int16": "h", "int8": "b", "uint8": "B"}
-"""Names that `arg_casts` knows, and how `struct` packs them; bf16 is the upper half of a float."""
+"""The formats of `struct` for the names in `arg_casts`; bf16 is the upper half of a float."""
 
 _FLOATS = {"float": "float32", "half": "float16", "bfloat": "bfloat16"}
 _WHOLE = {"int": 4, "uint": 4, "long": 8, "ulong": 8, "short": 2, "ushort": 2, "char": 1,
@@ -32,7 +32,7 @@ _WHOLE = {"int": 4, "uint": 4, "long": 8, "ulong": 8, "short": 2, "ushort": 2, "
 
 @dataclass(frozen=True)
 class View:
-    """An array of the caller: its first element's address, its shape, its strides in bytes."""
+    """An array of the caller: the address of its first element, its shape and strides in bytes."""
 
     address: int
     shape: tuple[int, ...]
@@ -49,21 +49,21 @@ class View:
 
     @property
     def size(self) -> int:
-        """Bytes from the lowest to the highest."""
+        """The number of bytes from the lowest to the highest."""
         if 0 in self.shape:
             return 0
         return self.itemsize + sum((n - 1) * abs(s) for n, s in self._axes())
 
     @property
     def first(self) -> int:
-        """Where the first element lies, from the lowest byte."""
+        """The offset of the first element from the lowest byte."""
         return self.address - self.low
 
     def _axes(self) -> list[tuple[int, int]]:
         return [] if 0 in self.shape else list(zip(self.shape, self.strides, strict=True))
 
     def over(self, memory: Any, offset: int) -> NDArray[Any]:
-        """The elements as bits, of memory in which the first one begins at byte `offset`."""
+        """The elements as bits, in other memory where the first one begins at byte `offset`."""
         kind = np.dtype(f"V{self.itemsize}")
         elements: NDArray[Any] = np.ndarray(self.shape, kind, memory, offset, self.strides)
         return elements
@@ -75,14 +75,14 @@ class View:
 
 @dataclass
 class Region:
-    """Memory of the emulated device: its bytes, and where the arguments' first elements are."""
+    """Memory of the emulated device: its bytes, and the offsets of the arguments in it."""
 
     content: bytes
     places: dict[int, int]
 
 
 def view(value: object, parameter: Parameter) -> View | None:
-    """The view that an array is, or None if it is none."""
+    """The view of an array; None if the value is no array."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         if value.device.type != "cpu":
@@ -106,7 +106,7 @@ def view(value: object, parameter: Parameter) -> View | None:
 
 
 def checked(entry: Entry, found: View, parameter: Parameter) -> View:
-    """The view, if the parameter may be bound to it."""
+    """The same view. Raises unless the parameter may be bound to it."""
     if parameter.written and not found.writable:
         raise ValueError(f"{entry.name}: {parameter.name} is written, and the array is read-only")
     wanted = _FLOATS.get(parameter.element)
@@ -116,7 +116,7 @@ def checked(entry: Entry, found: View, parameter: Parameter) -> View:
 
 
 def scalars(entry: Entry, value: object, parameter: Parameter, cast: str | None) -> bytes:
-    """The bytes of a number or a list of numbers, as torch.mps binds them."""
+    """The bytes of a number or a list of numbers, as `torch.mps` binds them."""
     numbers: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
     if not numbers or not all(isinstance(each, (int, float)) for each in numbers):
         raise TypeError(
@@ -133,7 +133,7 @@ def scalars(entry: Entry, value: object, parameter: Parameter, cast: str | None)
         return ((halves + 0x7FFF + (halves >> 16 & 1)) >> 16).astype(np.uint16).tobytes()
     form = CASTS[cast] if cast else ("q" if whole else "f")
     if cast is None and (parameter.element in _FLOATS) == whole:
-        _mismatch(entry, parameter, "whole numbers" if whole else "floats")
+        _mismatch(entry, parameter, "integers" if whole else "floats")
     content = struct.pack(f"<{len(numbers)}{form}", *numbers)
     if len(content) > MOST_LIST_BYTES:
         raise Fault(
@@ -141,19 +141,19 @@ def scalars(entry: Entry, value: object, parameter: Parameter, cast: str | None)
             f"{entry.name}: {parameter.name} has {len(content)} bytes where a list may have"
             f" {MOST_LIST_BYTES}",
         )
-    # A scalar that is bound as 8 bytes may be read as 4 of them.
+    # A kernel may read 4 bytes of a scalar that is bound as 8 bytes.
     if len(content) < _WHOLE.get(parameter.element, 0):
         _mismatch(entry, parameter, f"{len(content)} bytes")
     return content
 
 
 def cast_of(casts: str | Mapping[int, str] | None, index: int) -> str | None:
-    """What `arg_casts` says of an argument."""
+    """The cast of an argument in `arg_casts`; None if there is none."""
     return casts if casts is None or isinstance(casts, str) else casts.get(index)
 
 
 def regions(bound: Sequence[View | bytes], parameters: Sequence[Parameter]) -> list[Region]:
-    """The regions that hold all arguments. Overlapping views are together if one is written."""
+    """The regions that hold all arguments. Overlapping views share one if one view is written."""
     found = []
     for group in _overlapping(bound, parameters):
         views = {index: bound[index] for index in group}

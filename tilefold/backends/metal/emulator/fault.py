@@ -1,10 +1,10 @@
-"""What the emulator found wrong with a kernel or with a launch of it."""
+"""The fault that the emulator found in a kernel or in its launch."""
 
 from __future__ import annotations
 
 
 class Fault(RuntimeError):
-    """A kernel did, or says, what Metal forbids. `kind` is one of `KINDS`."""
+    """A kernel contains or did something that Metal forbids. `kind` is one of `KINDS`."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}")
@@ -12,16 +12,16 @@ class Fault(RuntimeError):
 
 
 KINDS = {
-    "out-of-bounds read": "memory outside of every argument, or of the threadgroup's arrays, read",
-    "out-of-bounds write": "the same, written",
-    "unwritten memory": "a branch, an address or a result depends on memory that nobody wrote",
+    "out-of-bounds read": "a read of memory outside of all arguments and threadgroup arrays",
+    "out-of-bounds write": "a write to memory outside of all arguments and threadgroup arrays",
+    "unwritten memory": "a branch, an address or a result depends on memory that was not written",
     "race": "two threads use one address, one of them writes, and no barrier stands between",
     "divergence": "an operation of a simdgroup is reached by a part of its lanes",
     "barrier": "a threadgroup barrier is reached by a part of its threads",
-    "address space": "a pointer into one kind of memory is used as one into another",
+    "address space": "a pointer into one kind of memory is used as a pointer into another kind",
     "refused": "Metal would not compile or launch this",
-    "argument": "what was passed is not what the kernel declares",
-    "crash": "the processor stopped the kernel: a division by zero, a stack without end",
+    "argument": "an argument does not fit the parameter that the kernel declares",
+    "crash": "the processor stopped the kernel: a division by zero, a stack overflow",
     "time": "the launch did not end in time",
 }
-"""Every kind of fault, and what it means."""
+"""All kinds of faults with their meanings."""

@@ -1,6 +1,6 @@
-"""One launch: the arguments go to a process of its own in a file, and the results come back in it.
+"""One launch in a process of its own: arguments and results travel in a file.
 
-A process, so that a kernel that goes astray takes nothing with it.
+So a kernel that crashes does not harm the caller's process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ COUNTERS = (
     "threadgroup_loads",
     "threadgroup_stores",
 )
-"""What the runtime counts, in the order of `Count` in lanes.h. Loads and stores: check "count"."""
+"""The counters of the runtime, in the order of `Count` in lanes.h.
+
+Loads and stores are counted only with the check "count".
+"""
 
 _HEADER = 10
 _KINDS = {
@@ -48,7 +51,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What is run: a compiled kernel on a grid, `threads` in all and `group` of them together."""
+    """A compiled kernel on a grid of `threads` threads, in threadgroups of `group` threads."""
 
     text: str
     entry: Entry
@@ -60,7 +63,7 @@ class Launch:
     tensor_layout: int
 
     def run(self, bound: Sequence[View | bytes]) -> dict[str, int]:
-        """Run it, write what it wrote to the caller's arrays, return what was counted."""
+        """Run the kernel, copy its results to the caller's arrays, and return the counts."""
         library = toolchain.built(self.text, self.entries, self.check)
         places = regions(bound, self.entry.buffers)
         with tempfile.NamedTemporaryFile(prefix="tilefold-") as file:
@@ -112,7 +115,7 @@ class Launch:
         said = [line for line in done.stdout.splitlines() if line.startswith("fault ")]
         if not said:
             raise Fault("crash", f"{self.entry.name}: status {done.returncode}\n{done.stderr}")
-        # MemorySanitizer's report is the only one that no function of its runtime gives.
+        # MemorySanitizer has no function that returns its report.
         if " pc=" not in said[0] and (
             frame := re.search(rf"{re.escape(str(library))}\+0x([0-9a-f]+)", done.stderr)
         ):
@@ -122,7 +125,7 @@ class Launch:
     def _fault(
         self, said: str, bound: Sequence[View | bytes], places: list[Region], library: Path
     ) -> Fault:
-        """The exception for what the runtime said."""
+        """The exception for a message of the runtime."""
         known = dict(re.findall(r"(\w+)=([^ ]*)", said))
         text = said.partition(" text ")[2]
         kind = _KINDS.get(known["kind"]) or known["kind"]
@@ -147,7 +150,7 @@ class Launch:
         places: list[Region],
         library: Path,
     ) -> str:
-        """What the fault is about, in words."""
+        """A description of the place of a fault."""
         if "region" in known:
             where = self._place(known, bound, places)
         elif "section" in known:
@@ -164,7 +167,7 @@ class Launch:
         return f"{where}: {said}" if said else where
 
     def _line(self, pc: str) -> int:
-        """The line of the text at an address of the compiled kernel."""
+        """The source line at an address of the compiled kernel."""
         if int(pc, 16) == 0:
             return 0
         traced = toolchain.built(self.text, self.entries, self.check, lines=True)
@@ -173,7 +176,7 @@ class Launch:
     def _place(
         self, known: dict[str, str], bound: Sequence[View | bytes], places: list[Region]
     ) -> str:
-        """An address in a region as an argument and an offset."""
+        """A description of an address in a region: an argument and an offset."""
         region, at = places[int(known["region"])], int(known["offset"])
         index, start = max(region.places.items(), key=lambda item: (item[1] <= max(at, 0), item[1]))
         argument = bound[index]
@@ -182,9 +185,9 @@ class Launch:
         return f"{parameter.name} [[buffer({index})]], byte {at - start} of {size}"
 
     def _array(self, at: int, library: Path) -> str:
-        """An address in threadgroup memory as an array and an offset."""
+        """A description of an address in threadgroup memory: an array and an offset."""
         (_, base, _), *arrays = toolchain.symbols(library)
-        # Without what AddressSanitizer puts behind each.
+        # The sizes exclude the padding that AddressSanitizer adds to each array.
         plain = toolchain.symbols(toolchain.built(self.text, self.entries, "fast"))
         sizes = {name: size for name, _, size in plain}
         for name, address, size in arrays:
@@ -196,7 +199,7 @@ class Launch:
         return "threadgroup memory before or between its arrays"
 
     def _take(self, region: Region, result: bytes, bound: Sequence[View | bytes]) -> None:
-        """Give the caller what the kernel wrote to its arrays; nothing else may have changed."""
+        """Copy the kernel's results to the caller's arrays. Raises `Fault` for other changes."""
         written = [
             (argument, at)
             for index, at in region.places.items()
@@ -221,6 +224,6 @@ class Launch:
 
 
 def _plain(symbol: str) -> str:
-    """A variable's own name out of `_ZZ6kernel...E5stage`."""
+    """The plain name of a variable with a symbol such as `_ZZ6kernel...E5stage`."""
     match = re.search(r"E(\d+)(\w+)$", symbol)
     return match[2] if match else symbol

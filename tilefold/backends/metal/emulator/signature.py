@@ -1,7 +1,7 @@
-"""Reading a kernel's text: its entries and their parameters, and what Metal would refuse in it.
+"""Reading a kernel source: its entries, their parameters, and code that Metal would refuse.
 
-The C++ compiler takes more than Metal's does. What it would let pass is looked for here, in the
-text without its comments.
+A C++ compiler accepts more than Metal's compiler. This file looks for such code in the source
+without its comments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tilefold.backends.metal.emulator.fault import Fault
 
 MOST_BUFFERS = 31
 MOST_THREADS = 1024
-"""Of a threadgroup, on every Apple GPU."""
+"""The largest number of threads of a threadgroup, on every Apple GPU."""
 MOST_THREADGROUP_BYTES = 32768
 
 POSITIONS = {
@@ -30,7 +30,7 @@ POSITIONS = {
     "simdgroups_per_threadgroup": "simdgroups",
     "threads_per_simdgroup": "width",
 }
-"""Attributes of parameters that say where a thread is, and the fields of `Position` in lanes.h."""
+"""The fields of `Position` in lanes.h by the attributes of parameters that locate a thread."""
 
 _VECTORS = ("group", "inside", "place", "groups", "size", "threads", "full_size")
 
@@ -59,7 +59,7 @@ _REFUSED = (
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a kernel: in `buffer` number n, or a position where that is None."""
+    """A parameter of a kernel: the buffer with number `buffer`, or a position if that is None."""
 
     name: str
     type: str
@@ -68,17 +68,17 @@ class Parameter:
 
     @property
     def written(self) -> bool:
-        """Whether the kernel may write to the buffer."""
+        """True if the kernel may write to the buffer."""
         return "const" not in re.findall(r"\w+", self.type) and "constant" not in self.type
 
     @property
     def element(self) -> str:
-        """The type of what the pointer or the reference leads to."""
+        """The type behind the pointer or the reference."""
         words = re.findall(r"\w+", self.type)
         return " ".join(word for word in words if word not in ("device", "constant", "const"))
 
     def given(self) -> str:
-        """The C++ of what is passed for it, from `buffers` and `position`."""
+        """The C++ expression of its argument, from `buffers` and `position`."""
         if self.buffer is not None:
             pointer = f"({self.type.replace('&', '*')})buffers[{self.buffer}]"
             return f"*{pointer}" if self.type.endswith("&") else pointer
@@ -90,16 +90,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel that can be launched."""
+    """A kernel that can be launched, with its name and its parameters."""
 
     name: str
     parameters: tuple[Parameter, ...]
     promised: int | None
-    """What [[max_total_threads_per_threadgroup]] says."""
+    """The value of [[max_total_threads_per_threadgroup]]; None without this attribute."""
 
     @property
     def buffers(self) -> tuple[Parameter, ...]:
-        """The parameters that are arguments of a call, in the order of their numbers."""
+        """The parameters that are buffers, in the order of their numbers."""
         bound = [each for each in self.parameters if each.buffer is not None]
         return tuple(sorted(bound, key=lambda each: each.buffer or 0))
 
@@ -114,7 +114,7 @@ class Entry:
 
 
 def entries(text: str) -> dict[str, Entry]:
-    """The kernels of a text, by name. Raises `Fault` for what Metal would refuse in them."""
+    """The kernels of a source, by name. Raises `Fault` for code that Metal would refuse."""
     bare = without_comments(text)
     found = {}
     for match in _ENTRY.finditer(bare):
@@ -128,12 +128,12 @@ def entries(text: str) -> dict[str, Entry]:
         _check_buffers(entry, line)
         found[name] = entry
     if not found:
-        raise Fault("refused", "the text has no kernel")
+        raise Fault("refused", "the source has no kernel")
     return found
 
 
 def check_text(text: str) -> None:
-    """Raise `Fault` where a text has what Metal refuses and C++ takes."""
+    """Raise `Fault` if a source has code that C++ accepts and Metal refuses."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.isascii():
             column, sign = next((i, c) for i, c in enumerate(line, 1) if not c.isascii())
@@ -151,7 +151,7 @@ def check_text(text: str) -> None:
 
 
 def without_comments(text: str) -> str:
-    """The text with its comments blanked; lines and columns stay where they were."""
+    """The source with its comments blanked; all other code keeps its line and column."""
     return _COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
 
 
@@ -161,7 +161,7 @@ def _refuse(bare: str, match: re.Match[str], why: str) -> None:
 
 
 def _parts(bare: str, start: int, name: str, line: int) -> list[str]:
-    """The parameters of a list that begins after its parenthesis."""
+    """The parameters in a list; `start` is the place after its opening parenthesis."""
     parts, depth, begin = [], 1, start
     for place in range(start, len(bare)):
         sign = bare[place]

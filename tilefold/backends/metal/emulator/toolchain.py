@@ -1,8 +1,8 @@
-"""The compilers: where they are, and what they make of a kernel's text; kept in the kernel cache.
+"""The C++ compilers: they compile kernel sources, and the results stay in the kernel cache.
 
-A kernel is a shared object of its own, made at -O0 without any header of the C++ library: 0.1 s on
-this project's two-core machines, where the run itself takes milliseconds. The runtime that loads it
-is compiled once for each way of checking.
+A kernel becomes a shared object of its own, compiled at -O0 without any header of the C++ library.
+This takes 0.1 s on this project's two-core machines, and a run takes milliseconds. The runtime that
+loads a kernel is compiled once for each check.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from tilefold.common import disk_cache
 
 FOLDER = Path(__file__).parent
 SECTION = "tilefold_threadgroup"
-"""Where threadgroup arrays lie in a compiled kernel. The dot that some checks put before it keeps
-AddressSanitizer from leaving such variables alone."""
+"""The section of threadgroup arrays in a compiled kernel. Some checks put a dot before it; without
+the dot AddressSanitizer would not check such variables."""
 
 LINES = ("-g1", "-gdwarf-4")
-"""So that addresses can be traced to lines. addr2line of binutils 2.40 misreads Clang's DWARF 5."""
+"""The options for tracing addresses to lines. addr2line of binutils 2.40 misreads Clang's DWARF 5.
+"""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A way of checking: what is added to the compilers' options."""
+    """A check: the options that it adds for the compilers."""
 
     clang: bool
     kernel: tuple[str, ...] = ()
@@ -44,7 +45,7 @@ class Check:
     section: str = SECTION
     environment: tuple[tuple[str, str], ...] = ()
     library: str = ""
-    """The part of Clang's runtime that it needs."""
+    """The part of Clang's runtime that the check needs."""
 
 
 CHECKS = {
@@ -91,7 +92,7 @@ CHECKS = {
         library="tsan",
     ),
 }
-"""The ways of checking, by name."""
+"""The checks by name."""
 
 _COMMON = (
     "-std=c++20",
@@ -106,14 +107,14 @@ _COMMON = (
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: its command, and what tells it from another one."""
+    """A C++ compiler: its command, and its identity in cache keys."""
 
     command: tuple[str, ...]
     identity: str
 
 
 def reason(check: str) -> str | None:
-    """Why a check cannot be made here, or None where it can."""
+    """The reason why a check cannot be made here; None if it can."""
     if not sys.platform.startswith("linux"):
         return "kernels are emulated on Linux only"
     try:
@@ -124,9 +125,9 @@ def reason(check: str) -> str | None:
 
 
 def built(text: str, entries: Sequence[Entry], check: str, *, lines: bool = False) -> Path:
-    """The shared object of a text. Raises SyntaxError with what the compiler said.
+    """The shared object of a source. Raises SyntaxError with the compiler's message.
 
-    With `lines` its addresses can be traced back to lines of the text.
+    With `lines`, its addresses can be traced back to source lines.
     """
     options = CHECKS[check]
     enter = '#include "kernel.metal"\n' + "".join(entry.enter() for entry in entries)
@@ -149,9 +150,9 @@ def built(text: str, entries: Sequence[Entry], check: str, *, lines: bool = Fals
 
 
 def mistaken_space(text: str) -> tuple[int, str] | None:
-    """Where a text mistakes one kind of memory for another, and what Clang says; None if nowhere.
+    """The first line that confuses kinds of memory, and Clang's message; None if there is none.
 
-    Raises FileNotFoundError where there is no Clang.
+    Raises FileNotFoundError without Clang.
     """
     compiler = _compiler(True, "")
     flags = ("-std=c++20", "-x", "c++", "-w", "-fsyntax-only", "-I", str(FOLDER / "spaces"))
@@ -184,7 +185,7 @@ def runner(check: str) -> Path:
 
 
 def symbols(library: Path) -> tuple[tuple[str, int, int], ...]:
-    """The variables in threadgroup memory: name, address and bytes; the section itself is first."""
+    """The variables in threadgroup memory: name, address and bytes; the section comes first."""
     content = library.read_bytes()
     sections = _sections(content)
     held = [n for n, each in enumerate(sections) if each.name.lstrip(".") == SECTION]
@@ -202,11 +203,11 @@ def symbols(library: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def line_of(library: Path, address: int) -> int:
-    """The line of the text at an address of the compiled kernel; 0 where nobody knows."""
+    """The source line at an address of the compiled kernel; 0 if it is unknown."""
     tool = shutil.which("addr2line") or shutil.which("llvm-addr2line")
     if tool is None:
         return 0
-    # A sanitizer names the place after its check, which may belong to no line: the one before does.
+    # A sanitizer names the place after its check, which may have no line; the place before has one.
     command = [tool, "-i", "-e", str(library), hex(address), hex(address - 1)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     for place in done.stdout.splitlines():
@@ -241,7 +242,7 @@ def _string(content: bytes, start: int) -> str:
 
 
 def _made(files: dict[str, str], compiler: Compiler, steps: list[list[str]], kept: str) -> Path:
-    """What the compiler makes of files in one or two steps, from the cache if it is there."""
+    """The compiler's output for files, in one or two steps, or from the cache if it is there."""
     plain = [[flag.replace(str(FOLDER), "") for flag in step] for step in steps]
     toolchain = f"{compiler.identity} {plain} {_headers()} {sorted(files.items())}"
     store = disk_cache.default()
@@ -276,7 +277,7 @@ def _compiled(files: dict[str, str], compiler: Compiler, steps: list[list[str]])
 
 @functools.cache
 def _folder() -> Path:
-    """A folder of this process, for programs that are loaded from a file. Removed at its end."""
+    """A folder for programs that are loaded from files; it is removed when this process ends."""
     folder = tempfile.TemporaryDirectory(prefix="tilefold-")
     _kept.append(folder)
     return Path(folder.name)
@@ -287,7 +288,7 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 @functools.cache
 def _headers() -> str:
-    """The hash of everything in C++."""
+    """The hash of all C++ files of the emulator."""
     files = sorted(path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".py")
     texts = (f"{path.name}\n{path.read_text(encoding='ascii')}" for path in files
              if path.suffix != ".pyc")  # fmt: skip
@@ -296,7 +297,7 @@ def _headers() -> str:
 
 @functools.cache
 def _machine() -> tuple[str, ...]:
-    """Options for this processor: with F16C, conversions of half are an instruction each."""
+    """The options for this processor; with F16C, a conversion of half is one instruction."""
     try:
         known = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
     except OSError:
@@ -306,7 +307,7 @@ def _machine() -> tuple[str, ...]:
 
 @functools.cache
 def _compiler(clang: bool, library: str) -> Compiler:
-    """The first compiler that serves. Raises FileNotFoundError that says which were looked for."""
+    """The first usable compiler. Raises FileNotFoundError with the names that were tried."""
     names = [f"clang++-{n}" for n in range(22, 15, -1)]
     names = ["clang++", *names] if clang else [os.environ.get("CXX", ""), "clang++", *names, "g++"]
     for name in filter(None, names):
@@ -324,7 +325,7 @@ def _compiler(clang: bool, library: str) -> Compiler:
 
 
 def _has(compiler: str, library: str) -> bool:
-    """Whether a Clang finds a part of its runtime."""
+    """True if a Clang finds a part of its runtime."""
     machine = os.uname().machine
     names = (f"libclang_rt.{library}-{machine}.a", f"libclang_rt.{library}.a")
     for name in names:

@@ -106,7 +106,7 @@ class Tile:
         _element("dtype", self.dtype)
         choice("space", self.space, SPACES)
         if not 1 <= whole("rank", self.rank, 1) <= MOST_RANKS:
-            raise ValueError(f"rank must be a whole number from 1 to {MOST_RANKS}, got {self.rank}")
+            raise ValueError(f"rank must be an integer from 1 to {MOST_RANKS}, got {self.rank}")
 
     @property
     def element(self) -> str:
@@ -216,8 +216,7 @@ class Matmul2d:
         choice("mode", self.mode, MODES)
         if not 1 <= whole("simdgroups", self.simdgroups, 1) <= MOST_SIMDGROUPS:
             raise ValueError(
-                f"simdgroups must be a whole number from 1 to {MOST_SIMDGROUPS}, "
-                f"got {self.simdgroups}"
+                f"simdgroups must be an integer from 1 to {MOST_SIMDGROUPS}, got {self.simdgroups}"
             )
 
     @property

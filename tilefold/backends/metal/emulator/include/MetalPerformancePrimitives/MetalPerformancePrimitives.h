@@ -4,7 +4,7 @@
 // operands; then each makes the elements of the result that it holds, so that the tools that watch
 // memory see whose reads these are. A meeting orders no memory: that takes a barrier, as it does on
 // a GPU. Eight products at a time are summed exactly and added in float, in the order of k; those of
-// whole numbers in int. How a GPU sums is not known: Apple promises float at least. What lies outside
+// integers in int. How a GPU sums is not known: Apple promises float at least. What lies outside
 // of the operands' extents is unwritten in the result. Relaxed precision changes nothing here.
 #pragma once
 #include "../metal_tensor"
