@@ -218,8 +218,8 @@ def prepare(
 ) -> Call:
     """A plan's kernels, compiled, and their arguments for operands of these strides.
 
-    Strides count elements, of the canonical axes: batch, heads, sequence, dim. `together` is what
-    `aligned` says of the operands.
+    Strides count elements, of the canonical axes: batch, heads, sequence, dim. `alignment` is what
+    `alignment_of` says of the operands.
     """
     steps = tuple(_step(plan, launch, machine, strides, alignment) for launch in plan.launches)
     return Call(machine, plan, steps)

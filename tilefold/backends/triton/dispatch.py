@@ -3,8 +3,7 @@
 Launches follow each other on the current stream, without a synchronisation between them: nothing
 here waits for the device.
 
-What a machine holds for the next call stays with it: prepared calls, and the runs and tables of
-plans, which are copied to it once.
+The runs and tables of a plan stay on the machine for the next call: they are copied to it once.
 """
 
 from __future__ import annotations
