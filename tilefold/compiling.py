@@ -14,7 +14,7 @@ from typing import Any
 from tilefold.backends import calls, registry
 from tilefold.common.check import choice
 from tilefold.planning.plan import OPERATIONS
-from tilefold.problems.attention import Problem
+from tilefold.problems.attention import Problem, check_problem
 from tilefold.problems.request import check_layout
 
 MOST_THREADS = 8
@@ -69,11 +69,7 @@ def compile_async(
         choice("operations", operation, OPERATIONS)
     known = [*problems]
     for problem in known:
-        if not isinstance(problem, Problem):
-            raise TypeError(
-                "problems must be tilefold.Problem objects such as Problem.of((1, 8, 2048, 64)),"
-                f" got {type(problem).__name__}"
-            )
+        check_problem(problem, "problems must be tilefold.Problem objects")
     machine = registry.machine(device)
 
     def work(problem: Problem) -> None:

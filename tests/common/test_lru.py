@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from tilefold.common.lru import LruCache
 
 
@@ -43,3 +45,23 @@ def test_bytes_count_and_the_newest_stays() -> None:
     recent.put("d", "d", 4)  # in place of the large one
     recent.put("e", "e", 6)
     assert kept(recent, "de") == "de"
+
+
+def test_a_finaliser_may_use_the_store_that_it_interrupts() -> None:
+    class Interrupted(int):
+        """A size that is asked for while the store is locked."""
+
+        def __radd__(self, other: int) -> int:
+            if not nested:
+                nested.append(recent.get("a"))
+                recent.put("c", "y", 1)
+            return other + int(self)
+
+    nested: list[str | None] = []
+    recent: LruCache[str] = LruCache(most=2, most_bytes=100)
+    recent.put("a", "x", 1)
+    worker = threading.Thread(target=recent.put, args=("b", "x", Interrupted(1)), daemon=True)
+    worker.start()
+    worker.join(20)
+    assert not worker.is_alive()
+    assert nested == ["x"] and len(recent) == 2

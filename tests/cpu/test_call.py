@@ -69,6 +69,16 @@ def test_other_data_in_other_places_is_the_same_call(prepared: list[str]) -> Non
     assert prepared == ["forward", "backward"]
 
 
+def test_a_call_without_pairs_is_kept_too() -> None:
+    q, nothing = np.zeros((1, 2, 3, 8), np.float32), np.zeros((1, 2, 0, 8), np.float32)
+    calls.calls.clear()
+    for _ in range(2):
+        assert not attention(q, nothing, nothing).any()
+        assert len(calls.calls) == 1
+    assert attention(nothing, q, q).shape == (1, 2, 0, 8)
+    assert len(calls.calls) == 2
+
+
 def test_other_strides_are_another_call(prepared: list[str]) -> None:
     q, k, v = inputs()
     turned = np.ascontiguousarray(q.swapaxes(1, 2)).swapaxes(1, 2)

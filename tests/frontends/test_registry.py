@@ -23,7 +23,7 @@ def test_a_machine_is_its_own() -> None:
     assert registry.machine(machine) is machine
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", 7])
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:3", "", 7, ["cpu"]])
 def test_other_devices_are_named(device: object) -> None:
     with pytest.raises(ValueError, match=r"^device must be 'cpu', 'mps' or 'cuda', got "):
         registry.machine(device)

@@ -293,7 +293,9 @@ torch.compile(f, fullgraph=True, backend='aot_eager')(q).sum().backward()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", ["None", "tilefold.causal()", "made"])
+@pytest.mark.parametrize(
+    "mask", ["None", "tilefold.causal()", "made", "tilefold.local(2).window(9, 9)"]
+)
 def test_the_first_call_may_be_a_compiled_one(mask: str) -> None:
     code = FIRST.format(mask=mask, before="made = tilefold.causal() & tilefold.local(2)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -77,7 +77,7 @@ def test_strings_and_their_rules(text: str, made: Rule) -> None:
     assert parse(text) == made
 
 
-KNOWN = "use full, causal, local, prefix, chunked, documents, lengths, dense, rule"
+KNOWN = f"use {', '.join(parse_module.RULES)}"
 ARITHMETIC = (
     "is not known here; use q, k, integers, + - * // % abs(), one comparison at a time, and & | ~"
 )

@@ -20,6 +20,7 @@ from paths import DATA
 
 from tilefold import causal, chunked, dense, documents, full, lengths, local, prefix, rule
 from tilefold.masks.position_rules import Rule
+from tilefold.problems.attention import Problem
 
 GOLDEN = json.loads((DATA / "masks.json").read_text(encoding="utf-8"))
 
@@ -579,3 +580,17 @@ def test_check_says_what_does_not_fit() -> None:
         (causal() & documents([0, 0, 1])).check(2, 4, 4, 3)
     with pytest.raises(ValueError, match="is for a batch of 2, but batch is 5"):
         (~(full() | lengths([1, 2]))).check(5, 1, 3, 3)
+
+
+def test_a_class_whose_bind_returns_no_expression_is_named() -> None:
+    class Wrong(Rule):
+        def bind(self, len_q: int, len_k: int) -> Any:
+            return True
+
+        def __repr__(self) -> str:
+            return "wrong()"
+
+    with pytest.raises(
+        TypeError, match=r"^wrong\(\): bind must return an expression .*, got True$"
+    ):
+        Problem.of((1, 1, 3, 8), mask=Wrong())

@@ -326,6 +326,10 @@ def test_a_plan_is_overridden_by_kernel_and_kept() -> None:
     for wrong in ((8, 8, 8), {"forward": (8, 8, 8)}, 8):
         with pytest.raises(TypeError, match=r"^blocks must be Blocks, or Blocks by kernel, got"):
             plan(asked, "apple9", "forward", blocks=wrong)
+    with pytest.raises(
+        TypeError, match=r"^problem must be a tilefold.Problem such as .*, got None"
+    ):
+        plan(None, "apple9", "forward")  # type: ignore[arg-type]  # the point
     with pytest.raises(NotImplementedError, match="float64"):
         plan(problem(dtype="float64"), "apple9", "forward")
 

@@ -205,6 +205,9 @@ def test_results_that_are_given_must_fit() -> None:
     q, k, v = operands()
     with pytest.raises(ValueError, match=r"^out must have shape \(1, 4, 21, 9\)"):
         commands.attention(q, k, v, out=q)
+    tensor = pytest.importorskip("torch").empty(1, 4, 21, 9)
+    with pytest.raises(TypeError, match=r"^all arrays of a call must be of NumPy, or all tensors$"):
+        metal.queue(Emulated()).attention(q, k, v, out=tensor)
     with pytest.raises(TypeError, match=r"^lse must be of float32, got float64$"):
         commands.attention(q, k, v, lse=np.empty((1, 4, 21)))
     with pytest.raises(ValueError, match=r"^lse must be contiguous"):

@@ -220,6 +220,8 @@ def test_a_tensor_elsewhere_than_the_machine() -> None:
     meta = torch.empty(1, 2, 3, 4, device="meta")
     with pytest.raises(TypeError, match="q must be a tensor on the CPU, got meta"):
         tilefold.triton.attention(meta, meta, meta, machine=interpreter.Interpreted())
+    with pytest.raises(TypeError, match="q must be a tensor, got a list"):
+        tilefold.triton.attention([1.0], meta, meta)  # type: ignore[arg-type]  # the point
 
 
 @pytest.mark.feature("T15", "J13")

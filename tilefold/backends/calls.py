@@ -165,9 +165,7 @@ def _keep(key: tuple[Any, ...], given: tuple[Array, ...]) -> Call:
     """Make the call of a key, which is not kept yet, and keep it."""
     machine, operation, request, _, arrays, alignment, _ = key
     call = _call(machine, operation, request, arrays, alignment, given)
-    if call.prepared is None:
-        return call
-    return calls.put(key, call, call.prepared.data_bytes)
+    return calls.put(key, call, call.prepared.data_bytes if call.prepared else 0)
 
 
 def _call(

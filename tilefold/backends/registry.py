@@ -46,18 +46,22 @@ def machine(device: Any) -> Machine:
 
     Raises ValueError for devices without a backend, NotImplementedError for those not here.
     """
-    known = _finders.get(device)
+    try:
+        known = _finders.get(device)
+    except TypeError:  # it has no hash, and is refused below
+        known = None
     if known is not None:
         return known()
     if isinstance(device, Machine):
         return device
     found = re.fullmatch(r"(\w+?)(?::(\d+))?", str(device))
     kind = found[1] if found else str(device)
-    choice("device", kind if kind in DEVICES else device, tuple(DEVICES))
-    assert found is not None
-    finder: Callable[[], Machine] = backend(DEVICES[kind]).machine
-    if BACKENDS[DEVICES[kind]].several:
-        finder = partial(backend(DEVICES[kind]).machine, int(found[2] or 0))
+    number = int(found[2] or 0) if found else 0
+    row = BACKENDS[DEVICES[kind]] if kind in DEVICES else None
+    choice("device", kind if row and (row.several or not number) else device, tuple(DEVICES))
+    finder: Callable[..., Machine] = backend(DEVICES[kind]).machine
+    if number:
+        finder = partial(finder, number)
     _finders[device] = finder
     return finder()
 

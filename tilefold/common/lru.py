@@ -24,14 +24,15 @@ class LruCache(Generic[T]):
     """The most recently used values: at most `most` of them, of `most_bytes` bytes in all.
 
     The newest value always stays. Any number of threads may use the store, and so may a forked
-    child. `get` takes no lock and hashes the key once, since every call begins with it.
+    child. `get` takes no lock and hashes the key once, since every call begins with it. A finaliser or a
+    signal handler may interrupt any method, and use the store in the same thread.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self._most, self._most_bytes = most, most_bytes
         self._entries: dict[Hashable, _Entry[T]] = {}
         self._clock = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._unlock)
 
@@ -51,14 +52,15 @@ class LruCache(Generic[T]):
         """Keep a value, which holds `size` bytes of data, and return it."""
         with self._lock:
             self._entries[key] = _Entry(value, size, next(self._clock))
-            total = sum(entry.size for entry in self._entries.values())
+            total = sum([entry.size for entry in [*self._entries.values()]])
             if len(self._entries) > self._most or total > self._most_bytes:
                 self._drop(total)
         return value
 
     def keys(self) -> list[Hashable]:
         """The keys of all values, from the least to the most recently used."""
-        return sorted(self._entries, key=lambda key: self._entries[key].used)
+        entries = [*self._entries.items()]
+        return [key for key, _ in sorted(entries, key=lambda entry: entry[1].used)]
 
     def clear(self) -> None:
         """Remove all values."""
@@ -71,8 +73,9 @@ class LruCache(Generic[T]):
         for key in oldest:
             if len(self._entries) <= self._most and total <= self._most_bytes:
                 break
-            total -= self._entries.pop(key).size
+            dropped = self._entries.pop(key, None)
+            total -= dropped.size if dropped else 0
 
     def _unlock(self) -> None:
         """Replace the lock in a forked child: the thread that held it does not exist there."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()

@@ -18,7 +18,7 @@ from torch import Tensor
 from tilefold.frontends import tensors
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix, Rule
-from tilefold.masks.rule import AllOf, AnyOf, Not
+from tilefold.masks.rule import AllOf, AnyOf, Not, Window
 from tilefold.problems.request import (
     LAYOUTS,
     Request,
@@ -61,7 +61,7 @@ _register(Rule)
 _register(Request)
 
 
-_KINDS = (Full, Causal, Local, Prefix, Chunked, AllOf, AnyOf, Not, Coordinates)
+_KINDS = (Full, Causal, Local, Prefix, Chunked, AllOf, AnyOf, Not, Window, Coordinates)
 _FIELDS = tuple([tuple([field.name for field in fields(kind)]) for kind in _KINDS])
 """The fields of each class that rules over positions are made of."""
 

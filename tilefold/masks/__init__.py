@@ -11,7 +11,7 @@ runs            from an expression and block sizes to runs of tiles: skipped, fu
 infix           the third fold: kernel source for languages with infix operators
 rule            the base of all rules, joins and pieces of rules, rules of a user's own
 data_rules      the rules that carry data: documents, lengths, dense
-position_rules  the rules over positions: causal, local, chunked, prefix
+position_rules  the rules over positions: full, causal, local, prefix, chunked
 parse           rules from strings
 picture         rules as drawings
 

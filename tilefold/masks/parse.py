@@ -53,10 +53,9 @@ def parse(text: str) -> Rule:
     rule(lambda q, k: ((q - k) % 3) == 0)
     >>> parse("causal().window(4096, 4096, q0=1024) & local(256)")
     causal().window(4096, 4096, q0=1024) & local(256)
-    >>> parse("causal() & locl(3)")
+    >>> parse("causal() & foo")
     Traceback (most recent call last):
-    ValueError: mask string, column 12: unknown rule locl; use full, causal, local, prefix, \
-chunked, documents, lengths, dense, rule
+    ValueError: mask string, column 12: expected a rule, got `foo`
 
     Arguments may be integers, strings, True, False, None, and tuples or lists of them.
 

@@ -1,8 +1,8 @@
 """Rules over positions: full, causal, local, prefix, chunked.
 
-This file also gives the other rules their public home: `rule` holds their base and joins, and
-`data_rules` the rules that carry arrays. All rules are values: they compare by structure, hash, and
-print as the call that makes them.
+This file is also the public home of `Rule` and `rule`; `data_rules` has the rules that carry
+arrays. All rules are values: they compare by structure, hash, and print as the call that makes
+them.
 """
 
 from __future__ import annotations

@@ -51,7 +51,11 @@ class Rule(ABC):
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
         """Raises ValueError unless the rule fits a problem of these sizes."""
-        self.bind(len_q, len_k)
+        bound: object = self.bind(len_q, len_k)
+        if not isinstance(bound, Boolean):
+            raise TypeError(
+                f"{self!r}: bind must return an expression over q and k, got {shown(bound)}"
+            )
 
     def to_dense(
         self, len_q: int, len_k: int, batch: int | None = None, heads: int | None = None

@@ -189,6 +189,14 @@ def _canonical(name: str, shape: Shape, layout: str) -> Shape:
     return tuple(shape[axis] for axis in LAYOUTS[layout])
 
 
+def check_problem(problem: object, name: str = "problem must be a tilefold.Problem") -> None:
+    """Raises TypeError for what is no problem."""
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"{name} such as Problem.of((1, 8, 2048, 64)), got {type(problem).__name__}"
+        )
+
+
 def default_scale(dim: int) -> float:
     """The default factor of the scores, 1 / sqrt(dim)."""
     return 1 / math.sqrt(max(1, dim))

@@ -107,7 +107,7 @@ class Commands:
     ) -> Sequence[Any]:
         try:
             machine = self._find()
-            arrays = _arrays(machine, operation, given)
+            arrays = _arrays(machine, operation, given, results)
             bound = calls.bind(machine, arrays, operation, given, request, results)
         except NotImplementedError as error:
             if self._strict:
@@ -124,16 +124,20 @@ class Commands:
         return self._machine
 
 
-def _arrays(machine: Machine, operation: str, given: tuple[Array, ...]) -> Arrays:
+def _arrays(
+    machine: Machine, operation: str, given: tuple[Array, ...], results: Sequence[Array | None]
+) -> Arrays:
     """The module of the arrays' framework. Raises TypeError if the frameworks differ."""
     tensor = getattr(sys.modules.get("torch"), "Tensor", ())
-    if all(isinstance(array, tensor) for array in given):
+    # What is no array at all among the results is refused by its name later.
+    every = (*given, *[array for array in results if isinstance(array, (np.ndarray, tensor))])
+    if all(isinstance(array, tensor) for array in every):
         from tilefold.backends.arrays import torch
 
         return torch
     from tilefold.backends.arrays import numpy
 
-    if not all(isinstance(array, np.ndarray) for array in given):
+    if not all(isinstance(array, np.ndarray) for array in every):
         machine.check(**dict(zip(GIVEN[operation], given, strict=True)))
         raise TypeError("all arrays of a call must be of NumPy, or all tensors")
     return numpy

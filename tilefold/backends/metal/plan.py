@@ -28,7 +28,7 @@ from tilefold.planning.masked import MaskedProblem
 from tilefold.planning.plan import Plan, Scratch, split_scratch
 from tilefold.planning.tiles import runs_to_tiles
 from tilefold.planning.visited import MASK_STEP, cut, heaviest_first, nothing
-from tilefold.problems.attention import Problem
+from tilefold.problems.attention import Problem, check_problem
 
 FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "tiled")}
 """Forms of an operation: "decode" splits the keys of few queries."""
@@ -105,6 +105,7 @@ def plan(
 
     Raises ValueError for what no GPU of the family can run, NotImplementedError for float64.
     """
+    check_problem(problem)
     _check(blocks, cached)
     key = (problem, family, operation, form, _frozen(blocks), _frozen(cached))
     found = _recent.get(key)

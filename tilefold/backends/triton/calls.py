@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tilefold.backends import calls
-from tilefold.backends.protocols import Placement
+from tilefold.backends.protocols import GIVEN, Placement
 from tilefold.backends.triton import dispatch, runtime
 from tilefold.backends.triton.machine import Machine as TritonMachine
 from tilefold.backends.triton.plan import plan
@@ -89,8 +89,13 @@ def _run(
     machine: TritonMachine | None, operation: str, given: tuple[Tensor, ...], request: Request
 ) -> tuple[Tensor, ...]:
     """The results of a pass, on the GPU where q lies unless another machine is given."""
+    from torch import Tensor
+
     from tilefold.backends.arrays import torch
 
+    for name, tensor in zip(GIVEN[operation], given, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}")
     on = machine or runtime.gpu(given[0].device.index if given[0].is_cuda else 0)
     detached = tuple([tensor.detach() for tensor in given])
     return calls.run(on, torch, operation, detached, request)

@@ -34,7 +34,7 @@ from tilefold.planning.masked import MaskedProblem
 from tilefold.planning.plan import Scratch, split_scratch
 from tilefold.planning.tiles import parted, runs_to_tiles
 from tilefold.planning.visited import MASK_STEP, cut, heaviest_first
-from tilefold.problems.attention import STATISTICS, Problem
+from tilefold.problems.attention import STATISTICS, Problem, check_problem
 
 FORMS = {
     "forward": ("auto", "tiled", "hopper", "decode"),
@@ -68,6 +68,7 @@ def plan(
     Raises ValueError for what no GPU of the architecture can run, NotImplementedError for heads
     that are too wide, TypeError for other blocks.
     """
+    check_problem(problem)
     check_asked(blocks)
     asked = tuple(sorted(blocks.items())) if isinstance(blocks, Mapping) else blocks
     hopper = settings.HOPPER.get()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tilefold.backends.launching import AXES
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import MetalSpec
 from tilefold.planning.kernels import STRIDED
@@ -76,7 +77,7 @@ def sizes(spec: MetalSpec) -> tuple[str, ...]:
     names = list(SIZES)
     for name in spec.row.operands:
         if name in STRIDED:
-            names += [f"{name}_{axis}" for axis in "bhnd"]
+            names += [f"{name}_{axis}" for axis in AXES]
     if spec.row.visits:
         names += [parameter.name for parameter in spec.mask.parameters]
         for slot in spec.mask.slots:

@@ -8,6 +8,7 @@ The scale of float64 is given as an integer of the same bits: Triton passes floa
 
 from __future__ import annotations
 
+from tilefold.backends.launching import AXES
 from tilefold.backends.triton.kernels import mask
 from tilefold.backends.triton.kernels.text import ELEMENTS
 from tilefold.backends.triton.spec import TritonSpec
@@ -33,8 +34,6 @@ SIZES = (
 `row_b` and `row_h` block rows from one plane of the runs to the next (0 where all are alike),
 `block_rows` of one head, `splits` parts that another kernel joins, and `parts_stride` rows, of 64
 bits, from one part of dq to the next."""
-
-AXES = "bhnd"
 
 
 def arrays(spec: TritonSpec) -> dict[str, str]:

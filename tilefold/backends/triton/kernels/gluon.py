@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import wrap
 
-from tilefold.backends.triton.kernels import arguments
+from tilefold.backends.launching import AXES
 from tilefold.backends.triton.kernels.text import Text
 
 HEAD = """\
@@ -135,7 +135,7 @@ def function(name: str, title: str, body: Text, known: Iterable[str]) -> Functio
 
 def row_of(operand: str, head: str, at: str, column: str) -> str:
     """The addresses of one row, or of a column of rows."""
-    strides = ", ".join(f"{operand}_{axis}" for axis in arguments.AXES)
+    strides = ", ".join(f"{operand}_{axis}" for axis in AXES)
     return f"rows_at({operand}, b, {head}, {at}, {column}, {strides})"
 
 
