@@ -11,7 +11,7 @@ from tilefold import documents, full, local, rule
 source = Metal().source
 
 
-@pytest.mark.feature("M15")
+@pytest.mark.feature("M15", "A05")
 def test_mask_source_reads_like_the_rule() -> None:
     grids = {"grid_q": (6, 10), "grid_k": (7, 12)}
     assert source(local(3, stride=2, causal=True, **grids)) == (

@@ -73,14 +73,18 @@ class Setting:
         on = interpreted.machine(self.on)
         return interpreted.forward(problem, given, on, blocks=self.blocks, **options)
 
-    def launches(self, problem: Problem, **options: Any) -> Sequence[Any]:
-        """The launches of the forward pass; `options` are those of the plan."""
+    def plan(self, problem: Problem, operation: str, **options: Any) -> Any:
+        """The plan of a pass; `options` as `plan` of the backend takes them."""
         if self.backend == "cpu":
             on = options.pop("device", None) or host()
-            return cpu_plan.plan(problem, on, "forward", **options).launches
-        if self.backend == "metal":
-            return metal_plan.plan(problem, self.on, "forward", **options).launches
-        return triton_plan.plan(problem, self.on, "forward", **options).launches
+            return cpu_plan.plan(problem, on, operation, **options)
+        planner = metal_plan if self.backend == "metal" else triton_plan
+        return planner.plan(problem, self.on, operation, **options)
+
+    def launches(self, problem: Problem, **options: Any) -> Sequence[Any]:
+        """The launches of the forward pass; `options` are those of the plan."""
+        launches: Sequence[Any] = self.plan(problem, "forward", **options).launches
+        return launches
 
     def backward(self, problem: Problem, given: Arrays, form: str) -> dict[str, Array]:
         """All gradients in a form: dq, dk and dv; `given` holds do, q, k, v, o and lse."""
