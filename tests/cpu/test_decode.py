@@ -17,19 +17,19 @@ from cases import RULES, Sizes
 from compare import assert_near, assert_same, dense
 from emulated import MISSING, PACKAGES, emulated
 from guarded import SIDES, guarded
+from kept import kept_plans
 from operands import Array, buffer, inputs
 from paths import finding
 from trial import LAYOUTS, Trial, numbers, problem, run
 
 import tilefold
 from tilefold import causal, local
-from tilefold.backends import calls, registry
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.plan import plan
 from tilefold.backends.cpu.splits import KeySplitter
-from tilefold.problems.attention import Problem
+from tilefold.problems.attention import Problem, shapes_qkv
 from tilefold.problems.request import LAYOUTS as LAYOUTS_OF_CALLS
 
 # Results --------------------------------------------------------------------------------------
@@ -76,18 +76,15 @@ def test_results_of_heads_together(number: int, cut: bool) -> None:
 
 
 @pytest.mark.feature("T02", "T08")
-def test_heads_side_by_side_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    forms = []
-
-    def planned(*arguments: Any) -> Any:
-        forms.append(arguments[3])
-        return plan(*arguments)
-
-    monkeypatch.setattr(dispatch, "plan", planned)
+def test_decode_reads_heads_together_that_lie_side_by_side() -> None:
     sizes = problem(1, 300, 16, batch=1, heads=(4, 4))
+    made = []
     for layout in LAYOUTS_OF_CALLS:
-        calls.compile_ahead(registry.machine("cpu"), sizes, "forward", layout)
-    assert forms == ["auto", "interleaved", "auto"]
+        q, k, v = (np.zeros(shape, np.float32) for shape in shapes_qkv(sizes, layout))
+        tilefold.attention(q, k, v, layout=layout)
+        made.append(kept_plans()[-1])
+    auto, interleaved = (plan(sizes, host(), "forward", form) for form in ("auto", "interleaved"))
+    assert made == [auto, interleaved, auto] and auto != interleaved
     assert KeySplitter(sizes, cores=4, lanes=16).heads_per_item == 4
     many = KeySplitter(problem(5, 300, 16, heads=(64, 32)), cores=4, lanes=16)
     assert many.heads_per_item == 8, "of at most 128 rows"
