@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import assert_near
+from kept import kept_plans
 from numpy.typing import NDArray
 
 import tilefold
@@ -119,17 +120,7 @@ def test_scale_and_type_and_lengths_are_part_of_a_call(prepared: list[str]) -> N
 
 
 @pytest.mark.slow
-def test_precision_is_part_of_a_call_of_float32_alone(
-    prepared: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    real = dispatch.plan
-
-    def plan(problem: Problem, *rest: Any, **options: Any) -> Any:
-        seen.append(problem.precision)
-        return real(problem, *rest, **options)
-
-    monkeypatch.setattr(dispatch, "plan", plan)
+def test_precision_is_part_of_a_call_of_float32_alone(prepared: list[str]) -> None:
     for dtype in (np.float32, np.float64):
         q, k, v = (array.astype(dtype) for array in inputs())
         for _ in range(2):
@@ -137,7 +128,9 @@ def test_precision_is_part_of_a_call_of_float32_alone(
                 o, lse = attention(q, k, v, precision=precision, return_lse=True)
                 attention_backward(o, q, k, v, o, lse, precision=precision)
     expected = [*PRECISIONS, *["highest"] * 3]
+    seen = [made.problem.precision for made in kept_plans()]
     assert seen == [precision for precision in expected for _ in range(2)]
+    assert prepared == ["forward", "backward"] * 6
 
 
 def test_a_problem_of_another_type_has_no_precision_to_choose() -> None:
@@ -182,9 +175,7 @@ def test_another_instruction_set_is_another_call(
             continue
         monkeypatch.setenv("TILEFOLD_CPU_ISA", isa)
         check(arrays)
-        newest: Any = calls.calls.get(calls.calls.keys()[-1])
-        newest = newest.prepared
-        assert newest.plan.device.isa == isa
+        assert kept_plans()[-1].device.isa == isa
         break
     monkeypatch.delenv("TILEFOLD_CPU_ISA", raising=False)
     check(arrays)

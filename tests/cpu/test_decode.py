@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import subprocess
 import sys
@@ -18,19 +17,19 @@ from cases import RULES, Sizes
 from compare import assert_near, assert_same, dense
 from emulated import MISSING, PACKAGES, emulated
 from guarded import SIDES, guarded
+from kept import kept_plans
 from operands import Array, buffer, inputs
 from paths import finding
 from trial import LAYOUTS, Trial, numbers, problem, run
 
 import tilefold
-from tilefold import Rule, causal, full, lengths, local
-from tilefold.backends import calls, registry
+from tilefold import causal, local
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.plan import plan
 from tilefold.backends.cpu.splits import KeySplitter
-from tilefold.problems.attention import Problem
+from tilefold.problems.attention import Problem, shapes_qkv
 from tilefold.problems.request import LAYOUTS as LAYOUTS_OF_CALLS
 
 # Results --------------------------------------------------------------------------------------
@@ -77,18 +76,15 @@ def test_results_of_heads_together(number: int, cut: bool) -> None:
 
 
 @pytest.mark.feature("T02", "T08")
-def test_heads_side_by_side_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    forms = []
-
-    def planned(*arguments: Any) -> Any:
-        forms.append(arguments[3])
-        return plan(*arguments)
-
-    monkeypatch.setattr(dispatch, "plan", planned)
+def test_decode_reads_heads_together_that_lie_side_by_side() -> None:
     sizes = problem(1, 300, 16, batch=1, heads=(4, 4))
+    made = []
     for layout in LAYOUTS_OF_CALLS:
-        calls.compile_ahead(registry.machine("cpu"), sizes, "forward", layout)
-    assert forms == ["auto", "interleaved", "auto"]
+        q, k, v = (np.zeros(shape, np.float32) for shape in shapes_qkv(sizes, layout))
+        tilefold.attention(q, k, v, layout=layout)
+        made.append(kept_plans()[-1])
+    auto, interleaved = (plan(sizes, host(), "forward", form) for form in ("auto", "interleaved"))
+    assert made == [auto, interleaved, auto] and auto != interleaved
     assert KeySplitter(sizes, cores=4, lanes=16).heads_per_item == 4
     many = KeySplitter(problem(5, 300, 16, heads=(64, 32)), cores=4, lanes=16)
     assert many.heads_per_item == 8, "of at most 128 rows"
@@ -165,104 +161,6 @@ def half(array: Array, dtype: str, memory: str = "packed") -> Array:
     kind = np.dtype(dtype if dtype == "float16" else pytest.importorskip("ml_dtypes").bfloat16)
     stored = array.astype(kind)
     return stored if memory == "packed" else stored.transpose().copy().transpose()
-
-
-# NaN, infinities, empty rows ------------------------------------------------------------------
-
-
-def results(sizes: Problem, operands: dict[str, Array], cut: bool) -> dict[str, Array]:
-    shape = (sizes.batch, sizes.heads_q, sizes.len_q)
-    got = {
-        "o": np.full((*shape, sizes.dim_v), np.nan, sizes.dtype),
-        "lse": np.full(shape, np.nan, sizes.dtype),
-    }
-    buffers = {name: buffer(operands[name]) for name in ("q", "k", "v")}
-    buffers |= {name: buffer(array) for name, array in got.items()}
-    dispatch.run(plan(sizes, operation="forward", form="decode", **on(cut)), buffers)
-    return got
-
-
-def few(mask: Rule, dtype: str = "float32", **changes: Any) -> Problem:
-    """Grouped queries, two sequences, dims that leave a rest in every vector."""
-    sizes = {"batch": 2, "heads_q": 4, "heads_kv": 2, "len_q": 3, "len_k": 150, "dim": 5}
-    return Problem(**{**sizes, "dim_v": 7, "dtype": dtype, "scale": 0.5, "mask": mask, **changes})
-
-
-@pytest.mark.slow
-@pytest.mark.feature("M01", "M15", "T07", "T09")
-@pytest.mark.parametrize("held", ["k", "v"])
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_bad_key_reaches_exactly_those_who_see_it(cut: bool, held: str) -> None:
-    mask = tilefold.dense(np.random.default_rng(3).random((3, 150)) < 0.4)
-    sizes = few(mask)
-    operands = inputs(sizes, "bhnd", "packed")
-    clean = results(sizes, operands, cut)
-    seen = mask.to_dense(3, 150)
-    for value in (math.nan, math.inf, -math.inf):
-        for key in (np.flatnonzero(seen[0] & ~seen[1])[0], 149):
-            bad = {name: array.copy() for name, array in operands.items()}
-            bad[held][1, 0, key, 2] = value
-            got = results(sizes, bad, cut)
-            apart = np.ones((2, 4, 3), bool)
-            apart[1, :2, seen[:, key]] = False
-            want = dense(bad, mask, 0.5)
-            for name in ("o", "lse"):
-                assert_same(f"{name}, {value} in {held}", got[name][apart], clean[name][apart])
-                assert_near(f"{name}, {value} in {held}", got[name], want[name], 1e-5)
-
-
-UNSEEN: dict[str, tuple[Rule, Array]] = {
-    "padding": (lengths([100, 33]), np.arange(150) >= np.array([[100], [33]])),
-    "the future": (causal("start"), np.tile(np.arange(150) >= 3, (2, 1))),
-    "everything": (~full(), np.ones((2, 150), bool)),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.feature("M01", "M15", "T07")
-@pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("name", UNSEEN)
-def test_what_no_query_sees_changes_nothing(name: str, cut: bool) -> None:
-    mask, unseen = UNSEEN[name]
-    sizes = few(mask)
-    operands = inputs(sizes, "bhnd", "packed")
-    clean = results(sizes, operands, cut)
-    for value in (math.nan, math.inf, -math.inf):
-        for held in ("k", "v"):
-            operands[held].transpose(0, 2, 1, 3)[unseen] = value
-        for result, array in results(sizes, operands, cut).items():
-            assert_same(f"{result} with {value}", array, clean[result])
-
-
-@pytest.mark.slow
-@pytest.mark.feature("T09", "T10")
-@pytest.mark.parametrize("cut", [False, True])
-def test_scores_of_minus_infinity_alone_have_no_mean(cut: bool) -> None:
-    """An empty row is 0 and -inf; one that sees scores of -inf alone is 0 / 0. Not so if split."""
-    sizes = few(lengths([150, 70]), scale=1.0)
-    operands = inputs(sizes, "bhnd", "packed")
-    operands["q"][...] = abs(operands["q"])
-    operands["k"][0] = -math.inf
-    operands["k"][1, :, :64] = -math.inf  # whole splits
-    got, want = results(sizes, operands, cut), dense(operands, sizes.mask, 1.0)
-    assert np.isnan(got["o"][0]).all() and np.isfinite(got["o"][1]).all()
-    for name in ("o", "lse"):
-        assert_near(name, got[name], want[name], 1e-5 * 20)
-
-
-@pytest.mark.slow
-@pytest.mark.feature("T10")
-@pytest.mark.parametrize("cut", [False, True])
-def test_huge_scores_choose_one_key(cut: bool) -> None:
-    for size in (1e4, 1e8, 1e30):
-        sizes = few(full(), scale=1.0)
-        operands = inputs(sizes, "bhnd", "packed")
-        operands["q"][...] = operands["k"][...] = 0
-        operands["q"][..., 0], operands["k"][..., 0] = size, np.arange(1, 151)
-        got = results(sizes, operands, cut)
-        values = np.repeat(operands["v"][:, :, -1:], 2, axis=1)
-        assert_near("o", got["o"], np.broadcast_to(values, got["o"].shape), 1e-6)
-        assert_near("lse", got["lse"], np.full((2, 4, 3), 150 * size), 1e-5 * 150 * size)
 
 
 # Threads, memory, machines --------------------------------------------------------------------

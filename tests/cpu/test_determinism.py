@@ -48,8 +48,9 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         real(address, arguments, workers)
 
     monkeypatch.setattr(threads, "run", counted)
-    monkeypatch.setattr(threads, "_requested", threads._requested)
+    before = threads.get_num_threads()
     yield seen
+    threads.set_num_threads(before)
 
 
 def a_trial(mask: str = "causal", dtype: str = "float32", length: int = LENGTH) -> Trial:
@@ -150,9 +151,13 @@ def test_four_workers_share_the_work(
         came.append((ctypes.c_int64 * 2).from_address(arguments)[1])  # the counter of workers
 
     monkeypatch.setattr(threads, "run", together)
-    monkeypatch.setattr(threads, "_requested", 4)
-    trial = a_trial()
-    run(trial, numbers(trial), operation, form)
+    before = threads.get_num_threads()
+    threads.set_num_threads(4)
+    try:
+        trial = a_trial()
+        run(trial, numbers(trial), operation, form)
+    finally:
+        threads.set_num_threads(before)
     assert set(came) == {4}
 
 

@@ -12,6 +12,7 @@ import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
 import numpy as np
 import pytest
 import torch
+from compare import assert_near, dense, tolerances
 from torch import Tensor
 
 import tilefold
@@ -20,11 +21,13 @@ from tilefold import Rule, attention, attention_backward
 from tilefold.frontends import operators
 from tilefold.frontends.tensors import check
 from tilefold.problems import reference
+from tilefold.problems.attention import Problem
 from tilefold.problems.request import LAYOUTS, Request
 
+CAUSAL = tilefold.causal()
 RULES = [
     tilefold.full(),
-    tilefold.causal(),
+    CAUSAL,
     tilefold.causal("start") & tilefold.local(3),
     ~tilefold.documents([0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0]) | tilefold.prefix(2),
     tilefold.dense(np.tril(np.ones((7, 5), bool))),
@@ -69,20 +72,24 @@ def test_gradcheck(mask: Rule) -> None:
 @pytest.mark.slow
 def test_agrees_with_the_reference(layout: str, dtype: torch.dtype) -> None:
     inputs = tensors(dtype, layout)
-    o, lse = attention(*inputs, mask=tilefold.causal(), layout=layout, return_lse=True)
+    o, lse = attention(*inputs, mask=CAUSAL, layout=layout, return_lse=True)
     do = torch.randn_like(o)
     gradients = torch.autograd.grad(o, inputs, do)
     axes = LAYOUTS[layout]
     q, k, v, canonical_do = (x.detach().permute(axes).double().numpy() for x in (*inputs, do))
-    expected = reference.attention(q, k, v, mask=tilefold.causal())
-    slopes = reference.attention_backward(canonical_do, q, k, v, *expected, mask=tilefold.causal())
+    expected = reference.attention(q, k, v, mask=CAUSAL)
+    slopes = reference.attention_backward(canonical_do, q, k, v, *expected, mask=CAUSAL)
     tolerance = TOLERANCES[dtype]
     for got, want in zip((o, *gradients), (expected[0], *slopes), strict=True):
         assert got.dtype == dtype and got.is_contiguous()
         values = got.detach().permute(axes).double().numpy()
         np.testing.assert_allclose(values, want, rtol=tolerance, atol=tolerance)
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    np.testing.assert_allclose(lse.numpy(), expected[1], rtol=min(tolerance, 1e-5))
+    operands = {name: x.astype(as_numpy(o).dtype) for name, x in zip("qkv", (q, k, v), strict=True)}
+    operands["do"] = canonical_do.astype(as_numpy(o).dtype)
+    problem = Problem.of(q.shape, k.shape, v.shape, dtype=str(operands["q"].dtype), mask=CAUSAL)
+    want = dense(operands, problem.mask, problem.scale)
+    assert_near("lse", lse.numpy(), want["lse"], tolerances(problem, operands, want)["lse"])
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept import kept_plans
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -353,23 +354,16 @@ def test_strides_and_types_are_part_of_a_prepared_call(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_precision_reaches_the_planner(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[tuple[str, str]] = set()
-    real = dispatch.plan
-
-    def plan(problem: Any, device: Any, operation: str, *rest: Any, **options: Any) -> Any:
-        seen.add((operation, problem.precision))
-        return real(problem, device, operation, *rest, **options)
-
+def test_precision_reaches_the_planner(compiled: bool) -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result: Tensor = tilefold.attention(q, k, v, precision="medium")
         return result
 
     calls.calls.clear()
-    monkeypatch.setattr(dispatch, "plan", plan)
     function = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     q, k, v = (tensor.float() for tensor in tensors())
     function(q.requires_grad_(), k, v).sum().backward()
+    seen = {(made.operation, made.problem.precision) for made in kept_plans()}
     assert seen == {("forward", "medium"), ("backward", "medium")}
 
 

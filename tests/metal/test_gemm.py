@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import re
 from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
 import pytest
-from metal import needs
 from numpy.typing import NDArray
 
-from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.matmul import calls, gemm, rows
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
 from tilefold.backends.metal.matmul.spec import GemmBlocks, GemmSpec
@@ -113,58 +108,6 @@ def test_blocks_are_whole_fragments(lengths: tuple[int, int, int]) -> None:
         GemmBlocks(*lengths, split=(2, 2))
 
 
-def ones(*shape: int, dtype: str = "float32") -> Array:
-    return np.ones(shape, dtype)
-
-
-@pytest.mark.feature("A03")
-@pytest.mark.parametrize(
-    "arguments, options, error, message",
-    [
-        ((ones(2, 3), ones(2, 3)), {}, ValueError, "op(a) is 2 x 3 and op(b) 2 x 3"),
-        ((ones(3), ones(3, 2)), {}, ValueError, "a must have 2 to 4 axes"),
-        ((ones(2, 0), ones(0, 2)), {}, ValueError, "none of length 0"),
-        ((ones(2, 2, 3), ones(4, 3, 2)), {}, ValueError, "the batch of b must be (1, 2) or 1"),
-        ((ones(2, 3, dtype="float64"), ones(3, 2)), {}, TypeError, "got float64"),
-        ((ones(2, 3), ones(3, 2, dtype="int8")), {}, TypeError, "b must be one of float32, float"),
-        ((ones(2, 3), ones(3, 2)), {"dtype": "float16"}, ValueError, "the type of c must be"),
-        ((ones(2, 3), ones(3, 2)), {"beta": 1.0}, ValueError, "beta is 1.0, so c must be given"),
-        ((ones(2, 3), ones(3, 2), ones(2, 3)), {}, ValueError, "float32 of shape (2, 2), got"),
-        (
-            (ones(2, 3), ones(3, 2), np.broadcast_to(ones(1), (2, 2))),
-            {},
-            ValueError,
-            "no axis of it may be broadcast",
-        ),
-        (
-            (ones(2, 3), ones(3, 2)),
-            {"bias": ones(3)},
-            ValueError,
-            "bias must be (..., 2), got (3,)",
-        ),
-        (
-            (ones(2, 3), ones(3, 2)),
-            {"bias": ones(2, dtype="float16")},
-            TypeError,
-            "bias must be float32 as the result is",
-        ),
-        (
-            (ones(2, 3), ones(3, 2)),
-            {"bias": ones(2), "bias_axis": "k"},
-            ValueError,
-            "bias_axis must",
-        ),
-        ((ones(2, 3), ones(3, 2)), {"activation": "sine"}, ValueError, "activation must be None"),
-        (([[1.0]], ones(1, 1)), {}, TypeError, "a must be a NumPy array or a tensor"),
-    ],
-)
-def test_what_is_no_product_is_refused(
-    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        calls.gemm(*arguments, **options, machine=Emulated())
-
-
 @pytest.mark.parametrize(
     "staged, multiplied, length, batch, cores, want",
     [
@@ -183,10 +126,3 @@ def test_the_table_gives_small_products_small_blocks(
 ) -> None:
     blocks = calls.block_sizes(staged, multiplied, length, length, batch, cores)
     assert str(blocks) == want
-
-
-@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "calls"])
-def test_examples(name: str) -> None:
-    needs()
-    failed, _ = doctest.testmod(importlib.import_module(f"tilefold.backends.metal.matmul.{name}"))
-    assert failed == 0

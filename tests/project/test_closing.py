@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from closing import INSTALL, TEST_EXTRA, Closing, Measuring, install
+from closing import INSTALL, TEST_EXTRA, Closing, Measuring, install, remedy
 
 pytest_plugins = ["pytester"]
 
@@ -57,7 +57,7 @@ def test_skipped_tests_are_counted_by_reason_with_what_to_install(inner: pytest.
             "    3  Clang with its sanitizers (clang-19, libclang-rt-19-dev) is not here",
             "       apt-get install clang-19 libclang-rt-19-dev",
             "    1  Windows has no mprotect",
-            "       nothing to install: this machine is another one",
+            "       nothing to install: needs a system other than Windows",
             "    1  could not import 'no_torch_here': No module named 'no_torch_here'",
             f"       {TEST_EXTRA}".replace("[", "[[]"),
         ]
@@ -92,3 +92,20 @@ def test_reasons_of_this_project_have_their_command(reason: str, command: str) -
     found = install(reason)
     assert found.startswith(first) and all(part in found for part in rest)
     assert not found or found in dict(INSTALL).values()
+
+
+@pytest.mark.parametrize(
+    ("reason", "needed"),
+    [
+        ("this machine has no avx512", "a processor with AVX-512"),
+        ("this machine has no sse2: isa must be one of neon on this device", "an x86-64 processor"),
+        ("this machine has no neon: isa must be one of avx512, sse2", "a processor with NEON"),
+        ("AMX and its signal handler are for Linux on x86-64", "a processor with AMX"),
+        ("there is a GPU", "a machine without a GPU"),
+        ("peaks are read through Linux's /proc", "Linux"),
+        ("no fork here", "a system of the Unix kind"),
+        ("the moon is full", "another machine"),
+    ],
+)
+def test_reasons_that_nothing_installs_say_what_is_needed(reason: str, needed: str) -> None:
+    assert remedy(reason).startswith(f"nothing to install: needs {needed}")

@@ -37,10 +37,31 @@ def spent() -> float:
     return sum(os.times()[:4])
 
 
+NEEDS = (
+    (r"no avx512", "a processor with AVX-512"),
+    (r"no (avx|sse)|x86 (has|registers|levels)", "an x86-64 processor with these instructions"),
+    (r"no neon", "a processor with NEON"),
+    (r"\bamx\b|\btiles\b", "a processor with AMX, or one with AVX-512 and its bfloat16"),
+    (r"windows", "a system other than Windows"),
+    (r"there is a gpu", "a machine without a GPU"),
+    (r"linux|affinity|system calls", "Linux"),
+    (r"fork|interval timer", "a system of the Unix kind"),
+)
+"""What a test needs that no package brings, by what stands in the reason of its skip."""
+
+
 def install(reason: str) -> str:
     """The command after which a skipped test runs; "" if there is none."""
     found = (command for words, command in INSTALL if re.search(words, reason, re.IGNORECASE))
     return next(found, "")
+
+
+def remedy(reason: str) -> str:
+    """The command that makes a skipped test run, or what the machine would need for it."""
+    if command := install(reason):
+        return command
+    found = (need for words, need in NEEDS if re.search(words, reason, re.IGNORECASE))
+    return f"nothing to install: needs {next(found, 'another machine')}"
 
 
 def skips(reports: list[Any]) -> list[str]:
@@ -52,9 +73,8 @@ def skips(reports: list[Any]) -> list[str]:
         counts[words.removeprefix("Skipped: ").partition("\n")[0]] += 1
     lines = []
     for reason, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
-        command = install(reason)
         lines.append(f"{count:5}  {reason}")
-        lines.append(f"       {command or 'nothing to install: this machine is another one'}")
+        lines.append(f"       {remedy(reason)}")
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tilefold import Rule
-from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.plan import plan
+from tilefold.backends.cpu.spec import Multiplier
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
 
@@ -180,6 +181,7 @@ def tolerances(
     want: Mapping[str, Array],
     *,
     host_pairs: bool = True,
+    device: Device | None = None,
 ) -> dict[str, float]:
     """The tolerances of the results.
 
@@ -187,12 +189,15 @@ def tolerances(
     computation by NumPy in float32. Both have a floor of a few roundings of the terms of every sum
     (`roundings`): 3 in float32, of which these cases and 120 random ones need at most 1.7, and 6 in
     float64, where the definition rounds as much itself. Half types: see `_of_halves`. `host_pairs`
-    is False for kernels of GPUs, which do not multiply them as this processor does.
+    is False for kernels of GPUs, which do not multiply them as this processor does. `device` is
+    another processor.
     """
     dtype = problem.dtype
     moves = roundings(operands, want, problem.mask, problem.scale)
     if dtype in HALVES:
-        return _of_halves(problem, operands, want, moves, host_pairs)
+        launches = plan(problem, device or host(), "forward").launches if host_pairs else ()
+        products = [launch.spec.multiplier for launch in launches]
+        return _of_halves(problem, operands, want, moves, products)
     units = {"float32": 3, "float64": 6}[dtype] * UNITS[dtype]
     if dtype == "float64":
         allowed = {name: 1e-12 * largest(array) for name, array in want.items()}
@@ -207,7 +212,7 @@ def _of_halves(
     operands: Mapping[str, Array],
     want: Mapping[str, Array],
     moves: Mapping[str, float],
-    host_pairs: bool,
+    products: Sequence[Multiplier],
 ) -> dict[str, float]:
     """Tolerances of half types: two times the error of a dense computation, three for gradients.
 
@@ -222,8 +227,6 @@ def _of_halves(
     kept = problem.dtype
     least = float(ml_dtypes.finfo(kept).smallest_subnormal) / 2
     terms = roundings(operands, want, problem.mask, problem.scale, exact_scores=True)
-    launches = plan(problem, host(), "forward").launches if host_pairs else ()
-    products = [launch.spec.multiplier for launch in launches]
     exponential = 3e-6 if any(each.unit != "fma" for each in products) else 0.0
     allowed = {"lse": 2 * largest_error(low["lse"], want["lse"]) + exponential}
     for name, times in (("o", 2), ("dq", 3), ("dk", 3), ("dv", 3)):

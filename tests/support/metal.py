@@ -114,12 +114,17 @@ def backward(
     operands: Mapping[str, Array],
     on: dispatch.Emulated,
     into: Mapping[str, Array] | None = None,
+    made: MetalPlan | None = None,
     **options: Any,
 ) -> dict[str, Array]:
-    """Return dq, dk and dv, in `into` if given; `operands` holds do, q, k, v, o and lse."""
+    """dq, dk and dv, in `into` if it is given; `operands` holds do, q, k, v, o and lse.
+
+    `options` are those of `plan`, used without a plan.
+    """
     results = into or {
         f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"
     }
     given = {name: operands[name] for name in ("do", "q", "k", "v", "o", "lse")}
-    dispatch.execute(plan(problem, on.family, "backward", **options), on, {**given, **results})
+    made = made or plan(problem, on.family, "backward", **options)
+    dispatch.execute(made, on, {**given, **results})
     return dict(results)

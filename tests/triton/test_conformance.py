@@ -75,36 +75,6 @@ def test_attention_and_its_gradients(architecture: str, dtype: str, form: str, c
     assert_conforms(interpreted, on, problem, case, form=form)
 
 
-FEW = [
-    ((1, 700), "gqa", "causal", 64, "float16"),
-    ((5, 600), "gqa", "causal", 64, "bfloat16"),
-    ((3, 513), "mqa", "lengths-of-batch", 40, "float32"),
-    ((2, 900), "mha", "local", 80, "float64"),
-    ((16, 530), "mqa", "dense-queries", 16, "float32"),
-    ((48, 600), "gqa", "window-and-prefix", 24, "float16"),
-    ((2, 600), "gqa", "causal", 300, "float64"),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.feature("M01", "M15", "M16")
-@pytest.mark.parametrize(("shape", "heads", "rule", "dim", "dtype"), FEW, ids=str)
-def test_decoding(shape: tuple[int, int], heads: str, rule: str, dim: int, dtype: str) -> None:
-    """Keys are split among programs, and the queries of a key head share what is read: packed,
-    they fill blocks that one head would not.
-    """
-    case = Case(shape, dim, rule, "bhnd", heads, "packed")
-    problem = case.problem(dtype)
-    operands = inputs(problem, "bhnd", "packed")
-    want = dense(operands, problem.mask, problem.scale)
-    tolerance = tolerances(problem, operands, want, host_pairs=False)
-    made = plan(problem, "sm_90", "forward")
-    assert [launch.spec.kernel for launch in made.launches] == ["decode", "merge"]
-    assert rule == "local" or made.launches[0].splits > 1  # a window is read by one program
-    for name, found in forward(problem, operands).items():
-        assert_near(name, found, want[name], tolerance[name])
-
-
 @pytest.mark.slow
 @pytest.mark.feature("M07")
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ Compilers run in a process of their own, since this one interprets.
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -105,44 +103,6 @@ def test_blocks_are_powers_of_two(field: str, value: Any, message: str) -> None:
 
 def ones(*shape: int, dtype: str = "float32") -> Array:
     return np.ones(shape, dtype)
-
-
-@pytest.mark.feature("A03")
-@pytest.mark.parametrize(
-    "arguments, options, error, message",
-    [
-        ((ones(2, 3), ones(2, 3)), {}, ValueError, "op(a) is 2 x 3 and op(b) 2 x 3"),
-        ((ones(3), ones(3, 2)), {}, ValueError, "a must have 2 to 4 axes"),
-        ((ones(2, 2, 3), ones(4, 3, 2)), {}, ValueError, "the batch of b must be (1, 2) or 1"),
-        ((ones(2, 3, dtype="float64"), ones(3, 2)), {}, ValueError, "must both be float64 or nei"),
-        ((ones(2, 3), ones(3, 2, dtype="int8")), {}, TypeError, "b must be one of float32, float"),
-        ((ones(2, 3), ones(3, 2)), {"dtype": "float16"}, ValueError, "the type of c must be"),
-        ((ones(2, 3), ones(3, 2)), {"beta": 1.0}, ValueError, "beta is 1.0, so c must be given"),
-        ((ones(2, 3), ones(3, 2), ones(2, 3)), {}, ValueError, "float32 of shape (2, 2), got"),
-        ((ones(2, 3), ones(3, 2)), {"bias": ones(3)}, ValueError, "bias must be (..., 2), got"),
-        (
-            (ones(2, 3), ones(3, 2)),
-            {"bias": ones(2, dtype="float16")},
-            TypeError,
-            "bias must be float32 as the result is",
-        ),
-        ((ones(2, 3), ones(3, 2)), {"bias_axis": "k"}, ValueError, "bias_axis must be 'column'"),
-        (
-            (ones(2, 3), ones(3, 2)),
-            {"precision": "tf32"},
-            ValueError,
-            "precision must be 'highest'",
-        ),
-        ((ones(2, 3), ones(3, 2)), {"activation": "sine"}, ValueError, "activation must be None"),
-    ],
-)
-def test_what_is_no_product_is_refused(
-    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    on = machine()
-    options = {name: tensor(x) if name == "bias" else x for name, x in options.items()}
-    with pytest.raises(error, match=re.escape(message)):
-        calls.gemm(*map(tensor, arguments), **options, machine=on)
 
 
 @pytest.mark.feature("A03")
@@ -273,9 +233,3 @@ def test_every_compiler_takes_the_texts(target: str, tmp_path: Path) -> None:
         assert "failure" not in found, (spec, found)
         assert found["shared"] <= device.shared_bytes, spec
         assert ("cp.async.bulk.tensor" in found["assembly"]) == spec.descriptors, spec
-
-
-@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "calls"])
-def test_examples(name: str) -> None:
-    failed, _ = doctest.testmod(importlib.import_module(f"tilefold.backends.triton.matmul.{name}"))
-    assert failed == 0

@@ -72,25 +72,21 @@ def test_the_fused_form_has_a_part_of_dq_for_each_owner() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "form", "expected"),
+    ("shape", "form"),
     [
-        (((4, 8, 1, 64), (4, 2, 8192, 64)), "auto", ["decode", "merge"]),
-        (((4, 8, 64, 64), (4, 2, 8192, 64)), "auto", ["decode", "merge"]),
-        (((4, 8, 65, 64), (4, 2, 8192, 64)), "auto", ["forward"]),
-        (((4, 8, 16, 64), (4, 8, 8192, 64)), "auto", ["decode", "merge"]),
-        (((4, 8, 17, 64), (4, 8, 8192, 64)), "auto", ["forward"]),
-        (((4, 8, 1, 64), (4, 2, 100, 64)), "auto", ["forward"]),
-        (((4, 8, 17, 64), (4, 2, 8192, 64)), "decode", ["decode", "merge"]),
-        (((4, 8, 1, 64), (4, 2, 8192, 64)), "tiled", ["forward"]),
+        (((4, 8, 1, 64), (4, 2, 8192, 64)), "auto"),
+        (((4, 8, 64, 64), (4, 2, 8192, 64)), "auto"),
+        (((4, 8, 16, 64), (4, 8, 8192, 64)), "auto"),
+        (((4, 8, 17, 64), (4, 2, 8192, 64)), "decode"),
     ],
 )
-def test_few_queries_are_decoded(shape: tuple[Any, ...], form: str, expected: list[str]) -> None:
+def test_decode_has_programs_enough_and_a_part_for_each_split(
+    shape: tuple[Any, ...], form: str
+) -> None:
     made = plan.plan(Problem.of(*shape, dtype="float16"), "sm_90", "forward", form=form)
-    assert operations(made) == expected
-    if expected[0] == "decode":
-        launch, programs = made.launches[0], 4 * shape[1][1] * made.launches[0].block_rows
-        assert programs >= min(DEFAULT.enough_programs, 8 * 8192 // DEFAULT.keys_per_split)
-        assert made.buffers["part_o"].shape == (4, 8, launch.splits, shape[0][2], 64)
+    launch, programs = made.launches[0], 4 * shape[1][1] * made.launches[0].block_rows
+    assert programs >= min(DEFAULT.enough_programs, 8 * 8192 // DEFAULT.keys_per_split)
+    assert made.buffers["part_o"].shape == (4, 8, launch.splits, shape[0][2], 64)
 
 
 def test_a_planner_takes_other_heuristics() -> None:

@@ -9,14 +9,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from bounds import Fault, Watched
-from compare import UNITS, assert_near
-from interpreted import array, needs, tensor
+from compare import assert_near
+from interpreted import needs, tensor
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
+from products import assert_weights, definition, weigh
 from triton_ahead import compiled
 
 from tilefold.backends.triton.matmul import calls, rows
@@ -25,8 +25,6 @@ from tilefold.backends.triton.matmul.rows import SoftmaxBlocks, SoftmaxSpec
 pytestmark = pytest.mark.slow
 
 Array = NDArray[Any]
-
-LOWEST = -float(np.finfo("float64").max)
 
 SOFTMAX = SoftmaxSpec("bfloat16", SoftmaxBlocks(4, 64, 4))
 OTHER: dict[str, Any] = {
@@ -56,51 +54,6 @@ def blocks(request: pytest.FixtureRequest) -> SoftmaxBlocks | None:
     return found
 
 
-def weigh(x: Array, p: Array | None = None, **options: Any) -> tuple[Array, Array]:
-    """`softmax` on arrays, with lse; its kernel touches its operands and no more."""
-    needs()
-    into = None if p is None else tensor(p)
-    on = Watched(written=("p", "lse"))
-    got, lse = calls.softmax(tensor(x), into, return_lse=True, machine=on, **options)
-    assert into is None or got is into
-    return array(got, str(x.dtype)), lse.numpy()
-
-
-def definition(x: Array) -> tuple[Array, Array]:
-    """Softmax and log-sum-exp in float64; 0 and -inf where a row is -inf alone."""
-    x = x.astype(np.float64)
-    m = np.where(np.isneginf(x).all(-1, keepdims=True), 0, x.max(-1, keepdims=True, initial=LOWEST))
-    e = np.exp(x - m)
-    total = e.sum(-1, keepdims=True)
-    return np.where(total == 0, 0, e / np.where(total == 0, 1, total)), (m + np.log(total))[..., 0]
-
-
-def assert_softmax(x: Array, p: Array | None = None, blocks: SoftmaxBlocks | None = None) -> None:
-    """Raises unless weights and lse are as near as the type of the sums allows.
-
-    A sum of `width` terms is off by as many units at most. x - m is off by a unit of itself, which
-    its exponential passes on; weights below the smallest normal number may be 0. Of float64 the
-    definition is off by as much itself.
-    """
-    got, lse = map(np.atleast_1d, weigh(x, p, blocks=blocks))
-    want, want_lse = map(np.atleast_1d, definition(x))
-    kept = str(x.dtype)
-    unit = 2 * UNITS["float64"] if kept == "float64" else UNITS["float32"]
-    assert lse.dtype == ("float64" if kept == "float64" else "float32")
-    depth = np.where(want > 0, -np.log(np.maximum(want, 1e-45)), 0)
-    exact = (x.shape[-1] + 8 + depth) * unit * want
-    least = max(1.2e-38, float(ml_dtypes.finfo(kept).smallest_subnormal))
-    assert_near("p", got, want, exact + 1.01 * UNITS[kept] * want + least)
-    assert_near("lse", lse, want_lse, unit * (x.shape[-1] + 8 + abs(np.nan_to_num(want_lse))))
-
-
-@pytest.mark.parametrize("dtype", rows.DTYPES)
-def test_rows_of_any_width(blocks: SoftmaxBlocks | None, dtype: str) -> None:
-    for shape in ((1, 1), (5, 7), (3, 129), (2, 300), (0, 3), (3, 0), (1, 16), (7, 32), (2, 64)):
-        x = 10 * np.random.default_rng(shape).normal(size=shape)
-        assert_softmax(x.astype(dtype), blocks=blocks)
-
-
 @pytest.mark.feature("S02")
 @pytest.mark.parametrize(
     "shape",
@@ -119,48 +72,6 @@ def test_the_shapes_of_the_learning_ladder(shape: tuple[int, int]) -> None:
     assert ((p >= 0) & (p <= 1)).all()
     assert_near("sums", p.sum(axis=1, dtype="float64"), np.ones(len(x)), 1e-5)
     assert_near("p", p, definition(x)[0], 1e-4)
-
-
-def test_rows_lie_anywhere_and_in_a_batch(blocks: SoftmaxBlocks | None) -> None:
-    x = np.random.default_rng(1).normal(size=(2, 3, 5, 40)).astype("float32")
-    assert_softmax(x, blocks=blocks)
-    assert_softmax(x[0, 0, 0], blocks=blocks)
-    assert_softmax(x[:, 1:, ::2, ::3], blocks=blocks)
-    around = np.full((40, 3, 2, 9), 7, "float32")
-    p = around[..., 1::2]
-    assert_softmax(x.transpose(3, 1, 0, 2)[..., :4], p, blocks=blocks)
-    assert (around[..., ::2] == 7).all() and (p != 7).all()
-
-
-def test_weights_may_replace_their_scores(blocks: SoftmaxBlocks | None) -> None:
-    x = np.random.default_rng(2).normal(size=(6, 200)).astype("float32")
-    want, _ = definition(x)
-    weigh(x, x, blocks=blocks)
-    assert_near("p", x, want, 1e-6)
-
-
-def test_numbers_at_the_ends_of_their_range(blocks: SoftmaxBlocks | None) -> None:
-    """Safe whatever the scores: huge ones, all alike, -inf among others or alone, +inf, NaN."""
-    inf, nan = np.inf, np.nan
-    for dtype in ("float32", "float64"):
-        most = float(np.finfo(dtype).max)
-        x = np.zeros((9, 140), dtype)
-        x[0] = most
-        x[1] = -most
-        x[2], x[2, 70] = -most, most
-        x[3, 1:] = -inf
-        x[4] = -inf
-        x[5, 139] = inf
-        x[6, 100] = nan
-        x[7] = np.linspace(-100, 100, 140)
-        x[8] = nan
-        p, lse = weigh(x, blocks=blocks)
-        want, want_lse = definition(x)
-        assert_near("p", p, want, 1e-6)
-        assert (p[4] == 0).all() and lse[4] == -inf
-        assert np.isnan(p[[5, 6, 8]]).all() and np.isnan(lse[[6, 8]]).all()
-        finite = [0, 1, 2, 3, 7]
-        assert_near("lse", lse[finite], want_lse[finite], 1e-6 * (1 + abs(want_lse[finite])))
 
 
 @pytest.mark.parametrize("text", ["row < rows", "(column < width"])
@@ -184,8 +95,9 @@ def test_a_row_too_few_is_found() -> None:
 
 def test_wide_rows_are_walked() -> None:
     x = np.random.default_rng(3).normal(size=(2, rows.WIDE + 1)).astype("float32")
-    assert_softmax(x)
-    assert_softmax(x[:, : rows.WIDE])
+    for width in (rows.WIDE + 1, rows.WIDE):
+        one = x[:, :width]
+        assert_weights(one, *weigh(one))
     blocks = SoftmaxBlocks.of(rows.WIDE)
     assert blocks == SoftmaxBlocks.of(rows.WIDE + 1) and blocks.columns == rows.WIDE
 

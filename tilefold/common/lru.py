@@ -24,8 +24,8 @@ class LruCache(Generic[T]):
     """The most recently used values: at most `most` of them, of `most_bytes` bytes in all.
 
     The newest value always stays. Any number of threads may use the store, and so may a forked
-    child. `get` takes no lock and hashes the key once, since every call begins with it. A finaliser or a
-    signal handler may interrupt any method, and use the store in the same thread.
+    child. `get` takes no lock and hashes the key once, since every call begins with it. A finaliser
+    or a signal handler may interrupt any method, and use the store in the same thread.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:

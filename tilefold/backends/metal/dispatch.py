@@ -274,7 +274,7 @@ def _step(
     alignment: int,
 ) -> _Step:
     """The step of a launch, with all arguments except the operands."""
-    spec = _fitted(launch.spec, strides, alignment)
+    spec = fitted(launch.spec, strides, alignment)
     names = [argument.name for argument in arrays(spec)]
     if len(names) + 2 > MOST_BUFFERS:
         raise NotImplementedError(
@@ -302,8 +302,11 @@ def _step(
     )
 
 
-def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], alignment: int) -> MetalSpec:
-    """The spec for operands of these strides and this alignment, which a plan does not know."""
+def fitted(spec: MetalSpec, strides: Mapping[str, Strides], alignment: int) -> MetalSpec:
+    """The spec for operands of these strides and this alignment, which a plan does not know.
+
+    Offsets of 64 bits stay where the plan asks for them.
+    """
     given = {name: strides[name] for name in spec.row.operands if name in STRIDED}
     longest = max(spec.blocks.parallel, spec.blocks.traverse) + SIDE
     reach = [
@@ -314,7 +317,8 @@ def _fitted(spec: MetalSpec, strides: Mapping[str, Strides], alignment: int) -> 
     rows = [step for *along, _ in given.values() for step in along]
     widths = [spec.width(name) for name in given]
     vector = math.gcd(alignment, *rows, *widths) if unit else 1
-    return replace(spec, unit=unit, wide=max(reach, default=0) >= 2**31, vector=vector)
+    wide = spec.wide or max(reach, default=0) >= 2**31
+    return replace(spec, unit=unit, wide=wide, vector=vector)
 
 
 def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:

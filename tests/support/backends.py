@@ -1,0 +1,123 @@
+"""The backends as shared suites run them: attention on canonical arrays, on one machine, in a type.
+
+A suite of a behaviour has its settings as a parameter, and says nothing of a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import interpreted
+import metal
+import operands as cpu
+from operands import FORMS, Array
+
+from tilefold.backends.cpu import plan as cpu_plan
+from tilefold.backends.cpu.device import host
+from tilefold.backends.metal import plan as metal_plan
+from tilefold.backends.triton import plan as triton_plan
+from tilefold.backends.triton.spec import Blocks
+from tilefold.problems.attention import Problem
+
+Arrays = Mapping[str, Array]
+
+TOLERANCES = {
+    "cpu": {"float32": 1e-5, "float64": 1e-12, "float16": 3e-3, "bfloat16": 2e-2},
+    "metal": {"float32": 1e-5, "float16": 4e-3},
+    "triton": {"float32": 1e-5, "bfloat16": 3e-2},
+}
+"""Largest error of a result that is not to be exact, relative to its largest number or to 1."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A backend, what it runs on, a type, and the forms of the backward pass that are tried.
+
+    `on` is a family of Apple GPUs or a GPU architecture; it is "" for this processor. `forms` of a
+    backend that has no choice are ("",). `blocks` are the caller's instead of the table's.
+    """
+
+    backend: str
+    dtype: str
+    on: str = ""
+    forms: tuple[str, ...] = ("",)
+    blocks: Blocks | None = None
+
+    def __str__(self) -> str:
+        forms = () if self.backend == "cpu" else self.forms
+        words = (self.backend, self.on, self.dtype, *forms, self.blocks or "")
+        return "-".join(str(word) for word in words if word)
+
+    @property
+    def tolerance(self) -> float:
+        """Largest error relative to the largest number of a result, or to 1."""
+        return TOLERANCES[self.backend][self.dtype]
+
+    @property
+    def exact(self) -> bool:
+        """Whether what changes no result changes none of its bits.
+
+        CPUs compute tiles of half types that hold NaN with weights that are not rounded to pairs,
+        and GPUs add one value at a time in a tile that holds NaN.
+        """
+        return self.backend == "cpu" and self.dtype in ("float32", "float64")
+
+    def forward(self, problem: Problem, given: Arrays, **options: Any) -> dict[str, Array]:
+        """Both results of the forward pass: o and lse; `options` are those of the plan."""
+        if self.backend == "cpu":
+            return cpu.forward(problem, given, **options)
+        if self.backend == "metal":
+            return metal.forward(problem, given, metal.machine(self.on), **options)
+        on = interpreted.machine(self.on)
+        return interpreted.forward(problem, given, on, blocks=self.blocks, **options)
+
+    def plan(self, problem: Problem, operation: str, **options: Any) -> Any:
+        """The plan of a pass; `options` as `plan` of the backend takes them."""
+        if self.backend == "cpu":
+            on = options.pop("device", None) or host()
+            return cpu_plan.plan(problem, on, operation, **options)
+        planner = metal_plan if self.backend == "metal" else triton_plan
+        return planner.plan(problem, self.on, operation, **options)
+
+    def launches(self, problem: Problem, **options: Any) -> Sequence[Any]:
+        """The launches of the forward pass; `options` are those of the plan."""
+        launches: Sequence[Any] = self.plan(problem, "forward", **options).launches
+        return launches
+
+    def backward(self, problem: Problem, given: Arrays, form: str) -> dict[str, Array]:
+        """All gradients in a form: dq, dk and dv; `given` holds do, q, k, v, o and lse."""
+        if self.backend == "cpu":
+            return cpu.backward(problem, given, form)
+        if self.backend == "metal":
+            return metal.backward(problem, given, metal.machine(self.on))
+        options: dict[str, Any] = {"form": form, "blocks": self.blocks}
+        return interpreted.backward(problem, given, interpreted.machine(self.on), **options)
+
+    def gradients(self, problem: Problem, given: Arrays) -> dict[str, Array]:
+        """Gradients in every form of the setting: "dq split", "dq fused", ..."""
+        return {
+            f"{name} {form}".strip(): array
+            for form in self.forms
+            for name, array in self.backward(problem, given, form).items()
+        }
+
+    def results(self, problem: Problem, given: Arrays) -> dict[str, Array]:
+        """Results of both passes, the gradients as `gradients` names them."""
+        made = self.forward(problem, given)
+        return {**made, **self.gradients(problem, {**given, **made})}
+
+
+def quantity(name: str) -> str:
+    """The quantity that a result is: "dq" of "dq split".
+
+    >>> quantity("dq split"), quantity("lse")
+    ('dq', 'lse')
+    """
+    return name.partition(" ")[0]
+
+
+def on_cpu(dtype: str) -> Setting:
+    """This processor, in every form of the backward pass."""
+    return Setting("cpu", dtype, forms=tuple(FORMS))

@@ -1,0 +1,214 @@
+"""Products of matrices and the softmax of rows on a GPU's kernels, as shared suites call them.
+
+Metal's run on the emulator, which faults outside of what a view reaches; Triton's in its
+interpreter, held to touch their operands alone and to write all of C once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import metal
+import ml_dtypes
+import numpy as np
+import product_cases
+from bounds import Watched
+from compare import UNITS, assert_near
+from interpreted import array, needs, tensor
+from numpy.typing import NDArray
+from product_cases import Variant, given
+
+from tilefold.backends.metal.dispatch import Emulated
+from tilefold.backends.metal.matmul import calls as metal_calls
+from tilefold.backends.triton.interpreter import Interpreted
+from tilefold.backends.triton.matmul import calls as triton_calls
+from tilefold.backends.triton.matmul.gemm import GemmBlocks
+from tilefold.backends.triton.matmul.rows import SoftmaxBlocks
+
+Array = NDArray[Any]
+
+SMALL = GemmBlocks(32, 32, 16, warps=4, stages=2, band=2)
+"""Blocks of Triton's products: the interpreter's arrays are as large as they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class ListeningEmulator(Emulated):
+    """The emulator, and the sources that it was given."""
+
+    sources: list[str] = field(default_factory=list)
+
+    def compile(self, text: str) -> Any:
+        """Compile a source, and note it."""
+        self.sources.append(text)
+        return super().compile(text)
+
+
+@dataclass(frozen=True, eq=False)
+class ListeningInterpreter(Watched):
+    """The interpreter, and the sources that it was given."""
+
+    written: tuple[str, ...] = ("c",)
+    sources: list[str] = field(default_factory=list)
+
+    def function(self, text: str, entry: str) -> Any:
+        """Take a source, and note it."""
+        self.sources.append(text)
+        return super().function(text, entry)
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of a backend: `family` is that of an Apple GPU, or "" for Triton."""
+
+    family: str = ""
+
+    def __str__(self) -> str:
+        return f"metal-{self.family}" if self.family else "triton"
+
+    @property
+    def activation_unit(self) -> float:
+        """How far an activation is off by itself, relative to its argument."""
+        return 3e-7 if self.family else 0
+
+    def listening(self) -> ListeningEmulator | ListeningInterpreter:
+        """A machine of its own that notes its sources."""
+        if self.family:
+            metal.needs()
+            return ListeningEmulator(self.family)
+        needs()
+        return ListeningInterpreter()
+
+    def gemm(
+        self, a: Array, b: Array, c: Array | None = None, on: Any = None, **options: Any
+    ) -> Array:
+        """The product of two arrays, in `c` where it is given."""
+        if self.family:
+            got: Array = metal_calls.gemm(a, b, c, machine=on or _emulator(self.family), **options)
+            assert c is None or got is c
+            return got
+        return multiply(a, b, c, on, **options)
+
+    def check(self, got: Array, a: Array, b: Array, **options: Any) -> None:
+        """Raise AssertionError unless a product is as near as its sums can be."""
+        unit = self.activation_unit
+        product_cases.assert_product(got, a, b, activation_unit=unit, **options)
+
+    def product(self, variant: Variant, shape: tuple[int, int, int], on: Any = None) -> None:
+        """Raise AssertionError unless a product of random numbers is right."""
+        x = given(variant, shape)
+        options: dict[str, Any] = {"cores": 1} if self.family else {}
+        got = self.gemm(
+            x.a,
+            x.b,
+            x.c.copy(),
+            on,
+            transpose_a=variant.transpose_a,
+            transpose_b=variant.transpose_b,
+            bias=x.bias if variant.bias else None,
+            bias_axis=variant.bias or "column",
+            activation=variant.activation,
+            **x.scalars,
+            **options,
+        )
+        activation = variant.activation
+        self.check(got, x.left, x.right, c=x.c, bias=x.added, activation=activation, **x.scalars)
+
+
+ALL = (Products("apple7"), Products("apple9"), Products())
+"""Apple GPUs of one that stages operands and one whose lanes read them, and Triton."""
+
+
+@functools.cache
+def _emulator(family: str) -> Emulated:
+    metal.needs()
+    return Emulated(family)
+
+
+def multiply(
+    a: Array, b: Array, c: Array | None = None, on: Interpreted | None = None, **options: Any
+) -> Array:
+    """Triton's `gemm` on arrays; the kernel touches them alone, and writes all of C once."""
+    needs()
+    on, options = on or Watched(written=("c",)), {"blocks": SMALL, **options}
+    if options.get("bias") is not None:
+        options["bias"] = tensor(options["bias"])
+    into = None if c is None else tensor(c)
+    got = triton_calls.gemm(tensor(a), tensor(b), into, machine=on, **options)
+    assert into is None or got is into
+    return array(got, str(got.dtype).removeprefix("torch."))
+
+
+def definition(x: Array) -> tuple[Array, Array]:
+    """Softmax and log-sum-exp in float64; 0 and -inf where a row is -inf alone."""
+    x = x.astype(np.float64)
+    lowest = -float(np.finfo("float64").max)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        m = x.max(-1, keepdims=True, initial=lowest)
+        m = np.where(np.isneginf(x).all(-1, keepdims=True), 0, m)
+        e = np.exp(x - m)
+        total = e.sum(-1, keepdims=True)
+        p = np.where(total == 0, 0, e / np.where(total == 0, 1, total))
+        return p, (m + np.log(total))[..., 0]
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The softmax of rows on a backend, and who has a row.
+
+    Metal: a simdgroup of 32 threads, or where `shared` a threadgroup, whatever the width. Triton:
+    a block that holds a row where `blocks` is None, else one that walks it.
+    """
+
+    family: str = ""
+    shared: bool = False
+    blocks: SoftmaxBlocks | None = None
+
+    def __str__(self) -> str:
+        if self.family:
+            return f"metal-{self.family}-{'threadgroup' if self.shared else 'simdgroup'}"
+        return f"triton-{f'{self.blocks.rows} rows walked' if self.blocks else 'one pass'}"
+
+    def __call__(self, x: Array, p: Array | None = None) -> tuple[Array, Array]:
+        """The weights of rows, in `p` where it is given, and their log-sum-exp."""
+        if self.family:
+            on = _emulator(self.family)
+            got, lse = metal_calls.softmax(x, p, return_lse=True, machine=on)
+            assert p is None or got is p
+            return got, lse
+        return weigh(x, p, blocks=self.blocks)
+
+    def check(self, x: Array, p: Array | None = None) -> None:
+        """Raise AssertionError unless weights and lse are as near as their sums can be."""
+        assert_weights(x, *self(x, p))
+
+
+def weigh(x: Array, p: Array | None = None, **options: Any) -> tuple[Array, Array]:
+    """Triton's `softmax` on arrays, with lse; its kernel touches its operands and no more."""
+    needs()
+    into = None if p is None else tensor(p)
+    on = Watched(written=("p", "lse"))
+    got, lse = triton_calls.softmax(tensor(x), into, return_lse=True, machine=on, **options)
+    assert into is None or got is into
+    return array(got, str(x.dtype)), lse.numpy()
+
+
+def assert_weights(x: Array, p: Array, lse: Array) -> None:
+    """Raise AssertionError unless weights and lse are as near as the type of the sums allows.
+
+    A sum of `width` terms is off by as many units at most. x - m is off by a unit of itself, which
+    its exponential passes on; weights below the smallest normal number may be 0. Of float64 the
+    definition is off by as much itself.
+    """
+    got, lse = np.atleast_1d(p), np.atleast_1d(lse)
+    want, want_lse = map(np.atleast_1d, definition(x))
+    kept = str(x.dtype)
+    unit = 2 * UNITS["float64"] if kept == "float64" else UNITS["float32"]
+    assert lse.dtype == ("float64" if kept == "float64" else "float32")
+    with np.errstate(invalid="ignore"):
+        depth = np.where(want > 0, -np.log(np.maximum(want, 1e-45)), 0)
+    exact = (x.shape[-1] + 8 + depth) * unit * want
+    least = max(1.2e-38, float(ml_dtypes.finfo(kept).smallest_subnormal))
+    assert_near("p", got, want, exact + 1.01 * UNITS[kept] * want + least)
+    assert_near("lse", lse, want_lse, unit * (x.shape[-1] + 8 + abs(np.nan_to_num(want_lse))))
