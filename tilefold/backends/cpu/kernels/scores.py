@@ -9,8 +9,8 @@ in forward, decode and dQ, K^T in dK/dV). Pairs of bfloat16 would round the scal
 more, so there each sum is multiplied as it leaves the product (`multiply.Right.factor`). In both
 cases `score` is given the scaled product, and returns it.
 
-A modification on the natural scale (a softcap, a bias, ALiBi, dropout) belongs into this file and
-into no other. With one, `operand_factor` is the scale alone; `score` modifies the product and
+The formula of a modification on the natural scale (a softcap, a bias, ALiBi, dropout) belongs here,
+and nowhere else. With one, `operand_factor` is the scale alone; `score` modifies the product and
 multiplies it by log2(e), before the mask and the maximum see it; `score_gradient` multiplies dS by
 the derivative of the modification. The derivative of the scale waits for the finished sums:
 `gradient_factor` multiplies dQ and dK when they are written, or K or dS in the fused kernel.

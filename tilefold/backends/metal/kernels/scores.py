@@ -8,8 +8,8 @@ product of a tile is multiplied by `factor` here, in the registers that hold it:
 own in the forward pass, inside the exponential in the backward passes, and where scores are read
 from threadgroup memory in `tensorops`. The mask and the maximum come after it.
 
-A modification on the natural scale (a softcap, a bias, ALiBi, dropout) belongs into this file and
-into no other. With one, `score` is log2(e) times the modification of `scale * product`, and
+The formula of a modification on the natural scale (a softcap, a bias, ALiBi, dropout) belongs here,
+and nowhere else. With one, `score` is log2(e) times the modification of `scale * product`, and
 `score_gradient` is multiplied by the derivative of the modification. The derivative of the scale
 waits for the finished sums: dq and dk are multiplied by `GRADIENT_FACTOR` when they are written.
 """

@@ -9,8 +9,8 @@ subtraction of the maximum or of lse: one fused multiply-add for each weight. A 
 its sign in the operand of the parallel axis (`frame.fetch`); Hopper's kernel, whose operands go to
 shared memory by TMA, has it here (`opposite`).
 
-A modification on the natural scale (a softcap, a bias, ALiBi, dropout) belongs into this file and
-into no other. With one, `score` multiplies by the scale, sign included, and modifies; `factor` is
+The formula of a modification on the natural scale (a softcap, a bias, ALiBi, dropout) belongs here,
+and nowhere else. With one, `score` multiplies by the scale, sign included, and modifies; `factor` is
 log2(e) alone; `score_gradient` multiplies ds by the derivative of the modification. The derivative
 of the scale waits for the finished sums, dq and dk: `gradient`.
 """
