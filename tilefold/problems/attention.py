@@ -190,7 +190,7 @@ def _canonical(name: str, shape: Shape, layout: str) -> Shape:
 
 
 def check_problem(problem: object, name: str = "problem must be a tilefold.Problem") -> None:
-    """Raises TypeError for what is no problem."""
+    """Raises TypeError unless the value is a `Problem`."""
     if not isinstance(problem, Problem):
         raise TypeError(
             f"{name} such as Problem.of((1, 8, 2048, 64)), got {type(problem).__name__}"
