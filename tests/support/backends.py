@@ -28,7 +28,7 @@ TOLERANCES = {
     "metal": {"float32": 1e-5, "float16": 4e-3},
     "triton": {"float32": 1e-5, "bfloat16": 3e-2},
 }
-"""Largest error of a result that is not to be exact, relative to its largest number or to 1."""
+"""The largest error of a result that need not be exact, relative to its largest element or to 1."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def tolerance(self) -> float:
-        """Largest error relative to the largest number of a result, or to 1."""
+        """The largest error, relative to the largest element of a result, or to 1."""
         return TOLERANCES[self.backend][self.dtype]
 
     @property
@@ -65,7 +65,7 @@ class Setting:
         return self.backend == "cpu" and self.dtype in ("float32", "float64")
 
     def forward(self, problem: Problem, given: Arrays, **options: Any) -> dict[str, Array]:
-        """Both results of the forward pass: o and lse; `options` are those of the plan."""
+        """Both results of the forward pass, o and lse; `options` go to `plan`."""
         if self.backend == "cpu":
             return cpu.forward(problem, given, **options)
         if self.backend == "metal":
@@ -74,7 +74,7 @@ class Setting:
         return interpreted.forward(problem, given, on, blocks=self.blocks, **options)
 
     def plan(self, problem: Problem, operation: str, **options: Any) -> Any:
-        """The plan of a pass; `options` as `plan` of the backend takes them."""
+        """The plan of a pass; `options` go to the backend's `plan`."""
         if self.backend == "cpu":
             on = options.pop("device", None) or host()
             return cpu_plan.plan(problem, on, operation, **options)
@@ -82,7 +82,7 @@ class Setting:
         return planner.plan(problem, self.on, operation, **options)
 
     def launches(self, problem: Problem, **options: Any) -> Sequence[Any]:
-        """The launches of the forward pass; `options` are those of the plan."""
+        """The launches of the forward pass; `options` go to `plan`."""
         launches: Sequence[Any] = self.plan(problem, "forward", **options).launches
         return launches
 
@@ -104,7 +104,7 @@ class Setting:
         }
 
     def results(self, problem: Problem, given: Arrays) -> dict[str, Array]:
-        """Results of both passes, the gradients as `gradients` names them."""
+        """The results of both passes; gradients have the names of `gradients`."""
         made = self.forward(problem, given)
         return {**made, **self.gradients(problem, {**given, **made})}
 

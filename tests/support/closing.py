@@ -47,7 +47,7 @@ NEEDS = (
     (r"linux|affinity|system calls", "Linux"),
     (r"fork|interval timer", "a system of the Unix kind"),
 )
-"""What a test needs that no package brings, by what stands in the reason of its skip."""
+"""Needs of tests that no package can install, by a pattern of the skip's reason."""
 
 
 def install(reason: str) -> str:
@@ -57,7 +57,7 @@ def install(reason: str) -> str:
 
 
 def remedy(reason: str) -> str:
-    """The command that makes a skipped test run, or what the machine would need for it."""
+    """The command after which a skipped test runs, or a description of the machine it needs."""
     if command := install(reason):
         return command
     found = (need for words, need in NEEDS if re.search(words, reason, re.IGNORECASE))

@@ -1,4 +1,4 @@
-"""Small tensors of calls on a GPU, what comes out by definition, and the comparison."""
+"""Small tensors for calls on a GPU, the results of the definition, and the comparison."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def expected(inputs: list[Tensor], do: Tensor, layout: str = "bhnd", **options: 
 
 
 def check(got: list[Tensor], want: list[Any], layout: str = "bhnd") -> None:
-    """Raises where o or a gradient is not contiguous or near the definition."""
+    """Raises unless o and the gradients are contiguous and near the definition."""
     for name, tensor, array in zip(("o", "dq", "dk", "dv"), got, want, strict=True):
         tolerance = TOLERANCES[tensor.dtype]
         values = tensor.detach().permute(LAYOUTS[layout]).double().numpy()

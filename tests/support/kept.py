@@ -1,4 +1,4 @@
-"""The calls that are kept, for tests that ask what was prepared and how it was planned."""
+"""The kept calls, for tests of prepared calls and of their plans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tilefold.backends.calls import calls
 
 
 def kept_plans() -> list[Any]:
-    """The plans of all calls that are kept, the one that was used last at the end."""
+    """The plans of all kept calls, from the least to the most recently used."""
     found: list[Any] = []
     for key in calls.keys():  # noqa: SIM118  # a method of ours, not of a mapping
         call = calls.get(key)

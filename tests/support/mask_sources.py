@@ -1,6 +1,6 @@
-"""The source of a mask on Metal and in Triton, and what its kernels say of every pair when it runs.
+"""The source of a mask in Metal and in Triton, and its answers for every pair when it runs.
 
-Metal's is compiled as C++, all rules in one file; Triton's runs in the interpreter.
+The Metal source is compiled as C++, all rules in one file. The Triton source is interpreted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ RULES_OF_SOURCES: dict[str, Rule] = {
 
 
 def sized(given: Rule) -> tuple[Any, int, Any, Any]:
-    """Skeleton, integer width, numbers and tables of a rule at the sizes of this file."""
+    """The skeleton, integer width, parameters and tables of a rule at the sizes of this file."""
     expression = given.bind(SIZES.len_q, SIZES.len_k)
     bits = index_bits(expression, SIZES.batch, SIZES.heads, SIZES.len_q, SIZES.len_k)
     skeleton, parameters, tables = split(expression)
@@ -70,18 +70,18 @@ class Language(Protocol):
     """A language that masks are written in."""
 
     most_columns: int
-    """Length that no line passes; Triton's line of parameters is long where a rule has a table."""
+    """The largest length of a line; Triton's line of parameters is long if a rule has a table."""
 
     def source(self, given: Rule, bits: int = 0) -> str:
         """The function of a rule, "" where it is the same everywhere; `bits` 0: what it needs."""
         ...
 
     def call(self, given: Rule) -> str:
-        """The expression that calls it."""
+        """The expression that calls the function of a rule."""
         ...
 
     def pairs(self, name: str, bits: int) -> NDArray[np.bool_]:
-        """What it says of every pair; `name` is a key of `RULES_OF_SOURCES`."""
+        """The rule's answer for every pair; `name` is a key of `RULES_OF_SOURCES`."""
         ...
 
 
@@ -136,7 +136,7 @@ def _library() -> ctypes.CDLL:
     """Every rule in one file, in 32-bit numbers where they hold it and in 64-bit ones."""
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if found is None:
-        reason = "no C++ compiler (c++, g++, clang++) is there to compile the text of masks"
+        reason = "no C++ compiler (c++, g++, clang++) is there to compile the source of masks"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
     parts = [_METAL]
     for number, given in enumerate(RULES_OF_SOURCES.values()):
@@ -160,7 +160,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _position(skeleton: Any) -> Callable[[str], int]:
-    """As in a kernel, where other words stand before those of the mask."""
+    """The arguments of a mask as in a kernel, where other arguments come first."""
     numbers = [parameter.name for parameter in skeleton.parameters]
     strides = [stride for slot in skeleton.slots for stride in slot.strides]
     return lambda name: 7 + [*numbers, *strides].index(name)

@@ -1,7 +1,7 @@
-"""Products of matrices and the softmax of rows on a GPU's kernels, as shared suites call them.
+"""Matrix products and the softmax of rows by the kernels of GPUs, for shared suites.
 
-Metal's run on the emulator, which faults outside of what a view reaches; Triton's in its
-interpreter, held to touch their operands alone and to write all of C once.
+Metal kernels run on the emulator, which faults on an access outside of a view. Triton kernels run
+in the interpreter, and must touch only their operands and write every element of C once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tilefold.backends.triton.matmul.rows import SoftmaxBlocks
 Array = NDArray[Any]
 
 SMALL = GemmBlocks(32, 32, 16, warps=4, stages=2, band=2)
-"""Blocks of Triton's products: the interpreter's arrays are as large as they are."""
+"""The blocks of Triton's products; they are small, since they are the interpreter's arrays."""
 
 
 @dataclass(frozen=True, eq=False)
 class ListeningEmulator(Emulated):
-    """The emulator, and the sources that it was given."""
+    """The emulator, which notes its sources."""
 
     sources: list[str] = field(default_factory=list)
 
@@ -47,7 +47,7 @@ class ListeningEmulator(Emulated):
 
 @dataclass(frozen=True, eq=False)
 class ListeningInterpreter(Watched):
-    """The interpreter, and the sources that it was given."""
+    """The interpreter, which notes its sources."""
 
     written: tuple[str, ...] = ("c",)
     sources: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ class ListeningInterpreter(Watched):
 
 @dataclass(frozen=True)
 class Products:
-    """The products of a backend: `family` is that of an Apple GPU, or "" for Triton."""
+    """The products of a backend; `family` is the family of an Apple GPU, or "" for Triton."""
 
     family: str = ""
 
@@ -69,11 +69,11 @@ class Products:
 
     @property
     def activation_unit(self) -> float:
-        """How far an activation is off by itself, relative to its argument."""
+        """The error of an activation itself, relative to its argument."""
         return 3e-7 if self.family else 0
 
     def listening(self) -> ListeningEmulator | ListeningInterpreter:
-        """A machine of its own that notes its sources."""
+        """A new machine that notes its sources."""
         if self.family:
             metal.needs()
             return ListeningEmulator(self.family)
@@ -83,7 +83,7 @@ class Products:
     def gemm(
         self, a: Array, b: Array, c: Array | None = None, on: Any = None, **options: Any
     ) -> Array:
-        """The product of two arrays, in `c` where it is given."""
+        """The product of two arrays, in `c` if it is given."""
         if self.family:
             got: Array = metal_calls.gemm(a, b, c, machine=on or _emulator(self.family), **options)
             assert c is None or got is c
@@ -91,12 +91,12 @@ class Products:
         return multiply(a, b, c, on, **options)
 
     def check(self, got: Array, a: Array, b: Array, **options: Any) -> None:
-        """Raise AssertionError unless a product is as near as its sums can be."""
+        """Raise AssertionError unless a product is as exact as its sums allow."""
         unit = self.activation_unit
         product_cases.assert_product(got, a, b, activation_unit=unit, **options)
 
     def product(self, variant: Variant, shape: tuple[int, int, int], on: Any = None) -> None:
-        """Raise AssertionError unless a product of random numbers is right."""
+        """Raise AssertionError unless a product of random arrays is right."""
         x = given(variant, shape)
         options: dict[str, Any] = {"cores": 1} if self.family else {}
         got = self.gemm(
@@ -117,7 +117,7 @@ class Products:
 
 
 ALL = (Products("apple7"), Products("apple9"), Products())
-"""Apple GPUs of one that stages operands and one whose lanes read them, and Triton."""
+"""All backends: an Apple GPU that stages operands, one whose lanes read them, and Triton."""
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def _emulator(family: str) -> Emulated:
 def multiply(
     a: Array, b: Array, c: Array | None = None, on: Interpreted | None = None, **options: Any
 ) -> Array:
-    """Triton's `gemm` on arrays; the kernel touches them alone, and writes all of C once."""
+    """Triton's `gemm` on arrays; its kernel touches only them, and writes all of C once."""
     needs()
     on, options = on or Watched(written=("c",)), {"blocks": SMALL, **options}
     if options.get("bias") is not None:
@@ -141,7 +141,7 @@ def multiply(
 
 
 def definition(x: Array) -> tuple[Array, Array]:
-    """Softmax and log-sum-exp in float64; 0 and -inf where a row is -inf alone."""
+    """Softmax and log-sum-exp in float64; a row that holds only -inf has 0 and -inf."""
     x = x.astype(np.float64)
     lowest = -float(np.finfo("float64").max)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -155,10 +155,10 @@ def definition(x: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Softmax:
-    """The softmax of rows on a backend, and who has a row.
+    """The softmax of rows on a backend, and the threads that have a row.
 
-    Metal: a simdgroup of 32 threads, or where `shared` a threadgroup, whatever the width. Triton:
-    a block that holds a row where `blocks` is None, else one that walks it.
+    Metal: a simdgroup of 32 threads, or a threadgroup if `shared`, for every width. Triton: a block
+    that holds a row if `blocks` is None, else a block that walks the row.
     """
 
     family: str = ""
@@ -171,7 +171,7 @@ class Softmax:
         return f"triton-{f'{self.blocks.rows} rows walked' if self.blocks else 'one pass'}"
 
     def __call__(self, x: Array, p: Array | None = None) -> tuple[Array, Array]:
-        """The weights of rows, in `p` where it is given, and their log-sum-exp."""
+        """The weights of rows, in `p` if it is given, and their log-sum-exp."""
         if self.family:
             on = _emulator(self.family)
             got, lse = metal_calls.softmax(x, p, return_lse=True, machine=on)
@@ -180,12 +180,12 @@ class Softmax:
         return weigh(x, p, blocks=self.blocks)
 
     def check(self, x: Array, p: Array | None = None) -> None:
-        """Raise AssertionError unless weights and lse are as near as their sums can be."""
+        """Raise AssertionError unless weights and lse are as exact as their sums allow."""
         assert_weights(x, *self(x, p))
 
 
 def weigh(x: Array, p: Array | None = None, **options: Any) -> tuple[Array, Array]:
-    """Triton's `softmax` on arrays, with lse; its kernel touches its operands and no more."""
+    """Triton's `softmax` on arrays, with lse; its kernel touches only its operands."""
     needs()
     into = None if p is None else tensor(p)
     on = Watched(written=("p", "lse"))
@@ -195,11 +195,11 @@ def weigh(x: Array, p: Array | None = None, **options: Any) -> tuple[Array, Arra
 
 
 def assert_weights(x: Array, p: Array, lse: Array) -> None:
-    """Raise AssertionError unless weights and lse are as near as the type of the sums allows.
+    """Raise AssertionError unless weights and lse are as exact as the type of the sums allows.
 
-    A sum of `width` terms is off by as many units at most. x - m is off by a unit of itself, which
-    its exponential passes on; weights below the smallest normal number may be 0. Of float64 the
-    definition is off by as much itself.
+    A sum of `width` terms is off by at most `width` units. x - m is off by one unit of itself, and
+    its exponential has the same error. Weights below the smallest normal number may be 0. In
+    float64 the definition has the same error itself.
     """
     got, lse = np.atleast_1d(p), np.atleast_1d(lse)
     want, want_lse = map(np.atleast_1d, definition(x))
