@@ -101,6 +101,7 @@ def test_reasons_of_this_project_have_their_command(reason: str, command: str) -
         ("this machine has no sse2: isa must be one of neon on this device", "an x86-64 processor"),
         ("this machine has no neon: isa must be one of avx512, sse2", "a processor with NEON"),
         ("AMX and its signal handler are for Linux on x86-64", "a processor with AMX"),
+        ("a processor lets tiles stay configured", "a processor without AMX"),
         ("there is a GPU", "a machine without a GPU"),
         ("peaks are read through Linux's /proc", "Linux"),
         ("no fork here", "a system of the Unix kind"),

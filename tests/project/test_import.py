@@ -54,13 +54,14 @@ print(*[name for name in ("torch", "jax", "tensorflow", "matplotlib") if name in
     assert fresh(code) == ""
 
 
-def test_the_front_door_of_metal_is_light_too() -> None:
+@pytest.mark.parametrize(("backend", "name"), [("metal", "emulate"), ("triton", "interpreted")])
+def test_the_front_door_of_a_backend_is_light_too(backend: str, name: str) -> None:
     code = f"""
 import sys
 import tilefold
-listed = dir(tilefold.metal)
-print(*[name for name in "{HEAVY}".split() if name in sys.modules])
-assert "metal" in dir(tilefold) and "emulate" in listed
+listed = dir(tilefold.{backend})
+print(*[name for name in "{HEAVY} triton".split() if name in sys.modules])
+assert "{backend}" in dir(tilefold) and "{name}" in listed
 """
     assert fresh(code) == ""
 

@@ -64,8 +64,16 @@ class Setting:
         """
         return self.backend == "cpu" and self.dtype in ("float32", "float64")
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The kinds of memory that results can be written to."""
+        return interpreted.PLACES if self.backend == "triton" else metal.PLACES
+
     def forward(self, problem: Problem, given: Arrays, **options: Any) -> dict[str, Array]:
-        """Both results of the forward pass, o and lse; `options` go to `plan`."""
+        """Both results of the forward pass: o and lse.
+
+        `options` are those of the plan, and on a GPU `into`: an array for o.
+        """
         if self.backend == "cpu":
             return cpu.forward(problem, given, **options)
         if self.backend == "metal":
@@ -86,14 +94,19 @@ class Setting:
         launches: Sequence[Any] = self.plan(problem, "forward", **options).launches
         return launches
 
-    def backward(self, problem: Problem, given: Arrays, form: str) -> dict[str, Array]:
-        """All gradients in a form: dq, dk and dv; `given` holds do, q, k, v, o and lse."""
+    def backward(
+        self, problem: Problem, given: Arrays, form: str, **options: Any
+    ) -> dict[str, Array]:
+        """All gradients in a form: dq, dk and dv; `given` holds do, q, k, v, o and lse.
+
+        `options` are those of the plan, and on a GPU `into`: arrays for the results.
+        """
         if self.backend == "cpu":
-            return cpu.backward(problem, given, form)
+            return cpu.backward(problem, given, form, **options)
         if self.backend == "metal":
-            return metal.backward(problem, given, metal.machine(self.on))
-        options: dict[str, Any] = {"form": form, "blocks": self.blocks}
-        return interpreted.backward(problem, given, interpreted.machine(self.on), **options)
+            return metal.backward(problem, given, metal.machine(self.on), **options)
+        on, options = interpreted.machine(self.on), {"form": form, "blocks": self.blocks, **options}
+        return interpreted.backward(problem, given, on, **options)
 
     def gradients(self, problem: Problem, given: Arrays) -> dict[str, Array]:
         """Gradients in every form of the setting: "dq split", "dq fused", ..."""

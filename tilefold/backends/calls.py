@@ -48,7 +48,7 @@ _EMPTY = {"o": 0.0, "lse": float("-inf"), "dq": 0.0, "dk": 0.0, "dv": 0.0}
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What follows from a request and from how arrays lie: results to make, kernels to launch.
+    """The consequences of a request and of how arrays lie: results to make, kernels to launch.
 
     `results` are the shapes and native types of the arrays that the call writes. Without a
     `prepared` plan no query meets a key, and nothing is computed.

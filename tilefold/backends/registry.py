@@ -67,4 +67,4 @@ def machine(device: Any) -> Machine:
 
 
 _finders: dict[Any, Callable[[], Machine]] = {}
-"""What finds the machine of a device that was asked for before: every call of tensors asks."""
+"""The finders of machines by device, for devices that were asked for: every call asks."""

@@ -36,7 +36,7 @@ class Documents(Rule):
     ids_k: Table
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Whether the ids are equal."""
+        """True if the ids are equal."""
         sides: list[Integer] = []
         for name, table, length in (("q", self.ids_q, len_q), ("k", self.ids_k, len_k)):
             if table.array.shape[-1] != length:
@@ -105,7 +105,7 @@ class Lengths(Rule):
     n_k: int | Table
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Whether the key is below the length."""
+        """True if the key is below the length."""
         if isinstance(self.n_k, Table):
             return Index("k") < Lookup(self.n_k, (Index("b"),))
         return Index("k") < min(self.n_k, len_k)

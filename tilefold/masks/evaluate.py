@@ -41,7 +41,7 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def exact(expression: Boolean, *, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.bool_]:
-    """Whether query q sees key k in batch b and head h; the indices broadcast against each other.
+    """True if query q sees key k in batch b and head h; the indices broadcast against each other.
 
     >>> from tilefold.masks.expression import Index
     >>> q, k = np.arange(3)[:, None], np.arange(3)

@@ -68,7 +68,7 @@ Value = TypeVar("Value")
 
 
 class Interpretation(Generic[Value]):
-    """What each kind of node means, given what its children mean.
+    """The meaning of each kind of node, given the meanings of its children.
 
     A kind without a method of its own means `other`. So a new kind of node costs a method in the
     interpretations that compute with it, and nothing in those that only walk the tree.
@@ -172,7 +172,7 @@ class Collect(Interpretation[Value], ABC):
         """The value of a node from the values of its children; of a leaf from none."""
 
     def other(self, kind: str, values: tuple[Value, ...]) -> Value:
-        """What all kinds of nodes mean."""
+        """The meanings of all kinds of nodes."""
         return self.combine(values)
 
 

@@ -48,7 +48,7 @@ class Causal(Rule):
     coordinates: Coordinates
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Whether the key's coordinate is no later than the query's."""
+        """True if the key's coordinate is no later than the query's."""
         self.coordinates.check(repr(self), len_q, len_k)
         order_q, order_k = self.coordinates.order(len_q, len_k)
         return order_q >= order_k
@@ -96,7 +96,7 @@ class Local(Rule):
     coordinates: Coordinates
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Whether the distance per dimension is below the reach and a multiple of the stride."""
+        """True if the distance per dimension is below the reach and a multiple of the stride."""
         self.coordinates.check(repr(self), len_q, len_k)
         tests: list[Boolean] = []
         for axis in self.coordinates.axes(len_q, len_k):
@@ -161,7 +161,7 @@ class Prefix(Rule):
     causal: bool
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Whether the key is among the first, or (if causal) no later than the query."""
+        """True if the key is among the first, or (if causal) no later than the query."""
         early = Index("k") < min(self.length, len_k)
         return early | Causal(Coordinates()).bind(len_q, len_k) if self.causal else early
 
@@ -194,7 +194,7 @@ class Chunked(Rule):
     size: int
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """Whether both raw indices are in the same chunk."""
+        """True if both raw indices are in the same chunk."""
         size = min(self.size, max(len_q, len_k, 1))
         return Index("q") // size == Index("k") // size
 

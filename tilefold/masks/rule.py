@@ -120,7 +120,7 @@ class Rule(ABC):
          [0 0 1 1]]
 
         These are rows 4 to 7 and columns 3 to 6 of `(causal() & local(3)).to_dense(8, 8)`. Arrays
-        that the rule carries are those of the whole.
+        that the rule carries belong to the whole.
 
         Arguments:
             len_q, len_k: the lengths of the whole.

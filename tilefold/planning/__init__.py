@@ -1,4 +1,4 @@
-"""What plans of all backends are made of.
+"""The parts of the plans of all backends.
 
 plan      the types that all plans share: a plan, and scratch
 kernels   what a kernel reads, writes and multiplies: the rows of `KERNELS`

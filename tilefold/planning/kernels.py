@@ -1,4 +1,4 @@
-"""What a kernel reads, writes and multiplies: the rows of a backend's table `KERNELS`.
+"""The reads, writes and products of kernels: the rows of a backend's table `KERNELS`.
 
 All that follows from a kernel's name stands in its row, and nowhere else (as all of a processor
 stands in one context of BLIS). The row lists operands in the order of the kernel's arguments: first

@@ -1,4 +1,4 @@
-"""What every plan is made of."""
+"""The types that all plans share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tilefold.masks.expression import Declared, Table
 from tilefold.problems.attention import Problem
 
 OPERATIONS = ("forward", "backward")
-"""What a user asks for; one or more kernels serve each."""
+"""The operations that a user asks for; one or more kernels serve each."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Plan(Generic[L]):
 
 
 def split_scratch(problem: Problem, splits: int, dtype: str) -> dict[str, Scratch]:
-    """What decoding leaves of each query and each split of the keys, for a merge."""
+    """The arrays that decoding leaves for a merge, of each query and each split of the keys."""
     shape = (problem.batch, problem.heads_q, splits, problem.len_q)
     return {
         "part_o": Scratch((*shape, problem.dim_v), dtype),

@@ -25,7 +25,7 @@ SOFTMAX_INSTRUCTIONS = 5
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device was measured to reach in one type with `workers` workers."""
+    """The measured rates of a device in one type with `workers` workers."""
 
     device: str
     dtype: str

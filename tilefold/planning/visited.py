@@ -1,4 +1,4 @@
-"""What the block rows of a kernel visit: which come first, and how their keys are split."""
+"""The order of the block rows of a kernel, and how their keys are split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What multiplies in the kernels of a problem, and in which blocks: tuned, or by the tables."""
+"""The choice of multiplier and blocks for the kernels of a problem: tuned, or by the tables."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Chooser:
 
     @cached_property
     def products(self) -> Multiplier:
-        """What multiplies tiles: pairs of bfloat16 where they are exact enough, and faster.
+        """The multiplier of tiles: pairs of bfloat16 where they are exact enough, and faster.
 
         A float16 number is exactly the sum of two, a float32 number nearly. Three products of tiles
         take 3/16 of the time of one product in float32, but to split numbers takes time too: on one
@@ -59,7 +59,7 @@ class Chooser:
         return FMA
 
     def multiplier(self, kernel: str) -> Multiplier:
-        """What multiplies in a kernel."""
+        """The multiplier of a kernel."""
         return self.products if KERNELS[kernel].tiled else FMA
 
     def family(self, kernel: str) -> Family:
@@ -81,7 +81,7 @@ class Chooser:
         return record.best.blocks if record else table
 
     def key(self, kernel: str) -> Key:
-        """What the choice of blocks for one kernel depends on, beside the machine."""
+        """The key of the choice of blocks for one kernel, without the machine."""
         from tilefold.backends.cpu.tuned import Key
 
         problem = self.problem

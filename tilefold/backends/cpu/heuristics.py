@@ -53,7 +53,7 @@ class Heuristics:
     """Time of a block row of keys whatever it meets, in queries that it meets (not tuned)."""
 
     parts_share: float = 2
-    """Bytes of the parts of dQ over those of all inputs and outputs of the call, at most."""
+    """Most bytes of the parts of dQ, as a multiple of the bytes of all inputs and outputs."""
 
     least_saved: float = 0.05
     """Share of the visited pairs that a narrower block must save to be taken. float32,

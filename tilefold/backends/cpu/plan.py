@@ -226,7 +226,7 @@ class _Planner:
         )
 
     def _decodes(self, form: str) -> bool:
-        """Whether the decode kernel serves: where it is predicted to be faster than the tiled one.
+        """True if the decode kernel serves: where it is predicted to be faster than the tiled one.
 
         Work is counted in vector multiply-adds per key, and divided by the cores that can share it.
         A register tile of queries takes all its lanes, empty or not; a row of the decode kernel

@@ -1,4 +1,4 @@
-"""What a kernel of processors is: its row in `KERNELS`, what multiplies in it, and its sizes.
+"""The kernels of processors: their rows in `KERNELS`, their multipliers, and their sizes.
 
 A spec decides the whole source of a kernel, and forgets the lengths: one kernel serves many
 problems.
@@ -121,7 +121,7 @@ KERNELS = table(
 
 
 class Multiplier(NamedTuple):
-    """What multiplies: "fma" single elements, "dot" pairs of bfloat16, "amx" tiles of such pairs.
+    """Multiplier: "fma" single elements, "dot" pairs of bfloat16, "amx" tiles of such pairs.
 
     With pairs every operand is a sum of `parts` bfloat16 arrays.
     """
@@ -145,7 +145,7 @@ FMA = Multiplier("fma")
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
+    """All that changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
 
     The register tile is `rows` broadcast rows by `vectors` vectors of `lanes` elements. The
     parallel axis is vectorised, `block_parallel` elements at a time; the traversed axis is walked
@@ -168,7 +168,7 @@ class KernelSpec:
 
     @property
     def row(self) -> CpuKernelRow:
-        """What follows from the kernel's name."""
+        """The row of the kernel's name."""
         return KERNELS[self.kernel]
 
     @property

@@ -67,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Family:
-    """What kernels of one instruction set look like.
+    """The shape of the kernels of one instruction set.
 
     `table` from the widest tile to the narrowest: a wide one reads less per product, a narrow one
     wastes fewer lanes on a short sequence. `scratch_bytes` bounds the scores of one tile, which
@@ -112,7 +112,7 @@ class Family:
         return max(1, rows // step) * step
 
     def allows(self, tile: RegisterTile, block_traverse: int) -> bool:
-        """Whether kernels can have this tile and `block_traverse` traversed rows at a time."""
+        """True if kernels can have this tile and `block_traverse` traversed rows at a time."""
         return (
             tile.registers <= self.registers
             and tile.rows % self.row_step == 0

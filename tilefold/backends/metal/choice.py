@@ -58,16 +58,16 @@ class Choice:
 
     @property
     def takes(self) -> str:
-        """What the blocks take, in words."""
+        """The registers that the blocks take, in words."""
         return f"{self.blocks} takes {self.register_bytes} bytes of registers"
 
     @property
     def fits(self) -> bool:
-        """Whether the registers do."""
+        """True if the registers do."""
         return self.register_bytes <= self.family.register_bytes
 
     def explain(self) -> list[str]:
-        """What was chosen and why, as lines of text."""
+        """The choice and its reasons, as lines of text."""
         parts = ", ".join(f"{name} {size}" for name, size in self.registers) or "no tiles"
         return [
             f"{self.kernel}: {self.blocks}, cached {' '.join(self.cached) or 'nothing'}",
@@ -154,7 +154,7 @@ def _shrunk(before: Choice, after: Choice) -> str:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a choice is asked for."""
+    """The kernel that a choice is made for."""
 
     family: MetalFamily
     kernel: str

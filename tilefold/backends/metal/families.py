@@ -1,6 +1,6 @@
 """GPU families of Apple, and what a kernel of each may take.
 
-Limits are those of Apple's Metal Feature Set Tables. `register_bytes` is no limit of Apple's: it
+Limits are taken from Apple's Metal Feature Set Tables. `register_bytes` is no limit of Apple's: it
 is how many bytes of tiles a thread plans to keep alive, and is read off the tables of `tables`.
 These were tuned on an M1 and an M4, with which Apple8 and Apple10 are taken together: for them
 nobody measured anything. What else was measured is from the same author's spreadsheet (2024).

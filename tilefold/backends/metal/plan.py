@@ -75,7 +75,7 @@ class MetalPlan(Plan[Launch]):
     family: MetalFamily
 
     def explain(self) -> list[str]:
-        """What was chosen for each kernel and why, as lines of text."""
+        """The choice for each kernel and its reasons, as lines of text."""
         lines = []
         for launch in self.launches:
             lines += launch.choice.explain()

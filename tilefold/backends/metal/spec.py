@@ -1,4 +1,4 @@
-"""What a Metal kernel is: its row in `KERNELS`, its three block sizes and what stays in registers.
+"""The kernels of Metal: rows in `KERNELS`, three block sizes, and operands in registers.
 
 As on the CPU a spec decides the whole source of a kernel, and forgets the lengths. The axes have
 the names of Metal FlashAttention (Turner 2024): the `parallel` axis is split over threadgroups and
@@ -137,7 +137,7 @@ KERNELS = table(
 
 @dataclass(frozen=True)
 class MetalSpec:
-    """What changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
+    """All that changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
 
     `cached` names the operands that stay in registers. With `staged` the traversed operands always
     pass through threadgroup memory, else only tiles at an edge do. `bfloat`: the GPU multiplies
@@ -169,7 +169,7 @@ class MetalSpec:
 
     @property
     def row(self) -> MetalKernelRow:
-        """What follows from the kernel's name."""
+        """The row of the kernel's name."""
         return KERNELS[self.kernel]
 
     @property

@@ -1,6 +1,6 @@
 """GPU architectures, and what a kernel of each may take.
 
-Limits are those of NVIDIA's CUDA programming guide (table of technical specifications by compute
+Limits are taken from NVIDIA's CUDA programming guide (table of technical specifications by compute
 capability) and AMD's CDNA 3 ISA guide.
 """
 

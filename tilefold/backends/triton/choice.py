@@ -117,7 +117,7 @@ def _smaller(blocks: Blocks, most_warps: int) -> Blocks | None:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a choice is asked for."""
+    """The kernel that a choice is made for."""
 
     device: Architecture
     kernel: str
@@ -156,7 +156,7 @@ class _Asked:
         return found, words
 
     def compiled(self, row: tables.Row) -> bool:
-        """Whether a row was compiled for just these heads: narrower ones may have more pieces."""
+        """True if a row was compiled for just these heads: narrower ones may have more pieces."""
         dims = {resources.padded(self.dim), resources.padded(self.dim_v), row.dim}
         return KERNELS[self.kernel].visits and row.spills is not None and len(dims) == 1
 

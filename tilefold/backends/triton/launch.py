@@ -1,4 +1,4 @@
-"""What a plan is: kernels in the order in which they run, their work, and why they are these."""
+"""Plans: kernels in the order in which they run, their work, and the reasons for them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Launch:
 
     @property
     def persistent(self) -> bool:
-        """Whether programs stay: as many as multiprocessors, each with several block rows."""
+        """True if programs stay: as many as multiprocessors, each with several block rows."""
         return self.spec.gluon
 
 
@@ -60,7 +60,7 @@ class TritonPlan(Plan[Launch]):
     cleared: tuple[str, ...] = ()
 
     def explain(self) -> list[str]:
-        """What was chosen for each kernel and why, as lines of text."""
+        """The choice for each kernel and its reasons, as lines of text."""
         lines = []
         for launch in self.launches:
             lines += launch.choice.explain()
@@ -69,7 +69,7 @@ class TritonPlan(Plan[Launch]):
         return lines + self.explain_scratch()
 
     def _bounds(self, launch: Launch) -> list[str]:
-        """What a launch computes, and how fast that can be at most."""
+        """The share of pairs that a launch computes, and its least time."""
         problem, spec = self.problem, launch.spec
         if not launch.pairs:
             return []

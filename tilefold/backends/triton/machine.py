@@ -1,4 +1,4 @@
-"""What runs Triton's kernels: a GPU (`runtime`), or Triton's interpreter (`interpreter`)."""
+"""Machines of Triton's kernels: a GPU (`runtime`), or Triton's interpreter (`interpreter`)."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ class Planner:
 
 
 def key_of(spec: TritonSpec, name: str) -> tuned.Key:
-    """What measured blocks of a kernel are kept under, on an architecture."""
+    """The key of the measured blocks of a kernel, on an architecture."""
     sizes = spec.dtype, spec.dim, spec.dim_v, spec.float32_mode
     rows = spec.blocks.parallel if spec.kernel == "decode" else 0
     return tuned.Key(name, spec.kernel, *sizes, spec.mask.text, rows)

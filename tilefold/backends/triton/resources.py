@@ -1,4 +1,4 @@
-"""What a kernel takes of shared memory and registers, estimated from its blocks at plan time.
+"""Shared memory and registers of a kernel, estimated from its blocks at plan time.
 
 Triton keeps in shared memory the operands that are held, the traversed tiles that are under way,
 and tiles that must change hands between threads on their way from one product to the next. The
@@ -28,7 +28,7 @@ def kind(dtype: str, float32_mode: str) -> str:
 
 
 def asynchronous(device: Architecture, kind: str, blocks: Blocks) -> bool:
-    """Whether products read both operands from shared memory, as Hopper's and Blackwell's units do.
+    """True if products read both operands from shared memory, as Hopper's and Blackwell's units do.
 
     They take 64 rows at least; fewer are multiplied as on an A100.
     """
@@ -36,7 +36,7 @@ def asynchronous(device: Architecture, kind: str, blocks: Blocks) -> bool:
 
 
 def tma(device: Architecture, kernel: str, kind: str, blocks: Blocks) -> bool:
-    """Whether tiles should be moved by descriptors, where operands lie so that they can be.
+    """True if tiles should be moved by descriptors, where operands lie so that they can be.
 
     Only where products read them from shared memory as they come: else they pass through registers,
     and by the compiler (H100, dim 64, 64 x 32, 4 warps) dK/dV in exact float32 spills 4943

@@ -1,4 +1,4 @@
-"""What a Triton kernel is: its row in `KERNELS`, its block sizes, its warps and pipeline stages.
+"""The kernels of Triton: rows in `KERNELS`, block sizes, warps and pipeline stages.
 
 As in the other backends a spec decides the whole source of a kernel, and forgets the lengths.
 The `parallel` axis is split over programs (thread blocks), the `traverse` axis is walked inside of
@@ -149,7 +149,7 @@ class Piece(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether some columns are padding."""
+        """True if some columns are padding."""
         return self.stop < self.first + self.width
 
 
@@ -193,7 +193,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class TritonSpec:
-    """What changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
+    """All that changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
 
     `float32_mode` is how float32 is multiplied. `negative`: the scale is below 0, and queries are
     negated. `wide`: offsets inside a tile may pass 31 bits. `descriptors`: tiles are moved by
@@ -221,7 +221,7 @@ class TritonSpec:
 
     @property
     def row(self) -> TritonKernelRow:
-        """What follows from the kernel's name."""
+        """The row of the kernel's name."""
         return KERNELS[self.kernel]
 
     @property
@@ -236,7 +236,7 @@ class TritonSpec:
 
     @property
     def preloaded(self) -> bool:
-        """Whether operands are not streamed: see `Blocks`."""
+        """True if operands are not streamed: see `Blocks`."""
         return not self.blocks.streamed
 
     @property

@@ -15,7 +15,7 @@ from tilefold.common.tuned_store import TunedStore
 
 @dataclass(frozen=True)
 class Key:
-    """What the best blocks depend on; `mask` is the text of the rule's skeleton.
+    """All that the best blocks depend on; `mask` is the text of the rule's skeleton.
 
     `rows` counts the rows of a block of the decode kernel, which follow from the queries; it is 0
     for other kernels.

@@ -200,7 +200,7 @@ class KeyGradients:
         statistics: Statistics,
         masked: bool,
     ) -> microkernel.Accumulators:
-        """Keep rows of P and of dS for the products that follow; return those of dS."""
+        """Keep rows of P and of dS for the products that follow; return the rows of dS."""
         return _keep_differences(self.products, tile, row, dp, statistics, masked, ("p", "ds"))
 
     def _of_query(

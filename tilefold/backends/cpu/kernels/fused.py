@@ -155,11 +155,11 @@ class _AllGradients(KeyGradients):
             use(whole, -(-(self.spec.dim - whole) // self.shape.lanes))
 
     def key_factor(self) -> Value:
-        """What the copy of K is multiplied by, so that dQ need not be."""
+        """The factor of the copy of K, so that dQ needs none."""
         return gradient_factor(self.body, self.block.arguments, self.shape.scalar)
 
     def ds_factor(self) -> Value:
-        """What dS still lacks."""
+        """The factor that dS still lacks."""
         return self.block.scalar(1.0)
 
     def _copy_keys(self) -> tuple[Value, Variable]:

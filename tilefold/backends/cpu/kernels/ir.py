@@ -285,7 +285,7 @@ class Body:
 
     @contextmanager
     def when(self, condition: Value, hint: str = "then") -> Iterator[None]:
-        """What is written inside runs only where the condition holds."""
+        """A block whose code runs only where the condition holds."""
         then, end = self.name(hint), self.name(f"{hint}.end")
         self.line(f"br {condition.typed}, label %{then}, label %{end}")
         self.label(then)
@@ -297,7 +297,7 @@ class Body:
 
     @contextmanager
     def choose(self, condition: Value, hint: str = "if") -> Iterator[Otherwise]:
-        """What is written inside runs where it holds; after `.otherwise()`, where it does not."""
+        """A block whose code runs where it holds; after `.otherwise()`, where it does not."""
         branch = Otherwise(self, self.name(f"{hint}.no"), self.name(f"{hint}.end"))
         yes = self.name(f"{hint}.yes")
         self.line(f"br {condition.typed}, label %{yes}, label %{branch.no}")
@@ -338,7 +338,7 @@ class Module:
         self._defined: set[str] = set()
 
     def defines(self, name: str) -> bool:
-        """Whether a function of that name is there, or being written."""
+        """True if a function of that name is there, or being written."""
         return name in self._defined
 
     def declare(self, name: str, type_: str, arguments: Sequence[str]) -> None:

@@ -116,10 +116,10 @@ class Products:
         dim: int,
         scales: list[Value] | None = None,
     ) -> None:
-        """`accumulate` of the weights kept in a region, without those of forbidden pairs.
+        """`accumulate` of the weights kept in a region, without the weights of forbidden pairs.
 
         They are 0, and 0 times a number is 0; in a partial tile where `matrix` holds infinities or
-        NaN they are left out one by one. The marks are those of region "p".
+        NaN they are left out one by one. The marks lie in region "p".
         """
         right = self.kept(tile, region)
         if not masked:

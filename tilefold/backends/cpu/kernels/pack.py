@@ -139,7 +139,7 @@ class _Move(ABC):
         return self._body.binary("fmul", value, factor)
 
     def whole(self, block: Value) -> Value:
-        """Whether all lanes of the vector that begins at `block` exist."""
+        """True if all lanes of the vector that begins at `block` exist."""
         return self._body.compare("sle", self._body.add(block, self._shape.lanes), self.valid)
 
     def scratch(self, d: Value, lane: Value) -> Value:

@@ -267,7 +267,7 @@ def _words_at(
 
 
 def _numbers_at(body: Body, storage: Storage, place: Value, exist: int) -> Value:
-    """A vector of an array, of which so many numbers exist; the rest is 0."""
+    """A vector of an array, of which `exist` elements are there; the rest is 0."""
     if exist >= LANES:
         return storage.load(body, place, LANES)
     return storage.load_first(body, place, LANES, exist)

@@ -18,7 +18,7 @@ LN_2 = math.log(2)
 
 @dataclass(frozen=True)
 class Format:
-    """What an IEEE binary format needs to have its exponent field written by hand."""
+    """The parameters of an IEEE binary format whose exponent field is written by hand."""
 
     integer: str
     mantissa_bits: int

@@ -1,4 +1,4 @@
-"""What the kernels for few queries share: a frame for a work item, and the state of a query.
+"""The shared part of kernels for few queries: a frame for a work item, the state of a query.
 
 The state of a query is a row of whole vectors: O along d, then m in all lanes, then l as a sum per
 lane. It lies in a worker's scratch, or where keys are split in the array "part", which the merge
@@ -52,7 +52,7 @@ def emit(spec: KernelSpec, title: str, write: Callable[[Frame], None]) -> str:
 
 
 class Frame:
-    """What both kernels know of one work item: its place, scratch, and the state of its rows."""
+    """One work item of both kernels: its place, scratch, and the state of its rows."""
 
     def __init__(
         self, body: Body, spec: KernelSpec, arguments: Arguments, scratch: Value, item: work.Item
@@ -98,7 +98,7 @@ class Frame:
         self.body.store(self.nothing, self.sum_place(state))
 
     def subtrahend(self, m: Value) -> Value:
-        """What to subtract from scores: m, but 0 while it is -inf."""
+        """The number to subtract from scores: m, but 0 while it is -inf."""
         unset = self.body.compare("oeq", m, self.lowest)
         return self.body.select(unset, self.zero, m, "m.safe")
 

@@ -81,7 +81,7 @@ class Storage:
         return self._widen(body, bits, hint)
 
     def narrow(self, body: Body, value: Value) -> Value:
-        """Convert elements to those of memory, rounded to the nearest, ties to even."""
+        """Convert elements to the type in memory, rounded to the nearest, ties to even."""
         return self._narrow(body, value)
 
 

@@ -239,7 +239,7 @@ class Tile:
                 body.store(body.read(place), self.at(total, d, j))
 
     def finite(self, matrix: Matrix, dim: int) -> Value:
-        """Whether every element of the tile's rows of `matrix` is finite: 0 * x summed stays 0.
+        """True if every element of the tile's rows of `matrix` is finite: 0 * x summed stays 0.
 
         Reads along whichever axis is contiguous, a vector at a time: about 1 % of a tile's work.
         """

@@ -32,7 +32,7 @@ class Argument(NamedTuple):
 
     @property
     def const(self) -> str:
-        """What stands before its type."""
+        """The qualifier before its type."""
         return "" if self.written else "const "
 
     @property

@@ -30,14 +30,14 @@ POSITION = {
     "lane": "ushort lane [[thread_index_in_simdgroup]]",
     "simdgroup": "ushort simdgroup [[simdgroup_index_in_threadgroup]]",
 }
-"""What the GPU tells a thread of its place, by name."""
+"""The places of a thread that the GPU tells it, by name."""
 
 _WIDE = ("row_b", "row_h")
 _PAD_BYTES = 16  # behind each staged row, against bank conflicts
 
 
 def masks(spec: MetalSpec) -> bool:
-    """Whether the rule says more than that all pairs, or none, may meet."""
+    """True if the rule says more than that all pairs, or none, may meet."""
     return not isinstance(spec.mask.expression, Truth)
 
 
@@ -139,7 +139,7 @@ def columns(text: Text, spec: MetalSpec, array: str, lines: Sequence[str]) -> No
 
 
 def seen(spec: MetalSpec, parallel: str, traverse: str) -> str:
-    """Whether a pair of a tile at an edge may meet; the rule is not asked about what is past it."""
+    """True if a pair of a tile at an edge may meet; the rule is not asked about what is past it."""
     within = f"{traverse} < last"
     if not masks(spec):
         return within

@@ -38,7 +38,7 @@ HEADERS = """\
 using namespace metal;
 using namespace mpp::tensor_ops;
 """
-"""What a text with tensor operations opens with. It needs Metal 4: macOS 26."""
+"""The first lines of a source with tensor operations. It needs Metal 4: macOS 26."""
 
 ELEMENTS = {
     "float32": "float",
@@ -68,7 +68,7 @@ PRODUCTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("int8", "int8"): ("int32",),
     ("uint8", "uint8"): ("int32",),
 }
-"""What types of results there are for types of left and right operands, as the header of the
+"""The types of results for the types of left and right operands, as the header of the
 macOS 26 SDK lists them. Types of results that later SDKs add are left out."""
 
 MODES = ("multiply", "multiply_accumulate")
@@ -230,7 +230,7 @@ class Matmul2d:
         return Tile(self.right, 2, self.right_space)
 
     def check_threads(self, threads: int) -> None:
-        """Raises ValueError unless threadgroups of so many threads may run the product."""
+        """Raises ValueError unless threadgroups of `threads` threads may run the product."""
         if threads % SIMD or self.simdgroups not in (1, threads // SIMD):
             raise ValueError(
                 f"the product is written for {self.simdgroups} simdgroups, {SIMD} threads each, "
@@ -284,7 +284,7 @@ class Matmul2d:
         """Fold over k: `result` plus the product of a left and a right operand of `length`.
 
         Operands are (pointer, stride of a row); `rows` and `columns` may be fewer than m and n. A
-        last step that is not whole is read as far as it goes where k is None; else see
+        last step that is not whole is read up to its end where k is None; else see
         `check_length`. How often the loop turns must not be known to the compiler: unrolled, it
         becomes many calls of `run`, and Apple's compiler has crashed on those.
         """

@@ -165,7 +165,7 @@ class Products:
                 self._text(f"device float* {name}_spill_row = {name}_spill + {offset};")
 
     def end_tile(self, *names: str) -> None:
-        """What follows a tile: these sums are in memory now."""
+        """The end of a tile: these sums are in memory now."""
         if self._spilled(names):
             self._text("fresh = false;")
 

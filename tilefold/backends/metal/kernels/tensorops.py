@@ -333,7 +333,7 @@ def _values(text: Text, spec: MetalSpec, values: Matmul2d, sums: list[str], pane
 
 
 def _watch(text: Text, number: str, i: int) -> None:
-    """Whether a masked tile of V holds NaN or infinities, which a weight of 0 does not hide."""
+    """True if a masked tile of V holds NaN or infinities, which a weight of 0 does not hide."""
     text(f"bool wild_{i} = false;")
     with text.block("if (masked)"):
         with text.block(f"for (int j = lane; j < keys * width_{i}; j += 32)"):

@@ -1,4 +1,4 @@
-"""What a product may do to its results before it writes them, as functions of one element.
+"""Activations: functions of one element that a product applies before it writes results.
 
 Metal has no error function, which gelu needs: x times the normal distribution function of x. So
 that is computed by formula 7.1.26 of Abramowitz and Stegun ("Handbook of Mathematical Functions",

@@ -95,7 +95,7 @@ def gemm(
     array([[3., 3., 3., 3.],
            [3., 3., 3., 3.]], dtype=float32)
 
-    sgemm, hgemm and their mixtures are this one function, the types those of its arrays.
+    sgemm, hgemm and their mixtures are this one function: the arrays have the types.
 
     Arguments:
         a: (..., m, k), or (..., k, m) with `transpose_a`
@@ -111,7 +111,7 @@ def gemm(
         bias_axis: "column" or "row"
         activation: None, "relu", "gelu" (by the distribution function), "silu" or "tanh"
         dtype: the type of the result; None is that of c, or of a and b, or float32 if these differ
-        blocks: of the kernel; None takes those of the table for the GPU's family
+        blocks: of the kernel; None takes the table's blocks for the GPU's family
         cores: of the GPU, which the table asks for
         machine: what runs it; None is the GPU of this Mac
 

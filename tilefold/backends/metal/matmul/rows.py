@@ -42,7 +42,7 @@ WIDE = 1024
 
 @dataclass(frozen=True)
 class SoftmaxSpec:
-    """What changes the source: the type of X and P, how a row is shared, whether lse is written.
+    """All that changes the source: the type of X and P, how a row is shared, and lse.
 
     `rows` of a threadgroup: 4, a simdgroup for each, or 1 that all four share. `bfloat`: the GPU
     knows bfloat16 itself.

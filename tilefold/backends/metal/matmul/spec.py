@@ -51,7 +51,7 @@ class GemmBlocks:
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """What changes the source of a product: types, blocks and what is done to the result.
+    """All that changes the source of a product: types, blocks and what is done to the result.
 
     `a`, `b` and `c` are types; c is float32 or one of the other two. `transpose_a`: the rows of
     op(A) lie side by side in memory, not its columns; `transpose_b` alike. `staged`: operands pass

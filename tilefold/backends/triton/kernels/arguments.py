@@ -47,7 +47,7 @@ def arrays(spec: TritonSpec) -> dict[str, str]:
 
 
 def rule(spec: TritonSpec) -> tuple[str, ...]:
-    """What the rule reads: parameters, tables and their strides."""
+    """The arguments that the rule reads: parameters, tables and their strides."""
     return mask.arguments(spec.mask) if spec.row.visits else ()
 
 

@@ -1,4 +1,4 @@
-"""What stands around every kernel: the module, the signature, the place of a program, its tiles.
+"""The frame around every kernel: the module, the signature, the place of a program, its tiles.
 
 An operand along a block is loaded piece by piece of the head dimension (see `spec.pieces`), rows
 from a pointer that has 64 bits, so that offsets inside a tile are short:
@@ -172,7 +172,7 @@ def load(spec: TritonSpec, operand: str, piece: Piece, rows: str) -> str:
 
 
 def _loaded(at: str, where: str) -> str:
-    """What lies at addresses, and 0 where it is not there; "" says that all of it is."""
+    """The elements at addresses, and 0 where they are not there; "" says that all of them are."""
     return f"tl.load({at}, mask={where}, other=0.0)" if where else f"tl.load({at})"
 
 

@@ -1,4 +1,4 @@
-"""What kernels in Gluon are made of: their imports, barriers, copies, and functions.
+"""The parts of kernels in Gluon: their imports, barriers, copies, and functions.
 
 Gluon is Triton's language in which layouts, shared memory and barriers are the program's. Its texts
 are split into functions, one for each part of a program that runs by itself, and a part takes all

@@ -17,7 +17,7 @@ It departs from the plain kernel, `forward`, in this:
 - Keys and values past the end of a sequence are zeros that the TMA unit fills in.
 - A weight of 0 times a value that is NaN or infinite is NaN. Values are not looked at in the loop:
   sums that come out finite have met no such value. If some do not, then at its end a program does
-  those of its blocks again of which a masked tile holds one, slowly, one key at a time.
+  the blocks again that have such a value in a masked tile, slowly, one key at a time.
 - Head dimensions that are not a power of two are padded, not cut into pieces.
 """
 
@@ -59,7 +59,7 @@ BARRIERS = ("q_full", "q_free", "k_full", "k_free", "v_full", "v_free")
 """For each slot: whether the TMA unit has filled it, and whether its readers are done with it."""
 
 LOCAL = ("warpgroup", "factor", "b", "h", "h_k", "first_q", "begin", "middle", "end")
-"""What functions of the text hand to each other, beside arguments."""
+"""The values that functions of the source hand to each other, beside arguments."""
 
 ALGORITHM = (
     "loader: for each tile: k -> ring, v of the tile before -> ring",
@@ -77,7 +77,7 @@ ALGORITHM = (
 
 
 def _known(spec: TritonSpec) -> tuple[str, ...]:
-    """What functions of the text may take."""
+    """The names that functions of the source may take."""
     return (*LOCAL, *RINGS, *BARRIERS, *parameters(spec))
 
 
@@ -121,7 +121,7 @@ def _constants(spec: TritonSpec) -> dict[str, str]:
 
 
 def _attend(spec: TritonSpec, recompute: Function | None) -> Function:
-    """What a warpgroup does; `recompute` is called where its sums have met NaN or infinity."""
+    """The work of a warpgroup; `recompute` is called where its sums have met NaN or infinity."""
     text = Text()
     _rows(text, spec)
     text(
@@ -302,7 +302,7 @@ def _write(text: Text, spec: TritonSpec) -> None:
 
 
 def _load(spec: TritonSpec) -> Function:
-    """What the loader does: it is ahead of the warpgroups by the slots of the rings at most."""
+    """The work of the loader: it is ahead of the warpgroups by the slots of the rings at most."""
     text = Text()
     text("tile, filled = 0, 0")
     with _row_blocks(text):

@@ -28,7 +28,7 @@ ACCUMULATED = 320
 """The most columns of scores and sums together: a thread holds half as many registers of them."""
 
 ROW_BLOCKS = ("places", "near")
-"""Integers that this kernel takes beside those of all kernels: see above."""
+"""Integers that this kernel alone takes: see above."""
 
 
 class Operand(NamedTuple):

@@ -16,7 +16,7 @@ from tilefold.backends.triton.spec import TritonSpec
 
 
 def nonfinite(spec: TritonSpec, known: Iterable[str]) -> Function:
-    """Whether a value of a masked tile is NaN or infinite."""
+    """True if a value of a masked tile is NaN or infinite."""
     text, own = Text(), storage(spec.dtype)
     text(
         "column = tl.arange(0, DIM_V, tl.SliceLayout(0, SUMS))",

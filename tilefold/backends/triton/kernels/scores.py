@@ -10,9 +10,9 @@ its sign in the operand of the parallel axis (`frame.fetch`); Hopper's kernel, w
 shared memory by TMA, has it here (`opposite`).
 
 The formula of a modification on the natural scale (a softcap, a bias, ALiBi, dropout) belongs here,
-and nowhere else. With one, `score` multiplies by the scale, sign included, and modifies; `factor` is
-log2(e) alone; `score_gradient` multiplies ds by the derivative of the modification. The derivative
-of the scale waits for the finished sums, dq and dk: `gradient`.
+and nowhere else. With one, `score` multiplies by the scale, sign included, and modifies; `factor`
+is log2(e) alone; `score_gradient` multiplies ds by the derivative of the modification. The
+derivative of the scale waits for the finished sums, dq and dk: `gradient`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a product may do to its results before it writes them, as functions of a tile.
+"""Activations: functions of a tile that a product applies before it writes results.
 
 Triton's own language has an error function, which gelu needs, but no hyperbolic tangent that its
 interpreter knows as well. Near 0 that is Lambert's continued fraction (1761), which loses nothing

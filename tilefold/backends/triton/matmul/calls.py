@@ -126,7 +126,7 @@ def gemm(
         dtype: the type of the result; None is that of c, or of a and b, or float32 if these differ
         precision: of products in float32, in which types that differ are multiplied too: "highest",
             "high" (three of TF32) or "medium" (TF32, which has all bits of the half types)
-        blocks: of the kernel; None takes those of the table for the GPU's architecture
+        blocks: of the kernel; None takes the table's blocks for the GPU's architecture
         machine: what runs it; None is the GPU where a is
 
     Returns:

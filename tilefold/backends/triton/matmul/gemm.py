@@ -77,7 +77,7 @@ class GemmBlocks:
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """What changes the source of a product: types, blocks and what is done to the result.
+    """All that changes the source of a product: types, blocks and what is done to the result.
 
     `a`, `b` and `c` are types; c is float32 or one of the other two, and float64 stands alone.
     `products` is how float32 is multiplied. `wide`: offsets inside a block may pass 31 bits.

@@ -39,5 +39,5 @@ def movable(axes: Axes, item: int) -> str | None:
 
 
 def wide(axes: Axes, rows: int, columns: int) -> bool:
-    """Whether offsets inside a block of rows and columns may pass 31 bits."""
+    """True if offsets inside a block of rows and columns may pass 31 bits."""
     return rows * axes.strides[2] + columns * axes.strides[3] >= 2**31

@@ -80,7 +80,7 @@ class SoftmaxBlocks:
 
 @dataclass(frozen=True)
 class SoftmaxSpec:
-    """What changes the source: the type of X and P, blocks, and whether lse is written.
+    """All that changes the source: the type of X and P, blocks, and whether lse is written.
 
     `online`: rows are wider than a block. `wide`: offsets inside of rows may pass 31 bits.
     """

@@ -1,78 +1,21 @@
-"""Triton's kernels, as emitted, in its interpreter: the cases of the CPU against float64.
-
-Every rule, layout, memory and head dimension, forward and backward in both forms, with the same
-tolerances. Lengths are smaller than on the CPU; types, forms and architectures take turns.
-"""
+"""Blocks, streamed operands, repeated bits and wide offsets of Triton's kernels."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-import interpreted
 import numpy as np
 import pytest
-from cases import AXES, Case, cover
+from cases import Case
 from compare import assert_near, assert_same, dense, tolerances
-from conformance import assert_conforms
 from interpreted import backward, forward, machine
 from operands import inputs
 
 from tilefold.backends.triton import dispatch, source
 from tilefold.backends.triton.plan import plan
-from tilefold.backends.triton.spec import MOST_DIM, Blocks
+from tilefold.backends.triton.spec import Blocks
 from tilefold.problems.attention import Problem
-
-SHAPES = [(1, 1), (3, 3), (64, 32), (47, 61), (31, 1), (1, 99), (40, 72), (96, 160)]
-LARGE = [(47, 61), (40, 72), (60, 90)]
-DIMS = [1, 2, 3, 16, 40, 64, 77, 80, 95, 128, 199, 256, 384, 512]
-PAIRS = [("dim", "layout"), ("layout", "memory"), ("dim", "dim_v")]
-CASES = list(cover({**AXES, "shape": SHAPES, "dim": DIMS}, PAIRS, LARGE))
-
-TYPES = ("float32", "bfloat16", "float16", "float64")
-ARCHITECTURES = ("sm_90", "sm_80")
-"""With tensor descriptors, where arrays lie so that tiles can be moved whole, and without."""
-
-QUICK = {
-    (
-        "sm_80",
-        "bfloat16",
-        "split",
-        Case((47, 61), 16, "window-and-prefix", "bhnd", "gqa", "padded"),
-    ),
-    (
-        "sm_90",
-        "float32",
-        "fused",
-        Case((40, 72), 16, "causal", "bhnd", "mqa", "packed", "narrower"),
-    ),
-}
-
-
-def trials() -> list[Any]:
-    """Architecture, type, form of the backward pass and case."""
-    found = [pytest.param(*trial, id="-".join(map(str, trial))) for trial in sorted(QUICK, key=str)]
-    for number, case in enumerate(CASES):
-        trial = (
-            ARCHITECTURES[number % 2],
-            TYPES[number // 2 % 4],
-            ("split", "fused")[number // 3 % 2],
-            case,
-        )
-        mark = pytest.mark.slow
-        found.append(pytest.param(*trial, id="-".join(map(str, trial)), marks=mark))
-    return found
-
-
-@pytest.mark.feature("M01", "M02", "M03", "M04", "M05", "M06", "M16", "T01", "T08", "T09")
-@pytest.mark.parametrize(("architecture", "dtype", "form", "case"), trials())
-def test_attention_and_its_gradients(architecture: str, dtype: str, form: str, case: Case) -> None:
-    on, problem = machine(architecture), case.problem(dtype)
-    if problem.dim_v > MOST_DIM:
-        with pytest.raises(NotImplementedError, match="heads of up to 512 numbers"):
-            plan(problem, architecture, "forward")
-        return
-    assert_conforms(interpreted, on, problem, case, form=form)
 
 
 @pytest.mark.slow

@@ -1,68 +1,19 @@
-"""Metal's kernels, as emitted, against the dense definition in float64: the cases of the CPU.
-
-Lengths are smaller: on the emulator a lane is a fiber. Types and families take turns.
-"""
+"""Offsets and vectors of Metal's kernels, which depend on how operands lie."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import metal
 import numpy as np
 import pytest
 from cases import Case
-from compare import HALVES, assert_same, dense, tolerances
-from conformance import assert_conforms
+from compare import assert_same
 from metal import FAMILIES, backward, forward, machine
-from metal_cases import CASES
 from operands import inputs
 
-from tilefold.backends.cpu.device import host
 from tilefold.backends.metal import dispatch
 from tilefold.backends.metal.plan import MetalPlan, plan
 from tilefold.problems.attention import Problem
-
-QUICK = {
-    ("apple7", "bfloat16", Case((47, 61), 16, "window-and-prefix", "bhnd", "gqa", "padded")),
-    ("apple9", "float32", Case((40, 72), 13, "causal", "bhdn", "mqa", "packed", "narrower")),
-}
-
-
-def trials() -> list[Any]:
-    """Family, type and case: float32 for every other case, half types for the rest."""
-    found = [pytest.param(*trial, id="-".join(map(str, trial))) for trial in sorted(QUICK, key=str)]
-    for number, case in enumerate(CASES):
-        family = FAMILIES[number % 2]
-        dtype = ("float32", HALVES[number // 4 % 2])[number // 2 % 2]
-        trial = family, dtype, case
-        mark = pytest.mark.slow
-        found.append(pytest.param(*trial, id="-".join(map(str, trial)), marks=mark))
-    return found
-
-
-@pytest.mark.feature("M01", "M02", "M03", "M04", "M05", "M06", "M16", "J03")
-@pytest.mark.parametrize(("family", "dtype", "case"), trials())
-def test_attention_and_its_gradients(family: str, dtype: str, case: Case) -> None:
-    assert_conforms(metal, machine(family), case.problem(dtype), case)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-def test_tolerances_do_not_follow_the_processor_of_the_tests(
-    dtype: str,
-) -> None:
-    """One with AMX multiplies halves in pairs, and its kernels may be off by more than a GPU's."""
-    problem = Case((47, 61), 16, "causal").problem(dtype)
-    operands = inputs(problem, "bhnd", "packed")
-    want = dense(operands, problem.mask, problem.scale)
-    found = {True: [], False: []}
-    for device in (host().lowered("avx2"), replace(host(), isa="amx")):
-        for pairs, made in found.items():
-            options = {"host_pairs": pairs, "device": device}
-            made.append(tolerances(problem, operands, want, **options))
-    plain, amx = found[True]
-    assert plain["lse"] < amx["lse"]
-    assert found[False] == [plain, plain]
 
 
 def wide(problem: Problem, family: str, operation: str) -> MetalPlan:
