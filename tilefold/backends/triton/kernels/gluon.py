@@ -33,7 +33,7 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 
 HELPERS = '''\
 @gluon.jit
-def order_teams(instruction: tl.constexpr):
+def order_warpgroups(instruction: tl.constexpr):
     """An instruction on one of the barriers 14 and 15, of which Triton has no use itself."""
     tl.inline_asm_elementwise(instruction, "=r", [], tl.int32, is_pure=False, pack=1)
 
@@ -42,18 +42,18 @@ def order_teams(instruction: tl.constexpr):
 def wait_turn(warpgroup: tl.constexpr):
     """Wait until the other warpgroup has issued its products."""
     if warpgroup == 0:
-        order_teams("bar.sync 14, 256; mov.b32 $0, 0;")
+        order_warpgroups("bar.sync 14, 256; mov.b32 $0, 0;")
     else:
-        order_teams("bar.sync 15, 256; mov.b32 $0, 0;")
+        order_warpgroups("bar.sync 15, 256; mov.b32 $0, 0;")
 
 
 @gluon.jit
 def pass_turn(warpgroup: tl.constexpr):
     """Let the other warpgroup issue its products."""
     if warpgroup == 0:
-        order_teams("bar.arrive 15, 256; mov.b32 $0, 0;")
+        order_warpgroups("bar.arrive 15, 256; mov.b32 $0, 0;")
     else:
-        order_teams("bar.arrive 14, 256; mov.b32 $0, 0;")
+        order_warpgroups("bar.arrive 14, 256; mov.b32 $0, 0;")
 
 
 @gluon.jit
