@@ -49,6 +49,7 @@ numpy_there = time.perf_counter()
 import tilefold
 there = time.perf_counter()
 from tilefold import attention, causal
+from tilefold.backends.cpu import calls as _
 from tilefold.frontends import numpy as _
 ready = time.perf_counter()
 q = k = v = numpy.ones((1, 8, 128, 64), numpy.float32)

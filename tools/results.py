@@ -55,12 +55,14 @@ def main() -> int:
 
 def blocks() -> dict[str, str]:
     """What stands between the marks of each page."""
-    short = best(comparisons())
+    short = best(every("comparison"))
     long = [*matrix(load("cpu")), "", *promises()]
-    if (RESULTS / "figures.json").exists():
-        long += ["", "### Figures", "", *floors(load("figures"))]
-    if (RESULTS / "comparison.json").exists():
-        long += ["", "### Other implementations", "", *others(load("comparison"))]
+    for document in every("figures"):
+        long += ["", f"### Figures, {machine(document)}", "", *floors(document)]
+    for number, document in enumerate(every("comparison")):
+        long += ["", f"### Other implementations, {machine(document)}", "", *others(document)]
+        if number == 0:
+            long += ["", "![Operations per second of all implementations](images/comparison.png)"]
     return {"README.md": "\n".join(short), "docs/performance.md": "\n".join(long)}
 
 
@@ -115,9 +117,10 @@ def matrix(document: Document) -> list[str]:
     ]
 
 
-def comparisons() -> list[Document]:
-    """The files in which all peers were measured, one for each machine."""
-    return [load(path.stem) for path in sorted(RESULTS.glob("comparison*.json"))]
+def every(name: str) -> list[Document]:
+    """The files of one benchmark, one for each machine: name.json first, then name_*.json."""
+    paths = [RESULTS / f"{name}.json", *sorted(RESULTS.glob(f"{name}_*.json"))]
+    return [load(path.stem) for path in paths if path.exists()]
 
 
 def best(documents: Sequence[Document]) -> list[str]:
@@ -224,8 +227,6 @@ def others(document: Document) -> list[str]:
         *table(["", *(f">{name}" for name in names)], lines),
         "",
         *(f"- `-`: {reason}" for reason in reasons),
-        "",
-        "![Operations per second of all implementations](images/comparison.png)",
     ]
 
 
