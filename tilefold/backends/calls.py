@@ -69,17 +69,7 @@ def run(
     machine: Machine, arrays: Arrays, operation: str, given: tuple[Array, ...], request: Request
 ) -> tuple[Array, ...]:
     """The results of a pass, "forward" or "backward", of arrays in the order of `GIVEN`."""
-    given, alignment = machine.accept(arrays, operation, given)
-    key = (
-        machine,
-        operation,
-        request,
-        generation.number,
-        arrays,
-        alignment,
-        arrays.layout_key(given),
-    )
-    call = calls.get(key) or _keep(key, given)
+    call, given = _look_up(machine, arrays, operation, given, request)
     results = arrays.empty(given[0], call.results)
     if call.prepared is None:
         _fill(operation, results)
@@ -115,17 +105,7 @@ def bind(
     into: Sequence[Array | None],
 ) -> Bound:
     """The call of `run`, which writes into the arrays of `into`, or into new ones where None."""
-    given, alignment = machine.accept(arrays, operation, given)
-    key = (
-        machine,
-        operation,
-        request,
-        generation.number,
-        arrays,
-        alignment,
-        arrays.layout_key(given),
-    )
-    call = calls.get(key) or _keep(key, given)
+    call, given = _look_up(machine, arrays, operation, given, request)
     results = []
     for name, array, (shape, dtype) in zip(RESULTS[operation], into, call.results, strict=True):
         if array is None:
@@ -161,11 +141,25 @@ def compile_ahead(machine: Machine, problem: Problem, operation: str, layout: st
     found.prepare(machine, found.admit(problem), operation, placement).compile()
 
 
-def _keep(key: tuple[Any, ...], given: tuple[Array, ...]) -> Call:
-    """Make the call of a key, which is not kept yet, and keep it."""
-    machine, operation, request, _, arrays, alignment, _ = key
-    call = _call(machine, operation, request, arrays, alignment, given)
-    return calls.put(key, call, call.prepared.data_bytes if call.prepared else 0)
+def _look_up(
+    machine: Machine, arrays: Arrays, operation: str, given: tuple[Array, ...], request: Request
+) -> tuple[Call, tuple[Array, ...]]:
+    """The call, made and kept if it is new, and its arrays as the machine accepts them."""
+    given, alignment = machine.accept(arrays, operation, given)
+    key = (
+        machine,
+        operation,
+        request,
+        generation.number,
+        arrays,
+        alignment,
+        arrays.layout_key(given),
+    )
+    call = calls.get(key)
+    if call is None:
+        call = _call(machine, operation, request, arrays, alignment, given)
+        call = calls.put(key, call, call.prepared.data_bytes if call.prepared else 0)
+    return call, given
 
 
 def _call(

@@ -195,8 +195,8 @@ class Unary(Integer):
 
 
 @dataclass(frozen=True, eq=False)
-class Binary(Integer):
-    """`x + y`, `x - y`, `x * y`, and with a positive constant on the right `x // y`, `x % y`."""
+class _TwoSided(Expression):
+    """An operator between two integers."""
 
     operator: str
     left: Integer
@@ -211,36 +211,32 @@ class Binary(Integer):
         return f"({self.left} {self.operator} {self.right})"
 
 
+class Binary(_TwoSided, Integer):
+    """`x + y`, `x - y`, `x * y`, and with a positive constant on the right `x // y`, `x % y`."""
+
+
 @dataclass(frozen=True, eq=False)
-class Lookup(Integer):
+class _Entry(Expression):
+    """An entry of a table."""
+
+    table: AnyTable
+    indices: tuple[Integer, ...]
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The indices."""
+        return self.indices
+
+    def __str__(self) -> str:
+        return f"{self.table}[{', '.join(map(str, self.indices))}]"
+
+
+class Lookup(_Entry, Integer):
     """An entry `table[i, j, ...]` of an int32 table; its indices are within the table."""
 
-    table: AnyTable
-    indices: tuple[Integer, ...]
 
-    @property
-    def children(self) -> tuple[Expression, ...]:
-        """The indices."""
-        return self.indices
-
-    def __str__(self) -> str:
-        return f"{self.table}[{', '.join(map(str, self.indices))}]"
-
-
-@dataclass(frozen=True, eq=False)
-class TruthLookup(Boolean):
+class TruthLookup(_Entry, Boolean):
     """An entry `table[i, j, ...]` of a boolean table; its indices are within the table."""
-
-    table: AnyTable
-    indices: tuple[Integer, ...]
-
-    @property
-    def children(self) -> tuple[Expression, ...]:
-        """The indices."""
-        return self.indices
-
-    def __str__(self) -> str:
-        return f"{self.table}[{', '.join(map(str, self.indices))}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,21 +249,8 @@ class Truth(Boolean):
         return str(self.value)
 
 
-@dataclass(frozen=True, eq=False)
-class Compare(Boolean):
+class Compare(_TwoSided, Boolean):
     """A comparison: `x < y`, `<=`, `>`, `>=`, `==` or `!=`."""
-
-    operator: str
-    left: Integer
-    right: Integer
-
-    @property
-    def children(self) -> tuple[Expression, ...]:
-        """The left side and the right side."""
-        return (self.left, self.right)
-
-    def __str__(self) -> str:
-        return f"({self.left} {self.operator} {self.right})"
 
 
 @dataclass(frozen=True, eq=False)
