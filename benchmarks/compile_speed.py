@@ -32,8 +32,8 @@ from tilefold.problems.attention import Problem
 MASKS = {
     "full()": tilefold.full(),
     "causal()": tilefold.causal(),
-    "causal() & local(256) | prefix(4)": (tilefold.causal() & tilefold.local(256))
-    | tilefold.prefix(4),
+    "causal() & (local(256) | prefix(4))": tilefold.causal()
+    & (tilefold.local(256) | tilefold.prefix(4)),
 }
 CASES = [
     (mask, dtype, dim)

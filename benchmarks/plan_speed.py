@@ -32,7 +32,7 @@ SPARSE = (
     causal(),
     full(),
     documents(np.arange(MILLION) // 1000) & causal(),
-    causal() & (local(1024) | prefix(4, causal=False)),
+    causal() & (local(1024) | prefix(4)),
     local(4096, stride=2, causal=True),
     causal(grid_q=(1024, 1024)),
     local(9, grid_q=(1024, 1024)),

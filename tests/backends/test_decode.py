@@ -45,7 +45,7 @@ AGREEING = [
             ((3, 513), "mqa", "lengths-of-batch", 40, "float32"),
             ((2, 900), "mha", "local", 80, "float64"),
             ((16, 530), "mqa", "dense-queries", 16, "float32"),
-            ((48, 600), "gqa", "window-and-prefix", 24, "float16"),
+            ((48, 600), "gqa", "prefix-or-causal", 24, "float16"),
             ((2, 600), "gqa", "causal", 300, "float64"),
         ]
     ),

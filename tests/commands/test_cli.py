@@ -63,9 +63,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 # Own arrays ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "mask", [None, "causal()", "(causal() & local(7)) | prefix(2, causal=False)"]
-)
+@pytest.mark.parametrize("mask", [None, "causal()", "causal() & (local(7) | prefix(2))"])
 def test_run_writes_what_the_definition_says(files: Path, mask: str | None, capsys: Any) -> None:
     more = ["--mask", mask] if mask else []
     assert tilefold_run(files, *more, "--scale", "0.3", "--lse", str(files / "lse.npz")) == 0
@@ -418,7 +416,7 @@ def test_bench_shows_implementations_side_by_side(tmp_path: Path, capsys: Any) -
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["inspect", "--mask", "(causal() & local(256)) | prefix(4)", "--operation", "backward"],
+        ["inspect", "--mask", "causal() & (local(256) | prefix(4))", "--operation", "backward"],
         ["mask", "local(9)", "--len-q", "200"],
         ["bench", "--shape", "1,2,64,16", "--seconds", "0.01", "--peers", "numpy"],
     ],

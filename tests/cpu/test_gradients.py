@@ -47,7 +47,7 @@ CASES = [
     Case(5, 40, 16, 3, 2, 1, causal() & local(7)),
     Case(40, 5, 3, 16, 2, 2, causal(), scale=1.3),
     Case(33, 17, 7, 7, 3, 1, local(4, stride=3, align="start")),
-    Case(17, 33, 8, 8, 2, 1, prefix(5) | chunked(6)),
+    Case(17, 33, 8, 8, 2, 1, causal() | prefix(5) | chunked(6)),
     Case(20, 20, 5, 5, 2, 2, ~documents(np.arange(20) // 7) & causal()),
     Case(9, 70, 4, 4, 2, 1, lengths([70, 13])),
     Case(16, 16, 6, 6, 2, 2, causal(grid_q=(4, 4)) & local(2, grid_q=(4, 4))),

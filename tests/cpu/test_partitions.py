@@ -143,7 +143,7 @@ MASKS: dict[str, Rule] = {
     "full": full(),
     "causal": causal(),
     "window": causal() & local(60),
-    "first keys": prefix(70, causal=False),
+    "first keys": prefix(70),
     "lengths": lengths([900, 10]),
     "heads differ": RULES["heads-differ"](Sizes(2, 2, 700, 900)),
     "nothing": ~full(),

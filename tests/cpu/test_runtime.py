@@ -318,7 +318,7 @@ def test_threads_may_compile_at_once(fresh_cache: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_largest_kernel_compiles_almost_as_fast_as_a_usual_one(dtype: str) -> None:
     """A ratio, as machines differ; `benchmarks/compile_speed.py` has the seconds (0.3 on Zen 5)."""
-    rules = (tilefold.causal() & tilefold.local(256)) | tilefold.prefix(4)
+    rules = tilefold.causal() & (tilefold.local(256) | tilefold.prefix(4))
     documents = tilefold.documents(np.arange(1000) // 90, np.arange(1200) // 100)
     usual = Problem(1, 8, 8, 1000, 1200, 64, 64, dtype, 0.1, tilefold.causal())
     largest = Problem(2, 8, 2, 1000, 1200, 199, 256, dtype, 0.1, rules & documents)

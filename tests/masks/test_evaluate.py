@@ -150,7 +150,7 @@ TIGHT: list[tuple[Rule, int, int]] = [
     *((local(window), 31, 31) for window in (1, 4, 9)),
     *((causal() & local(window), 19, 31) for window in (1, 4, 9)),
     *((local(window, causal=True, sync="scale_end"), 31, 15) for window in (2, 5)),
-    *((prefix(n, causal=False), 9, 20) for n in (0, 7, 20)),
+    *((prefix(n), 9, 20) for n in (0, 7, 20)),
     (lengths(11), 9, 20),
     (chunked(6), 31, 31),
     (documents(np.arange(30) // 7), 30, 30),

@@ -47,7 +47,7 @@ def test_what_a_rule_prints_reads_back_as_the_rule(case: Case) -> None:
     [
         ("causal()", causal()),
         ("  causal ( ) ", causal()),
-        ("(causal() & local(256)) | prefix(4)", (causal() & local(256)) | prefix(4)),
+        ("causal() & (local(256) | prefix(4))", causal() & (local(256) | prefix(4))),
         ("causal() & local(256) | prefix(4)", (causal() & local(256)) | prefix(4)),
         ("~causal() & full()", ~causal() & full()),
         ("~(causal() | full())", ~(causal() | full())),
@@ -58,7 +58,7 @@ def test_what_a_rule_prints_reads_back_as_the_rule(case: Case) -> None:
             local(3, 2, causal=True, sync="scale_end", grid_q=(2, 3), grid_k=(4, 6)),
         ),
         ("local(window=1_000)", local(1000)),
-        ("prefix(0x10, causal=False)", prefix(16, causal=False)),
+        ("prefix(0x10)", prefix(16)),
         ("chunked(8)", chunked(8)),
         ("lengths(5)", lengths(5)),
         ("lengths((3, 5))", lengths([3, 5])),
@@ -103,7 +103,8 @@ ARITHMETIC = (
         ("local(n)", "column 7: expected a number, a string or a tuple of them, got `n`"),
         ("local(-3)", "column 1: local: window must be an integer >= 1, got -3"),
         ("full(3)", "column 1: full takes no argument: too many positional arguments"),
-        ("prefix()", "column 1: prefix takes n, causal: missing a required argument: 'n'"),
+        ("full() & prefix(4, causal=False)", "column 10: prefix: there is no causal= any more"),
+        ("prefix()", "column 1: prefix takes n: missing a required argument: 'n'"),
         (
             "chunked(sise=3)",
             "column 1: chunked takes size: ",

@@ -26,7 +26,9 @@ def test_the_examples_of_the_documentation_are_true() -> None:
     assert (failed, tried > 0) == (0, True)
 
 
-@pytest.mark.parametrize(("name", "least"), [("masks.md", 14), ("mask_rules.md", 20)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("masks.md", 14), ("mask_rules.md", 20), ("mask_traps.md", 9)]
+)
 def test_the_pictures_of_the_pages_on_masks_are_true(name: str, least: int) -> None:
     page = (PAGES / name).read_text(encoding="utf-8")
     code = "\n".join("" if line.startswith("```") else line for line in page.splitlines())
@@ -100,7 +102,7 @@ def test_one_plane_is_drawn(b: int) -> None:
 
 
 def test_tails_and_tiles_of_two_sizes() -> None:
-    assert str(draw(prefix(3, causal=False), 3, 5, 2, 2)).splitlines() == ["████▓▓░░··"] * 3
+    assert str(draw(prefix(3), 3, 5, 2, 2)).splitlines() == ["████▓▓░░··"] * 3
 
 
 @pytest.mark.parametrize(

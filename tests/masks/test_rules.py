@@ -169,7 +169,6 @@ def test_shapes_of_dense_arrays() -> None:
         ),
         (local(np.int64(3), align="start"), 'local(3, align="start")'),
         (prefix(4), "prefix(4)"),
-        (prefix(4, causal=False), "prefix(4, causal=False)"),
         (chunked(8), "chunked(8)"),
         (documents(np.zeros(128, int)), "documents(ids[128])"),
         (documents(np.zeros((2, 8), int), np.ones(4, int)), "documents(ids_q[2x8], ids_k[4])"),
@@ -178,7 +177,7 @@ def test_shapes_of_dense_arrays() -> None:
         (dense(np.ones((8, 1, 4, 4), bool)), "dense(array[8x1x4x4])"),
         (rule(lambda q, k: abs(q - k) % 3 == 0), "rule(lambda q, k: (abs((q - k)) % 3) == 0)"),
         (rule(lambda h, q, k: ~(q < h) | (k == -2)), "rule(lambda h, q, k: ~(q < h) | (k == -2))"),
-        ((causal() & local(256)) | prefix(4), "(causal() & local(256)) | prefix(4)"),
+        ((causal() & local(2)) | prefix(4), "(causal() & local(2)) | prefix(4)"),
         (causal() & (local(2) | prefix(4)), "causal() & (local(2) | prefix(4))"),
         (causal() & local(2) & full(), "causal() & local(2) & full()"),
         (causal() & (local(2) & full()), "causal() & local(2) & full()"),
@@ -378,7 +377,13 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: local(3, stride=0), ValueError, "local: stride must be an integer >= 1, got 0"),
     (lambda: local(3, causal=1), TypeError, "local: causal must be True or False, got 1"),
     (lambda: prefix(-1), ValueError, "prefix: n must be an integer >= 0, got -1"),
-    (lambda: prefix(2, causal="no"), TypeError, "prefix: causal must be True or False, got 'no'"),
+    (
+        lambda: prefix(2, causal=False),
+        TypeError,
+        "prefix: there is no causal= any more, prefix(n) is the first n keys alone; "
+        "write causal() | prefix(n) for them and all that causal() shows",
+    ),
+    (lambda: prefix(2, size=3), TypeError, "prefix() got an unexpected keyword argument 'size'"),
     (lambda: chunked(0), ValueError, "chunked: size must be an integer >= 1, got 0"),
     (lambda: chunked("4"), TypeError, "chunked: size must be an integer >= 1, got '4'"),
     (

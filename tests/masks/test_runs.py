@@ -254,7 +254,7 @@ def test_a_window_over_a_million_tokens_is_planned_at_once(parallel: str) -> Non
         causal(),
         full(),
         documents(np.arange(MILLION) // 1000) & causal(),
-        (causal() & local(1024)) | prefix(8, causal=False),
+        causal() & (local(1024) | prefix(8)),
         local(9, grid_q=(1024, 1024)),
         causal(grid_q=(1024, 1024)) & local(5, grid_q=(1024, 1024)),
     ],

@@ -63,7 +63,7 @@ MASKS = [
     "full()",
     "causal()",
     "causal() & local(9)",
-    "local(7, stride=2) | prefix(5, causal=False)",
+    "local(7, stride=2) | prefix(5)",
     "rule(lambda h, q, k: (q + h) % 3 == k % 3)",
     "lengths((20, 96, 0))",
     "~causal(align='start')",

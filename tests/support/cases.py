@@ -105,8 +105,8 @@ RULES: dict[str, Callable[[Sizes], Rule]] = {
         )
         for sync in SYNCS
     },
-    "prefix": lambda _: prefix(17),
-    "prefix-alone": lambda _: prefix(5, causal=False),
+    "prefix": lambda _: prefix(5),
+    "prefix-or-causal": lambda _: causal() | prefix(17),
     "documents": _documents,
     "documents-of-batch": _documents_of_batch,
     "lengths": lambda n: lengths(n.len_k - n.len_k // 3),
@@ -120,7 +120,7 @@ RULES: dict[str, Callable[[Sizes], Rule]] = {
     "past-32-bits": lambda _: rule(lambda q, k: (q * 10**8 - k * 10**9) % 7 < 4),
     "heads-differ": lambda _: rule(lambda b, h, q, k: abs(q - k) < 8 * (h + 1) + b),
     "nothing": lambda _: ~full(),
-    "window-and-prefix": lambda _: (causal() & local(25)) | prefix(4),
+    "window-and-prefix": lambda _: causal() & (local(25) | prefix(4)),
     "other-documents": lambda n: ~_documents(n) & causal("start"),
     "later-in-chunk": lambda n: ~causal("start") & (chunked(40) | lengths(n.len_k // 4)),
     **{
@@ -163,7 +163,7 @@ def _random_leaf(draw: random.Random, sizes: Sizes) -> Rule:
             causal=draw.random() < 0.5,
             **place,
         ),
-        lambda: prefix(draw.randint(0, sizes.len_k), causal=draw.random() < 0.5),
+        lambda: prefix(draw.randint(0, sizes.len_k)),
         lambda: chunked(draw.randint(1, longest)),
         lambda: lengths(draw.randint(0, sizes.len_k)),
         lambda: lengths(data.integers(0, sizes.len_k + 1, sizes.batch)),

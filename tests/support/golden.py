@@ -53,7 +53,15 @@ def metal() -> dict[str, str]:
         ("causal", "apple9", "float16", 64, "causal()", "forward", "tiled"),
         ("spilled", "apple7", "float32", 77, "full()", "forward", "tiled"),
         ("window", "apple7", "bfloat16", 80, "causal() & local(100)", "backward", "auto"),
-        ("chunked", "apple9", "bfloat16", 128, "chunked(64) | prefix(4)", "backward", "auto"),
+        (
+            "chunked",
+            "apple9",
+            "bfloat16",
+            128,
+            "chunked(64) | causal() | prefix(4)",
+            "backward",
+            "auto",
+        ),
         ("causal", "apple9", "float16", 128, "causal()", "forward", "decode"),
     ):
         asked = problem(dtype, dim, mask, form)

@@ -135,14 +135,11 @@ def _positions(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
 def _plain(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
     """full, prefix, chunked, and lengths with one integer."""
     number = draw(st.integers(0, sizes.len_k + 2))
-    match draw(st.sampled_from(("full", "prefix", "prefix causal", "chunked", "lengths"))):
+    match draw(st.sampled_from(("full", "prefix", "chunked", "lengths"))):
         case "full":
             return position_rules.full(), lambda b, h, q, k: True
         case "prefix":
-            return position_rules.prefix(number, causal=False), lambda b, h, q, k: k < number
-        case "prefix causal":
-            shift = sizes.len_k - sizes.len_q
-            return position_rules.prefix(number), lambda b, h, q, k: k < number or k <= q + shift
+            return position_rules.prefix(number), lambda b, h, q, k: k < number
         case "chunked":
             size = number + 1
             return position_rules.chunked(size), lambda b, h, q, k: q // size == k // size

@@ -38,7 +38,7 @@ QUESTION = "How do I make sure that a file is closed when an error occurs?"
 SHORTEST_WORDS = 40  # shorter paragraphs of the manual are mostly headings and signatures
 CHECKED = 16  # paragraphs encoded again in float64; all of them would take minutes
 BENCHMARK = [("forward", "full()"), ("forward", "causal()"), ("backward", "causal()")]
-PICTURE = "(causal() & local(20)) | prefix(3, causal=False)"
+PICTURE = "causal() & (local(20) | prefix(3))"
 LARGEST_ERROR = (
     1e-5  # of an embedding's entry; float32 rounding through six layers makes about 3e-7
 )

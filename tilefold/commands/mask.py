@@ -18,7 +18,7 @@ def register(commands: Any) -> None:
         epilog=terminal.EXIT_CODES,
     )
     parser.set_defaults(main=main)
-    parser.add_argument("rule", help='such as "(causal() & local(256)) | prefix(4)"')
+    parser.add_argument("rule", help='such as "causal() & (local(256) | prefix(4))"')
     parser.add_argument("--len-q", type=int, default=16, help="number of queries (default 16)")
     parser.add_argument("--len-k", type=int, help="number of keys (default: as for queries)")
     parser.add_argument("--block-q", type=int, help="number of queries in a tile")

@@ -1,4 +1,4 @@
-"""Mask strings such as `(causal() & local(256)) | prefix(4)`, as rules print themselves.
+"""Mask strings such as `causal() & (local(256) | prefix(4))`, as rules print themselves.
 
 Python's own grammar gives a syntax tree. The walk over it knows rules, integers, strings, tuples
 and nothing else: nothing is evaluated, and no name leads out of the tables below.
@@ -47,8 +47,8 @@ _COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 def parse(text: str) -> Rule:
     """The rule that a string spells: calls of rules and their pieces, joined by `&`, `|`, `~`.
 
-    >>> parse("(causal() & local(256)) | prefix(4)")
-    (causal() & local(256)) | prefix(4)
+    >>> parse("causal() & (local(256) | prefix(4))")
+    causal() & (local(256) | prefix(4))
     >>> parse("rule(lambda q, k: (q - k) % 3 == 0)")
     rule(lambda q, k: ((q - k) % 3) == 0)
     >>> parse("causal().window(4096, 4096, q0=1024) & local(256)")
@@ -140,10 +140,13 @@ class _Walk:
                 raise self._wrong(keyword, "** is not known here")
             named[keyword.arg] = value(keyword.value)
         signature = inspect.signature(maker)
+        taken = [
+            each.name for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD
+        ]
         try:
             signature.bind(*arguments, **named)
         except TypeError as error:
-            known = ", ".join(signature.parameters) or "no argument"
+            known = ", ".join(taken) or "no argument"
             raise self._wrong(node, f"{name} takes {known}: {error}") from None
         try:
             return maker(*arguments, **named)

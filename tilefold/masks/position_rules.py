@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -158,33 +159,48 @@ class Prefix(Rule):
     """See `prefix`."""
 
     length: int
-    causal: bool
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """True if the key is among the first, or (if causal) no later than the query."""
-        early = Index("k") < min(self.length, len_k)
-        return early | Causal(Coordinates()).bind(len_q, len_k) if self.causal else early
+        """True if the key is among the first."""
+        return Index("k") < min(self.length, len_k)
 
     def __repr__(self) -> str:
-        return f"prefix({_join(str(self.length), '' if self.causal else 'causal=False')})"
+        return f"prefix({self.length})"
 
 
-def prefix(n: int, causal: bool = True) -> Rule:
-    """Every query sees the first n keys, and beyond them what `causal()` lets it see.
+def prefix(n: int, **gone: Any) -> Rule:
+    """Every query sees the first n keys, and no other.
 
-    >>> print(prefix(2).to_dense(4, 4).astype(int))
+    >>> print(prefix(2).to_dense(3, 4).astype(int))
+    [[1 1 0 0]
+     [1 1 0 0]
+     [1 1 0 0]]
+
+    It is a part to join with others. A prompt read in both directions before text read in one is
+    `causal() | prefix(n)`:
+
+    >>> print((causal() | prefix(2)).to_dense(4, 4).astype(int))
     [[1 1 0 0]
      [1 1 0 0]
      [1 1 1 0]
      [1 1 1 1]]
 
-    With causal=False, the first n keys alone.
+    A window that keeps the first keys in sight is `causal() & (local(window) | prefix(n))`.
 
-    Raises TypeError or ValueError unless n is an integer >= 0 and causal a bool.
+    Arguments:
+        n: an integer >= 0. One past len_k hides nothing.
+        gone: no other argument. causal= of earlier versions raises, and says what to write.
+
+    Raises TypeError or ValueError for another n, and TypeError for any other argument.
     """
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"prefix: causal must be True or False, got {shown(causal)}")
-    return Prefix(whole("prefix: n", n, 0), bool(causal))
+    if "causal" in gone:
+        raise TypeError(
+            "prefix: there is no causal= any more, prefix(n) is the first n keys alone; "
+            "write causal() | prefix(n) for them and all that causal() shows"
+        )
+    if gone:
+        raise TypeError(f"prefix() got an unexpected keyword argument {next(iter(gone))!r}")
+    return Prefix(whole("prefix: n", n, 0))
 
 
 @dataclass(frozen=True, repr=False)

@@ -27,8 +27,8 @@ class Rule(ABC):
     """Which query may see which key, whatever the lengths.
 
     >>> from tilefold import causal, local, prefix
-    >>> (causal() & local(2)) | prefix(1)
-    (causal() & local(2)) | prefix(1)
+    >>> causal() & (local(2) | prefix(1))
+    causal() & (local(2) | prefix(1))
     >>> (causal() & local(2)).to_dense(3, 3).astype(int)
     array([[1, 0, 0],
            [1, 1, 0],

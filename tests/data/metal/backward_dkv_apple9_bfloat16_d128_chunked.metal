@@ -15,7 +15,7 @@ static inline bool visible(const int b, const int h, const int q, const int k,
                            constant long* sizes) {
     const int p0 = int(sizes[31]);
     const int p1 = int(sizes[32]);
-    return q / 64 == k / 64 || (k < p0 || q + p1 >= k);
+    return q / 64 == k / 64 || q + p0 >= k || k < p1;
 }
 
 [[max_total_threads_per_threadgroup(64)]]
