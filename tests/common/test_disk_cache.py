@@ -310,6 +310,48 @@ def test_a_process_alone_never_passes_the_limit_though_it_seldom_looks(tmp_path:
     assert store.size() > store.limit_bytes // 2
 
 
+def test_the_first_file_of_a_process_is_kept_without_a_look_at_all_others(
+    store: disk_cache.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: looks.append(path) or listed(path))
+    roomy = disk_cache.Cache(store.directory, 1 << 40)
+    for number in range(50):
+        monkeypatch.setattr(disk_cache, "_room", {})  # a new process
+        roomy.put_note(f"question {number}", b"answer")
+    assert not looks
+
+
+def test_many_short_processes_stay_near_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = disk_cache.Cache(tmp_path / "cache", 100_000)
+    largest = 0
+    for number in range(400):
+        monkeypatch.setattr(disk_cache, "_room", {})  # a new process
+        store.put_note(f"question {number}", bytes(1000))
+        largest = max(largest, number % 10 == 0 and store.size())
+    assert store.limit_bytes // 2 < largest < store.limit_bytes * 5 // 4
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    store = disk_cache.Cache(tmp_path / "kernels", 16 * len(BINARY))
+    store.put(TEXT, TOOLCHAIN, BINARY)
+    old, new, other = (
+        store.directory / name
+        for name in (f"{entry_name(store)}.{'0' * 16}", f"{entry_name(store)}.{'1' * 16}", "mine.0")
+    )
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 7200,) * 2)
+    for number in range(3):  # each takes 1/16 of the limit, so the second counts at the latest
+        store.put(f"{TEXT}; {number}", TOOLCHAIN, BINARY)
+    assert [path.exists() for path in (old, new, other)] == [False, True, True]
+    assert store.get(TEXT, TOOLCHAIN) == BINARY
+
+
 def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     room_for_three = 3 * (len(BINARY) + 100)
     store = disk_cache.Cache(tmp_path / "kernels", room_for_three)
@@ -355,6 +397,19 @@ def test_the_place_and_the_size_come_from_the_environment(
     assert disk_cache.default() == disk_cache.Cache(tmp_path, 3 << 20)
     monkeypatch.delenv("TILEFOLD_CACHE_DIR")
     assert "tilefold" in disk_cache.default().directory.parts
+
+
+@pytest.mark.parametrize(
+    ("named", "place"), [("/some/cache", "/some/cache"), ("relative", "/home/one/.cache")]
+)
+def test_without_platformdirs_the_rule_of_xdg_holds(
+    named: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.delenv("TILEFOLD_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", named)
+    monkeypatch.setenv("HOME", "/home/one")
+    assert disk_cache.default().directory == Path(place, "tilefold", "kernels")
 
 
 COMPILE_MANY = """

@@ -74,6 +74,11 @@ def test_text_becomes_a_value(
             "TILEFOLD_CACHE_DIR must be an absolute path, not 'here/below'",
         ),
         (
+            settings.CACHE_DIR,
+            "~nobody-of-this-name/cache",
+            "TILEFOLD_CACHE_DIR must be an absolute path, not '~nobody-of-this-name/cache'",
+        ),
+        (
             settings.CACHE_MIB,
             "-1",
             "TILEFOLD_CACHE_MIB must be an integer (MiB), 0 to keep nothing, not '-1'",

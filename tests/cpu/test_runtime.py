@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import re
 import subprocess
@@ -254,6 +255,21 @@ def test_code_lives_as_long_as_its_kernel() -> None:
     del loaded
     gc.collect()
     assert result(kept) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says how much memory is in use")
+def test_code_that_was_forgotten_leaves_nothing() -> None:
+    binary = runtime.compile(constant(1), host())
+
+    def held(loads: int) -> int:
+        for _ in range(loads):
+            runtime.load(binary, "kernel")
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = held(2 * runtime.LINKED_TOGETHER)
+    loads = 8 * runtime.LINKED_TOGETHER
+    assert held(loads) - before < 3 * 1024 * loads  # one linker for all keeps 9 KiB of each
 
 
 FULL = """

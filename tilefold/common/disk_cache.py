@@ -21,6 +21,7 @@ import hashlib
 import os
 import re
 import stat
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,9 +32,11 @@ from tilefold.common import settings
 _NOTE = "a question"
 """This word takes the toolchain's place in the names of notes, so no kernel has the same name."""
 _MAGIC = b"tilefold kernel 1\n"
-_OURS = re.compile(r"[0-9a-f]{64}\.[a-z]{1,8}(\.[0-9a-f]{16})?")
+_OURS = re.compile(r"[0-9a-f]{64}\.[a-z]{1,8}(?P<unfinished>\.[0-9a-f]{16})?")
 _room: dict[tuple[Path, int], int] = {}
 """Bytes that this process may still write, by directory and limit, before it counts files again."""
+_ABANDONED_SECONDS = 3600
+"""A file that a writer has not finished for so long has no writer any more: it was killed."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Cache:
             with _opened(self.directory) as directory:
                 for name, content in files.items():
                     _write(name, content, directory)
-                self._make_room(directory, sum(map(len, files.values())))
+                self._make_room(directory, next(iter(files)), sum(map(len, files.values())))
 
     def size(self) -> int:
         """Return the total size of all kernels, their sources and the notes, in bytes."""
@@ -123,22 +126,31 @@ class Cache:
         except OSError:
             return []
 
-    def _make_room(self, directory: int, written: int) -> None:
+    def _make_room(self, directory: int, name: str, written: int) -> None:
         """Evict when this process may have filled the directory since it last counted its files.
 
-        Counting takes 6 us a file, which would be 20 ms at each kernel for a full directory. So a
-        process counts again only after it has written the space that was free at the last count,
-        or 1/16 of the limit if that is less. Each further process that writes in the meantime can
-        pass the limit by 1/16.
+        Counting takes 6 to 15 us a file, 50 ms in a full directory. So a process counts again only
+        after it has written the space that was free at its last count, or 1/16 of the limit if that
+        is less. Whether it counts for the first time is drawn by the file's name, which is a hash:
+        once for every 1/16 of the limit, on average over all processes. Each further process that
+        writes in the meantime can pass the limit by 1/16.
         """
-        place = self.directory, self.limit_bytes
-        left = _room.get(place, 0) - written
+        place, step = (self.directory, self.limit_bytes), self.limit_bytes // 16
+        drawn = int(name[:16], 16) * step < written << 64
+        left = _room.get(place, written - 1 if drawn else None)
+        if left is None:
+            return
+        left -= written
         if left < 0:
-            left = min(self.limit_bytes - self._evict(directory), self.limit_bytes // 16)
+            left = min(self.limit_bytes - self._evict(directory), step)
         _room[place] = left
 
     def _evict(self, directory: int) -> int:
-        """Remove the least recently used kernels until the rest fits; return its size in bytes."""
+        """Remove what killed writers left, and the least recently used kernels until the rest fits.
+
+        Returns the size of the rest in bytes.
+        """
+        _sweep(directory)
         entries = _entries(directory)
         total = sum(entry.bytes for entry in entries)
         for entry in sorted(entries, key=lambda entry: entry.used):
@@ -157,12 +169,18 @@ def key(source: str, toolchain: str) -> str:
 
 def default() -> Cache:
     """Return this user's cache: TILEFOLD_CACHE_DIR, else the system's usual place for caches."""
-    directory = settings.CACHE_DIR.get()
-    if directory is None:
-        import platformdirs  # here, since a first call counts its milliseconds
-
-        directory = platformdirs.user_cache_path("tilefold", appauthor=False) / "kernels"
+    directory = settings.CACHE_DIR.get() or _usual_place() / "kernels"
     return Cache(directory, settings.CACHE_MIB.get() * 1024 * 1024)
+
+
+def _usual_place() -> Path:
+    """This system's place for our cache; that of the XDG rule where platformdirs is missing."""
+    try:
+        import platformdirs  # here, since a first call counts its milliseconds
+    except ModuleNotFoundError:
+        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        return (named if named.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "tilefold"
+    return platformdirs.user_cache_path("tilefold", appauthor=False)
 
 
 @dataclass
@@ -195,6 +213,17 @@ def _entries(directory: int) -> list[_Entry]:
             entry.bytes += status.st_size
             entry.used = max(entry.used, status.st_mtime)
     return list(entries.values())
+
+
+def _sweep(directory: int) -> None:
+    """Remove the files that killed writers did not finish."""
+    oldest = time.time() - _ABANDONED_SECONDS
+    for name in os.listdir(directory):
+        ours = _OURS.fullmatch(name)
+        if ours and ours["unfinished"]:
+            with contextlib.suppress(OSError):
+                if os.stat(name, dir_fd=directory, follow_symlinks=False).st_mtime < oldest:
+                    os.unlink(name, dir_fd=directory)
 
 
 def _header(key: str, binary: bytes) -> bytes:

@@ -82,7 +82,10 @@ def _switch(text: str) -> int:
 
 
 def _directory(text: str) -> Path:
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # "~name", where there is no user of this name
+        raise ValueError(text) from None
     if not path.is_absolute():
         raise ValueError(text)
     return path
