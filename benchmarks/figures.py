@@ -24,19 +24,19 @@ from typing import Any
 import numpy as np
 
 from tilefold.backends.cpu import peak, runtime, threads
-from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernel import emit
 from tilefold.backends.cpu.plan import plan
-from tilefold.backends.cpu.spec import Multiplier
 from tilefold.commands import terminal
 from tilefold.common.files import write_atomically
+from tilefold.common.imports import why_not
 from tilefold.masks import parse
 from tilefold.measuring import timing, workload
 from tilefold.measuring.baselines import BASELINES, check, tensor
 from tilefold.measuring.environment import environment
+from tilefold.measuring.roofline_share import RooflineShares
 from tilefold.measuring.workload import BOTH, Case
-from tilefold.planning.roofline import Rates, visible_pairs
+from tilefold.planning.roofline import visible_pairs
 from tilefold.problems.attention import Problem, default_scale
 
 D64, D128, LONG = "1,8,2048,64", "1,8,2048,128", "1,2,8192,64"
@@ -159,9 +159,7 @@ def measure(figure: Figure, seconds: float) -> Result:
 
 def _missing(figure: Figure) -> str | None:
     """Why a row cannot be measured at all."""
-    if figure.peer and (module := BASELINES[figure.peer].missing):
-        return f"{module} is not installed"
-    return None
+    return BASELINES[figure.peer].unusable if figure.peer else None
 
 
 # Kinds -----------------------------------------------------------------------------------------
@@ -290,18 +288,12 @@ def _medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-@functools.cache
-def _rates(dtype: str, workers: int, products: Multiplier) -> Rates:
-    """What the machine reaches at most in this run."""
-    return peak.rates(host(), dtype, workers, products, again=True)
+SHARES = RooflineShares()
 
 
-def _share(case: Case, seconds: float, pairs: int) -> tuple[float, str]:
-    """The share of the roofline, and which bound binds."""
-    products = Chooser(case.problem, host()).products
-    rates = _rates(case.problem.dtype, case.threads, products)
-    least, binding = case.least_seconds(pairs, rates)
-    return least / seconds, binding
+def _share(case: Case, seconds: float, pairs: int) -> tuple[float | None, str]:
+    """The share of the roofline of this run, and which bound binds."""
+    return SHARES.of(case, seconds, pairs)
 
 
 # Tables ----------------------------------------------------------------------------------------
@@ -368,8 +360,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write figures.json into this folder")
     parser.add_argument("--only", default="", help="rows whose name or type has this text")
     options = parser.parse_args()
-    if BASELINES["torch"].missing is None:
-        BASELINES["torch"].load()  # before any call of ours: one team of threads for both
+    why_not("torch")  # imported before any call of ours, if it is there: one team for both
     wanted = [each for each in figures() if options.only in f"{each.what} {each.dtype}"]
     results = []
     with terminal.progress() as bar:

@@ -98,7 +98,7 @@ def attention(
         ValueError: the shapes do not fit together or do not fit the mask, or scale, layout,
             precision or impl is not allowed
         NotImplementedError: the arrays lie on another device, or `impl` cannot do this call
-        ModuleNotFoundError: impl is "native", the arrays are NumPy arrays, and torch is missing
+        ImportError: impl is "native", the arrays are NumPy arrays, and torch does not import
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by
     Milakov and Gimelshein (2018, arXiv:1805.02867).

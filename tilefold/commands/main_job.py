@@ -20,15 +20,14 @@ from numpy.typing import NDArray
 
 import tilefold
 from tilefold import api
-from tilefold.backends.cpu import peak, threads
+from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import host
 from tilefold.commands import minilm, terminal
 from tilefold.masks import parse, picture
 from tilefold.masks.position_rules import Rule
 from tilefold.measuring import timing
+from tilefold.measuring.roofline_share import RooflineShares, shown
 from tilefold.measuring.workload import Case
-from tilefold.planning.kernels import WORK
-from tilefold.planning.roofline import bounds
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
 
@@ -42,6 +41,10 @@ PICTURE = "causal() & (local(20) | prefix(3))"
 LARGEST_ERROR = (
     1e-5  # of an embedding's entry; float32 rounding through six layers makes about 3e-7
 )
+
+
+Reached = tuple[timing.Row, float | None, str]
+"""A row, the share of the roofline that it reaches, and the bound that binds it."""
 
 
 @dataclass
@@ -193,17 +196,15 @@ def _agree(folder: Path, model: minilm.MiniLM, tokens: list[list[int]]) -> Agree
     return Agreement(len(tokens), seconds, errors, cosine)
 
 
-def _benchmark() -> list[tuple[timing.Row, float, str]]:
+def _benchmark() -> list[Reached]:
     """Rows with the share of the roofline that each reaches, and the bound that binds it."""
-    workers = threads.get_num_threads()
+    workers, shares = threads.get_num_threads(), RooflineShares()
     rows = []
     with terminal.progress() as bar:
         for operation, mask in bar.track(BENCHMARK, description="Measuring"):
             case = Case(_problem(parse.parse(mask)), operation, workers)
             row = timing.measure(case, seconds=0.5)[0]
-            rates = peak.rates(host(), "float32", workers, again=True)
-            least = bounds(case.problem, WORK[operation], row.pairs, rates)
-            rows.append((row, least.seconds / row.median, least.binding))
+            rows.append((row, *shares.of(case, row.median, row.pairs)))
     return rows
 
 
@@ -284,7 +285,7 @@ class Report:
         )
         return agreement.errors["tilefold float32"] < LARGEST_ERROR
 
-    def benchmark(self, rows: list[tuple[timing.Row, float, str]]) -> None:
+    def benchmark(self, rows: list[Reached]) -> None:
         """Show the speed of this machine."""
         self._values["benchmark"] = [
             row.record(row) | {"share_of_bound": share, "binding": binding}
@@ -295,7 +296,7 @@ class Report:
                 f"{row.case.operation} {row.case.problem.mask}",
                 terminal.seconds(row.median),
                 terminal.rate(row.gflops * 1e9, "FLOP"),
-                f"{share:.0%} of {binding}",
+                shown(share, binding),
             ]
             for row, share, binding in rows
         ]

@@ -179,7 +179,7 @@ def _usual_place() -> Path:
         import platformdirs  # here, since a first call counts its milliseconds
     except ModuleNotFoundError:
         named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        return (named if named.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "tilefold"
+        return (named if named.is_absolute() else Path("~/.cache").expanduser()) / "tilefold"
     return platformdirs.user_cache_path("tilefold", appauthor=False)
 
 

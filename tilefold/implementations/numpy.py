@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.arrays.numpy import common_dtype
+from tilefold.common.imports import why_not
 from tilefold.frontends.numpy import as_array
 from tilefold.problems.attention import STATISTICS, describe
 from tilefold.problems.request import LAYOUTS, Request
@@ -60,13 +61,13 @@ def native(
     wants_lse: bool,
 ) -> tuple[Array, Array | None]:
     """o and lse by PyTorch's fused attention, on tensors that share memory with the arrays."""
-    try:
-        from tilefold.implementations import torch
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "impl='native' is PyTorch's fused attention, since NumPy has none: pip install torch,"
-            " or choose impl='composed' or impl='kernel'"
-        ) from None
+    if reason := why_not("torch"):
+        raise ImportError(
+            f"impl='native' is PyTorch's fused attention, since NumPy has none, and torch {reason}:"
+            " pip install torch, or choose impl='composed' or impl='kernel'"
+        )
+    from tilefold.implementations import torch
+
     q, k, v = as_array("q", q), as_array("k", k), as_array("v", v)
     common_dtype({"q": q, "k": k, "v": v})
     queries, keys, values = (torch.tensor_of(array) for array in (q, k, v))

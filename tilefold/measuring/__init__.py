@@ -3,6 +3,7 @@
 environment        machine, versions and commit of a measurement
 workload           the cases that are timed, and their arrays
 baselines          the libraries that are measured beside tilefold
+roofline_share     how near a result comes to the measured roofline
 agreement          the differences between all implementations
 timing             times of implementations, turn by turn in one process
 tuning             the fastest block sizes of this machine

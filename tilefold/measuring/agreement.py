@@ -8,7 +8,6 @@ machine, o and the gradients are compared.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold import api
+from tilefold.common.imports import why_not
 from tilefold.implementations import NAMES
 from tilefold.masks.position_rules import causal, local
 from tilefold.measuring import baselines
@@ -69,7 +69,9 @@ def check() -> list[Agreement]:
         return dict(zip(("o", "dq", "dk", "dv"), (*forward, *backward), strict=True))
 
     found = [_try(name, ARRAYS, of_arrays, expected) for name in NAMES]
-    if importlib.util.find_spec("torch"):
+    if reason := why_not("torch"):
+        found.append(Agreement("kernel", "tensors", reason=f"PyTorch {reason}"))
+    else:
         from tilefold.implementations.torch import devices
 
         for device in devices():
@@ -109,7 +111,7 @@ def _try(
 ) -> Agreement:
     try:
         results = {key: np.asarray(each, np.float64) for key, each in run(name).items()}
-    except (NotImplementedError, ModuleNotFoundError) as raised:
+    except (NotImplementedError, ImportError) as raised:
         return Agreement(name, arrays, reason=_line(raised))
     except Exception as raised:  # every error is shown
         return Agreement(

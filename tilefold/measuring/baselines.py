@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tilefold import api
 from tilefold.backends.cpu.device import host
+from tilefold.common.imports import why_not
 from tilefold.masks.position_rules import causal, full
 from tilefold.measuring.workload import Array, Arrays, Call, Case
 from tilefold.problems import reference
@@ -44,16 +45,22 @@ class Baseline:
     environment: Mapping[str, str] | None = None
 
     @property
-    def missing(self) -> str | None:
-        """The first of its modules that is not installed; None if all are installed."""
-        return next((name for name in self.modules if not importlib.util.find_spec(name)), None)
+    def unusable(self) -> str | None:
+        """Why it cannot be measured: the first of its modules that does not import; None if all do.
 
-    def load(self) -> None:
-        """Import its modules. Raises ModuleNotFoundError."""
+        Its modules are imported.
+        """
         for name, value in (self.environment or {}).items():
             os.environ.setdefault(name, value)
         for name in self.modules:
-            importlib.import_module(name)
+            if reason := why_not(name):
+                return f"{name} {reason}"
+        return None
+
+    def load(self) -> None:
+        """Import its modules. Raises ImportError with the reason where one does not import."""
+        if reason := self.unusable:
+            raise ImportError(reason)
 
 
 def numpy_baseline(case: Case, a: Arrays) -> Call:

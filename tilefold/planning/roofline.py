@@ -25,7 +25,11 @@ SOFTMAX_INSTRUCTIONS = 5
 
 @dataclass(frozen=True)
 class Rates:
-    """The measured rates of a device in one type with `workers` workers."""
+    """The measured rates of a device in one type with `workers` workers.
+
+    `measured` is the time of the newest measurement, as ISO 8601. `spread` is how much longer its
+    median run took than its fastest one: 0.01 on a quiet machine, 1 on one that does other work.
+    """
 
     device: str
     dtype: str
@@ -33,6 +37,8 @@ class Rates:
     flops_per_second: float
     exponentials_per_second: float
     bytes_per_second: float
+    measured: str | None = None
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,20 @@ Three small kernels, written with the same generator as attention, run on the sa
     read:          acc[i] += memory[...]        over more memory than the caches hold
 
 The fastest run counts, since a disturbance only makes a run slower. Results are kept in the kernel
-cache, for this device, type and number of threads.
+cache, for this device, type and number of threads. A busy machine may have measured them, so they
+are measured again when they are old, when the runs differed much, and when a result beats them;
+the best rates ever seen count.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -47,14 +51,16 @@ STEPS = 20_000  # a work item takes 20 to 70 microseconds at 4.5 GHz with AVX-51
 CHAINS = 8
 READ_ITEM_BYTES = 1 << 18
 READ_BYTES = (1 << 26, 1 << 28)  # at least and at most, else four times the last cache
-_VERSION = "rates 2"
+KEPT_SECONDS = 3600.0  # a measurement is repeated at the next use after an hour
+LARGEST_SPREAD = 0.25  # and at once where the median run took so much longer than the fastest
+_VERSION = "rates 3"
 _MEASURED = ("flops_per_second", "exponentials_per_second", "bytes_per_second")
 
 
 def rates(
     device: Device, dtype: str, workers: int, products: Multiplier = FMA, *, again: bool = False
 ) -> Rates:
-    """The best rates seen on this machine: the kept ones, and with `again` a new measurement too.
+    """The best rates seen on this machine: a new measurement counts too, with `again` or if due.
 
     `products` is the multiplier of the kernels (`choice.multiplier`).
     """
@@ -62,7 +68,7 @@ def rates(
     question = json.dumps([device.name, device.triple, device.features, dtype, workers, *products])
     answer = kept.get(question, _VERSION)
     known = Rates(**json.loads(answer)) if answer else None
-    if known and not again:
+    if known and not again and not _is_due(known):
         return known
     seen = measure(device, dtype, workers, products)
     if known:
@@ -70,6 +76,13 @@ def rates(
         seen = replace(seen, **best)
     kept.put(question, _VERSION, json.dumps(seen.__dict__).encode(), ".json")
     return seen
+
+
+def _is_due(known: Rates) -> bool:
+    """True where a measurement is old, or was made while the machine did other work."""
+    made = datetime.fromisoformat(known.measured or "1970-01-01T00:00:00+00:00")
+    age = (datetime.now(timezone.utc) - made).total_seconds()
+    return not 0 <= age < KEPT_SECONDS or known.spread > LARGEST_SPREAD
 
 
 def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA) -> Rates:
@@ -85,11 +98,14 @@ def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA
         "dot": (_pair_products(registers), 4 * lanes * registers),
         "amx": (_tile_products, 4 * 2 * amx.ROWS**2 * amx.DEPTH),
     }[products.unit]
-    adds = _best(_runner(device, workers, writer, items, small))
+    adds, *spreads = _timed(_runner(device, workers, writer, items, small))
     coarse = products.unit != "fma" and products.parts == 1
-    exponentials = _best(_runner(device, workers, _exponentials(coarse), items, small))
+    exponentials, spread = _timed(_runner(device, workers, _exponentials(coarse), items, small))
+    spreads.append(spread)
     size = min(max(4 * device.l3_bytes, READ_BYTES[0]), READ_BYTES[1])
-    reading = _best(reader(device, np.ones(size // ITEM_BYTES[computed], computed), workers))
+    data = np.ones(size // ITEM_BYTES[computed], computed)
+    reading, spread = _timed(reader(device, data, workers))
+    spreads.append(spread)
     return Rates(
         device=device.name,
         dtype=dtype,
@@ -97,6 +113,8 @@ def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA
         flops_per_second=flops * steps / products.terms / adds,
         exponentials_per_second=lanes * steps * CHAINS / exponentials,
         bytes_per_second=(size // READ_ITEM_BYTES) * READ_ITEM_BYTES / reading,
+        measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        spread=max(spreads),
     )
 
 
@@ -126,14 +144,18 @@ def _runner(device: Device, workers: int, write: Writer, items: int, data: NDArr
     return run
 
 
-def _best(run: Run) -> float:
-    """The time of the fastest run, in seconds."""
-    best = float("inf")
+def _timed(run: Run) -> tuple[float, float]:
+    """The time of the fastest run in seconds, and how much longer the median run took: 0.1 is 10 %.
+
+    The first run, which wakes the threads, does not count.
+    """
+    run()
+    seconds: list[float] = []
     end = time.perf_counter() + SECONDS
-    while (start := time.perf_counter()) < end:
+    while (start := time.perf_counter()) < end or not seconds:
         run()
-        best = min(best, time.perf_counter() - start)
-    return best
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), statistics.median(seconds) / min(seconds) - 1
 
 
 def _source(device: Device, dtype: str, write: Writer) -> str:

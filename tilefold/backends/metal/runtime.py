@@ -25,6 +25,7 @@ from tilefold.backends.metal.dispatch import Machine, MachineCache
 from tilefold.backends.metal.families import FAMILIES
 from tilefold.backends.protocols import Array
 from tilefold.common import settings
+from tilefold.common.imports import why_not
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +87,10 @@ def missing(
 def _missing() -> str | None:
     if sys.platform != "darwin":
         return f"Metal is there on macOS alone, and this is {sys.platform}"
-    try:
-        import torch
-    except ImportError:
-        return "Metal kernels are compiled through PyTorch, which is not installed"
+    if reason := why_not("torch"):
+        return f"Metal kernels are compiled through PyTorch, which {reason}"
+    import torch
+
     if torch.__version__ < "2.12":  # a TorchVersion, which compares releases
         return f"Metal kernels need PyTorch 2.12 or newer, found {torch.__version__}"
     if not torch.backends.mps.is_built():

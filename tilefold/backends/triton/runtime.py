@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tilefold.backends.triton import module
 from tilefold.backends.triton.architectures import ARCHITECTURES
 from tilefold.backends.triton.machine import Machine, MachineCache
+from tilefold.common.imports import why_not
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,10 +114,10 @@ def gpu(index: int = 0) -> Gpu:
 
 def missing() -> str | None:
     """The reason why Triton kernels cannot run on this machine; None if they can."""
-    try:
-        import torch
-    except ImportError:
-        return "kernels on GPUs of NVIDIA and AMD need PyTorch, which is not installed"
+    if reason := why_not("torch"):
+        return f"kernels on GPUs of NVIDIA and AMD need PyTorch, which {reason}"
+    import torch
+
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return (
