@@ -284,6 +284,37 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "dtype must be 'float32', 'float64', 'float16' or 'bfloat16', got 'int8'",
     ),
+    "size of a problem": (
+        lambda: Problem(1, 1, 1, 2.5, 1, 1, 1, "float32", 1.0, full()),  # type: ignore[arg-type]
+        TypeError,
+        "len_q must be an integer, got 2.5",
+    ),
+    "shape of a problem is a number": (
+        lambda: Problem.of(5.5),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "q must be a shape of integers such as (1, 8, 2048, 64), got 5.5",
+    ),
+    "shape of a problem is missing": (
+        lambda: Problem.of(None),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "q must be a shape of integers such as (1, 8, 2048, 64), got None",
+    ),
+    "shape of a problem has a fraction": (
+        lambda: Problem.of((1, 8, 64, 16), (1, 8, 5.5, 16)),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "k must be a shape of integers such as (1, 8, 2048, 64), got (1, 8, 5.5, 16)",
+    ),
+    "shape of a problem is a text": (
+        lambda: Problem.of("1,8"),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "q must be a shape of integers such as (1, 8, 2048, 64), got '1,8'",
+    ),
+    "shape of a problem is an array": (
+        lambda: Problem.of(zeros(1, 1, 1, 1)),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "q must be a shape of integers such as (1, 8, 2048, 64), got array([[[[0.]]]],"
+        " dtype=float32); pass q.shape",
+    ),
     "name": (
         lambda: tilefold.attend,
         AttributeError,

@@ -8,6 +8,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
@@ -54,6 +55,7 @@ def test_a_wheel_holds_the_package_and_runs_with_its_dependencies_alone(tmp_path
         for path in stand_ins
         if "__pycache__" not in path.parts
     }
+    sources.add("tilefold/py.typed")  # type checkers read the annotations of a package with it
     assert {name for name in names if ".dist-info/" not in name} == sources
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -121,17 +123,33 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def blocks(page: str) -> list[str]:
+    """The Python of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_python_in_the_pages_runs(page: str) -> None:
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
-    )
-    assert blocks
-    for block in blocks:
+    assert blocks(page)
+    for block in blocks(page):
         if "import torch" in block:
             pytest.importorskip("torch")
         exec(compile(block.replace("2048", "128"), page, "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["docs/index.md", "docs/triton.md", "docs/metal.md"])
+def test_gradients_in_the_pages_reach_the_arrays(page: str) -> None:
+    """Parts of an unpacked leaf are no leaves, and autograd keeps no gradients of them."""
+    pytest.importorskip("torch")
+    block = next(block for block in blocks(page) if ".backward()" in block)
+    for large, small in (("2048", "9"), ("16384", "9"), ('"cuda"', '"cpu"'), ('"mps"', '"cpu"')):
+        block = block.replace(large, small)
+    names: dict[str, Any] = {}
+    exec(compile(block, page, "exec"), names)
+    for name in "qkv":
+        assert names[name].is_leaf and names[name].grad.abs().sum() > 0
 
 
 def test_commands_in_the_pages_parse() -> None:

@@ -7,11 +7,12 @@ checks of `Problem`. An error names the argument, the allowed values and the giv
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from tilefold.common.check import choice
+from tilefold.common.check import choice, shown
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.request import LAYOUTS, PRECISIONS, Request, check_layout, check_scale
 
@@ -84,16 +85,19 @@ class Problem:
         Without `k`, k has the shape of q; without `v`, v has the shape of k. The other arguments
         are as for `tilefold.attention`. Raises TypeError or ValueError, as that call does.
         """
-        k = q if k is None else k
-        v = k if v is None else v
-        return describe(q, k, v, dtype, Request(mask, scale, layout, precision))
+        shape_q = _sizes("q", q)
+        shape_k = shape_q if k is None else _sizes("k", k)
+        shape_v = shape_k if v is None else _sizes("v", v)
+        request = Request(mask, scale, layout, precision)
+        return describe(shape_q, shape_k, shape_v, dtype, request)
 
     def _check_sizes(self) -> None:
         for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v"):
-            least = 1 if name.startswith("dim") else 0
-            if not least <= getattr(self, name) < LIMIT:
-                allowed = f"from {least} to {LIMIT - 1}"
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+            size, least = getattr(self, name), 1 if name.startswith("dim") else 0
+            if isinstance(size, bool) or not hasattr(size, "__index__"):
+                raise TypeError(f"{name} must be an integer, got {shown(size)}")
+            if not least <= size < LIMIT:
+                raise ValueError(f"{name} must be from {least} to {LIMIT - 1}, got {size}")
         most = self.batch * max(self.heads_q, self.heads_kv)
         if most >= LIMIT:
             raise ValueError(f"batch * heads must be below {LIMIT}, got {most}")
@@ -178,6 +182,19 @@ def describe(
         mask=request.mask,
         precision=request.precision if dtype == "float32" else "highest",
     )
+
+
+def _sizes(name: str, shape: Any) -> Shape:
+    """The shape as a tuple of int. Raises TypeError unless it is a sequence of integers."""
+    try:
+        if isinstance(shape, str) or any(isinstance(size, bool) for size in shape):
+            raise TypeError
+        return tuple([operator.index(size) for size in shape])
+    except TypeError:
+        hint = f"; pass {name}.shape" if hasattr(shape, "shape") else ""
+        raise TypeError(
+            f"{name} must be a shape of integers such as (1, 8, 2048, 64), got {shown(shape)}{hint}"
+        ) from None
 
 
 def _canonical(name: str, shape: Shape, layout: str) -> Shape:
