@@ -54,7 +54,8 @@ def attention(
             are copied first.
         mask: the rule that says which query sees which key, such as `causal() & local(256)`; None
             means `full()`
-        scale: the factor of the scores, a finite number; None means 1 / sqrt(dim)
+        scale: the factor of the scores, a finite number; None means 1 / sqrt(dim). It takes no
+            gradient: a tensor that wants one is refused
         layout: the order of the axes of q, k, v and o. "bhnd" is the order above, "bnhd" is
             (batch, sequence, heads, dim), "bhdn" is (batch, heads, dim, sequence)
         precision: the least precision of products of float32 arrays, in the words of
@@ -71,7 +72,9 @@ def attention(
             tensor, o is one too and is differentiable with respect to q, k and v; otherwise o is a
             NumPy array
         lse: only with return_lse: (batch, heads_q, len_q) in every layout, as natural logarithm,
-            float64 for float64 arrays and float32 for all others. Gradients do not flow through it
+            float64 for float64 arrays and float32 for all others. On torch tensors "composed"
+            and "native" compute gradients through it; the others raise NotImplementedError in the
+            backward pass, unless the gradient is zero
 
     A query that sees no key has o = 0 and lse = -inf. Hidden keys and values never influence a
     query, even if they hold NaN or infinity. Visible ones follow IEEE arithmetic.
@@ -193,9 +196,10 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, *, layout: str = "bhnd") -> tu
             (lse = -inf) has the result of the other part. A query that saw no key in either part
             has o = 0 and lse = -inf.
 
-    The results carry no gradient. For the gradients, call `attention_backward(do, q, k1, v1, o,
-    lse)` for each part, with its keys and values and the merged o and lse. It returns dk and dv of
-    that part; dq is the sum of the dq of all parts.
+    For the gradients, call `attention_backward(do, q, k1, v1, o, lse)` for each part, with its keys
+    and values and the merged o and lse. It returns dk and dv of that part; dq is the sum of the dq
+    of all parts. On torch tensors the results are differentiable with respect to all four
+    arguments, but the lse of `attention` takes no gradient with impl="kernel", and raises.
 
     Raises:
         TypeError: an argument is not an array, or the types do not fit together

@@ -141,8 +141,13 @@ def attention_backward(
     o: Tensor,
     lse: Tensor,
     request: Request,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv; the arguments are as for `tilefold.attention_backward`."""
+    """dq, dk and dv; the arguments are as for `tilefold.attention_backward`.
+
+    `dlse` is the gradient of lse, where autograd has one. Raises unless it is zero.
+    """
+    tensors.refuse_gradient_of_lse(dlse)
     return tensors.backward(do, q, k, v, o, lse, request)
 
 
@@ -155,5 +160,6 @@ def _(
     o: Tensor,
     lse: Tensor,
     request: Request,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

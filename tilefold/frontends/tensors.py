@@ -64,6 +64,16 @@ def check_all(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tenso
     check_lse(dtype_of(lse), dtype)
 
 
+def refuse_gradient_of_lse(dlse: Tensor | None) -> None:
+    """Raises NotImplementedError unless the gradient is None or zero."""
+    if dlse is not None and bool(dlse.any()):
+        raise NotImplementedError(
+            "the gradient of lse is not implemented by impl='kernel': pass lse.detach() where none"
+            " is wanted, choose impl='composed', or after tilefold.merge call"
+            " tilefold.attention_backward for each part"
+        )
+
+
 _DTYPES = {getattr(torch, name): getattr(torch, kind) for name, kind in STATISTICS.items()}
 
 

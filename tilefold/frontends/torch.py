@@ -4,7 +4,7 @@
 derivatives raise. PyTorch takes longer to dispatch such an operator than a whole small call takes.
 So a call that only autograd can observe runs directly, with a `torch.autograd.Function` if
 gradients are wanted. Compilers, tracers, modes, transforms, profilers and subclasses see the
-operators. lse carries no gradient.
+operators. A gradient through lse raises.
 
 Before 2.12 PyTorch's operators cannot take a request, so all calls run directly: a compiled
 function breaks its graph there, and transforms and subclasses are refused.
@@ -44,7 +44,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
-    """The request of a call, from its options."""
+    """The request of a call, from its options. Raises for a scale that wants a gradient."""
+    if scale is not None and isinstance(scale, Tensor) and _recorded(scale):
+        raise NotImplementedError(
+            "scale wants a gradient, and it has none: multiply q by it and pass scale=1.0, or pass"
+            " scale.item()"
+        )
     if OPERATORS and torch.compiler.is_compiling():
         return operators.traced_request(mask, scale, layout, precision)
     return Request(mask, scale, layout, precision)
@@ -85,7 +90,6 @@ def attention_backward(
     return result
 
 
-@torch.no_grad()
 def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """Return o and lse; see `tilefold.merge`."""
     given = {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
@@ -94,7 +98,7 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tu
     lses = torch.stack((lse1, lse2))
     unseen = lses == -torch.inf
     nothing = unseen.all(0)
-    top = lses.max(0).values
+    top = lses.detach().max(0).values  # the results do not depend on it, nor do gradients
     weights = torch.exp(lses - top.masked_fill(nothing, 0))
     total = weights.sum(0).masked_fill(nothing, 1)
     lse = (top + total.log()).masked_fill(nothing, -torch.inf)
@@ -184,13 +188,19 @@ def _refuse_tangents(*given: Tensor) -> None:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.request = inputs
     o, lse = output
-    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # None tells that a result has no part in the loss
     ctx.save_for_backward(q, k, v, o, lse)
 
 
-def _gradients(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse = ctx.saved_tensors
-    return (*attention_backward(do, q, k, v, o, lse, ctx.request), None)
+    given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
+    if dlse is None:
+        return (*attention_backward(*given, ctx.request), None)
+    if OPERATORS:  # a compiler traces this without values: the operator looks at them
+        return (*operators.attention_backward(*given, ctx.request, dlse), None)
+    tensors.refuse_gradient_of_lse(dlse)
+    return (*attention_backward(*given, ctx.request), None)
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tilefold.backends import calls
 from tilefold.backends.arrays import torch as arrays
 from tilefold.common.lru import LruCache
+from tilefold.frontends import tensors
 from tilefold.masks.position_rules import causal, full
 from tilefold.problems.attention import (
     STATISTICS,
@@ -77,10 +78,7 @@ def native(
     o = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, **options)
     if nothing is not None:
         o = o.masked_fill(nothing, 0)
-    lse = None
-    if wants_lse:
-        with torch.no_grad():
-            lse = _lse(*_scores(problem, queries, keys))
+    lse = _lse(*_scores(problem, queries, keys)) if wants_lse else None
     return o.permute(axes).contiguous(), lse
 
 
@@ -130,14 +128,17 @@ class _TensorOps(torch.autograd.Function):
             operands = dict(zip(("q", "k", "v", "o"), views, strict=True), lse=lse)
             dispatch.execute(gated.plan(problem, machine.family), machine, operands)
         ctx.rest = machine, request
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given, o, lse)
         return o, lse
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
+        tensors.refuse_gradient_of_lse(dlse)
         machine, request = ctx.rest
-        gradients = calls.run(machine, arrays, "backward", (do, *ctx.saved_tensors), request)
+        q, k, v, o, lse = ctx.saved_tensors
+        given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
+        gradients = calls.run(machine, arrays, "backward", given, request)
         return (None, None, None, *gradients)
 
 
@@ -197,8 +198,8 @@ def _of_groups(problem: Problem, rows: Tensor) -> Tensor:
 
 
 def _lse(s: Tensor, nothing: Tensor | None) -> Tensor:
-    """The log-sum-exp of each row of scores; gradients do not flow through it."""
-    lse = s.detach().logsumexp(dim=3)
+    """The log-sum-exp of each row of scores."""
+    lse = s.logsumexp(dim=3)
     return lse if nothing is None else lse.masked_fill(nothing[..., 0], -torch.inf)
 
 
