@@ -52,7 +52,8 @@ def product(tile: Matmul2d, step: int = 32, then: str = "x") -> str:
     text = Text()
     types = tile.left_tile.element, tile.right_tile.element
     text(matmul2d.HEADERS)
-    text(f"[[max_total_threads_per_threadgroup({32 * tile.simdgroups})]]", "kernel void product(")
+    most = max(64, 32 * tile.simdgroups)  # see docs/metal.md: a bound of 32 is a risk
+    text(f"[[max_total_threads_per_threadgroup({most})]]", "kernel void product(")
     text(f"    device {types[0]}* a [[buffer(0)]],", f"    device {types[1]}* b [[buffer(1)]],")
     text("    device float* c [[buffer(2)]],", "    constant long* sizes [[buffer(3)]],")
     with text.block("    uint3 place [[threadgroup_position_in_grid]])"):

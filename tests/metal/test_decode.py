@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import Case
 from compare import assert_near, assert_same, dense, tolerances
-from metal import forward, machine
+from metal import backward, forward, machine
 from operands import inputs
 
 from tilefold import causal, lengths
@@ -36,6 +36,28 @@ def test_results_depend_on_the_splits_only_by_rounding() -> None:
             assert_near(f"{name}, {keys} keys", first[name], want[name], tolerance[name])
             assert_same(name, first[name], again[name])
     assert counts == [22, 8, 1]
+
+
+@pytest.mark.feature("M07")
+@pytest.mark.parametrize(("len_q", "form"), [(2, "decode"), (40, "tiled")])
+def test_bits_do_not_depend_on_the_batch_and_heads_beside(len_q: int, form: str) -> None:
+    lens = [600, 40, 530]
+    k = (3, 2, 600, 20)
+    whole = Problem.of((3, 4, len_q, 20), k, mask=lengths(lens))
+    operands, on = inputs(whole, "bhnd", "packed"), machine("apple7")
+    together = forward(whole, operands, on, form=form)
+    slopes = backward(whole, {**operands, **together}, on) if form == "tiled" else {}
+    for b, h in ((0, 0), (2, 1)):
+        alone = Problem.of((1, 2, len_q, 20), (1, 1, *k[2:]), mask=lengths(lens[b : b + 1]))
+        heads = {1: slice(h, h + 1), 2: slice(2 * h, 2 * h + 2)}
+        parts = {
+            name: np.ascontiguousarray(array[b : b + 1, heads[array.shape[1] // 2]])
+            for name, array in {**operands, **together, **slopes}.items()
+        }
+        got = forward(alone, parts, on, form=form)
+        got |= backward(alone, parts, on) if form == "tiled" else {}
+        for name, array in got.items():
+            assert_same(name, array, parts[name])
 
 
 @pytest.mark.feature("M05")

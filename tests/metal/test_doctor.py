@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
 import numpy as np
 import pytest
 import torch
-from metal import machine
+from metal import Edited, machine
 from metal_recorder import Recorder
 from metal_rules import Compiler
 
@@ -110,6 +111,17 @@ def test_what_is_wrong_fails(
     first = json.loads(said.out)["self_test"][0]
     assert not first["passed"] and not first["absent"]
     assert (first["reason"] or "").startswith(reason or "")
+
+
+@pytest.mark.slow
+def test_what_adds_wild_tiles_pair_by_pair_is_tested() -> None:
+    """Every kernel of the two problems, without it, fails one of its trials with hidden NaN."""
+    machine("apple9")
+    on = Edited("apple9", edit=lambda text: text.replace("] += weight * float(", "] += 0 * float("))
+    tried = [*metal_selftest.trials(on, Place(), "none here", few=True)]
+    failed = [trial for trial in tried if not (trial.passed or trial.absent)]
+    assert {trial.kernel for trial in failed} == {"forward", "backward_dq", "backward_dkv"}
+    assert all(trial.case.endswith(", NaN where hidden") for trial in failed)
 
 
 def test_without_ml_dtypes_bfloat16_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +257,23 @@ def test_on_a_mac_all_is_measured_shown_and_written(
     assert count in [row["instructions"] for row in rows]
     assert len(document["notes"]) == 2
     assert document["gpu"]["name"] == "Apple M4"
+
+
+def test_what_came_before_a_gpu_that_dies_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trials(*_: Any, few: bool) -> Iterator[Trial]:
+        yield Trial("forward", "a case", "float16", 1e-5, 0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metal, "_real", lambda: (Recorder(), Place(), MAC))
+    monkeypatch.setattr(gated, "missing", lambda: "too old")
+    monkeypatch.setattr(metal_selftest, "trials", trials)
+    file = tmp_path / "mac.json"
+    with pytest.raises(KeyboardInterrupt):
+        metal.main(Namespace(emulate=False, save=str(file), json=False))
+    (kept,) = json.loads(file.read_text(encoding="utf-8"))["self_test"]
+    assert kept["kernel"] == "forward" and kept["passed"]
 
 
 def test_native_attention_that_finds_no_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

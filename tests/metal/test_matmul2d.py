@@ -56,6 +56,16 @@ def test_a_tile_of_another_size_is_refused(name: str, value: int) -> None:
         replace(PLAIN, **{name: value})
 
 
+@pytest.mark.feature("J05")
+def test_m_or_n_is_a_multiple_of_16() -> None:
+    for m, n in ((8, 8), (24, 8), (40, 56)):
+        message = f"^m or n must be a multiple of 16, got m = {m} and n = {n}$"
+        with pytest.raises(ValueError, match=message):
+            replace(PLAIN, m=m, n=n)
+    for m, n in ((8, 16), (16, 24), (64, 8)):
+        replace(PLAIN, m=m, n=n)
+
+
 @pytest.mark.feature("J05", "J08")
 def test_a_known_k_is_a_multiple_of_32_and_made_of_whole_steps() -> None:
     with pytest.raises(ValueError, match="k must be a multiple of 32, got 16; None reads it"):

@@ -13,7 +13,7 @@ from cases import Sizes as Lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilefold import causal, documents, full, local
+from tilefold import causal, documents, full, lengths, local
 from tilefold.backends.metal import choice, families, tables
 from tilefold.backends.metal.choice import choose
 from tilefold.backends.metal.dispatch import Emulated
@@ -376,13 +376,26 @@ def test_decoding_cuts_keys_into_splits_and_rows_into_fragments(mask: object) ->
 
 
 @pytest.mark.feature("M07")
-def test_decode_makes_as_many_splits_as_fill_the_gpu() -> None:
-    window = Problem.of((1, 2, 4, 64), (1, 2, 10**6, 64), mask=causal() & local(1000))
+def test_decode_makes_as_many_splits_of_a_key_head_as_fill_the_gpu() -> None:
+    window = Problem.of((1, 2, 4, 64), (1, 2, 10**5, 64), mask=causal() & local(1000))
     part = plan(window, "apple9", "forward").launches[0]
     assert part.splits == -(-part.runs.met.sum() // DEFAULT.keys_per_split) < 6
     # Where there are threadgroups enough, keys are not split further.
     long = Problem.of((2, 8, 1, 64), (2, 4, 10**6, 64))
     part = plan(long, "apple9", "forward").launches[0]
-    assert part.grid == (part.splits, 4, 2) and 120 < part.splits <= 128
+    assert part.grid == (part.splits, 4, 2) and 1000 < part.splits <= 1024
     few_groups = Planner(long, family("apple9"), heuristics=Heuristics(enough_groups=64))
-    assert 7 <= few_groups.plan("forward").launches[0].splits <= 8
+    assert 60 < few_groups.plan("forward").launches[0].splits <= 64
+
+
+@pytest.mark.feature("M07")
+def test_the_splits_of_a_key_head_do_not_depend_on_what_is_beside_it() -> None:
+    def cuts(batch: int, heads: int, *lens: int) -> object:
+        shapes = (batch, heads, 1, 64), (batch, heads, 10**6, 64)
+        problem = Problem.of(*shapes, mask=lengths(lens * (batch // len(lens))))
+        runs = plan(problem, "apple9", "forward").launches[0].runs
+        return runs.runs[: runs.rows[runs.block_rows]].tolist()
+
+    alone = cuts(1, 1, 10**5)
+    assert len(alone) > 100
+    assert cuts(64, 1, 10**5) == cuts(2, 32, 10**5) == cuts(2, 1, 10**5, 10**6) == alone

@@ -124,6 +124,23 @@ def test_a_text_that_metal_rejects_is_one_clear_error() -> None:
     assert len(machine.launched) == 1, "an error is not kept"
 
 
+@pytest.mark.feature("M14")
+def test_a_kernel_that_gets_no_pipeline_keeps_its_text_and_log() -> None:
+    """The back end of Metal's compiler runs when torch's library is asked for a kernel."""
+    log = "Failed to created pipeline state object, error: Compiler encountered an internal error"
+    machine = Recorder(pipeline_error=log)
+    with pytest.raises(CompileError, match=f"^Metal rejected an emitted kernel: {log}; the source"):
+        forward(machine, *operands())
+    with pytest.raises(CompileError) as raised:
+        matmul_calls.softmax(np.ones((2, 3), np.float32), machine=machine)
+    text = Path(str(raised.value).split("source is ")[1].split(",")[0])
+    assert "kernel void tilefold_softmax(" in text.read_text()
+    assert (text.parent / "kernel.log").read_text() == log
+    machine.pipeline_error = ""
+    forward(machine, *operands())
+    assert len(machine.launched) == 1, "an error is not kept"
+
+
 @pytest.mark.slow
 @pytest.mark.feature("M14", "M03")
 def test_a_bad_word_in_a_generator_is_found_and_its_repair_too(

@@ -16,6 +16,7 @@ from metal import TENSOR_LAYOUTS as LAYOUTS
 from metal import machine
 from metal import tensor_plan as plan
 from metal_cases import CASES
+from metal_recorder import Recorder
 from operands import SENTINEL, Array, inputs, place
 
 from tilefold import Rule, causal, cli, documents, full, local, rule
@@ -198,3 +199,5 @@ def test_the_gate_says_what_a_machine_lacks() -> None:
     old = tensorops.gate((27, 0), 16, compiles)
     assert old and "of generation 17 (M5, A19) or later, this is of 16" in old
     assert str(tensorops.gate((27, 0), 18, broken)).endswith("does not compile: no header")
+    no_pipeline = Recorder(pipeline_error="no pipeline\nmore").compile
+    assert str(tensorops.gate((27, 0), 18, no_pipeline)).endswith("does not compile: no pipeline")

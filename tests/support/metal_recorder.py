@@ -28,6 +28,7 @@ class Recorder(Machine):
     gate: threading.Event | None = None
     begun: threading.Event = field(default_factory=threading.Event)
     error: str = ""
+    pipeline_error: str = ""
 
     def compile(self, text: str) -> Any:
         self.texts.append(text)
@@ -52,6 +53,8 @@ class _Library:
     machine: Recorder
 
     def __getattr__(self, name: str) -> Callable[..., None]:
+        if self.machine.pipeline_error:
+            raise RuntimeError(self.machine.pipeline_error)
         return lambda *args, **grid: self.machine.launched.append((name, args, grid))
 
 

@@ -11,7 +11,7 @@ import argparse
 import functools
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,29 @@ def main(options: argparse.Namespace) -> int:
     if options.save and not Path(options.save).resolve().parent.is_dir():
         raise FileNotFoundError(f"{Path(options.save).parent}: there is no such folder")
     machine, place, gpu = _emulated() if options.emulate else _real()
-    trials = _tried(machine, place, few=options.emulate)
-    measured, notes = ([], []) if options.emulate else _measured(machine)
-    document = _document(gpu, trials, measured, notes)
-    if options.save:
-        content = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        write_atomically(Path(options.save), content.encode())
+    about = environment()
+    trials: list[Trial] = []
+    measured: list[Measured] = []
+    notes: list[str] = []
+
+    def document() -> dict[str, Any]:
+        return _document(about, gpu, trials, measured, notes)
+
+    def keep() -> None:
+        """Save what there is so far, since a faulty kernel may hang the GPU or end the process."""
+        if options.save:
+            content = json.dumps(document(), indent=1, allow_nan=False) + "\n"
+            write_atomically(Path(options.save), content.encode())
+
+    for trial in _tried(machine, place, few=options.emulate):
+        trials.append(trial)
+        keep()
+    for found, without in () if options.emulate else _measured(machine):
+        measured += found
+        notes += without
+        keep()
     if options.json:
-        terminal.print_json(document)
+        terminal.print_json(document())
     else:
         _show(gpu, trials)
         if options.emulate:
@@ -97,33 +112,25 @@ def _real() -> Found:
     return machine, place, gpu | {"peak_ginstrs": metal_utilisation.peak(name, cores)}
 
 
-def _tried(machine: dispatch.Machine, place: Place, *, few: bool) -> list[Trial]:
+def _tried(machine: dispatch.Machine, place: Place, *, few: bool) -> Iterator[Trial]:
     missing = None if few else gated.missing()
-    tried = []
     with terminal.progress() as bar:
         task = bar.add_task("Testing", total=None)
         for trial in metal_selftest.trials(machine, place, missing, few=few):
-            tried.append(trial)
+            yield trial
             bar.update(task, description=f"{trial.kernel} {trial.dtype}", advance=1)
-    return tried
 
 
-def _measured(machine: dispatch.Machine) -> tuple[list[Measured], list[str]]:
-    """The measurements of all problems, and notes of failed ones."""
-    measured: list[Measured] = []
-    notes: list[str] = []
+def _measured(machine: dispatch.Machine) -> Iterator[tuple[list[Measured], list[str]]]:
+    """The measurements of each problem, and notes of failed ones."""
     wanted = [(dtype, dim) for dtype in DTYPES for dim in DIMS]
     with terminal.progress() as bar:
         for dtype, dim in bar.track(wanted, description="Measuring"):
             problem = Problem.of((1, HEADS, LENGTH, dim), dtype=dtype)
             try:
-                found, without = measure(machine, problem, "mps")
+                yield measure(machine, problem, "mps")
             except RuntimeError as error:  # too little memory in torch, or a refused kernel
-                notes.append(f"{dtype} d{dim}: {' '.join(str(error).split())}")
-                continue
-            measured += found
-            notes += without
-    return measured, notes
+                yield [], [f"{dtype} d{dim}: {' '.join(str(error).split())}"]
 
 
 def measure(
@@ -156,10 +163,14 @@ def measure(
 
 
 def _document(
-    gpu: dict[str, Any], trials: list[Trial], measured: list[Measured], notes: list[str]
+    about: dict[str, Any],
+    gpu: dict[str, Any],
+    trials: list[Trial],
+    measured: list[Measured],
+    notes: list[str],
 ) -> dict[str, Any]:
     return {
-        **environment(),
+        **about,
         "system": platform.platform(),
         "macos": runtime.macos(),
         "gpu": gpu,

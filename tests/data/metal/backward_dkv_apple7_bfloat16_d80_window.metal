@@ -11,6 +11,10 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
+
 // bfloat16 is the upper half of a float. GPUs before Apple9 emulate it, slower than this.
 static inline float widen(const ushort bits) {
     return as_type<float>(uint(bits) << 16);
@@ -97,7 +101,6 @@ kernel void tilefold_backward_dkv(
     device ushort* dv_row = dv + b * dv_b + h_kv * dv_h + long(key_inside) * dv_n;
     device float* dk_spill_row = dk_spill + ((long(b) * (heads_q / group) + h_kv) * len_k + key_inside) * 80;
 
-    const float factor = scale * M_LOG2E_F;
     simdgroup_matrix<float, 8, 8> dv_sum[10];
     #pragma clang loop unroll(full)
     for (ushort i = 0; i < 10; ++i) {
@@ -170,7 +173,7 @@ kernel void tilefold_backward_dkv(
                         }
                     }
                 }
-                // p = exp2(s - lse)
+                // p = exp(s - lse)
                 if (edge) {
                     #pragma clang loop unroll(full)
                     for (ushort j = 0; j < 48; j += 8) {
@@ -178,10 +181,10 @@ kernel void tilefold_backward_dkv(
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = s[j / 8].thread_elements()[e];
                             const long row = rows + min(start + j + fragment_column + e, last - 1);
-                            const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
+                            const float base = isinf(lse[row]) ? 0.0f : lse[row];
                             const int query = start + j + fragment_column + e;
                             const bool seen = query < last && (!masked || visible(b, h, query, key_inside, sizes));
-                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(x * factor - base) : -0.0f;
+                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(fma(x, scale, -base) * M_LOG2E_F) : -0.0f;
                         }
                     }
                 } else {
@@ -191,8 +194,8 @@ kernel void tilefold_backward_dkv(
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = s[j / 8].thread_elements()[e];
                             const long row = rows + min(start + j + fragment_column + e, last - 1);
-                            const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
-                            s[j / 8].thread_elements()[e] = fast::exp2(x * factor - base);
+                            const float base = isinf(lse[row]) ? 0.0f : lse[row];
+                            s[j / 8].thread_elements()[e] = fast::exp2(fma(x, scale, -base) * M_LOG2E_F);
                         }
                     }
                 }
@@ -223,7 +226,8 @@ kernel void tilefold_backward_dkv(
                         for (ushort j = 0; j < 48; j += 8) {
                             for (ushort c = 0; c < 8; ++c) {
                                 const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                                const float weight = simd_shuffle(float(s[j / 8].thread_elements()[c % 2]), holder);
+                                const float held = c % 2 ? float(s[j / 8].thread_elements()[1]) : float(s[j / 8].thread_elements()[0]);
+                                const float weight = simd_shuffle(held, holder);
                                 const int query = start + j + c;
                                 if (query < last && (!masked || visible(b, h, query, key_inside, sizes))) {
                                     #pragma clang loop unroll(full)
@@ -275,7 +279,8 @@ kernel void tilefold_backward_dkv(
                         for (ushort j = 0; j < 48; j += 8) {
                             for (ushort c = 0; c < 8; ++c) {
                                 const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                                const float weight = simd_shuffle(float(s[j / 8].thread_elements()[c % 2]), holder);
+                                const float held = c % 2 ? float(s[j / 8].thread_elements()[1]) : float(s[j / 8].thread_elements()[0]);
+                                const float weight = simd_shuffle(held, holder);
                                 const int query = start + j + c;
                                 if (query < last && (!masked || visible(b, h, query, key_inside, sizes))) {
                                     #pragma clang loop unroll(full)
@@ -412,7 +417,8 @@ kernel void tilefold_backward_dkv(
                         for (ushort j = 0; j < 48; j += 8) {
                             for (ushort c = 0; c < 8; ++c) {
                                 const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                                const float weight = simd_shuffle(float(dp[j / 8].thread_elements()[c % 2]), holder);
+                                const float held = c % 2 ? float(dp[j / 8].thread_elements()[1]) : float(dp[j / 8].thread_elements()[0]);
+                                const float weight = simd_shuffle(held, holder);
                                 const int query = start + j + c;
                                 if (query < last && (!masked || visible(b, h, query, key_inside, sizes))) {
                                     #pragma clang loop unroll(full)
@@ -483,7 +489,8 @@ kernel void tilefold_backward_dkv(
                         for (ushort j = 0; j < 48; j += 8) {
                             for (ushort c = 0; c < 8; ++c) {
                                 const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                                const float weight = simd_shuffle(float(dp[j / 8].thread_elements()[c % 2]), holder);
+                                const float held = c % 2 ? float(dp[j / 8].thread_elements()[1]) : float(dp[j / 8].thread_elements()[0]);
+                                const float weight = simd_shuffle(held, holder);
                                 const int query = start + j + c;
                                 if (query < last && (!masked || visible(b, h, query, key_inside, sizes))) {
                                     #pragma clang loop unroll(full)

@@ -11,6 +11,10 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
+
 static inline bool visible(const int b, const int h, const int q, const int k,
                            constant long* sizes) {
     const int p0 = int(sizes[31]);
@@ -80,7 +84,6 @@ kernel void tilefold_backward_dkv(
     device bfloat* dk_row = dk + b * dk_b + h_kv * dk_h + long(key_inside) * dk_n;
     device bfloat* dv_row = dv + b * dv_b + h_kv * dv_h + long(key_inside) * dv_n;
 
-    const float factor = scale * M_LOG2E_F;
     simdgroup_matrix<float, 8, 8> dv_sum[16];
     #pragma clang loop unroll(full)
     for (ushort i = 0; i < 16; ++i) {
@@ -150,7 +153,7 @@ kernel void tilefold_backward_dkv(
                         }
                     }
                 }
-                // p = exp2(s - lse)
+                // p = exp(s - lse)
                 if (edge) {
                     #pragma clang loop unroll(full)
                     for (ushort j = 0; j < 128; j += 8) {
@@ -158,10 +161,10 @@ kernel void tilefold_backward_dkv(
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = s[j / 8].thread_elements()[e];
                             const long row = rows + min(start + j + fragment_column + e, last - 1);
-                            const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
+                            const float base = isinf(lse[row]) ? 0.0f : lse[row];
                             const int query = start + j + fragment_column + e;
                             const bool seen = query < last && (!masked || visible(b, h, query, key_inside, sizes));
-                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(x * factor - base) : -0.0f;
+                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(fma(x, scale, -base) * M_LOG2E_F) : -0.0f;
                         }
                     }
                 } else {
@@ -171,8 +174,8 @@ kernel void tilefold_backward_dkv(
                         for (ushort e = 0; e < 2; ++e) {
                             const float x = s[j / 8].thread_elements()[e];
                             const long row = rows + min(start + j + fragment_column + e, last - 1);
-                            const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
-                            s[j / 8].thread_elements()[e] = fast::exp2(x * factor - base);
+                            const float base = isinf(lse[row]) ? 0.0f : lse[row];
+                            s[j / 8].thread_elements()[e] = fast::exp2(fma(x, scale, -base) * M_LOG2E_F);
                         }
                     }
                 }
@@ -225,7 +228,8 @@ kernel void tilefold_backward_dkv(
                             for (ushort j = 0; j < 128; j += 8) {
                                 for (ushort c = 0; c < 8; ++c) {
                                     const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                                    const float weight = simd_shuffle(float(p[j / 8].thread_elements()[c % 2]), holder);
+                                    const float held = c % 2 ? float(p[j / 8].thread_elements()[1]) : float(p[j / 8].thread_elements()[0]);
+                                    const float weight = simd_shuffle(held, holder);
                                     const int query = start + j + c;
                                     if (query < last && (!masked || visible(b, h, query, key_inside, sizes))) {
                                         #pragma clang loop unroll(full)
@@ -370,7 +374,8 @@ kernel void tilefold_backward_dkv(
                             for (ushort j = 0; j < 128; j += 8) {
                                 for (ushort c = 0; c < 8; ++c) {
                                     const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                                    const float weight = simd_shuffle(float(ds[j / 8].thread_elements()[c % 2]), holder);
+                                    const float held = c % 2 ? float(ds[j / 8].thread_elements()[1]) : float(ds[j / 8].thread_elements()[0]);
+                                    const float weight = simd_shuffle(held, holder);
                                     const int query = start + j + c;
                                     if (query < last && (!masked || visible(b, h, query, key_inside, sizes))) {
                                         #pragma clang loop unroll(full)

@@ -11,6 +11,10 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
+
 // bfloat16 is the upper half of a float. GPUs before Apple9 emulate it, slower than this.
 static inline float widen(const ushort bits) {
     return as_type<float>(uint(bits) << 16);
@@ -112,8 +116,7 @@ kernel void tilefold_backward_dq(
         delta[row] = row_delta;
     }
 
-    const float factor = scale * M_LOG2E_F;
-    const float base = isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F;
+    const float base = isinf(lse[row]) ? 0.0f : lse[row];
 
     simdgroup_matrix<float, 8, 8> dq_sum[10];
     #pragma clang loop unroll(full)
@@ -182,7 +185,7 @@ kernel void tilefold_backward_dq(
                     }
                 }
             }
-            // p = exp2(s - lse)
+            // p = exp(s - lse)
             if (edge) {
                 #pragma clang loop unroll(full)
                 for (ushort j = 0; j < 64; j += 8) {
@@ -191,7 +194,7 @@ kernel void tilefold_backward_dq(
                         const float x = s[j / 8].thread_elements()[e];
                         const int key = start + j + fragment_column + e;
                         const bool seen = key < last && (!masked || visible(b, h, query_inside, key, sizes));
-                        s[j / 8].thread_elements()[e] = seen ? fast::exp2(x * factor - base) : -0.0f;
+                        s[j / 8].thread_elements()[e] = seen ? fast::exp2(fma(x, scale, -base) * M_LOG2E_F) : -0.0f;
                     }
                 }
             } else {
@@ -200,7 +203,7 @@ kernel void tilefold_backward_dq(
                     #pragma clang loop unroll(full)
                     for (ushort e = 0; e < 2; ++e) {
                         const float x = s[j / 8].thread_elements()[e];
-                        s[j / 8].thread_elements()[e] = fast::exp2(x * factor - base);
+                        s[j / 8].thread_elements()[e] = fast::exp2(fma(x, scale, -base) * M_LOG2E_F);
                     }
                 }
             }
@@ -305,7 +308,8 @@ kernel void tilefold_backward_dq(
                     for (ushort j = 0; j < 64; j += 8) {
                         for (ushort c = 0; c < 8; ++c) {
                             const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                            const float weight = simd_shuffle(float(dp[j / 8].thread_elements()[c % 2]), holder);
+                            const float held = c % 2 ? float(dp[j / 8].thread_elements()[1]) : float(dp[j / 8].thread_elements()[0]);
+                            const float weight = simd_shuffle(held, holder);
                             const int key = start + j + c;
                             if (key < last && (!masked || visible(b, h, query_inside, key, sizes))) {
                                 #pragma clang loop unroll(full)
@@ -357,7 +361,8 @@ kernel void tilefold_backward_dq(
                     for (ushort j = 0; j < 64; j += 8) {
                         for (ushort c = 0; c < 8; ++c) {
                             const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                            const float weight = simd_shuffle(float(dp[j / 8].thread_elements()[c % 2]), holder);
+                            const float held = c % 2 ? float(dp[j / 8].thread_elements()[1]) : float(dp[j / 8].thread_elements()[0]);
+                            const float weight = simd_shuffle(held, holder);
                             const int key = start + j + c;
                             if (key < last && (!masked || visible(b, h, query_inside, key, sizes))) {
                                 #pragma clang loop unroll(full)

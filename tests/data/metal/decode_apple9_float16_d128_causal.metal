@@ -11,13 +11,17 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
+
 static inline bool visible(const int b, const int h, const int q, const int k,
                            constant long* sizes) {
     const int p0 = int(sizes[19]);
     return q + p0 >= k;
 }
 
-[[max_total_threads_per_threadgroup(32)]]
+[[max_total_threads_per_threadgroup(64)]]
 kernel void tilefold_decode(
     device const half* q [[buffer(0)]],
     device const half* k [[buffer(1)]],
@@ -84,8 +88,8 @@ kernel void tilefold_decode(
     for (ushort i = 0; i < 16; ++i) {
         o_sum[i] = make_filled_simdgroup_matrix<float, 8, 8>(float(0));
     }
-    const float factor = scale * M_LOG2E_F;
-    float m = -0.25f * FLT_MAX;
+    const float factor = fabs(scale) * M_LOG2E_F;
+    float m = -FLT_MAX;
     float l = 0.0f;
     ushort any = 0;
     const long visited = b * row_b + h_kv * row_h + block;
@@ -140,14 +144,6 @@ kernel void tilefold_decode(
             }
             // m' = max(m, rowmax s)
             float m_new = m;
-            #pragma clang loop unroll(full)
-            for (ushort j = 0; j < 32; j += 8) {
-                #pragma clang loop unroll(full)
-                for (ushort e = 0; e < 2; ++e) {
-                    const float x = s[j / 8].thread_elements()[e];
-                    s[j / 8].thread_elements()[e] = x * factor;
-                }
-            }
             if (edge) {
                 #pragma clang loop unroll(full)
                 for (ushort j = 0; j < 32; j += 8) {
@@ -157,7 +153,7 @@ kernel void tilefold_decode(
                         const int key = start + j + fragment_column + e;
                         const bool seen = key < last && (!masked || visible(b, h, query_inside, key, sizes));
                         any |= seen;
-                        s[j / 8].thread_elements()[e] = seen ? x : -0.5f * FLT_MAX;
+                        s[j / 8].thread_elements()[e] = seen ? x : -FLT_MAX;
                     }
                 }
             } else {
@@ -173,19 +169,32 @@ kernel void tilefold_decode(
             }
             m_new = max(m_new, simd_shuffle_xor(m_new, 1));
             m_new = max(m_new, simd_shuffle_xor(m_new, 8));
-            // p = exp2(s - m'), l = l correction + rowsum p
-            const float correction = fast::exp2(m - m_new);
+            // p = exp(s - m'), l = l correction + rowsum p
+            const float correction = fast::exp2((m - m_new) * factor);
             m = m_new;
             l *= correction;
             simdgroup_matrix<half, 8, 8> p[4];
-            #pragma clang loop unroll(full)
-            for (ushort j = 0; j < 32; j += 8) {
+            if (edge) {
                 #pragma clang loop unroll(full)
-                for (ushort e = 0; e < 2; ++e) {
-                    const float x = s[j / 8].thread_elements()[e];
-                    const float weight = fast::exp2(x - m);
-                    p[j / 8].thread_elements()[e] = half(weight);
-                    l += weight;
+                for (ushort j = 0; j < 32; j += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float x = s[j / 8].thread_elements()[e];
+                        const float weight = x == -FLT_MAX ? 0.0f : fast::exp2((x - m) * factor);
+                        p[j / 8].thread_elements()[e] = half(weight);
+                        l += weight;
+                    }
+                }
+            } else {
+                #pragma clang loop unroll(full)
+                for (ushort j = 0; j < 32; j += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float x = s[j / 8].thread_elements()[e];
+                        const float weight = fast::exp2((x - m) * factor);
+                        p[j / 8].thread_elements()[e] = half(weight);
+                        l += weight;
+                    }
                 }
             }
             // o = o correction + p v
@@ -235,7 +244,8 @@ kernel void tilefold_decode(
                         for (ushort j = 0; j < 32; j += 8) {
                             for (ushort c = 0; c < 8; ++c) {
                                 const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                                const float weight = simd_shuffle(float(p[j / 8].thread_elements()[c % 2]), holder);
+                                const float held = c % 2 ? float(p[j / 8].thread_elements()[1]) : float(p[j / 8].thread_elements()[0]);
+                                const float weight = simd_shuffle(held, holder);
                                 const int key = start + j + c;
                                 if (key < last && (!masked || visible(b, h, query_inside, key, sizes))) {
                                     #pragma clang loop unroll(full)

@@ -11,6 +11,10 @@
 #include <metal_stdlib>
 using namespace metal;
 
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
+
 [[max_total_threads_per_threadgroup(128)]]
 kernel void tilefold_forward(
     device const float* q [[buffer(0)]],
@@ -67,8 +71,8 @@ kernel void tilefold_forward(
     device float* o_spill_row = o_spill + (row) * 77;
 
     bool fresh = true;
-    const float factor = scale * M_LOG2E_F;
-    float m = -0.25f * FLT_MAX;
+    const float factor = fabs(scale) * M_LOG2E_F;
+    float m = -FLT_MAX;
     float l = 0.0f;
     ushort any = 0;
     const long visited = b * row_b + h * row_h + block;
@@ -134,14 +138,6 @@ kernel void tilefold_forward(
             }
             // m' = max(m, rowmax s)
             float m_new = m;
-            #pragma clang loop unroll(full)
-            for (ushort j = 0; j < 80; j += 8) {
-                #pragma clang loop unroll(full)
-                for (ushort e = 0; e < 2; ++e) {
-                    const float x = s[j / 8].thread_elements()[e];
-                    s[j / 8].thread_elements()[e] = x * factor;
-                }
-            }
             if (edge) {
                 #pragma clang loop unroll(full)
                 for (ushort j = 0; j < 80; j += 8) {
@@ -151,7 +147,7 @@ kernel void tilefold_forward(
                         const int key = start + j + fragment_column + e;
                         const bool seen = key < last;
                         any |= seen;
-                        s[j / 8].thread_elements()[e] = seen ? x : -0.5f * FLT_MAX;
+                        s[j / 8].thread_elements()[e] = seen ? x : -FLT_MAX;
                     }
                 }
             } else {
@@ -167,19 +163,32 @@ kernel void tilefold_forward(
             }
             m_new = max(m_new, simd_shuffle_xor(m_new, 1));
             m_new = max(m_new, simd_shuffle_xor(m_new, 8));
-            // p = exp2(s - m'), l = l correction + rowsum p
-            const float correction = fast::exp2(m - m_new);
+            // p = exp(s - m'), l = l correction + rowsum p
+            const float correction = fast::exp2((m - m_new) * factor);
             m = m_new;
             l *= correction;
             simdgroup_matrix<float, 8, 8> p[10];
-            #pragma clang loop unroll(full)
-            for (ushort j = 0; j < 80; j += 8) {
+            if (edge) {
                 #pragma clang loop unroll(full)
-                for (ushort e = 0; e < 2; ++e) {
-                    const float x = s[j / 8].thread_elements()[e];
-                    const float weight = fast::exp2(x - m);
-                    p[j / 8].thread_elements()[e] = weight;
-                    l += weight;
+                for (ushort j = 0; j < 80; j += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float x = s[j / 8].thread_elements()[e];
+                        const float weight = x == -FLT_MAX ? 0.0f : fast::exp2((x - m) * factor);
+                        p[j / 8].thread_elements()[e] = weight;
+                        l += weight;
+                    }
+                }
+            } else {
+                #pragma clang loop unroll(full)
+                for (ushort j = 0; j < 80; j += 8) {
+                    #pragma clang loop unroll(full)
+                    for (ushort e = 0; e < 2; ++e) {
+                        const float x = s[j / 8].thread_elements()[e];
+                        const float weight = fast::exp2((x - m) * factor);
+                        p[j / 8].thread_elements()[e] = weight;
+                        l += weight;
+                    }
                 }
             }
             // o = o correction + p v
@@ -217,7 +226,8 @@ kernel void tilefold_forward(
                     for (ushort j = 0; j < 80; j += 8) {
                         for (ushort c = 0; c < 8; ++c) {
                             const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                            const float weight = simd_shuffle(float(p[j / 8].thread_elements()[c % 2]), holder);
+                            const float held = c % 2 ? float(p[j / 8].thread_elements()[1]) : float(p[j / 8].thread_elements()[0]);
+                            const float weight = simd_shuffle(held, holder);
                             const int key = start + j + c;
                             if (key < last) {
                                 #pragma clang loop unroll(full)
@@ -288,7 +298,8 @@ kernel void tilefold_forward(
                     for (ushort j = 0; j < 80; j += 8) {
                         for (ushort c = 0; c < 8; ++c) {
                             const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);
-                            const float weight = simd_shuffle(float(p[j / 8].thread_elements()[c % 2]), holder);
+                            const float held = c % 2 ? float(p[j / 8].thread_elements()[1]) : float(p[j / 8].thread_elements()[0]);
+                            const float weight = simd_shuffle(held, holder);
                             const int key = start + j + c;
                             if (key < last) {
                                 #pragma clang loop unroll(full)
@@ -344,7 +355,7 @@ kernel void tilefold_forward(
         }
     }
     if (inside && fragment_column == 0) {
-        const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;
+        const float sum = l > 0.0f ? fma(m, fabs(scale), log(l)) : l / l;
         lse[row] = any ? sum : -INFINITY;
     }
 }

@@ -14,6 +14,10 @@
 using namespace metal;
 using namespace mpp::tensor_ops;
 
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
+
 static inline bool visible(const int b, const int h, const int q, const int k,
                            constant long* sizes) {
     const int p0 = int(sizes[23]);
@@ -94,7 +98,7 @@ kernel void tilefold_forward(
         weights + simdgroup * 1024, dextents<int, 2>(64, 16), array<int, 2>{1, 64});
     tensor<device half, dextents<int, 2>, tensor_inline> values_tile(
         const_cast<device half*>(v_head), dextents<int, 2>(64, 64), array<int, 2>{1, int(v_n)});
-    const float factor = scale * M_LOG2E_F;
+    const float factor = fabs(scale) * M_LOG2E_F;
     const int width_0 = 64;
     auto o_0 = pv.get_destination_cooperative_tensor<
         decltype(weights_tile), decltype(values_tile), float>();
@@ -113,7 +117,7 @@ kernel void tilefold_forward(
             o_1[i] = 0;
         }
     }
-    float m = -0.25f * FLT_MAX;
+    float m = -FLT_MAX;
     float l = 0.0f;
     ushort any = 0;
     const long visited = b * row_b + h * row_h + block;
@@ -152,20 +156,28 @@ kernel void tilefold_forward(
                 const int key = start + j;
                 const bool seen = inside && (!edge || (key < last && (!masked || visible(b, h, query, key, sizes))));
                 any |= seen;
-                const float x = seen ? scores[tile_row * 66 + j] * factor : -0.5f * FLT_MAX;
+                const float x = seen ? scores[tile_row * 66 + j] : -FLT_MAX;
                 scores[tile_row * 66 + j] = x;
                 m_new = max(m_new, x);
             }
             m_new = max(m_new, simd_shuffle_xor(m_new, 1));
-            // p = exp2(s - m'), l = l correction + rowsum p
-            const float correction = fast::exp2(m - m_new);
+            // p = exp(s - m'), l = l correction + rowsum p
+            const float correction = fast::exp2((m - m_new) * factor);
             m = m_new;
             l *= correction;
-            for (ushort j = side; j < 64; j += 2) {
-                const float x = scores[tile_row * 66 + j];
-                const float weight = fast::exp2(x - m);
-                weights[tile_row * 64 + j] = half(weight);
-                l += weight;
+            if (edge) {
+                for (ushort j = side; j < 64; j += 2) {
+                    const float x = scores[tile_row * 66 + j];
+                    const float weight = x == -FLT_MAX ? 0.0f : fast::exp2((x - m) * factor);
+                    weights[tile_row * 64 + j] = half(weight);
+                    l += weight;
+                }
+            } else {
+                for (ushort j = side; j < 64; j += 2) {
+                    const float weight = fast::exp2((scores[tile_row * 66 + j] - m) * factor);
+                    weights[tile_row * 64 + j] = half(weight);
+                    l += weight;
+                }
             }
             if (side == 0) {
                 factors[tile_row] = correction;
@@ -277,7 +289,7 @@ kernel void tilefold_forward(
     }
     if (inside && side == 0) {
         const long at = (long(b) * heads_q + h) * len_q + query;
-        const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;
+        const float sum = l > 0.0f ? fma(m, fabs(scale), log(l)) : l / l;
         lse[at] = any ? sum : -INFINITY;
     }
 }

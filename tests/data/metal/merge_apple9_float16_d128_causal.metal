@@ -8,7 +8,11 @@
 #include <metal_stdlib>
 using namespace metal;
 
-[[max_total_threads_per_threadgroup(32)]]
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif
+
+[[max_total_threads_per_threadgroup(64)]]
 kernel void tilefold_merge(
     device const float* part_o [[buffer(0)]],
     device const float* part_m [[buffer(1)]],
@@ -35,7 +39,8 @@ kernel void tilefold_merge(
     const long first = row * splits * len_q + query;
     const long end = first + long(splits) * len_q;
 
-    float m = -0.25f * FLT_MAX;
+    const float factor = fabs(scale) * M_LOG2E_F;
+    float m = -FLT_MAX;
     bool any = false;
     for (long i = first + long(lane) * len_q; i < end; i += long(32) * len_q) {
         const bool seen = !(part_l[i] < 0.0f);
@@ -46,19 +51,19 @@ kernel void tilefold_merge(
     m = simd_max(m);
     float l = 0.0f;
     for (long i = first; i < end; i += len_q) {
-        l += part_l[i] < 0.0f ? 0.0f : part_l[i] * fast::exp2(part_m[i] - m);
+        l += part_l[i] < 0.0f ? 0.0f : part_l[i] * fast::exp2((part_m[i] - m) * factor);
     }
     const float inverse = any ? 1.0f / l : 0.0f;
 
     for (ushort d = lane; d < 128; d += 32) {
         float sum = 0.0f;
         for (long i = first; i < end; i += len_q) {
-            sum += part_l[i] < 0.0f ? 0.0f : fast::exp2(part_m[i] - m) * part_o[i * 128 + d];
+            sum += part_l[i] < 0.0f ? 0.0f : fast::exp2((part_m[i] - m) * factor) * part_o[i * 128 + d];
         }
         o_row[d] = half(sum * inverse);
     }
     if (lane == 0) {
-        const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;
+        const float sum = l > 0.0f ? fma(m, fabs(scale), log(l)) : l / l;
         lse[row * len_q + query] = any ? sum : -INFINITY;
     }
 }

@@ -46,7 +46,7 @@ MOST_NUMBERS = 4096 // 8
 
 
 class CompileError(RuntimeError):
-    """Metal rejected the source of a kernel; the message names the file with the source."""
+    """Metal made no kernel of a source; the message names the file with the source."""
 
 
 class MachineCache:
@@ -71,7 +71,10 @@ class Machine(protocols.Machine):
 
     @abstractmethod
     def compile(self, text: str) -> Any:
-        """An object whose attributes are the kernels of a source. Raises SyntaxError."""
+        """An object whose attributes are the kernels of a source. Raises SyntaxError.
+
+        To ask for an attribute runs the back end of Metal's compiler, and raises RuntimeError.
+        """
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
@@ -237,7 +240,12 @@ def kernel(
     """
 
     def make() -> Callable[..., None]:
-        function: Callable[..., None] = getattr(library_of(machine, emit(spec)), entry)
+        text = emit(spec)
+        library = library_of(machine, text)
+        try:
+            function: Callable[..., None] = getattr(library, entry)
+        except RuntimeError as error:
+            raise CompileError(_explain(text, str(error))) from error
         return function
 
     return machine.kept.kernels.get(spec, make)

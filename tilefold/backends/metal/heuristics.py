@@ -26,8 +26,10 @@ class Heuristics:
     """Least keys that "auto" decodes: there is something to split."""
 
     enough_groups: int = 1024
-    """Threadgroups of the decode kernel for which keys are split, no finer: 25 simdgroups for each
-    of the 40 cores of the largest GPUs."""
+    """Threadgroups of the decode kernel into which one key head of one batch entry is split, no
+    more: 25 simdgroups for each of the 40 cores of the largest GPUs. Other entries and heads of a
+    call do not count, and results do not depend on them; with many of them the parts that are
+    written cost up to a sixteenth of the bytes, as `keys_per_split` says."""
 
     least_traverse: int = 32
     """Length to which the traverse block shrinks to keep an operand beside sums in registers: the

@@ -33,6 +33,9 @@ from tilefold.problems.attention import Problem, check_problem
 FORMS = {"forward": ("auto", "tiled", "decode"), "backward": ("auto", "tiled")}
 """Forms of an operation: "decode" splits the keys of few queries."""
 
+LARGEST_SCALE = 2.0**127
+"""The largest |scale|: with its factor log2(e) it is a number of float32."""
+
 Asked = Blocks | Mapping[str, Blocks] | None
 """Blocks for all kernels of a plan, or by kernel."""
 
@@ -103,9 +106,15 @@ def plan(
     kernel ("forward", "decode", "backward_dq", "backward_dkv") where they differ. Results depend
     on all of these only by rounding.
 
-    Raises ValueError for what no GPU of the family can run, NotImplementedError for float64.
+    Raises ValueError for what no GPU of the family can run, NotImplementedError for float64 and for
+    a scale beyond float32.
     """
     check_problem(problem)
+    if abs(problem.scale) > LARGEST_SCALE:
+        raise NotImplementedError(
+            f"scale is {problem.scale:g}, and Apple GPUs multiply in float32, up to"
+            f" {LARGEST_SCALE:.1e}: multiply q or k by a part of it"
+        )
     _check(blocks, cached)
     key = (problem, family, operation, form, _frozen(blocks), _frozen(cached))
     found = _recent.get(key)
@@ -204,6 +213,7 @@ class Planner:
             bfloat=family.bfloat,
             mask=self._masked.skeleton,
             index_bits=self._masked.index_bits,
+            negative=problem.scale < 0,
         )
         return spec, made
 
@@ -231,8 +241,8 @@ class Planner:
         group = problem.heads_q // problem.heads_kv
         visited = self._masked.visited_together(problem.heads_kv)
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
-        owners = problem.batch * problem.heads_kv * blocks
-        least = int(visited.met.max(initial=0)) * owners // self._heuristics.enough_groups
+        # By one key head of one batch entry alone: its bits do not depend on what is beside it.
+        least = problem.len_k * blocks // self._heuristics.enough_groups
         keys = max(self._heuristics.keys_per_split, -(-least // MASK_STEP) * MASK_STEP)
         visited = cut(visited, keys)
         count = visited.block_rows

@@ -145,7 +145,8 @@ class MetalSpec:
     side by side in every operand. `wide`: offsets inside a tile may pass 31 bits. `vector`, 1, 2 or
     4: elements of a row that are moved at once, and that divide each row. These three follow from
     where the arrays lie, which a plan does not know. `tensor_ops`: multiplies by Metal 4's tensor
-    operations, not by fragments.
+    operations, not by fragments. `negative`: the scale is negative, which a maximum of scores must
+    know.
     """
 
     kernel: str
@@ -162,6 +163,7 @@ class MetalSpec:
     wide: bool = False
     vector: int = 1
     tensor_ops: bool = False
+    negative: bool = False
 
     def __post_init__(self) -> None:
         assert self.kernel in KERNELS, self.kernel

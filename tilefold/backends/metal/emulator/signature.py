@@ -47,6 +47,7 @@ _PARAMETER = re.compile(
 _DOUBLE = re.compile(
     r"(?<![\w.])(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)(?![\w.])"
 )
+_ELEMENT = re.compile(r"thread_elements\(\)\s*\[\s*(?P<index>[^\]]*?)\s*\]")
 _REFUSED = (
     (re.compile(r"\bdouble\b"), "Metal has no double"),
     (re.compile(r"\bthreadgroup\s+(?:const\s+)?[\w:]+(?:\s*<[^;{}()]*>)?\s*(?:const\s*)?[*&]"),
@@ -148,6 +149,26 @@ def check_text(text: str) -> None:
             _refuse(bare, match, why)
     if match := _DOUBLE.search(bare):
         _refuse(bare, match, f"a double in C++, a float in Metal: write {match[0]}f")
+    for match in _ELEMENT.finditer(bare):
+        _check_element(bare, match)
+
+
+def _check_element(bare: str, match: re.Match[str]) -> None:
+    """Raise `Fault` unless the index of a lane's element is known when the kernel is compiled.
+
+    Apple's header keeps the elements in a vector of 64, of which a lane has two.
+    """
+    index = match["index"]
+    if index in ("0", "1"):
+        return
+    before, loop, _ = bare[: match.start()].rpartition(f"for (ushort {index} = 0; {index} < 2;")
+    if not loop or not before.rstrip().endswith("#pragma clang loop unroll(full)"):
+        _refuse(
+            bare,
+            match,
+            "an index at run time: take 0, 1 or the variable of a loop over both under"
+            " `#pragma clang loop unroll(full)`",
+        )
 
 
 def without_comments(text: str) -> str:

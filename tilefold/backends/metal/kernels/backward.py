@@ -11,7 +11,7 @@ from tilefold.backends.metal.kernels import frame, softmax
 from tilefold.backends.metal.kernels.forward import queries, row
 from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.products import Products
-from tilefold.backends.metal.kernels.scores import FACTOR, GRADIENT_FACTOR
+from tilefold.backends.metal.kernels.scores import GRADIENT_FACTOR
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.kernels.tile import column_of
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
@@ -38,8 +38,8 @@ for each query head that reads the key head, and each tile of queries that see t
 dk = dk scale
 """.strip().split("\n")
 
-BASE = "isinf(lse[row]) ? 0.0f : lse[row] * M_LOG2E_F"
-"""lse to base 2. A row that sees no key has -inf, and no visible pair that would use it."""
+BASE = "isinf(lse[row]) ? 0.0f : lse[row]"
+"""lse. A row that sees no key has -inf, and no visible pair that would use it."""
 
 
 def emit_dq(spec: MetalSpec) -> str:
@@ -50,8 +50,7 @@ def emit_dq(spec: MetalSpec) -> str:
     products.spills(("dq",), "row")
     text("")
     _delta(text, spec, products)
-    text("", FACTOR)
-    text(f"const float base = {BASE};", "")
+    text("", f"const float base = {BASE};", "")
     products.hold("q", "do")
     products.begin("dq")
     with frame.tiles(text, spec):
@@ -101,7 +100,7 @@ def emit_dkv(spec: MetalSpec) -> str:
         frame.row_of(text, spec, name, "h_kv", "key_inside")
     heads = "(long(b) * (heads_q / group) + h_kv)"
     products.spills(("dk", "dv"), f"{heads} * len_k + key_inside")
-    text("", FACTOR)
+    text("")
     products.hold("k", "v")
     products.begin("dv", "dk")
     with text.block("for (int h = h_kv * group; h < (h_kv + 1) * group; ++h)"):

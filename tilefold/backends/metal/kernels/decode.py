@@ -9,7 +9,7 @@ results depend on how the keys are split, and on nothing else.
 
 from __future__ import annotations
 
-from tilefold.backends.metal.kernels import frame, softmax
+from tilefold.backends.metal.kernels import frame, scores, softmax
 from tilefold.backends.metal.kernels.forward import attend
 from tilefold.backends.metal.kernels.fragment import at
 from tilefold.backends.metal.kernels.msl import Text
@@ -95,20 +95,20 @@ def emit_merge(spec: MetalSpec) -> str:
     text.note("The parts of one query lie a step of len_q apart.")
     text("const long first = row * splits * len_q + query;")
     text("const long end = first + long(splits) * len_q;", "")
-    text(f"float m = {frame.LOWEST};", "bool any = false;")
+    text(scores.FACTOR, f"float m = {frame.LOWEST};", "bool any = false;")
     step = f"long({SIMD}) * len_q"
     with text.block(f"for (long i = first + long(lane) * len_q; i < end; i += {step})"):
         text("const bool seen = !(part_l[i] < 0.0f);", "any |= seen;")
         text("m = seen ? max(m, part_m[i]) : m;")
     text("any = simd_any(any);", "m = simd_max(m);", "float l = 0.0f;")
     with text.block("for (long i = first; i < end; i += len_q)"):
-        text("l += part_l[i] < 0.0f ? 0.0f : part_l[i] * fast::exp2(part_m[i] - m);")
+        share = scores.weight("part_m[i]", "m")
+        text(f"l += part_l[i] < 0.0f ? 0.0f : part_l[i] * {share};")
     text("const float inverse = any ? 1.0f / l : 0.0f;", "")
     with text.block(f"for (ushort d = lane; d < {spec.dim_v}; d += {SIMD})"):
         text("float sum = 0.0f;")
         with text.block("for (long i = first; i < end; i += len_q)"):
-            weight = "fast::exp2(part_m[i] - m)"
-            value = f"{weight} * part_o[i * {spec.dim_v} + d]"
+            value = f"{share} * part_o[i * {spec.dim_v} + d]"
             text(f"sum += part_l[i] < 0.0f ? 0.0f : {value};")
         text(f"o_row[{column_of(spec, 'o', 'd')}] = {own.write('sum * inverse')};")
     with text.block("if (lane == 0)"):

@@ -106,7 +106,11 @@ def _move(
 
 
 def at(name: str, e: int | str) -> str:
-    """Element e, 0 or 1, of the fragment that this lane holds: to read or to set."""
+    """Element e, 0 or 1, of the fragment that this lane holds: to read or to set.
+
+    e is a number, or the variable of an unrolled loop: Apple's header keeps the elements in a
+    vector of 64, in which an index that is known at run time alone selects among 64 registers.
+    """
     return f"{name}.thread_elements()[{e}]"
 
 

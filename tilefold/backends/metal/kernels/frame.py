@@ -18,11 +18,10 @@ from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 from tilefold.masks.expression import Truth
 
-MASKED = "-0.5f * FLT_MAX"
-"""The score of a pair that may not meet: finite, since Metal's fast mathematics assume so."""
+LOWEST = "-FLT_MAX"
+"""Where a running maximum starts, and the score of a pair that may not meet, by which it is known.
 
-LOWEST = "-0.25f * FLT_MAX"
-"""Where a running maximum starts: above MASKED, so that masked weights vanish in empty rows too."""
+It is finite, since Metal's fast mathematics assume so."""
 
 POSITION = {
     "place": "uint3 place [[threadgroup_position_in_grid]]",

@@ -83,6 +83,9 @@ MOST_RANKS = 8
 TILE_STEP, MOST_TILE = 8, 256
 """m and n are multiples of 8: the tiles of shipping kernels, which go up to 128 on a side."""
 
+WHOLE_STEP = 16
+"""Apple's header refuses a product unless m or n is a multiple of this."""
+
 STATIC_STEP = 32
 """On macOS 26.1 a k known at compile time is wrong unless it is a multiple of this."""
 
@@ -163,7 +166,7 @@ class Matmul2d:
     """A product of m x k by k x n elements, run by one simdgroup or by all of a threadgroup.
 
     Arguments:
-        m, n: rows and columns of the result, multiples of 8 up to 256.
+        m, n: rows and columns of the result, multiples of 8 up to 256, one of them of 16.
         k: None to read it from the operands' extents, as a kernel for any k must; or a multiple
             of 32.
         left, right, result: types of elements, one of `PRODUCTS`.
@@ -195,6 +198,10 @@ class Matmul2d:
     def __post_init__(self) -> None:
         for name in ("m", "n"):
             _multiple(name, getattr(self, name), TILE_STEP, MOST_TILE)
+        if self.m % WHOLE_STEP and self.n % WHOLE_STEP:
+            raise ValueError(
+                f"m or n must be a multiple of {WHOLE_STEP}, got m = {self.m} and n = {self.n}"
+            )
         if self.k is not None:
             _multiple("k", self.k, STATIC_STEP, hint="; None reads it from the operands")
         for name in ("left", "right", "result"):

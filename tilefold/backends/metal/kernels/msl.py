@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tilefold.backends.metal.kernels.storage import Storage
+from tilefold.backends.metal.spec import SIMD
 
 UNROLL = "#pragma clang loop unroll(full)"
 
@@ -82,13 +83,23 @@ class Text:
 HEADERS = "#include <metal_stdlib>\nusing namespace metal;\n"
 """The one header of kernels on fragments."""
 
+SAFE_MATH = """\
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#endif"""
+"""Arithmetic that keeps NaN and infinities, whatever the options of the compiler: from Metal 3.2 on
+(macOS 15). Before, the options decide; `torch.mps` chooses safe ones."""
+
 
 def kernel_head(entry: str, threads: int) -> str:
     """A kernel up to its parameters, and how many threads its groups have at most.
 
-    The attribute stands before the word `kernel`: so do all that Apple and others publish.
+    The attribute stands before the word `kernel`: so do all that Apple and others publish. It never
+    promises one simdgroup: with a bound of 32 threads Apple's compiler has made wrong code of
+    kernels that copy to threadgroup memory and multiply fragments (tracel-ai/cubecl#1636).
     """
-    return f"[[max_total_threads_per_threadgroup({threads})]]\nkernel void {entry}("
+    most = max(threads, 2 * SIMD)
+    return f"[[max_total_threads_per_threadgroup({most})]]\nkernel void {entry}("
 
 
 def open_text(
@@ -101,7 +112,7 @@ def open_text(
 ) -> None:
     """The start of every kernel source: what it computes and how, and what it needs before it."""
     text.note(title, "", *algorithm)
-    text(headers)
+    text(headers, SAFE_MATH, "")
     for conversions in dict.fromkeys(storage.conversions for storage in storages):
         if conversions:
             text(conversions, "")

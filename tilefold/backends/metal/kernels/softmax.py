@@ -1,19 +1,19 @@
 """The running softmax of one tile of scores, and the weights that the backward passes recompute.
 
-Base 2 throughout: scores have the factor log2(e) already (see `scores`). A lane holds two columns
-of a row, so a row's maximum takes two shuffles; the sum l stays apart in each lane until the last
-tile, since all lanes of a row scale it by the same factor. (Milakov and Gimelshein, 2018; Dao,
-2023.)
+Scores, and the maximum m, are products without the scale, which comes in with the exponential (see
+`scores`). A lane holds two columns of a row, so a row's maximum takes two shuffles; the sum l stays
+apart in each lane until the last tile, since all lanes of a row scale it by the same factor.
+(Milakov and Gimelshein, 2018; Dao, 2023.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tilefold.backends.metal.kernels import scores
 from tilefold.backends.metal.kernels.fragment import at
-from tilefold.backends.metal.kernels.frame import LOWEST, MASKED, columns, over_row, seen
+from tilefold.backends.metal.kernels.frame import LOWEST, columns, over_row, seen
 from tilefold.backends.metal.kernels.msl import Text
-from tilefold.backends.metal.kernels.scores import FACTOR, score, score_gradient
 from tilefold.backends.metal.kernels.tile import fragment
 from tilefold.backends.metal.spec import SIDE, MetalSpec
 
@@ -23,7 +23,7 @@ COLUMN = "start + j + fragment_column + e"
 
 def begin(text: Text) -> None:
     """The running maximum, this lane's part of the sum, and whether it saw any pair."""
-    text(FACTOR, f"float m = {LOWEST};", "float l = 0.0f;", "ushort any = 0;")
+    text(scores.FACTOR, f"float m = {LOWEST};", "float l = 0.0f;", "ushort any = 0;")
 
 
 def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
@@ -33,21 +33,28 @@ def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
     """
     text.note("m' = max(m, rowmax s)")
     text("float m_new = m;")
-    columns(text, spec, "s", [f"x = {score('x')};"])
+    if spec.negative:
+        columns(text, spec, "s", [f"x = {scores.score('x', spec.negative)};"])
     with text.either("edge") as otherwise:
         lines = [f"const int key = {COLUMN};", f"const bool seen = {seen(spec, row, 'key')};"]
-        columns(text, spec, "s", [*lines, "any |= seen;", f"x = seen ? x : {MASKED};"])
+        columns(text, spec, "s", [*lines, "any |= seen;", f"x = seen ? x : {LOWEST};"])
         otherwise()
         text("any = 1;")
     columns(text, spec, "s", ["m_new = max(m_new, x);"])
     over_row(text, "m_new", "max({x}, {y})")
-    text.note("p = exp2(s - m'), l = l correction + rowsum p")
-    text("const float correction = fast::exp2(m - m_new);", "m = m_new;", "l *= correction;")
+    text.note("p = exp(s - m'), l = l correction + rowsum p")
+    text(f"const float correction = {scores.weight('m', 'm_new')};")
+    text("m = m_new;", "l *= correction;")
     count = spec.blocks.traverse // SIDE
     text(fragment(weight_type).declare("p", count))
     value = "weight" if weight_type == "float" else f"{weight_type}(weight)"
-    lines = ["const float weight = fast::exp2(x - m);", f"{at(f'p[j / {SIDE}]', 'e')} = {value};"]
-    columns(text, spec, "s", [*lines, "l += weight;"])
+    rest = [f"{at(f'p[j / {SIDE}]', 'e')} = {value};", "l += weight;"]
+    seen_weight = scores.weight("x", "m")
+    with text.either("edge") as otherwise:
+        hidden = f"const float weight = x == {LOWEST} ? 0.0f : {seen_weight};"
+        columns(text, spec, "s", [hidden, *rest])
+        otherwise()
+        columns(text, spec, "s", [f"const float weight = {seen_weight};", *rest])
 
 
 def end(text: Text) -> None:
@@ -61,20 +68,20 @@ def end(text: Text) -> None:
 
 def write_lse(text: Text, place: str) -> None:
     """The natural logarithm of a row's sum, by its whole m, l and any, to an element of lse."""
-    text("const float sum = l > 0.0f ? (m + log2(l)) * M_LN2_F : l / l;")
+    text(f"const float sum = l > 0.0f ? {scores.lse('m', 'l')} : l / l;")
     text(f"lse[{place}] = any ? sum : -INFINITY;")
 
 
 def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = ()) -> None:
     """The weights of the tile `s` in place, by the finished statistics.
 
-    The source knows `base`, an element's lse log2(e), after the lines `before`. `parallel` is
-    "query" or "key". Hidden pairs weigh 0 by their mask: exp2(0 - lse) of a padded score may be
+    The source knows `base`, an element's lse, after the lines `before`. `parallel` is "query" or
+    "key". Hidden pairs weigh 0 by their mask: exp(0 - lse) of a padded score may be
     infinite. They weigh -0.0, which no exponential is, so that `ds` knows them.
     """
-    text.note("p = exp2(s - lse)")
+    text.note("p = exp(s - lse)")
     other = "key" if parallel == "query" else "query"
-    raised = f"fast::exp2({score('x')} - base)"
+    raised = scores.weight_from_lse("x", "base")
     truth = f"const bool seen = {seen(spec, f'{parallel}_inside', other)};"
     with text.either("edge") as otherwise:
         lines = [f"const int {other} = {COLUMN};", truth, f"x = seen ? {raised} : -0.0f;"]
@@ -91,9 +98,8 @@ def ds(text: Text, spec: MetalSpec, before: Sequence[str] = ()) -> None:
     """
     text.note("ds = p (dp - delta)")
     weight = f"const float weight = {at(f's[j / {SIDE}]', 'e')};"
-    columns(
-        text, spec, "dp", [*before, weight, f"x = {score_gradient('weight', 'x', 'row_delta')};"]
-    )
+    gradient = scores.score_gradient("weight", "x", "row_delta")
+    columns(text, spec, "dp", [*before, weight, f"x = {gradient};"])
     with text.block("if (edge)"):
         hidden = f"const bool hidden = as_type<uint>({at(f's[j / {SIDE}]', 'e')}) == 0x80000000u;"
         columns(text, spec, "dp", [hidden, "x = hidden ? 0.0f : x;"])

@@ -17,10 +17,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from tilefold.backends.metal.kernels import frame
-from tilefold.backends.metal.kernels.frame import LOWEST, MASKED
+from tilefold.backends.metal.kernels.frame import LOWEST
 from tilefold.backends.metal.kernels.matmul2d import HEADERS, Matmul2d, elements, fill
 from tilefold.backends.metal.kernels.msl import Text, kernel_head
-from tilefold.backends.metal.kernels.scores import FACTOR, score
+from tilefold.backends.metal.kernels.scores import FACTOR, score, weight
 from tilefold.backends.metal.kernels.softmax import write_lse
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import SIMD, TENSOR_ROWS, Blocks, MetalSpec
@@ -50,6 +50,9 @@ MOST_BYTES = 32768
 """Threadgroup memory of every Apple GPU."""
 
 _SCORE_PAD = 2  # floats behind each row of scores: then 32 lanes in 16 rows read 32 banks
+
+PROBE = "tilefold_probe"
+"""The kernel of the test compile."""
 
 OLDEST_OS = (26, 2)
 """macOS before it lays cooperative tensors out in another way, and lacks types."""
@@ -105,9 +108,10 @@ def gate(
     Arguments:
         os_version: of macOS, as (major, minor).
         generation: of the GPU as Apple counts: 13 is M1's, 17 M5's.
-        test_compile: compiles a text, and raises where it cannot.
+        test_compile: compiles a text into an object whose attributes are its kernels; either may
+            raise, since the back end of Metal's compiler runs when a kernel is asked for.
 
-    >>> gate((15, 4), 16, print)
+    >>> gate((15, 4), 16, str)
     'tensor operations need macOS 26.2 or later, this is 15.4'
     """
     if os_version < OLDEST_OS:
@@ -121,8 +125,8 @@ def gate(
             f"this is of {generation}"
         )
     try:
-        test_compile(probe())
-    except Exception as error:  # whatever the compiler's front end raises
+        getattr(test_compile(probe()), PROBE)
+    except Exception as error:  # whatever the front end or the back end raises
         line = str(error).strip().split("\n")[0]
         return f"a small kernel with tensor operations does not compile: {line}"
     return None
@@ -133,7 +137,7 @@ def probe() -> str:
     text = Text()
     product = Matmul2d(16, 32, None, "float16", "float16", "float32", left_space="threadgroup")
     text(HEADERS)
-    text(kernel_head("tilefold_probe", 32))
+    text(kernel_head(PROBE, SIMD))
     text("    device const half* a [[buffer(0)]],", "    device float* c [[buffer(1)]],")
     with text.block("    ushort lane [[thread_index_in_simdgroup]])"):
         text("threadgroup half stage[16 * 32];")
@@ -283,20 +287,21 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
             "const int key = start + j;",
             f"const bool seen = inside && (!edge || ({frame.seen(spec, 'query', 'key')}));",
             "any |= seen;",
-            f"const float x = seen ? {score(place)} : {MASKED};",
+            f"const float x = seen ? {score(place, spec.negative)} : {LOWEST};",
             f"{place} = x;",
             "m_new = max(m_new, x);",
         )
     text("m_new = max(m_new, simd_shuffle_xor(m_new, 1));")
-    text.note("p = exp2(s - m'), l = l correction + rowsum p")
-    text("const float correction = fast::exp2(m - m_new);", "m = m_new;", "l *= correction;")
-    with text.block(columns):
-        text(
-            f"const float x = {place};",
-            "const float weight = fast::exp2(x - m);",
-            f"weights[tile_row * {step} + j] = {_as(kind, 'weight')};",
-            "l += weight;",
-        )
+    text.note("p = exp(s - m'), l = l correction + rowsum p")
+    text(f"const float correction = {weight('m', 'm_new')};", "m = m_new;", "l *= correction;")
+    rest = [f"weights[tile_row * {step} + j] = {_as(kind, 'weight')};", "l += weight;"]
+    with text.either("edge") as otherwise:
+        with text.block(columns):
+            hidden = f"const float weight = x == {LOWEST} ? 0.0f : {weight('x', 'm')};"
+            text(f"const float x = {place};", hidden, *rest)
+        otherwise()
+        with text.block(columns):
+            text(f"const float weight = {weight(place, 'm')};", *rest)
     _share(text, "correction")
 
 

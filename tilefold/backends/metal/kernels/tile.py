@@ -189,8 +189,10 @@ class Tiles:
         other, mine = ("key", "query") if spec.row.parallel == "q" else ("query", "key")
         with text.loop("j", spec.blocks.traverse, SIDE), text.loop("c", SIDE, unroll=False):
             text("const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);")
-            element_ = f"float({at(f'{weights}[j / {SIDE}]', 'c % 2')})"
-            text(f"const float weight = simd_shuffle({element_}, holder);")
+            # Two constant indices: the elements are registers, which have no run-time index.
+            first, second = (f"float({at(f'{weights}[j / {SIDE}]', e)})" for e in range(2))
+            text(f"const float held = c % 2 ? {second} : {first};")
+            text("const float weight = simd_shuffle(held, holder);")
             text(f"const int {other} = start + j + c;")
             with (
                 text.block(f"if ({seen(spec, f'{mine}_inside', other)})"),

@@ -56,6 +56,8 @@ class matmul2d {
     static constexpr bool reads_k = descriptor.k == static_cast<int>(metal::dynamic_extent);
     static_assert(descriptor.m > 0 && descriptor.n > 0 && (reads_k || descriptor.k > 0),
                   "sizes of a product are positive");
+    static_assert(descriptor.m % 16 == 0 || descriptor.n % 16 == 0,
+                  "m or n of a product is a multiple of 16");
 
 public:
     template <class Left, class Right, class T>
