@@ -84,6 +84,7 @@ kernel void tilefold_backward_dkv(
     device bfloat* dk_row = dk + b * dk_b + h_kv * dk_h + long(key_inside) * dk_n;
     device bfloat* dv_row = dv + b * dv_b + h_kv * dv_h + long(key_inside) * dv_n;
 
+    const float factor = scale;
     simdgroup_matrix<float, 8, 8> dv_sum[16];
     #pragma clang loop unroll(full)
     for (ushort i = 0; i < 16; ++i) {
@@ -164,7 +165,7 @@ kernel void tilefold_backward_dkv(
                             const float base = isinf(lse[row]) ? 0.0f : lse[row];
                             const int query = start + j + fragment_column + e;
                             const bool seen = query < last && (!masked || visible(b, h, query, key_inside, sizes));
-                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(fma(x, scale, -base) * M_LOG2E_F) : -0.0f;
+                            s[j / 8].thread_elements()[e] = seen ? fast::exp2(fma(x, factor, -base) * M_LOG2E_F) : -0.0f;
                         }
                     }
                 } else {
@@ -175,7 +176,7 @@ kernel void tilefold_backward_dkv(
                             const float x = s[j / 8].thread_elements()[e];
                             const long row = rows + min(start + j + fragment_column + e, last - 1);
                             const float base = isinf(lse[row]) ? 0.0f : lse[row];
-                            s[j / 8].thread_elements()[e] = fast::exp2(fma(x, scale, -base) * M_LOG2E_F);
+                            s[j / 8].thread_elements()[e] = fast::exp2(fma(x, factor, -base) * M_LOG2E_F);
                         }
                     }
                 }

@@ -101,6 +101,7 @@ kernel void tilefold_backward_dq(
         delta[row] = row_delta;
     }
 
+    const float factor = scale;
     const float base = isinf(lse[row]) ? 0.0f : lse[row];
 
     simdgroup_matrix<bfloat, 8, 8> q_held[16];
@@ -173,7 +174,7 @@ kernel void tilefold_backward_dq(
                         const float x = s[j / 8].thread_elements()[e];
                         const int key = start + j + fragment_column + e;
                         const bool seen = key < last && (!masked || visible(b, h, query_inside, key, sizes));
-                        s[j / 8].thread_elements()[e] = seen ? fast::exp2(fma(x, scale, -base) * M_LOG2E_F) : -0.0f;
+                        s[j / 8].thread_elements()[e] = seen ? fast::exp2(fma(x, factor, -base) * M_LOG2E_F) : -0.0f;
                     }
                 }
             } else {
@@ -182,7 +183,7 @@ kernel void tilefold_backward_dq(
                     #pragma clang loop unroll(full)
                     for (ushort e = 0; e < 2; ++e) {
                         const float x = s[j / 8].thread_elements()[e];
-                        s[j / 8].thread_elements()[e] = fast::exp2(fma(x, scale, -base) * M_LOG2E_F);
+                        s[j / 8].thread_elements()[e] = fast::exp2(fma(x, factor, -base) * M_LOG2E_F);
                     }
                 }
             }

@@ -11,7 +11,7 @@ from tilefold.backends.metal.kernels import frame, softmax
 from tilefold.backends.metal.kernels.forward import queries, row
 from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.products import Products
-from tilefold.backends.metal.kernels.scores import GRADIENT_FACTOR
+from tilefold.backends.metal.kernels.scores import GRADIENT_FACTOR, NATURAL_FACTOR
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.kernels.tile import column_of
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
@@ -50,7 +50,8 @@ def emit_dq(spec: MetalSpec) -> str:
     products.spills(("dq",), "row")
     text("")
     _delta(text, spec, products)
-    text("", f"const float base = {BASE};", "")
+    text("", NATURAL_FACTOR)
+    text(f"const float base = {BASE};", "")
     products.hold("q", "do")
     products.begin("dq")
     with frame.tiles(text, spec):
@@ -100,7 +101,7 @@ def emit_dkv(spec: MetalSpec) -> str:
         frame.row_of(text, spec, name, "h_kv", "key_inside")
     heads = "(long(b) * (heads_q / group) + h_kv)"
     products.spills(("dk", "dv"), f"{heads} * len_k + key_inside")
-    text("")
+    text("", NATURAL_FACTOR)
     products.hold("k", "v")
     products.begin("dv", "dk")
     with text.block("for (int h = h_kv * group; h < (h_kv + 1) * group; ++h)"):

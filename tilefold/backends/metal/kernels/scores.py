@@ -22,7 +22,10 @@ written.
 from __future__ import annotations
 
 FACTOR = "const float factor = fabs(scale) * M_LOG2E_F;"
-"""The statement that makes `factor`: differences of scores times `factor` are exponents of 2."""
+"""The statement before `weight`: differences of scores times `factor` are exponents of 2."""
+
+NATURAL_FACTOR = "const float factor = scale;"
+"""The statement before `weight_from_lse`: products times `factor` are scores as lse has them."""
 
 GRADIENT_FACTOR = "scale"
 """The factor of the finished sums dq and dk."""
@@ -45,7 +48,7 @@ def lse(maximum: str, total: str) -> str:
 
 def weight_from_lse(product: str, lse: str) -> str:
     """The weight of a product, by the finished lse of its row."""
-    return f"fast::exp2(fma({product}, scale, -{lse}) * M_LOG2E_F)"
+    return f"fast::exp2(fma({product}, factor, -{lse}) * M_LOG2E_F)"
 
 
 def score_gradient(weight: str, dp: str, delta: str) -> str:

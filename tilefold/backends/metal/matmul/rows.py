@@ -9,8 +9,7 @@ A row is read twice and written once; the running sum is by Milakov and Gimelshe
 arXiv:1805.02867, Algorithm 3). m, l and lse are float32 whatever the types. A row of -inf alone is
 a query that sees no key, P = 0 and lse = -inf, where torch and SciPy give NaN. A row that holds NaN
 or +inf is NaN, as there. m begins at the lowest finite number, so that -inf is never subtracted
-from itself; infinities ask for Metal's safe mathematics, in which torch compiles unless
-PYTORCH_MPS_FAST_MATH is set.
+from itself; infinities ask for Metal's safe mathematics: see `msl.SAFE_MATH`.
 """
 
 from __future__ import annotations
