@@ -31,6 +31,8 @@ RULES = [
     ~tilefold.documents([0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0]) | tilefold.prefix(2),
     tilefold.dense(np.tril(np.ones((7, 5), bool))),
     tilefold.lengths([3, 5]),
+    (tilefold.causal(lengths=[3, 5]) & tilefold.lengths([2, 5], side="left"))
+    | tilefold.documents([0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 2, 2], causal=True),
     tilefold.rule(lambda h, q, k: (q + k + h) % 3 != 0),
 ]
 
@@ -230,7 +232,7 @@ def test_compile(mask: Rule | None) -> None:
 @pytest.mark.slow
 def test_compile_with_rules_made_and_joined_inside() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        near = tilefold.causal() & tilefold.local(3, align="start")
+        near = tilefold.causal(lengths=4) & tilefold.local(3, align="start")
         return attention(q, k, v, mask=near | ~tilefold.prefix(4) | tilefold.chunked(2))
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -288,7 +290,7 @@ torch.compile(f, fullgraph=True, backend='aot_eager')(q).sum().backward()
     "mask", ["None", "tilefold.causal()", "made", "tilefold.local(2).window(9, 9)"]
 )
 def test_the_first_call_may_be_a_compiled_one(mask: str) -> None:
-    code = FIRST.format(mask=mask, before="made = tilefold.causal() & tilefold.local(2)")
+    code = FIRST.format(mask=mask, before="made = tilefold.causal(lengths=[3]) & tilefold.local(2)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -144,6 +144,9 @@ def test_tiles_of_any_extent(case: Case, data: st.DataObject) -> None:
 
 GRIDS = [((5, 6), (5, 6)), ((4, 3), (2, 7)), ((2, 9), (6, 3)), ((3, 3), (6, 6))]
 
+UNLIKE = [np.repeat(np.arange(6), counts) for counts in ((3, 1, 1, 9, 4, 5), (8, 6, 1, 7, 2, 9))]
+"""Documents with fewer queries than keys, as many, and more."""
+
 TIGHT: list[tuple[Rule, int, int]] = [
     *((causal(align), 23, 17) for align in ("end", "start")),
     *((causal(sync=sync), 17, 35) for sync in mask_cases.SYNCS),
@@ -152,9 +155,16 @@ TIGHT: list[tuple[Rule, int, int]] = [
     *((local(window, causal=True, sync="scale_end"), 31, 15) for window in (2, 5)),
     *((prefix(n), 9, 20) for n in (0, 7, 20)),
     (lengths(11), 9, 20),
+    (lengths(11, side="left"), 9, 20),
+    (lengths(11, side="left") & causal(), 9, 20),
+    *((causal(lengths=n), 9, 20) for n in (0, 5, 17, 20)),
+    *((local(window, causal=True, lengths=17), 9, 20) for window in (1, 4)),
     (chunked(6), 31, 31),
     (documents(np.arange(30) // 7), 30, 30),
     (causal() & documents(np.arange(30) // 7), 30, 30),
+    (documents(np.arange(30) // 7, causal=True), 30, 30),
+    (documents(UNLIKE[0], UNLIKE[1], causal=True), len(UNLIKE[0]), len(UNLIKE[1])),
+    (documents(UNLIKE[1], UNLIKE[0], causal=True), len(UNLIKE[1]), len(UNLIKE[0])),
     (~causal(), 20, 20),
     *(
         (causal(sync=sync, grid_q=(h, w), grid_k=(m, n)), h * w, m * n)
@@ -237,7 +247,8 @@ def test_tables_at_computed_places_are_bounded_as_a_whole() -> None:
         (local(10**30, stride=10**20, causal=True), 2**20, 2**20, 32),
         (prefix(10**30), 9, 2**30, 32),
         (chunked(10**30), 9, 9, 32),
-        (lengths(10**30), 9, 9, 32),
+        (causal(lengths=[2**20]) & local(10**30, lengths=[2**20]), 2**20, 2**20, 32),
+        (lengths([9], side="left"), 9, 9, 32),
         (causal(grid_q=(2**10, 2**10)), 2**20, 2**20, 32),
         (causal(grid_q=(2**20, 1), grid_k=(1, 2**20)), 2**20, 2**20, 64),
         (rule(lambda q, k: q * q > k), 46341, 9, 32),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import pickle
 import re
 from collections.abc import Callable
 from functools import reduce
@@ -114,7 +115,6 @@ def test_numbers_past_the_lengths_mean_the_same_as_the_lengths(huge: int) -> Non
     assert local(huge).to_dense(6, 9).all()
     np.testing.assert_array_equal(local(huge, causal=True).to_dense(6, 9), causal().to_dense(6, 9))
     assert prefix(huge).to_dense(6, 9).all()
-    assert lengths(huge).to_dense(6, 9).all()
     assert chunked(huge).to_dense(6, 9).all()
     far = local(huge, stride=huge)
     np.testing.assert_array_equal(far.to_dense(6, 6), np.eye(6, dtype=bool))
@@ -130,7 +130,10 @@ def test_numbers_past_the_lengths_mean_the_same_as_the_lengths(huge: int) -> Non
         prefix(2),
         chunked(3),
         documents([]),
-        lengths(3),
+        lengths(0),
+        lengths(0, side="left"),
+        local(2, lengths=0),
+        documents([], causal=True),
         dense(np.zeros((0, 0), bool)),
         rule(lambda q, k: q % 3 == k % 3),
     ],
@@ -174,6 +177,13 @@ def test_shapes_of_dense_arrays() -> None:
         (documents(np.zeros((2, 8), int), np.ones(4, int)), "documents(ids_q[2x8], ids_k[4])"),
         (lengths(7), "lengths(7)"),
         (lengths([3, 5]), "lengths(n_k[2])"),
+        (lengths(7, side="left"), 'lengths(7, side="left")'),
+        (lengths([3, 5], "left"), 'lengths(n_k[2], side="left")'),
+        (causal(lengths=7), "causal(lengths=7)"),
+        (causal(lengths=[3, 5]), "causal(lengths=n[2])"),
+        (local(4, causal=True, lengths=[3, 5]), "local(4, lengths=n[2], causal=True)"),
+        (documents([1, 2], causal=True), "documents(ids[2], causal=True)"),
+        (documents([1], [1, 2], True), "documents(ids_q[1], ids_k[2], causal=True)"),
         (dense(np.ones((8, 1, 4, 4), bool)), "dense(array[8x1x4x4])"),
         (rule(lambda q, k: abs(q - k) % 3 == 0), "rule(lambda q, k: (abs((q - k)) % 3) == 0)"),
         (rule(lambda h, q, k: ~(q < h) | (k == -2)), "rule(lambda h, q, k: ~(q < h) | (k == -2))"),
@@ -200,6 +210,9 @@ def test_rules_print_as_they_are_made(made: Rule, text: str) -> None:
         lambda: prefix(3),
         lambda: documents([1, 2, 3]),
         lambda: lengths([1, 2]),
+        lambda: lengths([1, 2], side="left"),
+        lambda: causal(lengths=[1, 2]),
+        lambda: documents([1, 2], [2, 3, 3], causal=True),
         lambda: dense([[True, False]]),
         lambda: rule(lambda q, k: q * k % 3 == 0),
         lambda: (causal() & local(3)) | ~chunked(4),
@@ -215,6 +228,8 @@ def test_rules_made_differently_differ() -> None:
     rules = [
         *(full(), causal(), causal("start"), local(3), local(3, 2), prefix(3), prefix(4)),
         *(chunked(3), lengths(3), lengths([3]), documents([1, 2]), documents([1, 3])),
+        *(lengths(3, side="left"), lengths([3], side="left"), documents([1, 2], causal=True)),
+        *(causal(lengths=3), causal(lengths=[3]), causal(lengths=[4]), local(3, lengths=[3])),
         *(dense([[True]]), dense([[False]]), rule(lambda q, k: q < k), rule(lambda q, k: k < q)),
         *(causal() & local(3), local(3) & causal(), causal() | local(3), ~causal()),
     ]
@@ -292,6 +307,8 @@ def test_data_come_from_any_library() -> None:
     assert documents(DlpackExporter(ids)) == expected
     assert lengths(torch.tensor(3)) == lengths(3) == lengths(np.array(3)) == lengths(np.uint8(3))
     assert lengths(torch.tensor([3, 1])) == lengths([3, 1])
+    assert causal(lengths=torch.tensor([3, 1])) == causal(lengths=[3, 1])
+    assert causal(lengths=torch.tensor(3)) == causal(lengths=3)
     visible = torch.tensor([[True, False], [True, True]])
     assert dense(visible) == dense([[True, False], [True, True]])
     assert dense(visible.T) == dense([[True, True], [False, True]])
@@ -309,6 +326,61 @@ def test_ids_past_32_bits_keep_their_equalities() -> None:
     equal = [[int(x) == int(y) for y in ids_k] for x in ids_q]
     assert documents(ids_q, ids_k).to_dense(4, 3).tolist() == equal
     assert documents(ids_q).to_dense(4, 4).tolist() == np.eye(4, dtype=bool).tolist()
+
+
+def test_left_padding_and_causal_order_are_the_dense_mask() -> None:
+    n_k = np.array([9, 4, 0])
+    left = (lengths(n_k, side="left") & causal()).to_dense(3, 9, batch=3)[:, 0]
+    q, k = np.ogrid[:3, :9]
+    np.testing.assert_array_equal(
+        left, (k >= 9 - n_k[:, None, None]) & (q + 6 >= k) & np.ones((3, 3, 9), bool)
+    )
+
+
+def test_new_tokens_after_caches_of_different_lengths() -> None:
+    """Entry b is what `causal()` says of its own keys alone, and keys past them are hidden."""
+    n_k = [9, 3, 5, 2, 0]
+    ended = causal(lengths=n_k).to_dense(3, 9, batch=5)[:, 0]
+    near = (causal(lengths=n_k) & local(2, lengths=n_k)).to_dense(3, 9, batch=5)[:, 0]
+    for entry, n in enumerate(n_k):
+        np.testing.assert_array_equal(ended[entry, :, :n], causal().to_dense(3, n))
+        np.testing.assert_array_equal(near[entry, :, :n], local(2, causal=True).to_dense(3, n))
+        assert not ended[entry, :, n:].any() and not near[entry, :, n:].any()
+
+
+def test_documents_with_other_numbers_of_queries_than_of_keys() -> None:
+    """Each document is what `causal()` says of its own queries and keys alone."""
+    counts_q, counts_k = [2, 1, 4, 0, 3], [5, 1, 2, 3, 0]
+    sides = [np.repeat(np.arange(5), counts) for counts in (counts_q, counts_k)]
+    whole = np.zeros((10, 11), bool)
+    for d, (m, n) in enumerate(zip(counts_q, counts_k, strict=True)):
+        whole[np.ix_(sides[0] == d, sides[1] == d)] = causal().to_dense(m, n)
+    np.testing.assert_array_equal(documents(*sides, causal=True).to_dense(10, 11), whole)
+    mixed = [np.random.default_rng(0).permutation(length) for length in (10, 11)]
+    mixed_whole = np.zeros((10, 11), bool)
+    ids = [side[order] for side, order in zip(sides, mixed, strict=True)]
+    for d, (m, n) in enumerate(zip(counts_q, counts_k, strict=True)):
+        mixed_whole[np.ix_(ids[0] == d, ids[1] == d)] = causal().to_dense(m, n)
+    np.testing.assert_array_equal(documents(*ids, causal=True).to_dense(10, 11), mixed_whole)
+    both = documents(np.stack([sides[0], ids[0]]), sides[1], causal=True).to_dense(10, 11, batch=2)
+    np.testing.assert_array_equal(both[0, 0], whole)
+    same = documents(ids[0], causal=True).to_dense(10, 10)
+    np.testing.assert_array_equal(same, (documents(ids[0]) & causal()).to_dense(10, 10))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lengths([3, 1], side="left"),
+        causal(lengths=[3, 1]) & local(4, lengths=[3, 1]),
+        documents([1, 2, 2], [1, 1, 2], causal=True),
+    ],
+    ids=repr,
+)
+def test_rules_travel_between_processes(made: Rule) -> None:
+    again = pickle.loads(pickle.dumps(made))
+    assert again == made and hash(again) == hash(made)
+    np.testing.assert_array_equal(again.to_dense(3, 3, batch=2), made.to_dense(3, 3, batch=2))
 
 
 def test_ids_per_batch_on_one_side_only() -> None:
@@ -428,6 +500,59 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: lengths([[1, 2]]),
         ValueError,
         "lengths: n_k must have 0 or 1 axes, got 2 in shape (1, 2)",
+    ),
+    (
+        lambda: lengths(3, side="both"),
+        ValueError,
+        "lengths: side must be 'right' or 'left', got 'both'",
+    ),
+    (
+        lambda: lengths(99).to_dense(3, 64),
+        ValueError,
+        "lengths(99): n_k must be at most len_k=64, got 99",
+    ),
+    (
+        lambda: lengths([3, 99], side="left").to_dense(3, 64, batch=2),
+        ValueError,
+        'lengths(n_k[2], side="left"): n_k must be at most len_k=64, got 99',
+    ),
+    (
+        lambda: causal(lengths=[3, 99]).to_dense(3, 64, batch=2),
+        ValueError,
+        "causal(lengths=n[2]): lengths must be at most len_k=64, got 99",
+    ),
+    (
+        lambda: local(4, lengths=[3, 9]).to_dense(3, 64, batch=3),
+        ValueError,
+        "local(4, lengths=n[2]): lengths is for a batch of 2, but batch is 3",
+    ),
+    (lambda: causal(lengths=-1), ValueError, "causal: lengths must be an integer >= 0, got -1"),
+    (lambda: local(3, lengths=[0.5]), TypeError, "local: lengths must be integers, got float64"),
+    (
+        lambda: causal("start", lengths=[3]),
+        ValueError,
+        "causal: align='start' was given together with lengths; "
+        "lengths make the last query meet the last key of its batch entry, so give one",
+    ),
+    (
+        lambda: causal(sync="scale_end", lengths=3),
+        ValueError,
+        "causal: sync='scale_end' was given together with lengths",
+    ),
+    (
+        lambda: local(3, grid_q=(2, 2), lengths=3),
+        ValueError,
+        "local: grid_q=(2, 2) was given together with lengths",
+    ),
+    (
+        lambda: documents([1], causal=1),
+        TypeError,
+        "documents: causal must be True or False, got 1",
+    ),
+    (
+        lambda: documents([[1], [2]], [[1]], causal=True),
+        ValueError,
+        "documents: ids_q is for a batch of 2, ids_k for one of 1",
     ),
     (
         lambda: dense([[0, 1]]),

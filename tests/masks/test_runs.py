@@ -177,6 +177,30 @@ def test_hidden_tiles_are_not_visited() -> None:
     assert (~full()).blocks(64, 64, 64, 64) == (1, 0, 0)
 
 
+DOCUMENTS = [
+    np.repeat(np.arange(5), counts) for counts in ((3, 70, 1, 40, 8), (90, 70, 300, 35, 9))
+]
+
+
+@pytest.mark.feature("T07", "M15")
+@pytest.mark.parametrize(
+    ("made", "len_q", "len_k"),
+    [
+        (lengths([500, 70, 0], side="left"), 64, 512),
+        (lengths([500, 70, 0], side="left") & causal(), 64, 512),
+        (causal(lengths=[500, 70, 0]), 100, 512),
+        (causal(lengths=[500, 70, 0]) & local(40, lengths=[500, 70, 0]), 100, 512),
+        (documents([DOCUMENTS[0]] * 3, DOCUMENTS[1], causal=True), 122, 504),
+    ],
+    ids=repr,
+)
+def test_no_more_tiles_are_visited_than_of_the_dense_mask(
+    made: Rule, len_q: int, len_k: int
+) -> None:
+    sizes = {"len_q": len_q, "len_k": len_k, "block_q": 16, "block_k": 32, "batch": 3}
+    assert made.blocks(**sizes) == dense(made.to_dense(len_q, len_k, batch=3)).blocks(**sizes)
+
+
 def test_counts_are_per_plane() -> None:
     made = lengths([64, 100, 0])
     assert made.blocks(64, 128, 64, 64, batch=3) == (3, 2, 1)

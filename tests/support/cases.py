@@ -65,10 +65,16 @@ def grid(length: int) -> tuple[int, int]:
     return height, length // height
 
 
-def _documents(sizes: Sizes) -> Rule:
+def _documents(sizes: Sizes, causal: bool = False) -> Rule:
     """Documents, of which some have no key and some have no query."""
     ids_q = sizes.random().integers(0, 5, sizes.len_q)
-    return documents(np.sort(ids_q), np.sort(sizes.random().integers(1, 6, sizes.len_k)))
+    ids_k = sizes.random().integers(1, 6, sizes.len_k)
+    return documents(np.sort(ids_q), np.sort(ids_k), causal)
+
+
+def _ends(sizes: Sizes) -> list[int]:
+    """Lengths of the entries of a batch."""
+    return [sizes.len_k * 2 // 3, sizes.len_k, 0][: sizes.batch]
 
 
 def _documents_of_batch(sizes: Sizes) -> Rule:
@@ -109,8 +115,11 @@ RULES: dict[str, Callable[[Sizes], Rule]] = {
     "prefix-or-causal": lambda _: causal() | prefix(17),
     "documents": _documents,
     "documents-of-batch": _documents_of_batch,
+    "documents-causal": lambda n: _documents(n, causal=True),
     "lengths": lambda n: lengths(n.len_k - n.len_k // 3),
-    "lengths-of-batch": lambda n: lengths([n.len_k * 2 // 3, n.len_k, 0][: n.batch]),
+    "lengths-of-batch": lambda n: lengths(_ends(n)),
+    "lengths-left-of-batch": lambda n: lengths(_ends(n), side="left"),
+    "causal-lengths-of-batch": lambda n: causal(lengths=_ends(n)) & local(30, lengths=_ends(n)),
     "chunked": lambda _: chunked(24),
     "dense": _dense("q", "k"),
     "dense-keys": _dense("b", "1", "1", "k"),
@@ -166,7 +175,9 @@ def _random_leaf(draw: random.Random, sizes: Sizes) -> Rule:
         lambda: prefix(draw.randint(0, sizes.len_k)),
         lambda: chunked(draw.randint(1, longest)),
         lambda: lengths(draw.randint(0, sizes.len_k)),
-        lambda: lengths(data.integers(0, sizes.len_k + 1, sizes.batch)),
+        lambda: lengths(
+            data.integers(0, sizes.len_k + 1, sizes.batch), draw.choice(["right", "left"])
+        ),
         lambda: documents(
             data.integers(0, n, sizes.len_q), np.sort(data.integers(0, n, sizes.len_k))
         ),

@@ -143,14 +143,43 @@ def _plain(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
         case "chunked":
             size = number + 1
             return position_rules.chunked(size), lambda b, h, q, k: q // size == k // size
-    return data_rules.lengths(number), lambda b, h, q, k: k < number
+    return _lengths(draw, sizes, min(number, sizes.len_k))
+
+
+def _lengths(draw: st.DrawFn, sizes: Sizes, n_k: Any) -> tuple[Rule, Sees]:
+    """lengths with padding on either side; n_k is an integer, or an array with one per entry."""
+    ends, len_k = np.broadcast_to(n_k, sizes.batch), sizes.len_k
+    if draw(st.booleans()):
+        return data_rules.lengths(n_k), lambda b, h, q, k: bool(k < ends[b])
+    left = data_rules.lengths(n_k, side="left")
+    return left, lambda b, h, q, k: bool(k >= len_k - ends[b])
+
+
+@st.composite
+def _ended(draw: st.DrawFn, sizes: Sizes, n_k: Any) -> tuple[Rule, Sees]:
+    """causal and local whose last query meets the last key of its batch entry."""
+    ends = np.broadcast_to(n_k, sizes.batch)
+
+    def apart(b: int, q: int, k: int) -> int:
+        return int(ends[b]) - 1 - (sizes.len_q - 1 - q) - k
+
+    if draw(st.booleans()):
+        return position_rules.causal(lengths=n_k), lambda b, h, q, k: apart(b, q, k) >= 0
+    window, stride = draw(st.integers(1, 9)), draw(st.integers(1, 3))
+    ordered = draw(st.booleans())
+
+    def sees(b: int, h: int, q: int, k: int) -> bool:
+        steps, rest = divmod(abs(apart(b, q, k)), stride)
+        return rest == 0 and steps < window and (not ordered or apart(b, q, k) >= 0)
+
+    return position_rules.local(window, stride, causal=ordered, lengths=n_k), sees
 
 
 @st.composite
 def _data(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
-    """documents, lengths and dense."""
+    """documents, lengths, coordinates that end at lengths, and dense."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    match draw(st.sampled_from(("documents", "lengths", "dense"))):
+    match draw(st.sampled_from(("documents", "lengths", "ended", "dense"))):
         case "documents":
             sides = []
             for length in (sizes.len_q, sizes.len_k):
@@ -158,13 +187,29 @@ def _data(draw: st.DrawFn, sizes: Sizes) -> tuple[Rule, Sees]:
                 ids = random.integers(-2, 3, shape)
                 sides.append(np.sort(ids) if draw(st.booleans()) else ids)
             whole = [np.broadcast_to(ids, (sizes.batch, ids.shape[-1])) for ids in sides]
+            if draw(st.booleans()):
+                return (
+                    data_rules.documents(*sides),
+                    lambda b, h, q, k: bool(whole[0][b, q] == whole[1][b, k]),
+                )
+
+            def later(side: int, b: int, i: int) -> int:
+                ids = whole[side][b]
+                return int((ids[i + 1 :] == ids[i]).sum())
+
             return (
-                data_rules.documents(*sides),
-                lambda b, h, q, k: bool(whole[0][b, q] == whole[1][b, k]),
+                data_rules.documents(*sides, causal=True),
+                lambda b, h, q, k: bool(
+                    whole[0][b, q] == whole[1][b, k] and later(0, b, q) <= later(1, b, k)
+                ),
             )
-        case "lengths":
-            n_k = random.integers(0, sizes.len_k + 2, sizes.batch)
-            return data_rules.lengths(n_k), lambda b, h, q, k: bool(k < n_k[b])
+        case "lengths" | "ended" as kind:
+            n_k: Any = random.integers(0, sizes.len_k + 1, sizes.batch)
+            if draw(st.booleans()):
+                n_k = int(n_k[0])
+            if kind == "ended":
+                return draw(_ended(sizes, n_k))
+            return _lengths(draw, sizes, n_k)
     shape = (sizes.batch, sizes.heads, sizes.len_q, sizes.len_k)
     given = tuple(size if draw(st.booleans()) else 1 for size in shape)
     given = given[draw(st.integers(0, 3)) :]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tilefold.frontends import tensors
 from tilefold.masks.coordinates import Coordinates
+from tilefold.masks.expression import Table
 from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix, Rule
 from tilefold.masks.rule import AllOf, AnyOf, Not, Window
 from tilefold.problems.request import (
@@ -57,6 +58,7 @@ def _register(kind: Any) -> None:
 
 
 _register(Coordinates)
+_register(Table)  # coordinates may end at the lengths of one
 _register(Rule)
 _register(Request)
 

@@ -4,6 +4,7 @@ tables          tables of a rule's data: with entries, with bounds alone, and wi
 nodes           the nodes of an expression over the indices q, k, b, h
 expression      trees of nodes: interpretations, and the skeleton that is left without integers
 rewrite         expressions made from other ones: tables filled, indices shifted
+arrays          arrays that rules are given, as tables
 coordinates     the coordinates of queries and keys, in 1-D and 2-D
 table_bounds    the smallest and largest entries of tables over ranges
 evaluate        the exact fold, which is the definition, and the interval fold

@@ -1,8 +1,9 @@
 """Coordinates of queries and keys in 1-D and 2-D sequences of different sizes.
 
 Rules such as causal order and windows compare coordinates, not indices. `align` shifts the queries
-so that either both first or both last positions meet; `sync` instead spreads the shorter sequence
-over the longer one by a whole step. A 2-D sequence of size (H, W) is flattened row by row, and each
+so that either both first or both last positions meet; `lengths` makes the last query meet the last
+key that its batch entry has. `sync` instead spreads the shorter sequence over the longer one by a
+whole step. A 2-D sequence of size (H, W) is flattened row by row, and each
 of its dimensions has its own coordinate.
 """
 
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tilefold.common.check import choice, whole
-from tilefold.masks.expression import Index, Integer
+from tilefold.masks.arrays import check_batch, key_count, key_counts
+from tilefold.masks.expression import Index, Integer, Table
 
 ALIGNS = ("end", "start")
 SYNCS = ("none_front", "scale_front", "scale_end")
@@ -28,9 +30,17 @@ class Coordinates:
     sync: str | None = None
     grid_q: Grid | None = None
     grid_k: Grid | None = None
+    lengths: int | Table | None = None
+
+    def check_batch(self, rule: str, batch: int) -> None:
+        """Raises ValueError unless there is one length per batch entry."""
+        if isinstance(self.lengths, Table):
+            check_batch(f"{rule}: lengths", self.lengths, batch)
 
     def check(self, rule: str, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless the grids hold exactly these lengths."""
+        """Raises ValueError unless the grids hold exactly these, and no length is above len_k."""
+        if self.lengths is not None:
+            key_count(f"{rule}: lengths", self.lengths, len_k)
         for name, grid, length in (("q", self.grid_q, len_q), ("k", self.grid_k, len_k)):
             if grid is not None and grid[0] * grid[1] != length:
                 raise ValueError(
@@ -74,10 +84,14 @@ class Coordinates:
         return numbers[0], numbers[1]
 
     def _axis(self, q: Integer, k: Integer, size_q: int, size_k: int) -> Axis:
+        if self.lengths is not None:
+            last = key_count("lengths", self.lengths, size_k) - size_q
+            return Axis(q + last, k, size_q + size_k)
+        longest = max(size_q, size_k)
         line_q, line_k = self._steps(size_q, size_k)
         if self.sync is None and self.align == "end":
-            return Axis(q + line_q.start, k, size_q, size_k)
-        return Axis(_line(q, *line_q), _line(k, *line_k), size_q, size_k)
+            return Axis(q + line_q.start, k, longest)
+        return Axis(_line(q, *line_q), _line(k, *line_k), longest)
 
     def _steps(self, size_q: int, size_k: int) -> _Lines:
         """The step and the first coordinate of either side."""
@@ -93,12 +107,11 @@ class Coordinates:
 
 
 class Axis(NamedTuple):
-    """One dimension: the coordinates of query and key, and the two sizes."""
+    """One dimension: the coordinates of query and key, and a number above all their distances."""
 
     q: Integer
     k: Integer
-    size_q: int
-    size_k: int
+    longest: int
 
 
 class _Line(NamedTuple):
@@ -118,7 +131,9 @@ def _line(index: Integer, step: int, start: int) -> Integer:
     return scaled if start == 0 else scaled + start
 
 
-def coordinates(rule: str, align: Any, sync: Any, grid_q: Any, grid_k: Any) -> Coordinates:
+def coordinates(
+    rule: str, align: Any, sync: Any, grid_q: Any, grid_k: Any, lengths: Any
+) -> Coordinates:
     """Coordinates from a rule's arguments; raises ValueError or TypeError naming a bad one."""
     choice(f"{rule}: align", align, ALIGNS)
     if sync is not None:
@@ -132,7 +147,19 @@ def coordinates(rule: str, align: Any, sync: Any, grid_q: Any, grid_k: Any) -> C
         raise ValueError(f"{rule}: grid_k={grid_k!r} was given without grid_q; give both")
     size_q = None if grid_q is None else _grid(f"{rule}: grid_q", grid_q)
     size_k = size_q if grid_k is None else _grid(f"{rule}: grid_k", grid_k)
-    return Coordinates(align, sync, size_q, size_k)
+    if lengths is None:
+        return Coordinates(align, sync, size_q, size_k)
+    for name, value, default in (
+        ("align", align, "end"),
+        ("sync", sync, None),
+        ("grid_q", size_q, None),
+    ):
+        if value != default:
+            raise ValueError(
+                f"{rule}: {name}={value!r} was given together with lengths; "
+                "lengths make the last query meet the last key of its batch entry, so give one"
+            )
+    return Coordinates(lengths=key_counts(f"{rule}: lengths", lengths))
 
 
 def _grid(name: str, value: Any) -> Grid:

@@ -7,17 +7,28 @@ be written to, so a rule never changes after it was made.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.common.check import shown, whole
+from tilefold.common.check import choice, shown
+from tilefold.masks.arrays import (
+    INT32,
+    as_array,
+    as_integers,
+    as_table,
+    check_batch,
+    frozen,
+    key_count,
+    key_counts,
+    shape_of,
+)
 from tilefold.masks.expression import (
     INDEX_NAMES,
     Boolean,
     Index,
-    Integer,
     Lookup,
     Table,
     Truth,
@@ -25,7 +36,7 @@ from tilefold.masks.expression import (
 )
 from tilefold.masks.rule import Rule
 
-INT32 = np.iinfo(np.int32)
+SIDES = ("right", "left")
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,33 +45,52 @@ class Documents(Rule):
 
     ids_q: Table
     ids_k: Table
+    causal: bool = False
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """True if the ids are equal."""
-        sides: list[Integer] = []
+        """True if the ids are equal, and (if causal) the key is not past the query's last one."""
         for name, table, length in (("q", self.ids_q, len_q), ("k", self.ids_k, len_k)):
             if table.array.shape[-1] != length:
                 raise ValueError(
                     f"{self!r}: ids_{name} has {table.array.shape[-1]} entries, "
                     f"but len_{name} is {length}; give one id per position"
                 )
-            point = (Index("b"),) if table.array.ndim == 2 else ()
-            sides.append(Lookup(table, (*point, Index(name))))
-        return sides[0] == sides[1]
+        same = _entry(self.ids_q, "q") == _entry(self.ids_k, "k")
+        if not self.causal:
+            return same
+        if self.ids_q == self.ids_k:
+            return same & (Index("q") >= Index("k"))
+        return same & (_entry(self._last_keys, "q") >= Index("k"))
+
+    @cached_property
+    def _last_keys(self) -> Table:
+        """The last key that each query may see: the query's own, counted from the document's end.
+
+        It grows with the query where documents lie in the same order on both sides, so bounds of
+        tiles stay exact from document to document.
+        """
+        sides = [np.atleast_2d(table.array) for table in (self.ids_q, self.ids_k)]
+        rows = max(len(side) for side in sides)
+        pairs = zip(*(np.broadcast_to(side, (rows, side.shape[1])) for side in sides), strict=True)
+        found = np.array([_last_keys(*pair) for pair in pairs], np.int32)
+        batched = self.ids_q.array.ndim == 2 or self.ids_k.array.ndim == 2
+        return as_table(found if batched else found[0], np.int32)
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
         """Raises ValueError unless there is one id per position and row of the batch."""
-        self.bind(len_q, len_k)
         for name, table in (("q", self.ids_q), ("k", self.ids_k)):
-            _check_batch(f"{self!r}: ids_{name}", table, batch, rows=table.array.ndim == 2)
+            if table.array.ndim == 2:
+                check_batch(f"{self!r}: ids_{name}", table, batch)
+        self.bind(len_q, len_k)
 
     def __repr__(self) -> str:
+        flag = ", causal=True" if self.causal else ""
         if self.ids_q == self.ids_k:
-            return f"documents(ids{_shape(self.ids_q)})"
-        return f"documents(ids_q{_shape(self.ids_q)}, ids_k{_shape(self.ids_k)})"
+            return f"documents(ids{shape_of(self.ids_q)}{flag})"
+        return f"documents(ids_q{shape_of(self.ids_q)}, ids_k{shape_of(self.ids_k)}{flag})"
 
 
-def documents(ids_q: Any, ids_k: Any = None) -> Rule:
+def documents(ids_q: Any, ids_k: Any = None, causal: bool = False) -> Rule:
     """A query sees the keys of its own document.
 
     >>> print(documents([0, 0, 0, 7]).to_dense(4, 4).astype(int))
@@ -69,19 +99,58 @@ def documents(ids_q: Any, ids_k: Any = None) -> Rule:
      [1 1 1 0]
      [0 0 0 1]]
 
+    With causal=True it sees them up to its own: the last query of a document meets the last key
+    of that document. Here two new queries meet three keys, and one new query meets two:
+
+    >>> print(documents([0, 0, 1], [0, 0, 0, 1, 1], causal=True).to_dense(3, 5).astype(int))
+    [[1 1 0 0 0]
+     [1 1 1 0 0]
+     [0 0 0 1 1]]
+
+    `documents(ids) & causal()` is the same only where ids_q and ids_k are.
+
     Arguments:
         ids_q: integers of any integer type, (len_q,) or (batch, len_q); copied.
         ids_k: the same for keys, (len_k,) or (batch, len_k); ids_q where absent.
+        causal: hides the later keys of a document, counted from its last query and its last key.
 
-    Raises TypeError or ValueError for other arrays, and ValueError once the rule meets lengths or
+    Raises TypeError or ValueError for other values, and ValueError once the rule meets lengths or
     a batch that they do not have.
     """
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"documents: causal must be True or False, got {shown(causal)}")
     given = {"ids_q": ids_q} if ids_k is None else {"ids_q": ids_q, "ids_k": ids_k}
-    arrays = [_integers(f"documents: {name}", ids, (1, 2)) for name, ids in given.items()]
+    arrays = [as_integers(f"documents: {name}", ids, (1, 2)) for name, ids in given.items()]
+    rows = [array.shape[0] for array in arrays if array.ndim == 2]
+    if len(set(rows)) > 1:
+        raise ValueError(
+            f"documents: ids_q is for a batch of {rows[0]}, ids_k for one of {rows[1]}"
+        )
     if not all(_fits_int32(array) for array in arrays):
         arrays = _ranks(arrays)
-    tables = [_table(array, np.int32) for array in arrays]
-    return Documents(tables[0], tables[-1])
+    tables = [as_table(array, np.int32) for array in arrays]
+    return Documents(tables[0], tables[-1], bool(causal))
+
+
+def _entry(table: Table, name: str) -> Lookup:
+    """The entry of a table (length,) or (batch, length) at an index."""
+    return Lookup(table, (*((Index("b"),) if table.array.ndim == 2 else ()), Index(name)))
+
+
+def _last_keys(ids_q: NDArray[Any], ids_k: NDArray[Any]) -> NDArray[Any]:
+    """The last key that each query may see, or -1: as many of its document follow both.
+
+    >>> _last_keys(np.array([4, 4, 7, 9, 9]), np.array([4, 4, 4, 9])).tolist()
+    [1, 2, -1, -1, 3]
+    """
+    order_q, order_k = (np.argsort(ids, kind="stable") for ids in (ids_q, ids_k))
+    place = np.empty(len(ids_q), np.int64)
+    place[order_q] = np.arange(len(ids_q))
+    later = np.searchsorted(ids_q[order_q], ids_q, "right") - 1 - place
+    keys = ids_k[order_k]
+    first, end = (np.searchsorted(keys, ids_q, side) for side in ("left", "right"))
+    last = end - 1 - later
+    return np.append(order_k, -1)[np.where(last >= first, last, -1)]
 
 
 def _fits_int32(array: NDArray[Any]) -> bool:
@@ -103,46 +172,44 @@ class Lengths(Rule):
     """See `lengths`."""
 
     n_k: int | Table
+    side: str = "right"
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
-        """True if the key is below the length."""
-        if isinstance(self.n_k, Table):
-            return Index("k") < Lookup(self.n_k, (Index("b"),))
-        return Index("k") < min(self.n_k, len_k)
+        """True if the key is among the first n_k, or the last."""
+        count = key_count(f"{self!r}: n_k", self.n_k, len_k)
+        return Index("k") < count if self.side == "right" else Index("k") >= len_k - count
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless there is one length per row of the batch."""
+        """Raises ValueError unless there is one length per row of the batch, at most len_k."""
         if isinstance(self.n_k, Table):
-            _check_batch(f"{self!r}: n_k", self.n_k, batch, rows=True)
+            check_batch(f"{self!r}: n_k", self.n_k, batch)
+        self.bind(len_q, len_k)
 
     def __repr__(self) -> str:
-        given = f"n_k{_shape(self.n_k)}" if isinstance(self.n_k, Table) else self.n_k
-        return f"lengths({given})"
+        given = f"n_k{shape_of(self.n_k)}" if isinstance(self.n_k, Table) else self.n_k
+        side = "" if self.side == "right" else ', side="left"'
+        return f"lengths({given}{side})"
 
 
-def lengths(n_k: Any) -> Rule:
-    """Every query sees the first n_k keys; the rest is padding.
+def lengths(n_k: Any, side: str = "right") -> Rule:
+    """Every query sees n_k of the keys; the rest is padding.
 
-    >>> print(lengths(3).to_dense(4, 4).astype(int))
+    >>> print(lengths(3).to_dense(2, 4).astype(int))
     [[1 1 1 0]
-     [1 1 1 0]
-     [1 1 1 0]
      [1 1 1 0]]
+    >>> print(lengths(3, side="left").to_dense(2, 4).astype(int))
+    [[0 1 1 1]
+     [0 1 1 1]]
 
     Arguments:
-        n_k: an integer >= 0, or an array (batch,) of them; copied. One past len_k hides nothing.
+        n_k: an integer >= 0, or an array (batch,) of them; copied.
+        side: the side of the padding. "right": the first n_k keys are visible; "left": the last.
 
-    Raises TypeError or ValueError for other values, and ValueError once an array meets a batch of
-    another size.
+    Raises TypeError or ValueError for other values, and ValueError once the rule meets fewer keys
+    than n_k, or an array meets a batch of another size.
     """
-    if isinstance(n_k, int):
-        return Lengths(whole("lengths: n_k", n_k, 0))
-    array = _integers("lengths: n_k", n_k, (0, 1))
-    if array.ndim == 0:
-        return Lengths(whole("lengths: n_k", int(array), 0))
-    if array.size and array.min() < 0:
-        raise ValueError(f"lengths: n_k must be integers >= 0, got {array.min()} among them")
-    return Lengths(_table(np.minimum(array, INT32.max), np.int32))
+    choice("lengths: side", side, SIDES)
+    return Lengths(key_counts("lengths: n_k", n_k), side)
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,7 +228,7 @@ class Dense(Rule):
         if len(axes) == array.ndim:
             table = self.array
         else:
-            table = Table(_frozen(array.reshape([array.shape[axis] for axis in axes])))
+            table = Table(frozen(array.reshape([array.shape[axis] for axis in axes])))
         return TruthLookup(table, tuple(Index(INDEX_NAMES[axis]) for axis in axes))
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
@@ -176,7 +243,7 @@ class Dense(Rule):
                 raise ValueError(f"{self!r} of shape {given} does not broadcast to {shape}")
 
     def __repr__(self) -> str:
-        return f"dense(array{_shape(self.array)})"
+        return f"dense(array{shape_of(self.array)})"
 
 
 def dense(array: Any) -> Rule:
@@ -192,7 +259,7 @@ def dense(array: Any) -> Rule:
     Raises TypeError or ValueError for other arrays, and ValueError once it meets sizes that it
     does not broadcast to.
     """
-    given = _array("dense: array", array)
+    given = as_array("dense: array", array)
     if given.dtype != np.bool_:
         raise TypeError(f"dense: array must be of bool, got {given.dtype}; use array != 0")
     if given.ndim > 4:
@@ -200,46 +267,4 @@ def dense(array: Any) -> Rule:
             "dense: array must broadcast to (batch, heads, len_q, len_k), "
             f"got {given.ndim} axes {given.shape}"
         )
-    return Dense(_table(given, np.bool_))
-
-
-def _shape(table: Table) -> str:
-    return f"[{'x'.join(map(str, table.array.shape))}]"
-
-
-def _array(name: str, value: Any) -> NDArray[Any]:
-    """A NumPy array for anything that is one, lies on the CPU, or nests lists."""
-    try:
-        if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
-            return np.from_dlpack(value)
-        return np.asarray(value)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TypeError(
-            f"{name} must be an array on the CPU, got {shown(value)}: {reason}"
-        ) from None
-
-
-def _integers(name: str, value: Any, ranks: tuple[int, ...]) -> NDArray[Any]:
-    array = _array(name, value)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name} must be integers, got {array.dtype} {shown(value)}")
-    if array.ndim not in ranks:
-        axes = " or ".join(map(str, ranks))
-        raise ValueError(f"{name} must have {axes} axes, got {array.ndim} in shape {array.shape}")
-    return array if array.dtype.kind in "iu" else array.astype(np.int32)
-
-
-def _table(array: NDArray[Any], kind: type[np.generic]) -> Table:
-    """A table of a copy that nobody can write to: a rule never changes after it was made."""
-    return Table(_frozen(np.array(array, kind, order="C")))
-
-
-def _frozen(array: NDArray[Any]) -> NDArray[Any]:
-    array.setflags(write=False)
-    return array
-
-
-def _check_batch(name: str, table: Table, batch: int, rows: bool) -> None:
-    if rows and table.array.shape[0] != batch:
-        raise ValueError(f"{name} is for a batch of {table.array.shape[0]}, but batch is {batch}")
+    return Dense(as_table(given, np.bool_))

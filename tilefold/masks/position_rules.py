@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from tilefold.common.check import shown, whole
+from tilefold.masks.arrays import shape_of
 from tilefold.masks.coordinates import Coordinates, coordinates
-from tilefold.masks.expression import Boolean, Index, Logic, Truth
+from tilefold.masks.expression import Boolean, Index, Logic, Table, Truth
 from tilefold.masks.rule import Rule, rule
 
 __all__ = ["Rule", "causal", "chunked", "full", "local", "prefix", "rule"]
@@ -42,8 +43,19 @@ def full() -> Rule:
     return Full()
 
 
+class _Placed(Rule):
+    """A rule that compares coordinates."""
+
+    coordinates: Coordinates
+
+    def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
+        """Raises ValueError unless the coordinates fit the sizes."""
+        self.coordinates.check_batch(repr(self), batch)
+        super().check(batch, heads, len_q, len_k)
+
+
 @dataclass(frozen=True, repr=False)
-class Causal(Rule):
+class Causal(_Placed):
     """See `causal`."""
 
     coordinates: Coordinates
@@ -63,6 +75,7 @@ def causal(
     sync: str | None = None,
     grid_q: tuple[int, int] | None = None,
     grid_k: tuple[int, int] | None = None,
+    lengths: Any = None,
 ) -> Rule:
     """A query sees the keys at its own position and before.
 
@@ -72,6 +85,16 @@ def causal(
      [1 1 1 0]
      [1 1 1 1]]
 
+    New tokens after caches of different lengths: entry b has `lengths[b]` keys, the new ones
+    included, and its last query meets the last of them.
+
+    >>> print(causal(lengths=[3, 5]).to_dense(2, 5, batch=2)[:, 0].astype(int))
+    [[[1 1 0 0 0]
+      [1 1 1 0 0]]
+    <BLANKLINE>
+     [[1 1 1 1 0]
+      [1 1 1 1 1]]]
+
     Arguments:
         align: "end": the last query meets the last key; "start": query i meets key i.
         sync: spreads the shorter sequence over the longer one; replaces align. "none_front" is
@@ -80,15 +103,17 @@ def causal(
         grid_q: (height, width) of a 2-D sequence of queries, flattened row by row; then earlier
             rows are seen whole, and in the same row the columns up to the query's own.
         grid_k: the same for keys; grid_q where absent.
+        lengths: an integer >= 0, or an array (batch,) of them; copied. The last query meets key
+            lengths[b] - 1, so keys past it are hidden. Replaces align, for 1-D sequences.
 
     Raises TypeError or ValueError for other values, and ValueError once the rule meets lengths
-    that the grids do not multiply to.
+    that the grids do not multiply to, fewer keys than `lengths` says, or another batch.
     """
-    return Causal(coordinates("causal", align, sync, grid_q, grid_k))
+    return Causal(coordinates("causal", align, sync, grid_q, grid_k, lengths))
 
 
 @dataclass(frozen=True, repr=False)
-class Local(Rule):
+class Local(_Placed):
     """See `local`."""
 
     reach: int
@@ -103,7 +128,7 @@ class Local(Rule):
         for axis in self.coordinates.axes(len_q, len_k):
             distance = abs(axis.q - axis.k)
             # No distance reaches `longest`, so larger numbers mean the same and may not overflow.
-            longest = max(axis.size_q, axis.size_k, 1)
+            longest = max(axis.longest, 1)
             tests.append(distance < min(self.reach * self.stride, longest))
             if self.stride > 1:
                 tests.append(distance % min(self.stride, longest) == 0)
@@ -126,6 +151,7 @@ def local(
     sync: str | None = None,
     grid_q: tuple[int, int] | None = None,
     grid_k: tuple[int, int] | None = None,
+    lengths: Any = None,
 ) -> Rule:
     """A query sees the keys closer than `window` on either side, itself included.
 
@@ -139,10 +165,11 @@ def local(
         window: keys per side and dimension, the query's own counted: 2 * window - 1 in all.
         stride: sees only every stride-th position, counted from the query.
         causal: hides later keys as `causal` does with the same coordinates.
-        align, sync, grid_q, grid_k: the coordinates, as for `causal`; in 2-D a window is square.
+        align, sync, grid_q, grid_k, lengths: the coordinates, as for `causal`; in 2-D a window is
+            square. With lengths it hides keys past them only if causal.
 
     Raises TypeError or ValueError for other values, and ValueError once the rule meets lengths
-    that the grids do not multiply to.
+    that the grids do not multiply to, fewer keys than `lengths` says, or another batch.
     """
     if not isinstance(causal, (bool, np.bool_)):
         raise TypeError(f"local: causal must be True or False, got {shown(causal)}")
@@ -150,7 +177,7 @@ def local(
         whole("local: window", window, 1),
         whole("local: stride", stride, 1),
         bool(causal),
-        coordinates("local", align, sync, grid_q, grid_k),
+        coordinates("local", align, sync, grid_q, grid_k, lengths),
     )
 
 
@@ -241,6 +268,8 @@ def _arguments(coordinates: Coordinates) -> str:
     for field in fields(coordinates):
         value = getattr(coordinates, field.name)
         same = field.name == "grid_k" and value == coordinates.grid_q
-        if value != field.default and not same:
+        if isinstance(value, Table):
+            given.append(f"{field.name}=n{shape_of(value)}")
+        elif value != field.default and not same:
             given.append(f"{field.name}={value!r}".replace("'", '"'))
     return ", ".join(given)

@@ -1,0 +1,86 @@
+"""Arrays that rules are given: checked, and copied into tables that nobody can write to.
+
+Numbers of keys, one for all or one per batch entry, are such an array too: `lengths` hides what is
+past them, and coordinates may end at them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.common.check import shown, whole
+from tilefold.masks.expression import Index, Lookup, Table
+
+INT32 = np.iinfo(np.int32)
+
+
+def as_array(name: str, value: Any) -> NDArray[Any]:
+    """A NumPy array for anything that is one, lies on the CPU, or nests lists."""
+    try:
+        if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TypeError(
+            f"{name} must be an array on the CPU, got {shown(value)}: {reason}"
+        ) from None
+
+
+def as_integers(name: str, value: Any, ranks: tuple[int, ...]) -> NDArray[Any]:
+    """A NumPy array of integers with an allowed number of axes."""
+    array = as_array(name, value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} must be integers, got {array.dtype} {shown(value)}")
+    if array.ndim not in ranks:
+        axes = " or ".join(map(str, ranks))
+        raise ValueError(f"{name} must have {axes} axes, got {array.ndim} in shape {array.shape}")
+    return array if array.dtype.kind in "iu" else array.astype(np.int32)
+
+
+def as_table(array: NDArray[Any], kind: type[np.generic]) -> Table:
+    """A table of a copy that nobody can write to: a rule never changes after it was made."""
+    return Table(frozen(np.array(array, kind, order="C")))
+
+
+def frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """The array itself, which nobody can write to from now on."""
+    array.setflags(write=False)
+    return array
+
+
+def shape_of(table: Table) -> str:
+    """The shape as rules print it: `[2x7]`."""
+    return f"[{'x'.join(map(str, table.array.shape))}]"
+
+
+def check_batch(name: str, table: Table, batch: int) -> None:
+    """Raises ValueError unless a table has one row per batch entry."""
+    if table.array.shape[0] != batch:
+        raise ValueError(f"{name} is for a batch of {table.array.shape[0]}, but batch is {batch}")
+
+
+def key_counts(name: str, value: Any) -> int | Table:
+    """Numbers of keys: one for all, or a table with one per batch entry.
+
+    Raises TypeError or ValueError unless they are integers >= 0 in at most one axis.
+    """
+    if isinstance(value, int):
+        return whole(name, value, 0)
+    array = as_integers(name, value, (0, 1))
+    if array.ndim == 0:
+        return whole(name, int(array), 0)
+    if array.size and array.min() < 0:
+        raise ValueError(f"{name} must be integers >= 0, got {array.min()} among them")
+    return as_table(np.minimum(array, INT32.max), np.int32)
+
+
+def key_count(name: str, counts: int | Table, len_k: int) -> int | Lookup:
+    """The number of keys of a batch entry; raises ValueError if one is more than len_k."""
+    most = counts if isinstance(counts, int) else int(counts.array.max(initial=0))
+    if most > len_k:
+        raise ValueError(f"{name} must be at most len_k={len_k}, got {most}")
+    return counts if isinstance(counts, int) else Lookup(counts, (Index("b"),))
