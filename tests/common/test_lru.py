@@ -51,11 +51,11 @@ def test_a_finaliser_may_use_the_store_that_it_interrupts() -> None:
     class Interrupted(int):
         """A size that is asked for while the store is locked."""
 
-        def __radd__(self, other: int) -> int:
+        def __mul__(self, other: int) -> int:
             if not nested:
                 nested.append(recent.get("a"))
                 recent.put("c", "y", 1)
-            return other + int(self)
+            return int(self) * other
 
     nested: list[str | None] = []
     recent: LruCache[str] = LruCache(most=2, most_bytes=100)
