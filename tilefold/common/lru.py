@@ -54,7 +54,9 @@ class LruCache(Generic[T]):
         with self._lock:
             self._entries[key] = _Entry(value, size, next(self._clock))
             self._large = self._large or size * self._most > self._most_bytes
-            if len(self._entries) > self._most or (self._large and self._total() > self._most_bytes):
+            if len(self._entries) > self._most or (
+                self._large and self._total() > self._most_bytes
+            ):
                 self._drop()
         return value
 
