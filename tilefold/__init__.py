@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilefold.api import attention, attention_backward, merge
     from tilefold.backends.cpu.threads import get_num_threads, set_num_threads
+    from tilefold.common.reproducible import get_reproducible, set_reproducible
     from tilefold.compiling import compile_async
     from tilefold.masks.data_rules import dense, documents, lengths
     from tilefold.masks.position_rules import (
@@ -32,12 +33,14 @@ __all__ = [
     "documents",
     "full",
     "get_num_threads",
+    "get_reproducible",
     "lengths",
     "local",
     "merge",
     "prefix",
     "rule",
     "set_num_threads",
+    "set_reproducible",
 ]
 
 _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
@@ -51,6 +54,8 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "compile_async": "tilefold.compiling",
     "get_num_threads": "tilefold.backends.cpu.threads",
     "set_num_threads": "tilefold.backends.cpu.threads",
+    "get_reproducible": "tilefold.common.reproducible",
+    "set_reproducible": "tilefold.common.reproducible",
 }
 
 

@@ -28,6 +28,7 @@ def test_unset_or_empty_means_the_default(
         (settings.METAL_FAMILY, "Apple8", "apple8"),
         (settings.CACHE_DIR, "/somewhere/else", Path("/somewhere/else")),
         (settings.HOPPER, "0", 0),
+        (settings.REPRODUCIBLE, "Machine", "machine"),
         (settings.CACHE_MIB, "0", 0),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
@@ -77,6 +78,11 @@ def test_text_becomes_a_value(
             settings.CACHE_DIR,
             "~nobody-of-this-name/cache",
             "TILEFOLD_CACHE_DIR must be an absolute path, not '~nobody-of-this-name/cache'",
+        ),
+        (
+            settings.REPRODUCIBLE,
+            "always",
+            "TILEFOLD_REPRODUCIBLE must be one of anywhere, machine, not 'always'",
         ),
         (
             settings.CACHE_MIB,

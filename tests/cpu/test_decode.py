@@ -49,7 +49,7 @@ TRIALS = [
 """Rule, lengths, dims, heads, layout: as different from each other as they can be."""
 
 
-SMALL_SPLITS = Heuristics(decode_tile=32, least_split_seconds=1e-12)
+SMALL_SPLITS = Heuristics(decode_tile=32, least_split_seconds=1e-12, fixed_split_seconds=1e-12)
 """Splits of one tile, and tiles of 32 keys, however few keys there are."""
 
 
@@ -71,7 +71,8 @@ def test_results_of_heads_together(number: int, cut: bool) -> None:
     options = {**on(cut), "heuristics": free}
     this = trial(number, "float32")
     first = plan(this.problem, operation="forward", form="interleaved", **options).launches[0]
-    assert first.heads_per_item == this.problem.heads_kv and first.heads == 1
+    by_head = TRIALS[number][0] in ("dense-all", "heads-differ")
+    assert first.heads_per_item == (1 if by_head else this.problem.heads_kv)
     run(this, numbers(this), "forward", "interleaved", **options)
 
 
@@ -122,7 +123,7 @@ def test_results(number: int, dtype: str) -> None:
 @pytest.mark.parametrize("number", range(len(TRIALS)))
 def test_results_of_splits(number: int, dtype: str) -> None:
     this = trial(number, dtype)
-    parts = ["decode_part", "merge"] if TRIALS[number][0] != "nothing" else ["decode"]
+    parts = ["decode_part"] if TRIALS[number][0] != "nothing" else ["decode"]
     assert kernels(this.problem, form="decode", **on(True)) == parts
     run(this, numbers(this), "forward", "decode", **on(True))
 
@@ -148,7 +149,7 @@ def test_half_types(dtype: str, cut: bool, memory: str) -> None:
             "lse": np.zeros(want["lse"].shape, "f4"),
         }
         made = plan(sizes, operation="forward", form="decode", **on(cut))
-        assert len(made.launches) == 1 + cut
+        assert made.launches[0].splits > 1 if cut else made.launches[0].splits == 1
         buffers = {name: buffer(array) for name, array in {**stored, **got}.items()}
         dispatch.run(made, buffers)
         assert_near("lse", got["lse"], want["lse"], 2e-6 * abs(want["lse"]).max())

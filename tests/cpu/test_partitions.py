@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,12 @@ from tilefold.backends.cpu.partitions import (
     fastest,
     rows_of_parts,
 )
-from tilefold.backends.cpu.plan import CpuPlan, plan
+from tilefold.backends.cpu.plan import CpuPlan
+from tilefold.backends.cpu.plan import plan as plan_of
 from tilefold.problems.attention import Problem
+
+plan = partial(plan_of, scope="machine")
+"""Plans whose owners follow from the cores; `test_reproducible` has the others."""
 
 MACHINE = Device("cpu", "described", "avx512", "", "", cores=4)
 SPLIT = 0

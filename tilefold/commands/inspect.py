@@ -18,7 +18,8 @@ from typing import Any
 from tilefold import triton
 from tilefold.backends.cpu import choice, kernel, peak, plan, runtime, threads, tuned
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.plan import CpuPlan, Launch
+from tilefold.backends.cpu.launches import Launch
+from tilefold.backends.cpu.plan import CpuPlan
 from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tuned import TunedBlocks
 from tilefold.commands import kernel_source, specification, terminal

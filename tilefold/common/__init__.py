@@ -6,7 +6,8 @@ imports        why an optional package cannot be imported
 files          files that are written whole or not at all
 lru            a store that keeps the newest values
 single_flight  values that are made once, however many threads ask
-generation     how often tuned block sizes changed in this process
+generation     how often the choices of planners changed in this process
+reproducible   how far results are the same bits
 array_files    arrays in files
 disk_cache     compiled kernels on disk, and which files are trusted
 tuned_store    block sizes tuned on this machine, in a file beside the kernels

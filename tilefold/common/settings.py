@@ -19,6 +19,9 @@ ISAS = ("amx", "avx512", "avx2", "sse2", "neon")
 METAL_FAMILIES = ("apple7", "apple8", "apple9", "apple10")
 """The families of Apple GPUs that the Metal kernels are written for, oldest first."""
 
+SCOPES = ("anywhere", "machine")
+"""How far results are the same bits: see `reproducible.set_reproducible`."""
+
 MAX_THREADS = 1024
 """The largest number of threads that can be set: OpenMP runtimes end the process when the system
 cannot start another thread, so larger numbers are refused.
@@ -75,6 +78,12 @@ def _metal_family(text: str) -> str:
     return text.lower()
 
 
+def _scope(text: str) -> str:
+    if text.lower() not in SCOPES:
+        raise ValueError(text)
+    return text.lower()
+
+
 def _switch(text: str) -> int:
     if text not in ("0", "1"):
         raise ValueError(text)
@@ -119,6 +128,13 @@ HOPPER: Setting[int] = Setting(
     1,
     "whether H100 and H200 take the forward kernel that is written for them in Gluon",
 )
+REPRODUCIBLE: Setting[str] = Setting(
+    "TILEFOLD_REPRODUCIBLE",
+    _scope,
+    "one of " + ", ".join(SCOPES),
+    "anywhere",
+    "how far results are the same bits: with any cores and neighbours, or on one machine",
+)
 CACHE_DIR: Setting[Path | None] = Setting(
     "TILEFOLD_CACHE_DIR",
     _directory,
@@ -134,11 +150,15 @@ CACHE_MIB: Setting[int] = Setting(
     "how large the kernel cache may grow before the least recently used kernels go",
 )
 
-ALL: tuple[Setting[int | None] | Setting[str | None] | Setting[Path | None] | Setting[int], ...] = (
+ALL: tuple[
+    Setting[int | None] | Setting[str | None] | Setting[Path | None] | Setting[int] | Setting[str],
+    ...,
+] = (
     NUM_THREADS,
     CPU_ISA,
     METAL_FAMILY,
     HOPPER,
+    REPRODUCIBLE,
     CACHE_DIR,
     CACHE_MIB,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import Boolean, Declared, Skeleton, Table, Truth, split
+from tilefold.masks.expression import Boolean, Declared, Skeleton, Table, Truth, names, split
 from tilefold.masks.runs import Runs, runs
 from tilefold.planning.visited import MASK_STEP
 from tilefold.problems.attention import Problem
@@ -50,6 +50,11 @@ class MaskedProblem:
     def constant(self) -> bool:
         """True where the rule says the same of all pairs: nothing is left to ask."""
         return isinstance(self.expression, Truth)
+
+    @property
+    def by_head(self) -> bool:
+        """True where heads may see different keys."""
+        return "h" in names(self.expression)
 
     def visited_by(self, parallel: str, width: int) -> Runs:
         """The runs of block rows that are `width` elements high along `parallel`."""

@@ -22,8 +22,10 @@ def heaviest_first(visited: Runs) -> NDArray[np.int64]:
     return np.argsort(-work, kind="stable")
 
 
-def cut(visited: Runs, keys: int) -> Runs:
+def cut(visited: Runs, keys: int | NDArray[np.int64]) -> Runs:
     """Each block row in pieces that visit `keys` elements; all rows in as many pieces.
+
+    `keys` may be another number for each block row. The last pieces of a row may be empty.
 
     >>> runs = Runs(np.array([0, 2]), np.array([[0, 6, 0], [8, 10, 1]]), 1, 1)
     >>> pieces = cut(runs, 4)
@@ -36,10 +38,12 @@ def cut(visited: Runs, keys: int) -> Runs:
     before = np.concatenate([[0], ends])[visited.rows[:-1]]
     stop = ends - before[row]
     start = stop - (last - first)
-    pieces = max(1, -(-int(visited.met.max(initial=0)) // keys))
+    pieces = max(1, int((-(-visited.met // keys)).max(initial=0)))
+    keys = np.broadcast_to(keys, len(visited.rows) - 1)[row]
     spans = -(-stop // keys) - start // keys
     run = np.repeat(np.arange(len(first)), spans)
-    piece = np.arange(len(run)) - np.repeat(np.cumsum(spans) - spans, spans) + start[run] // keys
+    piece = np.arange(len(run)) - np.repeat(np.cumsum(spans) - spans, spans) + (start // keys)[run]
+    keys = keys[run]
     left = first[run] + np.maximum(piece * keys - start[run], 0)
     right = first[run] + np.minimum((piece + 1) * keys, stop[run]) - start[run]
     counts = np.bincount(row[run] * pieces + piece, minlength=(len(visited.rows) - 1) * pieces)

@@ -12,6 +12,7 @@ threads   one function on several threads
 tuned     block sizes that were measured on this machine
 splits    how the keys of few queries are split
 choice    a chooser: what multiplies in a kernel, and in which blocks
+launches  one kernel of a plan, with its work items
 plan      problem and device to kernels, work items and runs
 dispatch  a plan made ready for arrays, and run
 calls     the processor as a machine

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tilefold.backends.cpu import tables
 from tilefold.backends.cpu.device import Device
@@ -17,6 +21,10 @@ from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
 if TYPE_CHECKING:
     from tilefold.backends.cpu.tuned import Key
+
+
+Heads = NDArray[np.bool_]
+"""Which key heads of which batch entries."""
 
 
 class Chooser:
@@ -66,13 +74,15 @@ class Chooser:
         """The table of what multiplies in a kernel."""
         return tables.family(self.device.isa, self.multiplier(kernel).unit)
 
-    def blocks(self, kernel: str, tile: RegisterTile | None = None) -> Blocks:
+    def blocks(
+        self, kernel: str, tile: RegisterTile | None = None, table: Blocks | None = None
+    ) -> Blocks:
         """Blocks of a kernel: the caller's tile, else the tuned ones of this machine, else the
         table's.
         """
         if tile is not None:
             return self.usual_blocks(kernel, tile)
-        table = self.table_blocks(kernel)
+        table = table or self.table_blocks(kernel)
         if not _measured():
             return table
         from tilefold.backends.cpu import tuned
@@ -99,31 +109,54 @@ class Chooser:
         )
 
     def table_blocks(self, kernel: str) -> Blocks:
-        """Blocks of a kernel by `tables`."""
+        """Blocks of a kernel by `tables`, one choice for all heads."""
+        ((blocks, _),) = self.table_blocks_of_heads(kernel, each=False)
+        return blocks
+
+    def table_blocks_of_heads(
+        self, kernel: str, *, each: bool
+    ) -> Iterator[tuple[Blocks, Heads | None]]:
+        """Blocks of a kernel by `tables`, and the heads that take them; None where all do.
+
+        With `each`, the choice for a key head follows from what its own queries see.
+        """
         family, row = self.family(kernel), KERNELS[kernel]
-        if row.length(self.problem) <= LONG:
-            tile = self._for_length(family.tiles, row.length(self.problem))
+        length = row.length(self.problem)
+        if length <= LONG:
+            yield self.usual_blocks(kernel, self._for_length(family.tiles, length)), None
         elif row.tiled:
-            tile = self._for_mask(family.measured_tiles, row.parallel)
+            tiles = family.measured_tiles
+            best = self._for_mask(tiles, row.parallel, each)
+            for number in np.unique(best):
+                heads = None if (best == number).all() else self._of_heads(best == number)
+                yield self.usual_blocks(kernel, tiles[number]), heads
         else:
-            tile = family.tiles[0]
-        return self.usual_blocks(kernel, tile)
+            yield self.usual_blocks(kernel, family.tiles[0]), None
+
+    def _of_heads(self, planes: NDArray[np.bool_]) -> Heads:
+        """What holds for each plane of the mask, for all heads."""
+        return np.broadcast_to(planes, (self.problem.batch, self.problem.heads_kv))
 
     def usual_blocks(self, kernel: str, tile: RegisterTile) -> Blocks:
         """A register tile with as many traversed rows as the scratch of `tables` holds."""
         return Blocks(tile, self.family(kernel).block_traverse(tile, self.item_bytes))
 
-    def spec(
-        self, kernel: str, tile: RegisterTile | None = None, block_traverse: int | None = None
-    ) -> KernelSpec:
-        """The spec of a tiled kernel, or of one that visits no pairs."""
-        blocks = self.blocks(kernel, tile)
-        return self.spec_of(
-            kernel,
-            vectors=blocks.tile.vectors,
-            rows=blocks.tile.rows,
-            block_traverse=blocks.block_traverse if block_traverse is None else block_traverse,
-        )
+    def specs(
+        self,
+        kernel: str,
+        tile: RegisterTile | None = None,
+        block_traverse: int | None = None,
+        *,
+        each: bool = False,
+    ) -> Iterator[tuple[KernelSpec, Heads | None]]:
+        """The specs of a tiled kernel, or of one that visits no pairs, as in
+        `table_blocks_of_heads`.
+        """
+        for table, heads in self.table_blocks_of_heads(kernel, each=each and tile is None):
+            blocks = self.blocks(kernel, tile, table)
+            traversed = blocks.block_traverse if block_traverse is None else block_traverse
+            sizes = {"vectors": blocks.tile.vectors, "rows": blocks.tile.rows}
+            yield self.spec_of(kernel, **sizes, block_traverse=traversed), heads
 
     def spec_of(self, kernel: str, *, vectors: int, rows: int, block_traverse: int) -> KernelSpec:
         """The spec of a kernel in these blocks."""
@@ -152,26 +185,38 @@ class Chooser:
 
         return min(tiles, key=cost)
 
-    def _for_mask(self, tiles: tuple[RegisterTile, ...], parallel: str) -> RegisterTile:
-        """The widest tile, or under a narrow window one whose blocks visit fewer pairs."""
-        widest = best = tiles[0]
+    def _for_mask(
+        self, tiles: tuple[RegisterTile, ...], parallel: str, each: bool
+    ) -> NDArray[np.int64]:
+        """The numbers of the tiles for the planes of the mask, or of one for all planes.
+
+        It is the widest tile, or under a narrow window one whose blocks visit fewer pairs.
+        """
         if self.masked.constant:
-            return widest
+            return np.zeros((1, 1), np.int64)
+
+        def met_by(width: int) -> NDArray[np.int64]:
+            """What each block row of a plane meets; the planes of a key head are one."""
+            visited = self.masked.visited_by(parallel, width)
+            heads = min(visited.planes_h, self.problem.heads_kv)
+            planes = (visited.planes_b, heads) if each else (1, 1)
+            return visited.met.reshape(*planes, -1)
+
+        widest, least_saved = tiles[0], self.heuristics.least_saved
         width = widest.vectors * self.lanes
-        met = self.masked.visited_by(parallel, width).met
-        if not met.any():
-            return widest
-        least_saved = self.heuristics.least_saved
-        least = (1 - least_saved) * width * int(met.sum())
-        for tile in tiles[1:]:
+        met = met_by(width)
+        mean = np.maximum(met.mean(axis=2), 1e-9)
+        best = np.zeros(mean.shape, np.int64)
+        least = (1 - least_saved) * width * met.sum(axis=2)
+        for number, tile in enumerate(tiles[1:], 1):
             narrow = tile.vectors * self.lanes
             cost = _cost(tile) / _cost(widest)
             # Where a window ends, a block reaches as much less far as it is narrower.
-            if cost * (1 - (width - narrow) / met.mean()) < 1 - least_saved:
-                visited = self.masked.visited_by(parallel, narrow)
-                pairs = cost * narrow * int(visited.met.sum())
-                if pairs < least:
-                    best, least = tile, pairs
+            worth = cost * (1 - (width - narrow) / mean) < 1 - least_saved
+            if worth.any() and met.any():
+                pairs = cost * narrow * met_by(narrow).sum(axis=2)
+                better = worth & (pairs < least)
+                best[better], least[better] = number, pairs[better]
         return best
 
 

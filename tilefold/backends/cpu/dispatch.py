@@ -20,7 +20,8 @@ from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
 from tilefold.backends.cpu.kernels.arguments import WORK
-from tilefold.backends.cpu.plan import CpuPlan, Launch, plan
+from tilefold.backends.cpu.launches import Launch
+from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.planning.plan import Scratch
 from tilefold.problems.attention import Problem, contiguous
@@ -37,6 +38,9 @@ After a pause of 5 ms the team sleeps and takes about 35 us to wake, which pays 
 
 _ALONE_BYTES = 2**18
 """Such calls also move fewer bytes than this: 10 us of a core at 25 GB/s. It is not tuned."""
+
+_KEPT_BYTES = 2**26
+"""A thread keeps scratch up to this size for its next call. It is not tuned."""
 
 _WORKSPACE = WORK.index("workspace")
 
@@ -81,6 +85,7 @@ class _Step:
     """
 
     kernel: CpuKernel
+    workspace_bytes: int
     items: int
     words: type[ctypes.Array[ctypes.c_int64]]
     template: bytes
@@ -88,7 +93,7 @@ class _Step:
 
     def run(self, pointers: Sequence[int], workers: int) -> None:
         workers = min(workers, self.items)
-        workspace = _workspace(workers * self.kernel.workspace_bytes)
+        workspace = _workspace(workers * self.workspace_bytes)
         block = self.words.from_buffer_copy(self.template)
         block[_WORKSPACE] = workspace.pointer
         for place, operand in self.places:
@@ -134,6 +139,7 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
     """The step of a launch; `strides` has all operands, in the order of the pointers."""
     problem, spec, runs = plan.problem, launch.spec, launch.runs
     function = kernel(spec, plan.device)
+    workspace_bytes = function.workspace_bytes + launch.scratch_bytes
     row_b = runs.planes_h * launch.block_rows if runs.planes_b > 1 else 0
     words = [
         0,
@@ -146,10 +152,10 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
         row_b,
         launch.block_rows if runs.planes_h > 1 else 0,
         launch.item_rows,
-        launch.block_rows,
+        len(launch.owners) if spec.in_turn else launch.block_rows,
         launch.owners.ctypes.data,
         0,
-        function.workspace_bytes,
+        workspace_bytes,
         launch.heads,
         problem.heads_q // problem.heads_kv,
         launch.heads_per_item,
@@ -168,8 +174,10 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
         item = table.array.itemsize
         words += [table.array.ctypes.data, *(stride // item for stride in table.array.strides)]
     assert len(words) == len(function.names), (len(words), function.names)
+    words += [0] * launch.counters
     template = np.array(words, np.int64).tobytes()
-    return _Step(function, launch.items, ctypes.c_int64 * len(words), template, tuple(places))
+    kind = ctypes.c_int64 * len(words)
+    return _Step(function, workspace_bytes, launch.items, kind, template, tuple(places))
 
 
 def _allocate(name: str, scratch: Scratch) -> Buffer:
@@ -201,6 +209,8 @@ def _workspace(size: int) -> _Memory:
     before the kernel begins, may make a larger one.
     """
     held = _local.workspace
+    if size > _KEPT_BYTES:
+        return _Memory(size)
     if held.size < size:
         held = _local.workspace = _Memory(size)
     return held

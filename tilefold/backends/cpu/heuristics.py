@@ -39,7 +39,16 @@ class Heuristics:
     """Bytes that one core of that machine reads."""
 
     least_split_seconds: float = 10e-6
-    """Least time of a split: about what the launch of the merge takes (not tuned)."""
+    """Least time of a split where their number follows from the cores (not tuned)."""
+
+    fixed_split_seconds: float = 30e-6
+    """Least time of a split where it does not, so that splits that feed no core cost little. One
+    query, dim 64, time of one thread over the time without splits, for splits of 10, 20, 30 and 50
+    us (Xeon with AMX, busy, 2026-11-30): float32 8 x 4096 1.07 1.06 1.07 1.02, 8 x 20000 1.03 1.03
+    1.02 1.02, 32 x 20000 1.02 1.02 1.01 1.01; bfloat16 8 x 20000 1.05 1.03 1.03 1.01."""
+
+    most_fixed_splits: int = 256
+    """Most of these splits, so that scratch does not grow with the keys: 4 for each of 64 cores."""
 
     items_per_core: int = 4
     """Splits of keys for each core, so that none is idle for long (not tuned)."""
@@ -48,6 +57,12 @@ class Heuristics:
     """Time of a row of a part of dQ (set to zero, read again, added), in float32 products of a
     query and a key. Measured as `partitions.SPLIT_PRODUCTS`, 8 owners less one: 19 to 50; bfloat16
     pairs 63 and 76 of theirs, which take half the time; float16 38."""
+
+    part_keys: int = 256
+    """Least keys of a part of dQ where parts follow from the lengths alone, twice as many where
+    products are of pairs of bfloat16. Time of one thread with 2, 4 and 8 parts over the time with
+    one (Xeon with AMX, busy, 2026-11-30), causal() and full(): float32 2048 1.01 1.02 1.02, 1.01
+    1.01 1.02; bfloat16 2048 1.02 1.00 1.05, 1.03 1.04 1.06; 1024 1.00 1.07 and 1.02 1.03."""
 
     block_queries: float = 16
     """Time of a block row of keys whatever it meets, in queries that it meets (not tuned)."""

@@ -5,14 +5,18 @@ one owner per head that part is all of dQ, summed where the caller wants it. Wit
 part of its own, and a last kernel adds the parts in their order: so few heads and long sequences
 feed all cores, and still nothing depends on who came first.
 
-Owners take neighbouring block rows of about equal work, counted in the queries that the mask lets
-them meet: under a causal mask the first owner takes fewer keys than the last one. Neighbours, and
-not every n-th block row, because under a window an owner then meets few queries, and only these
-rows of its part are ever touched. All heads are dealt alike, whatever the number of threads.
+Where results are to be the same bits anywhere, the parts follow from the lengths alone, and one
+worker makes all parts of a head in turn where there are heads enough. Else there are as many owners
+as the cores ask for. These take neighbouring block rows of about equal work, counted in the queries
+that the mask lets them meet: under a causal mask the first owner takes fewer keys than the last
+one. Neighbours, and not every n-th block row, because under a window an owner then meets few
+queries, and only these rows of its part are ever touched. All heads are dealt alike, whatever the
+number of threads.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +25,7 @@ from numpy.typing import NDArray
 
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.masks.runs import Runs
-from tilefold.problems.attention import Problem
+from tilefold.problems.attention import STATISTICS, Problem
 
 Array = NDArray[np.int64]
 
@@ -95,8 +99,25 @@ class KeyPartitioner:
         shares = done[-1] * np.arange(1, owners) / owners
         after = np.searchsorted(done, shares)
         nearer = shares - done[after - 1] < done[after] - shares
-        cuts = np.concatenate([[0], after - nearer, [self.runs.block_rows]])
-        dealt = np.zeros((owners, COLUMNS), np.int64)
+        return self._dealt(np.concatenate([[0], after - nearer, [self.runs.block_rows]]))
+
+    def cut_evenly(self) -> Array:
+        """The deal by lengths alone: parts of about as many keys, whatever the mask.
+
+        Their number is a power of two, to be shared by 2, 4 or 8 cores. It grows with the root of
+        the keys, so that parts cost less of longer calls, and within `parts_share`.
+        """
+        costs, problem = self.heuristics, self.problem
+        least = problem.len_k // (costs.part_keys * (1 if self.product >= 1 else 2))
+        part = self.group * problem.len_q * self.row_bytes
+        most = int(costs.parts_share * problem.bytes("backward")) // max(1, part * self.heads_kv)
+        parts = min(least, math.isqrt(8 * least), most, self.runs.block_rows)
+        parts = 1 << max(1, parts).bit_length() - 1
+        return self._dealt(self.runs.block_rows * np.arange(parts + 1) // parts)
+
+    def _dealt(self, cuts: Array) -> Array:
+        """The owners between cuts."""
+        dealt = np.zeros((len(cuts) - 1, COLUMNS), np.int64)
         dealt[:, FIRST_ROW], dealt[:, LAST_ROW] = cuts[:-1], cuts[1:]
         lowest, highest = self._met
         first = np.minimum.reduceat(lowest, cuts[:-1]) // self.block_q * self.block_q
@@ -137,6 +158,23 @@ class KeyPartitioner:
         planes = (runs.planes_b * runs.planes_h, runs.block_rows)
         lowest, highest = first[:-1].reshape(planes).min(0), last[:-1].reshape(planes).max(0)
         return np.append(lowest, first[-1]), np.append(highest, last[-1])
+
+    @property
+    def fused_heads(self) -> NDArray[np.bool_]:
+        """For each plane of key heads: the fused form takes less time there, on one core.
+
+        A single owner sums all of dQ, which has to be rounded once more in half types.
+        """
+        planes_h = min(self.runs.planes_h, self.problem.heads_kv)
+        met = self.runs.met.reshape(self.runs.planes_b, planes_h, -1).sum(axis=2)
+        heads = max(1, self.runs.planes_h // planes_h)
+        work = met / heads + self.heuristics.block_queries * self.runs.block_rows
+        rows = self.problem.len_q / self.block_k
+        if STATISTICS[self.problem.dtype] == self.problem.dtype:
+            rows = 0
+        rounding = self.heuristics.row_products / self.product * rows
+        fused: NDArray[np.bool_] = (sum(SPLIT_PRODUCTS) - FUSED_PRODUCTS) * work >= rounding
+        return fused
 
     def parts(self, dealt: Array) -> Runs:
         """For each block of queries the parts that hold it, as runs of owners; all heads alike."""
@@ -190,6 +228,21 @@ def fastest(partitioner: KeyPartitioner, cores: int, in_place: bool) -> tuple[in
             times[owners] += row * rows / partitioner.block_k / cores
     owners = min(times, key=lambda count: times[count])
     return owners, times[owners]
+
+
+def in_turn(partitioner: KeyPartitioner, dealt: Array, cores: int) -> bool:
+    """True where a worker should make all parts of a head: results are the same bits.
+
+    Heads that feed the cores do so. Then parts take little memory, and stay in a worker's caches.
+    """
+    costs, heads, parts = partitioner.heuristics, partitioner.heads_kv, len(dealt)
+    shares = partitioner.shares(dealt)
+    apart = max(shares.max(), -(-heads * parts // cores) * shares.mean())
+    together = -(-heads // cores) * shares.sum()
+    row = costs.row_products / partitioner.product
+    rows = row * partitioner.heads_q * rows_of_parts(dealt) / partitioner.block_k / cores
+    products = FUSED_PRODUCTS * partitioner.group
+    return bool(products * together <= products * apart + rows)
 
 
 def rows_of_parts(dealt: Array) -> int:

@@ -1,32 +1,36 @@
 """Planning: the kernels that solve a Problem on a Device, their blocks, tiles and order.
 
-Nothing here depends on how many threads will run: so results do not either.
+Nothing here depends on how many threads will run: so results do not either. Where results are to be
+the same bits anywhere, all that decides them (forms, blocks, splits of keys, parts of dQ) follows
+from one key head with its query heads, in one batch entry, and not from other heads or the cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.cpu.choice import Chooser
+from tilefold.backends.cpu.choice import Chooser, Heads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
+from tilefold.backends.cpu.launches import Launch, heaviest_first
 from tilefold.backends.cpu.partitions import (
-    COLUMNS,
+    FIRST_QUERY,
+    LAST_QUERY,
     KeyPartitioner,
     fastest,
+    in_turn,
     rows_of_parts,
     split_time,
 )
-from tilefold.backends.cpu.spec import KERNELS, KernelSpec
+from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.backends.cpu.splits import KeySplitter
 from tilefold.backends.cpu.tables import RegisterTile
-from tilefold.common import generation
+from tilefold.common import generation, reproducible
 from tilefold.common.lru import LruCache
-from tilefold.masks.runs import Runs
 from tilefold.planning.plan import Plan, Scratch
 from tilefold.planning.visited import cut, nothing
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
@@ -36,52 +40,6 @@ FORMS = ("auto", "interleaved", "tiled", "decode", "fused", "split")
 
 UNIT = {"fma": 1.0, "dot": 0.5, "amx": 1 / 16}
 """Time of a product by what multiplies in the tiled kernel, as the units are made."""
-
-_NO_OWNERS = np.zeros((1, COLUMNS), np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """One kernel of a plan, and the work that its workers share.
-
-    `order` names block rows, heaviest first: of one head where all heads are alike (and is walked
-    once for each), else of all heads. Item = (b * heads + h) * item_rows + block row. In the fused
-    backward an item is an owner of several block rows: item_rows and `order` count owners, and
-    `owners` says what each has (see `KeyPartitioner.cut`). Where few queries are decoded, an item
-    is of `heads_per_item` key heads. `buffers` names the arrays of operands that go by another
-    name.
-    """
-
-    problem: Problem
-    spec: KernelSpec
-    runs: Runs
-    order: NDArray[np.int64]
-    heads: int
-    item_rows: int
-    block_rows: int
-    owners: NDArray[np.int64] = field(default_factory=lambda: _NO_OWNERS)
-    buffers: Mapping[str, str] = field(default_factory=dict)
-    heads_per_item: int = 1
-
-    @property
-    def arrays(self) -> tuple[NDArray[np.int64], ...]:
-        """The arrays that say where its workers work."""
-        return (self.runs.rows, self.runs.runs, self.order, self.owners)
-
-    @property
-    def items(self) -> int:
-        """How many work items there are, over batch and heads."""
-        return self.problem.batch * self.heads * self.item_rows
-
-    @property
-    def splits(self) -> int:
-        """Block rows that share the same rows of the parallel axis: parts of the traversed one."""
-        return self.block_rows if self.spec.row.by_query else 1
-
-    @property
-    def block_parallel(self) -> int:
-        """Rows of the parallel axis in a block row: all queries where they are few."""
-        return self.problem.len_q if self.spec.row.by_query else self.spec.block_parallel
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -105,6 +63,7 @@ def plan(
     owners: int | None = None,
     in_place: bool = True,
     heuristics: Heuristics = DEFAULT,
+    scope: str | None = None,
 ) -> CpuPlan:
     """The plan of an operation, "forward" or "backward".
 
@@ -115,35 +74,49 @@ def plan(
     heads lie side by side: there a worker decodes the same keys of many heads. With `in_place` the
     rows of dq are contiguous: a single owner may sum them where they lie, unless they hold a half
     type. `tile` and `block_traverse` override the tables, and `heuristics` the constants by which
-    forms, owners and splits are chosen; results depend on all of these only by rounding.
+    forms, owners and splits are chosen; results depend on all of these only by rounding. `scope`
+    is "anywhere" or "machine", as set by `set_reproducible` where it is None.
 
     Plans are kept for the next call of the same problem: the newest ones, up to 256 MiB of data
     (mask tables and runs).
     """
-    blocks = (tile, block_traverse)
-    asked = (problem, device, operation, form, *blocks, owners, in_place, heuristics)
+    blocks, scope = (tile, block_traverse), scope or reproducible.get_reproducible()
+    asked = (problem, device, operation, form, *blocks, owners, in_place, heuristics, scope)
     key = (generation.number, asked)
     found = _recent.get(key)
     if found is None:
-        planner = _Planner(Chooser(problem, device, heuristics), *blocks)
+        chooser = Chooser(problem, device, heuristics)
+        planner = _Planner(chooser, *blocks, anywhere=scope == "anywhere" and owners is None)
         made = planner.plan(operation, form, owners, in_place)
         found = _recent.put(key, made, made.data_bytes)
     return found
 
 
 class _Planner:
-    """One problem on one device; `tile` and `block_traverse` override the chooser."""
+    """One problem on one device; `tile` and `block_traverse` override the chooser.
+
+    `anywhere`: what decides bits follows from one key head alone, not from others or the cores.
+    """
 
     def __init__(
-        self, chooser: Chooser, tile: RegisterTile | None, block_traverse: int | None
+        self,
+        chooser: Chooser,
+        tile: RegisterTile | None,
+        block_traverse: int | None,
+        *,
+        anywhere: bool,
     ) -> None:
+        self._anywhere = anywhere
         self._chooser, self._tile, self._block_traverse = chooser, tile, block_traverse
         self._problem, self._device = chooser.problem, chooser.device
         self._masked = chooser.masked
         self._heuristics = chooser.heuristics
         self._computed = STATISTICS[chooser.problem.dtype]
         self._splitter = KeySplitter(
-            chooser.problem, chooser.device.cores, chooser.lanes, chooser.heuristics
+            chooser.problem,
+            None if anywhere else chooser.device.cores,
+            chooser.lanes,
+            chooser.heuristics,
         )
 
     def plan(self, operation: str, form: str, owners: int | None, in_place: bool) -> CpuPlan:
@@ -154,7 +127,7 @@ class _Planner:
         elif self._decodes(form):
             launches, buffers = self._decode(form)
         else:
-            launches = [self._launch("forward")]
+            launches = self._launches("forward")
         return CpuPlan(
             problem=self._problem,
             device=self._device,
@@ -165,18 +138,34 @@ class _Planner:
             buffers=buffers,
         )
 
+    def _launches(self, kernel: str) -> list[Launch]:
+        """A kernel whose items are a block row each; once for the heads of each choice of blocks.
+
+        Choices differ where the mask of one batch entry or head is much narrower than of others.
+        """
+        specs = self._specs(kernel)
+        return [self._launch_of(spec, some) for spec, some in specs]
+
+    def _specs(self, kernel: str) -> Iterator[tuple[KernelSpec, Heads | None]]:
+        options = (kernel, self._tile, self._block_traverse)
+        return self._chooser.specs(*options, each=self._anywhere)
+
     def _launch(self, kernel: str) -> Launch:
-        """A kernel whose items are a block row each."""
-        problem, row = self._problem, KERNELS[kernel]
-        spec = self._chooser.spec(kernel, self._tile, self._block_traverse)
+        """The same for a kernel whose blocks do not depend on the mask."""
+        (launch,) = self._launches(kernel)
+        return launch
+
+    def _launch_of(self, spec: KernelSpec, some: Heads | None) -> Launch:
+        problem, row = self._problem, spec.row
         block_rows = -(-row.length(problem) // spec.block_parallel)
         if row.tiled:
             visited = self._masked.visited_by(row.parallel, spec.block_parallel)
         else:
             visited = nothing(block_rows)
         heads = row.heads(problem)
-        order = _heaviest_first(visited, problem, heads, block_rows)
-        return Launch(problem, spec, visited, order, heads, block_rows, block_rows)
+        order = heaviest_first(visited, problem, heads, block_rows, some)
+        sizes = (heads, block_rows, block_rows)
+        return Launch(problem, spec, visited, order, *sizes, some=some is not None)
 
     def _backward(
         self, form: str, owners: int | None, in_place: bool
@@ -186,6 +175,9 @@ class _Planner:
         problem, cores, computed = self._problem, self._device.cores, self._computed
         row = (problem.batch, problem.heads_q, problem.len_q)
         launches, buffers = [self._launch("delta")], {"delta": Scratch(row, computed)}
+        if self._anywhere:
+            more, parts = self._backward_anywhere(form, in_place)
+            return launches + more, buffers | parts
         fused, reduce = self._launch("backward"), self._launch("reduce_dq")
         in_place = in_place and computed == problem.dtype
         partitioner = self._partitioner(fused, reduce)
@@ -207,10 +199,78 @@ class _Planner:
         )
         if alone:
             return [*launches, fused], buffers
-        line = fused.spec.whole(problem.dim)
-        buffers["dq_parts"] = Scratch((*row[:2], rows_of_parts(dealt), line), computed)
+        buffers["dq_parts"] = self._parts(fused.spec, rows_of_parts(dealt))
         reduce = replace(reduce, runs=partitioner.parts(dealt), owners=dealt)
         return [*launches, fused, reduce], buffers
+
+    def _parts(self, spec: KernelSpec, rows: int) -> Scratch:
+        """Memory for the rows of all parts of a head."""
+        problem = self._problem
+        shape = (problem.batch, problem.heads_q, rows, spec.whole(problem.dim))
+        return Scratch(shape, self._computed)
+
+    def _backward_anywhere(
+        self, form: str, in_place: bool
+    ) -> tuple[list[Launch], dict[str, Scratch]]:
+        """The launches after delta, by the problem of each key head alone, and memory for parts.
+
+        Where several workers share a head they leave its parts to the reduction; elsewhere one
+        makes them in turn. The bits are the same.
+        """
+        problem, everyone = self._problem, (self._problem.batch, self._problem.heads_kv)
+        reduce = self._launch("reduce_dq")
+        in_place = in_place and self._computed == problem.dtype
+        launches, fused_heads = [], np.zeros(everyone, np.bool_)
+        for spec, some in self._specs("backward"):
+            fused = self._launch_of(spec, None)
+            partitioner = self._partitioner(fused, reduce)
+            dealt = partitioner.cut_evenly()
+            taken = np.ones(everyone, np.bool_) if some is None else some
+            if form != "fused":
+                taken = taken & (form == "auto") & partitioner.fused_heads
+            if taken.all() and not in_turn(partitioner, dealt, self._device.cores):
+                order = np.argsort(-partitioner.shares(dealt), kind="stable")
+                fused = replace(fused, order=order, item_rows=len(dealt), owners=dealt)
+                reduce = replace(reduce, runs=partitioner.parts(dealt), owners=dealt)
+                return [fused, reduce], {"dq_parts": self._parts(spec, rows_of_parts(dealt))}
+            if taken.any():
+                in_turns = self._in_turn(fused, partitioner, dealt, taken)
+                launches.append(replace(in_turns, buffers={"dq_parts": "dq"} if in_place else {}))
+                fused_heads |= taken
+        buffers = {}
+        if launches and not in_place:
+            buffers["dq_parts"] = self._parts(launches[0].spec, problem.len_q)
+            launches.append(_of_heads(reduce, fused_heads, partitioner))
+        for kernel in ("backward_dq", "backward_dkv") if not fused_heads.all() else ():
+            for spec, some in self._specs(kernel):
+                taken = ~fused_heads if some is None else ~fused_heads & some
+                if taken.any():
+                    launches.append(self._launch_of(spec, None if taken.all() else taken))
+        return launches, buffers
+
+    def _in_turn(
+        self,
+        fused: Launch,
+        partitioner: KeyPartitioner,
+        dealt: NDArray[np.int64],
+        taken: Heads,
+    ) -> Launch:
+        """A worker for each of the key heads `taken`, which makes all parts of dQ."""
+        problem, visited = self._problem, fused.runs
+        planes_h = min(visited.planes_h, problem.heads_kv)
+        met = visited.met.reshape(visited.planes_b, planes_h, -1).sum(axis=2)
+        order = np.argsort(-np.broadcast_to(met, taken.shape).ravel(), kind="stable")
+        fused = replace(fused, order=order[taken.ravel()[order]], item_rows=1, some=True)
+        if len(dealt) == 1:
+            return replace(fused, owners=partitioner.alone)
+        rows = int((dealt[:, LAST_QUERY] - dealt[:, FIRST_QUERY]).max())
+        elements = partitioner.group * rows * fused.spec.whole(problem.dim)
+        return replace(
+            fused,
+            spec=replace(fused.spec, in_turn=True),
+            owners=dealt,
+            scratch_bytes=-(-elements * ITEM_BYTES[self._computed] // 64) * 64,
+        )
 
     def _partitioner(self, fused: Launch, reduce: Launch) -> KeyPartitioner:
         """The problem as the owners of the fused backward see it."""
@@ -229,12 +289,16 @@ class _Planner:
         """True if the decode kernel serves: where it is predicted to be faster than the tiled one.
 
         Work is counted in vector multiply-adds per key, and divided by the cores that can share it.
+        Anywhere it is the work of one key head on one core.
         A register tile of queries takes all its lanes, empty or not; a row of the decode kernel
         takes its own products, the sums across lanes, and one vector of exponentials for a vector
         of keys.
         """
         assert form in FORMS, form  # forms of the backward pass leave the choice open here
         problem, cores, lanes = self._problem, self._device.cores, self._chooser.lanes
+        heads, key_heads = problem.batch * problem.heads_q, problem.batch * problem.heads_kv
+        if self._anywhere:
+            heads, key_heads, cores = heads // max(1, key_heads), 1, 1
         rows, most_rows = self._splitter.rows, self._heuristics.most_rows
         if form == "tiled" or self._tile or problem.empty:
             return False
@@ -245,7 +309,6 @@ class _Planner:
             return form == "decode"
         tile = self._chooser.table_blocks("forward").tile
         multiplies = self._chooser.products
-        heads = problem.batch * problem.heads_q
         blocks = heads * -(-problem.len_q // (tile.vectors * lanes))
         product = UNIT[multiplies.unit] * multiplies.terms
         products = product * (problem.dim + problem.dim_v)
@@ -253,10 +316,10 @@ class _Planner:
         tiled = blocks * tile.vectors * products / min(cores, blocks)
         work = heads * problem.len_q * self._splitter.row_work
         most_splits = self._splitter.most_splits(problem.len_k)
-        return work / min(cores, problem.batch * problem.heads_kv * most_splits) < tiled
+        return work / min(cores, key_heads * most_splits) < tiled
 
     def _decode(self, form: str) -> tuple[list[Launch], dict[str, Scratch]]:
-        """One launch, or where the keys of a head are split two, and what the first leaves."""
+        """The launch, and where the keys of a head are split, what is merged."""
         problem, lanes = self._problem, self._chooser.lanes
         keys = self._block_traverse or self._heuristics.decode_tile
         # One vector of keys at a time; a tile of keys and one of values share the first cache.
@@ -267,30 +330,29 @@ class _Planner:
             block_traverse=-(-keys // lanes) * lanes,
         )
         heads_per_item = self._splitter.heads_per_item if form == "interleaved" else 1
+        if self._anywhere and self._masked.by_head:
+            heads_per_item = 1  # the keys that its neighbours see would cut tiles of a head
         heads = problem.heads_kv // heads_per_item
         visited = self._masked.visited_together(heads)
         visited = cut(visited, self._splitter.keys_per_split(visited, heads_per_item))
         count = visited.block_rows
-        order = _heaviest_first(visited, problem, heads, count)
+        order = heaviest_first(visited, problem, heads, count)
         name = "decode" if count == 1 else "decode_part"
         spec = replace(spec, kernel=name)
-        first = Launch(
+        launch = Launch(
             problem, spec, visited, order, heads, count, count, heads_per_item=heads_per_item
         )
         if count == 1:
-            return [first], {}
-        merge = replace(spec, kernel="merge")
-        last = Launch(problem, merge, nothing(1), np.zeros(1, np.int64), problem.heads_q, 1, count)
+            return [launch], {}
         shape = (problem.batch, problem.heads_q, count * problem.len_q, spec.state_width)
-        return [first, last], {"part": Scratch(shape, self._computed)}
+        return [launch], {"part": Scratch(shape, self._computed)}
 
 
-def _heaviest_first(visited: Runs, problem: Problem, heads: int, rows: int) -> NDArray[np.int64]:
-    """Block rows by the traversed elements that they visit, most first; ties keep their order."""
-    work: NDArray[np.int64] = visited.met.reshape(visited.planes_b, visited.planes_h, rows)
-    if visited.planes_b == visited.planes_h == 1:
-        work = work.reshape(rows)
-    else:
-        shape = (problem.batch, max(heads, visited.planes_h), rows)
-        work = np.broadcast_to(work, shape).reshape(problem.batch, heads, -1, rows).sum(2).ravel()
-    return np.argsort(-work, kind="stable")
+def _of_heads(reduce: Launch, taken: Heads, partitioner: KeyPartitioner) -> Launch:
+    """The reduction of what one worker summed for each of the key heads `taken`."""
+    alone = partitioner.alone
+    reduce = replace(reduce, runs=partitioner.parts(alone), owners=alone)
+    if taken.all():
+        return reduce
+    rows = np.repeat(taken, partitioner.group * reduce.block_rows, axis=1)
+    return replace(reduce, order=np.flatnonzero(rows), some=True)

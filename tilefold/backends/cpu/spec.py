@@ -60,18 +60,10 @@ KERNELS = table(
             name="decode_part",
             parallel="q",
             reads=("q", "k", "v"),
-            writes=("part",),
+            writes=("part", "o", "lse"),
             score_tiles=1,
             contractions=ATTEND,
             emitter="decode.decode",
-            by_query=True,
-        ),
-        CpuKernelRow(
-            name="merge",
-            parallel="q",
-            reads=("part",),
-            writes=("o", "lse"),
-            emitter="merge.merge",
             by_query=True,
         ),
         CpuKernelRow(
@@ -113,7 +105,7 @@ KERNELS = table(
             parallel="q",
             reads=("dq_parts",),
             writes=("dq",),
-            emitter="fused.reduce_dq",
+            emitter="reduce.reduce_dq",
         ),
     )
 )
@@ -150,7 +142,8 @@ class KernelSpec:
     The register tile is `rows` broadcast rows by `vectors` vectors of `lanes` elements. The
     parallel axis is vectorised, `block_parallel` elements at a time; the traversed axis is walked
     `block_traverse` rows at a time. In a kernel that works by query, `rows` is how many queries a
-    worker holds at most. `native_half`: the machine converts float16 itself.
+    worker holds at most. `native_half`: the machine converts float16 itself. `in_turn`: a worker of
+    the fused backward makes all parts of dQ of a head, one after the other.
     """
 
     kernel: str
@@ -165,6 +158,7 @@ class KernelSpec:
     index_bits: int
     native_half: bool = False
     multiplier: Multiplier = FMA
+    in_turn: bool = False
 
     @property
     def row(self) -> CpuKernelRow:

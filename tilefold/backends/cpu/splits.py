@@ -2,12 +2,17 @@
 
 A split is a block row of the plan: the runs of one head are cut where enough keys have been
 visited, so each split of a window or of a padded batch has its share of what is really read. How
-many there are follows from the problem and the device, never from the threads that are set.
+many there are follows from what the queries of one key head visit, so that its results depend
+neither on other heads nor on the machine: as many as are worth a merge. Or it follows from the
+whole problem and the cores. It never follows from the threads that are set.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.masks.runs import Runs
@@ -16,10 +21,13 @@ from tilefold.problems.attention import ITEM_BYTES, Problem
 
 @dataclass(frozen=True)
 class KeySplitter:
-    """A problem of few queries on `cores` cores, whose vectors have `lanes` elements."""
+    """A problem of few queries on `cores` cores, whose vectors have `lanes` elements.
+
+    Without `cores` the splits depend neither on the machine nor on other heads.
+    """
 
     problem: Problem
-    cores: int
+    cores: int | None
     lanes: int
     heuristics: Heuristics = DEFAULT
 
@@ -35,13 +43,18 @@ class KeySplitter:
         vectors = -(-problem.dim // self.lanes) - (-problem.dim_v // self.lanes)
         return costs.decode_product * vectors + costs.decode_sum + costs.exponential / self.lanes
 
-    def most_splits(self, keys: int) -> int:
-        """Parts into which `keys` keys of a head may be split, none of them too small."""
+    @property
+    def key_seconds(self) -> float:
+        """Time of one key and its value, for all queries of its head."""
         problem, costs = self.problem, self.heuristics
         key_bytes = (problem.dim + problem.dim_v) * ITEM_BYTES[problem.dtype]
         reading = key_bytes / costs.bytes_per_second
         computing = self.rows * self.row_work / costs.multiply_adds_per_second
-        return max(1, int(keys * max(reading, computing) / costs.least_split_seconds))
+        return max(reading, computing)
+
+    def most_splits(self, keys: int) -> int:
+        """Parts into which `keys` keys of a head may be split, none of them too small."""
+        return max(1, int(keys * self.key_seconds / self.heuristics.least_split_seconds))
 
     @property
     def heads_per_item(self) -> int:
@@ -54,16 +67,28 @@ class KeySplitter:
         fitting = range(1, self.heuristics.most_rows // self.rows + 1)
         return max(heads for heads in fitting if self.problem.heads_kv % heads == 0)
 
-    def keys_per_split(self, visited: Runs, heads_per_item: int = 1) -> int:
-        """Keys that a split visits: a few splits per core, none small, all of whole tiles.
+    def keys_per_split(self, visited: Runs, heads_per_item: int = 1) -> int | NDArray[np.int64]:
+        """Keys that a split visits, of each block row or of all: whole tiles.
 
-        A split is of `heads_per_item` heads.
+        A split is of `heads_per_item` heads, which has no influence where `cores` have none.
         """
-        met = visited.met
+        met, tile = visited.met, self.heuristics.decode_tile
+        if self.cores is None:
+            least_keys = self.heuristics.fixed_split_seconds / self.key_seconds
+            splits = np.clip(met / least_keys, 1, self.heuristics.most_fixed_splits).astype(
+                np.int64
+            )
+            keys = -(-met // splits)
+            whole: NDArray[np.int64] = np.maximum(1, -(-keys // tile)) * tile
+            return whole
+        return self._for_cores(met, heads_per_item, self.cores)
+
+    def _for_cores(self, met: NDArray[np.int64], heads_per_item: int, cores: int) -> int:
+        """A few splits for each core, none small."""
         most = max(1, int(met.max(initial=0)))
         owners = self.problem.batch * self.problem.heads_kv // heads_per_item
-        items = self.heuristics.items_per_core * self.cores
-        if owners >= items or self.cores == 1:
+        items = self.heuristics.items_per_core * cores
+        if owners >= items or cores == 1:
             return most
         total = int(met.sum()) * (owners // max(1, len(met)))
         splits = self.most_splits(most * heads_per_item)

@@ -18,9 +18,10 @@ products     which of the products a kernel uses
 scores       scores from products, dS from P and dP
 forward      the forward pass
 backward     delta, dQ, and dK with dV
+reduce       the sum of parts of dQ
 fused        the backward pass in one kernel
 sums         sums of the decode kernel
 state        what the decode kernel holds
-decode       the forward pass of few queries
 merge        parts of split keys, joined
+decode       the forward pass of few queries
 """

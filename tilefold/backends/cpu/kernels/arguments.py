@@ -1,7 +1,8 @@
 """The argument block of a kernel: a line of 64-bit words, named once for the writer and the caller.
 
 A kernel is `void f(void *arguments)`, the shape of function that every thread runtime calls. All
-words are constant during a call but the two counters from which workers pull their work.
+words are constant during a call but the two counters from which workers pull their work. Where keys
+are split, a counter for each head follows: how many of its splits are done.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WORK = (
     "row_b",  # block rows of the plan per batch entry, 0 where all are alike
     "row_h",
     "item_rows",  # items per head: its block rows, or in the fused backward its owners
-    "block_rows",
+    "block_rows",  # or the parts of dQ that a worker makes in turn
     "owners",  # address of int64 (first row, last row, first query, last query, part)
     "workspace",
     "workspace_bytes",
@@ -80,6 +81,11 @@ class Arguments:
     def address(self, name: str) -> Value:
         """Where a word lies, for the counters."""
         return self._body.offset(self._block, "i64", self._position[name], f"{name}.at")
+
+    def counter(self, index: Value) -> Value:
+        """The address of one of the counters of a head, which follow the named words."""
+        place = self._body.add(index, len(self._position))
+        return self._body.offset(self._block, "i64", place, "counter")
 
     def __getitem__(self, name: str) -> Value:
         return self._values[name]

@@ -157,6 +157,12 @@ class Block:
         offset = sum(sizes[before] for before in names[: names.index(name)])
         return self.body.offset(self._scratch, self.shape.scalar, offset, f"{name}.scratch")
 
+    @property
+    def beyond(self) -> Value:
+        """The address after all regions, where scratch follows whose size the plan knows."""
+        size = sum(regions(self.spec).values())
+        return self.body.offset(self._scratch, self.shape.scalar, size, "beyond")
+
     def at(self, scratch: Value, row: Operand, column: int) -> Value:
         """The address of one vector in a scratch matrix as wide as the block."""
         return self.shape.at(self.body, scratch, row, column, self.shape.width)

@@ -18,8 +18,8 @@
 One query leaves 15 of 16 lanes empty in the forward kernel. Here keys and values are read along d
 in whole vectors as they lie in memory, which is what such a call waits for. As many sums as there
 are lanes are reduced together, so the scores of as many keys stand in one vector. The keys of one
-head are split among workers (Dao et al. 2023, "Flash-Decoding") where there are fewer heads than
-cores.
+head are split among workers (Dao et al. 2023, "Flash-Decoding"). The worker that ends the last
+split of a head merges all of them, in their order: a second kernel would start with cold caches.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from tilefold.backends.cpu.kernels import pack, work
 from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
+from tilefold.backends.cpu.kernels.merge import Merge
 from tilefold.backends.cpu.kernels.scores import operand_factor, score
 from tilefold.backends.cpu.kernels.softmax import exp2
 from tilefold.backends.cpu.kernels.state import VALUES, Frame, emit
@@ -43,7 +44,7 @@ CHUNK = 8
 
 
 def decode(spec: KernelSpec) -> str:
-    """The source of the decode kernel; "decode_part" leaves the state of its rows to the merge."""
+    """The source of the decode kernel; "decode_part" is for a part of the keys of a head."""
     title = __doc__.split("\n\n")[1] if __doc__ else ""
     return emit(spec, title, lambda frame: _Decode(frame).write())
 
@@ -109,6 +110,20 @@ class _Decode:
         if self.spec.kernel == "decode":
             with self._rows() as (h, i, row):
                 frame.finish(self._state(h, row), h, i)
+        else:
+            self._merge_if_last()
+
+    def _merge_if_last(self) -> None:
+        """Merge the splits of the item's heads if all of them are done."""
+        body, frame, arguments = self.body, self.frame, self.arguments
+        item = frame.item
+        pair = body.add(body.mul(item.b, arguments["heads"]), item.h)
+        counter = arguments.counter(pair)
+        before = body.result("before", "i64", f"atomicrmw add {counter.typed}, i64 1 acq_rel")
+        last = body.compare("eq", body.add(before, 1), arguments["block_rows"])
+        body.comment("the last split of a head: merge all")
+        with body.when(last, "last"), body.loop("g", 0, self.heads) as g:
+            Merge(frame, body.add(self.first_head, g, "h")).write()
 
     @contextmanager
     def _rows(self, h_kv: Value | None = None) -> Iterator[tuple[Value, Value, Value]]:

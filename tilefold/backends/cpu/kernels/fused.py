@@ -8,31 +8,27 @@
     for each block of queries:  dQ <- the parts in their order
 
 Five products per pair where the split form takes seven. With one owner per key head its part is dQ
-itself, where rows of dQ are contiguous: then there is no second kernel and no memory for parts.
-`partitions.py` says how many owners there are and which blocks each of them has.
+itself, where rows of dQ are contiguous: then there is no second kernel and no memory for parts. Or
+one worker makes the parts of a head in turn, in scratch, and adds each to dQ: with the same bits as
+from several owners. `partitions.py` says how many parts there are and which blocks each has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from tilefold.backends.cpu.kernels import amx, microkernel, pairs, work
+from tilefold.backends.cpu.kernels import amx, microkernel, pairs
 from tilefold.backends.cpu.kernels.backward import KeyGradients, Statistics
-from tilefold.backends.cpu.kernels.block import Block, emit
+from tilefold.backends.cpu.kernels.block import emit
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.multiply import Right, factors_of
+from tilefold.backends.cpu.kernels.reduce import of_owner
 from tilefold.backends.cpu.kernels.scores import gradient_factor
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
-from tilefold.backends.cpu.partitions import (
-    COLUMNS,
-    FIRST_QUERY,
-    FIRST_ROW,
-    LAST_QUERY,
-    LAST_ROW,
-    PART,
-)
+from tilefold.backends.cpu.partitions import FIRST_QUERY, FIRST_ROW, LAST_QUERY, LAST_ROW, PART
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.masks.expression import Truth
 
@@ -47,75 +43,120 @@ for each owner of blocks of keys:
         dP <- dO V^T;  dS <- P (dP - delta)
         dV^T += dO^T P;  dK^T += Q^T dS;  dQ += dS (scale K)
     dK <- scale dK"""
-    kind = {"fma": _AllGradients, "dot": _PairGradients, "amx": _TileGradients}[
-        spec.multiplier.unit
-    ]
-    return emit(spec, title.strip(), lambda block: kind(block).write())
-
-
-def reduce_dq(spec: KernelSpec) -> str:
-    """The source of the kernel that adds the parts up."""
-    title = """
-for each block of queries:                               one owner
-    dQ^T <- 0
-    for each part that holds these queries, in order: dQ^T += part^T
-    dQ <- dQ^T"""
-    return emit(spec, title.strip(), _write_sum)
-
-
-def _write_sum(block: Block) -> None:
-    body, spec, shape, one = block.body, block.spec, block.shape, block.scalar(1.0)
-    total = block.region("dq")
-    block.zero("dq", spec.dim)
-    with (
-        work.runs(body, block.arguments, block.b, block.h, block.row) as (_, first, last),
-        body.loop("owner", first, last) as owner,
-    ):
-        skipped = _of_owner(block, owner, PART)
-        part = block.pack("dq_parts", spec.dim, one, skipped=skipped)
-        with body.loop("d", 0, spec.dim) as d:
-            for j in range(shape.vectors):
-                old = body.load(block.at(total, d, j), shape.vector)
-                more = body.load(block.at(part, d, j), shape.vector)
-                body.store(body.binary("fadd", old, more), block.at(total, d, j))
-    block.unpack("dq", total, spec.dim, one)
-
-
-def _of_owner(block: Block, owner: Value, column: int) -> Value:
-    """One column of the plan's table of owners, for one owner."""
-    body = block.body
-    place = body.add(body.mul(owner, COLUMNS), column)
-    return body.load(body.offset(block.arguments["owners"], "i64", place), "i64")
+    kinds = {"fma": _AllGradients, "dot": _PairGradients, "amx": _TileGradients}
+    return emit(spec, title.strip(), lambda block: kinds[spec.multiplier.unit](block).write())
 
 
 class _AllGradients(KeyGradients):
     """The blocks of keys of one owner, and its part of the dQ of their query heads."""
 
     def write(self) -> None:
-        body, block = self.body, self.block
-        first_row, last_row, first_query, last_query, self.part = (
-            _of_owner(block, block.row, column)
+        if self.spec.in_turn:
+            self._write_in_turn()
+            return
+        self._take_part(self.block.row)
+        self.body.comment("dQ <- 0")
+        with self._heads() as h:
+            self.dq = self._part(h)
+            with self.body.loop("q", self.first_query, self.last_query) as q:
+                self._zero_dq(q)
+        self._write_blocks()
+
+    def _write_in_turn(self) -> None:
+        """The first part of a head is made where its sum is, others in scratch, then added."""
+        body, arguments = self.body, self.block.arguments
+        body.comment("dQ <- 0")
+        with self._heads() as h:
+            self.dq = self.block.matrix("dq_parts", h)
+            with body.loop("q", 0, arguments["len_q"]) as q:
+                self._zero_dq(q)
+        clean = body.variable("i64", Value("0", "i64"), "clean")
+        with body.loop("part", 0, arguments["block_rows"]) as number:
+            self._take_part(number)
+            self.height = body.sub(self.last_query, self.first_query)
+            self.later = body.compare("ne", number, Value("0", "i64"), "later")
+            with body.when(self.later, "reset"):
+                self._reset(clean)
+            self._write_blocks()
+            body.comment("dQ += its part")
+            with (
+                body.when(self.later, "add"),
+                self._heads() as h,
+                body.loop("q", self.first_query, self.last_query) as q,
+            ):
+                self._add_part(h, q)
+
+    def _reset(self, clean: Variable) -> None:
+        """Set the rows of scratch to zero that no part before has used: `clean` ones are zero."""
+        body, before = self.body, self.body.read(clean)
+        rows = body.mul(self.block.arguments["group"], self.height)
+        self.dq = self._scratch(Value("0", "i64"))
+        with body.loop("row", before, rows) as row:
+            self._zero_dq(row)
+        body.write(clean, body.select(body.compare("sgt", rows, before), rows, before))
+
+    def _add_part(self, h: Value, query: Value) -> None:
+        """Add one row of the part to its row of the sum, and set it to zero."""
+
+        def add(d: Operand, vectors: int) -> None:
+            self.dq = self._scratch(self._skipped(h))
+            source = self._dq_at(query, d)
+            self.dq = self.block.matrix("dq_parts", h)
+            target = self._dq_at(query, d)
+            for j in range(vectors):
+                old, more = self._load_dq(target, d, j), self._load_dq(source, d, j)
+                self._store_dq(self.body.binary("fadd", old, more), target, d, j)
+                self._store_dq(self.block.splat(0.0), source, d, j)
+
+        self._columns(add)
+
+    @contextmanager
+    def _heads(self) -> Iterator[Value]:
+        """The query heads of the key head."""
+        body, group = self.body, self.block.arguments["group"]
+        with body.loop("g", 0, group) as g:
+            yield body.add(body.mul(self.block.h, group), g)
+
+    def _take_part(self, number: Value) -> None:
+        """Read what a part has."""
+        self.first_row, self.last_row, self.first_query, self.last_query, self.part = (
+            of_owner(self.block, number, column)
             for column in (FIRST_ROW, LAST_ROW, FIRST_QUERY, LAST_QUERY, PART)
         )
-        body.comment("dQ <- 0")
-        group = block.arguments["group"]
-        with body.loop("g", 0, group) as g:
-            self.dq = self._part(body.add(body.mul(block.h, group), g))
-            with body.loop("q", first_query, last_query) as q:
-                self._zero_dq(q)
-        with body.loop("keys", first_row, last_row) as row:
-            block.at_row(row)
+
+    def _write_blocks(self) -> None:
+        """dK and dV of the blocks of keys of a part, and their dQ."""
+        with self.body.loop("keys", self.first_row, self.last_row) as row:
+            self.block.at_row(row)
             self.k_rows, self.k_finite = self._copy_keys()
-            super().write()
+            KeyGradients.write(self)
 
     def take_head(self, h: Value) -> None:
         super().take_head(h)
         self.dq = self._part(h)
 
     def _part(self, h: Value) -> Matrix:
-        """This owner's part of dQ of one query head, as if it began with the row of query 0."""
-        parts = self.block.matrix("dq_parts", h)
-        return replace(parts, address=parts.row(self.body, self.part))
+        """This part of dQ of one query head, as if it began with the row of query 0."""
+        body, parts = self.body, self.block.matrix("dq_parts", h)
+        if not self.spec.in_turn:
+            return replace(parts, address=parts.row(body, self.part))
+        apart = self._scratch(self._skipped(h))
+        address = body.select(self.later, apart.address, parts.address, "dq")
+        stride = body.select(self.later, apart.row_stride, parts.row_stride, "dq.step")
+        return replace(parts, address=address, row_stride=stride)
+
+    def _skipped(self, h: Value) -> Value:
+        """How many rows of scratch lie before query 0 of a head."""
+        body = self.body
+        g = body.sub(h, body.mul(self.block.h, self.block.arguments["group"]))
+        return body.sub(body.mul(g, self.height), self.first_query)
+
+    def _scratch(self, skipped: Value) -> Matrix:
+        """Rows of scratch, of one part after the other, from a row on."""
+        block = self.block
+        line, one = (Value(str(number), "i64") for number in (self._line, 1))
+        rows = Matrix(block.beyond, line, one, block.storage("dq_parts"))
+        return replace(rows, address=rows.row(self.body, skipped))
 
     def tile(self, first: Value, count: Value, masked: bool) -> None:
         super().tile(first, count, masked)

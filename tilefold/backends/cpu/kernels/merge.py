@@ -1,6 +1,6 @@
-"""The merge kernel: the states that the splits of a query's keys left, folded in ascending order.
+"""The merge: the states that the splits of a query's keys left, folded in ascending order.
 
-    for each query:
+    for each query of a head:
         M <- max of m;  l <- sum of 2^(m - M) l;  O <- sum of 2^(m - M) O
         O <- O / l;  lse <- (M + log2 l) ln 2                empty rows: 0 and -inf
 
@@ -12,25 +12,19 @@ from __future__ import annotations
 
 from tilefold.backends.cpu.kernels.ir import Value
 from tilefold.backends.cpu.kernels.softmax import exp2
-from tilefold.backends.cpu.kernels.state import Frame, emit
-from tilefold.backends.cpu.spec import KernelSpec
+from tilefold.backends.cpu.kernels.state import Frame
 
 
-def merge(spec: KernelSpec) -> str:
-    """The source of the merge kernel."""
-    title = __doc__.split("\n\n")[1] if __doc__ else ""
-    return emit(spec, title, lambda frame: _Merge(frame).write())
-
-
-class _Merge:
+class Merge:
     """All splits of the rows of one query head."""
 
-    def __init__(self, frame: Frame) -> None:
-        self.frame, self.body = frame, frame.body
+    def __init__(self, frame: Frame, h: Value) -> None:
+        self.frame, self.body, self.h = frame, frame.body, h
 
     def write(self) -> None:
-        frame, body, arguments = self.frame, self.body, self.frame.arguments
-        h, length = frame.item.h, arguments["len_q"]
+        """Write o and lse of all queries."""
+        frame, body, arguments, h = self.frame, self.body, self.frame.arguments, self.h
+        length = arguments["len_q"]
         parts = arguments.rows_of("part", frame.shape.scalar, frame.item.b, h)
         state = frame.region("state")
         with body.loop("i", 0, length) as i:

@@ -1,9 +1,9 @@
-"""The shared part of kernels for few queries: a frame for a work item, the state of a query.
+"""The shared part of decoding and its merge: a frame for a work item, the state of a query.
 
 The state of a query is a row of whole vectors: O along d, then m in all lanes, then l as a sum per
 lane. It lies in a worker's scratch, or where keys are split in the array "part", which the merge
-reads. The sign of l says whether the query saw a key: the weight of a forbidden pair is -0.0, sums
-of it are -0.0 too, and no weight of a visible pair is.
+reads: then scratch has one more, for the sum. The sign of l says whether the query saw a key: the
+weight of a forbidden pair is -0.0, sums of it are -0.0 too, and no weight of a visible pair is.
 """
 
 from __future__ import annotations
@@ -25,17 +25,15 @@ VALUES = 32
 
 def regions(spec: KernelSpec) -> dict[str, int]:
     """Scratch of one worker: elements of each region, in order. Every region is whole vectors."""
-    state = spec.state_width
-    if spec.kernel == "merge":
-        return {"state": state}
     dim, dim_v = spec.whole(spec.dim), spec.whole(spec.dim_v)
-    found = {
+    states = spec.rows if spec.kernel == "decode" else 1
+    return {
         "q": spec.rows * dim,
         "k": spec.lanes * dim,
         "v": VALUES * dim_v,
         "p": spec.rows * spec.block_traverse,
+        "state": states * spec.state_width,
     }
-    return found | ({"state": spec.rows * state} if spec.kernel == "decode" else {})
 
 
 def emit(spec: KernelSpec, title: str, write: Callable[[Frame], None]) -> str:
@@ -52,7 +50,7 @@ def emit(spec: KernelSpec, title: str, write: Callable[[Frame], None]) -> str:
 
 
 class Frame:
-    """One work item of both kernels: its place, scratch, and the state of its rows."""
+    """One work item: its place, scratch, and the state of its rows."""
 
     def __init__(
         self, body: Body, spec: KernelSpec, arguments: Arguments, scratch: Value, item: work.Item
