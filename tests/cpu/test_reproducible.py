@@ -6,6 +6,10 @@ bits, of calls.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,13 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import assert_same
+from kept import kept_plans
+from operands import backward, forward, inputs
+from paths import finding
 from trial import problem
 
 import tilefold
 from tilefold import Rule, causal, dense, documents, full, lengths, local
-from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.launches import Launch
 from tilefold.backends.cpu.plan import CpuPlan, plan
+from tilefold.measuring.timing import using_threads
 from tilefold.problems.attention import Problem
 
 Of = Callable[[slice, slice], Rule]
@@ -137,7 +145,7 @@ KERNELS = {
 @pytest.mark.parametrize("operation", FORMS)
 def test_what_decides_bits_follows_from_one_key_head(operation: str) -> None:
     kernels = set()
-    for number, sample in enumerate(samples(1, 150)):
+    for number, sample in enumerate(samples(1, 80)):
         isa = ISAS[number % len(ISAS)]
         alone = Device("cpu", "any", isa, "+avx512bf16" * (isa == "avx512"), "", 1)
         whole = sample.problem
@@ -198,3 +206,94 @@ def test_bits_of_an_entry_and_a_head_alone_and_in_company(case: str, dtype: str)
         for name, array in alone.items():
             place = of_k if name in ("dk", "dv") else of_q
             assert_same(f"{name} of entry {b}, key head {h}", array, together[name][place])
+
+
+@pytest.mark.feature("M02", "T08")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_the_cores_or_threads(dtype: str) -> None:
+    """Also not on who makes the parts of dQ, and whether dq can hold their sum."""
+    decoding = 1, 12000, lambda b: lengths([12000, 100, 6000])
+    gradients = 40, 1200, lambda b: causal()
+    kinds = set()
+    for (len_q, len_k, rule), operation in ((decoding, "forward"), (gradients, "backward")):
+        sizes = problem(len_q, len_k, 64, rule(EVERY), dtype, batch=3, heads=(2, 1))
+        given = inputs(sizes, "bhnd", "packed")
+        given |= forward(sizes, given)
+        found = []
+        for cores, threads in ((1, 1), (1, 3), (2, 2), (3, 1), (64, 4)):
+            device = replace(host(), cores=cores)
+            with using_threads(threads):
+                if operation == "forward":
+                    found.append(forward(sizes, given, device=device))
+                else:
+                    found.append(backward(sizes, given, "auto", device=device))
+                    found.append(backward(sizes, given, "auto", device=device, in_place=False))
+            made = plan(sizes, device, operation)
+            kinds |= {(one.spec.kernel, one.spec.in_turn) for one in made.launches}
+        for again in found[1:]:
+            for name, array in again.items():
+                assert_same(name, array, found[0][name])
+    expected = {("decode_part", False), ("delta", False), ("reduce_dq", False)}
+    assert kinds == expected | {("backward", False), ("backward", True)}
+
+
+@pytest.mark.feature("T02", "T08")
+def test_bits_do_not_depend_on_the_layout() -> None:
+    for len_q, len_k, rule in ((1, 5000, full()), (130, 130, causal())):
+        sizes = problem(len_q, len_k, 64, batch=2, heads=(4, 2))
+        given = arrays(sizes)
+        want = results(*given, mask=rule)
+        for order in ((0, 2, 1, 3), (0, 1, 3, 2), (3, 2, 1, 0)):
+            back = np.argsort(order)
+            moved = [array.transpose(order).copy().transpose(back) for array in given]
+            for name, array in results(*moved, mask=rule).items():
+                assert_same(f"{name}, axes {order}", array, want[name])
+
+
+def digest() -> None:
+    """Print what identifies the results of a few calls."""
+    found = [results(*arrays(problem(n, m, 64)), mask=causal()) for n, m in ((1, 5000), (1, 1100))]
+    found.append(results(*arrays(problem(600, 600, 64)), mask=causal()))
+    hashes = [hashlib.sha256(a.tobytes()).hexdigest() for one in found for a in one.values()]
+    print(" ".join(hashes))
+
+
+@pytest.mark.feature("T08")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
+def test_bits_in_a_process_that_may_use_one_core() -> None:
+    bound = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    lines = [
+        subprocess.run(
+            [sys.executable, "-c", f"{first}from test_reproducible import *\ndigest()"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=finding(__file__),
+        ).stdout
+        for first in (bound, "")
+    ]
+    assert lines[0] == lines[1] != ""
+
+
+# The scope ------------------------------------------------------------------------------------
+
+
+@pytest.mark.feature("T08")
+def test_a_new_scope_holds_for_calls_that_were_prepared_before() -> None:
+    sizes = problem(1, 5000, 64)
+    given = arrays(sizes)
+    before = tilefold.get_reproducible()
+    splits = []
+    try:
+        for scope in ("anywhere", "machine", "anywhere"):
+            tilefold.set_reproducible(scope)
+            tilefold.attention(*given[:3])
+            (launch,) = kept_plans()[-1].launches
+            splits.append(launch.splits)
+            assert plan(sizes, host(), "forward").launches[0].splits == launch.splits
+    finally:
+        tilefold.set_reproducible(before)
+    assert splits[0] == splits[2] != splits[1]
+    for wrong in ("here", "", None, 1):
+        with pytest.raises(ValueError, match=r"scope must be 'anywhere' or 'machine', not "):
+            tilefold.set_reproducible(wrong)  # type: ignore[arg-type]

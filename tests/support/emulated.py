@@ -6,7 +6,6 @@ and back in a file.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from blocks import block_at
 from numpy.typing import NDArray
 from trial import Memory
 
@@ -102,7 +102,7 @@ class Emulator(Memory):
     def run(self, address: int, arguments: int, _workers: int) -> None:
         """Run a kernel of `kernel` on one thread."""
         spec, program = self.loaded[address]
-        words = list((ctypes.c_int64 * len(names(spec))).from_address(arguments))
+        words = list(block_at(spec, arguments))
         arrays = list(self.arrays.values())
         pointers = [
             (place, *_find(words[place], arrays))

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from blocks import block_at
 from numpy.typing import NDArray
 from trial import Memory
 
@@ -141,17 +142,16 @@ EMPTY_RUNS = np.empty((0, 3), np.int64)
 def guarded(side: str, short: str | None = None) -> Iterator[GuardedMemory]:
     """Guarded memory, which also holds the engine's scratch and argument blocks meanwhile."""
     memory = GuardedMemory(side, short)
-    words: dict[int, int] = {}
+    specs: dict[int, KernelSpec] = {}
 
     def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
         found = real_kernel(spec, device)
-        words[found.loaded.address] = len(found.names)
+        specs[found.loaded.address] = spec
         return found
 
     def run(address: int, arguments: int, workers: int) -> None:
-        size = words[address]
-        block = np.frombuffer((ctypes.c_int64 * size).from_address(arguments), np.int64)
-        copy = memory.copy("argument block", block, frozen=False)  # its two counters count
+        block = np.frombuffer(block_at(specs[address], arguments), np.int64)
+        copy = memory.copy("argument block", block, frozen=False)  # its counters count
         real_run(address, copy.ctypes.data, workers)
 
     def workspace(size: int) -> SimpleNamespace:
