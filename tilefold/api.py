@@ -100,7 +100,8 @@ def attention(
             a rule
         ValueError: the shapes do not fit together or do not fit the mask, or scale, layout,
             precision or impl is not allowed
-        NotImplementedError: the arrays lie on another device, or `impl` cannot do this call
+        NotImplementedError: the arrays lie on another device, JAX or TensorFlow traces or
+            differentiates the call, or `impl` cannot do it
         ImportError: impl is "native", the arrays are NumPy arrays, and torch does not import
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by

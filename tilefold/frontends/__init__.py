@@ -1,5 +1,6 @@
 """Frontends turn a framework's arrays into calls of a backend, one file for each framework.
 
+foreign    objects that NumPy can view, and why it cannot view others
 numpy      NumPy arrays, and objects that share memory with them
 tensors    PyTorch tensors below autograd
 operators  PyTorch's operators, for `torch.compile`

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
 from tilefold.backends.registry import machine
+from tilefold.frontends.foreign import viewed
 from tilefold.problems.attention import check_parts
 from tilefold.problems.request import Request
 
@@ -23,9 +24,6 @@ Array = NDArray[Any]
 
 PLAIN = (np.ndarray,)
 """Array types that always belong to this frontend."""
-
-_DLPACK_CPU = 1
-
 
 request_of = Request
 """Makes the request of a call from its options."""
@@ -74,42 +72,7 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, A
 
 def as_array(name: str, value: Any) -> Array:
     """The argument as an array whose items are aligned and in native byte order."""
-    array: Array = value if type(value) is np.ndarray else _viewed(name, value)
+    array: Array = value if type(value) is np.ndarray else viewed(name, value)
     if array.flags.aligned and array.dtype.isnative:
         return array
     return np.array(array, array.dtype.newbyteorder("="), order="C")
-
-
-def _viewed(name: str, value: Any) -> Array:
-    """A plain array that views an object of another type, without a copy."""
-    kind = type(value).__name__
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} must be an array without a mask of its own, got {kind}; pass its data, and"
-            " what to hide as `mask`"
-        )
-    if hasattr(value, "__array_interface__"):
-        return np.asarray(value)
-    if hasattr(value, "__cuda_array_interface__"):
-        raise NotImplementedError(_elsewhere(name, kind, "a GPU"))
-    if not hasattr(value, "__dlpack__"):
-        raise TypeError(
-            f"{name} must be a NumPy array, a torch tensor or an object with __dlpack__ or"
-            f" __array_interface__, got {kind}"
-        )
-    device, _ = value.__dlpack_device__()
-    if device != _DLPACK_CPU:
-        raise NotImplementedError(_elsewhere(name, kind, f"DLPack device {int(device)}"))
-    try:
-        return np.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} must be an array that NumPy can view, got {kind}: {error}"
-        ) from error
-
-
-def _elsewhere(name: str, kind: str, device: str) -> str:
-    return (
-        f"{name} is a {kind} on {device}, where only torch tensors have kernels so far; copy it to"
-        " the CPU first, or make it a torch tensor (torch.from_dlpack)"
-    )

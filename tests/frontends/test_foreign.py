@@ -1,0 +1,147 @@
+"""Arrays of frameworks without a frontend: stand-ins with the attributes of the real classes.
+
+JAX 0.10 and TensorFlow 2.21 gave the same lines by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import tilefold
+
+Q = np.random.default_rng(0).standard_normal((1, 2, 3, 4), np.float32)
+
+
+class Foreign:
+    """An array on the CPU, as JAX and TensorFlow show theirs: DLPack, and a copy for NumPy."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+        self.dtype = given.dtype
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.given
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self.given.dtype == ml_dtypes.bfloat16:
+            raise BufferError("Unsupported dtype in DLTensor.")
+        return self.given.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+class Tracer(Foreign):
+    """A value inside jit or grad: it has the methods of an array, and nothing behind them."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__dlpack_device__":
+            raise AttributeError("DynamicJaxprTracer has no attribute __dlpack_device__")
+        return super().__getattribute__(name)
+
+
+class Symbolic(Foreign):
+    """A tensor inside tf.function."""
+
+
+class ResourceVariable:
+    """A variable of TensorFlow: neither DLPack nor an array interface."""
+
+
+@pytest.fixture(autouse=True)
+def frameworks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of both frameworks that are looked up."""
+    for name, parts in {
+        "jax.core": {"Tracer": Tracer},
+        "tensorflow": {
+            "Tensor": Foreign,
+            "is_symbolic_tensor": lambda tensor: isinstance(tensor, Symbolic),
+        },
+        "tensorflow.python.eager.record": {
+            "should_record_backprop": lambda tensors: any(x is WATCHED for x in tensors)
+        },
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(parts)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+WATCHED = Foreign(Q)
+REFUSED = {
+    "traced by JAX": (
+        Tracer(Q),
+        NotImplementedError,
+        "is traced by JAX (jit, grad or vmap), and tilefold has no frontend for JAX yet: call it on"
+        " arrays outside of the transformation, or in jax.pure_callback",
+    ),
+    "traced by TensorFlow": (
+        Symbolic(Q),
+        NotImplementedError,
+        "is traced by tf.function, and tilefold has no frontend for TensorFlow yet: call it on"
+        " tensors outside of the function, or in tf.numpy_function",
+    ),
+    "watched by a tape": (
+        WATCHED,
+        NotImplementedError,
+        "is watched by a tf.GradientTape, and tilefold has no frontend for TensorFlow yet: pass"
+        " tf.stop_gradient({name}), or wrap attention and attention_backward in tf.custom_gradient",
+    ),
+    "a variable": (
+        ResourceVariable(),
+        TypeError,
+        "must be a NumPy array, a torch tensor or an object with __dlpack__ or"
+        " __array_interface__, got ResourceVariable; pass {name}.value()",
+    ),
+}
+
+
+@pytest.mark.feature("T15")
+@pytest.mark.parametrize("case", REFUSED)
+def test_lost_gradients_and_values_are_refused_by_name(case: str) -> None:
+    given, kind, said = REFUSED[case]
+    lse = Q[..., 0]
+    for name, call in {
+        "k": lambda: tilefold.attention(Q, given, Q),
+        "v": lambda: tilefold.attention(Q, Q, given, impl="composed"),
+        "do": lambda: tilefold.attention_backward(given, Q, Q, Q, Q, lse),
+        "o2": lambda: tilefold.merge(Q, lse, given, lse),
+    }.items():
+        with pytest.raises(kind, match=f"^{re.escape(f'{name} {said.format(name=name)}')}$"):
+            call()
+
+
+@pytest.mark.feature("T01")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_arrays_with_values_are_read(dtype: str) -> None:
+    plain = Q.astype(dtype)
+    found = tilefold.attention(*[Foreign(plain)] * 3)
+    assert found.dtype == plain.dtype
+    assert np.array_equal(found, tilefold.attention(plain, plain, plain))
+
+
+class Raising:
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        raise RuntimeError("two\nlines")
+
+
+class Crooked(Foreign):
+    def __dlpack_device__(self) -> Any:
+        return "x"
+
+
+@pytest.mark.feature("T15")
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(Raising(), "Raising: two lines"), (Crooked(Q), "Crooked: not enough values to unpack")],
+)
+def test_what_an_object_raises_is_one_line(given: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=f"^q must be an array that NumPy can view, got {said}"):
+        tilefold.attention(given, Q, Q)
