@@ -91,7 +91,8 @@ REFUSED = {
         WATCHED,
         NotImplementedError,
         "is watched by a tf.GradientTape, and tilefold has no frontend for TensorFlow yet: pass"
-        " tf.stop_gradient({name}), or wrap attention and attention_backward in tf.custom_gradient",
+        " {name}.numpy(), and for its gradient wrap attention and attention_backward in"
+        " tf.custom_gradient",
     ),
     "a variable": (
         ResourceVariable(),

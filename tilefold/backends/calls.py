@@ -176,6 +176,8 @@ def _call(
         name: named[name] for name in ("q", "k", "v", "do", "o") if name in named
     }
     dtype = arrays.common_dtype(read)
+    for name, array in named.items():
+        arrays.check_held(name, array)
     if operation == "backward":
         check_lse(arrays.dtype_of(named["lse"]), dtype)
     q, k, v = (tuple(named[name].shape) for name in ("q", "k", "v"))

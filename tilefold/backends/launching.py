@@ -35,6 +35,14 @@ class Host(Protocol):
         """A copy of an array in memory that kernels can read."""
 
 
+def check_held(name: str, array: Array) -> None:
+    """Raises ValueError for a tensor whose memory was freed; an array of NumPy has its own."""
+    if not isinstance(array, np.ndarray):
+        from tilefold.backends.arrays import torch
+
+        torch.check_held(name, array)
+
+
 def stride_arguments(strides: Mapping[str, Strides], strided: Iterable[str]) -> dict[str, int]:
     """The strides of the operands named in `strided`, by names of arguments such as "q_n".
 

@@ -50,6 +50,9 @@ class Arrays(Protocol):
     def common_dtype(self, arrays: Mapping[str, Array]) -> str:
         """The common type of arguments. Raises if they cannot be read together."""
 
+    def check_held(self, name: str, array: Array) -> None:
+        """Raises ValueError for an array whose memory was freed, where the framework knows it."""
+
     def native_dtype(self, like: Array, dtype: str) -> Any:
         """The framework's type with this name; `like` is an array that may have this type."""
 

@@ -88,8 +88,8 @@ def _refuse_traced(name: str, value: Any) -> None:
     if records and records([value]):
         raise NotImplementedError(
             f"{name} is watched by a tf.GradientTape, and tilefold has no frontend for TensorFlow"
-            f" yet: pass tf.stop_gradient({name}), or wrap attention and attention_backward in"
-            " tf.custom_gradient"
+            f" yet: pass {name}.numpy(), and for its gradient wrap attention and attention_backward"
+            " in tf.custom_gradient"
         )
 
 

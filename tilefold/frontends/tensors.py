@@ -12,8 +12,8 @@ from torch import Tensor
 from tilefold.backends import calls, registry
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.arrays.torch import check_place, common_dtype, dtype_of
-from tilefold.backends.protocols import Machine
-from tilefold.problems.attention import STATISTICS, check_lse
+from tilefold.backends.protocols import GIVEN, Machine
+from tilefold.problems.attention import ITEM_BYTES, STATISTICS, check_lse
 from tilefold.problems.request import Request
 
 
@@ -39,9 +39,25 @@ def machine_of(tensor: Tensor) -> Machine:
 def _run(
     operation: str, given: tuple[Tensor, ...], q: Tensor, request: Request
 ) -> tuple[Tensor, ...]:
-    if q.is_cpu:  # a tensor whose items are misaligned is copied
+    bits = 0
+    for x in given:
+        address = x.data_ptr()
+        bits |= address
+        if address < _LOWEST:
+            for name, tensor in zip(GIVEN[operation], given, strict=True):
+                arrays.check_held(name, tensor)
+    if bits % _WIDEST and q.is_cpu:  # a tensor whose items are misaligned is copied
         given = tuple([x if x.data_ptr() % x.itemsize == 0 else x.clone() for x in given])
     return calls.run(machine_of(q), arrays, operation, given, request)
+
+
+_LOWEST = 2**36
+"""Tensors begin at higher addresses, but for a few. A view of a freed storage begins at its offset,
+which is lower in storages below 64 GiB. So a repeated call finds those at no cost. `backends/calls`
+checks the sizes of all storages at the first call of a kind, and machines of GPUs at each.
+"""
+
+_WIDEST = max(ITEM_BYTES.values())
 
 
 def same_gpu(tensor: Tensor, first: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilefold.backends.arrays.torch import dtype_of
+from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.frontends import tensors
 from tilefold.problems.attention import check_parts
 from tilefold.problems.request import Request
@@ -93,6 +93,9 @@ def attention_backward(
 def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """Return o and lse; see `tilefold.merge`."""
     given = {"o1": o1, "lse1": lse1, "o2": o2, "lse2": lse2}
+    if not torch.compiler.is_compiling():
+        for name, tensor in given.items():
+            check_held(name, tensor)
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
     axes = check_parts(shapes, {name: dtype_of(tensor) for name, tensor in given.items()}, layout)
     lses = torch.stack((lse1, lse2))

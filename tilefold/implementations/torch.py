@@ -236,6 +236,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Problem:
             raise TypeError(
                 f"{name} must be a strided tensor, got {tensor.layout}; pass {name}.to_dense()"
             )
+        arrays.check_held(name, tensor)
     dtype = common_dtype({name: str(x.dtype).removeprefix("torch.") for name, x in names.items()})
     shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
     return describe(*shapes, dtype, request)

@@ -64,6 +64,10 @@ def common_dtype(arrays: Mapping[str, Array]) -> str:
     return attention.common_dtype(names)
 
 
+def check_held(name: str, array: Array) -> None:
+    """Nothing can be checked: an array of NumPy holds what it shows."""
+
+
 def native_dtype(like: Array, dtype: str) -> np.dtype[Any]:
     """The type with this name; the array's own type if it has this name, such as bfloat16."""
     return like.dtype if like.dtype.name == dtype else np.dtype(dtype)

@@ -56,6 +56,25 @@ def check_place(name: str, tensor: Tensor, device: torch.device) -> None:
         )
 
 
+def check_held(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor that reaches past the end of its storage.
+
+    FSDP frees parameters so: it resizes their storages to 0, and the tensors keep their shapes.
+    """
+    held = tensor.untyped_storage().nbytes()
+    needed = tensor.nbytes + tensor.storage_offset() * tensor.itemsize
+    if held >= needed and tensor.is_contiguous():
+        return
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((length - 1) * step for length, step in pairs)
+    needed = (last + 1) * tensor.itemsize if tensor.numel() else 0
+    if held < needed:
+        raise ValueError(
+            f"{name} needs {needed} bytes of memory, and its storage holds {held}: it was freed or"
+            " resized, as FSDP does with parameters; fill it again before the call"
+        )
+
+
 def native_dtype(like: Tensor, dtype: str) -> torch.dtype | None:
     """The type with this name; None means the type of `like`, which torch takes faster."""
     found: torch.dtype = getattr(torch, dtype)

@@ -22,7 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends import protocols
-from tilefold.backends.launching import mask_arguments, runs_on, stride_arguments, tables_on
+from tilefold.backends.launching import (
+    check_held,
+    mask_arguments,
+    runs_on,
+    stride_arguments,
+    tables_on,
+)
 from tilefold.backends.metal import emulate, families, source
 from tilefold.backends.metal.kernels.arguments import RUNS, arrays, sizes
 from tilefold.backends.metal.plan import Launch, MetalPlan
@@ -124,6 +130,7 @@ class Emulated(Machine):
                     f"{name} must be a NumPy array or a tensor on the CPU, where Metal kernels are"
                     f" emulated, got {shown(array)}"
                 )
+            check_held(name, array)
 
 
 @dataclass(frozen=True, eq=False)

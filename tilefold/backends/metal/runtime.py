@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.launching import check_held
 from tilefold.backends.metal import emulate
 from tilefold.backends.metal.dispatch import Machine, MachineCache
 from tilefold.backends.metal.families import FAMILIES
@@ -61,6 +62,7 @@ class Mps(Machine):
             if getattr(place, "type", None) != self.device.type:
                 where = place if hasattr(place, "type") else f"a {type(array).__name__}"
                 raise TypeError(f"{name} must be a tensor on {self.device}, got {where}")
+            check_held(name, array)
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.launching import check_held
 from tilefold.backends.triton import module
 from tilefold.backends.triton.machine import Machine, MachineCache
 
@@ -64,6 +65,7 @@ class Interpreted(Machine):
             if not getattr(tensor, "is_cpu", False):
                 where = getattr(tensor, "device", f"a {type(tensor).__name__}")
                 raise TypeError(f"{name} must be a tensor on the CPU, got {where}")
+            check_held(name, tensor)
 
     def launched(self, tensors: Sequence[Tensor]) -> None:
         """Do nothing: an interpreted launch has finished when it returns."""

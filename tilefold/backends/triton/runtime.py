@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.launching import check_held
 from tilefold.backends.triton import module
 from tilefold.backends.triton.architectures import ARCHITECTURES
 from tilefold.backends.triton.machine import Machine, MachineCache
@@ -85,6 +86,7 @@ class Gpu(Machine):
                 raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}")
             if place != self.device:
                 raise ValueError(f"{name} must be on {self.device}, got {place}")
+            check_held(name, tensor)
 
     def launched(self, tensors: Sequence[Tensor]) -> None:
         """Keep the memory of tensors until other streams, or graphs, have read them."""
