@@ -6,13 +6,15 @@ program has already imported, so tilefold never imports a framework to find out 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from tilefold.frontends import registry
 from tilefold.implementations import KERNEL, find
 from tilefold.masks.position_rules import Rule
+from tilefold.problems.keywords import refusal, without_unknown
 
 
+@without_unknown
 def attention(
     q: Any,
     k: Any,
@@ -24,6 +26,7 @@ def attention(
     precision: str = "highest",
     return_lse: bool = False,
     impl: str = KERNEL,
+    **unknown: NoReturn,
 ) -> Any:
     """Exact attention: o = softmax(scale * q k^T) v, where `mask` says which keys each query sees.
 
@@ -107,6 +110,8 @@ def attention(
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by
     Milakov and Gimelshein (2018, arXiv:1805.02867).
     """
+    if unknown:
+        raise refusal(attention, unknown)
     frontend = registry.find(q=q, k=k, v=v)
     request = frontend.request_of(mask, scale, layout, precision)
     if impl == KERNEL:
@@ -117,6 +122,7 @@ def attention(
     return (o, lse) if return_lse else o
 
 
+@without_unknown
 def attention_backward(
     do: Any,
     q: Any,
@@ -129,6 +135,7 @@ def attention_backward(
     scale: float | None = None,
     layout: str = "bhnd",
     precision: str = "highest",
+    **unknown: NoReturn,
 ) -> tuple[Any, Any, Any]:
     """The gradients dq, dk and dv of sum(do * attention(q, k, v)) with respect to q, k and v.
 
@@ -162,6 +169,8 @@ def attention_backward(
     The probabilities are computed again from lse, tile by tile (Dao et al., 2022,
     arXiv:2205.14135, Algorithm 4). The results are the same, bit for bit, in every run.
     """
+    if unknown:
+        raise refusal(attention_backward, unknown)
     frontend = registry.find(q=q, k=k, v=v, do=do, o=o, lse=lse)
     request = frontend.request_of(mask, scale, layout, precision)
     gradients: tuple[Any, Any, Any] = frontend.attention_backward(do, q, k, v, o, lse, request)

@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         return _complain(options.command, error, 2)
+    except MemoryError as error:
+        return _complain(options.command, f"too little memory: {error}", 2)
     except KeyboardInterrupt:
         return _complain(options.command, "interrupted", 130)
     return code

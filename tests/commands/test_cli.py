@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,24 @@ def test_run_answers_programs_in_json(files: Path, capsys: Any) -> None:
         ({"q": "pickle.npy"}, [], r"only arrays of numbers are read"),
         ({"q": "objects.npy"}, [], r"only arrays of numbers are read"),
         ({"q": "half.npy"}, [], r"half|float16"),
+        (
+            {"q": "huge.npy"},
+            [],
+            r"huge.npy: its header tells 17592186044416 bytes of elements, and",
+        ),
+        ({"q": "wide.npy"}, [], r"wide.npy: its header tells 63999999936 bytes of elements, and"),
+        ({"q": "minus.npy"}, [], r"minus.npy: its header tells the shape \(-1, -2, 8, 4\)"),
+        (
+            {"q": "huge.npz"},
+            [],
+            r"huge.npz: its header tells 17592186044416 bytes of elements, and",
+        ),
+        ({"q": "bomb.npz"}, [], r"bomb.npz: it holds 8388608 bytes of elements, more than this"),
+        ({"q": "locked.npz"}, [], r"locked.npz: .*'q.npy' is encrypted, password required"),
+        ({"q": "method.npz"}, [], r"method.npz: That compression method is not supported"),
+        ({"q": "text.npz"}, [], r"text.npz: it holds Python objects, or is no array file"),
+        ({"q": "folder.npy"}, [], r"folder.npy: it is no file but a folder, a pipe or a device"),
+        ({"q": "pipe.npy"}, [], r"pipe.npy: it is no file but a folder, a pipe or a device"),
         ({"k": "q.npy"}, [], r"the heads of v must be 4 as in k, got 2"),
         ({"out": "none/o.npy"}, [], r"none: there is no such folder"),
         ({"out": "o.npz:o"}, [], r"a file is written as a whole"),
@@ -168,8 +188,15 @@ def test_run_answers_programs_in_json(files: Path, capsys: Any) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    files: Path, changes: dict[str, str], more: list[str], said: str, capsys: Any
+    files: Path,
+    changes: dict[str, str],
+    more: list[str],
+    said: str,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(array_files, "_memory_bytes", lambda: 2**22)
+    write_traps(files)
     for suffix in ("npy", "npz", "safetensors"):
         (files / f"broken.{suffix}").write_bytes(b"\x93NUMPY but not really")
     (files / "pickle.npy").write_bytes(pickle.dumps(Trap()))
@@ -179,6 +206,36 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert re.search(said, error_of(capsys))
     assert not (files / "sprung").exists()
     assert not (files / "o.npy").exists()
+
+
+def npy(descr: str, shape: tuple[int, ...], data: bytes = b"") -> bytes:
+    """A .npy file that tells this type and shape, whatever data it has."""
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue() + data
+
+
+def write_traps(folder: Path) -> None:
+    """Files that tell more than they hold, unpack to more than there is, or cannot be unpacked."""
+    huge = npy("<f4", (1, 1, 2**40, 4))
+    (folder / "huge.npy").write_bytes(huge)
+    (folder / "wide.npy").write_bytes(npy("|S999999999", (1, 2, 8, 4), bytes(64)))
+    (folder / "minus.npy").write_bytes(npy("<f4", (-1, -2, 8, 4), bytes(256)))
+    (folder / "folder.npy").mkdir()
+    os.mkfifo(folder / "pipe.npy")
+    bomb = npy("<f4", (1, 1, 2**19, 4), bytes(2**23))
+    for name, content in {"huge": huge, "bomb": bomb, "text": b"hello", "locked": huge}.items():
+        with zipfile.ZipFile(folder / f"{name}.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("q.npy" if name != "text" else "q.txt", content)
+    packed = bytearray((folder / "locked.npz").read_bytes())
+    directory = packed.find(b"PK\x01\x02")
+    method = packed.copy()
+    method[directory + 10] = 99
+    (folder / "method.npz").write_bytes(method)
+    packed[6] |= 1  # the flag of encryption, here and in the directory
+    packed[directory + 8] |= 1
+    (folder / "locked.npz").write_bytes(packed)
 
 
 class Trap:
@@ -202,6 +259,32 @@ class Trap:
         (["inspect", "--shape", "1,8,64,64", "--heads-kv", "3"], "heads of q must be a multiple"),
         (["inspect", "--isa", "neon2"], "isa must be one of"),
         (["inspect", "--kernel", "backward"], "--kernel must be one of forward, not 'backward'"),
+        (
+            ["inspect", "--form", "fused"],
+            "--form of --operation forward must be one of auto, interleaved, tiled, decode, not",
+        ),
+        (
+            ["inspect", "--operation", "backward", "--form", "decode"],
+            "--form of --operation backward must be one of auto, fused, split, not 'decode'",
+        ),
+        (
+            ["inspect", "--architecture", "sm_80"],
+            "--architecture goes with --backend triton, not cpu",
+        ),
+        (
+            ["inspect", "--family", "apple7", "--backend", "triton"],
+            "--family goes with --backend metal, not triton",
+        ),
+        (
+            ["tune", "--operation", "forward", "--form", "fused"],
+            "--form fused goes with --operation backward",
+        ),
+        (["run", "--layout", "bnhd"], "--layout is for your own arrays"),
+        (
+            ["run", "--q", "q", "--k", "k", "--v", "v", "--out", "o", "--top", "3"],
+            "--top is for the real text: leave it out with --q",
+        ),
+        (["mask", "local(window=3,window=4)"], "column 16: window is given twice"),
         (["bench", "--seconds", "0"], "--seconds must be more than 0"),
         (["bench", "--device", "cpu"], "--device says where --impl runs"),
         (["bench", "--impl", "kernel", "--sweep"], "--sweep goes with peers"),
@@ -233,6 +316,35 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: Any
         cli.main(arguments)
     assert stop.value.code == 2
     assert "--help" in error_of(capsys)
+
+
+@pytest.mark.feature("T15")
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["maks"], "mask"),
+        (["inspect", "--shpae", "1,2,3,4"], "--shape"),
+        (["mask", "full()", "--len_q=3"], "--len-q"),
+        (["bench", "--dtype", "flaot32"], "float32"),
+        (["run", "--layout", "bndh"], "bnhd"),
+    ],
+)
+def test_a_mistyped_word_is_answered_by_the_nearest(
+    arguments: list[str], near: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert f"; did you mean {near}? (see tilefold" in error_of(capsys)
+
+
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(options: Any) -> int:
+        raise MemoryError("Unable to allocate 16.0 TiB")
+
+    monkeypatch.setattr(run, "main", full)
+    assert cli.main(["run"]) == 2
+    assert error_of(capsys) == "tilefold run: too little memory: Unable to allocate 16.0 TiB\n"
 
 
 def test_a_failed_write_leaves_the_old_file(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

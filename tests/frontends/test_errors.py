@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pydoc
 import re
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +30,11 @@ def backward(**changed: Any) -> Any:
     q = zeros(1, 2, 3, 4)
     fitting = {"do": q, "q": q, "k": q, "v": q, "o": q, "lse": zeros(1, 2, 3)}
     return attention_backward(**{**fitting, **changed})
+
+
+def hidden_later(q: Any, k: Any) -> Any:
+    """A rule's function that nobody made a rule of."""
+    return q >= k
 
 
 class OnGpu:
@@ -175,8 +182,36 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mask is a name": (
         lambda: attention(Q, Q, Q, mask="causal"),  # type: ignore[arg-type]  # the point
         TypeError,
-        "mask must be a rule such as tilefold.causal(), got 'causal'; write"
-        " tilefold.rule(function) or combine tilefold's rules with & | ~",
+        "mask must be a rule such as tilefold.causal(), got 'causal'; make a rule of a string with"
+        " tilefold.masks.parse.parse(string)",
+    ),
+    "mask is True": (
+        lambda: attention(Q, Q, Q, mask=True),  # type: ignore[arg-type]  # the point
+        TypeError,
+        "mask must be a rule such as tilefold.causal(), got True; write tilefold.rule(function) or"
+        " combine tilefold's rules with & | ~",
+    ),
+    "mask is not called": (
+        lambda: attention(Q, Q, Q, mask=causal),  # type: ignore[arg-type]
+        TypeError,
+        "mask must be a rule such as tilefold.causal(), got ADDRESS; call it: causal(...)",
+    ),
+    "mask is a function": (
+        lambda: backward(mask=hidden_later),
+        TypeError,
+        "mask must be a rule such as tilefold.causal(), got ADDRESS; wrap it:"
+        " tilefold.rule(function)",
+    ),
+    "additive mask": (
+        lambda: dense(np.array([[0, -np.inf], [0, 0]], np.float32)),
+        TypeError,
+        "dense: array must be of bool, got float32; use array == 0 if 0 is seen and -inf is hidden"
+        " (an additive mask), and array != 0 if 1 is seen and 0 is hidden",
+    ),
+    "mask of texts": (
+        lambda: dense([["x"]]),
+        TypeError,
+        "dense: array must be of bool, got <U1",
     ),
     "dense mask": (
         lambda: attention(Q, Q, Q, mask=dense(np.ones((5, 4), bool))),
@@ -327,7 +362,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_message(case: str) -> None:
     call, kind, message = CASES[case]
-    with pytest.raises(kind, match=f"^{re.escape(message)}$") as caught:
+    wanted = re.escape(message).replace("ADDRESS", r"<function \w+ at 0x\w+>")
+    with pytest.raises(kind, match=f"^{wanted}$") as caught:
         call()
     assert caught.type is kind
 
@@ -339,3 +375,40 @@ def test_lse_of_another_type_than_statistics_have(dtype: type) -> None:
         TypeError, match=f"^lse must be of float32 where q is float32, got {np.dtype(dtype)}$"
     ):
         backward(lse=np.zeros((1, 2, 3), dtype))
+
+
+NAMES = {
+    "is_causal": "write mask=tilefold.causal(), where the last query meets the last key, or",
+    "attn_mask": "write mask=tilefold.dense(array) for an array of bool where True is seen",
+    "dropout_p": "leave it out: there is no dropout",
+    "softmax_scale": "write scale=",
+    "window_size": "write mask=tilefold.local(n), whose n keys on each side include the",
+    "enable_gqa": "leave it out: heads_q may be any multiple of heads_kv",
+    "score_mod": "write mask=tilefold.rule(lambda b, h, q, k: ...), a comparison of indices;",
+    "layot": "did you mean layout=?",
+    "masks": "did you mean mask=?",
+    "zeta": "its arguments are ",
+}
+
+
+@pytest.mark.feature("A03", "T15")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_another_library_says_what_it_is_here(name: str) -> None:
+    lse = Q[..., 0]
+    for called, call in {
+        "attention": lambda **more: attention(Q, Q, Q, **more),
+        "attention_backward": lambda **more: attention_backward(Q, Q, Q, Q, Q, lse, **more),
+    }.items():
+        said = f"{called} has no argument {name!r}: {NAMES[name]}"
+        with pytest.raises(TypeError, match=f"^{re.escape(said)}") as caught:
+            call(**{name: 0})
+        assert "unknown" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.feature("T12")
+def test_signatures_show_what_may_be_given() -> None:
+    for function in (attention, attention_backward):
+        shown = inspect.signature(function).parameters.values()
+        assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in shown)
+        text = pydoc.render_doc(function)
+        assert "precision: 'str' = 'highest'" in text and "unknown" not in text

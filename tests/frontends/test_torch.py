@@ -342,6 +342,32 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "k must be a strided tensor, got torch.sparse_coo; pass k.to_dense()",
     ),
+    "tensor in a rule": (
+        lambda: tilefold.rule(lambda q, k: torch.arange(9)[q] == k),
+        TypeError,
+        "rule: the function cannot be called with symbols: IndexError: only integers, slices (`:`),"
+        " ellipsis (`...`), None and long or byte Variables are valid indices (got Index); it may"
+        " use integers, + - *, // and % by a constant, abs, comparisons, and & | ~ between"
+        " comparisons; the data of arrays go into documents(), lengths() or dense()",
+    ),
+    "jagged": (
+        lambda: attention(Q, jagged(), Q),
+        TypeError,
+        "k must be a strided tensor, got a nested one: pass k.to_padded_tensor(0.0), with"
+        " mask=tilefold.lengths(k.offsets().diff()) for the lengths of keys",
+    ),
+    "jagged, composed": (
+        lambda: attention(jagged(), Q, Q, impl="composed"),
+        TypeError,
+        "q must be a strided tensor, got a nested one: pass q.to_padded_tensor(0.0), with"
+        " mask=tilefold.lengths(q.offsets().diff()) for the lengths of keys",
+    ),
+    "nested": (
+        lambda: attention(Q, Q, nested()),
+        TypeError,
+        "v must be one tensor, got a nested one: pass v.contiguous().to_padded_tensor(0.0), with"
+        " mask=tilefold.lengths(n) for the lengths n of keys",
+    ),
     "another device": (
         lambda: check(q=Q, k=OnGpu()),  # type: ignore[arg-type]  # no GPU here
         ValueError,
@@ -377,13 +403,38 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
+def jagged() -> Tensor:
+    """Two sequences, of 3 and of 5."""
+    parts = [torch.arange(float(length * 8)).reshape(length, 2, 4) for length in (3, 5)]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+
+
+def nested() -> Tensor:
+    parts = [torch.ones(2, length, 4) for length in (3, 5)]
+    return torch.nested.nested_tensor(parts, layout=torch.strided)
+
+
 class OnGpu:
     device = torch.device("cuda:0")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*nested tensors? .*prototype:UserWarning")
 @pytest.mark.feature("T15")
 @pytest.mark.parametrize("case", ERRORS)
 def test_message(case: str) -> None:
     call, kind, message = ERRORS[case]
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         call()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_the_advice_on_nested_tensors_works() -> None:
+    given = jagged()
+    padded, lengths = given.to_padded_tensor(0.0), given.offsets().diff()
+    o = attention(padded, padded, padded, mask=tilefold.lengths(lengths))
+    for number, part in enumerate(given.unbind()):
+        alone = part[None]
+        want = attention(alone, alone, alone)[0]
+        torch.testing.assert_close(o[number, :, : part.shape[1]], want)
+    assert nested().contiguous().to_padded_tensor(0.0).shape == (2, 2, 5, 4)

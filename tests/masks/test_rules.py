@@ -557,7 +557,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: dense([[0, 1]]),
         TypeError,
-        "dense: array must be of bool, got int64; use array != 0",
+        "dense: array must be of bool, got int64; use array == 0 if 0 is seen and",
     ),
     (
         lambda: dense(np.ones((1,) * 5, bool)),
@@ -581,7 +581,11 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "the parameters of a function must be any of b, h, q, k; got '*indices'",
     ),
     (lambda: rule(lambda q, k: q - k), TypeError, "a rule must be True or False, got Binary"),
-    (lambda: rule(lambda q, k: None), TypeError, "a rule must be True or False, got NoneType"),
+    (
+        lambda: rule(lambda q, k: None),
+        TypeError,
+        "rule: the function returned None, no comparison; is `return` missing?",
+    ),
     (lambda: rule(lambda q, k: 0 <= q - k < 4), TypeError, "chained comparisons cannot be traced"),
     (lambda: rule(lambda q, k: q > k and q < 9), TypeError, "cannot be traced: write & | ~"),
     (lambda: rule(lambda q, k: max(q, k) < 9), TypeError, "cannot be traced: write & | ~"),
@@ -598,7 +602,30 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: rule(lambda q, k: q / 2 < k),
         TypeError,
-        "unsupported operand",
+        "`q / 2`: a rule computes with integers; write //, which rounds down",
+    ),
+    (lambda: rule(lambda q, k: 1 / (q + k) < 1), TypeError, "`1 / (q + k)`: a rule computes with"),
+    (
+        lambda: rule(lambda q, k: q & 3 == k),
+        TypeError,
+        "rule: the function cannot be called with symbols: TypeError: unsupported operand type(s)"
+        " for &",
+    ),
+    (
+        lambda: rule(lambda q, k: {0: 1}[q] == k),
+        TypeError,
+        "the data of arrays go into documents(), lengths() or dense()",
+    ),
+    (
+        lambda: rule(lambda q, k: q.float() < k),
+        TypeError,
+        "rule: the function cannot be called with symbols: AttributeError: 'Index' object has no",
+    ),
+    (
+        lambda: rule(causal),
+        TypeError,
+        "rule: the function returned the rule causal(), no comparison; join rules with & | ~"
+        " outside of rule()",
     ),
     (
         lambda: rule(lambda q, k: q * 0.5 < k),

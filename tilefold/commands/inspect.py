@@ -28,6 +28,12 @@ from tilefold.masks import parse
 from tilefold.planning import roofline
 from tilefold.planning.plan import OPERATIONS
 
+FORMS = {
+    "forward": ("auto", "interleaved", "tiled", "decode"),
+    "backward": ("auto", "fused", "split"),
+}
+"""The forms of each operation on the CPU. The backends of GPUs check theirs themselves."""
+
 
 def register(commands: Any) -> None:
     """Add the command and its options."""
@@ -55,9 +61,8 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--architecture",
         choices=tuple(triton.ARCHITECTURES),
-        default="sm_90",
         help="the GPU that a Triton kernel is written for: sm_80 is an A100, sm_90 an H100 or H200,"
-        " sm_100 a B200, gfx942 an MI300",
+        " which is the default, sm_100 a B200, gfx942 an MI300",
     )
     parser.add_argument(
         "--family",
@@ -74,11 +79,20 @@ def register(commands: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Show the plan or the kernel that the options ask for."""
+    for option, backend in (("architecture", "triton"), ("family", "metal")):
+        if getattr(options, option) and options.backend != backend:
+            raise ValueError(f"--{option} goes with --backend {backend}, not {options.backend}")
     mask = parse.parse(options.mask)
     problem = specification.problem(options, options.shape, mask, options.dtype)
     if options.backend != "cpu":
         print(kernel_source.source(options, problem), end="")
         return 0
+    if options.form not in FORMS[options.operation]:
+        allowed = ", ".join(FORMS[options.operation])
+        raise ValueError(
+            f"--form of --operation {options.operation} must be one of {allowed}, not"
+            f" {options.form!r}"
+        )
     device = host().lowered(options.isa) if options.isa else host()
     start = time.perf_counter()
     made = plan.plan(problem, device, options.operation, options.form)

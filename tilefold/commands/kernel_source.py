@@ -33,7 +33,7 @@ def named(launches: Mapping[str, Any], name: str | None) -> str:
 
 def source(options: argparse.Namespace, problem: Problem) -> str:
     """The source of a GPU kernel for contiguous arrays. Raises ValueError."""
-    for option in ("isa", "asm", "json"):
+    for option in ("isa", "asm", "json"):  # --text says what is shown anyway
         if getattr(options, option):
             raise ValueError(
                 f"--{option} goes with --backend cpu: a GPU kernel is shown as source only"
@@ -96,10 +96,11 @@ def _visits(launch: Launch) -> list[str]:
 
 
 def _triton(options: argparse.Namespace, problem: Problem) -> str:
-    made = triton.plan(problem, options.architecture, options.operation, form=options.form)
+    architecture = options.architecture or "sm_90"
+    made = triton.plan(problem, architecture, options.operation, form=options.form)
     launches = {launch.spec.kernel: launch for launch in made.launches}
     launch = launches[named(launches, options.kernel)]
-    spec, device = launch.spec, triton.ARCHITECTURES[options.architecture]
+    spec, device = launch.spec, triton.ARCHITECTURES[architecture]
     facts = [
         f"{spec.entry}: {spec.dtype}, dim {spec.dim}, dim_v {spec.dim_v}, for {device.name}"
         f" ({device.chips}).",

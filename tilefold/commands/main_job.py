@@ -90,15 +90,16 @@ def dense(dtype: str) -> minilm.Attention:
 def add_options(group: Any) -> None:
     """Add the options of the main job."""
     group.add_argument("question", nargs="?", help=f"default: {QUESTION!r}")
-    group.add_argument("--top", type=int, default=5, help="paragraphs to show (default 5)")
+    group.add_argument("--top", type=int, help="paragraphs to show (default 5)")
     group.add_argument("--paragraphs", type=int, help="encode only this many")
-    group.add_argument("--picture", default="out/mask.svg", help="default: out/mask.svg")
+    group.add_argument("--picture", help="default: out/mask.svg")
 
 
 def main(options: argparse.Namespace) -> int:
     """Run the job, show it, and fail if the embeddings disagree."""
-    if options.top < 1:
-        raise ValueError(f"--top must be at least 1, not {options.top}")
+    top = 5 if options.top is None else options.top
+    if top < 1:
+        raise ValueError(f"--top must be at least 1, not {top}")
     if options.paragraphs is not None and options.paragraphs < 1:
         raise ValueError(f"--paragraphs must be at least 1, not {options.paragraphs}")
     question = QUESTION if options.question is None else options.question
@@ -119,13 +120,13 @@ def main(options: argparse.Namespace) -> int:
 
     asked = model.tokenize(question)
     similarity = embeddings @ model.embed([asked], attention)[0]
-    nearest = np.argsort(-similarity)[: options.top]
+    nearest = np.argsort(-similarity)[:top]
     report.answers(question, [(float(similarity[i]), topics[i], texts[i]) for i in nearest])
 
     chosen = [int(i) for i in np.linspace(0, len(texts) - 1, min(CHECKED, len(texts)))]
     agreed = report.agreement(_agree(folder, model, [*(tokens[i] for i in chosen), asked]))
     report.benchmark(_benchmark())
-    report.picture(options.picture)
+    report.picture(options.picture or "out/mask.svg")
     report.close()
     if not agreed:
         raise terminal.Failure("the embeddings disagree with the dense float64 reference")

@@ -37,7 +37,7 @@ def register(commands: Any) -> None:
     own.add_argument("--out", metavar="FILE", help="the file that o is written to")
     own.add_argument("--lse", metavar="FILE", help="the file for the log-sum-exp (default: none)")
     own.add_argument("--mask", metavar="RULE", help='such as "causal() & local(256)"')
-    own.add_argument("--layout", choices=tuple(LAYOUTS), default="bhnd", help="order of the axes")
+    own.add_argument("--layout", choices=tuple(LAYOUTS), help="order of the axes (default: bhnd)")
     own.add_argument("--scale", type=float, help="default: 1 / sqrt(dim)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -47,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
     places = {name: getattr(options, name) for name in ("q", "k", "v", "out")}
     given = [name for name, place in places.items() if place is not None]
     if not given:
-        for name in ("lse", "mask", "scale"):
+        for name in ("lse", "mask", "layout", "scale"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} is for your own arrays: give --q, --k, --v, --out too")
         return main_job.main(options)
@@ -55,6 +55,9 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--{given[0]} asks for {', '.join(missing)} too")
     if options.question is not None:
         raise ValueError(f"a question ({options.question!r}) and --q do not go together")
+    for name in ("top", "paragraphs", "picture"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for the real text: leave it out with --q")
     _own_arrays(options)
     return 0
 
@@ -64,7 +67,7 @@ def _own_arrays(options: argparse.Namespace) -> None:
     q, k, v = (array_files.load(getattr(options, name), name) for name in "qkv")
     start = time.perf_counter()
     o, lse = api.attention(
-        q, k, v, mask=mask, scale=options.scale, layout=options.layout, return_lse=True
+        q, k, v, mask=mask, scale=options.scale, layout=options.layout or "bhnd", return_lse=True
     )
     seconds = time.perf_counter() - start
     array_files.save(options.out, {"o": o})

@@ -7,6 +7,7 @@ be piped. Without a terminal nothing moves and nothing is coloured.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 import textwrap
@@ -45,11 +46,35 @@ class Failure(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports bad usage in one line on the standard error, with exit code 2."""
+    """A parser that reports bad usage in one line on the standard error, with exit code 2.
+
+    It names the nearest option, command or choice where a word is mistyped.
+    """
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser.error`."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """See `argparse.ArgumentParser.parse_known_args`; unknown arguments are errors."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            hint = _nearest(rest[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = _nearest(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{hint}") from None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The question that names the nearest of the known words; nothing if none is near."""
+    near = difflib.get_close_matches(word, [*known], 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def out() -> Console:

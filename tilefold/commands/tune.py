@@ -65,6 +65,8 @@ def main(options: argparse.Namespace) -> int:
     on_gpu = options.device == "cuda"
     if on_gpu and options.threads is not None:
         raise ValueError("--threads goes with --device cpu")
+    if options.form != "auto" and "backward" not in options.operation:
+        raise ValueError(f"--form {options.form} goes with --operation backward")
     if options.forget:
         return _forget(GPU_STORE if on_gpu else STORE, options.json)
     if options.seconds is None:

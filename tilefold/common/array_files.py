@@ -10,14 +10,17 @@ without a type name, and this module reads such items as bfloat16.
 from __future__ import annotations
 
 import io
+import math
+import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.common.check import shorten
 from tilefold.common.files import write_atomically
 
 Array = NDArray[Any]
@@ -46,18 +49,25 @@ def load(place: str, default: str) -> Array:
     Raises FileNotFoundError, ModuleNotFoundError or ValueError, whose message names the place.
     """
     path, name = _split(place)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: it is no file but a folder, a pipe or a device")
     try:
         if path.suffix == ".npy":
-            return _typed(_no_name(name, place, np.load(path, allow_pickle=False)))
+            with path.open("rb") as file:
+                return _typed(_no_name(name, place, _read(file, path.stat().st_size)))
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return _typed(archive[_pick(archive.files, name, default, place)])
+            with zipfile.ZipFile(path) as archive:
+                return _typed(_load_member(archive, name, default, place))
         return _load_safetensors(path, name, default, place)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such file") from None
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        text = " ".join(str(error).split())
-        if "pickle" in text or "Object arrays" in text:
+    except (ModuleNotFoundError, PermissionError):
+        raise
+    except MemoryError as error:
+        raise ValueError(f"{path}: too little memory for it: {error}") from None
+    except Exception as error:  # of the formats and of the compressions, which have their own
+        text = shorten(str(error), 200) or type(error).__name__
+        if any(word in text for word in ("pickle", "Object arrays", "magic string")):
             text = "it holds Python objects, or is no array file; only arrays of numbers are read"
         raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
@@ -82,6 +92,43 @@ def save(place: str, arrays: Mapping[str, Array]) -> None:
     else:
         content.write(_safetensors().numpy.save(dict(arrays)))
     write_atomically(path, content.getvalue())
+
+
+def _read(stream: IO[bytes], size: int) -> Array:
+    """The array of a .npy stream of `size` bytes. The size that its header tells is checked first.
+
+    Otherwise a header of a hundred bytes could ask for any amount of memory.
+    """
+    version = np.lib.format.read_magic(stream)
+    read: Any = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its header tells the shape {shape}")
+    told, left = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if not dtype.hasobject and told > left:
+        raise ValueError(f"its header tells {told} bytes of elements, and the file holds {left}")
+    if told > _memory_bytes():
+        raise ValueError(f"it holds {told} bytes of elements, more than this machine's memory")
+    stream.seek(0)
+    array: Array = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
+
+
+def _memory_bytes() -> float:
+    """The memory of this machine, as far as the system tells it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _load_member(archive: zipfile.ZipFile, name: str | None, default: str, place: str) -> Array:
+    members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+    member = members[_pick(members, name, default, place)]
+    with archive.open(member.filename) as stream:
+        return _read(stream, member.file_size)
 
 
 def _typed(array: Array) -> Array:
@@ -114,13 +161,7 @@ def _pick(names: Iterable[str], name: str | None, default: str, place: str) -> s
 
 
 def _load_safetensors(path: Path, name: str | None, default: str, place: str) -> Array:
-    library = _safetensors()
-    try:
-        tensors = dict(library.deserialize(path.read_bytes()))
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # the library's own exception type derives from Exception alone
-        raise ValueError(str(error)) from None
+    tensors = dict(_safetensors().deserialize(path.read_bytes()))
     wanted = _pick(tensors, name, default, place)
     kind, shape = tensors[wanted]["dtype"], tensors[wanted]["shape"]
     if kind not in _SAFETENSORS_TYPES:

@@ -48,7 +48,12 @@ def _run(
                 arrays.check_held(name, tensor)
     if bits % _WIDEST and q.is_cpu:  # a tensor whose items are misaligned is copied
         given = tuple([x if x.data_ptr() % x.itemsize == 0 else x.clone() for x in given])
-    return calls.run(machine_of(q), arrays, operation, given, request)
+    try:
+        return calls.run(machine_of(q), arrays, operation, given, request)
+    except RuntimeError:  # nested tensors have no shape
+        for name, tensor in zip(GIVEN[operation], given, strict=True):
+            arrays.check_dense(name, tensor)
+        raise
 
 
 _LOWEST = 2**36

@@ -232,10 +232,6 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Problem:
     for name, tensor in names.items():
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on {q.device} as q is, got {tensor.device}")
-        if tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must be a strided tensor, got {tensor.layout}; pass {name}.to_dense()"
-            )
         arrays.check_held(name, tensor)
     dtype = common_dtype({name: str(x.dtype).removeprefix("torch.") for name, x in names.items()})
     shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)

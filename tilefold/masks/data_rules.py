@@ -261,7 +261,12 @@ def dense(array: Any) -> Rule:
     """
     given = as_array("dense: array", array)
     if given.dtype != np.bool_:
-        raise TypeError(f"dense: array must be of bool, got {given.dtype}; use array != 0")
+        hint = (
+            "; use array == 0 if 0 is seen and -inf is hidden (an additive mask), and array != 0 if"
+            " 1 is seen and 0 is hidden"
+        )
+        numbers = given.dtype.kind in "iufc" or given.dtype.name == "bfloat16"
+        raise TypeError(f"dense: array must be of bool, got {given.dtype}{hint if numbers else ''}")
     if given.ndim > 4:
         raise ValueError(
             "dense: array must broadcast to (batch, heads, len_q, len_k), "

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from tilefold.common.check import shown
 from tilefold.masks.tables import AnyTable
 
 INDEX_NAMES = ("b", "h", "q", "k")
@@ -47,6 +48,12 @@ def _valueless(node: Expression) -> TypeError:
     )
 
 
+def _fraction(left: Any, right: Any) -> TypeError:
+    return TypeError(
+        f"`{left} / {right}`: a rule computes with integers; write //, which rounds down"
+    )
+
+
 class Integer(Expression):
     """An integer that depends on the indices."""
 
@@ -73,6 +80,12 @@ class Integer(Expression):
 
     def __rfloordiv__(self, other: Any) -> Integer:
         return _binary("//", other, _divisor("//", self))
+
+    def __truediv__(self, other: Any) -> NoReturn:
+        raise _fraction(self, other)
+
+    def __rtruediv__(self, other: Any) -> NoReturn:
+        raise _fraction(other, self)
 
     def __mod__(self, other: Any) -> Integer:
         return _binary("%", self, _divisor("%", other))
@@ -282,7 +295,7 @@ def as_integer(value: Any) -> Integer:
     if isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_)):
         return Constant(int(value))
     raise TypeError(
-        f"a rule computes with integers and indices, not with {type(value).__name__} {value!r}"
+        f"a rule computes with integers and indices, not with {type(value).__name__} {shown(value)}"
     )
 
 

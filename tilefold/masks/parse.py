@@ -138,6 +138,8 @@ class _Walk:
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise self._wrong(keyword, "** is not known here")
+            if keyword.arg in named:
+                raise self._wrong(keyword, f"{keyword.arg} is given twice")
             named[keyword.arg] = value(keyword.value)
         signature = inspect.signature(maker)
         taken = [
@@ -181,6 +183,9 @@ class _Walk:
         plain = ast.arguments([], node.args.args, None, [], [], None, [])
         if ast.dump(plain) != ast.dump(node.args) or not set(names) <= set(INDEX_NAMES):
             raise self._wrong(node, "the parameters of a lambda must be any of b, h, q, k")
+
+        if len(set(names)) < len(names):
+            raise self._wrong(node, "a parameter of the lambda stands twice")
 
         def build(**indices: Index) -> Any:
             return self._number(node.body, indices)

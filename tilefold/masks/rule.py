@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.common.check import shown, whole
+from tilefold.common.check import shorten, shown, whole
 from tilefold.masks.evaluate import exact, index_bits
 from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, Logic, as_boolean, names
 from tilefold.masks.rewrite import shift
@@ -327,9 +327,35 @@ def rule(function: Callable[..., Any]) -> Rule:
             taken[parameter.name] = Index(parameter.name)
         elif parameter.default is parameter.empty:
             raise TypeError(f"{allowed}; got {str(parameter)!r}")
-    traced = Traced(as_boolean(function(**taken)), tuple(taken))
+    traced = Traced(as_boolean(_called(function, taken)), tuple(taken))
     try:
         hash(traced)
     except RecursionError:
         raise ValueError("rule: the function builds an expression nested too deeply") from None
     return traced
+
+
+def _called(function: Callable[..., Any], indices: dict[str, Index]) -> Any:
+    """The function's value for symbols. Raises TypeError where it does what symbols cannot."""
+    try:
+        made = function(**indices)
+    except (TypeError, AttributeError, LookupError) as error:
+        last = error.__traceback__
+        while last and last.tb_next:
+            last = last.tb_next
+        if last and last.tb_frame.f_globals.get("__name__", "").startswith("tilefold."):
+            raise  # an operator of the symbols has said what is wrong
+        raise TypeError(
+            "rule: the function cannot be called with symbols:"
+            f" {type(error).__name__}: {shorten(str(error), 120)}; it may use integers, + - *, //"
+            " and % by a constant, abs, comparisons, and & | ~ between comparisons; the data of"
+            " arrays go into documents(), lengths() or dense()"
+        ) from error
+    if made is None:
+        raise TypeError("rule: the function returned None, no comparison; is `return` missing?")
+    if isinstance(made, Rule):
+        raise TypeError(
+            f"rule: the function returned the rule {shown(made)}, no comparison; join rules with"
+            " & | ~ outside of rule()"
+        )
+    return made

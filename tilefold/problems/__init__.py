@@ -1,6 +1,7 @@
 """The question without the way to its answer: shapes, types, scale and mask.
 
 request    the options of a call: mask, scale, layout, precision
+keywords   what arguments of other libraries are called here
 attention  one call without its arrays; all checks of shapes
 matmul     products of matrices and softmax of rows; all checks of their shapes
 buffer     where elements lie, without the framework that owns them

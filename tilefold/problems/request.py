@@ -107,6 +107,13 @@ def as_rule(mask: Any) -> Rule:
     hint = "write tilefold.rule(function) or combine tilefold's rules with & | ~"
     if hasattr(mask, "shape") or isinstance(mask, (list, tuple)):
         hint = "wrap an array of bool as tilefold.dense(array)"
+    elif isinstance(mask, str):
+        hint = "make a rule of a string with tilefold.masks.parse.parse(string)"
+    elif callable(mask):
+        from tilefold.masks.parse import RULES
+
+        made = RULES.get(getattr(mask, "__name__", "")) is mask
+        hint = f"call it: {mask.__name__}(...)" if made else "wrap it: tilefold.rule(function)"
     raise TypeError(f"mask must be a rule such as tilefold.causal(), got {shown(mask)}; {hint}")
 
 

@@ -50,6 +50,22 @@ def check_place(name: str, tensor: Tensor, device: torch.device) -> None:
             f"{name} is on {tensor.device} and others are on {device}: pass"
             f" {name}.to({str(device)!r}), or the others on {tensor.device}"
         )
+    check_dense(name, tensor)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a nested or a sparse tensor."""
+    if tensor.layout is torch.jagged:
+        raise TypeError(
+            f"{name} must be a strided tensor, got a nested one: pass {name}.to_padded_tensor(0.0),"
+            f" with mask=tilefold.lengths({name}.offsets().diff()) for the lengths of keys"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must be one tensor, got a nested one: pass"
+            f" {name}.contiguous().to_padded_tensor(0.0), with mask=tilefold.lengths(n) for the"
+            " lengths n of keys"
+        )
     if tensor.layout is not torch.strided:
         raise TypeError(
             f"{name} must be a strided tensor, got {tensor.layout}; pass {name}.to_dense()"
@@ -61,6 +77,7 @@ def check_held(name: str, tensor: Tensor) -> None:
 
     FSDP frees parameters so: it resizes their storages to 0, and the tensors keep their shapes.
     """
+    check_dense(name, tensor)
     held = tensor.untyped_storage().nbytes()
     needed = tensor.nbytes + tensor.storage_offset() * tensor.itemsize
     if held >= needed and tensor.is_contiguous():
