@@ -30,7 +30,6 @@ RULES = [
     tilefold.causal("start") & tilefold.local(3),
     ~tilefold.documents([0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0]) | tilefold.prefix(2),
     tilefold.dense(np.tril(np.ones((7, 5), bool))),
-    tilefold.lengths([3, 5]),
     (tilefold.causal(lengths=[3, 5]) & tilefold.lengths([2, 5], side="left"))
     | tilefold.documents([0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 2, 2], causal=True),
     tilefold.rule(lambda h, q, k: (q + k + h) % 3 != 0),
