@@ -50,8 +50,13 @@ class _Placed(Rule):
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
         """Raises ValueError unless the coordinates fit the sizes."""
-        self.coordinates.check_batch(repr(self), batch)
+        if self.coordinates.lengths is not None:
+            self.coordinates.check_batch(repr(self), batch)
         super().check(batch, heads, len_q, len_k)
+
+
+_END = Coordinates()
+"""One dimension, in which the last query meets the last key."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +67,8 @@ class Causal(_Placed):
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
         """True if the key's coordinate is no later than the query's."""
+        if len_q == 1 and self.coordinates == _END:
+            return Truth(True)  # the last query sees all, so decoding needs no mask in its kernel
         self.coordinates.check(repr(self), len_q, len_k)
         order_q, order_k = self.coordinates.order(len_q, len_k)
         return order_q >= order_k

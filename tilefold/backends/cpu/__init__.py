@@ -14,6 +14,7 @@ splits    how the keys of few queries are split
 choice    a chooser: what multiplies in a kernel, and in which blocks
 launches  one kernel of a plan, with its work items
 plan      problem and device to kernels, work items and runs
+growth    the plan of one more key, made from the plan before
 dispatch  a plan made ready for arrays, and run
 calls     the processor as a machine
 peak      what the processor reaches at most, measured

@@ -18,6 +18,7 @@ import numpy as np
 from tilefold.backends import protocols
 from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.growth import grown
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
 from tilefold.backends.cpu.kernels.arguments import WORK
 from tilefold.backends.cpu.launches import Launch
@@ -110,7 +111,7 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
         0 < abs(strides[name][1]) < abs(strides[name][2]) for name in ("k", "v")
     )
     form = "interleaved" if heads_interleaved else "auto"
-    return prepare(plan(problem, device, operation, form), strides)
+    return prepare(grown(problem, device, form), strides)
 
 
 def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:

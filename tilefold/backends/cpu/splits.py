@@ -72,16 +72,17 @@ class KeySplitter:
 
         A split is of `heads_per_item` heads, which has no influence where `cores` have none.
         """
-        met, tile = visited.met, self.heuristics.decode_tile
+        met = visited.met
         if self.cores is None:
-            least_keys = self.heuristics.fixed_split_seconds / self.key_seconds
-            splits = np.clip(met / least_keys, 1, self.heuristics.most_fixed_splits).astype(
-                np.int64
-            )
-            keys = -(-met // splits)
-            whole: NDArray[np.int64] = np.maximum(1, -(-keys // tile)) * tile
-            return whole
+            return np.array([self.fixed_keys(keys) for keys in met.tolist()], np.int64)
         return self._for_cores(met, heads_per_item, self.cores)
+
+    def fixed_keys(self, met: int) -> int:
+        """Keys that a split visits where its head visits `met` of them, whatever the machine."""
+        costs = self.heuristics
+        splits = int(met * self.key_seconds / costs.fixed_split_seconds)
+        keys = -(-met // max(1, min(splits, costs.most_fixed_splits)))
+        return max(1, -(-keys // costs.decode_tile)) * costs.decode_tile
 
     def _for_cores(self, met: NDArray[np.int64], heads_per_item: int, cores: int) -> int:
         """A few splits for each core, none small."""
