@@ -37,8 +37,8 @@ class Golden(NamedTuple):
 
 
 def problem(dtype: str, dim: int, mask: str, form: str, heads_kv: int = 4) -> Problem:
-    """A problem of long sequences, or of one query for the form "decode"."""
-    queries = 1 if form == "decode" else 1000
+    """A problem of long sequences, or of two queries for the form "decode"."""
+    queries = 2 if form == "decode" else 1000
     shapes = (1, 4, queries, dim), (1, heads_kv, 1000, dim)
     return Problem.of(*shapes, dtype=dtype, mask=parse(mask))
 

@@ -69,6 +69,8 @@ def _but_keys(problem: Problem) -> tuple[object, ...]:
 
 def _of_other_keys(made: CpuPlan, problem: Problem) -> CpuPlan | None:
     """The plan with this problem's keys; None where they are split into more or fewer parts."""
+    if made.problem == problem:
+        return made
     (launch,) = made.launches
     splitter = KeySplitter(problem, None, launch.spec.lanes)
     keys = splitter.fixed_keys(problem.len_k)
