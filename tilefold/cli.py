@@ -20,7 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except Failure as failure:
         return _complain(options.command, failure, 1)
-    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        NotImplementedError,
+        OSError,
+        ImportError,
+    ) as error:
         if isinstance(error, BrokenPipeError):
             # The reader has closed the pipe, as `head` does; Python would complain again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

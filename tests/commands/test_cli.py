@@ -253,6 +253,7 @@ class Trap:
         (["run", "--top", "0"], "--top must be at least 1, not 0"),
         (["run", "--paragraphs", "0"], "--paragraphs must be at least 1, not 0"),
         (["mask", "cusal()"], "unknown rule cusal; use full, causal,"),
+        (["mask", "rule(lambda q, k: q * 2305843009213693952 > k)"], "at most 64 bits are allowed"),
         (["mask", "causal()", "--len-q", "0"], "len_q must be an integer >= 1, got 0"),
         (["mask", "causal()", "--save", "m.gif"], "must end in .svg or .png"),
         (["inspect", "--shape", "1,2,3"], "a shape is four integers"),

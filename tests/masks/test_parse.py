@@ -156,7 +156,12 @@ ARITHMETIC = (
         ("causal(\x00)", "column 1: "),
         ("~" * 1000 + "causal()", "column 1: nested more than 150 deep"),
         ("~" * 100000 + "causal()", "column 1: nested more than 150 deep"),
-        (" | ".join(["causal()"] * 1000), "column 1: nested more than 150 deep"),
+        ("(" * 80 + "causal()" + "& local(3) | prefix(1))" * 80, "nested more than 150 deep"),
+        ("rule(lambda q, k: q * 99999999999999999999 > k)", "column 19: a rule computes with"),
+        ("(x0 := causal(), local(3), ~x0)[-1]", "column 18: expected a name and :=, got `l"),
+        ("(x0 := causal(), x1)[-1]", "column 18: expected a rule, got `x1`"),
+        ("(x0 := causal(), x0)[0]", "column 1: expected a rule, got `(x0 := causal(), x0)[0]`"),
+        ("causal() & rule(lambda q, k: (q, x0 >= k)[-1])", "column 31: expected a name and :="),
         ("(" * 1000 + "causal()" + ")" * 1000, "too many nested parentheses"),
         ("local(" + "9" * 10000 + ")", "column 1: "),
         ("", "a mask string is empty; write a rule, for example \"causal()\""),
@@ -190,5 +195,7 @@ def test_any_other_string_raises_a_value_error(text: str) -> None:
 def test_a_long_chain_that_is_allowed_works() -> None:
     made = parse(" | ".join(f"rule(lambda k: k == {sink})" for sink in range(0, 300, 3)))
     assert made.to_dense(1, 9).astype(int).tolist() == [[1, 0, 0, 1, 0, 0, 1, 0, 0]]
+    longer = parse(" | ".join(f"local({size})" for size in range(1, 400)))
+    assert parse(repr(longer)) == longer
     nested = parse("~" * 140 + "causal()")
     assert (nested.to_dense(3, 3) == causal().to_dense(3, 3)).all()

@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from copy import copy, deepcopy
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -21,6 +22,7 @@ from paths import DATA
 
 from tilefold import causal, chunked, dense, documents, full, lengths, local, prefix, rule
 from tilefold.masks.position_rules import Rule
+from tilefold.masks.tables import Table
 from tilefold.problems.attention import Problem
 
 GOLDEN = json.loads((DATA / "masks.json").read_text(encoding="utf-8"))
@@ -268,9 +270,37 @@ def test_a_rule_keeps_its_data_whatever_happens_to_the_array() -> None:
     ids[:], n_k[:], array[:] = 7, 0, False
     np.testing.assert_array_equal(made.to_dense(3, 3, batch=1), before)
     assert hash(made) == mark
-    table = documents(np.zeros(3, np.int32)).ids_q.array  # type: ignore[attr-defined]  # of Documents
-    with pytest.raises(ValueError, match="read-only"):
-        table[0] = 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: documents([1, 2, 3]),
+        lambda: documents([[1, 2, 3]], [4, 5, 6]),
+        lambda: lengths([1, 2]),
+        lambda: dense(np.eye(3, dtype=bool)),
+    ],
+    ids=["documents", "documents-of-batch", "lengths", "dense"],
+)
+@pytest.mark.parametrize(
+    "copied",
+    [lambda made: made, lambda made: pickle.loads(pickle.dumps(made)), deepcopy, copy],
+    ids=["made", "pickle", "deepcopy", "copy"],
+)
+def test_nobody_can_write_to_the_data_of_a_rule(
+    make: Callable[[], Rule], copied: Callable[[Rule], Rule]
+) -> None:
+    """Not even after `setflags(write=True)`: the hash of the data is computed once."""
+    made = copied(make())
+    assert made == make()
+    tables = [table for table in vars(made).values() if isinstance(table, Table)]
+    assert tables
+    for table in tables:
+        for array in (table.array, table.array.reshape(-1), table.array.T):
+            with pytest.raises(ValueError, match="read-only"):
+                array[...] = 0
+            with pytest.raises(ValueError, match="cannot set WRITEABLE flag"):
+                array.setflags(write=True)
 
 
 class Exporter:
@@ -642,7 +672,11 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         TypeError,
         "has no value while a rule is traced, so it cannot index an array; use documents()",
     ),
-    (lambda: rule(lambda q, k: deep(q) == k), ValueError, "nested too deeply"),
+    (
+        lambda: rule(lambda q, k: q * 2**63 > k),
+        OverflowError,
+        "a rule computes with numbers of 64 bits, got one of 65 bits",
+    ),
     (lambda: causal().to_dense(-1, 3), ValueError, "len_q must be an integer >= 0, got -1"),
     (lambda: causal().to_dense(3, 2.5), TypeError, "len_k must be an integer >= 0, got 2.5"),
     (lambda: causal().blocks(8, 8, 0, 4), ValueError, "block_q must be an integer >= 1, got 0"),
@@ -698,12 +732,6 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "at most 64 bits are allowed",
     ),
 ]
-
-
-def deep(index: Any) -> Any:
-    for _ in range(5000):
-        index = index + 1
-    return index
 
 
 @pytest.mark.feature("T15")

@@ -151,6 +151,40 @@ def random_rule(draw: random.Random, sizes: Sizes, depth: int = 2) -> Rule:
     return left & right if kind == 3 else left | right
 
 
+def random_graph(draw: random.Random, steps: int = 16) -> Callable[..., Any]:
+    """A random truth over b, h, q, k whose parts are shared; it takes symbols and integers.
+
+    Each step computes with what the steps before it made, so parts occur many times.
+    """
+    plan = [
+        (draw.randrange(9), draw.random(), draw.random(), draw.randint(2, 7)) for _ in range(steps)
+    ]
+
+    def graph(b: Any, h: Any, q: Any, k: Any) -> Any:
+        numbers, truths = [b, h, q, k, q - k], [q >= k]
+        for kind, first, second, n in plan:
+            x, y = (numbers[-1 - int(at**2 * len(numbers))] for at in (first, second))
+            s, t = (truths[-1 - int(at**2 * len(truths))] for at in (first, second))
+            match kind:
+                case 0 | 1:
+                    numbers.append(x + y)
+                case 2:
+                    numbers.append(x - y * n)
+                case 3:
+                    numbers.append(x * (y % n))
+                case 4:
+                    numbers.append(x // n if first < second else abs(x) % (n + 4))
+                case 5 | 6:
+                    truths.append(x % (3 * n) < y % (4 * n) if first < second else x != y)
+                case 7:
+                    truths.append(s & (t | (x > y)))
+                case _:
+                    truths.append((not s if isinstance(s, bool) else ~s) | (x % n == 1))
+        return truths[-1] | ((numbers[-1] - numbers[-2]) % 5 == 0)
+
+    return graph
+
+
 def _random_leaf(draw: random.Random, sizes: Sizes) -> Rule:
     longest = max(sizes.len_q, sizes.len_k)
     place = draw.choice(

@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pytest
-from cases import RULES, Sizes, random_rule
+from cases import RULES, Sizes, random_graph, random_rule
 from interpreted import needs
 from numpy.typing import NDArray
 
@@ -44,10 +46,21 @@ def chain() -> Rule:
     return found
 
 
+def graphs() -> Rule:
+    """Three functions, one for each head, whose parts are shared many times."""
+    made = [random_graph(random.Random(seed)) for seed in (3, 5, 8)]
+    return rule(
+        lambda b, h, q, k: reduce(
+            or_, [(h == head) & graph(b, h, q, k) for head, graph in enumerate(made)]
+        )
+    )
+
+
 RULES_OF_SOURCES: dict[str, Rule] = {
     **{name: make(SIZES) for name, make in RULES.items()},
     **{f"composed-{seed}": random_rule(random.Random(seed), SIZES, 3) for seed in range(100, 130)},
     "chain": chain(),
+    "graphs": graphs(),
     "negative": rule(lambda q, k: (-abs(q - k) // 7 + -(7 - k) % 5) * 3 >= -(q - 50) // 9),
     "order": rule(lambda q, k: q - (k - 3) - (q - k) * 2 % 5 // 2 * (q + 1) < k * 5 // 3 % 7),
 }

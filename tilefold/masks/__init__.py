@@ -1,6 +1,7 @@
 """Which query may see which key: one small language with three folds.
 
 tables          tables of a rule's data: with entries, with bounds alone, and without either
+graph           graphs of nodes, walked without recursion: compared, printed, copied
 nodes           the nodes of an expression over the indices q, k, b, h
 expression      trees of nodes: interpretations, and the skeleton that is left without integers
 rewrite         expressions made from other ones: tables filled, indices shifted
@@ -10,7 +11,8 @@ table_bounds    the smallest and largest entries of tables over ranges
 evaluate        the exact fold, which is the definition, and the interval fold
 runs            from an expression and block sizes to runs of tiles: skipped, full, partial
 infix           the third fold: kernel source for languages with infix operators
-rule            the base of all rules, joins and pieces of rules, rules of a user's own
+rule            the base of all rules, joins and pieces of rules
+traced          rules of a user's own
 data_rules      the rules that carry data: documents, lengths, dense
 position_rules  the rules over positions: full, causal, local, prefix, chunked
 parse           rules from strings

@@ -43,13 +43,7 @@ def as_integers(name: str, value: Any, ranks: tuple[int, ...]) -> NDArray[Any]:
 
 def as_table(array: NDArray[Any], kind: type[np.generic]) -> Table:
     """A table of a copy that nobody can write to: a rule never changes after it was made."""
-    return Table(frozen(np.array(array, kind, order="C")))
-
-
-def frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """The array itself, which nobody can write to from now on."""
-    array.setflags(write=False)
-    return array
+    return Table(np.asarray(array, kind))
 
 
 def shape_of(table: Table) -> str:

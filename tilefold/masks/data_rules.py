@@ -20,7 +20,6 @@ from tilefold.masks.arrays import (
     as_integers,
     as_table,
     check_batch,
-    frozen,
     key_count,
     key_counts,
     shape_of,
@@ -228,7 +227,7 @@ class Dense(Rule):
         if len(axes) == array.ndim:
             table = self.array
         else:
-            table = Table(frozen(array.reshape([array.shape[axis] for axis in axes])))
+            table = Table(array.reshape([array.shape[axis] for axis in axes]))
         return TruthLookup(table, tuple(Index(INDEX_NAMES[axis]) for axis in axes))
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:

@@ -246,45 +246,52 @@ def index_bits(expression: Boolean, batch: int, heads: int, len_q: int, len_k: i
     """
     sizes = {"b": batch, "h": heads, "q": len_q, "k": len_k}
     extent = _Extent({name: (0, max(size - 1, 0)) for name, size in sizes.items()}, TableBounds({}))
-    evaluate(expression, extent)
-    if extent.low >= -(2**31) and extent.high < 2**31:
-        return 32
-    if extent.low >= -(2**63) and extent.high < 2**63:
-        return 64
-    raise OverflowError(
-        f"the mask computes numbers from {extent.low} to {extent.high} at batch={batch}, "
-        f"heads={heads}, len_q={len_q}, len_k={len_k}; at most 64 bits are allowed"
-    )
+    try:
+        evaluate(expression, extent)
+    except _Beyond as error:
+        low, high = error.args
+        raise OverflowError(
+            f"the mask computes numbers from {low} to {high} at batch={batch}, "
+            f"heads={heads}, len_q={len_q}, len_k={len_k}; at most 64 bits are allowed"
+        ) from None
+    return 32 if extent.low >= -(2**31) and extent.high < 2**31 else 64
+
+
+class _Beyond(Exception):
+    """The smallest and largest value of a node that 64 bits do not hold."""
 
 
 class _Extent(_Intervals):
-    """Intervals over the whole mask in Python's unbounded integers; keeps the extremes of all."""
+    """Intervals over the whole mask in Python's unbounded integers; keeps the extremes of all.
+
+    It stops at the first node that leaves 64 bits, so its numbers stay short.
+    """
 
     low = 0
     high = 0
 
-    def _see(self, value: Range | Certainty) -> Range | Certainty:
-        low, high = (int(bound) for bound in _range(value)[:2])
+    def _see(self, low: int, high: int) -> Range:
         self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.low < -(2**63) or self.high >= 2**63:
+            raise _Beyond(self.low, self.high)
         return Range(low, high)
 
     def index(self, name: str) -> Range | Certainty:
-        return self._see(super().index(name))
+        return self._see(*self.ranges[name])
 
     def constant(self, value: int) -> Range | Certainty:
-        return self._see(super().constant(value))
+        return self._see(value, value)
 
     def lookup(self, table: AnyTable, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
         assert not isinstance(table, Slot)
-        if table.dtype == "bool":
-            return Certainty(*entire(table))
-        return self._see(Range(*entire(table)))
+        low, high = entire(table)
+        return Certainty(low, high) if table.dtype == "bool" else self._see(int(low), int(high))
 
     def unary(self, operator: str, operand: Range | Certainty) -> Range | Certainty:
         low, high, _ = _range(operand)
         if operator == "abs":
-            return self._see(Range(max(low, -high, 0), max(high, -low)))
-        return self._see(Range(-high, -low))
+            return self._see(max(low, -high, 0), max(high, -low))
+        return self._see(-high, -low)
 
     def binary(
         self, operator: str, left: Range | Certainty, right: Range | Certainty
@@ -292,8 +299,9 @@ class _Extent(_Intervals):
         (a, b, _), (c, d, _) = _range(left), _range(right)
         if operator == "*":
             ends = (a * c, a * d, b * c, b * d)
-            return self._see(Range(min(ends), max(ends)))
+            return self._see(min(ends), max(ends))
         if operator == "%":
             within = a // c == b // c
-            return self._see(Range(a % c, b % c) if within else Range(0, c - 1))
-        return self._see(super().binary(operator, left, right))
+            return self._see(a % c, b % c) if within else self._see(0, c - 1)
+        low, high, _ = _range(super().binary(operator, left, right))
+        return self._see(low, high)

@@ -9,10 +9,12 @@ kernel source. Nothing here knows which interpretation will come.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from tilefold.common.check import shown
+from tilefold.masks.graph import ordered
 from tilefold.masks.nodes import (
     INDEX_NAMES,
     Binary,
@@ -59,10 +61,18 @@ __all__ = [
     "Unary",
     "as_boolean",
     "as_integer",
+    "check_size",
     "evaluate",
     "names",
     "split",
 ]
+
+MOST_OPERATIONS = 4096
+"""The largest expression of a kernel. With 2,403 operations, of joined windows, the forward kernel
+compiled in 25 s and the backward one in 57 s (two busy cores of a Xeon, AVX-512, head size 8)."""
+
+KEPT_VALUES = 64
+"""The largest expression all of whose values are kept while it is folded."""
 
 Value = TypeVar("Value")
 
@@ -120,48 +130,46 @@ def evaluate(
     interpretation: Interpretation[Value],
     known: Mapping[int, Value] | None = None,
 ) -> Value:
-    """The value of a tree in an interpretation; shared nodes are computed once.
+    """The value of an expression in an interpretation; shared nodes are computed once.
 
-    `known` gives values to some nodes beforehand, by `id(node)`.
+    `known` gives values to some nodes beforehand, by `id(node)`. In a large expression a value goes
+    with the last node that it is a part of: values may be large arrays.
     """
-    return _visit(dict(known or {}), interpretation, expression)
+    done: dict[int, Value] = dict(known or {})
+    if id(expression) in done:
+        return done[id(expression)]
+    order = ordered(expression, done)
+    last: dict[int, Expression] = {}
+    if len(order) > KEPT_VALUES:
+        last = {id(child): node for node, children in order for child in children}
+    for node, children in order:
+        values = tuple([done[id(child)] for child in children]) if children else ()
+        meaning = _MEANINGS.get(type(node), _other)
+        done[id(node)] = meaning(interpretation, node, values)
+        if last:
+            for child in set(map(id, children)):
+                if last[child] is node:
+                    del done[child]
+    return done[id(expression)]
 
 
-def _visit(
-    done: dict[int, Value], interpretation: Interpretation[Value], node: Expression
-) -> Value:
-    # No closure that calls itself: such a cycle would keep the values until the next collection.
-    key = id(node)
-    if key not in done:
-        below = node.children
-        values = tuple([_visit(done, interpretation, child) for child in below]) if below else ()
-        done[key] = _meaning(interpretation, node, values)
-    return done[key]
+def _other(given: Interpretation[Any], node: Any, values: tuple[Any, ...]) -> Any:
+    return given.other(type(node).__name__, values)
 
 
-def _meaning(
-    interpretation: Interpretation[Value], node: Expression, values: tuple[Value, ...]
-) -> Value:
-    match node:
-        case Index(name):
-            return interpretation.index(name)
-        case Constant(value):
-            return interpretation.constant(value)
-        case Parameter(slot, dtype):
-            return interpretation.parameter(slot, dtype)
-        case Truth(value):
-            return interpretation.truth(value)
-        case Lookup(table) | TruthLookup(table):
-            return interpretation.lookup(table, values)
-        case Unary(operator):
-            return interpretation.unary(operator, *values)
-        case Binary(operator):
-            return interpretation.binary(operator, *values)
-        case Compare(operator):
-            return interpretation.compare(operator, *values)
-        case Logic(operator):
-            return interpretation.logic(operator, values)
-    return interpretation.other(type(node).__name__, values)
+_MEANINGS: Mapping[type, Callable[[Interpretation[Any], Any, tuple[Any, ...]], Any]] = {
+    Index: lambda given, node, values: given.index(node.name),
+    Constant: lambda given, node, values: given.constant(node.value),
+    Parameter: lambda given, node, values: given.parameter(node.slot, node.dtype),
+    Truth: lambda given, node, values: given.truth(node.value),
+    Lookup: lambda given, node, values: given.lookup(node.table, values),
+    TruthLookup: lambda given, node, values: given.lookup(node.table, values),
+    Unary: lambda given, node, values: given.unary(node.operator, *values),
+    Binary: lambda given, node, values: given.binary(node.operator, *values),
+    Compare: lambda given, node, values: given.compare(node.operator, *values),
+    Logic: lambda given, node, values: given.logic(node.operator, values),
+}
+"""The method that gives each kind of node its meaning."""
 
 
 class Collect(Interpretation[Value], ABC):
@@ -224,6 +232,17 @@ class Rebuild(Interpretation[Expression]):
 def names(expression: Expression) -> frozenset[str]:
     """The indices that a tree reads, of `b`, `h`, `q`, `k`."""
     return evaluate(expression, _Names())
+
+
+def check_size(rule: object, expression: Expression) -> None:
+    """Raises ValueError for a rule whose expression has too many operations to be compiled."""
+    nodes = ordered(expression)
+    found = sum(bool(children) for _, children in nodes)
+    if found > MOST_OPERATIONS:
+        raise ValueError(
+            f"the mask {shown(rule)} has {found} operations, at most {MOST_OPERATIONS} are "
+            "compiled; write it as dense(mask.to_dense(len_q, len_k))"
+        )
 
 
 class _Names(Collect[frozenset[str]]):

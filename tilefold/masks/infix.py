@@ -25,9 +25,13 @@ from tilefold.masks.expression import (
     Slot,
     evaluate,
 )
+from tilefold.masks.graph import ordered
 
 WIDEST = 64
 """The longest constant, in characters; a longer one is made of several."""
+
+LONGEST = 4 * WIDEST
+"""The longest operand of `-`, `abs`, `~` or a helper. Compilers read 256 levels of parentheses."""
 
 LOOSEST, LOGICAL, EQUAL, LESS, ADD, MULTIPLY, UNARY, CALL, ATOM = range(9)
 """Ranks, from the loosest binding to names and literals, which need no parentheses anywhere."""
@@ -154,12 +158,14 @@ class _Printer(Interpretation[Term]):
         form = self._dialect.forms[operator]
         if form.helper:
             self._help(form.helper)
+        operand = self._short(operand, truth=operator == "~")
         return Term(form.template.format(operand.beside(form.operand)), form.rank, form.natural)
 
     def binary(self, operator: str, left: Term, right: Term) -> Term:
         row = self._dialect.infix[operator]
         if row.floor and not left.natural:
             self._help(row.floor)
+            left = self._short(left, truth=False)
             call = f"{row.floor}({left.source}, {right.source})"
             return Term(call, CALL, natural=operator == "%")
         natural = left.natural and right.natural and operator in _NATURAL
@@ -194,6 +200,9 @@ class _Printer(Interpretation[Term]):
         source = f"{left.beside(row.rank)} {row.spelling} {right.beside(beyond)}"
         return Term(source, row.rank, natural)
 
+    def _short(self, term: Term, truth: bool) -> Term:
+        return self.named(term, truth) if len(term.source) > LONGEST else term
+
     def named(self, term: Term, truth: bool) -> Term:
         """A constant that holds the piece; names and literals need none."""
         if term.rank == ATOM:
@@ -209,15 +218,6 @@ class _Printer(Interpretation[Term]):
 
 def _shared(expression: Expression) -> list[Expression]:
     """Nodes with several parents, each after the nodes that it is made of."""
-    parents: Counter[int] = Counter()
-    order: list[Expression] = []
-
-    def visit(node: Expression) -> None:
-        parents[id(node)] += 1
-        if parents[id(node)] == 1:
-            for child in node.children:
-                visit(child)
-            order.append(node)
-
-    visit(expression)
-    return [node for node in order if parents[id(node)] > 1]
+    order = ordered(expression)
+    parents = Counter(id(child) for _, children in order for child in children)
+    return [node for node, _ in order if parents[id(node)] > 1]

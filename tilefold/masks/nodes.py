@@ -7,11 +7,13 @@ they mean in Python: `//` and `%` floor. Divisors are positive constants: no fol
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NoReturn
 
 import numpy as np
 
 from tilefold.common.check import shown
+from tilefold.masks.graph import Node, spell
 from tilefold.masks.tables import AnyTable
 
 INDEX_NAMES = ("b", "h", "q", "k")
@@ -21,9 +23,12 @@ _ASK_OPERATORS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Expression:
-    """A node of the tree. Nodes compare by identity; `str(node)` is the structure."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Expression(Node):
+    """A node of an expression. Nodes compare by identity; `str(node)` is the structure."""
+
+    def __repr__(self) -> str:
+        return spell(self)
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
@@ -152,27 +157,39 @@ class Boolean(Expression):
     __hash__ = object.__hash__
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Index(Integer):
     """One of the four indices: `b`, `h`, `q` or `k`."""
 
     name: str
 
-    def __str__(self) -> str:
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """The name."""
+        return (self.name,)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """The name."""
         return self.name
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Constant(Integer):
     """An integer that is known when the rule is bound."""
 
     value: int
 
-    def __str__(self) -> str:
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """The number."""
+        return (self.value,)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """The number."""
         return str(self.value)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Parameter(Integer):
     """A number that a kernel receives at run time. In a `Skeleton` it replaces a constant.
 
@@ -187,11 +204,17 @@ class Parameter(Integer):
         """The name of the kernel's argument."""
         return f"p{self.slot}"
 
-    def __str__(self) -> str:
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """The slot and the type."""
+        return (self.slot, self.dtype)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """The name, and the type unless it is "int"."""
         return self.name if self.dtype == "int" else f"{self.name}:{self.dtype}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Unary(Integer):
     """`-x` or `abs(x)`."""
 
@@ -203,11 +226,17 @@ class Unary(Integer):
         """The operand."""
         return (self.operand,)
 
-    def __str__(self) -> str:
-        return f"abs({self.operand})" if self.operator == "abs" else f"-{self.operand}"
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """The operator."""
+        return (self.operator,)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`-x` or `abs(x)`."""
+        return f"abs({below[0]})" if self.operator == "abs" else f"-{below[0]}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _TwoSided(Expression):
     """An operator between two integers."""
 
@@ -220,15 +249,21 @@ class _TwoSided(Expression):
         """The left side and the right side."""
         return (self.left, self.right)
 
-    def __str__(self) -> str:
-        return f"({self.left} {self.operator} {self.right})"
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """The operator."""
+        return (self.operator,)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`(x + y)`."""
+        return f"({below[0]} {self.operator} {below[1]})"
 
 
 class Binary(_TwoSided, Integer):
     """`x + y`, `x - y`, `x * y`, and with a positive constant on the right `x // y`, `x % y`."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Entry(Expression):
     """An entry of a table."""
 
@@ -240,8 +275,19 @@ class _Entry(Expression):
         """The indices."""
         return self.indices
 
-    def __str__(self) -> str:
-        return f"{self.table}[{', '.join(map(str, self.indices))}]"
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """The table."""
+        return (self.table,)
+
+    @classmethod
+    def made(cls, label: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
+        """The entry of the table at these indices."""
+        return cls(label[0], children)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`table[i, j]`."""
+        return f"{self.table}[{', '.join(below)}]"
 
 
 class Lookup(_Entry, Integer):
@@ -252,13 +298,19 @@ class TruthLookup(_Entry, Boolean):
     """An entry `table[i, j, ...]` of a boolean table; its indices are within the table."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Truth(Boolean):
     """Always true, or always false."""
 
     value: bool
 
-    def __str__(self) -> str:
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """The truth."""
+        return (self.value,)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """True or False."""
         return str(self.value)
 
 
@@ -266,7 +318,7 @@ class Compare(_TwoSided, Boolean):
     """A comparison: `x < y`, `<=`, `>`, `>=`, `==` or `!=`."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Logic(Boolean):
     """`x & y`, `x | y` or `~x`."""
 
@@ -278,22 +330,43 @@ class Logic(Boolean):
         """The operands."""
         return self.operands
 
-    def __str__(self) -> str:
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """The operator."""
+        return (self.operator,)
+
+    @classmethod
+    def made(cls, label: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
+        """The operator on these operands."""
+        return cls(label[0], children)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`~x` or `(x & y & z)`."""
         if self.operator == "~":
-            return f"~{self.operands[0]}"
+            return f"~{below[0]}"
         # Python reads from the left, and would make one of two constants: the second goes along
         # with what follows.
-        if len(self.operands) > 2 and all(isinstance(one, Truth) for one in self.operands[:2]):
-            return f"({self.operands[0]} {self.operator} {Logic(self.operator, self.operands[1:])})"
-        return "(" + f" {self.operator} ".join(map(str, self.operands)) + ")"
+        constants = len(list(takewhile(lambda one: isinstance(one, Truth), self.operands)))
+        apart = max(0, min(constants - 1, len(below) - 2))
+        text = f" {self.operator} ".join(below[apart:])
+        for constant in reversed(below[:apart]):
+            text = f"{constant} {self.operator} ({text})"
+        return f"({text})"
 
 
 def as_integer(value: Any) -> Integer:
-    """A node for a node or a Python or NumPy integer; anything else raises TypeError."""
+    """A node for a node or a Python or NumPy integer; anything else raises TypeError.
+
+    Raises OverflowError for an integer that 64 bits do not hold.
+    """
     if isinstance(value, Integer):
         return value
     if isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_)):
-        return Constant(int(value))
+        number = int(value)
+        if not -(2**63) <= number < 2**63:
+            bits = number.bit_length() + 1
+            raise OverflowError(f"a rule computes with numbers of 64 bits, got one of {bits} bits")
+        return Constant(number)
     raise TypeError(
         f"a rule computes with integers and indices, not with {type(value).__name__} {shown(value)}"
     )

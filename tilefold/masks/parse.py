@@ -10,14 +10,16 @@ import ast
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 from tilefold.common.check import shorten, shown
 from tilefold.masks.data_rules import dense, documents, lengths
 from tilefold.masks.expression import INDEX_NAMES, Index, as_boolean
 from tilefold.masks.position_rules import causal, chunked, full, local, prefix
-from tilefold.masks.rule import Rule, rule
+from tilefold.masks.rule import Rule
+from tilefold.masks.traced import rule
 
 RULES: Mapping[str, Callable[..., Rule]] = {
     made.__name__: made
@@ -98,7 +100,7 @@ class _Walk:
             raise self._at(1, f"nested more than {DEEPEST} deep") from None
         if _depth(tree) > DEEPEST:
             raise self._at(1, f"nested more than {DEEPEST} deep")
-        return self._rule(tree.body)
+        return self._rule(tree.body, {})
 
     def _at(self, column: int, reason: object) -> _Refusal:
         where = f"mask string, column {column + self.start}"
@@ -111,18 +113,23 @@ class _Walk:
     def _source(self, node: ast.expr) -> str:
         return shorten(ast.get_source_segment(self.text, node) or "", 60)
 
-    def _rule(self, node: ast.expr) -> Rule:
+    def _rule(self, node: ast.expr, known: Mapping[str, Rule]) -> Rule:
         match node:
-            case ast.BinOp(left, ast.BitAnd(), right):
-                return self._rule(left) & self._rule(right)
-            case ast.BinOp(left, ast.BitOr(), right):
-                return self._rule(left) | self._rule(right)
+            case ast.BinOp(_, ast.BitAnd() | ast.BitOr() as operation, _):
+                terms = [self._rule(term, known) for term in _terms(node)]
+                joined: Rule = reduce(_ARITHMETIC[type(operation)], terms)
+                return joined
             case ast.UnaryOp(ast.Invert(), operand):
-                return ~self._rule(operand)
+                return ~self._rule(operand, known)
+            case ast.Name(name) if name in known:
+                return known[name]
+            case ast.Subscript(ast.Tuple(parts), ast.UnaryOp(ast.USub(), ast.Constant(1))):
+                last: Rule = self._last(parts, self._rule, known)
+                return last
             case ast.Call(ast.Name(name)) if name in RULES:
                 return self._call(node, name, RULES[name])
             case ast.Call(ast.Attribute(whole, "window")):
-                return self._call(node, "window", self._rule(whole).window)
+                return self._call(node, "window", self._rule(whole, known).window)
             case ast.Call(ast.Name(name)):
                 raise self._wrong(node, f"unknown rule {name}; use {', '.join(RULES)}")
             case ast.Name(name) if name in RULES:
@@ -130,6 +137,16 @@ class _Walk:
             case ast.BoolOp() | ast.UnaryOp(ast.Not()):
                 raise self._wrong(node, "write & | ~ instead of `and`, `or`, `not`")
         raise self._wrong(node, f"expected a rule, got `{self._source(node)}`")
+
+    def _last(
+        self, parts: list[ast.expr], read: Callable[..., Any], known: Mapping[str, Any]
+    ) -> Any:
+        """The last of `(x0 := ..., x1 := ..., x0 & x1)[-1]`: so rules print that share parts."""
+        for part in parts[:-1]:
+            if not isinstance(part, ast.NamedExpr):
+                raise self._wrong(part, f"expected a name and :=, got `{self._source(part)}`")
+            known = {**known, part.target.id: read(part.value, known)}
+        return read(parts[-1], known)
 
     def _call(self, node: ast.Call, name: str, maker: Callable[..., Rule]) -> Rule:
         value = self._function if name == "rule" else self._value
@@ -195,7 +212,7 @@ class _Walk:
         vars(build)["__signature__"] = signature
         return build
 
-    def _number(self, node: ast.expr, indices: Mapping[str, Index]) -> Any:
+    def _number(self, node: ast.expr, indices: Mapping[str, Any]) -> Any:
         """An integer or a truth over the indices."""
         try:
             match node:
@@ -209,24 +226,40 @@ class _Walk:
                     return ~as_boolean(self._number(operand, indices))
                 case ast.Call(ast.Name("abs"), [operand], []):
                     return abs(self._number(operand, indices))
-                case ast.BinOp(left, operation, right) if type(operation) in _ARITHMETIC:
-                    apply = _ARITHMETIC[type(operation)]
-                    return apply(self._number(left, indices), self._number(right, indices))
+                case ast.BinOp(_, operation, _) if type(operation) in _ARITHMETIC:
+                    terms = [self._number(term, indices) for term in _terms(node)]
+                    return reduce(_ARITHMETIC[type(operation)], terms)
+                case ast.Subscript(ast.Tuple(parts), ast.UnaryOp(ast.USub(), ast.Constant(1))):
+                    return self._last(parts, self._number, indices)
                 case ast.Compare(left, [comparison], [right]) if type(comparison) in _COMPARISONS:
                     apply = _COMPARISONS[type(comparison)]
                     return apply(self._number(left, indices), self._number(right, indices))
         except _Refusal:
             raise
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise self._wrong(node, error) from None
         known = f"{', '.join(indices) or 'numbers'}, integers, + - * // % abs()"
         reason = f"use {known}, one comparison at a time, and & | ~"
         raise self._wrong(node, f"`{self._source(node)}` is not known here; {reason}")
 
 
+def _terms(node: ast.BinOp) -> list[ast.expr]:
+    """The terms of a chain such as `a | b | c`, which Python nests to the left."""
+    left: ast.expr = node
+    right = []
+    while isinstance(left, ast.BinOp) and type(left.op) is type(node.op):
+        right.append(left.right)
+        left = left.left
+    return [left, *reversed(right)]
+
+
 def _depth(tree: ast.AST) -> int:
-    """The number of levels of a tree, counted without recursion."""
+    """The number of levels of a tree, counted without recursion; a chain is one level."""
     depth, level = 0, [tree]
     while level:
-        depth, level = depth + 1, [low for node in level for low in ast.iter_child_nodes(node)]
+        depth, level = depth + 1, [low for node in level for low in _below(node)]
     return depth
+
+
+def _below(node: ast.AST) -> Iterable[ast.AST]:
+    return _terms(node) if isinstance(node, ast.BinOp) else ast.iter_child_nodes(node)

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from tilefold.common.check import whole
 from tilefold.masks.evaluate import exact
-from tilefold.masks.rule import Rule
+from tilefold.masks.rule import Rule, sized
 from tilefold.masks.runs import FULL, PARTIAL, SKIP, Counts, runs
 
 MOST = 72  # marks per side: what fits a terminal of 80 columns
@@ -139,8 +139,7 @@ def draw(
     readable = _readable(max(len_q, len_k), detailed, most)
     block_q = _block("block_q", readable if block_q is None else block_q, len_q, most)
     block_k = _block("block_k", readable if block_k is None else block_k, len_k, most)
-    rule.check(batch, heads, len_q, len_k)
-    expression = rule.bind(len_q, len_k)
+    expression = sized(rule, len_q, len_k, batch, heads).expression
     found = runs(
         expression,
         parallel="q",

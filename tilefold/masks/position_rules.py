@@ -16,7 +16,8 @@ from tilefold.common.check import shown, whole
 from tilefold.masks.arrays import shape_of
 from tilefold.masks.coordinates import Coordinates, coordinates
 from tilefold.masks.expression import Boolean, Index, Logic, Table, Truth
-from tilefold.masks.rule import Rule, rule
+from tilefold.masks.rule import Rule
+from tilefold.masks.traced import rule
 
 __all__ = ["Rule", "causal", "chunked", "full", "local", "prefix", "rule"]
 

@@ -1,4 +1,4 @@
-"""The base of all rules, joins and pieces of rules, and rules traced from a user's own function.
+"""The base of all rules, and the rules that are made of others: joins and pieces.
 
 A rule knows no lengths. Bound to two lengths it becomes an expression (see `expression`) that is
 folded to exact values, to intervals over tiles, and to kernel source. So every rule, a user's own
@@ -7,18 +7,18 @@ included, costs what its expression costs and skips what its intervals allow.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.common.check import shorten, shown, whole
+from tilefold.common import check
 from tilefold.masks.evaluate import exact, index_bits
-from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, Logic, as_boolean, names
+from tilefold.masks.expression import Boolean, Logic, check_size, names
+from tilefold.masks.graph import Node, ordered, same, spell
 from tilefold.masks.rewrite import shift
 from tilefold.masks.runs import Counts, count, runs
 
@@ -54,7 +54,7 @@ class Rule(ABC):
         bound: object = self.bind(len_q, len_k)
         if not isinstance(bound, Boolean):
             raise TypeError(
-                f"{self!r}: bind must return an expression over q and k, got {shown(bound)}"
+                f"{self!r}: bind must return an expression over q and k, got {check.shown(bound)}"
             )
 
     def to_dense(
@@ -69,8 +69,8 @@ class Rule(ABC):
         array([[1, 1, 0],
                [1, 1, 1]])
         """
-        expression, sizes = self._sized(len_q, len_k, batch, heads)
-        b, h, q, k = np.ogrid[: sizes[0], : sizes[1], :len_q, :len_k]
+        expression, *planes = sized(self, len_q, len_k, batch, heads)
+        b, h, q, k = np.ogrid[: planes[0], : planes[1], :len_q, :len_k]
         dense = exact(expression, b=b, h=h, q=q, k=k)
         return dense[0, 0] if batch is None and heads is None else dense
 
@@ -91,16 +91,16 @@ class Rule(ABC):
         >>> causal().blocks(64, 64, 16, 16)
         Counts(skip=6, full=6, partial=4)
         """
-        expression, sizes = self._sized(len_q, len_k, batch, heads)
+        expression, *planes = sized(self, len_q, len_k, batch, heads)
         visited = runs(
             expression,
             parallel="q",
-            batch=sizes[0],
-            heads=sizes[1],
+            batch=planes[0],
+            heads=planes[1],
             len_parallel=len_q,
             len_traverse=len_k,
-            block_parallel=whole("block_q", block_q, 1),
-            block_traverse=whole("block_k", block_k, 1),
+            block_parallel=check.whole("block_q", block_q, 1),
+            block_traverse=check.whole("block_k", block_k, 1),
         )
         return count(visited, len_k, block_k)
 
@@ -129,30 +129,14 @@ class Rule(ABC):
         Raises TypeError or ValueError unless they are integers with 0 <= q0 <= len_q and
         0 <= k0 <= len_k, and ValueError once a call leaves the whole.
         """
-        len_q, len_k = (whole(f"window: len_{x}", n, 0) for x, n in (("q", len_q), ("k", len_k)))
-        q0, k0 = (whole(f"window: {x}0", n, 0) for x, n in (("q", q0), ("k", k0)))
+        len_q, len_k = (
+            check.whole(f"window: len_{x}", n, 0) for x, n in (("q", len_q), ("k", len_k))
+        )
+        q0, k0 = (check.whole(f"window: {x}0", n, 0) for x, n in (("q", q0), ("k", k0)))
         for name, start, length in (("q", q0, len_q), ("k", k0, len_k)):
             if start > length:
                 raise ValueError(f"window: {name}0 must be <= len_{name}={length}, got {start}")
         return Window(self, len_q, len_k, q0, k0)
-
-    def _sized(
-        self, len_q: int, len_k: int, batch: int | None, heads: int | None
-    ) -> tuple[Boolean, tuple[int, int]]:
-        """The checked expression, and batch and heads with 1 where they do not matter."""
-        for name, size in (("len_q", len_q), ("len_k", len_k)):
-            whole(name, size, 0)
-        expression = self.bind(len_q, len_k)
-        read = names(expression)
-        for name, letter, given in (("batch", "b", batch), ("heads", "h", heads)):
-            if given is not None:
-                whole(name, given, 0)
-            elif letter in read:
-                raise ValueError(f"{self!r} depends on {letter}, so {name} must be given, got None")
-        sizes = (1 if batch is None else batch, 1 if heads is None else heads)
-        self.check(*sizes, len_q, len_k)
-        index_bits(expression, *sizes, len_q, len_k)
-        return expression, sizes
 
     def __and__(self, other: Any) -> Rule:
         return _combine(AllOf, self, other)
@@ -170,69 +154,196 @@ class Rule(ABC):
         )
 
 
-@dataclass(frozen=True, repr=False)
-class AllOf(Rule):
+class Sized(NamedTuple):
+    """A rule's expression that fits a problem, and the sizes of the problem beside the lengths."""
+
+    expression: Boolean
+    batch: int
+    heads: int
+
+
+def sized(
+    rule: Rule, len_q: int, len_k: int, batch: int | None = None, heads: int | None = None
+) -> Sized:
+    """The checked expression of a rule, and batch and heads with 1 where they do not matter.
+
+    Raises ValueError if the rule depends on the batch or the head and their number is missing, and
+    OverflowError if it computes a number that 64 bits do not hold.
+    """
+    for name, size in (("len_q", len_q), ("len_k", len_k)):
+        check.whole(name, size, 0)
+    expression = rule.bind(len_q, len_k)
+    read = names(expression)
+    for name, letter, given in (("batch", "b", batch), ("heads", "h", heads)):
+        if given is not None:
+            check.whole(name, given, 0)
+        elif letter in read:
+            raise ValueError(f"{rule!r} depends on {letter}, so {name} must be given, got None")
+    made = Sized(expression, 1 if batch is None else batch, 1 if heads is None else heads)
+    rule.check(made.batch, made.heads, len_q, len_k)
+    index_bits(*made, len_q, len_k)
+    return made
+
+
+_Lengths = tuple[int, int]
+
+
+class Composed(Rule, Node):
+    """A rule made of others; rules made of rules are walked without recursion: see `graph`."""
+
+    @property
+    def inner(self) -> _Lengths | None:
+        """The lengths that the parts are bound to, where they are not those of the rule."""
+        return None
+
+    def fit(self, len_q: int, len_k: int) -> None:
+        """Raises ValueError unless the rule fits these lengths, whatever its parts say."""
+
+    @abstractmethod
+    def joined(self, parts: tuple[Boolean, ...]) -> Boolean:
+        """The expression of the rule, given those of its parts."""
+
+    def bind(self, len_q: int, len_k: int) -> Boolean:
+        """The expressions of the parts, joined; a part that occurs twice is bound once."""
+        self.fit(len_q, len_k)
+        steps, last = self._steps
+        bound: list[Boolean] = []
+        for rule, whole, parts in steps:
+            lengths = whole or (len_q, len_k)
+            if isinstance(rule, Composed):
+                rule.fit(*lengths)
+                bound.append(rule.joined(tuple([bound[place] for place in parts])))
+            else:
+                bound.append(rule.bind(*lengths))
+        return self.joined(tuple([bound[place] for place in last]))
+
+    def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
+        """Raises ValueError unless every part fits."""
+        self.fit(len_q, len_k)
+        for rule, whole, _ in self._steps[0]:
+            lengths = whole or (len_q, len_k)
+            if isinstance(rule, Composed):
+                rule.fit(*lengths)
+            else:
+                rule.check(batch, heads, *lengths)
+
+    @cached_property
+    def _steps(self) -> tuple[list[_Step], tuple[int, ...]]:
+        *inner, last = _steps(self)
+        return inner, last.parts  # without the rule itself, which would keep itself
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other) or hash(self) != hash(other):
+            return NotImplemented
+        return same(self, other)
+
+    def __hash__(self) -> int:
+        kept: int | None = vars(self).get("_hash")
+        return _kept_hash(self) if kept is None else kept
+
+    def __repr__(self) -> str:
+        return spell(self)
+
+
+def _kept_hash(whole: Composed) -> int:
+    """The hash of a rule; it is kept, as are those of all that the rule is made of."""
+    for rule, parts in ordered(whole):
+        if isinstance(rule, Composed):
+            vars(rule)["_hash"] = hash((type(rule), rule.label, parts))
+    return hash(whole)
+
+
+class _Step(NamedTuple):
+    """A rule within another one: its lengths in a piece of a whole, and the steps of its parts."""
+
+    rule: Rule
+    whole: _Lengths | None
+    parts: tuple[int, ...]
+
+
+def _steps(root: Composed) -> list[_Step]:
+    """A rule and all that it is made of, each once for each whole that it is bound in."""
+    steps: list[_Step] = []
+    places: dict[tuple[int, _Lengths | None], int] = {}
+    stack: list[tuple[Rule, _Lengths | None, bool]] = [(root, None, False)]
+    while stack:
+        rule, whole, ready = stack.pop()
+        if (id(rule), whole) in places:
+            continue
+        parts: tuple[int, ...] = ()
+        if isinstance(rule, Composed):
+            inner = rule.inner or whole
+            if not ready:
+                stack.append((rule, whole, True))
+                stack.extend([(part, inner, False) for part in reversed(rule.children)])
+                continue
+            parts = tuple([places[id(part), inner] for part in rule.children])
+        places[id(rule), whole] = len(steps)
+        steps.append(_Step(rule, whole, parts))
+    return steps
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class _Join(Composed):
+    """Rules joined by an operator."""
+
+    rules: tuple[Rule, ...]
+    operator: ClassVar[str]
+
+    @property
+    def children(self) -> tuple[Rule, ...]:
+        """The rules."""
+        return self.rules
+
+    @classmethod
+    def made(cls, label: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
+        """These rules, joined."""
+        return cls(children)
+
+    def joined(self, parts: tuple[Boolean, ...]) -> Boolean:
+        """The expressions, joined by the operator."""
+        return Logic(self.operator, parts)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """The rules with the operator between them; the other join inside of it in parentheses."""
+        pairs = zip(self.rules, below, strict=True)
+        return f" {self.operator} ".join(_operand(rule, text, _Join) for rule, text in pairs)
+
+
+class AllOf(_Join):
     """Rules joined by `&`."""
 
-    rules: tuple[Rule, ...]
-
-    def bind(self, len_q: int, len_k: int) -> Boolean:
-        """The expressions of all rules, joined by `&`."""
-        return Logic("&", tuple(rule.bind(len_q, len_k) for rule in self.rules))
-
-    def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless every rule fits."""
-        for rule in self.rules:
-            rule.check(batch, heads, len_q, len_k)
-
-    def __repr__(self) -> str:
-        return " & ".join(
-            f"({rule!r})" if isinstance(rule, AnyOf) else repr(rule) for rule in self.rules
-        )
+    operator = "&"
 
 
-@dataclass(frozen=True, repr=False)
-class AnyOf(Rule):
+class AnyOf(_Join):
     """Rules joined by `|`."""
 
-    rules: tuple[Rule, ...]
-
-    def bind(self, len_q: int, len_k: int) -> Boolean:
-        """The expressions of all rules, joined by `|`."""
-        return Logic("|", tuple(rule.bind(len_q, len_k) for rule in self.rules))
-
-    def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless every rule fits."""
-        for rule in self.rules:
-            rule.check(batch, heads, len_q, len_k)
-
-    def __repr__(self) -> str:
-        return " | ".join(
-            f"({rule!r})" if isinstance(rule, AllOf) else repr(rule) for rule in self.rules
-        )
+    operator = "|"
 
 
-@dataclass(frozen=True, repr=False)
-class Not(Rule):
+@dataclass(frozen=True, repr=False, eq=False)
+class Not(Composed):
     """A rule negated by `~`."""
 
     rule: Rule
 
-    def bind(self, len_q: int, len_k: int) -> Boolean:
+    @property
+    def children(self) -> tuple[Rule, ...]:
+        """The rule."""
+        return (self.rule,)
+
+    def joined(self, parts: tuple[Boolean, ...]) -> Boolean:
         """The expression of the rule, negated."""
-        return ~self.rule.bind(len_q, len_k)
+        return ~parts[0]
 
-    def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless the rule fits."""
-        self.rule.check(batch, heads, len_q, len_k)
-
-    def __repr__(self) -> str:
-        joined = isinstance(self.rule, (AllOf, AnyOf))
-        return f"~({self.rule!r})" if joined else f"~{self.rule!r}"
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`~rule`."""
+        return f"~{_operand(self.rule, below[0], _Join)}"
 
 
-@dataclass(frozen=True, repr=False)
-class Window(Rule):
+@dataclass(frozen=True, repr=False, eq=False)
+class Window(Composed):
     """See `Rule.window`."""
 
     rule: Rule
@@ -241,8 +352,28 @@ class Window(Rule):
     q0: int
     k0: int
 
-    def bind(self, len_q: int, len_k: int) -> Boolean:
-        """The whole rule's expression, with the indices of the piece shifted to the whole's."""
+    @property
+    def children(self) -> tuple[Rule, ...]:
+        """The whole rule."""
+        return (self.rule,)
+
+    @property
+    def label(self) -> tuple[int, int, int, int]:
+        """The lengths of the whole, and where the piece begins."""
+        return self.len_q, self.len_k, self.q0, self.k0
+
+    @classmethod
+    def made(cls, label: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
+        """The piece of this rule."""
+        return cls(*children, *label)
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        """The lengths of the whole."""
+        return self.len_q, self.len_k
+
+    def fit(self, len_q: int, len_k: int) -> None:
+        """Raises ValueError unless the piece is within the whole."""
         for name, start, length, most in (
             ("q", self.q0, len_q, self.len_q),
             ("k", self.k0, len_k, self.len_k),
@@ -252,110 +383,28 @@ class Window(Rule):
                     f"{self!r}: {name}0={start} and len_{name}={length} leave the whole, "
                     f"which ends at {most}"
                 )
-        return shift(self.rule.bind(self.len_q, self.len_k), self.q0, self.k0)
 
-    def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
-        """Raises ValueError unless the piece is within the whole and the rule fits the whole."""
-        self.bind(len_q, len_k)
-        self.rule.check(batch, heads, self.len_q, self.len_k)
+    def joined(self, parts: tuple[Boolean, ...]) -> Boolean:
+        """The whole rule's expression, with the indices of the piece shifted to the whole's."""
+        check_size(
+            self.rule, parts[0]
+        )  # a piece is a copy, and pieces of pieces are copies of copies
+        return shift(parts[0], self.q0, self.k0)
 
-    def __repr__(self) -> str:
-        joined = isinstance(self.rule, (AllOf, AnyOf, Not))
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`rule.window(len_q, len_k, q0=..., k0=...)`."""
         starts = [f"{name}={at}" for name, at in (("q0", self.q0), ("k0", self.k0)) if at]
         given = ", ".join([str(self.len_q), str(self.len_k), *starts])
-        return f"({self.rule!r}).window({given})" if joined else f"{self.rule!r}.window({given})"
+        return f"{_operand(self.rule, below[0], (_Join, Not))}.window({given})"
+
+
+def _operand(rule: Rule, text: str, loose: type[Rule] | tuple[type[Rule], ...]) -> str:
+    """The text of a part: in parentheses where it is a loose one, unless a name stands for it."""
+    return f"({text})" if isinstance(rule, loose) and not text.isidentifier() else text
 
 
 def _combine(kind: type[AllOf] | type[AnyOf], left: Rule, right: Any) -> Rule:
     if not isinstance(right, Rule):
-        raise TypeError(f"{left!r} combines with other rules by & and |, got {shown(right)}")
+        raise TypeError(f"{left!r} combines with other rules by & and |, got {check.shown(right)}")
     parts = [part.rules if isinstance(part, kind) else (part,) for part in (left, right)]
     return kind((*parts[0], *parts[1]))
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Traced(Rule):
-    """See `rule`."""
-
-    expression: Boolean
-    parameters: tuple[str, ...]
-
-    def bind(self, len_q: int, len_k: int) -> Boolean:
-        """The traced expression: raw indices need no lengths."""
-        return self.expression
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Traced) and str(self.expression) == str(other.expression)
-
-    def __hash__(self) -> int:
-        return hash(str(self.expression))
-
-    def __repr__(self) -> str:
-        text = str(self.expression)
-        whole_text = text[1:-1] if text.startswith("(") else text
-        return f"rule(lambda {', '.join(self.parameters)}: {whole_text})"
-
-
-def rule(function: Callable[..., Any]) -> Rule:
-    """A rule of your own, written over raw indices: b (batch), h (head), q (query), k (key).
-
-    >>> print(rule(lambda q, k: (q - k) % 3 == 0).to_dense(4, 4).astype(int))
-    [[1 0 0 1]
-     [0 1 0 0]
-     [0 0 1 0]
-     [1 0 0 1]]
-
-    The function is called once, with symbols, and must return their comparison. It may use + - *,
-    // and % by a positive constant, abs, comparisons, and & | ~ between comparisons.
-
-    Arguments:
-        function: its parameters are any of b, h, q, k, by name.
-
-    Raises TypeError or ValueError for anything that cannot be traced.
-    """
-    allowed = "rule: the parameters of a function must be any of b, h, q, k"
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        raise TypeError(f"{allowed}; got {shown(function)}") from None
-    taken = {}
-    for parameter in parameters:
-        if parameter.name in INDEX_NAMES and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        ):
-            taken[parameter.name] = Index(parameter.name)
-        elif parameter.default is parameter.empty:
-            raise TypeError(f"{allowed}; got {str(parameter)!r}")
-    traced = Traced(as_boolean(_called(function, taken)), tuple(taken))
-    try:
-        hash(traced)
-    except RecursionError:
-        raise ValueError("rule: the function builds an expression nested too deeply") from None
-    return traced
-
-
-def _called(function: Callable[..., Any], indices: dict[str, Index]) -> Any:
-    """The function's value for symbols. Raises TypeError where it does what symbols cannot."""
-    try:
-        made = function(**indices)
-    except (TypeError, AttributeError, LookupError) as error:
-        last = error.__traceback__
-        while last and last.tb_next:
-            last = last.tb_next
-        if last and last.tb_frame.f_globals.get("__name__", "").startswith("tilefold."):
-            raise  # an operator of the symbols has said what is wrong
-        raise TypeError(
-            "rule: the function cannot be called with symbols:"
-            f" {type(error).__name__}: {shorten(str(error), 120)}; it may use integers, + - *, //"
-            " and % by a constant, abs, comparisons, and & | ~ between comparisons; the data of"
-            " arrays go into documents(), lengths() or dense()"
-        ) from error
-    if made is None:
-        raise TypeError("rule: the function returned None, no comparison; is `return` missing?")
-    if isinstance(made, Rule):
-        raise TypeError(
-            f"rule: the function returned the rule {shown(made)}, no comparison; join rules with"
-            " & | ~ outside of rule()"
-        )
-    return made

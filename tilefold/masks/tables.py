@@ -20,12 +20,31 @@ DTYPES = ("int32", "bool")
 
 @dataclass(frozen=True)
 class Table:
-    """Mask data: an int32 or bool array, one axis per index that reads it; equal by content."""
+    """Mask data: an int32 or bool array, one axis per index that reads it; equal by content.
+
+    The entries never change: they are copied into `bytes`, and no array over these can be written
+    to. An array that lies in `bytes` already is kept as it is.
+    """
 
     array: NDArray[Any]
 
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
+        array = self.array
+        owner: Any = array
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        if not isinstance(owner, bytes):
+            kept = np.ndarray(array.shape, array.dtype, array.tobytes())
+            object.__setattr__(self, "array", kept)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made as the first one was: an array that is copied could be written to."""
+        return Table, (self.array,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Table:
+        """The table itself, which never changes."""
+        return self
 
     @property
     def dtype(self) -> str:

@@ -10,7 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import Boolean, Declared, Skeleton, Table, Truth, names, split
+from tilefold.masks.expression import (
+    Boolean,
+    Declared,
+    Skeleton,
+    Table,
+    Truth,
+    check_size,
+    names,
+    split,
+)
 from tilefold.masks.runs import Runs, runs
 from tilefold.planning.visited import MASK_STEP
 from tilefold.problems.attention import Problem
@@ -39,8 +48,9 @@ class MaskedProblem:
 
     @staticmethod
     def of(problem: Problem) -> MaskedProblem:
-        """Bind the mask of a problem to its lengths."""
+        """Bind the mask of a problem to its lengths; raises ValueError if it is too large."""
         expression = problem.mask.bind(problem.len_q, problem.len_k)
+        check_size(problem.mask, expression)
         sizes = (problem.batch, problem.heads_q, problem.len_q, problem.len_k)
         return MaskedProblem(
             problem, expression, *split(expression), index_bits(expression, *sizes)

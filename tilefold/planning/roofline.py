@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tilefold.masks import evaluate, runs
+from tilefold.masks.rule import sized
 from tilefold.planning.kernels import OPERANDS, Contractions, Work
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
@@ -93,7 +94,8 @@ def bounds(problem: Problem, work: Work, pairs: int, rates: Rates) -> Bounds:
 
 def visible_pairs(problem: Problem, block: int = 64, tiles_at_once: int = 256) -> int:
     """How many (query, key) pairs the mask lets meet, over batch and query heads, exactly."""
-    expression = problem.mask.bind(problem.len_q, problem.len_k)
+    sizes = (problem.len_q, problem.len_k, problem.batch, problem.heads_q)
+    expression = sized(problem.mask, *sizes).expression
     found = runs.runs(
         expression,
         parallel="q",

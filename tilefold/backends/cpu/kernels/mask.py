@@ -13,13 +13,13 @@ from tilefold.backends.cpu.kernels.ir import Body, Value, overload, vector
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.masks.expression import (
     AnyTable,
-    Expression,
+    Index,
     Interpretation,
     Parameter,
     Slot,
     evaluate,
-    names,
 )
+from tilefold.masks.graph import ordered
 
 Lanes = tuple[Value, ...]
 """A value for each element of the parallel block: a vector for each vector of the tile."""
@@ -55,19 +55,21 @@ class MaskText:
             "h": self._text.narrow(h),
         }
         self._known: dict[int, Folded] = {}
-        self._fold_before_rows(self._expression)
+        self._fold_before_rows()
 
     def row(self, index: Value) -> Lanes:
         """The truths of the pairs of row `index` of the traversed axis with the parallel block."""
         self._text.indices[self._traverse] = self._text.narrow(index)
         return self._text.wide(evaluate(self._expression, self._text, self._known))
 
-    def _fold_before_rows(self, node: Expression) -> None:
-        if self._traverse not in names(node):
-            self._known[id(node)] = evaluate(node, self._text, self._known)
-            return
-        for child in node.children:
-            self._fold_before_rows(child)
+    def _fold_before_rows(self) -> None:
+        moving: set[int] = set()
+        for node, children in ordered(self._expression):
+            index = isinstance(node, Index) and node.name == self._traverse
+            if index or any(id(child) in moving for child in children):
+                moving.add(id(node))
+            else:
+                self._known[id(node)] = evaluate(node, self._text, self._known)
 
 
 class _Text(Interpretation[Folded]):

@@ -1,0 +1,107 @@
+"""Rules of a user's own: a function of symbols, traced to an expression."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tilefold.common.check import shorten, shown
+from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, as_boolean
+from tilefold.masks.graph import hashed, same
+from tilefold.masks.rule import Rule
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Traced(Rule):
+    """See `rule`."""
+
+    expression: Boolean
+    parameters: tuple[str, ...]
+
+    def bind(self, len_q: int, len_k: int) -> Boolean:
+        """The traced expression: raw indices need no lengths."""
+        return self.expression
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Traced) and (
+            self is other or (self._hash == other._hash and same(self.expression, other.expression))
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hashed(self.expression)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A hash belongs to its process."""
+        return Traced, (self.expression, self.parameters)
+
+    def __repr__(self) -> str:
+        text = str(self.expression)
+        whole_text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+        return f"rule(lambda {', '.join(self.parameters)}: {whole_text})"
+
+
+def rule(function: Callable[..., Any]) -> Rule:
+    """A rule of your own, written over raw indices: b (batch), h (head), q (query), k (key).
+
+    >>> print(rule(lambda q, k: (q - k) % 3 == 0).to_dense(4, 4).astype(int))
+    [[1 0 0 1]
+     [0 1 0 0]
+     [0 0 1 0]
+     [1 0 0 1]]
+
+    The function is called once, with symbols, and must return their comparison. It may use + - *,
+    // and % by a positive constant, abs, comparisons, and & | ~ between comparisons.
+
+    Arguments:
+        function: its parameters are any of b, h, q, k, by name.
+
+    Raises TypeError or ValueError for anything that cannot be traced.
+    """
+    allowed = "rule: the parameters of a function must be any of b, h, q, k"
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        raise TypeError(f"{allowed}; got {shown(function)}") from None
+    taken = {}
+    for parameter in parameters:
+        if parameter.name in INDEX_NAMES and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        ):
+            taken[parameter.name] = Index(parameter.name)
+        elif parameter.default is parameter.empty:
+            raise TypeError(f"{allowed}; got {str(parameter)!r}")
+    return Traced(as_boolean(_called(function, taken)), tuple(taken))
+
+
+def _called(function: Callable[..., Any], indices: dict[str, Index]) -> Any:
+    """The function's value for symbols. Raises TypeError where it does what symbols cannot."""
+    try:
+        made = function(**indices)
+    except (TypeError, AttributeError, LookupError) as error:
+        last = error.__traceback__
+        while last and last.tb_next:
+            last = last.tb_next
+        if last and last.tb_frame.f_globals.get("__name__", "").startswith("tilefold."):
+            raise  # an operator of the symbols has said what is wrong
+        raise TypeError(
+            "rule: the function cannot be called with symbols:"
+            f" {type(error).__name__}: {shorten(str(error), 120)}; it may use integers, + - *, //"
+            " and % by a constant, abs, comparisons, and & | ~ between comparisons; the data of"
+            " arrays go into documents(), lengths() or dense()"
+        ) from error
+    if made is None:
+        raise TypeError("rule: the function returned None, no comparison; is `return` missing?")
+    if isinstance(made, Rule):
+        raise TypeError(
+            f"rule: the function returned the rule {shown(made)}, no comparison; join rules with"
+            " & | ~ outside of rule()"
+        )
+    return made
