@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tilefold.common import check
 from tilefold.masks.evaluate import exact, index_bits
 from tilefold.masks.expression import Boolean, Logic, check_size, names
-from tilefold.masks.graph import Node, ordered, same, spell
+from tilefold.masks.graph import Node, same, spell
 from tilefold.masks.rewrite import shift
 from tilefold.masks.runs import Counts, count, runs
 
@@ -191,6 +191,8 @@ _Lengths = tuple[int, int]
 class Composed(Rule, Node):
     """A rule made of others; rules made of rules are walked without recursion: see `graph`."""
 
+    _hash: int | None = None  # kept from its first use on
+
     @property
     def inner(self) -> _Lengths | None:
         """The lengths that the parts are bound to, where they are not those of the rule."""
@@ -233,13 +235,14 @@ class Composed(Rule, Node):
         return inner, last.parts  # without the rule itself, which would keep itself
 
     def __eq__(self, other: object) -> bool:
-        if type(self) is not type(other) or hash(self) != hash(other):
+        if type(self) is not type(other):
             return NotImplemented
-        return same(self, other)
+        if any(isinstance(part, Composed) for part in self.children):
+            return same(self, other)
+        return bool(self.label == other.label and self.children == other.children)
 
     def __hash__(self) -> int:
-        kept: int | None = vars(self).get("_hash")
-        return _kept_hash(self) if kept is None else kept
+        return _kept_hash(self) if self._hash is None else self._hash
 
     def __repr__(self) -> str:
         return spell(self)
@@ -247,9 +250,14 @@ class Composed(Rule, Node):
 
 def _kept_hash(whole: Composed) -> int:
     """The hash of a rule; it is kept, as are those of all that the rule is made of."""
-    for rule, parts in ordered(whole):
-        if isinstance(rule, Composed):
-            vars(rule)["_hash"] = hash((type(rule), rule.label, parts))
+    stack = [whole]
+    while stack:
+        rule, parts = stack[-1], stack[-1].children
+        waiting = [x for x in parts if isinstance(x, Composed) and x._hash is None]
+        if waiting:
+            stack.extend(waiting)
+        else:
+            vars(stack.pop())["_hash"] = hash((type(rule), rule.label, parts))
     return hash(whole)
 
 

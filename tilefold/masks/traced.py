@@ -10,7 +10,7 @@ from typing import Any
 
 from tilefold.common.check import shorten, shown
 from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, as_boolean
-from tilefold.masks.graph import hashed, same
+from tilefold.masks.graph import WRITTEN_OUT, hashed, same
 from tilefold.masks.rule import Rule
 
 
@@ -25,17 +25,20 @@ class Traced(Rule):
         """The traced expression: raw indices need no lengths."""
         return self.expression
 
+    @cached_property
+    def _key(self) -> str | int:
+        """The text, where all graphs of the same tree have it; of large ones a hash."""
+        text = str(self.expression)
+        written_out = len(text) <= WRITTEN_OUT and ":=" not in text
+        return text if written_out else hashed(self.expression)
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Traced) and (
-            self is other or (self._hash == other._hash and same(self.expression, other.expression))
-        )
+        if not isinstance(other, Traced) or self._key != other._key:
+            return False
+        return isinstance(self._key, str) or same(self.expression, other.expression)
 
     def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hashed(self.expression)
+        return hash(self._key)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A hash belongs to its process."""
