@@ -178,16 +178,8 @@ def test_keys_that_no_query_sees_change_nothing(decoder: Decoder, name: str) -> 
             assert_unchanged(decoder, f"{result} with {value}", array, clean[result])
 
 
-MINUS_INFINITY = pytest.mark.xfail(
-    strict=True,
-    reason="Triton's kernels give NaN where all scores of a row's first tile are -inf",
-)
-
-
 @pytest.mark.feature("M01", "T09", "T10")
-@pytest.mark.parametrize(
-    "decoder", [*DECODERS[:-1], pytest.param(DECODERS[-1], marks=MINUS_INFINITY)], ids=str
-)
+@on_every_backend
 def test_scores_of_minus_infinity_alone_have_no_mean(decoder: Decoder) -> None:
     """An empty row is 0 and -inf; one that sees scores of -inf alone is 0 / 0. Not so if split."""
     len_k = decoder.len_k

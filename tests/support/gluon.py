@@ -278,6 +278,8 @@ class Device:
             max=reduce(np.fmax),
             sum=reduce(np.add),
             exp2=lambda x: tensor(np.exp2(x)),
+            abs=lambda x: tensor(np.abs(x)),
+            fma=lambda x, y, z: tensor((np.float64(x) * y + z).astype(np.float32)),
             log2=lambda x: tensor(np.log2(x)),
             convert_layout=lambda x, layout, assert_trivial=False: x,
             static_range=builtins.range,

@@ -38,6 +38,7 @@ class Interpreted(Machine):
         if reason := missing():
             raise NotImplementedError(reason)
         _teach_bfloat16()
+        _teach_fma()
 
     def active(self) -> AbstractContextManager[Any]:
         """A context that does nothing: there is only one device."""
@@ -111,3 +112,19 @@ def _teach_bfloat16() -> None:
 
     builder.create_dot = create_dot
     interpreter._convert_float = convert_float
+
+
+@functools.cache
+def _teach_fma() -> None:
+    """Correct the interpreter's fused multiply-add of float32, which it rounds twice."""
+    from triton.runtime import interpreter
+
+    usual = interpreter.InterpreterBuilder.create_fma
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.data.dtype != np.float32:
+            return usual(self, x, y, z)
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma

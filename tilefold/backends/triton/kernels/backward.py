@@ -71,10 +71,10 @@ def emit_dq(spec: TritonSpec) -> str:
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     delta_of(text, spec)
     statistic = "(b.to(tl.int64) * heads + h) * len_q + q_at"
-    text(
-        f"tl.store(delta + {statistic}, sums, mask=within_parallel)",
-        f"base = tl.load(lse + {statistic}, mask=within_parallel, other=0.0) * {scores.LOG2_E}",
-    )
+    text(f"tl.store(delta + {statistic}, sums, mask=within_parallel)")
+    scores.ratio(text, spec, "ratio", natural=False)
+    scores.base_of_lse(text, f"tl.load(lse + {statistic}, mask=within_parallel, other=0.0)")
+    text("slope = (scale * tl.exp2(-rest))[:, None]  # weights of a row lack its 2^-rest")
     _queries_block(text, spec, USUAL)
     with text.block("if odd != 0"):
         _queries_block(text, spec, RECOMPUTED)
@@ -93,14 +93,14 @@ def _queries_block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
             scores.score(text)
             if walk is not Walk.WHOLE:
                 seen(text, spec, "h")
-            _weights(text, walk, "[:, None]")
+            _weights(text, walk, scores.exponent("s", "base[:, None]"))
             fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
             multiply(text, spec, "dp", "do", "v", walk)
             scores.score_gradient(text, spec, walk, "sums[:, None]")
             for i, name in enumerate(sums):
                 take(text, spec, "k", i, within(walk))
                 add_product(text, spec, name, "ds", f"k_{i}", walk)
-    write(text, spec, "dq", "h", "first_q", [scores.gradient(name) for name in sums])
+    write(text, spec, "dq", "h", "first_q", [scores.gradient(name, "slope") for name in sums])
 
 
 def delta_of(text: Text, spec: TritonSpec) -> None:
@@ -136,6 +136,7 @@ def keys_block(
     """
     parallel(text, spec)
     scores.factor(text, spec)
+    scores.ratio(text, spec, "ratio", natural=False)
     for operand in ("k", "v"):
         fetch(text, spec, operand, "parallel", "h", "first_k", "within_parallel")
     own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
@@ -163,8 +164,8 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
         seen(text, spec, "h_q")
     text("row = (b.to(tl.int64) * heads * group + h_q) * len_q + start + row_traverse")
     guard = "" if walk is Walk.WHOLE else ", mask=within_traverse, other=0.0"
-    text(f"base = tl.load(lse + row{guard}) * {scores.LOG2_E}")
-    _weights(text, walk, "[None, :]")
+    scores.base_of_lse(text, f"tl.load(lse + row{guard})")
+    _weights(text, walk, f"{scores.exponent('s', 'base[None, :]')} - rest[None, :]")
     if guarded and walk is Walk.WHOLE:
         text("p = tl.where(within_parallel[:, None], p, 0.0)")
     text(f"weights = {storage(spec.dtype).write('p')}")
@@ -181,11 +182,11 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
         add_product(text, spec, f"dk_{i}", "ds", f"q_{i}", walk)
 
 
-def _weights(text: Text, walk: Walk, axis: str) -> None:
+def _weights(text: Text, walk: Walk, exponent: str) -> None:
     """`p`, from scores and `base`, which is lse to base 2: of a query that sees no key it is -inf,
     so such weights are chosen, not computed.
     """
-    text(f"p = tl.exp2({scores.exponent('s', f'base{axis}')})")
+    text(f"p = tl.exp2({exponent})")
     if walk is not Walk.WHOLE:
         text("p = tl.where(seen, p, 0.0)")
 

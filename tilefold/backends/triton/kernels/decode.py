@@ -3,7 +3,7 @@
 The queries of all heads that share a key head are the rows of blocks, each of which reads a key
 once for all of its rows (Flash-Decoding: Dao, Haziza, Massa, Sizov, 2023; the grouped rows are
 those of FlashAttention-3). A part is m, l and the sum that belongs to them, which the second kernel
-joins from the first split to the last.
+joins from the first split to the last. Where a split saw scores of -inf alone, its m is -inf.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def emit(spec: TritonSpec) -> str:
 def _part(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     """The part of the split, from its first tile to memory."""
     sums = folded(text, spec, walks, keys="h", head="h_q[:, None]")
+    if walks is RECOMPUTED:
+        softmax.scaled(text, spec)
     text("row_n = ((b.to(tl.int64) * heads * group + h_q) * splits + block) * len_q + q_at")
     text("tl.store(part_m + row_n, m, mask=within_parallel)")
     text("tl.store(part_l + row_n, l, mask=within_parallel)")
@@ -90,7 +92,7 @@ def emit_merge(spec: TritonSpec) -> str:
     values = range(len(spec.pieces("v")))
     sums = [f"o_{i}" for i in values]
     rows_parallel(text, spec)
-    scores.factor(text, spec)
+    text("met = tl.full([PARALLEL], 0, tl.int32)")
     softmax.begin(text, spec)
     for name, piece in zip(sums, spec.pieces("v"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
@@ -100,14 +102,16 @@ def emit_merge(spec: TritonSpec) -> str:
         text(f"m_s = tl.load(part_m + row_n, mask=within_parallel, other={lowest})")
         text("l_s = tl.load(part_l + row_n, mask=within_parallel, other=0.0)")
         text("top = tl.maximum(m, m_s)")
-        text("shrink, share = tl.exp2((m - top) * factor), tl.exp2((m_s - top) * factor)")
+        text('met |= (m_s == float("-inf")).to(tl.int32)')
+        text("shrink, share = tl.exp2(m - top), tl.exp2(m_s - top)")
         text("l = l * shrink + l_s * share", "m = top")
         for name, piece in zip(sums, spec.pieces("v"), strict=True):
             where = guard(piece, "within_parallel")
             at = f"part_o + row_n[:, None] * {spec.dim_v} + {column(piece)}[None, :]"
             text(f"part = tl.load({at}, mask={where}, other=0.0)")
             text(f"{name} = {name} * shrink[:, None] + part * share[:, None]")
-    softmax.end(text)
+    text(softmax.LOSE)
+    softmax.end(text, spec, Walk.WHOLE)
     write(text, spec, "o", "h", "first_q", [f"({name} / share[:, None])" for name in sums])
     text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
     return written(spec, "Attention of few queries: the parts, merged.", MERGE, text)

@@ -34,9 +34,9 @@ from tilefold.backends.triton.spec import TritonSpec
 ALGORITHM = (
     "o, m, l = 0, lowest, 0",
     "for each tile of keys that the block of queries sees:",
-    "    s = q k^T",
-    "    m, shrink = max(m, max s), exp2 (m_before - m)",
-    "    p = exp2 (s - m)",
+    "    s = scale q k^T",
+    "    m, shrink = max(m, max s), exp (m_before - m)",
+    "    p = exp (s - m)",
     "    l = l shrink + sum p",
     "    o = o shrink + p v",
     "o, lse = o / l, m + log l",
@@ -59,7 +59,7 @@ def emit(spec: TritonSpec) -> str:
 def _block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     """The block of queries from its first tile to its results."""
     sums = folded(text, spec, walks, keys="h_k", head="h")
-    softmax.end(text)
+    softmax.end(text, spec, walks[-1])
     write(text, spec, "o", "h", "first_q", [f"({name} / share[:, None])" for name in sums])
     text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
 
@@ -69,12 +69,16 @@ def folded(
 ) -> list[str]:
     """m, l and the sums of a block over all of its tiles; returns the names of the sums.
 
-    `keys` is the head of the keys, `head` that of the queries, as the rule is asked.
+    `keys` is the head of the keys, `head` that of the queries, as the rule is asked. Scores that
+    are too large for the usual walks are `odd` like NaN.
     """
     sums = [f"o_{i}" for i in range(len(spec.pieces("v")))]
     softmax.begin(text, spec)
     for name, piece in zip(sums, spec.pieces("v"), strict=True):
         text(f"{name} = {zeros(spec, 'PARALLEL', piece.width)}")
+    none = "tl.full([PARALLEL], 0, tl.int32)"
+    if walks is RECOMPUTED:
+        text(f"met = {none}")
     for walk in walks:
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", keys, "start", within(walk))
@@ -82,6 +86,8 @@ def folded(
             scores.score(text)
             if walk is not Walk.WHOLE:
                 seen(text, spec, head)
+            if walk is Walk.CAREFUL:
+                text(softmax.MEET)
             softmax.fold(text, spec, sums, walk)
             text(f"weights = {storage(spec.dtype).write('p')}")
             fetch(text, spec, "v", "traverse", keys, "start", within(walk))
@@ -89,4 +95,9 @@ def folded(
                 take(text, spec, "v", i, within(walk))
                 inspect(text, f"v_{i}", walk)
                 add_product(text, spec, name, "weights", f"v_{i}", walk)
+    if walks is RECOMPUTED:
+        text(softmax.LOSE)
+    else:
+        text(f"odd |= tl.max({softmax.far(spec)}.to(tl.int32), 0)")
+        softmax.lost(text, spec, head, tiles(text, spec, "h", Walk.CAREFUL), none)
     return sums

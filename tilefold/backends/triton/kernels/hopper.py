@@ -17,7 +17,8 @@ It departs from the plain kernel, `forward`, in this:
 - Keys and values past the end of a sequence are zeros that the TMA unit fills in.
 - A weight of 0 times a value that is NaN or infinite is NaN. Values are not looked at in the loop:
   sums that come out finite have met no such value. If some do not, then at its end a program does
-  the blocks again that have such a value in a masked tile, slowly, one key at a time.
+  the blocks again that have such a value in a masked tile, slowly, one key at a time; and all of
+  its blocks if some scores were too large (`softmax.far`).
 - Head dimensions that are not a power of two are padded, not cut into pieces.
 """
 
@@ -58,7 +59,7 @@ RINGS = ("q_ring", "k_ring", "v_ring")
 BARRIERS = ("q_full", "q_free", "k_full", "k_free", "v_full", "v_free")
 """For each slot: whether the TMA unit has filled it, and whether its readers are done with it."""
 
-LOCAL = ("warpgroup", "factor", "b", "h", "h_k", "first_q", "begin", "middle", "end")
+LOCAL = ("warpgroup", "factor", "every", "b", "h", "h_k", "first_q", "begin", "middle", "end")
 """The values that functions of the source hand to each other, beside arguments."""
 
 ALGORITHM = (
@@ -89,14 +90,13 @@ def emit(spec: TritonSpec) -> str:
     text("", HEAD)
     text(*(f"{name} = tl.constexpr({value})" for name, value in _constants(spec).items()))
     text("", "", HELPERS, "")
-    functions = []
+    known = _known(spec)
+    functions = [hopper_nonfinite.one_by_one(spec, known)]
     if mask.masks(spec.mask):
         text(mask.visible(spec.mask, spec.index_bits, "gluon.jit"), "")
-        known = _known(spec)
-        nonfinite = hopper_nonfinite.nonfinite(spec, known)
-        one_by_one = hopper_nonfinite.one_by_one(spec, known)
-        functions = [nonfinite, one_by_one, _recompute(spec, nonfinite, one_by_one)]
-    functions += [_attend(spec, functions[-1] if functions else None), _load(spec)]
+        functions.append(hopper_nonfinite.nonfinite(spec, known))
+    functions.append(_recompute(spec, *functions))
+    functions += [_attend(spec, functions[-1]), _load(spec)]
     text(*(f"{function.text}\n" for function in functions))
     _kernel(text, spec, *functions[-2:])
     return str(text)
@@ -120,16 +120,20 @@ def _constants(spec: TritonSpec) -> dict[str, str]:
     }
 
 
-def _attend(spec: TritonSpec, recompute: Function | None) -> Function:
-    """The work of a warpgroup; `recompute` is called where its sums have met NaN or infinity."""
+def _attend(spec: TritonSpec, recompute: Function) -> Function:
+    """The work of a warpgroup; `recompute` is called where its sums have met NaN or infinity, or
+    scores that are too large for it.
+    """
     text = Text()
     _rows(text, spec)
     text(
         "q_tile = q_ring.index(warpgroup).reshape((ROWS, DIM))",
         "tile, filled = 0, 0  # tiles, and blocks of queries, so far: they name slots and phases",
     )
-    if recompute:
-        text("strange = tl.full([ROWS], 0.0, tl.float32, tl.SliceLayout(1, SUMS))")
+    text(
+        "strange = tl.full([ROWS], 0.0, tl.float32, tl.SliceLayout(1, SUMS))",
+        "far = tl.full([ROWS], 0, tl.int32, tl.SliceLayout(1, SCORES))",
+    )
     with text.block("if warpgroup == 1"):
         text("pass_turn(warpgroup)  # the other warpgroup begins")
     with _row_blocks(text):
@@ -144,29 +148,37 @@ def _attend(spec: TritonSpec, recompute: Function | None) -> Function:
             _first_tile(text, spec)
             _other_tiles(text, spec)
             _last_values(text)
-        if recompute:
+        text(f"far |= {softmax.far(spec)}.to(tl.int32)")
+        if mask.masks(spec.mask):
             text("strange += tl.sum(total - total, 1)  # NaN from the first odd number on")
-        _write(text, spec)
+        zeros = "tl.full([ROWS], 0, tl.int32, tl.SliceLayout(1, SCORES))"
+        softmax.lost(text, spec, "h", _again(text), zeros)
+        _write(text, spec, Walk.WHOLE)
     with text.block("if warpgroup == 0"):
         text("wait_turn(warpgroup)  # the other has passed once more: no barrier is left half full")
-    if recompute:
-        with text.block("if tl.max((strange != 0).to(tl.int32), 0) != 0"):
-            recompute.call(text)
+    text("every = tl.max(far, 0)")
+    with text.block("if (tl.max((strange != 0).to(tl.int32), 0) | every) != 0"):
+        recompute.call(text)
     title = "A warpgroup: half of the queries of each block that this program has."
     return function("attend", title, text, _known(spec))
 
 
-def _recompute(spec: TritonSpec, nonfinite: Function, one_by_one: Function) -> Function:
+def _recompute(
+    spec: TritonSpec, one_by_one: Function, nonfinite: Function | None = None
+) -> Function:
     """The second walk over the row blocks of a program."""
     text = Text()
     _rows(text, spec)
     with _row_blocks(text):
         frame.parallel(text, spec)
-        nonfinite.call(text, "odd = ")
+        if nonfinite:
+            nonfinite.call(text, "odd = every | ")
+        else:
+            text("odd = every")
         with text.block("if odd != 0"):
             one_by_one.call(text, "total, m, l = ")
-            _write(text, spec)
-    title = "Compute anew where a masked tile holds values that are not finite."
+            _write(text, spec, Walk.CAREFUL)
+    title = "Compute anew every block, or where a masked tile holds values that are not finite."
     return function("repair", title, text, _known(spec))
 
 
@@ -194,6 +206,16 @@ def _row_blocks(text: Text) -> Iterator[None]:
             "end = tl.load(run_rows + visited + 2)",
         )
         yield
+
+
+@contextmanager
+def _again(text: Text) -> Iterator[None]:
+    """The walk over all tiles of a row block, without their elements."""
+    with text.block("for run in range(begin, end)"):
+        text("first, last = tl.load(runs + 2 * run), tl.load(runs + 2 * run + 1)")
+        with text.block("for start in range(first, last, TRAVERSE)"):
+            text("within_traverse = start + row_traverse < last")
+            yield
 
 
 def _scores(text: Text) -> None:
@@ -287,9 +309,9 @@ def _last_values(text: Text) -> None:
     text("total = warpgroup_mma_wait(0, [total])", "release(v_free.index(slot))", "tile += 1")
 
 
-def _write(text: Text, spec: TritonSpec) -> None:
+def _write(text: Text, spec: TritonSpec, walk: Walk) -> None:
     """Sums divided, rounded and written from registers."""
-    softmax.end(text)
+    softmax.end(text, spec, walk)
     text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
     text(
         "share = tl.convert_layout(1.0 / share, tl.SliceLayout(1, SUMS))",

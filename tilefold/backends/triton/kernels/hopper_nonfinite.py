@@ -1,14 +1,16 @@
 """Hopper's slow way through a block of queries, one key at a time, where values are not finite.
 
 A weight of 0 times NaN or infinity is NaN. So where a masked tile holds such a value, sums are made
-anew without products of tiles: only who may see a value touches it.
+anew without products of tiles: only who may see a value touches it. Scores that are too large for
+the usual way (`softmax.far`) go this way too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tilefold.backends.triton.kernels import mask, scores
+from tilefold.backends.triton.kernels import mask, scores, softmax
+from tilefold.backends.triton.kernels.frame import Walk
 from tilefold.backends.triton.kernels.gluon import Function, function, keys, row_of
 from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
@@ -41,6 +43,7 @@ def one_by_one(spec: TritonSpec, known: Iterable[str]) -> Function:
     text(
         f"m = tl.full([ROWS], {lowest}, tl.float32, {rows})",
         f"l = tl.full([ROWS], 0.0, tl.float32, {rows})",
+        f"met = tl.full([ROWS], 0, tl.int32, {rows})",
         "total = tl.full([ROWS, DIM_V], 0.0, tl.float32, SUMS)",
         f"row = first_q + warpgroup * ROWS + tl.arange(0, ROWS, {rows})",
         "within = row < len_q",
@@ -59,12 +62,16 @@ def one_by_one(spec: TritonSpec, known: Iterable[str]) -> Function:
             f"s = tl.convert_layout(tl.sum(query * value[None, :], 1), {rows})",
         )
         scores.score(text, opposite=spec.negative)
+        rule = mask.call(spec.mask, b="b", h="h", q="q_safe", k="key")
         text(
-            f"seen = within & {mask.call(spec.mask, b='b', h='h', q='q_safe', k='key')}",
-            f"s = tl.where(seen, s, {lowest})",
+            f"seen = within & {rule}" if mask.masks(spec.mask) else "seen = within",
+            'met |= (seen & (s == float("-inf"))).to(tl.int32)',
+            's = tl.where(seen, s, float("-inf"))',
             "top = tl.maximum(m, s)",
-            f"p = tl.where(seen, tl.exp2({scores.exponent('s', 'top * factor')}), 0.0)",
-            "shrink = tl.exp2((m - top) * factor)",
+        )
+        softmax.weigh(text, spec, "", Walk.CAREFUL)
+        text(
+            "p = tl.where(seen, p, 0.0)",
             "m, l = top, l * shrink + p",
             f"at = {row_of('v', 'h_k', 'key', 'column_v')}",
             f"value = {own.read(f'tl.load(at, mask=column_v < {spec.dim_v}, other=0.0)')}",
@@ -72,6 +79,7 @@ def one_by_one(spec: TritonSpec, known: Iterable[str]) -> Function:
             "total = total * shrink[:, None] + added",
         )
     text(
+        softmax.LOSE,
         *(f"{name} = tl.convert_layout({name}, tl.SliceLayout(1, SCORES))" for name in "ml"),
         "return total, m, l",
     )

@@ -21,14 +21,16 @@ class Storage:
     """Elements of one type.
 
     `compute`: the type of statistics and sums. `lowest`: where a running maximum starts, finite, so
-    that no difference of two of them is NaN. `product`: the last arguments of `tl.dot`, with the
-    precision as `{mode}`. `by_bits`: a number of this type is given to a kernel by its bits, since
-    Triton passes float32 alone.
+    that no difference of two of them is NaN. `far`: from there on numbers of the statistics are
+    more than 1 apart. `product`: the last arguments of `tl.dot`, with the precision as `{mode}`.
+    `by_bits`: a number of this type is given to a kernel by its bits, since Triton passes float32
+    alone.
     """
 
     memory: str
     compute: str = "float32"
     lowest: str = "-3e38"
+    far: str = "16777216.0"
     product: str = ""
     by_bits: bool = False
 
@@ -49,7 +51,11 @@ _ROWS = {
     row.memory: row
     for row in (
         Storage("float32", product=', input_precision="{mode}"'),
-        Storage("float64", "float64", "-1e308", product=", out_dtype=tl.float64", by_bits=True),
+        Storage(
+            *("float64", "float64", "-1e308", "9007199254740992.0"),
+            product=", out_dtype=tl.float64",
+            by_bits=True,
+        ),
         Storage("float16"),
         Storage("bfloat16"),
     )
