@@ -189,6 +189,27 @@ def test_odd_values_that_nobody_sees() -> None:
         compare(problem, operands, edit=("    if odd != 0:", "    if False:"))
 
 
+@pytest.mark.parametrize("mask", [None, causal()], ids=str)
+def test_scores_of_minus_infinity_alone_have_no_mean(mask: Rule | None) -> None:
+    problem = problem_of(200, 180, mask, heads=(2, 2), scale=1.0)
+    operands = inputs(problem)
+    operands["q"][...] = abs(operands["q"])
+    operands["k"][:, 0] = operands["k"][:, 1, :100] = -np.inf
+    o, _ = attend(problem, operands)
+    assert np.isnan(o[:, 0, 20:]).all() and np.isfinite(o[:, 1, 199]).all()
+    compare(problem, operands)
+
+
+@pytest.mark.parametrize("mask", [None, causal()], ids=str)
+def test_huge_scores_choose_one_key(mask: Rule | None) -> None:
+    problem = problem_of(140, 140, mask, scale=2.0**100)
+    operands = inputs(problem)
+    for name in "qk":
+        operands[name][...] = 0
+    operands["q"][..., 0], operands["k"][..., 0] = 1, np.arange(140)
+    compare(problem, operands)
+
+
 MUTATIONS = {
     "keys not waited for": ("mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1)", ""),
     "values not waited for": ("mbarrier.wait(v_full.index(slot), (tile - 1) // STAGES & 1)", ""),

@@ -18,6 +18,7 @@ from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.choice import Asked, Choice, check_asked, choose
 from tilefold.backends.triton.heuristics import DEFAULT, Heuristics
 from tilefold.backends.triton.kernels import hopper_launch
+from tilefold.backends.triton.kernels.scores import LOG2_E
 from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.spec import (
     BY_PRECISION,
@@ -131,8 +132,17 @@ class Planner:
         )
 
     def _check(self) -> None:
-        """Raises NotImplementedError for what has no kernels."""
+        """Raises NotImplementedError for what has no kernels, ValueError for a scale that is lost in
+        the type of the sums.
+        """
         problem = self._problem
+        least, most = scales(STATISTICS[problem.dtype])
+        if problem.scale and not least <= abs(problem.scale) <= most:
+            raise ValueError(
+                f"scale must be 0 or from {least:.3g} to {most:.3g} in size on a GPU, where sums of"
+                f" {problem.dtype} are {STATISTICS[problem.dtype]}, got {problem.scale}: multiply q"
+                " or k by a part of it"
+            )
         if max(problem.dim, problem.dim_v) > MOST_DIM:
             raise NotImplementedError(
                 f"heads of up to {MOST_DIM} numbers are implemented for GPUs, got dim"
@@ -314,6 +324,12 @@ class Planner:
         launch = self._launch(spec, made, visited, problem.heads_kv, blocks)
         launch = replace(launch, splits=visited.block_rows)
         return [launch, self._simple("merge", launch.splits)]
+
+
+def scales(statistics: str) -> tuple[float, float]:
+    """The least and the most size of a scale whose product with log2(e) is a normal number."""
+    limits = np.finfo(statistics)
+    return float(limits.tiny), float(limits.max) / LOG2_E
 
 
 def key_of(spec: TritonSpec, name: str) -> tuned.Key:
