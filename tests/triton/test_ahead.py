@@ -13,18 +13,22 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import triton_resources
 from triton_resources import Case, Row, identity, launch_of, report_of, spec_of
 
+from tilefold import dense
 from tilefold.backends.triton import ahead, module
 from tilefold.backends.triton.ahead import Compiled, Compiler, reports
 from tilefold.backends.triton.architectures import architecture
+from tilefold.backends.triton.plan import plan
 from tilefold.backends.triton.spec import TritonSpec
+from tilefold.problems.attention import Problem
 
 KEPT: dict[Case, Row] = {
     Case(*row["case"]): row for row in json.loads(triton_resources.KEPT.read_text("utf-8"))
@@ -167,6 +171,31 @@ def test_kernels_compile_without_descriptors_too(name: str) -> None:
     for spec, report in zip(specs, reports([(spec, name) for spec in specs]), strict=True):
         assert report.within(architecture(name)), (spec, report.failure)
         assert "bulk copies" not in report.instructions and "cp.async" in report.instructions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("sm_80", ("forward",)),
+        ("sm_90", ("backward_dq", "backward_dkv")),
+    ],
+)
+def test_float64_takes_masks_of_booleans(name: str, kernels: Sequence[str]) -> None:
+    """Weights that follow from bytes would be laid out as bytes are, which no product of float64
+    is: such tables are 32-bit integers.
+    """
+    specs = []
+    for kernel in kernels:
+        operation, form = triton_resources.FORMS[kernel]
+        queries = 1 if form == "decode" else 64
+        mask = dense(np.eye(queries, 64, dtype=bool))
+        problem = Problem.of((1, 2, queries, 16), (1, 2, 64, 16), dtype="float64", mask=mask)
+        launches = plan(problem, name, operation, form=form).launches
+        specs += [launch.spec for launch in launches if launch.spec.kernel == kernel]
+    for spec, report in zip(specs, reports([(spec, name) for spec in specs]), strict=True):
+        assert report.within(architecture(name)), (spec.kernel, report.failure)
+        assert report.instructions["mma.sync"], spec.kernel
 
 
 @pytest.mark.slow

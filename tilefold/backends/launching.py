@@ -73,9 +73,19 @@ def unbroadcast(table: NDArray[Any]) -> NDArray[Any]:
     return table[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in table.strides)]
 
 
-def tables_on(machine: Host, kept: LruCache[dict[str, Array]], plan: MaskData) -> dict[str, Array]:
-    """The tables of a plan's mask on a machine, by their names; they are copied once."""
+def tables_on(
+    machine: Host, kept: LruCache[dict[str, Array]], plan: MaskData, *, wide: bool = False
+) -> dict[str, Array]:
+    """The tables of a plan's mask on a machine, by their names; they are copied once.
+
+    `wide`: tables of bytes are copied as 32-bit integers.
+    """
     held = {f"t{number}": unbroadcast(table.array) for number, table in enumerate(plan.tables)}
+    if wide:
+        held = {
+            name: array.astype(np.int32) if array.itemsize == 1 else array
+            for name, array in held.items()
+        }
     return _copied(machine, kept, plan, held)
 
 

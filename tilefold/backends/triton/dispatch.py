@@ -310,4 +310,5 @@ def _data(machine: Machine, plan: TritonPlan, launch: Launch) -> dict[str, Tenso
     if not launch.spec.row.visits:
         return {}
     kept, visited = machine.kept.data, (launch.order, launch.run_rows, launch.runs)
-    return runs_on(machine, kept, launch, RUNS, visited) | tables_on(machine, kept, plan)
+    tables = tables_on(machine, kept, plan, wide=arguments.wide_tables(launch.spec))
+    return runs_on(machine, kept, launch, RUNS, visited) | tables

@@ -68,10 +68,22 @@ def alike(spec: TritonSpec) -> tuple[str, ...]:
     return (*numbers, *SIZES, "scale")
 
 
+def wide_tables(spec: TritonSpec) -> bool:
+    """True if tables of bytes are given as 32-bit integers.
+
+    Weights that follow from bytes are laid out for a product as bytes would be, and Triton 3.6 and
+    3.7 end there with an assertion where they are float64 ("fp64 don't support largeK MMA").
+    """
+    return spec.dtype == "float64"
+
+
 def signature(spec: TritonSpec) -> dict[str, str]:
     """The types of all arguments as Triton writes them, for compilation ahead of time."""
     found = {name: f"*{ELEMENTS[dtype]}" for name, dtype in arrays(spec).items()}
-    types = {slot.name: "*i32" if slot.dtype == "int32" else "*u8" for slot in spec.mask.slots}
+    wide = wide_tables(spec)
+    types = {
+        slot.name: "*i32" if wide or slot.dtype == "int32" else "*u8" for slot in spec.mask.slots
+    }
     numbers = {"int": "i64" if spec.index_bits == 64 else "i32"}
     types |= {parameter.name: numbers[parameter.dtype] for parameter in spec.mask.parameters}
     for name in rule(spec):
