@@ -71,7 +71,9 @@ def tensors(stage: Stage, problem: Problem, seed: int = 0) -> Tensors:
 
 
 def planned(stage: Stage, problem: Problem, operation: str, form: str) -> TritonPlan:
-    """The plan of a form on this machine."""
+    """The plan of a form on this machine. Raises NotImplementedError for one that is left out."""
+    if form in stage.without:
+        raise NotImplementedError(f"form {form!r} is not possible here: {stage.without[form]}")
     return plan(problem, stage.machine.architecture, operation, form=form)
 
 

@@ -195,4 +195,5 @@ SECTION = Section(
     workers=processes(),
     patience=6,
     stall_seconds=90.0,
+    first=18,
 )

@@ -98,4 +98,4 @@ def copy(stage: Stage, number_bytes: int) -> timing.Call:
     return lambda: target.copy_(source)
 
 
-SECTION = Section("decode", 0.07, jobs, measure, patience=1, stall_seconds=75.0)
+SECTION = Section("decode", 0.07, jobs, measure, patience=1, stall_seconds=75.0, first=1)

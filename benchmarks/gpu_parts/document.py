@@ -176,7 +176,7 @@ def failures(document: Row) -> list[str]:
             ]
             if row.get("errors"):
                 found.append(f"{row['job']}: {row['summary']}")
-            if name == "conformance" and row.get("reason"):
+            if name in ("canary", "conformance") and row.get("reason"):
                 found.append(f"{row['job']}: {row['reason']}")
     return found
 

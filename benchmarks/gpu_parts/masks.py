@@ -227,4 +227,6 @@ def prepare(job: str, here: Here) -> Row:
     return {}
 
 
-SECTION = Section("masks", 0.12, jobs, measure, ready, prepare, patience=1, stall_seconds=75.0)
+SECTION = Section(
+    "masks", 0.12, jobs, measure, ready, prepare, patience=1, stall_seconds=75.0, first=2
+)

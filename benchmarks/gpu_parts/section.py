@@ -32,7 +32,8 @@ class Settings:
     """What all sections are measured with. `machine` is "gpu" or "interpreter".
 
     The batch times the length is `tokens`, the heads times their dim are `width`. FlexAttention,
-    which compiles anew for every length, is measured at those of `compiled`.
+    which compiles anew for every length, is measured at those of `compiled`. `without` are forms of
+    tilefold that are left out, each with the reason: see `canary`.
     """
 
     machine: str = "gpu"
@@ -45,6 +46,7 @@ class Settings:
     compiled: tuple[int, ...] = (8192, 2048, 512)
     decoded: tuple[int, ...] = (8192, 131072)
     row_seconds: float = 0.6
+    without: Mapping[str, str] = field(default_factory=dict)
 
 
 INTERPRETED = Settings(
@@ -63,10 +65,13 @@ INTERPRETED = Settings(
 
 @dataclass(frozen=True)
 class Stage:
-    """Where kernels run: the machine of tilefold, and the device as torch names it."""
+    """Where kernels run: the machine of tilefold, the device as torch names it, and the forms that
+    are not to run there, with reasons.
+    """
 
     machine: Machine
     device: str
+    without: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
@@ -79,10 +84,10 @@ def stage(settings: Settings) -> Stage:
     if settings.machine == "interpreter":
         from tilefold.backends.triton.interpreter import Interpreted
 
-        return Stage(Interpreted("sm_90"), "cpu")
+        return Stage(Interpreted("sm_90"), "cpu", settings.without)
     from tilefold.backends.triton import runtime
 
-    return Stage(runtime.gpu(0), "cuda:0")
+    return Stage(runtime.gpu(0), "cuda:0", settings.without)
 
 
 @dataclass
@@ -144,7 +149,7 @@ class Section:
     `share` is that of the time. `ready` are jobs that only compile, for several processes at once
     and ahead of the measurement: they are made by `prepare`. `workers` measure at the same time.
     A part that ended `patience` processes is left out of all other rows; `stall_seconds` without a
-    word are a hang.
+    word are a hang. The `first` jobs are worth more than the others of all sections.
     """
 
     name: str
@@ -156,6 +161,7 @@ class Section:
     workers: int = 1
     patience: int = 2
     stall_seconds: float = 120.0
+    first: int = 0
 
 
 def said(error: BaseException) -> str:

@@ -164,6 +164,7 @@ SECTIONS = tuple(
         functools.partial(prepare, operation=operation),
         patience=1,
         stall_seconds=75.0,
+        first=4,
     )
     for operation, share in (("forward", 0.27), ("backward", 0.22))
 )

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gpu_parts import one
@@ -119,8 +119,17 @@ def end_of(text: str, lines: int = 6) -> str:
 
 def sanitizer_jobs(settings: Settings) -> list[str]:
     """Each tool of the sanitizer on each group of cases."""
-    groups = list(SMALL)[: 2 if settings.quick else None]
+    groups = [*kept(SMALL, settings)][: 2 if settings.quick else None]
     return [f"{tool} {group}" for tool in ("memcheck", "racecheck") for group in groups]
+
+
+def kept(groups: Mapping[str, list[str]], settings: Settings) -> dict[str, list[str]]:
+    """The groups of cases without those of forms that are left out."""
+    found = {
+        name: [case for case in cases if case.split()[2] not in settings.without]
+        for name, cases in groups.items()
+    }
+    return {name: cases for name, cases in found.items() if cases}
 
 
 def small_groups(settings: Settings) -> list[str]:
@@ -130,7 +139,7 @@ def small_groups(settings: Settings) -> list[str]:
 
 def compile_small(group: str, here: Here) -> Row:
     """Run the cases of a group, so that the sanitizer meets no compiler."""
-    return _run(SMALL[group], here)
+    return _run(kept(SMALL, here.settings)[group], here)
 
 
 def sanitize(name: str, here: Here) -> Row:
@@ -140,9 +149,10 @@ def sanitize(name: str, here: Here) -> Row:
     here.begin(tool)
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     # One allocation for each tensor, so that reading past its end is seen.
-    command = [program, *options, *_command(SMALL[group])]
+    cases = kept(SMALL, here.settings)[group]
+    command = [program, *options, *_command(cases)]
     code, text = call(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return {"cases": SMALL[group], "tool": program, **verdict(code, text)}
+    return {"cases": cases, "tool": program, **verdict(code, text)}
 
 
 def verdict(code: int, text: str) -> Row:
@@ -162,12 +172,12 @@ def verdict(code: int, text: str) -> Row:
 
 def counter_jobs(settings: Settings) -> list[str]:
     """The groups of cases."""
-    return list(LARGE)
+    return [*kept(LARGE, settings)]
 
 
 def compile_large(group: str, here: Here) -> Row:
     """Run the cases of a group, so that ncu meets no compiler."""
-    return _run(LARGE[group], here)
+    return _run(kept(LARGE, here.settings)[group], here)
 
 
 def count(group: str, here: Here) -> Row:
@@ -177,9 +187,10 @@ def count(group: str, here: Here) -> Row:
     options = ["--kernel-name", "regex:^tilefold_", "--clock-control", "none"]
     options += ["--csv", "--page", "details"]
     options += [word for section in SECTIONS for word in ("--section", section)]
-    code, text = call([program, *options, *_command(LARGE[group])])
+    cases = kept(LARGE, here.settings)[group]
+    code, text = call([program, *options, *_command(cases)])
     metrics = metrics_of(text)
-    row: Row = {"cases": LARGE[group], "tool": program, "metrics": metrics}
+    row: Row = {"cases": cases, "tool": program, "metrics": metrics}
     return row if metrics and not code else row | {"reason": f"exit code {code}: {end_of(text)}"}
 
 

@@ -28,6 +28,9 @@ Measure = Callable[[str, Here], Row]
 TRIES = 4
 """How often a job is begun, at most."""
 
+START_SECONDS = 60.0
+"""How long a process may take until it is there: it imports before it can say anything."""
+
 GRACE_SECONDS = 20.0
 """How long after the deadline a job that has begun may go on."""
 
@@ -44,7 +47,13 @@ class Outcome:
 
 
 def work(measure: Measure, settings: Settings, log: str, link: Any) -> None:
-    """The life of a process: jobs come, rows go, until None comes or the GPU is lost."""
+    """The life of a process: jobs come, rows go, until None comes or the GPU is lost.
+
+    A dozen processes may compile at once, so Inductor starts no pool of its own in each.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if "hopper" in settings.without:
+        os.environ["TILEFOLD_HOPPER"] = "0"  # "auto" takes another form then
     with contextlib.suppress(OSError, AttributeError):
         os.setsid()  # so that what it starts can be ended with it
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -86,6 +95,7 @@ class _Worker:
         self.process.start()
         other.close()
         self.job, self.part, self.heard = "", "", time.monotonic()
+        self.there = False
 
     def give(self, job: str, avoid: Mapping[str, str]) -> bool:
         """Send it a job; False where there is nobody any more."""
@@ -125,10 +135,16 @@ class _Pool:
     """The processes of a section and what they are to do."""
 
     def __init__(
-        self, measure: Measure, settings: Settings, *, patience: int, stall_seconds: float
+        self,
+        measure: Measure,
+        settings: Settings,
+        *,
+        patience: int,
+        stall_seconds: float,
+        keep: Callable[[Row], None],
     ) -> None:
         self._measure, self._settings = measure, settings
-        self._patience, self._stall = patience, stall_seconds
+        self._patience, self._stall, self._keep = patience, stall_seconds, keep
         self._waiting: deque[str] = deque()
         self._begun: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
@@ -182,11 +198,11 @@ class _Pool:
         try:
             while worker.job and worker.link.poll():
                 kind, value = worker.link.recv()
-                worker.heard = time.monotonic()
+                worker.heard, worker.there = time.monotonic(), True
                 if kind == "part":
                     worker.part = value
                 elif kind == "row":
-                    self.outcome.rows[worker.job] = value
+                    self._finish(worker.job, value)
                     worker.job = ""
                 else:
                     self._gone(worker, f"the GPU was lost: {value}")
@@ -196,8 +212,13 @@ class _Pool:
             words = worker.last_words()
             self._gone(worker, f"its process ended with {worker.process.exitcode}: {words}")
             return
-        if worker.job and time.monotonic() - worker.heard > self._stall:
-            self._gone(worker, f"nothing was heard for {self._stall:.0f} s: {worker.last_words()}")
+        limit = self._stall if worker.there else max(self._stall, START_SECONDS)
+        if worker.job and time.monotonic() - worker.heard > limit:
+            self._gone(worker, f"nothing was heard for {limit:.0f} s: {worker.last_words()}")
+
+    def _finish(self, job: str, row: Row) -> None:
+        self.outcome.rows[job] = row
+        self._keep(row)
 
     def _gone(self, worker: _Worker, reason: str) -> None:
         """End a process; its job waits again, without the part that was running."""
@@ -207,7 +228,7 @@ class _Pool:
         print(f"  {job}, {part or 'before any part'}: {reason}", file=sys.stderr, flush=True)
         known = self._avoid.setdefault(job, {})
         if not part or part in known or self._begun[job] >= TRIES:
-            self.outcome.rows[job] = {"job": job, "reason": reason, "part": part}
+            self._finish(job, {"job": job, "reason": reason, "part": part})
             return
         known[part] = reason
         self._ended[part] += 1
@@ -228,12 +249,17 @@ def run(
     patience: int = 2,
     stall_seconds: float = 120.0,
     never: Mapping[str, str] | None = None,
+    keep: Callable[[Row], None] = lambda row: None,
 ) -> Outcome:
-    """Do jobs in so many processes at a time, until a deadline, without the parts of `never`."""
-    pool = _Pool(measure, settings, patience=patience, stall_seconds=stall_seconds)
+    """Do jobs in so many processes at a time, until a deadline, without the parts of `never`.
+
+    `keep` is given each row as soon as it is there.
+    """
+    pool = _Pool(measure, settings, patience=patience, stall_seconds=stall_seconds, keep=keep)
     pool.outcome.never.update(never or {})
     try:
         return pool.run(jobs, workers, deadline)
     except OSError as error:  # no process could be started
-        pool.outcome.rows.setdefault("", {"job": "", "reason": said(error)})
+        pool.outcome.rows[""] = {"job": "", "reason": said(error)}
+        keep(pool.outcome.rows[""])
         return pool.outcome

@@ -93,16 +93,17 @@ def test_what_fails_in_a_section_is_text_and_the_others_run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--interpreter", "--save", str(tmp_path), "--minutes", "1"]
-    assert gpu.main(words, sections.FAKES) == 1
+    assert gpu.main(words, sections.FAKES, sections.QUIET) == 1
     (path,) = tmp_path.iterdir()
     assert path.name == "gpu_triton_s_interpreter.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     ran = found["sections"]
-    assert list(ran) == list(sections.FAKES)
+    assert list(ran) == ["canary", *sections.FAKES]
     for section in ran.values():
         assert section["seconds"] < 60 and section["date"] and "reason" in section["clocks"]
     assert [row["value"] for row in ran["fine"]["rows"]] == [3, 3]
-    assert ran["fine"]["ahead"]["reasons"] == {"ahead": "ValueError: ahead cannot be"}
+    reasons = {"one | ahead": "ValueError: one | ahead cannot be"}
+    assert ran["fine"]["ahead"]["reasons"] == reasons
     assert [row["job"] for row in ran["fine"]["rows"]] == ["one", "two"]
     assert [row["reason"] for row in ran["raises"]["rows"]] == [
         f"ValueError: {job} cannot be" for job in ("one", "two")
@@ -124,12 +125,59 @@ def test_what_fails_in_a_section_is_text_and_the_others_run(
 def test_a_later_run_replaces_its_own_sections_alone(tmp_path: Path) -> None:
     some = {name: sections.FAKES[name] for name in ("fine", "raises")}
     words = ["--interpreter", "--save", str(tmp_path), "--minutes", "0.5"]
-    assert gpu.main(words, some) == 0
+    assert gpu.main(words, some, sections.QUIET) == 0
     fewer: dict[str, Section] = {"fine": replace(some["fine"], jobs=sections.one)}
-    assert gpu.main(words, fewer) == 0
+    assert gpu.main(words, fewer, sections.QUIET) == 0
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text(encoding="utf-8"))["sections"]
     assert (len(found["fine"]["rows"]), len(found["raises"]["rows"])) == (1, 2)
+
+
+@pytest.mark.slow
+def test_what_the_canary_does_not_survive_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One form hangs, one is wrong, one ends its process. After that the first rows of all sections
+    come before the others, and each finds those before it in the document.
+    """
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    words = ["--interpreter", "--save", str(tmp_path), "--minutes", "1"]
+    assert gpu.main(words, sections.AFTER, sections.CANARY) == 1
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))["sections"]
+    rows = {name: found[name]["rows"] for name in sections.AFTER}
+    done = [row["rows"] for row in (*rows["left"], *rows["right"])]
+    assert [(each.get("left", []), each.get("right", [])) for each in done] == [
+        ([], []),
+        (["one"], ["one"]),
+        (["one"], []),
+        (["one", "two"], ["one"]),
+    ]
+    for row in (*rows["left"], *rows["right"]):
+        assert (row["hopper"], row["threads"], list(row["said"])) == ("0", "1", ["hopper"])
+        assert "not possible here: the canary, forward hopper: it hung" in row["said"]["hopper"]
+    jobs = sections.all_forms(INTERPRETED)
+    lost = gpu.canary.without(found["canary"]["rows"], jobs)
+    assert list(lost) == ["hopper", "split", "fused"]
+    assert "it is wrong" in lost["split"] and "its process ended with 7" in lost["fused"]
+    assert gpu.canary.without([], jobs)["tiled"].endswith("there was no time for it")
+
+
+@pytest.mark.slow
+def test_the_canary_sings_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    for job in gpu.canary.jobs(INTERPRETED):
+        row = gpu.canary.measure(job, here())
+        assert not row["failures"] and (row["absent"] if "hopper" in job else row["ran"]), row
+    monkeypatch.setattr(attend, "TOLERANCE", {"float16": 1e-9})
+    assert "is something else" in gpu.canary.measure(job, here())["failures"][job]
+
+
+def test_tools_look_at_no_form_that_is_left_out() -> None:
+    settings = Settings(without={"hopper": "it hung", "fused": "it is wrong"})
+    assert tools.counter_jobs(settings) == ["plain"]
+    assert not any("hopper" in job for job in tools.sanitizer_jobs(settings))
+    assert all("fused" not in case for case in tools.kept(tools.SMALL, settings)["backward"])
 
 
 def test_a_damaged_document_is_begun_anew(tmp_path: Path) -> None:
@@ -159,9 +207,10 @@ def test_the_cases_are_those_that_are_asked_for() -> None:
     for problem in found.values():
         assert problem.batch * problem.len_q == 16384
         assert problem.heads_q * problem.dim == 2048
+    assert all(section.first <= len(section.jobs(Settings())) for section in gpu.SECTIONS.values())
     first = list(found)[:6]
+    assert {figure.job for figure in document.FIGURES} <= {*first[: gpu.SECTIONS["forward"].first]}
     assert all(name.startswith("bfloat16") and "n8192" in name for name in first)
-    assert {figure.job for figure in document.FIGURES} <= {*first}
     assert list(speed.cases(Settings(quick=True))) == first
 
 
@@ -247,7 +296,10 @@ def test_a_whole_graph_is_no_promise_before_torch_2_12(monkeypatch: pytest.Monke
     monkeypatch.setattr("tilefold.frontends.torch.OPERATORS", False)
     monkeypatch.setattr(checks, "_both", lambda stage, given: (None,) * 5)
     on = here()
-    parts = {name: (lambda run=run: run(on.stage)) for name, run in checks.PROMISES["torch.compile"].items()}
+    parts = {
+        name: (lambda run=run: run(on.stage))
+        for name, run in checks.PROMISES["torch.compile"].items()
+    }
     row = checks.tried(parts.items(), on)
     assert (row["ran"], row["failures"]) == ([], {})
     assert "torch" in row["absent"]["compile"] and "older than 2.12" in row["absent"]["compile"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from pathlib import Path
 
+from gpu_parts import attend
 from gpu_parts.section import Here, Row, Section, Settings
+
+from tilefold.problems.attention import Problem
 
 
 def two(settings: Settings) -> list[str]:
@@ -59,7 +64,7 @@ def slow(job: str, here: Here) -> Row:
 
 
 def ready(settings: Settings) -> list[str]:
-    return ["ahead"]
+    return ["one | ahead"]
 
 
 FAKES = {
@@ -73,3 +78,41 @@ FAKES = {
         Section("hangs", 1, one, hangs, stall_seconds=1.0),
     )
 }
+
+
+def all_forms(settings: Settings) -> list[str]:
+    return ["forward tiled", "forward hopper", "backward split", "backward fused"]
+
+
+def canary(job: str, here: Here) -> Row:
+    """Forms that are right, hang, are wrong and end their process."""
+    if job == "forward hopper":
+        return hangs(job, here) and {"failures": {job: "it hung"}}
+    if job == "backward fused":
+        _end()
+    return {"failures": {job: "it is wrong"} if job == "backward split" else {}}
+
+
+CANARY = Section("canary", 0, all_forms, canary, workers=4, patience=1, stall_seconds=1.0)
+QUIET = Section("canary", 0, one, fine)
+
+
+def after(job: str, here: Here) -> Row:
+    """What a row after the canary finds around it; `FOLDER` names where the document is."""
+    said = {}
+    for form in ("tiled", "hopper"):
+        try:
+            attend.planned(here.stage, Problem.of((1, 1, 20, 16)), "forward", form)
+        except (NotImplementedError, ValueError) as error:
+            said[form] = str(error)
+    (document,) = Path(os.environ["FOLDER"]).glob("*.json")
+    sections = json.loads(document.read_text(encoding="utf-8"))["sections"]
+    return {
+        "said": said,
+        "hopper": os.environ.get("TILEFOLD_HOPPER"),
+        "threads": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS"),
+        "rows": {name: [row["job"] for row in one["rows"]] for name, one in sections.items()},
+    }
+
+
+AFTER = {name: Section(name, 1, two, after, first=1) for name in ("left", "right")}

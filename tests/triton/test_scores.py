@@ -90,7 +90,7 @@ def test_large_scores_backward(form: str, scale: float) -> None:
 
 @pytest.mark.parametrize("mask", [full(), causal(), lengths([40])], ids=repr)
 def test_scores_of_minus_infinity_alone_have_no_mean(mask: Rule) -> None:
-    """Head 0 sees nothing else, head 1 does in its first tile and a half; queries see no key too."""
+    """Head 0 sees nothing else, head 1 in its first tile and a half; some queries see no key."""
     problem = Problem.of(
         (1, 2, 60, 16), (1, 2, 50, 16), (1, 2, 50, 16), dtype="float32", mask=mask, scale=1.0
     )
@@ -113,7 +113,9 @@ def test_huge_scores_choose_one_key(size: float) -> None:
     by more than the largest exponent.
     """
     problem = Problem.of((1, 1, 40, 16), dtype="float32", mask=causal(), scale=1.0)
-    given = {name: np.zeros_like(array) for name, array in inputs(problem, "bhnd", "packed").items()}
+    given = {
+        name: np.zeros_like(array) for name, array in inputs(problem, "bhnd", "packed").items()
+    }
     given["q"][..., 0], given["k"][..., 0] = size, np.arange(1, 41)
     given["v"][...] = np.random.default_rng(0).normal(size=given["v"].shape)
     got = interpreted.forward(problem, given, **PLANS["tiled"])
@@ -139,6 +141,8 @@ def test_a_scale_may_be_as_small_or_large_as_float32(scale: float) -> None:
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_a_scale_that_float32_cannot_hold_is_a_line(operation: str, scale: float) -> None:
     problem = Problem.of((1, 1, 20, 16), dtype="float16", scale=scale)
-    with pytest.raises(ValueError, match=r"^scale must be 0 or from 1\.18e-38 to 2\.36e\+38 in size"):
+    with pytest.raises(
+        ValueError, match=r"^scale must be 0 or from 1\.18e-38 to 2\.36e\+38 in size"
+    ):
         plan(problem, "sm_90", operation)
     plan(replace(problem, dtype="float64"), "sm_90", operation)

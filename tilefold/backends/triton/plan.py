@@ -132,8 +132,8 @@ class Planner:
         )
 
     def _check(self) -> None:
-        """Raises NotImplementedError for what has no kernels, ValueError for a scale that is lost in
-        the type of the sums.
+        """Raises NotImplementedError for what has no kernels, and ValueError for a scale that the
+        type of the sums cannot hold.
         """
         problem = self._problem
         least, most = scales(STATISTICS[problem.dtype])
