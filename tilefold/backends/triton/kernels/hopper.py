@@ -17,8 +17,8 @@ It departs from the plain kernel, `forward`, in this:
 - Keys and values past the end of a sequence are zeros that the TMA unit fills in.
 - A weight of 0 times a value that is NaN or infinite is NaN. Values are not looked at in the loop:
   sums that come out finite have met no such value. If some do not, then at its end a program does
-  the blocks again that have such a value in a masked tile, slowly, one key at a time; and all of
-  its blocks if some scores were too large (`softmax.far`).
+  the blocks again that have such a value in a masked tile, slowly, one key at a time. So it does
+  with blocks whose scores are too large (`softmax.far`): there lse is infinite until then.
 - Head dimensions that are not a power of two are padded, not cut into pieces.
 """
 
@@ -59,8 +59,11 @@ RINGS = ("q_ring", "k_ring", "v_ring")
 BARRIERS = ("q_full", "q_free", "k_full", "k_free", "v_full", "v_free")
 """For each slot: whether the TMA unit has filled it, and whether its readers are done with it."""
 
-LOCAL = ("warpgroup", "factor", "every", "b", "h", "h_k", "first_q", "begin", "middle", "end")
+LOCAL = ("warpgroup", "factor", "b", "h", "h_k", "first_q", "begin", "middle", "end")
 """The values that functions of the source hand to each other, beside arguments."""
+
+LSE = "lse + (b.to(tl.int64) * heads + h) * len_q + q_at"
+"""Where lse of the rows of a warpgroup lies."""
 
 ALGORITHM = (
     "loader: for each tile: k -> ring, v of the tile before -> ring",
@@ -132,7 +135,7 @@ def _attend(spec: TritonSpec, recompute: Function) -> Function:
     )
     text(
         "strange = tl.full([ROWS], 0.0, tl.float32, tl.SliceLayout(1, SUMS))",
-        "far = tl.full([ROWS], 0, tl.int32, tl.SliceLayout(1, SCORES))",
+        "beyond = tl.full([ROWS], 0, tl.int32, tl.SliceLayout(1, SCORES))",
     )
     with text.block("if warpgroup == 1"):
         text("pass_turn(warpgroup)  # the other warpgroup begins")
@@ -148,7 +151,7 @@ def _attend(spec: TritonSpec, recompute: Function) -> Function:
             _first_tile(text, spec)
             _other_tiles(text, spec)
             _last_values(text)
-        text(f"far |= {softmax.far(spec)}.to(tl.int32)")
+        text(f"far = {softmax.far(spec)}", "beyond |= far.to(tl.int32)")
         if mask.masks(spec.mask):
             text("strange += tl.sum(total - total, 1)  # NaN from the first odd number on")
         zeros = "tl.full([ROWS], 0, tl.int32, tl.SliceLayout(1, SCORES))"
@@ -156,8 +159,8 @@ def _attend(spec: TritonSpec, recompute: Function) -> Function:
         _write(text, spec, Walk.WHOLE)
     with text.block("if warpgroup == 0"):
         text("wait_turn(warpgroup)  # the other has passed once more: no barrier is left half full")
-    text("every = tl.max(far, 0)")
-    with text.block("if (tl.max((strange != 0).to(tl.int32), 0) | every) != 0"):
+    odd = "tl.max((strange != 0).to(tl.int32), 0)"
+    with text.block(f"if ({odd} | tl.max(beyond, 0)) != 0"):
         recompute.call(text)
     title = "A warpgroup: half of the queries of each block that this program has."
     return function("attend", title, text, _known(spec))
@@ -171,14 +174,14 @@ def _recompute(
     _rows(text, spec)
     with _row_blocks(text):
         frame.parallel(text, spec)
+        text(f"before = tl.load({LSE}, mask=within_parallel, other=0.0)")
+        text('odd = tl.max((before == float("inf")).to(tl.int32), 0)')
         if nonfinite:
-            nonfinite.call(text, "odd = every | ")
-        else:
-            text("odd = every")
+            nonfinite.call(text, "odd |= ")
         with text.block("if odd != 0"):
             one_by_one.call(text, "total, m, l = ")
             _write(text, spec, Walk.CAREFUL)
-    title = "Compute anew every block, or where a masked tile holds values that are not finite."
+    title = "Compute anew where scores are too large, or a masked tile holds NaN or infinities."
     return function("repair", title, text, _known(spec))
 
 
@@ -312,7 +315,9 @@ def _last_values(text: Text) -> None:
 def _write(text: Text, spec: TritonSpec, walk: Walk) -> None:
     """Sums divided, rounded and written from registers."""
     softmax.end(text, spec, walk)
-    text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
+    if walk is not Walk.CAREFUL:
+        text('log = tl.where(far, float("inf"), log)  # to be computed anew, which `repair` reads')
+    text(f"tl.store({LSE}, log, mask=within_parallel)")
     text(
         "share = tl.convert_layout(1.0 / share, tl.SliceLayout(1, SUMS))",
         f"total = {storage(spec.dtype).write('(total * share[:, None])')}",
