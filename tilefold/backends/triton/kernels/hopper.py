@@ -133,10 +133,7 @@ def _attend(spec: TritonSpec, recompute: Function) -> Function:
         "q_tile = q_ring.index(warpgroup).reshape((ROWS, DIM))",
         "tile, filled = 0, 0  # tiles, and blocks of queries, so far: they name slots and phases",
     )
-    text(
-        "strange = tl.full([ROWS], 0.0, tl.float32, tl.SliceLayout(1, SUMS))",
-        "beyond = tl.full([ROWS], 0, tl.int32, tl.SliceLayout(1, SCORES))",
-    )
+    text("odd = 0")
     with text.block("if warpgroup == 1"):
         text("pass_turn(warpgroup)  # the other warpgroup begins")
     with _row_blocks(text):
@@ -151,16 +148,16 @@ def _attend(spec: TritonSpec, recompute: Function) -> Function:
             _first_tile(text, spec)
             _other_tiles(text, spec)
             _last_values(text)
-        text(f"far = {softmax.far(spec)}", "beyond |= far.to(tl.int32)")
+        text(f"far = {softmax.far(spec)}", "odd |= tl.max(far.to(tl.int32), 0)")
         if mask.masks(spec.mask):
-            text("strange += tl.sum(total - total, 1)  # NaN from the first odd number on")
+            text("strange = tl.sum(total - total, 1)  # NaN where a number is odd")
+            text("odd |= tl.max((strange != 0).to(tl.int32), 0)")
         zeros = "tl.full([ROWS], 0, tl.int32, tl.SliceLayout(1, SCORES))"
         softmax.lost(text, spec, "h", _again(text), zeros)
         _write(text, spec, Walk.WHOLE)
     with text.block("if warpgroup == 0"):
         text("wait_turn(warpgroup)  # the other has passed once more: no barrier is left half full")
-    odd = "tl.max((strange != 0).to(tl.int32), 0)"
-    with text.block(f"if ({odd} | tl.max(beyond, 0)) != 0"):
+    with text.block("if odd != 0"):
         recompute.call(text)
     title = "A warpgroup: half of the queries of each block that this program has."
     return function("attend", title, text, _known(spec))
