@@ -60,7 +60,7 @@ def test_scratch_of_the_split_form_is_a_number_for_each_query() -> None:
 
 
 def test_the_fused_form_has_a_part_of_dq_for_each_owner() -> None:
-    made = plan.plan(LARGE, "sm_90", "backward", form="fused")
+    made = plan.plan(LARGE, "sm_90", "backward", form="fused", scope="machine")
     assert operations(made) == ["delta", "backward", "reduce_dq"]
     owners = made.launches[1].splits
     assert made.launches[1].programs == owners * 2 * 4
@@ -83,7 +83,8 @@ def test_the_fused_form_has_a_part_of_dq_for_each_owner() -> None:
 def test_decode_has_programs_enough_and_a_part_for_each_split(
     shape: tuple[Any, ...], form: str
 ) -> None:
-    made = plan.plan(Problem.of(*shape, dtype="float16"), "sm_90", "forward", form=form)
+    problem = Problem.of(*shape, dtype="float16")
+    made = plan.plan(problem, "sm_90", "forward", form=form, scope="machine")
     launch, programs = made.launches[0], 4 * shape[1][1] * made.launches[0].block_rows
     assert programs >= min(DEFAULT.enough_programs, 8 * 8192 // DEFAULT.keys_per_split)
     assert made.buffers["part_o"].shape == (4, 8, launch.splits, shape[0][2], 64)
@@ -94,7 +95,7 @@ def test_a_planner_takes_other_heuristics() -> None:
     device = architectures.architecture("sm_90")
     splits = []
     for keys in (1024, 4096):
-        chosen = Heuristics(keys_per_split=keys)
+        chosen = Heuristics(fixed_keys=keys)
         made = plan.Planner(few, device, heuristics=chosen).plan("forward")
         splits.append(made.launches[0].splits)
     assert splits == [8, 2]

@@ -29,7 +29,18 @@ class Heuristics:
 
     enough_programs: int = 264
     """Programs for which keys are split and the fused form deals out blocks, no finer: two for each
-    of the 132 multiprocessors of an H100."""
+    of the 132 multiprocessors of an H100. This follows from the batch, so it holds where bits may
+    ("machine"); the three constants below hold where they may not ("anywhere")."""
+
+    fixed_keys: int = 512
+    """Keys that a program of the decode kernel visits: four tiles, enough to have copies under way
+    where the batch fills the GPU, and 16 splits of 8192 keys where it does not."""
+
+    fixed_splits: int = 64
+    """Most splits of the keys that a block of queries meets: they are merged one after another."""
+
+    fixed_owners: int = 8
+    """Owners of each key head in the fused form: each has a float32 dQ of its own."""
 
     most_decode_rows: int = 64
     """Most rows of a block of the decode kernel."""

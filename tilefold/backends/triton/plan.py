@@ -3,11 +3,16 @@
 A plan knows lengths and masks but no strides: the sources that follow from it serve them all. A
 backward pass is two kernels (split) or three (fused); a forward pass of few queries is two: keys
 are split among programs, whose parts are merged in a fixed order.
+
+Nothing here depends on the number of multiprocessors. Where results are to be the same bits
+anywhere, all that decides them (forms, blocks, splits of keys, owners and their blocks) follows
+from one key head with its query heads, in one batch entry, and not from what else is in the call.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -27,7 +32,7 @@ from tilefold.backends.triton.spec import (
     TritonSpec,
     power_of_two,
 )
-from tilefold.common import check, generation, settings
+from tilefold.common import check, generation, reproducible, settings
 from tilefold.common.lru import LruCache
 from tilefold.masks.runs import Runs
 from tilefold.planning import roofline
@@ -59,12 +64,14 @@ def plan(
     form: str = "auto",
     blocks: Asked = None,
     owners: int | None = None,
+    scope: str | None = None,
 ) -> TritonPlan:
     """The plan of an operation, "forward" or "backward", on an architecture such as "sm_90".
 
     `form` is how it is done: see `FORMS`. `blocks` override the tables; by kernel ("forward",
     "decode", "backward_dq", ...) where they differ. `owners` of each key head share the fused
-    backward pass. Results depend on all of these only by rounding.
+    backward pass. Results depend on all of these only by rounding. `scope` is "anywhere" or
+    "machine", as set by `set_reproducible` where it is None.
 
     Raises ValueError for what no GPU of the architecture can run, NotImplementedError for heads
     that are too wide, TypeError for other blocks.
@@ -72,11 +79,12 @@ def plan(
     check_problem(problem)
     check_asked(blocks)
     asked = tuple(sorted(blocks.items())) if isinstance(blocks, Mapping) else blocks
-    hopper = settings.HOPPER.get()
-    key = (generation.number, problem, name, operation, form, asked, owners, hopper)
+    hopper, scope = settings.HOPPER.get(), scope or reproducible.get_reproducible()
+    key = (generation.number, problem, name, operation, form, asked, owners, hopper, scope)
     found = _recent.get(key)
     if found is None:
-        made = Planner(problem, architecture(name), blocks, owners).plan(operation, form)
+        planner = Planner(problem, architecture(name), blocks, owners, anywhere=scope == "anywhere")
+        made = planner.plan(operation, form)
         found = _recent.put(key, made, made.data_bytes)
     return found
 
@@ -91,9 +99,11 @@ class Planner:
         blocks: Asked = None,
         owners: int | None = None,
         heuristics: Heuristics = DEFAULT,
+        *,
+        anywhere: bool = True,
     ) -> None:
         self._problem, self._device, self._heuristics = problem, device, heuristics
-        self._blocks, self._owners = blocks, owners
+        self._blocks, self._owners, self._anywhere = blocks, owners, anywhere
         self._masked = MaskedProblem.of(problem)
 
     def plan(self, operation: str, form: str = "auto") -> TritonPlan:
@@ -292,10 +302,15 @@ class Planner:
         """delta, then all but dq, then the parts of dq added."""
         problem = self._problem
         main = self._tiled("backward")
-        heads = problem.batch * problem.heads_kv
-        owners = self._owners or -(-self._heuristics.enough_programs // max(1, heads))
-        owners = max(1, min(owners, main.block_rows))
+        heads, limits = problem.batch * problem.heads_kv, self._heuristics
+        usual = limits.fixed_owners
+        if not self._anywhere:
+            usual = -(-limits.enough_programs // max(1, heads))
+        owners = max(1, min(self._owners or usual, main.block_rows))
         main = replace(main, splits=owners, programs=owners * heads)
+        if self._anywhere and math.prod(main.planes) > 1:
+            # The order is that of the sums of an owner; by weight it would follow from all planes.
+            main = replace(main, order=np.arange(main.block_rows, dtype=np.int32))
         return [self._simple("delta", 1), main, self._simple("reduce_dq", owners)]
 
     def _decodes(self, form: str) -> bool:
@@ -317,10 +332,13 @@ class Planner:
         spec, made = self._spec("decode", rows)
         blocks = -(-group * problem.len_q // spec.blocks.parallel)
         visited = self._masked.visited_together(problem.heads_kv)
-        splits = max(1, limits.enough_programs // (problem.batch * problem.heads_kv * blocks))
-        keys = max(limits.keys_per_split, -(-int(visited.met.max(initial=0)) // splits))
+        met, least, splits = visited.met, limits.fixed_keys, limits.fixed_splits
+        if not self._anywhere:
+            programs = problem.batch * problem.heads_kv * blocks
+            met, least = met.max(initial=0), limits.keys_per_split
+            splits = max(1, limits.enough_programs // programs)
         step = max(MASK_STEP, spec.blocks.traverse)
-        visited = cut(visited, -(-keys // step) * step)
+        visited = cut(visited, -(-np.maximum(least, -(-met // splits)) // step) * step)
         launch = self._launch(spec, made, visited, problem.heads_kv, blocks)
         launch = replace(launch, splits=visited.block_rows)
         return [launch, self._simple("merge", launch.splits)]
