@@ -187,7 +187,8 @@ Nothing was run on a GPU for this table, and it says nothing about time. *Regist
 registers of a thread. There are 255 on NVIDIA's GPUs and 512 on AMD's, and compilers often take all
 of them. *Spills* are loads and stores of spilled registers in the loop over tiles, for one tile of
 a thread. One column counts the loop over whole tiles, which is the hot loop. The other counts the
-loop over tiles at an edge of the mask. A third walk runs only if NaN or infinities were found. It
+loop over tiles at an edge of the mask. A third walk runs only if NaN, infinities or scores beyond
+2^24 were found. It
 spills more, and is not counted. *Copies* says how traversed tiles come to shared memory: "tma" by
 tensor descriptors, "cp.async" by asynchronous copies, else through registers.
 """
