@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
@@ -15,6 +16,7 @@ import torch
 from compare import assert_near, dense, tolerances
 from opchecks import opcheck
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import tilefold
 from tilefold import Rule, attention, attention_backward
@@ -437,3 +439,32 @@ def test_the_advice_on_nested_tensors_works() -> None:
         want = attention(alone, alone, alone)[0]
         torch.testing.assert_close(o[number, :, : part.shape[1]], want)
     assert nested().contiguous().to_padded_tensor(0.0).shape == (2, 2, 5, 4)
+
+
+class Watching(TorchFunctionMode):
+    """A mode that sees operations, so that calls take the operators."""
+
+    def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.feature("T10")
+@pytest.mark.parametrize(
+    "how", ["eager", pytest.param("compiled", marks=pytest.mark.slow), "operator"]
+)
+def test_gradients_at_large_scores(how: str) -> None:
+    """Autograd keeps what rounding takes from lse: 1e8 + ln 4 is 1e8 in float32."""
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, scale=1.0).sum()
+
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager") if how == "compiled" else loss
+    for score in (1e2, 1e4, 1e8, 3e37):
+        q, k = torch.ones(1, 1, 1, 1), torch.full((1, 1, 4, 1), score)
+        inputs = [q, k, torch.arange(4.0).reshape(k.shape)]
+        for tensor in inputs:
+            tensor.requires_grad_()
+        with Watching() if how == "operator" else nullcontext():
+            _, dk, dv = torch.autograd.grad(run(*inputs), inputs)
+        torch.testing.assert_close(dv, torch.full_like(dv, 0.25), rtol=1e-6, atol=0)
+        torch.testing.assert_close(dk.ravel(), (torch.arange(4.0) - 1.5) / 4, rtol=1e-6, atol=0)

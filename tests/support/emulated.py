@@ -107,7 +107,7 @@ class Emulator(Memory):
         pointers = [
             (place, *_find(words[place], arrays))
             for place, name in enumerate(names(spec))
-            if _is_pointer(name, spec)
+            if _is_pointer(name, spec) and (words[place] or name not in spec.row.optional)
         ]
         given, taken = self.folder / "given", self.folder / "taken"
         numbers = [self.side == "after", len(words), len(pointers), len(arrays), *words]
@@ -144,7 +144,7 @@ def _is_pointer(name: str, spec: KernelSpec) -> bool:
         "runs",
         "owners",
         "workspace",
-        *spec.row.operands,
+        *spec.row.arguments,
     )
 
 

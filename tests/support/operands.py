@@ -152,13 +152,14 @@ def run(
     dispatch.run(plan(problem, device or host(), operation, **options), buffers)
 
 
-def forward(problem: Problem, operands: Mapping[str, Array], **options: Any) -> dict[str, Array]:
-    """Return o and lse, contiguous."""
+def forward(
+    problem: Problem, operands: Mapping[str, Array], *, low: bool = False, **options: Any
+) -> dict[str, Array]:
+    """Return o and lse, contiguous; with `low` also what rounding took from lse."""
     shape = (problem.batch, problem.heads_q, problem.len_q)
-    results = {
-        "o": np.full((*shape, problem.dim_v), SENTINEL, problem.dtype),
-        "lse": np.full(shape, SENTINEL, STATISTICS[problem.dtype]),
-    }
+    results = {"o": np.full((*shape, problem.dim_v), SENTINEL, problem.dtype)}
+    for name in ("lse", "lse_low") if low else ("lse",):
+        results[name] = np.full(shape, SENTINEL, STATISTICS[problem.dtype])
     names = ("q", "k", "v")
     run(problem, "forward", {**{name: operands[name] for name in names}, **results}, **options)
     return results
@@ -167,9 +168,9 @@ def forward(problem: Problem, operands: Mapping[str, Array], **options: Any) -> 
 def backward(
     problem: Problem, operands: Mapping[str, Array], form: str, **options: Any
 ) -> dict[str, Array]:
-    """Return dq, dk and dv, contiguous; `operands` holds do, q, k, v, o and lse."""
+    """Return dq, dk and dv, contiguous; `operands` holds do, q, k, v, o, lse, and maybe lse_low."""
     results = {f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"}
-    names = ("do", "q", "k", "v", "o", "lse")
-    given = {name: operands[name] for name in names}
+    names = ("do", "q", "k", "v", "o", "lse", "lse_low")
+    given = {name: operands[name] for name in names if name in operands}
     run(problem, "backward", {**given, **results}, form=form, **options)
     return results

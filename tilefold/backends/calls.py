@@ -24,6 +24,7 @@ from tilefold.backends.protocols import (
     Placement,
     Prepared,
     Strides,
+    plain,
 )
 from tilefold.backends.registry import backend
 from tilefold.common import generation
@@ -42,7 +43,7 @@ from tilefold.problems.attention import (
 )
 from tilefold.problems.request import LAYOUTS, Request
 
-_EMPTY = {"o": 0.0, "lse": float("-inf"), "dq": 0.0, "dk": 0.0, "dv": 0.0}
+_EMPTY = {"o": 0.0, "lse": float("-inf"), "lse_low": 0.0, "dq": 0.0, "dk": 0.0, "dv": 0.0}
 """The results where no query meets a key."""
 
 
@@ -68,7 +69,7 @@ calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
 def run(
     machine: Machine, arrays: Arrays, operation: str, given: tuple[Array, ...], request: Request
 ) -> tuple[Array, ...]:
-    """The results of a pass, "forward" or "backward", of arrays in the order of `GIVEN`."""
+    """The results of a pass, one of `GIVEN`, of arrays in the order that it names."""
     call, given = _look_up(machine, arrays, operation, given, request)
     results = arrays.empty(given[0], call.results)
     if call.prepared is None:
@@ -171,6 +172,8 @@ def _call(
     given: tuple[Array, ...],
 ) -> Call:
     """Checks the arrays, and prepares the call unless it is empty."""
+    if not (machine.keeps_low or plain(operation) == operation):
+        raise NotImplementedError(f"kernels of {machine.backend} neither write nor read lse_low")
     named: dict[str, Array] = dict(zip(GIVEN[operation], given, strict=True))
     read: dict[str, Array] = {
         name: named[name] for name in ("q", "k", "v", "do", "o") if name in named
@@ -178,32 +181,40 @@ def _call(
     dtype = arrays.common_dtype(read)
     for name, array in named.items():
         arrays.check_held(name, array)
-    if operation == "backward":
-        check_lse(arrays.dtype_of(named["lse"]), dtype)
+    statistics = [name for name in named if name.startswith("lse")]
+    for name in statistics:
+        check_lse(arrays.dtype_of(named[name]), dtype)
     q, k, v = (tuple(named[name].shape) for name in ("q", "k", "v"))
     on, layout = backend(machine.backend), request.layout
     problem = on.admit(describe(q, k, v, dtype, request))
-    shapes: tuple[Shape, ...] = shape_o(problem, layout), shape_lse(problem)
-    dtypes: tuple[str, ...] = dtype, STATISTICS[dtype]
-    if operation == "backward":
-        for name, shape in zip(("do", "o", "lse"), (shapes[0], *shapes), strict=True):
-            check_shape(name, tuple(named[name].shape), shape)
-        shapes, dtypes = shapes_qkv(problem, layout), (dtype,) * 3
-    native = [arrays.native_dtype(named["q"], name) for name in dtypes]
-    results = tuple(zip(shapes, native, strict=True))
+    shapes = dict.fromkeys(("o", "do"), shape_o(problem, layout))
+    shapes |= dict.fromkeys(("lse", "lse_low"), shape_lse(problem))
+    for name in ("do", "o", *statistics):
+        if name in named:
+            check_shape(name, tuple(named[name].shape), shapes[name])
+    shapes |= dict(zip(("dq", "dk", "dv"), shapes_qkv(problem, layout), strict=True))
+    written = RESULTS[operation]
+    results = tuple(
+        (shapes[name], arrays.native_dtype(named["q"], _dtype(name, dtype))) for name in written
+    )
     if problem.empty:
         return Call(problem, operation, arrays, results, None)
     strides = {name: arrays.strides(name, array) for name, array in named.items()}
-    strides |= dict(zip(RESULTS[operation], map(contiguous, shapes), strict=True))
+    strides |= {name: contiguous(shapes[name]) for name in written}
     placement = _placement(strides, alignment, LAYOUTS[layout])
     prepared = on.prepare(machine, problem, operation, placement)
     return Call(problem, operation, arrays, results, prepared)
 
 
+def _dtype(name: str, dtype: str) -> str:
+    """The type of a result of arrays of a type."""
+    return STATISTICS[dtype] if name in ("lse", "lse_low") else dtype
+
+
 def _placement(strides: Mapping[str, Strides], alignment: int, axes: Axes) -> Placement:
     """The placement of operands whose strides are in the order of a layout with these axes."""
     canonical = {
-        name: found if name == "lse" else tuple([found[axis] for axis in axes])
+        name: found if len(found) < len(axes) else tuple([found[axis] for axis in axes])
         for name, found in strides.items()
     }
     return Placement(canonical, alignment, axes)
@@ -216,7 +227,7 @@ def _check_result(
     called = "out" if name == "o" else name
     machine.check(**{called: array})
     check_shape(called, tuple(array.shape), shape)
-    dtype = STATISTICS[problem.dtype] if name == "lse" else problem.dtype
+    dtype = _dtype(name, problem.dtype)
     if arrays.dtype_of(array) != dtype:
         raise TypeError(f"{called} must be of {dtype}, got {arrays.dtype_of(array)}")
     strides = arrays.strides(called, array)

@@ -22,14 +22,33 @@ Strides = tuple[int, ...]
 Axes = tuple[int, int, int, int]
 """The positions of the canonical axes in an array of the caller's layout."""
 
-GIVEN = {"forward": ("q", "k", "v"), "backward": ("do", "q", "k", "v", "o", "lse")}
-"""The arrays that a caller gives to each pass, in order."""
+GIVEN = {
+    "forward": ("q", "k", "v"),
+    "backward": ("do", "q", "k", "v", "o", "lse"),
+    "forward_low": ("q", "k", "v"),
+    "backward_low": ("do", "q", "k", "v", "o", "lse", "lse_low"),
+}
+"""The arrays that a caller gives to each pass, in order.
 
-RESULTS = {"forward": ("o", "lse"), "backward": ("dq", "dk", "dv")}
+The passes "_low" also write and read `lse_low`, which is what rounding took from lse: gradients are
+then exact for large scores too. Only machines that `keeps_low` have these passes.
+"""
+
+RESULTS = {
+    "forward": ("o", "lse"),
+    "backward": ("dq", "dk", "dv"),
+    "forward_low": ("o", "lse", "lse_low"),
+    "backward_low": ("dq", "dk", "dv"),
+}
 """The arrays that each pass writes, in order."""
 
 OPERANDS = {name: GIVEN[name] + RESULTS[name] for name in GIVEN}
 """All arrays of each pass, in the order in which a prepared call takes them."""
+
+
+def plain(operation: str) -> str:
+    """The pass, "forward" or "backward", of a pass with or without `lse_low`."""
+    return operation.removesuffix("_low")
 
 
 class Arrays(Protocol):
@@ -107,6 +126,9 @@ class Machine(ABC):
 
     backend: ClassVar[str]
     """The name of the backend whose kernels the machine runs: see `registry.BACKENDS`."""
+
+    keeps_low: ClassVar[bool] = False
+    """Whether kernels write and read what rounding took from lse: see `GIVEN`."""
 
     aligned: ClassVar[int] = 0
     """The alignment of operands that begin at the start of an allocation."""

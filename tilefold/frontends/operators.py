@@ -119,17 +119,22 @@ def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Reques
 @torch.library.custom_op(
     "tilefold::attention", mutates_args=(), device_types=("cpu", "mps", "cuda")
 )
-def attention(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
-    """o and lse; the arguments are as for `tilefold.attention`."""
-    return tensors.forward(q, k, v, request)
+def attention(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse, and what rounding took from lse; the arguments are as for `tilefold.attention`.
+
+    The last result is for the backward pass. It has no elements where no kernel makes it.
+    """
+    o, lse, low = tensors.forward_low(q, k, v, request)
+    return o, lse, lse.new_empty(0) if low is None else low
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor, Tensor]:
     axes = LAYOUTS[request.layout]
     sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
     lse = q.new_empty(sizes[:3], dtype=tensors.statistics(q))
-    return q.new_empty([sizes[axis] for axis in axes]), lse
+    low = lse.new_empty(lse.shape if tensors.keeps_low(q) else 0)
+    return q.new_empty([sizes[axis] for axis in axes]), lse, low
 
 
 @torch.library.custom_op(
@@ -144,13 +149,15 @@ def attention_backward(
     lse: Tensor,
     request: Request,
     dlse: Tensor | None = None,
+    lse_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv; the arguments are as for `tilefold.attention_backward`.
 
-    `dlse` is the gradient of lse, where autograd has one. Raises unless it is zero.
+    `dlse` is the gradient of lse, where autograd has one. Raises unless it is zero. `lse_low` is
+    the last result of `attention`, where it has elements.
     """
     tensors.refuse_gradient_of_lse(dlse)
-    return tensors.backward(do, q, k, v, o, lse, request)
+    return tensors.backward(do, q, k, v, o, lse, request, lse_low)
 
 
 @attention_backward.register_fake
@@ -163,5 +170,6 @@ def _(
     lse: Tensor,
     request: Request,
     dlse: Tensor | None = None,
+    lse_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

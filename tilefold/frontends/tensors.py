@@ -23,12 +23,41 @@ def forward(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, 
     return o, lse
 
 
+def forward_low(
+    q: Tensor, k: Tensor, v: Tensor, request: Request
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """o, lse and what rounding took from lse: gradients with it are exact for large scores too.
+
+    The latter is None on machines that do not keep it.
+    """
+    if not keeps_low(q):
+        return *forward(q, k, v, request), None
+    o, lse, low = _run("forward_low", (q, k, v), q, request)
+    return o, lse, low
+
+
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, request: Request
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    request: Request,
+    lse_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, below autograd."""
-    dq, dk, dv = _run("backward", (do, q, k, v, o, lse), q, request)
+    """dq, dk and dv, below autograd; `lse_low` is the last result of `forward_low`."""
+    given = do, q, k, v, o, lse
+    if lse_low is None:
+        dq, dk, dv = _run("backward", given, q, request)
+    else:
+        dq, dk, dv = _run("backward_low", (*given, lse_low), q, request)
     return dq, dk, dv
+
+
+def keeps_low(q: Tensor) -> bool:
+    """True if kernels for the tensor keep what rounding takes from lse: on processors alone."""
+    return q.is_cpu
 
 
 def machine_of(tensor: Tensor) -> Machine:

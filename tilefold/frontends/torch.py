@@ -64,7 +64,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor
     else:
         tensors.check(q=q, k=k, v=v)
         _refuse_tangents(q, k, v)
-        result = _operators().attention(q, k, v, request)
+        result = _operators().attention(q, k, v, request)[:2]
     return result
 
 
@@ -76,17 +76,18 @@ def attention_backward(
     o: Tensor,
     lse: Tensor,
     request: Request,
+    lse_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv; see `tilefold.attention_backward`."""
+    """Return dq, dk and dv; see `tilefold.attention_backward`, and `tensors.backward`."""
     given = do, q, k, v, o, lse
     result: tuple[Tensor, Tensor, Tensor]
     if _unobserved(*given):
         run = _Backward.apply if _recorded(*given) else tensors.backward
-        result = run(*given, request)
+        result = run(*given, request, lse_low)
     else:
         tensors.check_all(*given)
         _refuse_tangents(*given)
-        result = _operators().attention_backward(*given, request)
+        result = _operators().attention_backward(*given, request, None, lse_low)
     return result
 
 
@@ -188,22 +189,31 @@ def _refuse_tangents(*given: Tensor) -> None:
         )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    """Save what the backward pass needs: also what rounding took from lse, where it is known."""
     q, k, v, ctx.request = inputs
-    o, lse = output
+    o, lse, low = output
     ctx.set_materialize_grads(False)  # None tells that a result has no part in the loss
-    ctx.save_for_backward(q, k, v, o, lse)
+    ctx.save_for_backward(q, k, v, o, lse, low if tensors.keeps_low(q) else None)
 
 
-def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, o, lse = ctx.saved_tensors
+def _save_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """`_save` of the operator, whose last result is no function of the inputs to autograd."""
+    ctx.mark_non_differentiable(output[2])
+    _save(ctx, inputs, output)
+
+
+def _gradients(
+    ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, low = ctx.saved_tensors
     given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
     if dlse is None:
-        return (*attention_backward(*given, ctx.request), None)
+        return (*attention_backward(*given, ctx.request, low), None)
     if OPERATORS:  # a compiler traces this without values: the operator looks at them
-        return (*operators.attention_backward(*given, ctx.request, dlse), None)
+        return (*operators.attention_backward(*given, ctx.request, dlse, low), None)
     tensors.refuse_gradient_of_lse(dlse)
-    return (*attention_backward(*given, ctx.request), None)
+    return (*attention_backward(*given, ctx.request, low), None)
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,9 +228,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = tensors.forward(*inputs)
+        output = tensors.forward_low(*inputs)
         _save(ctx, inputs, output)
-        return output
+        return output[:2]
 
     backward = staticmethod(_gradients)
 
@@ -236,7 +246,7 @@ class _Backward(torch.autograd.Function):
 
 
 if OPERATORS:
-    operators.attention.register_autograd(_gradients, setup_context=_save)
+    operators.attention.register_autograd(_gradients, setup_context=_save_all)
     operators.attention_backward.register_autograd(_refuse)
 else:
     _disable: Any = torch.compiler.disable

@@ -16,6 +16,7 @@ class CpuMachine(Machine):
 
     device: Device
     backend = "cpu"
+    keeps_low = True
 
     def check(self, **arrays: Array) -> None:
         """Nothing is elsewhere that has come here."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,12 @@ from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.growth import grown
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
-from tilefold.backends.cpu.kernels.arguments import WORK
+from tilefold.backends.cpu.kernels.arguments import WORK, axes, factors
 from tilefold.backends.cpu.launches import Launch
 from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.planning.plan import Scratch
-from tilefold.problems.attention import Problem, contiguous
+from tilefold.problems.attention import STATISTICS, Problem, contiguous
 from tilefold.problems.buffer import Buffer
 
 _ALONE_FLOPS = 1e6
@@ -104,6 +104,7 @@ class _Step:
 
 def call(problem: Problem, device: Device, operation: str, strides: Mapping[str, Strides]) -> Call:
     """The call of a problem for operands of these strides, in canonical axes."""
+    operation = protocols.plain(operation)
     if operation == "backward":
         in_place = strides["dq"][3] == 1
         return prepare(plan(problem, device, operation, in_place=in_place), strides)
@@ -118,7 +119,7 @@ def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:
     """Run the kernels of a plan in order on operands by their names in the kernels."""
     strides = {name: buffer.strides for name, buffer in operands.items()}
     made = prepare(plan, strides)
-    made.run(*[operands[name].pointer for name in protocols.OPERANDS[plan.operation]])
+    made.run(*[operands[name].pointer for name in _order(plan, strides)])
 
 
 def prepare(plan: CpuPlan, strides: Mapping[str, Strides]) -> Call:
@@ -130,10 +131,16 @@ def prepare(plan: CpuPlan, strides: Mapping[str, Strides]) -> Call:
     pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
     few_flops = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
     alone = few_flops and problem.bytes(plan.operation) < _ALONE_BYTES
-    ordered = {name: strides[name] for name in protocols.OPERANDS[plan.operation]}
+    ordered = {name: strides[name] for name in _order(plan, strides)}
     ordered |= {name: contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
     steps = tuple(_step(plan, launch, ordered) for launch in plan.launches)
     return Call(plan, steps, alone)
+
+
+def _order(plan: CpuPlan, given: Container[str]) -> list[str]:
+    """The operands of a call in the order of their pointers, with `lse_low` if it is given."""
+    low = "_low" if "lse_low" in given else ""
+    return list(protocols.OPERANDS[plan.operation + low])
 
 
 def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:
@@ -162,14 +169,17 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
         launch.heads_per_item,
         problem.len_q,
         problem.len_k,
-        double_bits(problem.scale),
+        *map(double_bits, factors(problem.scale, STATISTICS[problem.dtype])),
     ]
     order = list(strides)
     places = []
-    for name in spec.row.operands:
+    for name in spec.row.arguments:
         actual = launch.buffers.get(name, name)
-        places.append((len(words), order.index(actual)))
-        words += [0, *strides[actual]]
+        if actual in order:
+            places.append((len(words), order.index(actual)))
+        else:
+            assert name in spec.row.optional, name
+        words += [0, *strides.get(actual, (0,) * len(axes(name)))]
     words += plan.parameters
     for table in plan.tables:
         item = table.array.itemsize

@@ -31,7 +31,7 @@ from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernels import amx, microkernel
 from tilefold.backends.cpu.kernels.ir import Body, Module, Value, Variable, alignment, vector
-from tilefold.backends.cpu.kernels.softmax import EXP2_COARSE, exp2
+from tilefold.backends.cpu.kernels.softmax import EXP2_COARSE, FORMATS, Rate, exp2_scaled
 from tilefold.backends.cpu.kernels.storage import SCALARS
 from tilefold.backends.cpu.spec import FMA, Multiplier
 from tilefold.common import disk_cache
@@ -214,10 +214,11 @@ def _exponentials(coarse: bool) -> Writer:
         places = [body.variable(type_, body.load(data, type_), "x") for _ in range(CHAINS)]
         one = body.constant(1.0, type_)
         terms = EXP2_COARSE if coarse else None
+        rate = Rate(one, body.constant(-FORMATS[one.element].bias, type_))
         with body.loop("step", 0, STEPS):
             for place in places:
                 below = body.binary("fsub", body.read(place), one, "x")
-                body.write(place, exp2(body, below, bounded=True, terms=terms))
+                body.write(place, exp2_scaled(body, below, rate, terms=terms))
         _keep(body, result, places)
 
     return write

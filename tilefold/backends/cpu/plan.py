@@ -174,7 +174,9 @@ class _Planner:
         assert form in ("auto", "fused", "split"), form
         problem, cores, computed = self._problem, self._device.cores, self._computed
         row = (problem.batch, problem.heads_q, problem.len_q)
-        launches, buffers = [self._launch("delta")], {"delta": Scratch(row, computed)}
+        delta = self._launch("delta")
+        launches = [delta]
+        buffers = {name: Scratch(row, computed) for name in delta.spec.row.writes}
         if self._anywhere:
             more, parts = self._backward_anywhere(form, in_place)
             return launches + more, buffers | parts

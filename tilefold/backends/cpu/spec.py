@@ -25,9 +25,16 @@ class CpuKernelRow(KernelRow):
     """One kernel of processors; `parallel` is the axis that is vectorised.
 
     A `by_query` kernel keeps one query in a row, and vectorises the head dimension instead.
+    `optional` names operands that a call may leave out: then their address is 0.
     """
 
     by_query: bool = False
+    optional: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """All operands in the order of the argument block."""
+        return (*self.operands, *self.optional)
 
     @property
     def tiled(self) -> bool:
@@ -42,6 +49,7 @@ KERNELS = table(
             parallel="q",
             reads=("q", "k", "v"),
             writes=("o", "lse"),
+            optional=("lse_low",),
             score_tiles=1,
             contractions=ATTEND,
             emitter="forward.forward",
@@ -51,6 +59,7 @@ KERNELS = table(
             parallel="q",
             reads=("q", "k", "v"),
             writes=("o", "lse"),
+            optional=("lse_low",),
             score_tiles=1,
             contractions=ATTEND,
             emitter="decode.decode",
@@ -61,6 +70,7 @@ KERNELS = table(
             parallel="q",
             reads=("q", "k", "v"),
             writes=("part", "o", "lse"),
+            optional=("lse_low",),
             score_tiles=1,
             contractions=ATTEND,
             emitter="decode.decode",
@@ -69,14 +79,15 @@ KERNELS = table(
         CpuKernelRow(
             name="delta",
             parallel="q",
-            reads=("o", "do"),
-            writes=("delta",),
+            reads=("o", "do", "lse"),
+            writes=("delta", "m", "r"),
+            optional=("lse_low",),
             emitter="backward.delta",
         ),
         CpuKernelRow(
             name="backward_dq",
             parallel="q",
-            reads=("q", "k", "v", "do", "lse", "delta"),
+            reads=("q", "k", "v", "do", "delta", "m", "r"),
             writes=("dq",),
             score_tiles=2,
             contractions=QUERY_GRADIENT,
@@ -85,7 +96,7 @@ KERNELS = table(
         CpuKernelRow(
             name="backward_dkv",
             parallel="k",
-            reads=("q", "k", "v", "do", "lse", "delta"),
+            reads=("q", "k", "v", "do", "delta", "m", "r"),
             writes=("dk", "dv"),
             score_tiles=2,
             contractions=KEY_GRADIENTS,
@@ -94,7 +105,7 @@ KERNELS = table(
         CpuKernelRow(
             name="backward",
             parallel="k",
-            reads=("q", "k", "v", "do", "lse", "delta"),
+            reads=("q", "k", "v", "do", "delta", "m", "r"),
             writes=("dq_parts", "dk", "dv"),
             score_tiles=2,
             contractions=ALL_GRADIENTS,

@@ -12,6 +12,7 @@ pack         operands turned into the order of the microkernel
 pairs        products of pairs of bfloat16
 tile         one tile of scores
 amx          products on AMX tiles
+scale        the scale in two factors, lse
 block        one block of the parallel axis
 multiply     products of single elements
 products     which of the products a kernel uses

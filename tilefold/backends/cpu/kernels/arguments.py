@@ -7,6 +7,7 @@ are split, a counter for each head follows: how many of its splits are done.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -35,16 +36,36 @@ WORK = (
     "heads_per_item",  # key heads per item of the decode kernel
     "len_q",
     "len_k",
-    "scale",  # bits of a double
+    "power",  # bits of a double, as `rest`: see `factors`
+    "rest",
 )
 
 COUNTERS = ("next_item", "next_worker")
 
-PER_ROW = ("lse", "delta")
+PER_ROW = ("lse", "lse_low", "delta", "m", "r")
 """Operands with one element per query."""
 
 COMPUTED = (*PER_ROW, "dq_parts")
 """Operands in the type of the sums, whatever the type of the others."""
+
+
+_MOST = {"float32": 100, "float64": 800}
+"""The largest exponent of `power`: it leaves room for large elements of the operand."""
+
+
+def factors(scale: float, computed: str) -> tuple[float, float]:
+    """The scale as power * rest: a signed power of two, and a factor in [1, 2).
+
+    Where the scale is extreme for the type that is computed in, rest takes what power cannot.
+
+    >>> factors(-0.75, "float32"), factors(2.0**103, "float32"), factors(0.0, "float32")
+    ((-0.5, 1.5), (1.2676506002282294e+30, 8.0), (0.0, 1.0))
+    """
+    if not scale:
+        return scale, 1.0
+    most = _MOST[computed]
+    exponent = max(-most, min(math.frexp(scale)[1] - 1, most))
+    return math.copysign(math.ldexp(1.0, exponent), scale), math.ldexp(abs(scale), -exponent)
 
 
 @lru_cache(maxsize=256)
@@ -54,13 +75,17 @@ def names(spec: KernelSpec) -> tuple[str, ...]:
     An operand `x` is its address `x` and its strides in elements `x_b x_h x_s x_d`.
     """
     words = list(WORK)
-    for operand in spec.row.operands:
-        axes = "bhs" if operand in PER_ROW else "bhsd"
-        words += [operand, *(f"{operand}_{axis}" for axis in axes)]
+    for operand in spec.row.arguments:
+        words += [operand, *(f"{operand}_{axis}" for axis in axes(operand))]
     words += [parameter.name for parameter in spec.mask.parameters]
     for slot in spec.mask.slots:
         words += [slot.name, *slot.strides]
     return tuple(words)
+
+
+def axes(operand: str) -> str:
+    """The axes of an operand, of which each has a stride."""
+    return "bhs" if operand in PER_ROW else "bhsd"
 
 
 class Arguments:
@@ -71,7 +96,7 @@ class Arguments:
         self._block = block
         self._position = {name: index for index, name in enumerate(names(spec))}
         self._values: dict[str, Value] = {}
-        addresses = {*spec.row.operands, "order", "rows", "runs", "owners", "workspace"}
+        addresses = {*spec.row.arguments, "order", "rows", "runs", "owners", "workspace"}
         addresses |= {f"t{slot.number}" for slot in spec.mask.slots}
         for name in names(spec):
             if name not in COUNTERS:

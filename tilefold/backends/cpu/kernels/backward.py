@@ -1,8 +1,8 @@
 """The backward kernels: the probabilities are made again from lse, a tile at a time.
 
-    P = 2^(S - lse)    dP = dO V^T    dS = P (dP - delta)    delta = rowsum(dO O)
+    P = 2^((S - m) c + r)    dP = dO V^T    dS = P (dP - delta)    delta = rowsum(dO O)
 
-    delta         parallel over queries:  delta <- rowsum(dO O)
+    delta         parallel over queries:  delta <- rowsum(dO O);  m, r <- lse in scores
     backward_dq   parallel over queries:  dQ += dS K                      3 products per pair
     backward_dkv  parallel over keys:     dV += P^T dO;  dK += dS^T Q     4 products
     backward      parallel over heads:    all three from the same dS      5 products, not 7
@@ -15,6 +15,7 @@ in one). Each pass is the forward pass with other operands: what is parallel lie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tilefold.backends.cpu.kernels import microkernel, work
 from tilefold.backends.cpu.kernels.block import Block, emit
@@ -22,23 +23,26 @@ from tilefold.backends.cpu.kernels.ir import Value
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.multiply import Products, Right
 from tilefold.backends.cpu.kernels.products import products
-from tilefold.backends.cpu.kernels.scores import (
-    gradient_factor,
-    operand_factor,
-    score_gradient,
-    score_tile,
-)
-from tilefold.backends.cpu.kernels.softmax import LOG2_E, exp2
+from tilefold.backends.cpu.kernels.scores import score_gradient, score_tile
+from tilefold.backends.cpu.kernels.softmax import exp2_cut
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile
 from tilefold.backends.cpu.spec import KernelSpec
 
-Statistics = list[tuple[list[Value], list[Value]]]
-"""lse and delta of each row of a block, by vector."""
+
+class Statistics(NamedTuple):
+    """What the kernel "delta" leaves of the queries of one row of a block, by vector."""
+
+    m: list[Value]
+    r: list[Value]
+    delta: list[Value]
 
 
 def delta(spec: KernelSpec) -> str:
-    """The source of the kernel that writes delta."""
-    return emit(spec, "delta <- rowsum(dO O)", _write_delta)
+    """The source of the kernel that writes delta, and lse in scores."""
+    title = """
+delta <- rowsum(dO O)
+m <- lse / rest, rounded;  r <- (rest m - lse - lse_low) log2(e)"""
+    return emit(spec, title.strip(), _write_delta)
 
 
 def dq(spec: KernelSpec) -> str:
@@ -46,7 +50,7 @@ def dq(spec: KernelSpec) -> str:
     title = """
 for each block of queries:                               one owner
     for each tile of keys that the plan names:
-        S^T <- K Q^T;  P^T <- 2^(S^T - lse)              rows are keys, lanes are queries
+        S^T <- K Q^T;  P^T <- 2^((S^T - m) c + r)        rows are keys, lanes are queries
         dP^T <- V dO^T;  dS^T <- P^T (dP^T - delta)
         dQ^T += K^T dS^T
     dQ <- scale dQ"""
@@ -58,7 +62,7 @@ def dkv(spec: KernelSpec) -> str:
     title = """
 for each block of keys:                                  one owner
     for each query head of the group, for each tile of queries that the plan names:
-        S <- Q K^T;  P <- 2^(S - lse)                    rows are queries, lanes are keys
+        S <- Q K^T;  P <- 2^((S - m) c + r)              rows are queries, lanes are keys
         dP <- dO V^T;  dS <- P (dP - delta)
         dV^T += dO^T P;  dK^T += Q^T dS
     dK <- scale dK"""
@@ -75,10 +79,18 @@ def _write_delta(block: Block) -> None:
             left = body.load(block.at(o, d, j), shape.vector)
             right = body.load(block.at(do, d, j), shape.vector)
             body.write(total, body.multiply_add(left, right, body.read(total)))
-    region = block.region("delta")
+    lse, low = block.pack("lse", 1, one), block.region("lse_low")
+    block.zero("lse_low", 1)
+    with body.when(body.given(block.arguments["lse_low"]), "low"):
+        block.pack("lse_low", 1, one)
     for j, total in enumerate(totals):
-        body.store(body.read(total), block.at(region, 0, j))
-    block.unpack("delta", region, 1, one)
+        both = [body.load(block.at(region, 0, j), shape.vector) for region in (lse, low)]
+        for name, value in zip(
+            Statistics._fields, (*block.scale.shift(*both), body.read(total)), strict=True
+        ):
+            body.store(value, block.at(block.region(name), 0, j))
+    for name in Statistics._fields:
+        block.unpack(name, block.region(name), 1, one)
 
 
 class _QueryGradient:
@@ -94,19 +106,20 @@ class _QueryGradient:
 
     def write(self) -> None:
         body, block, spec = self.body, self.block, self.spec
-        body.comment("Q^T <- scale log2(e) Q^T;  dO^T;  lse <- log2(e) lse;  dQ^T <- 0")
-        one = block.scalar(1.0)
-        factor = operand_factor(body, block.arguments, self.shape.scalar)
-        self.q_packed = self.products.pack("q", spec.dim, factor)
+        body.comment("Q^T <- power Q^T;  dO^T;  m, r, delta;  dQ^T <- 0")
+        self.q_packed = self.products.pack("q", spec.dim, block.scale.power)
         self.do_packed = self.products.pack("do", spec.dim_v)
-        lse, delta = block.pack("lse", 1, block.scalar(LOG2_E)), block.pack("delta", 1, one)
-        columns = range(self.shape.vectors)
-        self.lse = [body.load(block.at(lse, 0, j), self.shape.vector, "lse") for j in columns]
-        self.delta = [body.load(block.at(delta, 0, j), self.shape.vector, "delta") for j in columns]
+        self.statistics = Statistics(*(self._statistic(name) for name in Statistics._fields))
         block.zero("dq", spec.dim)
         work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self.tile)
-        factor = gradient_factor(body, block.arguments, self.shape.scalar)
-        block.unpack("dq", self.dq, spec.dim, factor)
+        block.unpack_gradient("dq", self.dq, spec.dim)
+
+    def _statistic(self, name: str) -> list[Value]:
+        """A statistic of the block's queries, by vector."""
+        block, shape = self.block, self.shape
+        region = block.pack(name, 1, block.scalar(1.0))
+        places = [block.at(region, 0, j) for j in range(shape.vectors)]
+        return [self.body.load(place, shape.vector, name) for place in places]
 
     def tile(self, first: Value, count: Value, masked: bool) -> None:
         body, spec = self.body, self.spec
@@ -117,10 +130,10 @@ class _QueryGradient:
         values = made(tile, self.values, "left_v", spec.dim_v, rows=True, columns=False)
         body.comment("S^T <- K Q^T")
         _store_scores(self.products, tile, keys.rows, self.q_packed, self.p, mask)
-        body.comment("dP^T <- V dO^T;  P^T <- 2^(S^T - lse);  dS^T <- P^T (dP^T - delta)")
+        body.comment("dP^T <- V dO^T;  P^T <- 2^((S^T - m) c + r);  dS^T <- P^T (dP^T - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
-            statistics = [(self.lse, self.delta)] * len(dp)
+            statistics = [self.statistics] * len(dp)
             _keep_differences(self.products, tile, row, dp, statistics, masked, ("ds",))
 
         self.products.scores(tile, values.rows, self.do_packed, spec.dim_v, use)
@@ -143,9 +156,8 @@ class KeyGradients:
     def write(self) -> None:
         """Write the block's dk and dv."""
         body, block, spec = self.body, self.block, self.spec
-        body.comment("K^T <- scale log2(e) K^T;  V^T;  dK^T <- 0;  dV^T <- 0")
-        factor = operand_factor(body, block.arguments, self.shape.scalar)
-        self.k_packed = self.products.pack("k", spec.dim, factor)
+        body.comment("K^T <- power K^T;  V^T;  dK^T <- 0;  dV^T <- 0")
+        self.k_packed = self.products.pack("k", spec.dim, block.scale.power)
         self.v_packed = self.products.pack("v", spec.dim_v)
         block.zero("dk", spec.dim)
         block.zero("dv", spec.dim_v)
@@ -154,8 +166,7 @@ class KeyGradients:
             h = body.add(body.mul(block.h, group), g, "h_q")
             self.take_head(h)
             work.tiles(body, spec, block.arguments, block.b, h, block.row, self.tile)
-        factor = gradient_factor(body, block.arguments, self.shape.scalar)
-        block.unpack("dk", self.dk, spec.dim, factor)
+        block.unpack_gradient("dk", self.dk, spec.dim)
         block.unpack("dv", self.dv, spec.dim_v, block.scalar(1.0))
 
     def take_head(self, h: Value) -> None:
@@ -163,8 +174,10 @@ class KeyGradients:
         block, arguments = self.block, self.block.arguments
         self.h_q = h
         self.queries, self.do = block.matrix("q", h), block.matrix("do", h)
-        self.lse_head = arguments.rows_of("lse", self.shape.scalar, block.b, h)
-        self.delta_head = arguments.rows_of("delta", self.shape.scalar, block.b, h)
+        self.heads = {
+            name: arguments.rows_of(name, self.shape.scalar, block.b, h)
+            for name in Statistics._fields
+        }
 
     def tile(self, first: Value, count: Value, masked: bool) -> None:
         """Add one tile of queries."""
@@ -176,14 +189,14 @@ class KeyGradients:
         do = made(tile, self.do, "left_v", spec.dim_v, rows=True, columns=True)
         body.comment("S <- Q K^T")
         _store_scores(self.products, tile, queries.rows, self.k_packed, self.p, mask)
-        body.comment("dP <- dO V^T;  P <- 2^(S - lse);  dS <- P (dP - delta)")
+        body.comment("dP <- dO V^T;  P <- 2^((S - m) c + r);  dS <- P (dP - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
             statistics = []
             for i in range(len(dp)):
-                lse = self._of_query("lse", self.lse_head, tile, body.add(row, i), LOG2_E)
-                delta = self._of_query("delta", self.delta_head, tile, body.add(row, i), None)
-                statistics.append(([lse] * self.shape.vectors, [delta] * self.shape.vectors))
+                there = tile.inside(body.add(row, i))
+                numbers = [self._of_query(name, there) for name in Statistics._fields]
+                statistics.append(Statistics(*([one] * self.shape.vectors for one in numbers)))
             self.keep(tile, row, dp, statistics, masked)
 
         self.products.scores(tile, do.rows, self.v_packed, spec.dim_v, use)
@@ -197,22 +210,18 @@ class KeyGradients:
         tile: Tile,
         row: Value,
         dp: microkernel.Accumulators,
-        statistics: Statistics,
+        statistics: list[Statistics],
         masked: bool,
     ) -> microkernel.Accumulators:
         """Keep rows of P and of dS for the products that follow; return the rows of dS."""
         return _keep_differences(self.products, tile, row, dp, statistics, masked, ("p", "ds"))
 
-    def _of_query(
-        self, name: str, head: Value, tile: Tile, row: Value, factor: float | None
-    ) -> Value:
-        """The statistic of one query in all lanes; past the tile's end, of the last query."""
-        body, shape = self.body, self.shape
-        index = body.mul(tile.inside(row), self.block.arguments[f"{name}_s"])
-        number = body.load(body.offset(head, shape.scalar, index), shape.scalar, name)
-        if factor is not None:
-            number = body.binary("fmul", number, self.block.scalar(factor), name)
-        return body.splat(number, shape.lanes, name)
+    def _of_query(self, name: str, query: Value) -> Value:
+        """The statistic of one query in all lanes."""
+        body, scalar = self.body, self.shape.scalar
+        index = body.mul(query, self.block.arguments[f"{name}_s"])
+        number = body.load(body.offset(self.heads[name], scalar, index), scalar, name)
+        return body.splat(number, self.shape.lanes, name)
 
 
 def _store_scores(
@@ -244,7 +253,7 @@ def _keep_differences(
     tile: Tile,
     row: Value,
     dp: microkernel.Accumulators,
-    statistics: Statistics,
+    statistics: list[Statistics],
     masked: bool,
     kept: tuple[str, ...],
 ) -> microkernel.Accumulators:
@@ -254,7 +263,7 @@ def _keep_differences(
     for start in range(0, len(dp), products.step):
         rows = range(start, start + products.step)
         lines = [
-            _differences(products, tile, body.add(row, i), dp[i], *statistics[i], masked)
+            _differences(products, tile, body.add(row, i), dp[i], statistics[i], masked)
             for i in rows
         ]
         first = body.add(row, start)
@@ -273,19 +282,18 @@ def _differences(
     tile: Tile,
     row: Value,
     dp: list[Value],
-    lse: list[Value],
-    delta: list[Value],
+    statistics: Statistics,
     masked: bool,
 ) -> tuple[list[Value], list[Value]]:
     """One row of P, made again from its scores, and of dS."""
     body, vector_ = tile.body, tile.shape.vector
-    scores = products.block.region("p")
+    scores, rate = products.block.region("p"), products.block.rate
     weights, changes = [], []
-    for j, gradient in enumerate(dp):
+    for j, (gradient, m, r, delta) in enumerate(zip(dp, *statistics, strict=True)):
         score = body.load(tile.at(scores, row, j), vector_, "s")
-        exponent = body.binary("fsub", score, lse[j], "e")
-        weight = exp2(body, exponent, bounded=False, terms=products.exp2_terms)
-        change = score_gradient(body, weight, gradient, delta[j])
+        exponent = body.multiply_add(body.binary("fsub", score, m, "e"), rate.factor, r, "e")
+        weight = exp2_cut(body, exponent, terms=products.exp2_terms)
+        change = score_gradient(body, weight, gradient, delta)
         if masked:
             forbidden = tile.marked(score, "score")
             weight = tile.mark_where(forbidden, weight, "weight")

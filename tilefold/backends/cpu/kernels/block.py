@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from tilefold.backends.cpu.kernels import amx, microkernel, pack, work
-from tilefold.backends.cpu.kernels.arguments import COMPUTED, Arguments
+from tilefold.backends.cpu.kernels.arguments import COMPUTED, PER_ROW, Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.mask import MaskText
+from tilefold.backends.cpu.kernels.scale import scale
 from tilefold.backends.cpu.kernels.storage import SCALARS, Storage, storage
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
 from tilefold.backends.cpu.spec import KernelSpec
@@ -26,11 +27,11 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     dim, dim_v = padded(spec.dim, unit) * width, padded(spec.dim_v, unit) * width
     rows_of_k = width * spec.whole(spec.dim)
     pair = {"p": tile, "ds": tile}
-    by_query = {"q": dim, "do": dim_v, "dq": dim, "lse": width, "delta": width} | pair
+    by_query = {"q": dim, "do": dim_v, "dq": dim, "m": width, "r": width, "delta": width} | pair
     by_key = {"k": dim, "v": dim_v, "dk": dim, "dv": dim_v} | pair
     found = {
         "forward": {"q": dim, "o": dim_v, "p": tile},
-        "delta": {"o": dim_v, "do": dim_v, "delta": width},
+        "delta": {"o": dim_v, "do": dim_v} | dict.fromkeys(PER_ROW, width),
         "backward_dq": by_query,
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
@@ -128,6 +129,8 @@ class Block:
         self.parallel = spec.row.parallel
         self.b, self.h, self.row = item.b, item.h, item.row
         self._scratch = scratch
+        self.scale = scale(body, arguments, shape.lanes, shape.scalar)
+        self.rate = self.scale.rate()
         self._begin()
 
     def _begin(self) -> None:
@@ -210,6 +213,16 @@ class Block:
         place = [*self._place(name), Value(str(dim), "i64"), factor]
         function = pack.unpack(self.body.module, self.shape, self.storage(name))
         self.body.invoke(function, [region, *place])
+
+    def unpack_gradient(self, name: str, region: Value, dim: int) -> None:
+        """`unpack` a region times the scale: by both factors, since one may exceed the type."""
+        power = self.body.splat(self.scale.power, self.shape.lanes, "power")
+        with self.body.loop("d", 0, dim) as d:
+            for j in range(self.shape.vectors):
+                place = self.at(region, d, j)
+                total = self.body.load(place, self.shape.vector)
+                self.body.store(self.body.binary("fmul", total, power), place)
+        self.unpack(name, region, dim, self.scale.rest)
 
     def _place(self, name: str, skipped: Operand = 0) -> list[Value]:
         body, arguments = self.body, self.arguments

@@ -2,18 +2,19 @@
 
     for each (batch, key heads, split of their keys):        one owner; one head, or those that
                                                              lie side by side in memory
-        Q <- scale log2(e) Q;  O <- 0;  m <- -inf;  l <- -0  rows: all queries that share the keys
+        Q <- power Q;  O <- 0;  m <- -inf;  l <- -0  rows: all queries that share the keys
         for each tile of keys that the plan names:           read from memory once
             for each vector of keys, for each row:
                 S <- K q                                     lanes are d, and keys in the end
                 S <- masked where the rule says no           partial tiles only
             for each row:
-                m_new <- max(m, S);  alpha <- 2^(m - m_new)
-                P <- 2^(S - m_new);  l <- alpha l + P        a sum per lane;  O <- alpha O
+                m_new <- max(m, S);  alpha <- 2^((m - m_new) c)
+                P <- 2^((S - m_new) c);  l <- alpha l + P        a sum per lane;  O <- alpha O
             for each few values, for each row:
                 O <- O + P V                                 lanes are d
     for each row of queries:                                 here, or where keys are split: merge
-        O <- O / l;  lse <- (m + log2 l) ln 2                empty rows: 0 and -inf
+        O <- O / l;  lse <- rest m + ln l                    empty rows: 0 and -inf
+    scale = power rest,  c = rest log2(e)                    see `scale`
 
 One query leaves 15 of 16 lanes empty in the forward kernel. Here keys and values are read along d
 in whole vectors as they lie in memory, which is what such a call waits for. As many sums as there
@@ -32,8 +33,8 @@ from tilefold.backends.cpu.kernels import pack, work
 from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.merge import Merge
-from tilefold.backends.cpu.kernels.scores import operand_factor, score
-from tilefold.backends.cpu.kernels.softmax import exp2
+from tilefold.backends.cpu.kernels.scores import score
+from tilefold.backends.cpu.kernels.softmax import exp2_scaled
 from tilefold.backends.cpu.kernels.state import VALUES, Frame, emit
 from tilefold.backends.cpu.kernels.storage import Storage
 from tilefold.backends.cpu.kernels.sums import push
@@ -94,8 +95,8 @@ class _Decode:
 
     def write(self) -> None:
         body, frame, arguments = self.body, self.frame, self.arguments
-        body.comment("Q <- scale log2(e) Q;  O <- 0;  m <- -inf;  l <- -0")
-        factor = operand_factor(body, arguments, frame.shape.scalar)
+        body.comment("Q <- power Q;  O <- 0;  m <- -inf;  l <- -0")
+        factor = frame.scale.power
         with body.loop("g", 0, self.heads) as g:
             h = body.add(self.first_head, g, "h")
             array = arguments.rows_of("q", frame.storage.stored, frame.item.b, h)
@@ -256,7 +257,7 @@ class _Decode:
     def _weigh(self, state: Value, row: Value, count: Value, masked: bool) -> None:
         """Scores of one row to weights; the row's state follows the new maximum."""
         body, frame = self.body, self.frame
-        body.comment("m_new <- max(m, S);  alpha <- 2^(m - m_new);  O <- alpha O")
+        body.comment("m_new <- max(m, S);  alpha <- 2^((m - m_new) c);  O <- alpha O")
         place = frame.maximum_place(state)
         old = frame.load(place, "m.old")
         top = body.variable(frame.vector, frame.lowest, "top")
@@ -267,16 +268,18 @@ class _Decode:
         new = body.larger(highest, old, "m.new")
         body.store(new, place)
         safe_m = frame.subtrahend(new)
-        alpha = exp2(body, body.binary("fsub", old, safe_m), bounded=True, hint="alpha")
+        change = body.binary("fsub", old, safe_m)
+        alpha = exp2_scaled(body, change, frame.rate, hint="alpha")
         for first in range(0, self.spec.whole(self.spec.dim_v), self.lanes):
             output = frame.at(state, first)
             body.store(body.binary("fmul", frame.load(output, "o"), alpha), output)
-        body.comment("P <- 2^(S - m_new);  l <- alpha l + P")
+        body.comment("P <- 2^((S - m_new) c);  l <- alpha l + P")
         total = body.variable(frame.vector, frame.nothing, "sum")
         with body.loop("c", 0, count, self.lanes) as c:
             place = self._weight(row, c)
             score = frame.load(place, "s")
-            weight = exp2(body, body.binary("fsub", score, safe_m, "e"), bounded=True)
+            below = body.binary("fsub", score, safe_m, "e")
+            weight = exp2_scaled(body, below, frame.rate)
             if masked:
                 hidden = frame.marks.marked(score, "score")
                 weight = frame.marks.mark_where(hidden, weight, "weight")

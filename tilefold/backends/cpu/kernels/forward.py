@@ -1,14 +1,15 @@
 """The forward kernel: queries in the lanes, keys walked tile by tile, softmax folded as it goes.
 
     for each block of queries:                               one owner
-        Q^T <- scale log2(e) Q^T;  O^T <- 0;  m <- -inf;  l <- 0
+        Q^T <- power Q^T;  O^T <- 0;  m <- -inf;  l <- 0
         for each tile of keys that the plan names:
             S^T <- K Q^T                                     rows are keys, lanes are queries
             S^T <- masked where the rule says no             partial tiles only
-            m_new <- max(m, rows of S^T);  alpha <- 2^(m - m_new)
-            P^T <- 2^(S^T - m_new);  l <- alpha l + sum of rows
+            m_new <- max(m, rows of S^T);  alpha <- 2^((m - m_new) c)
+            P^T <- 2^((S^T - m_new) c);  l <- alpha l + sum of rows
             O^T <- alpha O^T + V^T P^T
-        O <- O / l;  lse <- (m + log2 l) ln 2                empty rows: 0 and -inf
+        O <- O / l;  lse <- rest m + ln l                    empty rows: 0 and -inf
+    scale = power rest,  c = rest log2(e)                    see `scale`
 
 All statistics are vertical: one register per vector of queries, no reduction across lanes (Dao et
 al. 2022, Algorithm 1, turned by a quarter). A pair that the rule forbids contributes nothing,
@@ -25,8 +26,8 @@ from tilefold.backends.cpu.kernels.ir import Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.microkernel import Accumulators
 from tilefold.backends.cpu.kernels.products import products
-from tilefold.backends.cpu.kernels.scores import operand_factor, score_tile
-from tilefold.backends.cpu.kernels.softmax import LN_2, exp2, log2
+from tilefold.backends.cpu.kernels.scores import score_tile
+from tilefold.backends.cpu.kernels.softmax import exp2_scaled
 from tilefold.backends.cpu.kernels.tile import Tile
 from tilefold.backends.cpu.spec import KernelSpec
 
@@ -52,9 +53,8 @@ class _Forward:
 
     def write(self) -> None:
         body, shape, spec, block = self.body, self.shape, self.spec, self.block
-        body.comment("Q^T <- scale log2(e) Q^T;  O^T <- 0;  m <- -inf;  l <- 0")
-        factor = operand_factor(body, block.arguments, shape.scalar)
-        self.q_packed = self.products.pack("q", spec.dim, factor)
+        body.comment("Q^T <- power Q^T;  O^T <- 0;  m <- -inf;  l <- 0")
+        self.q_packed = self.products.pack("q", spec.dim, block.scale.power)
         block.zero("o", spec.dim_v)
         never = body.constant(0, vector(shape.lanes, "i1"))
         columns = range(shape.vectors)
@@ -144,25 +144,25 @@ class _Forward:
         in FlashAttention-4: any m gives the same result, as long as no weight overflows.
         """
         body = self.body
-        body.comment("m_new <- max(m, rows of S^T);  alpha <- 2^(m - m_new)")
-        slack = self.products.slack
+        body.comment("m_new <- max(m, rows of S^T);  alpha <- 2^((m - m_new) c)")
+        slack = self.products.slack and self.block.scale.difference(self.products.slack)
         safe_m, alphas = [], []
         for m, top in zip(self.m, tops, strict=True):
             old = body.read(m, "m.old")
             new = body.larger(body.read(top), old, "m.new")
             if slack:
-                limit = body.binary("fadd", old, self.block.splat(slack))
+                limit = body.binary("fadd", old, slack)
                 new = body.select(body.compare("ogt", new, limit), new, old, "m.new")
             body.write(m, new)
             nothing = body.compare("oeq", new, self._lowest)
             safe_m.append(body.select(nothing, self.block.splat(0.0), new, "m.safe"))
             change = body.binary("fsub", old, safe_m[-1])
-            alphas.append(exp2(body, change, bounded=True, hint="alpha"))
+            alphas.append(exp2_scaled(body, change, self.block.rate, hint="alpha"))
         return safe_m, alphas
 
     def _weigh(self, tile: Tile, safe_m: list[Value], alphas: list[Value], masked: bool) -> None:
         body = self.body
-        body.comment("P^T <- 2^(S^T - m_new);  l <- alpha l + sum of rows")
+        body.comment("P^T <- 2^((S^T - m_new) c);  l <- alpha l + sum of rows")
         sums = [body.variable(self.shape.vector, self.block.splat(0.0), "sum") for _ in self.l]
         self.products.pad(tile, self.weights)
         with body.loop("r", 0, tile.count, self.products.step) as row:
@@ -172,8 +172,9 @@ class _Forward:
                 for j, (m, total) in enumerate(zip(safe_m, sums, strict=True)):
                     place = tile.at(self.weights, body.add(row, i), j)
                     score = body.load(place, self.shape.vector, "s")
-                    exponent = body.binary("fsub", score, m, "e")
-                    weight = exp2(body, exponent, bounded=True, terms=self.products.exp2_terms)
+                    below = body.binary("fsub", score, m, "e")
+                    terms = self.products.exp2_terms
+                    weight = exp2_scaled(body, below, self.block.rate, terms=terms)
                     if masked:
                         weight = tile.mark_where(tile.marked(score, "score"), weight, "weight")
                     body.write(total, body.binary("fadd", body.read(total), weight, "sum"))
@@ -196,21 +197,27 @@ class _Forward:
                 value = body.binary("fmul", body.load(place, self.shape.vector), inverse)
                 body.store(body.select(seen[j], value, block.splat(0.0)), place)
         block.unpack("o", self.o_total, spec.dim_v, block.scalar(1.0))
-        body.comment("lse <- (m + log2 l) ln 2;  empty rows: -inf")
+        body.comment("lse <- rest m + ln l;  empty rows: -inf")
+        lows = []
         for j, (m, total) in enumerate(zip(self.m, self.l, strict=True)):
-            lse = self._lse(body.read(m), body.read(total))
+            lse, low = self._lse(body.read(m), body.read(total))
             lse = body.select(seen[j], lse, self._lowest, "lse")
             body.store(lse, block.at(self.weights, 0, j))
+            lows.append(body.select(seen[j], low, block.splat(0.0), "low"))
         block.unpack("lse", self.weights, 1, block.scalar(1.0))
+        with body.when(body.given(block.arguments["lse_low"]), "low"):
+            for j, low in enumerate(lows):
+                body.store(low, block.at(self.weights, 0, j))
+            block.unpack("lse_low", self.weights, 1, block.scalar(1.0))
 
-    def _lse(self, m: Value, total: Value) -> Value:
+    def _lse(self, m: Value, total: Value) -> tuple[Value, Value]:
         """NaN where l is 0 or NaN although keys were seen: all scores were -inf, or one was NaN."""
         body, block = self.body, self.block
-        exponent = body.binary("fadd", m, log2(body, total))
-        lse = body.binary("fmul", exponent, block.splat(LN_2))
-        return body.select(
-            body.compare("ogt", total, block.splat(0.0)), lse, block.splat(float("nan"))
-        )
+        zero = block.splat(0.0)
+        some = body.compare("ogt", total, zero)
+        lse, low = block.scale.log_sum(m, total)
+        lse = body.select(some, lse, block.splat(float("nan")))
+        return lse, body.select(some, low, zero)
 
 
 def _fold_pairs(values: list[Value], operation: Callable[[Value, Value], Value]) -> Value:

@@ -26,7 +26,6 @@ from tilefold.backends.cpu.kernels.block import emit
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.multiply import Right, factors_of
 from tilefold.backends.cpu.kernels.reduce import of_owner
-from tilefold.backends.cpu.kernels.scores import gradient_factor
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
 from tilefold.backends.cpu.partitions import FIRST_QUERY, FIRST_ROW, LAST_QUERY, LAST_ROW, PART
 from tilefold.backends.cpu.spec import KernelSpec
@@ -39,7 +38,7 @@ def fused(spec: KernelSpec) -> str:
 for each owner of blocks of keys:
     its dQ <- 0
     for each of its blocks, each query head of the group, each tile of queries:
-        S <- Q K^T;  P <- 2^(S - lse)                    rows are queries, lanes are keys
+        S <- Q K^T;  P <- 2^((S - m) c + r)              rows are queries, lanes are keys
         dP <- dO V^T;  dS <- P (dP - delta)
         dV^T += dO^T P;  dK^T += Q^T dS;  dQ += dS (scale K)
     dK <- scale dK"""
@@ -196,8 +195,8 @@ class _AllGradients(KeyGradients):
             use(whole, -(-(self.spec.dim - whole) // self.shape.lanes))
 
     def key_factor(self) -> Value:
-        """The factor of the copy of K, so that dQ needs none."""
-        return gradient_factor(self.body, self.block.arguments, self.shape.scalar)
+        """The factor of the copy of K beside `power`, so that dQ needs none."""
+        return self.block.scale.rest
 
     def ds_factor(self) -> Value:
         """The factor that dS still lacks."""
@@ -208,13 +207,14 @@ class _AllGradients(KeyGradients):
         body, block, scalar = self.body, self.block, self.shape.scalar
         region = block.region("k_rows")
         keys = block.matrix("k", block.h)
-        scale = self.key_factor()
+        power, factor = block.scale.power, self.key_factor()
         with body.loop("key", 0, block.valid) as key:
             source = keys.row(body, body.add(block.first, key))
             target = body.offset(region, scalar, body.mul(key, self._line))
             with body.loop("d", 0, self.spec.dim) as d:
                 number = keys.storage.load(body, keys.at(body, source, d))
-                body.store(body.binary("fmul", number, scale), body.offset(target, scalar, d))
+                scaled = body.binary("fmul", body.binary("fmul", number, power), factor)
+                body.store(scaled, body.offset(target, scalar, d))
             with body.loop("d", self.spec.dim, self._line) as d:
                 body.store(block.scalar(0.0), body.offset(target, scalar, d))
         finite = body.variable("i1", Value("true", "i1"), "k.finite")
@@ -320,14 +320,14 @@ class _AllGradients(KeyGradients):
 class _PairGradients(_AllGradients):
     """With dS as lines of bfloat16, and K as words of two keys.
 
-    The scale goes into dS, which is rounded anyway: scale K would be rounded once more.
+    `rest` goes into dS, which is rounded anyway: rest K would be rounded once more.
     """
 
     def key_factor(self) -> Value:
         return self.block.scalar(1.0)
 
     def ds_factor(self) -> Value:
-        return gradient_factor(self.body, self.block.arguments, self.shape.scalar)
+        return self.block.scale.rest
 
     @property
     def _parts(self) -> int:
@@ -362,7 +362,7 @@ class _PairGradients(_AllGradients):
         tile: Tile,
         row: Value,
         dp: microkernel.Accumulators,
-        statistics: Statistics,
+        statistics: list[Statistics],
         masked: bool,
     ) -> microkernel.Accumulators:
         body = self.body

@@ -165,6 +165,10 @@ class Body:
         type_ = vector(left.lanes, "i1")
         return self.result(hint, type_, f"{opcode} {condition} {left.typed}, {right.text}")
 
+    def given(self, pointer: Value) -> Value:
+        """True unless a pointer is null."""
+        return self.compare("ne", pointer, Value("null", "ptr"), "given")
+
     def select(self, condition: Value, yes: Value, no: Value, hint: str = "t") -> Value:
         """`yes` where the condition holds, else `no`."""
         assert yes.type == no.type, (yes, no)

@@ -1,8 +1,8 @@
 """The merge: the states that the splits of a query's keys left, folded in ascending order.
 
     for each query of a head:
-        M <- max of m;  l <- sum of 2^(m - M) l;  O <- sum of 2^(m - M) O
-        O <- O / l;  lse <- (M + log2 l) ln 2                empty rows: 0 and -inf
+        M <- max of m;  l <- sum of 2^((m - M) c) l;  O <- sum of 2^((m - M) c) O
+        O <- O / l;  lse <- rest M + ln l                    empty rows: 0 and -inf
 
 A split that saw no key has m = -inf, and adds nothing. The order is fixed, so results depend on how
 keys were split and on nothing else.
@@ -11,7 +11,7 @@ keys were split and on nothing else.
 from __future__ import annotations
 
 from tilefold.backends.cpu.kernels.ir import Value
-from tilefold.backends.cpu.kernels.softmax import exp2
+from tilefold.backends.cpu.kernels.softmax import exp2_scaled
 from tilefold.backends.cpu.kernels.state import Frame
 
 
@@ -45,7 +45,7 @@ class Merge:
     def _add(self, state: Value, part: Value, safe_m: Value) -> None:
         frame, body, spec = self.frame, self.body, self.frame.spec
         change = body.binary("fsub", frame.load(frame.maximum_place(part), "m"), safe_m)
-        alpha = exp2(body, change, bounded=True, hint="alpha")
+        alpha = exp2_scaled(body, change, frame.rate, hint="alpha")
         places = [(frame.sum_place(part), frame.sum_place(state))]
         for first in range(0, spec.whole(spec.dim_v), spec.lanes):
             places.append((frame.at(part, first), frame.at(state, first)))

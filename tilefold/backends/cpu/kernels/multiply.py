@@ -25,10 +25,9 @@ from tilefold.backends.cpu.kernels.tile import Factor, Matrix, Scores, Side, Til
 
 @dataclass(frozen=True)
 class Right:
-    """The right side, in parts that sum to it; scores are to be multiplied by `factor`."""
+    """The right side, in parts that sum to it."""
 
     parts: tuple[Value, ...]
-    factor: Value | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,20 @@ class Products:
         return Sides(near, near)
 
     def scores(
-        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
+        self,
+        tile: Tile,
+        left: Sequence[Matrix],
+        right: Right,
+        dim: int,
+        use: Scores,
+        *,
+        every: bool = False,
     ) -> None:
-        """`use(first row, block)` for each block of rows of left x right, over d."""
-        tile.scores(factors_of(left, right), Value(str(dim), "i64"), multiplied(self, right, use))
+        """`use(first row, block)` for each block of rows of left x right, over d.
+
+        `every`: also the product of two low parts.
+        """
+        tile.scores(factors_of(left, right), Value(str(dim), "i64"), use)
 
     def pad(self, tile: Tile, scores: Value) -> None:
         """Complete the scores to a multiple of `step` rows: what is added weighs nothing."""
@@ -133,25 +142,11 @@ class Products:
             tile.accumulate_visible(rows, weights, marks, total, dim, scales)
 
 
-def factors_of(left: Sequence[Side], right: Right) -> list[Factor[Side]]:
-    """The products whose sum is left x right: all products but the ones of two low parts.
+def factors_of(left: Sequence[Side], right: Right, *, every: bool = False) -> list[Factor[Side]]:
+    """The products whose sum is left x right; the one of two low parts only if `every`.
 
-    Each has a side in common with the next: high low, high high, low high.
+    Each has a side in common with the next: high low, high high, low high, low low.
     """
-    return [
-        Factor(a, b) for i, a in enumerate(left) for b in reversed(right.parts[: len(left) - i])
-    ]
-
-
-def multiplied(products: Products, right: Right, use: Scores) -> Scores:
-    """`use` with scores that have the right side's factor."""
-    factor = right.factor
-    if factor is None:
-        return use
-    body, shape = products.body, products.shape
-
-    def scaled(row: Value, block: microkernel.Accumulators) -> None:
-        wide = body.splat(factor, shape.lanes, "factor")
-        use(row, [[body.binary("fmul", value, wide, "s") for value in line] for line in block])
-
-    return scaled
+    pairs = [(a, b) for a in range(len(left)) for b in range(len(right.parts))]
+    pairs.sort(key=lambda pair: (pair[0], pair[1] if pair[0] % 2 else -pair[1]))
+    return [Factor(left[a], right.parts[b]) for a, b in pairs if every or a + b < len(left)]

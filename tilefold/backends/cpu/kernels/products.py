@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tilefold.backends.cpu.kernels import amx, microkernel, pairs
 from tilefold.backends.cpu.kernels.block import Block
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload
-from tilefold.backends.cpu.kernels.multiply import Products, Right, Sides, factors_of, multiplied
+from tilefold.backends.cpu.kernels.multiply import Products, Right, Sides, factors_of
 from tilefold.backends.cpu.kernels.softmax import EXP2_COARSE
 from tilefold.backends.cpu.kernels.storage import storage
 from tilefold.backends.cpu.kernels.tile import Matrix, Scores, Tile, padded
@@ -36,7 +36,8 @@ class _PairProducts(Products):
 
     def pack(self, name: str, dim: int, factor: Value | None = None) -> Right:
         body, block = self.body, self.block
-        staging = block.pack(name, dim, block.scalar(1.0), "staging")
+        one = block.scalar(1.0)
+        staging = block.pack(name, dim, one if factor is None else factor, "staging")
         rows = padded(dim, self._unit)
         for row in range(dim, rows):
             for j in range(self.shape.vectors):
@@ -45,7 +46,7 @@ class _PairProducts(Products):
         part = rows // 2 * self.shape.width
         right = block.region(name)
         body.invoke(function, [right, staging, *_integers(rows // 2, part)])
-        return Right(self._in_parts(right, part), factor)
+        return Right(self._in_parts(right, part))
 
     def sides(
         self, tile: Tile, matrix: Matrix, region: str, dim: int, *, rows: bool, columns: bool
@@ -161,10 +162,17 @@ class _PairProducts(Products):
         return self.body.compare("eq", rest, Value("0", "i64"))
 
     def scores(
-        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
+        self,
+        tile: Tile,
+        left: Sequence[Matrix],
+        right: Right,
+        dim: int,
+        use: Scores,
+        *,
+        every: bool = False,
     ) -> None:
         words = Value(str(padded(dim, 2) // 2), "i64")
-        tile.scores(factors_of(left, right), words, multiplied(self, right, use))
+        tile.scores(factors_of(left, right, every=every), words, use)
 
     def pad(self, tile: Tile, scores: Value) -> None:
         body = self.body
@@ -276,15 +284,22 @@ class _TileProducts(_PairProducts):
         return self._in_lines(body.read(address), body.read(stride), Value("2", "i64"), part)
 
     def scores(
-        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
+        self,
+        tile: Tile,
+        left: Sequence[Matrix],
+        right: Right,
+        dim: int,
+        use: Scores,
+        *,
+        every: bool = False,
     ) -> None:
         body, shape = self.body, self.shape
         staging = self.block.region("staging")
-        use = multiplied(self, right, use)
         depth = Value(str(padded(dim, amx.DEPTH) // amx.DEPTH), "i64")
         with body.loop("r", 0, tile.count, 2 * amx.ROWS) as first:
             lines = [amx.Lines(matrix.row(body, first), matrix.row_stride) for matrix in left]
-            amx.panel(body, shape, factors_of(lines, right), depth, staging, 2, start=None)
+            factors = factors_of(lines, right, every=every)
+            amx.panel(body, shape, factors, depth, staging, 2, start=None)
             last = body.minimum(body.sub(tile.count, first), 2 * amx.ROWS)
             with body.loop("i", 0, last, shape.rows) as i:
                 block = []

@@ -1,8 +1,8 @@
 """Exponentials and logarithms to base 2 on vectors, written with plain arithmetic.
 
-The base is 2 because 2^x splits into an exponent field and a short polynomial; the scores arrive
-already multiplied by log2(e). Everything here works on vectors of any width of `float` or `double`
-and calls no library.
+The base is 2 because 2^x splits into an exponent field and a short polynomial. The factor log2(e)
+is a part of the `Rate` by which differences of scores are multiplied. Everything here works on
+vectors of any width of `float` or `double` and calls no library.
 """
 
 from __future__ import annotations
@@ -60,44 +60,68 @@ FORMATS = {
 }
 
 
-def exp2(
-    body: Body,
-    x: Value,
-    *,
-    bounded: bool,
-    terms: tuple[float, ...] | None = None,
-    hint: str = "p",
+@dataclass(frozen=True)
+class Rate:
+    """The factor c > 0 of an exponent in all lanes, and the least x with which 2^(c x) is not 0."""
+
+    factor: Value
+    lowest: Value
+
+
+def exp2_scaled(
+    body: Body, x: Value, rate: Rate, *, terms: tuple[float, ...] | None = None, hint: str = "p"
 ) -> Value:
-    """2**x in each lane; NaN stays NaN, and what is below the smallest normal number becomes 0.
+    """2**(c x) in each lane for x that is not far above 0.
 
-    `terms`: coefficients of the polynomial; without them it has the precision of x.
-
-    `bounded` promises that x is not far above 0, or NaN (the forward pass). Without it x is cut at
-    0: a probability made again from lse is never above 1, even where lse was rounded to less than
-    the largest score.
-
-    Adding 1.5 * 2^mantissa_bits rounds x to an integer n and leaves n in the low bits: with the
-    bias added too, those bits shifted up are the number 2^n. The last step multiplies, so that NaN
-    survives.
+    The product is never rounded before its whole part is gone, and costs no instruction: both
+    steps that split c x multiply and add.
     """
-    format_ = FORMATS[x.element]
-    lowest = body.constant(-format_.bias, x.type)
-    x = body.larger(lowest, x, "e")
-    if not bounded:
-        highest = body.constant(0.0, x.type)
-        x = body.select(body.compare("olt", highest, x), highest, x, "e")
-    magic = body.constant(1.5 * 2.0**format_.mantissa_bits + format_.bias, x.type)
+    magic = body.constant(_magic(x), x.type)
+    x = body.larger(rate.lowest, x, "e")
+    rounded = body.multiply_add(x, rate.factor, magic, "e")
+    whole = body.binary("fsub", magic, rounded, "e")
+    fraction = body.multiply_add(x, rate.factor, whole, "e")
+    return _power(body, rounded, fraction, terms, hint)
+
+
+def exp2_cut(
+    body: Body, x: Value, *, terms: tuple[float, ...] | None = None, hint: str = "p"
+) -> Value:
+    """2**x in each lane, with x cut at 0: a probability made again from lse is never above 1."""
+    magic = body.constant(_magic(x), x.type)
+    x = body.larger(body.constant(-FORMATS[x.element].bias, x.type), x, "e")
+    highest = body.constant(0.0, x.type)
+    x = body.select(body.compare("olt", highest, x), highest, x, "e")
     rounded = body.binary("fadd", x, magic, "e")
     whole = body.binary("fsub", rounded, magic, "e")
-    fraction = body.binary("fsub", x, whole, "e")
+    return _power(body, rounded, body.binary("fsub", x, whole, "e"), terms, hint)
+
+
+def _magic(x: Value) -> float:
+    """The number whose sum with x is rounded to an integer n and has n + bias in its low bits.
+
+    Those bits shifted up are the number 2^n.
+    """
+    format_ = FORMATS[x.element]
+    return 1.5 * 2.0**format_.mantissa_bits + format_.bias
+
+
+def _power(
+    body: Body, rounded: Value, fraction: Value, terms: tuple[float, ...] | None, hint: str
+) -> Value:
+    """2**(n + fraction), with n in the low bits of `rounded`; NaN stays NaN.
+
+    What is below the smallest normal number is 0. `terms` are the coefficients of the polynomial;
+    without them it has the precision of the type. The last step multiplies, so that NaN survives.
+    """
+    format_, type_ = FORMATS[fraction.element], fraction.type
     terms = terms or format_.exp2_terms
-    power = body.constant(terms[-1], x.type)
+    power = body.constant(terms[-1], type_)
     for term in terms[-2::-1]:
-        power = body.multiply_add(power, fraction, body.constant(term, x.type), "e")
-    integers = vector(x.lanes, format_.integer)
-    field = body.cast("bitcast", rounded, integers, "e")
+        power = body.multiply_add(power, fraction, body.constant(term, type_), "e")
+    field = body.cast("bitcast", rounded, vector(fraction.lanes, format_.integer), "e")
     field = body.binary("shl", field, format_.mantissa_bits, "e")
-    return body.binary("fmul", power, body.cast("bitcast", field, x.type, "e"), hint)
+    return body.binary("fmul", power, body.cast("bitcast", field, type_, "e"), hint)
 
 
 def log2(body: Body, x: Value, hint: str = "log") -> Value:

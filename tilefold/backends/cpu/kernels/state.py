@@ -14,7 +14,7 @@ from tilefold.backends.cpu.kernels import pack, work
 from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.microkernel import Shape
-from tilefold.backends.cpu.kernels.softmax import LN_2, log2
+from tilefold.backends.cpu.kernels.scale import scale
 from tilefold.backends.cpu.kernels.storage import SCALARS, Storage, storage
 from tilefold.backends.cpu.kernels.tile import Tile
 from tilefold.backends.cpu.spec import KernelSpec
@@ -65,6 +65,8 @@ class Frame:
         none = Value("0", "i64")
         self.marks = Tile(body, self.shape, none, none)
         self._scratch = scratch
+        self.scale = scale(body, arguments, spec.lanes, self.shape.scalar)
+        self.rate = self.scale.rate()
 
     def region(self, name: str) -> Value:
         """The address of a region of this worker's scratch."""
@@ -112,7 +114,7 @@ class Frame:
     def finish(self, state: Value, h: Value, i: Value) -> None:
         """Write o and lse of query `i` of head `h`; the state is used up."""
         body, spec, arguments = self.body, self.spec, self.arguments
-        body.comment("O <- O / l;  lse <- (m + log2 l) ln 2;  empty rows: 0 and -inf")
+        body.comment("O <- O / l;  lse <- rest m + ln l;  empty rows: 0 and -inf")
         lanes = self.load(self.sum_place(state), "l")
         total = self.across(lanes, lambda a, b: body.binary("fadd", a, b, "l"))
         empty = self.marks.marked(total, "weight")
@@ -124,14 +126,20 @@ class Frame:
         rows = arguments.rows_of("o", self.storage.stored, self.item.b, h)
         row = self.storage.at(body, rows, body.mul(i, arguments["o_s"]))
         self.move(pack.unpack, state, row, spec.dim_v, 1, "o")
-        exponent = body.binary("fadd", self.load(self.maximum_place(state)), log2(body, total))
-        lse = body.binary("fmul", exponent, body.constant(LN_2, self.vector))
+        lse, low = self.scale.log_sum(self.load(self.maximum_place(state), "m"), total)
         some = body.compare("ogt", total, self.zero)
         lse = body.select(some, lse, body.constant(float("nan"), self.vector))
         lse = body.select(empty, self.lowest, lse)
-        number = body.result("lse", self.shape.scalar, f"extractelement {lse.typed}, i64 0")
-        rows = arguments.rows_of("lse", self.shape.scalar, self.item.b, h)
-        body.store(number, self.at(rows, body.mul(i, arguments["lse_s"])))
+        self._write_number(lse, "lse", h, i)
+        with body.when(body.given(arguments["lse_low"]), "low"):
+            self._write_number(body.select(some, low, self.zero), "lse_low", h, i)
+
+    def _write_number(self, value: Value, name: str, h: Value, i: Value) -> None:
+        """Write what the first lane holds to the operand's element of query `i` of head `h`."""
+        body, arguments = self.body, self.arguments
+        number = body.result(name, self.shape.scalar, f"extractelement {value.typed}, i64 0")
+        rows = arguments.rows_of(name, self.shape.scalar, self.item.b, h)
+        body.store(number, self.at(rows, body.mul(i, arguments[f"{name}_s"])))
 
     def move(
         self,
