@@ -17,12 +17,15 @@ ENTRY = re.compile(r" {4}([\w, ]+): (.*)")
 
 
 class DocstringsToMarkdown(griffe.Extension):
-    """Rewrites every docstring that griffe finds."""
+    """Rewrites every docstring that griffe finds, and hides parameters as `help()` does."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called for each module, class, function and attribute."""
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
+        if isinstance(obj, griffe.Function):  # see `without_unknown` in problems/keywords.py
+            shown = [each for each in obj.parameters if each.name != "unknown"]
+            obj.parameters = griffe.Parameters(*shown)
 
 
 def markdown(text: str) -> str:

@@ -339,13 +339,22 @@ def test_a_mistyped_word_is_answered_by_the_nearest(
     assert f"; did you mean {near}? (see tilefold" in error_of(capsys)
 
 
-def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def full(options: Any) -> int:
-        raise MemoryError("Unable to allocate 16.0 TiB")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 16.0 TiB"), "too little memory: Unable to allocate 16.0"),
+        (OverflowError("at most 64 bits are allowed"), "at most 64 bits are allowed"),
+    ],
+)
+def test_what_is_too_large_is_one_line(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(options: Any) -> int:
+        raise error
 
-    monkeypatch.setattr(run, "main", full)
+    monkeypatch.setattr(run, "main", fail)
     assert cli.main(["run"]) == 2
-    assert error_of(capsys) == "tilefold run: too little memory: Unable to allocate 16.0 TiB\n"
+    assert error_of(capsys).startswith(f"tilefold run: {said}")
 
 
 def test_a_failed_write_leaves_the_old_file(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -37,7 +38,8 @@ class Host(Protocol):
 
 def check_held(name: str, array: Array) -> None:
     """Raises ValueError for a tensor whose memory was freed; an array of NumPy has its own."""
-    if not isinstance(array, np.ndarray):
+    tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
+    if isinstance(array, tensor):
         from tilefold.backends.arrays import torch
 
         torch.check_held(name, array)
