@@ -133,13 +133,16 @@ def dense(
     return dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients), strict=True))
 
 
-def dense_rounded(operands: Mapping[str, Array], mask: Rule, scale: float) -> dict[str, Array]:
+def dense_rounded(
+    operands: Mapping[str, Array], mask: Rule, scale: float, *, weights: bool = True
+) -> dict[str, Array]:
     """`dense` in the half type of the operands, as a matrix unit does it: the measure of precision.
 
     Products of halves are summed in float32, and softmax, lse and delta are float32 too. The
     factors of a second product are first rounded to the half type: the normalised P, and dS.
     Results are rounded once; results of grouped queries are summed before. The backward pass takes
-    this forward pass's own o and lse. Operands are finite.
+    this forward pass's own o and lse. Without `weights` the P of the forward pass is not rounded,
+    so o is another one, rounded once alone. Operands are finite.
     """
     kept = operands["q"].dtype
     q, k, v, do = (operands[name].astype(np.float32) for name in ("q", "k", "v", "do"))
@@ -163,7 +166,7 @@ def dense_rounded(operands: Mapping[str, Array], mask: Rule, scale: float) -> di
         total = p.sum(axis=3, keepdims=True)
         p = np.where(total > 0, p / total, np.float32(0))
         lse = (m + np.log(total))[..., 0]
-        o = rounded(rounded(p) @ values)
+        o = rounded((rounded(p) if weights else p) @ values)
         p = np.where(visible, np.exp(s - lse[..., None]), np.float32(0))
         ds = p * (do @ values.swapaxes(2, 3) - (do * o).sum(axis=3, keepdims=True))
         found = {
@@ -221,9 +224,12 @@ def _of_halves(
     one rounding of the largest term. The floor of float32 is added, since sums are float32. If
     elements are multiplied in two parts, the product of the low parts is missing in every term. The
     tolerance of lse is the tolerance of float32, and with pairs the error of the exponential, which
-    is exact enough for weights of a half type.
+    is exact enough for weights of a half type. Of one query's few keys the dense computation may be
+    nearly exact by luck too: gradients take the larger error of two, whose o is rounded otherwise.
     """
-    low = dense_rounded(operands, problem.mask, problem.scale)
+    low, other = (
+        dense_rounded(operands, problem.mask, problem.scale, weights=flag) for flag in (True, False)
+    )
     kept = problem.dtype
     least = float(ml_dtypes.finfo(kept).smallest_subnormal) / 2
     terms = roundings(operands, want, problem.mask, problem.scale, exact_scores=True)
@@ -234,7 +240,9 @@ def _of_halves(
         if name in ("dq", "dk") and size < UNITS["float32"] * terms[name]:
             size = terms[name]
         once = max(UNITS[kept] * size, least)
-        allowed[name] = max(times * largest_error(low[name], want[name]), once)
+        errors = [largest_error(found[name], want[name]) for found in (low, other)]
+        error = errors[0] if name == "o" else max(errors)
+        allowed[name] = max(times * error, once)
     two_parts = any(each.parts > 1 for each in products)
     units = UNITS["bfloat16"] ** 2 if two_parts else 3 * UNITS["float32"]
     return {name: allowed[name] + units * moves[name] for name in want}
