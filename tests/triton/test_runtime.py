@@ -104,10 +104,14 @@ def test_other_streams_and_graphs_keep_what_they_read(cuda: Any) -> None:
 
 
 def test_tensors_elsewhere_are_refused(cuda: Any) -> None:
+    def tensor_on(index: int) -> Any:
+        kind = type("There", (torch.Tensor,), {"device": torch.device("cuda", index)})
+        return torch.zeros(1).as_subclass(kind)
+
     machine = runtime.gpu(0)
-    there = SimpleNamespace(device=torch.device("cuda", 0))
+    there = tensor_on(0)
     machine.check(q=there)
     with pytest.raises(ValueError, match="k must be on cuda:0, got cuda:1"):
-        machine.check(q=there, k=SimpleNamespace(device=torch.device("cuda", 1)))
+        machine.check(q=there, k=tensor_on(1))
     with pytest.raises(TypeError, match="q must be a tensor, got a ndarray"):
         machine.check(q=np.zeros(3))
