@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from interrupts import interrupted_at
 
 from tilefold.common import single_flight
 from tilefold.common.single_flight import SingleFlight
@@ -88,6 +90,38 @@ def test_a_finaliser_that_asks_amid_the_making_does_not_wait_for_itself() -> Non
     values: SingleFlight[int] = SingleFlight(most=2)
     assert values.get("key", lambda: values.get("key", lambda: 1) + 1) == 2
     assert values.get("key", lambda: 0) == 2
+
+
+def test_an_interrupt_at_any_line_leaves_nobody_waiting() -> None:
+    """The interrupt comes at the first line of `get` and its callees, at the second, and so on."""
+
+    for line in itertools.count(1):
+        values: SingleFlight[int] = SingleFlight(most=2)
+        with interrupted_at(line, single_flight.__file__) as interrupted:
+            assert values.get("key", lambda: 1) == 1
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(values.get, "key", lambda: 1).result(30) == 1
+        if not interrupted:
+            break
+    assert line > 10
+
+
+def test_two_threads_whose_handlers_want_what_the_other_makes_both_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(single_flight, "PATIENCE", 0.05)
+    values: SingleFlight[str] = SingleFlight(most=2)
+    both = threading.Barrier(2)
+
+    def make(own: str, other: str) -> str:
+        both.wait(30)
+        return own + values.get(other, lambda: f"a second {other}")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(values.get, "a", lambda: make("a", "b"))
+        second = pool.submit(values.get, "b", lambda: make("b", "a"))
+        made = {first.result(30), second.result(30)}
+    assert any("second" in value for value in made)
 
 
 def test_the_newest_are_kept() -> None:

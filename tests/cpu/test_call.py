@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -206,38 +206,38 @@ def test_one_call_from_several_threads_at_once(prepared: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_call_within_a_call_of_the_same_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finaliser may call when the outer call has its workspace and has not begun."""
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_call_within_a_call_of_the_same_thread(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler or finaliser may call before the outer kernel begins.
+
+    Or after the caller's own part of it has ended, while other threads are still inside.
+    """
     small, large = inputs(1, (1, 1, 30, 4)), inputs(2, (1, 2, 900, 256))
     expected = attention(*small), attention(*large)
-    real, inner = threads.run, []
+    real, pointers, inner = threads.run, [], []
+
+    def handler() -> None:
+        inner.append(attention(*large))
+        inner.append(attention(*small))
+        gc.collect()
 
     def run(address: int, arguments: int, workers: int) -> None:
-        if not inner:
-            inner.append(None)
-            dispatch._local.workspace = dispatch._Memory(
-                0
-            )  # so that the inner call makes a new one
-            inner.append(attention(*large))
-            gc.collect()
+        words = (ctypes.c_int64 * (dispatch._WORKSPACE + 1)).from_address(arguments)
+        pointers.append(words[dispatch._WORKSPACE])
+        if len(pointers) == 1 and when == "before":
+            handler()
         real(address, arguments, workers)
+        if len(pointers) == 1 and when == "after":
+            handler()
 
     monkeypatch.setattr(threads, "run", run)
     outer = attention(*small)
     assert np.array_equal(outer, expected[0])
-    assert np.array_equal(inner[1], expected[1])
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_while_a_call_is_looked_up() -> None:
-    """The child finds the table unlocked, and what was prepared in it."""
-    arrays = inputs(shape=(1, 1, 20, 4))  # small enough for one thread
-    expected = attention(*arrays)
-    with calls.calls._lock:
-        child = os.fork()
-        if child == 0:
-            os._exit(17 if np.array_equal(attention(*arrays), expected) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+    assert np.array_equal(inner[0], expected[1])
+    assert np.array_equal(inner[1], expected[0])
+    assert pointers[0] not in pointers[1:], "scratch of the outer call"
 
 
 def test_a_wrong_layout_is_refused_after_a_right_one() -> None:

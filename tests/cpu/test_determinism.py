@@ -195,11 +195,13 @@ def test_calls_from_several_python_threads_at_once() -> None:
         assert all(same(one, expected[seed % 3]) for one in found), seed
 
 
-def test_a_thread_has_scratch_of_its_own() -> None:
-    here = dispatch._workspace(4096)
+def test_scratch_belongs_to_a_thread_and_to_a_call() -> None:
+    first = dispatch._workspace(4096)
+    assert dispatch._workspace(4096).pointer != first.pointer, "the first is in use"
+    dispatch._local.workspace = first
     with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(dispatch._workspace, 4096).result()
-        assert dispatch._workspace(4096).pointer == here.pointer != there.pointer
+        assert pool.submit(dispatch._workspace, 4096).result() is not first
+    assert dispatch._workspace(4096) is first
 
 
 # After a fork ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interrupts import interrupted_at
 from paths import ROOT, finding
 
 from tilefold.backends.cpu import runtime, threads
@@ -176,6 +178,73 @@ def test_an_interrupted_call_waits_for_its_helpers() -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert left == [True]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an interval timer")
+def test_a_signal_handler_calls_while_its_thread_waits_for_helpers() -> None:
+    caller, team = threading.get_ident(), threads.PythonTeam()
+    inside, released = threading.Event(), threading.Event()
+    came = []
+
+    def work(_: int) -> None:
+        if threading.get_ident() == caller:
+            inside.wait(timeout=20)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            inside.set()
+            released.wait(timeout=20)
+
+    def handler(*_: object) -> None:
+        came.append(take(team.run, 3))
+        released.set()
+
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
+    take(team.run, 1)  # loads the kernel
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        team.run(ctypes.cast(function, ctypes.c_void_p).value or 0, 0, 2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(came) == 1 and 1 <= came[0] <= 3
+
+
+def test_a_signal_handler_calls_while_threads_are_hired(monkeypatch: pytest.MonkeyPatch) -> None:
+    team, real, came = threads.PythonTeam(), threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if not came:
+            came.append(0)
+            came[0] = take(team.run, 3)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    outer = threading.Thread(target=take, args=(team.run, 2), daemon=True)
+    real(outer)
+    outer.join(20)
+    assert not outer.is_alive() and came[0]
+
+
+def test_an_interrupt_at_any_line_leaves_no_helper_inside() -> None:
+    team, inside = threads.PythonTeam(), set[int]()
+    caller = threading.get_ident()
+
+    def work(_: int) -> None:
+        if threading.get_ident() != caller:
+            inside.add(threading.get_ident())
+            time.sleep(0.002)
+            inside.discard(threading.get_ident())
+
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    team.run(address, 0, 3)
+    for line in itertools.count(1):
+        with interrupted_at(line, threads.__file__) as interrupted:
+            team.run(address, 0, 3)
+        assert not inside
+        if not interrupted:
+            break
+    assert line > 10
+    assert 1 <= take(team.run, 3) <= 3
 
 
 # How many -------------------------------------------------------------------------------------

@@ -163,7 +163,9 @@ def emulated(folder: Path) -> Iterator[Emulator]:
     emulator = Emulator(folder)
 
     def workspace(size: int) -> SimpleNamespace:
-        return SimpleNamespace(pointer=emulator.allocate("workspace", size, "uint8").ctypes.data)
+        return SimpleNamespace(
+            size=0, pointer=emulator.allocate("workspace", size, "uint8").ctypes.data
+        )
 
     def allocate(name: str, scratch: Scratch) -> Buffer:
         real = real_allocate(name, scratch)

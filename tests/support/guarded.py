@@ -155,7 +155,7 @@ def guarded(side: str, short: str | None = None) -> Iterator[GuardedMemory]:
         real_run(address, copy.ctypes.data, workers)
 
     def workspace(size: int) -> SimpleNamespace:
-        return SimpleNamespace(pointer=memory.scratch("workspace", size, "uint8"))
+        return SimpleNamespace(size=0, pointer=memory.scratch("workspace", size, "uint8"))
 
     def allocate(name: str, scratch: Scratch) -> Buffer:
         real = real_allocate(name, scratch)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import threading
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
@@ -23,9 +21,10 @@ class _Entry(Generic[T]):
 class LruCache(Generic[T]):
     """The most recently used values: at most `most` of them, of `most_bytes` bytes in all.
 
-    The newest value always stays. Any number of threads may use the store, and so may a forked
-    child. `get` takes no lock and hashes the key once, since every call begins with it. A finaliser
-    or a signal handler may interrupt any method, and use the store in the same thread.
+    The newest value always stays. There is no lock: each step is one operation of a dictionary,
+    which Python does as a whole. So any number of threads may use the store, a signal handler or a
+    finaliser may use it amid a method that it interrupts, and a forked child meets nothing locked.
+    Two threads that drop values at the same time may drop some too many.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
@@ -33,9 +32,6 @@ class LruCache(Generic[T]):
         self._large = False  # whether there ever was a value that takes more than its share
         self._entries: dict[Hashable, _Entry[T]] = {}
         self._clock = itertools.count()
-        self._lock = threading.RLock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._unlock)
 
     def __len__(self) -> int:
         """The number of values that are kept."""
@@ -51,14 +47,21 @@ class LruCache(Generic[T]):
 
     def put(self, key: Hashable, value: T, size: int) -> T:
         """Keep a value, which holds `size` bytes of data, and return it."""
-        with self._lock:
-            self._entries[key] = _Entry(value, size, next(self._clock))
-            self._large = self._large or size * self._most > self._most_bytes
-            if len(self._entries) > self._most or (
-                self._large and self._total() > self._most_bytes
-            ):
-                self._drop()
+        self._entries[key] = _Entry(value, size, next(self._clock))
+        self._trim(size)
         return value
+
+    def setdefault(self, key: Hashable, value: T, size: int) -> T:
+        """Keep a value unless there is one under the key; return the one that is there."""
+        kept = self._entries.setdefault(key, _Entry(value, size, next(self._clock)))
+        self._trim(size)
+        return kept.value
+
+    def discard(self, key: Hashable, value: T) -> None:
+        """Remove this value if it is the one under the key."""
+        found = self._entries.get(key)
+        if found is not None and found.value is value:
+            self._entries.pop(key, None)
 
     def keys(self) -> list[Hashable]:
         """The keys of all values, from the least to the most recently used."""
@@ -67,8 +70,13 @@ class LruCache(Generic[T]):
 
     def clear(self) -> None:
         """Remove all values."""
-        with self._lock:
-            self._entries.clear()
+        self._entries.clear()
+
+    def _trim(self, size: int) -> None:
+        """Keep the limits after a value of this size came."""
+        self._large = self._large or size * self._most > self._most_bytes
+        if len(self._entries) > self._most or (self._large and self._total() > self._most_bytes):
+            self._drop()
 
     def _total(self) -> int:
         """The bytes of data that all values hold."""
@@ -80,7 +88,7 @@ class LruCache(Generic[T]):
         To sort them takes 30 us, so an eighth of them goes at once: a loop whose every call is new
         pays that every 16th time.
         """
-        *oldest, _ = self.keys()
+        oldest = self.keys()[:-1]
         total, most = self._total(), self._most
         if len(self._entries) > most:
             most -= most // 8
@@ -89,7 +97,3 @@ class LruCache(Generic[T]):
                 break
             dropped = self._entries.pop(key, None)
             total -= dropped.size if dropped else 0
-
-    def _unlock(self) -> None:
-        """Replace the lock in a forked child: the thread that held it does not exist there."""
-        self._lock = threading.RLock()

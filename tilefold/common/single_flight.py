@@ -8,80 +8,112 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import CancelledError, Future
 from typing import Any, Generic, ParamSpec, TypeVar
+
+from tilefold.common.lru import LruCache
 
 Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
 
 
-class _Making(Future[Value]):
-    """A value that a thread is making."""
+class _Slot(Generic[Value]):
+    """The place of one value. Who makes it holds the lock, who waits for it waits for the lock.
+
+    Python's own locks in `with` statements stay held after no interrupt (Ctrl-C), wherever it
+    arrives. Conditions, events and futures, which are written in Python, may.
+    """
+
+    __slots__ = ("error", "lock", "made", "thread", "value")
+    value: Value
+    error: Exception
 
     def __init__(self) -> None:
-        super().__init__()
-        self.thread = threading.get_ident()
+        self.lock = threading.Lock()
+        self.made = False
+        self.thread = 0
+
+
+class _Making(threading.local):
+    """The number of values that this thread is making: one inside another."""
+
+    depth = 0
+
+
+_making = _Making()
+
+
+PATIENCE = 5.0
+"""Seconds that a thread waits for another one while it makes a value itself."""
 
 
 class SingleFlight(Generic[Value]):
     """The values of the `most` keys that were used last.
 
     When making a value fails, every waiting thread gets the error, and the next call tries again.
+
+    A signal handler or a finaliser can interrupt a thread amid the making of a value, and ask for
+    the same value, or for one that another thread makes and cannot finish before this thread goes
+    on. So a thread that makes a value never waits for itself, and not for ever for another thread:
+    then it makes the value a second time.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._made: OrderedDict[Hashable, _Making[Value]] = OrderedDict()
-        self._lock = threading.RLock()
+        self._slots: LruCache[_Slot[Value]] = LruCache(most, most_bytes=0)
         _all.add(self)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value under a key; `make` makes it unless it exists or is being made already."""
-        while True:
-            with self._lock:
-                found = self._made.get(key)
-                future = self._made.setdefault(key, found or _Making())
-                self._made.move_to_end(key)
-                if len(self._made) > self._most:
-                    self._made.popitem(last=False)
-            if found is None:
-                return self._make(key, future, make)
-            if not found.done() and found.thread == threading.get_ident():
-                return make()  # a finaliser asks while this thread makes it: waiting never ends
-            try:
-                return found.result()
-            except CancelledError:
-                continue  # the thread that made it was interrupted
+        slot = self._slots.get(key) or self._slots.setdefault(key, _Slot(), size=0)
+        if slot.made:
+            return slot.value
+        if _making.depth and _held(slot):
+            return make()
+        with slot.lock:
+            if slot.made:
+                return slot.value
+            if hasattr(slot, "error"):  # it failed while this thread waited
+                raise slot.error
+            return self._make(key, slot, make)
 
     def clear(self) -> None:
         """Forget all values; a value that is being made still reaches the threads that wait."""
-        with self._lock:
-            self._made.clear()
+        self._slots.clear()
 
     def forget_unfinished(self) -> None:
         """Start afresh in a forked child, where the threads that made values do not exist."""
-        self._lock = threading.RLock()
-        for key, future in [*self._made.items()]:
-            if not future.done():
-                del self._made[key]
+        keys = self._slots.keys()
+        for key in keys:
+            slot = self._slots.get(key)
+            if slot is not None and not slot.made:
+                self._slots.discard(key, slot)
 
-    def _make(self, key: Hashable, future: _Making[Value], make: Callable[[], Value]) -> Value:
+    def _make(self, key: Hashable, slot: _Slot[Value], make: Callable[[], Value]) -> Value:
+        slot.thread = threading.get_ident()
+        _making.depth += 1
         try:
-            value = make()
-        except BaseException as error:
-            with self._lock:
-                if self._made.get(key) is future:
-                    del self._made[key]
-            if isinstance(error, Exception):
-                future.set_exception(error)
-            else:
-                future.cancel()
+            slot.value = make()
+        except Exception as error:  # after an interrupt, the next thread that waits makes the value
+            slot.error = error
+            self._slots.discard(key, slot)
             raise
-        future.set_result(value)
-        return value
+        finally:
+            _making.depth -= 1
+            slot.thread = 0
+        slot.made = True
+        return slot.value
+
+
+def _held(slot: _Slot[Any]) -> bool:
+    """True if this thread makes the value, or another one does for as long as patience lasts."""
+    end = time.monotonic() + PATIENCE
+    while slot.lock.locked():
+        if slot.thread == threading.get_ident() or time.monotonic() > end:
+            return True
+        time.sleep(0.001)
+    return False
 
 
 _all: weakref.WeakSet[SingleFlight[Any]] = weakref.WeakSet()

@@ -7,13 +7,13 @@ be written to, so a rule never changes after it was made.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.common.check import choice, shown
+from tilefold.common.computed import computed
 from tilefold.masks.arrays import (
     INT32,
     as_array,
@@ -61,7 +61,7 @@ class Documents(Rule):
             return same & (Index("q") >= Index("k"))
         return same & (_entry(self._last_keys, "q") >= Index("k"))
 
-    @cached_property
+    @computed
     def _last_keys(self) -> Table:
         """The last key that each query may see: the query's own, counted from the document's end.
 

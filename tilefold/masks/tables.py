@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tilefold.common.computed import computed
 
 DTYPES = ("int32", "bool")
 
@@ -56,7 +57,7 @@ class Table:
         """The number of entries along each axis."""
         return self.array.shape
 
-    @cached_property
+    @computed
     def digest(self) -> str:
         """A hash of shape, type and content."""
         head = f"{self.dtype}{self.shape}".encode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.spec import FMA, KERNELS, KernelSpec, Multiplier
 from tilefold.backends.cpu.tables import FAMILIES, LONG, Blocks, Family, RegisterTile
 from tilefold.common import disk_cache
+from tilefold.common.computed import computed
 from tilefold.planning.masked import MaskedProblem
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
@@ -36,12 +36,12 @@ class Chooser:
         self.lanes = FAMILIES[device.isa].lanes(self.item_bytes)
         """Elements of one vector, in the type that is computed in."""
 
-    @cached_property
+    @computed
     def masked(self) -> MaskedProblem:
         """The problem with its mask bound to the lengths."""
         return MaskedProblem.of(self.problem)
 
-    @cached_property
+    @computed
     def products(self) -> Multiplier:
         """The multiplier of tiles: pairs of bfloat16 where they are exact enough, and faster.
 

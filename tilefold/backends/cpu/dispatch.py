@@ -100,6 +100,8 @@ class _Step:
         for place, operand in self.places:
             block[place] = pointers[operand]
         threads.run(self.kernel.loaded.address, ctypes.addressof(block), workers)
+        if workspace.size <= _KEPT_BYTES:
+            _local.workspace = workspace
 
 
 def call(problem: Problem, device: Device, operation: str, strides: Mapping[str, Strides]) -> Call:
@@ -206,22 +208,23 @@ class _Memory:
         self.pointer = -(-self._array.ctypes.data // 64) * 64
 
 
+_NONE = _Memory(0)
+
+
 class _Local(threading.local):
-    workspace = _Memory(0)
+    workspace = _NONE
 
 
 _local = _Local()
 
 
 def _workspace(size: int) -> _Memory:
-    """This thread's scratch; a larger one is made if it is too small.
+    """This thread's scratch, taken out of its place; a larger one is made if it is too small.
 
-    The caller holds it until the kernel ends, since a call from a finaliser, in the same thread and
-    before the kernel begins, may make a larger one.
+    The caller puts it back when the kernel has ended. A signal handler or a finaliser that calls in
+    the same thread meanwhile finds the place empty, and makes scratch of its own.
     """
-    held = _local.workspace
     if size > _KEPT_BYTES:
         return _Memory(size)
-    if held.size < size:
-        held = _local.workspace = _Memory(size)
-    return held
+    held, _local.workspace = _local.workspace, _NONE
+    return held if held.size >= size else _Memory(size)

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
+from tilefold.common.computed import computed
 from tilefold.masks.runs import Runs
 from tilefold.problems.attention import STATISTICS, Problem
 
@@ -81,7 +81,7 @@ class KeyPartitioner:
         """Blocks of queries in one head."""
         return -(-self.problem.len_q // self.block_q)
 
-    @cached_property
+    @computed
     def work(self) -> NDArray[np.float64]:
         """Queries that each block row meets, the mean over the heads, and its fixed cost."""
         planes = self.runs.planes_b * self.runs.planes_h
@@ -138,12 +138,12 @@ class KeyPartitioner:
         """The work of each owner."""
         return self._done[dealt[:, LAST_ROW]] - self._done[dealt[:, FIRST_ROW]]
 
-    @cached_property
+    @computed
     def _done(self) -> NDArray[np.float64]:
         """The work before each block row, and of all of them."""
         return np.concatenate([[0.0], np.cumsum(self.work)])
 
-    @cached_property
+    @computed
     def _met(self) -> tuple[Array, Array]:
         """The first query that each block row meets in any head, and one past its last one.
 

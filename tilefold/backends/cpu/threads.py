@@ -156,18 +156,31 @@ class PythonTeam(Team):
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._threads = 0
 
     def run(self, address: int, arguments: int, workers: int) -> None:
-        """See `Team.run`."""
+        """See `Team.run`.
+
+        After an interrupt (Ctrl-C) it still waits for the threads inside, since they write to
+        arrays that the caller may free.
+        """
         call = _Call(_function(address), arguments)
-        try:
-            for _ in range(self._hire(workers - 1)):
-                self._calls.put(call)
-            call.function(arguments)
-        finally:
-            call.close()
+        helpers = self._hire(workers - 1)
+        interruption: BaseException | None = None
+        while True:
+            try:
+                if not call.begun:
+                    call.begun = True
+                    for _ in range(helpers):
+                        self._calls.put(call)
+                    call.function(arguments)
+                call.close()
+                break
+            except BaseException as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
 
     def _hire(self, wanted: int) -> int:
         """Have `wanted` threads, or as many as the system starts; return their number."""
@@ -192,15 +205,20 @@ class _Call:
     When the caller's own run of the function ends, all work has been taken by some thread. So the
     caller closes the call: threads that come later find it closed, and the caller waits only for
     threads that are inside.
+
+    A signal handler can interrupt the caller anywhere and call in the same thread. That is another
+    call, so it waits for no lock of this one.
     """
 
     def __init__(self, function: Callable[[int], None], arguments: int) -> None:
         self.function = function
         self.arguments = arguments
+        self.begun = False
         self._lock = threading.Lock()
         self._closed = False
         self._inside = 0
-        self._left = threading.Event()
+        self._left = threading.Lock()  # the last thread to leave a closed call releases it
+        self._left.acquire()
 
     def join(self) -> None:
         """Run the function too, unless the call is closed."""
@@ -211,29 +229,20 @@ class _Call:
         self.function(self.arguments)
         with self._lock:
             self._inside -= 1
-            if self._inside == 0:
-                self._left.set()
+            last = self._closed and self._inside == 0
+        if last:
+            self._left.release()
 
     def close(self) -> None:
         """Admit no more threads, and wait for the threads inside.
 
-        After an interrupt (Ctrl-C) it still waits, since the threads write to arrays that the
-        caller may free.
+        If it is interrupted, it can be called again.
         """
-        interruption: BaseException | None = None
-        while True:
-            try:
-                with self._lock:
-                    self._closed = True
-                    self._left.clear()
-                    empty = self._inside == 0
-                if empty:
-                    break
-                self._left.wait()
-            except BaseException as error:
-                interruption = error
-        if interruption is not None:
-            raise interruption
+        with self._lock:
+            self._closed = True
+            empty = self._inside == 0
+        if not empty:
+            self._left.acquire()
 
 
 class _Process:
@@ -242,7 +251,7 @@ class _Process:
     def __init__(self, inherited: bool) -> None:
         self.id = os.getpid()
         self.inherited = inherited
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may call while the team is chosen
         self.team: Team | None = None
 
 
