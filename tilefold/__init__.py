@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tilefold.common.first_use import imported
+
 if TYPE_CHECKING:
     from tilefold.api import attention, attention_backward, merge
     from tilefold.backends.cpu.threads import get_num_threads, set_num_threads
@@ -59,13 +61,16 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
 }
 
 
+_module = imported(import_module)
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `import tilefold` alone loads not even NumPy."""
     if name in ("metal", "triton"):
-        return import_module(f"tilefold.{name}")  # the import makes it an attribute of tilefold
+        return _module(f"tilefold.{name}")  # the import makes it an attribute of tilefold
     if name not in _HOMES:
         raise AttributeError(f"module 'tilefold' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -6,9 +6,12 @@ it and never compiles it a second time (see `once`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 from tilefold.backends import calls, registry
@@ -40,7 +43,8 @@ def compile_async(
 
     You need not wait for the futures: a call that needs an unfinished kernel waits for that kernel
     only. If a compiler fails, its future holds the error, and a call tries to compile again. A
-    program that ends in the meantime first waits for all compilations.
+    program that ends in the meantime first waits for all compilations. If the system can start no
+    thread, the kernels are compiled before this function returns.
 
     Arguments:
         problems: the problems to be called, such as `Problem.of((1, 8, 2048, 64), mask=causal())`.
@@ -72,12 +76,31 @@ def compile_async(
         check_problem(problem, "problems must be tilefold.Problem objects")
     machine = registry.machine(device)
 
-    def work(problem: Problem) -> None:
-        for operation in asked:
-            calls.compile_ahead(machine, problem, operation, layout)
+    futures: list[Future[None]] = [Future() for _ in known]
+    waiting: SimpleQueue[tuple[Future[None], Problem]] = SimpleQueue()
+    for pair in zip(futures, known, strict=True):
+        waiting.put(pair)
 
-    threads = min(MOST_THREADS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="tilefold-compile")
-    futures = [pool.submit(work, problem) for problem in known]
-    pool.shutdown(wait=False)  # its threads end with their work
+    def work() -> None:
+        while not waiting.empty():
+            with contextlib.suppress(Empty):  # another thread took the last one
+                compile_one(*waiting.get_nowait())
+
+    def compile_one(future: Future[None], problem: Problem) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            for operation in asked:
+                calls.compile_ahead(machine, problem, operation, layout)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    try:
+        for number in range(min(MOST_THREADS, os.cpu_count() or 1, len(known))):
+            Thread(target=work, name=f"tilefold-compile-{number}").start()
+    except RuntimeError:  # the system starts no more: those that started do the work
+        if number == 0:
+            work()
     return futures

@@ -15,6 +15,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tilefold.common.first_use import imported
+
 if TYPE_CHECKING:
     from tilefold.backends.metal import emulate
     from tilefold.backends.metal.commands import Commands as queue
@@ -92,12 +94,15 @@ __all__ = [
 ]
 
 
+_module = imported(import_module)
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module 'tilefold.metal' has no attribute {name!r}")
     module, inner = _HOMES[name]
-    value: Any = import_module(module)
+    value: Any = _module(module)
     if inner is not None:
         value = getattr(value, inner)
     globals()[name] = value

@@ -16,6 +16,8 @@ TRITON_INTERPRET=1 before Triton is imported, and use `machine = tilefold.triton
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tilefold.common.first_use import imported
+
 if TYPE_CHECKING:
     from tilefold.backends.triton.architectures import ARCHITECTURES
     from tilefold.backends.triton.autotune import tune
@@ -74,11 +76,14 @@ __all__ = [
 ]
 
 
+_module = imported(import_module)
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module 'tilefold.triton' has no attribute {name!r}")
-    value: Any = getattr(import_module(f"{_BACKEND}.{_HOMES[name]}"), _CALLED.get(name, name))
+    value: Any = getattr(_module(f"{_BACKEND}.{_HOMES[name]}"), _CALLED.get(name, name))
     globals()[name] = value
     return value
 

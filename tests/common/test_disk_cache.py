@@ -406,6 +406,8 @@ def test_without_platformdirs_the_rule_of_xdg_holds(
     named: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "platformdirs", None)
+    anew = disk_cache._platformdirs.__wrapped__  # type: ignore[attr-defined]  # `imported` keeps it
+    monkeypatch.setattr(disk_cache, "_platformdirs", anew)
     monkeypatch.delenv("TILEFOLD_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", named)
     monkeypatch.setenv("HOME", "/home/one")

@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import pytest
 import tilefold
 from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.kernel import emit
+from tilefold.backends.cpu.kernel import emit, kernel
 from tilefold.backends.cpu.plan import plan
 from tilefold.common import disk_cache
 from tilefold.common.settings import ISAS
@@ -327,6 +328,45 @@ def test_threads_may_compile_at_once(fresh_cache: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(work, range(4)))
     assert results == [[100 * (i % 2) * number + i for i in range(5)] for number in range(4)]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an interval timer")
+@pytest.mark.parametrize("entering", [True, False], ids=["taken", "to be released"])
+def test_an_interrupt_while_llvms_lock_is_held_leaves_it_free(
+    entering: bool, fresh_cache: Path
+) -> None:
+    """llvmlite calls functions of ours just after it took the lock, and before it releases it.
+
+    An interrupt in the thread there would leave the lock held.
+    """
+    calls = []
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def signalling() -> None:
+        calls.append(0)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGALRM)
+            time.sleep(0.02)
+
+    def ignore() -> None: ...
+
+    spec = plan(Problem.of((1, 1, 8, 5)), host(), "forward").launches[0].spec
+    kernel.cache_clear()  # type: ignore[attr-defined]  # a `Function`
+    registered = (signalling, ignore) if entering else (ignore, signalling)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    runtime._llvm_lock.register(*registered)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kernel(spec, host())
+    finally:
+        runtime._llvm_lock.unregister(*registered)
+        signal.signal(signal.SIGALRM, before)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(runtime.kernel, constant(1), "kernel", host())
+        assert result(other.result(30)) == 1
+    assert len(calls) >= 5
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,6 +81,28 @@ def test_many_problems_are_compiled_once_each_and_errors_stay_in_their_futures()
     (future,) = tilefold.compile_async(known[:1], device=failing)
     with pytest.raises(CompileError, match="error: no"):
         future.result(60)
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_if_threads_cannot_start_those_that_did_compile_or_the_caller_does(
+    started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = threading.Thread.start, [started]
+
+    def start(thread: threading.Thread) -> None:
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    machine = Recorder()
+    known = [Problem.of((1, 2, 64, dim)) for dim in (8, 16, 24)]
+    futures = tilefold.compile_async(known, operations=["forward"], device=machine)
+    assert started or all(future.done() for future in futures)
+    assert [future.result(60) for future in futures] == [None] * 3
+    assert len(machine.texts) == 3
 
 
 def test_compile_async_names_what_is_wrong() -> None:

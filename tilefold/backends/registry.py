@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from tilefold.backends.protocols import Backend, Machine
 from tilefold.common.check import choice
+from tilefold.common.first_use import imported
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ DEVICES = {row.device: name for name, row in BACKENDS.items()}
 """The backends by the devices that they serve."""
 
 
-@cache
+@imported
 def backend(name: str) -> Backend:
     """The functions of a backend."""
     found: Any = import_module(BACKENDS[name].module)

@@ -4,6 +4,7 @@ settings       every environment variable, declared once
 check          checks of single arguments
 imports        why an optional package cannot be imported
 computed       properties that are computed once
+first_use      work of a first call that neither fork nor signal cuts in two
 files          files that are written whole or not at all
 lru            a store that keeps the newest values
 single_flight  values that are made once, however many threads ask

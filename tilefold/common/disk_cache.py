@@ -26,8 +26,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from tilefold.common import settings
+from tilefold.common.first_use import imported
 
 _NOTE = "a question"
 """This word takes the toolchain's place in the names of notes, so no kernel has the same name."""
@@ -175,12 +177,21 @@ def default() -> Cache:
 
 def _usual_place() -> Path:
     """This system's place for our cache; that of the XDG rule where platformdirs is missing."""
-    try:
-        import platformdirs  # here, since a first call counts its milliseconds
-    except ModuleNotFoundError:
+    platformdirs = _platformdirs()
+    if platformdirs is None:
         named = Path(os.environ.get("XDG_CACHE_HOME", ""))
         return (named if named.is_absolute() else Path("~/.cache").expanduser()) / "tilefold"
-    return platformdirs.user_cache_path("tilefold", appauthor=False)
+    return Path(platformdirs.user_cache_path("tilefold", appauthor=False))
+
+
+@imported
+def _platformdirs() -> ModuleType | None:
+    """Platformdirs, which is imported here since a first call counts its milliseconds, or None."""
+    try:
+        import platformdirs
+    except ModuleNotFoundError:
+        return None
+    return platformdirs
 
 
 @dataclass

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from tilefold.common.first_use import is_awaited
 from tilefold.common.lru import LruCache
 
 Parameters = ParamSpec("Parameters")
@@ -69,7 +70,7 @@ class SingleFlight(Generic[Value]):
         slot = self._slots.get(key) or self._slots.setdefault(key, _Slot(), size=0)
         if slot.made:
             return slot.value
-        if _making.depth and _held(slot):
+        if (_making.depth or is_awaited()) and _held(slot):
             return make()
         with slot.lock:
             if slot.made:

@@ -10,13 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from tilefold.common import disk_cache, generation
 from tilefold.common.files import write_atomically
+from tilefold.common.first_use import imported
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
+
+
+@imported
+def _json() -> ModuleType:
+    import json  # where there is something to read; a first call counts its milliseconds
+
+    return json
+
 
 UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 """Errors that are expected when an entry of a foreign or damaged file is read."""
@@ -70,13 +80,11 @@ class TunedStore(Generic[Key, Value]):
 
     def keep(self, new: Mapping[Key, Value]) -> None:
         """Add entries to the file; they replace older ones with the same keys. Raises OSError."""
-        import json
-
         self.check()
         merged = {**self._load().entries, **new}  # another process may have written since
         entries = [self._entry(key, value) for key, value in merged.items()]
         document = {"format": self._form, self._noun: entries}
-        write_atomically(self.path, (json.dumps(document, indent=1) + "\n").encode())
+        write_atomically(self.path, (_json().dumps(document, indent=1) + "\n").encode())
         self.reread()
 
     def forget(self) -> int:
@@ -99,10 +107,8 @@ class TunedStore(Generic[Key, Value]):
             return TunedFile()
         except OSError as error:
             return TunedFile(problem=f"{path} cannot be read: {error.strerror or error}")
-        import json  # where there is something to read; a first call counts its milliseconds
-
         try:
-            document = json.loads(content)
+            document = _json().loads(content)
             listed = document[self._noun] if document["format"] == self._form else None
         except UNUSABLE:
             listed = None

@@ -9,8 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
+
+from tilefold.common.first_use import imported
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,13 +25,21 @@ class Row:
     frontend: Callable[[], ModuleType]
 
 
+@imported
+def _first(framework: str) -> None:
+    """Import a frontend; `torch.compile`, which traces its callers, can keep None as a constant."""
+    import_module(f"tilefold.frontends.{framework}")
+
+
 def _numpy() -> ModuleType:
+    _first("numpy")
     from tilefold.frontends import numpy
 
     return numpy
 
 
 def _torch() -> ModuleType:
+    _first("torch")
     from tilefold.frontends import torch
 
     return torch

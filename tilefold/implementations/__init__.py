@@ -19,9 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from tilefold.common.check import choice
+from tilefold.common.first_use import imported
 
 KERNEL = "kernel"
 NAMES = ("composed", "native", KERNEL, "tensorops")
@@ -41,5 +43,10 @@ def find(name: object, framework: str) -> Implementation:
     ValueError: impl must be 'composed', 'native', 'kernel' or 'tensorops', got 'dense'
     """
     choice("impl", name, NAMES)
-    found: Implementation = getattr(import_module(f"{__name__}.{framework}"), str(name))
+    found: Implementation = getattr(_module(framework), str(name))
     return found
+
+
+@imported
+def _module(framework: str) -> ModuleType:
+    return import_module(f"{__name__}.{framework}")

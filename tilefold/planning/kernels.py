@@ -7,12 +7,12 @@ what it reads, then what it writes.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from tilefold.common.first_use import imported
 from tilefold.problems.attention import Problem
 
 
@@ -141,7 +141,7 @@ def table(rows: Iterable[Row]) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-@functools.cache
+@imported
 def emitter(row: KernelRow, package: str) -> Callable[[Any], str]:
     """The function that writes a kernel's source, in the package of a backend's generators."""
     module, function = row.emitter.split(".")

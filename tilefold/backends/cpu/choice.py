@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from tilefold.backends.cpu.spec import FMA, KERNELS, KernelSpec, Multiplier
 from tilefold.backends.cpu.tables import FAMILIES, LONG, Blocks, Family, RegisterTile
 from tilefold.common import disk_cache
 from tilefold.common.computed import computed
+from tilefold.common.first_use import imported
 from tilefold.planning.masked import MaskedProblem
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
@@ -85,19 +87,16 @@ class Chooser:
         table = table or self.table_blocks(kernel)
         if not _measured():
             return table
-        from tilefold.backends.cpu import tuned
-
-        record = tuned.find(self.device, self.key(kernel), table)
-        return record.best.blocks if record else table
+        record = _tuned().find(self.device, self.key(kernel), table)
+        blocks: Blocks = record.best.blocks if record else table
+        return blocks
 
     def key(self, kernel: str) -> Key:
         """The key of the choice of blocks for one kernel, without the machine."""
-        from tilefold.backends.cpu.tuned import Key
-
         problem = self.problem
         unit, parts = self.multiplier(kernel)
         length = KERNELS[kernel].length(problem)
-        return Key(
+        key: Key = _tuned().Key(
             kernel=kernel,
             dtype=problem.dtype,
             unit=unit,
@@ -107,6 +106,7 @@ class Chooser:
             mask=self.masked.skeleton.text,
             length=tables.length_class(length, self.lanes),
         )
+        return key
 
     def table_blocks(self, kernel: str) -> Blocks:
         """Blocks of a kernel by `tables`, one choice for all heads."""
@@ -218,6 +218,13 @@ class Chooser:
                 better = worth & (pairs < least)
                 best[better], least[better] = number, pairs[better]
         return best
+
+
+@imported
+def _tuned() -> ModuleType:
+    from tilefold.backends.cpu import tuned
+
+    return tuned
 
 
 def _measured() -> bool:

@@ -12,11 +12,13 @@ import struct
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernels.arguments import names
 from tilefold.backends.cpu.spec import KernelSpec
+from tilefold.common.first_use import imported, undisturbed
 from tilefold.common.single_flight import once
 from tilefold.masks.expression import Skeleton
 from tilefold.planning.kernels import emitter
@@ -47,6 +49,14 @@ def emit(spec: KernelSpec) -> str:
 @once(most=512)
 def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
     """The kernel of a spec, compiled for the device unless the disk cache has it."""
+    # An interrupt between the lines of llvmlite would leave its lock held, or a module of LLVM open
+    # whose context is closed, which ends the process.
+    loaded, scratch_bytes = undisturbed(lambda: _loaded(spec, device))
+    return CpuKernel(loaded, names(spec), scratch_bytes)
+
+
+def _loaded(spec: KernelSpec, device: Device) -> tuple[runtime.Loaded, int]:
+    """The code of a kernel, and one worker's scratch."""
     written_by = _loaded_sources()
     question = f"{written_by}\n{_spelt(spec)}"
     found = runtime.recall(question, spec.kernel, device) if written_by else None
@@ -55,8 +65,7 @@ def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
         found = runtime.kernel(source, spec.kernel, device), workspace_bytes(spec)
         if written_by and written_by == sources():  # otherwise a generator is being edited
             runtime.note(question, source, device, found[1])
-    loaded, scratch_bytes = found
-    return CpuKernel(loaded, names(spec), scratch_bytes)
+    return found
 
 
 def sources() -> str:
@@ -88,13 +97,21 @@ def _spelt(spec: KernelSpec) -> str:
     )
 
 
-def workspace_bytes(spec: KernelSpec) -> int:
-    """The scratch of one worker: a multiple of 64 bytes, one page apart from the next scratch."""
+@imported
+def _scratch() -> tuple[ModuleType, ModuleType]:
+    """The modules that know the scratch of kernels; a first call from the disk cache needs none."""
     from tilefold.backends.cpu.kernels import block, state
 
+    return block, state
+
+
+def workspace_bytes(spec: KernelSpec) -> int:
+    """The scratch of one worker: a multiple of 64 bytes, one page apart from the next scratch."""
+    block, state = _scratch()
     item_bytes = ITEM_BYTES[STATISTICS[spec.dtype]]
     regions = state.regions if spec.row.by_query else block.regions
-    return -(-sum(regions(spec).values()) * item_bytes // 64) * 64
+    size: int = -(-sum(regions(spec).values()) * item_bytes // 64) * 64
+    return size
 
 
 def double_bits(number: float) -> int:
