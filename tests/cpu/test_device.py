@@ -145,12 +145,12 @@ def test_cores_are_those_of_the_affinity_mask_and_the_quota(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5, 6})
-    monkeypatch.setattr(device, "_quota", lambda: None)
-    assert device._cores() == 4
-    monkeypatch.setattr(device, "_quota", lambda: 2.5)
-    assert device._cores() == 2
-    monkeypatch.setattr(device, "_quota", lambda: 0.1)
-    assert device._cores() == 1
+    monkeypatch.setattr(device, "_first_quota", lambda: None)
+    assert device.usable_cores() == 4
+    monkeypatch.setattr(device, "_first_quota", lambda: 2.5)
+    assert device.usable_cores() == 2
+    monkeypatch.setattr(device, "_first_quota", lambda: 0.1)
+    assert device.usable_cores() == 1
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="sysfs is Linux")

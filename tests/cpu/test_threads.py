@@ -10,17 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from interrupts import interrupted_at
 from paths import ROOT, finding
 
-from tilefold.backends.cpu import runtime, threads
-from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu import runtime, startable, threads
+from tilefold.backends.cpu.device import host, usable_cores
+from tilefold.common import settings
 
 # Takes items from a counter, as attention kernels do, and marks each one that it got:
 # the arguments are the next item, the number of items, the address of the marks, and who came.
@@ -137,7 +139,9 @@ def test_no_more_threads_to_be_had_is_no_error(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert take(threads.PythonTeam().run, 8) == 1
+    monkeypatch.setattr(startable, "_warned", False)
+    with pytest.warns(RuntimeWarning, match=r"^only 1 of 8 threads can start here"):
+        assert take(threads.PythonTeam().run, 8) == 1
 
 
 def test_threads_are_kept() -> None:
@@ -276,14 +280,103 @@ def test_a_bad_number_of_threads_is_refused(n: object) -> None:
     assert threads.get_num_threads() == before
 
 
-def test_the_number_comes_from_the_environment_else_from_the_cores() -> None:
+@pytest.fixture
+def four_cores(default_number: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Four cores, an empty environment and no torch; the list holds the number of cores."""
+    cores = [4]
+    monkeypatch.setattr(threads, "usable_cores", lambda: cores[0])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for setting in (settings.NUM_THREADS, settings.OMP_NUM_THREADS, settings.OMP_THREAD_LIMIT):
+        monkeypatch.delenv(setting.name, raising=False)
+    monkeypatch.setattr(threads, "_usual", threads._Usual(0.0, 1, 0))
+    threads._environment.cache_clear()
+    yield cores
+    threads._environment.cache_clear()
+
+
+# What the environment says, what torch says (0: it is not imported), and the number on four cores.
+SAID = [
+    ({}, 0, 4),
+    ({"OMP_NUM_THREADS": "1"}, 0, 1),
+    ({"OMP_NUM_THREADS": " 3,2"}, 0, 3),
+    ({"OMP_NUM_THREADS": "7"}, 0, 7),
+    ({"OMP_NUM_THREADS": "99999"}, 0, 1024),
+    ({"OMP_NUM_THREADS": "garbage"}, 0, 4),
+    ({"OMP_NUM_THREADS": "0"}, 0, 4),
+    ({"OMP_NUM_THREADS": "-2"}, 0, 4),
+    ({"OMP_NUM_THREADS": ""}, 0, 4),
+    ({"OMP_THREAD_LIMIT": "2"}, 0, 2),
+    ({"OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "3"}, 0, 2),
+    ({"OMP_THREAD_LIMIT": "many"}, 0, 4),
+    ({"TILEFOLD_NUM_THREADS": "6", "OMP_NUM_THREADS": "3", "OMP_THREAD_LIMIT": "2"}, 1, 6),
+    ({}, 1, 1),
+    ({}, 3, 3),
+    ({}, 64, 4),  # torch knows neither quotas nor later affinity
+    ({"OMP_NUM_THREADS": "1"}, 2, 2),
+    ({"OMP_NUM_THREADS": "7"}, 7, 7),
+    ({"OMP_THREAD_LIMIT": "2"}, 3, 2),
+]
+
+
+@pytest.mark.usefixtures("four_cores")
+@pytest.mark.parametrize(("environment", "torch", "number"), SAID)
+def test_the_number_is_the_first_that_somebody_said(
+    environment: dict[str, str], torch: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if torch:
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: torch))
+    assert threads.get_num_threads() == threads.number() == number
+    threads.set_num_threads(5)
+    assert threads.get_num_threads() == threads.number() == 5
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_a_torch_that_is_being_imported_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert threads.get_num_threads() == 4
+
+
+def test_a_later_change_of_the_affinity_is_seen(
+    four_cores: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert threads.number() == 4
+    four_cores[0] = 1
+    assert threads.get_num_threads() == threads.number() == 1, "whoever asks is told at once"
+    four_cores[0] = 3
+    monkeypatch.setattr(threads, "monotonic", lambda: threads._usual.until)
+    assert threads.number() == 3, "a call looks again after a while"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
+def test_the_affinity_of_this_process_counts() -> None:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.slow
+def test_the_number_of_torch_counts_and_so_do_its_workers() -> None:
+    pytest.importorskip("torch")
     code = """
-print(threads.get_num_threads())
-threads._default_num_threads.cache_clear()
-del os.environ["TILEFOLD_NUM_THREADS"]
-print(threads.get_num_threads() == host().cores)
+import torch
+import tilefold
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, _):
+        return torch.tensor(tilefold.get_num_threads())
+worker = torch.utils.data.DataLoader(Numbers(), num_workers=1, multiprocessing_context="fork")
+print(*[int(number) for number in worker])
+torch.set_num_threads(1)
+print(tilefold.get_num_threads())
 """
-    assert in_a_fresh_process(code, TILEFOLD_NUM_THREADS="7").split() == ["7", "True"]
+    environment = {"OMP_NUM_THREADS": "3"}  # more than one, whatever the machine
+    assert in_a_fresh_process(code, **environment).split() == ["1", "1"]
 
 
 # One core and more threads than cores. A quota stands for a control group's, which only root makes.

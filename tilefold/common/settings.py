@@ -59,6 +59,12 @@ def _threads(text: str) -> int:
     return value
 
 
+def _openmp(text: str) -> int | None:
+    """The first number of a list such as "4,2"; None for what OpenMP runtimes ignore, too."""
+    first = text.split(",")[0].strip()
+    return min(int(first), MAX_THREADS) or None if first.isdecimal() else None
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -105,7 +111,21 @@ NUM_THREADS: Setting[int | None] = Setting(
     _threads,
     f"an integer from 1 to {MAX_THREADS}",
     None,
-    "threads per call; without it, the cores that this process may use",
+    "threads per call; without it, see `tilefold.get_num_threads`",
+)
+OMP_NUM_THREADS: Setting[int | None] = Setting(
+    "OMP_NUM_THREADS",
+    _openmp,
+    "a positive integer, or a list of them",
+    None,
+    "threads per call where neither tilefold nor torch was told a number; the first of a list",
+)
+OMP_THREAD_LIMIT: Setting[int | None] = Setting(
+    "OMP_THREAD_LIMIT",
+    _openmp,
+    "a positive integer",
+    None,
+    "the most threads per call where tilefold was not told a number",
 )
 CPU_ISA: Setting[str | None] = Setting(
     "TILEFOLD_CPU_ISA",
@@ -155,6 +175,8 @@ ALL: tuple[
     ...,
 ] = (
     NUM_THREADS,
+    OMP_NUM_THREADS,
+    OMP_THREAD_LIMIT,
     CPU_ISA,
     METAL_FAMILY,
     HOPPER,

@@ -8,6 +8,7 @@ partitions  who sums dQ in the fused backward pass
 kernels   everything that writes source
 runtime   source to machine code
 kernel    spec to a loaded function
+startable  how many threads the system starts
 threads   one function on several threads
 tuned     block sizes that were measured on this machine
 splits    how the keys of few queries are split

@@ -17,8 +17,10 @@ import os
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tilefold.common import settings
+from tilefold.common.first_use import imported, undisturbed
 
 _ALLOWED = {
     "sse2": "sse2",
@@ -103,12 +105,19 @@ def host() -> Device:
     return _host(settings.CPU_ISA.get())
 
 
-@functools.lru_cache(maxsize=8)
-def _host(isa: str | None) -> Device:
+@imported
+def _llvm() -> Any:
+    """LLVM, and its shared library, which the first function loads."""
     import llvmlite.binding as llvm
 
-    triple = llvm.get_process_triple()
-    present = _present()
+    llvm.get_process_triple()
+    return llvm
+
+
+@functools.lru_cache(maxsize=8)
+def _host(isa: str | None) -> Device:
+    triple = undisturbed(_llvm().get_process_triple)
+    present = undisturbed(_present)
     # The process does not ask if AMX is off, since tile state needs larger signal stacks.
     vectors_only = {name for name in present if not name.startswith("amx-")}
     if present != vectors_only and (isa in _levels(vectors_only) or _tile_state_refused()):
@@ -127,7 +136,7 @@ def _host(isa: str | None) -> Device:
         isa=level,
         triple=triple,
         features=_features(level, present),
-        cores=_cores(),
+        cores=usable_cores(),
         l1_bytes=l1_bytes,
         l2_bytes=l2_bytes,
         l3_bytes=l3_bytes,
@@ -151,8 +160,7 @@ def amx() -> str:
 
 def _present() -> set[str]:
     """The features that the processor and the system report, by LLVM's names."""
-    import llvmlite.binding as llvm
-
+    llvm = _llvm()
     triple = llvm.get_process_triple()
     baseline = {"sse2"} if triple.startswith(("x86_64", "amd64")) else {"neon"}
     try:
@@ -197,14 +205,22 @@ def _features(isa: str, present: set[str]) -> str:
     return ",".join(f"+{name}" for name in _ALLOWED[isa].split() if name in present)
 
 
-def _cores() -> int:
-    """The number of usable cores: the affinity mask's cores, within the control group's quota."""
+def usable_cores() -> int:
+    """The number of cores that this process may use now.
+
+    They are those of its affinity mask, within the quota that its control group had at first.
+    """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    quota = _quota()
+    quota = _first_quota()
     return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+@functools.lru_cache(maxsize=1)
+def _first_quota() -> float | None:
+    return _quota()
 
 
 def _quota(

@@ -73,7 +73,7 @@ class Call:
         """
         made = [_allocate(name, scratch) for name, scratch in self.plan.buffers.items()]
         pointers += tuple([buffer.pointer for buffer in made])
-        workers = 1 if self.alone else threads.get_num_threads()
+        workers = 1 if self.alone else threads.number()
         for step in self.steps:
             step.run(pointers, workers)
 

@@ -6,8 +6,8 @@ cores. Otherwise the system's libgomp is loaded; macOS has `dispatch_apply_f`; P
 last. Kernels take their work from a counter in their arguments, so a smaller team than asked for
 still finishes the work. ctypes releases the interpreter lock meanwhile.
 
-A team does not survive `fork`. A child process notices that its process id is new, never touches an
-inherited runtime, and starts threads of its own.
+A team does not survive `fork`. A child process never touches an inherited runtime, and starts
+threads of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import os
 import platform
 import queue
 import re
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
+from typing import NamedTuple
 
-from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu import startable
+from tilefold.backends.cpu.device import usable_cores
 from tilefold.common import settings
 
 _requested: int | None = None
@@ -36,14 +40,27 @@ def get_num_threads() -> int:
     >>> tilefold.get_num_threads() >= 1
     True
 
-    It is the number given to `set_num_threads`, else TILEFOLD_NUM_THREADS, else the number of cores
-    that this process may use: the cores of its affinity mask, within the quota of its control
-    group. The results of a call do not depend on it, not even in the last bit.
+    It is the first of these numbers that there is:
+
+    1. the number given to `set_num_threads`
+    2. the environment variable TILEFOLD_NUM_THREADS
+    3. if the program has imported torch: the number of `torch.get_num_threads()`. So
+       `torch.set_num_threads` counts, and a worker process of torch's DataLoader uses one thread.
+       Torch's number counts up to the larger one of the next two
+    4. the environment variable OMP_NUM_THREADS; of a list such as "4,2", the first number
+    5. the number of cores that this process may use: the cores of its affinity mask, within the
+       quota of its control group. A later change of the mask counts from 0.05 s on
+
+    OMP_THREAD_LIMIT bounds the numbers 3 to 5. Values of OMP variables that are no numbers are
+    ignored, as OpenMP ignores them. Variables are read at the first call. If the system cannot
+    start so many threads, a call uses fewer, and a RuntimeWarning says so once. The results of a
+    call do not depend on the number, not even in the last bit.
 
     Raises:
         ValueError: TILEFOLD_NUM_THREADS is not an integer from 1 to 1024
     """
-    return _requested or _default_num_threads()
+    _refresh()
+    return number()
 
 
 def set_num_threads(n: int) -> None:
@@ -85,9 +102,52 @@ def describe() -> str:
     return _current_team().name
 
 
+class _Usual(NamedTuple):
+    """The number of threads without `set_num_threads`: valid until a time.
+
+    `most` bounds torch's number; 0: torch is not asked.
+    """
+
+    until: float
+    number: int
+    most: int
+
+
+_usual = _Usual(0.0, 1, 0)
+
+_VALID_SECONDS = 0.05
+"""To ask for the affinity mask takes 0.4 us with 2 cores, and 5 us with 256 cores."""
+
+
+def number() -> int:
+    """The number of threads of a call; a change of the affinity mask may be seen a little late."""
+    if _requested is not None:
+        return _requested
+    usual = _usual if monotonic() < _usual.until else _refresh()
+    torch = usual.most and sys.modules.get("torch")
+    if torch and (asked := getattr(torch, "get_num_threads", None)):  # not while it is imported
+        found: int = asked()
+        return found if found < usual.most else usual.most
+    return usual.number
+
+
+def _refresh() -> _Usual:
+    global _usual
+    until = monotonic() + _VALID_SECONDS
+    own, openmp, limit = _environment()
+    if own is not None:
+        _usual = _Usual(until, own, 0)
+    else:
+        cores = usable_cores()
+        _usual = _Usual(until, min(openmp or cores, limit), min(max(openmp or 0, cores), limit))
+    return _usual
+
+
 @functools.lru_cache(maxsize=1)
-def _default_num_threads() -> int:
-    return settings.NUM_THREADS.get() or min(host().cores, settings.MAX_THREADS)
+def _environment() -> tuple[int | None, int | None, int]:
+    """The numbers of TILEFOLD_NUM_THREADS, OMP_NUM_THREADS and OMP_THREAD_LIMIT."""
+    limit = settings.OMP_THREAD_LIMIT.get() or settings.MAX_THREADS
+    return settings.NUM_THREADS.get(), settings.OMP_NUM_THREADS.get(), limit
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,9 +181,12 @@ class OpenMPTeam(Team):
             ctypes.c_uint,
             ctypes.c_uint,
         ]
+        self._room = startable.Room()
 
     def run(self, address: int, arguments: int, workers: int) -> None:
         """See `Team.run`."""
+        if workers != self._room.size:
+            workers = self._room.admit(workers)
         self._parallel(address, arguments, workers, 0)
 
 
@@ -189,7 +252,8 @@ class PythonTeam(Team):
                 name = f"tilefold-{self._threads + 1}"
                 try:
                     threading.Thread(target=self._work, name=name, daemon=True).start()
-                except RuntimeError:
+                except (RuntimeError, MemoryError):
+                    startable.warn(self._threads + 1, wanted + 1)
                     break
                 self._threads += 1
             return min(wanted, self._threads)
@@ -249,7 +313,6 @@ class _Process:
     """The state of one process, which must not be used in a forked child."""
 
     def __init__(self, inherited: bool) -> None:
-        self.id = os.getpid()
         self.inherited = inherited
         self.lock = threading.RLock()  # a signal handler may call while the team is chosen
         self.team: Team | None = None
@@ -258,11 +321,17 @@ class _Process:
 _process = _Process(inherited=False)
 
 
-def _current_team() -> Team:
+def _in_child() -> None:
     global _process
+    _process = _Process(inherited=True)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def _current_team() -> Team:
     process = _process
-    if process.id != os.getpid():
-        process = _process = _Process(inherited=True)
     if process.team is None:
         with process.lock:
             if process.team is None:
