@@ -83,6 +83,34 @@ def test_a_fork_waits_no_longer_than_the_bound(monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_fork
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_fork_waits_for_an_import_before_it_takes_the_lock_of_llvm() -> None:
+    """An import that calls LLVM, in `llvmlite` or in a finaliser, ends before the fork."""
+    binding = pytest.importorskip("llvmlite.binding")
+    from tilefold.backends.cpu import kernel
+
+    assert kernel
+    begun = threading.Event()
+
+    @imported
+    def slow() -> float:
+        begun.set()
+        time.sleep(0.1)
+        binding.get_process_triple()
+        return time.monotonic()
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    assert begun.wait(30)
+    child = os.fork()
+    if child == 0:
+        os._exit(17)
+    assert slow() < time.monotonic() < slow() + 20
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+
+
+@needs_fork
 def test_an_imported_module_may_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "forks.py").write_text(
         "import os, signal\nfrom tilefold.common.first_use import imported\n"

@@ -113,16 +113,18 @@ class _Gate:
 
     def close(self) -> None:
         """Wait until no thread imports, and let none begin until `open`."""
-        if self.owner != threading.get_ident():  # else an imported module forks
-            self._closed = self._lock.acquire(timeout=LONGEST_WAIT)
+        here = threading.get_ident()
+        # A second time there is nothing to do, and an imported module may fork.
+        if here not in (self._closed_by, self.owner) and self._lock.acquire(timeout=LONGEST_WAIT):
+            self._closed_by = here
 
     def open(self) -> None:
         """Let threads import again."""
-        if self._closed:
-            self._closed = False
+        if self._closed_by == threading.get_ident():
+            self._closed_by = 0
             self._lock.release()
 
-    _closed = False
+    _closed_by = 0
 
 
 _gate = _Gate()
@@ -135,9 +137,18 @@ def _in_child() -> None:
         _gate = _Gate()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: _gate.close(),
-        after_in_parent=lambda: _gate.open(),
-        after_in_child=_in_child,
-    )
+def forks_wait() -> None:
+    """Let forks wait for imports before they wait for what was registered until now.
+
+    A thread that imports may wait for a lock that a fork takes, too: a fork that held this lock and
+    then waited for the import would wait for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=lambda: _gate.close(),
+            after_in_parent=lambda: _gate.open(),
+            after_in_child=_in_child,
+        )
+
+
+forks_wait()
