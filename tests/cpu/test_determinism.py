@@ -204,6 +204,12 @@ def test_scratch_belongs_to_a_thread_and_to_a_call() -> None:
     assert dispatch._workspace(4096) is first
 
 
+def test_large_scratch_is_not_kept() -> None:
+    kept = dispatch._workspace(4096)
+    assert dispatch._workspace(dispatch._KEPT_BYTES + 1).size > dispatch._KEPT_BYTES
+    assert dispatch._workspace(4096).pointer == kept.pointer
+
+
 # After a fork ---------------------------------------------------------------------------------
 
 

@@ -90,6 +90,27 @@ def test_few_heads_get_owners_enough_for_the_cores(
     assert found == [on_4, on_8, on_64]
 
 
+@pytest.mark.feature("M02", "M05", "T08")
+def test_parts_anywhere_follow_from_the_length() -> None:
+    """A power of two, and about the root of the length; one worker makes them for many heads."""
+
+    def parts(length: int, heads: int | tuple[int, int] = 1, **changes: Any) -> tuple[int, bool]:
+        sizes = problem(heads, length, **changes)
+        (launch,) = (
+            launch
+            for launch in plan_of(sizes, MACHINE, "backward", scope="anywhere").launches
+            if launch.spec.kernel == "backward"
+        )
+        return len(launch.owners), launch.spec.in_turn
+
+    lengths_ = (500, 512, 1024, 2048, 4096, 8192, 65536)
+    assert [parts(length)[0] for length in lengths_] == [1, 2, 4, 8, 8, 16, 16]
+    assert [parts(length, mask=causal())[0] for length in lengths_] == [1, 2, 4, 8, 8, 16, 16]
+    assert parts(8192, (8, 1))[0] == 8, "the parts of eight heads within `parts_share`"
+    assert [parts(2048, heads)[1] for heads in (1, 2, 4, 8)] == [False, False, True, True]
+    assert parts(2048, 8, dtype="bfloat16") == (8, True), "without pairs"
+
+
 @pytest.mark.feature("M05")
 def test_parts_of_a_window_are_small_so_it_feeds_many_cores() -> None:
     window = causal() & local(256)

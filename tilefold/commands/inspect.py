@@ -135,6 +135,7 @@ def _describe(made: CpuPlan, launch: Launch, rates: roofline.Rates) -> dict[str,
     parallel = spec.row.parallel
     masked = runs.runs[:, 2]
     pairs = roofline.computed_pairs(problem, parallel, runs, launch.block_parallel, launch.splits)
+    pairs = round(pairs * launch.share)
     described: dict[str, Any] = {
         "kernel": spec.kernel,
         "parallel": parallel,
@@ -143,7 +144,7 @@ def _describe(made: CpuPlan, launch: Launch, rates: roofline.Rates) -> dict[str,
         "block_traverse": spec.block_traverse,
         "register_tile": [spec.rows, spec.vectors, spec.lanes],
         "index_bits": spec.index_bits,
-        "scratch_bytes_per_worker": kernel.workspace_bytes(spec),
+        "scratch_bytes_per_worker": kernel.workspace_bytes(spec) + launch.scratch_bytes,
         "block_rows": launch.block_rows,
         "splits": launch.splits,
         "full_runs": int((masked == 0).sum()),

@@ -130,7 +130,7 @@ def tune(
 def passes(case: Case, form: str = "auto") -> list[str]:
     """The kernels of a case that have blocks to choose. Raises ValueError if none has."""
     launches = plan(case.problem, host(), case.operation, form).launches
-    kernels = [launch.spec.kernel for launch in launches]
+    kernels = list(dict.fromkeys(launch.spec.kernel for launch in launches))
     if all(KERNELS[kernel].by_query for kernel in kernels):
         raise ValueError(
             f"shape {case.shape} has few queries: the decode kernel serves it, and has no blocks"

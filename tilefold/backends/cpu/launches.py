@@ -56,6 +56,15 @@ class Launch:
         return self.problem.batch * self.heads * self.item_rows
 
     @property
+    def share(self) -> float:
+        """The share of what all heads visit that its heads visit."""
+        work = _work(self.runs, self.problem, self.heads)
+        if not self.some or not work.any():
+            return 1.0
+        work = work.reshape(-1, self.item_rows, work.shape[2] // self.item_rows).sum(axis=2)
+        return float(work.ravel()[self.order].sum() / work.sum())
+
+    @property
     def counters(self) -> int:
         """How many counters of finished splits there are: one for the heads of an item."""
         return self.problem.batch * self.heads if self.spec.kernel == "decode_part" else 0
@@ -72,19 +81,27 @@ class Launch:
 
 
 def heaviest_first(
-    visited: Runs, problem: Problem, heads: int, rows: int, some: Heads | None = None
+    visited: Runs, problem: Problem, heads: int, some: Heads | None = None
 ) -> NDArray[np.int64]:
     """Block rows by the traversed elements that they visit, most first; ties keep their order.
 
     Those of `some` key heads alone, or of all.
     """
-    work: NDArray[np.int64] = visited.met.reshape(visited.planes_b, visited.planes_h, rows)
     if some is None and visited.planes_b == visited.planes_h == 1:
-        return np.argsort(-work.reshape(rows), kind="stable")
-    shape = (problem.batch, max(heads, visited.planes_h), rows)
-    work = np.broadcast_to(work, shape).reshape(problem.batch, heads, -1, rows).sum(2).ravel()
-    order = np.argsort(-work, kind="stable")
+        return np.argsort(-visited.met, kind="stable")
+    order = np.argsort(-_work(visited, problem, heads).ravel(), kind="stable")
     if some is None:
         return order
-    taken = np.repeat(some, heads // problem.heads_kv * rows, axis=1).ravel()
+    each = heads // problem.heads_kv * visited.block_rows
+    taken = np.repeat(some, each, axis=1).ravel()
     return order[taken[order]]
+
+
+def _work(visited: Runs, problem: Problem, heads: int) -> NDArray[np.int64]:
+    """What each block row of each batch entry and head visits."""
+    rows = visited.block_rows
+    work: NDArray[np.int64] = visited.met.reshape(visited.planes_b, visited.planes_h, rows)
+    shape = (problem.batch, max(heads, visited.planes_h), rows)
+    work = np.broadcast_to(work, shape).reshape(problem.batch, heads, -1, rows)
+    total: NDArray[np.int64] = work.sum(axis=2)
+    return total

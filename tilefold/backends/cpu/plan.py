@@ -163,7 +163,7 @@ class _Planner:
         else:
             visited = nothing(block_rows)
         heads = row.heads(problem)
-        order = heaviest_first(visited, problem, heads, block_rows, some)
+        order = heaviest_first(visited, problem, heads, some)
         sizes = (heads, block_rows, block_rows)
         return Launch(problem, spec, visited, order, *sizes, some=some is not None)
 
@@ -338,7 +338,7 @@ class _Planner:
         visited = self._masked.visited_together(heads)
         visited = cut(visited, self._splitter.keys_per_split(visited, heads_per_item))
         count = visited.block_rows
-        order = heaviest_first(visited, problem, heads, count)
+        order = heaviest_first(visited, problem, heads)
         name = "decode" if count == 1 else "decode_part"
         spec = replace(spec, kernel=name)
         launch = Launch(
