@@ -96,11 +96,12 @@ class Problem:
         least, most = min(sizes), max(*sizes, self.dim, self.dim_v)
         heads = self.batch * max(self.heads_q, self.heads_kv)
         fits = least >= 0 and min(self.dim, self.dim_v) >= 1 and max(most, heads) < LIMIT
+        fits = fits and hasattr(sum(sizes, self.dim + self.dim_v), "__index__")  # no fraction
         if not fits or (self.heads_q and (not self.heads_kv or self.heads_q % self.heads_kv)):
             self._explain_sizes()
 
     def _explain_sizes(self) -> None:
-        """Raises the ValueError that names the size which is not allowed."""
+        """Raises the error that names the size which is not allowed."""
         for name in ("batch", "heads_q", "heads_kv", "len_q", "len_k", "dim", "dim_v"):
             size, least = getattr(self, name), 1 if name.startswith("dim") else 0
             if isinstance(size, bool) or not hasattr(size, "__index__"):
