@@ -20,6 +20,9 @@ LEVELS = 60
 FEW = 100
 """The largest tree, in nodes, that is walked without a look at what it shares: in half the time."""
 
+SHALLOW = 8
+"""The most levels of joined rules that are compared by recursion, in half the time."""
+
 INLINE = 8
 """The longest shared part, in characters, that is repeated in a text with names."""
 
@@ -149,6 +152,23 @@ def hashed(root: Any) -> int:
         whole = (type(node), node.label, *below) if isinstance(node, Node) else node
         hashes[id(node)] = hash(whole)
     return hashes[id(root)]
+
+
+def keep_hash(root: Any) -> None:
+    """Keep the hash and the level of a joined rule, and of all that it is made of, as fields."""
+    stack = [root]
+    while stack:
+        node, level = stack[-1], 1
+        parts = node.children
+        waiting = [part for part in parts if part._level < 0]
+        if waiting:
+            stack.extend(waiting)
+            continue
+        for part in parts:
+            level = max(level, part._level + 1)
+        fields = vars(stack.pop())
+        fields["_hash"] = hash((type(node), node.label, parts))
+        fields["_level"] = level
 
 
 def restored(rows: tuple[Any, ...]) -> Any:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tilefold.common import check
 from tilefold.masks.evaluate import exact, index_bits
 from tilefold.masks.expression import Boolean, Logic, check_size, names
-from tilefold.masks.graph import Node, same, spell
+from tilefold.masks.graph import SHALLOW, Node, keep_hash, same, spell
 from tilefold.masks.rewrite import shift
 from tilefold.masks.runs import Counts, count, runs
 
@@ -48,6 +48,9 @@ class Rule(ABC):
 
     def __hash__(self) -> int:
         return hash(repr(self))
+
+    _level: int = 0
+    """How many joins of rules lie below each other in it; -1 while nobody has counted."""
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
         """Raises ValueError unless the rule fits a problem of these sizes."""
@@ -191,7 +194,8 @@ _Lengths = tuple[int, int]
 class Composed(Rule, Node):
     """A rule made of others; rules made of rules are walked without recursion: see `graph`."""
 
-    _hash: int | None = None  # kept from its first use on
+    _hash: int | None = None  # kept from its first use on, and so is the level
+    _level = -1
 
     @property
     def inner(self) -> _Lengths | None:
@@ -237,28 +241,19 @@ class Composed(Rule, Node):
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        if any(isinstance(part, Composed) for part in self.children):
+        if hash(self) != hash(other):
+            return False
+        if self._level > SHALLOW:
             return same(self, other)
         return bool(self.label == other.label and self.children == other.children)
 
     def __hash__(self) -> int:
-        return _kept_hash(self) if self._hash is None else self._hash
+        if self._hash is None:
+            keep_hash(self)
+        return self._hash  # type: ignore[return-value]  # it is kept now
 
     def __repr__(self) -> str:
         return spell(self)
-
-
-def _kept_hash(whole: Composed) -> int:
-    """The hash of a rule; it is kept, as are those of all that the rule is made of."""
-    stack = [whole]
-    while stack:
-        rule, parts = stack[-1], stack[-1].children
-        waiting = [x for x in parts if isinstance(x, Composed) and x._hash is None]
-        if waiting:
-            stack.extend(waiting)
-        else:
-            vars(stack.pop())["_hash"] = hash((type(rule), rule.label, parts))
-    return hash(whole)
 
 
 class _Step(NamedTuple):
@@ -394,9 +389,7 @@ class Window(Composed):
 
     def joined(self, parts: tuple[Boolean, ...]) -> Boolean:
         """The whole rule's expression, with the indices of the piece shifted to the whole's."""
-        check_size(
-            self.rule, parts[0]
-        )  # a piece is a copy, and pieces of pieces are copies of copies
+        check_size(self.rule, parts[0])  # a piece is a copy, and its pieces are copies of copies
         return shift(parts[0], self.q0, self.k0)
 
     def spelled(self, below: tuple[str, ...]) -> str:
