@@ -68,7 +68,7 @@ def test_results_of_heads_together(number: int, cut: bool) -> None:
     """Where heads lie side by side, here wherever they lie, and decoding costs nothing."""
     usual = SMALL_SPLITS if cut else Heuristics()
     free = replace(usual, decode_product=0, decode_sum=0, exponential=0)
-    options = {**on(cut), "heuristics": free}
+    options = {**on(False), "heuristics": free}  # one core: more would want more items
     this = trial(number, "float32")
     first = plan(this.problem, operation="forward", form="interleaved", **options).launches[0]
     by_head = TRIALS[number][0] in ("dense-all", "heads-differ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tilefold import Rule, causal, lengths, local
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.heuristics import DEFAULT
 from tilefold.backends.cpu.kernel import workspace_bytes
+from tilefold.backends.cpu.launches import Launch
 from tilefold.backends.cpu.plan import plan
 from tilefold.problems.attention import Problem
 
@@ -69,6 +71,20 @@ def test_splits_anywhere_follow_from_the_keys_of_one_head() -> None:
     assert counts == [splits(n, heads=8, batch=3) for n in (500, 2900, 3000, 20000, 131072)]
     assert splits(20000, dtype="bfloat16") == 6, "half of the bytes"
     assert splits(131072, mask=causal() & local(400)) == 1, "few are visited"
+
+
+@pytest.mark.feature("M02", "T08")
+def test_heads_are_read_together_as_far_as_that_feeds_the_cores() -> None:
+    def launch(cores: int, len_k: int, scope: str) -> Launch:
+        sizes = problem(1, len_k, 64, heads=(8, 8))
+        device = replace(DEVICE, cores=cores)
+        return plan(sizes, device, "forward", "interleaved", scope=scope).launches[0]
+
+    found = [launch(cores, 2000, "anywhere") for cores in (1, 2, 4, 64)]
+    assert [one.heads_per_item for one in found] == [8, 4, 2, 1]
+    assert [one.items for one in found] == [1, 2, 4, 8]
+    assert launch(4, 20000, "anywhere").heads_per_item == 8, "13 splits feed 4 cores"
+    assert launch(64, 2000, "machine").heads_per_item == 8
 
 
 @pytest.mark.feature("M02", "T07")

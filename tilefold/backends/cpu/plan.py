@@ -320,6 +320,16 @@ class _Planner:
         most_splits = self._splitter.most_splits(problem.len_k)
         return work / min(cores, key_heads * most_splits) < tiled
 
+    def _heads_per_item(self) -> int:
+        """Key heads that lie side by side, which a worker decodes in turn."""
+        if not self._anywhere:
+            return self._splitter.heads_per_item
+        if self._masked.by_head:
+            return 1  # the keys that neighbours see would cut the tiles of a head
+        visited = self._masked.visited_together(self._problem.heads_kv)
+        splits = cut(visited, self._splitter.keys_per_split(visited)).block_rows
+        return self._splitter.heads_that_feed(self._device.cores, splits)
+
     def _decode(self, form: str) -> tuple[list[Launch], dict[str, Scratch]]:
         """The launch, and where the keys of a head are split, what is merged."""
         problem, lanes = self._problem, self._chooser.lanes
@@ -331,9 +341,7 @@ class _Planner:
             rows=self._heuristics.most_rows,
             block_traverse=-(-keys // lanes) * lanes,
         )
-        heads_per_item = self._splitter.heads_per_item if form == "interleaved" else 1
-        if self._anywhere and self._masked.by_head:
-            heads_per_item = 1  # the keys that its neighbours see would cut tiles of a head
+        heads_per_item = self._heads_per_item() if form == "interleaved" else 1
         heads = problem.heads_kv // heads_per_item
         visited = self._masked.visited_together(heads)
         visited = cut(visited, self._splitter.keys_per_split(visited, heads_per_item))

@@ -64,8 +64,18 @@ class KeySplitter:
         read whole. Layout bnhd, 8 heads of dim 64, one core of a busy EPYC (Zen 4), float32: 44 %
         of the bandwidth of plain reading instead of 23 %.
         """
+        return self._heads_together[-1]
+
+    def heads_that_feed(self, cores: int, splits: int) -> int:
+        """As many of them as leave an item for each core, given the splits of a head."""
+        lists = self.problem.batch * self.problem.heads_kv * splits
+        return max((n for n in self._heads_together if lists // n >= cores), default=1)
+
+    @property
+    def _heads_together(self) -> list[int]:
+        """The numbers of key heads that an item may have, ascending."""
         fitting = range(1, self.heuristics.most_rows // self.rows + 1)
-        return max(heads for heads in fitting if self.problem.heads_kv % heads == 0)
+        return [heads for heads in fitting if self.problem.heads_kv % heads == 0]
 
     def keys_per_split(self, visited: Runs, heads_per_item: int = 1) -> int | NDArray[np.int64]:
         """Keys that a split visits, of each block row or of all: whole tiles.
