@@ -320,16 +320,6 @@ class _Planner:
         most_splits = self._splitter.most_splits(problem.len_k)
         return work / min(cores, key_heads * most_splits) < tiled
 
-    def _heads_per_item(self) -> int:
-        """Key heads that lie side by side, which a worker decodes in turn."""
-        if not self._anywhere:
-            return self._splitter.heads_per_item
-        if self._masked.by_head:
-            return 1  # the keys that neighbours see would cut the tiles of a head
-        visited = self._masked.visited_together(self._problem.heads_kv)
-        splits = cut(visited, self._splitter.keys_per_split(visited)).block_rows
-        return self._splitter.heads_that_feed(self._device.cores, splits)
-
     def _decode(self, form: str) -> tuple[list[Launch], dict[str, Scratch]]:
         """The launch, and where the keys of a head are split, what is merged."""
         problem, lanes = self._problem, self._chooser.lanes
@@ -341,11 +331,16 @@ class _Planner:
             rows=self._heuristics.most_rows,
             block_traverse=-(-keys // lanes) * lanes,
         )
-        heads_per_item = self._heads_per_item() if form == "interleaved" else 1
-        heads = problem.heads_kv // heads_per_item
-        visited = self._masked.visited_together(heads)
-        visited = cut(visited, self._splitter.keys_per_split(visited, heads_per_item))
+        splitter, heads_per_item = self._splitter, 1
+        if form == "interleaved" and not self._anywhere:
+            heads_per_item = splitter.heads_per_item
+        visited = self._masked.visited_together(problem.heads_kv // heads_per_item)
+        visited = cut(visited, splitter.keys_per_split(visited, heads_per_item))
         count = visited.block_rows
+        if form == "interleaved" and self._anywhere and not self._masked.by_head:
+            # Of the same keys. What a neighbour sees beside them would cut the tiles of a head.
+            heads_per_item = splitter.heads_that_feed(self._device.cores, count)
+        heads = problem.heads_kv // heads_per_item
         order = heaviest_first(visited, problem, heads)
         name = "decode" if count == 1 else "decode_part"
         spec = replace(spec, kernel=name)
