@@ -205,9 +205,9 @@ def test_scratch_belongs_to_a_thread_and_to_a_call() -> None:
 
 
 def test_large_scratch_is_not_kept() -> None:
-    kept = dispatch._workspace(4096)
+    kept = dispatch._local.workspace
     assert dispatch._workspace(dispatch._KEPT_BYTES + 1).size > dispatch._KEPT_BYTES
-    assert dispatch._workspace(4096).pointer == kept.pointer
+    assert dispatch._local.workspace is kept
 
 
 # After a fork ---------------------------------------------------------------------------------

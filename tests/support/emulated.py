@@ -29,7 +29,6 @@ from tilefold.backends.cpu.kernels.arguments import names
 from tilefold.backends.cpu.plan import CpuPlan
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.planning.plan import Scratch
-from tilefold.problems.buffer import Buffer
 
 Array = NDArray[Any]
 DRIVER = Path(__file__).with_name("driver.c")
@@ -167,12 +166,10 @@ def emulated(folder: Path) -> Iterator[Emulator]:
             size=0, pointer=emulator.allocate("workspace", size, "uint8").ctypes.data
         )
 
-    def allocate(name: str, scratch: Scratch) -> Buffer:
-        real = real_allocate(name, scratch)
+    def allocate(name: str, scratch: Scratch) -> SimpleNamespace:
         array = emulator.allocate(name, math.prod(scratch.shape), scratch.dtype)
-        return replace(real, pointer=array.ctypes.data, owner=array)
+        return SimpleNamespace(pointer=array.ctypes.data, owner=array)
 
-    real_allocate = dispatch._allocate
     with (
         mock.patch.object(dispatch, "kernel", emulator.kernel),
         mock.patch.object(threads, "run", emulator.run),

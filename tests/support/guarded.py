@@ -28,7 +28,6 @@ from tilefold.backends.cpu.plan import CpuPlan
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.masks.expression import Table
 from tilefold.planning.plan import Scratch
-from tilefold.problems.buffer import Buffer
 
 Array = NDArray[Any]
 PAGE = mmap.PAGESIZE
@@ -157,12 +156,11 @@ def guarded(side: str, short: str | None = None) -> Iterator[GuardedMemory]:
     def workspace(size: int) -> SimpleNamespace:
         return SimpleNamespace(size=0, pointer=memory.scratch("workspace", size, "uint8"))
 
-    def allocate(name: str, scratch: Scratch) -> Buffer:
-        real = real_allocate(name, scratch)
+    def allocate(name: str, scratch: Scratch) -> SimpleNamespace:
         pointer = memory.scratch(name, math.prod(scratch.shape), scratch.dtype)
-        return replace(real, pointer=pointer)
+        return SimpleNamespace(pointer=pointer)
 
-    real_kernel, real_run, real_allocate = dispatch.kernel, threads.run, dispatch._allocate
+    real_kernel, real_run = dispatch.kernel, threads.run
     with (
         mock.patch.object(dispatch, "kernel", kernel),
         mock.patch.object(threads, "run", run),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -22,6 +24,11 @@ class Scratch:
 
     shape: tuple[int, ...]
     dtype: str
+
+    @cached_property
+    def bytes(self) -> int:
+        """Its size: found once, since a call that makes it may take microseconds."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Launched(Protocol):

@@ -8,7 +8,6 @@ owns its workspace, so any number of threads may run one prepared call at the sa
 from __future__ import annotations
 
 import ctypes
-import math
 import threading
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,10 +192,9 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
     return _Step(function, workspace_bytes, launch.items, kind, template, tuple(places))
 
 
-def _allocate(name: str, scratch: Scratch) -> Buffer:
+def _allocate(name: str, scratch: Scratch) -> _Memory:
     """Memory for a plan's buffer, from the start of a cache line; tests use `name`."""
-    held = _Memory(math.prod(scratch.shape) * np.dtype(scratch.dtype).itemsize)
-    return Buffer(held.pointer, scratch.shape, contiguous(scratch.shape), scratch.dtype, held)
+    return _Memory(scratch.bytes)
 
 
 class _Memory:
@@ -205,7 +203,9 @@ class _Memory:
     def __init__(self, size: int) -> None:
         self.size = size
         self._array = np.empty(size + 64, np.uint8)
-        self.pointer = -(-self._array.ctypes.data // 64) * 64
+        first = ctypes.c_char.from_buffer(self._array)  # type: ignore[arg-type]  # it is one
+        start = ctypes.addressof(first)
+        self.pointer = -(-start // 64) * 64
 
 
 _NONE = _Memory(0)
