@@ -24,6 +24,7 @@ from trial import problem
 
 import tilefold
 from tilefold import Rule, causal, dense, documents, full, lengths, local
+from tilefold.backends.calls import calls
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.launches import Launch
 from tilefold.backends.cpu.plan import CpuPlan, plan
@@ -296,6 +297,7 @@ def test_bits_in_a_process_that_may_use_one_core() -> None:
 
 @pytest.mark.feature("T08")
 def test_a_new_scope_holds_for_calls_that_were_prepared_before() -> None:
+    calls.clear()  # of other tests, of which some compute nothing
     sizes = problem(1, 5000, 64)
     given = arrays(sizes)
     before = tilefold.get_reproducible()
