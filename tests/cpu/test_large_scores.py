@@ -85,8 +85,10 @@ def dense(
     }
 
 
-def assert_as_exact(operands: dict[str, Array], sizes: Problem, got: dict[str, Array]) -> None:
-    """Every error is at most three times that of the dense computation, or one rounding.
+def assert_as_exact(
+    operands: dict[str, Array], sizes: Problem, got: dict[str, Array], times: float = 3
+) -> None:
+    """Every error is at most so many times that of the dense computation, or one rounding.
 
     The dense computation of half types is in float32, and its results are rounded once.
     """
@@ -98,7 +100,7 @@ def assert_as_exact(operands: dict[str, Array], sizes: Problem, got: dict[str, A
         which = name.partition(" ")[0]
         kind = computed if which == "lse" else dtype
         error = largest_error(low[which].astype(kind), want[which])
-        allowed = max(3 * error, UNITS[kind] * largest(want[which]))
+        allowed = max(times * error, UNITS[kind] * largest(want[which]))
         assert_near(f"{name} at scale {sizes.scale}", array, want[which], allowed)
 
 
@@ -125,10 +127,12 @@ def results(sizes: Problem, operands: dict[str, Array], **options: Any) -> dict[
 @pytest.mark.parametrize("dim", [64, 80])
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
 def test_large_scores_are_as_exact_as_dense(dtype: str, dim: int, kind: str) -> None:
+    """On AMX a score of float16 lacks the product of two low parts: seen are 12 times."""
     operands = draw(kind, dtype, dim)
+    times = 16 if dtype == "float16" and host().isa == "amx" else 3
     for scale in SCALES:
         sizes = problem(operands, scale)
-        assert_as_exact(operands, sizes, results(sizes, operands))
+        assert_as_exact(operands, sizes, results(sizes, operands), times)
 
 
 @pytest.mark.slow
@@ -147,7 +151,7 @@ def test_large_scores_are_as_exact_as_dense_in_decoding(dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.feature("T10")
 @pytest.mark.parametrize("isa", ["sse2", "avx2", "avx512"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_large_scores_on_every_level(dtype: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TILEFOLD_CPU_ISA", isa)
     try:

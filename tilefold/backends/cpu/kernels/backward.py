@@ -14,7 +14,7 @@ in one). Each pass is the forward pass with other operands: what is parallel lie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tilefold.backends.cpu.kernels import microkernel, work
@@ -35,6 +35,10 @@ class Statistics(NamedTuple):
     m: list[Value]
     r: list[Value]
     delta: list[Value]
+
+
+StatisticsOf = Callable[[int], Statistics]
+"""Reads the statistics of a row, just before they are used: few registers are free there."""
 
 
 def delta(spec: KernelSpec) -> str:
@@ -133,8 +137,8 @@ class _QueryGradient:
         body.comment("dP^T <- V dO^T;  P^T <- 2^((S^T - m) c + r);  dS^T <- P^T (dP^T - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
-            statistics = [self.statistics] * len(dp)
-            _keep_differences(self.products, tile, row, dp, statistics, masked, ("ds",))
+            statistics = self.statistics
+            _keep_differences(self.products, tile, row, dp, lambda i: statistics, masked, ("ds",))
 
         self.products.scores(tile, values.rows, self.do_packed, spec.dim_v, use)
         body.comment("dQ^T += K^T dS^T")
@@ -192,12 +196,12 @@ class KeyGradients:
         body.comment("dP <- dO V^T;  P <- 2^((S - m) c + r);  dS <- P (dP - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
-            statistics = []
-            for i in range(len(dp)):
+            def of_row(i: int) -> Statistics:
                 there = tile.inside(body.add(row, i))
                 numbers = [self._of_query(name, there) for name in Statistics._fields]
-                statistics.append(Statistics(*([one] * self.shape.vectors for one in numbers)))
-            self.keep(tile, row, dp, statistics, masked)
+                return Statistics(*([one] * self.shape.vectors for one in numbers))
+
+            self.keep(tile, row, dp, of_row, masked)
 
         self.products.scores(tile, do.rows, self.v_packed, spec.dim_v, use)
         body.comment("dV^T += dO^T P;  dK^T += Q^T dS")
@@ -210,7 +214,7 @@ class KeyGradients:
         tile: Tile,
         row: Value,
         dp: microkernel.Accumulators,
-        statistics: list[Statistics],
+        statistics: StatisticsOf,
         masked: bool,
     ) -> microkernel.Accumulators:
         """Keep rows of P and of dS for the products that follow; return the rows of dS."""
@@ -253,7 +257,7 @@ def _keep_differences(
     tile: Tile,
     row: Value,
     dp: microkernel.Accumulators,
-    statistics: list[Statistics],
+    statistics: StatisticsOf,
     masked: bool,
     kept: tuple[str, ...],
 ) -> microkernel.Accumulators:
@@ -263,7 +267,7 @@ def _keep_differences(
     for start in range(0, len(dp), products.step):
         rows = range(start, start + products.step)
         lines = [
-            _differences(products, tile, body.add(row, i), dp[i], statistics[i], masked)
+            _differences(products, tile, body.add(row, i), dp[i], statistics(i), masked)
             for i in rows
         ]
         first = body.add(row, start)

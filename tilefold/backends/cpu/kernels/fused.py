@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 
 from tilefold.backends.cpu.kernels import amx, microkernel, pairs
-from tilefold.backends.cpu.kernels.backward import KeyGradients, Statistics
+from tilefold.backends.cpu.kernels.backward import KeyGradients, StatisticsOf
 from tilefold.backends.cpu.kernels.block import emit
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.multiply import Right, factors_of
@@ -362,7 +362,7 @@ class _PairGradients(_AllGradients):
         tile: Tile,
         row: Value,
         dp: microkernel.Accumulators,
-        statistics: list[Statistics],
+        statistics: StatisticsOf,
         masked: bool,
     ) -> microkernel.Accumulators:
         body = self.body

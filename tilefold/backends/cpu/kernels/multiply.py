@@ -67,19 +67,9 @@ class Products:
         return Sides(near, near)
 
     def scores(
-        self,
-        tile: Tile,
-        left: Sequence[Matrix],
-        right: Right,
-        dim: int,
-        use: Scores,
-        *,
-        every: bool = False,
+        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
     ) -> None:
-        """`use(first row, block)` for each block of rows of left x right, over d.
-
-        `every`: also the product of two low parts.
-        """
+        """`use(first row, block)` for each block of rows of left x right, over d."""
         tile.scores(factors_of(left, right), Value(str(dim), "i64"), use)
 
     def pad(self, tile: Tile, scores: Value) -> None:
@@ -142,11 +132,12 @@ class Products:
             tile.accumulate_visible(rows, weights, marks, total, dim, scales)
 
 
-def factors_of(left: Sequence[Side], right: Right, *, every: bool = False) -> list[Factor[Side]]:
-    """The products whose sum is left x right; the one of two low parts only if `every`.
+def factors_of(left: Sequence[Side], right: Right) -> list[Factor[Side]]:
+    """The products whose sum is left x right: all products but the ones of two low parts.
 
-    Each has a side in common with the next: high low, high high, low high, low low.
+    Each has a side in common with the next: high low, high high, low high. The low part of an
+    infinity is infinite: times a low part of 0 it would be NaN.
     """
-    pairs = [(a, b) for a in range(len(left)) for b in range(len(right.parts))]
-    pairs.sort(key=lambda pair: (pair[0], pair[1] if pair[0] % 2 else -pair[1]))
-    return [Factor(left[a], right.parts[b]) for a, b in pairs if every or a + b < len(left)]
+    return [
+        Factor(a, b) for i, a in enumerate(left) for b in reversed(right.parts[: len(left) - i])
+    ]

@@ -162,17 +162,10 @@ class _PairProducts(Products):
         return self.body.compare("eq", rest, Value("0", "i64"))
 
     def scores(
-        self,
-        tile: Tile,
-        left: Sequence[Matrix],
-        right: Right,
-        dim: int,
-        use: Scores,
-        *,
-        every: bool = False,
+        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
     ) -> None:
         words = Value(str(padded(dim, 2) // 2), "i64")
-        tile.scores(factors_of(left, right, every=every), words, use)
+        tile.scores(factors_of(left, right), words, use)
 
     def pad(self, tile: Tile, scores: Value) -> None:
         body = self.body
@@ -284,22 +277,14 @@ class _TileProducts(_PairProducts):
         return self._in_lines(body.read(address), body.read(stride), Value("2", "i64"), part)
 
     def scores(
-        self,
-        tile: Tile,
-        left: Sequence[Matrix],
-        right: Right,
-        dim: int,
-        use: Scores,
-        *,
-        every: bool = False,
+        self, tile: Tile, left: Sequence[Matrix], right: Right, dim: int, use: Scores
     ) -> None:
         body, shape = self.body, self.shape
         staging = self.block.region("staging")
         depth = Value(str(padded(dim, amx.DEPTH) // amx.DEPTH), "i64")
         with body.loop("r", 0, tile.count, 2 * amx.ROWS) as first:
             lines = [amx.Lines(matrix.row(body, first), matrix.row_stride) for matrix in left]
-            factors = factors_of(lines, right, every=every)
-            amx.panel(body, shape, factors, depth, staging, 2, start=None)
+            amx.panel(body, shape, factors_of(lines, right), depth, staging, 2, start=None)
             last = body.minimum(body.sub(tile.count, first), 2 * amx.ROWS)
             with body.loop("i", 0, last, shape.rows) as i:
                 block = []

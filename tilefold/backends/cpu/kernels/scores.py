@@ -29,16 +29,12 @@ def score(product: Value) -> Value:
 def score_tile(
     products: Products, tile: Tile, left: Sequence[Matrix], right: Right, use: Scores
 ) -> None:
-    """`use(first row, block)` for each block of scores of a tile, before the mask.
-
-    float16 in two parts takes all products: the score is then as exact as in float32.
-    """
-    every = products.spec.dtype == "float16"
+    """`use(first row, block)` for each block of scores of a tile, before the mask."""
 
     def scored(row: Value, block: microkernel.Accumulators) -> None:
         use(row, [[score(product) for product in line] for line in block])
 
-    products.scores(tile, left, right, products.spec.dim, scored, every=every)
+    products.scores(tile, left, right, products.spec.dim, scored)
 
 
 def score_gradient(body: Body, weight: Value, dp: Value, delta: Value) -> Value:
