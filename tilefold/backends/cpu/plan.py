@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tilefold.backends.cpu.choice import Chooser, Heads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
+from tilefold.backends.cpu.kernels.arguments import OF_QUERY
 from tilefold.backends.cpu.launches import Launch, heaviest_first
 from tilefold.backends.cpu.partitions import (
     FIRST_QUERY,
@@ -174,9 +175,8 @@ class _Planner:
         assert form in ("auto", "fused", "split"), form
         problem, cores, computed = self._problem, self._device.cores, self._computed
         row = (problem.batch, problem.heads_q, problem.len_q)
-        delta = self._launch("delta")
-        launches = [delta]
-        buffers = {name: Scratch(row, computed) for name in delta.spec.row.writes}
+        statistics = Scratch((*row[:2], len(OF_QUERY) * problem.len_q), computed)
+        launches, buffers = [self._launch("delta")], {"statistics": statistics}
         if self._anywhere:
             more, parts = self._backward_anywhere(form, in_place)
             return launches + more, buffers | parts

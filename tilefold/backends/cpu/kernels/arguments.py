@@ -42,10 +42,16 @@ WORK = (
 
 COUNTERS = ("next_item", "next_worker")
 
-PER_ROW = ("lse", "lse_low", "delta", "m", "r")
-"""Operands with one element per query."""
+PER_ROW = ("lse", "lse_low", "statistics")
+"""Operands with one element per query, or several rows of these."""
 
-COMPUTED = (*PER_ROW, "dq_parts")
+OF_QUERY = ("m", "r", "delta")
+"""What the kernel "delta" leaves of the queries of a head: the rows of its operand "statistics".
+
+They are one operand, since each buffer costs a call 2 microseconds.
+"""
+
+COMPUTED = (*PER_ROW, *OF_QUERY, "dq_parts")
 """Operands in the type of the sums, whatever the type of the others."""
 
 
@@ -102,6 +108,8 @@ class Arguments:
             if name not in COUNTERS:
                 type_ = "ptr" if name in addresses else "i64"
                 self._values[name] = body.load(self.address(name), type_, name)
+        for name in OF_QUERY if "statistics" in self._values else ():
+            self._values[f"{name}_s"] = self._values["statistics_s"]
 
     def address(self, name: str) -> Value:
         """Where a word lies, for the counters."""
@@ -121,5 +129,8 @@ class Arguments:
     def rows_of(self, name: str, scalar: str, b: Value, h: Value) -> Value:
         """The address of the first element of an operand's (batch, head)."""
         body = self._body
-        index = body.add(body.mul(b, self[f"{name}_b"]), body.mul(h, self[f"{name}_h"]))
-        return body.offset(self[name], scalar, index, f"{name}.head")
+        operand = "statistics" if name in OF_QUERY else name
+        index = body.add(body.mul(b, self[f"{operand}_b"]), body.mul(h, self[f"{operand}_h"]))
+        if name in OF_QUERY:
+            index = body.add(index, body.mul(self["len_q"], OF_QUERY.index(name)))
+        return body.offset(self[operand], scalar, index, f"{name}.head")

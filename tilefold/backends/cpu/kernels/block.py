@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from tilefold.backends.cpu.kernels import amx, microkernel, pack, work
-from tilefold.backends.cpu.kernels.arguments import COMPUTED, PER_ROW, Arguments
+from tilefold.backends.cpu.kernels.arguments import COMPUTED, OF_QUERY, Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.scale import scale
@@ -31,7 +31,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     by_key = {"k": dim, "v": dim_v, "dk": dim, "dv": dim_v} | pair
     found = {
         "forward": {"q": dim, "o": dim_v, "p": tile},
-        "delta": {"o": dim_v, "do": dim_v} | dict.fromkeys(PER_ROW, width),
+        "delta": {"o": dim_v, "do": dim_v} | dict.fromkeys(("lse", "lse_low", *OF_QUERY), width),
         "backward_dq": by_query,
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
