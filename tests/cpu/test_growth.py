@@ -6,10 +6,12 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from trial import problem
 
 import tilefold
 from tilefold import Rule, causal, full, local
+from tilefold.backends import calls
 from tilefold.backends.cpu import growth
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.plan import CpuPlan, plan
@@ -35,44 +37,71 @@ def assert_same(found: CpuPlan, made: CpuPlan) -> None:
 
 
 @pytest.mark.feature("T08", "M07")
+@pytest.mark.parametrize("form", ["auto", "interleaved"])
 @pytest.mark.parametrize(("mask", "len_q"), [(full(), 1), (causal(), 1), (full(), 5)])
-def test_a_grown_plan_is_the_plan_of_its_own_length(
-    mask: Rule, len_q: int, monkeypatch: pytest.MonkeyPatch
+def test_a_grown_plan_is_the_plan_of_its_own_length(mask: Rule, len_q: int, form: str) -> None:
+    first, *more = steps(mask, range(1, 9000, 13), len_q)
+    made, anew = plan(first, DEVICE, "forward", form), 0
+    for each in more:
+        own = plan(each, DEVICE, "forward", form)
+        found = growth.with_keys(made, each)
+        if found:
+            assert_same(found, own)
+        else:  # the keys are split into one part more
+            assert own.launches[0].block_rows != made.launches[0].block_rows
+            anew += 1
+        made = found or own
+    assert anew < len(more) / 8
+
+
+def test_what_hides_keys_or_has_many_queries_is_planned_from_the_beginning(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    growth._kept.clear()
-    planned: list[Problem] = []
-
-    def counted(*asked: Problem) -> CpuPlan:
-        planned.append(asked[0])
-        return plan(*asked)
-
-    monkeypatch.setattr(growth, "plan", counted)
-    asked = steps(mask, range(1, 9000, 13), len_q)
-    splits = set()
-    for each in asked:
-        found = growth.grown(each, DEVICE, "auto")
-        assert_same(found, plan(each, DEVICE, "forward"))
-        splits.add(found.launches[0].block_rows)
-    # Planned from the beginning only where the keys are split into one part more.
-    assert len(planned) <= 2 * len(splits) < len(asked) / 4
-
-
-def test_what_hides_keys_or_has_many_queries_is_planned_from_the_beginning() -> None:
-    growth._kept.clear()
     for mask, len_q in ((causal(), 2), (local(3), 1), (causal("start"), 1), (full(), 200)):
-        for each in steps(mask, range(900, 903), len_q):
-            assert growth.grown(each, DEVICE, "auto") is plan(each, DEVICE, "forward")
-    assert not len(growth._kept)
+        first, second = steps(mask, range(900, 902), len_q)
+        assert growth.with_keys(plan(first, DEVICE, "forward"), second) is None
+    first, second = steps(full(), range(900, 902))
+    made = plan(first, DEVICE, "forward", scope="machine")
+    monkeypatch.setattr(growth.reproducible, "get_reproducible", lambda: "machine")
+    assert growth.with_keys(made, second) is None
 
 
 @pytest.mark.feature("T08")
-def test_a_decode_loop_with_a_growing_cache_gives_what_each_call_gives_alone() -> None:
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_a_loop_with_a_growing_cache_gives_what_each_call_gives_alone(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
-    q = rng.standard_normal((1, 4, 1, 16), np.float32)
-    k, v = rng.standard_normal((2, 1, 2, 640, 16), np.float32)
-    lengths = (1, 2, 300, 301, 302, 640)
-    grown = [tilefold.attention(q, k[:, :, :n], v[:, :, :n], mask=causal()) for n in lengths]
+    turn = (0, 1, 2, 3) if layout == "bhnd" else (0, 2, 1, 3)
+    q = rng.standard_normal((1, 4, 1, 16), np.float32).transpose(turn)
+    k, v = rng.standard_normal((2, 1, 2, 640, 16), np.float32).transpose(0, *(1 + t for t in turn))
+    begun: list[object] = []
+    beginning = calls._call
+    monkeypatch.setattr(calls, "_call", lambda *given: begun.append(0) or beginning(*given))
+
+    def attention(n: int) -> NDArray[np.float32]:
+        cut = (slice(None),) * (2 if layout == "bhnd" else 1) + (slice(n),)
+        return tilefold.attention(q, k[cut], v[cut], mask=causal(), layout=layout)
+
+    lengths = (301, 302, 1, 2, 640, 300)
+    calls.calls.clear()
+    calls._newest.clear()
+    grown = [attention(n) for n in lengths]
+    assert len(begun) == 1
     for n, o in zip(lengths, grown, strict=True):
-        growth._kept.clear()
-        own = tilefold.attention(q, k[:, :, :n].copy(), v[:, :, :n].copy())
-        np.testing.assert_array_equal(o, own)
+        calls.calls.clear()
+        calls._newest.clear()
+        np.testing.assert_array_equal(o, attention(n))
+    assert len(begun) == 1 + len(lengths)
+
+
+def test_keys_that_do_not_fit_are_named_in_a_loop_too() -> None:
+    q, k = np.ones((1, 4, 1, 16), np.float32), np.ones((1, 2, 30, 16), np.float32)
+    tilefold.attention(q, k, k)
+    with pytest.raises(ValueError, match="the sequence of v must be 31 as in k"):
+        tilefold.attention(q, np.ones((1, 2, 31, 16), np.float32), k)
+    with pytest.raises(TypeError, match="k must be of float32 as q is, got float64"):
+        tilefold.attention(q, np.ones((1, 2, 32, 16)), np.ones((1, 2, 32, 16)))
+    empty = tilefold.attention(q, k[:, :, :0], k[:, :, :0])
+    assert not empty.any()
+    calls.calls.clear()

@@ -10,7 +10,7 @@ kernels are compiled, once, for all later calls that differ in data alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tilefold.backends.protocols import (
@@ -64,6 +64,9 @@ class Call:
 
 calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
 """The newest calls of all backends, within 256 MiB of their plans' data. Nothing else keeps any."""
+
+_newest: LruCache[Call] = LruCache(most=64, most_bytes=2**24)
+"""The newest forward call of each problem, whatever its keys: a call with more keys begins here."""
 
 
 def run(
@@ -158,9 +161,59 @@ def _look_up(
     )
     call = calls.get(key)
     if call is None:
-        call = _call(machine, operation, request, arrays, alignment, given)
-        call = calls.put(key, call, call.prepared.data_bytes if call.prepared else 0)
+        call = _new(key, machine, operation, request, arrays, alignment, given)
     return call, given
+
+
+def _new(
+    key: tuple[Any, ...],
+    machine: Machine,
+    operation: str,
+    request: Request,
+    arrays: Arrays,
+    alignment: int,
+    given: tuple[Array, ...],
+) -> Call:
+    """A call that was not made before, or so long ago that it is kept no more."""
+    *same, layouts = key
+    but_keys = (*same, layouts[0])
+    before = _newest.get(but_keys) if plain(operation) == "forward" else None
+    call = before and _with_keys(before, arrays, given, request.layout)
+    if call is None:
+        call = _call(machine, operation, request, arrays, alignment, given)
+    size = call.prepared.data_bytes if call.prepared else 0
+    if plain(operation) == "forward":
+        _newest.put(but_keys, call, size)
+    return calls.put(key, call, size)
+
+
+def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: str) -> Call | None:
+    """The call of these arrays, made from one whose keys and values differ in their number alone.
+
+    None if they differ in more, or if the backend plans it from the beginning.
+    """
+    if before.prepared is None:
+        return None
+    named: dict[str, Array] = dict(zip(("q", "k", "v"), given, strict=True))
+    axes, problem = LAYOUTS[layout], before.problem
+    sizes = named["k"].shape
+    length = sizes[axes[2]] if len(sizes) == len(axes) else 0
+    rows = (problem.batch, problem.heads_kv, length)
+    for name, dim in (("k", problem.dim), ("v", problem.dim_v)):
+        canonical = (*rows, dim)
+        if tuple(named[name].shape) != tuple([canonical[axis] for axis in axes]):
+            return None
+    if arrays.common_dtype(named) != problem.dtype:
+        return None
+    for name, array in named.items():
+        arrays.check_held(name, array)
+    problem = replace(problem, len_k=length)
+    strides = {name: arrays.strides(name, named[name]) for name in ("k", "v")}
+    placed = {name: tuple([found[axis] for axis in axes]) for name, found in strides.items()}
+    prepared = before.prepared.with_keys(problem, placed)
+    if prepared is None:
+        return None
+    return Call(problem, before.operation, arrays, before.results, prepared)
 
 
 def _call(

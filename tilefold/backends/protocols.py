@@ -120,6 +120,12 @@ class Prepared(Protocol):
     def compile(self) -> None:
         """Compile the kernels that are not compiled yet."""
 
+    def with_keys(self, problem: Problem, strides: Mapping[str, Strides]) -> Prepared | None:
+        """The same for another number of keys; None where it must be planned from the beginning.
+
+        `problem` differs in `len_k` alone. `strides` are those of k and v, in canonical axes.
+        """
+
 
 class Machine(ABC):
     """A machine that runs kernels: a processor, a GPU, or a stand-in. It equals only itself."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tilefold.backends import protocols
-from tilefold.backends.cpu import threads
+from tilefold.backends.cpu import growth, threads
 from tilefold.backends.cpu.device import Device
-from tilefold.backends.cpu.growth import grown
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
 from tilefold.backends.cpu.kernels.arguments import WORK, axes, factors
 from tilefold.backends.cpu.launches import Launch
@@ -42,7 +41,7 @@ _ALONE_BYTES = 2**18
 _KEPT_BYTES = 2**26
 """A thread keeps scratch up to this size for its next call. It is not tuned."""
 
-_WORKSPACE = WORK.index("workspace")
+_WORKSPACE, _RUNS, _LEN_K = map(WORK.index, ("workspace", "runs", "len_k"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +63,21 @@ class Call:
 
     def compile(self) -> None:
         """Do nothing: the kernels of a call are already loaded."""
+
+    def with_keys(self, problem: Problem, strides: Mapping[str, Strides]) -> Call | None:
+        """See `protocols.Prepared`: the argument block with other runs, length and strides."""
+        plan = growth.with_keys(self.plan, problem)
+        if plan is None:
+            return None
+        (launch,), (step,) = plan.launches, self.steps
+        words = np.frombuffer(step.template, np.int64).copy()
+        words[_RUNS], words[_LEN_K] = launch.runs.runs.ctypes.data, problem.len_k
+        order = protocols.OPERANDS[plan.operation]
+        for place, operand in step.places:
+            name = order[operand] if operand < len(order) else ""
+            if name in strides:
+                words[place + 1 : place + 5] = strides[name]
+        return Call(plan, (replace(step, template=words.tobytes()),), _is_alone(plan))
 
     def run(self, *pointers: int) -> None:
         """Run the kernels in order on operands at these addresses, in the order of `OPERANDS`.
@@ -113,7 +127,7 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
         0 < abs(strides[name][1]) < abs(strides[name][2]) for name in ("k", "v")
     )
     form = "interleaved" if heads_interleaved else "auto"
-    return prepare(grown(problem, device, form), strides)
+    return prepare(plan(problem, device, operation, form), strides)
 
 
 def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:
@@ -128,14 +142,17 @@ def prepare(plan: CpuPlan, strides: Mapping[str, Strides]) -> Call:
 
     The axes of `strides` are canonical.
     """
-    problem = plan.problem
-    pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
-    few_flops = 2 * pairs * (problem.dim + problem.dim_v) < _ALONE_FLOPS
-    alone = few_flops and problem.bytes(plan.operation) < _ALONE_BYTES
     ordered = {name: strides[name] for name in _order(plan, strides)}
     ordered |= {name: contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
     steps = tuple(_step(plan, launch, ordered) for launch in plan.launches)
-    return Call(plan, steps, alone)
+    return Call(plan, steps, _is_alone(plan))
+
+
+def _is_alone(plan: CpuPlan) -> bool:
+    """True for a call so small that it runs on one thread."""
+    problem = plan.problem
+    flops = 2 * problem.pairs * (problem.dim + problem.dim_v)
+    return flops < _ALONE_FLOPS and problem.bytes(plan.operation) < _ALONE_BYTES
 
 
 def _order(plan: CpuPlan, given: Container[str]) -> list[str]:

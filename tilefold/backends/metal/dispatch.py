@@ -38,6 +38,7 @@ from tilefold.common.check import shown
 from tilefold.common.lru import LruCache
 from tilefold.common.single_flight import SingleFlight
 from tilefold.planning.kernels import STRIDED
+from tilefold.problems.attention import Problem
 
 Spec = TypeVar("Spec", bound=Hashable)
 
@@ -149,6 +150,9 @@ class Call:
     def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
         """Launch the kernels in order; `operands` are in the order of `protocols.OPERANDS`."""
         self.run(dict(zip(protocols.OPERANDS[self.plan.operation], operands, strict=True)))
+
+    def with_keys(self, problem: Problem, strides: Mapping[str, Strides]) -> None:
+        """None: every number of keys is planned from the beginning."""
 
     def compile(self) -> None:
         """Do nothing: the kernels of a call are already compiled."""

@@ -81,6 +81,9 @@ class Call:
             step.launch(given)
             self.machine.launched(step.data)
 
+    def with_keys(self, problem: Problem, strides: Mapping[str, Strides]) -> None:
+        """None: every number of keys is planned from the beginning."""
+
     def compile(self) -> None:
         """Compile the kernels for operands that begin at multiples of 16 bytes."""
         with self.machine.active():
