@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -171,3 +172,16 @@ def test_files_are_rooms_of_a_size() -> None:
     for path in (ROOT / "tilefold").rglob("*.py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
         assert lines <= 420, f"{path}: {lines} lines"
+
+
+def test_every_object_that_a_page_shows_is_where_the_page_looks() -> None:
+    shown = [
+        name
+        for page in (ROOT / "docs").glob("*.md")
+        for name in re.findall(r"^::: ([\w.]+)", page.read_text(), re.MULTILINE)
+    ]
+    assert len(shown) > 20
+    for name in shown:
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute)
+        assert getattr(found, "__module__", module) == module, name
