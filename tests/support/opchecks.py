@@ -23,7 +23,7 @@ def opcheck(inputs: Sequence[Tensor], request: Request) -> None:
     torch.library.opcheck(operators.attention, (*inputs, request), test_utils=_CALLED)
     given = [tensor.detach() for tensor in inputs]
     torch.library.opcheck(operators.attention, (*given, request))
-    o, lse = operators.attention(*given, request)
+    o, lse, _ = operators.attention(*given, request)
     saved = (o, *given, o, lse, request)
     torch.library.opcheck(operators.attention_backward, saved)
     torch.library.opcheck(operators.attention_backward, (*saved, 0 * o[..., 0].to(lse.dtype)))

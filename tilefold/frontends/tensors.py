@@ -57,7 +57,7 @@ def backward(
 
 def keeps_low(q: Tensor) -> bool:
     """True if kernels for the tensor keep what rounding takes from lse: on processors alone."""
-    return q.is_cpu
+    return q.is_cpu and machine_of(q).keeps_low
 
 
 def machine_of(tensor: Tensor) -> Machine:
