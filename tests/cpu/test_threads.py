@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import itertools
 import os
@@ -135,22 +136,38 @@ def test_calls_from_four_threads_at_once(team: Callable[[int, int, int], None]) 
 
 
 def test_no_more_threads_to_be_had_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(*_: object) -> int:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
     monkeypatch.setattr(startable, "_warned", False)
     with pytest.warns(RuntimeWarning, match=r"^only 1 of 8 threads can start here"):
         assert take(threads.PythonTeam().run, 8) == 1
 
 
+def test_a_thread_that_ends_before_its_first_line_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, started = _thread.start_new_thread, []
+
+    def lost(function: Callable[..., object], arguments: tuple[object, ...]) -> int:
+        started.append(function)
+        return real(function, arguments) if len(started) < 3 else real(int, ())
+
+    monkeypatch.setattr(_thread, "start_new_thread", lost)
+    monkeypatch.setattr(threads, "_PATIENCE", 0.05)
+    monkeypatch.setattr(startable, "_warned", False)
+    with pytest.warns(RuntimeWarning, match=r"^only 3 of 8 threads can start here"):
+        assert take(threads.PythonTeam().run, 8) <= 3
+
+
 def test_threads_are_kept() -> None:
     team = threads.PythonTeam()
     take(team.run, 4)
-    before = threading.active_count()
+    before = _thread._count()
     for _ in range(20):
         take(team.run, 4)
-    assert threading.active_count() == before
+    assert _thread._count() == before
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an interval timer")
@@ -213,17 +230,17 @@ def test_a_signal_handler_calls_while_its_thread_waits_for_helpers() -> None:
 
 
 def test_a_signal_handler_calls_while_threads_are_hired(monkeypatch: pytest.MonkeyPatch) -> None:
-    team, real, came = threads.PythonTeam(), threading.Thread.start, []
+    team, real, came = threads.PythonTeam(), _thread.start_new_thread, []
 
-    def start(thread: threading.Thread) -> None:
+    def start(function: Callable[..., object], arguments: tuple[object, ...]) -> int:
         if not came:
             came.append(0)
             came[0] = take(team.run, 3)
-        real(thread)
+        return real(function, arguments)
 
-    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(_thread, "start_new_thread", start)
     outer = threading.Thread(target=take, args=(team.run, 2), daemon=True)
-    real(outer)
+    outer.start()
     outer.join(20)
     assert not outer.is_alive() and came[0]
 

@@ -12,6 +12,7 @@ threads of its own.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 import os
@@ -212,6 +213,10 @@ class DispatchTeam(Team):
         self._apply(workers, None, arguments, address)
 
 
+_PATIENCE = 5.0
+"""Seconds to wait for the first line of a thread, which takes about 50 us."""
+
+
 class PythonTeam(Team):
     """Python threads that start when first needed and stay."""
 
@@ -249,16 +254,28 @@ class PythonTeam(Team):
         """Have `wanted` threads, or as many as the system starts; return their number."""
         with self._lock:
             while self._threads < wanted:
-                name = f"tilefold-{self._threads + 1}"
-                try:
-                    threading.Thread(target=self._work, name=name, daemon=True).start()
-                except (RuntimeError, MemoryError):
+                if not self._start():
                     startable.warn(self._threads + 1, wanted + 1)
                     break
                 self._threads += 1
             return min(wanted, self._threads)
 
-    def _work(self) -> None:
+    def _start(self) -> bool:
+        """Start a thread; return whether it runs.
+
+        A thread for which no memory is left may end before its first line, and `threading.Thread`
+        would wait for that line for ever.
+        """
+        begun = threading.Lock()
+        begun.acquire()
+        try:
+            _thread.start_new_thread(self._work, (begun,))
+        except (RuntimeError, MemoryError):
+            return False
+        return begun.acquire(timeout=_PATIENCE)
+
+    def _work(self, begun: threading.Lock) -> None:
+        begun.release()
         while True:
             self._calls.get().join()
 
