@@ -10,7 +10,7 @@ kernels are compiled, once, for all later calls that differ in data alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tilefold.backends.protocols import (
@@ -28,8 +28,10 @@ from tilefold.backends.protocols import (
 )
 from tilefold.backends.registry import backend
 from tilefold.common import generation
+from tilefold.common.copies import changed
 from tilefold.common.lru import LruCache
 from tilefold.problems.attention import (
+    LIMIT,
     STATISTICS,
     Problem,
     Shape,
@@ -207,7 +209,10 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
         return None
     for name, array in named.items():
         arrays.check_held(name, array)
-    problem = replace(problem, len_k=length)
+    if not length < LIMIT:
+        return None
+    problem = changed(problem, len_k=length)
+    problem.mask.check(problem.batch, problem.heads_q, problem.len_q, length)
     strides = {name: arrays.strides(name, named[name]) for name in ("k", "v")}
     placed = {name: tuple([found[axis] for axis in axes]) for name, found in strides.items()}
     prepared = before.prepared.with_keys(problem, placed)

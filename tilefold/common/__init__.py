@@ -2,6 +2,7 @@
 
 settings       every environment variable, declared once
 check          checks of single arguments
+copies         copies of frozen values
 imports        why an optional package cannot be imported
 computed       properties that are computed once
 first_use      work of a first call that neither fork nor signal cuts in two

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.common import check
+from tilefold.common.computed import computed
 from tilefold.masks.evaluate import exact, index_bits
 from tilefold.masks.expression import Boolean, Logic, check_size, names
 from tilefold.masks.graph import SHALLOW, Node, keep_hash, same, spell
@@ -233,7 +233,7 @@ class Composed(Rule, Node):
             else:
                 rule.check(batch, heads, *lengths)
 
-    @cached_property
+    @computed
     def _steps(self) -> tuple[list[_Step], tuple[int, ...]]:
         *inner, last = _steps(self)
         return inner, last.parts  # without the rule itself, which would keep itself

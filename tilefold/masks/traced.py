@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from tilefold.common.check import shorten, shown
+from tilefold.common.computed import computed
 from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, as_boolean
 from tilefold.masks.graph import WRITTEN_OUT, hashed, same
 from tilefold.masks.rule import Rule
@@ -25,7 +25,7 @@ class Traced(Rule):
         """The traced expression: raw indices need no lengths."""
         return self.expression
 
-    @cached_property
+    @computed
     def _key(self) -> str | int:
         """The text, where all graphs of the same tree have it; of large ones a hash."""
         text = str(self.expression)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.common.computed import computed
 from tilefold.masks.expression import Declared, Table
 from tilefold.problems.attention import Problem
 
@@ -25,7 +25,7 @@ class Scratch:
     shape: tuple[int, ...]
     dtype: str
 
-    @cached_property
+    @computed
     def bytes(self) -> int:
         """Its size: found once, since a call that makes it may take microseconds."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize

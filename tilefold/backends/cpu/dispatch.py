@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from tilefold.backends.cpu.kernels.arguments import WORK, axes, factors
 from tilefold.backends.cpu.launches import Launch
 from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.protocols import Array, Arrays, Strides
+from tilefold.common.copies import changed
 from tilefold.planning.plan import Scratch
 from tilefold.problems.attention import STATISTICS, Problem, contiguous
 from tilefold.problems.buffer import Buffer
@@ -77,7 +78,7 @@ class Call:
             name = order[operand] if operand < len(order) else ""
             if name in strides:
                 words[place + 1 : place + 5] = strides[name]
-        return Call(plan, (replace(step, template=words.tobytes()),), _is_alone(plan))
+        return Call(plan, (changed(step, template=words.tobytes()),), _is_alone(plan))
 
     def run(self, *pointers: int) -> None:
         """Run the kernels in order on operands at these addresses, in the order of `OPERANDS`.

@@ -9,13 +9,12 @@ with other runs of keys. The plan is the same as one from the beginning:
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 
 from tilefold.backends.cpu.plan import CpuPlan
 from tilefold.backends.cpu.splits import KeySplitter
-from tilefold.common import reproducible
+from tilefold.common.copies import changed
 from tilefold.masks.expression import Truth
 from tilefold.masks.runs import Runs
 from tilefold.problems.attention import Problem
@@ -30,17 +29,17 @@ def with_keys(made: CpuPlan, problem: Problem) -> CpuPlan | None:
     split into more or fewer parts than before, or by the cores of this machine.
     """
     launch = made.launches[0]
-    if launch.spec.kernel not in _DECODE or reproducible.get_reproducible() != "anywhere":
+    if launch.spec.kernel not in _DECODE or launch.spec.mask.text != "True" or not made.anywhere:
         return None
-    if problem.empty or not (_all_visible(made.problem) and _all_visible(problem)):
+    if problem.empty or not _all_visible(problem):
         return None
     keys = KeySplitter(problem, None, launch.spec.lanes).fixed_keys(problem.len_k)
     if -(-problem.len_k // keys) != launch.block_rows:
         return None
     ends = [*range(0, problem.len_k, keys), problem.len_k]
     spans = np.array([(*span, 0) for span in itertools.pairwise(ends)], np.int64)
-    grown = replace(launch, problem=problem, runs=Runs(launch.runs.rows, spans, 1, 1))
-    return replace(made, problem=problem, launches=(grown,))
+    grown = changed(launch, problem=problem, runs=Runs(launch.runs.rows, spans, 1, 1))
+    return changed(made, problem=problem, launches=(grown,))
 
 
 def _all_visible(problem: Problem) -> bool:

@@ -48,6 +48,8 @@ class CpuPlan(Plan[Launch]):
     """The kernels of one operation on a processor."""
 
     device: Device
+    anywhere: bool
+    """Whether all that decides bits follows from one key head alone: see `set_reproducible`."""
 
 
 _recent: LruCache[CpuPlan] = LruCache(most=128, most_bytes=256 * 2**20)
@@ -137,6 +139,7 @@ class _Planner:
             parameters=self._masked.parameters,
             tables=self._masked.tables,
             buffers=buffers,
+            anywhere=self._anywhere,
         )
 
     def _launches(self, kernel: str) -> list[Launch]:
