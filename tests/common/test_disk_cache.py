@@ -78,6 +78,10 @@ def append(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
 
+def grow_beyond_memory(path: Path) -> None:
+    os.truncate(path, 1 << 40)
+
+
 def flip_a_bit_of_the_code(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[1000] ^= 4
@@ -164,6 +168,7 @@ DAMAGE = [
     empty,
     keep_the_header_alone,
     append,
+    grow_beyond_memory,
     flip_a_bit_of_the_code,
     flip_a_bit_of_the_checksum,
     flip_a_bit_of_the_length,
@@ -259,7 +264,7 @@ def test_an_entry_under_another_name_is_never_loaded(store: disk_cache.Cache) ->
     assert store.get(TEXT, TOOLCHAIN) is None
 
 
-@pytest.mark.parametrize("place", ["below a file", "no permission", "relative"])
+@pytest.mark.parametrize("place", ["below a file", "no permission", "relative", "long"])
 def test_a_directory_that_cannot_be_written_only_costs_speed(place: str, tmp_path: Path) -> None:
     if place == "below a file":
         (tmp_path / "file").write_text("")
@@ -269,13 +274,15 @@ def test_a_directory_that_cannot_be_written_only_costs_speed(place: str, tmp_pat
         folder = Path("/proc/tilefold/kernels") if os.geteuid() == 0 else tmp_path / "kernels"
         if os.geteuid() != 0:
             tmp_path.chmod(0o500)
-    else:
+    elif place == "relative":
         folder = Path("kernels-in-the-working-directory")
+    else:
+        folder = Path("/" + "long" * 1500)
     store = disk_cache.Cache(folder, 1 << 20)
     store.put(TEXT, TOOLCHAIN, BINARY)
     assert store.get(TEXT, TOOLCHAIN) is None
     assert (store.size(), store.count(), store.clear()) == (0, 0, 0)
-    assert not folder.exists()
+    assert not os.path.exists(folder)  # noqa: PTH110  # Path.exists raises for a long name
     assert str(store.problem()).startswith(f"{folder}: ")
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import tilefold
 from tilefold import Rule, causal, full, lengths, local
-from tilefold.backends.cpu import plan, tuned
+from tilefold.backends.cpu import choice, plan, tuned
 from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.tables import FAMILIES, Blocks, RegisterTile
@@ -218,6 +218,13 @@ def test_another_process_reads_it(cache: Path) -> None:
 
 
 @pytest.mark.feature("T15")
+def test_a_cache_that_cannot_be_looked_into_has_no_winners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is not the owner of HOME; a long name fails for root, too."""
+    monkeypatch.setenv("TILEFOLD_CACHE_DIR", "/" + "long" * 1500)
+    monkeypatch.delitem(sys.modules, tuned.__name__)
+    assert not choice._measured()
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -34,6 +34,7 @@ from tilefold.common.first_use import imported
 _NOTE = "a question"
 """This word takes the toolchain's place in the names of notes, so no kernel has the same name."""
 _MAGIC = b"tilefold kernel 1\n"
+_HEADER_BYTES = len(_MAGIC) + 32 + 8
 _OURS = re.compile(r"[0-9a-f]{64}\.[a-z]{1,8}(?P<unfinished>\.[0-9a-f]{16})?")
 _room: dict[tuple[Path, int], int] = {}
 """Bytes that this process may still write, by directory and limit, before it counts files again."""
@@ -66,7 +67,7 @@ class Cache:
                 content = _read(f"{key}{suffix}", directory)
         except OSError:
             return None
-        rest = content[len(_header(key, b"")) :]
+        rest = content[_HEADER_BYTES:]
         return rest if content == _header(key, rest) + rest else None
 
     def put(self, source: str, toolchain: str, binary: bytes, suffix: str = ".ll") -> None:
@@ -269,10 +270,13 @@ def _read(name: str, directory: int) -> bytes:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(name, flags, dir_fd=directory)
     try:
-        _check(descriptor, stat.S_ISREG)
-        os.utime(descriptor)  # the time of the last use
+        size = _check(descriptor, stat.S_ISREG).st_size
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            header = file.read(_HEADER_BYTES)
+            if size != _HEADER_BYTES + int.from_bytes(header[-8:], "little"):
+                raise OSError("not of the size that its header tells")
+            os.utime(descriptor)  # the time of the last use
+            return header + file.read()
     finally:
         os.close(descriptor)
 
@@ -291,7 +295,7 @@ def _write(name: str, content: bytes, directory: int) -> None:
             raise
 
 
-def _check(descriptor: int, is_expected_kind: Callable[[int], bool]) -> None:
+def _check(descriptor: int, is_expected_kind: Callable[[int], bool]) -> os.stat_result:
     status = os.fstat(descriptor)
     if not is_expected_kind(status.st_mode):
         raise OSError("not of the expected kind")
@@ -299,3 +303,4 @@ def _check(descriptor: int, is_expected_kind: Callable[[int], bool]) -> None:
         raise OSError(f"belongs to user {status.st_uid}, not to {os.geteuid()}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OSError("others may write to it")
+    return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -232,8 +233,10 @@ def _measured() -> bool:
 
     Without a file `tuned` is not imported: a first call counts its 3 milliseconds.
     """
-    read = "tilefold.backends.cpu.tuned" in sys.modules
-    return read or (disk_cache.default().directory / tables.TUNED).exists()
+    if "tilefold.backends.cpu.tuned" in sys.modules:
+        return True
+    # Path.exists raises where the folder's parents are closed to this user.
+    return os.path.exists(disk_cache.default().directory / tables.TUNED)  # noqa: PTH110
 
 
 def _cost(tile: RegisterTile) -> float:
