@@ -147,6 +147,12 @@ class Rule(ABC):
     def __or__(self, other: Any) -> Rule:
         return _combine(AnyOf, self, other)
 
+    def __rand__(self, other: Any) -> Rule:
+        return _combine(AllOf, self, other)
+
+    def __ror__(self, other: Any) -> Rule:
+        return _combine(AnyOf, self, other)
+
     def __invert__(self) -> Rule:
         return Not(self)
 
@@ -406,6 +412,9 @@ def _operand(rule: Rule, text: str, loose: type[Rule] | tuple[type[Rule], ...]) 
 
 def _combine(kind: type[AllOf] | type[AnyOf], left: Rule, right: Any) -> Rule:
     if not isinstance(right, Rule):
-        raise TypeError(f"{left!r} combines with other rules by & and |, got {check.shown(right)}")
+        hint = "; call it" if callable(right) else ""
+        raise TypeError(
+            f"{left!r} combines with other rules by & and |, got {check.shown(right)}{hint}"
+        )
     parts = [part.rules if isinstance(part, kind) else (part,) for part in (left, right)]
     return kind((*parts[0], *parts[1]))
