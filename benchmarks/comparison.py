@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 def names() -> list[str]:
     """The peers that are installed; NumPy's dense formula is no rival."""
-    return [name for name, peer in BASELINES.items() if name != "numpy" and peer.missing is None]
+    return [name for name, peer in BASELINES.items() if name != "numpy" and peer.unusable is None]
 
 
 def measure(threads: int, seconds: float, length: int, peers: list[str]) -> list[Row]:

@@ -18,7 +18,7 @@ from tilefold.backends.cpu.spec import KERNELS
 from tilefold.masks import parse
 from tilefold.masks.runs import runs
 from tilefold.measuring import baselines, timing, workload
-from tilefold.measuring.roofline_share import RooflineShares, shown
+from tilefold.measuring.roofline_share import RooflineShares, percent
 from tilefold.measuring.workload import Case
 from tilefold.planning import roofline
 from tilefold.problems.attention import Problem
@@ -393,4 +393,4 @@ def test_a_bound_that_a_result_beats_is_measured_again_or_not_shown(monkeypatch:
     rates = iter([quiet, quiet])
     share, _ = shares.of(case, 1e-9, pairs)
     assert share is None and next(rates, None) is None
-    assert (shown(None), shown(0.25), shown(0.25, "bytes")) == ("-", "25%", "25% of bytes")
+    assert (percent(None), percent(0.25), percent(0.25, "bytes")) == ("-", "25%", "25% of bytes")

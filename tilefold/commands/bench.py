@@ -20,7 +20,7 @@ from tilefold.masks.position_rules import Rule
 from tilefold.measuring import timing
 from tilefold.measuring.baselines import BASELINES
 from tilefold.measuring.environment import environment
-from tilefold.measuring.roofline_share import RooflineShares, shown
+from tilefold.measuring.roofline_share import RooflineShares, percent
 from tilefold.measuring.timing import Row
 from tilefold.measuring.workload import OPERATIONS, PASSES, Case
 from tilefold.problems.attention import ITEM_BYTES
@@ -199,7 +199,7 @@ def _show(found: list[list[Row]], peers: Sequence[str], shares: Shares) -> None:
             str(own.case.threads),
             terminal.seconds(own.median),
             f"{own.gflops:,.0f}",
-            shown(share),
+            percent(share),
         ]
         for row in rows[1 : 1 + len(peers)]:
             if row.reason:

@@ -26,7 +26,7 @@ from tilefold.commands import minilm, terminal
 from tilefold.masks import parse, picture
 from tilefold.masks.position_rules import Rule
 from tilefold.measuring import timing
-from tilefold.measuring.roofline_share import RooflineShares, shown
+from tilefold.measuring.roofline_share import RooflineShares, percent
 from tilefold.measuring.workload import Case
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
@@ -297,7 +297,7 @@ class Report:
                 f"{row.case.operation} {row.case.problem.mask}",
                 terminal.seconds(row.median),
                 terminal.rate(row.gflops * 1e9, "FLOP"),
-                shown(share, binding),
+                percent(share, binding),
             ]
             for row, share, binding in rows
         ]

@@ -36,7 +36,7 @@ class RooflineShares:
         return None, binding
 
 
-def shown(share: float | None, binding: str = "") -> str:
+def percent(share: float | None, binding: str = "") -> str:
     """A share as a percentage, with what binds; a dash where the bound is beaten."""
     if share is None:
         return "-"

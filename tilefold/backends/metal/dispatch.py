@@ -332,7 +332,7 @@ def fitted(spec: MetalSpec, strides: Mapping[str, Strides], alignment: int) -> M
         longest * abs(along_n) + whole(spec.width(name)) * abs(along_d)
         for name, (_, _, along_n, along_d) in given.items()
     ]
-    unit = all(along_d == 1 for _, _, _, along_d in given.values())
+    unit = all(given[name][3] == 1 or spec.width(name) == 1 for name in given)
     rows = [step for *along, _ in given.values() for step in along]
     widths = [spec.width(name) for name in given]
     vector = math.gcd(alignment, *rows, *widths) if unit else 1
