@@ -7,6 +7,8 @@
 - *whole call*: cached calls of (1, 12, 64, 32) float32 beside torch's SDPA, turn by turn.
 - *alone or together*: one thread and all threads on the same kernel, at sizes around the bound
   below which one thread works alone.
+- *growing*: a decode loop, 1 query and 8 heads of dim 64, whose every call has one key more, beside
+  calls of a length that was seen before, turn by turn.
 - *first call*: fresh processes, with bytecode and kernel on disk and all of it in the page cache.
   `import_for_a_call` is what a program pays once, by its first use of `tilefold.attention`.
 
@@ -38,6 +40,7 @@ from tilefold.backends.cpu import dispatch, threads
 from tilefold.measuring.environment import environment
 
 TINY, SMALL = (1, 1, 8, 16), (1, 12, 64, 32)
+WINDOW = tilefold.causal() & tilefold.local(256)
 LENGTHS = (16, 32, 64, 96, 128, 192)
 """Queries and keys of 4 heads of dim 32: from 0.13 to 19 million operations."""
 
@@ -63,6 +66,8 @@ print(numpy_there - start, there - numpy_there, ready - there, first - begin,
 """
 STAGES = ("import_numpy", "import_tilefold", "import_for_a_call", "first_call", "second_call")
 
+MASKS = {"full": tilefold.full(), "causal": tilefold.causal(), "window": WINDOW}
+
 Timed = dict[str, list[float]]
 
 
@@ -76,6 +81,7 @@ def main() -> None:
     content = environment() | {"threads": threads.get_num_threads()}
     content["overhead"] = [overhead(shape, options.seconds) for shape in (TINY, SMALL)]
     content["alone_or_together"] = [alone(length, options.seconds / 2) for length in LENGTHS]
+    content["growing"] = [growing(name, mask) for name, mask in MASKS.items()]
     content["fresh_process"] = fresh_process(options.processes)
     if options.json:
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -177,6 +183,27 @@ def alone(length: int, seconds: float) -> dict[str, Any]:
     )
     print(f"{row['flops'] / 1e6:6.2f} Mflop, microseconds on threads: {shown}")
     return row
+
+
+def growing(name: str, mask: tilefold.Rule, first: int = 1000, last: int = 1300) -> dict[str, Any]:
+    """One row: calls of one key more each time, and of a seen number of keys, in microseconds."""
+    random = np.random.default_rng(0)
+    q = random.standard_normal((1, 8, 1, 64), dtype=np.float32)
+    keys = random.standard_normal((1, 8, 4096, 64), dtype=np.float32)
+    seen = keys[:, :, : (first + last) // 2]
+    prepared.clear()
+    for k in (keys[:, :, : first - 100], seen):
+        tilefold.attention(q, k, k, mask=mask)
+    times: Timed = {"new": [], "seen": []}
+    for length in range(first, last):
+        for kind, k in (("new", keys[:, :, :length]), ("seen", seen)):
+            start = time.perf_counter()
+            tilefold.attention(q, k, k, mask=mask)
+            times[kind].append(time.perf_counter() - start)
+    row = {kind: summary(each) for kind, each in times.items()}
+    more = " ".join(f"{a - b:.1f}" for a, b in zip(row["new"], row["seen"], strict=True))
+    print(f"{name}: a new number of keys {row['new']}, a seen one {row['seen']}: {more} more")
+    return {"mask": str(mask), **row}
 
 
 def turn_by_turn(
