@@ -470,6 +470,7 @@ def test_doctor_reports_what_is_wrong(capsys: Any, monkeypatch: pytest.MonkeyPat
     assert said.err == "tilefold doctor: 24 of 24 self-tests failed\n"
 
 
+@pytest.mark.slow
 def test_doctor_fails_where_an_implementation_is_wrong_or_broken(
     capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,7 @@ for future in tilefold.compile_async(known):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["numpy", pytest.param("torch", marks=pytest.mark.slow)])
 def test_all_imports_of_first_calls_are_such_imports(framework: str, tmp_path: Path) -> None:
     pytest.importorskip(framework)
@@ -206,6 +207,7 @@ def test_all_imports_of_first_calls_are_such_imports(framework: str, tmp_path: P
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_fork_amid_a_first_call_and_amid_compiling_ahead(tmp_path: Path) -> None:
     """A tenth of a second is inside of the imports, and later ones are inside of LLVM."""

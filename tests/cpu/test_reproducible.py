@@ -205,6 +205,7 @@ def results(q: Array, k: Array, v: Array, do: Array, mask: Rule) -> dict[str, Ar
     return dict(zip(NAMES, (o, lse, *gradients), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M02", "T08")
 @pytest.mark.parametrize(
     "case",
@@ -225,6 +226,7 @@ def test_bits_of_an_entry_and_a_head_alone_and_in_company(case: str, dtype: str)
             assert_same(f"{name} of entry {b}, key head {h}", array, together[name][place])
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M02", "T08")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bits_do_not_depend_on_the_cores_or_threads(dtype: str) -> None:
@@ -275,6 +277,7 @@ def digest() -> None:
     print(" ".join(hashes))
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T08")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
 def test_bits_in_a_process_that_may_use_one_core() -> None:

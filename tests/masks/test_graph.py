@@ -146,6 +146,7 @@ def dense_of(made: Rule) -> NDArray[np.bool_]:
     return made.to_dense(8, 8)
 
 
+@pytest.mark.slow
 def test_deep_graphs_are_freed() -> None:
     made = [negated(50_000), counted(50_000)]
     gc.collect()

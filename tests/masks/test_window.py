@@ -22,6 +22,7 @@ from tilefold.masks.parse import parse
 from tilefold.masks.runs import Counts
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M15")
 @given(mask_cases.cases(), st.data())
 def test_a_piece_is_a_slice_of_the_whole(case: Case, data: st.DataObject) -> None:

@@ -168,6 +168,7 @@ def test_right_whatever_comes_late(name: str, seed: int) -> None:
     compare(problem, inputs(problem, seed), blocks=blocks, seed=seed, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [None, -0.3])
 def test_odd_keys_reach_who_sees_them(scale: float | None) -> None:
     problem = problem_of(200, 200, causal(), scale=scale)
@@ -200,6 +201,7 @@ def test_scores_of_minus_infinity_alone_have_no_mean(mask: Rule | None) -> None:
     compare(problem, operands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [None, causal()], ids=str)
 def test_huge_scores_choose_one_key(mask: Rule | None) -> None:
     problem = problem_of(140, 140, mask, scale=2.0**100)

@@ -66,6 +66,7 @@ def assert_as_near(
         assert found <= allowed, f"{name}: error {found:.3g}, allowed {allowed:.3g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("form", "len_q", "len_k"), [("tiled", 24, 60), ("decode", 2, 600)])
 def test_large_scores_forward(form: str, len_q: int, len_k: int, scale: float) -> None:
@@ -78,6 +79,7 @@ def test_large_scores_forward(form: str, len_q: int, len_k: int, scale: float) -
     assert errors(got["lse"], exact["lse"]).max() <= 1.5 * unit, "lse has one rounding"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("form", ["split", "fused"])
 def test_large_scores_backward(form: str, scale: float) -> None:
@@ -88,6 +90,7 @@ def test_large_scores_backward(form: str, scale: float) -> None:
     assert_as_near(got, exact, rounded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [full(), causal(), lengths([40])], ids=repr)
 def test_scores_of_minus_infinity_alone_have_no_mean(mask: Rule) -> None:
     """Head 0 sees nothing else, head 1 in its first tile and a half; some queries see no key."""
@@ -107,6 +110,7 @@ def test_scores_of_minus_infinity_alone_have_no_mean(mask: Rule) -> None:
         assert_near(name, array, want[name], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e8, 1e30, 3e38 / 40])
 def test_huge_scores_choose_one_key(size: float) -> None:
     """The product of a score and the factor is not rounded, and the maximum is: they may be apart

@@ -116,6 +116,7 @@ def test_tuning_reaches_shapes_that_were_called_before(clock: Clock, on: Interpr
     assert before != after, "a call that was prepared before the tuning is prepared again"
 
 
+@pytest.mark.slow
 def test_the_best_are_timed_again_turn_by_turn(clock: Clock, on: Interpreted) -> None:
     measured = clock({usual(): 9.0, **dict(zip(SOME, (1.0, 2.0, 3.0, 4.0), strict=True))})
     tilefold.triton.tune(SMALL, "forward", on, keep=False)
@@ -199,6 +200,7 @@ WORDS = ["tune", "--device", "cuda", "--operation", "forward", "--shape", "1,1,2
 WORDS += ["--mask", "causal()"]
 
 
+@pytest.mark.slow
 @pytest.mark.feature("S08")
 def test_the_command_shows_and_keeps(
     clock: Clock, on: Interpreted, monkeypatch: pytest.MonkeyPatch, capsys: Any
