@@ -176,6 +176,7 @@ MASKS: dict[str, Rule] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M05", "T07")
 @pytest.mark.parametrize("owners", [1, 2, 3, 8, 15])
 @pytest.mark.parametrize("mask", MASKS)

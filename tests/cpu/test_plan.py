@@ -75,6 +75,7 @@ def test_results_do_not_depend_on_the_blocks(dtype: str) -> None:
             assert_near(f"{name} with {options}", array, expected, tolerance * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M07")
 @pytest.mark.parametrize("isa", FAMILIES)
 def test_every_plan_fits_the_machine(isa: str) -> None:

@@ -142,6 +142,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M02", "T08")
 @pytest.mark.parametrize("operation", FORMS)
 def test_what_decides_bits_follows_from_one_key_head(operation: str) -> None:

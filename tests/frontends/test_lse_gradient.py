@@ -107,6 +107,7 @@ def test_the_implementations_of_torch_compute_it(impl: str) -> None:
     assert torch.autograd.gradcheck(both, (q, k, v))
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T10")
 def test_merge_passes_gradients_on() -> None:
     """To parts that can use them; the lse of a kernel refuses its part."""

@@ -110,6 +110,7 @@ def check_tiles(case: Case, blocks: tuple[int, int]) -> None:
         assert not (truly_some & ~some).any(), "a tile is called skipped"
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T07", "M15")
 @given(mask_cases.cases(longest=36), BLOCKS)
 def test_no_tile_is_called_full_or_skipped_that_is_not(case: Case, blocks: tuple[int, int]) -> None:
@@ -126,6 +127,7 @@ def test_no_tile_of_many_masks_is_called_what_it_is_not(
     check_tiles(case, blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T07")
 @given(mask_cases.cases(longest=30), st.data())
 def test_tiles_of_any_extent(case: Case, data: st.DataObject) -> None:

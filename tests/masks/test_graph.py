@@ -125,6 +125,7 @@ def test_rules_of_shared_and_of_deep_parts_print_what_makes_them(
     assert eval(repr(made), vars(tilefold)) == made
 
 
+@pytest.mark.slow
 @every_graph
 def test_rules_of_shared_and_of_deep_parts_mean_what_they_say(
     make: Callable[[int], Rule], times: int
@@ -306,6 +307,7 @@ def test_numbers_past_64_bits_raise_one_error_wherever_they_are_computed(
 # Random graphs.
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.randoms(use_true_random=False), st.integers(1, 5), st.integers(1, 5))
 def test_folds_of_random_graphs_agree_with_plain_python(

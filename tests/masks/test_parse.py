@@ -34,6 +34,7 @@ def test_constants_side_by_side_read_back_as_they_were(operator: str) -> None:
     assert parse(repr(made)) == made
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(mask_cases.cases(depth=3, data=False))
 def test_what_a_rule_prints_reads_back_as_the_rule(case: Case) -> None:

@@ -66,6 +66,7 @@ def test_all_golden_masks_are_there() -> None:
     assert len(GOLDEN) == 351
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T03", "T04", "T05", "T06")
 @given(mask_cases.cases())
 def test_every_composition_means_its_definition(case: Case) -> None:

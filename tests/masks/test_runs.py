@@ -90,6 +90,7 @@ def check_cover(found: Runs, visible: NDArray[np.bool_], block: int) -> None:
             assert not here[:, ~covered].any()
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M15", "T07")
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the patch is the same for all

@@ -51,6 +51,7 @@ def test_shares_are_weighed_counts() -> None:
     assert made.issued == 132 / 133
 
 
+@pytest.mark.slow
 def test_the_page_is_checked_against_texts_counts_and_plans() -> None:
     kept = json.loads(metal_model.KEPT.read_text(encoding="utf-8"))
     page = f"before\n{metal_model.BEGIN}\n{metal_model.END}\nafter"

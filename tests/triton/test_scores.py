@@ -128,6 +128,7 @@ def test_huge_scores_choose_one_key(size: float) -> None:
     assert_near("lse", got["lse"], want[None, None], 2 * UNITS["float32"] * want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 1e-37, 2.3e38])
 def test_a_scale_may_be_as_small_or_large_as_float32(scale: float) -> None:
     problem = Problem.of((1, 1, 20, 16), dtype="float32", mask=causal(), scale=scale)

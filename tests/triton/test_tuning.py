@@ -72,6 +72,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> Iterator[Clock]
     tuned.STORE.forget()
 
 
+@pytest.mark.slow
 @pytest.mark.feature("S08")
 def test_the_fastest_blocks_are_kept(clock: Clock, on: Interpreted) -> None:
     before = usual()
@@ -92,6 +93,7 @@ def test_the_fastest_blocks_are_kept(clock: Clock, on: Interpreted) -> None:
     assert usual() == before
 
 
+@pytest.mark.slow
 @pytest.mark.feature("S08")
 def test_tuning_reaches_shapes_that_were_called_before(clock: Clock, on: Interpreted) -> None:
     import torch
@@ -124,6 +126,7 @@ def test_the_best_are_timed_again_turn_by_turn(clock: Clock, on: Interpreted) ->
     assert measured[5:] == [*SOME, usual()] * ROUNDS, "the usual blocks take part"
 
 
+@pytest.mark.slow
 def test_a_little_faster_is_noise(clock: Clock, on: Interpreted) -> None:
     clock({usual(): 1.0, SOME[0]: 0.995})
     first, second = tilefold.triton.tune(SMALL, "forward", on)
