@@ -163,28 +163,20 @@ def _look_up(
     )
     call = calls.get(key)
     if call is None:
-        call = _new(key, machine, operation, request, arrays, alignment, given)
+        call = _new(key, given)
     return call, given
 
 
-def _new(
-    key: tuple[Any, ...],
-    machine: Machine,
-    operation: str,
-    request: Request,
-    arrays: Arrays,
-    alignment: int,
-    given: tuple[Array, ...],
-) -> Call:
-    """A call that was not made before, or so long ago that it is kept no more."""
-    *same, layouts = key
-    but_keys = (*same, layouts[0])
-    before = _newest.get(but_keys) if plain(operation) == "forward" else None
+def _new(key: tuple[Any, ...], given: tuple[Array, ...]) -> Call:
+    """A call that was not made before, or so long ago that it is kept no more, by its key."""
+    machine, operation, request, _, arrays, alignment, layouts = key
+    grows, but_keys = plain(operation) == "forward", (*key[:-1], layouts[0])
+    before = _newest.get(but_keys) if grows else None
     call = before and _with_keys(before, arrays, given, request.layout)
     if call is None:
         call = _call(machine, operation, request, arrays, alignment, given)
     size = call.prepared.data_bytes if call.prepared else 0
-    if plain(operation) == "forward":
+    if grows:
         _newest.put(but_keys, call, size)
     return calls.put(key, call, size)
 
@@ -200,6 +192,8 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
     axes, problem = LAYOUTS[layout], before.problem
     sizes = named["k"].shape
     length = sizes[axes[2]] if len(sizes) == len(axes) else 0
+    if length >= LIMIT:
+        return None
     rows = (problem.batch, problem.heads_kv, length)
     for name, dim in (("k", problem.dim), ("v", problem.dim_v)):
         canonical = (*rows, dim)
@@ -209,13 +203,10 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
         return None
     for name, array in named.items():
         arrays.check_held(name, array)
-    if not length < LIMIT:
-        return None
     problem = changed(problem, len_k=length)
     problem.mask.check(problem.batch, problem.heads_q, problem.len_q, length)
     strides = {name: arrays.strides(name, named[name]) for name in ("k", "v")}
-    placed = {name: tuple([found[axis] for axis in axes]) for name, found in strides.items()}
-    prepared = before.prepared.with_keys(problem, placed)
+    prepared = before.prepared.with_keys(problem, _canonical(strides, axes))
     if prepared is None:
         return None
     return Call(problem, before.operation, arrays, before.results, prepared)
@@ -271,11 +262,15 @@ def _dtype(name: str, dtype: str) -> str:
 
 def _placement(strides: Mapping[str, Strides], alignment: int, axes: Axes) -> Placement:
     """The placement of operands whose strides are in the order of a layout with these axes."""
-    canonical = {
+    return Placement(_canonical(strides, axes), alignment, axes)
+
+
+def _canonical(strides: Mapping[str, Strides], axes: Axes) -> dict[str, Strides]:
+    """The strides in the order of the canonical axes; those of lse stay, which has three axes."""
+    return {
         name: found if len(found) < len(axes) else tuple([found[axis] for axis in axes])
         for name, found in strides.items()
     }
-    return Placement(canonical, alignment, axes)
 
 
 def _check_result(

@@ -15,11 +15,9 @@ import numpy as np
 from tilefold.backends.cpu.plan import CpuPlan
 from tilefold.backends.cpu.splits import KeySplitter
 from tilefold.common.copies import changed
-from tilefold.masks.expression import Truth
+from tilefold.masks.expression import Boolean, Truth
 from tilefold.masks.runs import Runs
 from tilefold.problems.attention import Problem
-
-_DECODE = ("decode", "decode_part")
 
 
 def with_keys(made: CpuPlan, problem: Problem) -> CpuPlan | None:
@@ -29,9 +27,10 @@ def with_keys(made: CpuPlan, problem: Problem) -> CpuPlan | None:
     split into more or fewer parts than before, or by the cores of this machine.
     """
     launch = made.launches[0]
-    if launch.spec.kernel not in _DECODE or launch.spec.mask.text != "True" or not made.anywhere:
+    if not (launch.spec.row.by_query and made.anywhere) or problem.empty:
         return None
-    if problem.empty or not _all_visible(problem):
+    bound = problem.mask.bind(problem.len_q, problem.len_k)
+    if not (_hides_none(launch.spec.mask.expression) and _hides_none(bound)):
         return None
     keys = KeySplitter(problem, None, launch.spec.lanes).fixed_keys(problem.len_k)
     if -(-problem.len_k // keys) != launch.block_rows:
@@ -42,7 +41,6 @@ def with_keys(made: CpuPlan, problem: Problem) -> CpuPlan | None:
     return changed(made, problem=problem, launches=(grown,))
 
 
-def _all_visible(problem: Problem) -> bool:
-    """True where the rule says at once that every query sees every key."""
-    expression = problem.mask.bind(problem.len_q, problem.len_k)
+def _hides_none(expression: Boolean) -> bool:
+    """True where an expression says at once that every query sees every key."""
     return isinstance(expression, Truth) and expression.value
