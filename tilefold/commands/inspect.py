@@ -13,6 +13,7 @@ import argparse
 import shlex
 import time
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from tilefold import triton
@@ -27,12 +28,6 @@ from tilefold.common import settings
 from tilefold.masks import parse
 from tilefold.planning import roofline
 from tilefold.planning.plan import OPERATIONS
-
-FORMS = {
-    "forward": ("auto", "interleaved", "tiled", "decode"),
-    "backward": ("auto", "fused", "split"),
-}
-"""The forms of each operation on the CPU. The backends of GPUs check theirs themselves."""
 
 
 def register(commands: Any) -> None:
@@ -50,7 +45,9 @@ def register(commands: Any) -> None:
     specification.add_dtype(parser)
     parser.add_argument("--mask", default="full()", metavar="RULE")
     parser.add_argument("--operation", choices=OPERATIONS, default="forward")
-    parser.add_argument("--form", choices=plan.FORMS, default="auto")
+    parser.add_argument(
+        "--form", choices=tuple(dict.fromkeys(chain(*plan.FORMS.values()))), default="auto"
+    )
     parser.add_argument("--isa", help="a narrower instruction set of this machine, such as avx2")
     parser.add_argument(
         "--kernel",
@@ -87,8 +84,8 @@ def main(options: argparse.Namespace) -> int:
     if options.backend != "cpu":
         print(kernel_source.source(options, problem), end="")
         return 0
-    if options.form not in FORMS[options.operation]:
-        allowed = ", ".join(FORMS[options.operation])
+    if options.form not in plan.FORMS[options.operation]:  # GPU backends check theirs themselves
+        allowed = ", ".join(plan.FORMS[options.operation])
         raise ValueError(
             f"--form of --operation {options.operation} must be one of {allowed}, not"
             f" {options.form!r}"

@@ -159,15 +159,21 @@ class KeyPartitioner:
         lowest, highest = first[:-1].reshape(planes).min(0), last[:-1].reshape(planes).max(0)
         return np.append(lowest, first[-1]), np.append(highest, last[-1])
 
+    @computed
+    def met_of_heads(self) -> Array:
+        """Queries that all block rows of a key head meet, for each plane of key heads."""
+        planes_h = min(self.runs.planes_h, self.problem.heads_kv)
+        met: Array = self.runs.met.reshape(self.runs.planes_b, planes_h, -1).sum(axis=2)
+        return met
+
     @property
     def fused_heads(self) -> NDArray[np.bool_]:
         """For each plane of key heads: the fused form takes less time there, on one core.
 
         A single owner sums all of dQ, which has to be rounded once more in half types.
         """
-        planes_h = min(self.runs.planes_h, self.problem.heads_kv)
-        met = self.runs.met.reshape(self.runs.planes_b, planes_h, -1).sum(axis=2)
-        heads = max(1, self.runs.planes_h // planes_h)
+        met = self.met_of_heads
+        heads = max(1, self.runs.planes_h // met.shape[1])
         work = met / heads + self.heuristics.block_queries * self.runs.block_rows
         rows = self.problem.len_q / self.block_k
         if STATISTICS[self.problem.dtype] == self.problem.dtype:

@@ -36,7 +36,10 @@ from tilefold.planning.plan import Plan, Scratch
 from tilefold.planning.visited import cut, nothing
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
-FORMS = ("auto", "interleaved", "tiled", "decode", "fused", "split")
+FORMS = {
+    "forward": ("auto", "interleaved", "tiled", "decode"),
+    "backward": ("auto", "fused", "split"),
+}
 """Forms of an operation: forward "tiled" or "decode", backward "fused" or "split"."""
 
 UNIT = {"fma": 1.0, "dot": 0.5, "amx": 1 / 16}
@@ -175,7 +178,7 @@ class _Planner:
         self, form: str, owners: int | None, in_place: bool
     ) -> tuple[list[Launch], dict[str, Scratch]]:
         """The launches of the backward pass and their buffers."""
-        assert form in ("auto", "fused", "split"), form
+        assert form in FORMS["backward"], form
         problem, cores, computed = self._problem, self._device.cores, self._computed
         row = (problem.batch, problem.heads_q, problem.len_q)
         statistics = Scratch((*row[:2], len(OF_QUERY) * problem.len_q), computed)
@@ -261,15 +264,13 @@ class _Planner:
         taken: Heads,
     ) -> Launch:
         """A worker for each of the key heads `taken`, which makes all parts of dQ."""
-        problem, visited = self._problem, fused.runs
-        planes_h = min(visited.planes_h, problem.heads_kv)
-        met = visited.met.reshape(visited.planes_b, planes_h, -1).sum(axis=2)
-        order = np.argsort(-np.broadcast_to(met, taken.shape).ravel(), kind="stable")
+        met = np.broadcast_to(partitioner.met_of_heads, taken.shape)
+        order = np.argsort(-met.ravel(), kind="stable")
         fused = replace(fused, order=order[taken.ravel()[order]], item_rows=1, some=True)
         if len(dealt) == 1:
             return replace(fused, owners=partitioner.alone)
         rows = int((dealt[:, LAST_QUERY] - dealt[:, FIRST_QUERY]).max())
-        elements = partitioner.group * rows * fused.spec.whole(problem.dim)
+        elements = partitioner.group * rows * fused.spec.whole(self._problem.dim)
         return replace(
             fused,
             spec=replace(fused.spec, in_turn=True),
@@ -299,7 +300,8 @@ class _Planner:
         takes its own products, the sums across lanes, and one vector of exponentials for a vector
         of keys.
         """
-        assert form in FORMS, form  # forms of the backward pass leave the choice open here
+        # forms of the backward pass leave the choice open here
+        assert any(form in forms for forms in FORMS.values()), form
         problem, cores, lanes = self._problem, self._device.cores, self._chooser.lanes
         heads, key_heads = problem.batch * problem.heads_q, problem.batch * problem.heads_kv
         if self._anywhere:
