@@ -169,7 +169,7 @@ def _ratio(figure: Figure, seconds: float) -> Result:
     """Against the peer, turn by turn."""
     assert figure.peer
     own, other = timing.measure(figure.case, [figure.peer], seconds=seconds)
-    share, binding = _share(own.case, own.median, own.pairs)
+    share, binding = SHARES.of(own.case, own.median, own.pairs)
     result = Result(figure, None, own.median, None, share, binding, other.reason)
     if other.reason:
         return result
@@ -231,7 +231,7 @@ def _call(figure: Figure, seconds: float, *, as_tensors: bool) -> Result:
     own = workload.own(case, inputs)
     check("torch", case, own(), other())
     median = _medians({"tilefold": own, "torch": other}, seconds)
-    share, binding = _share(case, median["tilefold"], visible_pairs(case.problem))
+    share, binding = SHARES.of(case, median["tilefold"], visible_pairs(case.problem))
     ratio = median["torch"] / median["tilefold"]
     return Result(figure, ratio, median["tilefold"], median["torch"], share, binding)
 
@@ -250,7 +250,7 @@ def _scaling(figure: Figure, seconds: float) -> Result:
 
     median = _medians({str(number): with_threads(number) for number in (1, most)}, seconds)
     ratio = median["1"] / median[str(most)]
-    share, binding = _share(replace(case, threads=most), median[str(most)], case.problem.pairs)
+    share, binding = SHARES.of(replace(case, threads=most), median[str(most)], case.problem.pairs)
     reason = f"there are {most} cores" if most < 4 else None
     notes = {"threads": float(most)}
     return Result(figure, ratio, median[str(most)], median["1"], share, binding, reason, notes)
@@ -289,11 +289,7 @@ def _medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str
 
 
 SHARES = RooflineShares()
-
-
-def _share(case: Case, seconds: float, pairs: int) -> tuple[float | None, str]:
-    """The share of the roofline of this run, and which bound binds."""
-    return SHARES.of(case, seconds, pairs)
+"""The shares of the roofline of this run, and which bound binds."""
 
 
 # Tables ----------------------------------------------------------------------------------------

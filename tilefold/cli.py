@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from tilefold.commands import bench, doctor, inspect, mask, run, tune
 from tilefold.commands.terminal import EXIT_CODES, Failure, Parser
+from tilefold.common.check import one_line
 
 COMMANDS = (run, bench, tune, inspect, mask, doctor)
 
@@ -61,6 +62,5 @@ def _version() -> str:
 
 
 def _complain(command: str, message: object, code: int) -> int:
-    one_line = " ".join(str(message).split())
-    print(f"tilefold {command}: {one_line}", file=sys.stderr)
+    print(f"tilefold {command}: {one_line(message)}", file=sys.stderr)
     return code

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,14 @@ def until_begun(name: str) -> None:
     while name not in sys.modules:
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+def amid(function: Callable[[], object], begun: threading.Event) -> threading.Thread:
+    """A thread that is inside a function, which says so."""
+    thread = threading.Thread(target=function)
+    thread.start()
+    assert begun.wait(30)
+    return thread
 
 
 def test_examples() -> None:
@@ -69,9 +78,7 @@ def test_a_fork_waits_no_longer_than_the_bound(monkeypatch: pytest.MonkeyPatch) 
         begun.set()
         return go.wait(30)
 
-    thread = threading.Thread(target=stuck)
-    thread.start()
-    assert begun.wait(30)
+    thread = amid(stuck, begun)
     child = os.fork()
     if child == 0:
         signal.alarm(20)
@@ -99,9 +106,7 @@ def test_a_fork_waits_for_an_import_before_it_takes_the_lock_of_llvm() -> None:
         binding.get_process_triple()
         return time.monotonic()
 
-    thread = threading.Thread(target=slow)
-    thread.start()
-    assert begun.wait(30)
+    thread = amid(slow, begun)
     child = os.fork()
     if child == 0:
         os._exit(17)

@@ -18,6 +18,7 @@ from tilefold.backends.cpu import tuned as winners
 from tilefold.backends.cpu.device import amx, host
 from tilefold.commands import terminal
 from tilefold.common import array_files, disk_cache, settings
+from tilefold.common.check import one_line
 from tilefold.masks import parse
 from tilefold.measuring import agreement
 from tilefold.measuring.agreement import Agreement
@@ -127,7 +128,7 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
         try:
             found = call()
         except Exception as raised:  # the doctor reports every error
-            text = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+            text = f"{type(raised).__name__}: {one_line(raised)}"
             return Check(f"{operation} {name}", np.inf, False, time.perf_counter() - start, text)
         seconds = time.perf_counter() - start
         error = max(map(agreement.error, found, expected))

@@ -20,6 +20,7 @@ import numpy as np
 from tilefold.backends.metal import dispatch, emulate, gated, runtime
 from tilefold.commands import terminal
 from tilefold.common import array_files, settings
+from tilefold.common.check import one_line
 from tilefold.common.files import write_atomically
 from tilefold.measuring import baselines, metal_selftest, metal_utilisation
 from tilefold.measuring.environment import environment
@@ -130,7 +131,7 @@ def _measured(machine: dispatch.Machine) -> Iterator[tuple[list[Measured], list[
             try:
                 yield measure(machine, problem, "mps")
             except RuntimeError as error:  # too little memory in torch, or a refused kernel
-                yield [], [f"{dtype} d{dim}: {' '.join(str(error).split())}"]
+                yield [], [f"{dtype} d{dim}: {one_line(error)}"]
 
 
 def measure(
@@ -156,7 +157,7 @@ def measure(
             call()
             wait()
         except RuntimeError as error:  # its backward holds all scores, and memory may not suffice
-            notes.append(f"native {each}, {p.dtype} d{p.dim}: {' '.join(str(error).split())}")
+            notes.append(f"native {each}, {p.dtype} d{p.dim}: {one_line(error)}")
         else:
             native[each] = call
     return metal_utilisation.measure(machine, p, operands, wait, native, seconds), notes

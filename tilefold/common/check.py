@@ -58,5 +58,14 @@ def shorten(text: str, width: int) -> str:
     >>> shorten("one line\\nand another", 12)
     'one line ...'
     """
-    line = " ".join(text.split())
+    line = one_line(text)
     return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def one_line(value: object) -> str:
+    """A text, or the message of an error, as one line.
+
+    >>> one_line(ValueError("two\\n  lines"))
+    'two lines'
+    """
+    return " ".join(str(value).split())

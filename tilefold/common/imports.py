@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+from tilefold.common.check import one_line
+
 
 def why_not(module: str) -> str | None:
     """Import a module: None where this works, else the reason.
@@ -19,5 +21,5 @@ def why_not(module: str) -> str | None:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name in (module, None):
             return "is not installed"
-        return f"does not import: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"does not import: {type(error).__name__}: {one_line(error)}"
     return None

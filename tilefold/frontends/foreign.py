@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.common.check import one_line
+
 Array = NDArray[Any]
 
 _DLPACK_CPU = 1
@@ -34,7 +36,7 @@ def viewed(name: str, value: Any) -> Array:
     except Exception as error:  # of the object's own code
         raise TypeError(
             f"{name} must be an array that NumPy can view, got {kind}:"
-            f" {' '.join(str(error).split()) or type(error).__name__}"
+            f" {one_line(error) or type(error).__name__}"
         ) from error
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold import api
+from tilefold.common.check import one_line
 from tilefold.common.imports import why_not
 from tilefold.implementations import NAMES
 from tilefold.masks.position_rules import causal, local
@@ -112,17 +113,13 @@ def _try(
     try:
         results = {key: np.asarray(each, np.float64) for key, each in run(name).items()}
     except (NotImplementedError, ImportError) as raised:
-        return Agreement(name, arrays, reason=_line(raised))
+        return Agreement(name, arrays, reason=one_line(raised))
     except Exception as raised:  # every error is shown
         return Agreement(
-            name, arrays, reason=f"{type(raised).__name__}: {_line(raised)}", broken=True
+            name, arrays, reason=f"{type(raised).__name__}: {one_line(raised)}", broken=True
         )
     worst = max(error(each, expected[key]) for key, each in results.items())
     return Agreement(name, arrays, worst, results=results)
-
-
-def _line(raised: Exception) -> str:
-    return " ".join(str(raised).split())
 
 
 def _inputs() -> Arrays:

@@ -21,6 +21,7 @@ from tilefold.backends.metal.dispatch import Machine, execute
 from tilefold.backends.metal.matmul import calls
 from tilefold.backends.metal.plan import MetalPlan, plan
 from tilefold.common.array_files import element_type
+from tilefold.common.check import one_line
 from tilefold.masks.data_rules import lengths
 from tilefold.masks.position_rules import Rule, causal, chunked, full, local
 from tilefold.measuring.agreement import error
@@ -248,7 +249,7 @@ def _judge(
     try:
         found = run()
     except Exception as raised:  # every error on this machine is shown
-        text = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+        text = f"{type(raised).__name__}: {one_line(raised)}"
         return Trial(kernel, case, dtype, None, time.perf_counter() - start, text)
     seconds = time.perf_counter() - start
     worst = max(error(array, exact[name]) for name, array in found.items())

@@ -22,6 +22,7 @@ from tilefold.backends.cpu import dispatch, threads
 from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import plan
+from tilefold.common.check import one_line
 from tilefold.measuring import baselines
 from tilefold.measuring.workload import Array, Arrays, Call, Case, arrays, own
 from tilefold.planning.roofline import visible_pairs
@@ -198,7 +199,7 @@ def _start(case: Case, makers: Mapping[str, Callable[[], Call]], expected: objec
             started.firsts[name], found = first_call(call)
             baselines.check(name, case, expected, found)
         except (RuntimeError, ArithmeticError, MemoryError) as error:
-            started.reasons[name] = " ".join(str(error).split())
+            started.reasons[name] = one_line(error)
         else:
             started.calls[name] = call
     return started
