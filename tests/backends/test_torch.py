@@ -27,7 +27,7 @@ from tilefold.problems.request import Request
 torch = pytest.importorskip("torch", reason="there are no tensors without torch")
 from gpu_tensors import TOLERANCES, check, expected, tensors  # noqa: E402  # where torch is
 from metal_rules import Compiler  # noqa: E402
-from opchecks import opcheck  # noqa: E402
+from opchecks import opcheck  # noqa: E402  # where torch is
 from torch import Tensor  # noqa: E402
 
 from tilefold.frontends import tensors as below  # noqa: E402

@@ -96,6 +96,7 @@ def test_a_handler_may_wait_for_a_thread_that_uses_the_store() -> None:
 def test_a_fork_amid_a_put_leaves_the_child_a_store() -> None:
     recent: LruCache[str] = LruCache(most=2, most_bytes=100)
     size, begun, go = Interrupting(1), threading.Event(), threading.Event()
+    # What the handler returns is not read.
     size.handler = lambda: (begun.set(), go.wait(30))  # type: ignore[assignment, return-value]
     other = threading.Thread(target=recent.put, args=("a", "x", size))
     other.start()

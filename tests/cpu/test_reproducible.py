@@ -318,4 +318,4 @@ def test_a_new_scope_holds_for_calls_that_were_prepared_before() -> None:
     assert splits[0] == splits[2] != splits[1]
     for wrong in ("here", "", None, 1):
         with pytest.raises(ValueError, match=r"scope must be 'anywhere' or 'machine', not "):
-            tilefold.set_reproducible(wrong)  # type: ignore[arg-type]
+            tilefold.set_reproducible(wrong)  # type: ignore[arg-type]  # the point

@@ -192,7 +192,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         " combine tilefold's rules with & | ~",
     ),
     "mask is not called": (
-        lambda: attention(Q, Q, Q, mask=causal),  # type: ignore[arg-type]
+        lambda: attention(Q, Q, Q, mask=causal),  # type: ignore[arg-type]  # the point
         TypeError,
         "mask must be a rule such as tilefold.causal(), got ADDRESS; call it: causal(...)",
     ),
@@ -320,6 +320,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "dtype must be 'float32', 'float64', 'float16' or 'bfloat16', got 'int8'",
     ),
     "size of a problem": (
+        # the point: a length that is no integer
         lambda: Problem(1, 1, 1, 2.5, 1, 1, 1, "float32", 1.0, full()),  # type: ignore[arg-type]
         TypeError,
         "len_q must be an integer, got 2.5",

@@ -270,7 +270,7 @@ def test_rules_combine_with_rules_only(other: Any) -> None:
 
 def test_a_rule_that_was_not_called_is_named() -> None:
     with pytest.raises(TypeError, match=r"got <function causal.*; call it$"):
-        causal & local(3)  # type: ignore[operator]
+        causal & local(3)  # type: ignore[operator]  # the point
 
 
 def test_a_rule_keeps_its_data_whatever_happens_to_the_array() -> None:
