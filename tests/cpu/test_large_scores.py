@@ -21,7 +21,7 @@ from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as numpy_arrays
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.kernels.arguments import factors
-from tilefold.backends.protocols import Machine
+from tilefold.backends.protocols import FORWARD_LOW, Machine
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 from tilefold.problems.request import Request
 
@@ -290,7 +290,7 @@ def test_a_machine_without_the_optional_statistic_is_not_asked_for_it() -> None:
 
     q = np.zeros((1, 1, 2, 4), "float32")
     with pytest.raises(NotImplementedError, match="kernels of metal neither write nor read"):
-        calls.run(Other(), numpy_arrays, "forward_low", (q, q, q), Request())
+        calls.run(Other(), numpy_arrays, FORWARD_LOW, (q, q, q), Request())
 
 
 def test_a_scale_is_a_power_of_two_and_a_rest() -> None:

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilefold.backends.protocols import (
-    GIVEN,
-    OPERANDS,
-    RESULTS,
+    FORWARD,
+    FORWARD_LOW,
+    PASSES,
     Array,
     Arrays,
     Axes,
     Machine,
+    Pass,
     Placement,
     Prepared,
     Strides,
-    plain,
 )
 from tilefold.backends.registry import backend
 from tilefold.common import generation
@@ -58,7 +58,7 @@ class Call:
     """
 
     problem: Problem
-    operation: str
+    made_for: Pass
     arrays: Arrays
     results: tuple[tuple[Shape, Any], ...]
     prepared: Prepared | None
@@ -70,15 +70,18 @@ calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
 _newest: LruCache[Call] = LruCache(most=64, most_bytes=2**24)
 """The newest forward call of each problem, whatever its keys: a call with more keys begins here."""
 
+_GROWING = (FORWARD, FORWARD_LOW)
+"""The passes whose number of keys often grows from call to call."""
+
 
 def run(
-    machine: Machine, arrays: Arrays, operation: str, given: tuple[Array, ...], request: Request
+    machine: Machine, arrays: Arrays, wanted: Pass, given: tuple[Array, ...], request: Request
 ) -> tuple[Array, ...]:
-    """The results of a pass, one of `GIVEN`, of arrays in the order that it names."""
-    call, given = _look_up(machine, arrays, operation, given, request)
+    """The results of a pass of arrays in the order that it names."""
+    call, given = _look_up(machine, arrays, wanted, given, request)
     results = arrays.empty(given[0], call.results)
     if call.prepared is None:
-        _fill(operation, results)
+        _fill(wanted, results)
     else:
         call.prepared.launch(arrays, given + results)
     return results
@@ -96,7 +99,7 @@ class Bound:
         """Write the results and return them."""
         call = self.call
         if call.prepared is None:
-            _fill(call.operation, self.results)
+            _fill(call.made_for, self.results)
         else:
             call.prepared.launch(call.arrays, self.given + self.results)
         return self.results
@@ -105,32 +108,32 @@ class Bound:
 def bind(
     machine: Machine,
     arrays: Arrays,
-    operation: str,
+    wanted: Pass,
     given: tuple[Array, ...],
     request: Request,
     into: Sequence[Array | None],
 ) -> Bound:
     """The call of `run`, which writes into the arrays of `into`, or into new ones where None."""
-    call, given = _look_up(machine, arrays, operation, given, request)
+    call, given = _look_up(machine, arrays, wanted, given, request)
     results = []
-    for name, array, (shape, dtype) in zip(RESULTS[operation], into, call.results, strict=True):
+    for name, array, (shape, dtype) in zip(wanted.results, into, call.results, strict=True):
         if array is None:
             (array,) = arrays.empty(given[0], ((shape, dtype),))
         else:
             _check_result(machine, arrays, name, array, shape, call.problem)
         results.append(array)
     if call.prepared and any(array is not None for array in into):
-        every = dict(zip(OPERANDS[operation], (*given, *results), strict=True))
+        every = dict(zip(wanted.operands, (*given, *results), strict=True))
         strides = {name: arrays.strides(name, array) for name, array in every.items()}
         placement = _placement(strides, machine.alignment(every), LAYOUTS[request.layout])
-        prepared = backend(machine.backend).prepare(machine, call.problem, operation, placement)
-        call = Call(call.problem, operation, arrays, call.results, prepared)
+        prepared = backend(machine.backend).prepare(machine, call.problem, wanted, placement)
+        call = Call(call.problem, wanted, arrays, call.results, prepared)
     return Bound(call, given, tuple(results))
 
 
-def _fill(operation: str, results: tuple[Array, ...]) -> None:
+def _fill(wanted: Pass, results: tuple[Array, ...]) -> None:
     """Write the results where no query meets a key."""
-    for name, array in zip(RESULTS[operation], results, strict=True):
+    for name, array in zip(wanted.results, results, strict=True):
         array[...] = _EMPTY[name]
 
 
@@ -141,20 +144,21 @@ def compile_ahead(machine: Machine, problem: Problem, operation: str, layout: st
     shapes = dict(zip(("q", "k", "v"), shapes_qkv(problem, layout), strict=True))
     shapes |= {"o": shape_o(problem, layout), "lse": shape_lse(problem)}
     shapes |= {"do": shapes["o"], "dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
-    strides = {name: contiguous(shapes[name]) for name in OPERANDS[operation]}
+    wanted = PASSES[operation]
+    strides = {name: contiguous(shapes[name]) for name in wanted.operands}
     placement = _placement(strides, machine.aligned, LAYOUTS[layout])
     found = backend(machine.backend)
-    found.prepare(machine, found.admit(problem), operation, placement).compile()
+    found.prepare(machine, found.admit(problem), wanted, placement).compile()
 
 
 def _look_up(
-    machine: Machine, arrays: Arrays, operation: str, given: tuple[Array, ...], request: Request
+    machine: Machine, arrays: Arrays, wanted: Pass, given: tuple[Array, ...], request: Request
 ) -> tuple[Call, tuple[Array, ...]]:
     """The call, made and kept if it is new, and its arrays as the machine accepts them."""
-    given, alignment = machine.accept(arrays, operation, given)
+    given, alignment = machine.accept(arrays, wanted, given)
     key = (
         machine,
-        operation,
+        wanted,
         request,
         generation.number,
         arrays,
@@ -169,12 +173,12 @@ def _look_up(
 
 def _new(key: tuple[Any, ...], given: tuple[Array, ...]) -> Call:
     """A call that was not made before, or so long ago that it is kept no more, by its key."""
-    machine, operation, request, _, arrays, alignment, layouts = key
-    grows, but_keys = plain(operation) == "forward", (*key[:-1], layouts[0])
+    machine, wanted, request, _, arrays, alignment, layouts = key
+    grows, but_keys = wanted in _GROWING, (*key[:-1], layouts[0])
     before = _newest.get(but_keys) if grows else None
     call = before and _with_keys(before, arrays, given, request.layout)
     if call is None:
-        call = _call(machine, operation, request, arrays, alignment, given)
+        call = _call(machine, wanted, request, arrays, alignment, given)
     size = call.prepared.data_bytes if call.prepared else 0
     if grows:
         _newest.put(but_keys, call, size)
@@ -209,21 +213,21 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
     prepared = before.prepared.with_keys(problem, _canonical(strides, axes))
     if prepared is None:
         return None
-    return Call(problem, before.operation, arrays, before.results, prepared)
+    return Call(problem, before.made_for, arrays, before.results, prepared)
 
 
 def _call(
     machine: Machine,
-    operation: str,
+    wanted: Pass,
     request: Request,
     arrays: Arrays,
     alignment: int,
     given: tuple[Array, ...],
 ) -> Call:
     """Checks the arrays, and prepares the call unless it is empty."""
-    if not (machine.keeps_low or plain(operation) == operation):
+    if "lse_low" in wanted.operands and not machine.keeps_low:
         raise NotImplementedError(f"kernels of {machine.backend} neither write nor read lse_low")
-    named: dict[str, Array] = dict(zip(GIVEN[operation], given, strict=True))
+    named: dict[str, Array] = dict(zip(wanted.given, given, strict=True))
     read: dict[str, Array] = {
         name: named[name] for name in ("q", "k", "v", "do", "o") if name in named
     }
@@ -242,17 +246,17 @@ def _call(
         if name in named:
             check_shape(name, tuple(named[name].shape), shapes[name])
     shapes |= dict(zip(("dq", "dk", "dv"), shapes_qkv(problem, layout), strict=True))
-    written = RESULTS[operation]
+    written = wanted.results
     results = tuple(
         (shapes[name], arrays.native_dtype(named["q"], _dtype(name, dtype))) for name in written
     )
     if problem.empty:
-        return Call(problem, operation, arrays, results, None)
+        return Call(problem, wanted, arrays, results, None)
     strides = {name: arrays.strides(name, array) for name, array in named.items()}
     strides |= {name: contiguous(shapes[name]) for name in written}
     placement = _placement(strides, alignment, LAYOUTS[layout])
-    prepared = on.prepare(machine, problem, operation, placement)
-    return Call(problem, operation, arrays, results, prepared)
+    prepared = on.prepare(machine, problem, wanted, placement)
+    return Call(problem, wanted, arrays, results, prepared)
 
 
 def _dtype(name: str, dtype: str) -> str:

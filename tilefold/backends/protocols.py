@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 from tilefold.problems.attention import Problem, Shape
@@ -22,33 +23,45 @@ Strides = tuple[int, ...]
 Axes = tuple[int, int, int, int]
 """The positions of the canonical axes in an array of the caller's layout."""
 
-GIVEN = {
-    "forward": ("q", "k", "v"),
-    "backward": ("do", "q", "k", "v", "o", "lse"),
-    "forward_low": ("q", "k", "v"),
-    "backward_low": ("do", "q", "k", "v", "o", "lse", "lse_low"),
-}
-"""The arrays that a caller gives to each pass, in order.
 
-The passes "_low" also write and read `lse_low`, which is what rounding took from lse: gradients are
-then exact for large scores too. Only machines that `keeps_low` have these passes.
-"""
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass of attention: its operation, and the arrays that it is given and that it writes.
 
-RESULTS = {
-    "forward": ("o", "lse"),
-    "backward": ("dq", "dk", "dv"),
-    "forward_low": ("o", "lse", "lse_low"),
-    "backward_low": ("dq", "dk", "dv"),
-}
-"""The arrays that each pass writes, in order."""
+    The names stand in the order in which a prepared call takes the arrays. Passes are made by
+    `plus`, once for each set of names, so they are compared by identity.
 
-OPERANDS = {name: GIVEN[name] + RESULTS[name] for name in GIVEN}
-"""All arrays of each pass, in the order in which a prepared call takes them."""
+    >>> FORWARD.plus(results=("lse_low",)).results
+    ('o', 'lse', 'lse_low')
+    """
+
+    operation: str
+    given: tuple[str, ...]
+    results: tuple[str, ...]
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """All arrays, in order."""
+        return self.given + self.results
+
+    @lru_cache(maxsize=256)  # noqa: B019  # passes are few and live as long as the program
+    def plus(self, given: tuple[str, ...] = (), results: tuple[str, ...] = ()) -> Pass:
+        """The same pass with more arrays."""
+        if not (given or results):
+            return self
+        return Pass(self.operation, self.given + given, self.results + results)
 
 
-def plain(operation: str) -> str:
-    """The pass, "forward" or "backward", of a pass with or without `lse_low`."""
-    return operation.removesuffix("_low")
+FORWARD = Pass("forward", ("q", "k", "v"), ("o", "lse"))
+FORWARD_LOW = FORWARD.plus(results=("lse_low",))
+"""The pass also writes `lse_low`, which is what rounding took from lse: gradients are then exact
+for large scores too. Only machines that `keeps_low` have this pass."""
+BACKWARD = Pass("backward", ("do", "q", "k", "v", "o", "lse"), ("dq", "dk", "dv"))
+BACKWARD_LOW = BACKWARD.plus(("lse_low",))
+"""The pass also reads `lse_low`."""
+
+PASSES = {each.operation: each for each in (FORWARD, BACKWARD)}
+"""The passes of an operation without further arrays."""
 
 
 class Arrays(Protocol):
@@ -114,7 +127,7 @@ class Prepared(Protocol):
     def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
         """Run the kernels in order on arrays in the caller's layout.
 
-        `operands` are in the order of `OPERANDS`.
+        `operands` are in the order of `Pass.operands`.
         """
 
     def compile(self) -> None:
@@ -134,7 +147,7 @@ class Machine(ABC):
     """The name of the backend whose kernels the machine runs: see `registry.BACKENDS`."""
 
     keeps_low: ClassVar[bool] = False
-    """Whether kernels write and read what rounding took from lse: see `GIVEN`."""
+    """Whether kernels write and read what rounding took from lse: see `FORWARD_LOW`."""
 
     aligned: ClassVar[int] = 0
     """The alignment of operands that begin at the start of an allocation."""
@@ -148,13 +161,13 @@ class Machine(ABC):
         return 0
 
     def accept(
-        self, arrays: Arrays, operation: str, given: tuple[Array, ...]
+        self, arrays: Arrays, wanted: Pass, given: tuple[Array, ...]
     ) -> tuple[tuple[Array, ...], int]:
         """The arrays as kernels read them, and their alignment. Every call asks for them.
 
         Kernels read lse without strides. Raises unless kernels can read the arrays.
         """
-        named = dict(zip(GIVEN[operation], given, strict=True))
+        named = dict(zip(wanted.given, given, strict=True))
         self.check(**named)
         if "lse" in named:
             named["lse"] = arrays.packed(named["lse"])
@@ -175,6 +188,6 @@ class Backend(Protocol):
         """The problem as this backend computes it. Raises NotImplementedError if it cannot."""
 
     def prepare(
-        self, machine: Any, problem: Problem, operation: str, placement: Placement
+        self, machine: Any, problem: Problem, wanted: Pass, placement: Placement
     ) -> Prepared:
         """Plan a problem that is not empty, and emit or compile its kernels."""

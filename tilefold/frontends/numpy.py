@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
+from tilefold.backends.protocols import BACKWARD, FORWARD
 from tilefold.backends.registry import machine
 from tilefold.frontends.foreign import viewed
 from tilefold.problems.attention import check_parts
@@ -32,7 +33,7 @@ request_of = Request
 def attention(q: Any, k: Any, v: Any, request: Request) -> tuple[Array, Array]:
     """Return o and lse; see `tilefold.attention`."""
     given = as_array("q", q), as_array("k", k), as_array("v", v)
-    o, lse = calls.run(machine("cpu"), arrays, "forward", given, request)
+    o, lse = calls.run(machine("cpu"), arrays, FORWARD, given, request)
     return o, lse
 
 
@@ -42,7 +43,7 @@ def attention_backward(
     """Return dq, dk and dv; see `tilefold.attention_backward`."""
     named = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
     given = tuple([as_array(name, array) for name, array in named.items()])
-    dq, dk, dv = calls.run(machine("cpu"), arrays, "backward", given, request)
+    dq, dk, dv = calls.run(machine("cpu"), arrays, BACKWARD, given, request)
     return dq, dk, dv
 
 

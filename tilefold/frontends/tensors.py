@@ -12,14 +12,14 @@ from torch import Tensor
 from tilefold.backends import calls, registry
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.arrays.torch import check_place, common_dtype, dtype_of
-from tilefold.backends.protocols import GIVEN, Machine
+from tilefold.backends.protocols import BACKWARD, BACKWARD_LOW, FORWARD, FORWARD_LOW, Machine, Pass
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, check_lse
 from tilefold.problems.request import Request
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """o and lse, below autograd."""
-    o, lse = _run("forward", (q, k, v), q, request)
+    o, lse = _run(FORWARD, (q, k, v), q, request)
     return o, lse
 
 
@@ -32,7 +32,7 @@ def forward_low(
     """
     if not keeps_low(q):
         return *forward(q, k, v, request), None
-    o, lse, low = _run("forward_low", (q, k, v), q, request)
+    o, lse, low = _run(FORWARD_LOW, (q, k, v), q, request)
     return o, lse, low
 
 
@@ -49,9 +49,9 @@ def backward(
     """dq, dk and dv, below autograd; `lse_low` is the last result of `forward_low`."""
     given = do, q, k, v, o, lse
     if lse_low is None:
-        dq, dk, dv = _run("backward", given, q, request)
+        dq, dk, dv = _run(BACKWARD, given, q, request)
     else:
-        dq, dk, dv = _run("backward_low", (*given, lse_low), q, request)
+        dq, dk, dv = _run(BACKWARD_LOW, (*given, lse_low), q, request)
     return dq, dk, dv
 
 
@@ -66,21 +66,21 @@ def machine_of(tensor: Tensor) -> Machine:
 
 
 def _run(
-    operation: str, given: tuple[Tensor, ...], q: Tensor, request: Request
+    wanted: Pass, given: tuple[Tensor, ...], q: Tensor, request: Request
 ) -> tuple[Tensor, ...]:
     bits = 0
     for x in given:
         address = x.data_ptr()
         bits |= address
         if address < _LOWEST:
-            for name, tensor in zip(GIVEN[operation], given, strict=True):
+            for name, tensor in zip(wanted.given, given, strict=True):
                 arrays.check_held(name, tensor)
     if bits % _WIDEST and q.is_cpu:  # a tensor whose items are misaligned is copied
         given = tuple([x if x.data_ptr() % x.itemsize == 0 else x.clone() for x in given])
     try:
-        return calls.run(machine_of(q), arrays, operation, given, request)
+        return calls.run(machine_of(q), arrays, wanted, given, request)
     except RuntimeError:  # nested tensors have no shape
-        for name, tensor in zip(GIVEN[operation], given, strict=True):
+        for name, tensor in zip(wanted.given, given, strict=True):
             arrays.check_dense(name, tensor)
         raise
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tilefold.backends import calls
 from tilefold.backends.arrays import torch as arrays
+from tilefold.backends.protocols import BACKWARD
 from tilefold.common.lru import LruCache
 from tilefold.frontends import tensors
 from tilefold.masks.position_rules import causal, full
@@ -138,7 +139,7 @@ class _TensorOps(torch.autograd.Function):
         machine, request = ctx.rest
         q, k, v, o, lse = ctx.saved_tensors
         given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
-        gradients = calls.run(machine, arrays, "backward", given, request)
+        gradients = calls.run(machine, arrays, BACKWARD, given, request)
         return (None, None, None, *gradients)
 
 

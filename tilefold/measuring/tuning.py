@@ -26,7 +26,6 @@ from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tables import Blocks, RegisterTile
 from tilefold.backends.cpu.tuned import Key, Processor, Timed, TunedBlocks
-from tilefold.backends.protocols import OPERANDS
 from tilefold.measuring.environment import environment
 from tilefold.measuring.timing import operands, turn_by_turn, using_threads
 from tilefold.measuring.workload import Arrays, Call, Case, arrays
@@ -217,8 +216,7 @@ class _Race:
     def _call(self, blocks: Blocks) -> Call:
         """A call with these blocks; it compiles when it first runs."""
         strides = {name: buffer.strides for name, buffer in self._operands.items()}
-        names = OPERANDS[self._case.operation]
-        pointers = [self._operands[name].pointer for name in names]
+        pointers = [buffer.pointer for buffer in self._operands.values()]
 
         @functools.cache
         def prepared() -> dispatch.Call:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
-from tilefold.backends.protocols import Array, Arrays, Machine, Placement
+from tilefold.backends.protocols import Array, Arrays, Machine, Pass, Placement
 from tilefold.problems.attention import Problem
 
 
@@ -22,7 +22,7 @@ class CpuMachine(Machine):
         """Nothing is elsewhere that has come here."""
 
     def accept(
-        self, arrays: Arrays, operation: str, given: tuple[Array, ...]
+        self, arrays: Arrays, wanted: Pass, given: tuple[Array, ...]
     ) -> tuple[tuple[Array, ...], int]:
         """The arrays themselves: kernels read lse too in any strides, from any element."""
         return given, 0
@@ -51,7 +51,7 @@ def admit(problem: Problem) -> Problem:
 
 
 def prepare(
-    machine: CpuMachine, problem: Problem, operation: str, placement: Placement
+    machine: CpuMachine, problem: Problem, wanted: Pass, placement: Placement
 ) -> dispatch.Call:
     """Plan a problem and load its kernels."""
-    return dispatch.call(problem, machine.device, operation, placement.strides)
+    return dispatch.call(problem, machine.device, wanted.operation, placement.strides)

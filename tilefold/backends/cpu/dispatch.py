@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tilefold.backends import protocols
 from tilefold.backends.cpu import growth, threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
@@ -47,11 +46,15 @@ _WORKSPACE, _RUNS, _LEN_K = map(WORK.index, ("workspace", "runs", "len_k"))
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A plan prepared for operands of certain strides; only pointers and threads are missing."""
+    """A plan prepared for operands of certain strides; only pointers and threads are missing.
+
+    `order` names the operands in the order of their pointers.
+    """
 
     plan: CpuPlan
     steps: tuple[_Step, ...]
     alone: bool
+    order: tuple[str, ...]
 
     @property
     def data_bytes(self) -> int:
@@ -59,7 +62,7 @@ class Call:
         return self.plan.data_bytes
 
     def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
-        """Run the kernels in order; `operands` are in the order of `OPERANDS`."""
+        """Run the kernels in order; `operands` are in the order of `order`."""
         self.run(*map(arrays.pointer, operands))
 
     def compile(self) -> None:
@@ -73,15 +76,15 @@ class Call:
         (launch,), (step,) = plan.launches, self.steps
         words = np.frombuffer(step.template, np.int64).copy()
         words[_RUNS], words[_LEN_K] = launch.runs.runs.ctypes.data, problem.len_k
-        order = protocols.OPERANDS[plan.operation]
         for place, operand in step.places:
-            name = order[operand] if operand < len(order) else ""
+            name = self.order[operand] if operand < len(self.order) else ""
             if name in strides:
                 words[place + 1 : place + 5] = strides[name]
-        return Call(plan, (changed(step, template=words.tobytes()),), _is_alone(plan))
+        step = changed(step, template=words.tobytes())
+        return Call(plan, (step,), _is_alone(plan), self.order)
 
     def run(self, *pointers: int) -> None:
-        """Run the kernels in order on operands at these addresses, in the order of `OPERANDS`.
+        """Run the kernels in order on operands at these addresses, in the order of `order`.
 
         The caller keeps the operands alive meanwhile.
         """
@@ -120,7 +123,6 @@ class _Step:
 
 def call(problem: Problem, device: Device, operation: str, strides: Mapping[str, Strides]) -> Call:
     """The call of a problem for operands of these strides, in canonical axes."""
-    operation = protocols.plain(operation)
     if operation == "backward":
         in_place = strides["dq"][3] == 1
         return prepare(plan(problem, device, operation, in_place=in_place), strides)
@@ -134,19 +136,17 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
 def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:
     """Run the kernels of a plan in order on operands by their names in the kernels."""
     strides = {name: buffer.strides for name, buffer in operands.items()}
-    made = prepare(plan, strides)
-    made.run(*[operands[name].pointer for name in _order(plan, strides)])
+    prepare(plan, strides).run(*[buffer.pointer for buffer in operands.values()])
 
 
 def prepare(plan: CpuPlan, strides: Mapping[str, Strides]) -> Call:
     """The loaded kernels of a plan, and their argument blocks for operands of these strides.
 
-    The axes of `strides` are canonical.
+    The axes of `strides` are canonical. The call takes pointers in the order of `strides`.
     """
-    ordered = {name: strides[name] for name in _order(plan, strides)}
-    ordered |= {name: contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
-    steps = tuple(_step(plan, launch, ordered) for launch in plan.launches)
-    return Call(plan, steps, _is_alone(plan))
+    made = {name: contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
+    steps = tuple(_step(plan, launch, {**strides, **made}) for launch in plan.launches)
+    return Call(plan, steps, _is_alone(plan), tuple(strides))
 
 
 def _is_alone(plan: CpuPlan) -> bool:
@@ -154,12 +154,6 @@ def _is_alone(plan: CpuPlan) -> bool:
     problem = plan.problem
     flops = 2 * problem.pairs * (problem.dim + problem.dim_v)
     return flops < _ALONE_FLOPS and problem.bytes(plan.operation) < _ALONE_BYTES
-
-
-def _order(plan: CpuPlan, given: Container[str]) -> list[str]:
-    """The operands of a call in the order of their pointers, with `lse_low` if it is given."""
-    low = "_low" if "lse_low" in given else ""
-    return list(protocols.OPERANDS[plan.operation + low])
 
 
 def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:

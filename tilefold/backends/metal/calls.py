@@ -7,7 +7,7 @@ from dataclasses import replace
 from tilefold.backends.metal import dispatch, runtime
 from tilefold.backends.metal.plan import plan
 from tilefold.backends.metal.runtime import missing
-from tilefold.backends.protocols import Placement
+from tilefold.backends.protocols import Pass, Placement
 from tilefold.problems.attention import Problem
 
 __all__ = ["admit", "machine", "missing", "prepare"]
@@ -29,8 +29,8 @@ def admit(problem: Problem) -> Problem:
 
 
 def prepare(
-    machine: dispatch.Machine, problem: Problem, operation: str, placement: Placement
+    machine: dispatch.Machine, problem: Problem, wanted: Pass, placement: Placement
 ) -> dispatch.Call:
     """Plan a problem and compile its kernels."""
-    made = plan(problem, machine.family, operation)
+    made = plan(problem, machine.family, wanted.operation)
     return dispatch.prepare(made, machine, placement.strides, placement.alignment)

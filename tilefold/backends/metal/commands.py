@@ -18,7 +18,7 @@ import numpy as np
 from tilefold.backends import calls
 from tilefold.backends.metal import runtime
 from tilefold.backends.metal.dispatch import Machine
-from tilefold.backends.protocols import GIVEN, Array, Arrays
+from tilefold.backends.protocols import BACKWARD, FORWARD, Array, Arrays, Pass
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.request import Request
 
@@ -57,7 +57,7 @@ class Commands:
     ) -> tuple[Array, Array]:
         """Record a call of `tilefold.attention`; return o and lse: `out` and `lse` if given."""
         request = Request(mask, scale, layout)
-        o, lse = self._record("forward", (q, k, v), request, (out, lse))
+        o, lse = self._record(FORWARD, (q, k, v), request, (out, lse))
         return o, lse
 
     def attention_backward(
@@ -78,7 +78,7 @@ class Commands:
     ) -> tuple[Array, Array, Array]:
         """Record a call of `tilefold.attention_backward`; return dq, dk and dv, given or new."""
         request = Request(mask, scale, layout)
-        dq, dk, dv = self._record("backward", (do, q, k, v, o, lse), request, (dq, dk, dv))
+        dq, dk, dv = self._record(BACKWARD, (do, q, k, v, o, lse), request, (dq, dk, dv))
         return dq, dk, dv
 
     def launch(self) -> None:
@@ -100,15 +100,15 @@ class Commands:
 
     def _record(
         self,
-        operation: str,
+        wanted: Pass,
         given: tuple[Array, ...],
         request: Request,
         results: Sequence[Array | None],
     ) -> Sequence[Any]:
         try:
             machine = self._find()
-            arrays = _arrays(machine, operation, given, results)
-            bound = calls.bind(machine, arrays, operation, given, request, results)
+            arrays = _arrays(machine, wanted, given, results)
+            bound = calls.bind(machine, arrays, wanted, given, request, results)
         except NotImplementedError as error:
             if self._strict:
                 raise
@@ -125,7 +125,7 @@ class Commands:
 
 
 def _arrays(
-    machine: Machine, operation: str, given: tuple[Array, ...], results: Sequence[Array | None]
+    machine: Machine, wanted: Pass, given: tuple[Array, ...], results: Sequence[Array | None]
 ) -> Arrays:
     """The module of the arrays' framework. Raises TypeError if the frameworks differ."""
     tensor = getattr(sys.modules.get("torch"), "Tensor", ())
@@ -138,7 +138,7 @@ def _arrays(
     from tilefold.backends.arrays import numpy
 
     if not all(isinstance(array, np.ndarray) for array in every):
-        machine.check(**dict(zip(GIVEN[operation], given, strict=True)))
+        machine.check(**dict(zip(wanted.given, given, strict=True)))
         raise TypeError("all arrays of a call must be of NumPy, or all tensors")
     return numpy
 

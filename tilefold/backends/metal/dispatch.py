@@ -141,6 +141,7 @@ class Call:
     machine: Machine
     plan: MetalPlan
     steps: tuple[_Step, ...]
+    order: tuple[str, ...]
 
     @property
     def data_bytes(self) -> int:
@@ -148,8 +149,8 @@ class Call:
         return self.plan.data_bytes
 
     def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
-        """Launch the kernels in order; `operands` are in the order of `protocols.OPERANDS`."""
-        self.run(dict(zip(protocols.OPERANDS[self.plan.operation], operands, strict=True)))
+        """Launch the kernels in order; `operands` are in the order of `order`."""
+        self.run(dict(zip(self.order, operands, strict=True)))
 
     def with_keys(self, problem: Problem, strides: Mapping[str, Strides]) -> None:
         """None: every number of keys is planned from the beginning."""
@@ -238,7 +239,7 @@ def prepare(
     the result of `alignment_of` for the operands.
     """
     steps = tuple(_step(plan, launch, machine, strides, alignment) for launch in plan.launches)
-    return Call(machine, plan, steps)
+    return Call(machine, plan, steps, tuple(strides))
 
 
 def kernel(

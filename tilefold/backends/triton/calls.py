@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tilefold.backends import calls
-from tilefold.backends.protocols import GIVEN, Placement
+from tilefold.backends.protocols import BACKWARD, FORWARD, Pass, Placement
 from tilefold.backends.triton import dispatch, runtime
 from tilefold.backends.triton.machine import Machine as TritonMachine
 from tilefold.backends.triton.plan import plan
@@ -34,10 +34,10 @@ def admit(problem: Problem) -> Problem:
 
 
 def prepare(
-    machine: TritonMachine, problem: Problem, operation: str, placement: Placement
+    machine: TritonMachine, problem: Problem, wanted: Pass, placement: Placement
 ) -> dispatch.Call:
     """Plan a problem and have its kernels written; Triton compiles each at its first launch."""
-    made = plan(problem, machine.architecture, operation)
+    made = plan(problem, machine.architecture, wanted.operation)
     aligned16 = bool(placement.alignment)
     return dispatch.prepare(made, machine, placement.strides, aligned16, placement.axes)
 
@@ -61,7 +61,7 @@ def attention(
     Raises NotImplementedError where no kernel can run, and what `tilefold.attention` raises.
     """
     request = Request(mask, scale, layout, precision)
-    o, lse = _run(machine, "forward", (q, k, v), request)
+    o, lse = _run(machine, FORWARD, (q, k, v), request)
     return o, lse
 
 
@@ -81,21 +81,21 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, as `tilefold.attention_backward`, on a machine; see `attention`."""
     request = Request(mask, scale, layout, precision)
-    dq, dk, dv = _run(machine, "backward", (do, q, k, v, o, lse), request)
+    dq, dk, dv = _run(machine, BACKWARD, (do, q, k, v, o, lse), request)
     return dq, dk, dv
 
 
 def _run(
-    machine: TritonMachine | None, operation: str, given: tuple[Tensor, ...], request: Request
+    machine: TritonMachine | None, wanted: Pass, given: tuple[Tensor, ...], request: Request
 ) -> tuple[Tensor, ...]:
     """The results of a pass, on the GPU where q lies unless another machine is given."""
     from torch import Tensor
 
     from tilefold.backends.arrays import torch
 
-    for name, tensor in zip(GIVEN[operation], given, strict=True):
+    for name, tensor in zip(wanted.given, given, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}")
     on = machine or runtime.gpu(given[0].device.index if given[0].is_cuda else 0)
     detached = tuple([tensor.detach() for tensor in given])
-    return calls.run(on, torch, operation, detached, request)
+    return calls.run(on, torch, wanted, detached, request)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tilefold.backends import protocols
 from tilefold.backends.launching import mask_arguments, runs_on, stride_arguments, tables_on
 from tilefold.backends.protocols import Arrays, Strides
 from tilefold.backends.triton import module, resources, source
@@ -41,6 +40,7 @@ class Call:
     machine: Machine
     plan: TritonPlan
     steps: tuple[_Step, ...]
+    order: tuple[str, ...]
     axes: tuple[int, int, int, int] = LAYOUTS["bhnd"]
 
     @property
@@ -51,14 +51,14 @@ class Call:
     def launch(self, arrays: Arrays, operands: Sequence[Tensor]) -> None:
         """Launch the kernels in order on tensors in the caller's layout, with new scratch.
 
-        `operands` are in the order of `protocols.OPERANDS`.
+        `operands` are in the order of `order`.
         """
-        axes, names = self.axes, protocols.OPERANDS[self.plan.operation]
+        axes = self.axes
         with self.machine.active():
             self.run(
                 {
                     name: tensor if name == "lse" else tensor.permute(axes)
-                    for name, tensor in zip(names, operands, strict=True)
+                    for name, tensor in zip(self.order, operands, strict=True)
                 }
             )
 
@@ -152,7 +152,7 @@ def prepare(
     grid can have.
     """
     steps = tuple(_step(plan, launch, machine, strides, aligned16) for launch in plan.launches)
-    return Call(machine, plan, steps, axes)
+    return Call(machine, plan, steps, tuple(strides), axes)
 
 
 def fitted(
