@@ -21,28 +21,61 @@ if TYPE_CHECKING:
         rule,
     )
     from tilefold.problems.attention import Problem
+    from tilefold.scores.functions import (
+        exp,
+        log,
+        maximum,
+        minimum,
+        sigmoid,
+        sqrt,
+        table,
+        tanh,
+        where,
+    )
+    from tilefold.scores.modifications import alibi, bias, softcap, temperature
+    from tilefold.scores.relative import distance_bias, relative_bias, window_bias
+    from tilefold.scores.score import Score
+    from tilefold.scores.traced import score
 
 __version__ = "0.1.0"
 __all__ = [
     "Problem",
     "Rule",
+    "Score",
+    "alibi",
     "attention",
     "attention_backward",
+    "bias",
     "causal",
     "chunked",
     "compile_async",
     "dense",
+    "distance_bias",
     "documents",
+    "exp",
     "full",
     "get_num_threads",
     "get_reproducible",
     "lengths",
     "local",
+    "log",
+    "maximum",
     "merge",
+    "minimum",
     "prefix",
+    "relative_bias",
     "rule",
+    "score",
     "set_num_threads",
     "set_reproducible",
+    "sigmoid",
+    "softcap",
+    "sqrt",
+    "table",
+    "tanh",
+    "temperature",
+    "where",
+    "window_bias",
 ]
 
 _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
@@ -58,6 +91,14 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "set_num_threads": "tilefold.backends.cpu.threads",
     "get_reproducible": "tilefold.common.reproducible",
     "set_reproducible": "tilefold.common.reproducible",
+    "Score": "tilefold.scores.score",
+    "score": "tilefold.scores.traced",
+    **dict.fromkeys(("alibi", "bias", "softcap", "temperature"), "tilefold.scores.modifications"),
+    **dict.fromkeys(("distance_bias", "relative_bias", "window_bias"), "tilefold.scores.relative"),
+    **dict.fromkeys(
+        ("exp", "log", "maximum", "minimum", "sigmoid", "sqrt", "table", "tanh", "where"),
+        "tilefold.scores.functions",
+    ),
 }
 
 

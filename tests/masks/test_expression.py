@@ -75,7 +75,7 @@ def test_operators_build_what_they_say(built: Any, text: str) -> None:
     [
         (lambda: bool(Q < K), TypeError, "the truth of `(q < k)` is not known while a rule is"),
         (lambda: 0 <= Q < 3, TypeError, "chained comparisons cannot be traced: write & | ~"),
-        (lambda: Q + 0.5, TypeError, "integers and indices, not with float 0.5"),
+        (lambda: rule(lambda q: q + 0.5 > 1), TypeError, "indices, not with float 0.5"),
         (lambda: Q + True, TypeError, "integers and indices, not with bool True"),
         (lambda: Q == "3", TypeError, "integers and indices, not with str '3'"),
         (lambda: (Q < K) & 1, TypeError, "a rule must be True or False, got int `1`"),

@@ -15,7 +15,7 @@ from paths import ROOT
 PACKAGE = ROOT / "tilefold"
 
 HOUSE = """
-common masks problems planning backends frontends implementations api compiling metal triton
+common masks scores problems planning backends frontends implementations api compiling metal triton
 measuring commands cli __main__
 """
 

@@ -1,4 +1,4 @@
-"""Which query may see which key: one small language with three folds.
+"""Which query may see which key, and expressions of scores: one small language with three folds.
 
 tables          tables of a rule's data: with entries, with bounds alone, and without either
 graph           graphs of nodes, walked without recursion: compared, printed, copied
@@ -8,6 +8,7 @@ rewrite         expressions made from other ones: tables filled, indices shifted
 arrays          arrays that rules are given, as tables
 coordinates     the coordinates of queries and keys, in 1-D and 2-D
 table_bounds    the smallest and largest entries of tables over ranges
+derivative      derivatives of real expressions, as expressions
 evaluate        the exact fold, which is the definition, and the interval fold
 runs            from an expression and block sizes to runs of tiles: skipped, full, partial
 infix           the third fold: kernel source for languages with infix operators

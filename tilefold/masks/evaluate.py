@@ -1,4 +1,4 @@
-"""Two folds of a mask's expression with NumPy: exact values, and intervals over tiles.
+"""Two folds of an expression with NumPy: exact values, and intervals over tiles.
 
 The exact fold is the definition of a mask. The interval fold says of a whole tile whether all its
 pairs are visible, or perhaps some. It computes the smallest and largest value of each node over the
@@ -18,8 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.masks.expression import AnyTable, Boolean, Interpretation, Slot, evaluate
+from tilefold.masks.expression import (
+    AnyTable,
+    Boolean,
+    Declared,
+    Expression,
+    Interpretation,
+    Slot,
+    Table,
+    evaluate,
+)
 from tilefold.masks.table_bounds import TableBounds, entire
+from tilefold.masks.tables import DTYPES, Input
 
 Array = NDArray[Any]
 
@@ -29,6 +39,18 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "*": operator.mul,
     "//": operator.floordiv,
     "%": operator.mod,
+    "/": operator.truediv,
+    "minimum": np.minimum,
+    "maximum": np.maximum,
+}
+_FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "-": operator.neg,
+    "abs": abs,
+    "exp": np.exp,
+    "log": np.log,
+    "tanh": np.tanh,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "sqrt": np.sqrt,
 }
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
@@ -58,11 +80,46 @@ def exact(expression: Boolean, *, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.
     return np.array(np.broadcast_to(result, shape))
 
 
+def exact_real(
+    expression: Expression,
+    s: Any,
+    *,
+    b: Any,
+    h: Any,
+    q: Any,
+    k: Any,
+    inputs: Mapping[int, Array] | None = None,
+) -> NDArray[np.float64]:
+    """The value of a real expression for pairs whose score is s; all arrays broadcast.
+
+    `inputs` are the arrays of `Input` tables by their numbers, where the tables hold none.
+
+    >>> from tilefold.masks.expression import Index, ScoreValue
+    >>> exact_real(ScoreValue() + Index("q") / 2, 1.0, b=0, h=0, q=np.arange(3), k=0)
+    array([1. , 1.5, 2. ])
+    """
+    indices = {
+        name: np.asarray(value, np.int64) for name, value in zip("bhqk", (b, h, q, k), strict=True)
+    }
+    score = np.asarray(s, np.float64)
+    shape = np.broadcast_shapes(score.shape, *(value.shape for value in indices.values()))
+    with np.errstate(all="ignore"):
+        result = evaluate(expression, _Exact(indices, score, inputs or {}))
+    return np.array(np.broadcast_to(np.asarray(result, np.float64), shape))
+
+
 class _Exact(Interpretation[Any]):
     """The value of a node is an array, or one number if the node depends on no index."""
 
-    def __init__(self, indices: Mapping[str, Array]) -> None:
+    def __init__(
+        self,
+        indices: Mapping[str, Array],
+        score: Array | None = None,
+        inputs: Mapping[int, Array] | None = None,
+    ) -> None:
         self.indices = indices
+        self.scores = score
+        self.inputs = inputs or {}
 
     def index(self, name: str) -> Any:
         return self.indices[name]
@@ -75,8 +132,31 @@ class _Exact(Interpretation[Any]):
 
     def lookup(self, table: AnyTable, indices: tuple[Any, ...]) -> Any:
         assert not isinstance(table, Slot)
+        if isinstance(table, Input):
+            array = self.inputs.get(table.number)
+            return (table.array if array is None else array)[indices].astype(np.float64)
         value = table.array[indices]
+        if value.dtype.kind == "f":
+            return value.astype(np.float64)
         return value if table.dtype == "bool" else value.astype(np.int64)
+
+    def score(self) -> Any:
+        return self.scores
+
+    def real(self, value: float) -> Any:
+        return np.float64(value)
+
+    def from_integer(self, operand: Any) -> Any:
+        return np.asarray(operand, np.float64)
+
+    def real_unary(self, operator: str, operand: Any) -> Any:
+        return _FUNCTIONS[operator](operand)
+
+    def real_binary(self, operator: str, left: Any, right: Any) -> Any:
+        return _BINARY[operator](left, right)
+
+    def where(self, truth: Any, then: Any, otherwise: Any) -> Any:
+        return np.where(truth, then, otherwise)
 
     def unary(self, operator: str, operand: Any) -> Any:
         return abs(operand) if operator == "abs" else -operand
@@ -148,7 +228,7 @@ class _Intervals(Interpretation[Range | Certainty]):
         return Certainty(np.bool_(value), np.bool_(value))
 
     def lookup(self, table: AnyTable, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
-        assert not isinstance(table, Slot)
+        assert isinstance(table, Table | Declared)
         low, high = self.summary.bounds(table, tuple(_range(index) for index in indices))
         if table.dtype == "bool":
             return Certainty(low, high)
@@ -175,6 +255,9 @@ class _Intervals(Interpretation[Range | Certainty]):
                 return _product(a, b, c, d)
             case "//":
                 return Range(a // c, b // c)
+            case "minimum" | "maximum":
+                pick = _BINARY[operator]
+                return Range(pick(a, c), pick(b, d))
         return _remainder(a, b, c)
 
     def compare(
@@ -233,10 +316,10 @@ def _remainder(a: Any, b: Any, divisor: Any) -> Range:
     return Range(np.where(within, a % divisor, 0), np.where(within, b % divisor, divisor - 1))
 
 
-def index_bits(expression: Boolean, batch: int, heads: int, len_q: int, len_k: int) -> int:
+def index_bits(expression: Expression, batch: int, heads: int, len_q: int, len_k: int) -> int:
     """The width of integers, 32 or 64 bits, that holds every node at these sizes.
 
-    Raises OverflowError when 64 bits do not.
+    Raises OverflowError when 64 bits do not, and IndexError where a score reads beyond an array.
 
     >>> from tilefold.masks.expression import Index
     >>> index_bits(Index("q") * Index("k") < 5, batch=1, heads=1, len_q=46341, len_k=46341)
@@ -250,11 +333,16 @@ def index_bits(expression: Boolean, batch: int, heads: int, len_q: int, len_k: i
         evaluate(expression, extent)
     except _Beyond as error:
         low, high = error.args
+        language = "mask" if isinstance(expression, Boolean) else "score"
         raise OverflowError(
-            f"the mask computes numbers from {low} to {high} at batch={batch}, "
+            f"the {language} computes numbers from {low} to {high} at batch={batch}, "
             f"heads={heads}, len_q={len_q}, len_k={len_k}; at most 64 bits are allowed"
         ) from None
     return 32 if extent.low >= -(2**31) and extent.high < 2**31 else 64
+
+
+_REAL = Range(0, 0)
+"""Stands for all real numbers: they are no index."""
 
 
 class _Beyond(Exception):
@@ -284,8 +372,33 @@ class _Extent(_Intervals):
 
     def lookup(self, table: AnyTable, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
         assert not isinstance(table, Slot)
-        low, high = entire(table)
+        if table.dtype not in DTYPES:
+            return self._within(table, indices)
+        low, high = entire(table)  # type: ignore[arg-type]  # an input is of floats
         return Certainty(low, high) if table.dtype == "bool" else self._see(int(low), int(high))
+
+    def _within(self, table: Any, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
+        for axis, (size, index) in enumerate(zip(table.shape, indices, strict=True)):
+            low, high, _ = _range(index)
+            if low < 0 or high >= size:
+                raise IndexError(
+                    f"the score reads the entries {low} to {high} of axis {axis} of {table}, which"
+                    f" has {size}; keep the index in it by minimum() and maximum()"
+                )
+        return _REAL
+
+    def other(self, kind: str, values: tuple[Range | Certainty, ...]) -> Range | Certainty:
+        return _REAL
+
+    def from_integer(self, operand: Range | Certainty) -> Range | Certainty:
+        return _REAL
+
+    def compare(
+        self, operator: str, left: Range | Certainty, right: Range | Certainty
+    ) -> Range | Certainty:
+        if left is _REAL or right is _REAL:
+            return Certainty(np.bool_(False), np.bool_(True))
+        return super().compare(operator, left, right)
 
     def unary(self, operator: str, operand: Range | Certainty) -> Range | Certainty:
         low, high, _ = _range(operand)

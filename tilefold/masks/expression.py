@@ -8,6 +8,7 @@ kernel source. Nothing here knows which interpretation will come.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,16 +23,28 @@ from tilefold.masks.nodes import (
     Compare,
     Constant,
     Expression,
+    FromInteger,
     Index,
     Integer,
     Logic,
     Lookup,
     Parameter,
+    Real,
+    RealBinary,
+    RealConstant,
+    RealLookup,
+    RealParameter,
+    RealUnary,
+    ScoreValue,
+    Several,
     Truth,
     TruthLookup,
     Unary,
+    Where,
     as_boolean,
     as_integer,
+    as_real,
+    is_real,
 )
 from tilefold.masks.tables import AnyTable, Declared, Slot, Table
 
@@ -45,6 +58,7 @@ __all__ = [
     "Constant",
     "Declared",
     "Expression",
+    "FromInteger",
     "Index",
     "Integer",
     "Interpretation",
@@ -52,15 +66,25 @@ __all__ = [
     "Lookup",
     "Parameter",
     "Parts",
+    "Real",
+    "RealBinary",
+    "RealConstant",
+    "RealLookup",
+    "RealParameter",
+    "RealUnary",
     "Rebuild",
+    "ScoreValue",
+    "Several",
     "Skeleton",
     "Slot",
     "Table",
     "Truth",
     "TruthLookup",
     "Unary",
+    "Where",
     "as_boolean",
     "as_integer",
+    "as_real",
     "check_size",
     "evaluate",
     "names",
@@ -70,6 +94,9 @@ __all__ = [
 MOST_OPERATIONS = 4096
 """The largest expression of a kernel. With 2,403 operations, of joined windows, the forward kernel
 compiled in 25 s and the backward one in 57 s (two busy cores of a Xeon, AVX-512, head size 8)."""
+
+KEPT_REALS = (0.0, 1.0, -1.0, math.inf, -math.inf)
+"""Real numbers that stay in a skeleton: kernels compute with them for nothing, or test for them."""
 
 KEPT_VALUES = 64
 """The largest expression all of whose values are kept while it is folded."""
@@ -105,7 +132,7 @@ class Interpretation(Generic[Value]):
         return self.other("Truth", ())
 
     def lookup(self, table: AnyTable, indices: tuple[Value, ...]) -> Value:
-        """The value of `table[indices]`: an integer or a truth, as the table's type says."""
+        """The value of `table[indices]`: an integer, truth or real number, as its type says."""
         return self.other("Lookup", indices)
 
     def unary(self, operator: str, operand: Value) -> Value:
@@ -113,8 +140,36 @@ class Interpretation(Generic[Value]):
         return self.other("Unary", (operand,))
 
     def binary(self, operator: str, left: Value, right: Value) -> Value:
-        """The value of `x + y`, `x - y`, `x * y`, `x // y` or `x % y`."""
+        """The value of `x + y`, `-`, `*`, `//`, `%`, `minimum` or `maximum`."""
         return self.other("Binary", (left, right))
+
+    def score(self) -> Value:
+        """The value of the score `s`."""
+        return self.other("ScoreValue", ())
+
+    def real(self, value: float) -> Value:
+        """The value of a real number."""
+        return self.other("RealConstant", ())
+
+    def from_integer(self, operand: Value) -> Value:
+        """The value of an integer as a real number."""
+        return self.other("FromInteger", (operand,))
+
+    def real_unary(self, operator: str, operand: Value) -> Value:
+        """The value of `-x` or of a function: abs, exp, log, tanh, sigmoid, sqrt."""
+        return self.other("RealUnary", (operand,))
+
+    def real_binary(self, operator: str, left: Value, right: Value) -> Value:
+        """The value of `x + y`, `-`, `*`, `/`, `minimum` or `maximum` of real numbers."""
+        return self.other("RealBinary", (left, right))
+
+    def where(self, truth: Value, then: Value, otherwise: Value) -> Value:
+        """The value of `where(truth, x, y)`."""
+        return self.other("Where", (truth, then, otherwise))
+
+    def several(self, parts: tuple[Value, ...]) -> Value:
+        """The values of several expressions."""
+        return self.other("Several", parts)
 
     def compare(self, operator: str, left: Value, right: Value) -> Value:
         """The truth of `x < y` or another comparison."""
@@ -168,6 +223,15 @@ _MEANINGS: Mapping[type, Callable[[Interpretation[Any], Any, tuple[Any, ...]], A
     Binary: lambda given, node, values: given.binary(node.operator, *values),
     Compare: lambda given, node, values: given.compare(node.operator, *values),
     Logic: lambda given, node, values: given.logic(node.operator, values),
+    ScoreValue: lambda given, node, values: given.score(),
+    RealConstant: lambda given, node, values: given.real(node.value),
+    RealParameter: lambda given, node, values: given.parameter(node.slot, node.dtype),
+    RealLookup: lambda given, node, values: given.lookup(node.table, values),
+    FromInteger: lambda given, node, values: given.from_integer(*values),
+    RealUnary: lambda given, node, values: given.real_unary(node.operator, *values),
+    RealBinary: lambda given, node, values: given.real_binary(node.operator, *values),
+    Where: lambda given, node, values: given.where(*values),
+    Several: lambda given, node, values: given.several(values),
 }
 """The method that gives each kind of node its meaning."""
 
@@ -197,7 +261,7 @@ class Rebuild(Interpretation[Expression]):
 
     def parameter(self, slot: int, dtype: str) -> Expression:
         """The parameter itself."""
-        return Parameter(slot, dtype)
+        return RealParameter(slot) if dtype == "real" else Parameter(slot, dtype)
 
     def truth(self, value: bool) -> Expression:
         """The truth itself."""
@@ -205,7 +269,7 @@ class Rebuild(Interpretation[Expression]):
 
     def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
         """A lookup at the new indices."""
-        kind = TruthLookup if table.dtype == "bool" else Lookup
+        kind = _LOOKUPS.get(table.dtype, RealLookup)
         return kind(table, tuple(self.operand(index) for index in indices))
 
     def unary(self, operator: str, operand: Expression) -> Expression:
@@ -218,15 +282,52 @@ class Rebuild(Interpretation[Expression]):
 
     def compare(self, operator: str, left: Expression, right: Expression) -> Expression:
         """The comparison of the new operands."""
-        return Compare(operator, self.operand(left), self.operand(right))
+        sides = [self.real_operand(x) if is_real(x) else self.operand(x) for x in (left, right)]
+        return Compare(operator, *sides)
 
     def logic(self, operator: str, operands: tuple[Expression, ...]) -> Expression:
         """The operator on the new operands."""
         return Logic(operator, tuple(as_boolean(operand) for operand in operands))
 
+    def score(self) -> Expression:
+        """The score itself."""
+        return ScoreValue()
+
+    def real(self, value: float) -> Expression:
+        """The number itself."""
+        return RealConstant(value)
+
+    def from_integer(self, operand: Expression) -> Expression:
+        """The new integer as a real number."""
+        return FromInteger(self.operand(operand))
+
+    def real_unary(self, operator: str, operand: Expression) -> Expression:
+        """The function of the new operand."""
+        return RealUnary(operator, self.real_operand(operand))
+
+    def real_binary(self, operator: str, left: Expression, right: Expression) -> Expression:
+        """The operator on the new operands."""
+        return RealBinary(operator, self.real_operand(left), self.real_operand(right))
+
+    def where(self, truth: Expression, then: Expression, otherwise: Expression) -> Expression:
+        """The choice between the new numbers."""
+        sides = self.real_operand(then), self.real_operand(otherwise)
+        return Where(as_boolean(truth), *sides)
+
+    def several(self, parts: tuple[Expression, ...]) -> Expression:
+        """The new expressions."""
+        return Several(tuple([self.real_operand(x) if is_real(x) else x for x in parts]))
+
     def operand(self, node: Expression) -> Integer:
         """The operand of a new node: the value itself, unless a subclass replaces it."""
         return as_integer(node)
+
+    def real_operand(self, node: Expression) -> Real:
+        """The same of a real number."""
+        return as_real(node)
+
+
+_LOOKUPS = {"bool": TruthLookup, "int32": Lookup}
 
 
 def names(expression: Expression) -> frozenset[str]:
@@ -255,15 +356,15 @@ class _Names(Collect[frozenset[str]]):
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A tree without its integers and tables: all that kernel source depends on. Equal by `text`.
+    """A tree without its numbers and tables: all that kernel source depends on. Equal by `text`.
 
     Constants become parameters, except divisors: a division by a constant compiles to a
-    multiplication. Tables become slots.
+    multiplication. The real numbers 0, 1 and -1 stay, and infinities. Tables become slots.
     """
 
     text: str
-    expression: Boolean
-    parameters: tuple[Parameter, ...]
+    expression: Any
+    parameters: tuple[Parameter | RealParameter, ...]
     slots: tuple[Slot, ...]
 
     def __eq__(self, other: object) -> bool:
@@ -277,8 +378,8 @@ class Parts(NamedTuple):
     """A tree as its skeleton, the values of its parameters, and its tables in the slots' order."""
 
     skeleton: Skeleton
-    parameters: tuple[int, ...]
-    tables: tuple[Table | Declared, ...]
+    parameters: tuple[int | float, ...]
+    tables: tuple[Any, ...]
 
     @property
     def declared(self) -> tuple[Slot, ...]:
@@ -287,11 +388,13 @@ class Parts(NamedTuple):
         return tuple(slot for slot, table in pairs if isinstance(table, Declared))
 
 
-def split(expression: Boolean) -> Parts:
-    """A tree as its skeleton and all that the skeleton leaves out."""
-    splitter = _Splitter()
+def split(expression: Expression, beside: Skeleton | None = None) -> Parts:
+    """A tree as its skeleton and all that the skeleton leaves out.
+
+    Parameters and slots are numbered from those of a skeleton `beside` it in the kernel on.
+    """
+    splitter = _Splitter(beside)
     skeleton = evaluate(expression, splitter)
-    assert isinstance(skeleton, Boolean)
     parameters, slots = tuple(splitter.parameters), tuple(splitter.slots)
     whole = Skeleton(str(skeleton), skeleton, parameters, slots)
     return Parts(whole, tuple(splitter.values), tuple(splitter.tables))
@@ -300,18 +403,20 @@ def split(expression: Boolean) -> Parts:
 class _Splitter(Rebuild):
     """Takes integers and tables out of a tree, in the order in which its nodes are made."""
 
-    def __init__(self) -> None:
-        self.parameters: list[Parameter] = []
-        self.values: list[int] = []
+    def __init__(self, beside: Skeleton | None) -> None:
+        self.first = len(beside.parameters) if beside else 0
+        self.first_slot = len(beside.slots) if beside else 0
+        self.parameters: list[Parameter | RealParameter] = []
+        self.values: list[int | float] = []
         self.slots: list[Slot] = []
-        self.tables: list[Table | Declared] = []
+        self.tables: list[Any] = []
 
     def parameter(self, slot: int, dtype: str) -> Expression:
         raise AssertionError("already a skeleton")
 
     def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
         assert not isinstance(table, Slot), "already a skeleton"
-        slot = Slot(len(self.slots), table.dtype, len(table.shape))
+        slot = Slot(self.first_slot + len(self.slots), table.dtype, len(table.shape))
         self.slots.append(slot)
         self.tables.append(table)
         return super().lookup(slot, indices)
@@ -324,6 +429,15 @@ class _Splitter(Rebuild):
     def operand(self, node: Expression) -> Integer:
         if not isinstance(node, Constant):
             return as_integer(node)
-        self.parameters.append(Parameter(len(self.parameters), "int"))
+        parameter = Parameter(self.first + len(self.parameters))
+        self.parameters.append(parameter)
         self.values.append(node.value)
-        return self.parameters[-1]
+        return parameter
+
+    def real_operand(self, node: Expression) -> Real:
+        if not isinstance(node, RealConstant) or node.value in KEPT_REALS:
+            return as_real(node)
+        real = RealParameter(self.first + len(self.parameters))
+        self.parameters.append(real)
+        self.values.append(node.value)
+        return real

@@ -1,11 +1,14 @@
-"""The nodes of a mask's expression: integers over the indices, and truths over integers.
+"""The nodes of expressions: integers over the indices, truths, and real numbers.
 
-Operators on nodes build larger nodes, so a function of symbols traces itself. Operators mean what
-they mean in Python: `//` and `%` floor. Divisors are positive constants: no fold divides by zero.
+A mask is a truth over integers. A score is a real number over the score `s` of a pair and the
+indices. Operators on nodes build larger nodes, so a function of symbols traces itself. Operators
+mean what they mean in Python: `//` and `%` floor, `/` gives a real number, and an integer beside a
+real number becomes one. Divisors of `//` and `%` are positive constants: no fold divides by zero.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NoReturn
@@ -53,56 +56,50 @@ def _valueless(node: Expression) -> TypeError:
     )
 
 
-def _fraction(left: Any, right: Any) -> TypeError:
-    return TypeError(
-        f"`{left} / {right}`: a rule computes with integers; write //, which rounds down"
-    )
+class Number(Expression):
+    """An integer or a real number that depends on the indices."""
 
+    def __add__(self, other: Any) -> Any:
+        return binary("+", self, other)
 
-class Integer(Expression):
-    """An integer that depends on the indices."""
+    def __radd__(self, other: Any) -> Any:
+        return binary("+", other, self)
 
-    def __add__(self, other: Any) -> Integer:
-        return _binary("+", self, other)
+    def __sub__(self, other: Any) -> Any:
+        return binary("-", self, other)
 
-    def __radd__(self, other: Any) -> Integer:
-        return _binary("+", other, self)
+    def __rsub__(self, other: Any) -> Any:
+        return binary("-", other, self)
 
-    def __sub__(self, other: Any) -> Integer:
-        return _binary("-", self, other)
+    def __mul__(self, other: Any) -> Any:
+        return binary("*", self, other)
 
-    def __rsub__(self, other: Any) -> Integer:
-        return _binary("-", other, self)
+    def __rmul__(self, other: Any) -> Any:
+        return binary("*", other, self)
 
-    def __mul__(self, other: Any) -> Integer:
-        return _binary("*", self, other)
+    def __floordiv__(self, other: Any) -> Any:
+        return binary("//", self, _divisor("//", self, other))
 
-    def __rmul__(self, other: Any) -> Integer:
-        return _binary("*", other, self)
+    def __rfloordiv__(self, other: Any) -> Any:
+        return binary("//", other, _divisor("//", other, self))
 
-    def __floordiv__(self, other: Any) -> Integer:
-        return _binary("//", self, _divisor("//", other))
+    def __truediv__(self, other: Any) -> Real:
+        return RealBinary("/", as_real(self), as_real(other))
 
-    def __rfloordiv__(self, other: Any) -> Integer:
-        return _binary("//", other, _divisor("//", self))
+    def __rtruediv__(self, other: Any) -> Real:
+        return RealBinary("/", as_real(other), as_real(self))
 
-    def __truediv__(self, other: Any) -> NoReturn:
-        raise _fraction(self, other)
+    def __mod__(self, other: Any) -> Any:
+        return binary("%", self, _divisor("%", self, other))
 
-    def __rtruediv__(self, other: Any) -> NoReturn:
-        raise _fraction(other, self)
+    def __rmod__(self, other: Any) -> Any:
+        return binary("%", other, _divisor("%", other, self))
 
-    def __mod__(self, other: Any) -> Integer:
-        return _binary("%", self, _divisor("%", other))
+    def __neg__(self) -> Any:
+        return unary("-", self)
 
-    def __rmod__(self, other: Any) -> Integer:
-        return _binary("%", other, _divisor("%", self))
-
-    def __neg__(self) -> Integer:
-        return Unary("-", self)
-
-    def __abs__(self) -> Integer:
-        return Unary("abs", self)
+    def __abs__(self) -> Any:
+        return unary("abs", self)
 
     def __lt__(self, other: Any) -> Boolean:
         return _compare("<", self, other)
@@ -128,6 +125,15 @@ class Integer(Expression):
         raise _valueless(self)
 
     __int__ = __index__
+    __float__ = __index__
+
+
+class Integer(Number):
+    """An integer that depends on the indices."""
+
+
+class Real(Number):
+    """A real number that depends on the score of a pair and on the indices."""
 
 
 class Boolean(Expression):
@@ -190,14 +196,11 @@ class Constant(Integer):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Parameter(Integer):
-    """A number that a kernel receives at run time. In a `Skeleton` it replaces a constant.
-
-    `dtype` is "int": as wide as the indices that the mask is computed with.
-    """
+class _Received(Expression):
+    """A number that a kernel receives at run time. In a `Skeleton` it replaces a constant."""
 
     slot: int
-    dtype: str = "int"
+    dtype: str
 
     @property
     def name(self) -> str:
@@ -215,11 +218,18 @@ class Parameter(Integer):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Unary(Integer):
-    """`-x` or `abs(x)`."""
+class Parameter(_Received, Integer):
+    """An integer that a kernel receives: as wide as the indices that it computes with."""
+
+    dtype: str = "int"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _OneSided(Expression):
+    """An operator or a function of one number."""
 
     operator: str
-    operand: Integer
+    operand: Any
 
     @property
     def children(self) -> tuple[Expression, ...]:
@@ -232,17 +242,25 @@ class Unary(Integer):
         return (self.operator,)
 
     def spelled(self, below: tuple[str, ...]) -> str:
-        """`-x` or `abs(x)`."""
-        return f"abs({below[0]})" if self.operator == "abs" else f"-{below[0]}"
+        """`-x`, `abs(x)` or another function of x."""
+        return f"-{below[0]}" if self.operator == "-" else f"{self.operator}({below[0]})"
+
+
+class Unary(_OneSided, Integer):
+    """`-x` or `abs(x)`."""
+
+
+class RealUnary(_OneSided, Real):
+    """`-x` or `abs(x)`, `exp(x)`, `log(x)`, `tanh(x)`, `sigmoid(x)`, `sqrt(x)`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _TwoSided(Expression):
-    """An operator between two integers."""
+    """An operator between two numbers."""
 
     operator: str
-    left: Integer
-    right: Integer
+    left: Any
+    right: Any
 
     @property
     def children(self) -> tuple[Expression, ...]:
@@ -255,12 +273,21 @@ class _TwoSided(Expression):
         return (self.operator,)
 
     def spelled(self, below: tuple[str, ...]) -> str:
-        """`(x + y)`."""
+        """`(x + y)`, or `minimum(x, y)`."""
+        if self.operator in ("minimum", "maximum"):
+            return f"{self.operator}({below[0]}, {below[1]})"
         return f"({below[0]} {self.operator} {below[1]})"
 
 
 class Binary(_TwoSided, Integer):
-    """`x + y`, `x - y`, `x * y`, and with a positive constant on the right `x // y`, `x % y`."""
+    """`x + y`, `x - y`, `x * y`, `minimum(x, y)`, `maximum(x, y)`.
+
+    With a positive constant on the right also `x // y` and `x % y`.
+    """
+
+
+class RealBinary(_TwoSided, Real):
+    """`x + y`, `x - y`, `x * y`, `x / y`, `minimum(x, y)`, `maximum(x, y)`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -298,6 +325,10 @@ class TruthLookup(_Entry, Boolean):
     """An entry `table[i, j, ...]` of a boolean table; its indices are within the table."""
 
 
+class RealLookup(_Entry, Real):
+    """An entry `table[i, j, ...]` of an array of floats; its indices are within the array."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Truth(Boolean):
     """Always true, or always false."""
@@ -312,6 +343,99 @@ class Truth(Boolean):
     def spelled(self, below: tuple[str, ...]) -> str:
         """True or False."""
         return str(self.value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ScoreValue(Real):
+    """The score `s` of a pair: scale * (q . k), or what the modification before has made of it."""
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`s`."""
+        return "s"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RealConstant(Real):
+    """A real number that is known when the score is bound."""
+
+    value: float
+
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """The number, and its sign, which tells 0.0 from -0.0."""
+        return (self.value, math.copysign(1.0, self.value))
+
+    @classmethod
+    def made(cls, label: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
+        """The constant."""
+        return cls(label[0])
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """The number; a whole one as Python writes an integer, which reads as the same node."""
+        whole = self.value.is_integer() and 0 < abs(self.value) < 2**53
+        return str(int(self.value)) if whole else repr(self.value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RealParameter(_Received, Real):
+    """A real number that a kernel receives: its word has the bits of a double."""
+
+    dtype: str = "real"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FromInteger(Real):
+    """An integer as a real number."""
+
+    operand: Integer
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The integer."""
+        return (self.operand,)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """The integer: beside a real number Python writes it so."""
+        return below[0]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Where(Real):
+    """`where(truth, x, y)`: x where the truth holds, else y."""
+
+    truth: Boolean
+    then: Real
+    otherwise: Real
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The truth and both numbers."""
+        return (self.truth, self.then, self.otherwise)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`where(truth, x, y)`."""
+        return f"where({', '.join(below)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Several(Expression):
+    """Several expressions, which may share nodes: what a kernel computes at once."""
+
+    parts: tuple[Expression, ...]
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        """The expressions."""
+        return self.parts
+
+    @classmethod
+    def made(cls, label: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
+        """These expressions."""
+        return cls(children)
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`(x, y)`."""
+        return f"({', '.join(below)},)"
 
 
 class Compare(_TwoSided, Boolean):
@@ -384,11 +508,44 @@ def as_boolean(value: Any) -> Boolean:
     )
 
 
-def _binary(operator: str, left: Any, right: Any) -> Integer:
+def is_real(value: Any) -> bool:
+    """True for a real number: a node, or a float of Python or NumPy."""
+    return isinstance(value, (Real, float, np.floating))
+
+
+def as_real(value: Any) -> Real:
+    """A node for a number: of a node, or of Python or NumPy. Raises TypeError for others."""
+    if isinstance(value, Real):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return RealConstant(float(value))
+    if isinstance(value, Boolean):
+        raise TypeError(f"`{value}` is a truth where a number is wanted; write where(truth, x, y)")
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{value} is a truth where a number is wanted; write 1.0 or 0.0")
+    node = as_integer(value)
+    return RealConstant(float(node.value)) if isinstance(node, Constant) else FromInteger(node)
+
+
+def unary(operator: str, value: Any) -> Number:
+    """The operator or function of a number. Functions beside "-" and "abs" give real numbers."""
+    if operator in ("-", "abs") and not is_real(value):
+        return Unary(operator, as_integer(value))
+    return RealUnary(operator, as_real(value))
+
+
+def binary(operator: str, left: Any, right: Any) -> Number:
+    """The operator between two numbers: real where one of them is."""
+    if is_real(left) or is_real(right):
+        if operator in ("//", "%"):
+            raise TypeError(f"`{left} {operator} {right}`: {operator} takes integers alone")
+        return RealBinary(operator, as_real(left), as_real(right))
     return Binary(operator, as_integer(left), as_integer(right))
 
 
 def _compare(operator: str, left: Any, right: Any) -> Boolean:
+    if is_real(left) or is_real(right):
+        return Compare(operator, as_real(left), as_real(right))
     return Compare(operator, as_integer(left), as_integer(right))
 
 
@@ -401,7 +558,9 @@ def _join(operator: str, left: Any, right: Any) -> Boolean:
     return Logic(operator, tuple(parts))
 
 
-def _divisor(operator: str, value: Any) -> Integer:
+def _divisor(operator: str, left: Any, value: Any) -> Any:
+    if is_real(left) or is_real(value):
+        return value  # `binary` refuses it
     node = as_integer(value)
     if not isinstance(node, Constant) or node.value < 1:
         raise ValueError(

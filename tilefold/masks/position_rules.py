@@ -247,7 +247,8 @@ class Chunked(Rule):
     def bind(self, len_q: int, len_k: int) -> Boolean:
         """True if both raw indices are in the same chunk."""
         size = min(self.size, max(len_q, len_k, 1))
-        return Index("q") // size == Index("k") // size
+        same: Boolean = Index("q") // size == Index("k") // size
+        return same
 
     def __repr__(self) -> str:
         return f"chunked({self.size})"

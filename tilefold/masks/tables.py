@@ -8,7 +8,7 @@ bounds, so it outlives the data. A kernel knows neither: its source has a `Slot`
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tilefold.common.computed import computed
 
 DTYPES = ("int32", "bool")
+"""The types of tables whose entries are kept with a rule."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,48 @@ fill the declared table with an array first
         return f"{_form(self)}{{{self.low}..{self.high}}}"
 
 
+@dataclass(frozen=True, eq=False)
+class Input:
+    """A float array that a score reads and that comes with each call.
+
+    `held` is the caller's array in a score of the caller's, and None in the score of a request,
+    which knows no data. Inputs are equal by number, type, shape, and content where they hold one.
+    """
+
+    number: int
+    dtype: str
+    shape: tuple[int, ...]
+    held: Any = field(default=None, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Input):
+            return NotImplemented
+        mine, its = (self.number, self.dtype, self.shape), (other.number, other.dtype, other.shape)
+        if mine != its or (self.held is None) != (other.held is None):
+            return False
+        return self.held is other.held or np.array_equal(self.array, other.array)
+
+    def __hash__(self) -> int:
+        return hash((self.number, self.dtype, self.shape))
+
+    @property
+    def name(self) -> str:
+        """The name of the operand."""
+        return f"input{self.number}"
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The caller's array, as NumPy sees it. Raises ValueError where no array is held."""
+        if self.held is None:
+            raise ValueError(f"the entries of {self} come with each call")
+        return np.asarray(self.held.detach() if hasattr(self.held, "detach") else self.held)
+
+    def __str__(self) -> str:
+        if self.held is not None:
+            return f"array[{'x'.join(map(str, self.shape))}]"
+        return f"{self.name}:{_form(self)}"
+
+
 @dataclass(frozen=True)
 class Slot:
     """A place for a table in a kernel: its number, element type and rank, without the data."""
@@ -148,8 +191,8 @@ class Slot:
         return f"{self.name}:{self.dtype}"
 
 
-AnyTable = Table | Declared | Slot
+AnyTable = Table | Declared | Input | Slot
 
 
-def _form(table: Table | Declared) -> str:
+def _form(table: Table | Declared | Input) -> str:
     return f"{table.dtype}[{'x'.join(map(str, table.shape))}]"

@@ -9,8 +9,16 @@ from typing import Any
 
 from tilefold.common.check import shorten, shown
 from tilefold.common.computed import computed
-from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, as_boolean
-from tilefold.masks.graph import WRITTEN_OUT, hashed, same
+from tilefold.masks.expression import (
+    INDEX_NAMES,
+    Boolean,
+    Index,
+    Real,
+    RealBinary,
+    RealConstant,
+    as_boolean,
+)
+from tilefold.masks.graph import WRITTEN_OUT, hashed, ordered, same
 from tilefold.masks.rule import Rule
 
 
@@ -81,7 +89,22 @@ def rule(function: Callable[..., Any]) -> Rule:
             taken[parameter.name] = Index(parameter.name)
         elif parameter.default is parameter.empty:
             raise TypeError(f"{allowed}; got {str(parameter)!r}")
-    return Traced(as_boolean(_called(function, taken)), tuple(taken))
+    expression = as_boolean(_called(function, taken))
+    check_integers(expression)
+    return Traced(expression, tuple(taken))
+
+
+def check_integers(expression: Boolean) -> None:
+    """Raises TypeError for an expression that computes with real numbers."""
+    reals = [node for node, _ in ordered(expression) if isinstance(node, Real)]
+    for node in reals:
+        if isinstance(node, RealBinary) and node.operator == "/":
+            raise TypeError(
+                f"`{str(node)[1:-1]}`: a rule computes with integers; write //, which rounds down"
+            )
+    for node in sorted(reals, key=lambda node: not isinstance(node, RealConstant)):
+        found = f"float {node}" if isinstance(node, RealConstant) else f"`{node}`"
+        raise TypeError(f"a rule computes with integers and indices, not with {found}")
 
 
 def _called(function: Callable[..., Any], indices: dict[str, Index]) -> Any:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tilefold.common.check import choice, shown
+from tilefold.masks.evaluate import index_bits
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.request import LAYOUTS, PRECISIONS, Request, check_layout, check_scale
+from tilefold.scores.score import Score, Sizes, as_score
 
 Shape = tuple[int, ...]
 
@@ -59,6 +61,9 @@ class Problem:
     scale: float
     mask: Rule
     precision: str = "highest"
+    score: Score | None = None
+    sinks: int = 0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         choice("dtype", self.dtype, tuple(ITEM_BYTES))
@@ -66,6 +71,13 @@ class Problem:
         check_scale(self.scale)
         self._check_sizes()
         self.mask.check(self.batch, self.heads_q, self.len_q, self.len_k)
+        if self.score is not None:
+            index_bits(self.score.expression(self.score_sizes), *self.score_sizes)
+
+    @property
+    def score_sizes(self) -> Sizes:
+        """The sizes that a score is bound to."""
+        return Sizes(self.batch, self.heads_q, self.len_q, self.len_k)
 
     @classmethod
     def of(
@@ -79,16 +91,22 @@ class Problem:
         scale: float | None = None,
         layout: str = "bhnd",
         precision: str = "highest",
+        score: Any = None,
+        sinks: int = 0,
+        dropout: float = 0.0,
     ) -> Problem:
         """The problem of a call of `attention` with arrays of these shapes and this type.
 
-        Without `k`, k has the shape of q; without `v`, v has the shape of k. The other arguments
-        are as for `tilefold.attention`. Raises TypeError or ValueError, as that call does.
+        Without `k`, k has the shape of q; without `v`, v has the shape of k. `sinks` is the number
+        of sinks of each head. The other arguments are as for `tilefold.attention`.
+        Raises TypeError or ValueError, as that call does.
         """
         shape_q = _sizes("q", q)
         shape_k = shape_q if k is None else _sizes("k", k)
         shape_v = shape_k if v is None else _sizes("v", v)
-        request = Request(mask, scale, layout, precision)
+        modified = as_score(score)
+        form = None if modified is None else modified.form.score
+        request = Request(mask, scale, layout, precision, form, sinks, dropout)
         return describe(shape_q, shape_k, shape_v, dtype, request)
 
     def _check_sizes(self) -> None:
@@ -191,6 +209,9 @@ def describe(
         scale=default_scale(q[3]) if scale is None else scale,
         mask=request.mask,
         precision=request.precision if dtype == "float32" else "highest",
+        score=request.score,
+        sinks=request.sinks,
+        dropout=request.dropout,
     )
 
 

@@ -1,4 +1,4 @@
-"""The options of a call of attention, beside the arrays: mask, scale, layout and precision.
+"""The options of a call of attention, beside the arrays: mask, scale, layout, score, and others.
 
 A `Request` is made and checked once, where a call enters. From there it travels as one value. It is
 a part of the key of every cache, and the one option of PyTorch's operators. A new option of
@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from tilefold.common.check import choice, shown
 from tilefold.masks.position_rules import Rule, full
+from tilefold.scores.score import Score
 
 # The positions of the canonical axes (batch, heads, sequence, dim) in each layout. Each permutation
 # is its own inverse, so it also says which canonical axis each axis of the layout is.
@@ -37,7 +38,8 @@ class Request:
     >>> Request(causal(), 1) == Request(causal(), 1.0)
     True
     >>> Request()
-    Request(mask=full(), scale=None, layout='bhnd', precision='highest')
+    Request(mask=full(), scale=None, layout='bhnd', precision='highest', score=None, sinks=0, \
+dropout=0.0)
 
     Raises TypeError or ValueError for options that `tilefold.attention` does not allow. The newest
     requests are kept, so that a repeated call finds its request and the hash computed before.
@@ -51,6 +53,12 @@ class Request:
     """The order of the arrays' axes: see `LAYOUTS`."""
     precision: str
     """The least precision of products of float32 arrays: see `PRECISIONS`."""
+    score: Score | None
+    """The form of the modification of scores, without its arrays; None without one."""
+    sinks: int
+    """The number of sinks of each head."""
+    dropout: float
+    """The probability that a weight is dropped."""
     _hash: int = field(repr=False, compare=False)
 
     def __new__(
@@ -59,24 +67,47 @@ class Request:
         scale: float | None = None,
         layout: str = "bhnd",
         precision: str = "highest",
+        score: Score | None = None,
+        sinks: int = 0,
+        dropout: float = 0.0,
     ) -> Request:
-        """The request of these options, as `tilefold.attention` takes them."""
+        """The request of these options, as `tilefold.attention` takes them.
+
+        But `score` is a form without arrays, and `sinks` is a number.
+        """
         if scale is not None and type(scale) is not float:
             scale = as_scale(scale)
         try:
-            return _kept(mask, scale, layout, precision)
+            return _kept(mask, scale, layout, precision, score, sinks, dropout)
         except TypeError:  # an option has no hash or is not allowed: the checks name it
-            return _made(mask, scale, layout, precision)
+            return _made(mask, scale, layout, precision, score, sinks, dropout)
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make a copy as the first one was made, with the hash of its own process."""
-        return Request, (self.mask, self.scale, self.layout, self.precision)
+        return Request, tuple([getattr(self, name) for name in OPTIONS])
+
+    @property
+    def plain(self) -> bool:
+        """True without score, sinks and dropout: attention as most calls want it."""
+        return self.score is None and not (self.sinks or self.dropout)
 
 
-def _made(mask: Any, scale: float | None, layout: Any, precision: Any) -> Request:
+OPTIONS = ("mask", "scale", "layout", "precision", "score", "sinks", "dropout")
+"""The options in the order in which `Request` takes them."""
+
+
+def _made(
+    mask: Any,
+    scale: float | None,
+    layout: Any,
+    precision: Any,
+    score: Score | None,
+    sinks: int,
+    dropout: float,
+) -> Request:
     """A new request; `scale` is a float or None. Raises TypeError or ValueError."""
     rule = as_rule(mask)
     if scale is not None:
@@ -89,7 +120,10 @@ def _made(mask: Any, scale: float | None, layout: Any, precision: Any) -> Reques
         scale=scale,
         layout=layout,
         precision=precision,
-        _hash=hash((rule, scale, layout, precision)),
+        score=score,
+        sinks=sinks,
+        dropout=dropout,
+        _hash=hash((rule, scale, layout, precision, score, sinks, dropout)),
     )
     return request
 

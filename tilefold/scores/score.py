@@ -1,0 +1,144 @@
+"""The base of all modifications of scores, and modifications in order.
+
+A modification knows no sizes. Bound to sizes it becomes a real expression of the score `s` and the
+indices, as a rule of a mask becomes a truth: see `tilefold.masks.expression`. Float arrays that it
+reads are `Input`s. A call takes a modification apart: its form, without arrays, is a part of the
+key of every cache; the arrays travel with the call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from tilefold.common.check import shown
+from tilefold.common.computed import computed
+from tilefold.masks.expression import Real, ScoreValue
+from tilefold.masks.tables import Input
+
+Renamed = Callable[[Input], Input]
+
+
+class Sizes(NamedTuple):
+    """The sizes of a problem that a modification meets; `heads` are those of the queries."""
+
+    batch: int
+    heads: int
+    len_q: int
+    len_k: int
+
+
+class Score(ABC):
+    """A modification of scores: what becomes of the score of a pair, whatever the sizes.
+
+    >>> from tilefold import alibi, softcap
+    >>> softcap(30.0) == softcap(30)
+    True
+    >>> InOrder((softcap(50.0), alibi()))
+    [softcap(50), alibi()]
+    """
+
+    @abstractmethod
+    def bind(self, s: Real, sizes: Sizes) -> Real:
+        """The new score of a pair whose score is `s`; raises ValueError if it does not fit."""
+
+    @abstractmethod
+    def __repr__(self) -> str: ...
+
+    def __eq__(self, other: object) -> bool:
+        """True for the same structure and arrays: scores are frozen dataclasses."""
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def renamed(self, rename: Renamed) -> Score:
+        """The same modification with other inputs."""
+        named = {}
+        for field in fields(self):  # type: ignore[arg-type]  # every score is a dataclass
+            value = getattr(self, field.name)
+            if isinstance(value, Input):
+                named[field.name] = rename(value)
+        return changed_fields(self, named) if named else self
+
+    @computed
+    def form(self) -> Form:
+        """The modification without its arrays, and the arrays in order of appearance."""
+        arrays: list[Any] = []
+        numbers: dict[int, int] = {}
+
+        def rename(given: Input) -> Input:
+            if given.held is None:
+                return given
+            number = numbers.setdefault(id(given.held), len(arrays))
+            if number == len(arrays):
+                arrays.append(given.held)
+            return Input(number, given.dtype, given.shape)
+
+        return Form(self.renamed(rename), tuple(arrays))
+
+    def expression(self, sizes: Sizes) -> Real:
+        """The modification of `s` at these sizes."""
+        return self.bind(ScoreValue(), sizes)
+
+
+class Form(NamedTuple):
+    """A modification whose inputs hold nothing, and the arrays that they stand for."""
+
+    score: Score
+    arrays: tuple[Any, ...]
+
+
+def changed_fields(score: Any, named: dict[str, Any]) -> Any:
+    """A copy of a frozen dataclass with other values of some fields, made without its checks."""
+    copy = object.__new__(type(score))
+    given = {field.name: getattr(score, field.name) for field in fields(score)}
+    copy.__dict__.update(given | named)
+    return copy
+
+
+@dataclass(frozen=True, repr=False)
+class InOrder(Score):
+    """Modifications one after the other: each takes what the one before has made."""
+
+    scores: tuple[Score, ...]
+
+    def bind(self, s: Real, sizes: Sizes) -> Real:
+        """The last one's score."""
+        for score in self.scores:
+            s = score.bind(s, sizes)
+        return s
+
+    def renamed(self, rename: Renamed) -> Score:
+        """The same modifications with other inputs."""
+        return InOrder(tuple([score.renamed(rename) for score in self.scores]))
+
+    def __repr__(self) -> str:
+        return f"[{', '.join(map(repr, self.scores))}]"
+
+    __hash__ = Score.__hash__
+
+
+def as_score(score: Any) -> Score | None:
+    """The modification of a `score` argument: one, several in order, or None.
+
+    Raises TypeError for other values.
+    """
+    if score is None or isinstance(score, Score):
+        return score
+    if isinstance(score, (list, tuple)):
+        parts = [as_score(part) for part in score]
+        return InOrder(tuple([part for part in parts if part is not None])) if parts else None
+    hint = "wrap a function as tilefold.score(function)"
+    if hasattr(score, "shape"):
+        hint = "wrap an array that is added as tilefold.bias(array)"
+    elif isinstance(score, str):
+        hint = "make a score of a string with tilefold.masks.parse.parse_score(string)"
+    raise TypeError(f"score must be one such as tilefold.softcap(30), got {shown(score)}; {hint}")
+
+
+def shape_text(given: Input) -> str:
+    """An input as scores print it: `array[2x7]`."""
+    return f"array[{'x'.join(map(str, given.shape))}]"

@@ -1,0 +1,139 @@
+"""Modifications of a user's own: a function of symbols, traced to an expression."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tilefold.common.check import shorten, shown
+from tilefold.common.computed import computed
+from tilefold.masks.expression import (
+    INDEX_NAMES,
+    AnyTable,
+    Boolean,
+    Expression,
+    Index,
+    Real,
+    Rebuild,
+    ScoreValue,
+    as_real,
+    evaluate,
+)
+from tilefold.masks.graph import hashed, same
+from tilefold.masks.tables import Input
+from tilefold.scores.score import Renamed, Score, Sizes
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Traced(Score):
+    """See `score`."""
+
+    traced: Real
+    parameters: tuple[str, ...]
+
+    def bind(self, s: Real, sizes: Sizes) -> Real:
+        """The traced expression over another score."""
+        if isinstance(s, ScoreValue):
+            return self.traced
+        return as_real(evaluate(self.traced, _Changed(s, None)))
+
+    def renamed(self, rename: Renamed) -> Score:
+        """The same expression with other inputs."""
+        return Traced(as_real(evaluate(self.traced, _Changed(None, rename))), self.parameters)
+
+    @computed
+    def _hash(self) -> int:
+        return hashed(self.traced)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Traced) and same(self.traced, other.traced)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A hash belongs to its process."""
+        return Traced, (self.traced, self.parameters)
+
+    def __repr__(self) -> str:
+        text = str(self.traced)
+        whole_text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+        return f"score(lambda {', '.join(self.parameters)}: {whole_text})"
+
+
+class _Changed(Rebuild):
+    """An expression over another score, or with other inputs."""
+
+    def __init__(self, s: Real | None, rename: Renamed | None) -> None:
+        self.s, self.rename = s, rename
+
+    def score(self) -> Expression:
+        return self.s or ScoreValue()
+
+    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
+        if isinstance(table, Input) and self.rename:
+            table = self.rename(table)
+        return super().lookup(table, indices)
+
+
+def score(function: Callable[..., Any]) -> Score:
+    """A modification of your own: a function of the score s and of b, h, q, k.
+
+    >>> score(lambda s, q, k: s - 0.1 * abs(q - k))
+    score(lambda s, q, k: s - (0.1 * abs((q - k))))
+
+    The function is called once, with symbols, and must return a number. It may use + - * / and abs,
+    // and % of integers by a positive constant, comparisons, & | ~ between them, and
+    `tilefold.exp`, `log`, `tanh`, `sigmoid`, `sqrt`, `minimum`, `maximum`, `where`, and entries of
+    arrays, `tilefold.table(array)[i, j]`. Its derivative is found from what it computes. A score of
+    -inf hides the pair, as a mask does.
+
+    Arguments:
+        function: its parameters are any of s (the scaled score, or what the modification before has
+            made of it), b (batch), h (head of the query), q (query), k (key), by name.
+
+    Raises TypeError or ValueError for anything that cannot be traced.
+    """
+    allowed = "score: the parameters of a function must be any of s, b, h, q, k"
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        raise TypeError(f"{allowed}; got {shown(function)}") from None
+    taken: dict[str, Any] = {}
+    for parameter in parameters:
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.name in INDEX_NAMES:
+            taken[parameter.name] = Index(parameter.name)
+        elif named and parameter.name == "s":
+            taken["s"] = ScoreValue()
+        elif parameter.default is parameter.empty:
+            raise TypeError(f"{allowed}; got {str(parameter)!r}")
+    return Traced(_called(function, taken), tuple(taken))
+
+
+def _called(function: Callable[..., Any], symbols: dict[str, Any]) -> Real:
+    """The function's value for symbols. Raises TypeError where it does what symbols cannot."""
+    try:
+        made = function(**symbols)
+    except (TypeError, AttributeError, LookupError) as error:
+        last = error.__traceback__
+        while last and last.tb_next:
+            last = last.tb_next
+        if last and last.tb_frame.f_globals.get("__name__", "").startswith("tilefold."):
+            raise  # an operator of the symbols has said what is wrong
+        raise TypeError(
+            "score: the function cannot be called with symbols:"
+            f" {type(error).__name__}: {shorten(str(error), 120)}; it may use numbers, + - * / and"
+            " abs, comparisons, tilefold.exp, log, tanh, sigmoid, sqrt, minimum, maximum, where,"
+            " and tilefold.table(array)[i, j]"
+        ) from error
+    if made is None:
+        raise TypeError("score: the function returned None, no number; is `return` missing?")
+    if isinstance(made, Boolean):
+        raise TypeError(f"score: the function returned the truth `{made}`; write where(...)")
+    try:
+        return as_real(made)
+    except TypeError:
+        raise TypeError(f"score: the function returned {shown(made)}, no number") from None
