@@ -6,12 +6,15 @@ program has already imported, so tilefold never imports a framework to find out 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tilefold.frontends import registry
+from tilefold.frontends.extra import taken_apart
 from tilefold.implementations import KERNEL, find
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.keywords import refusal, without_unknown
+from tilefold.scores.score import Score
 
 
 @without_unknown
@@ -22,6 +25,7 @@ def attention(
     *,
     mask: Rule | None = None,
     scale: float | None = None,
+    score: Score | Sequence[Score] | None = None,
     layout: str = "bhnd",
     precision: str = "highest",
     return_lse: bool = False,
@@ -57,6 +61,8 @@ def attention(
             are copied first.
         mask: the rule that says which query sees which key, such as `causal() & local(256)`; None
             means `full()`
+        score: what becomes of the scaled scores before the softmax, such as `softcap(30)`, or
+            several in order, `[softcap(50), alibi()]`
         scale: the factor of the scores, a finite number; None means 1 / sqrt(dim). It takes no
             gradient: a tensor that wants one is refused
         layout: the order of the axes of q, k, v and o. "bhnd" is the order above, "bnhd" is
@@ -114,7 +120,12 @@ def attention(
         raise refusal(attention, unknown)
     frontend = registry.find(q=q, k=k, v=v)
     request = frontend.request_of(mask, scale, layout, precision)
-    if impl == KERNEL:
+    if score is not None:
+        request, extra = taken_apart(request, score)
+        if impl != KERNEL:
+            raise NotImplementedError(f"impl={impl!r} takes no score; use impl='kernel'")
+        o, lse = frontend.attention(q, k, v, request, extra)
+    elif impl == KERNEL:
         o, lse = frontend.attention(q, k, v, request)
     else:
         run = find(impl, frontend.__name__.rpartition(".")[2])
@@ -133,10 +144,11 @@ def attention_backward(
     *,
     mask: Rule | None = None,
     scale: float | None = None,
+    score: Score | Sequence[Score] | None = None,
     layout: str = "bhnd",
     precision: str = "highest",
     **unknown: NoReturn,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradients dq, dk and dv of sum(do * attention(q, k, v)) with respect to q, k and v.
 
     >>> import numpy as np
@@ -155,13 +167,14 @@ def attention_backward(
         do: the gradient with respect to o, (batch, heads_q, len_q, dim_v)
         q, k, v: the arrays that were given to `attention`
         o, lse: the results of `attention(..., return_lse=True)`
-        mask, scale, layout: the values that were given to `attention`; all arrays except lse are
-            in the layout
+        mask, scale, score, layout: the values that were given to `attention`; all arrays except
+            lse are in the layout
         precision: the least precision of products of float32 arrays, as for `attention`
 
     Returns:
         dq, dk, dv, each of the shape and type of its input. The gradient of a query that sees no
-        key, and of a key that no query sees, is 0.
+        key, and of a key that no query sees, is 0. With a score the gradients of its arrays follow,
+        in their order of appearance.
 
     Raises:
         The errors of `attention`, and ValueError if the shape of do, o or lse does not fit q, k, v
@@ -176,7 +189,12 @@ def attention_backward(
         raise refusal(attention_backward, unknown)
     frontend = registry.find(q=q, k=k, v=v, do=do, o=o, lse=lse)
     request = frontend.request_of(mask, scale, layout, precision)
-    gradients: tuple[Any, Any, Any] = frontend.attention_backward(do, q, k, v, o, lse, request)
+    gradients: tuple[Any, ...]
+    if score is None:
+        gradients = frontend.attention_backward(do, q, k, v, o, lse, request)
+    else:
+        request, extra = taken_apart(request, score)
+        gradients = frontend.attention_backward(do, q, k, v, o, lse, request, extra)
     return gradients
 
 

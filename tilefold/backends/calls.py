@@ -25,6 +25,7 @@ from tilefold.backends.protocols import (
     Placement,
     Prepared,
     Strides,
+    is_extra,
 )
 from tilefold.backends.registry import backend
 from tilefold.common import generation
@@ -134,7 +135,7 @@ def bind(
 def _fill(wanted: Pass, results: tuple[Array, ...]) -> None:
     """Write the results where no query meets a key."""
     for name, array in zip(wanted.results, results, strict=True):
-        array[...] = _EMPTY[name]
+        array[...] = _EMPTY.get(name, 0.0)
 
 
 def compile_ahead(machine: Machine, problem: Problem, operation: str, layout: str) -> None:
@@ -190,7 +191,7 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
 
     None if they differ in more, or if the backend plans it from the beginning.
     """
-    if before.prepared is None:
+    if before.prepared is None or before.problem.score is not None:
         return None
     named: dict[str, Array] = dict(zip(("q", "k", "v"), given, strict=True))
     axes, problem = LAYOUTS[layout], before.problem
@@ -247,8 +248,11 @@ def _call(
             check_shape(name, tuple(named[name].shape), shapes[name])
     shapes |= dict(zip(("dq", "dk", "dv"), shapes_qkv(problem, layout), strict=True))
     written = wanted.results
+    shapes |= {f"d{name}": tuple(named[name].shape) for name in named if is_extra(name)}
+    dtypes = {f"d{name}": arrays.dtype_of(named[name]) for name in named if is_extra(name)}
     results = tuple(
-        (shapes[name], arrays.native_dtype(named["q"], _dtype(name, dtype))) for name in written
+        (shapes[name], arrays.native_dtype(named["q"], dtypes.get(name) or _dtype(name, dtype)))
+        for name in written
     )
     if problem.empty:
         return Call(problem, wanted, arrays, results, None)
@@ -270,9 +274,11 @@ def _placement(strides: Mapping[str, Strides], alignment: int, axes: Axes) -> Pl
 
 
 def _canonical(strides: Mapping[str, Strides], axes: Axes) -> dict[str, Strides]:
-    """The strides in the order of the canonical axes; those of lse stay, which has three axes."""
+    """The strides in the order of the canonical axes; lse, with three, and extra arrays stay."""
     return {
-        name: found if len(found) < len(axes) else tuple([found[axis] for axis in axes])
+        name: tuple([found[axis] for axis in axes])
+        if len(found) == len(axes) and not is_extra(name.removeprefix("d"))
+        else found
         for name, found in strides.items()
     }
 

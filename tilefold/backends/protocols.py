@@ -60,6 +60,15 @@ BACKWARD = Pass("backward", ("do", "q", "k", "v", "o", "lse"), ("dq", "dk", "dv"
 BACKWARD_LOW = BACKWARD.plus(("lse_low",))
 """The pass also reads `lse_low`."""
 
+
+def is_extra(name: str) -> bool:
+    """True for an array of a score ("input0"), for sinks, and for the seed of dropout.
+
+    They follow the usual arrays of a pass, in any shape. Layouts do not matter to them.
+    """
+    return name.startswith(("input", "sinks", "seed"))
+
+
 PASSES = {each.operation: each for each in (FORWARD, BACKWARD)}
 """The passes of an operation without further arrays."""
 

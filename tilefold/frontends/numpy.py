@@ -17,6 +17,7 @@ from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
 from tilefold.backends.protocols import BACKWARD, FORWARD
 from tilefold.backends.registry import machine
+from tilefold.frontends.extra import NOTHING, Extra
 from tilefold.frontends.foreign import viewed
 from tilefold.problems.attention import check_parts
 from tilefold.problems.request import Request
@@ -30,21 +31,31 @@ request_of = Request
 """Makes the request of a call from its options."""
 
 
-def attention(q: Any, k: Any, v: Any, request: Request) -> tuple[Array, Array]:
+def attention(
+    q: Any, k: Any, v: Any, request: Request, extra: Extra = NOTHING
+) -> tuple[Array, Array]:
     """Return o and lse; see `tilefold.attention`."""
     given = as_array("q", q), as_array("k", k), as_array("v", v)
-    o, lse = calls.run(machine("cpu"), arrays, FORWARD, given, request)
+    if extra is NOTHING:
+        o, lse = calls.run(machine("cpu"), arrays, FORWARD, given, request)
+    else:
+        wanted = FORWARD.plus(extra.names)
+        o, lse = calls.run(machine("cpu"), arrays, wanted, given + _arrays_of(extra), request)
     return o, lse
 
 
 def attention_backward(
-    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, request: Request
-) -> tuple[Array, Array, Array]:
-    """Return dq, dk and dv; see `tilefold.attention_backward`."""
+    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, request: Request, extra: Extra = NOTHING
+) -> tuple[Array, ...]:
+    """Return dq, dk, dv, and the gradients of extra arrays; see `tilefold.attention_backward`."""
     named = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
     given = tuple([as_array(name, array) for name, array in named.items()])
-    dq, dk, dv = calls.run(machine("cpu"), arrays, BACKWARD, given, request)
-    return dq, dk, dv
+    wanted = BACKWARD.plus(extra.names, extra.gradients)
+    return calls.run(machine("cpu"), arrays, wanted, given + _arrays_of(extra), request)
+
+
+def _arrays_of(extra: Extra) -> tuple[Array, ...]:
+    return tuple([as_array(name, x) for name, x in zip(extra.names, extra.arrays, strict=True)])
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, Array]:

@@ -336,13 +336,16 @@ def names(expression: Expression) -> frozenset[str]:
 
 
 def check_size(rule: object, expression: Expression) -> None:
-    """Raises ValueError for a rule whose expression has too many operations to be compiled."""
+    """Raises ValueError for a rule or a score that has too many operations to be compiled."""
     nodes = ordered(expression)
     found = sum(bool(children) for _, children in nodes)
     if found > MOST_OPERATIONS:
+        mask = isinstance(expression, Boolean)
+        language = "mask" if mask else "score"
+        instead = "dense(mask.to_dense(len_q, len_k))" if mask else "bias(array)"
         raise ValueError(
-            f"the mask {shown(rule)} has {found} operations, at most {MOST_OPERATIONS} are "
-            "compiled; write it as dense(mask.to_dense(len_q, len_k))"
+            f"the {language} {shown(rule)} has {found} operations, at most {MOST_OPERATIONS} are "
+            f"compiled; write it as {instead}"
         )
 
 
@@ -378,7 +381,7 @@ class Parts(NamedTuple):
     """A tree as its skeleton, the values of its parameters, and its tables in the slots' order."""
 
     skeleton: Skeleton
-    parameters: tuple[int | float, ...]
+    parameters: tuple[Any, ...]
     tables: tuple[Any, ...]
 
     @property

@@ -1,18 +1,24 @@
-"""A problem whose mask is bound to its lengths: what all planners read.
+"""A problem whose mask and score are bound to its sizes: what all planners read.
 
 The rule of a problem becomes an expression of its lengths once per plan. From the expression follow
 what a kernel's source contains (the skeleton, the bits of an index), what a launch is given
-(parameters and tables), and which tiles are visited (runs).
+(parameters and tables), and which tiles are visited (runs). The score becomes an expression too.
+What kernels compute of it differs: see `Scored`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tilefold.masks.derivative import derivatives
 from tilefold.masks.evaluate import index_bits
 from tilefold.masks.expression import (
     Boolean,
     Declared,
+    Expression,
+    Parts,
+    Real,
+    Several,
     Skeleton,
     Table,
     Truth,
@@ -20,9 +26,44 @@ from tilefold.masks.expression import (
     names,
     split,
 )
+from tilefold.masks.hiding import may_hide
 from tilefold.masks.runs import Runs, runs
+from tilefold.masks.tables import Input
 from tilefold.planning.visited import MASK_STEP
 from tilefold.problems.attention import Problem
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a kernel computes of a score: the parts of an expression of several values.
+
+    By `computed` the values are:
+
+    - "value": the score F
+    - "slope": F and dF/ds
+    - "entries": F, and for each entry that is read from an input: the derivative of F with respect
+      to it, and its indices
+
+    `entries` names the inputs of the entries. `hides`: F may be -inf, which hides the pair.
+    """
+
+    parts: Parts
+    entries: tuple[Input, ...]
+    hides: bool
+
+
+def _scored(score: Real, computed: str, mask: Skeleton) -> Scored:
+    values: list[Expression] = [score]
+    entries: list[Input] = []
+    if computed == "slope":
+        values.append(derivatives(score).score)
+    elif computed == "entries":
+        for entry, slope in derivatives(score).entries:
+            if isinstance(entry.table, Input):
+                entries.append(entry.table)
+                values += [slope, *entry.indices]
+    parts = split(Several(tuple(values)), mask)
+    return Scored(parts, tuple(entries), may_hide(score))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +85,36 @@ class MaskedProblem:
     parameters: tuple[int, ...]
     tables: tuple[Table | Declared, ...]
     index_bits: int
+    score: Real | None = None
     _runs: dict[tuple[str, int, int], Runs] = field(default_factory=dict, repr=False)
+    _scores: dict[str, Scored] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(problem: Problem) -> MaskedProblem:
         """Bind the mask of a problem to its lengths; raises ValueError if it is too large."""
         expression = problem.mask.bind(problem.len_q, problem.len_k)
         check_size(problem.mask, expression)
-        sizes = (problem.batch, problem.heads_q, problem.len_q, problem.len_k)
-        return MaskedProblem(
-            problem, expression, *split(expression), index_bits(expression, *sizes)
-        )
+        sizes = problem.score_sizes
+        bits, score = index_bits(expression, *sizes), None
+        if problem.score is not None:
+            score = problem.score.expression(sizes)
+            check_size(problem.score, score)
+            bits = max(bits, index_bits(score, *sizes))
+        return MaskedProblem(problem, expression, *split(expression), bits, score)
+
+    def scored(self, computed: str) -> Scored | None:
+        """What a kernel computes of the score; None where it is not modified."""
+        if self.score is None:
+            return None
+        found = self._scores.get(computed)
+        if found is None:
+            found = self._scores[computed] = _scored(self.score, computed, self.skeleton)
+        return found
+
+    @property
+    def score_parts(self) -> dict[Skeleton, Parts]:
+        """The numbers and tables of all that kernels compute of the score, by their skeletons."""
+        return {found.parts.skeleton: found.parts for found in self._scores.values()}
 
     @property
     def constant(self) -> bool:

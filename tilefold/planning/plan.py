@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.common.computed import computed
-from tilefold.masks.expression import Declared, Table
+from tilefold.masks.expression import Declared, Parts, Skeleton, Table
+from tilefold.masks.tables import Input
 from tilefold.problems.attention import Problem
 
 OPERATIONS = ("forward", "backward")
@@ -46,7 +47,8 @@ L = TypeVar("L", bound=Launched)
 class Plan(Generic[L]):
     """The kernels of one operation in the order in which they run, and the data of the mask.
 
-    `buffers` are operands that no caller gives, by their names in the kernels.
+    `buffers` are operands that no caller gives, by their names in the kernels. `scores` has the
+    numbers and tables of what kernels compute of a modified score.
     """
 
     problem: Problem
@@ -55,11 +57,13 @@ class Plan(Generic[L]):
     parameters: tuple[int, ...]
     tables: tuple[Table | Declared, ...]
     buffers: Mapping[str, Scratch]
+    scores: Mapping[Skeleton, Parts] = field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:
         """Bytes of the mask's tables and of the runs."""
-        arrays = [table.array for table in self.tables]
+        tables = [*self.tables, *(t for parts in self.scores.values() for t in parts.tables)]
+        arrays = [table.array for table in tables if not isinstance(table, Input)]
         for launch in self.launches:
             arrays += launch.arrays
         return sum(array.nbytes for array in arrays)

@@ -161,7 +161,8 @@ class Chooser:
 
     def spec_of(self, kernel: str, *, vectors: int, rows: int, block_traverse: int) -> KernelSpec:
         """The spec of a kernel in these blocks."""
-        problem, device = self.problem, self.device
+        problem, device, row = self.problem, self.device, KERNELS[kernel]
+        scored = self.masked.scored(row.scored) if row.visits else None
         return KernelSpec(
             kernel=kernel,
             dtype=problem.dtype,
@@ -175,6 +176,9 @@ class Chooser:
             index_bits=self.masked.index_bits,
             native_half=problem.dtype == "float16" and device.converts_float16,
             multiplier=self.multiplier(kernel),
+            score=scored.parts.skeleton if scored else None,
+            hides=bool(scored and scored.hides),
+            natural=problem.score is not None,
         )
 
     def _for_length(self, tiles: tuple[RegisterTile, ...], length: int) -> RegisterTile:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from tilefold.backends.cpu.launches import Launch
 from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.common.copies import changed
+from tilefold.masks.tables import Input
 from tilefold.planning.plan import Scratch
 from tilefold.problems.attention import STATISTICS, Problem, contiguous
 from tilefold.problems.buffer import Buffer
@@ -194,14 +196,30 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
             assert name in spec.row.optional, name
         words += [0, *strides.get(actual, (0,) * len(axes(name)))]
     words += plan.parameters
-    for table in plan.tables:
-        item = table.array.itemsize
-        words += [table.array.ctypes.data, *(stride // item for stride in table.array.strides)]
+    words += _words_of_tables(plan.tables)
+    if spec.score is not None:
+        parts = plan.scores[spec.score]
+        words += [double_bits(x) if isinstance(x, float) else x for x in parts.parameters]
+        for table in parts.tables:
+            if isinstance(table, Input):
+                places.append((len(words), order.index(table.name)))
+                words += [0, *strides[table.name]]
+            else:
+                words += _words_of_tables([table])
     assert len(words) == len(function.names), (len(words), function.names)
     words += [0] * launch.counters
     template = np.array(words, np.int64).tobytes()
     kind = ctypes.c_int64 * len(words)
     return _Step(function, workspace_bytes, launch.items, kind, template, tuple(places))
+
+
+def _words_of_tables(tables: Iterable[Any]) -> list[int]:
+    """The addresses and strides of tables that a plan holds."""
+    words = []
+    for table in tables:
+        item = table.array.itemsize
+        words += [table.array.ctypes.data, *(stride // item for stride in table.array.strides)]
+    return words
 
 
 def _allocate(name: str, scratch: Scratch) -> _Memory:

@@ -143,6 +143,7 @@ class _Planner:
             tables=self._masked.tables,
             buffers=buffers,
             anywhere=self._anywhere,
+            scores=self._masked.score_parts,
         )
 
     def _launches(self, kernel: str) -> list[Launch]:

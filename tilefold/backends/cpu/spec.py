@@ -25,16 +25,23 @@ class CpuKernelRow(KernelRow):
     """One kernel of processors; `parallel` is the axis that is vectorised.
 
     A `by_query` kernel keeps one query in a row, and vectorises the head dimension instead.
-    `optional` names operands that a call may leave out: then their address is 0.
+    `optional` names operands that a call may leave out: then their address is 0. `computed` says
+    what is computed of a modified score, where it is not what follows from `score_tiles`.
     """
 
     by_query: bool = False
     optional: tuple[str, ...] = ()
+    computed: str = ""
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """All operands in the order of the argument block."""
         return (*self.operands, *self.optional)
+
+    @property
+    def scored(self) -> str:
+        """What the kernel computes of a modified score: see `planning.masked.Scored`."""
+        return self.computed or ("", "value", "slope")[self.score_tiles]
 
     @property
     def tiled(self) -> bool:
@@ -154,7 +161,9 @@ class KernelSpec:
     parallel axis is vectorised, `block_parallel` elements at a time; the traversed axis is walked
     `block_traverse` rows at a time. In a kernel that works by query, `rows` is how many queries a
     worker holds at most. `native_half`: the machine converts float16 itself. `in_turn`: a worker of
-    the fused backward makes all parts of dQ of a head, one after the other.
+    the fused backward makes all parts of dQ of a head, one after the other. `score` is what the
+    kernel computes of a modified score (see `planning.masked.Scored`), and `hides` tells that it
+    may hide pairs. Where scores are modified they are `natural` in all kernels: see `scale`.
     """
 
     kernel: str
@@ -170,6 +179,9 @@ class KernelSpec:
     native_half: bool = False
     multiplier: Multiplier = FMA
     in_turn: bool = False
+    score: Skeleton | None = None
+    hides: bool = False
+    natural: bool = False
 
     @property
     def row(self) -> CpuKernelRow:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tilefold.backends.cpu.spec import KernelSpec
+from tilefold.masks.expression import Skeleton
 
 if TYPE_CHECKING:
     from tilefold.backends.cpu.kernels.ir import Body, Value
@@ -83,10 +84,16 @@ def names(spec: KernelSpec) -> tuple[str, ...]:
     words = list(WORK)
     for operand in spec.row.arguments:
         words += [operand, *(f"{operand}_{axis}" for axis in axes(operand))]
-    words += [parameter.name for parameter in spec.mask.parameters]
-    for slot in spec.mask.slots:
-        words += [slot.name, *slot.strides]
+    for skeleton in skeletons(spec):
+        words += [parameter.name for parameter in skeleton.parameters]
+        for slot in skeleton.slots:
+            words += [slot.name, *slot.strides]
     return tuple(words)
+
+
+def skeletons(spec: KernelSpec) -> tuple[Skeleton, ...]:
+    """The skeletons of the mask and of a modified score."""
+    return (spec.mask,) if spec.score is None else (spec.mask, spec.score)
 
 
 def axes(operand: str) -> str:
@@ -103,7 +110,7 @@ class Arguments:
         self._position = {name: index for index, name in enumerate(names(spec))}
         self._values: dict[str, Value] = {}
         addresses = {*spec.row.arguments, "order", "rows", "runs", "owners", "workspace"}
-        addresses |= {f"t{slot.number}" for slot in spec.mask.slots}
+        addresses |= {slot.name for skeleton in skeletons(spec) for slot in skeleton.slots}
         for name in names(spec):
             if name not in COUNTERS:
                 type_ = "ptr" if name in addresses else "i64"

@@ -20,10 +20,10 @@ from typing import NamedTuple
 from tilefold.backends.cpu.kernels import microkernel, work
 from tilefold.backends.cpu.kernels.block import Block, emit
 from tilefold.backends.cpu.kernels.ir import Value
-from tilefold.backends.cpu.kernels.mask import MaskText
+from tilefold.backends.cpu.kernels.mask import MaskText, ScoreText
 from tilefold.backends.cpu.kernels.multiply import Products, Right
 from tilefold.backends.cpu.kernels.products import products
-from tilefold.backends.cpu.kernels.scores import score_gradient, score_tile
+from tilefold.backends.cpu.kernels.scores import is_hidden, score_gradient, score_tile
 from tilefold.backends.cpu.kernels.softmax import exp2_cut
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile
 from tilefold.backends.cpu.spec import KernelSpec
@@ -129,6 +129,7 @@ class _QueryGradient:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.block.h) if masked else None
+        modified = self.block.score(self.block.h)
         made = self.products.sides
         keys = made(tile, self.keys, "left", spec.dim, rows=True, columns=True)
         values = made(tile, self.values, "left_v", spec.dim_v, rows=True, columns=False)
@@ -138,7 +139,8 @@ class _QueryGradient:
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
             statistics = self.statistics
-            _keep_differences(self.products, tile, row, dp, lambda i: statistics, masked, ("ds",))
+            of_row: StatisticsOf = lambda i: statistics  # noqa: E731  # the same for all rows
+            _keep_differences(self.products, tile, row, dp, of_row, masked, ("ds",), modified)
 
         self.products.scores(tile, values.rows, self.do_packed, spec.dim_v, use)
         body.comment("dQ^T += K^T dS^T")
@@ -188,6 +190,7 @@ class KeyGradients:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.h_q) if masked else None
+        self.modified = self.block.score(self.h_q)
         made = self.products.sides
         queries = made(tile, self.queries, "left", spec.dim, rows=True, columns=True)
         do = made(tile, self.do, "left_v", spec.dim_v, rows=True, columns=True)
@@ -218,7 +221,9 @@ class KeyGradients:
         masked: bool,
     ) -> microkernel.Accumulators:
         """Keep rows of P and of dS for the products that follow; return the rows of dS."""
-        return _keep_differences(self.products, tile, row, dp, statistics, masked, ("p", "ds"))
+        return _keep_differences(
+            self.products, tile, row, dp, statistics, masked, ("p", "ds"), self.modified
+        )
 
     def _of_query(self, name: str, query: Value) -> Value:
         """The statistic of one query in all lanes."""
@@ -236,7 +241,10 @@ def _store_scores(
     scores: Value,
     mask: MaskText | None,
 ) -> None:
-    """Scores of a tile into scratch, marked where the rule says no."""
+    """Scores of a tile into scratch, marked where the rule says no.
+
+    Of modified scores it is the products that are kept.
+    """
     body = tile.body
 
     def use(row: Value, block: microkernel.Accumulators) -> None:
@@ -260,6 +268,7 @@ def _keep_differences(
     statistics: StatisticsOf,
     masked: bool,
     kept: tuple[str, ...],
+    modified: ScoreText | None,
 ) -> microkernel.Accumulators:
     """Rows of P over their scores, where "p" is to be kept, and of dS = P (dP - delta)."""
     body = tile.body
@@ -267,7 +276,7 @@ def _keep_differences(
     for start in range(0, len(dp), products.step):
         rows = range(start, start + products.step)
         lines = [
-            _differences(products, tile, body.add(row, i), dp[i], statistics(i), masked)
+            _differences(products, tile, body.add(row, i), dp[i], statistics(i), masked, modified)
             for i in rows
         ]
         first = body.add(row, start)
@@ -288,18 +297,27 @@ def _differences(
     dp: list[Value],
     statistics: Statistics,
     masked: bool,
+    modified: ScoreText | None,
 ) -> tuple[list[Value], list[Value]]:
     """One row of P, made again from its scores, and of dS."""
     body, vector_ = tile.body, tile.shape.vector
     scores, rate = products.block.region("p"), products.block.rate
     weights, changes = [], []
-    for j, (gradient, m, r, delta) in enumerate(zip(dp, *statistics, strict=True)):
-        score = body.load(tile.at(scores, row, j), vector_, "s")
+    kept = [body.load(tile.at(scores, row, j), vector_, "s") for j in range(len(dp))]
+    made: Sequence[Value] = kept
+    slopes: Sequence[Value | None] = [None] * len(dp)
+    if modified is not None:
+        made, slopes = modified.row(tile.inside(row), kept)
+    for product, score, slope, gradient, m, r, delta in zip(
+        kept, made, slopes, dp, *statistics, strict=True
+    ):
         exponent = body.multiply_add(body.binary("fsub", score, m, "e"), rate.factor, r, "e")
         weight = exp2_cut(body, exponent, terms=products.exp2_terms)
-        change = score_gradient(body, weight, gradient, delta)
+        change = score_gradient(body, weight, gradient, delta, slope)
         if masked:
-            forbidden = tile.marked(score, "score")
+            forbidden = tile.marked(product, "score")
+            if products.spec.hides:
+                forbidden = body.binary("or", forbidden, is_hidden(body, score), "hidden")
             weight = tile.mark_where(forbidden, weight, "weight")
             change = body.select(forbidden, body.constant(0.0, vector_), change, "ds")
         weights.append(weight)

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from tilefold.backends.cpu.kernels import amx, microkernel, pack, work
 from tilefold.backends.cpu.kernels.arguments import COMPUTED, OF_QUERY, Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
-from tilefold.backends.cpu.kernels.mask import MaskText
+from tilefold.backends.cpu.kernels.mask import MaskText, Place, ScoreText
 from tilefold.backends.cpu.kernels.scale import scale
 from tilefold.backends.cpu.kernels.storage import SCALARS, Storage, storage
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
@@ -129,7 +129,7 @@ class Block:
         self.parallel = spec.row.parallel
         self.b, self.h, self.row = item.b, item.h, item.row
         self._scratch = scratch
-        self.scale = scale(body, arguments, shape.lanes, shape.scalar)
+        self.scale = scale(body, arguments, shape.lanes, shape.scalar, natural=spec.natural)
         self.rate = self.scale.rate()
         self._begin()
 
@@ -236,7 +236,17 @@ class Block:
 
     def mask(self, h: Value) -> MaskText:
         """The rule on this block, for query head `h`."""
-        return MaskText(
+        return MaskText(self.place(h))
+
+    def score(self, h: Value) -> ScoreText | None:
+        """The modified score of this block, for query head `h`; None where it is the product."""
+        if self.spec.score is None:
+            return None
+        return ScoreText(self.place(h), self.scale.rest)
+
+    def place(self, h: Value) -> Place:
+        """Where the pairs of this block and of query head `h` are."""
+        return Place(
             self.body,
             self.spec,
             self.arguments,

@@ -31,9 +31,9 @@ from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu.kernels import pack, work
 from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, vector
-from tilefold.backends.cpu.kernels.mask import MaskText
+from tilefold.backends.cpu.kernels.mask import MaskText, Place, ScoreText
 from tilefold.backends.cpu.kernels.merge import Merge
-from tilefold.backends.cpu.kernels.scores import score
+from tilefold.backends.cpu.kernels.scores import is_shown
 from tilefold.backends.cpu.kernels.softmax import exp2_scaled
 from tilefold.backends.cpu.kernels.state import VALUES, Frame, emit
 from tilefold.backends.cpu.kernels.storage import Storage
@@ -168,9 +168,16 @@ class _Decode:
 
             def score_rows(near: _Rows) -> None:
                 with self._rows(h_kv) as (h, i, row):
-                    scores = score(self._products(near, self._query(row)))
+                    scores = self._products(near, self._query(row))
+                    place = self._place(body.add(first, c), h)
+                    if self.spec.score is not None:
+                        modified = ScoreText(place, self.frame.scale.rest)
+                        ((scores,),) = modified.row(i, [scores])
                     if masked:
-                        allowed = self._allowed(body.add(first, c), left, h, i)
+                        allowed = self._allowed(place, left, i)
+                        if self.spec.hides:
+                            shown = is_shown(body, scores)
+                            allowed = body.binary("and", allowed, shown, "allowed")
                         scores = self.frame.marks.mark(allowed, scores, "score")
                     body.store(scores, self._weight(row, c))
 
@@ -234,11 +241,10 @@ class _Decode:
         start = self.body.mul(row, self.spec.block_traverse)
         return self.frame.at(self.weights, self.body.add(start, c))
 
-    def _allowed(self, key: Value, left: Value, h: Value, i: Value) -> Value:
-        """Which keys query `i` of head `h` sees: from `key` on, of the `left` that there are."""
-        body, lanes = self.body, self.lanes
-        mask = MaskText(
-            body,
+    def _place(self, key: Value, h: Value) -> Place:
+        """A vector of keys, from `key` on, before query head `h`."""
+        return Place(
+            self.body,
             self.spec,
             self.arguments,
             parallel="k",
@@ -247,7 +253,11 @@ class _Decode:
             b=self.frame.item.b,
             h=h,
         )
-        (truth,) = mask.row(i)
+
+    def _allowed(self, place: Place, left: Value, i: Value) -> Value:
+        """Which keys query `i` sees: of the `left` that there are from the place on."""
+        body, lanes = self.body, self.lanes
+        (truth,) = MaskText(place).row(i)
         steps = ", ".join(f"i64 {lane}" for lane in range(lanes))
         inside = body.compare(
             "slt", Value(f"<{steps}>", vector(lanes, "i64")), body.splat(left, lanes)

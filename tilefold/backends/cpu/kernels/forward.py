@@ -26,7 +26,7 @@ from tilefold.backends.cpu.kernels.ir import Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.microkernel import Accumulators
 from tilefold.backends.cpu.kernels.products import products
-from tilefold.backends.cpu.kernels.scores import score_tile
+from tilefold.backends.cpu.kernels.scores import is_shown, score_tile
 from tilefold.backends.cpu.kernels.softmax import exp2_scaled
 from tilefold.backends.cpu.kernels.tile import Tile
 from tilefold.backends.cpu.spec import KernelSpec
@@ -70,6 +70,7 @@ class _Forward:
         tops = [body.variable(self.shape.vector, self._lowest, "top") for _ in self.m]
         keys = self.products.sides(tile, self.keys, "left", spec.dim, rows=True, columns=False)
         body.comment("S^T <- K Q^T, and the largest of each lane")
+        modified = self.block.score(self.block.h)
         if masked:
             mask = self.block.mask(self.block.h)
             score_tile(
@@ -78,6 +79,7 @@ class _Forward:
                 keys.rows,
                 self.q_packed,
                 lambda row, scores: self._keep_visible(tile, mask, tops, row, scores),
+                modified,
             )
         else:
             score_tile(
@@ -86,6 +88,7 @@ class _Forward:
                 keys.rows,
                 self.q_packed,
                 lambda row, scores: self._keep(tile, tops, row, scores, scores),
+                modified,
             )
             every = body.constant(-1, vector(self.shape.lanes, "i1"))
             for place in self.seen:
@@ -113,6 +116,11 @@ class _Forward:
         body.comment("S^T <- marked where the rule says no")
         marked, candidates = [], []
         for truths, line in zip(tile.allowed_rows(mask, row), scores, strict=True):
+            if self.spec.hides:
+                truths = tuple(
+                    body.binary("and", truth, is_shown(body, score), "shown")
+                    for truth, score in zip(truths, line, strict=True)
+                )
             pairs = list(zip(truths, line, strict=True))
             marked.append([tile.mark(truth, score, "score") for truth, score in pairs])
             candidates.append([body.select(truth, score, self._lowest) for truth, score in pairs])

@@ -218,7 +218,7 @@ class _AllGradients(KeyGradients):
             with body.loop("d", self.spec.dim, self._line) as d:
                 body.store(block.scalar(0.0), body.offset(target, scalar, d))
         finite = body.variable("i1", Value("true", "i1"), "k.finite")
-        if not isinstance(self.spec.mask.expression, Truth):
+        if self.spec.hides or not isinstance(self.spec.mask.expression, Truth):
             whole = Tile(body, self.shape, block.first, block.valid)
             body.write(finite, whole.finite(whole.of(keys), self.spec.dim))
         return region, finite

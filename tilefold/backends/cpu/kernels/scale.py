@@ -8,6 +8,9 @@ extreme. `rest` and log2(e) belong to the exponential, where the maximum is alre
 difference of scores that are near each other is exact. If scores were multiplied by a rounded
 factor, the error of a weight would grow as its score.
 
+A modified score is natural: then `rest` is a factor of the products (`scores.py`) and of the
+gradients, `wide` is 1, and `factor` is log2(e).
+
     P <- 2^((S - m) c)            c = rest log2(e)                       `rate`
     lse <- rest m + ln l          and what its rounding took away        `log_sum`
     P <- 2^((S - m) c + r)        lse = rest m - r ln 2, in the backward pass: `shift`
@@ -98,8 +101,10 @@ class Scale:
         return self.body.splat(value, self.lanes, hint)
 
 
-def scale(body: Body, arguments: Arguments, lanes: int, scalar: str) -> Scale:
-    """The scale of the call, for vectors of `lanes` elements."""
+def scale(
+    body: Body, arguments: Arguments, lanes: int, scalar: str, *, natural: bool = False
+) -> Scale:
+    """The scale of the call, for vectors of `lanes` elements; `natural`: scores are modified."""
 
     def read(name: str) -> Value:
         return body.cast("bitcast", arguments[name], "double", name)
@@ -114,4 +119,6 @@ def scale(body: Body, arguments: Arguments, lanes: int, scalar: str) -> Scale:
     least = body.constant(2 * FORMATS[scalar].bias / _LARGEST[scalar], scalar)
     factor = body.larger(factor, least, "factor")
     power, rest = narrowed(read("power"), "power"), narrowed(wide, "rest")
+    if natural:
+        wide, factor = body.constant(1.0, "double"), body.constant(LOG2_E, scalar)
     return Scale(body, lanes, power, rest, wide, factor)

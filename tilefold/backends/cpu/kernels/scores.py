@@ -3,12 +3,13 @@
     S  <- score(Q K^T)                        forward, decode, and again in the backward kernels
     dS <- score_gradient(P, dP, delta)        backward_dq, backward_dkv, backward
 
-A score is `natural / rest`: see `scale`. The formula of a modification on the natural scale (a
-softcap, a bias, ALiBi, dropout) belongs here, and nowhere else. With one, `score` multiplies the
-product by `rest` and modifies it, before the mask and the maximum see it, and from there on `rest`
-is 1; `score_gradient` multiplies dS by the derivative of the modification. The derivative of the
-scale waits for the finished sums: dQ and dK are multiplied by `power` and `rest` when they are
-written, or K and dS in the fused kernel.
+A score is `natural / rest`: see `scale`. A modified score (a softcap, a bias, ALiBi) is natural:
+the product times `rest` goes through the expression of the modification (`mask.ScoreText`), before
+the mask and the maximum see it. The backward kernels keep the products, and make the score and its
+derivative from them at once; `score_gradient` multiplies dS by the derivative. A score of -inf
+hides its pair where the modification `hides`. The derivative of the scale waits for the finished
+sums: dQ and dK are multiplied by `power` and `rest` when they are written, or K and dS in the fused
+kernel.
 """
 
 from __future__ import annotations
@@ -17,27 +18,50 @@ from collections.abc import Sequence
 
 from tilefold.backends.cpu.kernels import microkernel
 from tilefold.backends.cpu.kernels.ir import Body, Value
+from tilefold.backends.cpu.kernels.mask import ScoreText
 from tilefold.backends.cpu.kernels.multiply import Products, Right
 from tilefold.backends.cpu.kernels.tile import Matrix, Scores, Tile
 
 
-def score(product: Value) -> Value:
-    """The scores of a vector of products whose operand has the factor `power`."""
-    return product
-
-
 def score_tile(
-    products: Products, tile: Tile, left: Sequence[Matrix], right: Right, use: Scores
+    products: Products,
+    tile: Tile,
+    left: Sequence[Matrix],
+    right: Right,
+    use: Scores,
+    modified: ScoreText | None = None,
 ) -> None:
     """`use(first row, block)` for each block of scores of a tile, before the mask."""
+    body = tile.body
 
     def scored(row: Value, block: microkernel.Accumulators) -> None:
-        use(row, [[score(product) for product in line] for line in block])
+        if modified is not None:
+            rows = [tile.inside(body.add(row, i)) for i in range(len(block))]
+            block = [
+                list(modified.row(index, line)[0]) for index, line in zip(rows, block, strict=True)
+            ]
+        use(row, block)
 
     products.scores(tile, left, right, products.spec.dim, scored)
 
 
-def score_gradient(body: Body, weight: Value, dp: Value, delta: Value) -> Value:
-    """dS <- P (dP - delta) in each lane, the gradient of the scores on the natural scale."""
+def is_shown(body: Body, score: Value) -> Value:
+    """A truth per lane: the score is not -inf, which hides its pair."""
+    return body.compare("une", score, body.constant(float("-inf"), score.type), "shown")
+
+
+def is_hidden(body: Body, score: Value) -> Value:
+    """A truth per lane: the score is -inf."""
+    return body.compare("oeq", score, body.constant(float("-inf"), score.type), "hidden")
+
+
+def score_gradient(
+    body: Body, weight: Value, dp: Value, delta: Value, slope: Value | None = None
+) -> Value:
+    """dS <- P (dP - delta) in each lane, the gradient of the scores on the natural scale.
+
+    `slope` is the derivative of a modified score.
+    """
     difference = body.binary("fsub", dp, delta, "e")
-    return body.binary("fmul", weight, difference, "ds")
+    change = body.binary("fmul", weight, difference, "ds")
+    return change if slope is None else body.binary("fmul", change, slope, "ds")

@@ -65,7 +65,7 @@ class Frame:
         none = Value("0", "i64")
         self.marks = Tile(body, self.shape, none, none)
         self._scratch = scratch
-        self.scale = scale(body, arguments, spec.lanes, self.shape.scalar)
+        self.scale = scale(body, arguments, spec.lanes, self.shape.scalar, natural=spec.natural)
         self.rate = self.scale.rate()
 
     def region(self, name: str) -> Value:

@@ -86,13 +86,17 @@ def tiles(
 ) -> None:
     """Write `tile` inside the loops over the runs of a block row and over the tiles of a run.
 
-    A tile that is no multiple of `whole` counts as one that needs the mask.
+    A tile that is no multiple of `whole` counts as one that needs the mask. All do where a modified
+    score may hide pairs.
     """
     with (
         runs(body, arguments, b, h, row) as (place, first, last),
         body.loop("tile", first, last, spec.block_traverse) as start,
     ):
         count = body.minimum(body.sub(last, start), spec.block_traverse, "count")
+        if spec.hides:
+            tile(start, count, True)
+            return
         masked: Value | None = None
         if whole > 1:
             masked = body.binary("urem", count, whole, "rest")
