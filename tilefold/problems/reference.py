@@ -20,8 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from tilefold.masks.derivative import derivatives
+from tilefold.masks.evaluate import exact_real
+from tilefold.masks.expression import FromInteger
 from tilefold.masks.position_rules import Rule
+from tilefold.masks.tables import Input
 from tilefold.problems.attention import default_scale
+from tilefold.scores.score import Sizes, as_score
 
 Array = NDArray[Any]
 
@@ -33,6 +38,9 @@ def attention(
     *,
     mask: Rule | None = None,
     scale: float | None = None,
+    score: Any = None,
+    sinks: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
     dtype: DTypeLike = np.float64,
 ) -> tuple[Array, Array]:
     """Dense attention: o = softmax(scale q k^T) v over the visible keys, and lse, its log-sum-exp.
@@ -43,21 +51,31 @@ def attention(
 
     q is (batch, heads_q, len_q, dim), k (batch, heads_kv, len_k, dim), v (batch, heads_kv, len_k,
     dim_v); o comes back as (batch, heads_q, len_q, dim_v) and lse as (batch, heads_q, len_q), both
-    of type `dtype`. All computations are done in `dtype`.
+    of type `dtype`. All computations are done in `dtype`. `score` is as in `tilefold.attention`; a
+    modification is computed in float64. `sinks` are (heads_q, number of sinks). `keep`, (batch,
+    heads_q, len_q, len_k), is the factor of each weight after its row was normalised: with dropout
+    it is 0 or 1 / (1 - p).
     """
     q, k, v = (np.asarray(array, dtype) for array in (q, k, v))
     scale = default_scale(q.shape[3]) if scale is None else scale
+    modified = Modified(score, q, k)
     o = np.zeros((*q.shape[:3], v.shape[3]), dtype)
     lse = np.zeros(q.shape[:3], dtype)
     with np.errstate(all="ignore"):
         for at, at_kv, visible in _heads(q, k, mask):
-            s = np.where(visible, scale * (q[at] @ k[at_kv].T), -np.inf)
-            m = _shift(_row_max(s))
+            s = modified.scores(at, scale * (q[at] @ k[at_kv].T))
+            visible = visible & modified.shown(s)
+            s = np.where(visible, s, -np.inf)
+            m = _row_max(s)
+            sunk = np.zeros(0, dtype) if sinks is None else np.asarray(sinks, dtype)[at[1]]
+            m = _shift(np.maximum(m, sunk.max(initial=-np.inf)))
             p = np.where(visible, np.exp(s - m[:, None]), 0)
-            total = p.sum(axis=1)
+            total = p.sum(axis=1) + np.exp(sunk - m[:, None]).sum(axis=1)
             seen = np.count_nonzero(visible, axis=1) > 0
             total[seen & (total == 0)] = np.nan  # only scores of -inf: 0 / 0
-            o[at] = np.where(seen[:, None], _product(p, visible, v[at_kv]) / total[:, None], 0)
+            weights = p if keep is None else p * np.asarray(keep, dtype)[at]
+            mean = _product(weights, visible, v[at_kv]) / total[:, None]
+            o[at] = np.where(seen[:, None], mean, 0)
             lse[at] = m + np.log(total)
     return o, lse
 
@@ -72,8 +90,12 @@ def attention_backward(
     *,
     mask: Rule | None = None,
     scale: float | None = None,
+    score: Any = None,
+    sinks: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
+    dlse: ArrayLike | None = None,
     dtype: DTypeLike = np.float64,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """The gradients dq, dk, dv of sum(do * o), from the inputs and results of the forward pass.
 
     >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1, 4, 8))
@@ -81,22 +103,81 @@ def attention_backward(
     >>> dq.shape, bool(np.isclose(dv.sum(), 4 * 8))
     ((1, 1, 4, 8), True)
 
-    Each gradient has the shape of its input. The shapes are as in `attention`.
+    Each gradient has the shape of its input. The shapes are as in `attention`. The gradients of the
+    arrays that a score reads follow, in order of appearance, and then that of sinks. With `dlse`
+    they are the gradients of sum(do * o) + sum(dlse * lse).
     """
     do, q, k, v, o, lse = (np.asarray(array, dtype) for array in (do, q, k, v, o, lse))
     scale = default_scale(q.shape[3]) if scale is None else scale
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    modified = Modified(score, q, k)
+    dsinks = None if sinks is None else np.zeros_like(np.asarray(sinks, dtype))
     with np.errstate(all="ignore"):
         for at, at_kv, visible in _heads(q, k, mask):
-            s = scale * (q[at] @ k[at_kv].T)
+            natural = scale * (q[at] @ k[at_kv].T)
+            s = modified.scores(at, natural)
+            visible = visible & modified.shown(s)
             p = np.where(visible, np.exp(s - lse[at][:, None]), 0)
-            dp = do[at] @ v[at_kv].T
+            kept = np.ones_like(p) if keep is None else np.asarray(keep, dtype)[at]
+            dp = kept * (do[at] @ v[at_kv].T)
             delta = (do[at] * o[at]).sum(axis=1)
+            if dlse is not None:
+                delta = delta - np.asarray(dlse, dtype)[at]
             ds = np.where(visible, p * (dp - delta[:, None]), 0)
+            modified.add(at, natural, ds)
+            ds = np.where(visible, ds * modified.slopes(at, natural), 0)
             dq[at] = scale * _product(ds, visible, k[at_kv])
             dk[at_kv] += scale * _product(ds.T, visible.T, q[at])
-            dv[at_kv] += _product(p.T, visible.T, do[at])
-    return dq, dk, dv
+            dv[at_kv] += _product((p * kept).T, visible.T, do[at])
+            if dsinks is not None:
+                sunk = np.exp(np.asarray(sinks, dtype)[at[1]] - lse[at][:, None])
+                dsinks[at[1]] -= (sunk * delta[:, None]).sum(axis=0)
+    more = [] if dsinks is None else [dsinks]
+    return (dq, dk, dv, *modified.gradients, *more)
+
+
+class Modified:
+    """A score at the sizes of a problem: its values, slopes, and the gradients of its arrays."""
+
+    def __init__(self, score: Any, q: Array, k: Array) -> None:
+        given = as_score(score)
+        batch, heads, len_q, _ = q.shape
+        self._sizes = Sizes(batch, heads, len_q, k.shape[2])
+        self._score = None if given is None else given.form.score.expression(self._sizes)
+        arrays = () if given is None else given.form.arrays
+        self._arrays = {
+            number: np.asarray(array.detach() if hasattr(array, "detach") else array)
+            for number, array in enumerate(arrays)
+        }
+        self.gradients = [np.zeros(array.shape) for array in self._arrays.values()]
+
+    def scores(self, at: tuple[int, int], natural: Array) -> Array:
+        """The modified scores of a head, from scaled products."""
+        return natural if self._score is None else self._exact(self._score, at, natural)
+
+    def shown(self, s: Array) -> Any:
+        """Which scores do not hide their pair; all where nothing is modified."""
+        return True if self._score is None else s != -np.inf
+
+    def slopes(self, at: tuple[int, int], natural: Array) -> Any:
+        """The derivatives of the scores of a head."""
+        if self._score is None:
+            return 1
+        return self._exact(derivatives(self._score).score, at, natural)
+
+    def add(self, at: tuple[int, int], natural: Array, ds: Array) -> None:
+        """Add the gradients of a head to those of the arrays."""
+        for entry, slope in () if self._score is None else derivatives(self._score).entries:
+            if isinstance(entry.table, Input):
+                change = np.where(ds == 0, 0, ds * self._exact(slope, at, natural))
+                places = [self._exact(FromInteger(i), at, natural) for i in entry.indices]
+                gradient = self.gradients[entry.table.number]
+                np.add.at(gradient, tuple([place.astype(int) for place in places]), change)
+
+    def _exact(self, expression: Any, at: tuple[int, int], natural: Array) -> Array:
+        q, k = np.ogrid[: natural.shape[0], : natural.shape[1]]
+        made = exact_real(expression, natural, b=at[0], h=at[1], q=q, k=k, inputs=self._arrays)
+        return made.astype(natural.dtype)
 
 
 def tiled(

@@ -5,9 +5,10 @@ convert      half types to float32 and back
 storage      how elements lie in memory, and how they are read and written
 microkernel  the one product: a register tile
 softmax      exponentials and logarithms to base 2
+elementary   exp, log, tanh, sigmoid of modified scores
 arguments    the argument block
 work         work items from a shared counter, tiles from runs
-mask         the text fold of a rule
+mask         the text fold of a rule and of a modified score
 pack         operands turned into the order of the microkernel
 pairs        products of pairs of bfloat16
 tile         one tile of scores
