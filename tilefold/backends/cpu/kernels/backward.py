@@ -303,14 +303,15 @@ def _differences(
     body, vector_ = tile.body, tile.shape.vector
     scores, rate = products.block.region("p"), products.block.rate
     weights, changes = [], []
-    kept = [body.load(tile.at(scores, row, j), vector_, "s") for j in range(len(dp))]
-    made: Sequence[Value] = kept
-    slopes: Sequence[Value | None] = [None] * len(dp)
-    if modified is not None:
-        made, slopes = modified.row(tile.inside(row), kept)
-    for product, score, slope, gradient, m, r, delta in zip(
-        kept, made, slopes, dp, *statistics, strict=True
-    ):
+    places = [tile.at(scores, row, j) for j in range(len(dp))] if modified else []
+    kept = [body.load(place, vector_, "s") for place in places]
+    made = modified.row(tile.inside(row), kept) if modified else ()
+    for j, (gradient, m, r, delta) in enumerate(zip(dp, *statistics, strict=True)):
+        slope = None
+        if modified is None:
+            product = score = body.load(tile.at(scores, row, j), vector_, "s")
+        else:
+            product, score, slope = kept[j], *[values[j] for values in made]
         exponent = body.multiply_add(body.binary("fsub", score, m, "e"), rate.factor, r, "e")
         weight = exp2_cut(body, exponent, terms=products.exp2_terms)
         change = score_gradient(body, weight, gradient, delta, slope)

@@ -169,12 +169,11 @@ class _Decode:
             def score_rows(near: _Rows) -> None:
                 with self._rows(h_kv) as (h, i, row):
                     scores = self._products(near, self._query(row))
-                    place = self._place(body.add(first, c), h)
                     if self.spec.score is not None:
-                        modified = ScoreText(place, self.frame.scale.rest)
-                        ((scores,),) = modified.row(i, [scores])
+                        place = self._place(body.add(first, c), h)
+                        ((scores,),) = ScoreText(place, self.frame.scale.rest).row(i, [scores])
                     if masked:
-                        allowed = self._allowed(place, left, i)
+                        allowed = self._allowed(self._place(body.add(first, c), h), left, i)
                         if self.spec.hides:
                             shown = is_shown(body, scores)
                             allowed = body.binary("and", allowed, shown, "allowed")
