@@ -35,19 +35,21 @@ def exp(x: Any) -> Real:
     >>> score(lambda s: exp(s - 1))
     score(lambda s: exp((s - 1)))
 
-    Raises TypeError for what is no number.
+    Raises TypeError unless x is a number.
     """
     return as_real(unary("exp", x))
 
 
 def log(x: Any) -> Real:
-    """The natural logarithm of a number in a score: -inf of 0, NaN of negative numbers.
+    """The natural logarithm of a number in a score.
 
     >>> from tilefold import score
     >>> score(lambda s, k: s + log(k + 1))
     score(lambda s, k: s + log((k + 1)))
 
-    Raises TypeError for what is no number.
+    It is -inf of 0 and NaN of negative numbers.
+
+    Raises TypeError unless x is a number.
     """
     return as_real(unary("log", x))
 
@@ -59,7 +61,7 @@ def tanh(x: Any) -> Real:
     >>> score(lambda s: 10 * tanh(s / 10))
     score(lambda s: 10 * tanh((s / 10)))
 
-    Raises TypeError for what is no number.
+    Raises TypeError unless x is a number.
     """
     return as_real(unary("tanh", x))
 
@@ -71,19 +73,21 @@ def sigmoid(x: Any) -> Real:
     >>> score(lambda s: s * sigmoid(s))
     score(lambda s: s * sigmoid(s))
 
-    Raises TypeError for what is no number.
+    Raises TypeError unless x is a number.
     """
     return as_real(unary("sigmoid", x))
 
 
 def sqrt(x: Any) -> Real:
-    """The square root of a number in a score: NaN of negative numbers.
+    """The square root of a number in a score.
 
     >>> from tilefold import score
     >>> score(lambda s, k: s / sqrt(k + 1))
     score(lambda s, k: s / sqrt((k + 1)))
 
-    Raises TypeError for what is no number.
+    It is NaN of negative numbers.
+
+    Raises TypeError unless x is a number.
     """
     return as_real(unary("sqrt", x))
 
