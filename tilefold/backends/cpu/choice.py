@@ -179,6 +179,7 @@ class Chooser:
             score=scored.parts.skeleton if scored else None,
             hides=bool(scored and scored.hides),
             natural=problem.score is not None,
+            dropout=problem.dropout > 0 and KERNELS[kernel].visits,
         )
 
     def _for_length(self, tiles: tuple[RegisterTile, ...], length: int) -> RegisterTile:

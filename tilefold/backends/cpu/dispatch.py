@@ -25,6 +25,7 @@ from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.common.copies import changed
 from tilefold.masks.tables import Input
 from tilefold.planning.plan import Scratch
+from tilefold.problems import dropout
 from tilefold.problems.attention import STATISTICS, Problem, contiguous
 from tilefold.problems.buffer import Buffer
 
@@ -206,6 +207,10 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
                 words += [0, *strides[table.name]]
             else:
                 words += _words_of_tables([table])
+    if spec.dropout:
+        places.append((len(words), order.index("seed")))
+        chance = problem.dropout
+        words += [0, dropout.threshold(chance), double_bits(dropout.factor(chance))]
     assert len(words) == len(function.names), (len(words), function.names)
     words += [0] * launch.counters
     template = np.array(words, np.int64).tobytes()

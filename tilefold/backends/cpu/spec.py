@@ -164,6 +164,7 @@ class KernelSpec:
     the fused backward makes all parts of dQ of a head, one after the other. `score` is what the
     kernel computes of a modified score (see `planning.masked.Scored`), and `hides` tells that it
     may hide pairs. Where scores are modified they are `natural` in all kernels: see `scale`.
+    `dropout`: pairs fall out, by the seed that the call brings.
     """
 
     kernel: str
@@ -182,6 +183,7 @@ class KernelSpec:
     score: Skeleton | None = None
     hides: bool = False
     natural: bool = False
+    dropout: bool = False
 
     @property
     def row(self) -> CpuKernelRow:

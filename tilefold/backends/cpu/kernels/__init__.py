@@ -12,6 +12,7 @@ mask         the text fold of a rule and of a modified score
 pack         operands turned into the order of the microkernel
 pairs        products of pairs of bfloat16
 tile         one tile of scores
+dropout      factors of pairs that fall out or stay
 amx          products on AMX tiles
 scale        the scale in two factors, lse
 block        one block of the parallel axis

@@ -43,6 +43,13 @@ WORK = (
 
 COUNTERS = ("next_item", "next_worker")
 
+DROPOUT = (
+    "seed",  # address of the seed, an int64
+    "keep_from",  # the least word of a kept pair
+    "keep_factor",  # bits of a double
+)
+"""The last words where pairs fall out: see `tilefold.problems.dropout`."""
+
 PER_ROW = ("lse", "lse_low", "statistics")
 """Operands with one element per query, or several rows of these."""
 
@@ -88,7 +95,7 @@ def names(spec: KernelSpec) -> tuple[str, ...]:
         words += [parameter.name for parameter in skeleton.parameters]
         for slot in skeleton.slots:
             words += [slot.name, *slot.strides]
-    return tuple(words)
+    return (*words, *(DROPOUT if spec.dropout else ()))
 
 
 def skeletons(spec: KernelSpec) -> tuple[Skeleton, ...]:
@@ -111,6 +118,7 @@ class Arguments:
         self._values: dict[str, Value] = {}
         addresses = {*spec.row.arguments, "order", "rows", "runs", "owners", "workspace"}
         addresses |= {slot.name for skeleton in skeletons(spec) for slot in skeleton.slots}
+        addresses.add("seed")
         for name in names(spec):
             if name not in COUNTERS:
                 type_ = "ptr" if name in addresses else "i64"

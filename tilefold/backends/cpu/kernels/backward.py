@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from tilefold.backends.cpu.kernels import microkernel, work
 from tilefold.backends.cpu.kernels.block import Block, emit
+from tilefold.backends.cpu.kernels.dropout import Factors
 from tilefold.backends.cpu.kernels.ir import Value
 from tilefold.backends.cpu.kernels.mask import MaskText, ScoreText
 from tilefold.backends.cpu.kernels.multiply import Products, Right
@@ -135,12 +136,15 @@ class _QueryGradient:
         values = made(tile, self.values, "left_v", spec.dim_v, rows=True, columns=False)
         body.comment("S^T <- K Q^T")
         _store_scores(self.products, tile, keys.rows, self.q_packed, self.p, mask)
+        factors = self.block.factors(tile, self.block.h)
         body.comment("dP^T <- V dO^T;  P^T <- 2^((S^T - m) c + r);  dS^T <- P^T (dP^T - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
             statistics = self.statistics
             of_row: StatisticsOf = lambda i: statistics  # noqa: E731  # the same for all rows
-            _keep_differences(self.products, tile, row, dp, of_row, masked, ("ds",), modified)
+            _keep_differences(
+                self.products, tile, row, dp, of_row, masked, ("ds",), modified, factors
+            )
 
         self.products.scores(tile, values.rows, self.do_packed, spec.dim_v, use)
         body.comment("dQ^T += K^T dS^T")
@@ -196,6 +200,7 @@ class KeyGradients:
         do = made(tile, self.do, "left_v", spec.dim_v, rows=True, columns=True)
         body.comment("S <- Q K^T")
         _store_scores(self.products, tile, queries.rows, self.k_packed, self.p, mask)
+        factors = self.block.factors(tile, self.h_q)
         body.comment("dP <- dO V^T;  P <- 2^((S - m) c + r);  dS <- P (dP - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
@@ -204,7 +209,7 @@ class KeyGradients:
                 numbers = [self._of_query(name, there) for name in Statistics._fields]
                 return Statistics(*([one] * self.shape.vectors for one in numbers))
 
-            self.keep(tile, row, dp, of_row, masked)
+            self.keep(tile, row, dp, of_row, masked, factors)
 
         self.products.scores(tile, do.rows, self.v_packed, spec.dim_v, use)
         body.comment("dV^T += dO^T P;  dK^T += Q^T dS")
@@ -219,10 +224,12 @@ class KeyGradients:
         dp: microkernel.Accumulators,
         statistics: StatisticsOf,
         masked: bool,
+        factors: Factors | None,
     ) -> microkernel.Accumulators:
         """Keep rows of P and of dS for the products that follow; return the rows of dS."""
+        kept, modified = ("p", "ds"), self.modified
         return _keep_differences(
-            self.products, tile, row, dp, statistics, masked, ("p", "ds"), self.modified
+            self.products, tile, row, dp, statistics, masked, kept, modified, factors
         )
 
     def _of_query(self, name: str, query: Value) -> Value:
@@ -269,14 +276,20 @@ def _keep_differences(
     masked: bool,
     kept: tuple[str, ...],
     modified: ScoreText | None,
+    factors: Factors | None,
 ) -> microkernel.Accumulators:
-    """Rows of P over their scores, where "p" is to be kept, and of dS = P (dP - delta)."""
+    """Rows of P over their scores, where "p" is to be kept, and of dS = P (dP - delta).
+
+    `factors` of dropout are multiplied into P, as it is kept, and dP.
+    """
     body = tile.body
     found = []
     for start in range(0, len(dp), products.step):
         rows = range(start, start + products.step)
         lines = [
-            _differences(products, tile, body.add(row, i), dp[i], statistics(i), masked, modified)
+            _differences(
+                products, tile, body.add(row, i), dp[i], statistics(i), masked, modified, factors
+            )
             for i in rows
         ]
         first = body.add(row, start)
@@ -298,6 +311,7 @@ def _differences(
     statistics: Statistics,
     masked: bool,
     modified: ScoreText | None,
+    factors: Factors | None,
 ) -> tuple[list[Value], list[Value]]:
     """One row of P, made again from its scores, and of dS."""
     body, vector_ = tile.body, tile.shape.vector
@@ -314,13 +328,16 @@ def _differences(
             product, score, slope = kept[j], *[values[j] for values in made]
         exponent = body.multiply_add(body.binary("fsub", score, m, "e"), rate.factor, r, "e")
         weight = exp2_cut(body, exponent, terms=products.exp2_terms)
-        change = score_gradient(body, weight, gradient, delta, slope)
+        keep = factors.at(row, j) if factors else None
+        change = score_gradient(body, weight, gradient, delta, slope, keep)
         if masked:
             forbidden = tile.marked(product, "score")
             if products.spec.hides:
                 forbidden = body.binary("or", forbidden, is_hidden(body, score), "hidden")
             weight = tile.mark_where(forbidden, weight, "weight")
             change = body.select(forbidden, body.constant(0.0, vector_), change, "ds")
+        if keep:
+            weight = body.binary("fmul", weight, keep, "p")
         weights.append(weight)
         changes.append(change)
     return weights, changes

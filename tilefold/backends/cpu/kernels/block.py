@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from tilefold.backends.cpu.kernels import amx, microkernel, pack, work
+from tilefold.backends.cpu.kernels import amx, dropout, microkernel, pack, work
 from tilefold.backends.cpu.kernels.arguments import COMPUTED, OF_QUERY, Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.mask import MaskText, Place, ScoreText
@@ -37,11 +37,20 @@ def regions(spec: KernelSpec) -> dict[str, int]:
         "backward": by_key | {"k_rows": rows_of_k},
         "reduce_dq": {"dq_parts": dim, "dq": dim},
     }[spec.kernel]
+    if spec.dropout and spec.row.visits:
+        found["keep"] = _factors_of_dropout(spec)
     if spec.multiplier.unit != "fma":
         return found | _pair_regions(spec)
     if storage(spec.dtype, spec.native_half).converts:
         return found | _near_regions(spec)
     return found
+
+
+def _factors_of_dropout(spec: KernelSpec) -> int:
+    """Elements of the factors of a tile, which is read in whole register tiles."""
+    rows = padded(spec.block_traverse, max(spec.rows, spec.multiplier.step))
+    step = dropout.stride(spec.block_parallel, spec.lanes, SCALARS[spec.dtype])
+    return dropout.rows(rows) * step
 
 
 def _pair_regions(spec: KernelSpec) -> dict[str, int]:
@@ -233,6 +242,23 @@ class Block:
         start = found.at(body, head, body.mul(first, stride))
         d_stride = arguments[f"{name}_d"] if f"{name}_d" in arguments else Value("0", "i64")
         return [start, stride, d_stride, self.valid]
+
+    def factors(self, tile: Tile, h: Value) -> dropout.Factors | None:
+        """Make the factors of dropout of a tile, for query head `h`; None where there are none."""
+        if not self.spec.dropout:
+            return None
+        return dropout.of_tile(
+            self.body,
+            self.shape,
+            self.arguments,
+            self.region("keep"),
+            parallel=self.parallel,
+            block=self.first,
+            first=tile.first,
+            count=tile.count,
+            h=h,
+            b=self.b,
+        )
 
     def mask(self, h: Value) -> MaskText:
         """The rule on this block, for query head `h`."""

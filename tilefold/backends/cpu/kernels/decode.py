@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from tilefold.backends.cpu.kernels import pack, work
+from tilefold.backends.cpu.kernels import dropout, pack, work
 from tilefold.backends.cpu.kernels.ir import Body, Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText, Place, ScoreText
 from tilefold.backends.cpu.kernels.merge import Merge
@@ -182,8 +182,9 @@ class _Decode:
 
             rows = self._of_head(keys.moved(body, c), h_kv)
             self._near(rows, left, lanes if masked else 1, score_rows)
-        with self._rows() as (h, _, row):
-            self._weigh(self._state(h, row), row, count, masked)
+        with self._rows() as (h, i, row):
+            factors = self._factors(h, i, first, count) if self.spec.dropout else None
+            self._weigh(self._state(h, row), row, count, masked, factors)
         body.comment("O <- O + P V")
         with (
             body.loop("c", 0, count, VALUES) as c,
@@ -263,7 +264,23 @@ class _Decode:
         )
         return body.binary("and", truth, inside, "allowed")
 
-    def _weigh(self, state: Value, row: Value, count: Value, masked: bool) -> None:
+    def _factors(self, h: Value, i: Value, first: Value, count: Value) -> Value:
+        """Make the factors of dropout of query `i` of head `h`; their address."""
+        return dropout.of_row(
+            self.body,
+            self.frame.shape,
+            self.arguments,
+            self.frame.region("keep"),
+            query=i,
+            first=first,
+            count=count,
+            h=h,
+            b=self.frame.item.b,
+        )
+
+    def _weigh(
+        self, state: Value, row: Value, count: Value, masked: bool, factors: Value | None
+    ) -> None:
         """Scores of one row to weights; the row's state follows the new maximum."""
         body, frame = self.body, self.frame
         body.comment("m_new <- max(m, S);  alpha <- 2^((m - m_new) c);  O <- alpha O")
@@ -292,7 +309,10 @@ class _Decode:
             if masked:
                 hidden = frame.marks.marked(score, "score")
                 weight = frame.marks.mark_where(hidden, weight, "weight")
-            body.store(weight, place)
+            kept = weight
+            if factors:
+                kept = body.binary("fmul", weight, frame.load(frame.at(factors, c), "keep"), "p")
+            body.store(kept, place)
             body.write(total, body.binary("fadd", body.read(total), weight, "sum"))
         place = frame.sum_place(state)
         body.store(body.multiply_add(frame.load(place), alpha, body.read(total), "l"), place)

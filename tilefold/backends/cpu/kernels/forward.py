@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 from tilefold.backends.cpu.kernels import work
 from tilefold.backends.cpu.kernels.block import Block, emit
+from tilefold.backends.cpu.kernels.dropout import Factors
 from tilefold.backends.cpu.kernels.ir import Value, Variable, vector
 from tilefold.backends.cpu.kernels.mask import MaskText
 from tilefold.backends.cpu.kernels.microkernel import Accumulators
@@ -94,7 +95,8 @@ class _Forward:
             for place in self.seen:
                 body.write(place, every)
         safe_m, alphas = self._raise_maximum(tops)
-        self._weigh(tile, safe_m, alphas, masked)
+        factors = self.block.factors(tile, self.block.h)
+        self._weigh(tile, safe_m, alphas, masked, factors)
         body.comment("O^T <- alpha O^T + V^T P^T")
         values = self.products.sides(
             tile, self.values, "left", spec.dim_v, rows=False, columns=True
@@ -168,7 +170,14 @@ class _Forward:
             alphas.append(exp2_scaled(body, change, self.block.rate, hint="alpha"))
         return safe_m, alphas
 
-    def _weigh(self, tile: Tile, safe_m: list[Value], alphas: list[Value], masked: bool) -> None:
+    def _weigh(
+        self,
+        tile: Tile,
+        safe_m: list[Value],
+        alphas: list[Value],
+        masked: bool,
+        factors: Factors | None,
+    ) -> None:
         body = self.body
         body.comment("P^T <- 2^((S^T - m_new) c);  l <- alpha l + sum of rows")
         sums = [body.variable(self.shape.vector, self.block.splat(0.0), "sum") for _ in self.l]
@@ -186,6 +195,9 @@ class _Forward:
                     if masked:
                         weight = tile.mark_where(tile.marked(score, "score"), weight, "weight")
                     body.write(total, body.binary("fadd", body.read(total), weight, "sum"))
+                    if factors:
+                        keep = factors.at(body.add(row, i), j)
+                        weight = body.binary("fmul", weight, keep, "p")
                     line.append(weight)
                 lines.append(line)
             self.products.keep(tile, "p", row, lines, masked)

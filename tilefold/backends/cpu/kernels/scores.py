@@ -56,12 +56,21 @@ def is_hidden(body: Body, score: Value) -> Value:
 
 
 def score_gradient(
-    body: Body, weight: Value, dp: Value, delta: Value, slope: Value | None = None
+    body: Body,
+    weight: Value,
+    dp: Value,
+    delta: Value,
+    slope: Value | None = None,
+    keep: Value | None = None,
 ) -> Value:
     """dS <- P (dP - delta) in each lane, the gradient of the scores on the natural scale.
 
-    `slope` is the derivative of a modified score.
+    `slope` is the derivative of a modified score. `keep` is the factor of dropout, of dP.
     """
-    difference = body.binary("fsub", dp, delta, "e")
+    if keep is None:
+        difference = body.binary("fsub", dp, delta, "e")
+    else:
+        minus_delta = body.binary("fsub", body.constant(-0.0, delta.type), delta, "e")
+        difference = body.multiply_add(dp, keep, minus_delta, "e")
     change = body.binary("fmul", weight, difference, "ds")
     return change if slope is None else body.binary("fmul", change, slope, "ds")

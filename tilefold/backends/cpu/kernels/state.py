@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.backends.cpu.kernels import pack, work
+from tilefold.backends.cpu.kernels import dropout, pack, work
 from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.microkernel import Shape
 from tilefold.backends.cpu.kernels.scale import scale
 from tilefold.backends.cpu.kernels.storage import SCALARS, Storage, storage
-from tilefold.backends.cpu.kernels.tile import Tile
+from tilefold.backends.cpu.kernels.tile import Tile, padded
 from tilefold.backends.cpu.spec import KernelSpec
 
 VALUES = 32
@@ -27,13 +27,17 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     """Scratch of one worker: elements of each region, in order. Every region is whole vectors."""
     dim, dim_v = spec.whole(spec.dim), spec.whole(spec.dim_v)
     states = spec.rows if spec.kernel == "decode" else 1
-    return {
+    found = {
         "q": spec.rows * dim,
         "k": spec.lanes * dim,
         "v": VALUES * dim_v,
         "p": spec.rows * spec.block_traverse,
         "state": states * spec.state_width,
     }
+    if spec.dropout:
+        line = dropout.line_of(spec.lanes, SCALARS[spec.dtype])
+        found["keep"] = padded(dropout.rows(spec.block_traverse), 2 * line)
+    return found
 
 
 def emit(spec: KernelSpec, title: str, write: Callable[[Frame], None]) -> str:
