@@ -188,8 +188,10 @@ class _Generator:
 
     def joined(self, low: Value, high: Value) -> Value:
         """Lanes of 64 bits of two words each."""
-        body = self.body
-        return body.binary("or", body.binary("and", low, _WORD), body.binary("shl", high, 32))
+        body, words = self.body, vector(self.line, "i32")
+        picks = [i + side for i in range(0, self.line, 2) for side in (0, self.line)]
+        both = (body.cast("bitcast", value, words) for value in (low, high))
+        return body.cast("bitcast", body.shuffle(*both, picks), self.lanes)
 
     def store(self, words: Value, place: Value) -> None:
         """The factors of a line, by its words as lanes of 64 bits."""
