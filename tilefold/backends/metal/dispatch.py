@@ -38,6 +38,7 @@ from tilefold.common.check import shown
 from tilefold.common.lru import LruCache
 from tilefold.common.single_flight import SingleFlight
 from tilefold.planning.kernels import STRIDED
+from tilefold.problems import dropout
 from tilefold.problems.attention import Problem
 
 Spec = TypeVar("Spec", bound=Hashable)
@@ -220,7 +221,9 @@ def check_written(name: str, array: Array) -> None:
 def alignment_of(operands: Mapping[str, Array]) -> int:
     """The number of elements that may be moved at once, by the operands' addresses: 1, 2 or 4."""
     found = WIDEST_MOVE
-    for array in operands.values():
+    for name, array in operands.items():
+        if name == "seed":  # a single number
+            continue
         if isinstance(array, np.ndarray):
             first, size = array.__array_interface__["data"][0], array.itemsize
         else:  # a Metal buffer begins at a page; a tensor's offset in it counts elements
@@ -353,6 +356,8 @@ def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
         "row_b": runs.planes_h * rows if runs.planes_b > 1 else 0,
         "row_h": rows if runs.planes_h > 1 else 0,
         "splits": launch.splits,
+        "keep_from": dropout.threshold(problem.dropout),
+        "keep_bits": int(np.float32(dropout.factor(problem.dropout)).view(np.uint32)),
     }
     return found | mask_arguments(plan)
 

@@ -214,6 +214,7 @@ class Planner:
             mask=self._masked.skeleton,
             index_bits=self._masked.index_bits,
             negative=problem.scale < 0,
+            dropout=problem.dropout > 0,
         )
         return spec, made
 

@@ -146,7 +146,7 @@ class MetalSpec:
     4: elements of a row that are moved at once, and that divide each row. These three follow from
     where the arrays lie, which a plan does not know. `tensor_ops`: multiplies by Metal 4's tensor
     operations, not by fragments. `negative`: the scale is negative, which a maximum of scores must
-    know.
+    know. `dropout`: pairs fall out, by the seed that the call brings.
     """
 
     kernel: str
@@ -164,6 +164,7 @@ class MetalSpec:
     vector: int = 1
     tensor_ops: bool = False
     negative: bool = False
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         assert self.kernel in KERNELS, self.kernel

@@ -6,6 +6,7 @@ fragment   the 8 x 8 matrix that a simdgroup multiplies
 matmul2d   the product of Metal 4
 arguments  the arguments of a kernel
 mask       the text fold of a rule
+dropout    which pairs of a tile stay
 frame      what stands around every kernel
 tile       reading a traversed operand
 products   the two products, three blocks

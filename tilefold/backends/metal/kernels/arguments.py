@@ -23,6 +23,11 @@ SIZES = ("len_q", "len_k", "heads_q", "group", "row_b", "row_h", "splits")
 from one plane of the runs to the next (0 where all are alike)."""
 
 
+DROPOUT = ("keep_from", "keep_bits")
+"""The last integers where pairs fall out: the least word of a kept pair, and the bits of the factor
+of a kept weight, a float."""
+
+
 class Argument(NamedTuple):
     """An array of a kernel: its name, its type in the source and whether the kernel writes it."""
 
@@ -59,6 +64,8 @@ def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
     ]
     for name in spills(spec):
         found.append(Argument(name, "float", True))
+    if spec.dropout and spec.row.visits:
+        found.append(Argument("seed", "long", False))
     if spec.row.visits:
         found += [Argument(name, "long", False) for name in RUNS]
         for slot in spec.mask.slots:
@@ -82,7 +89,7 @@ def sizes(spec: MetalSpec) -> tuple[str, ...]:
         names += [parameter.name for parameter in spec.mask.parameters]
         for slot in spec.mask.slots:
             names += slot.strides
-    return tuple(names)
+    return (*names, *(DROPOUT if spec.dropout else ()))
 
 
 def position(spec: MetalSpec, name: str) -> int:

@@ -7,7 +7,7 @@ the same bits (Turner, Metal FlashAttention, 2024). Scratch is one element per r
 
 from __future__ import annotations
 
-from tilefold.backends.metal.kernels import frame, softmax
+from tilefold.backends.metal.kernels import dropout, frame, softmax
 from tilefold.backends.metal.kernels.forward import queries, row
 from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.products import Products
@@ -59,6 +59,7 @@ def emit_dq(spec: MetalSpec) -> str:
         products.outer("s", "q", "k")
         softmax.weights(text, spec, "query")
         products.outer("dp", "do", "v")
+        dropout.bits(text, spec, "query_inside", softmax.COLUMN)
         softmax.ds(text, spec)
         ds = softmax.convert(text, spec, "ds", "dp", products.ds_type)
         products.accumulate("dq", ds, "k", products.ds_type)
@@ -111,7 +112,7 @@ def emit_dkv(spec: MetalSpec) -> str:
         with frame.tiles(text, spec):
             _tile(text, spec, products)
     text("")
-    products.finish("dv", "1.0f")
+    products.finish("dv", dropout.scaled(spec, "1.0f"))
     products.finish("dk", GRADIENT_FACTOR)
     title = "Attention, backward over keys: dk and dv."
     return frame.written(spec, title, ALGORITHM_DKV, text)
@@ -124,7 +125,8 @@ def _tile(text: Text, spec: MetalSpec, products: Products) -> None:
     base = f"const float base = {BASE};"
     products.outer("s", "k", "q")
     softmax.weights(text, spec, "key", [row, base])
-    p = softmax.convert(text, spec, "p", "s", products.weight_type)
+    dropout.bits(text, spec, "key_inside", softmax.COLUMN)
+    p = softmax.convert(text, spec, "p", "s", products.weight_type, kept=True)
     products.accumulate("dv", p, "do", products.weight_type)
     products.outer("dp", "v", "do")
     softmax.ds(text, spec, [row, "const float row_delta = delta[row];"])

@@ -9,7 +9,7 @@ results depend on how the keys are split, and on nothing else.
 
 from __future__ import annotations
 
-from tilefold.backends.metal.kernels import frame, scores, softmax
+from tilefold.backends.metal.kernels import dropout, frame, scores, softmax
 from tilefold.backends.metal.kernels.forward import attend
 from tilefold.backends.metal.kernels.fragment import at
 from tilefold.backends.metal.kernels.msl import Text
@@ -110,7 +110,8 @@ def emit_merge(spec: MetalSpec) -> str:
         with text.block("for (long i = first; i < end; i += len_q)"):
             value = f"{share} * part_o[i * {spec.dim_v} + d]"
             text(f"sum += part_l[i] < 0.0f ? 0.0f : {value};")
-        text(f"o_row[{column_of(spec, 'o', 'd')}] = {own.write('sum * inverse')};")
+        mean = own.write(dropout.scaled(spec, "sum * inverse"))
+        text(f"o_row[{column_of(spec, 'o', 'd')}] = {mean};")
     with text.block("if (lane == 0)"):
         softmax.write_lse(text, "row * len_q + query")
     title = "Attention of few queries: o and lse from the parts of all splits."

@@ -7,7 +7,7 @@ to the next in registers.
 
 from __future__ import annotations
 
-from tilefold.backends.metal.kernels import frame, softmax
+from tilefold.backends.metal.kernels import dropout, frame, softmax
 from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.products import Products
 from tilefold.backends.metal.spec import SIDE, MetalSpec
@@ -33,7 +33,7 @@ def emit(spec: MetalSpec) -> str:
     text("")
     attend(text, spec, products, "h")
     text("const float inverse = any ? 1.0f / l : 0.0f;")
-    products.finish("o", "inverse")
+    products.finish("o", dropout.scaled(spec, "inverse"))
     with text.block("if (inside && fragment_column == 0)"):
         softmax.write_lse(text, "row")
     title = "Attention, forward: o = softmax(scale q k^T) v and lse = log rowsum exp(scale q k^T)."

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from tilefold.backends.metal.kernels import mask
+from tilefold.backends.metal.kernels import dropout, mask
 from tilefold.backends.metal.kernels.arguments import Argument, arrays, position, sizes, variable
 from tilefold.backends.metal.kernels.fragment import PLACE, ROW_LANES, at
 from tilefold.backends.metal.kernels.msl import HEADERS, Text, kernel_head, open_text
@@ -61,6 +61,8 @@ def written(
     used = set(re.findall(r"[A-Za-z_]\w*", str(body)))
     if "visible" in used:
         text(mask.visible(spec.mask, spec.index_bits, partial(position, spec)))
+    if "philox" in used:
+        text(dropout.PHILOX)
     given = [argument.declaration for argument in arrays(spec)]
     given += ["constant long* sizes", "constant float& scale"]
     given = [f"{name} [[buffer({i})]]" for i, name in enumerate(given)]

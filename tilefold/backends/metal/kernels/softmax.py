@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilefold.backends.metal.kernels import scores
+from tilefold.backends.metal.kernels import dropout, scores
 from tilefold.backends.metal.kernels.fragment import at
 from tilefold.backends.metal.kernels.frame import LOWEST, columns, over_row, seen
 from tilefold.backends.metal.kernels.msl import Text
@@ -45,9 +45,11 @@ def fold(text: Text, spec: MetalSpec, weight_type: str, row: str) -> None:
     text.note("p = exp(s - m'), l = l correction + rowsum p")
     text(f"const float correction = {scores.weight('m', 'm_new')};")
     text("m = m_new;", "l *= correction;")
+    dropout.bits(text, spec, row, COLUMN)
     count = spec.blocks.traverse // SIDE
     text(fragment(weight_type).declare("p", count))
-    value = "weight" if weight_type == "float" else f"{weight_type}(weight)"
+    kept = f"({dropout.stays('weight')})" if spec.dropout else "weight"
+    value = kept if weight_type == "float" else f"{weight_type}({kept})"
     rest = [f"{at(f'p[j / {SIDE}]', 'e')} = {value};", "l += weight;"]
     seen_weight = scores.weight("x", "m")
     with text.either("edge") as otherwise:
@@ -98,17 +100,30 @@ def ds(text: Text, spec: MetalSpec, before: Sequence[str] = ()) -> None:
     """
     text.note("ds = p (dp - delta)")
     weight = f"const float weight = {at(f's[j / {SIDE}]', 'e')};"
-    gradient = scores.score_gradient("weight", "x", "row_delta")
+    gradient = scores.score_gradient("weight", _kept_dp(spec), "row_delta")
     columns(text, spec, "dp", [*before, weight, f"x = {gradient};"])
     with text.block("if (edge)"):
         hidden = f"const bool hidden = as_type<uint>({at(f's[j / {SIDE}]', 'e')}) == 0x80000000u;"
         columns(text, spec, "dp", [hidden, "x = hidden ? 0.0f : x;"])
 
 
-def convert(text: Text, spec: MetalSpec, name: str, source: str, kind: str) -> str:
-    """A tile of floats as fragments of another type, and the name of what holds it now."""
-    if kind == "float":
+def _kept_dp(spec: MetalSpec) -> str:
+    """dP of an element, which the factor of dropout multiplies."""
+    return f"({dropout.stays(f'x * {dropout.FACTOR}')})" if spec.dropout else "x"
+
+
+def convert(
+    text: Text, spec: MetalSpec, name: str, source: str, kind: str, *, kept: bool = False
+) -> str:
+    """A tile of floats as fragments of another type, and the name of what holds it now.
+
+    `kept`: with dropout, without what falls out.
+    """
+    kept = kept and spec.dropout
+    if kind == "float" and not kept:
         return source
     text(fragment(kind).declare(name, spec.blocks.traverse // SIDE))
-    columns(text, spec, source, [f"{at(f'{name}[j / {SIDE}]', 'e')} = {kind}(x);"])
+    value = dropout.stays("x") if kept else "x"
+    value = value if kind == "float" else f"{kind}({value})"
+    columns(text, spec, source, [f"{at(f'{name}[j / {SIDE}]', 'e')} = {value};"])
     return name

@@ -397,5 +397,7 @@ def _check(spec: MetalSpec) -> None:
         reason = "tensor operations need rows whose elements lie side by side"
     elif spec.wide:
         reason = "tensor operations count strides in 31 bits"
+    elif spec.dropout:
+        reason = "tensor operations drop no pairs"
     if reason:
         raise NotImplementedError(f"{reason}; use the kernels on fragments")

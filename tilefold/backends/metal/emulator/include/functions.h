@@ -73,6 +73,7 @@ template <class T> inline bool isfinite(T x) { return !isnan(x) && !isinf(x); }
 template <class T> inline bool signbit(T x) { return __builtin_signbit(float(x)); }
 inline uint popcount(uint x) { return __builtin_popcount(x); }
 inline uint clz(uint x) { return x ? __builtin_clz(x) : 32; }
+inline uint mulhi(uint x, uint y) { return uint(ulong(x) * ulong(y) >> 32); }
 inline uint ctz(uint x) { return x ? __builtin_ctz(x) : 32; }
 
 namespace fast {
