@@ -21,6 +21,7 @@ from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError, is_aligned16
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.planning.kernels import STRIDED
+from tilefold.problems import dropout
 from tilefold.problems.attention import ITEM_BYTES, Problem
 from tilefold.problems.request import LAYOUTS
 
@@ -57,7 +58,7 @@ class Call:
         with self.machine.active():
             self.run(
                 {
-                    name: tensor if name == "lse" else tensor.permute(axes)
+                    name: tensor if name in ("lse", "seed") else tensor.permute(axes)
                     for name, tensor in zip(self.order, operands, strict=True)
                 }
             )
@@ -241,16 +242,15 @@ def _step(
         return _step(plan, launch.plain, machine, strides, aligned16)
     data = _data(machine, plan, launch)
     known: dict[str, Any] = {**data, **_numbers(plan, launch), **stride_arguments(strides, STRIDED)}
-    scale = float(plan.problem.scale)
-    # Triton passes only float32, so a float64 is passed as its bits.
-    bits = struct.unpack("<q", struct.pack("<d", scale))[0]
-    known["scale"] = bits if spec.dtype == "float64" else scale
+    known["scale"] = _number(spec, plan.problem.scale)
+    if spec.dropout:
+        known |= _dropout(spec, plan.problem.dropout)
     names, programs = arguments.names(spec), launch.programs
     if launch.persistent:
         known |= _places(plan.problem, launch.block_rows)
         names = (*names, *hopper_launch.ROW_BLOCKS)
         programs = min(programs, machine.multiprocessors)
-    operands = spec.row.operands
+    operands = spec.operands
     return _Step(
         machine.function(source.emit(spec), spec.entry),
         spec,
@@ -263,6 +263,19 @@ def _step(
             plan.architecture.kind, spec.dtype, spec.blocks.warps, spec.blocks.stages
         ),
     )
+
+
+def _number(spec: TritonSpec, number: float) -> float:
+    """A number as an argument: Triton passes only float32, so a float64 is passed as its bits."""
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits if spec.dtype == "float64" else float(number)
+
+
+def _dropout(spec: TritonSpec, chance: float) -> dict[str, float]:
+    """The arguments of dropout; the least word of a kept pair as a signed number."""
+    least = dropout.threshold(chance)
+    least = least - 2**32 if least >= 2**31 else least
+    return {"keep_from": least, "keep_factor": _number(spec, dropout.factor(chance))}
 
 
 def _not_gluon(machine: Machine, spec: TritonSpec) -> str | None:

@@ -175,6 +175,7 @@ class Planner:
             index_bits=self._masked.index_bits,
             float32_mode=float32_mode,
             negative=problem.scale < 0,
+            dropout=problem.dropout > 0,
         )
         return spec, made
 
@@ -235,6 +236,8 @@ class Planner:
         problem = self._problem
         if problem.empty:
             return "no query meets a key"
+        if problem.dropout:
+            return "it drops no pairs"
         return hopper_launch.fits(self._spec_of_hopper())
 
     def _spec_of_hopper(self) -> TritonSpec:

@@ -199,7 +199,8 @@ class TritonSpec:
     negated. `wide`: offsets inside a tile may pass 31 bits. `descriptors`: tiles are moved by
     tensor descriptors (the TMA unit of Hopper and newer). The last two follow from where the arrays
     lie, which a plan does not know.
-    `gluon`: written in Gluon for Hopper, by `hopper`.
+    `gluon`: written in Gluon for Hopper, by `hopper`. `dropout`: pairs fall out, by the seed that
+    the call brings.
     """
 
     kernel: str
@@ -214,6 +215,7 @@ class TritonSpec:
     wide: bool = False
     descriptors: bool = False
     gluon: bool = False
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         assert self.kernel in KERNELS, self.kernel
@@ -223,6 +225,11 @@ class TritonSpec:
     def row(self) -> TritonKernelRow:
         """The row of the kernel's name."""
         return KERNELS[self.kernel]
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The arrays that a launch is given, in the order of the arguments."""
+        return (*self.row.operands, *(("seed",) if self.dropout and self.row.visits else ()))
 
     @property
     def parallel(self) -> str:

@@ -2,6 +2,7 @@
 
 text              lines and blocks of Triton source
 storage           how elements lie in memory, and how they are read and written
+dropout           which pairs of a tile stay
 mask              the text fold of a rule
 arguments         the arguments of a kernel
 frame             what stands around every kernel, and its walks over tiles

@@ -9,7 +9,7 @@ The scale of float64 is given as an integer of the same bits: Triton passes floa
 from __future__ import annotations
 
 from tilefold.backends.launching import AXES
-from tilefold.backends.triton.kernels import mask
+from tilefold.backends.triton.kernels import dropout, mask
 from tilefold.backends.triton.kernels.text import ELEMENTS
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.planning.kernels import STRIDED
@@ -41,6 +41,8 @@ def arrays(spec: TritonSpec) -> dict[str, str]:
     found = {}
     for name in spec.row.operands:
         found[name] = spec.dtype if name in STRIDED else spec.statistics
+    if "seed" in spec.operands:
+        found["seed"] = "int64"
     if spec.row.visits:
         found |= dict.fromkeys(RUNS, "int32")
     return found
@@ -59,13 +61,15 @@ def strides(spec: TritonSpec) -> tuple[str, ...]:
 
 def names(spec: TritonSpec) -> tuple[str, ...]:
     """All arguments in their order."""
-    return (*arrays(spec), *rule(spec), *SIZES, *strides(spec), "scale")
+    last = dropout.ARGUMENTS if spec.dropout else ()
+    return (*arrays(spec), *rule(spec), *SIZES, *strides(spec), "scale", *last)
 
 
 def alike(spec: TritonSpec) -> tuple[str, ...]:
     """Arguments for whose values no kernel is compiled anew."""
     numbers = tuple(name for name in rule(spec) if name.startswith("p"))
-    return (*numbers, *SIZES, "scale")
+    last = dropout.ARGUMENTS if spec.dropout else ()
+    return (*numbers, *SIZES, "scale", *last)
 
 
 def wide_tables(spec: TritonSpec) -> bool:
@@ -90,4 +94,6 @@ def signature(spec: TritonSpec) -> dict[str, str]:
         found[name] = types.get(name, "i32")
     found |= dict.fromkeys(SIZES, "i32") | {"parts_stride": "i64"}
     found |= dict.fromkeys(strides(spec), "i64" if spec.wide else "i32")
-    return found | {"scale": "i64" if spec.dtype == "float64" else "fp32"}
+    number = "i64" if spec.dtype == "float64" else "fp32"
+    found |= {"scale": number}
+    return found | ({"keep_from": "i32", "keep_factor": number} if spec.dropout else {})

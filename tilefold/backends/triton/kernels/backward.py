@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tilefold.backends.triton.kernels import scores
+from tilefold.backends.triton.kernels import dropout, scores
 from tilefold.backends.triton.kernels.frame import (
     RECOMPUTED,
     USUAL,
@@ -96,6 +96,8 @@ def _queries_block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
             _weights(text, walk, scores.exponent("s", "base[:, None]"))
             fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
             multiply(text, spec, "dp", "do", "v", walk)
+            dropout.kept(text, spec, "h")
+            dropout.scale_dp(text, spec)
             scores.score_gradient(text, spec, walk, "sums[:, None]")
             for i, name in enumerate(sums):
                 take(text, spec, "k", i, within(walk))
@@ -151,7 +153,7 @@ def keys_block(
                 if also is not None:
                     also(text, spec, walk)
     write(text, spec, "dk", "h", "first_k", [scores.gradient(f"dk_{i}") for i in own])
-    write(text, spec, "dv", "h", "first_k", [f"dv_{i}" for i in other])
+    write(text, spec, "dv", "h", "first_k", [dropout.scaled(spec, f"dv_{i}") for i in other])
 
 
 def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> None:
@@ -168,13 +170,15 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     _weights(text, walk, f"{scores.exponent('s', 'base[None, :]')} - rest[None, :]")
     if guarded and walk is Walk.WHOLE:
         text("p = tl.where(within_parallel[:, None], p, 0.0)")
-    text(f"weights = {storage(spec.dtype).write('p')}")
+    dropout.kept(text, spec, "h_q")
+    text(f"weights = {storage(spec.dtype).write(dropout.weights(spec))}")
     fetch(text, spec, "do", "traverse", "h_q", "start", within(walk))
     for i in other:
         take(text, spec, "do", i, within(walk))
         inspect(text, f"do_{i}", walk)
         add_product(text, spec, f"dv_{i}", "weights", f"do_{i}", walk)
     multiply(text, spec, "dp", "v", "do", walk)
+    dropout.scale_dp(text, spec)
     text(f"sums = tl.load(delta + row{guard})")
     scores.score_gradient(text, spec, walk, "sums[None, :]")
     for i in own:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilefold.backends.triton.kernels import scores, softmax
+from tilefold.backends.triton.kernels import dropout, scores, softmax
 from tilefold.backends.triton.kernels.forward import folded
 from tilefold.backends.triton.kernels.frame import (
     RECOMPUTED,
@@ -112,6 +112,7 @@ def emit_merge(spec: TritonSpec) -> str:
             text(f"{name} = {name} * shrink[:, None] + part * share[:, None]")
     text(softmax.LOSE)
     softmax.end(text, spec, Walk.WHOLE)
-    write(text, spec, "o", "h", "first_q", [f"({name} / share[:, None])" for name in sums])
+    means = [dropout.scaled(spec, f"({name} / share[:, None])") for name in sums]
+    write(text, spec, "o", "h", "first_q", means)
     text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
     return written(spec, "Attention of few queries: the parts, merged.", MERGE, text)

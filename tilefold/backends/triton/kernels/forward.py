@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilefold.backends.triton.kernels import scores, softmax
+from tilefold.backends.triton.kernels import dropout, scores, softmax
 from tilefold.backends.triton.kernels.frame import (
     RECOMPUTED,
     USUAL,
@@ -60,7 +60,8 @@ def _block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     """The block of queries from its first tile to its results."""
     sums = folded(text, spec, walks, keys="h_k", head="h")
     softmax.end(text, spec, walks[-1])
-    write(text, spec, "o", "h", "first_q", [f"({name} / share[:, None])" for name in sums])
+    means = [dropout.scaled(spec, f"({name} / share[:, None])") for name in sums]
+    write(text, spec, "o", "h", "first_q", means)
     text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
 
 
@@ -89,7 +90,8 @@ def folded(
             if walk is Walk.CAREFUL:
                 text(softmax.MEET)
             softmax.fold(text, spec, sums, walk)
-            text(f"weights = {storage(spec.dtype).write('p')}")
+            dropout.kept(text, spec, head)
+            text(f"weights = {storage(spec.dtype).write(dropout.weights(spec))}")
             fetch(text, spec, "v", "traverse", keys, "start", within(walk))
             for i, name in enumerate(sums):
                 take(text, spec, "v", i, within(walk))

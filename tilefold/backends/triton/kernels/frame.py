@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
-from tilefold.backends.triton.kernels import arguments, mask
+from tilefold.backends.triton.kernels import arguments, dropout, mask
 from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import Piece, TritonSpec
@@ -37,6 +37,7 @@ def is_odd(x):
     odd = (wide - wide != 0).to(tl.int32)
     return tl.max(tl.max(odd, 1), 0)
 ''',
+    "stays": dropout.STAYS,
     "careful": '''\
 @triton.jit
 def careful(weights, seen, values, total, rows, count):
@@ -112,6 +113,7 @@ def _head(spec: TritonSpec, used: set[str]) -> list[str]:
     lines = ["place = tl.program_id(0)"]
     if "scale" in used and storage(spec.dtype).by_bits:
         lines.append("scale = tl.cast(scale, tl.int64).to(tl.float64, bitcast=True)")
+    lines += dropout.opening(spec, used)
     if spec.kernel == "backward":  # an owner has several blocks, one after the other
         lines += ["owner = place % splits", "h = place // splits % heads"]
         lines.append("b = place // splits // heads")
