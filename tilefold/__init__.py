@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         rule,
     )
     from tilefold.problems.attention import Problem
+    from tilefold.problems.dropout import dropout_mask
     from tilefold.scores.functions import (
         exp,
         log,
@@ -52,6 +53,7 @@ __all__ = [
     "dense",
     "distance_bias",
     "documents",
+    "dropout_mask",
     "exp",
     "full",
     "get_num_threads",
@@ -86,6 +88,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "documents": "tilefold.masks.data_rules",
     "lengths": "tilefold.masks.data_rules",
     "Problem": "tilefold.problems.attention",
+    "dropout_mask": "tilefold.problems.dropout",
     "compile_async": "tilefold.compiling",
     "get_num_threads": "tilefold.backends.cpu.threads",
     "set_num_threads": "tilefold.backends.cpu.threads",

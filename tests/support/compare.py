@@ -122,14 +122,13 @@ def roundings(
 
 
 def dense(
-    operands: Mapping[str, Array], mask: Rule, scale: float, dtype: str = "float64"
+    operands: Mapping[str, Array], mask: Rule, scale: float, dtype: str = "float64", **options: Any
 ) -> dict[str, Array]:
     """The results o, lse, dq, dk and dv of the reference, computed in `dtype`."""
     q, k, v, do = (operands[name] for name in ("q", "k", "v", "do"))
-    o, lse = reference.attention(q, k, v, mask=mask, scale=scale, dtype=dtype)
-    gradients = reference.attention_backward(
-        do, q, k, v, o, lse, mask=mask, scale=scale, dtype=dtype
-    )
+    options |= {"mask": mask, "scale": scale, "dtype": dtype}
+    o, lse = reference.attention(q, k, v, **options)
+    gradients = reference.attention_backward(do, q, k, v, o, lse, **options)
     return dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients), strict=True))
 
 

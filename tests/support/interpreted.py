@@ -115,7 +115,7 @@ def forward(
     if into is None:
         into = np.full((*shape, problem.dim_v), SENTINEL, problem.dtype)
     results = {"o": into, "lse": np.full(shape, SENTINEL, kind)}
-    given = {name: tensor(operands[name]) for name in ("q", "k", "v")}
+    given = {name: tensor(operands[name]) for name in ("q", "k", "v", "seed") if name in operands}
     made = plan(problem, on.architecture, "forward", **options)
     return _run(made, on, given, results)
 
@@ -132,7 +132,8 @@ def backward(
     results = into or {
         f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"
     }
-    given = {name: tensor(operands[name]) for name in ("do", "q", "k", "v", "o", "lse")}
+    names = ("do", "q", "k", "v", "o", "lse", "seed")
+    given = {name: tensor(operands[name]) for name in names if name in operands}
     made = plan(problem, on.architecture, "backward", **options)
     return _run(made, on, given, dict(results))
 

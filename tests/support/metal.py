@@ -103,7 +103,7 @@ def forward(
     if into is None:
         into = np.full((*shape, problem.dim_v), SENTINEL, problem.dtype)
     results = {"o": into, "lse": np.full(shape, SENTINEL, np.float32)}
-    given = {name: operands[name] for name in ("q", "k", "v")}
+    given = {name: operands[name] for name in ("q", "k", "v", "seed") if name in operands}
     made = made or plan(problem, on.family, "forward", **options)
     dispatch.execute(made, on, {**given, **results})
     return results
@@ -124,7 +124,8 @@ def backward(
     results = into or {
         f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"
     }
-    given = {name: operands[name] for name in ("do", "q", "k", "v", "o", "lse")}
+    names = ("do", "q", "k", "v", "o", "lse", "seed")
+    given = {name: operands[name] for name in names if name in operands}
     made = made or plan(problem, on.family, "backward", **options)
     dispatch.execute(made, on, {**given, **results})
     return dict(results)

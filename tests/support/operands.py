@@ -160,8 +160,8 @@ def forward(
     results = {"o": np.full((*shape, problem.dim_v), SENTINEL, problem.dtype)}
     for name in ("lse", "lse_low") if low else ("lse",):
         results[name] = np.full(shape, SENTINEL, STATISTICS[problem.dtype])
-    names = ("q", "k", "v")
-    run(problem, "forward", {**{name: operands[name] for name in names}, **results}, **options)
+    given = {name: operands[name] for name in ("q", "k", "v", "seed") if name in operands}
+    run(problem, "forward", {**given, **results}, **options)
     return results
 
 
@@ -170,7 +170,7 @@ def backward(
 ) -> dict[str, Array]:
     """Return dq, dk and dv, contiguous; `operands` holds do, q, k, v, o, lse, and maybe lse_low."""
     results = {f"d{name}": np.full(operands[name].shape, SENTINEL, problem.dtype) for name in "qkv"}
-    names = ("do", "q", "k", "v", "o", "lse", "lse_low")
+    names = ("do", "q", "k", "v", "o", "lse", "lse_low", "seed")
     given = {name: operands[name] for name in names if name in operands}
     run(problem, "backward", {**given, **results}, form=form, **options)
     return results

@@ -21,12 +21,15 @@ from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.plan import CpuPlan, plan
-from tilefold.problems import reference
+from tilefold.problems import dropout, reference
 from tilefold.problems.attention import STATISTICS, Problem, default_scale
 from tilefold.problems.buffer import Buffer
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
+
+SEED = 0x5EED_0123_4567_89AB
+"""The seed of trials with dropout: both of its words matter."""
 
 PASSES = (("forward", "auto"), *(("backward", form) for form in FORMS))
 """All operations in all forms."""
@@ -90,7 +93,8 @@ class Trial:
     def __str__(self) -> str:
         p = self.problem
         sizes = f"{p.batch}x{p.heads_q}/{p.heads_kv} {p.len_q}x{p.len_k} dim {p.dim}/{p.dim_v}"
-        return f"{sizes} {p.dtype} {p.mask} {self.layout}{' poisoned' * self.poisoned}"
+        also = " poisoned" * self.poisoned + " dropout" * bool(p.dropout)
+        return f"{sizes} {p.dtype} {p.mask} {self.layout}{also}"
 
 
 def problem(
@@ -103,10 +107,12 @@ def problem(
     dim_v: int | None = None,
     batch: int = 1,
     heads: tuple[int, int] = (2, 1),
+    dropout: float = 0.0,
 ) -> Problem:
     """A problem with defaults for the values that most trials do not depend on."""
     sizes = (batch, *heads, len_q, len_k, dim, dim_v or dim)
-    return Problem(*sizes, dtype, default_scale(dim), full() if mask is None else mask)
+    rule = full() if mask is None else mask
+    return Problem(*sizes, dtype, default_scale(dim), rule, dropout=dropout)
 
 
 def numbers(trial: Trial) -> dict[str, Array]:
@@ -120,24 +126,29 @@ def numbers(trial: Trial) -> dict[str, Array]:
             given[name][...] = given[name][:, :1]
     if trial.poisoned:
         _poison(p, given)
-    o, lse = reference.attention(given["q"], given["k"], given["v"], mask=p.mask, scale=p.scale)
+    options: dict[str, Any] = {"mask": p.mask, "scale": p.scale}
+    if p.dropout:
+        given["seed"] = np.array([SEED])
+        shape = (p.batch, p.heads_q, p.len_q, p.len_k)
+        options["keep"] = dropout.factors(SEED, p.dropout, *shape)
+    o, lse = reference.attention(given["q"], given["k"], given["v"], **options)
     given["o"], given["lse"] = o.astype(p.dtype), lse.astype(dtype_of(p, "lse"))
     arguments = [given[name] for name in ("do", "q", "k", "v", "o", "lse")]
-    gradients = reference.attention_backward(*arguments, mask=p.mask, scale=p.scale)
+    gradients = reference.attention_backward(*arguments, **options)
     expected = dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients), strict=True))
     return given | {f"expected {name}": array for name, array in expected.items()}
 
 
 def dtype_of(p: Problem, name: str) -> str:
     """The type of an argument or a result."""
-    return STATISTICS[p.dtype] if name == "lse" else p.dtype
+    return {"lse": STATISTICS[p.dtype], "seed": "int64"}.get(name, p.dtype)
 
 
 def shape_of(p: Problem, name: str) -> Shape:
     """The canonical shape of an argument or a result."""
     q_side, k_side = (p.batch, p.heads_q, p.len_q), (p.batch, p.heads_kv, p.len_k)
-    if name == "lse":
-        return q_side
+    if name in ("lse", "seed"):
+        return q_side if name == "lse" else (1,)
     side = k_side if name in ("k", "v", "dk", "dv") else q_side
     return (*side, p.dim if name in ("q", "k", "dq", "dk") else p.dim_v)
 
@@ -190,15 +201,16 @@ def run(
     p = trial.problem
     flats: dict[str, Array] = {}
     views: dict[str, Array] = {}
-    for name in (*INPUTS[operation], *OUTPUTS[operation]):
+    inputs = (*INPUTS[operation], *(("seed",) if p.dropout else ()))
+    for name in (*inputs, *OUTPUTS[operation]):
         layout = _layout_of(name, trial, operation, form)
         shape = shape_of(p, name)
         strides, dtype = layout.strides(shape), dtype_of(p, name)
         flats[name], views[name] = _place(memory, name, shape, strides, dtype)
-        if name in INPUTS[operation]:
+        if name in inputs:
             views[name][...] = given[name]
-    memory.freeze(INPUTS[operation])
-    before = {name: flats[name].tobytes() for name in INPUTS[operation]}
+    memory.freeze(inputs)
+    before = {name: flats[name].tobytes() for name in inputs}
     buffers = {name: _buffer(memory, name, view) for name, view in views.items()}
     in_place = operation == "forward" or buffers["dq"].strides[3] == 1
     options = {"in_place": in_place, "heuristics": heuristics}
@@ -220,6 +232,8 @@ def planned(p: Problem, device: Device, operation: str, form: str, **options: An
 def _layout_of(name: str, trial: Trial, operation: str, form: str) -> Layout:
     """The trial's layout, but results share no heads, and fused keeps the rows of dq contiguous."""
     layout = LAYOUTS[trial.layout]
+    if name == "seed":
+        return LAYOUTS["bhnd"]
     if layout.shared and name not in ("q", "k", "v", "do"):
         return LAYOUTS["bhnd"]
     if name == "dq" and form == "fused" and (layout.step != 1 or layout.order[-1] != 3):

@@ -116,6 +116,14 @@ def dropout_mask(
     return keep(check_seed(seed), p, *np.ix_(*axes))
 
 
+def factors(
+    seed: int, p: float, batch: int, heads: int, len_q: int, len_k: int
+) -> NDArray[np.float64]:
+    """The factors of all pairs: 0, or 1 / (1 - p); (batch, heads, len_q, len_k)."""
+    kept = dropout_mask(seed, p, batch=batch, heads=heads, rows=len_q, columns=len_k)
+    return np.where(kept, factor(p), 0.0)
+
+
 def threshold(p: float) -> int:
     """The least word of a kept pair.
 
@@ -165,7 +173,10 @@ def _indices(name: str, axis: Any) -> NDArray[np.int64]:
     """The indices of one axis of a region."""
     allowed = "a number of indices or a sequence of indices from 0 on"
     try:
-        array = np.arange(axis.__index__()) if hasattr(axis, "__index__") else np.asarray(axis)
+        if isinstance(axis, int | np.integer) and not isinstance(axis, bool):
+            array = np.arange(axis) if axis >= 0 else np.asarray([axis])
+        else:
+            array = np.asarray(axis)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise TypeError
     except (TypeError, ValueError):

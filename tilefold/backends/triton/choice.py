@@ -62,10 +62,12 @@ def choose(
     float32_mode: str = "ieee",
     blocks: Blocks | None = None,
     rows: int | None = None,
+    dropout: bool = False,
     heuristics: Heuristics = DEFAULT,
 ) -> Choice:
     """The blocks of a kernel, asked for or of the tables; `rows` along the parallel axis, if given.
 
+    Rows of the tables were compiled without `dropout`, which takes shared memory of its own.
     Raises ValueError for blocks that the architecture cannot hold, NotImplementedError where it
     holds none.
 
@@ -73,7 +75,7 @@ def choose(
     >>> print(choose(architecture("sm_80"), "forward", "float16", 128, 128).blocks)
     128 x 64, 8 warps, 3 stages
     """
-    asked = _Asked(architecture, kernel, dtype, dim, dim_v, float32_mode, heuristics)
+    asked = _Asked(architecture, kernel, dtype, dim, dim_v, float32_mode, heuristics, dropout)
     row, words = asked.row()
     if blocks is not None:
         why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks)
@@ -126,6 +128,7 @@ class _Asked:
     dim_v: int
     float32_mode: str
     heuristics: Heuristics
+    dropout: bool
 
     @property
     def kind(self) -> str:
@@ -158,7 +161,8 @@ class _Asked:
     def compiled(self, row: tables.Row) -> bool:
         """True if a row was compiled for just these heads: narrower ones may have more pieces."""
         dims = {resources.padded(self.dim), resources.padded(self.dim_v), row.dim}
-        return KERNELS[self.kernel].visits and row.spills is not None and len(dims) == 1
+        whole = KERNELS[self.kernel].visits and not self.dropout
+        return whole and row.spills is not None and len(dims) == 1
 
     def too_much(self, blocks: Blocks) -> str:
         """Why blocks do not fit, in a line; "" where they do."""
@@ -205,9 +209,12 @@ class _Asked:
 
     def _shared(self, blocks: Blocks) -> int:
         sizes = self.dim, self.dim_v
-        return resources.shared_bytes(
+        found = resources.shared_bytes(
             self.device, self.kernel, self.dtype, *sizes, self.float32_mode, blocks
         )
+        if self.dropout and KERNELS[self.kernel].visits:
+            found += blocks.parallel * blocks.traverse  # truths, which change hands
+        return found
 
     def _registers(self, blocks: Blocks) -> int:
         return resources.registers(

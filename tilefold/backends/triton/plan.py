@@ -188,6 +188,7 @@ class Planner:
             self._device,
             *sizes,
             float32_mode=float32_mode,
+            dropout=problem.dropout > 0,
             heuristics=self._heuristics,
         )
         if wanted := asked.get(kernel) if isinstance(asked, Mapping) else asked:
