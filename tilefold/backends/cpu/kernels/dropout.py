@@ -190,8 +190,8 @@ class _Generator:
         """Lanes of 64 bits of two words each."""
         body, words = self.body, vector(self.line, "i32")
         picks = [i + side for i in range(0, self.line, 2) for side in (0, self.line)]
-        both = (body.cast("bitcast", value, words) for value in (low, high))
-        return body.cast("bitcast", body.shuffle(*both, picks), self.lanes)
+        left, right = (body.cast("bitcast", value, words) for value in (low, high))
+        return body.cast("bitcast", body.shuffle(left, right, picks), self.lanes)
 
     def store(self, words: Value, place: Value) -> None:
         """The factors of a line, by its words as lanes of 64 bits."""
