@@ -25,7 +25,7 @@ from tilefold.backends.cpu.kernels.mask import MaskText, ScoreText
 from tilefold.backends.cpu.kernels.multiply import Products, Right
 from tilefold.backends.cpu.kernels.products import products
 from tilefold.backends.cpu.kernels.scores import is_hidden, score_gradient, score_tile
-from tilefold.backends.cpu.kernels.softmax import exp2_cut
+from tilefold.backends.cpu.kernels.softmax import LEAST, exp2_cut
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile
 from tilefold.backends.cpu.spec import KernelSpec
 
@@ -327,7 +327,8 @@ def _differences(
         else:
             product, score, slope = kept[j], *[values[j] for values in made]
         exponent = body.multiply_add(body.binary("fsub", score, m, "e"), rate.factor, r, "e")
-        weight = exp2_cut(body, exponent, terms=products.exp2_terms)
+        least = LEAST[exponent.element] if modified else None
+        weight = exp2_cut(body, exponent, terms=products.exp2_terms, least=least)
         keep = factors.at(row, j) if factors else None
         change = score_gradient(body, weight, gradient, delta, slope, keep)
         if masked:

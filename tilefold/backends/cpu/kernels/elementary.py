@@ -62,16 +62,51 @@ def _below_one(body: Body, f: Value) -> Value:
     for n in range(1, terms + 1):
         factorial *= n
         factors.append(1 / factorial)
-    total = body.constant(factors[-1], f.type)
-    for factor in factors[-2::-1]:
-        total = body.multiply_add(total, f, body.constant(factor, f.type), "e")
-    return body.binary("fmul", total, f, "e")
+    return body.binary("fmul", _powers(body, f, tuple(factors)), f, "e")
+
+
+_TANH_OVER = (
+    0.9999999811008434,
+    0.12979224235827602,
+    0.002985862810288094,
+    9.878667908783118e-06,
+    -1.4704243737272211e-08,
+    2.3508669984084272e-11,
+)
+_TANH_UNDER = (1.0, 0.4631254028138875, 0.024027928215064952, 0.00023720335422178804)
+"""tanh x / x in powers of x**2 for |x| <= 8, as a quotient: a fit of the largest relative error,
+2e-8. With float arithmetic it is 2.8e-7, and no result exceeds 1. Beyond 8 tanh is 1 - 2e-7.
+"""
 
 
 def tanh(body: Body, x: Value) -> Value:
-    """The hyperbolic tangent: (e**2x - 1) / (e**2x + 1) of |x|, with the sign of x."""
+    """The hyperbolic tangent.
+
+    float: a quotient of polynomials, 12 instructions. By an exponential it takes 24, and made a
+    softcap cost 18 % of causal attention instead of 12 % (head size 64).
+    """
+    if x.element == "double":
+        return _tanh_by_exponential(body, x)
+    for condition, limit in (("ogt", 8.0), ("olt", -8.0)):
+        far = body.constant(limit, x.type)
+        x = body.select(body.compare(condition, x, far), far, x, "near")
+    square = body.binary("fmul", x, x, "square")
+    over, under = (_powers(body, square, terms) for terms in (_TANH_OVER, _TANH_UNDER))
+    return body.binary("fdiv", body.binary("fmul", x, over), under, "tanh")
+
+
+def _powers(body: Body, x: Value, terms: tuple[float, ...]) -> Value:
+    """The sum of terms[n] x**n."""
+    total = body.constant(terms[-1], x.type)
+    for term in terms[-2::-1]:
+        total = body.multiply_add(total, x, body.constant(term, x.type), "e")
+    return total
+
+
+def _tanh_by_exponential(body: Body, x: Value) -> Value:
+    """(e**2x - 1) / (e**2x + 1) of |x|, with the sign of x."""
     size = absolute(body, x)
-    far = body.constant({"float": 10.0, "double": 20.0}[x.element], x.type)
+    far = body.constant(20.0, x.type)
     size = body.select(body.compare("ogt", size, far), far, size)  # 1 from there on
     less = expm1(body, body.binary("fadd", size, size))
     more = body.binary("fadd", less, body.constant(2.0, x.type))
