@@ -81,9 +81,7 @@ def attention(
             tensor, o is one too and is differentiable with respect to q, k and v; otherwise o is a
             NumPy array
         lse: only with return_lse: (batch, heads_q, len_q) in every layout, as natural logarithm,
-            float64 for float64 arrays and float32 for all others. On torch tensors "composed"
-            and "native" compute gradients through it; the others raise NotImplementedError in the
-            backward pass, unless the gradient is zero
+            float64 for float64 arrays and float32 for all others. A torch tensor is differentiable
 
     A query that sees no key has o = 0 and lse = -inf. Hidden keys and values never influence a
     query, even if they hold NaN or infinity. Visible ones follow IEEE arithmetic.
@@ -142,6 +140,7 @@ def attention_backward(
     o: Any,
     lse: Any,
     *,
+    dlse: Any = None,
     mask: Rule | None = None,
     scale: float | None = None,
     score: Score | Sequence[Score] | None = None,
@@ -149,7 +148,7 @@ def attention_backward(
     precision: str = "highest",
     **unknown: NoReturn,
 ) -> tuple[Any, ...]:
-    """The gradients dq, dk and dv of sum(do * attention(q, k, v)) with respect to q, k and v.
+    """The gradients dq, dk and dv of sum(do * o) + sum(dlse * lse) with respect to q, k and v.
 
     >>> import numpy as np
     >>> import tilefold
@@ -167,8 +166,9 @@ def attention_backward(
         do: the gradient with respect to o, (batch, heads_q, len_q, dim_v)
         q, k, v: the arrays that were given to `attention`
         o, lse: the results of `attention(..., return_lse=True)`
+        dlse: the gradient with respect to lse, of its shape and type; None means 0
         mask, scale, score, layout: the values that were given to `attention`; all arrays except
-            lse are in the layout
+            lse and dlse are in the layout
         precision: the least precision of products of float32 arrays, as for `attention`
 
     Returns:
@@ -177,7 +177,8 @@ def attention_backward(
         in their order of appearance.
 
     Raises:
-        The errors of `attention`, and ValueError if the shape of do, o or lse does not fit q, k, v
+        The errors of `attention`, and ValueError if the shape of do, o, lse or dlse does not fit
+        q, k and v
 
     The probabilities are computed again from lse, tile by tile (Dao et al., 2022,
     arXiv:2205.14135, Algorithm 4). So each has a relative error of at least |lse| times half a unit
@@ -189,12 +190,12 @@ def attention_backward(
         raise refusal(attention_backward, unknown)
     frontend = registry.find(q=q, k=k, v=v, do=do, o=o, lse=lse)
     request = frontend.request_of(mask, scale, layout, precision)
-    gradients: tuple[Any, ...]
-    if score is None:
-        gradients = frontend.attention_backward(do, q, k, v, o, lse, request)
-    else:
-        request, extra = taken_apart(request, score)
-        gradients = frontend.attention_backward(do, q, k, v, o, lse, request, extra)
+    options: dict[str, Any] = {}
+    if score is not None:
+        request, options["extra"] = taken_apart(request, score)
+    gradients: tuple[Any, ...] = frontend.attention_backward(
+        do, q, k, v, o, lse, request, dlse=dlse, **options
+    )
     return gradients
 
 
@@ -230,7 +231,7 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, *, layout: str = "bhnd") -> tu
     For the gradients, call `attention_backward(do, q, k1, v1, o, lse)` for each part, with its keys
     and values and the merged o and lse. It returns dk and dv of that part; dq is the sum of the dq
     of all parts. On torch tensors the results are differentiable with respect to all four
-    arguments, but the lse of `attention` takes no gradient with impl="kernel", and raises.
+    arguments, and so to the q, k and v that `attention` made them of.
 
     Raises:
         TypeError: an argument is not an array, or the types do not fit together

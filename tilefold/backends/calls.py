@@ -71,6 +71,9 @@ calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
 _newest: LruCache[Call] = LruCache(most=64, most_bytes=2**24)
 """The newest forward call of each problem, whatever its keys: a call with more keys begins here."""
 
+_STATISTICS = ("lse", "lse_low", "dlse")
+"""Arrays with a number for each query, in the type of the sums."""
+
 _GROWING = (FORWARD, FORWARD_LOW)
 """The passes whose number of keys often grows from call to call."""
 
@@ -228,6 +231,11 @@ def _call(
     """Checks the arrays, and prepares the call unless it is empty."""
     if "lse_low" in wanted.operands and not machine.keeps_low:
         raise NotImplementedError(f"kernels of {machine.backend} neither write nor read lse_low")
+    if "dlse" in wanted.given and not machine.reads_dlse:
+        raise NotImplementedError(
+            f"the gradient of lse is not implemented on {machine.backend}: pass lse.detach() where"
+            " none is wanted, or choose impl='composed'"
+        )
     named: dict[str, Array] = dict(zip(wanted.given, given, strict=True))
     read: dict[str, Array] = {
         name: named[name] for name in ("q", "k", "v", "do", "o") if name in named
@@ -235,14 +243,14 @@ def _call(
     dtype = arrays.common_dtype(read)
     for name, array in named.items():
         arrays.check_held(name, array)
-    statistics = [name for name in named if name.startswith("lse")]
+    statistics = [name for name in named if name in _STATISTICS]
     for name in statistics:
-        check_lse(arrays.dtype_of(named[name]), dtype)
+        check_lse(arrays.dtype_of(named[name]), dtype, name)
     q, k, v = (tuple(named[name].shape) for name in ("q", "k", "v"))
     on, layout = backend(machine.backend), request.layout
     problem = on.admit(describe(q, k, v, dtype, request))
     shapes = dict.fromkeys(("o", "do"), shape_o(problem, layout))
-    shapes |= dict.fromkeys(("lse", "lse_low"), shape_lse(problem))
+    shapes |= dict.fromkeys(_STATISTICS, shape_lse(problem))
     for name in ("do", "o", *statistics):
         if name in named:
             check_shape(name, tuple(named[name].shape), shapes[name])
@@ -265,7 +273,7 @@ def _call(
 
 def _dtype(name: str, dtype: str) -> str:
     """The type of a result of arrays of a type."""
-    return STATISTICS[dtype] if name in ("lse", "lse_low") else dtype
+    return STATISTICS[dtype] if name in _STATISTICS else dtype
 
 
 def _placement(strides: Mapping[str, Strides], alignment: int, axes: Axes) -> Placement:

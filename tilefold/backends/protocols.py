@@ -158,6 +158,9 @@ class Machine(ABC):
     keeps_low: ClassVar[bool] = False
     """Whether kernels write and read what rounding took from lse: see `FORWARD_LOW`."""
 
+    reads_dlse: ClassVar[bool] = False
+    """Whether kernels of the backward pass read a gradient of lse."""
+
     aligned: ClassVar[int] = 0
     """The alignment of operands that begin at the start of an allocation."""
 
@@ -174,13 +177,15 @@ class Machine(ABC):
     ) -> tuple[tuple[Array, ...], int]:
         """The arrays as kernels read them, and their alignment. Every call asks for them.
 
-        Kernels read lse without strides. Raises unless kernels can read the arrays.
+        Kernels read lse, and its gradient, without strides. Raises unless kernels can read the
+        arrays.
         """
         named = dict(zip(wanted.given, given, strict=True))
         self.check(**named)
-        if "lse" in named:
-            named["lse"] = arrays.packed(named["lse"])
-            given = tuple(named.values())
+        for name in ("lse", "dlse"):
+            if name in named:
+                named[name] = arrays.packed(named[name])
+                given = tuple(named.values())
         return given, self.alignment(named)
 
 

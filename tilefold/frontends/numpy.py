@@ -45,13 +45,24 @@ def attention(
 
 
 def attention_backward(
-    do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, request: Request, extra: Extra = NOTHING
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    request: Request,
+    dlse: Any = None,
+    extra: Extra = NOTHING,
 ) -> tuple[Array, ...]:
     """Return dq, dk, dv, and the gradients of extra arrays; see `tilefold.attention_backward`."""
     named = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
     given = tuple([as_array(name, array) for name, array in named.items()])
     wanted = BACKWARD.plus(extra.names, extra.gradients)
-    return calls.run(machine("cpu"), arrays, wanted, given + _arrays_of(extra), request)
+    given += _arrays_of(extra)
+    if dlse is not None:
+        wanted, given = wanted.plus(("dlse",)), (*given, as_array("dlse", dlse))
+    return calls.run(machine("cpu"), arrays, wanted, given, request)
 
 
 def _arrays_of(extra: Extra) -> tuple[Array, ...]:

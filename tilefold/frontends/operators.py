@@ -153,11 +153,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv; the arguments are as for `tilefold.attention_backward`.
 
-    `dlse` is the gradient of lse, where autograd has one. Raises unless it is zero. `lse_low` is
-    the last result of `attention`, where it has elements.
+    `dlse` is the gradient of lse, where there is one. `lse_low` is the last result of `attention`,
+    where it has elements.
     """
-    tensors.refuse_gradient_of_lse(dlse)
-    return tensors.backward(do, q, k, v, o, lse, request, lse_low)
+    return tensors.backward(do, q, k, v, o, lse, request, lse_low, dlse)
 
 
 @attention_backward.register_fake

@@ -45,13 +45,18 @@ def backward(
     lse: Tensor,
     request: Request,
     lse_low: Tensor | None = None,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, below autograd; `lse_low` is the last result of `forward_low`."""
-    given = do, q, k, v, o, lse
-    if lse_low is None:
-        dq, dk, dv = _run(BACKWARD, given, q, request)
-    else:
-        dq, dk, dv = _run(BACKWARD_LOW, (*given, lse_low), q, request)
+    """dq, dk and dv, below autograd; `lse_low` is the last result of `forward_low`.
+
+    `dlse` is the gradient of lse; None means 0.
+    """
+    wanted, given = BACKWARD, (do, q, k, v, o, lse)
+    if lse_low is not None:
+        wanted, given = BACKWARD_LOW, (*given, lse_low)
+    if dlse is not None and (machine_of(q).reads_dlse or bool(dlse.any())):
+        wanted, given = wanted.plus(("dlse",)), (*given, dlse)
+    dq, dk, dv = _run(wanted, given, q, request)
     return dq, dk, dv
 
 
@@ -107,21 +112,21 @@ def check(**tensors: Tensor) -> str:
     return common_dtype(tensors)
 
 
-def check_all(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
+def check_all(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None = None,
+) -> None:
     """Raises if a backward pass cannot read the tensors."""
     dtype = check(q=q, k=k, v=v, do=do, o=o)
-    check_place("lse", lse, do.device)
-    check_lse(dtype_of(lse), dtype)
-
-
-def refuse_gradient_of_lse(dlse: Tensor | None) -> None:
-    """Raises NotImplementedError unless the gradient is None or zero."""
-    if dlse is not None and bool(dlse.any()):
-        raise NotImplementedError(
-            "the gradient of lse is not implemented by impl='kernel': pass lse.detach() where none"
-            " is wanted, choose impl='composed', or after tilefold.merge call"
-            " tilefold.attention_backward for each part"
-        )
+    for name, tensor in (("lse", lse), ("dlse", dlse)):
+        if tensor is not None:
+            check_place(name, tensor, do.device)
+            check_lse(dtype_of(tensor), dtype, name)
 
 
 _DTYPES = {getattr(torch, name): getattr(torch, kind) for name, kind in STATISTICS.items()}

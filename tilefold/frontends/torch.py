@@ -4,7 +4,7 @@
 derivatives raise. PyTorch takes longer to dispatch such an operator than a whole small call takes.
 So a call that only autograd can observe runs directly, with a `torch.autograd.Function` if
 gradients are wanted. Compilers, tracers, modes, transforms, profilers and subclasses see the
-operators. A gradient through lse raises.
+operators.
 
 Before 2.12 PyTorch's operators cannot take a request, so all calls run directly: a compiled
 function breaks its graph there, and transforms and subclasses are refused.
@@ -77,17 +77,19 @@ def attention_backward(
     lse: Tensor,
     request: Request,
     lse_low: Tensor | None = None,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv; see `tilefold.attention_backward`, and `tensors.backward`."""
     given = do, q, k, v, o, lse
+    every = given if dlse is None else (*given, dlse)
     result: tuple[Tensor, Tensor, Tensor]
-    if _unobserved(*given):
-        run = _Backward.apply if _recorded(*given) else tensors.backward
-        result = run(*given, request, lse_low)
+    if _unobserved(*every):
+        run = _Backward.apply if _recorded(*every) else tensors.backward
+        result = run(*given, request, lse_low, dlse)
     else:
-        tensors.check_all(*given)
-        _refuse_tangents(*given)
-        result = _operators().attention_backward(*given, request, None, lse_low)
+        tensors.check_all(*every)
+        _refuse_tangents(*every)
+        result = _operators().attention_backward(*given, request, dlse, lse_low)
     return result
 
 
@@ -208,12 +210,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, low = ctx.saved_tensors
     given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
-    if dlse is None:
-        return (*attention_backward(*given, ctx.request, low), None)
-    if OPERATORS:  # a compiler traces this without values: the operator looks at them
-        return (*operators.attention_backward(*given, ctx.request, dlse, low), None)
-    tensors.refuse_gradient_of_lse(dlse)
-    return (*attention_backward(*given, ctx.request, low), None)
+    return (*attention_backward(*given, ctx.request, low, dlse), None)
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

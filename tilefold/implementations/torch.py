@@ -19,7 +19,6 @@ from tilefold.backends import calls
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.protocols import BACKWARD
 from tilefold.common.lru import LruCache
-from tilefold.frontends import tensors
 from tilefold.masks.position_rules import causal, full
 from tilefold.problems.attention import (
     STATISTICS,
@@ -135,11 +134,13 @@ class _TensorOps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
-        tensors.refuse_gradient_of_lse(dlse)
         machine, request = ctx.rest
         q, k, v, o, lse = ctx.saved_tensors
         given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
-        gradients = calls.run(machine, arrays, BACKWARD, given, request)
+        wanted = BACKWARD
+        if dlse is not None:
+            wanted, given = wanted.plus(("dlse",)), (*given, dlse)
+        gradients = calls.run(machine, arrays, wanted, given, request)
         return (None, None, None, *gradients)
 
 

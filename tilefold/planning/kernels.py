@@ -41,6 +41,7 @@ OPERANDS = {
     "dv": Operand("k", "dim_v"),
     "lse": Operand("q", None, given=False),
     "lse_low": Operand("q", None, given=False),
+    "dlse": Operand("q", None, given=False),
     "delta": Operand("q", None, given=False),
     "statistics": Operand("q", None, given=False),
     "part": Operand("q", "dim_v", given=False),

@@ -262,10 +262,12 @@ def common_dtype(dtypes: Mapping[str, str]) -> str:
     return expected
 
 
-def check_lse(dtype: str, expected: str) -> None:
-    """Raises TypeError unless lse has the type that `STATISTICS` names."""
+def check_lse(dtype: str, expected: str, name: str = "lse") -> None:
+    """Raises TypeError unless lse, or its gradient, has the type that `STATISTICS` names."""
     if dtype != STATISTICS[expected]:
-        raise TypeError(f"lse must be of {STATISTICS[expected]} where q is {expected}, got {dtype}")
+        raise TypeError(
+            f"{name} must be of {STATISTICS[expected]} where q is {expected}, got {dtype}"
+        )
 
 
 def check_shape(name: str, shape: Shape, expected: Shape) -> None:

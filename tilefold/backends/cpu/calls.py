@@ -17,6 +17,7 @@ class CpuMachine(Machine):
     device: Device
     backend = "cpu"
     keeps_low = True
+    reads_dlse = True
 
     def check(self, **arrays: Array) -> None:
         """Nothing is elsewhere that has come here."""

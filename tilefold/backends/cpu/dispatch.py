@@ -128,7 +128,9 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
     """The call of a problem for operands of these strides, in canonical axes."""
     if operation == "backward":
         in_place = strides["dq"][3] == 1
-        return prepare(plan(problem, device, operation, in_place=in_place), strides)
+        return prepare(
+            plan(problem, device, operation, in_place=in_place, dlse="dlse" in strides), strides
+        )
     heads_interleaved = all(
         0 < abs(strides[name][1]) < abs(strides[name][2]) for name in ("k", "v")
     )
@@ -189,7 +191,7 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
     ]
     order = list(strides)
     places = []
-    for name in spec.row.arguments:
+    for name in spec.arguments:
         actual = launch.buffers.get(name, name)
         if actual in order:
             places.append((len(words), order.index(actual)))

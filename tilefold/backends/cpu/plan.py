@@ -68,6 +68,7 @@ def plan(
     *,
     owners: int | None = None,
     in_place: bool = True,
+    dlse: bool = False,
     heuristics: Heuristics = DEFAULT,
     scope: str | None = None,
 ) -> CpuPlan:
@@ -79,21 +80,22 @@ def plan(
     of keys). "auto" takes what is predicted to be faster, and so does "interleaved", for keys whose
     heads lie side by side: there a worker decodes the same keys of many heads. With `in_place` the
     rows of dq are contiguous: a single owner may sum them where they lie, unless they hold a half
-    type. `tile` and `block_traverse` override the tables, and `heuristics` the constants by which
-    forms, owners and splits are chosen; results depend on all of these only by rounding. `scope`
-    is "anywhere" or "machine", as set by `set_reproducible` where it is None.
+    type. `dlse`: lse has a gradient of its own. `tile` and `block_traverse` override the tables,
+    and `heuristics` the constants by which forms, owners and splits are chosen; results depend on
+    all of these only by rounding. `scope` is "anywhere" or "machine", as set by `set_reproducible`
+    where it is None.
 
     Plans are kept for the next call of the same problem: the newest ones, up to 256 MiB of data
     (mask tables and runs).
     """
     blocks, scope = (tile, block_traverse), scope or reproducible.get_reproducible()
-    asked = (problem, device, operation, form, *blocks, owners, in_place, heuristics, scope)
+    asked = (problem, device, operation, form, *blocks, owners, in_place, dlse, heuristics, scope)
     key = (generation.number, asked)
     found = _recent.get(key)
     if found is None:
         chooser = Chooser(problem, device, heuristics)
         planner = _Planner(chooser, *blocks, anywhere=scope == "anywhere" and owners is None)
-        made = planner.plan(operation, form, owners, in_place)
+        made = planner.plan(operation, form, owners, in_place, dlse)
         found = _recent.put(key, made, made.data_bytes)
     return found
 
@@ -125,11 +127,15 @@ class _Planner:
             chooser.heuristics,
         )
 
-    def plan(self, operation: str, form: str, owners: int | None, in_place: bool) -> CpuPlan:
+    def plan(
+        self, operation: str, form: str, owners: int | None, in_place: bool, dlse: bool
+    ) -> CpuPlan:
         """The plan of an operation in a form."""
         buffers: dict[str, Scratch] = {}
         if operation == "backward":
             launches, buffers = self._backward(form, owners, in_place)
+            if dlse:
+                launches[0] = with_more(launches[0], "dlse")
         elif self._decodes(form):
             launches, buffers = self._decode(form)
         else:
@@ -357,6 +363,11 @@ class _Planner:
             return [launch], {}
         shape = (problem.batch, problem.heads_q, count * problem.len_q, spec.state_width)
         return [launch], {"part": Scratch(shape, self._computed)}
+
+
+def with_more(launch: Launch, *names: str) -> Launch:
+    """A launch whose kernel reads more operands."""
+    return replace(launch, spec=replace(launch.spec, more=(*launch.spec.more, *names)))
 
 
 def _of_heads(reduce: Launch, taken: Heads, partitioner: KeyPartitioner) -> Launch:

@@ -165,6 +165,8 @@ class KernelSpec:
     kernel computes of a modified score (see `planning.masked.Scored`), and `hides` tells that it
     may hide pairs. Where scores are modified they are `natural` in all kernels: see `scale`.
     `dropout`: pairs fall out, by the seed that the call brings.
+    `more` names operands beside those of the row, of calls that have them: then the kernel reads
+    them, and else its source knows nothing of them.
     """
 
     kernel: str
@@ -184,6 +186,12 @@ class KernelSpec:
     hides: bool = False
     natural: bool = False
     dropout: bool = False
+    more: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """All operands in the order of the argument block."""
+        return (*self.row.arguments, *self.more)
 
     @property
     def row(self) -> CpuKernelRow:

@@ -50,7 +50,7 @@ DROPOUT = (
 )
 """The last words where pairs fall out: see `tilefold.problems.dropout`."""
 
-PER_ROW = ("lse", "lse_low", "statistics")
+PER_ROW = ("lse", "lse_low", "dlse", "statistics")
 """Operands with one element per query, or several rows of these."""
 
 OF_QUERY = ("m", "r", "delta")
@@ -89,7 +89,7 @@ def names(spec: KernelSpec) -> tuple[str, ...]:
     An operand `x` is its address `x` and its strides in elements `x_b x_h x_s x_d`.
     """
     words = list(WORK)
-    for operand in spec.row.arguments:
+    for operand in spec.arguments:
         words += [operand, *(f"{operand}_{axis}" for axis in axes(operand))]
     for skeleton in skeletons(spec):
         words += [parameter.name for parameter in skeleton.parameters]
@@ -116,7 +116,7 @@ class Arguments:
         self._block = block
         self._position = {name: index for index, name in enumerate(names(spec))}
         self._values: dict[str, Value] = {}
-        addresses = {*spec.row.arguments, "order", "rows", "runs", "owners", "workspace"}
+        addresses = {*spec.arguments, "order", "rows", "runs", "owners", "workspace"}
         addresses |= {slot.name for skeleton in skeletons(spec) for slot in skeleton.slots}
         addresses.add("seed")
         for name in names(spec):

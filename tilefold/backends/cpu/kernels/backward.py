@@ -1,8 +1,8 @@
 """The backward kernels: the probabilities are made again from lse, a tile at a time.
 
-    P = 2^((S - m) c + r)    dP = dO V^T    dS = P (dP - delta)    delta = rowsum(dO O)
+    P = 2^((S - m) c + r)    dP = dO V^T    dS = P (dP - delta)    delta = rowsum(dO O) - dlse
 
-    delta         parallel over queries:  delta <- rowsum(dO O);  m, r <- lse in scores
+    delta         parallel over queries:  delta <- rowsum(dO O) - dlse;  m, r <- lse in scores
     backward_dq   parallel over queries:  dQ += dS K                      3 products per pair
     backward_dkv  parallel over keys:     dV += P^T dO;  dK += dS^T Q     4 products
     backward      parallel over heads:    all three from the same dS      5 products, not 7
@@ -44,8 +44,9 @@ StatisticsOf = Callable[[int], Statistics]
 
 def delta(spec: KernelSpec) -> str:
     """The source of the kernel that writes delta, and lse in scores."""
-    title = """
-delta <- rowsum(dO O)
+    total = "rowsum(dO O) - dlse" if "dlse" in spec.more else "rowsum(dO O)"
+    title = f"""
+delta <- {total}
 m <- lse / rest, rounded;  r <- (rest m - lse - lse_low) log2(e)"""
     return emit(spec, title.strip(), _write_delta)
 
@@ -88,6 +89,11 @@ def _write_delta(block: Block) -> None:
     block.zero("lse_low", 1)
     with body.when(body.given(block.arguments["lse_low"]), "low"):
         block.pack("lse_low", 1, one)
+    if "dlse" in spec.more:
+        dlse = block.pack("dlse", 1, one)
+        for j, total in enumerate(totals):
+            share = body.load(block.at(dlse, 0, j), shape.vector)
+            body.write(total, body.binary("fsub", body.read(total), share))
     for j, total in enumerate(totals):
         both = [body.load(block.at(region, 0, j), shape.vector) for region in (lse, low)]
         for name, value in zip(

@@ -31,7 +31,8 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     by_key = {"k": dim, "v": dim_v, "dk": dim, "dv": dim_v} | pair
     found = {
         "forward": {"q": dim, "o": dim_v, "p": tile},
-        "delta": {"o": dim_v, "do": dim_v} | dict.fromkeys(("lse", "lse_low", *OF_QUERY), width),
+        "delta": {"o": dim_v, "do": dim_v}
+        | dict.fromkeys(("lse", "lse_low", *spec.more, *OF_QUERY), width),
         "backward_dq": by_query,
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
