@@ -51,7 +51,8 @@ def backward(
 
     `dlse` is the gradient of lse; None means 0.
     """
-    wanted, given = BACKWARD, (do, q, k, v, o, lse)
+    given: tuple[Tensor, ...] = (do, q, k, v, o, lse)
+    wanted = BACKWARD
     if lse_low is not None:
         wanted, given = BACKWARD_LOW, (*given, lse_low)
     if dlse is not None and (machine_of(q).reads_dlse or bool(dlse.any())):

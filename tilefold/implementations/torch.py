@@ -136,7 +136,7 @@ class _TensorOps(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
         machine, request = ctx.rest
         q, k, v, o, lse = ctx.saved_tensors
-        given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
+        given: tuple[Tensor, ...] = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
         wanted = BACKWARD
         if dlse is not None:
             wanted, given = wanted.plus(("dlse",)), (*given, dlse)
