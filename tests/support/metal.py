@@ -41,9 +41,9 @@ def kernel(body: str, *buffers: str, before: str = "", threads: int = 32) -> str
     return f"{HEAD}{before}{promise} kernel void test({parameters}) {{\n{body}\n}}\n"
 
 
-def tensor_plan(problem: Problem) -> MetalPlan:
-    """The plan of a forward pass on tensor operations."""
-    return gated.plan(problem, "apple10")
+def tensor_plan(problem: Problem, extra: tuple[str, ...] = ()) -> MetalPlan:
+    """The plan of a forward pass on tensor operations; see `plan` for `extra`."""
+    return gated.plan(problem, "apple10", extra)
 
 
 def needs(check: str = "fast") -> None:

@@ -42,6 +42,7 @@ OPERANDS = {
     "lse": Operand("q", None, given=False),
     "lse_low": Operand("q", None, given=False),
     "dlse": Operand("q", None, given=False),
+    "max": Operand("q", None, given=False),
     "delta": Operand("q", None, given=False),
     "statistics": Operand("q", None, given=False),
     "part": Operand("q", "dim_v", given=False),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from tilefold.backends.metal import dispatch, runtime
 from tilefold.backends.metal.plan import plan
 from tilefold.backends.metal.runtime import missing
-from tilefold.backends.protocols import Pass, Placement
+from tilefold.backends.protocols import PASSES, Pass, Placement
 from tilefold.problems.attention import Problem
 
 __all__ = ["admit", "machine", "missing", "prepare"]
@@ -32,5 +32,7 @@ def prepare(
     machine: dispatch.Machine, problem: Problem, wanted: Pass, placement: Placement
 ) -> dispatch.Call:
     """Plan a problem and compile its kernels."""
-    made = plan(problem, machine.family, wanted.operation)
+    usual = PASSES[wanted.operation].operands
+    extra = tuple([name for name in wanted.operands if name not in usual and name != "seed"])
+    made = plan(problem, machine.family, wanted.operation, extra=extra)
     return dispatch.prepare(made, machine, placement.strides, placement.alignment)

@@ -30,7 +30,7 @@ from tilefold.backends.launching import (
     tables_on,
 )
 from tilefold.backends.metal import emulate, families, source
-from tilefold.backends.metal.kernels.arguments import RUNS, arrays, sizes
+from tilefold.backends.metal.kernels.arguments import RUNS, SINKS, arrays, sizes
 from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
 from tilefold.backends.protocols import Array, Arrays, Strides
@@ -76,6 +76,7 @@ class Machine(protocols.Machine):
 
     backend = "metal"
     aligned = WIDEST_MOVE
+    reads_dlse = True
 
     @abstractmethod
     def compile(self, text: str) -> Any:
@@ -222,7 +223,7 @@ def alignment_of(operands: Mapping[str, Array]) -> int:
     """The number of elements that may be moved at once, by the operands' addresses: 1, 2 or 4."""
     found = WIDEST_MOVE
     for name, array in operands.items():
-        if name == "seed":  # a single number
+        if protocols.is_extra(name.removeprefix("d")):  # they are read one by one
             continue
         if isinstance(array, np.ndarray):
             first, size = array.__array_interface__["data"][0], array.itemsize
@@ -307,6 +308,8 @@ def _step(
     data = _data(machine, plan, launch)
     given = tuple(name for name in names if name not in data)
     known = {**sizes_of(plan, launch), **stride_arguments(strides, STRIDED)}
+    if "sinks" in spec.operands:
+        known |= dict(zip(SINKS, (plan.problem.sinks, *strides["sinks"]), strict=True))
     numbers = [int(known[name]) for name in sizes(spec)]
     if len(numbers) > MOST_NUMBERS:
         raise NotImplementedError(
@@ -356,6 +359,7 @@ def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
         "row_b": runs.planes_h * rows if runs.planes_b > 1 else 0,
         "row_h": rows if runs.planes_h > 1 else 0,
         "splits": launch.splits,
+        "batch": problem.batch,
         "keep_from": dropout.threshold(problem.dropout),
         "keep_bits": int(np.float32(dropout.factor(problem.dropout)).view(np.uint32)),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 from tilefold.backends.metal import plan as planning
 from tilefold.backends.metal import runtime
@@ -33,13 +34,15 @@ def missing() -> str | None:
     return tensorops.gate((major, minor), GENERATIONS[machine.family], machine.compile)
 
 
-def plan(problem: Problem, family: str) -> MetalPlan:
+def plan(problem: Problem, family: str, extra: tuple[str, ...] = ()) -> MetalPlan:
     """The plan of a forward pass whose kernel multiplies by `tensorops`.
 
+    `extra` are as for the other plan: see `planning.EXTRA`.
     Raises NotImplementedError for what tensor operations do not serve.
     """
     blocks = tensorops.blocks(problem.dtype, problem.dim_v)
-    made = planning.plan(problem, family, "forward", form="tiled", blocks=blocks, cached=())
+    asked: dict[str, Any] = {"form": "tiled", "blocks": blocks, "cached": (), "extra": extra}
+    made = planning.plan(problem, family, "forward", **asked)
     (launch,) = made.launches
     spec = tensorops.variant(launch.spec)
     choice = replace(

@@ -42,6 +42,9 @@ Asked = Blocks | Mapping[str, Blocks] | None
 AskedCached = Sequence[str] | Mapping[str, Sequence[str]] | None
 """Cached operands of the only kernel of a plan, or by kernel."""
 
+EXTRA = {"forward": ("max",), "backward": ("dlse", "dsinks")}
+"""Operands of an operation that a call may ask for, beside those that follow from the problem."""
+
 
 @dataclass(frozen=True, eq=False)
 class Launch:
@@ -99,12 +102,14 @@ def plan(
     form: str = "auto",
     blocks: Asked = None,
     cached: AskedCached = None,
+    extra: tuple[str, ...] = (),
 ) -> MetalPlan:
     """The plan of an operation, "forward" or "backward", on a GPU of a family such as "apple9".
 
     `form` is how it is done: see `FORMS`. `blocks` and `cached` override the tables; by
     kernel ("forward", "decode", "backward_dq", "backward_dkv") where they differ. Results depend
-    on all of these only by rounding.
+    on all of these only by rounding. `extra` are operands beside those that every problem of the
+    kind has: see `EXTRA`.
 
     Raises ValueError for what no GPU of the family can run, NotImplementedError for float64 and for
     a scale beyond float32.
@@ -116,10 +121,11 @@ def plan(
             f" {LARGEST_SCALE:.1e}: multiply q or k by a part of it"
         )
     _check(blocks, cached)
-    key = (problem, family, operation, form, _frozen(blocks), _frozen(cached))
+    key = (problem, family, operation, form, _frozen(blocks), _frozen(cached), extra)
     found = _recent.get(key)
     if found is None:
-        made = Planner(problem, families.family(family), blocks, cached).plan(operation, form)
+        planner = Planner(problem, families.family(family), blocks, cached, extra=extra)
+        made = planner.plan(operation, form)
         found = _recent.put(key, made, made.data_bytes)
     return found
 
@@ -152,8 +158,10 @@ class Planner:
         blocks: Asked = None,
         cached: AskedCached = None,
         heuristics: Heuristics = DEFAULT,
+        extra: tuple[str, ...] = (),
     ) -> None:
         self._problem, self._family, self._heuristics = problem, family, heuristics
+        self._extra = {*extra, *(("sinks",) if problem.sinks else ())}
         self._blocks, self._cached = blocks, cached
         self._masked = MaskedProblem.of(problem)
 
@@ -161,11 +169,14 @@ class Planner:
         """The plan of an operation in a form; see `plan`."""
         check.choice("operation", operation, tuple(FORMS))
         check.choice("form", form, FORMS[operation])
+        self._check_extra(operation)
         row = (self._problem.batch, self._problem.heads_q, self._problem.len_q)
         buffers: dict[str, Scratch] = {}
         if operation == "backward":
             buffers["delta"] = Scratch(row, "float32")
             launches = [self._tiled("backward_dq"), self._tiled("backward_dkv")]
+            if "dsinks" in self._extra:
+                launches.append(self._alone("backward_sinks", (self._problem.sinks, row[1], 1)))
         elif self._decodes(form):
             launches = self._decode()
             buffers |= split_scratch(self._problem, launches[0].splits, "float32")
@@ -182,6 +193,13 @@ class Planner:
             tables=self._masked.tables,
             buffers=buffers,
         )
+
+    def _check_extra(self, operation: str) -> None:
+        """Raises NotImplementedError for an operand that no kernel of the operation has."""
+        for name in sorted(self._extra - {"sinks", *EXTRA[operation]}):
+            raise NotImplementedError(
+                f"Metal kernels have no operand {name} in a {operation} pass: compute it on the CPU"
+            )
 
     def _spill(self, spec: MetalSpec, name: str) -> Scratch:
         """A spilled sum: float32, as the operand's rows but contiguous."""
@@ -215,6 +233,7 @@ class Planner:
             index_bits=self._masked.index_bits,
             negative=problem.scale < 0,
             dropout=problem.dropout > 0,
+            extra=tuple([name for name in KERNELS[kernel].optional if name in self._extra]),
         )
         return spec, made
 
@@ -249,9 +268,12 @@ class Planner:
         count = visited.block_rows
         order = (heaviest_first(visited)[:, None] + count * np.arange(blocks)).ravel()
         grid = (len(order), problem.heads_kv, problem.batch)
-        merge, merged = self._spec("merge")
         rows = (problem.len_q, problem.heads_q, problem.batch)
         return [
             Launch(spec, made, visited, order, grid, count),
-            Launch(merge, merged, nothing(), np.zeros(1, np.int64), rows, count),
+            self._alone("merge", rows, count),
         ]
+
+    def _alone(self, kernel: str, grid: tuple[int, int, int], splits: int = 1) -> Launch:
+        """A kernel that visits no pairs."""
+        return Launch(*self._spec(kernel), nothing(), np.zeros(1, np.int64), grid, splits)

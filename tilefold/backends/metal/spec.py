@@ -61,11 +61,21 @@ class MetalKernelRow(KernelRow):
     `resident` names the operands along the parallel axis that may be kept in registers; each other
     one is read, or read and written, for every tile. They leave the registers in the order of
     `leaving`. `untuned` are the blocks and the operands in registers of a kernel without a table.
+    A kernel has those of `may_read` and `may_write` where the call asks for them. `sizes` are
+    integers that the kernel takes beside those of all.
     """
 
     resident: tuple[str, ...] = ()
     leaving: tuple[str, ...] = ()
     untuned: tuple[Blocks, tuple[str, ...]] | None = None
+    may_read: tuple[str, ...] = ()
+    may_write: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """All operands that the kernel has where the call asks for them."""
+        return (*self.may_read, *self.may_write)
 
     @property
     def sums(self) -> tuple[str, ...]:
@@ -85,6 +95,8 @@ KERNELS = table(
             emitter="forward.emit",
             resident=("q", "o"),
             leaving=("q", "o"),
+            may_read=("sinks",),
+            may_write=("max",),
         ),
         # One simdgroup to a threadgroup, so that few rows of many heads and splits are spread over
         # the cores.
@@ -107,6 +119,8 @@ KERNELS = table(
             writes=("o", "lse"),
             emitter="decode.emit_merge",
             untuned=(Blocks(8, 8, 8), ()),
+            may_read=("sinks",),
+            may_write=("max",),
         ),
         MetalKernelRow(
             name="backward_dq",
@@ -118,6 +132,7 @@ KERNELS = table(
             emitter="backward.emit_dq",
             resident=("q", "do", "dq"),
             leaving=("do", "q", "dq"),
+            may_read=("dlse",),
         ),
         MetalKernelRow(
             name="backward_dkv",
@@ -129,6 +144,15 @@ KERNELS = table(
             emitter="backward.emit_dkv",
             resident=("k", "v", "dv", "dk"),
             leaving=("k", "v", "dk", "dv"),
+        ),
+        MetalKernelRow(
+            name="backward_sinks",
+            parallel="q",
+            reads=("sinks", "lse", "delta"),
+            writes=("dsinks",),
+            emitter="sinks.emit",
+            untuned=(Blocks(8, 8, 8), ()),
+            sizes=("batch",),
         ),
     )
 )
@@ -146,7 +170,8 @@ class MetalSpec:
     4: elements of a row that are moved at once, and that divide each row. These three follow from
     where the arrays lie, which a plan does not know. `tensor_ops`: multiplies by Metal 4's tensor
     operations, not by fragments. `negative`: the scale is negative, which a maximum of scores must
-    know. `dropout`: pairs fall out, by the seed that the call brings.
+    know. `dropout`: pairs fall out, by the seed that the call brings. `extra` are the operands that
+    the call has and others leave out: see `MetalKernelRow.may_read`.
     """
 
     kernel: str
@@ -165,15 +190,22 @@ class MetalSpec:
     tensor_ops: bool = False
     negative: bool = False
     dropout: bool = False
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.kernel in KERNELS, self.kernel
         assert set(self.cached) <= set(self.row.resident), self.cached
+        assert set(self.extra) <= set(self.row.optional), self.extra
 
     @property
     def row(self) -> MetalKernelRow:
         """The row of the kernel's name."""
         return KERNELS[self.kernel]
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """All operands of the kernel, in the order of its arguments."""
+        return (*self.row.operands, *self.extra)
 
     @property
     def simdgroups(self) -> int:
@@ -191,8 +223,11 @@ class MetalSpec:
         return f"tilefold_{self.kernel}"
 
     def width(self, operand: str) -> int:
-        """Elements in a row of an operand."""
-        return self.dim_v if OPERANDS[operand].width == "dim_v" else self.dim
+        """Elements in a row of an operand. Raises ValueError for one whose rows no field counts."""
+        row = OPERANDS.get(operand)
+        if row is None or row.width is None:
+            raise ValueError(f"{operand} has no rows of dim or dim_v elements")
+        return self.dim_v if row.width == "dim_v" else self.dim
 
 
 def whole(dim: int) -> int:

@@ -11,6 +11,7 @@ frame      what stands around every kernel
 tile       reading a traversed operand
 products   the two products, three blocks
 scores     scores from products, dS from P and dP
+sinks      what takes weight and gives nothing
 softmax    the running softmax
 forward    the forward pass
 backward   dQ, and dK with dV

@@ -27,6 +27,9 @@ DROPOUT = ("keep_from", "keep_bits")
 """The last integers where pairs fall out: the least word of a kept pair, and the bits of the factor
 of a kept weight, a float."""
 
+SINKS = ("sinks_count", "sinks_h", "sinks_n")
+"""Integers of a kernel that reads sinks: how many a head has, and the strides of the array."""
+
 
 class Argument(NamedTuple):
     """An array of a kernel: its name, its type in the source and whether the kernel writes it."""
@@ -47,8 +50,8 @@ class Argument(NamedTuple):
 
 
 def variable(name: str) -> str:
-    """Name of an array in the source, where `do` is a keyword."""
-    return "dO" if name == "do" else name
+    """Name of an array in the source, where `do` is a keyword and `max` a function."""
+    return {"do": "dO", "max": "row_max"}.get(name, name)
 
 
 def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
@@ -58,9 +61,9 @@ def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
         Argument(
             name,
             number if name in STRIDED else "float",
-            name in spec.row.writes,
+            name in spec.row.writes or name in spec.row.may_write,
         )
-        for name in spec.row.operands
+        for name in spec.operands
     ]
     for name in spills(spec):
         found.append(Argument(name, "float", True))
@@ -89,7 +92,9 @@ def sizes(spec: MetalSpec) -> tuple[str, ...]:
         names += [parameter.name for parameter in spec.mask.parameters]
         for slot in spec.mask.slots:
             names += slot.strides
-    return (*names, *(DROPOUT if spec.dropout else ()))
+    names += DROPOUT if spec.dropout else ()
+    names += SINKS if "sinks" in spec.operands else ()
+    return (*names, *spec.row.sizes)
 
 
 def position(spec: MetalSpec, name: str) -> int:

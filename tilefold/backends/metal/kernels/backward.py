@@ -12,6 +12,7 @@ from tilefold.backends.metal.kernels.forward import queries, row
 from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.products import Products
 from tilefold.backends.metal.kernels.scores import GRADIENT_FACTOR, NATURAL_FACTOR
+from tilefold.backends.metal.kernels.sinks import BASE
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.kernels.tile import column_of
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
@@ -37,9 +38,6 @@ for each query head that reads the key head, and each tile of queries that see t
     dk = dk + ds q                     accumulate
 dk = dk scale
 """.strip().split("\n")
-
-BASE = "isinf(lse[row]) ? 0.0f : lse[row]"
-"""lse. A row that sees no key has -inf, and no visible pair that would use it."""
 
 
 def emit_dq(spec: MetalSpec) -> str:
@@ -87,6 +85,8 @@ def _delta(text: Text, spec: MetalSpec, products: Products) -> None:
         else:
             text(f"row_delta += {do} * {o};")
     frame.over_row(text, "row_delta", "{x} + {y}")
+    if "dlse" in spec.extra:
+        text("row_delta -= dlse[row];")
     with text.block("if (inside && fragment_column == 0)"):
         text("delta[row] = row_delta;")
 

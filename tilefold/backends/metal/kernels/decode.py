@@ -104,7 +104,7 @@ def emit_merge(spec: MetalSpec) -> str:
     with text.block("for (long i = first; i < end; i += len_q)"):
         share = scores.weight("part_m[i]", "m")
         text(f"l += part_l[i] < 0.0f ? 0.0f : part_l[i] * {share};")
-    text("const float inverse = any ? 1.0f / l : 0.0f;", "")
+    text(f"const float inverse = {softmax.inverse(text, spec)};", "")
     with text.block(f"for (ushort d = lane; d < {spec.dim_v}; d += {SIMD})"):
         text("float sum = 0.0f;")
         with text.block("for (long i = first; i < end; i += len_q)"):
@@ -113,6 +113,6 @@ def emit_merge(spec: MetalSpec) -> str:
         mean = own.write(dropout.scaled(spec, "sum * inverse"))
         text(f"o_row[{column_of(spec, 'o', 'd')}] = {mean};")
     with text.block("if (lane == 0)"):
-        softmax.write_lse(text, "row * len_q + query")
+        softmax.write_statistics(text, spec, "row * len_q + query")
     title = "Attention of few queries: o and lse from the parts of all splits."
     return frame.written(spec, title, ALGORITHM_MERGE, text)

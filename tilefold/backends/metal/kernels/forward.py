@@ -32,10 +32,10 @@ def emit(spec: MetalSpec) -> str:
     products.spills(("o",), "row")
     text("")
     attend(text, spec, products, "h")
-    text("const float inverse = any ? 1.0f / l : 0.0f;")
+    text(f"const float inverse = {softmax.inverse(text, spec)};")
     products.finish("o", dropout.scaled(spec, "inverse"))
     with text.block("if (inside && fragment_column == 0)"):
-        softmax.write_lse(text, "row")
+        softmax.write_statistics(text, spec, "row")
     title = "Attention, forward: o = softmax(scale q k^T) v and lse = log rowsum exp(scale q k^T)."
     return frame.written(spec, title, ALGORITHM, text)
 

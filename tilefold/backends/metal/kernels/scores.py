@@ -41,6 +41,11 @@ def weight(score: str, maximum: str) -> str:
     return f"fast::exp2(({score} - {maximum}) * factor)"
 
 
+def natural(maximum: str) -> str:
+    """A maximum on the natural scale."""
+    return f"{maximum} * fabs(scale)"
+
+
 def lse(maximum: str, total: str) -> str:
     """The logarithm of the sum of a row's exponentials, from its maximum and its `total`."""
     return f"fma({maximum}, fabs(scale), log({total}))"

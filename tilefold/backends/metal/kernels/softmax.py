@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilefold.backends.metal.kernels import dropout, scores
+from tilefold.backends.metal.kernels import dropout, scores, sinks
 from tilefold.backends.metal.kernels.fragment import at
 from tilefold.backends.metal.kernels.frame import LOWEST, columns, over_row, seen
 from tilefold.backends.metal.kernels.msl import Text
@@ -68,10 +68,24 @@ def end(text: Text) -> None:
     over_row(text, "any", "{x} | {y}")
 
 
-def write_lse(text: Text, place: str) -> None:
-    """The natural logarithm of a row's sum, by its whole m, l and any, to an element of lse."""
-    text(f"const float sum = l > 0.0f ? {scores.lse('m', 'l')} : l / l;")
-    text(f"lse[{place}] = any ? sum : -INFINITY;")
+def inverse(text: Text, spec: MetalSpec) -> str:
+    """The factor of the finished sum of a row; sinks come into l here."""
+    if "sinks" in spec.extra:
+        sinks.fold(text)
+        return "any ? share / l : 0.0f"
+    return "any ? 1.0f / l : 0.0f"
+
+
+def write_statistics(text: Text, spec: MetalSpec, place: str) -> None:
+    """The logarithm of a row's sum, after `inverse`, and the maximum if it is asked for."""
+    if "max" in spec.extra:
+        text(f"row_max[{place}] = any ? {scores.natural('m')} : -INFINITY;")
+    if "sinks" in spec.extra:
+        text("const float sum = l > 0.0f ? top + log(l) : l / l;")
+        text(f"lse[{place}] = any || l != 0.0f ? sum : -INFINITY;")
+    else:
+        text(f"const float sum = l > 0.0f ? {scores.lse('m', 'l')} : l / l;")
+        text(f"lse[{place}] = any ? sum : -INFINITY;")
 
 
 def weights(text: Text, spec: MetalSpec, parallel: str, before: Sequence[str] = ()) -> None:

@@ -21,7 +21,7 @@ from tilefold.backends.metal.kernels.frame import LOWEST
 from tilefold.backends.metal.kernels.matmul2d import HEADERS, Matmul2d, elements, fill
 from tilefold.backends.metal.kernels.msl import Text, kernel_head
 from tilefold.backends.metal.kernels.scores import FACTOR, score, weight
-from tilefold.backends.metal.kernels.softmax import write_lse
+from tilefold.backends.metal.kernels.softmax import inverse, write_statistics
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import SIMD, TENSOR_ROWS, Blocks, MetalSpec
 
@@ -247,7 +247,7 @@ def _pass(text: Text, spec: MetalSpec, scores: Matmul2d, values: Matmul2d, panel
         _values(text, spec, values, sums, panel)
     text("l += simd_shuffle_xor(l, 1);", "any |= simd_shuffle_xor(any, 1);")
     text("simdgroup_barrier(mem_flags::mem_threadgroup);")
-    _share(text, "any ? 1.0f / l : 0.0f")
+    _share(text, inverse(text, spec))
     own = storage(spec.dtype, spec.bfloat)
     for i, name in enumerate(sums):
         with elements(text, name), text.block(f"if (row < rows && column < width_{i})"):
@@ -256,7 +256,7 @@ def _pass(text: Text, spec: MetalSpec, scores: Matmul2d, values: Matmul2d, panel
             text(f"o_row[{offset}] = {own.write(mean)};")
     with text.block("if (inside && side == 0)"):
         text("const long at = (long(b) * heads_q + h) * len_q + query;")
-        write_lse(text, "at")
+        write_statistics(text, spec, "at")
 
 
 def _scores(text: Text, spec: MetalSpec, scores: Matmul2d) -> None:
