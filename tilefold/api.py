@@ -26,9 +26,11 @@ def attention(
     mask: Rule | None = None,
     scale: float | None = None,
     score: Score | Sequence[Score] | None = None,
+    sinks: Any = None,
     layout: str = "bhnd",
     precision: str = "highest",
     return_lse: bool = False,
+    return_max: bool = False,
     impl: str = KERNEL,
     **unknown: NoReturn,
 ) -> Any:
@@ -63,6 +65,9 @@ def attention(
             means `full()`
         score: what becomes of the scaled scores before the softmax, such as `softcap(30)`, or
             several in order, `[softcap(50), alibi()]`
+        sinks: logits of each query head, (heads_q,) or (heads_q, number), of any type of floats.
+            They are scores of keys without a value: exp(sink) is a part of the sum by which weights
+            are divided. None means no sink
         scale: the factor of the scores, a finite number; None means 1 / sqrt(dim). It takes no
             gradient: a tensor that wants one is refused
         layout: the order of the axes of q, k, v and o. "bhnd" is the order above, "bnhd" is
@@ -73,6 +78,7 @@ def attention(
             rounded to bfloat16. A machine without fast bfloat16 products computes more exactly
             than asked. The argument has no effect on other types. Torch's own setting is not read.
         return_lse: if True, also return the log-sum-exp of each query's scores
+        return_max: if True, also return the largest score of each query
         impl: the implementation, one of the four below; the default is "kernel". If the chosen one
             cannot do a call, an error says why; no other one takes its place
 
@@ -83,7 +89,12 @@ def attention(
         lse: only with return_lse: (batch, heads_q, len_q) in every layout, as natural logarithm,
             float64 for float64 arrays and float32 for all others. A torch tensor is differentiable
 
-    A query that sees no key has o = 0 and lse = -inf. Hidden keys and values never influence a
+        max: only with return_max: (batch, heads_q, len_q), of the type of lse: the largest score,
+            scaled and modified, of the keys that the query sees, without sinks. It has no gradient.
+            The sum of the exponentials that softmax divides by is exp(lse - max)
+
+    The results stand in the order o, lse, max. A query that sees no key has o = 0, max = -inf, and
+    the lse of its sinks, which is -inf without any. Hidden keys and values never influence a
     query, even if they hold NaN or infinity. Visible ones follow IEEE arithmetic.
 
     The implementations, by the value of `impl`:
@@ -118,10 +129,14 @@ def attention(
         raise refusal(attention, unknown)
     frontend = registry.find(q=q, k=k, v=v)
     request = frontend.request_of(mask, scale, layout, precision)
-    if score is not None:
-        request, extra = taken_apart(request, score)
+    if score is not None or sinks is not None or return_max:
+        request, extra = taken_apart(request, score, sinks)
         if impl != KERNEL:
-            raise NotImplementedError(f"impl={impl!r} takes no score; use impl='kernel'")
+            what = "score, sinks or return_max"
+            raise NotImplementedError(f"impl={impl!r} takes no {what}; use impl='kernel'")
+        if return_max:
+            o, lse, largest = frontend.attention(q, k, v, request, extra, ("max",))
+            return (o, lse, largest) if return_lse else (o, largest)
         o, lse = frontend.attention(q, k, v, request, extra)
     elif impl == KERNEL:
         o, lse = frontend.attention(q, k, v, request)
@@ -144,6 +159,7 @@ def attention_backward(
     mask: Rule | None = None,
     scale: float | None = None,
     score: Score | Sequence[Score] | None = None,
+    sinks: Any = None,
     layout: str = "bhnd",
     precision: str = "highest",
     **unknown: NoReturn,
@@ -167,14 +183,14 @@ def attention_backward(
         q, k, v: the arrays that were given to `attention`
         o, lse: the results of `attention(..., return_lse=True)`
         dlse: the gradient with respect to lse, of its shape and type; None means 0
-        mask, scale, score, layout: the values that were given to `attention`; all arrays except
-            lse and dlse are in the layout
+        mask, scale, score, sinks, layout: the values that were given to `attention`; q, k, v, o and
+            do are in the layout
         precision: the least precision of products of float32 arrays, as for `attention`
 
     Returns:
         dq, dk, dv, each of the shape and type of its input. The gradient of a query that sees no
         key, and of a key that no query sees, is 0. With a score the gradients of its arrays follow,
-        in their order of appearance.
+        in their order of appearance, and with sinks theirs is the last.
 
     Raises:
         The errors of `attention`, and ValueError if the shape of do, o, lse or dlse does not fit
@@ -191,8 +207,8 @@ def attention_backward(
     frontend = registry.find(q=q, k=k, v=v, do=do, o=o, lse=lse)
     request = frontend.request_of(mask, scale, layout, precision)
     options: dict[str, Any] = {}
-    if score is not None:
-        request, options["extra"] = taken_apart(request, score)
+    if score is not None or sinks is not None:
+        request, options["extra"] = taken_apart(request, score, sinks)
     gradients: tuple[Any, ...] = frontend.attention_backward(
         do, q, k, v, o, lse, request, dlse=dlse, **options
     )

@@ -9,6 +9,7 @@ kernels are compiled, once, for all later calls that differ in data alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ from tilefold.problems.attention import (
     Shape,
     check_lse,
     check_shape,
+    check_sinks,
     contiguous,
     describe,
     shape_lse,
@@ -46,8 +48,8 @@ from tilefold.problems.attention import (
 )
 from tilefold.problems.request import LAYOUTS, Request
 
-_EMPTY = {"o": 0.0, "lse": float("-inf"), "lse_low": 0.0, "dq": 0.0, "dk": 0.0, "dv": 0.0}
-"""The results where no query meets a key."""
+_EMPTY = {"lse": float("-inf"), "max": float("-inf")}
+"""The results where no query meets a key; the others are 0, and lse that of sinks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ calls: LruCache[Call] = LruCache(most=128, most_bytes=256 * 2**20)
 _newest: LruCache[Call] = LruCache(most=64, most_bytes=2**24)
 """The newest forward call of each problem, whatever its keys: a call with more keys begins here."""
 
-_STATISTICS = ("lse", "lse_low", "dlse")
+_STATISTICS = ("lse", "lse_low", "dlse", "max")
 """Arrays with a number for each query, in the type of the sums."""
 
 _GROWING = (FORWARD, FORWARD_LOW)
@@ -85,7 +87,7 @@ def run(
     call, given = _look_up(machine, arrays, wanted, given, request)
     results = arrays.empty(given[0], call.results)
     if call.prepared is None:
-        _fill(wanted, results)
+        _fill(call, given, results)
     else:
         call.prepared.launch(arrays, given + results)
     return results
@@ -103,7 +105,7 @@ class Bound:
         """Write the results and return them."""
         call = self.call
         if call.prepared is None:
-            _fill(call.made_for, self.results)
+            _fill(call, self.given, self.results)
         else:
             call.prepared.launch(call.arrays, self.given + self.results)
         return self.results
@@ -135,10 +137,22 @@ def bind(
     return Bound(call, given, tuple(results))
 
 
-def _fill(wanted: Pass, results: tuple[Array, ...]) -> None:
+def _fill(call: Call, given: tuple[Array, ...], results: tuple[Array, ...]) -> None:
     """Write the results where no query meets a key."""
-    for name, array in zip(wanted.results, results, strict=True):
+    named = dict(zip(call.made_for.given, given, strict=True))
+    for name, array in zip(call.made_for.results, results, strict=True):
         array[...] = _EMPTY.get(name, 0.0)
+        if name == "lse" and call.problem.sinks:
+            for head, sinks in enumerate(named["sinks"].tolist()):
+                array[:, head] = _log_sum(sinks)
+
+
+def _log_sum(numbers: list[float]) -> float:
+    """The logarithm of the sum of their exponentials."""
+    top = max(numbers)
+    if not math.isfinite(top):
+        return top
+    return top + math.log(sum(math.exp(number - top) for number in numbers))
 
 
 def compile_ahead(machine: Machine, problem: Problem, operation: str, layout: str) -> None:
@@ -251,6 +265,8 @@ def _call(
     problem = on.admit(describe(q, k, v, dtype, request))
     shapes = dict.fromkeys(("o", "do"), shape_o(problem, layout))
     shapes |= dict.fromkeys(_STATISTICS, shape_lse(problem))
+    if "sinks" in named:
+        check_sinks(tuple(named["sinks"].shape), arrays.dtype_of(named["sinks"]), problem)
     for name in ("do", "o", *statistics):
         if name in named:
             check_shape(name, tuple(named[name].shape), shapes[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from tilefold.common.check import shown
 from tilefold.problems.request import Request
 from tilefold.scores.score import as_score
 
@@ -23,15 +24,32 @@ class Extra(NamedTuple):
 NOTHING = Extra((), ())
 
 
-def taken_apart(request: Request, score: Any) -> tuple[Request, Extra]:
-    """The request with a score's form, and the score's arrays.
+def taken_apart(request: Request, score: Any, sinks: Any = None) -> tuple[Request, Extra]:
+    """The request with a score's form and the number of sinks; the score's arrays, and sinks.
 
-    Raises TypeError for a score that is none.
+    Raises TypeError or ValueError for a score or sinks that are none.
     """
+    form, number = None, 0
+    names: tuple[str, ...] = ()
+    arrays: tuple[Any, ...] = ()
     modified = as_score(score)
-    if modified is None:
+    if modified is not None:
+        form, arrays = modified.form
+        names = tuple([f"input{i}" for i in range(len(arrays))])
+    if sinks is not None:
+        number = _sinks_of_head(sinks)
+        names, arrays = (*names, "sinks"), (*arrays, sinks)
+    if not (form or names):
         return request, NOTHING
-    form, arrays = modified.form
-    names = tuple([f"input{number}" for number in range(len(arrays))])
     options = request.mask, request.scale, request.layout, request.precision
-    return Request(*options, form, request.sinks, request.dropout), Extra(names, arrays)
+    return Request(*options, form, number, request.dropout), Extra(names, arrays)
+
+
+def _sinks_of_head(sinks: Any) -> int:
+    """The number of sinks of each head. Raises TypeError or ValueError for what is no array."""
+    shape = getattr(sinks, "shape", None)
+    if shape is None:
+        raise TypeError(f"sinks must be an array, got {shown(sinks)}")
+    if not 1 <= len(shape) <= 2 or 0 in shape[1:]:
+        raise ValueError(f"sinks must have shape (heads,) or (heads, number), got {tuple(shape)}")
+    return int(shape[1]) if len(shape) == 2 else 1

@@ -19,7 +19,7 @@ from tilefold.backends.protocols import BACKWARD, FORWARD
 from tilefold.backends.registry import machine
 from tilefold.frontends.extra import NOTHING, Extra
 from tilefold.frontends.foreign import viewed
-from tilefold.problems.attention import check_parts
+from tilefold.problems.attention import STATISTICS, check_parts
 from tilefold.problems.request import Request
 
 Array = NDArray[Any]
@@ -32,16 +32,19 @@ request_of = Request
 
 
 def attention(
-    q: Any, k: Any, v: Any, request: Request, extra: Extra = NOTHING
-) -> tuple[Array, Array]:
-    """Return o and lse; see `tilefold.attention`."""
+    q: Any,
+    k: Any,
+    v: Any,
+    request: Request,
+    extra: Extra = NOTHING,
+    further: tuple[str, ...] = (),
+) -> tuple[Array, ...]:
+    """Return o and lse, and `further` results of the pass; see `tilefold.attention`."""
     given = as_array("q", q), as_array("k", k), as_array("v", v)
-    if extra is NOTHING:
-        o, lse = calls.run(machine("cpu"), arrays, FORWARD, given, request)
-    else:
-        wanted = FORWARD.plus(extra.names)
-        o, lse = calls.run(machine("cpu"), arrays, wanted, given + _arrays_of(extra), request)
-    return o, lse
+    if extra is NOTHING and not further:
+        return calls.run(machine("cpu"), arrays, FORWARD, given, request)
+    wanted = FORWARD.plus(extra.names, further)
+    return calls.run(machine("cpu"), arrays, wanted, given + _arrays_of(extra, given[0]), request)
 
 
 def attention_backward(
@@ -59,14 +62,31 @@ def attention_backward(
     named = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
     given = tuple([as_array(name, array) for name, array in named.items()])
     wanted = BACKWARD.plus(extra.names, extra.gradients)
-    given += _arrays_of(extra)
+    given += _arrays_of(extra, given[1])
     if dlse is not None:
         wanted, given = wanted.plus(("dlse",)), (*given, as_array("dlse", dlse))
-    return calls.run(machine("cpu"), arrays, wanted, given, request)
+    results = calls.run(machine("cpu"), arrays, wanted, given, request)
+    if "sinks" not in extra.names:
+        return results
+    sinks, *others = as_array("sinks", extra.arrays[extra.names.index("sinks")]), *results
+    place = wanted.results.index("dsinks")
+    others[place] = others[place].reshape(sinks.shape).astype(sinks.dtype, copy=False)
+    return tuple(others)
 
 
-def _arrays_of(extra: Extra) -> tuple[Array, ...]:
-    return tuple([as_array(name, x) for name, x in zip(extra.names, extra.arrays, strict=True)])
+def _arrays_of(extra: Extra, q: Array) -> tuple[Array, ...]:
+    """The extra arrays as kernels read them: sinks are rows, in the type of lse."""
+    found = {name: as_array(name, x) for name, x in zip(extra.names, extra.arrays, strict=True)}
+    if "sinks" in found:
+        found["sinks"] = _rows_of_sinks(found["sinks"], q)
+    return tuple(found.values())
+
+
+def _rows_of_sinks(sinks: Array, q: Array) -> Array:
+    if sinks.dtype.kind != "f" and sinks.dtype.name != "bfloat16":
+        raise TypeError(f"sinks must be an array of floats, got {sinks.dtype.name}")
+    rows = sinks[:, None] if sinks.ndim == 1 else sinks
+    return rows.astype(STATISTICS.get(q.dtype.name, rows.dtype), copy=False)
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, Array]:

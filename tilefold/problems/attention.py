@@ -276,6 +276,18 @@ def check_shape(name: str, shape: Shape, expected: Shape) -> None:
         raise ValueError(f"{name} must have shape {expected} to go with q, k and v, got {shape}")
 
 
+def check_sinks(shape: Shape, dtype: str, problem: Problem) -> None:
+    """Raises ValueError or TypeError unless sinks have a row for each query head, and the type."""
+    heads, wanted = problem.heads_q, STATISTICS[problem.dtype]
+    if shape != (heads, problem.sinks):
+        raise ValueError(
+            f"sinks must have shape ({heads},) or ({heads}, number), one row for each head of q,"
+            f" got {shape[0]} rows"
+        )
+    if dtype != wanted:
+        raise TypeError(f"sinks must be of {wanted} where q is {problem.dtype}, got {dtype}")
+
+
 def shapes_qkv(problem: Problem, layout: str) -> tuple[Shape, Shape, Shape]:
     """The shapes of q, k and v, and of their gradients, in a layout."""
     axes, keys = LAYOUTS[layout], (problem.batch, problem.heads_kv, problem.len_k)

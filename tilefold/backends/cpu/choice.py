@@ -31,10 +31,22 @@ Heads = NDArray[np.bool_]
 
 
 class Chooser:
-    """Chooses for one problem on one device: what multiplies, and the blocks of each kernel."""
+    """Chooses for one problem on one device: what multiplies, and the blocks of each kernel.
 
-    def __init__(self, problem: Problem, device: Device, heuristics: Heuristics = DEFAULT) -> None:
+    `maximum`: the largest score of each query is wanted too.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        device: Device,
+        heuristics: Heuristics = DEFAULT,
+        *,
+        maximum: bool = False,
+    ) -> None:
         self.problem, self.device, self.heuristics = problem, device, heuristics
+        wanted = {"max": maximum, "sinks": problem.sinks > 0}
+        self._more = tuple([name for name, taken in wanted.items() if taken])
         self.item_bytes = ITEM_BYTES[STATISTICS[problem.dtype]]
         self.lanes = FAMILIES[device.isa].lanes(self.item_bytes)
         """Elements of one vector, in the type that is computed in."""
@@ -180,6 +192,8 @@ class Chooser:
             hides=bool(scored and scored.hides),
             natural=problem.score is not None,
             dropout=problem.dropout > 0 and KERNELS[kernel].visits,
+            more=self._more if row.finishes else (),
+            sinks=problem.sinks if row.finishes or "sinks" in row.reads else 0,
         )
 
     def _for_length(self, tiles: tuple[RegisterTile, ...], length: int) -> RegisterTile:

@@ -135,7 +135,8 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
         0 < abs(strides[name][1]) < abs(strides[name][2]) for name in ("k", "v")
     )
     form = "interleaved" if heads_interleaved else "auto"
-    return prepare(plan(problem, device, operation, form), strides)
+    planned = plan(problem, device, operation, form, maximum="max" in strides)
+    return prepare(planned, strides)
 
 
 def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:

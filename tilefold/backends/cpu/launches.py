@@ -26,8 +26,9 @@ class Launch:
     backward an item is an owner of several block rows: item_rows and `order` count owners, and
     `owners` says what each has (see `KeyPartitioner.cut`). Where few queries are decoded, an item
     is of `heads_per_item` key heads. `buffers` names the arrays of operands that go by another
-    name. Where only `some` heads take this kernel, `order` names all of its items.
-    `scratch_bytes` are a worker's own, beside those of its kernel.
+    name. Where only `some` heads take this kernel, `order` names all of its items. Where an item
+    sums over the batch, `block_rows` counts its entries. `scratch_bytes` are a worker's own, beside
+    those of its kernel.
     """
 
     problem: Problem

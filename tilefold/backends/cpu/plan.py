@@ -69,6 +69,7 @@ def plan(
     owners: int | None = None,
     in_place: bool = True,
     dlse: bool = False,
+    maximum: bool = False,
     heuristics: Heuristics = DEFAULT,
     scope: str | None = None,
 ) -> CpuPlan:
@@ -80,20 +81,21 @@ def plan(
     of keys). "auto" takes what is predicted to be faster, and so does "interleaved", for keys whose
     heads lie side by side: there a worker decodes the same keys of many heads. With `in_place` the
     rows of dq are contiguous: a single owner may sum them where they lie, unless they hold a half
-    type. `dlse`: lse has a gradient of its own. `tile` and `block_traverse` override the tables,
-    and `heuristics` the constants by which forms, owners and splits are chosen; results depend on
-    all of these only by rounding. `scope` is "anywhere" or "machine", as set by `set_reproducible`
-    where it is None.
+    type. `dlse`: lse has a gradient of its own. `maximum`: forward also writes the largest score of
+    each query, the operand "max". `tile` and `block_traverse` override the tables, and `heuristics`
+    the constants by which forms, owners and splits are chosen; results depend on all of these only
+    by rounding. `scope` is "anywhere" or "machine", as set by `set_reproducible` where it is None.
 
     Plans are kept for the next call of the same problem: the newest ones, up to 256 MiB of data
     (mask tables and runs).
     """
     blocks, scope = (tile, block_traverse), scope or reproducible.get_reproducible()
-    asked = (problem, device, operation, form, *blocks, owners, in_place, dlse, heuristics, scope)
+    options = (owners, in_place, dlse, maximum, heuristics, scope)
+    asked = (problem, device, operation, form, *blocks, *options)
     key = (generation.number, asked)
     found = _recent.get(key)
     if found is None:
-        chooser = Chooser(problem, device, heuristics)
+        chooser = Chooser(problem, device, heuristics, maximum=maximum)
         planner = _Planner(chooser, *blocks, anywhere=scope == "anywhere" and owners is None)
         made = planner.plan(operation, form, owners, in_place, dlse)
         found = _recent.put(key, made, made.data_bytes)
@@ -181,6 +183,18 @@ class _Planner:
         sizes = (heads, block_rows, block_rows)
         return Launch(problem, spec, visited, order, *sizes, some=some is not None)
 
+    def _sink_gradients(self) -> Launch:
+        """An item for each query head, which goes through all batch entries."""
+        problem = self._problem
+        order = np.arange(problem.heads_q)
+        return replace(
+            self._launch("sink_gradients"),
+            order=order,
+            item_rows=1,
+            block_rows=problem.batch,
+            some=True,
+        )
+
     def _backward(
         self, form: str, owners: int | None, in_place: bool
     ) -> tuple[list[Launch], dict[str, Scratch]]:
@@ -190,6 +204,8 @@ class _Planner:
         row = (problem.batch, problem.heads_q, problem.len_q)
         statistics = Scratch((*row[:2], len(OF_QUERY) * problem.len_q), computed)
         launches, buffers = [self._launch("delta")], {"statistics": statistics}
+        if problem.sinks:
+            launches.append(self._sink_gradients())
         if self._anywhere:
             more, parts = self._backward_anywhere(form, in_place)
             return launches + more, buffers | parts

@@ -44,6 +44,11 @@ class CpuKernelRow(KernelRow):
         return self.computed or ("", "value", "slope")[self.score_tiles]
 
     @property
+    def finishes(self) -> bool:
+        """True where the kernel writes o and lse, and so takes sinks and knows the maximum."""
+        return "lse" in self.writes
+
+    @property
     def tiled(self) -> bool:
         """True where pairs are visited in blocks of the parallel axis."""
         return self.visits and not self.by_query
@@ -90,6 +95,13 @@ KERNELS = table(
             writes=("statistics",),
             optional=("lse_low",),
             emitter="backward.delta",
+        ),
+        CpuKernelRow(
+            name="sink_gradients",
+            parallel="q",
+            reads=("statistics", "sinks"),
+            writes=("dsinks",),
+            emitter="sinks.gradients",
         ),
         CpuKernelRow(
             name="backward_dq",
@@ -166,7 +178,8 @@ class KernelSpec:
     may hide pairs. Where scores are modified they are `natural` in all kernels: see `scale`.
     `dropout`: pairs fall out, by the seed that the call brings.
     `more` names operands beside those of the row, of calls that have them: then the kernel reads
-    them, and else its source knows nothing of them.
+    or writes them, and else its source knows nothing of them. `sinks` is the number of sinks of
+    each head, in a kernel that reads them.
     """
 
     kernel: str
@@ -187,6 +200,7 @@ class KernelSpec:
     natural: bool = False
     dropout: bool = False
     more: tuple[str, ...] = ()
+    sinks: int = 0
 
     @property
     def arguments(self) -> tuple[str, ...]:

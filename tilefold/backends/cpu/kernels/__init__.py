@@ -18,6 +18,7 @@ scale        the scale in two factors, lse
 block        one block of the parallel axis
 multiply     products of single elements
 products     which of the products a kernel uses
+sinks        logits in the sum alone, and their gradients
 scores       scores from products, dS from P and dP
 forward      the forward pass
 backward     delta, dQ, and dK with dV

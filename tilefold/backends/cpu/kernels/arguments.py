@@ -50,8 +50,11 @@ DROPOUT = (
 )
 """The last words where pairs fall out: see `tilefold.problems.dropout`."""
 
-PER_ROW = ("lse", "lse_low", "dlse", "statistics")
+PER_ROW = ("lse", "lse_low", "dlse", "max", "statistics")
 """Operands with one element per query, or several rows of these."""
+
+PER_HEAD = ("sinks", "dsinks")
+"""Operands with several elements per query head."""
 
 OF_QUERY = ("m", "r", "delta")
 """What the kernel "delta" leaves of the queries of a head: the rows of its operand "statistics".
@@ -59,7 +62,7 @@ OF_QUERY = ("m", "r", "delta")
 They are one operand, since each buffer costs a call 2 microseconds.
 """
 
-COMPUTED = (*PER_ROW, *OF_QUERY, "dq_parts")
+COMPUTED = (*PER_ROW, *PER_HEAD, *OF_QUERY, "dq_parts")
 """Operands in the type of the sums, whatever the type of the others."""
 
 
@@ -86,7 +89,7 @@ def factors(scale: float, computed: str) -> tuple[float, float]:
 def names(spec: KernelSpec) -> tuple[str, ...]:
     """The words of a kernel's argument block, in order.
 
-    An operand `x` is its address `x` and its strides in elements `x_b x_h x_s x_d`.
+    An operand `x` is its address `x` and its strides in elements, such as `x_b x_h x_s x_d`.
     """
     words = list(WORK)
     for operand in spec.arguments:
@@ -105,6 +108,8 @@ def skeletons(spec: KernelSpec) -> tuple[Skeleton, ...]:
 
 def axes(operand: str) -> str:
     """The axes of an operand, of which each has a stride."""
+    if operand in PER_HEAD:
+        return "hn"
     return "bhs" if operand in PER_ROW else "bhsd"
 
 

@@ -36,6 +36,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
         "backward_dq": by_query,
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
+        "sink_gradients": dict.fromkeys(OF_QUERY, width),
         "reduce_dq": {"dq_parts": dim, "dq": dim},
     }[spec.kernel]
     if spec.dropout and spec.row.visits:

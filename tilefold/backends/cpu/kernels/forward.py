@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.backends.cpu.kernels import work
+from tilefold.backends.cpu.kernels import sinks, work
 from tilefold.backends.cpu.kernels.block import Block, emit
 from tilefold.backends.cpu.kernels.dropout import Factors
 from tilefold.backends.cpu.kernels.ir import Value, Variable, vector
@@ -60,6 +60,9 @@ class _Forward:
         never = body.constant(0, vector(shape.lanes, "i1"))
         columns = range(shape.vectors)
         self.m = [body.variable(shape.vector, self._lowest, "m") for _ in columns]
+        self.highest = self.m
+        if "max" in spec.more and self.products.slack:
+            self.highest = [body.variable(shape.vector, self._lowest, "highest") for _ in columns]
         self.l = [body.variable(shape.vector, block.splat(0.0), "l") for _ in columns]
         self.seen = [body.variable(never.type, never, "seen") for _ in columns]
         work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self._tile)
@@ -157,9 +160,11 @@ class _Forward:
         body.comment("m_new <- max(m, rows of S^T);  alpha <- 2^((m - m_new) c)")
         slack = self.products.slack and self.block.scale.difference(self.products.slack)
         safe_m, alphas = [], []
-        for m, top in zip(self.m, tops, strict=True):
+        for m, highest, top in zip(self.m, self.highest, tops, strict=True):
             old = body.read(m, "m.old")
             new = body.larger(body.read(top), old, "m.new")
+            if highest is not m:
+                body.write(highest, body.larger(new, body.read(highest), "highest"))
             if slack:
                 limit = body.binary("fadd", old, slack)
                 new = body.select(body.compare("ogt", new, limit), new, old, "m.new")
@@ -208,8 +213,13 @@ class _Forward:
     def _finish(self) -> None:
         body, block, spec = self.body, self.block, self.spec
         body.comment("O <- O / l;  empty rows: 0")
+        tops = self._maxima() if "max" in spec.more else []
         one = block.splat(1.0)
-        inverses = [body.binary("fdiv", one, body.read(place), "inverse") for place in self.l]
+        ones = self._take_sinks() if spec.sinks else [one] * len(self.l)
+        inverses = [
+            body.binary("fdiv", kept, body.read(place), "inverse")
+            for kept, place in zip(ones, self.l, strict=True)
+        ]
         seen = [body.read(place, "seen") for place in self.seen]
         with body.loop("d", 0, spec.dim_v) as d:
             for j, inverse in enumerate(inverses):
@@ -221,7 +231,7 @@ class _Forward:
         lows = []
         for j, (m, total) in enumerate(zip(self.m, self.l, strict=True)):
             lse, low = self._lse(body.read(m), body.read(total))
-            lse = body.select(seen[j], lse, self._lowest, "lse")
+            lse = body.select(seen[j], lse, self._of_nothing(lse, total), "lse")
             body.store(lse, block.at(self.weights, 0, j))
             lows.append(body.select(seen[j], low, block.splat(0.0), "low"))
         block.unpack("lse", self.weights, 1, block.scalar(1.0))
@@ -229,6 +239,39 @@ class _Forward:
             for j, low in enumerate(lows):
                 body.store(low, block.at(self.weights, 0, j))
             block.unpack("lse_low", self.weights, 1, block.scalar(1.0))
+        for j, top in enumerate(tops):
+            body.store(top, block.at(self.weights, 0, j))
+        if tops:
+            block.unpack("max", self.weights, 1, block.scalar(1.0))
+
+    def _take_sinks(self) -> list[Value]:
+        """Add the sinks to l, and give the factors of what was summed before."""
+        body, block = self.body, self.block
+        alphas = []
+        for m, total in zip(self.m, self.l, strict=True):
+            own = body.read(m), body.read(total)
+            new, summed, alpha = sinks.take(
+                body, self.spec, block.arguments, block.scale, block.h, *own
+            )
+            body.write(m, new)
+            body.write(total, summed)
+            alphas.append(alpha)
+        return alphas
+
+    def _of_nothing(self, lse: Value, total: Variable) -> Value:
+        """lse of queries that saw no key: -inf, or that of sinks that are not -inf themselves."""
+        if not self.spec.sinks:
+            return self._lowest
+        none = self.body.compare("oeq", self.body.read(total), self.block.splat(0.0))
+        return self.body.select(none, self._lowest, lse)
+
+    def _maxima(self) -> list[Value]:
+        """The largest scores, on the natural scale; NaN where a score is NaN."""
+        body = self.body
+        return [
+            self.block.scale.maximum(body.read(m), body.read(total))
+            for m, total in zip(self.highest, self.l, strict=True)
+        ]
 
     def _lse(self, m: Value, total: Value) -> tuple[Value, Value]:
         """NaN where l is 0 or NaN although keys were seen: all scores were -inf, or one was NaN."""

@@ -83,6 +83,30 @@ class Scale:
         lost = body.binary("fmul", lost, body.constant(LOG2_E, lost.type), "r")
         return m, body.cast("fptrunc", lost, lse.type, "r")
 
+    def natural(self, score: Value) -> Value:
+        """Scores on the natural scale, rounded once."""
+        wide = self.body.binary("fmul", self._widened(score), self._wide_rest(), "natural")
+        return self.body.cast("fptrunc", wide, score.type, "natural")
+
+    def maximum(self, m: Value, total: Value) -> Value:
+        """The largest scores on the natural scale; NaN where the sum is, for another reason."""
+        body, top = self.body, self.natural(m)
+        infinite = body.compare("oeq", top, body.constant(float("inf"), top.type))
+        number = body.compare("ord", total, total)
+        known = body.binary("or", infinite, number, "known")
+        return body.select(known, top, total, "max")
+
+    def in_scores(self, natural: Value) -> Value:
+        """Numbers of the natural scale as scores, rounded once."""
+        wide = self.body.binary("fdiv", self._widened(natural), self._wide_rest(), "score")
+        return self.body.cast("fptrunc", wide, natural.type, "score")
+
+    def natural_difference(self, natural: Value, score: Value) -> Value:
+        """Numbers of the natural scale less scores, which are multiplied exactly for float."""
+        minus = self._negative(self._widened(score))
+        wide = self.body.multiply_add(minus, self._wide_rest(), self._widened(natural), "less")
+        return self.body.cast("fptrunc", wide, natural.type, "less")
+
     def _wide_rest(self) -> Value:
         return self.body.splat(self.wide, self.lanes, "rest")
 

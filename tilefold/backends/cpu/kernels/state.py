@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.backends.cpu.kernels import dropout, pack, work
+from tilefold.backends.cpu.kernels import dropout, pack, sinks, work
 from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.microkernel import Shape
@@ -122,7 +122,16 @@ class Frame:
         lanes = self.load(self.sum_place(state), "l")
         total = self.across(lanes, lambda a, b: body.binary("fadd", a, b, "l"))
         empty = self.marks.marked(total, "weight")
-        inverse = body.binary("fdiv", body.constant(1.0, self.vector), total, "inverse")
+        kept = body.constant(1.0, self.vector)
+        if "max" in spec.more:
+            top = self.scale.maximum(self.load(self.maximum_place(state), "m"), total)
+            self._write_number(top, "max", h, i)
+        if spec.sinks:
+            place = self.maximum_place(state)
+            own = self.load(place, "m"), total
+            new, total, kept = sinks.take(body, spec, arguments, self.scale, h, *own)
+            body.store(new, place)
+        inverse = body.binary("fdiv", kept, total, "inverse")
         for first in range(0, spec.whole(spec.dim_v), spec.lanes):
             place = self.at(state, first)
             mean = body.binary("fmul", self.load(place, "o"), inverse, "o")
@@ -133,6 +142,9 @@ class Frame:
         lse, low = self.scale.log_sum(self.load(self.maximum_place(state), "m"), total)
         some = body.compare("ogt", total, self.zero)
         lse = body.select(some, lse, body.constant(float("nan"), self.vector))
+        if spec.sinks:
+            none = body.compare("oeq", total, self.zero)
+            empty = body.binary("and", empty, none, "empty")
         lse = body.select(empty, self.lowest, lse)
         self._write_number(lse, "lse", h, i)
         with body.when(body.given(arguments["lse_low"]), "low"):
