@@ -289,6 +289,10 @@ class Binary(_TwoSided, Integer):
 class RealBinary(_TwoSided, Real):
     """`x + y`, `x - y`, `x * y`, `x / y`, `minimum(x, y)`, `maximum(x, y)`."""
 
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`(x + y)`, or `minimum(x, y)`."""
+        return super().spelled(below if self.operator == "/" else _with_points(self, below))
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Entry(Expression):
@@ -363,12 +367,12 @@ class RealConstant(Real):
     @property
     def label(self) -> tuple[Any, ...]:
         """The number, and its sign, which tells 0.0 from -0.0."""
-        return (self.value, math.copysign(1.0, self.value))
+        return ("nan" if math.isnan(self.value) else self.value, math.copysign(1.0, self.value))
 
     @classmethod
     def made(cls, label: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
         """The constant."""
-        return cls(label[0])
+        return cls(float(label[0]))
 
     def spelled(self, below: tuple[str, ...]) -> str:
         """The number; a whole one as Python writes an integer, which reads as the same node."""
@@ -440,6 +444,21 @@ class Several(Expression):
 
 class Compare(_TwoSided, Boolean):
     """A comparison: `x < y`, `<=`, `>`, `>=`, `==` or `!=`."""
+
+    def spelled(self, below: tuple[str, ...]) -> str:
+        """`(x < y)`."""
+        return super().spelled(_with_points(self, below))
+
+
+def _with_points(node: _TwoSided, below: tuple[str, ...]) -> tuple[str, ...]:
+    """The texts of two sides; `2.0` for a constant where `2` would be read as an integer."""
+    sides = (node.left, node.right)
+    if not all(isinstance(side, (FromInteger, RealConstant)) for side in sides):
+        return below
+    return tuple(
+        repr(side.value) if isinstance(side, RealConstant) else text
+        for side, text in zip(sides, below, strict=True)
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)

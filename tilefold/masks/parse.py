@@ -9,14 +9,15 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 from tilefold.common.check import shorten, shown
 from tilefold.masks.data_rules import dense, documents, lengths
-from tilefold.masks.expression import INDEX_NAMES, Index, as_boolean
+from tilefold.masks.expression import INDEX_NAMES, as_boolean
 from tilefold.masks.position_rules import causal, chunked, full, local, prefix
 from tilefold.masks.rule import Rule
 from tilefold.masks.traced import rule
@@ -27,7 +28,9 @@ RULES: Mapping[str, Callable[..., Rule]] = {
 }
 DEEPEST = 150  # levels of operators and calls; deeper trees meet the limit of Python's own stack
 
-_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+_AN_ARRAY = "stands for an array, which a string cannot hold; write a tuple of numbers"
+
+ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -68,26 +71,44 @@ def parse(text: str) -> Rule:
         raise TypeError(f"a mask string must be a string, got {shown(text)}")
     if not text.strip():
         raise ValueError('a mask string is empty; write a rule, for example "causal()"')
-    line = "".join(" " if letter.isspace() else letter for letter in text)
-    try:
-        return _Walk(line).rule()
-    except _Refusal as error:
-        raise ValueError(str(error)) from None
+    made: Rule = Walk(text).whole()
+    return made
 
 
-class _Refusal(ValueError):
+class Refusal(ValueError):
     """An error that already names the column."""
 
 
-class _Walk:
-    """One string on its way to a rule."""
+class Walk:
+    """One string on its way to a rule; a subclass reads another language of the same grammar.
+
+    A subclass says what a whole string is (`made`), and what its literals, numbers and lambdas may
+    have beside those of a mask.
+    """
+
+    language: ClassVar[str] = "mask"
+    own: ClassVar[str] = "rule"
+    """The name that takes a lambda."""
+    letters: ClassVar[tuple[str, ...]] = INDEX_NAMES
+    numerals: ClassVar[tuple[type, ...]] = (int,)
+    arithmetic: ClassVar[Mapping[type[ast.operator], Callable[[Any, Any], Any]]] = ARITHMETIC
+    functions: ClassVar[Mapping[str, Callable[..., Any]]] = {"abs": abs}
+    words: ClassVar[str] = "integers, + - * // % abs()"
+    """What a lambda may use beside its parameters, as an error says it."""
 
     def __init__(self, text: str) -> None:
-        self.text = text.lstrip()
-        self.start = len(text) - len(self.text)
+        line = "".join(" " if letter.isspace() else letter for letter in text)
+        self.text = line.lstrip()
+        self.start = len(line) - len(self.text)
 
-    def rule(self) -> Rule:
-        """The rule of the whole string."""
+    def whole(self) -> Any:
+        """The value of the whole string. Raises ValueError, which names the column."""
+        try:
+            return self.made(self._tree(), {})
+        except Refusal as error:
+            raise ValueError(str(error)) from None
+
+    def _tree(self) -> ast.expr:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python's advice on code that will not be run
@@ -95,48 +116,53 @@ class _Walk:
         except (SyntaxError, ValueError) as error:
             offset = error.offset if isinstance(error, SyntaxError) else None
             reason = error.msg if isinstance(error, SyntaxError) else error
+            if printed := re.search(r"\w+\[\d+(x\d+)+\]", self.text):
+                offset, reason = printed.start() + 1, f"`{printed[0]}` {_AN_ARRAY}"
             raise self._at(offset or 1, reason) from None
         except (RecursionError, MemoryError):
             raise self._at(1, f"nested more than {DEEPEST} deep") from None
         if _depth(tree) > DEEPEST:
             raise self._at(1, f"nested more than {DEEPEST} deep")
-        return self._rule(tree.body, {})
+        return tree.body
 
-    def _at(self, column: int, reason: object) -> _Refusal:
-        where = f"mask string, column {column + self.start}"
-        return _Refusal(f"{where}: {shorten(str(reason), 400)}")
+    def _at(self, column: int, reason: object) -> Refusal:
+        where = f"{self.language} string, column {column + self.start}"
+        return Refusal(f"{where}: {shorten(str(reason), 400)}")
 
-    def _wrong(self, node: ast.AST, reason: object) -> _Refusal:
+    def wrong(self, node: ast.AST, reason: object) -> Refusal:
+        """The error that says what is wrong with a node, and where it stands."""
         before = self.text.encode()[: getattr(node, "col_offset", 0)]
         return self._at(len(before.decode(errors="replace")) + 1, reason)
 
-    def _source(self, node: ast.expr) -> str:
+    def source(self, node: ast.expr) -> str:
+        """The text of a node."""
         return shorten(ast.get_source_segment(self.text, node) or "", 60)
 
-    def _rule(self, node: ast.expr, known: Mapping[str, Rule]) -> Rule:
+    def made(self, node: ast.expr, known: Mapping[str, Any]) -> Any:
+        """The rule that a node spells; `known` are parts with names."""
         match node:
             case ast.BinOp(_, ast.BitAnd() | ast.BitOr() as operation, _):
-                terms = [self._rule(term, known) for term in _terms(node)]
-                joined: Rule = reduce(_ARITHMETIC[type(operation)], terms)
+                terms = [self.made(term, known) for term in _terms(node)]
+                joined: Rule = reduce(ARITHMETIC[type(operation)], terms)
                 return joined
             case ast.UnaryOp(ast.Invert(), operand):
-                return ~self._rule(operand, known)
+                return ~self.made(operand, known)
             case ast.Name(name) if name in known:
                 return known[name]
             case ast.Subscript(ast.Tuple(parts), ast.UnaryOp(ast.USub(), ast.Constant(1))):
-                last: Rule = self._last(parts, self._rule, known)
+                last: Rule = self._last(parts, self.made, known)
                 return last
             case ast.Call(ast.Name(name)) if name in RULES:
-                return self._call(node, name, RULES[name])
+                return self.call(node, name, RULES[name])
             case ast.Call(ast.Attribute(whole, "window")):
-                return self._call(node, "window", self._rule(whole, known).window)
+                return self.call(node, "window", self.made(whole, known).window)
             case ast.Call(ast.Name(name)):
-                raise self._wrong(node, f"unknown rule {name}; use {', '.join(RULES)}")
+                raise self.wrong(node, f"unknown rule {name}; use {', '.join(RULES)}")
             case ast.Name(name) if name in RULES:
-                raise self._wrong(node, f"a rule is called: write {name}(...)")
+                raise self.wrong(node, f"a rule is called: write {name}(...)")
             case ast.BoolOp() | ast.UnaryOp(ast.Not()):
-                raise self._wrong(node, "write & | ~ instead of `and`, `or`, `not`")
-        raise self._wrong(node, f"expected a rule, got `{self._source(node)}`")
+                raise self.wrong(node, "write & | ~ instead of `and`, `or`, `not`")
+        raise self.wrong(node, f"expected a rule, got `{self.source(node)}`")
 
     def _last(
         self, parts: list[ast.expr], read: Callable[..., Any], known: Mapping[str, Any]
@@ -144,19 +170,20 @@ class _Walk:
         """The last of `(x0 := ..., x1 := ..., x0 & x1)[-1]`: so rules print that share parts."""
         for part in parts[:-1]:
             if not isinstance(part, ast.NamedExpr):
-                raise self._wrong(part, f"expected a name and :=, got `{self._source(part)}`")
+                raise self.wrong(part, f"expected a name and :=, got `{self.source(part)}`")
             known = {**known, part.target.id: read(part.value, known)}
         return read(parts[-1], known)
 
-    def _call(self, node: ast.Call, name: str, maker: Callable[..., Rule]) -> Rule:
-        value = self._function if name == "rule" else self._value
+    def call(self, node: ast.Call, name: str, maker: Callable[..., Any]) -> Any:
+        """The value of a call of a function that takes literals, or a lambda."""
+        value = self._function if name == self.own else self.value
         arguments = [value(argument) for argument in node.args]
         named = {}
         for keyword in node.keywords:
             if keyword.arg is None:
-                raise self._wrong(keyword, "** is not known here")
+                raise self.wrong(keyword, "** is not known here")
             if keyword.arg in named:
-                raise self._wrong(keyword, f"{keyword.arg} is given twice")
+                raise self.wrong(keyword, f"{keyword.arg} is given twice")
             named[keyword.arg] = value(keyword.value)
         signature = inspect.signature(maker)
         taken = [
@@ -166,81 +193,84 @@ class _Walk:
             signature.bind(*arguments, **named)
         except TypeError as error:
             known = ", ".join(taken) or "no argument"
-            raise self._wrong(node, f"{name} takes {known}: {error}") from None
+            raise self.wrong(node, f"{name} takes {known}: {error}") from None
         try:
             return maker(*arguments, **named)
-        except _Refusal:
+        except Refusal:
             raise
         except (TypeError, ValueError) as error:
-            raise self._wrong(node, error) from None
+            raise self.wrong(node, error) from None
 
-    def _value(self, node: ast.expr) -> Any:
+    def value(self, node: ast.expr) -> Any:
         """The value of a literal."""
         match node:
-            case ast.Constant(value) if value is None or isinstance(value, (bool, int, str)):
+            case ast.Constant(value) if value is None or isinstance(value, (str, *self.numerals)):
                 return value
-            case ast.UnaryOp(ast.USub(), ast.Constant(value)) if type(value) is int:
+            case ast.UnaryOp(ast.USub(), ast.Constant(value)) if type(value) in self.numerals:
                 return -value
             case ast.Tuple(elements):
-                return tuple(self._value(element) for element in elements)
+                return tuple(self.value(element) for element in elements)
             case ast.List(elements):
-                return [self._value(element) for element in elements]
+                return [self.value(element) for element in elements]
             case ast.Subscript():
-                reason = "stands for an array, which a string cannot hold; write a tuple of numbers"
-                raise self._wrong(node, f"`{self._source(node)}` {reason}")
+                raise self.wrong(node, f"`{self.source(node)}` {_AN_ARRAY}")
         reason = "expected a number, a string or a tuple of them"
-        raise self._wrong(node, f"{reason}, got `{self._source(node)}`")
+        raise self.wrong(node, f"{reason}, got `{self.source(node)}`")
 
     def _function(self, node: ast.expr) -> Callable[..., Any]:
         """A lambda over indices, as a function that builds the expression of its body."""
+        letters = ", ".join(self.letters)
         if not isinstance(node, ast.Lambda):
-            reason = f"rule takes a lambda over b, h, q, k, got `{self._source(node)}`"
-            raise self._wrong(node, reason)
+            reason = f"{self.own} takes a lambda over {letters}, got `{self.source(node)}`"
+            raise self.wrong(node, reason)
         names = [argument.arg for argument in node.args.args]
         plain = ast.arguments([], node.args.args, None, [], [], None, [])
-        if ast.dump(plain) != ast.dump(node.args) or not set(names) <= set(INDEX_NAMES):
-            raise self._wrong(node, "the parameters of a lambda must be any of b, h, q, k")
-
+        if ast.dump(plain) != ast.dump(node.args) or not set(names) <= set(self.letters):
+            raise self.wrong(node, f"the parameters of a lambda must be any of {letters}")
         if len(set(names)) < len(names):
-            raise self._wrong(node, "a parameter of the lambda stands twice")
+            raise self.wrong(node, "a parameter of the lambda stands twice")
 
-        def build(**indices: Index) -> Any:
-            return self._number(node.body, indices)
+        def build(**symbols: Any) -> Any:
+            return self._number(node.body, symbols)
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
         vars(build)["__signature__"] = signature
         return build
 
-    def _number(self, node: ast.expr, indices: Mapping[str, Any]) -> Any:
-        """An integer or a truth over the indices."""
+    def _number(self, node: ast.expr, known: Mapping[str, Any]) -> Any:
+        """A number or a truth over the symbols that are known."""
         try:
-            match node:
-                case ast.Name(name) if name in indices:
-                    return indices[name]
-                case ast.Constant(value) if isinstance(value, int):
-                    return value
-                case ast.UnaryOp(ast.USub(), operand):
-                    return -self._number(operand, indices)
-                case ast.UnaryOp(ast.Invert(), operand):
-                    return ~as_boolean(self._number(operand, indices))
-                case ast.Call(ast.Name("abs"), [operand], []):
-                    return abs(self._number(operand, indices))
-                case ast.BinOp(_, operation, _) if type(operation) in _ARITHMETIC:
-                    terms = [self._number(term, indices) for term in _terms(node)]
-                    return reduce(_ARITHMETIC[type(operation)], terms)
-                case ast.Subscript(ast.Tuple(parts), ast.UnaryOp(ast.USub(), ast.Constant(1))):
-                    return self._last(parts, self._number, indices)
-                case ast.Compare(left, [comparison], [right]) if type(comparison) in _COMPARISONS:
-                    apply = _COMPARISONS[type(comparison)]
-                    return apply(self._number(left, indices), self._number(right, indices))
-        except _Refusal:
+            return self.number(node, known)
+        except Refusal:
             raise
         except (TypeError, ValueError, ArithmeticError) as error:
-            raise self._wrong(node, error) from None
-        known = f"{', '.join(indices) or 'numbers'}, integers, + - * // % abs()"
-        reason = f"use {known}, one comparison at a time, and & | ~"
-        raise self._wrong(node, f"`{self._source(node)}` is not known here; {reason}")
+            raise self.wrong(node, error) from None
+
+    def number(self, node: ast.expr, known: Mapping[str, Any]) -> Any:
+        """The same, before errors name the column."""
+        match node:
+            case ast.Name(name) if name in known:
+                return known[name]
+            case ast.Constant(value) if isinstance(value, self.numerals):
+                return value
+            case ast.UnaryOp(ast.USub(), operand):
+                return -self._number(operand, known)
+            case ast.UnaryOp(ast.Invert(), operand):
+                return ~as_boolean(self._number(operand, known))
+            case ast.Call(ast.Name(name), arguments, []) if name in self.functions:
+                return self.functions[name](*[self._number(each, known) for each in arguments])
+            case ast.BinOp(_, operation, _) if type(operation) in self.arithmetic:
+                terms = [self._number(term, known) for term in _terms(node)]
+                return reduce(self.arithmetic[type(operation)], terms)
+            case ast.Subscript(ast.Tuple(parts), ast.UnaryOp(ast.USub(), ast.Constant(1))):
+                return self._last(parts, self._number, known)
+            case ast.Compare(left, [comparison], [right]) if type(comparison) in _COMPARISONS:
+                apply = _COMPARISONS[type(comparison)]
+                return apply(self._number(left, known), self._number(right, known))
+        usable = f"{', '.join(known) or 'numbers'}, {self.words}"
+        reason = f"use {usable}, one comparison at a time, and & | ~"
+        raise self.wrong(node, f"`{self.source(node)}` is not known here; {reason}")
 
 
 def _terms(node: ast.BinOp) -> list[ast.expr]:

@@ -5,6 +5,7 @@ score          the base of all modifications, modifications in order, and a form
 modifications  softcap, alibi, temperature, bias
 relative       biases by relative position: T5's buckets, clipped distances, Swin's windows
 traced         modifications of a user's own
+parse          modifications from strings
 
 A modification is bound to sizes as a rule is. Its expression is folded to exact values and to
 kernel source; `masks/derivative.py` makes the derivative, an expression too.

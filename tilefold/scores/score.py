@@ -135,7 +135,7 @@ def as_score(score: Any) -> Score | None:
     if hasattr(score, "shape"):
         hint = "wrap an array that is added as tilefold.bias(array)"
     elif isinstance(score, str):
-        hint = "make a score of a string with tilefold.masks.parse.parse_score(string)"
+        hint = "make a score of a string with tilefold.scores.parse.parse_score(string)"
     raise TypeError(f"score must be one such as tilefold.softcap(30), got {shown(score)}; {hint}")
 
 
