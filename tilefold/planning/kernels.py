@@ -66,6 +66,8 @@ class Contractions(NamedTuple):
 
 ATTEND = Contractions(1, 1)
 """Products of the forward pass: S = Q K^T; O = P V."""
+DIFFERENCES = Contractions(1, 1)
+"""Products of the gradients of a score's arrays: S; dP = dO V^T."""
 QUERY_GRADIENT = Contractions(2, 1)
 """Products of dQ: S; dP = dO V^T; dQ = dS K."""
 KEY_GRADIENTS = Contractions(2, 2)

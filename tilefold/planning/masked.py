@@ -41,8 +41,8 @@ class Scored:
 
     - "value": the score F
     - "slope": F and dF/ds
-    - "entries": F, and for each entry that is read from an input: the derivative of F with respect
-      to it, and its indices
+    - "entries": F, and for each entry that is read from one of the inputs that are asked for: the
+      derivative of F with respect to it, and its indices
 
     `entries` names the inputs of the entries. `hides`: F may be -inf, which hides the pair.
     """
@@ -52,14 +52,14 @@ class Scored:
     hides: bool
 
 
-def _scored(score: Real, computed: str, mask: Skeleton) -> Scored:
+def _scored(score: Real, computed: str, inputs: tuple[int, ...], mask: Skeleton) -> Scored:
     values: list[Expression] = [score]
     entries: list[Input] = []
     if computed == "slope":
         values.append(derivatives(score).score)
     elif computed == "entries":
         for entry, slope in derivatives(score).entries:
-            if isinstance(entry.table, Input):
+            if isinstance(entry.table, Input) and entry.table.number in inputs:
                 entries.append(entry.table)
                 values += [slope, *entry.indices]
     parts = split(Several(tuple(values)), mask)
@@ -87,7 +87,7 @@ class MaskedProblem:
     index_bits: int
     score: Real | None = None
     _runs: dict[tuple[str, int, int], Runs] = field(default_factory=dict, repr=False)
-    _scores: dict[str, Scored] = field(default_factory=dict, repr=False)
+    _scores: dict[tuple[str, tuple[int, ...]], Scored] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(problem: Problem) -> MaskedProblem:
@@ -102,13 +102,17 @@ class MaskedProblem:
             bits = max(bits, index_bits(score, *sizes))
         return MaskedProblem(problem, expression, *split(expression), bits, score)
 
-    def scored(self, computed: str) -> Scored | None:
-        """What a kernel computes of the score; None where it is not modified."""
+    def scored(self, computed: str, inputs: tuple[int, ...] = ()) -> Scored | None:
+        """What a kernel computes of the score; None where it is not modified.
+
+        `inputs` are the numbers of the arrays whose entries are asked for.
+        """
         if self.score is None:
             return None
-        found = self._scores.get(computed)
+        key = computed, inputs
+        found = self._scores.get(key)
         if found is None:
-            found = self._scores[computed] = _scored(self.score, computed, self.skeleton)
+            found = self._scores[key] = _scored(self.score, computed, inputs, self.skeleton)
         return found
 
     @property

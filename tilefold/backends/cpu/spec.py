@@ -13,6 +13,7 @@ from tilefold.masks.expression import Skeleton
 from tilefold.planning.kernels import (
     ALL_GRADIENTS,
     ATTEND,
+    DIFFERENCES,
     KEY_GRADIENTS,
     QUERY_GRADIENT,
     KernelRow,
@@ -26,12 +27,14 @@ class CpuKernelRow(KernelRow):
 
     A `by_query` kernel keeps one query in a row, and vectorises the head dimension instead.
     `optional` names operands that a call may leave out: then their address is 0. `computed` says
-    what is computed of a modified score, where it is not what follows from `score_tiles`.
+    what is computed of a modified score, where it is not what follows from `score_tiles`. Items of
+    an `owned` kernel are of all heads together: see `backends.cpu.inputs`.
     """
 
     by_query: bool = False
     optional: tuple[str, ...] = ()
     computed: str = ""
+    owned: bool = False
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -137,6 +140,25 @@ KERNELS = table(
             writes=("dq",),
             emitter="reduce.reduce_dq",
         ),
+        CpuKernelRow(
+            name="backward_inputs",
+            parallel="q",
+            reads=("q", "k", "v", "do", "statistics"),
+            writes=(),
+            score_tiles=2,
+            contractions=DIFFERENCES,
+            emitter="inputs.inputs",
+            computed="entries",
+            owned=True,
+        ),
+        CpuKernelRow(
+            name="sum_inputs",
+            parallel="q",
+            reads=(),
+            writes=(),
+            emitter="reduce.sum_inputs",
+            owned=True,
+        ),
     )
 )
 """All kernels of processors by name: adding one takes a row here and its emitter."""
@@ -165,6 +187,27 @@ class Multiplier(NamedTuple):
 FMA = Multiplier("fma")
 
 
+class Target(NamedTuple):
+    """Memory to which gradients of an array are added: its type, and its number of axes.
+
+    The first axis of a target of "backward_inputs" is of parts, the others are of the array.
+    """
+
+    dtype: str
+    rank: int
+
+
+class Entry(NamedTuple):
+    """A look-up in an array: the number of the target of its gradient, and how that is summed.
+
+    The ways are "stored" and "added" (entries [.., q, k]), "sums" (the key does not matter), "keys"
+    (the query does not matter), "slots" (few entries) and "scattered": see `kernels.inputs`.
+    """
+
+    target: int
+    way: str
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """All that changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
@@ -180,6 +223,7 @@ class KernelSpec:
     `more` names operands beside those of the row, of calls that have them: then the kernel reads
     or writes them, and else its source knows nothing of them. `sinks` is the number of sinks of
     each head, in a kernel that reads them.
+    `entries` and `targets` are of the kernels that sum gradients of the arrays of a score.
     """
 
     kernel: str
@@ -201,6 +245,8 @@ class KernelSpec:
     dropout: bool = False
     more: tuple[str, ...] = ()
     sinks: int = 0
+    entries: tuple[Entry, ...] = ()
+    targets: tuple[Target, ...] = ()
 
     @property
     def arguments(self) -> tuple[str, ...]:

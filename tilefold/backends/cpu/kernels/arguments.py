@@ -89,7 +89,8 @@ def factors(scale: float, computed: str) -> tuple[float, float]:
 def names(spec: KernelSpec) -> tuple[str, ...]:
     """The words of a kernel's argument block, in order.
 
-    An operand `x` is its address `x` and its strides in elements, such as `x_b x_h x_s x_d`.
+    An operand `x` is its address `x` and its strides in elements, such as `x_b x_h x_s x_d`. A target is
+    its address, its strides and its sizes.
     """
     words = list(WORK)
     for operand in spec.arguments:
@@ -98,6 +99,10 @@ def names(spec: KernelSpec) -> tuple[str, ...]:
         words += [parameter.name for parameter in skeleton.parameters]
         for slot in skeleton.slots:
             words += [slot.name, *slot.strides]
+    for number, target in enumerate(spec.targets):
+        words += [f"target{number}"]
+        words += [f"target{number}_{axis}" for axis in range(target.rank)]
+        words += [f"target{number}_size{axis}" for axis in range(target.rank)]
     return (*words, *(DROPOUT if spec.dropout else ()))
 
 
@@ -124,6 +129,7 @@ class Arguments:
         addresses = {*spec.arguments, "order", "rows", "runs", "owners", "workspace"}
         addresses |= {slot.name for skeleton in skeletons(spec) for slot in skeleton.slots}
         addresses.add("seed")
+        addresses |= {f"target{number}" for number in range(len(spec.targets))}
         for name in names(spec):
             if name not in COUNTERS:
                 type_ = "ptr" if name in addresses else "i64"

@@ -141,7 +141,7 @@ class _QueryGradient:
         keys = made(tile, self.keys, "left", spec.dim, rows=True, columns=True)
         values = made(tile, self.values, "left_v", spec.dim_v, rows=True, columns=False)
         body.comment("S^T <- K Q^T")
-        _store_scores(self.products, tile, keys.rows, self.q_packed, self.p, mask)
+        store_scores(self.products, tile, keys.rows, self.q_packed, self.p, mask)
         factors = self.block.factors(tile, self.block.h)
         body.comment("dP^T <- V dO^T;  P^T <- 2^((S^T - m) c + r);  dS^T <- P^T (dP^T - delta)")
 
@@ -205,7 +205,7 @@ class KeyGradients:
         queries = made(tile, self.queries, "left", spec.dim, rows=True, columns=True)
         do = made(tile, self.do, "left_v", spec.dim_v, rows=True, columns=True)
         body.comment("S <- Q K^T")
-        _store_scores(self.products, tile, queries.rows, self.k_packed, self.p, mask)
+        store_scores(self.products, tile, queries.rows, self.k_packed, self.p, mask)
         factors = self.block.factors(tile, self.h_q)
         body.comment("dP <- dO V^T;  P <- 2^((S - m) c + r);  dS <- P (dP - delta)")
 
@@ -246,7 +246,7 @@ class KeyGradients:
         return body.splat(number, self.shape.lanes, name)
 
 
-def _store_scores(
+def store_scores(
     products: Products,
     tile: Tile,
     left: Sequence[Matrix],
@@ -293,7 +293,7 @@ def _keep_differences(
     for start in range(0, len(dp), products.step):
         rows = range(start, start + products.step)
         lines = [
-            _differences(
+            differences(
                 products, tile, body.add(row, i), dp[i], statistics(i), masked, modified, factors
             )
             for i in rows
@@ -309,7 +309,7 @@ def _keep_differences(
     return found
 
 
-def _differences(
+def differences(
     products: Products,
     tile: Tile,
     row: Value,

@@ -2,6 +2,7 @@
 
     pack:    scratch[d, lane] = array[lane, d] * factor     lanes past the end become 0
     unpack:  array[lane, d]   = scratch[d, lane] * factor   only lanes that exist
+    add:     array[lane, d]  += scratch[d, lane] * factor   only lanes that exist
     widen:   scratch[i, j]    = array[i, j]                 as elements to compute with
 
 Arrays may have any strides. Whole squares of lanes x lanes go through a transpose in registers when
@@ -28,6 +29,11 @@ def pack(module: Module, shape: Shape, storage: Storage) -> str:
 def unpack(module: Module, shape: Shape, storage: Storage) -> str:
     """`(scratch, array, stride of lanes, stride of d, lanes that exist, dim, factor)`: its name."""
     return _defined(module, f"unpack_{storage.dtype}_{shape.width}", shape, storage, _Unpack)
+
+
+def add(module: Module, shape: Shape, storage: Storage) -> str:
+    """`unpack` that adds to the elements of the array."""
+    return _defined(module, f"add_{storage.dtype}_{shape.width}", shape, storage, _Add)
 
 
 def widen(module: Module, shape: Shape, storage: Storage) -> str:
@@ -216,3 +222,10 @@ class _Unpack(_Move):
 
     def end(self, block: Value) -> Value:
         return self._body.minimum(self.valid, self._body.add(block, self._shape.lanes))
+
+
+class _Add(_Unpack):
+    def store(self, value: Value, lane: Value, d: Value) -> None:
+        body = self._body
+        total = body.binary("fadd", self.load(lane, d, value.lanes), self.scaled(value))
+        self._storage.store(body, total, self.array(lane, d))

@@ -12,7 +12,7 @@ One row of `_ROWS` is all that a kernel knows of a type; a new way to keep eleme
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu.kernels import convert
 from tilefold.backends.cpu.kernels.ir import Body, Value, alignment, overload, vector
@@ -120,3 +120,19 @@ SCALARS = {dtype: row.scalar for dtype, row in _ROWS.items()}
 def storage(dtype: str, native_half: bool = False) -> Storage:
     """The storage of an array's type; with `native_half` the machine converts float16 itself."""
     return _NATIVE_FLOAT16 if native_half and dtype == "float16" else _ROWS[dtype]
+
+
+def storage_in(dtype: str, scalar: str) -> Storage:
+    """The storage of an array's type in a kernel that computes in another one, such as double."""
+    own = _ROWS[dtype]
+    if own.scalar == scalar:
+        return own
+    out, back = ("fptrunc", "fpext") if own.scalar == "double" else ("fpext", "fptrunc")
+
+    def widen(body: Body, bits: Value, hint: str) -> Value:
+        return body.cast(out, own.widen(body, bits, hint), vector(bits.lanes, scalar), hint)
+
+    def narrow(body: Body, value: Value) -> Value:
+        return own.narrow(body, body.cast(back, value, vector(value.lanes, own.scalar)))
+
+    return replace(own, scalar=scalar, _widen=widen, _narrow=narrow)
