@@ -172,7 +172,9 @@ class Modified:
                 change = np.where(ds == 0, 0, ds * self._exact(slope, at, natural))
                 places = [self._exact(FromInteger(i), at, natural) for i in entry.indices]
                 gradient = self.gradients[entry.table.number]
-                np.add.at(gradient, tuple([place.astype(int) for place in places]), change)
+                at_least_one_axis = gradient.reshape(gradient.shape or (1,))
+                index = tuple([place.astype(int) for place in places]) or np.zeros_like(change, int)
+                np.add.at(at_least_one_axis, index, change)
 
     def _exact(self, expression: Any, at: tuple[int, int], natural: Array) -> Array:
         q, k = np.ogrid[: natural.shape[0], : natural.shape[1]]

@@ -14,6 +14,7 @@ tuned     block sizes that were measured on this machine
 splits    how the keys of few queries are split
 choice    a chooser: what multiplies in a kernel, and in which blocks
 launches  one kernel of a plan, with its work items
+inputs    who sums the gradients of the arrays of a score
 plan      problem and device to kernels, work items and runs
 growth    the plan of one more key, made from the plan before
 dispatch  a plan made ready for arrays, and run

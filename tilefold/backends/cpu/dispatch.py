@@ -128,9 +128,9 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
     """The call of a problem for operands of these strides, in canonical axes."""
     if operation == "backward":
         in_place = strides["dq"][3] == 1
-        return prepare(
-            plan(problem, device, operation, in_place=in_place, dlse="dlse" in strides), strides
-        )
+        inputs = tuple([int(name[6:]) for name in strides if name.startswith("dinput")])
+        options = {"in_place": in_place, "dlse": "dlse" in strides, "inputs": inputs}
+        return prepare(plan(problem, device, operation, **options), strides)
     heads_interleaved = all(
         0 < abs(strides[name][1]) < abs(strides[name][2]) for name in ("k", "v")
     )
@@ -210,6 +210,9 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
                 words += [0, *strides[table.name]]
             else:
                 words += _words_of_tables([table])
+    for number, shape in enumerate(launch.shapes):
+        places.append((len(words), order.index(launch.buffers[f"target{number}"])))
+        words += [0, *contiguous(shape), *shape]
     if spec.dropout:
         places.append((len(words), order.index("seed")))
         chance = problem.dropout

@@ -12,7 +12,7 @@ from tilefold.backends.cpu.choice import Heads
 from tilefold.backends.cpu.partitions import COLUMNS
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.masks.runs import Runs
-from tilefold.problems.attention import Problem
+from tilefold.problems.attention import Problem, Shape
 
 _NO_OWNERS = np.zeros((1, COLUMNS), np.int64)
 
@@ -28,7 +28,7 @@ class Launch:
     is of `heads_per_item` key heads. `buffers` names the arrays of operands that go by another
     name. Where only `some` heads take this kernel, `order` names all of its items. Where an item
     sums over the batch, `block_rows` counts its entries. `scratch_bytes` are a worker's own, beside
-    those of its kernel.
+    those of its kernel. `shapes` are those of targets: see `backends.cpu.inputs`.
     """
 
     problem: Problem
@@ -43,6 +43,7 @@ class Launch:
     heads_per_item: int = 1
     some: bool = False
     scratch_bytes: int = 0
+    shapes: tuple[Shape, ...] = ()
 
     @property
     def arrays(self) -> tuple[NDArray[np.int64], ...]:
@@ -52,14 +53,16 @@ class Launch:
     @property
     def items(self) -> int:
         """How many work items there are, over batch and heads."""
-        if self.some:
+        if self.some or self.spec.row.owned:
             return len(self.order)
         return self.problem.batch * self.heads * self.item_rows
 
     @property
     def share(self) -> float:
         """The share of what all heads visit that its heads visit."""
-        work = _work(self.runs, self.problem, self.heads)
+        if self.spec.row.owned:
+            return 1.0
+        work = visited_work(self.runs, self.problem, self.heads)
         if not self.some or not work.any():
             return 1.0
         work = work.reshape(-1, self.item_rows, work.shape[2] // self.item_rows).sum(axis=2)
@@ -90,7 +93,7 @@ def heaviest_first(
     """
     if some is None and visited.planes_b == visited.planes_h == 1:
         return np.argsort(-visited.met, kind="stable")
-    order = np.argsort(-_work(visited, problem, heads).ravel(), kind="stable")
+    order = np.argsort(-visited_work(visited, problem, heads).ravel(), kind="stable")
     if some is None:
         return order
     each = heads // problem.heads_kv * visited.block_rows
@@ -98,9 +101,11 @@ def heaviest_first(
     return order[taken[order]]
 
 
-def _work(visited: Runs, problem: Problem, heads: int) -> NDArray[np.int64]:
-    """What each block row of each batch entry and head visits."""
-    rows = visited.block_rows
+def visited_work(
+    visited: Runs, problem: Problem, heads: int | None = None
+) -> NDArray[np.int64]:
+    """What each block row of each batch entry and head visits; of a query head without `heads`."""
+    heads, rows = heads or problem.heads_q, visited.block_rows
     work: NDArray[np.int64] = visited.met.reshape(visited.planes_b, visited.planes_h, rows)
     shape = (problem.batch, max(heads, visited.planes_h), rows)
     work = np.broadcast_to(work, shape).reshape(problem.batch, heads, -1, rows)

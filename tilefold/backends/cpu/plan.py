@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tilefold.backends.cpu.choice import Chooser, Heads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
+from tilefold.backends.cpu.inputs import sums
 from tilefold.backends.cpu.kernels.arguments import OF_QUERY
 from tilefold.backends.cpu.launches import Launch, heaviest_first
 from tilefold.backends.cpu.partitions import (
@@ -29,7 +30,7 @@ from tilefold.backends.cpu.partitions import (
 )
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.backends.cpu.splits import KeySplitter
-from tilefold.backends.cpu.tables import RegisterTile
+from tilefold.backends.cpu.tables import LONG, RegisterTile
 from tilefold.common import generation, reproducible
 from tilefold.common.lru import LruCache
 from tilefold.planning.plan import Plan, Scratch
@@ -72,6 +73,7 @@ def plan(
     maximum: bool = False,
     heuristics: Heuristics = DEFAULT,
     scope: str | None = None,
+    inputs: tuple[int, ...] = (),
 ) -> CpuPlan:
     """The plan of an operation, "forward" or "backward".
 
@@ -85,19 +87,21 @@ def plan(
     each query, the operand "max". `tile` and `block_traverse` override the tables, and `heuristics`
     the constants by which forms, owners and splits are chosen; results depend on all of these only
     by rounding. `scope` is "anywhere" or "machine", as set by `set_reproducible` where it is None.
+    `inputs` are the numbers of the arrays of the score whose gradients are written too, to
+    contiguous "dinput0" ...
 
     Plans are kept for the next call of the same problem: the newest ones, up to 256 MiB of data
     (mask tables and runs).
     """
     blocks, scope = (tile, block_traverse), scope or reproducible.get_reproducible()
-    options = (owners, in_place, dlse, maximum, heuristics, scope)
+    options = (owners, in_place, dlse, maximum, heuristics, scope, inputs)
     asked = (problem, device, operation, form, *blocks, *options)
     key = (generation.number, asked)
     found = _recent.get(key)
     if found is None:
         chooser = Chooser(problem, device, heuristics, maximum=maximum)
         planner = _Planner(chooser, *blocks, anywhere=scope == "anywhere" and owners is None)
-        made = planner.plan(operation, form, owners, in_place, dlse)
+        made = planner.plan(operation, form, owners, in_place, dlse, inputs)
         found = _recent.put(key, made, made.data_bytes)
     return found
 
@@ -130,7 +134,13 @@ class _Planner:
         )
 
     def plan(
-        self, operation: str, form: str, owners: int | None, in_place: bool, dlse: bool
+        self,
+        operation: str,
+        form: str,
+        owners: int | None,
+        in_place: bool,
+        dlse: bool,
+        inputs: tuple[int, ...],
     ) -> CpuPlan:
         """The plan of an operation in a form."""
         buffers: dict[str, Scratch] = {}
@@ -138,6 +148,9 @@ class _Planner:
             launches, buffers = self._backward(form, owners, in_place)
             if dlse:
                 launches[0] = with_more(launches[0], "dlse")
+            if inputs:
+                more = sums(self._chooser, self._spec_of_inputs(), inputs)
+                launches, buffers = launches + more.launches, buffers | more.buffers
         elif self._decodes(form):
             launches, buffers = self._decode(form)
         else:
@@ -165,6 +178,17 @@ class _Planner:
     def _specs(self, kernel: str) -> Iterator[tuple[KernelSpec, Heads | None]]:
         options = (kernel, self._tile, self._block_traverse)
         return self._chooser.specs(*options, each=self._anywhere)
+
+    def _spec_of_inputs(self) -> KernelSpec:
+        """The blocks of the gradients of a score's arrays: anywhere they follow from the lengths.
+
+        Heads add to the same arrays, so all take the same blocks.
+        """
+        kernel, tile = "backward_inputs", self._tile
+        if tile is None and self._anywhere and self._problem.len_q > LONG:
+            tile = self._chooser.family(kernel).tiles[0]
+        ((spec, _),) = self._chooser.specs(kernel, tile, self._block_traverse)
+        return spec
 
     def _launch(self, kernel: str) -> Launch:
         """The same for a kernel whose blocks do not depend on the mask."""

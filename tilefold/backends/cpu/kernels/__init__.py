@@ -7,6 +7,7 @@ microkernel  the one product: a register tile
 softmax      exponentials and logarithms to base 2
 elementary   exp, log, tanh, sigmoid of modified scores
 arguments    the argument block
+entries      look-ups of a score, for gradients of its arrays
 work         work items from a shared counter, tiles from runs
 mask         the text fold of a rule and of a modified score
 pack         operands turned into the order of the microkernel
@@ -22,7 +23,8 @@ sinks        logits in the sum alone, and their gradients
 scores       scores from products, dS from P and dP
 forward      the forward pass
 backward     delta, dQ, and dK with dV
-reduce       the sum of parts of dQ
+reduce       sums of parts: of dQ, of gradients of arrays
+inputs       gradients of the arrays that a score reads
 fused        the backward pass in one kernel
 sums         sums of the decode kernel
 state        what the decode kernel holds

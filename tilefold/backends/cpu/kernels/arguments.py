@@ -66,6 +66,9 @@ COMPUTED = (*PER_ROW, *PER_HEAD, *OF_QUERY, "dq_parts")
 """Operands in the type of the sums, whatever the type of the others."""
 
 
+CHUNK = 2**14
+"""Elements that a worker of the kernel "sum_inputs" takes at a time."""
+
 _MOST = {"float32": 100, "float64": 800}
 """The largest exponent of `power`: it leaves room for large elements of the operand."""
 
@@ -89,8 +92,8 @@ def factors(scale: float, computed: str) -> tuple[float, float]:
 def names(spec: KernelSpec) -> tuple[str, ...]:
     """The words of a kernel's argument block, in order.
 
-    An operand `x` is its address `x` and its strides in elements, such as `x_b x_h x_s x_d`. A target is
-    its address, its strides and its sizes.
+    An operand `x` is its address `x` and its strides in elements, such as `x_b x_h x_s x_d`. A
+    target is its address, its strides and its sizes.
     """
     words = list(WORK)
     for operand in spec.arguments:

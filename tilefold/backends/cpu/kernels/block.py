@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from tilefold.backends.cpu.kernels import amx, dropout, microkernel, pack, work
+from tilefold.backends.cpu.kernels import amx, dropout, entries, microkernel, pack, work
 from tilefold.backends.cpu.kernels.arguments import COMPUTED, OF_QUERY, Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.mask import MaskText, Place, ScoreText
@@ -37,8 +37,12 @@ def regions(spec: KernelSpec) -> dict[str, int]:
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
         "sink_gradients": dict.fromkeys(OF_QUERY, width),
+        "backward_inputs": by_query,
         "reduce_dq": {"dq_parts": dim, "dq": dim},
+        "sum_inputs": {},
     }[spec.kernel]
+    if spec.kernel == "backward_inputs":
+        found = found | entries.regions(spec, tile)
     if spec.dropout and spec.row.visits:
         found["keep"] = _factors_of_dropout(spec)
     if spec.multiplier.unit != "fma":
@@ -77,7 +81,7 @@ def _pair_regions(spec: KernelSpec) -> dict[str, int]:
         own = {"q": right(dim), "p_pairs": right(traversed)}
         return own | staging | {"left": left(dim), "left_columns": columns(dim_v)}
     lines = {"left": left(dim), "left_columns": columns(dim), "left_v": left(dim_v)}
-    if spec.kernel == "backward_dq":
+    if spec.kernel in ("backward_dq", "backward_inputs"):
         own = {"q": right(dim), "do": right(dim_v), "ds_pairs": right(traversed)}
         return own | staging | lines
     own = {"k": right(dim), "v": right(dim_v)}

@@ -29,14 +29,14 @@ from typing import Any
 from tilefold.backends.cpu.kernels import microkernel, pack, work
 from tilefold.backends.cpu.kernels.backward import Statistics, differences, store_scores
 from tilefold.backends.cpu.kernels.block import Block, emit
-from tilefold.backends.cpu.kernels.ir import Body, Value, Variable, overload, vector
+from tilefold.backends.cpu.kernels.ir import Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.mask import IndexText, Lanes, ScoreText
+from tilefold.backends.cpu.kernels.entries import Read, reads
 from tilefold.backends.cpu.kernels.products import products
 from tilefold.backends.cpu.kernels.reduce import summed
 from tilefold.backends.cpu.kernels.storage import storage_in
 from tilefold.backends.cpu.kernels.tile import Tile
-from tilefold.backends.cpu.spec import Entry, KernelSpec
-from tilefold.masks.expression import Expression, Index, RealConstant, names
+from tilefold.backends.cpu.spec import KernelSpec
 
 FIRST_B, LAST_B, FIRST_H, LAST_H, FIRST_ROW, LAST_ROW, FIRST_PART = range(7)
 """The columns of the table of owners; from the last on there is a part for each target."""
@@ -51,71 +51,6 @@ for each owner: for each of its heads, batch entries and blocks of queries:
         dP^T <- V dO^T;  dS^T <- P^T (dP^T - delta)
         for each entry that the score reads: its gradient += dS dF/d(entry)"""
     return emit(spec, title.strip(), lambda block: _InputGradients(block).write())
-
-
-class _Read:
-    """A look-up of the score: its slope and its indices among what is computed."""
-
-    def __init__(self, number: int, entry: Entry, slope: Any, indices: Sequence[Any]) -> None:
-        self.number, self.entry = number, entry
-        self.target, self.way = entry
-        self.slope, self.indices = slope, tuple(indices)
-        self.found = [names(index) for index in self.indices]
-        self.varying = [axis for axis, found in enumerate(self.found) if found & {"q", "k"}]
-
-    @property
-    def plain(self) -> bool:
-        """True where F changes as the entry does."""
-        return isinstance(self.slope, RealConstant) and self.slope.value == 1
-
-    @property
-    def by_batch(self) -> bool:
-        """True where an index that is the same for all pairs depends on the batch entry."""
-        return any("b" in found and not found & {"q", "k"} for found in self.found)
-
-    @property
-    def changes(self) -> str:
-        """The region of what a tile changes."""
-        return "ds" if self.plain else f"change{self.number}"
-
-    @property
-    def places(self) -> str:
-        """The region of where it changes it."""
-        return f"places{self.number}"
-
-    def axis(self, name: str) -> int:
-        """The axis that an index alone goes along."""
-        return next(
-            axis
-            for axis, index in enumerate(self.indices)
-            if isinstance(index, Index) and index.name == name
-        )
-
-
-def reads(spec: KernelSpec) -> list[_Read]:
-    """The look-ups of a spec's score."""
-    assert spec.score is not None
-    values: tuple[Expression, ...] = spec.score.expression.parts
-    found, place = [], 1
-    for number, entry in enumerate(spec.entries):
-        rank = spec.targets[entry.target].rank - 1
-        slope, *indices = values[place : place + 1 + rank]
-        found.append(_Read(number, entry, slope, indices))
-        place += 1 + rank
-    return found
-
-
-def regions(spec: KernelSpec, tile: int) -> dict[str, int]:
-    """Scratch of one worker beside that of dQ, in elements; `tile` is what a tile of scores has."""
-    width, doubles = spec.block_parallel, 1 if spec.dtype == "float64" else 2
-    found = {"offsets": width * doubles}
-    for read in reads(spec):
-        found[read.changes] = tile
-        if read.way == "sums":
-            found[f"sums{read.number}"] = width * doubles
-        elif read.way in ("slots", "scattered"):
-            found[read.places] = tile * doubles
-    return found
 
 
 class _Changes(ScoreText):
@@ -220,13 +155,14 @@ class _InputGradients:
         body.comment("S^T <- K Q^T")
         p = block.region("p")
         store_scores(self.products, tile, keys.rows, self.q_packed, p, mask)
+        factors = block.factors(tile, block.h)
         body.comment("dP^T <- V dO^T;  P^T <- 2^((S^T - m) c + r);  dS^T <- P^T (dP^T - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
             for i, line in enumerate(dp):
                 at = body.add(row, i)
                 _, changes = differences(
-                    self.products, tile, at, line, self.statistics, masked, modified
+                    self.products, tile, at, line, self.statistics, masked, modified, factors
                 )
                 self._keep(tile, at, changes, modified.values)
 
@@ -269,13 +205,13 @@ class _InputGradients:
                     offsets = [index[j] for index in indices]
                     body.store(self._place_of(read, offsets), self._place_at(read, tile, row, j))
 
-    def _place_at(self, read: _Read, tile: Tile, row: Value, j: int) -> Value:
+    def _place_at(self, read: Read, tile: Tile, row: Value, j: int) -> Value:
         """Where the places of a vector are kept, as 64-bit integers."""
         body, shape = self.body, self.shape
         index = body.add(body.mul(row, shape.width), j * shape.lanes)
         return body.offset(self.block.region(read.places), "i64", index, "places")
 
-    def _place_of(self, read: _Read, indices: Sequence[Value]) -> Value:
+    def _place_of(self, read: Read, indices: Sequence[Value]) -> Value:
         """The sum of indices times strides over the varying axes: of slots, or of the target."""
         body, lanes = self.body, self.shape.lanes
         strides = self._slot_strides(read) if read.way == "slots" else self._strides(read)
@@ -289,16 +225,16 @@ class _InputGradients:
 
     # Where a gradient is --------------------------------------------------------------------------
 
-    def _strides(self, read: _Read) -> list[Value]:
+    def _strides(self, read: Read) -> list[Value]:
         """The strides of the target along the axes of the array."""
         arguments = self.block.arguments
         return [arguments[f"target{read.target}_{axis + 1}"] for axis in range(len(read.indices))]
 
-    def _sizes(self, read: _Read) -> list[Value]:
+    def _sizes(self, read: Read) -> list[Value]:
         arguments, axes = self.block.arguments, range(len(read.indices))
         return [arguments[f"target{read.target}_size{axis + 1}"] for axis in axes]
 
-    def _base(self, read: _Read, fixed: Sequence[tuple[int, Value]]) -> Value:
+    def _base(self, read: Read, fixed: Sequence[tuple[int, Value]]) -> Value:
         """The address in the owner's part at these indices, 0 along the other axes."""
         body, arguments = self.body, self.block.arguments
         part = self._column(FIRST_PART + read.target)
@@ -310,15 +246,15 @@ class _InputGradients:
         stored = self._storage(read).stored
         return body.offset(arguments[f"target{read.target}"], stored, offset, "target")
 
-    def _storage(self, read: _Read) -> Any:
+    def _storage(self, read: Read) -> Any:
         return storage_in(self.spec.targets[read.target].dtype, self.shape.scalar)
 
-    def _indices_of(self, read: _Read, text: IndexText, row: Value) -> list[Any]:
+    def _indices_of(self, read: Read, text: IndexText, row: Value) -> list[Any]:
         """The indices of a look-up: each one number, or lanes."""
         first = sum(len(before.indices) for before in self.reads[: read.number])
         return text.row(row)[first : first + len(read.indices)]
 
-    def _same(self, read: _Read, text: IndexText) -> list[tuple[int, Value]]:
+    def _same(self, read: Read, text: IndexText) -> list[tuple[int, Value]]:
         """The axes whose index is the same for all pairs of a head, and these indices."""
         indices = self._indices_of(read, text, Value("0", "i64"))
         return [(axis, i) for axis, i in enumerate(indices) if axis not in read.varying]
@@ -336,7 +272,7 @@ class _InputGradients:
 
     # The ways -------------------------------------------------------------------------------------
 
-    def _move(self, read: _Read, tile: Tile) -> None:
+    def _move(self, read: Read, tile: Tile) -> None:
         """The tile, turned, stored or added where it belongs."""
         body, block = self.body, self.block
         strides, found = self._strides(read), self._storage(read)
@@ -352,11 +288,11 @@ class _InputGradients:
         place = [scratch, start, lane_stride, key_stride, block.valid, tile.count]
         body.invoke(function, [*place, block.scalar(1.0)])
 
-    def _sum_at(self, read: _Read, j: int) -> Value:
+    def _sum_at(self, read: Read, j: int) -> Value:
         region = self.block.region(f"sums{read.number}")
         return self.body.offset(region, "double", j * self.shape.lanes)
 
-    def _add_to_sums(self, read: _Read, tile: Tile) -> None:
+    def _add_to_sums(self, read: Read, tile: Tile) -> None:
         """The sum over the rows of the tile, then added in double."""
         body, shape = self.body, self.shape
         zero, region = body.constant(0.0, shape.vector), self.block.region(read.changes)
@@ -370,7 +306,7 @@ class _InputGradients:
             old = body.load(place, self.double, align=8)
             body.store(body.binary("fadd", old, wide), place)
 
-    def _flush_sums(self, read: _Read) -> None:
+    def _flush_sums(self, read: Read) -> None:
         """Add the sums of the lanes that exist to their entries."""
         body, shape = self.body, self.shape
         text = self._text_of_head()
@@ -400,7 +336,7 @@ class _InputGradients:
             offset = body.load(body.offset(offsets, "i64", lane), "i64")
             self._add_number(number, body.offset(base, "double", offset))
 
-    def _add_row(self, read: _Read, tile: Tile, row: Value) -> None:
+    def _add_row(self, read: Read, tile: Tile, row: Value) -> None:
         """One row of the tile, summed over its lanes."""
         body, shape = self.body, self.shape
         indices = self._indices_of(read, self.indices, body.add(tile.first, row))
@@ -414,7 +350,7 @@ class _InputGradients:
         number = body.cast("fpext", summed(body, total), "double")
         self._add_number(number, self._base(read, list(enumerate(indices))))
 
-    def _scatter(self, read: _Read, tile: Tile, row: Value) -> None:
+    def _scatter(self, read: Read, tile: Tile, row: Value) -> None:
         """One row of the tile, lane by lane: lanes may meet the same entry."""
         body, shape = self.body, self.shape
         base = self._base(read, self._same(read, self.indices))
@@ -430,7 +366,7 @@ class _InputGradients:
 
     # Slots ----------------------------------------------------------------------------------------
 
-    def _slot_strides(self, read: _Read) -> dict[int, Value]:
+    def _slot_strides(self, read: Read) -> dict[int, Value]:
         """The strides of the varying axes among slots, which lie one after the other."""
         body, sizes = self.body, self._sizes(read)
         stride, found = Value("1", "i64"), {}
@@ -439,13 +375,13 @@ class _InputGradients:
             stride = body.mul(stride, sizes[axis])
         return found
 
-    def _slot_count(self, read: _Read) -> Value:
+    def _slot_count(self, read: Read) -> Value:
         sizes, count = self._sizes(read), Value("1", "i64")
         for axis in read.varying:
             count = self.body.mul(count, sizes[axis])
         return count
 
-    def _slot(self, read: _Read, slot: Value) -> Value:
+    def _slot(self, read: Read, slot: Value) -> Value:
         """The address of a slot: a double for each lane."""
         body, first = self.body, Value("0", "i64")
         for before in self.reads[: read.number]:
@@ -454,12 +390,12 @@ class _InputGradients:
         index = body.mul(body.add(first, slot), self.shape.lanes)
         return body.offset(self.block.beyond, "double", index, "slot")
 
-    def _zero_slots(self, read: _Read) -> None:
+    def _zero_slots(self, read: Read) -> None:
         body = self.body
         with body.loop("slot", 0, self._slot_count(read)) as slot:
             body.store(body.constant(0.0, self.double), self._slot(read, slot))
 
-    def _add_to_slots(self, read: _Read, tile: Tile, row: Value) -> None:
+    def _add_to_slots(self, read: Read, tile: Tile, row: Value) -> None:
         """One row of the tile, each vector at once."""
         body, shape = self.body, self.shape
         region, zero = self.block.region(read.changes), body.constant(0.0, shape.vector)
@@ -470,7 +406,7 @@ class _InputGradients:
             places = body.load(
                 self._place_at(read, tile, row, j), vector(shape.lanes, "i64"), "places"
             )
-            first = _lane(body, places, 0)
+            first = body.lane(places, 0)
             alike = body.compare("eq", places, body.splat(first, shape.lanes), "alike")
             name = f"llvm.vector.reduce.and.{overload(alike.type)}"
             with body.choose(body.call(name, "i1", [alike], "one"), "one") as branch:
@@ -480,7 +416,7 @@ class _InputGradients:
                 branch.otherwise()
                 self._add_apart(read, places, wide)
 
-    def _add_apart(self, read: _Read, places: Value, wide: Value) -> None:
+    def _add_apart(self, read: Read, places: Value, wide: Value) -> None:
         """Add each lane to its own copy of its entry."""
         body, lanes = self.body, self.shape.lanes
         steps = ", ".join(f"i64 {lane}" for lane in range(lanes))
@@ -497,9 +433,10 @@ class _InputGradients:
         body.module.declare(scatter, "void", [new.type, at.type, "i32", everywhere.type])
         body.invoke(scatter, [new, at, align, everywhere])
 
-    def _flush_slots(self, read: _Read) -> None:
+    def _flush_slots(self, read: Read) -> None:
         """Add the lanes of each slot up, and to its entry; the slot is 0 then."""
         body = self.body
+        self.block.at_row(Value("0", "i64"))  # the indices that are asked for depend on none
         base = self._base(read, self._same(read, self._text_of_head()))
         sizes, strides = self._sizes(read), self._strides(read)
         with body.loop("slot", 0, self._slot_count(read)) as slot:
@@ -513,9 +450,3 @@ class _InputGradients:
             self._add_number(total, body.offset(base, "double", offset))
             body.store(body.constant(0.0, self.double), place)
 
-
-def _lane(body: Body, value: Value, lane: int) -> Value:
-    """One element of a vector."""
-    if value.lanes == 1:
-        return value
-    return body.result("lane", value.element, f"extractelement {value.typed}, i64 {lane}")

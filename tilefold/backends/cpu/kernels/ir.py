@@ -200,6 +200,10 @@ class Body:
         lanes = f"<{len(mask)} x i32> <{picks}>"
         return self.result(hint, type_, f"shufflevector {left.typed}, {right.typed}, {lanes}")
 
+    def lane(self, value: Value, lane: int, hint: str = "lane") -> Value:
+        """One element of a vector."""
+        return self.result(hint, value.element, f"extractelement {value.typed}, i64 {lane}")
+
     def call(self, name: str, type_: str, arguments: Sequence[Value], hint: str = "t") -> Value:
         """A call with a result; an intrinsic is declared on first use."""
         self.module.declare(name, type_, [argument.type for argument in arguments])

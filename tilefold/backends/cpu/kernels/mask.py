@@ -135,6 +135,22 @@ class ScoreText(_Rows):
         return tuple([self._text.wide(value) for value in values])
 
 
+class IndexText(_Rows):
+    """Writes the indices of entries that a score reads, for one tile.
+
+    `row(index)` gives each as one number, or as lanes where it depends on the parallel index.
+    """
+
+    def __init__(self, place: Place, indices: Sequence[Expression]) -> None:
+        super().__init__(place, Several(tuple(indices)))
+
+    def row(self, index: Value) -> list[Value | Lanes]:
+        """The indices for row `index` of the traversed axis."""
+        found = self._row(index)
+        assert isinstance(found, list)
+        return found
+
+
 class _Text(Interpretation[Folded]):
     """The interpretation: a node is a scalar, or lanes if it depends on the parallel index."""
 
@@ -199,7 +215,7 @@ class _Text(Interpretation[Folded]):
             wide = body.cast("sext", index, vector(index.lanes, "i64"))
             term = body.mul(wide, body.splat(stride, index.lanes))
             position = term if position is None else body.add(position, term)
-        assert position is not None
+        position = position or Value("0", "i64")  # an array without axes has one entry
         element = _ELEMENTS[table.dtype]
         address = body.offset(self._arguments[table.name], element, position, "at")
         found = self._gather(address, element)
@@ -211,7 +227,7 @@ class _Text(Interpretation[Folded]):
 
     def _widened(self, found: Value, dtype: str) -> Value:
         """Entries of a type of floats as numbers of LLVM."""
-        return storage(dtype, False).widen(self._body, found, "entry")
+        return storage(dtype, False).widen(self._body, found, "element")
 
     def _narrowed(self, number: Value) -> Value:
         """Numbers in the type that the kernel computes in."""

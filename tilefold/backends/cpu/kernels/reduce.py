@@ -1,10 +1,12 @@
-"""The sum of the parts of dQ that the owners of the fused backward left, in their order."""
+"""Sums of parts that owners left, in their order: of dQ, and of gradients of a score's arrays."""
 
 from __future__ import annotations
 
 from tilefold.backends.cpu.kernels import work
+from tilefold.backends.cpu.kernels.arguments import CHUNK
 from tilefold.backends.cpu.kernels.block import Block, emit
-from tilefold.backends.cpu.kernels.ir import Value
+from tilefold.backends.cpu.kernels.ir import Body, Value, vector
+from tilefold.backends.cpu.kernels.storage import storage_in
 from tilefold.backends.cpu.partitions import COLUMNS, PART
 from tilefold.backends.cpu.spec import KernelSpec
 
@@ -42,3 +44,49 @@ def of_owner(block: Block, owner: Value, column: int) -> Value:
     body = block.body
     place = body.add(body.mul(owner, COLUMNS), column)
     return body.load(body.offset(block.arguments["owners"], "i64", place), "i64")
+
+
+def sum_inputs(spec: KernelSpec) -> str:
+    """The source of the kernel that adds parts of an array up, in double; without parts it is 0."""
+    title = """
+for each chunk of an array:                              one owner
+    total <- 0
+    for each part, in order: total += part
+    array <- total"""
+    return emit(spec, title.strip(), _write_array)
+
+
+def _write_array(block: Block) -> None:
+    body, spec, arguments = block.body, block.spec, block.arguments
+    elements = arguments["target0_size0"]
+    first = body.mul(block.row, CHUNK)
+    last = body.minimum(body.add(first, CHUNK), elements)
+    whole = body.sub(last, body.binary("urem", body.sub(last, first), spec.lanes))
+    with body.loop("vector", first, whole, spec.lanes) as at:
+        _sum_at(block, at, spec.lanes)
+    with body.loop("element", whole, last) as at:
+        _sum_at(block, at, 1)
+
+
+def _sum_at(block: Block, at: Value, lanes: int) -> None:
+    """Some neighbours of the array."""
+    body, spec, arguments = block.body, block.spec, block.arguments
+    result, *parts = [storage_in(target.dtype, "double") for target in spec.targets]
+    total = body.variable(vector(lanes, "double"), body.constant(0.0, vector(lanes, "double")))
+    for part in parts:
+        with body.loop("part", 0, arguments["target1_size0"]) as number:
+            index = body.add(body.mul(number, arguments["target1_0"]), at)
+            more = part.load(body, part.at(body, arguments["target1"], index), lanes)
+            body.write(total, body.binary("fadd", body.read(total), more))
+    result.store(body, body.read(total), result.at(body, arguments["target0"], at))
+
+
+def summed(body: Body, value: Value) -> Value:
+    """The sum over the lanes of a vector, halves first."""
+    while value.lanes > 2:
+        half = value.lanes // 2
+        low, high = (
+            body.shuffle(value, value, range(start, start + half)) for start in (0, half)
+        )
+        value = body.binary("fadd", low, high, "sum")
+    return body.binary("fadd", body.lane(value, 0), body.lane(value, 1), "sum")
