@@ -29,13 +29,16 @@ from tilefold.masks.tables import Input
 from tilefold.planning.masked import Scored
 from tilefold.planning.plan import Scratch
 from tilefold.planning.visited import nothing
-from tilefold.problems.attention import ITEM_BYTES
+from tilefold.problems.attention import Shape
 
 MOST_PARTS = 32
 """Most parts of an array. They are summed by one kernel more. It is not tuned."""
 
 PART_BYTES = 2**20
-"""Most bytes of the parts of the entries that one owner may meet; one part may be larger."""
+"""Most bytes of the parts of what one owner may meet; one part may be larger. It is not tuned."""
+
+BLOCK_PART_BYTES = 2**17
+"""The same where blocks of queries are apart, which are owners enough unless they are few."""
 
 SLOT_BYTES = 2**16
 """Most bytes of the copies of entries, one for each lane, that a worker keeps. It is not tuned."""
@@ -72,7 +75,8 @@ class _Array:
         self.conflicts = [name for name, size in extents.items() if name not in apart and size > 1]
         self.dense = "k" in apart and all(map(_is_dense, reads))
         met = math.prod(size for name, size in extents.items() if name in apart)
-        most = PART_BYTES * met // max(1, 8 * self.elements)
+        bytes_ = BLOCK_PART_BYTES if "q" in apart else PART_BYTES
+        most = bytes_ * met // max(1, 8 * self.elements)
         self.most_parts = max(1, min(most, MOST_PARTS))
         self.once = self.dense and len(reads) == 1 and not self.conflicts
 
@@ -110,7 +114,10 @@ class _Planner:
         """All launches: targets are cleared, pairs are visited, parts are summed."""
         read = [array for array in arrays if array.reads]
         splits = self._splits(read)
-        before, after, targets, shapes = [], [], [], []
+        before: list[Launch] = []
+        after: list[Launch] = []
+        targets: list[Target] = []
+        shapes: list[Shape] = []
         buffers: dict[str, Scratch] = {}
         names_of = {}
         for array in arrays:

@@ -101,9 +101,7 @@ def heaviest_first(
     return order[taken[order]]
 
 
-def visited_work(
-    visited: Runs, problem: Problem, heads: int | None = None
-) -> NDArray[np.int64]:
+def visited_work(visited: Runs, problem: Problem, heads: int | None = None) -> NDArray[np.int64]:
     """What each block row of each batch entry and head visits; of a query head without `heads`."""
     heads, rows = heads or problem.heads_q, visited.block_rows
     work: NDArray[np.int64] = visited.met.reshape(visited.planes_b, visited.planes_h, rows)

@@ -29,9 +29,9 @@ from typing import Any
 from tilefold.backends.cpu.kernels import microkernel, pack, work
 from tilefold.backends.cpu.kernels.backward import Statistics, differences, store_scores
 from tilefold.backends.cpu.kernels.block import Block, emit
+from tilefold.backends.cpu.kernels.entries import Read, reads
 from tilefold.backends.cpu.kernels.ir import Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.mask import IndexText, Lanes, ScoreText
-from tilefold.backends.cpu.kernels.entries import Read, reads
 from tilefold.backends.cpu.kernels.products import products
 from tilefold.backends.cpu.kernels.reduce import summed
 from tilefold.backends.cpu.kernels.storage import storage_in
@@ -327,9 +327,7 @@ class _InputGradients:
         )
         for j in range(shape.vectors):
             lanes_of = [index[j] if isinstance(index, tuple) else index for index in indices]
-            body.store(
-                self._place_of(read, lanes_of), body.offset(offsets, "i64", j * shape.lanes)
-            )
+            body.store(self._place_of(read, lanes_of), body.offset(offsets, "i64", j * shape.lanes))
         sums = self.block.region(f"sums{read.number}")
         with body.loop("lane", 0, self.block.valid) as lane:
             number = body.load(body.offset(sums, "double", lane), "double")
@@ -449,4 +447,3 @@ class _InputGradients:
             total = summed(body, body.load(place, self.double, "slot"))
             self._add_number(total, body.offset(base, "double", offset))
             body.store(body.constant(0.0, self.double), place)
-

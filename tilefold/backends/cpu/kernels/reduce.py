@@ -85,8 +85,6 @@ def summed(body: Body, value: Value) -> Value:
     """The sum over the lanes of a vector, halves first."""
     while value.lanes > 2:
         half = value.lanes // 2
-        low, high = (
-            body.shuffle(value, value, range(start, start + half)) for start in (0, half)
-        )
+        low, high = (body.shuffle(value, value, range(start, start + half)) for start in (0, half))
         value = body.binary("fadd", low, high, "sum")
     return body.binary("fadd", body.lane(value, 0), body.lane(value, 1), "sum")
