@@ -129,8 +129,9 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
     if operation == "backward":
         in_place = strides["dq"][3] == 1
         inputs = tuple([int(name[6:]) for name in strides if name.startswith("dinput")])
-        options = {"in_place": in_place, "dlse": "dlse" in strides, "inputs": inputs}
-        return prepare(plan(problem, device, operation, **options), strides)
+        dlse = "dlse" in strides
+        made = plan(problem, device, operation, in_place=in_place, dlse=dlse, inputs=inputs)
+        return prepare(made, strides)
     heads_interleaved = all(
         0 < abs(strides[name][1]) < abs(strides[name][2]) for name in ("k", "v")
     )
