@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         where,
     )
     from tilefold.scores.modifications import alibi, bias, softcap, temperature
+    from tilefold.scores.picture import picture
     from tilefold.scores.relative import distance_bias, relative_bias, window_bias
     from tilefold.scores.score import Score
     from tilefold.scores.traced import score
@@ -64,6 +65,7 @@ __all__ = [
     "maximum",
     "merge",
     "minimum",
+    "picture",
     "prefix",
     "relative_bias",
     "rule",
@@ -96,6 +98,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "set_reproducible": "tilefold.common.reproducible",
     "Score": "tilefold.scores.score",
     "score": "tilefold.scores.traced",
+    "picture": "tilefold.scores.picture",
     **dict.fromkeys(("alibi", "bias", "softcap", "temperature"), "tilefold.scores.modifications"),
     **dict.fromkeys(("distance_bias", "relative_bias", "window_bias"), "tilefold.scores.relative"),
     **dict.fromkeys(

@@ -77,6 +77,13 @@ def test_run_writes_what_the_definition_says(files: Path, mask: str | None, caps
     np.testing.assert_allclose(np.load(files / "lse.npz")["lse"], lse, rtol=1e-5)
 
 
+def test_run_modifies_scores(files: Path, capsys: Any) -> None:
+    assert tilefold_run(files, "--score", "[softcap(2), alibi()]", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["score"] == "[softcap(2), alibi()]"
+    expected, _ = reference.attention(*made(), score=[tilefold.softcap(2), tilefold.alibi()])
+    np.testing.assert_allclose(np.load(files / "o.npy"), expected, atol=2e-6)
+
+
 def test_run_picks_arrays_by_name(files: Path) -> None:
     assert tilefold_run(files, q="all.npz", k="all.npz:k", v="all.npz", out="o.npz") == 0
     expected, _ = reference.attention(*made())
@@ -183,6 +190,7 @@ def test_run_answers_programs_in_json(files: Path, capsys: Any) -> None:
         ({"out": "o.npz:o"}, [], r"a file is written as a whole"),
         ({}, ["--mask", "causal() and local(2)"], r"write & \| ~ instead of `and`"),
         ({}, ["--mask", "__import__('os')"], r"unknown rule __import__"),
+        ({}, ["--score", "softcp(3)"], r"score string, column 1: unknown score softcp; use soft"),
         ({}, ["--scale", "nan"], r"scale must be a finite number, got nan"),
         ({}, ["How?"], r"a question \('How\?'\) and --q do not go together"),
     ],
@@ -419,6 +427,17 @@ def test_inspect_counts_and_bounds_without_data(capsys: Any) -> None:
     assert bounds["seconds"] == max(of_each) > 0
 
 
+def test_inspect_says_what_becomes_of_scores(capsys: Any) -> None:
+    arguments = ["inspect", "--shape", "1,2,64,16", "--score", "softcap(30)"]
+    assert cli.main([*arguments, "--json"]) == 0
+    problem = json.loads(capsys.readouterr().out)["problem"]
+    assert problem["score"] == "softcap(30)"
+    assert "tanh" in problem["computed_scores"][0]
+    for backend, sign in (("metal", "//"), ("triton", "#")):
+        assert cli.main([*arguments, "--backend", backend]) == 0
+        assert f"{sign}   score softcap(30)" in capsys.readouterr().out
+
+
 def test_mask_draws_and_saves(tmp_path: Path, capsys: Any) -> None:
     picture = tmp_path / "m.svg"
     arguments = ["mask", "causal() & local(3)", "--len-q", "16", "--len-k", "16"]
@@ -430,6 +449,18 @@ def test_mask_draws_and_saves(tmp_path: Path, capsys: Any) -> None:
     assert cli.main([*arguments, "--json"]) == 0
     tiles = json.loads(capsys.readouterr().out)["tiles"]
     assert tiles["skip"] + tiles["full"] + tiles["partial"] == 16
+
+
+def test_mask_draws_the_weights_of_a_score(tmp_path: Path, capsys: Any) -> None:
+    picture = tmp_path / "w.png"
+    arguments = ["mask", "causal()", "--score", "alibi()", "--heads", "8", "--len-q", "9"]
+    assert cli.main([*arguments, "--save", str(picture)]) == 0
+    assert capsys.readouterr().out.startswith("alibi(), causal(), 9 x 9\n██··")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["score"] == "alibi()"
+    assert cli.main([*arguments, "--block-q", "3"]) == 2
+    assert "--block-q is for masks: leave it out with --score" in error_of(capsys)
 
 
 @pytest.mark.slow

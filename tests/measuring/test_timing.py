@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tilefold import alibi, softcap
 from tilefold.backends.cpu import peak, threads
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import plan
 from tilefold.backends.cpu.spec import KERNELS
 from tilefold.masks import parse
+from tilefold.masks.evaluate import exact_real
 from tilefold.masks.runs import runs
 from tilefold.measuring import baselines, timing, workload
 from tilefold.measuring.roofline_share import RooflineShares, percent
 from tilefold.measuring.workload import Case
 from tilefold.planning import roofline
 from tilefold.problems.attention import Problem
+from tilefold.scores.score import as_score
 
 
 def problem(mask: str = "full()", **changes: Any) -> Problem:
@@ -394,3 +397,29 @@ def test_a_bound_that_a_result_beats_is_measured_again_or_not_shown(monkeypatch:
     share, _ = shares.of(case, 1e-9, pairs)
     assert share is None and next(rates, None) is None
     assert (percent(None), percent(0.25), percent(0.25, "bytes")) == ("-", "25%", "25% of bytes")
+
+
+def test_a_case_with_a_score_is_compared_by_who_can_have_one() -> None:
+    modified = as_score([softcap(2), alibi()])
+    assert modified is not None
+    case = Case(problem("causal()", score=modified.form.score), "forward", 1, modified)
+    own, numpy = timing.measure(case, ["numpy"], seconds=0.001)
+    assert own.reason is None
+    assert numpy.reason is None
+    assert numpy.record(own)["score"] == "[softcap(2), alibi()]"
+    with pytest.raises(NotImplementedError, match="the adapter of openvino takes no score"):
+        baselines.BASELINES["openvino"].prepare(case, workload.arrays(case))
+
+
+def test_flex_attention_gets_the_same_score() -> None:
+    torch = pytest.importorskip("torch")
+    modified = as_score([softcap(2), alibi()])
+    assert modified is not None
+    case = Case(problem(score=modified.form.score), "forward", 1, modified)
+    function = baselines._score_mod(case)
+    q, k = np.ogrid[:3, :4]
+    found = function(
+        torch.tensor(1.5), torch.tensor(0), torch.tensor(1), *map(torch.tensor, (q, k))
+    )
+    right = exact_real(modified.expression(case.problem.score_sizes), 1.5, b=0, h=1, q=q, k=k)
+    np.testing.assert_allclose(found.numpy(), right, rtol=1e-6)

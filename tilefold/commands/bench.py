@@ -44,6 +44,7 @@ def register(commands: Any) -> None:
     specification.add_precision(parser)
     parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
     parser.add_argument("--mask", nargs="+", default=MASKS, metavar="RULE")
+    specification.add_score(parser)
     parser.add_argument("--operation", nargs="+", choices=tuple(PASSES), default=list(OPERATIONS))
     parser.add_argument(
         "--threads", nargs="+", type=int, help="default: 1, and the number of cores"
@@ -147,6 +148,7 @@ def _device(options: argparse.Namespace) -> str | None:
 
 def _cases(options: argparse.Namespace, device: str | None) -> list[Case]:
     masks: list[Rule] = [parse.parse(text) for text in options.mask]
+    score = specification.score(options)
     every = threads.get_num_threads()
     workers = options.threads or (sorted({1, every}) if device in (None, "cpu") else [every])
     cases = []
@@ -155,13 +157,13 @@ def _cases(options: argparse.Namespace, device: str | None) -> list[Case]:
             for operation in options.operation:
                 for text in options.shape:
                     for mask in masks:
-                        problem = specification.problem(options, text, mask, dtype)
-                        cases.append(Case(problem, operation, number))
+                        problem = specification.problem(options, text, mask, dtype, score)
+                        cases.append(Case(problem, operation, number, score))
     return cases
 
 
 def _label(case: Case) -> str:
-    return f"{case.operation} {case.shape} {case.problem.mask}"
+    return f"{case.operation} {case.shape} {case.rule}"
 
 
 def _kind(case: Case) -> str:

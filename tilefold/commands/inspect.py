@@ -44,6 +44,7 @@ def register(commands: Any) -> None:
     specification.add_precision(parser)
     specification.add_dtype(parser)
     parser.add_argument("--mask", default="full()", metavar="RULE")
+    specification.add_score(parser)
     parser.add_argument("--operation", choices=OPERATIONS, default="forward")
     parser.add_argument(
         "--form", choices=tuple(dict.fromkeys(chain(*plan.FORMS.values()))), default="auto"
@@ -80,7 +81,8 @@ def main(options: argparse.Namespace) -> int:
         if getattr(options, option) and options.backend != backend:
             raise ValueError(f"--{option} goes with --backend {backend}, not {options.backend}")
     mask = parse.parse(options.mask)
-    problem = specification.problem(options, options.shape, mask, options.dtype)
+    score = specification.score(options)
+    problem = specification.problem(options, options.shape, mask, options.dtype, score)
     if options.backend != "cpu":
         print(kernel_source.source(options, problem), end="")
         return 0
@@ -124,7 +126,13 @@ def _pick(made: CpuPlan, name: str | None) -> Launch:
 def _problem(made: CpuPlan) -> dict[str, Any]:
     problem = made.problem
     values = {name: value for name, value in problem.__dict__.items() if name != "mask"}
-    return values | {"mask": str(problem.mask), "operation": made.operation}
+    score = None if problem.score is None else str(problem.score)
+    return values | {
+        "mask": str(problem.mask),
+        "score": score,
+        "computed_scores": [skeleton.text for skeleton in made.scores],
+        "operation": made.operation,
+    }
 
 
 def _describe(made: CpuPlan, launch: Launch, rates: roofline.Rates) -> dict[str, Any]:
@@ -233,6 +241,10 @@ def _show(document: dict[str, Any]) -> None:
     kind = specification.kind(problem["dtype"], problem["precision"])
     facts.add_row("problem", f"{problem['operation']}, {kind}, {sizes}")
     facts.add_row("mask", terminal.escape(problem["mask"]))
+    if problem["score"] is not None:
+        facts.add_row("score", terminal.escape(problem["score"]))
+        for text in problem["computed_scores"]:
+            facts.add_row("  computed", terminal.escape(text))
     facts.add_row("device", f"{device['name']}, {device['isa']}, {device['workers']} threads")
     measured = (
         terminal.rate(rates["flops_per_second"], "FLOP"),

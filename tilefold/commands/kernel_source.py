@@ -66,7 +66,8 @@ def _metal(options: argparse.Namespace, problem: Problem) -> str:
         ". Names without a value are strides, in elements.",
         *_visits(launch),
     ]
-    return _commented("//", facts, launch.choice.explain()) + metal.emit(spec)
+    chosen = [*made.explain_score(), *launch.choice.explain()]
+    return _commented("//", facts, chosen) + metal.emit(spec)
 
 
 def _tensor_operations(options: argparse.Namespace, problem: Problem) -> MetalPlan:
@@ -109,7 +110,8 @@ def _triton(options: argparse.Namespace, problem: Problem) -> str:
         "Strides count elements. `order`, `run_rows` and `runs` hold the tiles that the mask"
         " leaves: see `Runs` in tilefold/masks/runs.py and tilefold/planning/visited.py.",
     ]
-    return _commented("#", facts, launch.choice.explain()) + triton.emit(spec)
+    chosen = [*made.explain_score(), *launch.choice.explain()]
+    return _commented("#", facts, chosen) + triton.emit(spec)
 
 
 def _commented(sign: str, facts: list[str], chosen: list[str]) -> str:

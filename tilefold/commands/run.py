@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilefold import api
-from tilefold.commands import main_job, terminal
+from tilefold.commands import main_job, specification, terminal
 from tilefold.common import array_files
 from tilefold.masks import parse
 from tilefold.masks.position_rules import full
@@ -37,6 +37,7 @@ def register(commands: Any) -> None:
     own.add_argument("--out", metavar="FILE", help="the file that o is written to")
     own.add_argument("--lse", metavar="FILE", help="the file for the log-sum-exp (default: none)")
     own.add_argument("--mask", metavar="RULE", help='such as "causal() & local(256)"')
+    specification.add_score(own)
     own.add_argument("--layout", choices=tuple(LAYOUTS), help="order of the axes (default: bhnd)")
     own.add_argument("--scale", type=float, help="default: 1 / sqrt(dim)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -47,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
     places = {name: getattr(options, name) for name in ("q", "k", "v", "out")}
     given = [name for name, place in places.items() if place is not None]
     if not given:
-        for name in ("lse", "mask", "layout", "scale"):
+        for name in ("lse", "mask", "score", "layout", "scale"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} is for your own arrays: give --q, --k, --v, --out too")
         return main_job.main(options)
@@ -64,10 +65,18 @@ def main(options: argparse.Namespace) -> int:
 
 def _own_arrays(options: argparse.Namespace) -> None:
     mask = full() if options.mask is None else parse.parse(options.mask)
+    score = specification.score(options)
     q, k, v = (array_files.load(getattr(options, name), name) for name in "qkv")
     start = time.perf_counter()
     o, lse = api.attention(
-        q, k, v, mask=mask, scale=options.scale, layout=options.layout or "bhnd", return_lse=True
+        q,
+        k,
+        v,
+        mask=mask,
+        score=score,
+        scale=options.scale,
+        layout=options.layout or "bhnd",
+        return_lse=True,
     )
     seconds = time.perf_counter() - start
     array_files.save(options.out, {"o": o})
@@ -81,6 +90,7 @@ def _own_arrays(options: argparse.Namespace) -> None:
                 "shape": list(o.shape),
                 "dtype": str(o.dtype),
                 "mask": str(mask),
+                "score": None if score is None else str(score),
                 "seconds": seconds,
                 "finite": bool(np.isfinite(o).all()),
             }

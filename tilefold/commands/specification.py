@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.attention import ITEM_BYTES, Problem, default_scale
 from tilefold.problems.request import PRECISIONS
+from tilefold.scores.parse import parse_score
+from tilefold.scores.score import Score
 
 SHAPE = "BATCH,HEADS,LENGTH,DIM"
 
@@ -46,12 +49,24 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_score(parser: Any) -> None:
+    """Add the option `--score`."""
+    parser.add_argument("--score", metavar="SCORE", help='such as "[softcap(50), alibi()]"')
+
+
+def score(options: argparse.Namespace) -> Score | None:
+    """The score of the option `--score`, with its arrays; None without it. Raises ValueError."""
+    return None if options.score is None else parse_score(options.score)
+
+
 def kind(dtype: str, precision: str) -> str:
     """A type, and the precision of its products unless it is the highest: `float32 (high)`."""
     return dtype if precision == "highest" else f"{dtype} ({precision})"
 
 
-def problem(options: argparse.Namespace, text: str, mask: Rule, dtype: str) -> Problem:
+def problem(
+    options: argparse.Namespace, text: str, mask: Rule, dtype: str, modified: Score | None = None
+) -> Problem:
     """The problem of a shape such as `1,8,2048,64`, a mask, a type, and the parsed options."""
     batch, heads, length, dim = shape(text)
     return Problem(
@@ -66,4 +81,5 @@ def problem(options: argparse.Namespace, text: str, mask: Rule, dtype: str) -> P
         scale=default_scale(dim),
         mask=mask,
         precision=options.precision if dtype == "float32" else "highest",
+        score=None if modified is None else modified.form.score,
     )

@@ -207,7 +207,8 @@ class Walk:
             case ast.Constant(value) if value is None or isinstance(value, (str, *self.numerals)):
                 return value
             case ast.UnaryOp(ast.USub(), ast.Constant(value)) if type(value) in self.numerals:
-                return -value
+                number: Any = value
+                return -number
             case ast.Tuple(elements):
                 return tuple(self.value(element) for element in elements)
             case ast.List(elements):

@@ -72,7 +72,7 @@ class Picture:
         yield Text(self.title, style="bold")
         for row in self.marks:
             line = Text(no_wrap=True)
-            for kind, first, last in _stretches(row):
+            for kind, first, last in stretches(row):
                 line.append(self._line(row[first:last], glyphs), style=MARKS[kind].style)
             yield line
         yield Text(self.summary, style="dim")
@@ -81,6 +81,10 @@ class Picture:
             legend.append(glyphs[kind] * 2, style=MARKS[kind].style)
             legend.append(f" {name}  ")
         yield legend
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the picture to a file: see `save`."""
+        save(self, path)
 
     @property
     def summary(self) -> str:
@@ -226,7 +230,7 @@ def svg(picture: Picture) -> str:
         f'<g transform="translate({left} {top}) scale({cell})">',
     ]
     for y, row in enumerate(picture.marks):
-        for kind, first, last in _stretches(row):
+        for kind, first, last in stretches(row):
             parts.append(
                 f'<rect x="{first}" y="{y}" width="{last - first}" height="1" '
                 f'fill="{MARKS[kind].colour}"/>'
@@ -286,7 +290,7 @@ def _borders(picture: Picture) -> str:
     return "".join(lines + [f"M{x} 0V{rows}" for x in range(right, columns, right)])
 
 
-def _stretches(row: NDArray[np.int8]) -> Iterator[tuple[int, int, int]]:
+def stretches(row: NDArray[np.int8]) -> Iterator[tuple[int, int, int]]:
     """The stretches of equal marks in a row: (kind, first, one past the last)."""
     edges = np.flatnonzero(np.diff(row)) + 1
     for first, last in zip((0, *edges), (*edges, len(row)), strict=True):

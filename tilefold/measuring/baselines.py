@@ -43,6 +43,14 @@ class Baseline:
     layout: str = "bhnd"
     own_team: bool = False
     environment: Mapping[str, str] | None = None
+    scores: bool = False
+    """Whether its calls can have a modified score."""
+
+    def prepare(self, case: Case, arrays: Arrays) -> Call:
+        """The call of a case. Raises NotImplementedError for cases that it cannot do."""
+        if case.score is not None and not self.scores:
+            raise NotImplementedError(f"the adapter of {self.modules[0]} takes no score")
+        return self.make(case, arrays)
 
     @property
     def unusable(self) -> str | None:
@@ -66,11 +74,12 @@ class Baseline:
 def numpy_baseline(case: Case, a: Arrays) -> Call:
     """The dense reference in basic NumPy operations, in the type of lse."""
     mask, dtype = case.problem.mask, a.lse.dtype
+    options: dict[str, Any] = {"mask": mask, "dtype": dtype, "score": case.score}
     if case.operation == "forward":
-        return lambda: reference.attention(a.q, a.k, a.v, mask=mask, dtype=dtype)[0]
+        return lambda: reference.attention(a.q, a.k, a.v, **options)[0]
     _only_backward(case)
     inputs = (a.do, a.q, a.k, a.v, a.o, a.lse)
-    return lambda: reference.attention_backward(*inputs, mask=mask, dtype=dtype)
+    return lambda: reference.attention_backward(*inputs, **options)
 
 
 def torch_baseline(case: Case, a: Arrays) -> Call:
@@ -113,9 +122,23 @@ def flex_baseline(case: Case, a: Arrays) -> Call:
         visible = eval(f"lambda b, h, q, k: {rule}")
         lengths = (problem.len_q, problem.len_k)
         options["block_mask"] = create_block_mask(visible, None, None, *lengths, device="cpu")
+    if case.score is not None:
+        options["score_mod"] = _score_mod(case)
     torch.compiler.reset()  # after eight compilations of a function it silently stops compiling
     attend: Any = torch.compile(flex_attention)
     return lambda: attend(q, k, v, **options)
+
+
+def _score_mod(case: Case) -> Any:
+    """The score of a case as the function that FlexAttention asks for."""
+    import torch
+
+    text = str(case.score.expression(case.problem.score_sizes)) if case.score else "s"
+    if "array[" in text:
+        raise NotImplementedError("the adapter of FlexAttention takes no scores with data")
+    functions = ("exp", "log", "tanh", "sigmoid", "sqrt", "where", "minimum", "maximum")
+    known = {name: getattr(torch, name) for name in functions} | {"inf": float("inf")}
+    return eval(f"lambda s, b, h, q, k: {text}", known)
 
 
 def onnxruntime_baseline(case: Case, a: Arrays) -> Call:
@@ -271,7 +294,7 @@ def implementation(name: str, device: str, case: Case, a: Arrays, *, wait: bool 
     torch.set_num_threads(case.threads)
     torch.set_float32_matmul_precision(problem.precision)
     q, k, v, do = (tensor_of(x).to(device) for x in (a.q, a.k, a.v, a.do))
-    options: dict[str, Any] = {"mask": problem.mask, "precision": problem.precision, "impl": name}
+    options = case.options | {"impl": name}
     inputs = [q, k, v]
     if case.operation != "forward":
         inputs = [x.detach().requires_grad_() for x in inputs]
@@ -290,7 +313,7 @@ def implementation(name: str, device: str, case: Case, a: Arrays, *, wait: bool 
 
 BASELINES: Mapping[str, Baseline] = {
     "torch": Baseline(("torch",), torch_baseline),
-    "flex": Baseline(("torch",), flex_baseline),
+    "flex": Baseline(("torch",), flex_baseline, scores=True),
     "onnxruntime": Baseline(("onnx", "onnxruntime"), onnxruntime_baseline, "bnhd", own_team=True),
     "openvino": Baseline(("openvino",), openvino_baseline, own_team=True),
     "jax": Baseline(("jax",), jax_baseline, "bnhd", own_team=True),
@@ -301,7 +324,7 @@ BASELINES: Mapping[str, Baseline] = {
         own_team=True,
         environment={"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"},
     ),
-    "numpy": Baseline(("numpy",), numpy_baseline),
+    "numpy": Baseline(("numpy",), numpy_baseline, scores=True),
 }
 """All baselines by name, installed or not."""
 

@@ -88,6 +88,7 @@ class Row:
             "dtype": problem.dtype,
             "precision": problem.precision,
             "mask": str(problem.mask),
+            **({} if self.case.score is None else {"score": str(self.case.score)}),
             "operation": self.case.operation,
             "threads": self.case.threads,
             "name": self.name,
@@ -144,7 +145,8 @@ def measure(
         first, expected = first_call(calls["tilefold"])
         firsts = {"tilefold": first}
         makers = {
-            name: functools.partial(baselines.BASELINES[name].make, case, inputs) for name in names
+            name: functools.partial(baselines.BASELINES[name].prepare, case, inputs)
+            for name in names
         }
         started = _start(case, makers, expected)
         calls |= started.calls

@@ -18,6 +18,7 @@ from tilefold.common.array_files import element_type
 from tilefold.planning.kernels import WORK
 from tilefold.planning.roofline import Rates, bounds
 from tilefold.problems.attention import Problem
+from tilefold.scores.score import Score
 
 Array = NDArray[Any]
 Call = Callable[[], object]
@@ -30,11 +31,27 @@ PASSES = {"forward": ("forward",), "backward": ("backward",), BOTH: OPERATIONS}
 
 @dataclass(frozen=True)
 class Case:
-    """One case to time: a problem, one of `PASSES`, and the number of threads."""
+    """One case to time: a problem, one of `PASSES`, and the number of threads.
+
+    `score` is the score of the problem with its arrays, which the problem leaves out.
+    """
 
     problem: Problem
     operation: str = "forward"
     threads: int = 1
+    score: Score | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of a call of `tilefold.attention`."""
+        problem = self.problem
+        return {"mask": problem.mask, "precision": problem.precision, "score": self.score}
+
+    @property
+    def rule(self) -> str:
+        """The mask, and the score where there is one, as text."""
+        mask = str(self.problem.mask)
+        return mask if self.score is None else f"{mask} {self.score}"
 
     @property
     def shape(self) -> str:
@@ -78,14 +95,14 @@ def arrays(case: Case, seed: int = 0) -> Arrays:
     q = random(problem.heads_q, problem.len_q, problem.dim)
     k = random(problem.heads_kv, problem.len_k, problem.dim)
     v = random(problem.heads_kv, problem.len_k, problem.dim_v)
-    o, lse = api.attention(q, k, v, mask=problem.mask, return_lse=True, precision=problem.precision)
+    o, lse = api.attention(q, k, v, return_lse=True, **case.options)
     do = random(problem.heads_q, problem.len_q, problem.dim_v)
     return Arrays(q, k, v, do, o, lse)
 
 
 def own(case: Case, a: Arrays) -> Call:
     """A call of tilefold through its public functions."""
-    options: dict[str, Any] = {"mask": case.problem.mask, "precision": case.problem.precision}
+    options = case.options
     if case.operation == "forward":
         return lambda: api.attention(a.q, a.k, a.v, **options)
     if case.operation == "backward":

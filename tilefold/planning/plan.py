@@ -68,6 +68,21 @@ class Plan(Generic[L]):
             arrays += launch.arrays
         return sum(array.nbytes for array in arrays)
 
+    def explain_score(self) -> list[str]:
+        """What becomes of the scores, as lines of text: none where they are as products give them.
+
+        The skeleton beside a modification has its numbers and arrays as names.
+        """
+        problem, lines = self.problem, []
+        if problem.score is not None:
+            lines.append(f"score {problem.score}")
+            lines += [f"  computed: {skeleton.text}" for skeleton in self.scores]
+        if problem.sinks:
+            lines.append(f"sinks: {problem.sinks} for each head")
+        if problem.dropout:
+            lines.append(f"dropout {problem.dropout:g}")
+        return lines
+
     def explain_scratch(self) -> list[str]:
         """The buffers, as lines of text."""
         return [

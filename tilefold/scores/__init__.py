@@ -6,6 +6,7 @@ modifications  softcap, alibi, temperature, bias
 relative       biases by relative position: T5's buckets, clipped distances, Swin's windows
 traced         modifications of a user's own
 parse          modifications from strings
+picture        heat maps of weights
 
 A modification is bound to sizes as a rule is. Its expression is folded to exact values and to
 kernel source; `masks/derivative.py` makes the derivative, an expression too.

@@ -81,8 +81,8 @@ class MetalPlan(Plan[Launch]):
     family: MetalFamily
 
     def explain(self) -> list[str]:
-        """The choice for each kernel and its reasons, as lines of text."""
-        lines = []
+        """What becomes of the scores, and the choice for each kernel and its reasons, as lines."""
+        lines = self.explain_score()
         for launch in self.launches:
             lines += launch.choice.explain()
             groups, heads, batch = launch.grid

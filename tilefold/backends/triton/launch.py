@@ -60,8 +60,8 @@ class TritonPlan(Plan[Launch]):
     cleared: tuple[str, ...] = ()
 
     def explain(self) -> list[str]:
-        """The choice for each kernel and its reasons, as lines of text."""
-        lines = []
+        """What becomes of the scores, and the choice for each kernel and its reasons, as lines."""
+        lines = self.explain_score()
         for launch in self.launches:
             lines += launch.choice.explain()
             lines.append(f"  {launch.programs} programs")
