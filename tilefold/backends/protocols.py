@@ -56,8 +56,6 @@ FORWARD = Pass("forward", ("q", "k", "v"), ("o", "lse"))
 FORWARD_LOW = FORWARD.plus(results=("lse_low",))
 """The pass also writes `lse_low`, which is what rounding took from lse: gradients are then exact
 for large scores too. Only machines that `keeps_low` have this pass."""
-FORWARD_MAX = FORWARD.plus(results=("max",))
-"""The pass also writes `max`, the largest score of each query on the natural scale."""
 BACKWARD = Pass("backward", ("do", "q", "k", "v", "o", "lse"), ("dq", "dk", "dv"))
 BACKWARD_LOW = BACKWARD.plus(("lse_low",))
 """The pass also reads `lse_low`."""

@@ -33,7 +33,7 @@ Heads = NDArray[np.bool_]
 class Chooser:
     """Chooses for one problem on one device: what multiplies, and the blocks of each kernel.
 
-    `maximum`: the largest score of each query is wanted too.
+    `extra` names operands that few calls have.
     """
 
     def __init__(
@@ -41,12 +41,10 @@ class Chooser:
         problem: Problem,
         device: Device,
         heuristics: Heuristics = DEFAULT,
-        *,
-        maximum: bool = False,
+        extra: tuple[str, ...] = (),
     ) -> None:
         self.problem, self.device, self.heuristics = problem, device, heuristics
-        wanted = {"max": maximum, "sinks": problem.sinks > 0}
-        self._more = tuple([name for name, taken in wanted.items() if taken])
+        self.extra = {*extra, *(("sinks",) if problem.sinks else ())}
         self.item_bytes = ITEM_BYTES[STATISTICS[problem.dtype]]
         self.lanes = FAMILIES[device.isa].lanes(self.item_bytes)
         """Elements of one vector, in the type that is computed in."""
@@ -175,6 +173,7 @@ class Chooser:
         """The spec of a kernel in these blocks."""
         problem, device, row = self.problem, self.device, KERNELS[kernel]
         scored = self.masked.scored(row.scored) if row.visits else None
+        more = tuple([name for name in row.may_take if name in self.extra])
         return KernelSpec(
             kernel=kernel,
             dtype=problem.dtype,
@@ -192,8 +191,8 @@ class Chooser:
             hides=bool(scored and scored.hides),
             natural=problem.score is not None,
             dropout=problem.dropout > 0 and KERNELS[kernel].visits,
-            more=self._more if row.finishes else (),
-            sinks=problem.sinks if row.finishes or "sinks" in row.reads else 0,
+            more=more,
+            sinks=problem.sinks if "sinks" in more else 0,
         )
 
     def _for_length(self, tiles: tuple[RegisterTile, ...], length: int) -> RegisterTile:

@@ -44,6 +44,9 @@ _ALONE_BYTES = 2**18
 _KEPT_BYTES = 2**26
 """A thread keeps scratch up to this size for its next call. It is not tuned."""
 
+_EXTRA = ("max", "dlse", "dsinks")
+"""Operands of which a plan has to know whether they are there."""
+
 _WORKSPACE, _RUNS, _LEN_K = map(WORK.index, ("workspace", "runs", "len_k"))
 
 
@@ -126,18 +129,17 @@ class _Step:
 
 def call(problem: Problem, device: Device, operation: str, strides: Mapping[str, Strides]) -> Call:
     """The call of a problem for operands of these strides, in canonical axes."""
+    extra = tuple([name for name in strides if name in _EXTRA])
     if operation == "backward":
         in_place = strides["dq"][3] == 1
         inputs = tuple([int(name[6:]) for name in strides if name.startswith("dinput")])
-        dlse = "dlse" in strides
-        made = plan(problem, device, operation, in_place=in_place, dlse=dlse, inputs=inputs)
+        made = plan(problem, device, operation, in_place=in_place, extra=extra, inputs=inputs)
         return prepare(made, strides)
     heads_interleaved = all(
         0 < abs(strides[name][1]) < abs(strides[name][2]) for name in ("k", "v")
     )
     form = "interleaved" if heads_interleaved else "auto"
-    planned = plan(problem, device, operation, form, maximum="max" in strides)
-    return prepare(planned, strides)
+    return prepare(plan(problem, device, operation, form, extra=extra), strides)
 
 
 def run(plan: CpuPlan, operands: Mapping[str, Buffer]) -> None:

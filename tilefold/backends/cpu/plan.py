@@ -69,8 +69,7 @@ def plan(
     *,
     owners: int | None = None,
     in_place: bool = True,
-    dlse: bool = False,
-    maximum: bool = False,
+    extra: tuple[str, ...] = (),
     heuristics: Heuristics = DEFAULT,
     scope: str | None = None,
     inputs: tuple[int, ...] = (),
@@ -83,10 +82,10 @@ def plan(
     of keys). "auto" takes what is predicted to be faster, and so does "interleaved", for keys whose
     heads lie side by side: there a worker decodes the same keys of many heads. With `in_place` the
     rows of dq are contiguous: a single owner may sum them where they lie, unless they hold a half
-    type. `dlse`: lse has a gradient of its own. `maximum`: forward also writes the largest score of
-    each query, the operand "max". `tile` and `block_traverse` override the tables, and `heuristics`
-    the constants by which forms, owners and splits are chosen; results depend on all of these only
-    by rounding. `scope` is "anywhere" or "machine", as set by `set_reproducible` where it is None.
+    type. `extra` names operands that few calls have: "max", the largest score of each query,
+    "dlse", and "dsinks". `tile` and `block_traverse` override the tables, and `heuristics` the
+    constants by which forms, owners and splits are chosen; results depend on all of these only by
+    rounding. `scope` is "anywhere" or "machine", as set by `set_reproducible` where it is None.
     `inputs` are the numbers of the arrays of the score whose gradients are written too, to
     contiguous "dinput0" ...
 
@@ -94,14 +93,14 @@ def plan(
     (mask tables and runs).
     """
     blocks, scope = (tile, block_traverse), scope or reproducible.get_reproducible()
-    options = (owners, in_place, dlse, maximum, heuristics, scope, inputs)
+    options = (owners, in_place, extra, heuristics, scope, inputs)
     asked = (problem, device, operation, form, *blocks, *options)
     key = (generation.number, asked)
     found = _recent.get(key)
     if found is None:
-        chooser = Chooser(problem, device, heuristics, maximum=maximum)
+        chooser = Chooser(problem, device, heuristics, extra)
         planner = _Planner(chooser, *blocks, anywhere=scope == "anywhere" and owners is None)
-        made = planner.plan(operation, form, owners, in_place, dlse, inputs)
+        made = planner.plan(operation, form, owners, in_place, inputs)
         found = _recent.put(key, made, made.data_bytes)
     return found
 
@@ -139,15 +138,12 @@ class _Planner:
         form: str,
         owners: int | None,
         in_place: bool,
-        dlse: bool,
         inputs: tuple[int, ...],
     ) -> CpuPlan:
         """The plan of an operation in a form."""
         buffers: dict[str, Scratch] = {}
         if operation == "backward":
             launches, buffers = self._backward(form, owners, in_place)
-            if dlse:
-                launches[0] = with_more(launches[0], "dlse")
             if inputs:
                 more = sums(self._chooser, self._spec_of_inputs(), inputs)
                 launches, buffers = launches + more.launches, buffers | more.buffers
@@ -228,7 +224,7 @@ class _Planner:
         row = (problem.batch, problem.heads_q, problem.len_q)
         statistics = Scratch((*row[:2], len(OF_QUERY) * problem.len_q), computed)
         launches, buffers = [self._launch("delta")], {"statistics": statistics}
-        if problem.sinks:
+        if "dsinks" in self._chooser.extra:
             launches.append(self._sink_gradients())
         if self._anywhere:
             more, parts = self._backward_anywhere(form, in_place)
@@ -403,11 +399,6 @@ class _Planner:
             return [launch], {}
         shape = (problem.batch, problem.heads_q, count * problem.len_q, spec.state_width)
         return [launch], {"part": Scratch(shape, self._computed)}
-
-
-def with_more(launch: Launch, *names: str) -> Launch:
-    """A launch whose kernel reads more operands."""
-    return replace(launch, spec=replace(launch.spec, more=(*launch.spec.more, *names)))
 
 
 def _of_heads(reduce: Launch, taken: Heads, partitioner: KeyPartitioner) -> Launch:

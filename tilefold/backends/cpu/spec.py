@@ -26,13 +26,15 @@ class CpuKernelRow(KernelRow):
     """One kernel of processors; `parallel` is the axis that is vectorised.
 
     A `by_query` kernel keeps one query in a row, and vectorises the head dimension instead.
-    `optional` names operands that a call may leave out: then their address is 0. `computed` says
-    what is computed of a modified score, where it is not what follows from `score_tiles`. Items of
-    an `owned` kernel are of all heads together: see `backends.cpu.inputs`.
+    `optional` names operands that a call may leave out: then their address is 0. Those that it
+    `may_take` are known to its source only where a call has them. `computed` says what is computed
+    of a modified score, where it is not what follows from `score_tiles`. Items of an `owned` kernel
+    are of all heads together: see `backends.cpu.inputs`.
     """
 
     by_query: bool = False
     optional: tuple[str, ...] = ()
+    may_take: tuple[str, ...] = ()
     computed: str = ""
     owned: bool = False
 
@@ -45,11 +47,6 @@ class CpuKernelRow(KernelRow):
     def scored(self) -> str:
         """What the kernel computes of a modified score: see `planning.masked.Scored`."""
         return self.computed or ("", "value", "slope")[self.score_tiles]
-
-    @property
-    def finishes(self) -> bool:
-        """True where the kernel writes o and lse, and so takes sinks and knows the maximum."""
-        return "lse" in self.writes
 
     @property
     def tiled(self) -> bool:
@@ -65,6 +62,7 @@ KERNELS = table(
             reads=("q", "k", "v"),
             writes=("o", "lse"),
             optional=("lse_low",),
+            may_take=("max", "sinks"),
             score_tiles=1,
             contractions=ATTEND,
             emitter="forward.forward",
@@ -75,6 +73,7 @@ KERNELS = table(
             reads=("q", "k", "v"),
             writes=("o", "lse"),
             optional=("lse_low",),
+            may_take=("max", "sinks"),
             score_tiles=1,
             contractions=ATTEND,
             emitter="decode.decode",
@@ -86,6 +85,7 @@ KERNELS = table(
             reads=("q", "k", "v"),
             writes=("part", "o", "lse"),
             optional=("lse_low",),
+            may_take=("max", "sinks"),
             score_tiles=1,
             contractions=ATTEND,
             emitter="decode.decode",
@@ -97,13 +97,15 @@ KERNELS = table(
             reads=("o", "do", "lse"),
             writes=("statistics",),
             optional=("lse_low",),
+            may_take=("dlse",),
             emitter="backward.delta",
         ),
         CpuKernelRow(
             name="sink_gradients",
             parallel="q",
-            reads=("statistics", "sinks"),
-            writes=("dsinks",),
+            reads=("statistics",),
+            writes=(),
+            may_take=("sinks", "dsinks"),
             emitter="sinks.gradients",
         ),
         CpuKernelRow(
