@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tilefold.backends.cpu.threads import get_num_threads, set_num_threads
     from tilefold.common.reproducible import get_reproducible, set_reproducible
     from tilefold.compiling import compile_async
+    from tilefold.maps.doors import key_mass, weights
     from tilefold.masks.data_rules import dense, documents, lengths
     from tilefold.masks.position_rules import (
         Rule,
@@ -59,6 +60,7 @@ __all__ = [
     "full",
     "get_num_threads",
     "get_reproducible",
+    "key_mass",
     "lengths",
     "local",
     "log",
@@ -78,6 +80,7 @@ __all__ = [
     "table",
     "tanh",
     "temperature",
+    "weights",
     "where",
     "window_bias",
 ]
@@ -86,6 +89,8 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "attention": "tilefold.api",
     "attention_backward": "tilefold.api",
     "merge": "tilefold.api",
+    "key_mass": "tilefold.maps.doors",
+    "weights": "tilefold.maps.doors",
     "dense": "tilefold.masks.data_rules",
     "documents": "tilefold.masks.data_rules",
     "lengths": "tilefold.masks.data_rules",

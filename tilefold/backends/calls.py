@@ -43,6 +43,7 @@ from tilefold.problems.attention import (
     contiguous,
     describe,
     shape_lse,
+    shape_mass,
     shape_o,
     shapes_qkv,
 )
@@ -260,11 +261,11 @@ def _call(
     statistics = [name for name in named if name in _STATISTICS]
     for name in statistics:
         check_lse(arrays.dtype_of(named[name]), dtype, name)
-    q, k, v = (tuple(named[name].shape) for name in ("q", "k", "v"))
+    q, k, v = (tuple(named[name].shape) for name in ("q", "k", "v" if "v" in named else "k"))
     on, layout = backend(machine.backend), request.layout
     problem = on.admit(describe(q, k, v, dtype, request))
     shapes = dict.fromkeys(("o", "do"), shape_o(problem, layout))
-    shapes |= dict.fromkeys(_STATISTICS, shape_lse(problem))
+    shapes |= {**dict.fromkeys(_STATISTICS, shape_lse(problem)), "mass": shape_mass(problem)}
     if "sinks" in named:
         check_sinks(tuple(named["sinks"].shape), arrays.dtype_of(named["sinks"]), problem)
     for name in ("do", "o", *statistics):
@@ -289,7 +290,7 @@ def _call(
 
 def _dtype(name: str, dtype: str) -> str:
     """The type of a result of arrays of a type."""
-    return STATISTICS[dtype] if name in _STATISTICS else dtype
+    return STATISTICS[dtype] if name in (*_STATISTICS, "mass") else dtype
 
 
 def _placement(strides: Mapping[str, Strides], alignment: int, axes: Axes) -> Placement:

@@ -60,6 +60,9 @@ BACKWARD = Pass("backward", ("do", "q", "k", "v", "o", "lse"), ("dq", "dk", "dv"
 BACKWARD_LOW = BACKWARD.plus(("lse_low",))
 """The pass also reads `lse_low`."""
 
+KEY_MASS = Pass("key_mass", ("q", "k", "lse"), ("mass",))
+"""The sums of the columns of P. Only processors have this pass."""
+
 
 def is_extra(name: str) -> bool:
     """True for an array of a score ("input0"), for sinks, and for the seed of dropout.

@@ -20,6 +20,12 @@ class Extra(NamedTuple):
         """The names of the gradients, of all arrays that have one."""
         return tuple([f"d{name}" for name in self.names if name != "seed"])
 
+    @property
+    def inputs(self) -> list[tuple[str, Any]]:
+        """The arrays of a score, with their names."""
+        named = zip(self.names, self.arrays, strict=True)
+        return [(name, array) for name, array in named if name.startswith("input")]
+
 
 NOTHING = Extra((), ())
 

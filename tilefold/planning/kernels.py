@@ -43,6 +43,7 @@ OPERANDS = {
     "lse_low": Operand("q", None, given=False),
     "dlse": Operand("q", None, given=False),
     "max": Operand("q", None, given=False),
+    "mass": Operand("k", None, given=False),
     "delta": Operand("q", None, given=False),
     "statistics": Operand("q", None, given=False),
     "part": Operand("q", "dim_v", given=False),
@@ -68,6 +69,8 @@ ATTEND = Contractions(1, 1)
 """Products of the forward pass: S = Q K^T; O = P V."""
 DIFFERENCES = Contractions(1, 1)
 """Products of the gradients of a score's arrays: S; dP = dO V^T."""
+SCORES = Contractions(1, 0)
+"""The product of the mass of keys: S."""
 QUERY_GRADIENT = Contractions(2, 1)
 """Products of dQ: S; dP = dO V^T; dQ = dS K."""
 KEY_GRADIENTS = Contractions(2, 2)

@@ -157,6 +157,7 @@ class Problem:
         widths = {
             "forward": self.dim + self.dim_v,
             "backward": 3 * self.dim + 2 * self.dim_v,
+            "key_mass": self.dim,
         }
         return 2 * widths[operation] * (self.pairs if pairs is None else pairs)
 
@@ -167,7 +168,11 @@ class Problem:
         v = self.batch * self.heads_kv * self.len_k * self.dim_v
         o = self.batch * self.heads_q * self.len_q * self.dim_v
         lse = self.batch * self.heads_q * self.len_q
-        elements = {"forward": q + k + v + o, "backward": 2 * (q + k + v + o)}[operation]
+        elements = {
+            "forward": q + k + v + o,
+            "backward": 2 * (q + k + v + o),
+            "key_mass": q + k,
+        }[operation]
         return elements * ITEM_BYTES[self.dtype] + lse * ITEM_BYTES[STATISTICS[self.dtype]]
 
 
@@ -322,6 +327,11 @@ def shape_o(problem: Problem, layout: str) -> Shape:
     """The shape of o and do in a layout."""
     canonical = (problem.batch, problem.heads_q, problem.len_q, problem.dim_v)
     return tuple(canonical[axis] for axis in LAYOUTS[layout])
+
+
+def shape_mass(problem: Problem) -> Shape:
+    """The shape of the mass of keys, the same in every layout."""
+    return (problem.batch, problem.heads_q, problem.len_k)
 
 
 def shape_lse(problem: Problem) -> Shape:

@@ -135,6 +135,8 @@ def call(problem: Problem, device: Device, operation: str, strides: Mapping[str,
         inputs = tuple([int(name[6:]) for name in strides if name.startswith("dinput")])
         made = plan(problem, device, operation, in_place=in_place, extra=extra, inputs=inputs)
         return prepare(made, strides)
+    if operation == "key_mass":
+        return prepare(plan(problem, device, operation), strides)
     heads_interleaved = all(
         0 < abs(strides[name][1]) < abs(strides[name][2]) for name in ("k", "v")
     )

@@ -74,7 +74,7 @@ def plan(
     scope: str | None = None,
     inputs: tuple[int, ...] = (),
 ) -> CpuPlan:
-    """The plan of an operation, "forward" or "backward".
+    """The plan of an operation, "forward", "backward" or "key_mass".
 
     `form` is how it is done. Forward: "tiled" (queries in the lanes) or "decode" (few queries, the
     head dimension in the lanes, keys split among workers). Backward: "fused" (5 products per pair,
@@ -147,6 +147,8 @@ class _Planner:
             if inputs:
                 more = sums(self._chooser, self._spec_of_inputs(), inputs)
                 launches, buffers = launches + more.launches, buffers | more.buffers
+        elif operation == "key_mass":
+            launches = self._launches("key_mass")
         elif self._decodes(form):
             launches, buffers = self._decode(form)
         else:

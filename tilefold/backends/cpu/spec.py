@@ -16,6 +16,7 @@ from tilefold.planning.kernels import (
     DIFFERENCES,
     KEY_GRADIENTS,
     QUERY_GRADIENT,
+    SCORES,
     KernelRow,
     table,
 )
@@ -90,6 +91,15 @@ KERNELS = table(
             contractions=ATTEND,
             emitter="decode.decode",
             by_query=True,
+        ),
+        CpuKernelRow(
+            name="key_mass",
+            parallel="k",
+            reads=("q", "k", "lse"),
+            writes=("mass",),
+            score_tiles=1,
+            contractions=SCORES,
+            emitter="mass.mass",
         ),
         CpuKernelRow(
             name="delta",

@@ -22,6 +22,7 @@ products     which of the products a kernel uses
 sinks        logits in the sum alone, and their gradients
 scores       scores from products, dS from P and dP
 forward      the forward pass
+mass         sums of the columns of P
 backward     delta, dQ, and dK with dV
 reduce       sums of parts: of dQ, of gradients of arrays
 inputs       gradients of the arrays that a score reads

@@ -50,8 +50,8 @@ DROPOUT = (
 )
 """The last words where pairs fall out: see `tilefold.problems.dropout`."""
 
-PER_ROW = ("lse", "lse_low", "dlse", "max", "statistics")
-"""Operands with one element per query, or several rows of these."""
+PER_ROW = ("lse", "lse_low", "dlse", "max", "mass", "statistics")
+"""Operands with one element per query or key, or several rows of these."""
 
 PER_HEAD = ("sinks", "dsinks")
 """Operands with several elements per query head."""

@@ -36,6 +36,7 @@ def regions(spec: KernelSpec) -> dict[str, int]:
         "backward_dq": by_query,
         "backward_dkv": by_key,
         "backward": by_key | {"k_rows": rows_of_k},
+        "key_mass": {"k": dim, "p": tile, "mass": width},
         "sink_gradients": dict.fromkeys(OF_QUERY, width),
         "backward_inputs": by_query,
         "reduce_dq": {"dq_parts": dim, "dq": dim},
@@ -77,6 +78,8 @@ def _pair_regions(spec: KernelSpec) -> dict[str, int]:
 
     dim, dim_v = spec.dim, spec.dim_v
     staging = {"staging": max(padded(dim, unit), padded(dim_v, unit), rows) * width}
+    if spec.kernel == "key_mass":
+        return {"k": right(dim)} | staging | {"left": left(dim)}
     if spec.kernel == "forward":
         own = {"q": right(dim), "p_pairs": right(traversed)}
         return own | staging | {"left": left(dim), "left_columns": columns(dim_v)}
@@ -106,6 +109,8 @@ def _near_regions(spec: KernelSpec) -> dict[str, int]:
 
     if not spec.row.visits:
         return {}
+    if spec.kernel == "key_mass":
+        return {"left": size(spec.dim)}
     if spec.kernel == "forward":
         return {"left": max(size(spec.dim), size(spec.dim_v))}
     return {"left": size(spec.dim), "left_v": size(spec.dim_v)}

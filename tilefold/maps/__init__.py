@@ -1,0 +1,7 @@
+"""Attention maps: the weights of a region, and what keys receive of all queries.
+
+region  the pairs of a region, and what mask and score say of them
+numpy   both maps of NumPy arrays
+torch   both maps of PyTorch tensors
+doors   the public functions
+"""
