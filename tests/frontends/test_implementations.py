@@ -17,9 +17,10 @@ from operands import canonical, inputs
 
 import tilefold
 from tilefold import attention, implementations
+from tilefold.backends.arrays.torch import tensor_of
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import plan
-from tilefold.implementations.torch import array_of, tensor_of
+from tilefold.implementations.torch import array_of
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
 from tilefold.problems.request import LAYOUTS

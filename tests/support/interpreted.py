@@ -90,7 +90,7 @@ _machines: dict[str, interpreter.Interpreted] = {}
 
 def tensor(array: Array) -> Any:
     """The array as a tensor: the same memory, or a copy if torch has no such tensor."""
-    from tilefold.implementations.torch import tensor_of
+    from tilefold.backends.arrays.torch import tensor_of
 
     return tensor_of(array if array.flags.aligned else array.copy())
 

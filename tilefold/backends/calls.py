@@ -258,6 +258,7 @@ def _call(
     dtype = arrays.common_dtype(read)
     for name, array in named.items():
         arrays.check_held(name, array)
+    _check_inputs(arrays, named, request)
     statistics = [name for name in named if name in _STATISTICS]
     for name in statistics:
         check_lse(arrays.dtype_of(named[name]), dtype, name)
@@ -286,6 +287,18 @@ def _call(
     placement = _placement(strides, alignment, LAYOUTS[layout])
     prepared = on.prepare(machine, problem, wanted, placement)
     return Call(problem, wanted, arrays, results, prepared)
+
+
+def _check_inputs(arrays: Arrays, named: Mapping[str, Array], request: Request) -> None:
+    """Raises ValueError for an array of a score that is no longer what it was there."""
+    for given in request.score.inputs if request.score else ():
+        array = named[given.name]
+        now = arrays.dtype_of(array), tuple(array.shape)
+        if now != (given.dtype, given.shape):
+            raise ValueError(
+                f"the array {given.number} of score was {given.dtype} of shape {given.shape} when"
+                f" the score was made, and is {now[0]} of shape {now[1]}: make the score again"
+            )
 
 
 def _dtype(name: str, dtype: str) -> str:

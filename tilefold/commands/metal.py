@@ -102,7 +102,7 @@ def _real() -> Found:
         raise NotImplementedError(reason)
     import torch
 
-    from tilefold.implementations.torch import tensor_of
+    from tilefold.backends.arrays.torch import tensor_of
 
     machine = runtime.gpu()
     name, cores = torch.backends.mps.get_name(), torch.backends.mps.get_core_count()
@@ -138,7 +138,8 @@ def measure(
     machine: dispatch.Machine, problem: Problem, device: str, seconds: float = SECONDS
 ) -> tuple[list[Measured], list[str]]:
     """Measure a problem's kernels and PyTorch's own attention on a torch device; with notes."""
-    from tilefold.implementations.torch import finish, tensor_of
+    from tilefold.backends.arrays.torch import tensor_of
+    from tilefold.implementations.torch import finish
 
     rng, p = np.random.default_rng(0), problem
     shape, kind = (p.batch, p.heads_q, p.len_q, p.dim), array_files.element_type(p.dtype)

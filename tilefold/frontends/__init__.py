@@ -4,7 +4,9 @@ extra      arrays beside q, k and v: what a score reads, sinks, a seed
 foreign    objects that NumPy can view, and why it cannot view others
 numpy      NumPy arrays, and objects that share memory with them
 tensors    PyTorch tensors below autograd
+observed   who observes operations on PyTorch tensors
 operators  PyTorch's operators, for `torch.compile`
+extended   PyTorch tensors beside q, k and v
 torch      PyTorch tensors with autograd
 registry   the frontend of arrays, by their class
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tilefold.common.check import shown
@@ -28,6 +29,28 @@ class Extra(NamedTuple):
 
 
 NOTHING = Extra((), ())
+
+
+def spoken(name: str) -> str:
+    """An extra array as messages call it.
+
+    >>> spoken("input0"), spoken("sinks")
+    ('the array 0 of score', 'sinks')
+    """
+    if not name.startswith("input"):
+        return name
+    return f"the array {name.removeprefix('input')} of score"
+
+
+@lru_cache(maxsize=64)
+def names_of(request: Request, count: int) -> tuple[str, ...]:
+    """The names of the `count` extra arrays of a request.
+
+    >>> names_of(Request(dropout=0.1), 3)
+    ('input0', 'input1', 'seed')
+    """
+    last = ("sinks",) * bool(request.sinks) + ("seed",) * bool(request.dropout)
+    return (*[f"input{number}" for number in range(count - len(last))], *last)
 
 
 def taken_apart(request: Request, score: Any, sinks: Any = None) -> tuple[Request, Extra]:

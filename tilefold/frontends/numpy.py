@@ -17,7 +17,7 @@ from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
 from tilefold.backends.protocols import BACKWARD, FORWARD
 from tilefold.backends.registry import machine
-from tilefold.frontends.extra import NOTHING, Extra
+from tilefold.frontends.extra import NOTHING, Extra, spoken
 from tilefold.frontends.foreign import viewed
 from tilefold.problems.attention import STATISTICS, check_parts
 from tilefold.problems.request import Request
@@ -76,7 +76,14 @@ def attention_backward(
 
 def _arrays_of(extra: Extra, q: Array) -> tuple[Array, ...]:
     """The extra arrays as kernels read them: sinks are rows, in the type of lse."""
-    found = {name: as_array(name, x) for name, x in zip(extra.names, extra.arrays, strict=True)}
+    found = {}
+    for name, array in zip(extra.names, extra.arrays, strict=True):
+        if getattr(array, "requires_grad", False):
+            raise TypeError(
+                f"{spoken(name)} is a tensor that wants a gradient, and q is none: pass tensors, or"
+                " array.detach()"
+            )
+        found[name] = as_array(spoken(name), array)
     if "sinks" in found:
         found["sinks"] = _rows_of_sinks(found["sinks"], q)
     return tuple(found.values())

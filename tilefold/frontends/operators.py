@@ -172,3 +172,81 @@ def _(
     lse_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.custom_op(
+    "tilefold::attention_extended", mutates_args=(), device_types=("cpu", "mps", "cuda")
+)
+def attention_extended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra: list[Tensor],
+    request: Request,
+    wants_max: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of `attention`, and the largest score of each query, with extra arrays.
+
+    The last result has no elements unless it is wanted. This is an operator of its own, since
+    PyTorch dispatches one with a list of tensors more slowly.
+    """
+    further = ("max",) if wants_max else ()
+    o, lse, low, *rest = tensors.forward_extended(request, further, q, k, v, *extra)
+    return o, lse, lse.new_empty(0) if low is None else low, rest[0] if rest else lse.new_empty(0)
+
+
+@attention_extended.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra: list[Tensor],
+    request: Request,
+    wants_max: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    axes = LAYOUTS[request.layout]
+    sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
+    lse = q.new_empty(sizes[:3], dtype=tensors.statistics(q))
+    low = lse.new_empty(lse.shape if tensors.keeps_low(q) else 0)
+    largest = lse.new_empty(lse.shape if wants_max else 0)
+    return q.new_empty([sizes[axis] for axis in axes]), lse, low, largest
+
+
+@torch.library.custom_op(
+    "tilefold::attention_extended_backward", mutates_args=(), device_types=("cpu", "mps", "cuda")
+)
+def attention_extended_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    extra: list[Tensor],
+    request: Request,
+    wanted: list[bool],
+    dlse: Tensor | None = None,
+    lse_low: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The results of `attention_backward`, and the gradients of extra arrays that are `wanted`."""
+    given = do, q, k, v, o, lse, *extra
+    dq, dk, dv, *more = tensors.backward_extended(request, tuple(wanted), lse_low, dlse, *given)
+    return dq, dk, dv, more
+
+
+@attention_extended_backward.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    extra: list[Tensor],
+    request: Request,
+    wanted: list[bool],
+    dlse: Tensor | None = None,
+    lse_low: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    more = [x.new_empty(x.shape) for x, asked in zip(extra, wanted, strict=True) if asked]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), more

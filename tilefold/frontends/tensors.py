@@ -6,6 +6,8 @@ kernels, and tensors on a GPU of NVIDIA or AMD ("cuda") to the Triton kernels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,14 @@ from tilefold.backends import calls, registry
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.arrays.torch import check_place, common_dtype, dtype_of
 from tilefold.backends.protocols import BACKWARD, BACKWARD_LOW, FORWARD, FORWARD_LOW, Machine, Pass
+from tilefold.frontends.extra import names_of
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, check_lse
 from tilefold.problems.request import Request
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """o and lse, below autograd."""
-    o, lse = _run(FORWARD, (q, k, v), q, request)
+    o, lse = run(FORWARD, (q, k, v), q, request)
     return o, lse
 
 
@@ -32,7 +35,7 @@ def forward_low(
     """
     if not keeps_low(q):
         return *forward(q, k, v, request), None
-    o, lse, low = _run(FORWARD_LOW, (q, k, v), q, request)
+    o, lse, low = run(FORWARD_LOW, (q, k, v), q, request)
     return o, lse, low
 
 
@@ -57,8 +60,35 @@ def backward(
         wanted, given = BACKWARD_LOW, (*given, lse_low)
     if dlse is not None and (machine_of(q).reads_dlse or bool(dlse.any())):
         wanted, given = wanted.plus(("dlse",)), (*given, dlse)
-    dq, dk, dv = _run(wanted, given, q, request)
+    dq, dk, dv = run(wanted, given, q, request)
     return dq, dk, dv
+
+
+def forward_extended(request: Request, further: tuple[str, ...], *given: Tensor) -> tuple[Any, ...]:
+    """The results of `forward_low`, and `further` ones; extra arrays follow q, k and v."""
+    q, low = given[0], keeps_low(given[0])
+    wanted = (FORWARD_LOW if low else FORWARD).plus(names_of(request, len(given) - 3), further)
+    o, lse, *rest = run(wanted, given, q, request)
+    return (o, lse, *rest) if low else (o, lse, None, *rest)
+
+
+def backward_extended(
+    request: Request,
+    wanted: tuple[bool, ...],
+    lse_low: Tensor | None,
+    dlse: Tensor | None,
+    *given: Tensor,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, and the gradients that are `wanted` of the extra arrays, which follow lse."""
+    names = names_of(request, len(given) - 6)
+    slopes = tuple([f"d{name}" for name, asked in zip(names, wanted, strict=True) if asked])
+    made, every = BACKWARD, given[:6]
+    if lse_low is not None:
+        made, every = BACKWARD_LOW, (*every, lse_low)
+    made, every = made.plus(names, slopes), every + given[6:]
+    if dlse is not None and (machine_of(given[1]).reads_dlse or bool(dlse.any())):
+        made, every = made.plus(("dlse",)), (*every, dlse)
+    return run(made, every, given[1], request)
 
 
 def keeps_low(q: Tensor) -> bool:
@@ -71,9 +101,8 @@ def machine_of(tensor: Tensor) -> Machine:
     return registry.machine("cpu" if tensor.is_cpu else tensor.device)
 
 
-def _run(
-    wanted: Pass, given: tuple[Tensor, ...], q: Tensor, request: Request
-) -> tuple[Tensor, ...]:
+def run(wanted: Pass, given: tuple[Tensor, ...], q: Tensor, request: Request) -> tuple[Tensor, ...]:
+    """The results of a pass of tensors, below autograd, where q lies."""
     bits = 0
     for x in given:
         address = x.data_ptr()

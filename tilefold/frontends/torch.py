@@ -19,9 +19,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tilefold.backends.arrays.torch import check_held, dtype_of
-from tilefold.frontends import tensors
+from tilefold.frontends import extended, tensors
+from tilefold.frontends.extra import NOTHING, Extra
+from tilefold.frontends.observed import OPERATORS, PLAIN, recorded, unobserved
 from tilefold.problems.attention import check_parts
 from tilefold.problems.request import Request
+
+__all__ = ["OPERATORS", "PLAIN", "attention", "attention_backward", "merge", "request_of"]
 
 # 2.12 and 2.13 pass all tests, 2.10 and 2.11 all tests that need no operator. 2.15 (a CUDA build)
 # passes all but its own opcheck, which fails on a warning that it raises itself.
@@ -33,19 +37,13 @@ if torch.__version__ < OLDEST:  # a TorchVersion, which compares releases
         " arrays (tensor.numpy())"
     )
 
-OPERATORS = torch.__version__ >= "2.12"
-"""True from torch 2.12, whose custom operators accept an opaque Python value such as a Request."""
-
 if OPERATORS:
     from tilefold.frontends import operators
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""Tensor types whose operations never call back into Python."""
 
 
 def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
     """The request of a call, from its options. Raises for a scale that wants a gradient."""
-    if scale is not None and isinstance(scale, Tensor) and _recorded(scale):
+    if scale is not None and isinstance(scale, Tensor) and recorded(scale):
         raise NotImplementedError(
             "scale wants a gradient, and it has none: multiply q by it and pass scale=1.0, or pass"
             " scale.item()"
@@ -55,11 +53,20 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
     return Request(mask, scale, layout, precision)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
-    """Return o and lse; see `tilefold.attention`."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: Request,
+    extra: Extra = NOTHING,
+    further: tuple[str, ...] = (),
+) -> tuple[Tensor, ...]:
+    """Return o and lse, and `further` results of the pass; see `tilefold.attention`."""
+    if extra.names or further:
+        return extended.attention(q, k, v, request, extra, further)
     result: tuple[Tensor, Tensor]
-    if _unobserved(q, k, v):
-        run = _Attention.apply if _recorded(q, k, v) else tensors.forward
+    if unobserved(q, k, v):
+        run = _Attention.apply if recorded(q, k, v) else tensors.forward
         result = run(q, k, v, request)
     else:
         tensors.check(q=q, k=k, v=v)
@@ -78,13 +85,16 @@ def attention_backward(
     request: Request,
     lse_low: Tensor | None = None,
     dlse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv; see `tilefold.attention_backward`, and `tensors.backward`."""
+    extra: Extra = NOTHING,
+) -> tuple[Tensor, ...]:
+    """Return dq, dk, dv, and gradients of extra arrays; see `tilefold.attention_backward`."""
+    if extra.names:
+        return extended.attention_backward(do, q, k, v, o, lse, request, lse_low, dlse, extra)
     given = do, q, k, v, o, lse
     every = given if dlse is None else (*given, dlse)
     result: tuple[Tensor, Tensor, Tensor]
-    if _unobserved(*every):
-        run = _Backward.apply if _recorded(*every) else tensors.backward
+    if unobserved(*every):
+        run = _Backward.apply if recorded(*every) else tensors.backward
         result = run(*given, request, lse_low, dlse)
     else:
         tensors.check_all(*every)
@@ -121,48 +131,6 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tu
     return o.permute(axes).to(o1.dtype).contiguous(), lse  # each layout is its own inverse
 
 
-def _unobserved(*given: Tensor) -> bool:
-    """True if these are plain tensors, and no part of torch observes operations on them."""
-    if _transformed() or (_watched() if OPERATORS else _faked()):
-        return False
-    here = given[0].is_cpu
-    for tensor in given:
-        if not (
-            type(tensor) in PLAIN
-            and (tensor.is_cpu if here else tensors.same_gpu(tensor, given[0]))
-            and tensor.layout is torch.strided
-            and not tensor.is_neg()
-        ):
-            return False
-    return True
-
-
-def _transformed() -> bool:
-    """True inside a compiler, a tracer or a transform, which must see one operator."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-def _watched() -> bool:
-    """True if a mode or a profiler observes operators."""
-    return bool(
-        torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._autograd._profiler_enabled()
-    )
-
-
-def _faked() -> bool:
-    """True if a mode makes tensors without data, or records operations."""
-    kinds = torch._C._TorchDispatchModeKey
-    modes = kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
-
-
 def _operators() -> Any:
     """The module of the operators. Raises NotImplementedError if PyTorch is too old for them."""
     if not OPERATORS:
@@ -172,11 +140,6 @@ def _operators() -> Any:
             f" or newer, found {torch.__version__}"
         )
     return operators
-
-
-def _recorded(*given: Tensor) -> bool:
-    """True if autograd records a call on these tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
 def _refuse_tangents(*given: Tensor) -> None:

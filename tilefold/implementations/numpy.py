@@ -66,11 +66,12 @@ def native(
             f"impl='native' is PyTorch's fused attention, since NumPy has none, and torch {reason}:"
             " pip install torch, or choose impl='composed' or impl='kernel'"
         )
+    from tilefold.backends.arrays.torch import tensor_of
     from tilefold.implementations import torch
 
     q, k, v = as_array("q", q), as_array("k", k), as_array("v", v)
     common_dtype({"q": q, "k": k, "v": v})
-    queries, keys, values = (torch.tensor_of(array) for array in (q, k, v))
+    queries, keys, values = (tensor_of(array) for array in (q, k, v))
     o, lse = torch.native(queries, keys, values, request, wants_lse)
     return torch.array_of(o, q.dtype), None if lse is None else lse.numpy()
 

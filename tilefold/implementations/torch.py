@@ -156,18 +156,6 @@ def finish(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def tensor_of(array: Array) -> Tensor:
-    """A tensor that shares the memory of an array, or a copy where torch has no such tensor.
-
-    Torch takes no negative strides and no read-only memory. It takes bfloat16 only as integers.
-    """
-    if not array.flags.writeable or min(array.strides, default=0) < 0:
-        array = array.copy()
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
 def array_of(tensor: Tensor, dtype: np.dtype[Any]) -> Array:
     """The memory of a tensor as an array; `dtype` is NumPy's name of the tensor's type."""
     if tensor.dtype == torch.bfloat16:

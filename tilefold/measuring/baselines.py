@@ -286,7 +286,8 @@ def implementation(name: str, device: str, case: Case, a: Arrays, *, wait: bool 
     """
     import torch
 
-    from tilefold.implementations.torch import finish, tensor_of
+    from tilefold.backends.arrays.torch import tensor_of
+    from tilefold.implementations.torch import finish
 
     problem = case.problem
     if device == "mps" and problem.dtype == "float64":

@@ -64,6 +64,18 @@ class Score(ABC):
         return changed_fields(self, named) if named else self
 
     @computed
+    def inputs(self) -> tuple[Input, ...]:
+        """The float arrays that it reads, each once, by their numbers."""
+        found: dict[int, Input] = {}
+
+        def see(given: Input) -> Input:
+            found[given.number] = given
+            return given
+
+        self.renamed(see)
+        return tuple([found[number] for number in sorted(found)])
+
+    @computed
     def form(self) -> Form:
         """The modification without its arrays, and the arrays in order of appearance."""
         arrays: list[Any] = []

@@ -70,7 +70,7 @@ class _Changed(Rebuild):
         self.s, self.rename = s, rename
 
     def score(self) -> Expression:
-        return self.s or ScoreValue()
+        return ScoreValue() if self.s is None else self.s
 
     def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
         if isinstance(table, Input) and self.rename:

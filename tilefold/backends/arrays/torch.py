@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tilefold.problems import attention
@@ -106,6 +108,18 @@ def empty(like: Tensor, wanted: Sequence[tuple[Shape, torch.dtype | None]]) -> t
             for shape, dtype in wanted
         ]
     )
+
+
+def tensor_of(array: NDArray[Any]) -> Tensor:
+    """A tensor that shares the memory of an array, or a copy where torch has no such tensor.
+
+    Torch takes no negative strides and no read-only memory. It takes bfloat16 only as integers.
+    """
+    if not array.flags.writeable or min(array.strides, default=0) < 0:
+        array = array.copy()
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def packed(tensor: Tensor) -> Tensor:

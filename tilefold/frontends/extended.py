@@ -1,0 +1,200 @@
+"""PyTorch: calls with arrays beside q, k and v, which are what a score reads, sinks, and a seed.
+
+The arrays are inputs of autograd as q, k and v are, and only the gradients that are wanted are
+computed. The order of the arrays is that of `Extra`; their names follow from the request.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tilefold.backends.arrays.torch import check_held, dtype_of, tensor_of
+from tilefold.frontends import tensors
+from tilefold.frontends.extra import Extra, spoken
+from tilefold.frontends.observed import OPERATORS, recorded, unobserved
+from tilefold.problems.request import Request
+
+if OPERATORS:
+    from tilefold.frontends import operators
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, request: Request, extra: Extra, further: tuple[str, ...] = ()
+) -> tuple[Tensor, ...]:
+    """o and lse, and the `further` results of the pass: "max" or none."""
+    arrays = tensors_of(extra, q)
+    given = q, k, v, *arrays
+    if unobserved(*given):
+        run = _Attention.apply if recorded(*given) else tensors.forward_extended
+        o, lse, _, *rest = run(request, further, *given)
+        return (o, lse, *rest)
+    tensors.check(q=q, k=k, v=v)
+    o, lse, _, largest = _operators().attention_extended(q, k, v, [*arrays], request, bool(further))
+    return (o, lse, largest) if further else (o, lse)
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    request: Request,
+    lse_low: Tensor | None,
+    dlse: Tensor | None,
+    extra: Extra,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, and the gradients of all arrays that have one."""
+    arrays = tensors_of(extra, q)
+    wanted = [f"d{name}" in extra.gradients for name in extra.names]
+    given = (do, q, k, v, o, lse)
+    *found, more = gradients(given, arrays, request, wanted, lse_low, dlse)
+    if "sinks" in extra.names:
+        place = extra.names.index("sinks")
+        sinks = extra.arrays[place]
+        dtype = str(sinks.dtype).removeprefix("torch.")
+        more[place] = more[place].reshape(sinks.shape).to(getattr(torch, dtype))
+    return (*found, *more)
+
+
+def tensors_of(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:
+    """The arrays as kernels read them: tensors on the device of `q`.
+
+    Arrays of NumPy become such tensors. Sinks are rows, in the type of lse.
+    """
+    found = []
+    for name, array in zip(extra.names, extra.arrays, strict=True):
+        words = spoken(name)
+        if not isinstance(array, Tensor):
+            tensor = tensor_of(np.asarray(array)).to(q.device)
+        else:
+            tensor = array
+            if tensor.device != q.device:
+                raise ValueError(
+                    f"{words} is on {tensor.device} and q is on {q.device}: pass it"
+                    f" .to({str(q.device)!r})"
+                )
+            if not torch.compiler.is_compiling():
+                if tensor.layout is not torch.strided:
+                    raise TypeError(
+                        f"{words} must be a strided tensor, got {tensor.layout}; pass its"
+                        " .to_dense()"
+                    )
+                if tensor.device.type in ("cpu", "cuda", "mps") and type(tensor) is Tensor:
+                    check_held(words, tensor)
+        if name == "sinks":
+            if not tensor.is_floating_point():
+                raise TypeError(f"sinks must be an array of floats, got {dtype_of(tensor)}")
+            rows = tensor if tensor.dim() == 2 else tensor[:, None]
+            tensor = rows.to(tensors.statistics(q))
+        found.append(tensor)
+    return tuple(found)
+
+
+def gradients(
+    given: Six,
+    arrays: tuple[Tensor, ...],
+    request: Request,
+    wanted: list[bool],
+    lse_low: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Any, ...]:
+    """dq, dk, dv, and a list of the gradients of the arrays that are wanted."""
+    every = (*given, *arrays) if dlse is None else (*given, *arrays, dlse)
+    if unobserved(*every):
+        run = _Backward.apply if recorded(*every) else tensors.backward_extended
+        dq, dk, dv, *more = run(request, tuple(wanted), lse_low, dlse, *given, *arrays)
+        return dq, dk, dv, more
+    tensors.check_all(*given, dlse)
+    backward = _operators().attention_extended_backward
+    found: tuple[Any, ...] = backward(*given, [*arrays], request, wanted, dlse, lse_low)
+    return found
+
+
+class _Attention(torch.autograd.Function):
+    """The forward pass. The results after lse have no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, request: Request, further: tuple[str, ...], *given: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        o, lse, low, *rest = tensors.forward_extended(request, further, *given)
+        ctx.request = request
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*rest)
+        ctx.save_for_backward(o, lse, low, *given)
+        return (o, lse, None, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None) -> Any:
+        o, lse, low, q, k, v, *arrays = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[5:]]
+        given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
+        *found, more = gradients(given, tuple(arrays), ctx.request, wanted, low, dlse)
+        return (None, None, *found, *spread(more, wanted))
+
+
+class _Backward(torch.autograd.Function):
+    """The backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return tensors.backward_extended(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        refuse()
+
+
+def spread(found: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
+    """The gradients that were found, with None for those that were not wanted."""
+    left = iter(found)
+    return [next(left) if asked else None for asked in wanted]
+
+
+def refuse(*_: Any) -> Any:
+    """Raises NotImplementedError: these calls have no second derivatives."""
+    raise NotImplementedError(
+        "second derivatives of tilefold.attention with arrays in a score, sinks or dropout are not"
+        " implemented: do not pass create_graph=True, or use torch's own attention where you need"
+        " them"
+    )
+
+
+def _operators() -> Any:
+    """The module of the operators. Raises NotImplementedError if PyTorch is too old for them."""
+    if not OPERATORS:
+        raise NotImplementedError(
+            "attention under torch.func, tracers and forward-mode derivatives, on meta tensors, on"
+            " subclasses and on conjugates' imaginary parts (call resolve_neg()) needs PyTorch 2.12"
+            f" or newer, found {torch.__version__}"
+        )
+    return operators
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, arrays, ctx.request, _ = inputs
+    o, lse, low, largest = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(low, largest)
+    ctx.save_for_backward(o, lse, low if tensors.keeps_low(q) else None, q, k, v, *arrays)
+
+
+def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None) -> Any:
+    o, lse, low, q, k, v, *arrays = ctx.saved_tensors
+    wanted = [*ctx.needs_input_grad[3]]
+    given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
+    *found, more = gradients(given, tuple(arrays), ctx.request, wanted, low, dlse)
+    return (*found, spread(more, wanted), None, None)
+
+
+if OPERATORS:
+    operators.attention_extended.register_autograd(_gradients, setup_context=_save)
+    operators.attention_extended_backward.register_autograd(refuse)

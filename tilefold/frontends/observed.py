@@ -1,0 +1,62 @@
+"""Who observes operations on PyTorch tensors: autograd, or a part of torch that sees operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tilefold.frontends import tensors
+
+OPERATORS = torch.__version__ >= "2.12"
+"""True from torch 2.12, whose custom operators accept an opaque Python value such as a Request."""
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Tensor types whose operations never call back into Python."""
+
+
+def unobserved(*given: Tensor) -> bool:
+    """True if these are plain tensors, and no part of torch observes operations on them."""
+    if _transformed() or (_watched() if OPERATORS else _faked()):
+        return False
+    here = given[0].is_cpu
+    for tensor in given:
+        if not (
+            type(tensor) in PLAIN
+            and (tensor.is_cpu if here else tensors.same_gpu(tensor, given[0]))
+            and tensor.layout is torch.strided
+            and not tensor.is_neg()
+        ):
+            return False
+    return True
+
+
+def recorded(*given: Tensor) -> bool:
+    """True if autograd records a call on these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+
+def _transformed() -> bool:
+    """True inside a compiler, a tracer or a transform, which must see one operator."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def _watched() -> bool:
+    """True if a mode or a profiler observes operators."""
+    return bool(
+        torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _faked() -> bool:
+    """True if a mode makes tensors without data, or records operations."""
+    kinds = torch._C._TorchDispatchModeKey
+    modes = kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
