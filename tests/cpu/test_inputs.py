@@ -62,6 +62,7 @@ class Case(NamedTuple):
 CASES = {
     "bias": Case(lambda n: bias(n(B, H, Q, K)), causal(), layout="bnhd"),
     "bias-of-heads": Case(lambda n: bias(n(H, Q, K)), layout="bhdn"),
+    "bias-turned": Case(lambda n: bias(n(K, Q, H).T[:, ::-1]), causal()),
     "bias-of-batch": Case(lambda n: bias(n(B, 1, Q, K)), local(9)),
     "bias-of-keys": Case(lambda n: bias(n(B, 1, 1, K)), causal()),
     "bias-of-queries": Case(lambda n: bias(n(H, Q, 1)), causal()),

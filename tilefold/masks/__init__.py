@@ -9,6 +9,7 @@ arrays          arrays that rules are given, as tables
 coordinates     the coordinates of queries and keys, in 1-D and 2-D
 table_bounds    the smallest and largest entries of tables over ranges
 derivative      derivatives of real expressions, as expressions
+pairs           how expressions depend on the query and the key of a pair
 hiding          whether a score may hide pairs
 evaluate        the exact fold, which is the definition, and the interval fold
 runs            from an expression and block sizes to runs of tiles: skipped, full, partial

@@ -25,6 +25,7 @@ from tilefold.backends.cpu.kernels.arguments import CHUNK
 from tilefold.backends.cpu.launches import Launch, visited_work
 from tilefold.backends.cpu.spec import Entry, KernelSpec, Target
 from tilefold.masks.expression import Expression, Index, names
+from tilefold.masks.pairs import is_dense
 from tilefold.masks.tables import Input
 from tilefold.planning.masked import Scored
 from tilefold.planning.plan import Scratch
@@ -73,7 +74,7 @@ class _Array:
         self.elements = math.prod(given.shape)
         apart = {name for name in "bhqk" if self._stands_alone(name)}
         self.conflicts = [name for name, size in extents.items() if name not in apart and size > 1]
-        self.dense = "k" in apart and all(map(_is_dense, reads))
+        self.dense = "k" in apart and all(map(is_dense, reads))
         met = math.prod(size for name, size in extents.items() if name in apart)
         bytes_ = BLOCK_PART_BYTES if "q" in apart else PART_BYTES
         most = bytes_ * met // max(1, 8 * self.elements)
@@ -180,7 +181,7 @@ class _Planner:
 
     def _covers(self, array: _Array) -> bool:
         """True where every entry of the result is stored: then nothing clears it before."""
-        problem, everywhere = self._problem, self._masked.constant and not self._spec.hides
+        problem, everywhere = self._problem, self._masked.constant
         pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
         return array.once and everywhere and array.elements == pairs
 
@@ -276,11 +277,3 @@ def _indices(scored: Scored) -> list[Indices]:
 
 def _is_index(node: Expression, name: str) -> bool:
     return isinstance(node, Index) and node.name == name
-
-
-def _is_dense(indices: Indices) -> bool:
-    """True for a look-up [.., q, k], in any order, whose other indices are those of a head."""
-    plain = [index for index in indices if _is_index(index, "q") or _is_index(index, "k")]
-    others = [index for index in indices if not any(index is one for one in plain)]
-    twice = len({index.name for index in plain if isinstance(index, Index)}) < len(plain)
-    return len(plain) == 2 and not twice and not any(names(x) & {"q", "k"} for x in others)

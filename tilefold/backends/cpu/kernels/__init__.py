@@ -11,6 +11,7 @@ entries      look-ups of a score, for gradients of its arrays
 work         work items from a shared counter, tiles from runs
 mask         the text fold of a rule and of a modified score
 pack         operands turned into the order of the microkernel
+ahead        a modified score of a tile, with what is made before its rows
 pairs        products of pairs of bfloat16
 tile         one tile of scores
 dropout      factors of pairs that fall out or stay

@@ -136,7 +136,7 @@ class _QueryGradient:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.block.h) if masked else None
-        modified = self.block.score(self.block.h)
+        modified = self.block.score(self.block.h, tile)
         made = self.products.sides
         keys = made(tile, self.keys, "left", spec.dim, rows=True, columns=True)
         values = made(tile, self.values, "left_v", spec.dim_v, rows=True, columns=False)
@@ -200,7 +200,7 @@ class KeyGradients:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         mask = self.block.mask(self.h_q) if masked else None
-        self.modified = self.block.score(self.h_q)
+        self.modified = self.block.score(self.h_q, tile)
         made = self.products.sides
         queries = made(tile, self.queries, "left", spec.dim, rows=True, columns=True)
         do = made(tile, self.do, "left_v", spec.dim_v, rows=True, columns=True)

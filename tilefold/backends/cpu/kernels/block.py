@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from tilefold.backends.cpu.kernels import amx, dropout, entries, microkernel, pack, work
+from tilefold.backends.cpu.kernels import ahead, amx, dropout, entries, microkernel, pack, work
+from tilefold.backends.cpu.kernels.ahead import TileOf, TileScoreText
 from tilefold.backends.cpu.kernels.arguments import COMPUTED, OF_QUERY, Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.mask import MaskText, Place, ScoreText
@@ -44,6 +45,8 @@ def regions(spec: KernelSpec) -> dict[str, int]:
     }[spec.kernel]
     if spec.kernel == "backward_inputs":
         found = found | entries.regions(spec, tile)
+    if spec.row.visits:
+        found = found | ahead.regions(spec, tile)
     if spec.dropout and spec.row.visits:
         found["keep"] = _factors_of_dropout(spec)
     if spec.multiplier.unit != "fma":
@@ -275,11 +278,15 @@ class Block:
         """The rule on this block, for query head `h`."""
         return MaskText(self.place(h))
 
-    def score(self, h: Value) -> ScoreText | None:
-        """The modified score of this block, for query head `h`; None where it is the product."""
+    def score(self, h: Value, tile: Tile) -> ScoreText | None:
+        """The modified score of a tile, for query head `h`; None where it is the product."""
         if self.spec.score is None:
             return None
-        return ScoreText(self.place(h), self.scale.rest)
+        return TileScoreText(self.place(h), self.scale.rest, self.tile_of(tile))
+
+    def tile_of(self, tile: Tile) -> TileOf:
+        """Where a tile of this block is."""
+        return TileOf(self.shape, tile.first, tile.count, self.valid, self.region)
 
     def place(self, h: Value) -> Place:
         """Where the pairs of this block and of query head `h` are."""

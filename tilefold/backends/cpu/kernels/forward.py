@@ -74,7 +74,7 @@ class _Forward:
         tops = [body.variable(self.shape.vector, self._lowest, "top") for _ in self.m]
         keys = self.products.sides(tile, self.keys, "left", spec.dim, rows=True, columns=False)
         body.comment("S^T <- K Q^T, and the largest of each lane")
-        modified = self.block.score(self.block.h)
+        modified = self.block.score(self.block.h, tile)
         if masked:
             mask = self.block.mask(self.block.h)
             score_tile(

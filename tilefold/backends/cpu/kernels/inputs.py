@@ -27,11 +27,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from tilefold.backends.cpu.kernels import microkernel, pack, work
+from tilefold.backends.cpu.kernels.ahead import TileScoreText
 from tilefold.backends.cpu.kernels.backward import Statistics, differences, store_scores
 from tilefold.backends.cpu.kernels.block import Block, emit
 from tilefold.backends.cpu.kernels.entries import Read, reads
 from tilefold.backends.cpu.kernels.ir import Value, Variable, overload, vector
-from tilefold.backends.cpu.kernels.mask import IndexText, Lanes, ScoreText
+from tilefold.backends.cpu.kernels.mask import IndexText, Lanes
 from tilefold.backends.cpu.kernels.products import products
 from tilefold.backends.cpu.kernels.reduce import summed
 from tilefold.backends.cpu.kernels.storage import storage_in
@@ -53,7 +54,7 @@ for each owner: for each of its heads, batch entries and blocks of queries:
     return emit(spec, title.strip(), lambda block: _InputGradients(block).write())
 
 
-class _Changes(ScoreText):
+class _Changes(TileScoreText):
     """Gives the modified scores of a tile alone, and keeps what else was computed."""
 
     def row(self, index: Value, products: Sequence[Value]) -> tuple[Any, ...]:
@@ -148,7 +149,7 @@ class _InputGradients:
         body, spec, block = self.body, self.spec, self.block
         tile = Tile(body, self.shape, first, count)
         mask = block.mask(block.h) if masked else None
-        modified = _Changes(block.place(block.h), block.scale.rest)
+        modified = _Changes(block.place(block.h), block.scale.rest, block.tile_of(tile))
         made = self.products.sides
         keys = made(tile, self.keys, "left", spec.dim, rows=True, columns=False)
         values = made(tile, self.values, "left_v", spec.dim_v, rows=True, columns=False)
