@@ -75,7 +75,8 @@ class _Mass:
                 for j, score in enumerate(line):
                     body.store(score, tile.at(self.scores, body.add(row, i), j))
 
-        score_tile(self.products, tile, queries.rows, self.packed, keep, block.score(block.h))
+        modified = block.score(block.h, tile)
+        score_tile(self.products, tile, queries.rows, self.packed, keep, modified)
         body.comment("P <- 2^((S - m) c + r);  mass <- mass + sum of the rows of P")
         sums = [body.variable(shape.vector, block.splat(0.0), "sum") for _ in self.mass]
         with body.loop("r", 0, count) as row:
