@@ -110,8 +110,10 @@ def attention(
     With "composed" and "native", torch computes the gradients, torch's own setting replaces
     `precision`, and NaN or infinity in a hidden key can reach a query, since it is multiplied by 0.
 
-    Under `torch.compile` a rule is a constant of the graph. Make rules that carry data, and
-    `rule(...)`, outside the compiled function. Only "kernel" can be part of a graph.
+    Under `torch.compile` a rule is a constant of the graph, and so is the form of a score; the
+    arrays of a score are inputs of the graph. Make rules that carry data, `rule(...)`,
+    `score(...)` and `relative_bias(...)` outside the compiled function. Only "kernel" can be part
+    of a graph.
 
     Raises:
         TypeError: q, k or v is not an array, their types differ or are not allowed, or mask is not
@@ -130,7 +132,7 @@ def attention(
     frontend = registry.find(q=q, k=k, v=v)
     request = frontend.request_of(mask, scale, layout, precision)
     if score is not None or sinks is not None or return_max:
-        request, extra = taken_apart(request, score, sinks)
+        request, extra = taken_apart(request, score, sinks, frontend.extended)
         if impl != KERNEL:
             what = "score, sinks or return_max"
             raise NotImplementedError(f"impl={impl!r} takes no {what}; use impl='kernel'")
@@ -208,7 +210,7 @@ def attention_backward(
     request = frontend.request_of(mask, scale, layout, precision)
     options: dict[str, Any] = {}
     if score is not None or sinks is not None:
-        request, options["extra"] = taken_apart(request, score, sinks)
+        request, options["extra"] = taken_apart(request, score, sinks, frontend.extended)
     gradients: tuple[Any, ...] = frontend.attention_backward(
         do, q, k, v, o, lse, request, dlse=dlse, **options
     )

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
 from torch.overrides import TorchFunctionMode
 
 import tilefold
+import tilefold.frontends.torch  # gives the operators their derivatives
 from tilefold import attention, attention_backward
 from tilefold.frontends import operators
 from tilefold.problems import reference
@@ -196,6 +198,50 @@ def test_opcheck() -> None:
         inputs = (o, *given, o, lse, arrays, request, [True, False], torch.ones_like(lse))
         plain = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, inputs)
     torch.library.opcheck(operators.attention_extended_backward, plain)
+
+
+INSIDE: dict[str, Makes] = {
+    "bias, capped": lambda a: [tilefold.bias(a), tilefold.softcap(3.0)],
+    "alibi": lambda a: [tilefold.alibi(), tilefold.temperature(a[:, :1])],
+}
+OUTSIDE: dict[str, Makes] = {
+    "one of my own": lambda a: own(a),
+    "buckets of T5": lambda a: tilefold.relative_bias(a, max_distance=9),
+    "no arrays": lambda a: tilefold.alibi(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.feature("T09")
+@pytest.mark.parametrize("case", [*INSIDE, *OUTSIDE])
+def test_compiled_functions_read_the_arrays_of_a_score(case: str) -> None:
+    """A score may be made inside, too. Other values of the arrays are read by the same graph."""
+    q, k, v = tensors()
+    sinks, inside = learnable(4), case in INSIDE
+    array = learnable(*{"one of my own": (4,), "buckets of T5": (4, 8)}.get(case, (4, 1, 5)))
+    make = (INSIDE | OUTSIDE)[case]
+    made = make(array)
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    def model(q: Tensor) -> Tensor:
+        o: Tensor = attention(q, k, v, score=make(array) if inside else made, sinks=sinks)
+        return o.sin().sum()
+
+    model(q)  # the first call of a program finds out which framework q is of
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for _ in range(2):
+        got, want = (
+            torch.autograd.grad(call(q), (q, array, sinks), materialize_grads=True)
+            for call in (compiled, model)
+        )
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        with torch.no_grad():
+            array.mul_(0.5)
+    assert len(graphs) == 1
 
 
 Q = torch.zeros(1, 2, 3, 4)

@@ -5,6 +5,7 @@ foreign    objects that NumPy can view, and why it cannot view others
 numpy      NumPy arrays, and objects that share memory with them
 tensors    PyTorch tensors below autograd
 observed   who observes operations on PyTorch tensors
+spelled    requests spelled in plain constants, for `torch.compile`
 operators  PyTorch's operators, for `torch.compile`
 extended   PyTorch tensors beside q, k and v
 torch      PyTorch tensors with autograd

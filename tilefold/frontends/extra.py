@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tilefold.common.check import shown
 from tilefold.problems.request import Request
-from tilefold.scores.score import as_score
+from tilefold.scores.score import Score, as_score
 
 
 class Extra(NamedTuple):
@@ -53,25 +54,34 @@ def names_of(request: Request, count: int) -> tuple[str, ...]:
     return (*[f"input{number}" for number in range(count - len(last))], *last)
 
 
-def taken_apart(request: Request, score: Any, sinks: Any = None) -> tuple[Request, Extra]:
+def extended(request: Request, score: Score | None, sinks: int) -> tuple[Request, tuple[Any, ...]]:
+    """The request with a modification of scores and a number of sinks; the score's arrays."""
+    form, arrays = (None, ()) if score is None else score.form
+    options = request.mask, request.scale, request.layout, request.precision
+    return Request(*options, form, sinks, request.dropout), arrays
+
+
+def taken_apart(
+    request: Request,
+    score: Any,
+    sinks: Any = None,
+    extend: Callable[[Request, Score | None, int], tuple[Request, tuple[Any, ...]]] = extended,
+) -> tuple[Request, Extra]:
     """The request with a score's form and the number of sinks; the score's arrays, and sinks.
+
+    `extend` is the frontend's `extended`.
 
     Raises TypeError or ValueError for a score or sinks that are none.
     """
-    form, number = None, 0
-    names: tuple[str, ...] = ()
-    arrays: tuple[Any, ...] = ()
     modified = as_score(score)
-    if modified is not None:
-        form, arrays = modified.form
-        names = tuple([f"input{i}" for i in range(len(arrays))])
-    if sinks is not None:
-        number = _sinks_of_head(sinks)
-        names, arrays = (*names, "sinks"), (*arrays, sinks)
-    if not (form or names):
+    if modified is None and sinks is None:
         return request, NOTHING
-    options = request.mask, request.scale, request.layout, request.precision
-    return Request(*options, form, number, request.dropout), Extra(names, arrays)
+    number = 0 if sinks is None else _sinks_of_head(sinks)
+    request, arrays = extend(request, modified, number)
+    names = [f"input{i}" for i in range(len(arrays))]
+    if sinks is not None:
+        names, arrays = [*names, "sinks"], (*arrays, sinks)
+    return request, Extra(tuple(names), arrays)
 
 
 def _sinks_of_head(sinks: Any) -> int:

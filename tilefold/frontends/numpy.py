@@ -17,10 +17,20 @@ from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
 from tilefold.backends.protocols import BACKWARD, FORWARD
 from tilefold.backends.registry import machine
-from tilefold.frontends.extra import NOTHING, Extra, spoken
+from tilefold.frontends.extra import NOTHING, Extra, extended, spoken
 from tilefold.frontends.foreign import viewed
 from tilefold.problems.attention import STATISTICS, check_parts
 from tilefold.problems.request import Request
+
+__all__ = [
+    "PLAIN",
+    "as_array",
+    "attention",
+    "attention_backward",
+    "extended",
+    "merge",
+    "request_of",
+]
 
 Array = NDArray[Any]
 

@@ -3,23 +3,23 @@
 Both take the options of a call as one `Request`. It is registered as an opaque value: a constant of
 the compiled graph that is guarded by equality, so another request compiles another graph. Rules are
 opaque values too. Rules over positions may be made and combined inside a compiled function. Rules
-that carry data, and `rule(...)`, are made outside of it and used inside. PyTorch takes opaque
-values from 2.12 on.
+that carry data, and `rule(...)`, are made outside of it and used inside. The form of a score is
+such a constant too, and its arrays are inputs of the graph. PyTorch takes opaque values from 2.12
+on.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilefold.frontends import tensors
+from tilefold.frontends.spelled import Spelled, spelling
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.expression import Table
-from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix, Rule
-from tilefold.masks.rule import AllOf, AnyOf, Not, Window
+from tilefold.masks.position_rules import Rule
 from tilefold.problems.request import (
     LAYOUTS,
     Request,
@@ -29,6 +29,7 @@ from tilefold.problems.request import (
     check_precision,
     check_scale,
 )
+from tilefold.scores.score import Score
 
 _constants: dict[str, object] = {}
 
@@ -63,45 +64,6 @@ _register(Rule)
 _register(Request)
 
 
-_KINDS = (Full, Causal, Local, Prefix, Chunked, AllOf, AnyOf, Not, Window, Coordinates)
-_FIELDS = tuple([tuple([field.name for field in fields(kind)]) for kind in _KINDS])
-"""The fields of each class that rules over positions are made of."""
-
-_SPELLED = "a rule"
-
-
-class _Spelled(Request):
-    """The constructor of a request whose rule is spelled in plain constants; it is never made."""
-
-    def __new__(cls, spelled: Any, *rest: Any) -> Request:  # type: ignore[misc]  # no instance
-        """The request of a spelled rule, and of the other options as `Request` takes them."""
-        return Request(_rule(spelled), *rest)
-
-
-def _rule(spelled: Any) -> Any:
-    """The rule of a spelling that `_spelling` made."""
-    if not isinstance(spelled, tuple):
-        return spelled
-    if spelled[:1] == (_SPELLED,):
-        return _KINDS[spelled[1]](*map(_rule, spelled[2:]))
-    return tuple(map(_rule, spelled))
-
-
-def _spelling(value: Any) -> Any:
-    """A rule over positions as nested tuples of plain constants; other values stay as they are.
-
-    The first call of a program may be a compiled one. Then its rule was made inside the graph
-    before the classes of rules were registered: it is no constant of the graph, but its fields are.
-    """
-    if isinstance(value, tuple):
-        return tuple([_spelling(part) for part in value])
-    for number, kind in enumerate(_KINDS):
-        if isinstance(value, kind):
-            parts = [_spelling(getattr(value, name)) for name in _FIELDS[number]]
-            return (_SPELLED, number, *parts)
-    return value
-
-
 def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
     """The request of a call that a compiler traces; it raises the errors of the checks."""
     if isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
@@ -113,7 +75,13 @@ def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Reques
     check_precision(precision)
     if factor is not None:
         check_scale(factor)
-    return _Spelled(_spelling(rule), factor, layout, precision)
+    return Spelled(spelling(rule), factor, layout, precision)
+
+
+def traced_extension(request: Request, form: Score | None, sinks: int) -> Request:
+    """A request with a modification of scores and a number of sinks, in what a compiler traces."""
+    options = request.mask, request.scale, request.layout, request.precision
+    return Spelled(*options, spelling(form), sinks, request.dropout)
 
 
 @torch.library.custom_op(

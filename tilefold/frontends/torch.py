@@ -19,13 +19,24 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tilefold.backends.arrays.torch import check_held, dtype_of
-from tilefold.frontends import extended, tensors
+from tilefold.frontends import extended as further_arrays
+from tilefold.frontends import extra as extra_arrays
+from tilefold.frontends import tensors
 from tilefold.frontends.extra import NOTHING, Extra
 from tilefold.frontends.observed import OPERATORS, PLAIN, recorded, unobserved
 from tilefold.problems.attention import check_parts
 from tilefold.problems.request import Request
+from tilefold.scores.score import Score
 
-__all__ = ["OPERATORS", "PLAIN", "attention", "attention_backward", "merge", "request_of"]
+__all__ = [
+    "OPERATORS",
+    "PLAIN",
+    "attention",
+    "attention_backward",
+    "extended",
+    "merge",
+    "request_of",
+]
 
 # 2.12 and 2.13 pass all tests, 2.10 and 2.11 all tests that need no operator. 2.15 (a CUDA build)
 # passes all but its own opcheck, which fails on a warning that it raises itself.
@@ -53,6 +64,14 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
     return Request(mask, scale, layout, precision)
 
 
+def extended(request: Request, score: Score | None, sinks: int) -> tuple[Request, tuple[Any, ...]]:
+    """The request with a modification of scores and a number of sinks; the score's arrays."""
+    if OPERATORS and torch.compiler.is_compiling():
+        form, arrays = (None, ()) if score is None else score.taken_apart()
+        return operators.traced_extension(request, form, sinks), arrays
+    return extra_arrays.extended(request, score, sinks)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -63,7 +82,7 @@ def attention(
 ) -> tuple[Tensor, ...]:
     """Return o and lse, and `further` results of the pass; see `tilefold.attention`."""
     if extra.names or further:
-        return extended.attention(q, k, v, request, extra, further)
+        return further_arrays.attention(q, k, v, request, extra, further)
     result: tuple[Tensor, Tensor]
     if unobserved(q, k, v):
         run = _Attention.apply if recorded(q, k, v) else tensors.forward
@@ -89,7 +108,7 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:
     """Return dq, dk, dv, and gradients of extra arrays; see `tilefold.attention_backward`."""
     if extra.names:
-        return extended.attention_backward(do, q, k, v, o, lse, request, lse_low, dlse, extra)
+        return further_arrays.attention_backward(do, q, k, v, o, lse, request, lse_low, dlse, extra)
     given = do, q, k, v, o, lse
     every = given if dlse is None else (*given, dlse)
     result: tuple[Tensor, Tensor, Tensor]

@@ -78,6 +78,10 @@ class Score(ABC):
     @computed
     def form(self) -> Form:
         """The modification without its arrays, and the arrays in order of appearance."""
+        return self.taken_apart()
+
+    def taken_apart(self) -> Form:
+        """The `form`, made anew: what a compiler traces is not to be changed."""
         arrays: list[Any] = []
         numbers: dict[int, int] = {}
 
