@@ -52,7 +52,7 @@ class Expression(Node):
 def _valueless(node: Expression) -> TypeError:
     return TypeError(
         f"`{node}` has no value while a rule is traced, so it cannot index an array; "
-        "use documents(), lengths() or dense()"
+        "use documents(), lengths() or dense(), or in a score tilefold.table(array)[i]"
     )
 
 
@@ -125,7 +125,12 @@ class Number(Expression):
         raise _valueless(self)
 
     __int__ = __index__
-    __float__ = __index__
+
+    def __float__(self) -> NoReturn:
+        raise TypeError(
+            f"`{self}` has no value while a rule is traced: in a score write tilefold.exp, log,"
+            " tanh, sigmoid or sqrt for functions of numbers"
+        )
 
 
 class Integer(Number):

@@ -161,7 +161,11 @@ class Input:
         """The caller's array, as NumPy sees it. Raises ValueError where no array is held."""
         if self.held is None:
             raise ValueError(f"the entries of {self} come with each call")
-        return np.asarray(self.held.detach() if hasattr(self.held, "detach") else self.held)
+        held = self.held
+        if not hasattr(held, "detach"):
+            return np.asarray(held)
+        held = held.detach().cpu()  # of torch; NumPy has no bfloat16
+        return np.asarray(held.float() if self.dtype == "bfloat16" else held)
 
     def __str__(self) -> str:
         if self.held is not None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from tilefold.common.check import shown
 from tilefold.common.computed import computed
 from tilefold.masks.expression import Real, ScoreValue
+from tilefold.masks.rule import Rule
 from tilefold.masks.tables import Input
 
 Renamed = Callable[[Input], Input]
@@ -51,8 +52,16 @@ class Score(ABC):
         """True for the same structure and arrays: scores are frozen dataclasses."""
         return NotImplemented
 
-    def __hash__(self) -> int:
+    @computed
+    def _hash(self) -> int:
         return hash(repr(self))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what was computed belongs to a process, or to its arrays."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # every score is a dataclass
 
     def renamed(self, rename: Renamed) -> Score:
         """The same modification with other inputs."""
@@ -150,6 +159,8 @@ def as_score(score: Any) -> Score | None:
     hint = "wrap a function as tilefold.score(function)"
     if hasattr(score, "shape"):
         hint = "wrap an array that is added as tilefold.bias(array)"
+    elif isinstance(score, Rule):
+        hint = "pass a rule as mask="
     elif isinstance(score, str):
         hint = "make a score of a string with tilefold.scores.parse.parse_score(string)"
     raise TypeError(f"score must be one such as tilefold.softcap(30), got {shown(score)}; {hint}")

@@ -1,0 +1,199 @@
+"""Scores as values: they compare, hash, print, and are copied; and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tilefold
+from tilefold import alibi, attention, bias, score, softcap, table, temperature, where
+from tilefold.scores.score import InOrder, Score
+
+RNG = np.random.default_rng(0)
+MADE: dict[str, Score] = {
+    "softcap(30)": softcap(30.0),
+    "alibi()": alibi(),
+    "alibi(array[2])": alibi(RNG.normal(size=2)),
+    "bias(array[3x3])": bias(RNG.normal(size=(3, 3))),
+    "temperature(0.5)": temperature(0.5),
+    "relative_bias(array[2x8], bidirectional=False, max_distance=9)": tilefold.relative_bias(
+        RNG.normal(size=(2, 8)), bidirectional=False, max_distance=9
+    ),
+    "distance_bias(array[2x3])": tilefold.distance_bias(RNG.normal(size=(2, 3))),
+    "window_bias(array[2x5x1])": tilefold.window_bias(RNG.normal(size=(2, 5, 1))),
+    "score(lambda s, h: s - array[2][h])": score(lambda s, h: s - table(np.ones(2))[h]),
+    "[softcap(2), alibi()]": InOrder((softcap(2), alibi())),
+    "bias(array[3])": bias(torch.nn.Parameter(torch.arange(3, dtype=torch.bfloat16))),
+}
+Q = np.ones((1, 2, 3, 4))
+T = torch.ones(1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("text", MADE)
+def test_scores_print_as_the_call_that_makes_them_and_are_copied(text: str) -> None:
+    made = MADE[text]
+    assert repr(made) == text
+    given = T if "bfloat16" in str(made.inputs) else Q
+    want = np.asarray(attention(given, given, given, score=made).detach() if given is T else 0)
+    for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made), copy.copy(made)):
+        assert again == made and hash(again) == hash(made) and repr(again) == text
+        assert (again.form.score == made.form.score and made.form.score != made) or not made.inputs
+        if given is T:
+            found = attention(given, given, given, score=again)
+            assert np.array_equal(found.detach(), want) and found.requires_grad
+    assert sum(made == other for other in MADE.values()) == 1
+
+
+def test_equal_scores_have_equal_arrays_and_one_form() -> None:
+    first, same, other = bias(np.ones(3)), bias(np.ones(3)), bias(np.zeros(3))
+    assert first == same and first != other and first.form.score == other.form.score
+    assert bias(np.ones(3, np.float32)) != first
+    assert softcap(2) != softcap(3) and [softcap(2)] != softcap(2)
+
+
+def test_a_module_is_copied_with_its_score() -> None:
+    """The copy's score reads the copy's parameter, in copies and in new types of the weights."""
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slopes = torch.nn.Parameter(torch.rand(2))
+            self.score = alibi(self.slopes)
+
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            o: torch.Tensor = attention(q, q, q, score=self.score)
+            return o
+
+    first = Module()
+    first(T)
+    second = copy.deepcopy(first)
+    second(torch.randn(1, 2, 3, 4)).sum().backward()
+    assert second.slopes.grad is not None and first.slopes.grad is None
+    assert second.score.form.arrays[0] is second.slopes
+
+
+def test_threads_share_a_score() -> None:
+    made = [bias(RNG.normal(size=(3, 3))), softcap(3.0)]
+    want = attention(Q, Q, Q, score=made)
+    again = [bias(made[0].form.arrays[0]), softcap(3.0)]  # nothing of it is computed yet
+
+    def call(_: int) -> bool:
+        return np.array_equal(attention(Q, Q, Q, score=again), want)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(64)))
+
+
+ENTRIES = table(np.zeros(4))
+TRACED = "the truth of `(q > k)` is not known while a rule is traced; Python's `and`"
+MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
+    "a bias that does not broadcast": (
+        lambda: attention(Q, Q, Q, score=bias(np.zeros((5, 3)))),
+        "bias: array of shape (5, 3) does not broadcast to (batch, heads, len_q, len_k)"
+        " = (1, 2, 3, 3)",
+    ),
+    "slopes of another length": (
+        lambda: attention(Q, Q, Q, score=alibi(np.zeros(3))),
+        "alibi: slopes of shape (3,) does not broadcast to (batch, heads) = (1, 2)",
+    ),
+    "a truth for a number": (
+        lambda: score(lambda s, q, k: s + (q > k)),
+        "`(q > k)` is a truth where a number is wanted; write where(truth, x, y)",
+    ),
+    "a truth returned": (
+        lambda: score(lambda q, k: q > k),
+        "score: the function returned the truth `(q > k)`; write where(...)",
+    ),
+    "a number for a truth": (
+        lambda: score(lambda s, q: where(q, s, 0)),
+        "where: the first argument must be a truth, got the number `q`",
+    ),
+    "if": (lambda: score(lambda s, q, k: s if q > k else 0), TRACED),
+    "and": (lambda: score(lambda s, q, k: where(q > k and k > 1, s, 0)), TRACED),
+    "not": (lambda: score(lambda s, q, k: where(not q > k, s, 0)), TRACED),
+    "a float index": (
+        lambda: score(lambda s: s + ENTRIES[s]),
+        "an index of a table must be an integer, got `s`",
+    ),
+    "too few indices": (
+        lambda: score(lambda s, q: s + table(np.zeros((2, 2)))[q]),
+        "table of shape (2, 2) takes 2 indices, got 1",
+    ),
+    "an index beyond its table": (
+        lambda: attention(Q, Q, Q, score=score(lambda s, q: s + ENTRIES[q + 2])),
+        "the score reads the entries 2 to 4 of axis 0 of input0:float64[4], which has 4",
+    ),
+    "NumPy's indexing": (
+        lambda: score(lambda s, q: s + np.zeros(4)[q]),
+        "`q` has no value while a rule is traced, so it cannot index an array; use documents(),"
+        " lengths() or dense(), or in a score tilefold.table(array)[i]",
+    ),
+    "functions of math": (
+        lambda: score(lambda s: math.exp(s)),
+        "`s` has no value while a rule is traced: in a score write tilefold.exp",
+    ),
+    "functions of NumPy": (
+        lambda: score(lambda s: np.exp(s)),
+        "score: the function cannot be called with symbols: TypeError: operand 'ScoreValue'",
+    ),
+    "an unknown name": (
+        lambda: score(lambda s, x: s),
+        "score: the parameters of a function must be any of s, b, h, q, k; got 'x'",
+    ),
+    "nothing returned": (
+        lambda: score(lambda s: None),
+        "score: the function returned None, no number; is `return` missing?",
+    ),
+    "rounding a real number": (lambda: score(lambda s: s // 2), "`s // 2`: // takes integers"),
+    "an array of bool": (
+        lambda: bias(np.zeros((2, 2), bool)),
+        "bias: array must be an array of floats, got bool array(",
+    ),
+    "an array for a score": (
+        lambda: attention(Q, Q, Q, score=np.zeros(3)),  # type: ignore[arg-type]  # the point
+        "score must be one such as tilefold.softcap(30), got array([0., 0., 0.]); wrap an array",
+    ),
+    "a rule for a score": (
+        lambda: attention(Q, Q, Q, score=tilefold.causal()),  # type: ignore[arg-type]  # the point
+        "score must be one such as tilefold.softcap(30), got causal(); pass a rule as mask=",
+    ),
+    "a function for a score": (
+        lambda: attention(Q, Q, Q, score=softcap),  # type: ignore[arg-type]  # the point
+        "score must be one such as tilefold.softcap(30), got <function softcap",
+    ),
+    "another implementation": (
+        lambda: attention(Q, Q, Q, score=alibi(), impl="composed"),
+        "impl='composed' takes no score",
+    ),
+    "a cap of NaN": (
+        lambda: softcap(math.nan),
+        "softcap: cap must be a finite number > 0, got nan",
+    ),
+    "a temperature of 0": (
+        lambda: temperature(0),
+        "temperature: a number must be finite and not 0, got 0",
+    ),
+    "five axes": (
+        lambda: bias(np.zeros((1, 1, 1, 1, 1))),
+        "bias: array must broadcast to (batch, heads, len_q, len_k), got shape (1, 1, 1, 1, 1)",
+    ),
+}
+
+
+@pytest.mark.feature("T15")
+@pytest.mark.parametrize("case", MESSAGES)
+def test_message(case: str) -> None:
+    call, said = MESSAGES[case]
+    errors = TypeError, ValueError, IndexError, NotImplementedError
+    with pytest.raises(errors, match=f"^{re.escape(said)}") as raised:
+        call()
+    assert "\n" not in str(raised.value)
