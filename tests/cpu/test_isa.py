@@ -12,6 +12,7 @@ import sys
 import amx
 import pytest
 from cases import RULES, Sizes
+from elementary import check_functions
 from paths import finding
 from trial import PASSES, Trial, numbers, planned, problem, run
 
@@ -65,6 +66,7 @@ def check_results(isa: str) -> None:
         for operation, form in PASSES:
             print(trial, operation, form, flush=True)
             run(trial, given, operation, form)
+    check_functions()
 
 
 @pytest.mark.slow

@@ -1,0 +1,9 @@
+"""Functions of real numbers in modified scores: right over the whole range of their type."""
+
+from __future__ import annotations
+
+from elementary import check_functions
+
+
+def test_functions_are_right_for_all_numbers() -> None:
+    check_functions()
