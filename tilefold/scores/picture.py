@@ -252,18 +252,20 @@ def svg(picture: HeatMap) -> str:
 
 
 def png(picture: HeatMap) -> bytes:
-    """The cells as a PNG with a palette; the title is its text `Title`."""
+    """The cells as a PNG; the title is its text `Title`."""
     scale = max(1, _PIXELS // max(picture.levels.shape))
-    pixels = picture.levels.repeat(scale, 0).repeat(scale, 1)
+    return image(picture.levels.repeat(scale, 0).repeat(scale, 1), COLOURS, picture.title)
+
+
+def image(pixels: NDArray[np.uint8], colours: Sequence[str], title: str) -> bytes:
+    """Pixels as a PNG whose palette is `colours`, each such as #ffffff."""
     height, width = pixels.shape
-    palette = b"".join(bytes.fromhex(colour[1:]) for colour in COLOURS)
     # Each line begins with the number of its filter: 0, none.
     lines = np.concatenate([np.zeros((height, 1), np.uint8), pixels], axis=1)
-    title = picture.title.encode("latin-1", "replace")
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette),
-        (b"tEXt", b"Title\0" + title),
+        (b"PLTE", b"".join(bytes.fromhex(colour[1:]) for colour in colours)),
+        (b"tEXt", b"Title\0" + title.encode("latin-1", "replace")),
         (b"IDAT", zlib.compress(lines.tobytes(), 9)),
         (b"IEND", b""),
     )
