@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tilefold import (
+    Problem,
     Score,
     alibi,
     bias,
@@ -163,3 +164,13 @@ def test_bad_strings_raise_one_line_with_the_column(text: str, message: str) -> 
 def test_only_strings_are_read() -> None:
     with pytest.raises(TypeError, match="a score string must be a string, got"):
         parse_score(softcap(3))  # type: ignore[arg-type]  # what the test is about
+
+
+@pytest.mark.feature("T15")
+@pytest.mark.parametrize("array", [np.zeros(3), np.zeros(3, int), np.zeros(3, bool)])
+def test_a_look_up_beyond_any_table_is_refused(array: Any) -> None:
+    made = score(lambda s, q: where(table(array)[q] == 0, s, 0) if array.dtype != bool
+                 else where(table(array)[q], s, 0))  # fmt: skip
+    Problem.of((1, 1, 3, 4), score=made)
+    with pytest.raises(IndexError, match=r"reads the entries 0 to 3 of axis 0 of .*, which has 3;"):
+        Problem.of((1, 1, 4, 4), score=made)

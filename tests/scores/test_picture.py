@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from paths import ROOT
 
 import tilefold
 from tilefold import alibi, causal, picture, score, softcap
@@ -22,6 +23,14 @@ from tilefold.scores.picture import COLOURS, HIDDEN, LEVELS, draw
 def test_the_examples_of_the_documentation_are_true() -> None:
     failed, tried = doctest.testmod(module)
     assert (failed, tried > 0) == (0, True)
+
+
+def test_the_examples_of_the_page_on_scores_are_true() -> None:
+    page = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8")
+    code = "\n".join("" if line.startswith("```") else line for line in page.splitlines())
+    examples = doctest.DocTestParser().get_doctest(code, {}, "scores.md", "docs/scores.md", 0)
+    failed, tried = doctest.DocTestRunner().run(examples)
+    assert (failed, tried >= 28) == (0, True)
 
 
 def test_a_colour_is_the_weight_by_the_largest_of_its_query() -> None:

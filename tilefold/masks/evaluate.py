@@ -329,13 +329,13 @@ def index_bits(expression: Expression, batch: int, heads: int, len_q: int, len_k
     """
     sizes = {"b": batch, "h": heads, "q": len_q, "k": len_k}
     extent = _Extent({name: (0, max(size - 1, 0)) for name, size in sizes.items()}, TableBounds({}))
+    extent.bounded = not isinstance(expression, Boolean)
     try:
         evaluate(expression, extent)
     except _Beyond as error:
         low, high = error.args
-        language = "mask" if isinstance(expression, Boolean) else "score"
         raise OverflowError(
-            f"the {language} computes numbers from {low} to {high} at batch={batch}, "
+            f"the {'score' if extent.bounded else 'mask'} computes numbers from {low} to {high} at batch={batch}, "
             f"heads={heads}, len_q={len_q}, len_k={len_k}; at most 64 bits are allowed"
         ) from None
     return 32 if extent.low >= -(2**31) and extent.high < 2**31 else 64
@@ -350,13 +350,13 @@ class _Beyond(Exception):
 
 
 class _Extent(_Intervals):
-    """Intervals over the whole mask in Python's unbounded integers; keeps the extremes of all.
+    """Intervals over the whole mask in unbounded integers, and the extremes of all.
 
     It stops at the first node that leaves 64 bits, so its numbers stay short.
     """
 
-    low = 0
-    high = 0
+    low = high = 0
+    bounded = False  # whether look-ups are checked: those of a score are the caller's own
 
     def _see(self, low: int, high: int) -> Range:
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -372,20 +372,20 @@ class _Extent(_Intervals):
 
     def lookup(self, table: AnyTable, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
         assert not isinstance(table, Slot)
+        if self.bounded:
+            self._check(table, indices)
         if table.dtype not in DTYPES:
-            return self._within(table, indices)
+            return _REAL
         low, high = entire(table)  # type: ignore[arg-type]  # an input is of floats
         return Certainty(low, high) if table.dtype == "bool" else self._see(int(low), int(high))
 
-    def _within(self, table: Any, indices: tuple[Range | Certainty, ...]) -> Range | Certainty:
+    def _check(self, table: Any, indices: tuple[Range | Certainty, ...]) -> None:
         for axis, (size, index) in enumerate(zip(table.shape, indices, strict=True)):
             low, high, _ = _range(index)
             if low < 0 or high >= size:
-                raise IndexError(
-                    f"the score reads the entries {low} to {high} of axis {axis} of {table}, which"
-                    f" has {size}; keep the index in it by minimum() and maximum()"
-                )
-        return _REAL
+                reads = f"the score reads the entries {low} to {high} of axis {axis} of {table},"
+                keep = "keep the index in it by minimum() and maximum()"
+                raise IndexError(f"{reads} which has {size}; {keep}")
 
     def other(self, kind: str, values: tuple[Range | Certainty, ...]) -> Range | Certainty:
         return _REAL
