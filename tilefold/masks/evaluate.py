@@ -335,8 +335,8 @@ def index_bits(expression: Expression, batch: int, heads: int, len_q: int, len_k
     except _Beyond as error:
         low, high = error.args
         raise OverflowError(
-            f"the {'score' if extent.bounded else 'mask'} computes numbers from {low} to {high} at batch={batch}, "
-            f"heads={heads}, len_q={len_q}, len_k={len_k}; at most 64 bits are allowed"
+            f"the {'score' if extent.bounded else 'mask'} computes numbers from {low} to {high} at "
+            f"{batch=}, {heads=}, {len_q=}, {len_k=}; at most 64 bits are allowed"
         ) from None
     return 32 if extent.low >= -(2**31) and extent.high < 2**31 else 64
 
