@@ -28,14 +28,16 @@ _ARRAY = (
 _PADDING = "write mask=tilefold.lengths(n), where n is the number of keys of each batch entry"
 _DOCUMENTS = "write mask=tilefold.documents(ids), where ids is the document of each position"
 _RULE = "write mask=tilefold.rule(lambda b, h, q, k: ...), a comparison of indices"
-_NOT_YET = "it is not implemented: use PyTorch's own attention where you need it"
+_SOFTCAP = "write score=tilefold.softcap(cap)"
+_BIAS = "write score=tilefold.bias(array) for an array of floats that is added to the scores"
+_SCORE = "write score=tilefold.score(lambda s, b, h, q, k: ...), a formula of the score s"
 
 OTHER_NAMES = {
     "attention_mask": _ARRAY,
-    "attn_bias": f"{_ARRAY}; other additive biases are not implemented",
+    "attn_bias": f"{_BIAS}, or {_ARRAY[6:]}",
     "attn_mask": _ARRAY,
-    "alibi_slopes": _NOT_YET,
-    "bias": f"{_ARRAY}; other additive biases are not implemented",
+    "alibi_slopes": "write score=tilefold.alibi(slopes)",
+    "bias": f"{_BIAS}, or {_ARRAY[6:]}",
     "block_mask": _RULE,
     "causal": _CAUSAL,
     "cu_seqlens_k": _DOCUMENTS,
@@ -50,16 +52,16 @@ OTHER_NAMES = {
     "key_padding_mask": _PADDING,
     "key_value_seq_lengths": _PADDING,
     "local_window_size": _WINDOW,
-    "logits_soft_cap": _NOT_YET,
+    "logits_soft_cap": _SOFTCAP,
     "mask_mod": _RULE,
     "query": "write q=",
     "return_attn_probs": "write return_lse=True: probabilities are never stored",
     "return_softmax_lse": "write return_lse=True",
-    "score_mod": f"{_RULE}; changed scores are not implemented",
+    "score_mod": _SCORE,
     "segment_ids": _DOCUMENTS,
     "sliding_window": _WINDOW,
     "sm_scale": "write scale=",
-    "softcap": _NOT_YET,
+    "softcap": _SOFTCAP,
     "softmax_scale": "write scale=",
     "value": "write v=",
     "window": _WINDOW,
