@@ -206,20 +206,30 @@ class _InputGradients:
                     offsets = [index[j] for index in indices]
                     body.store(self._place_of(read, offsets), self._place_at(read, tile, row, j))
 
+    def _place_type(self, read: Read) -> str:
+        """Slots are few; offsets in an array need all bits."""
+        return vector(self.shape.lanes, "i32" if read.way == "slots" else "i64")
+
     def _place_at(self, read: Read, tile: Tile, row: Value, j: int) -> Value:
-        """Where the places of a vector are kept, as 64-bit integers."""
+        """Where the places of a vector are kept."""
         body, shape = self.body, self.shape
         index = body.add(body.mul(row, shape.width), j * shape.lanes)
-        return body.offset(self.block.region(read.places), "i64", index, "places")
+        element = Value("", self._place_type(read)).element
+        return body.offset(self.block.region(read.places), element, index, "places")
 
     def _place_of(self, read: Read, indices: Sequence[Value]) -> Value:
         """The sum of indices times strides over the varying axes: of slots, or of the target."""
-        body, lanes = self.body, self.shape.lanes
+        body, lanes, kind = self.body, self.shape.lanes, self._place_type(read)
+        element = Value("", kind).element
         strides = self._slot_strides(read) if read.way == "slots" else self._strides(read)
         total: Value | None = None
         for axis in read.varying:
-            wide = body.cast("sext", indices[axis], vector(lanes, "i64"), "at")
-            term = body.mul(wide, body.splat(strides[axis], lanes))
+            index, stride = indices[axis], strides[axis]
+            wider = int(index.element[1:]) < int(element[1:])
+            term = body.cast("sext" if wider else "trunc", index, kind, "at")
+            if stride.text != "1":
+                step = body.cast("trunc", stride, element) if element == "i32" else stride
+                term = body.mul(term, body.splat(step, lanes))
             total = term if total is None else body.add(total, term)
         assert total is not None
         return total
@@ -402,14 +412,13 @@ class _InputGradients:
             change = body.load(tile.at(region, row, j), shape.vector, "change")
             change = body.select(self.exists[j], change, zero)
             wide = body.cast("fpext", change, self.double, "wide")
-            places = body.load(
-                self._place_at(read, tile, row, j), vector(shape.lanes, "i64"), "places"
-            )
+            at = self._place_at(read, tile, row, j)
+            places = body.load(at, self._place_type(read), "places")
             first = body.lane(places, 0)
             alike = body.compare("eq", places, body.splat(first, shape.lanes), "alike")
             name = f"llvm.vector.reduce.and.{overload(alike.type)}"
             with body.choose(body.call(name, "i1", [alike], "one"), "one") as branch:
-                slot = self._slot(read, first)
+                slot = self._slot(read, body.cast("sext", first, "i64"))
                 old = body.load(slot, self.double, "old")
                 body.store(body.binary("fadd", old, wide), slot)
                 branch.otherwise()
@@ -418,7 +427,7 @@ class _InputGradients:
     def _add_apart(self, read: Read, places: Value, wide: Value) -> None:
         """Add each lane to its own copy of its entry."""
         body, lanes = self.body, self.shape.lanes
-        steps = ", ".join(f"i64 {lane}" for lane in range(lanes))
+        steps = ", ".join(f"i32 {lane}" for lane in range(lanes))
         iota = Value(f"<{steps}>", places.type)
         elements = body.add(body.mul(places, lanes), iota)
         at = body.offset(self._slot(read, Value("0", "i64")), "double", elements, "at")
