@@ -56,6 +56,7 @@ def largest_of(q: Array, k: Array, mask: Any = None, score: Any = None) -> Array
     return found
 
 
+@pytest.mark.feature("T10")
 @pytest.mark.parametrize(
     ("len_q", "len_k", "number", "options"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import math
 import pickle
 from typing import Any
@@ -30,7 +31,6 @@ from tilefold import (
     where,
 )
 from tilefold.masks.evaluate import exact_real
-from tilefold.scores import parse as parse_module
 from tilefold.scores.parse import parse_score
 from tilefold.scores.score import Sizes, as_score
 
@@ -67,8 +67,12 @@ def doubled(s: Any) -> Any:
     return s
 
 
-def test_the_examples_of_the_documentation_are_true() -> None:
-    failed, tried = doctest.testmod(parse_module)
+@pytest.mark.feature("T12")
+@pytest.mark.parametrize(
+    "name", ["parse", "functions", "modifications", "relative", "score", "traced"]
+)
+def test_the_examples_of_the_documentation_are_true(name: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(f"tilefold.scores.{name}"))
     assert (failed, tried > 0) == (0, True)
 
 
