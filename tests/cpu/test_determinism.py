@@ -19,6 +19,7 @@ import pytest
 from cases import RULES, Sizes
 from compare import assert_same
 from paths import finding
+from score_cases import score_of
 from trial import PASSES, Array, Trial, numbers, planned, problem, run
 
 import tilefold
@@ -59,6 +60,13 @@ def a_trial(mask: str = "causal", dtype: str = "float32", length: int = LENGTH) 
     return Trial(sizes)
 
 
+def a_scored_trial() -> Trial:
+    """The same with a modified score and sinks."""
+    score = score_of("in-order", Sizes(BATCH, HEADS[0], LENGTH, LENGTH))
+    options = {"batch": BATCH, "heads": HEADS, "score": score, "sinks": 2}
+    return Trial(problem(LENGTH, LENGTH, 40, causal(), "float32", **options), score=score)
+
+
 # Threads and runs -----------------------------------------------------------------------------
 
 
@@ -68,11 +76,12 @@ def a_trial(mask: str = "causal", dtype: str = "float32", length: int = LENGTH) 
     ("mask", "dtype"),
     [
         *itertools.product(MASKS, ["float32", "float64"]),
+        ("scored", "float32"),
         *[("causal", "bfloat16"), ("heads differ", "float16")],
     ],
 )
 def test_the_same_bits_on_any_number_of_threads(mask: str, dtype: str, workers: list[int]) -> None:
-    trial = a_trial(mask, dtype)
+    trial = a_scored_trial() if mask == "scored" else a_trial(mask, dtype)
     given = numbers(trial)
     for operation, form in PASSES:
         workers.clear()

@@ -14,6 +14,7 @@ import pytest
 from cases import RULES, Sizes
 from elementary import check_functions
 from paths import finding
+from score_cases import trials as scored
 from trial import PASSES, Trial, numbers, planned, problem, run
 
 from tilefold import causal, full
@@ -58,10 +59,15 @@ def trials(dtype: str) -> list[Trial]:
     return found
 
 
+def every_trial() -> list[Trial]:
+    """Trials of all types, and some with modified scores and sinks."""
+    return [*(trial for dtype in ITEM_BYTES for trial in trials(dtype)), *scored(every=5)]
+
+
 def check_results(isa: str) -> None:
     """Every trial in every pass; for a process whose machine is of level `isa`."""
     assert host().isa == isa
-    for trial in (trial for dtype in ITEM_BYTES for trial in trials(dtype)):
+    for trial in every_trial():
         given = numbers(trial)
         for operation, form in PASSES:
             print(trial, operation, form, flush=True)
@@ -93,8 +99,8 @@ def test_results_at_every_level(isa: str) -> None:
         env=finding(__file__, **environment),
     )
     assert done.returncode == 0, (done.stdout.splitlines()[-1:], done.stderr)
-    count = sum(len(trials(dtype)) for dtype in ITEM_BYTES)
-    assert count == len(ITEM_BYTES) * len(TRIALS) // 2
+    count = len(every_trial())
+    assert count == len(ITEM_BYTES) * len(TRIALS) // 2 + 3
     assert len(done.stdout.splitlines()) == count * len(PASSES)
 
 

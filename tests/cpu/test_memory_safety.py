@@ -83,6 +83,12 @@ def test_all_cases(part: int) -> None:
     assert calls >= 2 * len(PASSES) * (len(CASES) // PARTS)
 
 
+@pytest.mark.slow
+def test_modified_scores_and_sinks() -> None:
+    calls = check(child("for t in score_cases.trials(every=3): attempt(t)\nprint('done')"))
+    assert calls == 2 * len(PASSES) * 5
+
+
 # Every length around the sizes of vectors and tiles -------------------------------------------
 
 

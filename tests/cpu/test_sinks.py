@@ -34,26 +34,12 @@ def assert_right(
     want_o, want_lse = reference.attention(q, k, v, sinks=sunk, **given)
     assert_near("o", o, want_o, within)
     assert_near("lse", lse, want_lse, within)
-    assert_near("max", largest, largest_of(q, k, **given), within)
+    assert_near("max", largest, reference.largest(q, k, **given), within)
     got = tilefold.attention_backward(do, q, k, v, o, lse, sinks=sinks, **options)
     wanted = reference.attention_backward(do, q, k, v, want_o, want_lse, sinks=sunk, **given)
     assert got[-1].shape == sinks.shape
     for name, array, want in zip(("dq", "dk", "dv", "dsinks"), got, wanted, strict=True):
         assert_near(name, array, want.reshape(array.shape), within * max(1, np.abs(want).max()))
-
-
-def largest_of(q: Array, k: Array, mask: Any = None, score: Any = None) -> Array:
-    """The largest score of each query in float64, -inf where it sees no key."""
-    modified = reference.Modified(score, q, k)
-    group = q.shape[1] // k.shape[1]
-    found = np.full(q.shape[:3], -np.inf)
-    shown: Any = True if mask is None else mask.to_dense(q.shape[2], k.shape[2], *q.shape[:2])
-    shown = np.broadcast_to(shown, (*q.shape[:3], k.shape[2]))
-    for b, h in np.ndindex(q.shape[:2]):
-        products = q[b, h].astype(float) @ k[b, h // group].astype(float).T
-        scores = modified.scores((b, h), products / np.sqrt(q.shape[3]))
-        found[b, h] = np.where(shown[b, h], scores, -np.inf).max(axis=1)
-    return found
 
 
 @pytest.mark.feature("T10")

@@ -24,6 +24,7 @@ from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.problems import dropout, reference
 from tilefold.problems.attention import STATISTICS, Problem, default_scale
 from tilefold.problems.buffer import Buffer
+from tilefold.scores.score import Score
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -36,6 +37,8 @@ PASSES = (("forward", "auto"), *(("backward", form) for form in FORMS))
 
 INPUTS = {"forward": ("q", "k", "v"), "backward": ("do", "q", "k", "v", "o", "lse")}
 OUTPUTS = {"forward": ("o", "lse"), "backward": ("dq", "dk", "dv")}
+MORE = {"forward": ("max",), "backward": ("dsinks",)}
+"""Further outputs of trials with sinks."""
 
 TOLERANCE = {"float32": 5e-4, "float64": 1e-10, "float16": 4e-3, "bfloat16": 3e-2}
 """The largest error by type, relative to the largest element of an array, but at least to 1.
@@ -66,7 +69,7 @@ class Layout:
                 strides[axis] = size
                 size = size * shape[axis] + self.gap
         if self.backwards:
-            strides[1], strides[2] = -strides[1], -strides[2]
+            strides = [-step if axis in (1, 2) else step for axis, step in enumerate(strides)]
         return tuple(strides)
 
 
@@ -84,16 +87,27 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A problem, the layout of its arrays, and whether elements that are never read hold NaN."""
+    """A problem, the layout of its arrays, and whether elements that are never read hold NaN.
+
+    `score` is the problem's with its arrays.
+    """
 
     problem: Problem
     layout: str = "bhnd"
     poisoned: bool = False
+    score: Score | None = None
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The arrays that the score reads."""
+        held = self.score.form.arrays if self.score else ()
+        return {f"input{number}": array for number, array in enumerate(held)}
 
     def __str__(self) -> str:
         p = self.problem
         sizes = f"{p.batch}x{p.heads_q}/{p.heads_kv} {p.len_q}x{p.len_k} dim {p.dim}/{p.dim_v}"
         also = " poisoned" * self.poisoned + " dropout" * bool(p.dropout)
+        also += f" {p.score}" * bool(p.score) + f" sinks {p.sinks}" * bool(p.sinks)
         return f"{sizes} {p.dtype} {p.mask} {self.layout}{also}"
 
 
@@ -108,11 +122,15 @@ def problem(
     batch: int = 1,
     heads: tuple[int, int] = (2, 1),
     dropout: float = 0.0,
+    score: Score | None = None,
+    sinks: int = 0,
 ) -> Problem:
     """A problem with defaults for the values that most trials do not depend on."""
     sizes = (batch, *heads, len_q, len_k, dim, dim_v or dim)
     rule = full() if mask is None else mask
-    return Problem(*sizes, dtype, default_scale(dim), rule, dropout=dropout)
+    form = score and score.form.score
+    more = {"score": form, "sinks": sinks, "dropout": dropout}
+    return Problem(*sizes, dtype, default_scale(dim), rule, **more)
 
 
 def numbers(trial: Trial) -> dict[str, Array]:
@@ -126,7 +144,11 @@ def numbers(trial: Trial) -> dict[str, Array]:
             given[name][...] = given[name][:, :1]
     if trial.poisoned:
         _poison(p, given)
-    options: dict[str, Any] = {"mask": p.mask, "scale": p.scale}
+    options: dict[str, Any] = {"mask": p.mask, "scale": p.scale, "score": trial.score}
+    given |= trial.arrays
+    if p.sinks:
+        given["sinks"] = random.normal(size=shape_of(p, "sinks")).astype(dtype_of(p, "sinks"))
+        options["sinks"] = given["sinks"]
     if p.dropout:
         given["seed"] = np.array([SEED])
         shape = (p.batch, p.heads_q, p.len_q, p.len_k)
@@ -135,20 +157,27 @@ def numbers(trial: Trial) -> dict[str, Array]:
     given["o"], given["lse"] = o.astype(p.dtype), lse.astype(dtype_of(p, "lse"))
     arguments = [given[name] for name in ("do", "q", "k", "v", "o", "lse")]
     gradients = reference.attention_backward(*arguments, **options)
-    expected = dict(zip(("o", "lse", "dq", "dk", "dv"), (o, lse, *gradients), strict=True))
+    names = ("o", "lse", "dq", "dk", "dv", *[f"d{name}" for name in trial.arrays])
+    names += ("dsinks",) * bool(p.sinks)
+    expected = dict(zip(names, (o, lse, *gradients), strict=True))
+    expected["max"] = reference.largest(given["q"], given["k"], p.mask, p.scale, trial.score)
     return given | {f"expected {name}": array for name, array in expected.items()}
 
 
 def dtype_of(p: Problem, name: str) -> str:
     """The type of an argument or a result."""
-    return {"lse": STATISTICS[p.dtype], "seed": "int64"}.get(name, p.dtype)
+    if name in ("lse", "max", "sinks", "dsinks"):
+        return STATISTICS[p.dtype]
+    return {"seed": "int64"}.get(name, p.dtype)
 
 
 def shape_of(p: Problem, name: str) -> Shape:
     """The canonical shape of an argument or a result."""
     q_side, k_side = (p.batch, p.heads_q, p.len_q), (p.batch, p.heads_kv, p.len_k)
-    if name in ("lse", "seed"):
-        return q_side if name == "lse" else (1,)
+    alone = {"lse": q_side, "max": q_side, "seed": (1,)}
+    alone |= dict.fromkeys(("sinks", "dsinks"), (p.heads_q, p.sinks))
+    if name in alone:
+        return alone[name]
     side = k_side if name in ("k", "v", "dk", "dv") else q_side
     return (*side, p.dim if name in ("q", "k", "dq", "dk") else p.dim_v)
 
@@ -201,11 +230,15 @@ def run(
     p = trial.problem
     flats: dict[str, Array] = {}
     views: dict[str, Array] = {}
-    inputs = (*INPUTS[operation], *(("seed",) if p.dropout else ()))
-    for name in (*inputs, *OUTPUTS[operation]):
+    further = ("seed",) * bool(p.dropout) + ("sinks",) * bool(p.sinks)
+    inputs = (*INPUTS[operation], *trial.arrays, *further)
+    outputs = OUTPUTS[operation] + MORE[operation] * bool(p.sinks)
+    for name in (*inputs, *outputs):
         layout = _layout_of(name, trial, operation, form)
-        shape = shape_of(p, name)
-        strides, dtype = layout.strides(shape), dtype_of(p, name)
+        array = trial.arrays.get(name)
+        shape = shape_of(p, name) if array is None else array.shape
+        dtype = dtype_of(p, name) if array is None else array.dtype.name
+        strides = layout.strides(shape)
         flats[name], views[name] = _place(memory, name, shape, strides, dtype)
         if name in inputs:
             views[name][...] = given[name]
@@ -213,15 +246,16 @@ def run(
     before = {name: flats[name].tobytes() for name in inputs}
     buffers = {name: _buffer(memory, name, view) for name, view in views.items()}
     in_place = operation == "forward" or buffers["dq"].strides[3] == 1
-    options = {"in_place": in_place, "heuristics": heuristics}
+    extra = MORE[operation] if p.sinks else ()
+    options = {"in_place": in_place, "heuristics": heuristics, "extra": extra}
     made = planned(p, device or host(), operation, form, **options)
     dispatch.run(memory.move(made), buffers)
     for name, old in before.items():
         assert flats[name].tobytes() == old, f"{name} was modified"
-    for name in OUTPUTS[operation]:
+    for name in outputs:
         compare(name, views[name], given[f"expected {name}"])
         _check_gaps(name, flats[name], views[name])
-    return {name: views[name] for name in OUTPUTS[operation]}
+    return {name: views[name] for name in outputs}
 
 
 def planned(p: Problem, device: Device, operation: str, form: str, **options: Any) -> CpuPlan:
@@ -232,7 +266,7 @@ def planned(p: Problem, device: Device, operation: str, form: str, **options: An
 def _layout_of(name: str, trial: Trial, operation: str, form: str) -> Layout:
     """The trial's layout, but results share no heads, and fused keeps the rows of dq contiguous."""
     layout = LAYOUTS[trial.layout]
-    if name == "seed":
+    if name in ("seed", "sinks", "dsinks", "max"):
         return LAYOUTS["bhnd"]
     if layout.shared and name not in ("q", "k", "v", "do"):
         return LAYOUTS["bhnd"]

@@ -80,6 +80,29 @@ def attention(
     return o, lse
 
 
+def largest(
+    q: ArrayLike,
+    k: ArrayLike,
+    mask: Rule | None = None,
+    scale: float | None = None,
+    score: Any = None,
+) -> Array:
+    """The largest score of each query, (batch, heads_q, len_q): -inf where it sees no key.
+
+    >>> largest(np.ones((1, 1, 2, 4)), np.ones((1, 1, 3, 4)))
+    array([[[2., 2.]]])
+    """
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    scale = default_scale(q.shape[3]) if scale is None else scale
+    modified = Modified(score, q, k)
+    found = np.zeros(q.shape[:3])
+    with np.errstate(all="ignore"):
+        for at, at_kv, visible in _heads(q, k, mask):
+            s = modified.scores(at, scale * (q[at] @ k[at_kv].T))
+            found[at] = _row_max(np.where(visible, s, -np.inf))
+    return found
+
+
 def attention_backward(
     do: ArrayLike,
     q: ArrayLike,

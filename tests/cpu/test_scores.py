@@ -1,0 +1,103 @@
+"""Modified scores and sinks in every form of kernels: right, whatever the types and the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import Sizes
+from compare import assert_near, assert_same
+from score_cases import VARIANTS, score_of, short, trials, variant
+from trial import PASSES, Trial, numbers, problem, run
+
+import tilefold
+from tilefold.masks.evaluate import exact_real
+
+
+def attempt(trial: Trial) -> None:
+    """All passes of a trial."""
+    given = numbers(trial)
+    for operation, form in PASSES:
+        print(trial, operation, form, flush=True)
+        run(trial, given, operation, form)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_definition_is_the_formula_of_a_variant(name: str) -> None:
+    sizes = Sizes(2, 4, 7, 9)
+    form, formula = score_of(name, sizes).form, variant(name, sizes).formula
+    b, h, q, k = np.ogrid[:2, :4, :7, :9]
+    s = np.random.default_rng(0).normal(size=(2, 4, 7, 9))
+    expression = form.score.expression(problem(7, 9, 4, batch=2, heads=(4, 2)).score_sizes)
+    inputs = dict(enumerate(form.arrays))
+    got = exact_real(expression, s, b=b, h=h, q=q, k=k, inputs=inputs)
+    assert_near(name, got, formula(s, b, h, q, k), 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", trials(), ids=short)
+def test_variants_in_every_form(trial: Trial) -> None:
+    attempt(trial)
+
+
+@pytest.mark.parametrize(("len_q", "len_k"), [(70, 40), (2, 40), (2, 9000)])
+def test_minus_infinity_hides_a_pair_as_the_mask_does(len_q: int, len_k: int) -> None:
+    q, k, v, do = arrays(len_q, len_k)
+    k[:, :, 5], v[:, :, 5] = np.nan, np.inf
+    q[:, :, 1], do[:, :, 1] = np.nan, np.nan
+
+    def shown(q: Any, k: Any) -> Any:
+        return (k != 5) & (q != 1)
+
+    def hides(s: Any, q: Any, k: Any, b: Any, h: Any) -> Any:
+        return tilefold.where(shown(q, k), s, float("-inf"))
+
+    results = []
+    for options in ({"score": tilefold.score(hides)}, {"mask": tilefold.rule(shown)}):
+        o, lse, top = tilefold.attention(q, k, v, return_lse=True, return_max=True, **options)
+        gradients = tilefold.attention_backward(do, q, k, v, o, lse, **options)
+        assert not o[:, :, 1].any() and (lse[:, :, 1] == -np.inf).all()
+        results.append((o, lse, top, *gradients))
+    for got, want in zip(*results, strict=True):
+        assert_near("result", got, want, 1e-5)
+
+
+@pytest.mark.parametrize(("len_q", "len_k"), [(70, 40), (2, 40), (2, 9000)])
+def test_nan_in_a_bias_reaches_its_row_alone(len_q: int, len_k: int) -> None:
+    q, k, v, do = arrays(len_q, len_k)
+    clean = np.zeros((len_q, len_k), np.float32)
+    dirty = clean.copy()
+    dirty[1, 3] = np.nan
+    mask = tilefold.rule(lambda q, k: k != 7)
+    dirty[0, 7] = np.nan  # hidden
+    others = np.arange(len_q) != 1
+    results = []
+    for bias in (clean, dirty):
+        options: dict[str, Any] = {"mask": mask, "score": tilefold.bias(bias)}
+        o, lse, top = tilefold.attention(q, k, v, return_lse=True, return_max=True, **options)
+        dq, *_ = tilefold.attention_backward(do, q, k, v, o, lse, **options)
+        results.append((o, lse, top, dq))
+    for name, want, got in zip(("o", "lse", "max", "dq"), *results, strict=True):
+        assert_same(name, got[:, :, others], want[:, :, others])
+        assert np.isnan(got[:, :, 1]).all(), name
+
+
+def test_infinite_scores_follow_ieee_arithmetic() -> None:
+    q, k, v, _ = arrays(4, 40)
+    bias = np.zeros((4, 40), np.float32)
+    bias[1], bias[2, 3] = -np.inf, np.inf
+    for queries in (q, np.repeat(q, 20, axis=2)):
+        rows = np.resize(np.arange(4), queries.shape[2]) if queries is q else np.arange(80) // 20
+        options: dict[str, Any] = {"score": tilefold.bias(bias[rows])}
+        o, lse, top = tilefold.attention(queries, k, v, return_lse=True, return_max=True, **options)
+        assert not o[:, :, rows == 1].any() and (lse[:, :, rows == 1] == -np.inf).all()
+        assert np.isnan(o[:, :, rows == 2]).all() and (top[:, :, rows == 2] == np.inf).all()
+        assert np.isfinite(o[:, :, rows % 3 == 0]).all()
+
+
+def arrays(len_q: int, len_k: int) -> list[Any]:
+    """q, k, v and do of one batch entry, of standard normal numbers."""
+    rng = np.random.default_rng([len_q, len_k])
+    shapes = (1, 2, len_q, 16), (1, 2, len_k, 16), (1, 2, len_k, 16), (1, 2, len_q, 16)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
