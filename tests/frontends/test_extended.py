@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 import tilefold
@@ -184,6 +185,16 @@ def test_an_array_changed_between_the_passes_is_found() -> None:
         o.sum().backward()
 
 
+def test_tensors_without_data_give_shapes() -> None:
+    given = [*tensors(), learnable(5), learnable(4, 2)]
+    bare = [tensor.detach().to("meta").requires_grad_() for tensor in given]
+    o = attention(*bare[:3], score=tilefold.bias(bare[3]), sinks=bare[4])
+    o.sum().backward()
+    assert o.shape == (2, 4, 7, 2)
+    for tensor in bare:
+        assert tensor.grad is not None and tensor.grad.shape == tensor.shape
+
+
 @pytest.mark.slow
 @pytest.mark.feature("T09")
 def test_opcheck() -> None:
@@ -277,6 +288,16 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attention(Q, Q, Q, sinks=torch.ones(2, dtype=torch.int32)),
         "sinks must be an array of floats, got int32",
     ),
+    "a transform": (
+        lambda: torch.func.grad(total)(torch.ones(3)),
+        "transforms of torch.func are not implemented for tilefold.attention with arrays in a"
+        " score, sinks or dropout: use backward() or torch.autograd.grad",
+    ),
+    "a tangent of an array": (
+        lambda: forward_mode(),
+        "forward-mode derivatives of tilefold.attention are not implemented: use backward(), or"
+        " torch's own attention where you need them",
+    ),
     "second derivatives": (
         lambda: first_derivative().backward(),
         "second derivatives of tilefold.attention with arrays in a score, sinks or dropout are not"
@@ -299,6 +320,17 @@ def converted() -> Any:
     return score
 
 
+def total(array: Tensor) -> Tensor:
+    o: Tensor = attention(Q, Q, Q, score=tilefold.bias(array))
+    return o.sum()
+
+
+def forward_mode() -> Any:
+    with forward_ad.dual_level():
+        array = forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        return attention(Q, Q, Q, score=tilefold.bias(array))
+
+
 def first_derivative() -> Tensor:
     array = learnable(3, dtype=torch.float32)
     o = attention(Q, Q, Q + 1, score=tilefold.bias(array))
@@ -306,6 +338,7 @@ def first_derivative() -> Tensor:
     return slope.sum()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of tangents
 @pytest.mark.feature("T15")
 @pytest.mark.parametrize("case", MESSAGES)
 def test_message(case: str) -> None:

@@ -27,6 +27,7 @@ from tilefold.backends.protocols import (
     Prepared,
     Strides,
     is_extra,
+    spoken,
 )
 from tilefold.backends.registry import backend
 from tilefold.common import generation
@@ -257,7 +258,7 @@ def _call(
     }
     dtype = arrays.common_dtype(read)
     for name, array in named.items():
-        arrays.check_held(name, array)
+        arrays.check_held(spoken(name), array)
     _check_inputs(arrays, named, request)
     statistics = [name for name in named if name in _STATISTICS]
     for name in statistics:

@@ -72,6 +72,17 @@ def is_extra(name: str) -> bool:
     return name.startswith(("input", "sinks", "seed"))
 
 
+def spoken(name: str) -> str:
+    """An operand as messages call it.
+
+    >>> spoken("input0"), spoken("sinks")
+    ('the array 0 of score', 'sinks')
+    """
+    if not name.startswith("input"):
+        return name
+    return f"the array {name.removeprefix('input')} of score"
+
+
 PASSES = {each.operation: each for each in (FORWARD, BACKWARD)}
 """The passes of an operation without further arrays."""
 

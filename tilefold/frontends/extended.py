@@ -12,10 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tilefold.backends.arrays.torch import check_held, dtype_of, tensor_of
+from tilefold.backends.arrays.torch import dtype_of, tensor_of
+from tilefold.backends.protocols import spoken
 from tilefold.frontends import tensors
-from tilefold.frontends.extra import Extra, spoken
-from tilefold.frontends.observed import OPERATORS, recorded, unobserved
+from tilefold.frontends.extra import Extra
+from tilefold.frontends.observed import (
+    OPERATORS,
+    recorded,
+    refuse_tangents,
+    refuse_transforms,
+    unobserved,
+)
 from tilefold.problems.request import Request
 
 if OPERATORS:
@@ -35,6 +42,8 @@ def attention(
         o, lse, _, *rest = run(request, further, *given)
         return (o, lse, *rest)
     tensors.check(q=q, k=k, v=v)
+    refuse_transforms()
+    refuse_tangents(*given)
     o, lse, _, largest = _operators().attention_extended(q, k, v, [*arrays], request, bool(further))
     return (o, lse, largest) if further else (o, lse)
 
@@ -81,14 +90,10 @@ def tensors_of(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:
                     f"{words} is on {tensor.device} and q is on {q.device}: pass it"
                     f" .to({str(q.device)!r})"
                 )
-            if not torch.compiler.is_compiling():
-                if tensor.layout is not torch.strided:
-                    raise TypeError(
-                        f"{words} must be a strided tensor, got {tensor.layout}; pass its"
-                        " .to_dense()"
-                    )
-                if tensor.device.type in ("cpu", "cuda", "mps") and type(tensor) is Tensor:
-                    check_held(words, tensor)
+            if tensor.layout is not torch.strided:
+                raise TypeError(
+                    f"{words} must be a strided tensor, got {tensor.layout}; pass its .to_dense()"
+                )
         if name == "sinks":
             if not tensor.is_floating_point():
                 raise TypeError(f"sinks must be an array of floats, got {dtype_of(tensor)}")
@@ -113,6 +118,8 @@ def gradients(
         dq, dk, dv, *more = run(request, tuple(wanted), lse_low, dlse, *given, *arrays)
         return dq, dk, dv, more
     tensors.check_all(*given, dlse)
+    refuse_transforms()
+    refuse_tangents(*every)
     backward = _operators().attention_extended_backward
     found: tuple[Any, ...] = backward(*given, [*arrays], request, wanted, dlse, lse_low)
     return found

@@ -32,17 +32,6 @@ class Extra(NamedTuple):
 NOTHING = Extra((), ())
 
 
-def spoken(name: str) -> str:
-    """An extra array as messages call it.
-
-    >>> spoken("input0"), spoken("sinks")
-    ('the array 0 of score', 'sinks')
-    """
-    if not name.startswith("input"):
-        return name
-    return f"the array {name.removeprefix('input')} of score"
-
-
 @lru_cache(maxsize=64)
 def names_of(request: Request, count: int) -> tuple[str, ...]:
     """The names of the `count` extra arrays of a request.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -34,6 +36,27 @@ def unobserved(*given: Tensor) -> bool:
 def recorded(*given: Tensor) -> bool:
     """True if autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+
+def refuse_tangents(*given: Tensor) -> None:
+    """Raises if tensors carry forward-mode derivatives, which the operators would lose."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    unpack: Any = forward_ad.unpack_dual
+    if any(unpack(tensor).tangent is not None for tensor in given):
+        raise NotImplementedError(
+            "forward-mode derivatives of tilefold.attention are not implemented: use backward(),"
+            " or torch's own attention where you need them"
+        )
+
+
+def refuse_transforms() -> None:
+    """Raises inside a transform of `torch.func`: it takes no operator with a list of tensors."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "transforms of torch.func are not implemented for tilefold.attention with arrays in a"
+            " score, sinks or dropout: use backward() or torch.autograd.grad"
+        )
 
 
 def _transformed() -> bool:

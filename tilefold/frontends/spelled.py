@@ -11,7 +11,6 @@ from typing import Any
 
 from tilefold.masks import nodes
 from tilefold.masks.coordinates import Coordinates
-from tilefold.masks.graph import Node
 from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix
 from tilefold.masks.rule import AllOf, AnyOf, Not, Window
 from tilefold.masks.tables import Input
@@ -78,7 +77,7 @@ def spelling(value: Any) -> Any:
         return tuple([spelling(part) for part in value])
     if isinstance(value, Input):
         return (_INPUT, value.number, value.dtype, tuple([int(size) for size in value.shape]))
-    if isinstance(value, Node):
+    if isinstance(value, nodes.Expression):
         place = _NODES.index(type(value))
         return (_NODE, place, spelling(value.label), spelling(value.children))
     for number, kind in enumerate(_KINDS):

@@ -14,7 +14,15 @@ from torch import Tensor
 from tilefold.backends import calls, registry
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.arrays.torch import check_place, common_dtype, dtype_of
-from tilefold.backends.protocols import BACKWARD, BACKWARD_LOW, FORWARD, FORWARD_LOW, Machine, Pass
+from tilefold.backends.protocols import (
+    BACKWARD,
+    BACKWARD_LOW,
+    FORWARD,
+    FORWARD_LOW,
+    Machine,
+    Pass,
+    spoken,
+)
 from tilefold.frontends.extra import names_of
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, check_lse
 from tilefold.problems.request import Request
@@ -109,14 +117,14 @@ def run(wanted: Pass, given: tuple[Tensor, ...], q: Tensor, request: Request) ->
         bits |= address
         if address < _LOWEST:
             for name, tensor in zip(wanted.given, given, strict=True):
-                arrays.check_held(name, tensor)
+                arrays.check_held(spoken(name), tensor)
     if bits % _WIDEST and q.is_cpu:  # a tensor whose items are misaligned is copied
         given = tuple([x if x.data_ptr() % x.itemsize == 0 else x.clone() for x in given])
     try:
         return calls.run(machine_of(q), arrays, wanted, given, request)
     except RuntimeError:  # nested tensors have no shape
         for name, tensor in zip(wanted.given, given, strict=True):
-            arrays.check_dense(name, tensor)
+            arrays.check_dense(spoken(name), tensor)
         raise
 
 

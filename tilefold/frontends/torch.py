@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.frontends import extended as further_arrays
 from tilefold.frontends import extra as extra_arrays
 from tilefold.frontends import tensors
 from tilefold.frontends.extra import NOTHING, Extra
-from tilefold.frontends.observed import OPERATORS, PLAIN, recorded, unobserved
+from tilefold.frontends.observed import OPERATORS, PLAIN, recorded, refuse_tangents, unobserved
 from tilefold.problems.attention import check_parts
 from tilefold.problems.request import Request
 from tilefold.scores.score import Score
@@ -89,7 +88,7 @@ def attention(
         result = run(q, k, v, request)
     else:
         tensors.check(q=q, k=k, v=v)
-        _refuse_tangents(q, k, v)
+        refuse_tangents(q, k, v)
         result = _operators().attention(q, k, v, request)[:2]
     return result
 
@@ -117,7 +116,7 @@ def attention_backward(
         result = run(*given, request, lse_low, dlse)
     else:
         tensors.check_all(*every)
-        _refuse_tangents(*every)
+        refuse_tangents(*every)
         result = _operators().attention_backward(*given, request, dlse, lse_low)
     return result
 
@@ -159,18 +158,6 @@ def _operators() -> Any:
             f" or newer, found {torch.__version__}"
         )
     return operators
-
-
-def _refuse_tangents(*given: Tensor) -> None:
-    """Raises if tensors carry forward-mode derivatives, which the operators would lose."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    unpack: Any = forward_ad.unpack_dual
-    if any(unpack(tensor).tangent is not None for tensor in given):
-        raise NotImplementedError(
-            "forward-mode derivatives of tilefold.attention are not implemented: use backward(),"
-            " or torch's own attention where you need them"
-        )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
