@@ -37,7 +37,9 @@ def test_tables_are_in_the_order_of_their_dims() -> None:
                 if kernel == "decode":
                     assert all(row.blocks.parallel == 16 for row in rows)
             half = tables.table(name, kernel, "half")
-            assert half[0].dim <= 128 and all(row.spills is not None for row in half)
+            compiled = kernel != "backward_inputs"  # it has the blocks of another kernel
+            assert half[0].dim <= 128
+            assert all((row.spills is not None) == compiled for row in half)
 
 
 @pytest.mark.feature("M06", "M07")

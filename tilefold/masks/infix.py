@@ -2,10 +2,10 @@
 Triton.
 
 A language is a `Dialect`: a table of its operators, a table of its other forms, and how it writes a
-constant and reads a table. What it has for real numbers are its `Reals`. The printer walks the expression once. It knows of each piece of source
-how tightly its outermost operator binds, so it writes no parentheses that a reader could spare, and
-whether the piece is surely >= 0: Python floors `//` and `%`, these languages truncate, and the two
-differ on negative left sides only.
+constant and reads a table. What it has for real numbers are its `Reals`. The printer walks the
+expression once. It knows of each piece of source how tightly its outermost operator binds, so it
+writes no parentheses that a reader could spare, and whether the piece is surely >= 0: Python floors
+`//` and `%`, these languages truncate, and the two differ on negative left sides only.
 
 A part of the expression that occurs twice, or would make a line too long, becomes a constant.
 """

@@ -12,6 +12,7 @@ choice         the blocks of a kernel: a row of the tables, made to fit
 source         spec to source
 module         source to a function of Triton's
 launch         what a plan holds and says
+inputs         which programs share the entries of an array that a score reads
 plan           problem to kernels, programs and scratch
 machine        what runs kernels, as a protocol
 interpreter    Triton's interpreter, as a machine

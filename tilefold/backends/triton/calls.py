@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tilefold.backends import calls
-from tilefold.backends.protocols import BACKWARD, FORWARD, Pass, Placement
+from tilefold.backends.protocols import BACKWARD, FORWARD, PASSES, Pass, Placement
 from tilefold.backends.triton import dispatch, runtime
 from tilefold.backends.triton.machine import Machine as TritonMachine
 from tilefold.backends.triton.plan import plan
@@ -37,7 +37,10 @@ def prepare(
     machine: TritonMachine, problem: Problem, wanted: Pass, placement: Placement
 ) -> dispatch.Call:
     """Plan a problem and have its kernels written; Triton compiles each at its first launch."""
-    made = plan(problem, machine.architecture, wanted.operation)
+    usual = PASSES[wanted.operation].operands
+    given = ("sinks", "seed", "input")
+    extra = [name for name in wanted.operands if name not in usual and not name.startswith(given)]
+    made = plan(problem, machine.architecture, wanted.operation, extra=tuple(extra))
     aligned16 = bool(placement.alignment)
     return dispatch.prepare(made, machine, placement.strides, aligned16, placement.axes)
 

@@ -63,11 +63,13 @@ def choose(
     blocks: Blocks | None = None,
     rows: int | None = None,
     dropout: bool = False,
+    scored: bool = False,
     heuristics: Heuristics = DEFAULT,
 ) -> Choice:
     """The blocks of a kernel, asked for or of the tables; `rows` along the parallel axis, if given.
 
-    Rows of the tables were compiled without `dropout`, which takes shared memory of its own.
+    Rows of the tables were compiled without `dropout` and without modified scores, `scored`, which
+    take shared memory of their own.
     Raises ValueError for blocks that the architecture cannot hold, NotImplementedError where it
     holds none.
 
@@ -75,7 +77,8 @@ def choose(
     >>> print(choose(architecture("sm_80"), "forward", "float16", 128, 128).blocks)
     128 x 64, 8 warps, 3 stages
     """
-    asked = _Asked(architecture, kernel, dtype, dim, dim_v, float32_mode, heuristics, dropout)
+    sizes = kernel, dtype, dim, dim_v
+    asked = _Asked(architecture, *sizes, float32_mode, heuristics, dropout, scored)
     row, words = asked.row()
     if blocks is not None:
         why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks)
@@ -129,6 +132,7 @@ class _Asked:
     float32_mode: str
     heuristics: Heuristics
     dropout: bool
+    scored: bool
 
     @property
     def kind(self) -> str:
@@ -161,7 +165,7 @@ class _Asked:
     def compiled(self, row: tables.Row) -> bool:
         """True if a row was compiled for just these heads: narrower ones may have more pieces."""
         dims = {resources.padded(self.dim), resources.padded(self.dim_v), row.dim}
-        whole = KERNELS[self.kernel].visits and not self.dropout
+        whole = KERNELS[self.kernel].visits and not (self.dropout or self.scored)
         return whole and row.spills is not None and len(dims) == 1
 
     def too_much(self, blocks: Blocks) -> str:
@@ -214,6 +218,8 @@ class _Asked:
         )
         if self.dropout and KERNELS[self.kernel].visits:
             found += blocks.parallel * blocks.traverse  # truths, which change hands
+        if self.scored and KERNELS[self.kernel].visits:  # entries of an array do too
+            found += blocks.parallel * blocks.traverse * resources.item_of_statistics(self.dtype)
         return found
 
     def _registers(self, blocks: Blocks) -> int:

@@ -7,20 +7,25 @@ it once.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tilefold.backends.launching import mask_arguments, runs_on, stride_arguments, tables_on
 from tilefold.backends.protocols import Arrays, Strides
 from tilefold.backends.triton import module, resources, source
 from tilefold.backends.triton.kernels import arguments, frame, hopper_launch
-from tilefold.backends.triton.kernels.arguments import RUNS, SIZES
-from tilefold.backends.triton.launch import Launch, TritonPlan
+from tilefold.backends.triton.kernels.arguments import RUNS, SINKS, SIZES
+from tilefold.backends.triton.launch import Added, Launch, TritonPlan
 from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError, is_aligned16
 from tilefold.backends.triton.spec import TritonSpec
+from tilefold.masks.tables import Input
 from tilefold.planning.kernels import STRIDED
+from tilefold.planning.masked import Scored
 from tilefold.problems import dropout
 from tilefold.problems.attention import ITEM_BYTES, Problem
 from tilefold.problems.request import LAYOUTS
@@ -58,7 +63,7 @@ class Call:
         with self.machine.active():
             self.run(
                 {
-                    name: tensor if name in ("lse", "seed") else tensor.permute(axes)
+                    name: tensor.permute(axes) if name in STRIDED else tensor
                     for name, tensor in zip(self.order, operands, strict=True)
                 }
             )
@@ -81,6 +86,7 @@ class Call:
         for step in self.steps:
             step.launch(given)
             self.machine.launched(step.data)
+        finish(self.plan, given)
 
     def with_keys(self, problem: Problem, strides: Mapping[str, Strides]) -> None:
         """None: every number of keys is planned from the beginning."""
@@ -110,7 +116,7 @@ class _Step:
         if not hasattr(self.function, "warmup"):  # in the interpreter
             return
         kinds = arguments.arrays(self.spec)
-        given = [machine.empty((1,), kinds[name]) for name in self.operands]
+        given = [machine.empty((1,), kinds[name]) for name in self.spec.operands]
         tma = [
             tiles.descriptor(machine.empty((1, 1, *tiles.block[2:]), self.spec.dtype))
             for tiles in self.tma
@@ -243,6 +249,14 @@ def _step(
     data = _data(machine, plan, launch)
     known: dict[str, Any] = {**data, **_numbers(plan, launch), **stride_arguments(strides, STRIDED)}
     known["scale"] = _number(spec, plan.problem.scale)
+    if launch.scored is not None and spec.row.visits:
+        tables = _score_tables(machine, plan, launch.scored, spec)
+        data = data | tables
+        known |= tables | _of_score(launch.scored, spec, strides)
+    if "sinks" in spec.extra:
+        known |= dict(zip(SINKS, (plan.problem.sinks, *strides["sinks"]), strict=True))
+    if launch.added is not None:
+        known |= _of_parts(launch.added)
     if spec.dropout:
         known |= _dropout(spec, plan.problem.dropout)
     names, programs = arguments.names(spec), launch.programs
@@ -250,11 +264,11 @@ def _step(
         known |= _places(plan.problem, launch.block_rows)
         names = (*names, *hopper_launch.ROW_BLOCKS)
         programs = min(programs, machine.multiprocessors)
-    operands = spec.operands
+    operands, called = spec.operands, _called(launch)
     return _Step(
         machine.function(source.emit(spec), spec.entry),
         spec,
-        operands,
+        tuple([called.get(name, name) for name in operands]),
         tuple(known[name] for name in names[len(operands) :]),
         tuple(data.values()),
         programs,
@@ -269,6 +283,78 @@ def _number(spec: TritonSpec, number: float) -> float:
     """A number as an argument: Triton passes only float32, so a float64 is passed as its bits."""
     bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
     return bits if spec.dtype == "float64" else float(number)
+
+
+def _called(launch: Launch) -> dict[str, str]:
+    """The names of arrays that come with the call, by the names of the kernel's arguments."""
+    found = {}
+    if launch.scored is not None:
+        parts = launch.scored.parts
+        for slot, table in zip(parts.skeleton.slots, parts.tables, strict=True):
+            if isinstance(table, Input):
+                found[slot.name] = table.name
+    if launch.added is not None:
+        found["input_parts"] = launch.added.parts
+    return found
+
+
+def _of_score(scored: Scored, spec: TritonSpec, strides: Mapping[str, Strides]) -> dict[str, float]:
+    """The numbers of a modified score, and the strides of all that it reads."""
+    parts = scored.parts
+    found: dict[str, float] = {}
+    for parameter, value in zip(parts.skeleton.parameters, parts.parameters, strict=True):
+        found[parameter.name] = _number(spec, value) if parameter.dtype == "real" else value
+    for slot, table in zip(parts.skeleton.slots, parts.tables, strict=True):
+        if isinstance(table, Input):
+            steps = strides[table.name]
+        else:
+            array = np.ascontiguousarray(table.array)
+            steps = tuple([step // array.itemsize for step in array.strides])
+        found |= dict(zip(slot.strides, steps, strict=True))
+    return found
+
+
+def _score_tables(
+    machine: Machine, plan: TritonPlan, scored: Scored, spec: TritonSpec
+) -> dict[str, Tensor]:
+    """The tables of a modified score that stay, copied to a machine, by their names."""
+    held = {}
+    for slot, table in zip(scored.parts.skeleton.slots, scored.parts.tables, strict=True):
+        if not isinstance(table, Input):
+            wide = arguments.wide_tables(spec) and table.dtype == "bool"
+            held[slot.name] = table.array.astype(np.int32) if wide else table.array
+    kept, key = machine.kept.data, (plan, scored)
+    return runs_on(machine, kept, key, [*held], [*held.values()]) if held else {}
+
+
+def _of_parts(added: Added) -> dict[str, int]:
+    """The arguments of a kernel that sums up the gradient of an array."""
+    shape = added.given.shape
+    found = {"part_size": math.prod(shape), "shared": added.shared}
+    return found | {f"part_{i}": math.prod(shape[i + 1 :]) for i in range(len(shape))}
+
+
+def finish(plan: TritonPlan, given: Mapping[str, Tensor]) -> None:
+    """Write the gradients that tensors of the kernels give: of sinks, and of a score's arrays."""
+    added = {each.added.given.name: each.added for each in plan.launches if each.added is not None}
+    for name, tensor in given.items():
+        if name.startswith("dinput") and name.removeprefix("dinput").isdigit():
+            parts = added.get(name.removeprefix("d"))
+            if parts is None:
+                tensor.zero_()
+            else:
+                tensor.copy_(given[parts.parts].sum(0))
+    if "dsinks" in given:
+        _gradient_of_sinks(given)
+
+
+def _gradient_of_sinks(given: Mapping[str, Tensor]) -> None:
+    """d sink = -sum of exp(sink - lse) delta over the queries of a head; lse of -inf gives 0."""
+    lse, delta = given["lse"], given["delta"]
+    base = lse.masked_fill(lse.isinf(), 0.0)
+    for at, sink in enumerate(given["sinks"].unbind(-1)):
+        share = (sink[None, :, None] - base).exp()
+        given["dsinks"][:, at] = -(share * delta).sum((0, 2))
 
 
 def _dropout(spec: TritonSpec, chance: float) -> dict[str, float]:

@@ -42,6 +42,13 @@ class Heuristics:
     fixed_owners: int = 8
     """Owners of each key head in the fused form: each has a float32 dQ of its own."""
 
+    part_elements: int = 2**20
+    """Elements of all parts of the gradient of an array that a score reads, where there are more
+    parts than `fixed_parts`. It is not tuned."""
+
+    fixed_parts: int = 4
+    """Parts of the gradient of a large array that several heads or batch entries share."""
+
     most_decode_rows: int = 64
     """Most rows of a block of the decode kernel."""
 

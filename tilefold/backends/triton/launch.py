@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,24 @@ from tilefold.backends.triton import datasheets
 from tilefold.backends.triton.architectures import Architecture
 from tilefold.backends.triton.choice import Choice
 from tilefold.backends.triton.spec import TritonSpec
+from tilefold.masks.tables import Input
 from tilefold.planning import roofline
+from tilefold.planning.masked import Scored
 from tilefold.planning.plan import Plan
+
+
+class Added(NamedTuple):
+    """The gradient of an input, in parts: `shared` units have the same entries, and `parts` is the
+    name of the buffer.
+    """
+
+    given: Input
+    shared: int
+
+    @property
+    def parts(self) -> str:
+        """The name of the buffer of the parts."""
+        return f"d{self.given.name}_parts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +41,8 @@ class Launch:
     `planes` how many of the batch and of the heads have runs of their own (1 where all are alike).
     `pairs` counts pairs of a query and a key in the tiles that are visited, over batch and heads.
     `plain` takes the place of a launch where the arrays lie so that it cannot serve; without one
-    that is an error.
+    that is an error. `scored` is what the kernel computes of a modified score, `added` the array
+    whose gradient it sums up.
     """
 
     spec: TritonSpec
@@ -40,6 +58,8 @@ class Launch:
     pairs: int = 0
     splits: int = 1
     plain: Launch | None = None
+    scored: Scored | None = None
+    added: Added | None = None
 
     @property
     def arrays(self) -> tuple[NDArray[np.int32], ...]:

@@ -42,6 +42,7 @@ class Machine(protocols.Machine):
 
     backend = "triton"
     aligned = 1
+    reads_dlse = True
 
     @property
     @abstractmethod
@@ -83,4 +84,8 @@ class Machine(protocols.Machine):
 
 def is_aligned16(operands: Mapping[str, Tensor]) -> bool:
     """True if every operand begins at a multiple of 16 bytes, as tensor descriptors ask."""
-    return all(tensor.data_ptr() % ALIGNED == 0 for tensor in operands.values())
+    return all(
+        tensor.data_ptr() % ALIGNED == 0
+        for name, tensor in operands.items()
+        if not protocols.is_extra(name.removeprefix("d"))
+    )

@@ -18,15 +18,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from tilefold.backends.triton import tuned
+from tilefold.backends.triton import inputs, tuned
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.choice import Asked, Choice, check_asked, choose
 from tilefold.backends.triton.heuristics import DEFAULT, Heuristics
 from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.kernels.scores import LOG2_E
-from tilefold.backends.triton.launch import Launch, TritonPlan
+from tilefold.backends.triton.launch import Added, Launch, TritonPlan
 from tilefold.backends.triton.spec import (
     BY_PRECISION,
+    KERNELS,
     LEAST,
     MOST_DIM,
     TritonSpec,
@@ -36,7 +37,7 @@ from tilefold.common import check, generation, reproducible, settings
 from tilefold.common.lru import LruCache
 from tilefold.masks.runs import Runs
 from tilefold.planning import roofline
-from tilefold.planning.masked import MaskedProblem
+from tilefold.planning.masked import MaskedProblem, Scored
 from tilefold.planning.plan import Scratch, split_scratch
 from tilefold.planning.tiles import parted, runs_to_tiles
 from tilefold.planning.visited import MASK_STEP, cut, heaviest_first
@@ -50,6 +51,9 @@ FORMS = {
 "auto" takes on sm_90 where it serves and TILEFOLD_HOPPER does not turn it off. "auto" takes "split"
 for a backward pass: the fused form reads and writes dQ in memory for every tile, and nobody has
 measured yet where that pays."""
+
+EXTRA = {"forward": ("max",), "backward": ("dlse", "dsinks")}
+"""Operands of an operation that a call may ask for, beside the gradients of a score's arrays."""
 
 _NO_RUNS = np.zeros((1, 2), np.int32)
 
@@ -65,13 +69,16 @@ def plan(
     blocks: Asked = None,
     owners: int | None = None,
     scope: str | None = None,
+    extra: tuple[str, ...] = (),
 ) -> TritonPlan:
     """The plan of an operation, "forward" or "backward", on an architecture such as "sm_90".
 
     `form` is how it is done: see `FORMS`. `blocks` override the tables; by kernel ("forward",
     "decode", "backward_dq", ...) where they differ. `owners` of each key head share the fused
     backward pass. Results depend on all of these only by rounding. `scope` is "anywhere" or
-    "machine", as set by `set_reproducible` where it is None.
+    "machine", as set by `set_reproducible` where it is None. `extra` are operands beside those that
+    every problem of the kind has: "max" of a forward pass; "dlse", "dsinks" and "dinput0", ... of a
+    backward pass.
 
     Raises ValueError for what no GPU of the architecture can run, NotImplementedError for heads
     that are too wide, TypeError for other blocks.
@@ -80,10 +87,12 @@ def plan(
     check_asked(blocks)
     asked = tuple(sorted(blocks.items())) if isinstance(blocks, Mapping) else blocks
     hopper, scope = settings.HOPPER.get(), scope or reproducible.get_reproducible()
-    key = (generation.number, problem, name, operation, form, asked, owners, hopper, scope)
+    key = (generation.number, problem, name, operation, form, asked, owners, hopper, scope, extra)
     found = _recent.get(key)
     if found is None:
-        planner = Planner(problem, architecture(name), blocks, owners, anywhere=scope == "anywhere")
+        anywhere = scope == "anywhere"
+        device = architecture(name)
+        planner = Planner(problem, device, blocks, owners, anywhere=anywhere, extra=extra)
         made = planner.plan(operation, form)
         found = _recent.put(key, made, made.data_bytes)
     return found
@@ -101,9 +110,11 @@ class Planner:
         heuristics: Heuristics = DEFAULT,
         *,
         anywhere: bool = True,
+        extra: tuple[str, ...] = (),
     ) -> None:
         self._problem, self._device, self._heuristics = problem, device, heuristics
         self._blocks, self._owners, self._anywhere = blocks, owners, anywhere
+        self._extra = {*extra, *(("sinks",) if problem.sinks else ())}
         self._masked = MaskedProblem.of(problem)
 
     def plan(self, operation: str, form: str = "auto") -> TritonPlan:
@@ -111,7 +122,7 @@ class Planner:
         problem = self._problem
         check.choice("operation", operation, tuple(FORMS))
         check.choice("form", form, FORMS[operation])
-        self._check()
+        self._check(operation)
         row = (problem.batch, problem.heads_q, problem.len_q)
         kind = STATISTICS[problem.dtype]
         buffers: dict[str, Scratch] = {}
@@ -120,11 +131,16 @@ class Planner:
             buffers["delta"] = Scratch(row, kind)
             if form == "fused":
                 launches = self._fused()
-                parts = (launches[1].splits, *row, problem.dim)
-                buffers["dq_parts"] = Scratch(parts, kind)
+                buffers["dq_parts"] = Scratch((launches[1].splits, *row, problem.dim), kind)
                 cleared = ("dq_parts",)
             else:
                 launches = [self._tiled("backward_dq"), self._tiled("backward_dkv")]
+            for launch in self._gradients_of_inputs():
+                assert launch.added is not None
+                launches.append(launch)
+                parts = (launch.splits, *launch.added.given.shape)
+                buffers[launch.added.parts] = Scratch(parts, kind)
+                cleared += (launch.added.parts,)
         elif self._decodes(form):
             launches = self._decode()
             buffers |= split_scratch(problem, launches[0].splits, kind)
@@ -138,14 +154,24 @@ class Planner:
             parameters=self._masked.parameters,
             tables=self._masked.tables,
             buffers=buffers,
+            scores=self._masked.score_parts,
             cleared=cleared,
         )
 
-    def _check(self) -> None:
+    def _check(self, operation: str) -> None:
         """Raises NotImplementedError for what has no kernels, and ValueError for a scale that the
         type of the sums cannot hold.
         """
         problem = self._problem
+        for name in sorted(self._extra - {"sinks"}):
+            input_of = name.removeprefix("dinput")
+            if name not in EXTRA[operation] and not (
+                operation == "backward" and input_of.isdigit()
+            ):
+                raise NotImplementedError(
+                    f"Triton's kernels have no operand {name} in a {operation} pass: compute it on"
+                    " the CPU, or by impl='composed'"
+                )
         least, most = scales(STATISTICS[problem.dtype])
         if problem.scale and not least <= abs(problem.scale) <= most:
             raise ValueError(
@@ -165,6 +191,7 @@ class Planner:
         if problem.dtype == "float32" and self._device.kind == "cuda":
             float32_mode = BY_PRECISION[problem.precision]
         made = self._choose(kernel, float32_mode, rows)
+        scored = self._scored(kernel)
         spec = TritonSpec(
             kernel=kernel,
             dtype=problem.dtype,
@@ -174,10 +201,23 @@ class Planner:
             mask=self._masked.skeleton,
             index_bits=self._masked.index_bits,
             float32_mode=float32_mode,
-            negative=problem.scale < 0,
+            negative=problem.scale < 0 and scored is None,
             dropout=problem.dropout > 0,
+            score=None if scored is None else scored.parts.skeleton,
+            hides=scored is not None and scored.hides and KERNELS[kernel].visits,
+            extra=tuple([name for name in KERNELS[kernel].optional if name in self._extra]),
         )
         return spec, made
+
+    @property
+    def _inputs(self) -> tuple[int, ...]:
+        """The numbers of the arrays of a score whose gradients are asked for."""
+        wanted = [name.removeprefix("dinput") for name in self._extra if name.startswith("dinput")]
+        return tuple(sorted(map(int, wanted)))
+
+    def _scored(self, kernel: str) -> Scored | None:
+        computed = KERNELS[kernel].computed
+        return self._masked.scored(computed, self._inputs if computed == "entries" else ())
 
     def _choose(self, kernel: str, float32_mode: str, rows: int | None) -> Choice:
         """The blocks that were asked for, or measured here, or of the tables."""
@@ -189,6 +229,7 @@ class Planner:
             *sizes,
             float32_mode=float32_mode,
             dropout=problem.dropout > 0,
+            scored=problem.score is not None,
             heuristics=self._heuristics,
         )
         if wanted := asked.get(kernel) if isinstance(asked, Mapping) else asked:
@@ -239,6 +280,10 @@ class Planner:
             return "no query meets a key"
         if problem.dropout:
             return "it drops no pairs"
+        if problem.score is not None:
+            return "it does not modify scores"
+        if self._extra:
+            return f"it has no operand {min(self._extra)}"
         return hopper_launch.fits(self._spec_of_hopper())
 
     def _spec_of_hopper(self) -> TritonSpec:
@@ -290,6 +335,7 @@ class Planner:
             heads,
             len(order) * heads * self._problem.batch,
             pairs,
+            scored=self._scored(spec.kernel),
         )
 
     def _simple(self, kernel: str, splits: int) -> Launch:
@@ -316,6 +362,37 @@ class Planner:
             # The order is that of the sums of an owner; by weight it would follow from all planes.
             main = replace(main, order=np.arange(main.block_rows, dtype=np.int32))
         return [self._simple("delta", 1), main, self._simple("reduce_dq", owners)]
+
+    def _gradients_of_inputs(self) -> list[Launch]:
+        """A kernel for each array of the score whose gradient is asked for."""
+        if not self._inputs:
+            return []
+        problem, main = self._problem, self._tiled("backward_inputs")
+        scored = main.scored
+        assert scored is not None
+        sizes = {"b": problem.batch, "h": problem.heads_q, "q": main.block_rows}
+        launches = []
+        for number in self._inputs:
+            given, entries = inputs.entries_of(scored, number)
+            if given is None:  # its gradient is 0 everywhere
+                continue
+            spec = replace(main.spec, entries=entries)
+            order, shared = inputs.units(sizes, inputs.apart(scored, entries))
+            apart = len(order) // shared
+            most = max(1, self._heuristics.part_elements // max(1, math.prod(given.shape)))
+            enough = -(-self._heuristics.enough_programs // max(1, apart))
+            parts = max(1, min(shared, enough, max(most, self._heuristics.fixed_parts)))
+            launches.append(
+                replace(
+                    main,
+                    spec=spec,
+                    order=order,
+                    splits=parts,
+                    programs=parts * apart,
+                    added=Added(given, shared),
+                )
+            )
+        return launches
 
     def _decodes(self, form: str) -> bool:
         problem = self._problem

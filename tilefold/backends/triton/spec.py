@@ -11,16 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tilefold.masks.expression import Skeleton
+from tilefold.masks.expression import RealConstant, Skeleton
+from tilefold.masks.tables import Slot
 from tilefold.planning.kernels import (
     ALL_GRADIENTS,
     ATTEND,
+    DIFFERENCES,
     KEY_GRADIENTS,
     OPERANDS,
     QUERY_GRADIENT,
     KernelRow,
     table,
 )
+from tilefold.problems.attention import ITEM_BYTES
 
 LEAST = 16
 """The least side of a product: every matrix unit of the known GPUs takes 16."""
@@ -50,11 +53,14 @@ class TritonKernelRow(KernelRow):
     """One kernel of GPUs by Triton; programs share `parallel`.
 
     `preloaded` names the operands along the parallel axis that are loaded once, `sums` the results
-    that a kernel that visits pairs adds up in registers.
+    that a kernel that visits pairs adds up in registers. A kernel has the operands of `optional`
+    where the call asks for them. `computed` is what it computes of a modified score: see `Scored`.
     """
 
     preloaded: tuple[str, ...] = ()
     sums: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    computed: str = "value"
 
 
 KERNELS = table(
@@ -69,6 +75,7 @@ KERNELS = table(
             emitter="forward.emit",
             preloaded=("q",),
             sums=("o",),
+            optional=("sinks", "max"),
         ),
         TritonKernelRow(
             name="decode",
@@ -87,6 +94,7 @@ KERNELS = table(
             reads=("part_o", "part_m", "part_l"),
             writes=("o", "lse"),
             emitter="decode.emit_merge",
+            optional=("sinks", "max"),
         ),
         TritonKernelRow(
             name="backward_dq",
@@ -98,6 +106,8 @@ KERNELS = table(
             emitter="backward.emit_dq",
             preloaded=("q", "do"),
             sums=("dq",),
+            optional=("dlse",),
+            computed="slope",
         ),
         TritonKernelRow(
             name="backward_dkv",
@@ -109,6 +119,7 @@ KERNELS = table(
             emitter="backward.emit_dkv",
             preloaded=("k", "v"),
             sums=("dk", "dv"),
+            computed="slope",
         ),
         TritonKernelRow(
             name="delta",
@@ -116,6 +127,7 @@ KERNELS = table(
             reads=("o", "do"),
             writes=("delta",),
             emitter="backward.emit_delta",
+            optional=("dlse",),
         ),
         TritonKernelRow(
             name="backward",
@@ -127,6 +139,7 @@ KERNELS = table(
             emitter="fused.emit",
             preloaded=("k", "v"),
             sums=("dk", "dv"),
+            computed="slope",
         ),
         TritonKernelRow(
             name="reduce_dq",
@@ -135,9 +148,29 @@ KERNELS = table(
             writes=("dq",),
             emitter="fused.emit_reduce",
         ),
+        TritonKernelRow(
+            name="backward_inputs",
+            parallel="q",
+            reads=("q", "k", "v", "do", "lse", "delta"),
+            writes=("input_parts",),
+            score_tiles=2,
+            contractions=DIFFERENCES,
+            emitter="inputs.emit",
+            preloaded=("q", "do"),
+            computed="entries",
+        ),
     )
 )
 """All kernels of Triton by name: adding one takes a row here and its emitter."""
+
+
+class Entry(NamedTuple):
+    """An entry of an array in the values of a score: the number of its derivative, after which its
+    `rank` indices stand.
+    """
+
+    value: int
+    rank: int
 
 
 class Piece(NamedTuple):
@@ -200,7 +233,10 @@ class TritonSpec:
     tensor descriptors (the TMA unit of Hopper and newer). The last two follow from where the arrays
     lie, which a plan does not know.
     `gluon`: written in Gluon for Hopper, by `hopper`. `dropout`: pairs fall out, by the seed that
-    the call brings.
+    the call brings. `score` is what the kernel computes of a modified score, whose value -inf
+    `hides` pairs; `entries` are those of its values that say how a score changes with an entry of
+    an array, where the kernel sums that up. `extra` are operands that the call has and others leave
+    out: see `TritonKernelRow.optional`.
     """
 
     kernel: str
@@ -216,6 +252,10 @@ class TritonSpec:
     descriptors: bool = False
     gluon: bool = False
     dropout: bool = False
+    score: Skeleton | None = None
+    hides: bool = False
+    entries: tuple[Entry, ...] = ()
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.kernel in KERNELS, self.kernel
@@ -229,7 +269,30 @@ class TritonSpec:
     @property
     def operands(self) -> tuple[str, ...]:
         """The arrays that a launch is given, in the order of the arguments."""
-        return (*self.row.operands, *(("seed",) if self.dropout and self.row.visits else ()))
+        seed = ("seed",) if self.dropout and self.row.visits else ()
+        return (*self.row.operands, *self.extra, *seed, *(slot.name for slot in self.inputs))
+
+    @property
+    def inputs(self) -> tuple[Slot, ...]:
+        """The places of arrays that the score reads and that come with each call."""
+        if self.score is None or not self.row.visits:
+            return ()
+        return tuple([slot for slot in self.score.slots if slot.dtype in ITEM_BYTES])
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The numbers of the values of the score that the kernel computes."""
+        if self.entries:
+            return (0, *(each.value + i for each in self.entries for i in range(each.rank + 1)))
+        return (0, 1) if self.slope_varies else (0,)
+
+    @property
+    def slope_varies(self) -> bool:
+        """True where the kernel multiplies by the derivative of the score."""
+        if self.score is None or self.row.computed != "slope":
+            return False
+        slope = self.score.expression.parts[1]
+        return not (isinstance(slope, RealConstant) and slope.value == 1)
 
     @property
     def parallel(self) -> str:

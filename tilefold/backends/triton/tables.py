@@ -249,6 +249,8 @@ def table(name: str, kernel: str, kind: str) -> tuple[Row, ...]:
     if kernel == "backward" and kind != "half":
         rows = table(name, "backward_dkv", kind)
         return tuple(found._replace(spills=None) for found in rows)
+    if kernel == "backward_inputs":
+        return tuple(found._replace(spills=None) for found in table(name, "backward_dq", kind))
     found = []
     for line in _TABLES[name, kernel].strip().splitlines()[1:]:
         dim, *cells = line.split("|")

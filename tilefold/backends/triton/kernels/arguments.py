@@ -35,22 +35,52 @@ SIZES = (
 `block_rows` of one head, `splits` parts that another kernel joins, and `parts_stride` rows, of 64
 bits, from one part of dq to the next."""
 
+SINKS = ("sinks_count", "sinks_h", "sinks_n")
+"""The number of sinks of each head, and the strides of their array."""
+
+PARTS = ("part_size", "shared")
+"""The elements of a part of the gradient of an array, and the units that share their entries."""
+
 
 def arrays(spec: TritonSpec) -> dict[str, str]:
     """The arrays of a kernel that are pointers, with the names of their types."""
     found = {}
     for name in spec.row.operands:
         found[name] = spec.dtype if name in STRIDED else spec.statistics
+    found |= dict.fromkeys(spec.extra, spec.statistics)
     if "seed" in spec.operands:
         found["seed"] = "int64"
+    found |= {slot.name: slot.dtype for slot in spec.inputs}
     if spec.row.visits:
         found |= dict.fromkeys(RUNS, "int32")
     return found
 
 
 def rule(spec: TritonSpec) -> tuple[str, ...]:
-    """The arguments that the rule reads: parameters, tables and their strides."""
-    return mask.arguments(spec.mask) if spec.row.visits else ()
+    """The arguments that the rule and the score read: parameters, tables and strides.
+
+    The arrays that come with each call are not among them.
+    """
+    if not spec.row.visits:
+        return ()
+    given = {slot.name for slot in spec.inputs}
+    score = mask.arguments(spec.score) if spec.score else ()
+    return (*mask.arguments(spec.mask), *(name for name in score if name not in given))
+
+
+def last(spec: TritonSpec) -> tuple[str, ...]:
+    """Arguments that few kernels have."""
+    found: tuple[str, ...] = dropout.ARGUMENTS if spec.dropout else ()
+    if "sinks" in spec.extra:
+        found += SINKS
+    if spec.entries:
+        found += (*PARTS, *entry_strides(spec))
+    return found
+
+
+def entry_strides(spec: TritonSpec) -> tuple[str, ...]:
+    """The strides of a part, which is contiguous."""
+    return tuple([f"part_{axis}" for axis in range(spec.entries[0].rank)])
 
 
 def strides(spec: TritonSpec) -> tuple[str, ...]:
@@ -61,15 +91,13 @@ def strides(spec: TritonSpec) -> tuple[str, ...]:
 
 def names(spec: TritonSpec) -> tuple[str, ...]:
     """All arguments in their order."""
-    last = dropout.ARGUMENTS if spec.dropout else ()
-    return (*arrays(spec), *rule(spec), *SIZES, *strides(spec), "scale", *last)
+    return (*arrays(spec), *rule(spec), *SIZES, *strides(spec), "scale", *last(spec))
 
 
 def alike(spec: TritonSpec) -> tuple[str, ...]:
     """Arguments for whose values no kernel is compiled anew."""
     numbers = tuple(name for name in rule(spec) if name.startswith("p"))
-    last = dropout.ARGUMENTS if spec.dropout else ()
-    return (*numbers, *SIZES, "scale", *last)
+    return (*numbers, *SIZES, "scale", *last(spec))
 
 
 def wide_tables(spec: TritonSpec) -> bool:
@@ -85,15 +113,16 @@ def signature(spec: TritonSpec) -> dict[str, str]:
     """The types of all arguments as Triton writes them, for compilation ahead of time."""
     found = {name: f"*{ELEMENTS[dtype]}" for name, dtype in arrays(spec).items()}
     wide = wide_tables(spec)
-    types = {
-        slot.name: "*i32" if wide or slot.dtype == "int32" else "*u8" for slot in spec.mask.slots
-    }
-    numbers = {"int": "i64" if spec.index_bits == 64 else "i32"}
-    types |= {parameter.name: numbers[parameter.dtype] for parameter in spec.mask.parameters}
+    skeletons = [spec.mask, *([spec.score] if spec.score else [])]
+    slots = [slot for skeleton in skeletons for slot in skeleton.slots]
+    types = {slot.name: "*i32" if wide or slot.dtype == "int32" else "*u8" for slot in slots}
+    number = "i64" if spec.dtype == "float64" else "fp32"
+    numbers = {"int": "i64" if spec.index_bits == 64 else "i32", "real": number}
+    types |= {one.name: numbers[one.dtype] for skeleton in skeletons for one in skeleton.parameters}
     for name in rule(spec):
         found[name] = types.get(name, "i32")
     found |= dict.fromkeys(SIZES, "i32") | {"parts_stride": "i64"}
     found |= dict.fromkeys(strides(spec), "i64" if spec.wide else "i32")
-    number = "i64" if spec.dtype == "float64" else "fp32"
-    found |= {"scale": number}
-    return found | ({"keep_from": "i32", "keep_factor": number} if spec.dropout else {})
+    found |= {"scale": number} | dict.fromkeys(last(spec), "i32")
+    found |= {"keep_from": "i32", "keep_factor": number} if spec.dropout else {}
+    return found | ({"part_size": "i64"} if spec.entries else {})

@@ -17,6 +17,7 @@ from tilefold.backends.triton.kernels.frame import (
     USUAL,
     Walk,
     add_product,
+    chosen,
     fetch,
     inspect,
     load,
@@ -34,6 +35,9 @@ from tilefold.backends.triton.kernels.frame import (
 from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
+
+STATISTIC = "(b.to(tl.int64) * heads + h) * len_q + q_at"
+"""The place of lse, or delta, of the queries of a block."""
 
 AfterTile = Callable[[Text, TritonSpec, Walk], None]
 """Writes what is done with `ds` of a tile."""
@@ -70,10 +74,9 @@ def emit_dq(spec: TritonSpec) -> str:
     scores.factor(text, spec)
     fetch(text, spec, "q", "parallel", "h", "first_q", "within_parallel")
     delta_of(text, spec)
-    statistic = "(b.to(tl.int64) * heads + h) * len_q + q_at"
-    text(f"tl.store(delta + {statistic}, sums, mask=within_parallel)")
+    text(f"tl.store(delta + {STATISTIC}, sums, mask=within_parallel)")
     scores.ratio(text, spec, "ratio", natural=False)
-    scores.base_of_lse(text, f"tl.load(lse + {statistic}, mask=within_parallel, other=0.0)")
+    scores.base_of_lse(text, f"tl.load(lse + {STATISTIC}, mask=within_parallel, other=0.0)")
     text("slope = (scale * tl.exp2(-rest))[:, None]  # weights of a row lack its 2^-rest")
     _queries_block(text, spec, USUAL)
     with text.block("if odd != 0"):
@@ -90,10 +93,10 @@ def _queries_block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", "h_k", "start", within(walk))
             multiply(text, spec, "s", "q", "k", walk, look=True)
-            scores.score(text)
             if walk is not Walk.WHOLE:
                 seen(text, spec, "h")
-            _weights(text, walk, scores.exponent("s", "base[:, None]"))
+            scores.score(text, spec, walk, "h")
+            weights(text, spec, walk, scores.exponent("s", "base[:, None]"))
             fetch(text, spec, "v", "traverse", "h_k", "start", within(walk))
             multiply(text, spec, "dp", "do", "v", walk)
             dropout.kept(text, spec, "h")
@@ -115,6 +118,8 @@ def delta_of(text: Text, spec: TritonSpec) -> None:
         take(text, spec, "do", i, "within_parallel")
         text(f"o_{i} = {load(spec, 'o', piece, 'within_parallel')}")
         text(f"sums += tl.sum({own.read(f'o_{i}')} * {own.read(f'do_{i}')}, 1)")
+    if "dlse" in spec.extra:
+        text(f"sums -= tl.load(dlse + {STATISTIC}, mask=within_parallel, other=0.0)")
 
 
 def emit_dkv(spec: TritonSpec) -> str:
@@ -161,13 +166,13 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     own, other = range(len(spec.pieces("q"))), range(len(spec.pieces("v")))
     fetch(text, spec, "q", "traverse", "h_q", "start", within(walk))
     multiply(text, spec, "s", "k", "q", walk, look=True)
-    scores.score(text)
     if walk is not Walk.WHOLE:
         seen(text, spec, "h_q")
+    scores.score(text, spec, walk, "h_q")
     text("row = (b.to(tl.int64) * heads * group + h_q) * len_q + start + row_traverse")
     guard = "" if walk is Walk.WHOLE else ", mask=within_traverse, other=0.0"
     scores.base_of_lse(text, f"tl.load(lse + row{guard})")
-    _weights(text, walk, f"{scores.exponent('s', 'base[None, :]')} - rest[None, :]")
+    weights(text, spec, walk, f"{scores.exponent('s', 'base[None, :]')} - rest[None, :]")
     if guarded and walk is Walk.WHOLE:
         text("p = tl.where(within_parallel[:, None], p, 0.0)")
     dropout.kept(text, spec, "h_q")
@@ -175,23 +180,23 @@ def _add_tile(text: Text, spec: TritonSpec, walk: Walk, *, guarded: bool) -> Non
     fetch(text, spec, "do", "traverse", "h_q", "start", within(walk))
     for i in other:
         take(text, spec, "do", i, within(walk))
-        inspect(text, f"do_{i}", walk)
+        inspect(text, spec, f"do_{i}", walk)
         add_product(text, spec, f"dv_{i}", "weights", f"do_{i}", walk)
     multiply(text, spec, "dp", "v", "do", walk)
     dropout.scale_dp(text, spec)
     text(f"sums = tl.load(delta + row{guard})")
-    scores.score_gradient(text, spec, walk, "sums[None, :]")
+    scores.score_gradient(text, spec, walk, "sums[None, :]", guarded=guarded)
     for i in own:
         take(text, spec, "q", i, within(walk))
         add_product(text, spec, f"dk_{i}", "ds", f"q_{i}", walk)
 
 
-def _weights(text: Text, walk: Walk, exponent: str) -> None:
+def weights(text: Text, spec: TritonSpec, walk: Walk, exponent: str) -> None:
     """`p`, from scores and `base`, which is lse to base 2: of a query that sees no key it is -inf,
     so such weights are chosen, not computed.
     """
     text(f"p = tl.exp2({exponent})")
-    if walk is not Walk.WHOLE:
+    if chosen(spec, walk):
         text("p = tl.where(seen, p, 0.0)")
 
 
@@ -200,6 +205,5 @@ def emit_delta(spec: TritonSpec) -> str:
     text = Text()
     parallel(text, spec)
     delta_of(text, spec)
-    at = "(b.to(tl.int64) * heads + h) * len_q + q_at"
-    text(f"tl.store(delta + {at}, sums, mask=within_parallel)")
+    text(f"tl.store(delta + {STATISTIC}, sums, mask=within_parallel)")
     return written(spec, "Attention, backward: delta of each query.", DELTA, text)

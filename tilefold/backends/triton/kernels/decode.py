@@ -57,7 +57,7 @@ def emit(spec: TritonSpec) -> str:
     text("member, q_at = row // len_q, row % len_q")
     text("within_parallel = member < group")
     text("h_q = h * group + tl.minimum(member, group - 1)")
-    if masks(spec.mask):
+    if masks(spec.mask) or spec.score:
         text("q_safe = q_at")
     scores.factor(text, spec)
     text("q_block = q + b.to(tl.int64) * q_b")
@@ -114,5 +114,5 @@ def emit_merge(spec: TritonSpec) -> str:
     softmax.end(text, spec, Walk.WHOLE)
     means = [dropout.scaled(spec, f"({name} / share[:, None])") for name in sums]
     write(text, spec, "o", "h", "first_q", means)
-    text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
+    softmax.write_statistics(text, spec)
     return written(spec, "Attention of few queries: the parts, merged.", MERGE, text)

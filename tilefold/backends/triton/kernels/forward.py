@@ -62,7 +62,7 @@ def _block(text: Text, spec: TritonSpec, walks: Sequence[Walk]) -> None:
     softmax.end(text, spec, walks[-1])
     means = [dropout.scaled(spec, f"({name} / share[:, None])") for name in sums]
     write(text, spec, "o", "h", "first_q", means)
-    text("tl.store(lse + (b.to(tl.int64) * heads + h) * len_q + q_at, log, mask=within_parallel)")
+    softmax.write_statistics(text, spec)
 
 
 def folded(
@@ -84,9 +84,9 @@ def folded(
         with tiles(text, spec, "h", walk):
             fetch(text, spec, "k", "traverse", keys, "start", within(walk))
             multiply(text, spec, "s", "q", "k", walk)
-            scores.score(text)
             if walk is not Walk.WHOLE:
                 seen(text, spec, head)
+            scores.score(text, spec, walk, head)
             if walk is Walk.CAREFUL:
                 text(softmax.MEET)
             softmax.fold(text, spec, sums, walk)
@@ -95,11 +95,12 @@ def folded(
             fetch(text, spec, "v", "traverse", keys, "start", within(walk))
             for i, name in enumerate(sums):
                 take(text, spec, "v", i, within(walk))
-                inspect(text, f"v_{i}", walk)
+                inspect(text, spec, f"v_{i}", walk)
                 add_product(text, spec, name, "weights", f"v_{i}", walk)
     if walks is RECOMPUTED:
         text(softmax.LOSE)
     else:
         text(f"odd |= tl.max({softmax.far(spec)}.to(tl.int32), 0)")
-        softmax.lost(text, spec, head, tiles(text, spec, "h", Walk.CAREFUL), none)
+        if not spec.hides:  # then no pair that may meet has a score of -inf
+            softmax.lost(text, spec, head, tiles(text, spec, "h", Walk.CAREFUL), none)
     return sums

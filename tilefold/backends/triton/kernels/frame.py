@@ -73,8 +73,13 @@ def written(spec: TritonSpec, title: str, algorithm: Sequence[str], body: Text) 
     text(f"PARALLEL = tl.constexpr({blocks.parallel})")
     text(f"TRAVERSE = tl.constexpr({blocks.traverse})", "", "")
     used = _words(str(body))
-    if "visible" in used:
-        text(mask.visible(spec.mask, spec.index_bits), "")
+    rule = mask.visible(spec.mask, spec.index_bits) if "visible" in used else ""
+    if rule:
+        text(rule, "")
+    if "modified" in used:
+        assert spec.score is not None
+        sizes = spec.index_bits, spec.statistics
+        text(mask.modified(spec.score, *sizes, rule, spec.values), "")
     for name, helper in HELPERS.items():
         if name in used:
             text(helper, "")
@@ -114,7 +119,9 @@ def _head(spec: TritonSpec, used: set[str]) -> list[str]:
     if "scale" in used and storage(spec.dtype).by_bits:
         lines.append("scale = tl.cast(scale, tl.int64).to(tl.float64, bitcast=True)")
     lines += dropout.opening(spec, used)
-    if spec.kernel == "backward":  # an owner has several blocks, one after the other
+    if spec.kernel == "backward_inputs":  # places of several units
+        pass
+    elif spec.kernel == "backward":  # an owner has several blocks, one after the other
         lines += ["owner = place % splits", "h = place // splits % heads"]
         lines.append("b = place // splits // heads")
     else:
@@ -222,7 +229,7 @@ def multiply(
     if spec.preloaded:
         for i in range(len(spec.pieces(own))):
             if look:
-                inspect(text, f"{other}_{i}", walk)
+                inspect(text, spec, f"{other}_{i}", walk)
             text(
                 f"{total} = {dot(spec, f'{own}_{i}', f'tl.trans({other}_{i})', total if i else '')}"
             )
@@ -238,7 +245,7 @@ def multiply(
         if spec.negative and own == spec.parallel:
             text(f"{own}_part = {storage(spec.dtype).negated(f'{own}_part')}")
         if look:
-            inspect(text, f"{other}_part", walk)
+            inspect(text, spec, f"{other}_part", walk)
         text(f"{total} = {dot(spec, f'{own}_part', f'tl.trans({other}_part)', total)}")
 
 
@@ -304,14 +311,19 @@ def within(walk: Walk) -> str:
     return "" if walk is Walk.WHOLE else "within_traverse"
 
 
-def inspect(text: Text, tile: str, walk: Walk) -> None:
-    """At an edge, remember whether something was not finite.
+def chosen(spec: TritonSpec, walk: Walk) -> bool:
+    """True where pairs of a tile may not meet: `seen` says which do."""
+    return walk is not Walk.WHOLE or spec.hides
+
+
+def inspect(text: Text, spec: TritonSpec, tile: str, walk: Walk) -> None:
+    """Where pairs may not meet, remember whether something was not finite.
 
     It is not replaced by 0: the sums are not used then, and a tile that was computed on would have
     to lie in registers whole (A100 by the compiler, bfloat16, dim 128, 128 x 64: dQ spilled 843
     numbers of a thread for each tile of an edge, and 72 now).
     """
-    if walk is Walk.EDGE:
+    if walk is not Walk.CAREFUL and chosen(spec, walk):
         text(f"odd |= is_odd({tile})")
 
 
@@ -320,7 +332,7 @@ def parallel(text: Text, spec: TritonSpec) -> None:
     axis = spec.parallel
     text(f"first_{axis} = block * PARALLEL", f"{axis}_at = first_{axis} + row_parallel")
     text(f"within_parallel = {axis}_at < len_{axis}")
-    if mask.masks(spec.mask):
+    if mask.masks(spec.mask) or spec.score:
         text(f"{axis}_safe = tl.minimum({axis}_at, len_{axis} - 1)")
 
 

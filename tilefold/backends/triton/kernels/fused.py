@@ -19,6 +19,7 @@ from tilefold.backends.triton.kernels.frame import (
     USUAL,
     Walk,
     add_product,
+    chosen,
     column,
     take,
     write,
@@ -106,7 +107,9 @@ def _add_to_part(text: Text, spec: TritonSpec, walk: Walk) -> None:
         key = (
             storage(spec.dtype).negated(f"k_{i}") if spec.negative and spec.preloaded else f"k_{i}"
         )
-        if walk is Walk.EDGE:  # keys are in the block's registers as they are, for its whole tiles
+        if walk is not Walk.CAREFUL and chosen(
+            spec, walk
+        ):  # keys are in the block's registers as they are, for its whole tiles
             text(f"odd |= is_odd(k_{i})")
         add_product(text, spec, f"sum_{i}", "turned", key, walk, pairs)
         text(f"tl.store(at, sum_{i}{f', mask={where}' if where else ''})")

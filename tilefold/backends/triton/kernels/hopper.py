@@ -241,7 +241,7 @@ def _values(text: Text, tile: str) -> None:
 
 def _fold(text: Text, spec: TritonSpec, walk: Walk) -> None:
     """From scores to weights, which stay in their registers."""
-    scores.score(text, opposite=spec.negative)
+    scores.turn(text, spec)
     if walk is Walk.EDGE:
         text("within_traverse = start + row_traverse < last")
         frame.seen(text, spec, "h")

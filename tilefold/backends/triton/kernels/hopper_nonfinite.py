@@ -61,7 +61,7 @@ def one_by_one(spec: TritonSpec, known: Iterable[str]) -> Function:
             f"value = {own.read(f'tl.load(at, mask=column < {spec.dim}, other=0.0)')}",
             f"s = tl.convert_layout(tl.sum(query * value[None, :], 1), {rows})",
         )
-        scores.score(text, opposite=spec.negative)
+        scores.turn(text, spec)
         rule = mask.call(spec.mask, b="b", h="h", q="q_safe", k="key")
         text(
             f"seen = within & {rule}" if mask.masks(spec.mask) else "seen = within",

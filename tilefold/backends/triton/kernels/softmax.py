@@ -96,11 +96,51 @@ def end(text: Text, spec: TritonSpec, walk: Walk) -> None:
 
     A query that saw no key has sums of 0 and lse -inf; one of scores of -inf alone has NaN.
     """
-    text('l = tl.where(m == float("-inf"), float("nan"), l)', "share = tl.where(l == 0, 1.0, l)")
-    text(f"log = tl.log2(share) * {LN_2}")
-    if walk is Walk.CAREFUL:
+    if "sinks" in spec.extra:
+        _fold_sinks(text, spec, walk)
+        text(f"log = tl.log2(tl.where(l == 0, 1.0, l)) * {LN_2}")
+    else:
+        text('l = tl.where(m == float("-inf"), float("nan"), l)')
+        text("share = tl.where(l == 0, 1.0, l)", f"log = tl.log2(share) * {LN_2}")
+    if walk is Walk.CAREFUL and "sinks" not in spec.extra:
         text(f"log += m * ({scores.size(spec)})")
     else:
         scores.ratio(text, spec, "unit", natural=True)
         text("log = tl.fma(m, unit, tl.fma(m, unit_rest, log))")
     text('log = tl.where(l == 0, float("-inf"), log)')
+    if "max" in spec.extra:
+        _largest(text, spec, walk)
+
+
+def _largest(text: Text, spec: TritonSpec, walk: Walk) -> None:
+    """`largest`, the maximum of a query without sinks on the natural scale, or -inf."""
+    m, lowest = "first" if "sinks" in spec.extra else "m", storage(spec.dtype).lowest
+    natural = f"tl.fma({m}, unit, {m} * unit_rest)"
+    if walk is Walk.CAREFUL and m == "m":
+        natural = f"m * ({scores.size(spec)})"
+    text(f'largest = tl.where({m} > {lowest}, {natural}, float("-inf"))')
+
+
+def _fold_sinks(text: Text, spec: TritonSpec, walk: Walk) -> None:
+    """Fold the sinks of head `h` into m and l; `share` is that of the sums, which have none.
+
+    `first` is the maximum without sinks.
+    """
+    if walk is Walk.CAREFUL:
+        scaled(text, spec)
+    text("first = m", f"m = tl.maximum(m, {storage(spec.dtype).lowest})", "before = m")
+    text(f"log2_e = {scores.constant(spec, scores.LOG2_E)}")
+    with text.block("for sink_at in tl.range(0, sinks_count)"):
+        text("sink = tl.load(sinks + h * sinks_h + sink_at * sinks_n)")
+        text("top = tl.maximum(m, sink * log2_e)")
+        text("l = l * tl.exp2(m - top) + tl.exp2(tl.fma(sink, log2_e, -top))", "m = top")
+    text('l = tl.where((first == float("-inf")) & (l == 0), float("nan"), l)')
+    text("share = tl.where(l == 0, 1.0, l / tl.exp2(before - m))")
+
+
+def write_statistics(text: Text, spec: TritonSpec) -> None:
+    """Write `log` as lse, and the largest score of each query where the call asks for it."""
+    place = "(b.to(tl.int64) * heads + h) * len_q + q_at"
+    text(f"tl.store(lse + {place}, log, mask=within_parallel)")
+    if "max" in spec.extra:
+        text(f"tl.store(max + {place}, largest, mask=within_parallel)")

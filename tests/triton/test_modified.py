@@ -1,0 +1,209 @@
+"""Modified scores, sinks, the largest score and gradients through lse, in Triton's interpreter.
+
+Blocks are small, so that whole tiles and tiles of an edge take turns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import interpreted
+import numpy as np
+import pytest
+from compare import assert_near
+from numpy.typing import NDArray
+
+from tilefold import (
+    alibi,
+    bias,
+    causal,
+    full,
+    local,
+    relative_bias,
+    score,
+    softcap,
+    table,
+    temperature,
+    where,
+)
+from tilefold.backends.triton import dispatch
+from tilefold.backends.triton.plan import plan
+from tilefold.backends.triton.spec import Blocks
+from tilefold.problems import reference
+from tilefold.problems.attention import STATISTICS, Problem
+from tilefold.scores.score import as_score
+
+Array = NDArray[Any]
+Normal = Callable[..., Array]
+
+TILES = Blocks(16, 16, 4, 1)
+B, H, KV, Q, K, D = 2, 4, 2, 19, 53, 16
+TOLERANCES = {"float32": 1e-5, "float64": 1e-12, "float16": 5e-3}
+FORMS = {"tiled": ("tiled", "split"), "decode": ("decode", "split"), "fused": ("tiled", "fused")}
+"""The forms of both passes."""
+
+
+class Case(NamedTuple):
+    """A score of arrays of random numbers, sinks of each head, and how it is computed."""
+
+    make: Callable[[Normal], Any]
+    mask: Any = full()
+    dtype: str = "float32"
+    form: str = "tiled"
+    sinks: int = 0
+    scale: float = 0.3
+    sizes: tuple[int, ...] = (B, H, KV, Q, K, D)
+
+
+def hiding(array: Array) -> Array:
+    """The array, with pairs that are hidden: some of all queries, and all of one."""
+    array[..., 5:11] = -np.inf
+    array[..., 2, :] = -np.inf
+    return array
+
+
+def own(n: Normal) -> Any:
+    """A score that reads an array twice, at places that depend on both indices."""
+    entries = table(n(H, 7))
+    return score(
+        lambda s, b, h, q, k: where(
+            (q + k) % 5 == 0, s * entries[h, (q * 2 + k) % 7], s + entries[h, q % 7] * (b + 1)
+        )
+    )
+
+
+CASES = {
+    "softcap": Case(lambda n: softcap(2.0), causal(), "float64", "fused", sinks=2),
+    "slopes": Case(lambda n: [softcap(3.0), alibi(n(H))], local(30), "float16", "decode", scale=-1),
+    "hiding": Case(lambda n: bias(hiding(n(H, Q, K))), causal(), form="fused", sinks=1),
+    "hiding-decode": Case(lambda n: bias(hiding(n(Q, K))), form="decode"),
+    "keys": Case(lambda n: [bias(n(B, 1, 1, K)), temperature(1 + n(Q, 1) ** 2)], dtype="float64"),
+    "t5": Case(lambda n: relative_bias(n(H, 32)), form="decode", sinks=1),
+    "own": Case(own, causal(), "float64"),
+}
+
+
+def of_case(case: Case) -> tuple[Problem, dict[str, Array], Any]:
+    """The problem of a case, its arrays by their names, and the score with its arrays."""
+    rng = np.random.default_rng(3)
+    batch, heads, heads_kv, len_q, len_k, dim = case.sizes
+
+    def normal(*shape: int) -> Array:
+        return rng.normal(size=shape).astype(case.dtype)
+
+    modified = as_score(case.make(normal))
+    arrays = {
+        "q": normal(batch, heads, len_q, dim),
+        "k": normal(batch, heads_kv, len_k, dim),
+        "v": normal(batch, heads_kv, len_k, dim + 8),
+        "do": normal(batch, heads, len_q, dim + 8),
+        "dlse": normal(batch, heads, len_q).astype(STATISTICS[case.dtype]),
+    }
+    shapes = [arrays[name].shape for name in "qkv"]
+    options = {"scale": case.scale, "sinks": case.sinks, "dtype": case.dtype}
+    problem = Problem.of(*shapes, mask=case.mask, score=modified, **options)
+    if case.sinks:
+        arrays["sinks"] = normal(heads, case.sinks).astype(STATISTICS[case.dtype])
+    given = modified.form.arrays if modified else ()
+    return problem, arrays | {f"input{i}": array for i, array in enumerate(given)}, modified
+
+
+def run(
+    problem: Problem,
+    operation: str,
+    given: Mapping[str, Array],
+    shapes: Mapping[str, Any],
+    form: str,
+) -> dict[str, Array]:
+    """The results of a pass by their names, given their shapes and types."""
+    import torch
+
+    on = interpreted.machine()
+    extra = tuple([name for name in shapes if name in ("max", "dsinks") or "input" in name])
+    extra += tuple([name for name in given if name == "dlse"])
+    made = plan(problem, on.architecture, operation, form=form, blocks=TILES, extra=extra)
+    arrays = {name: torch.tensor(array) for name, array in given.items()}
+    results = {
+        name: torch.full(shape, 7.0, dtype=getattr(torch, dtype))
+        for name, (shape, dtype) in shapes.items()
+    }
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        dispatch.execute(made, on, {**arrays, **results})
+    return {name: tensor.numpy() for name, tensor in results.items()}
+
+
+def both(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
+    """All results of both passes, and what they are by the definition."""
+    problem, arrays, modified = of_case(case)
+    kind, rows = STATISTICS[case.dtype], arrays["dlse"].shape
+    extra = [name for name in arrays if name.startswith(("input", "sinks"))]
+    shapes = {"o": (arrays["do"].shape, case.dtype), "lse": (rows, kind), "max": (rows, kind)}
+    forms = FORMS[case.form]
+    given = {name: arrays[name] for name in ("q", "k", "v", *extra)}
+    got = run(problem, "forward", given, shapes, forms[0])
+    options = {"mask": case.mask, "scale": case.scale, "score": modified}
+    options |= {"sinks": arrays["sinks"]} if case.sinks else {}
+    o, lse = reference.attention(arrays["q"], arrays["k"], arrays["v"], **options)
+    gradients = ["q", "k", "v", *sorted(extra)]
+    shapes = {f"d{name}": (arrays[name].shape, arrays[name].dtype.name) for name in gradients}
+    given |= {name: arrays[name] for name in ("do", "dlse")} | {"o": got["o"], "lse": got["lse"]}
+    got |= run(problem, "backward", given, shapes, forms[1])
+    found = reference.attention_backward(
+        *(arrays[name] for name in ("do", "q", "k", "v")), o, lse, dlse=arrays["dlse"], **options
+    )
+    want = dict(zip(("o", "lse", *shapes), (o, lse, *found), strict=True))
+    return got, want | {"max": largest(case, arrays, modified)}
+
+
+def largest(case: Case, arrays: Mapping[str, Array], modified: Any) -> Array:
+    """The largest score of each query, -inf where it sees none: lse of sinks is not in it."""
+    keys = arrays["k"].repeat(case.sizes[1] // case.sizes[2], 1)
+    made = reference.Modified(modified, arrays["q"], keys)
+    shown = case.mask.to_dense(*case.sizes[3:5], *case.sizes[:2])
+    found = np.empty(arrays["dlse"].shape)
+    for at in np.ndindex(found.shape[:2]):
+        products = arrays["q"][at].astype(float) @ keys[at].astype(float).T
+        scores = made.scores(at, case.scale * products)
+        found[at] = np.where(
+            np.broadcast_to(shown, (*found.shape, keys.shape[2]))[at], scores, -np.inf
+        ).max(1)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name != "t5" else ()) for name in CASES]
+)
+def test_modified_scores_are_those_of_the_definition(name: str) -> None:
+    case = CASES[name]
+    got, want = both(case)
+    assert list(got) and set(got) == set(want)
+    for result, array in got.items():
+        most = max(1.0, np.nanmax(np.abs(want[result]), where=np.isfinite(want[result]), initial=1))
+        assert_near(result, array, want[result], TOLERANCES[case.dtype] * most)
+
+
+@pytest.mark.slow
+def test_what_is_hidden_by_a_score_is_not_looked_at() -> None:
+    """NaN in a key and value that a score hides from all queries changes no bit of the others."""
+    case = CASES["hiding"]
+    problem, arrays, _ = of_case(case)
+    rows, kind = arrays["dlse"].shape, "float32"
+    forward = {"o": (arrays["do"].shape, kind), "lse": (rows, kind)}
+    backward = {f"d{name}": (arrays[name].shape, kind) for name in ("q", "k", "v", "input0")}
+    found = []
+    for poison in (0.0, np.nan):
+        given = {name: arrays[name].copy() for name in ("q", "k", "v", "input0", "sinks")}
+        given["v"][:, :, 5:11] = poison
+        got = run(problem, "forward", given, forward, "tiled")
+        given |= got | {"do": arrays["do"]}
+        found.append(got | run(problem, "backward", given, backward, "split"))
+    for name in found[0]:
+        assert_near(
+            name,
+            found[1][name],
+            found[0][name],
+            2e-6 * max(1, np.abs(found[0][name][np.isfinite(found[0][name])]).max()),
+        )

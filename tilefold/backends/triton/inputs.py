@@ -1,0 +1,60 @@
+"""The gradients of the arrays that a score reads: which programs share the entries of an array.
+
+An index of a pair (b, h or q) that stands alone on an axis of every look-up keeps entries apart:
+units, which are blocks of queries of a head, that differ in it never add to the same entry.
+
+    bias (heads, len_q, len_k)    h and q keep apart; the units of all batch entries share
+    T5 table (heads, buckets)     h keeps apart; the units of all batch entries and blocks share
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.triton.spec import Entry
+from tilefold.masks.expression import Index
+from tilefold.masks.tables import Input
+from tilefold.planning.masked import Scored
+
+
+def entries_of(scored: Scored, number: int) -> tuple[Input | None, tuple[Entry, ...]]:
+    """An input, and where its entries stand in the values of a score; None if it has none."""
+    found: list[Entry] = []
+    first, of_input = 1, None
+    for given in scored.entries:
+        entry = Entry(first, len(given.shape))
+        first += 1 + entry.rank
+        if given.number == number:
+            of_input = given
+            found.append(entry)
+    return of_input, tuple(found)
+
+
+def apart(scored: Scored, entries: tuple[Entry, ...]) -> frozenset[str]:
+    """The indices that keep the entries of an array apart."""
+    values = scored.parts.skeleton.expression.parts
+    columns = zip(*(values[at + 1 : at + 1 + rank] for at, rank in entries), strict=True)
+    found: list[str] = []
+    for column in columns:
+        names = {index.name if isinstance(index, Index) else "" for index in column}
+        found += names if len(names) == 1 else []
+    return frozenset(found)
+
+
+def units(sizes: Mapping[str, int], apart: frozenset[str]) -> tuple[NDArray[np.int32], int]:
+    """The units in order, and how many in a row share their entries.
+
+    `sizes` counts batch entries, heads and block rows. A unit is (b heads + h) block_rows + block.
+
+    >>> units({"b": 2, "h": 1, "q": 3}, frozenset("q"))
+    (array([0, 3, 1, 4, 2, 5], dtype=int32), 2)
+    """
+    axes = [*sizes]
+    number = np.arange(np.prod([*sizes.values()]), dtype=np.int32).reshape([*sizes.values()])
+    own = [axes.index(name) for name in axes if name in apart]
+    others = [axis for axis in range(len(axes)) if axis not in own]
+    shared = int(np.prod([number.shape[axis] for axis in others], dtype=np.int64))
+    return np.ascontiguousarray(number.transpose(own + others)).ravel(), shared
