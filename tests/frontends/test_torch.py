@@ -151,13 +151,6 @@ def test_only_the_asked_gradients_flow() -> None:
         assert not attention(q, k, v).requires_grad
 
 
-def test_second_derivatives_raise() -> None:
-    q, k, v = tensors()
-    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"^second derivatives of tilefold\.attention"):
-        dq.sum().backward()
-
-
 @pytest.mark.parametrize("view", [lambda x: x[::2], lambda x: x.mT.contiguous().mT, torch.flip])
 def test_strided_tensors(view: Any) -> None:
     base = torch.randn(4, 2, 6, 5, dtype=torch.float64)

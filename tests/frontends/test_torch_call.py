@@ -112,6 +112,7 @@ def twice_differentiated(function: Function) -> Any:
     q, k, v = leaf()
     (dq,) = torch.autograd.grad(function(q, k, v).sum(), q, create_graph=True)
     dq.sum().backward()
+    return q.grad
 
 
 def hessian_product(function: Function) -> Any:
@@ -242,11 +243,6 @@ def in_vmap(function: Function) -> Any:
     return torch.func.vmap(function)(*[tensor[None] for tensor in tensors()])
 
 
-def in_functional_grad(function: Function) -> Any:
-    q, k, v = tensors()
-    return torch.func.grad(lambda q: function(q, k, v).sum())(q)
-
-
 def in_a_profiler(function: Function) -> Any:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function(*tensors())
@@ -278,7 +274,6 @@ CASES = [
     traced_by_make_fx,
     traced_by_jit,
     in_vmap,
-    in_functional_grad,
     in_a_profiler,
 ]
 
@@ -374,18 +369,6 @@ def test_arrays_and_tensors_of_one_form_are_not_mixed_up() -> None:
     expected = tilefold.attention(q, q, q)
     assert torch.equal(tilefold.attention(q, wide, q), tilefold.attention(q, wide.clone(), q))
     assert (tilefold.attention(q.numpy(), q.numpy(), q.numpy()) == expected.numpy()).all()
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.func.jvp, of itself
-@pytest.mark.parametrize("way", ["dual numbers", "torch.func.jvp"])
-def test_forward_mode_derivatives_raise(way: str) -> None:
-    q, k, v = tensors()
-    with pytest.raises(NotImplementedError, match=r"^forward-mode derivatives of tilefold"):
-        if way == "dual numbers":
-            with forward_ad.dual_level():
-                direct(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
-        else:
-            torch.func.jvp(lambda q: direct(q, k, v), (q,), (torch.ones_like(q),))
 
 
 def test_a_dual_level_alone_is_no_reason_to_raise() -> None:

@@ -81,7 +81,7 @@ refused(lambda: torch.compile(f, backend="aot_eager", fullgraph=True)(q))
 @pytest.mark.feature("T15")
 def test_what_needs_an_operator_says_so() -> None:
     code = """
-refused(lambda: torch.func.grad(lambda q: f(q).sum())(q))
+print(bool(torch.func.grad(lambda q: f(q).sum())(q).abs().sum() > 0))
 class Kind(torch.Tensor): pass
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -91,14 +91,15 @@ refused(lambda: make_fx(f)(q.detach()))
 refused(lambda: f(q.detach().as_subclass(Kind)))
 o, lse = tilefold.attention(q, k, v, return_lse=True)
 dq = tilefold.attention_backward(torch.ones_like(o), q, k, v, o, lse)[0]
-refused(lambda: dq.sum().backward())
+dq.sum().backward()
+print(bool(q.grad.isfinite().all()))
 refused(lambda: tilefold.attention(q, k, v.to_sparse()))
 """
     transform, fake, traced, subclass, second, sparse = printed(code)
-    for line in (transform, fake, traced, subclass):
-        assert line.startswith("NotImplementedError attention under torch.func, tracers and")
+    for line in (fake, traced, subclass):
+        assert line.startswith("NotImplementedError attention under tracers, on meta tensors")
         assert line.endswith("needs PyTorch 2.12 or newer, found 2.11.0")
-    assert second.startswith("NotImplementedError second derivatives of tilefold.attention")
+    assert (transform, second) == ("True", "True")
     assert sparse.startswith("TypeError v must be a strided tensor")
 
 

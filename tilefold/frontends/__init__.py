@@ -1,13 +1,15 @@
 """Frontends turn a framework's arrays into calls of a backend, one file for each framework.
 
-extra      arrays beside q, k and v: what a score reads, sinks, a seed
-foreign    objects that NumPy can view, and why it cannot view others
-numpy      NumPy arrays, and objects that share memory with them
-tensors    PyTorch tensors below autograd
-observed   who observes operations on PyTorch tensors
-spelled    requests spelled in plain constants, for `torch.compile`
-operators  PyTorch's operators, for `torch.compile`
-extended   PyTorch tensors beside q, k and v
-torch      PyTorch tensors with autograd
-registry   the frontend of arrays, by their class
+extra        arrays beside q, k and v: what a score reads, sinks, a seed
+foreign      objects that NumPy can view, and why it cannot view others
+numpy        NumPy arrays, and objects that share memory with them
+tensors      PyTorch tensors below autograd
+observed     who observes operations on PyTorch tensors
+spelled      requests spelled in plain constants, for `torch.compile`
+operators    PyTorch's operators, for `torch.compile`
+extended     PyTorch tensors beside q, k and v
+derivatives  second derivatives and forward mode of PyTorch tensors
+transforms   PyTorch tensors in the transforms of `torch.func`, and dual numbers
+torch        PyTorch tensors with autograd
+registry     the frontend of arrays, by their class
 """

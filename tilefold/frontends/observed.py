@@ -19,7 +19,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def unobserved(*given: Tensor) -> bool:
     """True if these are plain tensors, and no part of torch observes operations on them."""
-    if _transformed() or (_watched() if OPERATORS else _faked()):
+    if _transformed() or (_watched() if OPERATORS else faked()):
         return False
     here = given[0].is_cpu
     for tensor in given:
@@ -78,7 +78,7 @@ def _watched() -> bool:
     )
 
 
-def _faked() -> bool:
+def faked() -> bool:
     """True if a mode makes tensors without data, or records operations."""
     kinds = torch._C._TorchDispatchModeKey
     modes = kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL

@@ -1,28 +1,29 @@
 """PyTorch tensors: two operators that autograd, `torch.compile` and `opcheck` understand.
 
-`tilefold::attention` has a derivative. `tilefold::attention_backward` has none, so second
-derivatives raise. PyTorch takes longer to dispatch such an operator than a whole small call takes.
-So a call that only autograd can observe runs directly, with a `torch.autograd.Function` if
-gradients are wanted. Compilers, tracers, modes, transforms, profilers and subclasses see the
-operators.
+PyTorch takes longer to dispatch such an operator than a whole small call takes. So a call that only
+autograd can observe runs directly, with a `torch.autograd.Function` if gradients are wanted.
+Compilers, tracers, modes, profilers and subclasses see the operators. The transforms of
+`torch.func`, forward mode and second derivatives go through `transforms`.
 
 Before 2.12 PyTorch's operators cannot take a request, so all calls run directly: a compiled
-function breaks its graph there, and transforms and subclasses are refused.
+function breaks its graph there, and tracers and subclasses are refused.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.frontends import extended as further_arrays
 from tilefold.frontends import extra as extra_arrays
-from tilefold.frontends import tensors
+from tilefold.frontends import tensors, transforms
 from tilefold.frontends.extra import NOTHING, Extra
-from tilefold.frontends.observed import OPERATORS, PLAIN, recorded, refuse_tangents, unobserved
+from tilefold.frontends.observed import OPERATORS, PLAIN, faked, recorded, unobserved
 from tilefold.problems.attention import check_parts
 from tilefold.problems.request import Request
 from tilefold.scores.score import Score
@@ -88,8 +89,7 @@ def attention(
         result = run(q, k, v, request)
     else:
         tensors.check(q=q, k=k, v=v)
-        refuse_tangents(q, k, v)
-        result = _operators().attention(q, k, v, request)[:2]
+        result = _passes().attention(q, k, v, request)[:2]
     return result
 
 
@@ -112,12 +112,13 @@ def attention_backward(
     every = given if dlse is None else (*given, dlse)
     result: tuple[Tensor, Tensor, Tensor]
     if unobserved(*every):
-        run = _Backward.apply if recorded(*every) else tensors.backward
-        result = run(*given, request, lse_low, dlse)
+        if recorded(*every):
+            result = transforms.attention_backward(*given, request, dlse, lse_low)
+        else:
+            result = tensors.backward(*given, request, lse_low, dlse)
     else:
         tensors.check_all(*every)
-        refuse_tangents(*every)
-        result = _operators().attention_backward(*given, request, dlse, lse_low)
+        result = _passes().attention_backward(*given, request, dlse, lse_low)
     return result
 
 
@@ -149,15 +150,23 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tu
     return o.permute(axes).to(o1.dtype).contiguous(), lse  # each layout is its own inverse
 
 
-def _operators() -> Any:
-    """The module of the operators. Raises NotImplementedError if PyTorch is too old for them."""
+def _passes() -> Any:
+    """The passes as transforms see them, or as operators. Raises where PyTorch has no operators."""
+    if _lifted() and (OPERATORS or not faked()):
+        return transforms
     if not OPERATORS:
         raise NotImplementedError(
-            "attention under torch.func, tracers and forward-mode derivatives, on meta tensors, on"
-            " subclasses and on conjugates' imaginary parts (call resolve_neg()) needs PyTorch 2.12"
-            f" or newer, found {torch.__version__}"
+            "attention under tracers, on meta tensors, on subclasses and on conjugates' imaginary"
+            f" parts (call resolve_neg()) needs PyTorch 2.12 or newer, found {torch.__version__}"
         )
     return operators
+
+
+def _lifted() -> bool:
+    """True inside a transform of `torch.func` and in forward mode, unless a compiler traces it."""
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -182,13 +191,6 @@ def _gradients(
     return (*attention_backward(*given, ctx.request, low, dlse), None)
 
 
-def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "second derivatives of tilefold.attention are not implemented: do not pass"
-        " create_graph=True, or use torch's own attention where you need them"
-    )
-
-
 class _Attention(torch.autograd.Function):
     """`tilefold::attention` for calls that only autograd observes."""
 
@@ -201,19 +203,13 @@ class _Attention(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-class _Backward(torch.autograd.Function):
-    """`tilefold::attention_backward` for calls that only autograd observes."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return tensors.backward(*inputs)
-
-    backward = staticmethod(_refuse)
-
-
 if OPERATORS:
     operators.attention.register_autograd(_gradients, setup_context=_save_all)
-    operators.attention_backward.register_autograd(_refuse)
+    operators.attention_backward.register_autograd(
+        transforms.second_gradients, setup_context=transforms.save_backward
+    )
+    for operator in (operators.attention, operators.attention_backward):
+        operator.register_vmap(functools.partial(transforms.fold, operator))
 else:
     _disable: Any = torch.compiler.disable
     attention, attention_backward = _disable(attention), _disable(attention_backward)

@@ -15,6 +15,7 @@ evaluate        the exact fold, which is the definition, and the interval fold
 runs            from an expression and block sizes to runs of tiles: skipped, full, partial
 infix           the third fold: kernel source for languages with infix operators
 rule            the base of all rules, joins and pieces of rules
+repeated        rules for several batches in a row
 traced          rules of a user's own
 data_rules      the rules that carry data: documents, lengths, dense
 position_rules  the rules over positions: full, causal, local, prefix, chunked

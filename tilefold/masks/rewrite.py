@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -52,14 +52,23 @@ def shift(expression: Boolean, q0: int, k0: int) -> Boolean:
     >>> print(shift(Index("q") - 5 >= Index("k"), 64, 0))
     (((q + 64) - 5) >= (k + 0))
     """
-    return as_boolean(evaluate(expression, _Shifter(q0, k0)))
+    return as_boolean(evaluate(expression, _Renamer({"q": Index("q") + q0, "k": Index("k") + k0})))
 
 
-class _Shifter(Rebuild):
-    """One node for each shifted index, so that a kernel adds once."""
+def repeat(expression: Boolean, batch: int) -> Boolean:
+    """An expression over several batches in a row, each of `batch` entries.
 
-    def __init__(self, q0: int, k0: int) -> None:
-        self.shifted = {"q": Index("q") + q0, "k": Index("k") + k0}
+    >>> print(repeat(Index("b") > Index("k"), 4))
+    ((b % 4) > k)
+    """
+    return as_boolean(evaluate(expression, _Renamer({"b": Index("b") % batch})))
+
+
+class _Renamer(Rebuild):
+    """Other values for some indices. Each is one node, so that a kernel computes it once."""
+
+    def __init__(self, values: Mapping[str, Expression]) -> None:
+        self.values = values
 
     def index(self, name: str) -> Expression:
-        return self.shifted[name] if name in self.shifted else Index(name)
+        return self.values[name] if name in self.values else Index(name)

@@ -1,0 +1,109 @@
+"""Modified scores in operations of torch, which autograd can differentiate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilefold.masks.derivative import derivatives
+from tilefold.masks.expression import AnyTable, Interpretation, Real, Several, evaluate
+from tilefold.masks.tables import Input, Table
+
+
+class Modification:
+    """A score F and its derivative with respect to the score before, as functions of tensors."""
+
+    def __init__(self, score: Real, inputs: Mapping[int, Tensor] | None = None) -> None:
+        self._both = Several((score, derivatives(score).score))
+        self._inputs = inputs or {}
+
+    def __call__(self, s: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """F and dF/ds for scores s of pairs with these indices."""
+        value, slope = evaluate(self._both, _Tensors(s, indices, self._inputs))
+        return value.expand_as(s), slope.expand_as(s)
+
+
+class _Tensors(Interpretation[Any]):
+    """The value of a node is a tensor; all of them broadcast."""
+
+    def __init__(
+        self, s: Tensor, indices: Mapping[str, Tensor], inputs: Mapping[int, Tensor]
+    ) -> None:
+        self._s, self._indices, self._inputs = s, indices, inputs
+
+    def index(self, name: str) -> Any:
+        return self._indices[name]
+
+    def constant(self, value: int) -> Any:
+        return torch.tensor(value, device=self._s.device)
+
+    def truth(self, value: bool) -> Any:
+        return torch.tensor(value, device=self._s.device)
+
+    def lookup(self, table: AnyTable, indices: tuple[Any, ...]) -> Any:
+        if isinstance(table, Input):
+            return self._inputs[table.number][indices].to(self._s.dtype)
+        assert isinstance(table, Table)
+        entries = torch.tensor(table.array, device=self._s.device)[indices]
+        return entries if table.dtype == "bool" else entries.long()
+
+    def unary(self, operator: str, operand: Any) -> Any:
+        return operand.abs() if operator == "abs" else -operand
+
+    def binary(self, operator: str, left: Any, right: Any) -> Any:
+        return _OPERATORS[operator](left, right)
+
+    def compare(self, operator: str, left: Any, right: Any) -> Any:
+        return _COMPARE[operator](left, right)
+
+    def logic(self, operator: str, operands: tuple[Any, ...]) -> Any:
+        if operator == "~":
+            return ~operands[0]
+        total = operands[0]
+        for operand in operands[1:]:
+            total = total & operand if operator == "&" else total | operand
+        return total
+
+    def score(self) -> Any:
+        return self._s
+
+    def real(self, value: float) -> Any:
+        return torch.tensor(value, dtype=self._s.dtype, device=self._s.device)
+
+    def from_integer(self, operand: Any) -> Any:
+        return operand.to(self._s.dtype)
+
+    def real_unary(self, operator: str, operand: Any) -> Any:
+        return -operand if operator == "-" else getattr(torch, operator)(operand)
+
+    def real_binary(self, operator: str, left: Any, right: Any) -> Any:
+        return _OPERATORS[operator](left, right)
+
+    def where(self, truth: Any, then: Any, otherwise: Any) -> Any:
+        return torch.where(truth, then, otherwise)
+
+    def several(self, parts: tuple[Any, ...]) -> Any:
+        return parts
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": torch.add,
+    "-": torch.sub,
+    "*": torch.mul,
+    "/": torch.div,
+    "//": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "%": torch.remainder,
+    "minimum": torch.minimum,
+    "maximum": torch.maximum,
+}
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "<": torch.lt,
+    "<=": torch.le,
+    ">": torch.gt,
+    ">=": torch.ge,
+    "==": torch.eq,
+    "!=": torch.ne,
+}
