@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,9 +66,11 @@ def test_what_hides_keys_or_has_many_queries_is_planned_from_the_beginning() -> 
 
 
 @pytest.mark.feature("T08")
-@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+@pytest.mark.parametrize(
+    ("layout", "options"), [("bhnd", {}), ("bnhd", {}), ("bnhd", {"sinks": np.arange(4.0)})]
+)
 def test_a_loop_with_a_growing_cache_gives_what_each_call_gives_alone(
-    layout: str, monkeypatch: pytest.MonkeyPatch
+    layout: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     turn = (0, 1, 2, 3) if layout == "bhnd" else (0, 2, 1, 3)
@@ -79,7 +82,7 @@ def test_a_loop_with_a_growing_cache_gives_what_each_call_gives_alone(
 
     def attention(n: int) -> NDArray[np.float32]:
         cut = (slice(None),) * (2 if layout == "bhnd" else 1) + (slice(n),)
-        return tilefold.attention(q, k[cut], v[cut], mask=causal(), layout=layout)
+        return tilefold.attention(q, k[cut], v[cut], mask=causal(), layout=layout, **options)
 
     lengths = (301, 302, 1, 2, 640, 300)
     calls.calls.clear()

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilefold.backends.protocols import (
-    FORWARD,
-    FORWARD_LOW,
     PASSES,
     Array,
     Arrays,
@@ -77,9 +75,6 @@ _newest: LruCache[Call] = LruCache(most=64, most_bytes=2**24)
 
 _STATISTICS = ("lse", "lse_low", "dlse", "max")
 """Arrays with a number for each query, in the type of the sums."""
-
-_GROWING = (FORWARD, FORWARD_LOW)
-"""The passes whose number of keys often grows from call to call."""
 
 
 def run(
@@ -194,7 +189,8 @@ def _look_up(
 def _new(key: tuple[Any, ...], given: tuple[Array, ...]) -> Call:
     """A call that was not made before, or so long ago that it is kept no more, by its key."""
     machine, wanted, request, _, arrays, alignment, layouts = key
-    grows, but_keys = wanted in _GROWING, (*key[:-1], layouts[0])
+    # The number of keys often grows from call to call.
+    grows, but_keys = wanted.operation == "forward", (*key[:-1], layouts[0], *layouts[3:])
     before = _newest.get(but_keys) if grows else None
     call = before and _with_keys(before, arrays, given, request.layout)
     if call is None:
@@ -212,7 +208,7 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
     """
     if before.prepared is None or before.problem.score is not None:
         return None
-    named: dict[str, Array] = dict(zip(("q", "k", "v"), given, strict=True))
+    named: dict[str, Array] = dict(zip(before.made_for.given, given, strict=True))
     axes, problem = LAYOUTS[layout], before.problem
     sizes = named["k"].shape
     length = sizes[axes[2]] if len(sizes) == len(axes) else 0
@@ -223,7 +219,7 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
         canonical = (*rows, dim)
         if tuple(named[name].shape) != tuple([canonical[axis] for axis in axes]):
             return None
-    if arrays.common_dtype(named) != problem.dtype:
+    if arrays.common_dtype({name: named[name] for name in ("q", "k", "v")}) != problem.dtype:
         return None
     for name, array in named.items():
         arrays.check_held(name, array)
