@@ -24,6 +24,7 @@ from metal_rules import Compiler
 
 import tilefold
 from tilefold import cli
+from tilefold.backends.arrays.torch import tensor_of
 from tilefold.backends.metal import emulate, gated, runtime
 from tilefold.backends.metal.kernels import tensorops
 from tilefold.backends.metal.runtime import Mps
@@ -79,7 +80,7 @@ def test_every_kernel_is_tested_on_the_emulator(tmp_path: Path, capsys: Any) -> 
 def test_the_same_trials_run_on_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Mac, but that the device is the CPU."""
     gpu = Mps(torch.device("cpu"), compiler(), "apple7")
-    place = Place(ways.tensor_of, lambda tensor: baselines.results(tensor)[0])
+    place = Place(tensor_of, lambda tensor: baselines.results(tensor)[0])
     monkeypatch.setattr(metal_selftest, "SMALL", [("bfloat16", (9, 8, 20, 33, "chunks"))])
     tried = list(metal_selftest.trials(gpu, place, "no tensor operations here", few=True))
     assert [trial.kernel for trial in tried if trial.passed] == [
