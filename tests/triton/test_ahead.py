@@ -16,13 +16,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import triton_resources
 from triton_resources import Case, Row, identity, launch_of, report_of, spec_of
 
-from tilefold import dense
+from tilefold import alibi, bias, causal, dense, relative_bias, softcap
 from tilefold.backends.triton import ahead, module
 from tilefold.backends.triton.ahead import Compiled, Compiler, reports
 from tilefold.backends.triton.architectures import architecture
@@ -196,6 +197,35 @@ def test_float64_takes_masks_of_booleans(name: str, kernels: Sequence[str]) -> N
     for spec, report in zip(specs, reports([(spec, name) for spec in specs]), strict=True):
         assert report.within(architecture(name)), (spec.kernel, report.failure)
         assert report.instructions["mma.sync"], spec.kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "operation", "form", "modified", "extra"),
+    [
+        ("sm_80", "forward", "tiled", [softcap(30.0), alibi()], ("max",)),
+        ("sm_90", "backward", "split", bias(np.zeros((4, 128, 256), np.float32)), ("dlse",)),
+        ("sm_100", "forward", "decode", bias(np.zeros(256, np.float32)), ("max",)),
+        ("gfx942", "backward", "fused", relative_bias(np.zeros((4, 32), np.float32)), ("dinput0",)),
+    ],
+)
+def test_kernels_of_modified_scores_compile_and_fit(
+    name: str, operation: str, form: str, modified: Any, extra: tuple[str, ...]
+) -> None:
+    problem = Problem.of(
+        (2, 4, 1 if form == "decode" else 128, 64),
+        (2, 2, 256, 64),
+        dtype="bfloat16",
+        mask=causal(),
+        score=modified,
+        sinks=1,
+    )
+    launches = plan(problem, name, operation, form=form, extra=extra).launches
+    launches = [launch for launch in launches if "delta" not in launch.spec.row.writes]
+    tasks = [(launch.spec, name) for launch in launches]
+    for launch, report in zip(launches, reports(tasks, workers=1), strict=True):
+        assert report.within(architecture(name)), (launch.spec.kernel, report.failure)
+        assert report.shared_bytes <= launch.choice.shared_bytes, launch.spec.kernel
 
 
 @pytest.mark.slow

@@ -64,12 +64,14 @@ def choose(
     rows: int | None = None,
     dropout: bool = False,
     scored: bool = False,
+    pair_bytes: int = 0,
     heuristics: Heuristics = DEFAULT,
 ) -> Choice:
     """The blocks of a kernel, asked for or of the tables; `rows` along the parallel axis, if given.
 
     Rows of the tables were compiled without `dropout` and without modified scores, `scored`, which
-    take shared memory of their own.
+    take shared memory of their own. `pair_bytes` are the bytes of arrays that a score reads for
+    each pair: such tiles are under way as those of keys are.
     Raises ValueError for blocks that the architecture cannot hold, NotImplementedError where it
     holds none.
 
@@ -78,7 +80,8 @@ def choose(
     128 x 64, 8 warps, 3 stages
     """
     sizes = kernel, dtype, dim, dim_v
-    asked = _Asked(architecture, *sizes, float32_mode, heuristics, dropout, scored)
+    options = dropout, scored, pair_bytes
+    asked = _Asked(architecture, *sizes, float32_mode, heuristics, *options)
     row, words = asked.row()
     if blocks is not None:
         why = "" if asked.compiled(row) and blocks == row.blocks else asked.too_much(blocks)
@@ -133,6 +136,7 @@ class _Asked:
     heuristics: Heuristics
     dropout: bool
     scored: bool
+    pair_bytes: int
 
     @property
     def kind(self) -> str:
@@ -218,8 +222,10 @@ class _Asked:
         )
         if self.dropout and KERNELS[self.kernel].visits:
             found += blocks.parallel * blocks.traverse  # truths, which change hands
-        if self.scored and KERNELS[self.kernel].visits:  # entries of an array do too
-            found += blocks.parallel * blocks.traverse * resources.item_of_statistics(self.dtype)
+        if self.scored and KERNELS[self.kernel].visits:  # scores do too
+            pair = resources.item_of_statistics(self.dtype)
+            pair += self.pair_bytes * max(1, blocks.stages - 1)
+            found += blocks.parallel * blocks.traverse * pair
         return found
 
     def _registers(self, blocks: Blocks) -> int:

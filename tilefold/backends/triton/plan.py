@@ -35,13 +35,15 @@ from tilefold.backends.triton.spec import (
 )
 from tilefold.common import check, generation, reproducible, settings
 from tilefold.common.lru import LruCache
+from tilefold.masks.expression import Lookup, RealLookup, names
+from tilefold.masks.graph import ordered
 from tilefold.masks.runs import Runs
 from tilefold.planning import roofline
 from tilefold.planning.masked import MaskedProblem, Scored
 from tilefold.planning.plan import Scratch, split_scratch
 from tilefold.planning.tiles import parted, runs_to_tiles
 from tilefold.planning.visited import MASK_STEP, cut, heaviest_first
-from tilefold.problems.attention import STATISTICS, Problem, check_problem
+from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem, check_problem
 
 FORMS = {
     "forward": ("auto", "tiled", "hopper", "decode"),
@@ -230,6 +232,7 @@ class Planner:
             float32_mode=float32_mode,
             dropout=problem.dropout > 0,
             scored=problem.score is not None,
+            pair_bytes=pair_bytes(self._scored(kernel)),
             heuristics=self._heuristics,
         )
         if wanted := asked.get(kernel) if isinstance(asked, Mapping) else asked:
@@ -429,6 +432,16 @@ def scales(statistics: str) -> tuple[float, float]:
     """The least and the most size of a scale whose product with log2(e) is a normal number."""
     limits = np.finfo(statistics)
     return float(limits.tiny), float(limits.max) / LOG2_E
+
+
+def pair_bytes(scored: Scored | None) -> int:
+    """The bytes of arrays that a score reads for each pair of a query and a key."""
+    if scored is None:
+        return 0
+    score = scored.parts.skeleton.expression.parts[0]
+    reads = [node for node, _ in ordered(score) if isinstance(node, RealLookup | Lookup)]
+    items = {"int32": 4, **ITEM_BYTES}
+    return sum(items[node.table.dtype] for node in reads if {"q", "k"} <= names(node))
 
 
 def key_of(spec: TritonSpec, name: str) -> tuned.Key:

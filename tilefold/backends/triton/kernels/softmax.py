@@ -114,7 +114,7 @@ def end(text: Text, spec: TritonSpec, walk: Walk) -> None:
 
 def _largest(text: Text, spec: TritonSpec, walk: Walk) -> None:
     """`largest`, the maximum of a query without sinks on the natural scale, or -inf."""
-    m, lowest = "first" if "sinks" in spec.extra else "m", storage(spec.dtype).lowest
+    m, lowest = "highest" if "sinks" in spec.extra else "m", storage(spec.dtype).lowest
     natural = f"tl.fma({m}, unit, {m} * unit_rest)"
     if walk is Walk.CAREFUL and m == "m":
         natural = f"m * ({scores.size(spec)})"
@@ -124,17 +124,17 @@ def _largest(text: Text, spec: TritonSpec, walk: Walk) -> None:
 def _fold_sinks(text: Text, spec: TritonSpec, walk: Walk) -> None:
     """Fold the sinks of head `h` into m and l; `share` is that of the sums, which have none.
 
-    `first` is the maximum without sinks.
+    `highest` is the maximum without sinks.
     """
     if walk is Walk.CAREFUL:
         scaled(text, spec)
-    text("first = m", f"m = tl.maximum(m, {storage(spec.dtype).lowest})", "before = m")
+    text("highest = m", f"m = tl.maximum(m, {storage(spec.dtype).lowest})", "before = m")
     text(f"log2_e = {scores.constant(spec, scores.LOG2_E)}")
     with text.block("for sink_at in tl.range(0, sinks_count)"):
         text("sink = tl.load(sinks + h * sinks_h + sink_at * sinks_n)")
         text("top = tl.maximum(m, sink * log2_e)")
         text("l = l * tl.exp2(m - top) + tl.exp2(tl.fma(sink, log2_e, -top))", "m = top")
-    text('l = tl.where((first == float("-inf")) & (l == 0), float("nan"), l)')
+    text('l = tl.where((highest == float("-inf")) & (l == 0), float("nan"), l)')
     text("share = tl.where(l == 0, 1.0, l / tl.exp2(before - m))")
 
 
