@@ -3,7 +3,8 @@
 A function takes rows of the queries (rows, width) and rows of the keys, for some heads at once, and
 gives what the tile adds to sums over all keys of a query ("q") or over all queries of a key ("k").
 So the derivative of such a sum is the sum of the tile's derivative. Two derivatives are written
-here by hand, those of the weights. All further ones follow from `Pulled` and `Pushed`.
+here by hand, those of the weights, and one second derivative, for speed. All further ones follow
+from `Pulled` and `Pushed`.
 
 With S = scale Q K^T and P = exp(S - shift), where shift is lse, which counts as an argument (a
 modified score is F(S), and dS and X are multiplied by its derivative):
@@ -79,6 +80,11 @@ class Gradients(Tile):
         ds = p * (do @ v.mT + minus)
         ds = ds if slope is None else ds * slope
         return [self.scale * (ds @ k), ds.mT @ scaled, p.mT @ do]
+
+    def pulled(self, slopes: Flags, wanted: Flags) -> Tile:
+        """The gradients with respect to the wanted arguments, from those of some results."""
+        whole = self.score is None and all((*slopes, *wanted))
+        return Second(self, slopes, wanted) if whole else Pulled(self, slopes, wanted)
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,41 @@ class Pulled(Tile):
                     materialize_grads=True,
                 )
             ]
+
+
+@dataclass(frozen=True)
+class Second(Pulled):
+    """The gradients of `Gradients`, from those of dq, dk and dv (gQ, gK, gV), written by hand.
+
+    Autograd within the tile computes some products twice. With it, forward, backward and second
+    pass of causal attention (8, 2048, 64) took 0.48 s on two cores of a Xeon, and 0.32 s with this:
+
+        X = scale (gQ K^T + Q gK^T),  dP = dO V^T + minus,  W = P (X dP + dO gV^T)
+        scale (W K + dS gK), -rowsum(W), scale (W^T Q + dS^T gQ), (P X)^T dO,
+        (P X) V + P gV, rowsum(P X)
+    """
+
+    def run(self, given: Sequence[Tensor], pairs: Pairs) -> list[Tensor]:
+        """The gradients. Those that are differentiated again are made by autograd."""
+        if torch.is_grad_enabled():
+            return super().run(given, pairs)
+        assert isinstance(self.inner, Gradients)
+        q, shift, k, v, do, minus, gq, gk, gv = given
+        scale = self.inner.scale
+        scaled, gq = scale * q, scale * gq
+        p, _ = weights(scaled, shift, k, pairs, None)
+        px = (gq @ k.mT).baddbmm_(scaled, gk.mT).mul_(p)
+        dp = (do @ v.mT).add_(minus)
+        ds = p * dp
+        w = dp.mul_(px).add_((do @ gv.mT).mul_(p))
+        return [
+            scale * (w @ k).baddbmm_(ds, gk),
+            -w.sum(-1, keepdim=True),
+            (w.mT @ scaled).baddbmm_(ds.mT, gq),
+            px.mT @ do,
+            (px @ v).baddbmm_(p, gv),
+            px.sum(-1, keepdim=True),
+        ]
 
 
 @dataclass(frozen=True)
