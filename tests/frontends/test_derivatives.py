@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import tilefold
 from tilefold import alibi, attention, causal, lengths, local, prefix, relative_bias, rule, softcap
+from tilefold.frontends.derivatives.tiles import Gradients, Pulled, Second
+from tilefold.frontends.derivatives.walk import Pairs
 from tilefold.problems.request import LAYOUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -69,6 +71,16 @@ def test_rows_that_see_no_key_have_second_derivatives_of_0() -> None:
     assert second[:, :, 2:].any() and not second[:, :, :2].any()
 
 
+def _squares(function: Any) -> Any:
+    """The sum of the squares of the gradients of a sum of squares."""
+
+    def total(*given: Tensor) -> Tensor:
+        found = grad(lambda *inner: function(*inner).square().sum(), (0, 1, 2))(*given)
+        return torch.stack([x.square().sum() for x in found]).sum()
+
+    return total
+
+
 WAYS: dict[str, Callable[[Any], Any]] = {
     "jacfwd": jacfwd,
     "jacrev": jacrev,
@@ -77,6 +89,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "backward twice": lambda f: jacrev(jacrev(lambda *given: f(*given)[:, :1, :2, 0])),
     "vmap": lambda f: vmap(f, in_dims=(0, None, 2)),
     "vmap of grad": lambda f: vmap(grad(lambda *given: f(*given).square().sum(), (0, 1, 2))),
+    "backward three times": lambda f: grad(_squares(_squares(f)), (0, 1, 2)),
     "jvp in vmap": lambda f: vmap(lambda *given: jvp(f, given, given)),
 }
 
@@ -123,6 +136,24 @@ def test_second_derivatives_over_several_tiles_are_those_of_torch() -> None:
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-11, atol=1e-12)
     assert all(map(torch.equal, found, _second(ours, (q, k, v), do)))
+
+
+def test_the_second_derivative_by_hand_is_what_autograd_makes_of_a_tile() -> None:
+    kinds = ["q", "q", "k", "k", "q", "q", "q", "k", "k"]
+    widths = 3, 1, 3, 2, 2, 1, 3, 3, 2
+    given = [
+        torch.randn(2, 4 if kind == "q" else 5, width, dtype=torch.float64)
+        for kind, width in zip(kinds, widths, strict=True)
+    ]
+    tile = Gradients(0.7).pulled((True,) * 3, (True,) * 6)
+    assert type(tile) is Second
+    hidden = torch.ones(1, 4, 5).triu(2).bool()
+    pairs = Pairs(hidden, {})
+    with torch.no_grad():
+        found = tile.run(given, pairs)
+        expected = Pulled(tile.inner, tile.slopes, tile.wanted).run(given, pairs)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
 def _second(function: Any, given: tuple[Tensor, ...], do: Tensor) -> tuple[Tensor, ...]:
