@@ -7,7 +7,8 @@ program has already imported, so tilefold never imports a framework to find out 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import Any, Final, NoReturn
 
 from tilefold.frontends import registry
 from tilefold.frontends.extra import taken_apart
@@ -15,6 +16,9 @@ from tilefold.implementations import KERNEL, find
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.keywords import refusal, without_unknown
 from tilefold.scores.score import Score
+
+NO_DROPOUT: Final = 0.0
+"""The default: a call that leaves `dropout` out is known by this very object."""
 
 
 @without_unknown
@@ -27,6 +31,8 @@ def attention(
     scale: float | None = None,
     score: Score | Sequence[Score] | None = None,
     sinks: Any = None,
+    dropout: float = NO_DROPOUT,
+    seed: int | None = None,
     layout: str = "bhnd",
     precision: str = "highest",
     return_lse: bool = False,
@@ -70,6 +76,12 @@ def attention(
             are divided. None means no sink
         scale: the factor of the scores, a finite number; None means 1 / sqrt(dim). It takes no
             gradient: a tensor that wants one is refused
+        dropout: the probability that a weight is dropped, in [0, 1). The other weights are
+            multiplied by 1 / (1 - dropout). lse is that of all weights. The seed and the indices of
+            a pair alone decide whether it is dropped: `dropout_mask` shows it
+        seed: the seed of dropout, an integer of 64 bits, which is not used without dropout. NumPy
+            arrays need one. For torch tensors None means one from torch's generator, so that
+            `torch.manual_seed` repeats it
         layout: the order of the axes of q, k, v and o. "bhnd" is the order above, "bnhd" is
             (batch, sequence, heads, dim), "bhdn" is (batch, heads, dim, sequence)
         precision: the least precision of products of float32 arrays, in the words of
@@ -131,10 +143,12 @@ def attention(
         raise refusal(attention, unknown)
     frontend = registry.find(q=q, k=k, v=v)
     request = frontend.request_of(mask, scale, layout, precision)
-    if score is not None or sinks is not None or return_max:
-        request, extra = taken_apart(request, score, sinks, frontend.extended)
+    further = dropout is not NO_DROPOUT or return_max
+    if score is not None or sinks is not None or further:
+        chance, drawn = _drawn(frontend, dropout, seed, q)
+        request, extra = taken_apart(request, score, sinks, chance, drawn, frontend.extended)
         if impl != KERNEL:
-            what = "score, sinks or return_max"
+            what = "dropout" if chance else "score, sinks or return_max"
             raise NotImplementedError(f"impl={impl!r} takes no {what}; use impl='kernel'")
         if return_max:
             o, lse, largest = frontend.attention(q, k, v, request, extra, ("max",))
@@ -162,6 +176,8 @@ def attention_backward(
     scale: float | None = None,
     score: Score | Sequence[Score] | None = None,
     sinks: Any = None,
+    dropout: float = NO_DROPOUT,
+    seed: int | None = None,
     layout: str = "bhnd",
     precision: str = "highest",
     **unknown: NoReturn,
@@ -185,8 +201,8 @@ def attention_backward(
         q, k, v: the arrays that were given to `attention`
         o, lse: the results of `attention(..., return_lse=True)`
         dlse: the gradient with respect to lse, of its shape and type; None means 0
-        mask, scale, score, sinks, layout: the values that were given to `attention`; q, k, v, o and
-            do are in the layout
+        mask, scale, score, sinks, dropout, seed, layout: the values that were given to `attention`;
+            q, k, v, o and do are in the layout. With dropout there must be a seed
         precision: the least precision of products of float32 arrays, as for `attention`
 
     Returns:
@@ -209,12 +225,23 @@ def attention_backward(
     frontend = registry.find(q=q, k=k, v=v, do=do, o=o, lse=lse)
     request = frontend.request_of(mask, scale, layout, precision)
     options: dict[str, Any] = {}
-    if score is not None or sinks is not None:
-        request, options["extra"] = taken_apart(request, score, sinks, frontend.extended)
+    if score is not None or sinks is not None or dropout is not NO_DROPOUT:
+        if seed is None and dropout is not NO_DROPOUT and frontend.chance_of(dropout):
+            raise ValueError("seed must be the one that was given to attention, got None")
+        chance, drawn = _drawn(frontend, dropout, seed, q)
+        request, options["extra"] = taken_apart(
+            request, score, sinks, chance, drawn, frontend.extended
+        )
     gradients: tuple[Any, ...] = frontend.attention_backward(
         do, q, k, v, o, lse, request, dlse=dlse, **options
     )
     return gradients
+
+
+def _drawn(frontend: ModuleType, dropout: Any, seed: Any, q: Any) -> tuple[float, Any]:
+    """The probability of dropout, and the seed as kernels read it; None where it is 0."""
+    chance: float = 0.0 if dropout is NO_DROPOUT else frontend.chance_of(dropout)
+    return chance, frontend.seed_of(seed, q) if chance else None
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, *, layout: str = "bhnd") -> tuple[Any, Any]:

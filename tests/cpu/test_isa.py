@@ -13,6 +13,7 @@ import amx
 import pytest
 from cases import RULES, Sizes
 from elementary import check_functions
+from levels import X86, device
 from paths import finding
 from score_cases import trials as scored
 from trial import PASSES, Trial, numbers, planned, problem, run
@@ -25,15 +26,6 @@ from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.backends.cpu.tables import FAMILIES
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.attention import ITEM_BYTES, Problem
-
-AVX512 = "+avx2,+fma,+avx512f,+avx512bw,+avx512dq,+avx512vl"
-X86 = {
-    "amx": f"{AVX512},+avx512bf16,+amx-tile,+amx-bf16",
-    "avx512": AVX512,
-    "avx2": "+avx2,+fma",
-    "sse2": "+sse2",
-}
-NEON = {"neon": "+neon,+fp-armv8"}
 
 # Results --------------------------------------------------------------------------------------
 
@@ -105,13 +97,6 @@ def test_results_at_every_level(isa: str) -> None:
 
 
 # Instructions ---------------------------------------------------------------------------------
-
-
-def device(isa: str) -> Device:
-    """A machine of the level and no more."""
-    if isa in NEON:
-        return Device("cpu", "described", isa, "aarch64-linux-gnu", NEON[isa], cores=4)
-    return Device("cpu", "described", isa, "x86_64-unknown-linux-gnu", X86[isa], cores=4)
 
 
 def listings(isa: str, dtype: str, mask: Rule) -> list[tuple[KernelSpec, str]]:

@@ -20,7 +20,7 @@ from cases import CASES, RULES, Sizes
 from compare import HALVES
 from guarded import SIDES, guarded
 from paths import finding
-from trial import LAYOUTS, PASSES, Trial, numbers, problem, run
+from trial import LAYOUTS, PASSES, Trial, dropped, numbers, problem, run
 
 from tilefold import set_num_threads
 from tilefold.backends.cpu.spec import KERNELS
@@ -119,6 +119,13 @@ def every_length(dtype: str) -> Iterator[Trial]:
 def test_every_length(dtype: str) -> None:
     calls = check(child(f"for t in every_length({dtype!r}): attempt(t)\nprint('done')"))
     assert calls == 2 * len(PASSES) * len(lengths(dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dropout(dtype: str) -> None:
+    calls = check(child(f"for t in dropped({dtype!r}): attempt(t)\nprint('done')"))
+    assert calls == 2 * len(PASSES) * len(dropped(dtype))
 
 
 # That the pages do their work -----------------------------------------------------------------

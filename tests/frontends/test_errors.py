@@ -381,7 +381,7 @@ def test_lse_of_another_type_than_statistics_have(dtype: type) -> None:
 NAMES = {
     "is_causal": "write mask=tilefold.causal(), where the last query meets the last key, or",
     "attn_mask": "write mask=tilefold.dense(array) for an array of bool where True is seen",
-    "dropout_p": "leave it out: there is no dropout",
+    "dropout_p": "write dropout=",
     "softmax_scale": "write scale=",
     "window_size": "write mask=tilefold.local(n), whose n keys on each side include the",
     "enable_gqa": "leave it out: heads_q may be any multiple of heads_kv",

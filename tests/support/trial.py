@@ -7,7 +7,7 @@ layouts and this comparison.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
@@ -16,7 +16,7 @@ from compare import assert_near
 from numpy.typing import NDArray
 from operands import FORMS
 
-from tilefold import Rule, full
+from tilefold import Rule, causal, full, local
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
@@ -131,6 +131,22 @@ def problem(
     form = score and score.form.score
     more = {"score": form, "sinks": sinks, "dropout": dropout}
     return Problem(*sizes, dtype, default_scale(dim), rule, **more)
+
+
+DROPPED = [
+    ((37, 71), (16, 5), causal(), "bhnd"),
+    ((3, 301), (8, 8), local(207), "padded bhdn"),
+    ((150, 133), (8, 8), local(33, stride=3), "backwards"),
+]
+
+
+def dropped(dtype: str) -> list[Trial]:
+    """Trials with dropout: grouped queries, runs of keys that begin anywhere, decoding, blocks."""
+    found = []
+    for (len_q, len_k), (dim, dim_v), mask, layout in DROPPED:
+        sizes = problem(len_q, len_k, dim, mask, dtype, dim_v=dim_v, batch=2, heads=(4, 2))
+        found.append(Trial(replace(sizes, dropout=0.3), layout))
+    return found
 
 
 def numbers(trial: Trial) -> dict[str, Array]:

@@ -160,6 +160,8 @@ def compile_ahead(machine: Machine, problem: Problem, operation: str, layout: st
     shapes |= {"o": shape_o(problem, layout), "lse": shape_lse(problem)}
     shapes |= {"do": shapes["o"], "dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
     wanted = PASSES[operation]
+    if problem.dropout:
+        wanted, shapes["seed"] = wanted.plus(("seed",)), (1,)
     strides = {name: contiguous(shapes[name]) for name in wanted.operands}
     placement = _placement(strides, machine.aligned, LAYOUTS[layout])
     found = backend(machine.backend)

@@ -43,33 +43,41 @@ def names_of(request: Request, count: int) -> tuple[str, ...]:
     return (*[f"input{number}" for number in range(count - len(last))], *last)
 
 
-def extended(request: Request, score: Score | None, sinks: int) -> tuple[Request, tuple[Any, ...]]:
-    """The request with a modification of scores and a number of sinks; the score's arrays."""
+def extended(
+    request: Request, score: Score | None, sinks: int, dropout: float
+) -> tuple[Request, tuple[Any, ...]]:
+    """The request with a modified score, a number of sinks, and dropout; the score's arrays."""
     form, arrays = (None, ()) if score is None else score.form
     options = request.mask, request.scale, request.layout, request.precision
-    return Request(*options, form, sinks, request.dropout), arrays
+    return Request(*options, form, sinks, dropout), arrays
 
 
 def taken_apart(
     request: Request,
     score: Any,
     sinks: Any = None,
-    extend: Callable[[Request, Score | None, int], tuple[Request, tuple[Any, ...]]] = extended,
+    dropout: float = 0.0,
+    seed: Any = None,
+    extend: Callable[
+        [Request, Score | None, int, float], tuple[Request, tuple[Any, ...]]
+    ] = extended,
 ) -> tuple[Request, Extra]:
-    """The request with a score's form and the number of sinks; the score's arrays, and sinks.
+    """The request with a score's form, the number of sinks, and dropout.
 
-    `extend` is the frontend's `extended`.
+    And the extra arrays: the score's, sinks, and the seed as kernels read it. `extend` is the
+    frontend's `extended`.
 
     Raises TypeError or ValueError for a score or sinks that are none.
     """
     modified = as_score(score)
-    if modified is None and sinks is None:
+    if modified is None and sinks is None and not dropout:
         return request, NOTHING
     number = 0 if sinks is None else _sinks_of_head(sinks)
-    request, arrays = extend(request, modified, number)
+    request, arrays = extend(request, modified, number, dropout)
     names = [f"input{i}" for i in range(len(arrays))]
-    if sinks is not None:
-        names, arrays = [*names, "sinks"], (*arrays, sinks)
+    for name, array in (("sinks", sinks), ("seed", seed if dropout else None)):
+        if array is not None:
+            names, arrays = [*names, name], (*arrays, array)
     return request, Extra(tuple(names), arrays)
 
 

@@ -20,6 +20,7 @@ from tilefold.backends.registry import machine
 from tilefold.frontends.extra import NOTHING, Extra, extended
 from tilefold.frontends.foreign import viewed
 from tilefold.problems.attention import STATISTICS, check_parts
+from tilefold.problems.dropout import check_probability, check_seed
 from tilefold.problems.request import Request
 
 __all__ = [
@@ -39,6 +40,20 @@ PLAIN = (np.ndarray,)
 
 request_of = Request
 """Makes the request of a call from its options."""
+
+
+chance_of = check_probability
+"""Makes a probability of an argument."""
+
+
+def seed_of(seed: Any, q: Any) -> Array:
+    """The seed of dropout as kernels read it. Raises ValueError where there is none."""
+    if seed is None:
+        raise ValueError(
+            "seed must be an integer where dropout is above 0, got None: attention_backward needs"
+            " the same one"
+        )
+    return np.array([check_seed(seed)])
 
 
 def attention(

@@ -64,13 +64,18 @@ _register(Rule)
 _register(Request)
 
 
-def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
-    """The request of a call that a compiler traces; it raises the errors of the checks."""
-    if isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+def constant_of(number: Any) -> Any:
+    """A number that a compiler traces as a constant of its graph; other values as they are."""
+    if isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
         from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-        scale = guard_scalar(scale)  # a constant of the graph
-    rule, factor = as_rule(mask), as_scale(scale)
+        return guard_scalar(number)
+    return number
+
+
+def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
+    """The request of a call that a compiler traces; it raises the errors of the checks."""
+    rule, factor = as_rule(mask), as_scale(constant_of(scale))
     check_layout(layout)
     check_precision(precision)
     if factor is not None:
@@ -78,10 +83,10 @@ def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Reques
     return Spelled(spelling(rule), factor, layout, precision)
 
 
-def traced_extension(request: Request, form: Score | None, sinks: int) -> Request:
-    """A request with a modification of scores and a number of sinks, in what a compiler traces."""
+def traced_extension(request: Request, form: Score | None, sinks: int, dropout: float) -> Request:
+    """A request with a modified score, sinks, and dropout, in what a compiler traces."""
     options = request.mask, request.scale, request.layout, request.precision
-    return Spelled(*options, spelling(form), sinks, request.dropout)
+    return Spelled(*options, spelling(form), sinks, dropout)
 
 
 @torch.library.custom_op(

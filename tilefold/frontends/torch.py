@@ -25,6 +25,7 @@ from tilefold.frontends import tensors, transforms
 from tilefold.frontends.extra import NOTHING, Extra
 from tilefold.frontends.observed import OPERATORS, PLAIN, faked, recorded, unobserved
 from tilefold.problems.attention import check_parts
+from tilefold.problems.dropout import check_probability, check_seed
 from tilefold.problems.request import Request
 from tilefold.scores.score import Score
 
@@ -33,9 +34,11 @@ __all__ = [
     "PLAIN",
     "attention",
     "attention_backward",
+    "chance_of",
     "extended",
     "merge",
     "request_of",
+    "seed_of",
 ]
 
 # 2.12 and 2.13 pass all tests, 2.10 and 2.11 all tests that need no operator. 2.15 (a CUDA build)
@@ -64,12 +67,30 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
     return Request(mask, scale, layout, precision)
 
 
-def extended(request: Request, score: Score | None, sinks: int) -> tuple[Request, tuple[Any, ...]]:
-    """The request with a modification of scores and a number of sinks; the score's arrays."""
+def extended(
+    request: Request, score: Score | None, sinks: int, dropout: float
+) -> tuple[Request, tuple[Any, ...]]:
+    """The request with a modified score, a number of sinks, and dropout; the score's arrays."""
     if OPERATORS and torch.compiler.is_compiling():
         form, arrays = (None, ()) if score is None else score.taken_apart()
-        return operators.traced_extension(request, form, sinks), arrays
-    return extra_arrays.extended(request, score, sinks)
+        return operators.traced_extension(request, form, sinks, dropout), arrays
+    return extra_arrays.extended(request, score, sinks, dropout)
+
+
+def chance_of(dropout: Any) -> float:
+    """The probability that an argument is; to a compiler it is a constant of the graph."""
+    if OPERATORS and torch.compiler.is_compiling():
+        dropout = operators.constant_of(dropout)
+    return check_probability(dropout)
+
+
+def seed_of(seed: Any, q: Tensor) -> Tensor:
+    """The seed of dropout on the device of `q`; one from torch's generator where it is None."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), device=q.device)
+    traced = torch.compiler.is_compiling() and isinstance(seed, (int, torch.SymInt))
+    number: Any = seed if traced else check_seed(seed)
+    return torch.full((1,), number, dtype=torch.int64, device=q.device)
 
 
 def attention(

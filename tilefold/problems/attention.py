@@ -15,6 +15,7 @@ from typing import Any, Final
 from tilefold.common.check import choice, shown
 from tilefold.masks.evaluate import index_bits
 from tilefold.masks.position_rules import Rule
+from tilefold.problems.dropout import check_probability
 from tilefold.problems.request import LAYOUTS, PRECISIONS, Request, check_layout, check_scale
 from tilefold.scores.score import Score, Sizes, as_score
 
@@ -69,6 +70,7 @@ class Problem:
         choice("dtype", self.dtype, tuple(ITEM_BYTES))
         choice("precision", self.precision, PRECISIONS if self.dtype == "float32" else ("highest",))
         check_scale(self.scale)
+        check_probability(self.dropout)
         self._check_sizes()
         self.mask.check(self.batch, self.heads_q, self.len_q, self.len_k)
         if self.score is not None:

@@ -19,6 +19,7 @@ Philox is by Salmon, Moraes, Dror and Shaw ("Parallel random numbers: as easy as
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,9 +162,12 @@ def check_probability(p: Any, name: str = "dropout") -> float:
 def check_seed(seed: Any) -> int:
     """The seed as an integer in [-2^63, 2^63). Raises TypeError or ValueError if it is none."""
     allowed = "an integer from -2**63 to 2**64 - 1"
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"seed must be {allowed}, got {shown(seed)}")
-    number = int(seed.__index__())
+    try:
+        if isinstance(seed, (bool, np.bool_)):
+            raise TypeError
+        number: int = operator.index(seed)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"seed must be {allowed}, got {shown(seed)}") from None
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must be {allowed}, got {number}")
     return number - 2**64 if number >= 2**63 else number

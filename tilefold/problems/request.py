@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from tilefold.common.check import choice, shown
 from tilefold.masks.position_rules import Rule, full
+from tilefold.problems.dropout import check_probability
 from tilefold.scores.score import Score
 
 # The positions of the canonical axes (batch, heads, sequence, dim) in each layout. Each permutation
@@ -114,6 +115,7 @@ def _made(
         check_scale(scale)
     check_layout(layout)
     check_precision(precision)
+    chance = check_probability(dropout)
     request = object.__new__(Request)
     request.__dict__.update(
         mask=rule,
@@ -122,8 +124,8 @@ def _made(
         precision=precision,
         score=score,
         sinks=sinks,
-        dropout=dropout,
-        _hash=hash((rule, scale, layout, precision, score, sinks, dropout)),
+        dropout=chance,
+        _hash=hash((rule, scale, layout, precision, score, sinks, chance)),
     )
     return request
 
