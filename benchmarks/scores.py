@@ -1,10 +1,11 @@
-"""What modified scores cost, beside causal attention, FlexAttention and torch's derivatives.
+"""What scores and dropout cost, beside causal attention, FlexAttention and torch.
 
-Prints one JSON document of three parts, each job turn by turn with the others of its part:
+Prints one JSON document of four parts, each job turn by turn with the others of its part:
 
 - "variants": the least milliseconds of causal attention with each modification, forward and
   backward (without gradients of arrays), and the ratio to causal attention per live tile of 64 x 64
 - "flex": softcap and a window of 1024 at (1, 8, 8192, 64), and compiled FlexAttention, forward
+- "dropout": attention with dropout of 0.1, without, and torch's, forward and with backward
 - "second": the second derivative of causal attention, and that of torch's math path
 
     python benchmarks/scores.py --save benchmarks/results/scores.json
@@ -34,11 +35,12 @@ from tilefold.measuring.timing import turn_by_turn
 Jobs = dict[str, Callable[[], Any]]
 
 TILE = 64
+WAYS = ("forward", "both")
 
 
 def main() -> None:
     """Measure the chosen parts."""
-    parts = {"variants": variants, "flex": flex, "second": second}
+    parts = {"variants": variants, "flex": flex, "dropout": dropout, "second": second}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--threads", type=int, default=2)
@@ -146,6 +148,32 @@ def flex(seconds: float) -> dict[str, Any]:
         "milliseconds": best,
         "largest difference": error,
         "flex_over_tilefold": round(best["flex"] / best["tilefold"], 2),
+    }
+
+
+def dropout(seconds: float) -> dict[str, Any]:
+    """Dropout of 0.1, beside none and beside torch's."""
+    shape, p = (1, 8, 2048, 64), 0.1
+    given = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    plain, do = [x.detach() for x in given], torch.randn(shape)
+
+    def both(o: Tensor) -> Any:
+        return torch.autograd.grad(o, given, do)
+
+    jobs: Jobs = {
+        "none, forward": lambda: tilefold.attention(*plain),
+        "dropout, forward": lambda: tilefold.attention(*plain, dropout=p),
+        "none, both": lambda: both(tilefold.attention(*given)),
+        "dropout, both": lambda: both(tilefold.attention(*given, dropout=p)),
+        "torch, dropout, both": lambda: both(scaled_dot_product_attention(*given, dropout_p=p)),
+    }
+    best = least(jobs, seconds)
+    ratios = {way: round(best[f"dropout, {way}"] / best[f"none, {way}"], 3) for way in WAYS}
+    return {
+        "shape": shape,
+        "milliseconds": best,
+        "ratio to none": ratios,
+        "torch_over_tilefold": round(best["torch, dropout, both"] / best["dropout, both"], 2),
     }
 
 

@@ -195,7 +195,12 @@ class Planner:
         )
 
     def _check_extra(self, operation: str) -> None:
-        """Raises NotImplementedError for an operand that no kernel of the operation has."""
+        """Raises NotImplementedError for what no kernel of the operation has."""
+        if self._problem.score is not None:
+            raise NotImplementedError(
+                f"Metal kernels take no score yet, got {self._problem.score!r}: compute it on the"
+                " CPU"
+            )
         for name in sorted(self._extra - {"sinks", *EXTRA[operation]}):
             raise NotImplementedError(
                 f"Metal kernels have no operand {name} in a {operation} pass: compute it on the CPU"
