@@ -136,6 +136,10 @@ def test_every_field_of_a_spec_is_part_of_the_question() -> None:
         value = getattr(this, field.name)
         if field.name == "mask":
             other = replace(this, mask=replace(value, text=value.text + " "))
+        elif field.name == "score":
+            other = replace(this, score=replace(this.mask, text="(s,)"))
+        elif isinstance(value, tuple):
+            other = replace(this, **{field.name: (*value, "one more")})
         elif isinstance(value, bool) or not isinstance(value, (int, str)):
             other = replace(this, **{field.name: not value})
         else:

@@ -8,17 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilefold.masks.evaluate import exact, index_bits
-from tilefold.masks.expression import (
-    Boolean,
-    Declared,
-    Index,
-    Lookup,
-    Table,
-    TruthLookup,
-    split,
-)
+from tilefold.masks.expression import Boolean, Declared, Index, Lookup, Table, TruthLookup
 from tilefold.masks.rewrite import fill
 from tilefold.masks.runs import Counts, count, runs
+from tilefold.masks.skeleton import split
 
 B, Q, K = (Index(name) for name in "bqk")
 LENGTHS = Declared((2,), "int32", low=100, high=200)

@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 
 from tilefold.masks.derivative import derivatives
 from tilefold.masks.evaluate import exact_real
-from tilefold.masks.expression import (
-    FromInteger,
-    Index,
-    RealLookup,
-    ScoreValue,
-    as_real,
-)
+from tilefold.masks.expression import FromInteger, Index, RealLookup, ScoreValue, as_real
 from tilefold.masks.tables import Input
 from tilefold.scores.functions import exp, log, maximum, minimum, sigmoid, sqrt, tanh, where
 

@@ -31,8 +31,8 @@ from tilefold.masks.expression import (
     as_integer,
     evaluate,
     names,
-    split,
 )
+from tilefold.masks.skeleton import split
 
 B, H, Q, K = (Index(name) for name in "bhqk")
 

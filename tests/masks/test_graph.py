@@ -25,10 +25,11 @@ from tilefold import Rule, attention, causal, dense, full, local, prefix, rule
 from tilefold.backends.cpu import calls, kernel
 from tilefold.backends.cpu.plan import plan
 from tilefold.masks.evaluate import intervals
-from tilefold.masks.expression import MOST_OPERATIONS, Collect, Index, evaluate, split
+from tilefold.masks.expression import MOST_OPERATIONS, Collect, Index, evaluate
 from tilefold.masks.graph import ordered
 from tilefold.masks.parse import parse
 from tilefold.masks.picture import draw
+from tilefold.masks.skeleton import split
 from tilefold.masks.table_bounds import TableBounds
 from tilefold.planning.masked import MaskedProblem
 from tilefold.planning.roofline import visible_pairs

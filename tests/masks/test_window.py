@@ -17,9 +17,9 @@ from mask_cases import Case
 
 from tilefold import Rule, causal, chunked, dense, documents, full, lengths, local, prefix, rule
 from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import split
 from tilefold.masks.parse import parse
 from tilefold.masks.runs import Counts
+from tilefold.masks.skeleton import split
 
 
 @pytest.mark.slow

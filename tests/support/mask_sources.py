@@ -31,7 +31,8 @@ from tilefold.backends.triton import module
 from tilefold.backends.triton.kernels import mask as triton_mask
 from tilefold.backends.triton.kernels.frame import HEADERS
 from tilefold.masks.evaluate import index_bits
-from tilefold.masks.expression import Table, split
+from tilefold.masks.expression import Table
+from tilefold.masks.skeleton import split
 
 SIZES = Sizes(batch=2, heads=3, len_q=60, len_k=84)
 SHAPE = (SIZES.batch, SIZES.heads, SIZES.len_q, SIZES.len_k)

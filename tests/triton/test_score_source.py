@@ -15,7 +15,8 @@ from tilefold.backends.triton import module
 from tilefold.backends.triton.kernels import mask
 from tilefold.backends.triton.kernels.frame import HEADERS
 from tilefold.masks.evaluate import exact_real
-from tilefold.masks.expression import Index, RealLookup, ScoreValue, Several, as_real, split
+from tilefold.masks.expression import Index, RealLookup, ScoreValue, Several, as_real
+from tilefold.masks.skeleton import split
 from tilefold.masks.tables import Input, Table
 from tilefold.scores.functions import exp, log, maximum, minimum, sigmoid, sqrt, table, tanh, where
 

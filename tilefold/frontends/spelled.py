@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from tilefold.masks import nodes
+from tilefold.masks import nodes, symbols
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix
 from tilefold.masks.rule import AllOf, AnyOf, Not, Window
@@ -26,7 +26,7 @@ _NODES = tuple(
     [
         kind
         for kind in vars(nodes).values()
-        if isinstance(kind, type) and issubclass(kind, nodes.Expression)
+        if isinstance(kind, type) and issubclass(kind, symbols.Expression)
     ]
 )
 _KINDS = (*_RULES, *_SCORES)
@@ -77,7 +77,7 @@ def spelling(value: Any) -> Any:
         return tuple([spelling(part) for part in value])
     if isinstance(value, Input):
         return (_INPUT, value.number, value.dtype, tuple([int(size) for size in value.shape]))
-    if isinstance(value, nodes.Expression):
+    if isinstance(value, symbols.Expression):
         place = _NODES.index(type(value))
         return (_NODE, place, spelling(value.label), spelling(value.children))
     for number, kind in enumerate(_KINDS):

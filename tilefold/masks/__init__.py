@@ -2,8 +2,10 @@
 
 tables          tables of a rule's data: with entries, with bounds alone, and without either
 graph           graphs of nodes, walked without recursion: compared, printed, copied
-nodes           the nodes of an expression over the indices q, k, b, h
-expression      trees of nodes: interpretations, and the skeleton that is left without integers
+symbols         integers, truths and real numbers, with the operators of Python
+nodes           the nodes of an expression over the score and the indices q, k, b, h
+expression      trees of nodes, and interpretations of them
+skeleton        a tree without its numbers and tables: what kernel source depends on
 rewrite         expressions made from other ones: tables filled, indices shifted
 arrays          arrays that rules are given, as tables
 coordinates     the coordinates of queries and keys, in 1-D and 2-D

@@ -24,15 +24,7 @@ from tilefold.masks.arrays import (
     key_counts,
     shape_of,
 )
-from tilefold.masks.expression import (
-    INDEX_NAMES,
-    Boolean,
-    Index,
-    Lookup,
-    Table,
-    Truth,
-    TruthLookup,
-)
+from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, Lookup, Table, Truth, TruthLookup
 from tilefold.masks.rule import Rule
 
 SIDES = ("right", "left")

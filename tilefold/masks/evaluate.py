@@ -65,7 +65,7 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 def exact(expression: Boolean, *, b: Any, h: Any, q: Any, k: Any) -> NDArray[np.bool_]:
     """True if query q sees key k in batch b and head h; the indices broadcast against each other.
 
-    >>> from tilefold.masks.expression import Index
+    >>> from tilefold.masks.expression import (Index)
     >>> q, k = np.arange(3)[:, None], np.arange(3)
     >>> exact(Index("q") >= Index("k"), b=0, h=0, q=q, k=k).astype(int)
     array([[1, 0, 0],
@@ -94,7 +94,7 @@ def exact_real(
 
     `inputs` are the arrays of `Input` tables by their numbers, where the tables hold none.
 
-    >>> from tilefold.masks.expression import Index, ScoreValue
+    >>> from tilefold.masks.expression import (Index, ScoreValue)
     >>> exact_real(ScoreValue() + Index("q") / 2, 1.0, b=0, h=0, q=np.arange(3), k=0)
     array([1. , 1.5, 2. ])
     """
@@ -202,7 +202,7 @@ def intervals(
     The arrays of `ranges` broadcast against each other; the results broadcast to that shape but may
     be smaller. `summary` answers for the tables.
 
-    >>> from tilefold.masks.expression import Index
+    >>> from tilefold.masks.expression import (Index)
     >>> tiles = {"q": (np.array([0, 4]), np.array([3, 7])), "k": (4, 7)}
     >>> intervals(Index("q") > Index("k"), tiles, TableBounds({}))
     Certainty(all=array([False, False]), any=array([False,  True]))
@@ -321,7 +321,7 @@ def index_bits(expression: Expression, batch: int, heads: int, len_q: int, len_k
 
     Raises OverflowError when 64 bits do not, and IndexError where a score reads beyond an array.
 
-    >>> from tilefold.masks.expression import Index
+    >>> from tilefold.masks.expression import (Index)
     >>> index_bits(Index("q") * Index("k") < 5, batch=1, heads=1, len_q=46341, len_k=46341)
     32
     >>> index_bits(Index("q") * Index("k") < 5, batch=1, heads=1, len_q=46342, len_k=46342)

@@ -8,28 +8,21 @@ kernel source. Nothing here knows which interpretation will come.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tilefold.common.check import shown
 from tilefold.masks.graph import ordered
 from tilefold.masks.nodes import (
-    INDEX_NAMES,
     Binary,
-    Boolean,
     Compare,
     Constant,
-    Expression,
     FromInteger,
     Index,
-    Integer,
     Logic,
     Lookup,
     Parameter,
-    Real,
     RealBinary,
     RealConstant,
     RealLookup,
@@ -41,6 +34,13 @@ from tilefold.masks.nodes import (
     TruthLookup,
     Unary,
     Where,
+)
+from tilefold.masks.symbols import (
+    INDEX_NAMES,
+    Boolean,
+    Expression,
+    Integer,
+    Real,
     as_boolean,
     as_integer,
     as_real,
@@ -65,7 +65,6 @@ __all__ = [
     "Logic",
     "Lookup",
     "Parameter",
-    "Parts",
     "Real",
     "RealBinary",
     "RealConstant",
@@ -75,7 +74,6 @@ __all__ = [
     "Rebuild",
     "ScoreValue",
     "Several",
-    "Skeleton",
     "Slot",
     "Table",
     "Truth",
@@ -88,15 +86,11 @@ __all__ = [
     "check_size",
     "evaluate",
     "names",
-    "split",
 ]
 
 MOST_OPERATIONS = 4096
 """The largest expression of a kernel. With 2,403 operations, of joined windows, the forward kernel
 compiled in 25 s and the backward one in 57 s (two busy cores of a Xeon, AVX-512, head size 8)."""
-
-KEPT_REALS = (0.0, 1.0, -1.0, math.inf, -math.inf)
-"""Real numbers that stay in a skeleton: kernels compute with them for nothing, or test for them."""
 
 KEPT_VALUES = 64
 """The largest expression all of whose values are kept while it is folded."""
@@ -355,92 +349,3 @@ class _Names(Collect[frozenset[str]]):
 
     def combine(self, values: tuple[frozenset[str], ...]) -> frozenset[str]:
         return frozenset().union(*values)
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """A tree without its numbers and tables: all that kernel source depends on. Equal by `text`.
-
-    Constants become parameters, except divisors: a division by a constant compiles to a
-    multiplication. The real numbers 0, 1 and -1 stay, and infinities. Tables become slots.
-    """
-
-    text: str
-    expression: Any
-    parameters: tuple[Parameter | RealParameter, ...]
-    slots: tuple[Slot, ...]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Skeleton) and self.text == other.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-
-class Parts(NamedTuple):
-    """A tree as its skeleton, the values of its parameters, and its tables in the slots' order."""
-
-    skeleton: Skeleton
-    parameters: tuple[Any, ...]
-    tables: tuple[Any, ...]
-
-    @property
-    def declared(self) -> tuple[Slot, ...]:
-        """The slots of the tables whose data are known at launch only."""
-        pairs = zip(self.skeleton.slots, self.tables, strict=True)
-        return tuple(slot for slot, table in pairs if isinstance(table, Declared))
-
-
-def split(expression: Expression, beside: Skeleton | None = None) -> Parts:
-    """A tree as its skeleton and all that the skeleton leaves out.
-
-    Parameters and slots are numbered from those of a skeleton `beside` it in the kernel on.
-    """
-    splitter = _Splitter(beside)
-    skeleton = evaluate(expression, splitter)
-    parameters, slots = tuple(splitter.parameters), tuple(splitter.slots)
-    whole = Skeleton(str(skeleton), skeleton, parameters, slots)
-    return Parts(whole, tuple(splitter.values), tuple(splitter.tables))
-
-
-class _Splitter(Rebuild):
-    """Takes integers and tables out of a tree, in the order in which its nodes are made."""
-
-    def __init__(self, beside: Skeleton | None) -> None:
-        self.first = len(beside.parameters) if beside else 0
-        self.first_slot = len(beside.slots) if beside else 0
-        self.parameters: list[Parameter | RealParameter] = []
-        self.values: list[int | float] = []
-        self.slots: list[Slot] = []
-        self.tables: list[Any] = []
-
-    def parameter(self, slot: int, dtype: str) -> Expression:
-        raise AssertionError("already a skeleton")
-
-    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
-        assert not isinstance(table, Slot), "already a skeleton"
-        slot = Slot(self.first_slot + len(self.slots), table.dtype, len(table.shape))
-        self.slots.append(slot)
-        self.tables.append(table)
-        return super().lookup(slot, indices)
-
-    def binary(self, operator: str, left: Expression, right: Expression) -> Expression:
-        if operator not in ("//", "%"):
-            return super().binary(operator, left, right)
-        return Binary(operator, self.operand(left), as_integer(right))
-
-    def operand(self, node: Expression) -> Integer:
-        if not isinstance(node, Constant):
-            return as_integer(node)
-        parameter = Parameter(self.first + len(self.parameters))
-        self.parameters.append(parameter)
-        self.values.append(node.value)
-        return parameter
-
-    def real_operand(self, node: Expression) -> Real:
-        if not isinstance(node, RealConstant) or node.value in KEPT_REALS:
-            return as_real(node)
-        real = RealParameter(self.first + len(self.parameters))
-        self.parameters.append(real)
-        self.values.append(node.value)
-        return real

@@ -18,7 +18,7 @@ def may_hide(expression: Expression) -> bool:
     Infinite constants, logarithms, divisions by what is no constant, and what is read from arrays
     count. A factor that is read from an array is taken for finite.
 
-    >>> from tilefold.masks.expression import Index, ScoreValue
+    >>> from tilefold.masks.expression import (Index, ScoreValue)
     >>> from tilefold.scores.functions import tanh, where
     >>> s, k = ScoreValue(), Index("k")
     >>> may_hide(tanh(s) - 2 * k), may_hide(where(k > 3, s, -float("inf")))

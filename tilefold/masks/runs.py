@@ -99,7 +99,7 @@ def runs(
 
     Each `group` of heads shares its block rows: they visit what any of its heads sees.
 
-    >>> from tilefold.masks.expression import Index
+    >>> from tilefold.masks.expression import (Index)
     >>> sizes = dict(batch=1, heads=1, len_parallel=4, len_traverse=4)
     >>> blocks = dict(block_parallel=2, block_traverse=2)
     >>> causal = runs(Index("q") >= Index("k"), parallel="q", **sizes, **blocks)

@@ -16,18 +16,16 @@ from tilefold.masks.expression import (
     Boolean,
     Declared,
     Expression,
-    Parts,
     Real,
     Several,
-    Skeleton,
     Table,
     Truth,
     check_size,
     names,
-    split,
 )
 from tilefold.masks.hiding import may_hide
 from tilefold.masks.runs import Runs, runs
+from tilefold.masks.skeleton import Parts, Skeleton, split
 from tilefold.masks.tables import Input
 from tilefold.planning.visited import MASK_STEP
 from tilefold.problems.attention import Problem

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.common.computed import computed
-from tilefold.masks.expression import Declared, Parts, Skeleton, Table
+from tilefold.masks.expression import Declared, Table
+from tilefold.masks.skeleton import Parts, Skeleton
 from tilefold.masks.tables import Input
 from tilefold.problems.attention import Problem
 

@@ -22,7 +22,7 @@ from tilefold.masks.expression import (
     as_integer,
     as_real,
 )
-from tilefold.masks.nodes import Number, binary, is_real, unary
+from tilefold.masks.symbols import Number, binary, is_real, unary
 from tilefold.masks.tables import Input, Table
 
 __all__ = ["exp", "log", "maximum", "minimum", "sigmoid", "sqrt", "table", "tanh", "where"]

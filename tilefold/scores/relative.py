@@ -15,7 +15,7 @@ import numpy as np
 from tilefold.common.check import shown, whole
 from tilefold.masks.arrays import as_table
 from tilefold.masks.expression import Constant, Index, Integer, Lookup, Real, RealLookup, as_real
-from tilefold.masks.nodes import as_integer
+from tilefold.masks.symbols import as_integer
 from tilefold.masks.tables import Input, Table
 from tilefold.scores.functions import floats, maximum, minimum
 from tilefold.scores.score import Score, Sizes, shape_text

@@ -20,7 +20,7 @@ from tilefold.backends.cpu.kernels.arguments import names
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.common.first_use import forks_wait, imported, undisturbed
 from tilefold.common.single_flight import once
-from tilefold.masks.expression import Skeleton
+from tilefold.masks.skeleton import Skeleton
 from tilefold.planning.kernels import emitter
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS
 
@@ -29,7 +29,15 @@ forks_wait()  # for imports, before they take the lock of LLVM in `runtime`
 _PACKAGE = Path(__file__).parents[2]
 _SOURCES = tuple(
     _PACKAGE / name
-    for name in ("common", "masks", "problems", "planning", "backends/cpu", "backends/cpu/kernels")
+    for name in (
+        "common",
+        "masks",
+        "scores",
+        "problems",
+        "planning",
+        "backends/cpu",
+        "backends/cpu/kernels",
+    )
 )
 """The folders of all modules that a generator can import."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tilefold.masks.expression import Skeleton
+from tilefold.masks.skeleton import Skeleton
 from tilefold.planning.kernels import (
     ALL_GRADIENTS,
     ATTEND,

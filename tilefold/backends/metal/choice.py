@@ -21,7 +21,8 @@ from tilefold.backends.metal.kernels.fragment import TYPES
 from tilefold.backends.metal.kernels.frame import stage_elements
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import KERNELS, SIDE, SIMD, SUMS, Blocks, MetalSpec, whole
-from tilefold.masks.expression import Truth, split
+from tilefold.masks.expression import Truth
+from tilefold.masks.skeleton import split
 
 _STEP = 2 * SIDE
 _ANY = split(Truth(True))[0]

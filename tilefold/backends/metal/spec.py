@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilefold.masks.expression import Skeleton
+from tilefold.masks.skeleton import Skeleton
 from tilefold.planning.kernels import (
     ATTEND,
     KEY_GRADIENTS,

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tilefold.masks.expression import RealConstant, Skeleton
+from tilefold.masks.expression import RealConstant
+from tilefold.masks.skeleton import Skeleton
 from tilefold.masks.tables import Slot
 from tilefold.planning.kernels import (
     ALL_GRADIENTS,

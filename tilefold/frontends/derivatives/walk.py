@@ -52,7 +52,7 @@ class Step(NamedTuple):
 class Walk:
     """The tiles of an expression over the pairs of a problem; `group` query heads share a key head.
 
-    >>> from tilefold.masks.expression import Index
+    >>> from tilefold.masks.expression import (Index)
     >>> walk = Walk(Index("q") >= Index("k"), 1, 1, 1, 300, 300)
     >>> [(step.queries.start, step.keys.start) for step in walk.steps(1, "cpu")]
     [(0, 0), (256, 0), (256, 256)]

@@ -20,8 +20,8 @@ from tilefold.backends.cpu.kernels.microkernel import Shape
 from tilefold.backends.cpu.kernels.storage import storage_in
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.masks.expression import Expression, RealLookup, Slot, evaluate
-from tilefold.masks.nodes import is_real
 from tilefold.masks.pairs import dense_lookups, diagonals
+from tilefold.masks.symbols import is_real
 
 
 def regions(spec: KernelSpec, tile: int) -> dict[str, int]:

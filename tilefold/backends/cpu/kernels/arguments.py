@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tilefold.backends.cpu.spec import KernelSpec
-from tilefold.masks.expression import Skeleton
+from tilefold.masks.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from tilefold.backends.cpu.kernels.ir import Body, Value

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.masks.expression import Skeleton, Slot, Truth
+from tilefold.masks.expression import Slot, Truth
 from tilefold.masks.infix import (
     ADD,
     ATOM,
@@ -29,6 +29,7 @@ from tilefold.masks.infix import (
     Term,
     infix,
 )
+from tilefold.masks.skeleton import Skeleton
 
 Position = Callable[[str], int]
 """Place of a number in the kernel's list of sizes, by its name in `arguments.sizes`."""

@@ -25,14 +25,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tilefold.backends.triton.kernels.text import Text
-from tilefold.masks.expression import (
-    Expression,
-    ScoreValue,
-    Several,
-    Skeleton,
-    Slot,
-    Truth,
-)
+from tilefold.masks.expression import Expression, ScoreValue, Several, Slot, Truth
 from tilefold.masks.graph import ordered
 from tilefold.masks.infix import (
     ADD,
@@ -51,6 +44,7 @@ from tilefold.masks.infix import (
     Term,
     infix,
 )
+from tilefold.masks.skeleton import Skeleton
 
 _INFIX = {
     "+": Infix("+", ADD),
