@@ -143,7 +143,9 @@ def test_every_field_of_a_spec_is_part_of_the_question() -> None:
         elif isinstance(value, bool) or not isinstance(value, (int, str)):
             other = replace(this, **{field.name: not value})
         else:
-            other = replace(this, **{field.name: value * 2})
+            other = replace(
+                this, **{field.name: value * 2 if isinstance(value, str) else value + 1}
+            )
         texts.add(kernels._spelt(other))
     assert len(texts) == 1 + len(fields(KernelSpec))
 

@@ -26,6 +26,7 @@ forward      the forward pass
 mass         sums of the columns of P
 backward     delta, dQ, and dK with dV
 reduce       sums of parts: of dQ, of gradients of arrays
+targets      where the gradients of a score's arrays are added
 inputs       gradients of the arrays that a score reads
 fused        the backward pass in one kernel
 sums         sums of the decode kernel

@@ -9,8 +9,7 @@
 
 Five products per pair where the split form takes seven. With one owner per key head its part is dQ
 itself, where rows of dQ are contiguous: then there is no second kernel and no memory for parts. Or
-one worker makes the parts of a head in turn, in scratch, and adds each to dQ: with the same bits as
-from several owners. `partitions.py` says how many parts there are and which blocks each has.
+one worker makes the parts of a head in turn, with the same bits: see `partitions.py`.
 """
 
 from __future__ import annotations
