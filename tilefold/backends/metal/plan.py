@@ -120,6 +120,11 @@ def plan(
             f"scale is {problem.scale:g}, and Apple GPUs multiply in float32, up to"
             f" {LARGEST_SCALE:.1e}: multiply q or k by a part of it"
         )
+    if problem.score is not None:
+        raise NotImplementedError(
+            "Metal kernels do not modify scores yet: pass NumPy arrays or tensors on the CPU to"
+            " tilefold.attention"
+        )
     _check(blocks, cached)
     key = (problem, family, operation, form, _frozen(blocks), _frozen(cached), extra)
     found = _recent.get(key)
