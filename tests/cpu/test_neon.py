@@ -11,7 +11,7 @@ from cases import RULES, Sizes
 from compare import HALVES
 from emulated import MISSING, PACKAGES, emulated
 from guarded import SIDES
-from trial import PASSES, Trial, numbers, problem, run
+from trial import PASSES, Trial, dropped, numbers, problem, run
 
 from tilefold.backends.cpu.device import Device
 
@@ -44,7 +44,10 @@ def neon(level: str) -> Device:
 
 
 def attempt(number: int, dtype: str, level: str, folder: Path) -> None:
-    this = trial(number, dtype)
+    check(trial(number, dtype), level, folder)
+
+
+def check(this: Trial, level: str, folder: Path) -> None:
     given = numbers(this)
     with emulated(folder) as memory:
         for operation, form in PASSES:
@@ -85,6 +88,13 @@ def test_every_pass_under_the_emulator(number: int, dtype: str, tmp_path: Path) 
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])
 def test_the_newest_features_under_the_emulator(dtype: str, tmp_path: Path) -> None:
     attempt(3, dtype, "newest", tmp_path)
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dropout_under_the_emulator(dtype: str, tmp_path: Path) -> None:
+    check(dropped(dtype)[0], "baseline", tmp_path)
 
 
 @needs_tools

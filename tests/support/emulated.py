@@ -142,6 +142,7 @@ def _is_pointer(name: str, spec: KernelSpec) -> bool:
         "rows",
         "runs",
         "owners",
+        "seed",
         "workspace",
         *spec.row.arguments,
     )
