@@ -206,7 +206,7 @@ class KeyGradients:
         do = made(tile, self.do, "left_v", spec.dim_v, rows=True, columns=True)
         body.comment("S <- Q K^T")
         store_scores(self.products, tile, queries.rows, self.k_packed, self.p, mask)
-        factors = self.block.factors(tile, self.h_q)
+        self.factors = self.block.factors(tile, self.h_q)
         body.comment("dP <- dO V^T;  P <- 2^((S - m) c + r);  dS <- P (dP - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
@@ -215,7 +215,7 @@ class KeyGradients:
                 numbers = [self._of_query(name, there) for name in Statistics._fields]
                 return Statistics(*([one] * self.shape.vectors for one in numbers))
 
-            self.keep(tile, row, dp, of_row, masked, factors)
+            self.keep(tile, row, dp, of_row, masked)
 
         self.products.scores(tile, do.rows, self.v_packed, spec.dim_v, use)
         body.comment("dV^T += dO^T P;  dK^T += Q^T dS")
@@ -230,13 +230,10 @@ class KeyGradients:
         dp: microkernel.Accumulators,
         statistics: StatisticsOf,
         masked: bool,
-        factors: Factors | None,
     ) -> microkernel.Accumulators:
         """Keep rows of P and of dS for the products that follow; return the rows of dS."""
-        kept, modified = ("p", "ds"), self.modified
-        return _keep_differences(
-            self.products, tile, row, dp, statistics, masked, kept, modified, factors
-        )
+        kept, also = ("p", "ds"), (self.modified, self.factors)
+        return _keep_differences(self.products, tile, row, dp, statistics, masked, kept, *also)
 
     def _of_query(self, name: str, query: Value) -> Value:
         """The statistic of one query in all lanes."""

@@ -22,7 +22,6 @@ from functools import partial
 from tilefold.backends.cpu.kernels import amx, microkernel, pairs
 from tilefold.backends.cpu.kernels.backward import KeyGradients, StatisticsOf
 from tilefold.backends.cpu.kernels.block import emit
-from tilefold.backends.cpu.kernels.dropout import Factors
 from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.kernels.multiply import Right, factors_of
 from tilefold.backends.cpu.kernels.reduce import of_owner
@@ -364,10 +363,9 @@ class _PairGradients(_AllGradients):
         dp: microkernel.Accumulators,
         statistics: StatisticsOf,
         masked: bool,
-        factors: Factors | None,
     ) -> microkernel.Accumulators:
         body = self.body
-        changes = super().keep(tile, row, dp, statistics, masked, factors)
+        changes = super().keep(tile, row, dp, statistics, masked)
         scale = body.splat(self.ds_factor(), self.shape.lanes, "scale")
         for i, line in enumerate(changes):
             place = self._line_of(body.add(row, i))
