@@ -17,6 +17,7 @@ plan           problem to kernels, programs and scratch
 machine        what runs kernels, as a protocol
 interpreter    Triton's interpreter, as a machine
 runtime        the GPU, through PyTorch
+finish         gradients of sinks and of the arrays of a score, finished by torch
 dispatch       a plan made ready for tensors, and run
 calls          GPUs as machines, and calls on one of them
 matmul         products of matrices and softmax of rows, as kernels of their own

@@ -18,6 +18,7 @@ import numpy as np
 from tilefold.backends.launching import mask_arguments, runs_on, stride_arguments, tables_on
 from tilefold.backends.protocols import Arrays, Strides
 from tilefold.backends.triton import module, resources, source
+from tilefold.backends.triton.finish import finish
 from tilefold.backends.triton.kernels import arguments, frame, hopper_launch
 from tilefold.backends.triton.kernels.arguments import RUNS, SINKS, SIZES
 from tilefold.backends.triton.launch import Added, Launch, TritonPlan
@@ -338,29 +339,6 @@ def _of_parts(added: Added) -> dict[str, int]:
     shape = added.given.shape
     found = {"part_size": math.prod(shape), "shared": added.shared}
     return found | {f"part_{i}": math.prod(shape[i + 1 :]) for i in range(len(shape))}
-
-
-def finish(plan: TritonPlan, given: Mapping[str, Tensor]) -> None:
-    """Write the gradients that tensors of the kernels give: of sinks, and of a score's arrays."""
-    added = {each.added.given.name: each.added for each in plan.launches if each.added is not None}
-    for name, tensor in given.items():
-        if name.startswith("dinput") and name.removeprefix("dinput").isdigit():
-            parts = added.get(name.removeprefix("d"))
-            if parts is None:
-                tensor.zero_()
-            else:
-                tensor.copy_(given[parts.parts].sum(0))
-    if "dsinks" in given:
-        _gradient_of_sinks(given)
-
-
-def _gradient_of_sinks(given: Mapping[str, Tensor]) -> None:
-    """d sink = -sum of exp(sink - lse) delta over the queries of a head; lse of -inf gives 0."""
-    lse, delta = given["lse"], given["delta"]
-    base = lse.masked_fill(lse.isinf(), 0.0)
-    for at, sink in enumerate(given["sinks"].unbind(-1)):
-        share = (sink[None, :, None] - base).exp()
-        given["dsinks"][:, at] = -(share * delta).sum((0, 2))
 
 
 def _dropout(spec: TritonSpec, chance: float) -> dict[str, float]:

@@ -9,15 +9,21 @@ units, which are blocks of queries of a head, that differ in it never add to the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.triton.heuristics import Heuristics
+from tilefold.backends.triton.launch import Added, Launch
 from tilefold.backends.triton.spec import Entry
-from tilefold.masks.expression import Index
+from tilefold.masks.expression import Index, Lookup, RealLookup, names
+from tilefold.masks.graph import ordered
 from tilefold.masks.tables import Input
 from tilefold.planning.masked import Scored
+from tilefold.problems.attention import ITEM_BYTES, Problem
 
 
 def entries_of(scored: Scored, number: int) -> tuple[Input | None, tuple[Entry, ...]]:
@@ -39,8 +45,8 @@ def apart(scored: Scored, entries: tuple[Entry, ...]) -> frozenset[str]:
     columns = zip(*(values[at + 1 : at + 1 + rank] for at, rank in entries), strict=True)
     found: list[str] = []
     for column in columns:
-        names = {index.name if isinstance(index, Index) else "" for index in column}
-        found += names if len(names) == 1 else []
+        here = {index.name if isinstance(index, Index) else "" for index in column}
+        found += here if len(here) == 1 else []
     return frozenset(found)
 
 
@@ -58,3 +64,42 @@ def units(sizes: Mapping[str, int], apart: frozenset[str]) -> tuple[NDArray[np.i
     others = [axis for axis in range(len(axes)) if axis not in own]
     shared = int(np.prod([number.shape[axis] for axis in others], dtype=np.int64))
     return np.ascontiguousarray(number.transpose(own + others)).ravel(), shared
+
+
+def launches(
+    main: Launch, problem: Problem, numbers: Sequence[int], heuristics: Heuristics
+) -> list[Launch]:
+    """A launch for each of these inputs, from that of a kernel that visits all pairs."""
+    scored, found = main.scored, []
+    assert scored is not None
+    sizes = {"b": problem.batch, "h": problem.heads_q, "q": main.block_rows}
+    for number in numbers:
+        given, entries = entries_of(scored, number)
+        if given is None:  # its gradient is 0 everywhere
+            continue
+        order, shared = units(sizes, apart(scored, entries))
+        groups = len(order) // shared
+        most = max(1, heuristics.part_elements // max(1, math.prod(given.shape)))
+        enough = -(-heuristics.enough_programs // max(1, groups))
+        parts = max(1, min(shared, enough, max(most, heuristics.fixed_parts)))
+        found.append(
+            replace(
+                main,
+                spec=replace(main.spec, entries=entries),
+                order=order,
+                splits=parts,
+                programs=parts * groups,
+                added=Added(given, shared),
+            )
+        )
+    return found
+
+
+def pair_bytes(scored: Scored | None) -> int:
+    """The bytes of arrays that a score reads for each pair of a query and a key."""
+    if scored is None:
+        return 0
+    score = scored.parts.skeleton.expression.parts[0]
+    reads = [node for node, _ in ordered(score) if isinstance(node, RealLookup | Lookup)]
+    items = {"int32": 4, **ITEM_BYTES}
+    return sum(items[node.table.dtype] for node in reads if {"q", "k"} <= names(node))

@@ -24,7 +24,7 @@ from tilefold.backends.triton.choice import Asked, Choice, check_asked, choose
 from tilefold.backends.triton.heuristics import DEFAULT, Heuristics
 from tilefold.backends.triton.kernels import hopper_launch
 from tilefold.backends.triton.kernels.scores import LOG2_E
-from tilefold.backends.triton.launch import Added, Launch, TritonPlan
+from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.spec import (
     BY_PRECISION,
     KERNELS,
@@ -35,15 +35,13 @@ from tilefold.backends.triton.spec import (
 )
 from tilefold.common import check, generation, reproducible, settings
 from tilefold.common.lru import LruCache
-from tilefold.masks.expression import Lookup, RealLookup, names
-from tilefold.masks.graph import ordered
 from tilefold.masks.runs import Runs
 from tilefold.planning import roofline
 from tilefold.planning.masked import MaskedProblem, Scored
 from tilefold.planning.plan import Scratch, split_scratch
 from tilefold.planning.tiles import parted, runs_to_tiles
 from tilefold.planning.visited import MASK_STEP, cut, heaviest_first
-from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem, check_problem
+from tilefold.problems.attention import STATISTICS, Problem, check_problem
 
 FORMS = {
     "forward": ("auto", "tiled", "hopper", "decode"),
@@ -232,7 +230,7 @@ class Planner:
             float32_mode=float32_mode,
             dropout=problem.dropout > 0,
             scored=problem.score is not None,
-            pair_bytes=pair_bytes(self._scored(kernel)),
+            pair_bytes=inputs.pair_bytes(self._scored(kernel)),
             heuristics=self._heuristics,
         )
         if wanted := asked.get(kernel) if isinstance(asked, Mapping) else asked:
@@ -370,32 +368,8 @@ class Planner:
         """A kernel for each array of the score whose gradient is asked for."""
         if not self._inputs:
             return []
-        problem, main = self._problem, self._tiled("backward_inputs")
-        scored = main.scored
-        assert scored is not None
-        sizes = {"b": problem.batch, "h": problem.heads_q, "q": main.block_rows}
-        launches = []
-        for number in self._inputs:
-            given, entries = inputs.entries_of(scored, number)
-            if given is None:  # its gradient is 0 everywhere
-                continue
-            spec = replace(main.spec, entries=entries)
-            order, shared = inputs.units(sizes, inputs.apart(scored, entries))
-            apart = len(order) // shared
-            most = max(1, self._heuristics.part_elements // max(1, math.prod(given.shape)))
-            enough = -(-self._heuristics.enough_programs // max(1, apart))
-            parts = max(1, min(shared, enough, max(most, self._heuristics.fixed_parts)))
-            launches.append(
-                replace(
-                    main,
-                    spec=spec,
-                    order=order,
-                    splits=parts,
-                    programs=parts * apart,
-                    added=Added(given, shared),
-                )
-            )
-        return launches
+        main = self._tiled("backward_inputs")
+        return inputs.launches(main, self._problem, self._inputs, self._heuristics)
 
     def _decodes(self, form: str) -> bool:
         problem = self._problem
@@ -432,16 +406,6 @@ def scales(statistics: str) -> tuple[float, float]:
     """The least and the most size of a scale whose product with log2(e) is a normal number."""
     limits = np.finfo(statistics)
     return float(limits.tiny), float(limits.max) / LOG2_E
-
-
-def pair_bytes(scored: Scored | None) -> int:
-    """The bytes of arrays that a score reads for each pair of a query and a key."""
-    if scored is None:
-        return 0
-    score = scored.parts.skeleton.expression.parts[0]
-    reads = [node for node, _ in ordered(score) if isinstance(node, RealLookup | Lookup)]
-    items = {"int32": 4, **ITEM_BYTES}
-    return sum(items[node.table.dtype] for node in reads if {"q", "k"} <= names(node))
 
 
 def key_of(spec: TritonSpec, name: str) -> tuned.Key:
