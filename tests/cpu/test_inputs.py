@@ -194,6 +194,7 @@ class Trial:
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_arrays_are_those_of_the_definition(name: str) -> None:
     Trial(CASES[name], "float64").check(1e-12)

@@ -94,6 +94,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T05")
 @pytest.mark.parametrize("way", WAYS)
 def test_transforms_give_what_they_give_of_torchs_own_attention(way: str) -> None:

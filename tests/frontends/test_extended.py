@@ -69,6 +69,7 @@ def loss(*given: Tensor, make: Makes) -> Tensor:
     return o.sin().sum() + lse.masked_fill(lse.isinf(), 0).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T09")
 @pytest.mark.parametrize("case", SCORES)
 def test_gradients_of_arrays_in_a_score(case: str) -> None:
@@ -82,6 +83,7 @@ def test_gradients_of_arrays_in_a_score(case: str) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T09")
 @pytest.mark.parametrize("shape", [(4,), (4, 2)])
 def test_gradients_of_sinks(shape: tuple[int, ...]) -> None:

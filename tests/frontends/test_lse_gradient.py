@@ -108,6 +108,7 @@ def test_compiled_functions_compute_it_too() -> None:
     torch.testing.assert_close(torch.autograd.grad(outside, inputs), want)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T10")
 def test_merge_is_differentiable_end_to_end() -> None:
     def merged(*inputs: Tensor) -> Results:

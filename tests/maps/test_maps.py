@@ -111,6 +111,7 @@ def test_tensors_have_the_maps_of_arrays() -> None:
     assert_near("mass", mass, tilefold.key_mass(q, k, mask=tilefold.causal()), 0)
 
 
+@pytest.mark.slow
 def test_weights_of_tensors_are_differentiable() -> None:
     q, k = (torch.from_numpy(x).double()[:1] for x in arrays(5, 6))
     learned = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)

@@ -25,6 +25,7 @@ def test_the_examples_of_the_documentation_are_true() -> None:
     assert (failed, tried > 0) == (0, True)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_on_scores_are_true() -> None:
     page = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8")
     code = "\n".join("" if line.startswith("```") else line for line in page.splitlines())

@@ -129,6 +129,7 @@ def test_a_variant_is_what_the_dense_formula_says(name: str) -> None:
     np.testing.assert_allclose(o, right, atol=3e-5 if name == "softcap" else 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("J02")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", [name for name in FORMULAS if name != "sinks"])
