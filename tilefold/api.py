@@ -119,6 +119,8 @@ def attention(
       if torch is installed. It computes no lse, so return_lse adds the scores of "composed"
     - "tensorops": tilefold's forward kernel on the matrix units of Metal 4, on Apple GPUs with them
 
+    Only "kernel" takes `score`, `sinks`, `dropout` and `return_max`; the others refuse them.
+
     With "composed" and "native", torch computes the gradients, torch's own setting replaces
     `precision`, and NaN or infinity in a hidden key can reach a query, since it is multiplied by 0.
 

@@ -134,10 +134,11 @@ def blocks(page: str) -> list[str]:
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_python_in_the_pages_runs(page: str) -> None:
     assert blocks(page)
+    names: dict[str, Any] = {}  # later blocks go on from earlier ones
     for block in blocks(page):
         if "import torch" in block:
             pytest.importorskip("torch")
-        exec(compile(block.replace("2048", "128"), page, "exec"), {})
+        exec(compile(block.replace("2048", "128"), page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", ["docs/index.md", "docs/triton.md", "docs/metal.md"])
