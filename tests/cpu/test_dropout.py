@@ -77,6 +77,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
         set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2", "neon"])
 def test_words_are_multiplied_by_one_instruction(isa: str) -> None:
     """A product of two words of 32 bits: not the product of 64 bits, which takes three or more."""

@@ -218,6 +218,7 @@ def test_gradients_have_the_types_of_their_arrays(dtype: str, of_arrays: str) ->
     Trial(CASES["several"], dtype, of_arrays).check(NEAR[dtype])
 
 
+@pytest.mark.slow
 def test_long_sums_keep_the_precision_of_float32() -> None:
     """All 2e6 changes of one bucket have one sign: float32 added one by one would lose 1e-2."""
     trial = Trial(

@@ -44,6 +44,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T05")
 @pytest.mark.parametrize("name", CALLS)
 def test_first_and_second_derivatives_in_every_mode_are_those_of_differences(name: str) -> None:

@@ -64,6 +64,7 @@ def near(got: Any, low: Any, middle: Any, high: Any) -> bool:
     return bool((smooth | sides).all())
 
 
+@pytest.mark.slow
 @settings(max_examples=150, derandomize=True)
 @given(st.recursive(LEAVES, joined, max_leaves=8), st.integers(0, 2**16))
 def test_derivatives_are_those_of_finite_differences(expression: Any, seed: int) -> None:

@@ -105,6 +105,7 @@ GRAPHS: dict[str, tuple[Callable[[int], Rule], int]] = {
 every_graph = pytest.mark.parametrize(("make", "times"), GRAPHS.values(), ids=GRAPHS)
 
 
+@pytest.mark.slow
 @every_graph
 def test_rules_of_shared_and_of_deep_parts_are_values(
     make: Callable[[int], Rule], times: int

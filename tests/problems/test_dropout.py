@@ -37,6 +37,7 @@ def test_a_pair_is_kept_by_the_word_of_its_key() -> None:
     assert not dropout.keep(seed, chance + 2.0**-32, b, h, q, k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 2.0**-32, 1 - 2.0**-33])
 def test_as_many_pairs_stay_as_p_says(p: float) -> None:
     kept = dropout_mask(1, p, batch=2, heads=4, rows=256, columns=512)
