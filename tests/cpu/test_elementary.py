@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from elementary import check_functions
+
+pytestmark = pytest.mark.slow  # kernels are compiled
 
 
 def test_functions_are_right_for_all_numbers() -> None:

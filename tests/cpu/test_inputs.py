@@ -44,6 +44,8 @@ from tilefold.problems.buffer import Buffer
 from tilefold.problems.request import Request
 from tilefold.scores.score import as_score
 
+pytestmark = pytest.mark.slow  # kernels are compiled
+
 Array = NDArray[Any]
 
 B, H, KV, Q, K, D = 2, 4, 2, 37, 53, 8

@@ -14,6 +14,8 @@ from trial import PASSES, Trial, numbers, problem, run
 import tilefold
 from tilefold.masks.evaluate import exact_real
 
+pytestmark = pytest.mark.slow  # kernels are compiled
+
 
 def attempt(trial: Trial) -> None:
     """All passes of a trial."""

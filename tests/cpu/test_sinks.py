@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 import tilefold
 from tilefold.problems import reference
 
+pytestmark = pytest.mark.slow  # kernels are compiled
+
 Array = NDArray[Any]
 
 

@@ -13,6 +13,8 @@ from tilefold import attention, attention_backward, causal, compile_async, dropo
 from tilefold.problems import dropout, reference
 from tilefold.problems.attention import Problem
 
+pytestmark = pytest.mark.slow  # kernels are compiled
+
 P = 0.25
 GIVEN = np.random.default_rng(0).normal(size=(4, 2, 2, 21, 8))
 OPTIONS: dict[str, Any] = {"mask": causal(), "dropout": P}

@@ -23,6 +23,8 @@ from tilefold.problems import reference
 from tilefold.problems.request import Request
 from tilefold.scores.score import as_score
 
+pytestmark = pytest.mark.slow  # kernels are compiled
+
 
 class Watching(TorchFunctionMode):
     """A mode that sees operations, so that calls take the operators."""

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from paths import ROOT
 
+pytestmark = pytest.mark.slow  # kernels are compiled
+
 _SPEC = importlib.util.spec_from_file_location("variants", ROOT / "tools" / "variants.py")
 assert _SPEC is not None
 assert _SPEC.loader is not None
