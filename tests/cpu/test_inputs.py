@@ -262,6 +262,13 @@ def test_without_keys_the_gradients_of_arrays_are_zero() -> None:
     assert trial.gradients()[3].tolist() == [0.0] * H
 
 
+def test_an_array_without_elements_is_read_by_no_pair() -> None:
+    for sizes in ((B, H, KV, 0, K, D), (B, H, KV, Q, 0, D)):
+        shape = sizes[3:5]
+        trial = Trial(Case(lambda n, shape=shape: bias(n(*shape)), sizes=sizes), "float32")
+        assert trial.gradients()[3].shape == shape
+
+
 # Plans --------------------------------------------------------------------------------------------
 
 

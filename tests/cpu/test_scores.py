@@ -65,6 +65,37 @@ def test_minus_infinity_hides_a_pair_as_the_mask_does(len_q: int, len_k: int) ->
         assert_near("result", got, want, 1e-5)
 
 
+def test_minus_infinity_of_an_array_hides_also_before_a_product() -> None:
+    q, k, v, do = arrays(7, 9)
+    hidden = np.zeros((7, 1))
+    hidden[3] = -np.inf
+    heat = np.linspace(0.5, 2, 63).reshape(7, 9)
+    score = [tilefold.bias(hidden), tilefold.temperature(heat)]
+    o, lse = tilefold.attention(q, k, v, score=score, return_lse=True)
+    assert (o[:, :, 3] == 0).all() and (lse[:, :, 3] == -np.inf).all()
+    gradients = tilefold.attention_backward(do, q, k, v, o, lse, score=score)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert (gradients[0][:, :, 3] == 0).all() and (gradients[4][3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("length", [3, 67])
+def test_lanes_past_the_last_key_add_nothing_whatever_the_derivative(
+    dtype: str, length: int
+) -> None:
+    """Their products are 0, and so is what is read of an array for them."""
+    rng = np.random.default_rng(length)
+    q, k, v, do = rng.normal(size=(4, 1, 2, length, 8)).astype(dtype)
+    heat = np.abs(rng.normal(size=(length, length))) + 0.5
+    for score in (
+        tilefold.temperature(heat),
+        tilefold.score(lambda s: tilefold.sqrt(abs(s))),
+    ):
+        o, lse = tilefold.attention(q, k, v, score=score, return_lse=True)
+        for gradient in tilefold.attention_backward(do, q, k, v, o, lse, score=score):
+            assert np.isfinite(gradient.astype(np.float64)).all()
+
+
 @pytest.mark.parametrize(("len_q", "len_k"), [(70, 40), (2, 40), (2, 9000)])
 def test_nan_in_a_bias_reaches_its_row_alone(len_q: int, len_k: int) -> None:
     q, k, v, do = arrays(len_q, len_k)

@@ -75,6 +75,19 @@ def test_rows_without_keys_have_the_lse_of_their_sinks() -> None:
             assert_near("lse", lse, np.broadcast_to(want[:, None], lse.shape), 1e-6)
 
 
+def test_without_keys_sinks_have_the_gradients_of_lse() -> None:
+    q, k, v, sinks, do = arrays(5, 7, number=3)
+    k, v, sinks = k[:, :, :0], v[:, :, :0], sinks.copy()
+    sinks[0, 1] = -np.inf
+    o, lse = tilefold.attention(q, k, v, sinks=sinks, return_lse=True)
+    dlse = np.linspace(-1, 2, lse.size, dtype=lse.dtype).reshape(lse.shape)
+    *others, found = tilefold.attention_backward(do, q, k, v, o, lse, sinks=sinks, dlse=dlse)
+    weights = np.exp(sinks - np.log(np.exp(sinks).sum(axis=1, keepdims=True)))
+    want = weights * dlse.sum(axis=(0, 2))[:, None]
+    assert_near("dsinks", found, want, 1e-5)
+    assert not any(gradient.any() for gradient in others)
+
+
 @pytest.mark.parametrize("len_q", [3, 70])
 def test_sinks_of_minus_infinity_are_none(len_q: int) -> None:
     q, k, v, sinks, do = arrays(len_q, 70)

@@ -48,6 +48,9 @@ def test_a_colour_is_the_weight_by_the_largest_of_its_query() -> None:
 def test_what_a_score_hides_is_hidden_and_nan_is_seen() -> None:
     made = score(lambda s, q, k: tilefold.where(q == k, -np.inf, s))
     assert str(draw(made, 3, 3)).splitlines() == ["··████", "██··██", "████··"]
+    for number in (np.nan, np.inf):
+        row = np.array([[0.0], [number], [0.0]])
+        assert str(draw(tilefold.bias(row), 3, 3)).splitlines() == ["██████", "░░░░░░", "██████"]
 
 
 def test_a_cell_of_a_long_picture_shows_its_largest_weight() -> None:

@@ -182,11 +182,40 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: temperature(0),
         "temperature: a number must be finite and not 0, got 0",
     ),
+    "an infinite temperature": (
+        lambda: temperature(math.inf),
+        "temperature: a number must be finite and not 0, got inf",
+    ),
+    "a number that no float holds": (
+        lambda: softcap(10**400),
+        "softcap: cap must be a number that a float holds, got 1000",
+    ),
+    "integers of more than 32 bits": (
+        lambda: table(np.array([5, 2**40])),
+        "table: integers must fit 32 bits, got numbers from 5 to 1099511627776; pass floats",
+    ),
+    "a masked array": (
+        lambda: bias(np.ma.masked_array(np.zeros((3, 3)), np.eye(3) > 0)),
+        "bias: array must be an array without a mask of its own: pass its data",
+    ),
+    "a distance beyond memory": (
+        lambda: tilefold.relative_bias(np.zeros((2, 32)), max_distance=10**12),
+        "relative_bias: max_distance must be at most 1048576, got 1000000000000",
+    ),
+    "a score for the mask of a picture": (
+        lambda: tilefold.picture(softcap(3), 4),  # type: ignore[arg-type]  # the point
+        "mask must be a rule such as tilefold.causal(), got softcap(3)",
+    ),
     "five axes": (
         lambda: bias(np.zeros((1, 1, 1, 1, 1))),
         "bias: array must broadcast to (batch, heads, len_q, len_k), got shape (1, 1, 1, 1, 1)",
     ),
 }
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    for made in (np.float32(2), np.float64(2), np.int64(2)):
+        assert temperature(made) == temperature(2) and softcap(made) == softcap(2)
 
 
 @pytest.mark.feature("T15")

@@ -142,6 +142,11 @@ def _fill(call: Call, given: tuple[Array, ...], results: tuple[Array, ...]) -> N
         if name == "lse" and call.problem.sinks:
             for head, sinks in enumerate(named["sinks"].tolist()):
                 array[:, head] = _log_sum(sinks)
+        if name == "dsinks" and "dlse" in named:
+            for head, sinks in enumerate(named["sinks"].tolist()):
+                lse, dlse = (named[it][:, head].reshape(-1).tolist() for it in ("lse", "dlse"))
+                for number, sink in enumerate(sinks):
+                    array[head, number] = _sink_gradient(sink, lse, dlse)
 
 
 def _log_sum(numbers: list[float]) -> float:
@@ -150,6 +155,13 @@ def _log_sum(numbers: list[float]) -> float:
     if not math.isfinite(top):
         return top
     return top + math.log(sum(math.exp(number - top) for number in numbers))
+
+
+def _sink_gradient(sink: float, lse: list[float], dlse: list[float]) -> float:
+    """The gradient of a sink, through the lse of queries that see nothing else."""
+    if sink == -math.inf:
+        return 0.0
+    return sum(math.exp(sink - total) * change for total, change in zip(lse, dlse, strict=True))
 
 
 def compile_ahead(machine: Machine, problem: Problem, operation: str, layout: str) -> None:

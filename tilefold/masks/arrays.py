@@ -19,6 +19,8 @@ INT32 = np.iinfo(np.int32)
 
 def as_array(name: str, value: Any) -> NDArray[Any]:
     """A NumPy array for anything that is one, lies on the CPU, or nests lists."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask of its own: pass its data")
     try:
         if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)

@@ -329,7 +329,7 @@ def index_bits(expression: Expression, batch: int, heads: int, len_q: int, len_k
     """
     sizes = {"b": batch, "h": heads, "q": len_q, "k": len_k}
     extent = _Extent({name: (0, max(size - 1, 0)) for name, size in sizes.items()}, TableBounds({}))
-    extent.bounded = not isinstance(expression, Boolean)
+    extent.bounded = not isinstance(expression, Boolean) and 0 not in sizes.values()
     try:
         evaluate(expression, extent)
     except _Beyond as error:

@@ -16,7 +16,7 @@ def may_hide(expression: Expression) -> bool:
     """True where the value of a real expression may be -inf for a finite score.
 
     Infinite constants, logarithms, divisions by what is no constant, and what is read from arrays
-    count. A factor that is read from an array is taken for finite.
+    count. A factor that is read from an array is taken for finite, a sum with it is not.
 
     >>> from tilefold.masks.expression import (Index, ScoreValue)
     >>> from tilefold.scores.functions import tanh, where
@@ -63,7 +63,8 @@ class _Infinite(Collect[_Possible]):
         below = self.combine((left, right))
         if operator not in ("*", "/"):
             return below
-        return _Possible(False, below.computed or (operator == "/" and not right.fixed))
+        read = any(factor.read and not factor.fixed for factor in (left, right))
+        return _Possible(read, below.computed or (operator == "/" and not right.fixed))
 
     def compare(self, operator: str, left: _Possible, right: _Possible) -> _Possible:
         return _NO

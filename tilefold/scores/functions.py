@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tilefold.common.check import shown
-from tilefold.masks.arrays import as_array, as_table
+from tilefold.masks.arrays import INT32, as_array, as_table
 from tilefold.masks.expression import (
     Integer,
     Lookup,
@@ -176,12 +176,18 @@ def table(array: Any) -> Entries:
             integers and bools are copied. An index counts from 0; none may lie outside of the
             array, wherever the score is asked: use `minimum` and `maximum`.
 
-    Raises TypeError for what is no array of numbers.
+    Raises TypeError for what is no array of numbers, and ValueError for integers of more than 32
+    bits.
     """
     given = as_input("table", array)
     if isinstance(given, Input):
         return Entries(given)
     if given.dtype.kind in "iu":
+        if given.size and not (INT32.min <= given.min() and given.max() <= INT32.max):
+            raise ValueError(
+                "table: integers must fit 32 bits, got numbers from"
+                f" {given.min()} to {given.max()}; pass floats"
+            )
         return Entries(as_table(given, np.int32))
     if given.dtype == np.bool_:
         return Entries(as_table(given, np.bool_))

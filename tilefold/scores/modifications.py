@@ -196,10 +196,10 @@ def temperature(array: Any) -> Score:
     Raises TypeError or ValueError for other values, and ValueError once the array meets sizes that
     it does not broadcast to.
     """
-    if isinstance(array, (int, float)) and not isinstance(array, bool):
+    if isinstance(array, (int, float, np.number)) and not isinstance(array, bool):
         number = _number("temperature: array", array)
-        if number == 0 or not math.isfinite(1 / number):
-            raise ValueError(f"temperature: a number must be finite and not 0, got {array}")
+        if number == 0 or not (math.isfinite(number) and math.isfinite(1 / number)):
+            raise ValueError(f"temperature: a number must be finite and not 0, got {shown(array)}")
         return Temperature(number)
     given = floats("temperature: array", array)
     if len(given.shape) > 4:
@@ -229,4 +229,9 @@ def _number(name: str, value: Any) -> float:
     """The value as a float. Raises TypeError unless it is a number."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except (OverflowError, TypeError):
+        raise ValueError(
+            f"{name} must be a number that a float holds, got {shown(value)}"
+        ) from None

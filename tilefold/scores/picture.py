@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from tilefold.common.check import whole
+from tilefold.common.check import shown, whole
 from tilefold.common.files import write_atomically
 from tilefold.masks import picture as masks
 from tilefold.masks.evaluate import exact, exact_real
@@ -126,6 +126,9 @@ def picture(
     Raises TypeError or ValueError for bad arguments.
     """
     rule = full() if mask is None else mask
+    if not isinstance(rule, Rule):
+        hint = "pass a score as score=" if isinstance(rule, Score) else "wrap a function by rule()"
+        raise TypeError(f"mask must be a rule such as tilefold.causal(), got {shown(rule)}; {hint}")
     keys = len_q if len_k is None else len_k
     if score is None:
         return masks.draw(rule, len_q, keys, **options)
@@ -201,10 +204,14 @@ def draw(
 
 
 def _shares(s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The weights of scores by the largest one of each row; -1 for a hidden pair."""
+    """The weights of scores by the largest one of each row; -1 for a hidden pair.
+
+    A row with NaN or +inf among its scores has no weights: they are drawn as 0.
+    """
     largest = s.max(1, keepdims=True)
     with np.errstate(invalid="ignore"):
-        return np.where(s == -np.inf, -1.0, np.exp(s - largest))
+        weights = np.nan_to_num(np.exp(s - largest), nan=0.0)
+    return np.where(s == -np.inf, -1.0, weights)
 
 
 def save(drawn: HeatMap, path: str | os.PathLike[str]) -> None:

@@ -20,6 +20,9 @@ from tilefold.masks.tables import Input, Table
 from tilefold.scores.functions import floats, maximum, minimum
 from tilefold.scores.score import Score, Sizes, shape_text
 
+_FARTHEST = 2**20
+"""The largest max_distance: each distance up to it has an entry in a table of buckets."""
+
 
 @dataclass(frozen=True, repr=False)
 class Relative(Score):
@@ -62,7 +65,7 @@ def relative_bias(table: Any, bidirectional: bool = True, max_distance: int = 12
             A T5 model of Hugging Face has the transposed one, (buckets, heads).
         bidirectional: True in encoders, False in decoders.
         max_distance: the distance from which on all share the last bucket, an integer that is
-            larger than the number of near buckets.
+            larger than the number of near buckets, and at most 2**20.
 
     Raises TypeError or ValueError for other values, and ValueError once the table meets another
     number of heads. The paper is arXiv:1910.10683.
@@ -71,6 +74,8 @@ def relative_bias(table: Any, bidirectional: bool = True, max_distance: int = 12
     if not isinstance(bidirectional, (bool, np.bool_)):
         raise TypeError(f"relative_bias: bidirectional must be a bool, got {shown(bidirectional)}")
     buckets, farthest = given.shape[1], whole("relative_bias: max_distance", max_distance, 1)
+    if farthest > _FARTHEST:
+        raise ValueError(f"relative_bias: max_distance must be at most {_FARTHEST}, got {farthest}")
     one_side = buckets // 2 if bidirectional else buckets
     if one_side < 2 or (bidirectional and buckets % 2):
         wanted = "an even number >= 4" if bidirectional else "at least 2"

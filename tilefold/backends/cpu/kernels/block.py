@@ -257,6 +257,16 @@ class Block:
         d_stride = arguments[f"{name}_d"] if f"{name}_d" in arguments else Value("0", "i64")
         return [start, stride, d_stride, self.valid]
 
+    def existing_lanes(self) -> list[Value]:
+        """A truth per lane of each vector: its parallel index exists."""
+        body, lanes = self.body, self.shape.lanes
+        valid = body.splat(body.cast("trunc", self.valid, "i32"), lanes, "valid")
+        found = []
+        for j in range(self.shape.vectors):
+            steps = ", ".join(f"i32 {j * lanes + lane}" for lane in range(lanes))
+            found.append(body.compare("slt", Value(f"<{steps}>", valid.type), valid, "exists"))
+        return found
+
     def factors(self, tile: Tile, h: Value) -> dropout.Factors | None:
         """Make the factors of dropout of a tile, for query head `h`; None where there are none."""
         if not self.spec.dropout:

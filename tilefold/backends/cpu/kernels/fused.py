@@ -367,10 +367,14 @@ class _PairGradients(_AllGradients):
         body = self.body
         changes = super().keep(tile, row, dp, statistics, masked)
         scale = body.splat(self.ds_factor(), self.shape.lanes, "scale")
+        # A modified score of no key may have any derivative, and NaN times the zeros of K is NaN.
+        exists = self.block.existing_lanes() if self.modified else None
         for i, line in enumerate(changes):
             place = self._line_of(body.add(row, i))
             for j, change in enumerate(line):
                 value = body.binary("fmul", change, scale, "ds")
+                if exists:
+                    value = body.select(exists[j], value, self.block.splat(0.0), "ds")
                 for part, number in enumerate(pairs.split(body, value, self._parts)):
                     offset = part * self._elements_of_lines + j * self.shape.lanes
                     body.store(pairs.narrow(body, number), body.offset(place, "i16", offset))

@@ -99,7 +99,7 @@ class _InputGradients(Targets):
         self.q_packed = self.products.pack("q", spec.dim, block.scale.power)
         self.do_packed = self.products.pack("do", spec.dim_v)
         self.statistics = Statistics(*(self._statistic(name) for name in Statistics._fields))
-        self.exists = self._existing_lanes()
+        self.exists = block.existing_lanes()
         sums = [read for read in self.reads if read.way == "sums"]
         for read in sums:
             for j in range(self.shape.vectors):
@@ -113,16 +113,6 @@ class _InputGradients(Targets):
         region = block.pack(name, 1, block.scalar(1.0))
         places = [block.at(region, 0, j) for j in range(shape.vectors)]
         return [self.body.load(place, shape.vector, name) for place in places]
-
-    def _existing_lanes(self) -> list[Value]:
-        """A truth per lane: the query exists."""
-        body, lanes = self.body, self.shape.lanes
-        valid = body.splat(body.cast("trunc", self.block.valid, "i32"), lanes, "valid")
-        found = []
-        for j in range(self.shape.vectors):
-            steps = ", ".join(f"i32 {j * lanes + lane}" for lane in range(lanes))
-            found.append(body.compare("slt", Value(f"<{steps}>", valid.type), valid, "exists"))
-        return found
 
     # One tile of keys -----------------------------------------------------------------------------
 
