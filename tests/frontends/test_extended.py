@@ -138,6 +138,24 @@ def test_only_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> 
     assert attention(q.detach(), k.detach(), v.detach(), score=score).requires_grad
 
 
+def test_an_array_without_axes_has_a_gradient() -> None:
+    q, k, v = tensors()
+    array = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def run(array: torch.Tensor) -> Any:
+        score = [tilefold.bias(array), tilefold.temperature(array)]
+        return attention(q, k, v, score=score), tilefold.weights(q, k, score=score)
+
+    for mode in (nullcontext, Watching):
+        with mode():
+            got = torch.autograd.grad([x.square().sum() for x in run(array)], array)[0]
+        assert got.shape == ()
+    step = 1e-6
+    with torch.no_grad():
+        above, below = (sum(x.square().sum() for x in run(array + t)) for t in (step, -step))
+    torch.testing.assert_close(got, (above - below) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_arrays_may_have_another_type_than_q(dtype: torch.dtype) -> None:
     q, k, v = tensors()

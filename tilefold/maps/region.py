@@ -84,7 +84,11 @@ class Region:
                 change = np.where(ds == 0, 0, ds * self._value(slope, s, inputs))
                 places = [self._value(FromInteger(index), s, inputs) for index in entry.indices]
                 at = tuple([place.astype(np.int64) for place in places])
-                np.add.at(found[entry.table.number], at, change)
+                total = found[entry.table.number]
+                if at:
+                    np.add.at(total, at, change)
+                else:
+                    total += change.sum()
         return found
 
     def _score(self) -> Any:

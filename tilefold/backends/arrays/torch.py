@@ -102,10 +102,12 @@ def native_dtype(like: Tensor, dtype: str) -> torch.dtype | None:
 
 def empty(like: Tensor, wanted: Sequence[tuple[Shape, torch.dtype | None]]) -> tuple[Tensor, ...]:
     """Tensors of shapes and types on the device of another, whose elements are not set."""
+    # Sizes one by one are faster, but no sizes at all are only taken as a tuple.
+    sizes = [(shape or ((),), dtype) for shape, dtype in wanted]
     return tuple(
         [
             like.new_empty(*shape) if dtype is None else like.new_empty(*shape, dtype=dtype)
-            for shape, dtype in wanted
+            for shape, dtype in sizes
         ]
     )
 
