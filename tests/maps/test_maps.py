@@ -113,6 +113,23 @@ def test_tensors_have_the_maps_of_arrays() -> None:
     assert_near("mass", mass, tilefold.key_mass(q, k, mask=tilefold.causal()), 0)
 
 
+def test_tensors_take_arrays_of_numpy_in_scores_as_attention_does() -> None:
+    q, k = arrays(5, 6)
+    tensors = [torch.from_numpy(x) for x in (q, k)]
+    plane = np.arange(30.0).reshape(5, 6) / 8
+    record = np.zeros((5, 6), [("a", "i1"), ("b", "f8")])
+    record["b"] = plane
+    for array in (plane.astype("bfloat16"), plane[::-1], plane.astype(">f8"), record["b"]):
+        given = tilefold.bias(array)
+        plain = tilefold.bias(np.array(array, np.float64))
+        o = tilefold.attention(*tensors, tensors[1], score=given)
+        assert_near("o", o, tilefold.attention(q, k, k, score=plain), 1e-5)
+        want = tilefold.weights(q, k, score=plain)
+        assert_near("weights", tilefold.weights(*tensors, score=given), want, 1e-5)
+        mass = tilefold.key_mass(*tensors, score=given)
+        assert_near("mass", mass, tilefold.key_mass(q, k, score=plain), 1e-5)
+
+
 @pytest.mark.slow
 def test_weights_of_tensors_are_differentiable() -> None:
     q, k = (torch.from_numpy(x).double()[:1] for x in arrays(5, 6))

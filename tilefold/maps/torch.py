@@ -18,6 +18,7 @@ from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.protocols import KEY_MASS
 from tilefold.backends.registry import machine
 from tilefold.frontends import tensors
+from tilefold.frontends.extended import tensors_of
 from tilefold.frontends.extra import NOTHING
 from tilefold.frontends.torch import attention as attend
 from tilefold.maps.region import Asked, Region
@@ -40,7 +41,7 @@ def key_mass(q: Tensor, k: Tensor, lse: Tensor | None, asked: Asked) -> Tensor:
     problem = _problem(q, k, asked.plain)
     lse = _lse(q, k, lse, asked, problem)
     if q.is_cpu:
-        given = q, k, lse, *[torch.as_tensor(x) for _, x in asked.extra.inputs]
+        given = q, k, lse, *_inputs(asked, q)
         wanted = KEY_MASS.plus(tuple([name for name, _ in asked.extra.inputs]))
         found: tuple[Tensor, ...] = calls.run(machine("cpu"), arrays, wanted, given, asked.plain)
         return found[0]
@@ -83,6 +84,12 @@ def _lse(q: Tensor, k: Tensor, lse: Tensor | None, asked: Asked, problem: Proble
     return lse
 
 
+def _inputs(asked: Asked, q: Tensor) -> list[Tensor]:
+    """The arrays of the score as tensors on the device of `q`."""
+    named = zip(asked.extra.names, tensors_of(asked.extra, q), strict=True)
+    return [tensor for name, tensor in named if name.startswith("input")]
+
+
 def _weights(q: Tensor, k: Tensor, lse: Tensor, region: Region, asked: Asked) -> Tensor:
     axes, problem = LAYOUTS[asked.plain.layout], region.problem
     rows, columns = (torch.from_numpy(x).to(q.device) for x in (region.rows, region.columns))
@@ -96,7 +103,7 @@ def _weights(q: Tensor, k: Tensor, lse: Tensor, region: Region, asked: Asked) ->
     hidden = torch.from_numpy(~region.visible()).to(q.device)
     if problem.score is not None:
         modified: Any = _Modified.apply
-        s = modified(region, s, *[torch.as_tensor(x) for _, x in asked.extra.inputs])
+        s = modified(region, s, *_inputs(asked, q))
         hidden = hidden | (s == -torch.inf)
     shift = s - lse.index_select(2, rows).unsqueeze(3)
     return shift.masked_fill(hidden, -torch.inf).exp()

@@ -115,10 +115,12 @@ def empty(like: Tensor, wanted: Sequence[tuple[Shape, torch.dtype | None]]) -> t
 def tensor_of(array: NDArray[Any]) -> Tensor:
     """A tensor that shares the memory of an array, or a copy where torch has no such tensor.
 
-    Torch takes no negative strides and no read-only memory. It takes bfloat16 only as integers.
+    Torch takes no negative strides, no strides within an element, no other byte order, and no
+    read-only memory. It takes bfloat16 only as integers.
     """
-    if not array.flags.writeable or min(array.strides, default=0) < 0:
-        array = array.copy()
+    odd = any(stride < 0 or stride % array.itemsize for stride in array.strides)
+    if odd or not array.flags.writeable or not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
