@@ -234,8 +234,7 @@ class _AllGradients(KeyGradients):
         body = self.body
         shape = replace(self.shape, rows=height, vectors=vectors)
         targets = [self._dq_at(body.add(tile.first, body.add(row, i)), d) for i in range(height)]
-        start = partial(self._load_dq_of, targets, d)
-        totals = self._multiply(shape, row, d, start)
+        totals = self._multiply(shape, row, d, lambda i, j: self._load_dq(targets[i], d, j))
         for target, line in zip(targets, totals, strict=True):
             for j, total in enumerate(line):
                 self._store_dq(total, target, d, j)
@@ -254,9 +253,6 @@ class _AllGradients(KeyGradients):
         return microkernel.multiply(
             body, shape, shape.rows, weights, 1, right, self._line, valid, start
         )
-
-    def _load_dq_of(self, rows: list[Value], d: Operand, i: int, j: int) -> Value:
-        return self._load_dq(rows[i], d, j)
 
     def _dq_at(self, query: Value, d: Operand) -> Value:
         body, scalar = self.body, self.shape.scalar
