@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from tilefold.common.computed import computed
 from tilefold.masks.expression import (
     INDEX_NAMES,
     Boolean,
+    Expression,
     Index,
     Real,
     RealBinary,
@@ -53,9 +54,7 @@ class Traced(Rule):
         return Traced, (self.expression, self.parameters)
 
     def __repr__(self) -> str:
-        text = str(self.expression)
-        whole_text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-        return f"rule(lambda {', '.join(self.parameters)}: {whole_text})"
+        return spelled("rule", self.parameters, self.expression)
 
 
 def rule(function: Callable[..., Any]) -> Rule:
@@ -75,23 +74,63 @@ def rule(function: Callable[..., Any]) -> Rule:
 
     Raises TypeError or ValueError for anything that cannot be traced.
     """
-    allowed = "rule: the parameters of a function must be any of b, h, q, k"
+    taken = symbols_of(function, "rule", {name: Index(name) for name in INDEX_NAMES})
+    expression = as_boolean(_called(function, taken))
+    check_integers(expression)
+    return Traced(expression, tuple(taken))
+
+
+def symbols_of(
+    function: Callable[..., Any], maker: str, symbols: Mapping[str, Expression]
+) -> dict[str, Any]:
+    """The symbols that a function takes, by its parameters. Raises TypeError for other parameters.
+
+    `maker` is the function that was called with it, as messages name it.
+    """
+    allowed = f"{maker}: the parameters of a function must be any of {', '.join(symbols)}"
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         raise TypeError(f"{allowed}; got {shown(function)}") from None
     taken = {}
     for parameter in parameters:
-        if parameter.name in INDEX_NAMES and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        ):
-            taken[parameter.name] = Index(parameter.name)
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.name in symbols:
+            taken[parameter.name] = symbols[parameter.name]
         elif parameter.default is parameter.empty:
             raise TypeError(f"{allowed}; got {str(parameter)!r}")
-    expression = as_boolean(_called(function, taken))
-    check_integers(expression)
-    return Traced(expression, tuple(taken))
+    return taken
+
+
+def called(
+    function: Callable[..., Any], maker: str, symbols: Mapping[str, Any], wanted: str, may: str
+) -> Any:
+    """The function's value for symbols. Raises TypeError where it does what symbols cannot.
+
+    `wanted` is what it must return, and `may` what it may use, as messages name them.
+    """
+    try:
+        made = function(**symbols)
+    except (TypeError, AttributeError, LookupError) as error:
+        last = error.__traceback__
+        while last and last.tb_next:
+            last = last.tb_next
+        if last and last.tb_frame.f_globals.get("__name__", "").startswith("tilefold."):
+            raise  # an operator of the symbols has said what is wrong
+        raise TypeError(
+            f"{maker}: the function cannot be called with symbols:"
+            f" {type(error).__name__}: {shorten(str(error), 120)}; it may use {may}"
+        ) from error
+    if made is None:
+        raise TypeError(f"{maker}: the function returned None, no {wanted}; is `return` missing?")
+    return made
+
+
+def spelled(maker: str, parameters: Iterable[str], expression: Expression) -> str:
+    """The call of `maker` that makes an expression, with a lambda."""
+    text = str(expression)
+    whole_text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    return f"{maker}(lambda {', '.join(parameters)}: {whole_text})"
 
 
 def check_integers(expression: Boolean) -> None:
@@ -107,24 +146,13 @@ def check_integers(expression: Boolean) -> None:
         raise TypeError(f"a rule computes with integers and indices, not with {found}")
 
 
-def _called(function: Callable[..., Any], indices: dict[str, Index]) -> Any:
-    """The function's value for symbols. Raises TypeError where it does what symbols cannot."""
-    try:
-        made = function(**indices)
-    except (TypeError, AttributeError, LookupError) as error:
-        last = error.__traceback__
-        while last and last.tb_next:
-            last = last.tb_next
-        if last and last.tb_frame.f_globals.get("__name__", "").startswith("tilefold."):
-            raise  # an operator of the symbols has said what is wrong
-        raise TypeError(
-            "rule: the function cannot be called with symbols:"
-            f" {type(error).__name__}: {shorten(str(error), 120)}; it may use integers, + - *, //"
-            " and % by a constant, abs, comparisons, and & | ~ between comparisons; the data of"
-            " arrays go into documents(), lengths() or dense()"
-        ) from error
-    if made is None:
-        raise TypeError("rule: the function returned None, no comparison; is `return` missing?")
+def _called(function: Callable[..., Any], indices: dict[str, Any]) -> Any:
+    """The comparison that a function makes of indices."""
+    may = (
+        "integers, + - *, // and % by a constant, abs, comparisons, and & | ~ between comparisons;"
+        " the data of arrays go into documents(), lengths() or dense()"
+    )
+    made = called(function, "rule", indices, "comparison", may)
     if isinstance(made, Rule):
         raise TypeError(
             f"rule: the function returned the rule {shown(made)}, no comparison; join rules with"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tilefold.common.check import shorten, shown
+from tilefold.common.check import shown
 from tilefold.common.computed import computed
 from tilefold.masks.expression import (
     INDEX_NAMES,
@@ -23,6 +22,7 @@ from tilefold.masks.expression import (
 )
 from tilefold.masks.graph import hashed, same
 from tilefold.masks.tables import Input
+from tilefold.masks.traced import called, spelled, symbols_of
 from tilefold.scores.score import Renamed, Score, Sizes
 
 
@@ -58,9 +58,7 @@ class Traced(Score):
         return Traced, (self.traced, self.parameters)
 
     def __repr__(self) -> str:
-        text = str(self.traced)
-        whole_text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-        return f"score(lambda {', '.join(self.parameters)}: {whole_text})"
+        return spelled("score", self.parameters, self.traced)
 
 
 class _Changed(Rebuild):
@@ -96,41 +94,18 @@ def score(function: Callable[..., Any]) -> Score:
 
     Raises TypeError or ValueError for anything that cannot be traced.
     """
-    allowed = "score: the parameters of a function must be any of s, b, h, q, k"
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        raise TypeError(f"{allowed}; got {shown(function)}") from None
-    taken: dict[str, Any] = {}
-    for parameter in parameters:
-        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if named and parameter.name in INDEX_NAMES:
-            taken[parameter.name] = Index(parameter.name)
-        elif named and parameter.name == "s":
-            taken["s"] = ScoreValue()
-        elif parameter.default is parameter.empty:
-            raise TypeError(f"{allowed}; got {str(parameter)!r}")
+    symbols = {"s": ScoreValue(), **{name: Index(name) for name in INDEX_NAMES}}
+    taken = symbols_of(function, "score", symbols)
     return Traced(_called(function, taken), tuple(taken))
 
 
 def _called(function: Callable[..., Any], symbols: dict[str, Any]) -> Real:
-    """The function's value for symbols. Raises TypeError where it does what symbols cannot."""
-    try:
-        made = function(**symbols)
-    except (TypeError, AttributeError, LookupError) as error:
-        last = error.__traceback__
-        while last and last.tb_next:
-            last = last.tb_next
-        if last and last.tb_frame.f_globals.get("__name__", "").startswith("tilefold."):
-            raise  # an operator of the symbols has said what is wrong
-        raise TypeError(
-            "score: the function cannot be called with symbols:"
-            f" {type(error).__name__}: {shorten(str(error), 120)}; it may use numbers, + - * / and"
-            " abs, comparisons, tilefold.exp, log, tanh, sigmoid, sqrt, minimum, maximum, where,"
-            " and tilefold.table(array)[i, j]"
-        ) from error
-    if made is None:
-        raise TypeError("score: the function returned None, no number; is `return` missing?")
+    """The number that a function makes of symbols."""
+    may = (
+        "numbers, + - * / and abs, comparisons, tilefold.exp, log, tanh, sigmoid, sqrt, minimum,"
+        " maximum, where, and tilefold.table(array)[i, j]"
+    )
+    made = called(function, "score", symbols, "number", may)
     if isinstance(made, Boolean):
         raise TypeError(f"score: the function returned the truth `{made}`; write where(...)")
     try:
