@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,23 +212,43 @@ def save(picture: Picture, path: str | os.PathLike[str]) -> None:
         partial.unlink(missing_ok=True)
 
 
+LEFT, TOP = 16, 44
+"""Where the cells of an SVG begin."""
+
+
+class Sheet(NamedTuple):
+    """An SVG around its cells: the lines before them, how they are moved, and the legend's place.
+
+    `legend` is the distance of the legend from the top.
+    """
+
+    opening: tuple[str, ...]
+    cells: str
+    legend: int
+
+    @staticmethod
+    def of(title: str, summary: str, shape: tuple[int, ...]) -> Sheet:
+        """The sheet of a picture with so many rows and columns of cells."""
+        rows, columns = shape
+        cell = max(4, min(24, 576 // max(rows, columns)))
+        letters = max(8 * len(title), 7 * len(summary), 420)  # their widths, at most
+        width = max(columns * cell, letters) + 2 * LEFT
+        height = rows * cell + TOP + 48
+        opening = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
+            f"<title>{escape(title)}</title>",
+            f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+            f'<text x="{LEFT}" y="20" font-size="14">{escape(title)}</text>',
+            f'<text x="{LEFT}" y="37">{escape(summary)}</text>',
+        )
+        return Sheet(opening, f'transform="translate({LEFT} {TOP}) scale({cell})"', height - 30)
+
+
 def svg(picture: Picture) -> str:
     """The picture as a document of scalable vector graphics."""
-    rows, columns = picture.marks.shape
-    cell = max(4, min(24, 576 // max(rows, columns)))
-    left, top = 16, 44
-    letters = max(8 * len(picture.title), 7 * len(picture.summary), 420)  # their widths, at most
-    width = max(columns * cell, letters) + 2 * left
-    height = rows * cell + top + 48
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
-        f"<title>{escape(picture.title)}</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{left}" y="20" font-size="14">{escape(picture.title)}</text>',
-        f'<text x="{left}" y="37">{escape(picture.summary)}</text>',
-        f'<g transform="translate({left} {top}) scale({cell})">',
-    ]
+    sheet = Sheet.of(picture.title, picture.summary, picture.marks.shape)
+    parts = [*sheet.opening, f"<g {sheet.cells}>"]
     for y, row in enumerate(picture.marks):
         for kind, first, last in stretches(row):
             parts.append(
@@ -236,9 +256,8 @@ def svg(picture: Picture) -> str:
                 f'fill="{MARKS[kind].colour}"/>'
             )
     parts.append(f'<path d="{_borders(picture)}" stroke="#ffffff" stroke-width="0.08"/></g>')
-    x = left
+    x, y = LEFT, sheet.legend
     for kind, name in picture.legend:
-        y = height - 30
         parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{MARKS[kind].colour}"/>')
         parts.append(f'<text x="{x + 17}" y="{y + 10}">{name}</text>')
         x += 30 + 7 * len(name)

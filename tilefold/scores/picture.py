@@ -13,7 +13,6 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -226,21 +225,8 @@ def save(drawn: HeatMap, path: str | os.PathLike[str]) -> None:
 
 def svg(picture: HeatMap) -> str:
     """The picture as a document of scalable vector graphics: one path for each colour."""
-    rows, columns = picture.levels.shape
-    cell = max(4, min(24, 576 // max(rows, columns)))
-    left, top = 16, 44
-    letters = max(8 * len(picture.title), 7 * len(picture.summary), 420)  # their widths, at most
-    width = max(columns * cell, letters) + 2 * left
-    height = rows * cell + top + 48
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
-        f"<title>{escape(picture.title)}</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{left}" y="20" font-size="14">{escape(picture.title)}</text>',
-        f'<text x="{left}" y="37">{escape(picture.summary)}</text>',
-        f'<g transform="translate({left} {top}) scale({cell})" shape-rendering="crispEdges">',
-    ]
+    sheet = masks.Sheet.of(picture.title, picture.summary, picture.levels.shape)
+    parts = [*sheet.opening, f'<g {sheet.cells} shape-rendering="crispEdges">']
     paths: dict[int, list[str]] = {}
     for y, row in enumerate(picture.levels):
         for level, first, last in masks.stretches(row):
@@ -248,7 +234,7 @@ def svg(picture: HeatMap) -> str:
     for level, path in sorted(paths.items()):
         parts.append(f'<path fill="{COLOURS[level]}" d="{"".join(path)}"/>')
     parts.append("</g>")
-    x, y = left, height - 30
+    x, y = masks.LEFT, sheet.legend
     for level in range(0, LEVELS, 4):
         parts.append(f'<rect x="{x}" y="{y}" width="16" height="12" fill="{COLOURS[level]}"/>')
         x += 16
