@@ -11,10 +11,11 @@ from types import ModuleType
 from typing import Any, Final, NoReturn
 
 from tilefold.frontends import registry
-from tilefold.frontends.extra import taken_apart
+from tilefold.frontends.extra import Extra, taken_apart
 from tilefold.implementations import KERNEL, find
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.keywords import refusal, without_unknown
+from tilefold.problems.request import Request
 from tilefold.scores.score import Score
 
 NO_DROPOUT: Final = 0.0
@@ -96,8 +97,8 @@ def attention(
 
     Returns:
         o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous. If q is a torch
-            tensor, o is one too and is differentiable with respect to q, k and v; otherwise o is a
-            NumPy array
+            tensor, o is one too and is differentiable with respect to q, k, v, the arrays of score,
+            and sinks; otherwise o is a NumPy array
         lse: only with return_lse: (batch, heads_q, len_q) in every layout, as natural logarithm,
             float64 for float64 arrays and float32 for all others. A torch tensor is differentiable
 
@@ -130,10 +131,11 @@ def attention(
     of a graph.
 
     Raises:
-        TypeError: q, k or v is not an array, their types differ or are not allowed, or mask is not
-            a rule
-        ValueError: the shapes do not fit together or do not fit the mask, or scale, layout,
-            precision or impl is not allowed
+        TypeError: q, k or v is not an array, their types differ or are not allowed, mask is not a
+            rule, score is no score, dropout is no number, or seed is no integer
+        ValueError: the shapes do not fit together or do not fit mask, score or sinks, or scale,
+            dropout, seed, layout, precision or impl is not allowed
+        IndexError: a score reads beyond one of its arrays
         NotImplementedError: the arrays lie on another device, JAX or TensorFlow traces or
             differentiates the call, or `impl` cannot do it
         ImportError: impl is "native", the arrays are NumPy arrays, and torch does not import
@@ -147,10 +149,9 @@ def attention(
     request = frontend.request_of(mask, scale, layout, precision)
     further = dropout is not NO_DROPOUT or return_max
     if score is not None or sinks is not None or further:
-        chance, drawn = _drawn(frontend, dropout, seed, q)
-        request, extra = taken_apart(request, score, sinks, chance, drawn, frontend.extended)
+        request, extra = _taken(frontend, request, score, sinks, dropout, seed, q)
         if impl != KERNEL:
-            what = "dropout" if chance else "score, sinks or return_max"
+            what = "dropout" if request.dropout else "score, sinks or return_max"
             raise NotImplementedError(f"impl={impl!r} takes no {what}; use impl='kernel'")
         if return_max:
             o, lse, largest = frontend.attention(q, k, v, request, extra, ("max",))
@@ -228,11 +229,8 @@ def attention_backward(
     request = frontend.request_of(mask, scale, layout, precision)
     options: dict[str, Any] = {}
     if score is not None or sinks is not None or dropout is not NO_DROPOUT:
-        if seed is None and dropout is not NO_DROPOUT and frontend.chance_of(dropout):
-            raise ValueError("seed must be the one that was given to attention, got None")
-        chance, drawn = _drawn(frontend, dropout, seed, q)
-        request, options["extra"] = taken_apart(
-            request, score, sinks, chance, drawn, frontend.extended
+        request, options["extra"] = _taken(
+            frontend, request, score, sinks, dropout, seed, q, draw=False
         )
     gradients: tuple[Any, ...] = frontend.attention_backward(
         do, q, k, v, o, lse, request, dlse=dlse, **options
@@ -240,10 +238,26 @@ def attention_backward(
     return gradients
 
 
-def _drawn(frontend: ModuleType, dropout: Any, seed: Any, q: Any) -> tuple[float, Any]:
-    """The probability of dropout, and the seed as kernels read it; None where it is 0."""
+def _taken(
+    frontend: ModuleType,
+    request: Request,
+    score: Any,
+    sinks: Any,
+    dropout: Any,
+    seed: Any,
+    q: Any,
+    *,
+    draw: bool = True,
+) -> tuple[Request, Extra]:
+    """The request with score, sinks and dropout, and the arrays beside q, k and v.
+
+    `draw`: a frontend may draw a seed where there is none.
+    """
     chance: float = 0.0 if dropout is NO_DROPOUT else frontend.chance_of(dropout)
-    return chance, frontend.seed_of(seed, q) if chance else None
+    if chance and seed is None and not draw:
+        raise ValueError("seed must be the one that was given to attention, got None")
+    drawn = frontend.seed_of(seed, q) if chance else None
+    return taken_apart(request, score, sinks, chance, drawn, frontend.extended_request)
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, *, layout: str = "bhnd") -> tuple[Any, Any]:

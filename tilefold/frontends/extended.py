@@ -141,11 +141,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None) -> Any:
-        o, lse, low, q, k, v, *arrays = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[5:]]
-        given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
-        *found, more = gradients(given, tuple(arrays), ctx.request, wanted, low, dlse)
-        return (None, None, *found, *spread(more, wanted))
+        dq, dk, dv, more = _pulled(ctx, do, dlse, [*ctx.needs_input_grad[5:]])
+        return (None, None, dq, dk, dv, *more)
 
 
 class _Backward(torch.autograd.Function):
@@ -160,10 +157,15 @@ class _Backward(torch.autograd.Function):
         refuse()
 
 
-def spread(found: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
-    """The gradients that were found, with None for those that were not wanted."""
-    left = iter(found)
-    return [next(left) if asked else None for asked in wanted]
+def _pulled(
+    ctx: Any, do: Tensor | None, dlse: Tensor | None, wanted: list[bool]
+) -> tuple[Any, ...]:
+    """dq, dk, dv, and the gradients of the arrays, with None for those that are not `wanted`."""
+    o, lse, low, q, k, v, *arrays = ctx.saved_tensors
+    given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
+    *found, more = gradients(given, tuple(arrays), ctx.request, wanted, low, dlse)
+    left = iter(more)
+    return (*found, [next(left) if asked else None for asked in wanted])
 
 
 def refuse(*_: Any) -> Any:
@@ -195,11 +197,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None) -> Any:
-    o, lse, low, q, k, v, *arrays = ctx.saved_tensors
-    wanted = [*ctx.needs_input_grad[3]]
-    given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
-    *found, more = gradients(given, tuple(arrays), ctx.request, wanted, low, dlse)
-    return (*found, spread(more, wanted), None, None)
+    return (*_pulled(ctx, do, dlse, [*ctx.needs_input_grad[3]]), None, None)
 
 
 if OPERATORS:

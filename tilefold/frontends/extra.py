@@ -43,7 +43,7 @@ def names_of(request: Request, count: int) -> tuple[str, ...]:
     return (*[f"input{number}" for number in range(count - len(last))], *last)
 
 
-def extended(
+def extended_request(
     request: Request, score: Score | None, sinks: int, dropout: float
 ) -> tuple[Request, tuple[Any, ...]]:
     """The request with a modified score, a number of sinks, and dropout; the score's arrays."""
@@ -60,12 +60,12 @@ def taken_apart(
     seed: Any = None,
     extend: Callable[
         [Request, Score | None, int, float], tuple[Request, tuple[Any, ...]]
-    ] = extended,
+    ] = extended_request,
 ) -> tuple[Request, Extra]:
     """The request with a score's form, the number of sinks, and dropout.
 
     And the extra arrays: the score's, sinks, and the seed as kernels read it. `extend` is the
-    frontend's `extended`.
+    frontend's `extended_request`.
 
     Raises TypeError or ValueError for a score or sinks that are none.
     """

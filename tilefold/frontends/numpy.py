@@ -17,7 +17,7 @@ from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
 from tilefold.backends.protocols import BACKWARD, FORWARD, spoken
 from tilefold.backends.registry import machine
-from tilefold.frontends.extra import NOTHING, Extra, extended
+from tilefold.frontends.extra import NOTHING, Extra, extended_request
 from tilefold.frontends.foreign import viewed
 from tilefold.problems.attention import STATISTICS, check_parts
 from tilefold.problems.dropout import check_probability, check_seed
@@ -28,7 +28,7 @@ __all__ = [
     "as_array",
     "attention",
     "attention_backward",
-    "extended",
+    "extended_request",
     "merge",
     "request_of",
 ]

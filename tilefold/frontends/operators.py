@@ -89,6 +89,15 @@ def traced_extension(request: Request, form: Score | None, sinks: int, dropout: 
     return Spelled(*options, spelling(form), sinks, dropout)
 
 
+def _empty(q: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of `attention`, whose elements are not set."""
+    axes = LAYOUTS[request.layout]
+    sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
+    lse = q.new_empty(sizes[:3], dtype=tensors.statistics(q))
+    low = lse.new_empty(lse.shape if tensors.keeps_low(q) else 0)
+    return q.new_empty([sizes[axis] for axis in axes]), lse, low
+
+
 @torch.library.custom_op(
     "tilefold::attention", mutates_args=(), device_types=("cpu", "mps", "cuda")
 )
@@ -103,11 +112,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor, Tensor]:
-    axes = LAYOUTS[request.layout]
-    sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
-    lse = q.new_empty(sizes[:3], dtype=tensors.statistics(q))
-    low = lse.new_empty(lse.shape if tensors.keeps_low(q) else 0)
-    return q.new_empty([sizes[axis] for axis in axes]), lse, low
+    return _empty(q, v, request)
 
 
 @torch.library.custom_op(
@@ -177,12 +182,9 @@ def _(
     request: Request,
     wants_max: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    axes = LAYOUTS[request.layout]
-    sizes = [q.shape[axes[0]], q.shape[axes[1]], q.shape[axes[2]], v.shape[axes[3]]]
-    lse = q.new_empty(sizes[:3], dtype=tensors.statistics(q))
-    low = lse.new_empty(lse.shape if tensors.keeps_low(q) else 0)
+    o, lse, low = _empty(q, v, request)
     largest = lse.new_empty(lse.shape if wants_max else 0)
-    return q.new_empty([sizes[axis] for axis in axes]), lse, low, largest
+    return o, lse, low, largest
 
 
 @torch.library.custom_op(

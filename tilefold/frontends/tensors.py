@@ -62,13 +62,8 @@ def backward(
 
     `dlse` is the gradient of lse; None means 0.
     """
-    given: tuple[Tensor, ...] = (do, q, k, v, o, lse)
-    wanted = BACKWARD
-    if lse_low is not None:
-        wanted, given = BACKWARD_LOW, (*given, lse_low)
-    if dlse is not None and (machine_of(q).reads_dlse or bool(dlse.any())):
-        wanted, given = wanted.plus(("dlse",)), (*given, dlse)
-    dq, dk, dv = run(wanted, given, q, request)
+    wanted, every = _backward((do, q, k, v, o, lse), lse_low, dlse)
+    dq, dk, dv = run(wanted, every, q, request)
     return dq, dk, dv
 
 
@@ -90,13 +85,20 @@ def backward_extended(
     """dq, dk, dv, and the gradients that are `wanted` of the extra arrays, which follow lse."""
     names = names_of(request, len(given) - 6)
     slopes = tuple([f"d{name}" for name, asked in zip(names, wanted, strict=True) if asked])
-    made, every = BACKWARD, given[:6]
+    made, every = _backward(given[:6], lse_low, dlse)
+    return run(made.plus(names, slopes), every + given[6:], given[1], request)
+
+
+def _backward(
+    given: tuple[Tensor, ...], lse_low: Tensor | None, dlse: Tensor | None
+) -> tuple[Pass, tuple[Tensor, ...]]:
+    """The backward pass of do, q, k, v, o and lse with what is known beside them; its arrays."""
+    wanted = BACKWARD
     if lse_low is not None:
-        made, every = BACKWARD_LOW, (*every, lse_low)
-    made, every = made.plus(names, slopes), every + given[6:]
+        wanted, given = BACKWARD_LOW, (*given, lse_low)
     if dlse is not None and (machine_of(given[1]).reads_dlse or bool(dlse.any())):
-        made, every = made.plus(("dlse",)), (*every, dlse)
-    return run(made, every, given[1], request)
+        wanted, given = wanted.plus(("dlse",)), (*given, dlse)
+    return wanted, given
 
 
 def keeps_low(q: Tensor) -> bool:

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tilefold.backends.arrays.torch import check_held, dtype_of
-from tilefold.frontends import extended as further_arrays
+from tilefold.frontends import extended, tensors, transforms
 from tilefold.frontends import extra as extra_arrays
-from tilefold.frontends import tensors, transforms
 from tilefold.frontends.extra import NOTHING, Extra
 from tilefold.frontends.observed import OPERATORS, PLAIN, faked, recorded, unobserved
 from tilefold.problems.attention import check_parts
@@ -35,7 +34,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "chance_of",
-    "extended",
+    "extended_request",
     "merge",
     "request_of",
     "seed_of",
@@ -67,14 +66,14 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
     return Request(mask, scale, layout, precision)
 
 
-def extended(
+def extended_request(
     request: Request, score: Score | None, sinks: int, dropout: float
 ) -> tuple[Request, tuple[Any, ...]]:
     """The request with a modified score, a number of sinks, and dropout; the score's arrays."""
     if OPERATORS and torch.compiler.is_compiling():
-        form, arrays = (None, ()) if score is None else score.taken_apart()
+        form, arrays = (None, ()) if score is None else score.new_form()
         return operators.traced_extension(request, form, sinks, dropout), arrays
-    return extra_arrays.extended(request, score, sinks, dropout)
+    return extra_arrays.extended_request(request, score, sinks, dropout)
 
 
 def chance_of(dropout: Any) -> float:
@@ -103,7 +102,7 @@ def attention(
 ) -> tuple[Tensor, ...]:
     """Return o and lse, and `further` results of the pass; see `tilefold.attention`."""
     if extra.names or further:
-        return further_arrays.attention(q, k, v, request, extra, further)
+        return extended.attention(q, k, v, request, extra, further)
     result: tuple[Tensor, Tensor]
     if unobserved(q, k, v):
         run = _Attention.apply if recorded(q, k, v) else tensors.forward
@@ -128,7 +127,7 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:
     """Return dq, dk, dv, and gradients of extra arrays; see `tilefold.attention_backward`."""
     if extra.names:
-        return further_arrays.attention_backward(do, q, k, v, o, lse, request, lse_low, dlse, extra)
+        return extended.attention_backward(do, q, k, v, o, lse, request, lse_low, dlse, extra)
     given = do, q, k, v, o, lse
     every = given if dlse is None else (*given, dlse)
     result: tuple[Tensor, Tensor, Tensor]

@@ -66,6 +66,22 @@ def _step(node: Expression, below: Sequence[int | None]) -> int | None:
     return None if any(steps) else 0
 
 
+def kept_apart(reads: Sequence[Sequence[Expression]]) -> frozenset[str]:
+    """The indices that keep the entries of their values apart: alone on an axis of every look-up.
+
+    >>> q, k, h = Index("q"), Index("k"), Index("h")
+    >>> sorted(kept_apart([[h, q], [h, k]]))
+    ['h']
+    """
+    columns = [set(map(_plain, column)) for column in zip(*reads, strict=True)]
+    return frozenset({name for column in columns if len(column) == 1 for name in column if name})
+
+
+def _plain(node: Expression) -> str:
+    """The name of an index; "" for other nodes."""
+    return node.name if isinstance(node, Index) else ""
+
+
 def is_dense(indices: Sequence[Expression]) -> bool:
     """True for [.., q, k] in any order, where the other indices are the same for all pairs.
 

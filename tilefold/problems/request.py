@@ -90,11 +90,6 @@ dropout=0.0)
         """Make a copy as the first one was made, with the hash of its own process."""
         return Request, tuple([getattr(self, name) for name in OPTIONS])
 
-    @property
-    def plain(self) -> bool:
-        """True without score, sinks and dropout: attention as most calls want it."""
-        return self.score is None and not (self.sinks or self.dropout)
-
 
 OPTIONS = ("mask", "scale", "layout", "precision", "score", "sinks", "dropout")
 """The options in the order in which `Request` takes them."""

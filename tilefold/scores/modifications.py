@@ -150,13 +150,7 @@ def bias(array: Any) -> Score:
     Raises TypeError or ValueError for other values, and ValueError once the array meets sizes that
     it does not broadcast to.
     """
-    given = floats("bias: array", array)
-    if len(given.shape) > 4:
-        raise ValueError(
-            "bias: array must broadcast to (batch, heads, len_q, len_k), got shape"
-            f" {given.shape} of {len(given.shape)} axes"
-        )
-    return Bias(given)
+    return Bias(_of_pairs("bias: array", array))
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,13 +195,18 @@ def temperature(array: Any) -> Score:
         if number == 0 or not (math.isfinite(number) and math.isfinite(1 / number)):
             raise ValueError(f"temperature: a number must be finite and not 0, got {shown(array)}")
         return Temperature(number)
-    given = floats("temperature: array", array)
+    return Temperature(_of_pairs("temperature: array", array))
+
+
+def _of_pairs(name: str, array: Any) -> Input:
+    """An array of floats that may broadcast to all pairs. Raises ValueError for too many axes."""
+    given = floats(name, array)
     if len(given.shape) > 4:
         raise ValueError(
-            "temperature: array must broadcast to (batch, heads, len_q, len_k), got shape"
-            f" {given.shape} of {len(given.shape)} axes"
+            f"{name} must broadcast to (batch, heads, len_q, len_k), got shape {given.shape} of"
+            f" {len(given.shape)} axes"
         )
-    return Temperature(given)
+    return given
 
 
 def _entry(name: str, given: Input, sizes: tuple[int, ...], letters: Any) -> RealLookup:

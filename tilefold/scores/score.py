@@ -74,7 +74,7 @@ class Score(ABC):
 
     @computed
     def inputs(self) -> tuple[Input, ...]:
-        """The float arrays that it reads, each once, by their numbers."""
+        """The float arrays that a form reads, each once, by their numbers: all held ones have 0."""
         found: dict[int, Input] = {}
 
         def see(given: Input) -> Input:
@@ -87,9 +87,9 @@ class Score(ABC):
     @computed
     def form(self) -> Form:
         """The modification without its arrays, and the arrays in order of appearance."""
-        return self.taken_apart()
+        return self.new_form()
 
-    def taken_apart(self) -> Form:
+    def new_form(self) -> Form:
         """The `form`, made anew: what a compiler traces is not to be changed."""
         arrays: list[Any] = []
         numbers: dict[int, int] = {}

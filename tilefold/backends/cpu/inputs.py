@@ -24,8 +24,8 @@ from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.kernels.arguments import CHUNK
 from tilefold.backends.cpu.launches import Launch, visited_work
 from tilefold.backends.cpu.spec import Entry, KernelSpec, Target
-from tilefold.masks.expression import Expression, Index, names
-from tilefold.masks.pairs import is_dense
+from tilefold.masks.expression import Expression, names
+from tilefold.masks.pairs import is_dense, kept_apart
 from tilefold.masks.tables import Input
 from tilefold.planning.masked import Scored
 from tilefold.planning.plan import Scratch
@@ -72,7 +72,7 @@ class _Array:
         self.given, self.reads = given, reads
         self.name = f"d{given.name}"
         self.elements = math.prod(given.shape)
-        apart = {name for name in "bhqk" if self._stands_alone(name)}
+        apart = kept_apart(reads)
         self.conflicts = [name for name, size in extents.items() if name not in apart and size > 1]
         self.dense = "k" in apart and all(map(is_dense, reads))
         met = math.prod(size for name, size in extents.items() if name in apart)
@@ -80,14 +80,6 @@ class _Array:
         most = bytes_ * met // max(1, 8 * self.elements)
         self.most_parts = max(1, min(most, MOST_PARTS))
         self.once = self.dense and len(reads) == 1 and not self.conflicts
-
-    def _stands_alone(self, name: str) -> bool:
-        """True where an index is that of the same axis in every look-up."""
-        axes = [
-            {axis for axis, index in enumerate(read) if _is_index(index, name)}
-            for read in self.reads
-        ]
-        return bool(axes) and bool(set.intersection(*axes))
 
 
 class _Planner:
@@ -273,7 +265,3 @@ def _indices(scored: Scored) -> list[Indices]:
         found.append(values[place : place + rank])
         place += 1 + rank
     return found
-
-
-def _is_index(node: Expression, name: str) -> bool:
-    return isinstance(node, Index) and node.name == name

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from tilefold.backends.triton.heuristics import Heuristics
 from tilefold.backends.triton.launch import Added, Launch
 from tilefold.backends.triton.spec import Entry
-from tilefold.masks.expression import Index, Lookup, RealLookup, names
+from tilefold.masks.expression import Lookup, RealLookup, names
 from tilefold.masks.graph import ordered
+from tilefold.masks.pairs import kept_apart
 from tilefold.masks.tables import Input
 from tilefold.planning.masked import Scored
 from tilefold.problems.attention import ITEM_BYTES, Problem
@@ -42,12 +43,7 @@ def entries_of(scored: Scored, number: int) -> tuple[Input | None, tuple[Entry, 
 def apart(scored: Scored, entries: tuple[Entry, ...]) -> frozenset[str]:
     """The indices that keep the entries of an array apart."""
     values = scored.parts.skeleton.expression.parts
-    columns = zip(*(values[at + 1 : at + 1 + rank] for at, rank in entries), strict=True)
-    found: list[str] = []
-    for column in columns:
-        here = {index.name if isinstance(index, Index) else "" for index in column}
-        found += here if len(here) == 1 else []
-    return frozenset(found)
+    return kept_apart([values[at + 1 : at + 1 + rank] for at, rank in entries])
 
 
 def units(sizes: Mapping[str, int], apart: frozenset[str]) -> tuple[NDArray[np.int32], int]:

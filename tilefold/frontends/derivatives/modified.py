@@ -10,29 +10,26 @@ from torch import Tensor
 
 from tilefold.masks.derivative import derivatives
 from tilefold.masks.expression import AnyTable, Interpretation, Real, Several, evaluate
-from tilefold.masks.tables import Input, Table
+from tilefold.masks.tables import Table
 
 
 class Modification:
-    """A score F and its derivative with respect to the score before, as functions of tensors."""
+    """A score F that reads no arrays, and its derivative, as functions of tensors."""
 
-    def __init__(self, score: Real, inputs: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(self, score: Real) -> None:
         self._both = Several((score, derivatives(score).score))
-        self._inputs = inputs or {}
 
     def __call__(self, s: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """F and dF/ds for scores s of pairs with these indices."""
-        value, slope = evaluate(self._both, _Tensors(s, indices, self._inputs))
+        value, slope = evaluate(self._both, _Tensors(s, indices))
         return value.expand_as(s), slope.expand_as(s)
 
 
 class _Tensors(Interpretation[Any]):
     """The value of a node is a tensor; all of them broadcast."""
 
-    def __init__(
-        self, s: Tensor, indices: Mapping[str, Tensor], inputs: Mapping[int, Tensor]
-    ) -> None:
-        self._s, self._indices, self._inputs = s, indices, inputs
+    def __init__(self, s: Tensor, indices: Mapping[str, Tensor]) -> None:
+        self._s, self._indices = s, indices
 
     def index(self, name: str) -> Any:
         return self._indices[name]
@@ -44,9 +41,7 @@ class _Tensors(Interpretation[Any]):
         return torch.tensor(value, device=self._s.device)
 
     def lookup(self, table: AnyTable, indices: tuple[Any, ...]) -> Any:
-        if isinstance(table, Input):
-            return self._inputs[table.number][indices].to(self._s.dtype)
-        assert isinstance(table, Table)
+        assert isinstance(table, Table), "calls with arrays in a score are refused before"
         entries = torch.tensor(table.array, device=self._s.device)[indices]
         return entries if table.dtype == "bool" else entries.long()
 
