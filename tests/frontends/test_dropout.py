@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_without_a_chance_it_is_the_call_without() -> None:
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_torch_draws_a_seed_that_manual_seed_repeats(compiled: bool) -> None:
-    call: Any = lambda q, k, v: attention(q, k, v, **OPTIONS)  # noqa: E731
+    call: Any = functools.partial(attention, **OPTIONS)
     if compiled:
         call = torch.compile(call, fullgraph=True, backend="aot_eager")
     results = []
@@ -78,7 +79,9 @@ def test_torch_draws_a_seed_that_manual_seed_repeats(compiled: bool) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_function_takes_a_seed_that_changes() -> None:
-    plain = lambda q, k, v, seed: attention(q, k, v, **OPTIONS, seed=seed)  # noqa: E731
+    def plain(q: Any, k: Any, v: Any, seed: int) -> Any:
+        return attention(q, k, v, **OPTIONS, seed=seed)
+
     call = torch.compile(plain, fullgraph=True, backend="aot_eager")
     for seed in (5, 6, 2**40):
         found = call(*tensors(False), seed).numpy()
@@ -88,7 +91,7 @@ def test_a_compiled_function_takes_a_seed_that_changes() -> None:
 @pytest.mark.slow
 def test_gradients_are_those_of_finite_differences() -> None:
     short = [tensor.detach()[:, :, :7].requires_grad_() for tensor in tensors()]
-    call = lambda q, k, v: attention(q, k, v, **OPTIONS, seed=11)  # noqa: E731
+    call = functools.partial(attention, **OPTIONS, seed=11)
     assert torch.autograd.gradcheck(call, short)
 
 

@@ -22,7 +22,7 @@ def arrays(len_q: int, len_k: int, dtype: Any = np.float32) -> tuple[Array, Arra
     """q and k of grouped queries."""
     rng = np.random.default_rng([len_q, len_k])
     shapes = (2, 4, len_q, 16), (2, 2, len_k, 16)
-    return tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)  # type: ignore[return-value]
+    return tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)  # type: ignore[return-value]  # as many as shapes
 
 
 def dense(q: Array, k: Array, mask: Any = None, score: Any = None, sinks: Any = None) -> Array:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ class Pulled(Tile):
         return self.inner.given + _chosen(self.inner.made, self.slopes)
 
     @property
-    def made(self) -> Kinds:  # type: ignore[override]
+    def made(self) -> Kinds:  # type: ignore[override]  # it follows from the fields
         """The wanted arguments."""
         return _chosen(self.inner.given, self.wanted)
 
@@ -219,7 +220,7 @@ class Pushed(Tile):
         return self.inner.given + _chosen(self.inner.given, self.moved)
 
     @property
-    def made(self) -> Kinds:  # type: ignore[override]
+    def made(self) -> Kinds:  # type: ignore[override]  # it follows from the fields
         """The results of the function."""
         return self.inner.made
 
@@ -243,5 +244,5 @@ class Pushed(Tile):
             ]
 
 
-def _chosen(values: Sequence, flags: Flags) -> tuple:  # type: ignore[type-arg]
+def _chosen(values: Sequence[Any], flags: Flags) -> tuple[Any, ...]:
     return tuple([value for value, flag in zip(values, flags, strict=True) if flag])
