@@ -63,6 +63,7 @@ def test_a_mask_that_is_the_same_everywhere_is_no_function(language: str) -> Non
         assert LANGUAGES[language].source(given) == ""
 
 
+@pytest.mark.slow
 @in_every_language
 def test_mask_sources_have_short_lines_of_ascii(language: str) -> None:
     written = LANGUAGES[language]

@@ -404,6 +404,7 @@ def test_inspect_shows_the_text_of_a_kernel(operation: str, capsys: Any) -> None
     assert "srem" in said
 
 
+@pytest.mark.slow
 def test_inspect_shows_the_assembly_of_a_named_kernel(capsys: Any) -> None:
     arguments = ["inspect", "--operation", "backward", "--form", "split", "--asm"]
     assert cli.main([*arguments, "--kernel", "backward_dkv", "--shape", "1,1,64,16"]) == 0
@@ -412,6 +413,7 @@ def test_inspect_shows_the_assembly_of_a_named_kernel(capsys: Any) -> None:
     assert "ret" in said
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M07", "M10", "T07")
 def test_inspect_counts_and_bounds_without_data(capsys: Any) -> None:
     sizes = ["--shape", "1,2,1048576,64", "--mask", "causal() & local(4096)"]
@@ -427,6 +429,7 @@ def test_inspect_counts_and_bounds_without_data(capsys: Any) -> None:
     assert bounds["seconds"] == max(of_each) > 0
 
 
+@pytest.mark.slow
 def test_inspect_says_what_becomes_of_scores(capsys: Any) -> None:
     arguments = ["inspect", "--shape", "1,2,64,16", "--score", "softcap(30)"]
     assert cli.main([*arguments, "--json"]) == 0

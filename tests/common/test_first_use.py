@@ -52,6 +52,7 @@ def test_examples() -> None:
     assert outcome.attempted and not outcome.failed
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_fork_waits_for_the_import_of_another_thread(slow: str) -> None:
@@ -128,6 +129,7 @@ def test_an_imported_module_may_fork(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an interval timer")
 @pytest.mark.parametrize("interrupt", [False, True], ids=["handler", "interrupt"])
 def test_a_signal_amid_an_import_meets_and_leaves_no_half_module(

@@ -121,6 +121,7 @@ def random(*shape: int, seed: int = 0) -> Array:
 # Arithmetic -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 7, 16])
 @pytest.mark.parametrize(("pairs", "columns"), [(1, 16), (5, 3), (16, 1), (16, 16)])
 def test_products_have_the_bits_of_the_definition(

@@ -87,6 +87,7 @@ def test_public_calls(case: Case, dtype: str) -> None:
         assert_same(f"{name} after the call", array, before[name])
 
 
+@pytest.mark.slow
 @SHOWS
 @pytest.mark.feature("M04", "T09")
 @pytest.mark.parametrize(("case", "dtype", "form"), trials_of_forms(every=5))

@@ -122,6 +122,7 @@ def load(of: KernelSpec) -> kernels.CpuKernel:
     return found
 
 
+@pytest.mark.slow
 def test_a_noted_kernel_is_the_written_one(emitted: list[KernelSpec]) -> None:
     written, noted = load(spec()), load(spec())
     assert emitted == [spec()]
@@ -150,6 +151,7 @@ def test_every_field_of_a_spec_is_part_of_the_question() -> None:
     assert len(texts) == 1 + len(fields(KernelSpec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["*.bin", "*.note"])
 def test_where_half_of_it_is_lost_it_is_made_again(
     lost: str, emitted: list[KernelSpec], fresh_cache: Path
@@ -163,6 +165,7 @@ def test_where_half_of_it_is_lost_it_is_made_again(
     assert len(emitted) == 2
 
 
+@pytest.mark.slow
 def test_sources_that_change_meanwhile_are_not_noted(
     emitted: list[KernelSpec], fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +176,7 @@ def test_sources_that_change_meanwhile_are_not_noted(
     assert len(emitted) == 2
 
 
+@pytest.mark.slow
 def test_without_sources_texts_are_written(
     emitted: list[KernelSpec], fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ def assert_same(found: CpuPlan, made: CpuPlan) -> None:
         assert getattr(found, name) == getattr(made, name), name
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T08", "M07")
 @pytest.mark.parametrize(
     ("mask", "len_q", "form"),

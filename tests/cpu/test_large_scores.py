@@ -199,6 +199,7 @@ EXTREME = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T10")
 @pytest.mark.parametrize("len_q", [2, 40], ids=["decode", "tiled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

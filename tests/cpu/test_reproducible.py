@@ -257,6 +257,7 @@ def test_bits_do_not_depend_on_the_cores_or_threads(dtype: str) -> None:
     assert kinds == expected | {("backward", False), ("backward", True)}
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T02", "T08")
 def test_bits_do_not_depend_on_the_layout() -> None:
     for len_q, len_k, rule in ((1, 5000, full()), (130, 130, causal())):

@@ -178,6 +178,7 @@ no:
     assert "%b = add i64 %a, 1" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_errors_in_reference_cycles_are_collected_safely() -> None:
     for _ in range(20):
         try:
@@ -250,6 +251,7 @@ def test_levels_have_entries_of_their_own(fresh_cache: Path) -> None:
     assert len(keys) == (1 if lowest == host() else 2)
 
 
+@pytest.mark.slow
 def test_code_lives_as_long_as_its_kernel() -> None:
     loaded = [runtime.load(runtime.compile(constant(i), host()), "kernel") for i in range(20)]
     kept = loaded[3]
@@ -258,6 +260,7 @@ def test_code_lives_as_long_as_its_kernel() -> None:
     assert result(kept) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says how much memory is in use")
 def test_code_that_was_forgotten_leaves_nothing() -> None:
     binary = runtime.compile(constant(1), host())
@@ -330,6 +333,7 @@ def test_threads_may_compile_at_once(fresh_cache: Path) -> None:
     assert results == [[100 * (i % 2) * number + i for i in range(5)] for number in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an interval timer")
 @pytest.mark.parametrize("entering", [True, False], ids=["taken", "to be released"])
 def test_an_interrupt_while_llvms_lock_is_held_leaves_it_free(

@@ -119,6 +119,7 @@ def test_several_threads_work_at_the_same_time(team: Callable[[int, int, int], N
     assert len(set(met)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("team", [threads.run, threads.PythonTeam().run], ids=["chosen", "python"])
 def test_calls_from_four_threads_at_once(team: Callable[[int, int, int], None]) -> None:
     barrier = threading.Barrier(4)
@@ -512,6 +513,7 @@ print(threads.describe() == before)
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_forked_child_works_and_so_does_its_parent() -> None:
     code = """

@@ -165,6 +165,7 @@ def test_results_with_a_winner_are_those_of_the_definition(cache: Path) -> None:
         np.testing.assert_allclose(found, exact, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_call_that_was_made_before_takes_the_winner(cache: Path) -> None:
     """Calls are prepared once, and remember their kernels."""
     asked = problem(dim=19)

@@ -51,6 +51,7 @@ def test_bounds_of_lengths_classify_tiles() -> None:
     assert counts == Counts(skip=64, full=16, partial=48)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M15")
 @given(
     st.lists(st.integers(100, 200), min_size=2, max_size=2), st.integers(-150, 150), st.booleans()

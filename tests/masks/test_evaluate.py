@@ -205,6 +205,7 @@ def test_a_tile_that_begins_and_ends_mid_row_keeps_its_pairs() -> None:
 # Bounds of tables.
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.data())
 def test_bounds_of_tables_are_those_of_their_blocks(data: st.DataObject) -> None:

@@ -117,6 +117,7 @@ def test_rules_of_shared_and_of_deep_parts_are_values(
         assert copied == made and hash(copied) == hash(made)
 
 
+@pytest.mark.slow
 @every_graph
 def test_rules_of_shared_and_of_deep_parts_print_what_makes_them(
     make: Callable[[int], Rule], times: int
@@ -241,6 +242,7 @@ def test_the_cpu_computes_a_shared_node_once() -> None:
     assert adds(40) - adds(20) == 2 * (adds(20) - adds(10)) > 0
 
 
+@pytest.mark.slow
 def test_a_mask_too_large_for_a_kernel_is_refused_in_one_line() -> None:
     half = MOST_OPERATIONS // 2
     fits, large = counted(half), counted(MOST_OPERATIONS)

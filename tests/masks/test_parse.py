@@ -88,6 +88,7 @@ ARITHMETIC = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T15")
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -184,6 +185,7 @@ def test_only_strings_are_read(value: Any) -> None:
         parse(value)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.text(st.sampled_from("causl()&|~ ,=3'\"[]{}qk%:.lambdrue_\n\\"), max_size=40))
 def test_any_other_string_raises_a_value_error(text: str) -> None:
@@ -193,6 +195,7 @@ def test_any_other_string_raises_a_value_error(text: str) -> None:
         assert "\n" not in str(error)
 
 
+@pytest.mark.slow
 def test_a_long_chain_that_is_allowed_works() -> None:
     made = parse(" | ".join(f"rule(lambda k: k == {sink})" for sink in range(0, 300, 3)))
     assert made.to_dense(1, 9).astype(int).tolist() == [[1, 0, 0, 1, 0, 0, 1, 0, 0]]

@@ -233,6 +233,7 @@ def test_a_peer_in_another_layout_is_turned_before_it_is_compared(monkeypatch: A
         baselines.check("other", case, o, o)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("J01", "J02", "J13")
 @pytest.mark.parametrize("operation", workload.PASSES)
 def test_implementations_are_checked_and_timed_side_by_side(operation: str) -> None:

@@ -285,6 +285,7 @@ def test_a_dry_run_keeps_nothing(cache: Path, narrow_wins: None, capsys: Any) ->
     assert not (cache / "tuned.json").exists()
 
 
+@pytest.mark.slow
 def test_precision_and_what_multiplies_are_said(cache: Path, timed: Any, capsys: Any) -> None:
     timed(lambda _: 1.0)
     assert cli.main([*TINY, "--precision", "medium", "--dtype", "float32", "float64"]) == 0

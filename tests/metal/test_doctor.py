@@ -218,6 +218,7 @@ def test_peaks_are_those_published() -> None:
     assert metal_utilisation.peak("Apple M4", 0) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peak", [1790.0, None])
 def test_on_a_mac_all_is_measured_shown_and_written(
     peak: float | None, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch

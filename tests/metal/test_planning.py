@@ -59,6 +59,7 @@ def test_there_are_twelve_tables_in_the_order_of_their_dims() -> None:
     assert {made.table for made in FAMILIES.values()} == {gpu for gpu, _, _ in tables._TABLES}
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M06", "M07")
 @settings(deadline=None)
 @given(

@@ -23,6 +23,7 @@ WORDS = [
 """The known answers of Philox4x32-10 that Random123 publishes (`kat_vectors`)."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "words"), [*zip(KNOWN, WORDS, strict=True)])
 def test_philox_gives_the_published_numbers(given: tuple[str, str], words: str) -> None:
     counter, (low, high) = ([int(word, 16) for word in part.split()] for part in given)

@@ -48,6 +48,7 @@ def run(inner: pytest.Pytester, seconds: float) -> pytest.RunResult:
     return inner.runpytest_inprocess("-p", "no:xdist", "-p", "no:cacheprovider", plugins=plugins)
 
 
+@pytest.mark.slow
 def test_skipped_tests_are_counted_by_reason_with_what_to_install(inner: pytest.Pytester) -> None:
     done = run(inner, 10)
     assert done.ret == 0

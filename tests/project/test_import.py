@@ -41,6 +41,7 @@ print(time.perf_counter() - start, *[name for name in "{HEAVY}".split() if name 
     assert min(seconds) < 0.1
 
 
+@pytest.mark.slow
 def test_a_call_on_numpy_arrays_imports_no_framework() -> None:
     code = """
 import sys

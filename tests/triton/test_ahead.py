@@ -238,6 +238,7 @@ def test_other_gpus_of_amd_take_the_blocks_of_an_mi300(name: str) -> None:
         check_instructions(case, report, 16 if case.dtype == "float64" else 64, False)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M07")
 def test_estimates_of_shared_memory_are_close_to_the_reports_that_are_kept() -> None:
     """Never below; close above for what is used most, and for the rest on the safe side."""

@@ -74,6 +74,7 @@ def test_the_same_bits_every_time(options: dict[str, Any]) -> None:
         assert_same(name, array, again[name])
 
 
+@pytest.mark.slow
 def test_operands_in_memory_as_wide_as_64_bits_count() -> None:
     """Rows further apart than 2**31 elements: of a sequence, of a head, of the head dimension."""
     import torch

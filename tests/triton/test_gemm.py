@@ -105,6 +105,7 @@ def ones(*shape: int, dtype: str = "float32") -> Array:
     return np.ones(shape, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("A03")
 def test_what_is_no_tensor_of_the_machine_is_refused() -> None:
     on = machine()

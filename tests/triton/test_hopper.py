@@ -180,6 +180,7 @@ def test_odd_keys_reach_who_sees_them(scale: float | None) -> None:
     compare(problem, operands)
 
 
+@pytest.mark.slow
 def test_odd_values_that_nobody_sees() -> None:
     seen = np.ones((140, 140), np.bool_)
     seen[:, 90] = False
@@ -191,6 +192,7 @@ def test_odd_values_that_nobody_sees() -> None:
         compare(problem, operands, edit=("    if odd != 0:", "    if False:"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [None, causal()], ids=str)
 def test_scores_of_minus_infinity_alone_have_no_mean(mask: Rule | None) -> None:
     problem = problem_of(200, 180, mask, heads=(2, 2), scale=1.0)
@@ -228,6 +230,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_machine_sees_what_is_missing(name: str) -> None:
     problem = problem_of(256, 320, causal())

@@ -134,6 +134,7 @@ def test_a_little_faster_is_noise(clock: Clock, on: Interpreted) -> None:
     assert second.usual and second.winner
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_blocks_do_not_fit(clock: Clock, on: Interpreted) -> None:
     clock({SOME[0]: -1.0, SOME[1]: 1.0})
     trials = tilefold.triton.tune(SMALL, "forward", on, keep=False)
@@ -147,12 +148,14 @@ def test_where_none_fits_nothing_is_kept(clock: Clock, on: Interpreted) -> None:
     assert not trial.winner and not tuned.STORE.path.exists()
 
 
+@pytest.mark.slow
 def test_after_some_seconds_no_candidate_begins(clock: Clock, on: Interpreted) -> None:
     measured = clock({usual(): 3.0, SOME[1]: 1.0})
     (trial,) = tilefold.triton.tune(SMALL, "forward", on, seconds=0.0)
     assert trial.usual and trial.winner and set(measured) == {usual()}
 
 
+@pytest.mark.slow
 def test_on_hopper_the_plain_kernel_is_tuned(clock: Clock, on: Interpreted) -> None:
     """Its own kernel has the blocks that shared memory allows: the plain one cannot hold them."""
     problem = Problem.of((1, 2, 40, 128), dtype="float16")
@@ -164,6 +167,7 @@ def test_on_hopper_the_plain_kernel_is_tuned(clock: Clock, on: Interpreted) -> N
     assert tilefold.triton.tune(problem, "forward", on, form="hopper", keep=False) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [LARGE, Problem.of((1, 1, 512, 256), dtype="float64")], ids=str)
 def test_candidates_begin_with_the_usual_blocks_and_fit(problem: Problem) -> None:
     (launch,) = plan.plan(problem, "sm_90", "forward", form="tiled").launches
