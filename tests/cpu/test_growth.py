@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,26 @@ from numpy.typing import NDArray
 from trial import problem
 
 import tilefold
-from tilefold import Rule, causal, full, local
+from tilefold import Rule, alibi, causal, full, local, relative_bias, softcap, temperature
 from tilefold.backends import calls
 from tilefold.backends.cpu import growth
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.plan import CpuPlan, plan
+from tilefold.masks.symbols import Real
 from tilefold.problems.attention import Problem
+from tilefold.scores.score import Score, Sizes, as_score
 
 DEVICE = Device("cpu", "any", "avx512", "", "", cores=4)
 
 
-def steps(mask: Rule, lengths: range, len_q: int = 1) -> list[Problem]:
-    return [problem(len_q, n, 64, mask, heads=(8, 2)) for n in lengths]
+SCORES = [alibi(), softcap(30.0), relative_bias(np.ones((8, 16), np.float32)).form.score]
+
+
+def steps(
+    mask: Rule, lengths: range, len_q: int = 1, score: Score | list[Score] | None = None
+) -> list[Problem]:
+    alone = problem(len_q, 1, 64, mask, heads=(8, 2))
+    return [replace(alone, len_k=n, score=as_score(score)) for n in lengths]
 
 
 def assert_same(found: CpuPlan, made: CpuPlan) -> None:
@@ -33,18 +41,24 @@ def assert_same(found: CpuPlan, made: CpuPlan) -> None:
             np.testing.assert_array_equal(own.runs.runs, other.runs.runs)
         else:
             np.testing.assert_array_equal(getattr(own, each.name), getattr(other, each.name))
-    for name in ("problem", "operation", "parameters", "tables", "buffers", "device"):
+    for name in ("problem", "operation", "parameters", "tables", "buffers", "device", "scores"):
         assert getattr(found, name) == getattr(made, name), name
 
 
 @pytest.mark.slow
 @pytest.mark.feature("T08", "M07")
 @pytest.mark.parametrize(
-    ("mask", "len_q", "form"),
-    [(full(), 1, "interleaved"), (causal(), 1, "auto"), (full(), 5, "auto")],
+    ("mask", "len_q", "form", "score"),
+    [
+        (full(), 1, "interleaved", None),
+        (causal(), 1, "auto", SCORES),
+        (full(), 5, "auto", alibi()),
+    ],
 )
-def test_a_grown_plan_is_the_plan_of_its_own_length(mask: Rule, len_q: int, form: str) -> None:
-    first, *more = steps(mask, range(1, 9000, 53), len_q)
+def test_a_grown_plan_is_the_plan_of_its_own_length(
+    mask: Rule, len_q: int, form: str, score: Any
+) -> None:
+    first, *more = steps(mask, range(1, 9000, 53), len_q, score)
     made, anew = plan(first, DEVICE, "forward", form), 0
     for each in more:
         own = plan(each, DEVICE, "forward", form)
@@ -66,9 +80,29 @@ def test_what_hides_keys_or_has_many_queries_is_planned_from_the_beginning() -> 
     assert growth.with_keys(plan(first, DEVICE, "forward", scope="machine"), second) is None
 
 
+def test_a_score_with_another_skeleton_is_planned_from_the_beginning() -> None:
+    class Grows(Score):
+        def bind(self, s: Real, sizes: Sizes) -> Real:
+            return s * 0.5 if sizes.len_k == 900 else -s
+
+        def __repr__(self) -> str:
+            return "grows"
+
+    first, second = (replace(each, score=Grows()) for each in steps(full(), range(900, 902)))
+    assert growth.with_keys(plan(first, DEVICE, "forward"), second) is None
+
+
 @pytest.mark.feature("T08")
 @pytest.mark.parametrize(
-    ("layout", "options"), [("bhnd", {}), ("bnhd", {}), ("bnhd", {"sinks": np.arange(4.0)})]
+    ("layout", "options"),
+    [
+        ("bhnd", {}),
+        ("bnhd", {}),
+        (
+            "bnhd",
+            {"sinks": np.arange(4.0), "score": [temperature(np.full((4, 1, 1), 2.0)), *SCORES[:2]]},
+        ),
+    ],
 )
 def test_a_loop_with_a_growing_cache_gives_what_each_call_gives_alone(
     layout: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ from tilefold.problems.attention import (
     shapes_qkv,
 )
 from tilefold.problems.request import LAYOUTS, Request
+from tilefold.scores.score import Score
 
 _EMPTY = {"lse": float("-inf"), "max": float("-inf")}
 """The results where no query meets a key; the others are 0, and lse that of sinks."""
@@ -220,7 +221,7 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
 
     None if they differ in more, or if the backend plans it from the beginning.
     """
-    if before.prepared is None or before.problem.score is not None:
+    if before.prepared is None:
         return None
     named: dict[str, Array] = dict(zip(before.made_for.given, given, strict=True))
     axes, problem = LAYOUTS[layout], before.problem
@@ -237,6 +238,7 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
         return None
     for name, array in named.items():
         arrays.check_held(name, array)
+    _check_inputs(arrays, named, before.problem.score)
     problem = changed(problem, len_k=length)
     problem.mask.check(problem.batch, problem.heads_q, problem.len_q, length)
     strides = {name: arrays.strides(name, named[name]) for name in ("k", "v")}
@@ -269,7 +271,7 @@ def _call(
     dtype = arrays.common_dtype(read)
     for name, array in named.items():
         arrays.check_held(spoken(name), array)
-    _check_inputs(arrays, named, request)
+    _check_inputs(arrays, named, request.score)
     statistics = [name for name in named if name in _STATISTICS]
     for name in statistics:
         check_lse(arrays.dtype_of(named[name]), dtype, name)
@@ -300,9 +302,9 @@ def _call(
     return Call(problem, wanted, arrays, results, prepared)
 
 
-def _check_inputs(arrays: Arrays, named: Mapping[str, Array], request: Request) -> None:
+def _check_inputs(arrays: Arrays, named: Mapping[str, Array], score: Score | None) -> None:
     """Raises ValueError for an array of a score that is no longer what it was there."""
-    for given in request.score.inputs if request.score else ():
+    for given in score.inputs if score else ():
         array = named[given.name]
         now = arrays.dtype_of(array), tuple(array.shape)
         if now != (given.dtype, given.shape):

@@ -54,13 +54,13 @@ _WORKSPACE, _RUNS, _LEN_K = map(WORK.index, ("workspace", "runs", "len_k"))
 class Call:
     """A plan prepared for operands of certain strides; only pointers and threads are missing.
 
-    `order` names the operands in the order of their pointers.
+    `strides` has the operands in the order of their pointers.
     """
 
     plan: CpuPlan
     steps: tuple[_Step, ...]
     alone: bool
-    order: tuple[str, ...]
+    strides: Mapping[str, Strides]
 
     @property
     def data_bytes(self) -> int:
@@ -68,7 +68,7 @@ class Call:
         return self.plan.data_bytes
 
     def launch(self, arrays: Arrays, operands: Sequence[Array]) -> None:
-        """Run the kernels in order; `operands` are in the order of `order`."""
+        """Run the kernels in order; `operands` are in the order of `strides`."""
         self.run(*map(arrays.pointer, operands))
 
     def compile(self) -> None:
@@ -79,18 +79,22 @@ class Call:
         plan = growth.with_keys(self.plan, problem)
         if plan is None:
             return None
+        every = {**self.strides, **strides}
+        if problem.score is not None:
+            return prepare(plan, every)
         (launch,), (step,) = plan.launches, self.steps
+        order = list(every)
         words = np.frombuffer(step.template, np.int64).copy()
         words[_RUNS], words[_LEN_K] = launch.runs.runs.ctypes.data, problem.len_k
         for place, operand in step.places:
-            name = self.order[operand] if operand < len(self.order) else ""
+            name = order[operand] if operand < len(order) else ""
             if name in strides:
                 words[place + 1 : place + 5] = strides[name]
         step = changed(step, template=words.tobytes())
-        return Call(plan, (step,), _is_alone(plan), self.order)
+        return Call(plan, (step,), _is_alone(plan), every)
 
     def run(self, *pointers: int) -> None:
-        """Run the kernels in order on operands at these addresses, in the order of `order`.
+        """Run the kernels in order on operands at these addresses, in the order of `strides`.
 
         The caller keeps the operands alive meanwhile.
         """
@@ -157,7 +161,7 @@ def prepare(plan: CpuPlan, strides: Mapping[str, Strides]) -> Call:
     """
     made = {name: contiguous(scratch.shape) for name, scratch in plan.buffers.items()}
     steps = tuple(_step(plan, launch, {**strides, **made}) for launch in plan.launches)
-    return Call(plan, steps, _is_alone(plan), tuple(strides))
+    return Call(plan, steps, _is_alone(plan), dict(strides))
 
 
 def _is_alone(plan: CpuPlan) -> bool:

@@ -2,8 +2,9 @@
 
 A loop that generates text calls with one key more each time. Where every query sees every key, as
 one query does under a causal mask, only the last split grows, so the plan of the call before serves
-with other runs of keys. The plan is the same as one from the beginning:
-`tests/cpu/test_growth.py` compares them.
+with other runs of keys. A score is bound to the new length: its kernel is the same one while its
+skeleton is. The plan is the same as one from the beginning: `tests/cpu/test_growth.py` compares
+them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tilefold.backends.cpu.splits import KeySplitter
 from tilefold.common.copies import changed
 from tilefold.masks.expression import Boolean, Truth
 from tilefold.masks.runs import Runs
+from tilefold.planning.masked import MaskedProblem
 from tilefold.problems.attention import Problem
 
 
@@ -29,16 +31,21 @@ def with_keys(made: CpuPlan, problem: Problem) -> CpuPlan | None:
     launch = made.launches[0]
     if not (launch.spec.row.by_query and made.anywhere) or problem.empty:
         return None
-    bound = problem.mask.bind(problem.len_q, problem.len_k)
-    if not (_hides_none(launch.spec.mask.expression) and _hides_none(bound)):
+    masked = MaskedProblem.of(problem)
+    if not (_hides_none(launch.spec.mask.expression) and _hides_none(masked.expression)):
         return None
+    scored = masked.scored("value")
+    if scored is not None:
+        asked = (scored.parts.skeleton, scored.hides, masked.index_bits)
+        if asked != (launch.spec.score, launch.spec.hides, launch.spec.index_bits):
+            return None
     keys = KeySplitter(problem, None, launch.spec.lanes).fixed_keys(problem.len_k)
     if -(-problem.len_k // keys) != launch.block_rows:
         return None
     ends = [*range(0, problem.len_k, keys), problem.len_k]
     spans = np.array([(*span, 0) for span in itertools.pairwise(ends)], np.int64)
     grown = changed(launch, problem=problem, runs=Runs(launch.runs.rows, spans, 1, 1))
-    return changed(made, problem=problem, launches=(grown,))
+    return changed(made, problem=problem, launches=(grown,), scores=masked.score_parts)
 
 
 def _hides_none(expression: Boolean) -> bool:
