@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Final, NoReturn
 
+from tilefold.common.check import flag
 from tilefold.frontends import registry
 from tilefold.frontends.extra import Extra, taken_apart
 from tilefold.implementations import KERNEL, find
@@ -72,9 +73,9 @@ def attention(
             means `full()`
         score: what becomes of the scaled scores before the softmax, such as `softcap(30)`, or
             several in order, `[softcap(50), alibi()]`
-        sinks: logits of each query head, (heads_q,) or (heads_q, number), of any type of floats.
-            They are scores of keys without a value: exp(sink) is a part of the sum by which weights
-            are divided. None means no sink
+        sinks: logits of each query head, (heads_q,) or (heads_q, number), of any type of floats;
+            integers and nested lists are converted to float64. They are scores of keys without a
+            value: exp(sink) is a part of the sum by which weights are divided. None means no sink
         scale: the factor of the scores, a finite number; None means 1 / sqrt(dim). It takes no
             gradient: a tensor that wants one is refused
         dropout: the probability that a weight is dropped, in [0, 1). The other weights are
@@ -120,7 +121,8 @@ def attention(
       if torch is installed. It computes no lse, so return_lse adds the scores of "composed"
     - "tensorops": tilefold's forward kernel on the matrix units of Metal 4, on Apple GPUs with them
 
-    Only "kernel" takes `score`, `sinks`, `dropout` and `return_max`; the others refuse them.
+    "kernel" and "composed" take `score`, `sinks`, `dropout` and `return_max`; the others refuse
+    them.
 
     With "composed" and "native", torch computes the gradients, torch's own setting replaces
     `precision`, and NaN or infinity in a hidden key can reach a query, since it is multiplied by 0.
@@ -145,24 +147,24 @@ def attention(
     """
     if unknown:
         raise refusal(attention, unknown)
+    if return_lse is not False and return_lse is not True:
+        return_lse = flag("return_lse", return_lse)
+    if return_max is not False and return_max is not True:
+        return_max = flag("return_max", return_max)
     frontend = registry.find(q=q, k=k, v=v)
     request = frontend.request_of(mask, scale, layout, precision)
-    further = dropout is not NO_DROPOUT or return_max
-    if score is not None or sinks is not None or further:
-        request, extra = _taken(frontend, request, score, sinks, dropout, seed, q)
-        if impl != KERNEL:
-            what = "dropout" if request.dropout else "score, sinks or return_max"
-            raise NotImplementedError(f"impl={impl!r} takes no {what}; use impl='kernel'")
-        if return_max:
-            o, lse, largest = frontend.attention(q, k, v, request, extra, ("max",))
-            return (o, lse, largest) if return_lse else (o, largest)
-        o, lse = frontend.attention(q, k, v, request, extra)
-    elif impl == KERNEL:
+    more = dropout is not NO_DROPOUT or return_max or impl != KERNEL
+    if score is None and sinks is None and not more:
         o, lse = frontend.attention(q, k, v, request)
+        return (o, lse) if return_lse else o
+    request, extra = _taken(frontend, request, score, sinks, dropout, seed, q)
+    further = ("max",) if return_max else ()
+    if impl == KERNEL:
+        o, lse, *largest = frontend.attention(q, k, v, request, extra, further)
     else:
         run = find(impl, frontend.__name__.rpartition(".")[2])
-        o, lse = run(q, k, v, request, return_lse)
-    return (o, lse) if return_lse else o
+        o, lse, *largest = run(q, k, v, request, return_lse, extra, further)
+    return (o, *(lse,) * return_lse, *largest) if return_lse or return_max else o
 
 
 @without_unknown

@@ -145,12 +145,12 @@ def test_gradients_of_sinks_are_the_same_for_any_number_of_threads() -> None:
 @pytest.mark.parametrize(
     ("sinks", "message"),
     [
-        ([1.0, 2.0], r"sinks must be an array, got \[1.0, 2.0\]"),
+        (2.0, r"sinks must have shape \(heads,\) or \(heads, number\), got \(\)"),
         (np.zeros((2, 4, 1)), r"sinks must have shape \(heads,\) or \(heads, number\)"),
         (np.zeros(3), r"sinks must have shape \(4,\) or \(4, number\), .* got 3 rows"),
-        (np.zeros(4, int), r"sinks must be an array of floats, got int64"),
+        (np.zeros(4, bool), r"sinks must be an array of floats, got bool"),
     ],
-    ids=["list", "axes", "heads", "integers"],
+    ids=["number", "axes", "heads", "bools"],
 )
 def test_what_is_no_sinks_is_refused(sinks: Any, message: str) -> None:
     q, k, v, _, _ = arrays(2, 2)

@@ -154,9 +154,3 @@ def test_the_backward_pass_needs_the_seed() -> None:
         given = [make(array) for array in (do, *qkv, do, do[..., 0])]
         with pytest.raises(ValueError, match=r"^seed must be the one that was given to attention"):
             attention_backward(*given, dropout=0.1)
-
-
-@pytest.mark.parametrize("impl", ["composed", "native"])
-def test_other_implementations_refuse(impl: str) -> None:
-    with pytest.raises(NotImplementedError, match=rf"^impl='{impl}' takes no dropout"):
-        attention(*GIVEN[:3], dropout=0.1, seed=1, impl=impl)

@@ -187,6 +187,79 @@ def test_a_rule_is_not_built_twice(impl: str, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(attention(q, k, v, mask=mask, impl=impl), first)
 
 
+# Scores, sinks and dropout ----------------------------------------------------------------------
+
+ROWS = np.array([[0.5, -1.0, 0.25], [-np.inf] * 3])
+"""A bias of two queries: the second one sees nothing."""
+
+
+def blind(sinks: Any = None, **options: Any) -> tuple[Any, ...]:
+    """o, lse, max and all gradients where a bias hides all keys of a query."""
+    rng = np.random.default_rng(4)
+    given = [rng.normal(size=(1, 2, n, 4)) for n in (2, 3, 3)] + [ROWS]
+    q, k, v, rows, *more = (
+        torch.tensor(x, requires_grad=True) for x in (*given, *([] if sinks is None else [sinks]))
+    )
+    score = [tilefold.bias(rows), tilefold.score(lambda s, k: s + tilefold.log(k))]
+    asked: dict[str, Any] = {"score": score, "sinks": more[0] if more else None, **options}
+    results = attention(q, k, v, **asked, return_lse=True, return_max=True, impl="composed")
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss = results[0].sum() + results[1].masked_fill(results[1].isinf(), 0).sum()
+        gradients = torch.autograd.grad(loss, (q, k, v, rows, *more))
+    return (*[x.detach() for x in results], *gradients)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.feature("J01")
+@pytest.mark.parametrize("sinks", [None, [-np.inf, -np.inf], [0.5, 2.0]], ids=str)
+def test_rows_that_a_score_hides_have_no_value_and_no_gradient(sinks: Any) -> None:
+    """The logarithm of 0 hides the first key too, and its derivative there is infinite."""
+    given = None if sinks is None else np.array(sinks)
+    o, lse, largest, dq, dk, dv, drows, *_ = blind(given)
+    seen = -np.inf if sinks is None else np.array(sinks)
+    assert (o[0, :, 1] == 0).all() and (largest[0, :, 1] == -np.inf).all()
+    np.testing.assert_array_equal(lse[0, :, 1], np.broadcast_to(seen, 2))
+    for gradient in (dq[0, :, 1], drows[1], dk[0, :, 0], dv[0, :, 0], drows[0, 0]):
+        assert (gradient == 0).all()
+    assert np.isfinite(lse[0, :, 0]).all() and drows[0, 1:].all()
+
+
+@pytest.mark.feature("J01")
+@pytest.mark.parametrize("shape", [(1, 2, 0, 4), (0, 2, 3, 4)])
+def test_without_keys_sinks_alone_are_in_lse(shape: tuple[int, ...]) -> None:
+    q, k = np.ones((shape[0], 2, 3, 4)), np.ones(shape)
+    sinks = np.array([[1.0, 2.0], [-np.inf, -np.inf]])
+    slopes = np.ones(2)
+    options: dict[str, Any] = {"return_lse": True, "return_max": True, "impl": "composed"}
+    for turn in (np.asarray, torch.tensor):
+        score = tilefold.alibi(turn(slopes))
+        given = (turn(x) for x in (q, k, k))
+        o, lse, largest = attention(*given, sinks=turn(sinks), score=score, **options)
+        assert (o == 0).all() and (largest == -np.inf).all()
+        want = np.logaddexp.reduce(sinks, axis=1)[:, None]
+        np.testing.assert_allclose(lse, np.broadcast_to(want, lse.shape))
+
+
+@pytest.mark.feature("J01")
+def test_composed_scores_are_differentiable_in_every_way() -> None:
+    rng = np.random.default_rng(5)
+    q, k, v = (torch.tensor(rng.normal(size=(1, 2, n, 3))) for n in (4, 5, 5))
+    slopes, rows = torch.tensor([0.5, 0.1], dtype=q.dtype), torch.randn(4, 1, dtype=q.dtype)
+
+    def call(q: Any, k: Any, v: Any, slopes: Any, rows: Any) -> Any:
+        score = [tilefold.softcap(1.5), tilefold.alibi(slopes), tilefold.bias(rows)]
+        return attention(q, k, v, score=score, mask=tilefold.causal(), impl="composed")
+
+    given = [x.requires_grad_() for x in (q, k, v, slopes, rows)]
+    assert torch.autograd.gradcheck(call, given, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(call, given)
+    moved = tuple(x.detach() for x in given)
+    _, tangent = torch.func.jvp(call, moved, moved)
+    step = 1e-6
+    up, down = (call(*[x * (1 + sign * step) for x in moved]) for sign in (1, -1))
+    torch.testing.assert_close(tangent, (up - down) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
 # Refusals --------------------------------------------------------------------------------------
 
 
@@ -206,6 +279,12 @@ def test_a_rule_is_not_built_twice(impl: str, monkeypatch: pytest.MonkeyPatch) -
         ({"impl": "composed", "precision": "low"}, ValueError, "precision must be"),
         ({"impl": "native", "scale": float("nan")}, ValueError, "scale must be a finite number"),
         ({"impl": "composed", "mask": tilefold.lengths([1, 2])}, ValueError, "batch"),
+        ({"impl": "native", "sinks": [1.0]}, NotImplementedError, "'native' takes no sinks; use"),
+        ({"impl": "tensorops", "dropout": 0.5, "seed": 1}, NotImplementedError, "no dropout; use"),
+        ({"impl": "native", "return_max": True}, NotImplementedError, "takes no return_max; use"),
+        ({"return_max": 2}, TypeError, "return_max must be True or False, got 2"),
+        ({"return_lse": None}, TypeError, "return_lse must be True or False, got None"),
+        ({"impl": "composed", "sinks": [1.0, 2.0]}, ValueError, "sinks must have shape .* 2 rows"),
     ],
 )
 def test_bad_arguments_are_named(

@@ -35,6 +35,7 @@ MADE: dict[str, Score] = {
     "bias(array[3])": bias(torch.nn.Parameter(torch.arange(3, dtype=torch.bfloat16))),
 }
 Q = np.ones((1, 2, 3, 4))
+F = Q.astype(np.float32)
 T = torch.ones(1, 2, 3, 4)
 
 
@@ -171,20 +172,37 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
         "score must be one such as tilefold.softcap(30), got <function softcap",
     ),
     "another implementation": (
-        lambda: attention(Q, Q, Q, score=alibi(), impl="composed"),
-        "impl='composed' takes no score",
+        lambda: attention(Q, Q, Q, score=alibi(), impl="native"),
+        "impl='native' takes no score; use impl='kernel' or impl='composed'",
     ),
     "a cap of NaN": (
         lambda: softcap(math.nan),
-        "softcap: cap must be a finite number > 0, got nan",
+        "softcap: cap must be a finite number > 0 with a finite inverse, got nan",
     ),
     "a temperature of 0": (
         lambda: temperature(0),
-        "temperature: a number must be finite and not 0, got 0",
+        "temperature: a number must be finite and not 0, with a finite inverse, got 0",
     ),
     "an infinite temperature": (
         lambda: temperature(math.inf),
-        "temperature: a number must be finite and not 0, got inf",
+        "temperature: a number must be finite and not 0, with a finite inverse, got inf",
+    ),
+    "a cap that float32 does not hold": (
+        lambda: attention(F, F, F, score=softcap(1e300)),
+        "score=softcap(1e+300) computes with 1e-300, and float32 has numbers from 1.18e-38 to"
+        " 3.4e+38 in size: choose another number, or pass float64 arrays",
+    ),
+    "a temperature that float32 does not hold": (
+        lambda: attention(F, F, F, score=[alibi(), temperature(1e-40)], impl="composed"),
+        "score=[alibi(), temperature(1e-40)] computes with 1e+40, and float32 has numbers from",
+    ),
+    "a number of one's own that float32 does not hold": (
+        lambda: attention(T, T, T, score=score(lambda s, k: s / (k + 1e-300))),
+        "score=score(lambda s, k: s / (k + 1e-300)) computes with 1e-300, and float32 has numbers",
+    ),
+    "a cap whose inverse is infinite": (
+        lambda: softcap(1e-310),
+        "softcap: cap must be a finite number > 0 with a finite inverse, got 1e-310",
     ),
     "a number that no float holds": (
         lambda: softcap(10**400),
@@ -216,6 +234,14 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
 def test_numbers_of_numpy_are_numbers() -> None:
     for made in (np.float32(2), np.float64(2), np.int64(2)):
         assert temperature(made) == temperature(2) and softcap(made) == softcap(2)
+
+
+@pytest.mark.slow
+def test_numbers_that_float64_holds_are_those_of_float64() -> None:
+    for made in (softcap(1e300), temperature(1e-200), score(lambda s: s * 1e300)):
+        for impl in ("kernel", "composed"):
+            o = attention(Q * 1e-150, Q, Q, score=made, impl=impl)
+            np.testing.assert_allclose(o, Q, rtol=1e-12)
 
 
 @pytest.mark.feature("T15")

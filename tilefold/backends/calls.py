@@ -47,7 +47,6 @@ from tilefold.problems.attention import (
     shapes_qkv,
 )
 from tilefold.problems.request import LAYOUTS, Request
-from tilefold.scores.score import Score
 
 _EMPTY = {"lse": float("-inf"), "max": float("-inf")}
 """The results where no query meets a key; the others are 0, and lse that of sinks."""
@@ -238,7 +237,7 @@ def _with_keys(before: Call, arrays: Arrays, given: tuple[Array, ...], layout: s
         return None
     for name, array in named.items():
         arrays.check_held(name, array)
-    _check_inputs(arrays, named, before.problem.score)
+    check_extra(arrays, named, before.problem)
     problem = changed(problem, len_k=length)
     problem.mask.check(problem.batch, problem.heads_q, problem.len_q, length)
     strides = {name: arrays.strides(name, named[name]) for name in ("k", "v")}
@@ -271,7 +270,6 @@ def _call(
     dtype = arrays.common_dtype(read)
     for name, array in named.items():
         arrays.check_held(spoken(name), array)
-    _check_inputs(arrays, named, request.score)
     statistics = [name for name in named if name in _STATISTICS]
     for name in statistics:
         check_lse(arrays.dtype_of(named[name]), dtype, name)
@@ -280,8 +278,7 @@ def _call(
     problem = on.admit(describe(q, k, v, dtype, request))
     shapes = dict.fromkeys(("o", "do"), shape_o(problem, layout))
     shapes |= {**dict.fromkeys(_STATISTICS, shape_lse(problem)), "mass": shape_mass(problem)}
-    if "sinks" in named:
-        check_sinks(tuple(named["sinks"].shape), arrays.dtype_of(named["sinks"]), problem)
+    check_extra(arrays, named, problem)
     for name in ("do", "o", *statistics):
         if name in named:
             check_shape(name, tuple(named[name].shape), shapes[name])
@@ -302,9 +299,12 @@ def _call(
     return Call(problem, wanted, arrays, results, prepared)
 
 
-def _check_inputs(arrays: Arrays, named: Mapping[str, Array], score: Score | None) -> None:
-    """Raises ValueError for an array of a score that is no longer what it was there."""
-    for given in score.inputs if score else ():
+def check_extra(arrays: Arrays, named: Mapping[str, Array], problem: Problem) -> None:
+    """Raises ValueError or TypeError for arrays of a score, or sinks, that the problem cannot read.
+
+    An array of a score must still be what it was when the score was made.
+    """
+    for given in problem.score.inputs if problem.score else ():
         array = named[given.name]
         now = arrays.dtype_of(array), tuple(array.shape)
         if now != (given.dtype, given.shape):
@@ -312,6 +312,8 @@ def _check_inputs(arrays: Arrays, named: Mapping[str, Array], score: Score | Non
                 f"the array {given.number} of score was {given.dtype} of shape {given.shape} when"
                 f" the score was made, and is {now[0]} of shape {now[1]}: make the score again"
             )
+    if "sinks" in named:
+        check_sinks(tuple(named["sinks"].shape), arrays.dtype_of(named["sinks"]), problem)
 
 
 def _dtype(name: str, dtype: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import numpy as np
+
 
 def whole(name: str, value: Any, least: int) -> int:
     """The value as an int. Raises unless it is an integer of at least `least`.
@@ -23,6 +25,18 @@ def whole(name: str, value: Any, least: int) -> int:
     if number < least:
         raise ValueError(refused)
     return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """The value as a bool. Raises TypeError unless it is True or False, of Python or of NumPy.
+
+    >>> flag("causal", 1)
+    Traceback (most recent call last):
+    TypeError: causal must be True or False, got 1
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tilefold.common.check import shown
 from tilefold.problems.request import Request
+from tilefold.scores.functions import floats
 from tilefold.scores.score import Score, as_score
 
 
@@ -72,6 +72,7 @@ def taken_apart(
     modified = as_score(score)
     if modified is None and sinks is None and not dropout:
         return request, NOTHING
+    sinks = None if sinks is None else _floats(sinks)
     number = 0 if sinks is None else _sinks_of_head(sinks)
     request, arrays = extend(request, modified, number, dropout)
     names = [f"input{i}" for i in range(len(arrays))]
@@ -81,11 +82,18 @@ def taken_apart(
     return request, Extra(tuple(names), arrays)
 
 
+def _floats(sinks: Any) -> Any:
+    """Sinks as an array of floats: numbers, nested lists and integers are converted.
+
+    Raises TypeError for what is no array of numbers.
+    """
+    given = "float" in str(getattr(sinks, "dtype", ""))
+    return sinks if given else floats("sinks", sinks).held
+
+
 def _sinks_of_head(sinks: Any) -> int:
-    """The number of sinks of each head. Raises TypeError or ValueError for what is no array."""
-    shape = getattr(sinks, "shape", None)
-    if shape is None:
-        raise TypeError(f"sinks must be an array, got {shown(sinks)}")
+    """The number of sinks of each head. Raises ValueError for another shape."""
+    shape = tuple(sinks.shape)
     if not 1 <= len(shape) <= 2 or 0 in shape[1:]:
-        raise ValueError(f"sinks must have shape (heads,) or (heads, number), got {tuple(shape)}")
+        raise ValueError(f"sinks must have shape (heads,) or (heads, number), got {shape}")
     return int(shape[1]) if len(shape) == 2 else 1

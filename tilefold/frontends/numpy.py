@@ -25,6 +25,7 @@ from tilefold.problems.request import Request
 
 __all__ = [
     "PLAIN",
+    "arrays_of",
     "as_array",
     "attention",
     "attention_backward",
@@ -69,7 +70,7 @@ def attention(
     if extra is NOTHING and not further:
         return calls.run(machine("cpu"), arrays, FORWARD, given, request)
     wanted = FORWARD.plus(extra.names, further)
-    return calls.run(machine("cpu"), arrays, wanted, given + _arrays_of(extra, given[0]), request)
+    return calls.run(machine("cpu"), arrays, wanted, given + arrays_of(extra, given[0]), request)
 
 
 def attention_backward(
@@ -87,7 +88,7 @@ def attention_backward(
     named = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
     given = tuple([as_array(name, array) for name, array in named.items()])
     wanted = BACKWARD.plus(extra.names, extra.gradients)
-    given += _arrays_of(extra, given[1])
+    given += arrays_of(extra, given[1])
     if dlse is not None:
         wanted, given = wanted.plus(("dlse",)), (*given, as_array("dlse", dlse))
     results = calls.run(machine("cpu"), arrays, wanted, given, request)
@@ -99,7 +100,7 @@ def attention_backward(
     return tuple(others)
 
 
-def _arrays_of(extra: Extra, q: Array) -> tuple[Array, ...]:
+def arrays_of(extra: Extra, q: Array) -> tuple[Array, ...]:
     """The extra arrays as kernels read them: sinks are rows, in the type of lse."""
     found = {}
     for name, array in zip(extra.names, extra.arrays, strict=True):

@@ -24,14 +24,16 @@ from typing import Any
 
 from tilefold.common.check import choice
 from tilefold.common.first_use import imported
+from tilefold.problems.request import Request
 
 KERNEL = "kernel"
 NAMES = ("composed", "native", KERNEL, "tensorops")
 
-Implementation = Callable[..., tuple[Any, Any]]
-"""The type of an implementation: (q, k, v, request, wants_lse) -> (o, lse).
+Implementation = Callable[..., tuple[Any, ...]]
+"""The type of an implementation: (q, k, v, request, wants_lse, extra, further) -> (o, lse, ...).
 
-lse may be None if `wants_lse` is False.
+lse may be None if `wants_lse` is False. The last two arguments may be left out; the results that
+`further` names follow.
 """
 
 
@@ -45,6 +47,20 @@ def find(name: object, framework: str) -> Implementation:
     choice("impl", name, NAMES)
     found: Implementation = getattr(_module(framework), str(name))
     return found
+
+
+def refuse_extra(name: str, request: Request, further: tuple[str, ...]) -> None:
+    """Raises NotImplementedError for what the implementation `name` does not do.
+
+    >>> refuse_extra("native", Request(sinks=1), ())
+    Traceback (most recent call last):
+    NotImplementedError: impl='native' takes no sinks; use impl='kernel' or impl='composed'
+    """
+    asked = [what for what in ("score", "sinks", "dropout") if getattr(request, what)]
+    for what in (*asked, *[f"return_{word}" for word in further]):
+        raise NotImplementedError(
+            f"impl={name!r} takes no {what}; use impl='kernel' or impl='composed'"
+        )
 
 
 @imported

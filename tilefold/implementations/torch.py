@@ -8,6 +8,7 @@ has tilefold's results: o = 0, lse = -inf and gradients 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ from tilefold.backends import calls
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.protocols import BACKWARD
 from tilefold.common.lru import LruCache
+from tilefold.frontends.derivatives.formula import Formula
+from tilefold.frontends.extended import tensors_of
+from tilefold.frontends.extra import NOTHING, Extra
+from tilefold.implementations import refuse_extra
+from tilefold.masks.hiding import may_hide
 from tilefold.masks.position_rules import causal, full
+from tilefold.planning.masked import MaskedProblem
+from tilefold.problems import dropout
 from tilefold.problems.attention import (
     STATISTICS,
     Problem,
@@ -39,18 +47,31 @@ def composed(
     v: Tensor,
     request: Request,
     wants_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """o and lse by two matrix products and a softmax, in the type of lse, for all pairs at once."""
+    extra: Extra = NOTHING,
+    further: tuple[str, ...] = (),
+) -> tuple[Tensor | None, ...]:
+    """o and lse by two matrix products and a softmax, in the type of lse, for all pairs at once.
+
+    With "max" as a `further` result also the largest scores.
+    """
     problem = _problem(q, k, v, request)
+    named = _named(problem, extra, q)
     axes = LAYOUTS[request.layout]
     queries, keys, values = (x.permute(axes) for x in (q, k, v))
-    s, nothing = _scores(problem, queries, keys)
+    s, nothing = _scores(problem, queries, keys, named)
     p = s.softmax(dim=3)
     if nothing is not None:
         p = p.masked_fill(nothing, 0)
+    p = p[..., : problem.len_k]
+    if problem.dropout:
+        sizes = problem.batch, problem.heads_q, problem.len_q, problem.len_k
+        kept = dropout.factors(int(named["seed"]), problem.dropout, *sizes)
+        p = p * torch.from_numpy(kept).to(p)
     o = _of_groups(problem, p) @ values.to(s.dtype)
     o = o.reshape(problem.batch, problem.heads_q, problem.len_q, problem.dim_v)
-    return o.permute(axes).to(q.dtype).contiguous(), _lse(s, nothing) if wants_lse else None
+    lse = _lse(s, nothing) if wants_lse else None
+    largest = [_largest(s.detach()[..., : problem.len_k], nothing) for _ in further]
+    return o.permute(axes).to(q.dtype).contiguous(), lse, *largest
 
 
 def native(
@@ -59,8 +80,11 @@ def native(
     v: Tensor,
     request: Request,
     wants_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+    extra: Extra = NOTHING,
+    further: tuple[str, ...] = (),
+) -> tuple[Tensor | None, ...]:
     """o by `scaled_dot_product_attention`, and lse by the scores of "composed" if it is wanted."""
+    refuse_extra("native", request, further)
     problem = _problem(q, k, v, request)
     if problem.empty:  # no fused kernel takes a length of 0
         return composed(q, k, v, request, wants_lse)
@@ -78,7 +102,7 @@ def native(
     o = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, **options)
     if nothing is not None:
         o = o.masked_fill(nothing, 0)
-    lse = _lse(*_scores(problem, queries, keys)) if wants_lse else None
+    lse = _lse(*_scores(problem, queries, keys, {})) if wants_lse else None
     return o.permute(axes).contiguous(), lse
 
 
@@ -88,11 +112,14 @@ def tensorops(
     v: Tensor,
     request: Request,
     wants_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+    extra: Extra = NOTHING,
+    further: tuple[str, ...] = (),
+) -> tuple[Tensor | None, ...]:
     """o and lse by Metal's tensor operations; gradients by tilefold's other Metal kernels.
 
     Raises NotImplementedError, with the reason, if there are no tensor operations.
     """
+    refuse_extra("tensorops", request, further)
     problem = _problem(q, k, v, request)
     reason = f"q is on {q.device}"
     if q.is_mps:
@@ -164,20 +191,49 @@ def array_of(tensor: Tensor, dtype: np.dtype[Any]) -> Array:
     return tensor.numpy()
 
 
-def _scores(problem: Problem, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+def _scores(
+    problem: Problem, queries: Tensor, keys: Tensor, named: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
     """Scores of all pairs, -inf for hidden ones, and the rows that see nothing (None if none do).
 
-    A row that sees nothing keeps its scores: the softmax of a row of -inf, and its gradients, would
-    be NaN.
+    Sinks are further columns. A row that sees nothing keeps other numbers: the softmax of a row of
+    -inf, and its gradients, would be NaN.
     """
     kind = getattr(torch, STATISTICS[problem.dtype])
     scaled = _of_groups(problem, queries.to(kind) * problem.scale)
     s = scaled @ keys.to(kind).transpose(2, 3)
     s = s.reshape(problem.batch, problem.heads_q, problem.len_q, problem.len_k)
+    if problem.score is not None or problem.sinks:
+        return _modified(problem, s, named)
     if problem.mask == full():
         return s, None
     hidden, nothing = _hidden(problem, queries.device)
     return s.masked_fill(hidden, -torch.inf), nothing
+
+
+def _modified(
+    problem: Problem, s: Tensor, named: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """`_scores` of scaled products, with a modified score or with sinks."""
+    hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=s.device)
+    if problem.mask != full():
+        hidden, nothing = _hidden(problem, s.device)
+        hidden = hidden if nothing is None else hidden | nothing
+    masked = MaskedProblem.of(problem)
+    if masked.score is not None:
+        indices = {
+            name: torch.arange(size, device=s.device).reshape(-1, *(1,) * (3 - axis))
+            for axis, (name, size) in enumerate(zip("bhqk", s.shape, strict=True))
+        }
+        s = Formula(masked.score, indices)(s, *[named[x] for x in named if x.startswith("input")])
+        hidden = hidden | (s == -torch.inf) if may_hide(masked.score) else hidden
+    s = s.masked_fill(hidden, -torch.inf)
+    if problem.sinks:
+        sinks = named["sinks"][:, None].expand(problem.batch, -1, problem.len_q, -1)
+        hidden = torch.cat((hidden.expand(s.shape), sinks == -torch.inf), dim=3)
+        s = torch.cat((s, sinks), dim=3)
+    nothing = hidden.expand(s.shape).all(dim=3, keepdim=True)
+    return s.masked_fill(nothing, 0), nothing
 
 
 def _of_groups(problem: Problem, rows: Tensor) -> Tensor:
@@ -191,6 +247,12 @@ def _lse(s: Tensor, nothing: Tensor | None) -> Tensor:
     """The log-sum-exp of each row of scores."""
     lse = s.logsumexp(dim=3)
     return lse if nothing is None else lse.masked_fill(nothing[..., 0], -torch.inf)
+
+
+def _largest(s: Tensor, nothing: Tensor | None) -> Tensor:
+    """The largest score of each row, -inf for those that see nothing."""
+    largest = s.amax(dim=3) if s.shape[3] else s.new_full(s.shape[:3], -torch.inf)
+    return largest if nothing is None else largest.masked_fill(nothing[..., 0], -torch.inf)
 
 
 _masks: LruCache[tuple[Tensor, Tensor | None]] = LruCache(most=8, most_bytes=64 * 2**20)
@@ -214,6 +276,13 @@ def _is_causal(problem: Problem) -> bool:
     """True if the rule equals torch's causal flag, which aligns the first query and key."""
     square = problem.len_q == problem.len_k
     return problem.mask == causal("start") or (square and problem.mask == causal())
+
+
+def _named(problem: Problem, extra: Extra, q: Tensor) -> dict[str, Tensor]:
+    """Extra arrays by their names, as kernels read them. Raises for those that do not fit."""
+    named = dict(zip(extra.names, tensors_of(extra, q), strict=True))
+    calls.check_extra(arrays, named, problem)
+    return named
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, request: Request) -> Problem:

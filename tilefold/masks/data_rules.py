@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.common.check import choice, shown
+from tilefold.common.check import choice, flag
 from tilefold.common.computed import computed
 from tilefold.masks.arrays import (
     INT32,
@@ -108,8 +108,7 @@ def documents(ids_q: Any, ids_k: Any = None, causal: bool = False) -> Rule:
     Raises TypeError or ValueError for other values, and ValueError once the rule meets lengths or
     a batch that they do not have.
     """
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"documents: causal must be True or False, got {shown(causal)}")
+    hides_later = flag("documents: causal", causal)
     given = {"ids_q": ids_q} if ids_k is None else {"ids_q": ids_q, "ids_k": ids_k}
     arrays = [as_integers(f"documents: {name}", ids, (1, 2)) for name, ids in given.items()]
     rows = [array.shape[0] for array in arrays if array.ndim == 2]
@@ -120,7 +119,7 @@ def documents(ids_q: Any, ids_k: Any = None, causal: bool = False) -> Rule:
     if not all(_fits_int32(array) for array in arrays):
         arrays = _ranks(arrays)
     tables = [as_table(array, np.int32) for array in arrays]
-    return Documents(tables[0], tables[-1], bool(causal))
+    return Documents(tables[0], tables[-1], hides_later)
 
 
 def _entry(table: Table, name: str) -> Lookup:

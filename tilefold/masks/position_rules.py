@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
-from tilefold.common.check import shown, whole
+from tilefold.common.check import flag, whole
 from tilefold.masks.arrays import shape_of
 from tilefold.masks.coordinates import Coordinates, coordinates
 from tilefold.masks.expression import Boolean, Index, Logic, Table, Truth
@@ -179,12 +177,11 @@ def local(
     Raises TypeError or ValueError for other values, and ValueError once the rule meets lengths
     that the grids do not multiply to, fewer keys than `lengths` says, or another batch.
     """
-    if not isinstance(causal, (bool, np.bool_)):
-        raise TypeError(f"local: causal must be True or False, got {shown(causal)}")
+    hides_later = flag("local: causal", causal)
     return Local(
         whole("local: window", window, 1),
         whole("local: stride", stride, 1),
-        bool(causal),
+        hides_later,
         coordinates("local", align, sync, grid_q, grid_k, lengths),
     )
 

@@ -8,8 +8,12 @@ What kernels compute of it differs: see `Scored`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from tilefold.common.check import shown
 from tilefold.masks.derivative import derivatives
 from tilefold.masks.evaluate import index_bits
 from tilefold.masks.expression import (
@@ -17,18 +21,20 @@ from tilefold.masks.expression import (
     Declared,
     Expression,
     Real,
+    RealConstant,
     Several,
     Table,
     Truth,
     check_size,
     names,
 )
+from tilefold.masks.graph import ordered
 from tilefold.masks.hiding import may_hide
 from tilefold.masks.runs import Runs, runs
 from tilefold.masks.skeleton import Parts, Skeleton, split
 from tilefold.masks.tables import Input
 from tilefold.planning.visited import MASK_STEP
-from tilefold.problems.attention import Problem
+from tilefold.problems.attention import STATISTICS, Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +54,24 @@ class Scored:
     parts: Parts
     entries: tuple[Input, ...]
     hides: bool
+
+
+def _check_numbers(problem: Problem, score: Real) -> None:
+    """Raises ValueError for a number of a score that the type of the computation does not hold.
+
+    A number that is too large would be an infinity, and one that is too small might be 0: scores
+    of 0 would be NaN.
+    """
+    kind = STATISTICS[problem.dtype]
+    limits = np.finfo(kind)
+    for node, _ in ordered(score):
+        size = abs(node.value) if isinstance(node, RealConstant) else 0.0
+        if size and math.isfinite(size) and not limits.tiny <= size <= limits.max:
+            raise ValueError(
+                f"score={shown(problem.score)} computes with {node.value:g}, and {kind} has"
+                f" numbers from {limits.tiny:.3g} to {limits.max:.3g} in size: choose another"
+                " number, or pass float64 arrays"
+            )
 
 
 def _scored(score: Real, computed: str, inputs: tuple[int, ...], mask: Skeleton) -> Scored:
@@ -97,6 +121,7 @@ class MaskedProblem:
         if problem.score is not None:
             score = problem.score.expression(sizes)
             check_size(problem.score, score)
+            _check_numbers(problem, score)
             bits = max(bits, index_bits(score, *sizes))
         return MaskedProblem(problem, expression, *split(expression), bits, score)
 

@@ -50,13 +50,16 @@ def softcap(cap: float) -> Score:
     softcap(30)
 
     Arguments:
-        cap: a finite number > 0.
+        cap: a finite number > 0, whose inverse is finite.
 
-    Raises TypeError or ValueError for other values.
+    Raises TypeError or ValueError for other values, and ValueError once a number that float32 does
+    not hold meets arrays of float32 or of a half type.
     """
     number = _number("softcap: cap", cap)
-    if not 0 < number < math.inf:
-        raise ValueError(f"softcap: cap must be a finite number > 0, got {shown(cap)}")
+    if not (0 < number < math.inf and math.isfinite(1 / number)):
+        raise ValueError(
+            f"softcap: cap must be a finite number > 0 with a finite inverse, got {shown(cap)}"
+        )
     return Softcap(number)
 
 
@@ -183,9 +186,9 @@ def temperature(array: Any) -> Score:
     temperature(0.5)
 
     Arguments:
-        array: a number other than 0, or floats of NumPy or torch that broadcast to (batch, heads,
-            len_q, len_k). An array is read where it lies, in any strides, and gets a gradient of
-            its own shape.
+        array: a number other than 0 whose inverse is finite, or floats of NumPy or torch that
+            broadcast to (batch, heads, len_q, len_k). An array is read where it lies, in any
+            strides, and gets a gradient of its own shape.
 
     Raises TypeError or ValueError for other values, and ValueError once the array meets sizes that
     it does not broadcast to.
@@ -193,7 +196,10 @@ def temperature(array: Any) -> Score:
     if isinstance(array, (int, float, np.number)) and not isinstance(array, bool):
         number = _number("temperature: array", array)
         if number == 0 or not (math.isfinite(number) and math.isfinite(1 / number)):
-            raise ValueError(f"temperature: a number must be finite and not 0, got {shown(array)}")
+            raise ValueError(
+                "temperature: a number must be finite and not 0, with a finite inverse, got"
+                f" {shown(array)}"
+            )
         return Temperature(number)
     return Temperature(_of_pairs("temperature: array", array))
 

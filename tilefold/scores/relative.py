@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tilefold.common.check import shown, whole
+from tilefold.common.check import flag, whole
 from tilefold.masks.arrays import as_table
 from tilefold.masks.expression import Constant, Index, Integer, Lookup, Real, RealLookup, as_real
 from tilefold.masks.symbols import as_integer
@@ -71,22 +71,21 @@ def relative_bias(table: Any, bidirectional: bool = True, max_distance: int = 12
     number of heads. The paper is arXiv:1910.10683.
     """
     given = _matrix("relative_bias: table", table, 2, "(heads, buckets)")
-    if not isinstance(bidirectional, (bool, np.bool_)):
-        raise TypeError(f"relative_bias: bidirectional must be a bool, got {shown(bidirectional)}")
+    both = flag("relative_bias: bidirectional", bidirectional)
     buckets, farthest = given.shape[1], whole("relative_bias: max_distance", max_distance, 1)
     if farthest > _FARTHEST:
         raise ValueError(f"relative_bias: max_distance must be at most {_FARTHEST}, got {farthest}")
-    one_side = buckets // 2 if bidirectional else buckets
-    if one_side < 2 or (bidirectional and buckets % 2):
-        wanted = "an even number >= 4" if bidirectional else "at least 2"
+    one_side = buckets // 2 if both else buckets
+    if one_side < 2 or (both and buckets % 2):
+        wanted = "an even number >= 4" if both else "at least 2"
         raise ValueError(f"relative_bias: the table must have {wanted} of buckets, got {buckets}")
     if farthest <= one_side // 2:
         raise ValueError(
             f"relative_bias: max_distance must be above {one_side // 2}, the number of near"
             f" buckets, got {farthest}"
         )
-    numbers = _buckets(np.arange(-farthest, farthest + 1), one_side, bool(bidirectional), farthest)
-    return Relative(given, bool(bidirectional), farthest, as_table(numbers, np.int32))
+    numbers = _buckets(np.arange(-farthest, farthest + 1), one_side, both, farthest)
+    return Relative(given, both, farthest, as_table(numbers, np.int32))
 
 
 def _buckets(distance: Any, one_side: int, bidirectional: bool, farthest: int) -> Any:

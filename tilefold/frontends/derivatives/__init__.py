@@ -9,5 +9,6 @@ modified   modified scores in operations of torch
 walk       the tiles of a mask, and the pairs that it hides in them
 tiles      functions of one tile, and how derivatives of them are made
 sums       the sum of such a function over all tiles, differentiable any number of times
+formula    a modified score of all pairs at once, as an operation of autograd
 attention  derivatives of attention and of its backward pass, as such sums
 """

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilefold.masks.derivative import derivatives
-from tilefold.masks.expression import AnyTable, Interpretation, Real, Several, evaluate
-from tilefold.masks.tables import Table
+from tilefold.masks.expression import (
+    AnyTable,
+    Expression,
+    Interpretation,
+    Real,
+    Several,
+    Table,
+    evaluate,
+)
+from tilefold.masks.tables import Input
 
 
 class Modification:
@@ -25,11 +33,23 @@ class Modification:
         return value.expand_as(s), slope.expand_as(s)
 
 
+def valued(
+    expression: Expression,
+    s: Tensor,
+    indices: Mapping[str, Tensor],
+    arrays: Sequence[Tensor] = (),
+) -> Any:
+    """The value of an expression for scores s; `arrays` are those of its inputs, by number."""
+    return evaluate(expression, _Tensors(s, indices, arrays))
+
+
 class _Tensors(Interpretation[Any]):
     """The value of a node is a tensor; all of them broadcast."""
 
-    def __init__(self, s: Tensor, indices: Mapping[str, Tensor]) -> None:
-        self._s, self._indices = s, indices
+    def __init__(
+        self, s: Tensor, indices: Mapping[str, Tensor], arrays: Sequence[Tensor] = ()
+    ) -> None:
+        self._s, self._indices, self._arrays = s, indices, arrays
 
     def index(self, name: str) -> Any:
         return self._indices[name]
@@ -41,7 +61,9 @@ class _Tensors(Interpretation[Any]):
         return torch.tensor(value, device=self._s.device)
 
     def lookup(self, table: AnyTable, indices: tuple[Any, ...]) -> Any:
-        assert isinstance(table, Table), "calls with arrays in a score are refused before"
+        if isinstance(table, Input):
+            return self._arrays[table.number][indices].to(self._s.dtype)
+        assert isinstance(table, Table)
         entries = torch.tensor(table.array, device=self._s.device)[indices]
         return entries if table.dtype == "bool" else entries.long()
 
