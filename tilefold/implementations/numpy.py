@@ -122,7 +122,7 @@ def native(
     return torch.array_of(o, q.dtype), None if lse is None else lse.numpy()
 
 
-def tensorops(q: Any, k: Any, v: Any, *_: Any) -> tuple[Array, Array]:
+def tensorops(q: Any, k: Any, v: Any, *_: Any) -> tuple[Array, ...]:
     """Raises NotImplementedError, since NumPy arrays never lie on an Apple GPU."""
     raise NotImplementedError(
         "impl='tensorops' runs on Apple GPUs by Metal 4: q is a NumPy array; pass tensors on the"

@@ -79,8 +79,6 @@ class Formula:
 
 
 class _Applied(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(formula: Formula, s: Tensor, *arrays: Tensor) -> Tensor:
         return formula.value(s, arrays)
