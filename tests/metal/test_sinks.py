@@ -11,7 +11,7 @@ from compare import assert_near
 from metal import machine, tensor_plan
 from operands import SENTINEL, Array, inputs
 
-from tilefold import Rule, causal, local, softcap
+from tilefold import Rule, causal, local
 from tilefold.backends.metal import dispatch
 from tilefold.backends.metal.plan import MetalPlan, plan
 from tilefold.problems import reference
@@ -92,8 +92,6 @@ def test_an_operand_that_no_kernel_has_is_refused() -> None:
     asked = replace(problem(21, EMPTY), sinks=0)
     with pytest.raises(NotImplementedError, match="no operand lse_low in a forward pass"):
         plan(asked, "apple9", "forward", extra=("lse_low",))
-    with pytest.raises(NotImplementedError, match="do not modify scores yet"):
-        plan(replace(asked, score=softcap(30.0)), "apple9", "forward")
     (launch,) = plan(asked, "apple9", "forward", form="tiled").launches
     for name in ("sinks", "lse", "input0"):
         with pytest.raises(ValueError, match=f"{name} has no rows of dim or dim_v elements"):

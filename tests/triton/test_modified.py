@@ -6,108 +6,24 @@ Blocks are small, so that whole tiles and tiles of an edge take turns.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import interpreted
 import numpy as np
 import pytest
 from compare import assert_near
-from numpy.typing import NDArray
+from modified import CASES, TOLERANCES, Array, Case, definition, extra, of_case
 
-from tilefold import (
-    alibi,
-    bias,
-    causal,
-    full,
-    local,
-    relative_bias,
-    score,
-    softcap,
-    table,
-    temperature,
-    where,
-)
+from tilefold import bias, causal, softcap
 from tilefold.backends.triton import dispatch
 from tilefold.backends.triton.plan import plan
 from tilefold.backends.triton.spec import Blocks
-from tilefold.problems import reference
 from tilefold.problems.attention import STATISTICS, Problem
-from tilefold.scores.score import as_score
-
-Array = NDArray[Any]
-Normal = Callable[..., Array]
 
 TILES = Blocks(16, 16, 4, 1)
-B, H, KV, Q, K, D = 2, 4, 2, 19, 53, 16
-TOLERANCES = {"float32": 1e-5, "float64": 1e-12, "float16": 5e-3}
 FORMS = {"tiled": ("tiled", "split"), "decode": ("decode", "split"), "fused": ("tiled", "fused")}
 """The forms of both passes."""
-
-
-class Case(NamedTuple):
-    """A score of arrays of random numbers, sinks of each head, and how it is computed."""
-
-    make: Callable[[Normal], Any]
-    mask: Any = full()
-    dtype: str = "float32"
-    form: str = "tiled"
-    sinks: int = 0
-    scale: float = 0.3
-    sizes: tuple[int, ...] = (B, H, KV, Q, K, D)
-
-
-def hiding(array: Array) -> Array:
-    """The array, with pairs that are hidden: some of all queries, and all of one."""
-    array[..., 5:11] = -np.inf
-    array[..., 2, :] = -np.inf
-    return array
-
-
-def own(n: Normal) -> Any:
-    """A score that reads an array twice, at places that depend on both indices."""
-    entries = table(n(H, 7))
-    return score(
-        lambda s, b, h, q, k: where(
-            (q + k) % 5 == 0, s * entries[h, (q * 2 + k) % 7], s + entries[h, q % 7] * (b + 1)
-        )
-    )
-
-
-CASES = {
-    "softcap": Case(lambda n: softcap(2.0), causal(), "float64", "fused", sinks=2),
-    "slopes": Case(lambda n: [softcap(3.0), alibi(n(H))], local(30), "float16", "decode", scale=-1),
-    "hiding": Case(lambda n: bias(hiding(n(H, Q, K))), causal(), form="fused", sinks=1),
-    "hiding-decode": Case(lambda n: bias(hiding(n(Q, K))), form="decode"),
-    "keys": Case(lambda n: [bias(n(B, 1, 1, K)), temperature(1 + n(Q, 1) ** 2)], dtype="float64"),
-    "t5": Case(lambda n: relative_bias(n(H, 32)), form="decode", sinks=1),
-    "own": Case(own, causal(), "float64"),
-}
-
-
-def of_case(case: Case) -> tuple[Problem, dict[str, Array], Any]:
-    """The problem of a case, its arrays by their names, and the score with its arrays."""
-    rng = np.random.default_rng(3)
-    batch, heads, heads_kv, len_q, len_k, dim = case.sizes
-
-    def normal(*shape: int) -> Array:
-        return rng.normal(size=shape).astype(case.dtype)
-
-    modified = as_score(case.make(normal))
-    arrays = {
-        "q": normal(batch, heads, len_q, dim),
-        "k": normal(batch, heads_kv, len_k, dim),
-        "v": normal(batch, heads_kv, len_k, dim + 8),
-        "do": normal(batch, heads, len_q, dim + 8),
-        "dlse": normal(batch, heads, len_q).astype(STATISTICS[case.dtype]),
-    }
-    shapes = [arrays[name].shape for name in "qkv"]
-    options = {"scale": case.scale, "sinks": case.sinks, "dtype": case.dtype}
-    problem = Problem.of(*shapes, mask=case.mask, score=modified, **options)
-    if case.sinks:
-        arrays["sinks"] = normal(heads, case.sinks).astype(STATISTICS[case.dtype])
-    given = modified.form.arrays if modified else ()
-    return problem, arrays | {f"input{i}": array for i, array in enumerate(given)}, modified
 
 
 def run(
@@ -138,39 +54,16 @@ def run(
 def both(case: Case) -> tuple[dict[str, Array], dict[str, Array]]:
     """All results of both passes, and what they are by the definition."""
     problem, arrays, modified = of_case(case)
-    kind, rows = STATISTICS[case.dtype], arrays["dlse"].shape
-    extra = [name for name in arrays if name.startswith(("input", "sinks"))]
+    kind, rows, more = STATISTICS[case.dtype], arrays["dlse"].shape, extra(arrays)
     shapes = {"o": (arrays["do"].shape, case.dtype), "lse": (rows, kind), "max": (rows, kind)}
     forms = FORMS[case.form]
-    given = {name: arrays[name] for name in ("q", "k", "v", *extra)}
+    given = {name: arrays[name] for name in ("q", "k", "v", *more)}
     got = run(problem, "forward", given, shapes, forms[0])
-    options = {"mask": case.mask, "scale": case.scale, "score": modified}
-    options |= {"sinks": arrays["sinks"]} if case.sinks else {}
-    o, lse = reference.attention(arrays["q"], arrays["k"], arrays["v"], **options)
-    gradients = ["q", "k", "v", *sorted(extra)]
+    gradients = ["q", "k", "v", *more]
     shapes = {f"d{name}": (arrays[name].shape, arrays[name].dtype.name) for name in gradients}
     given |= {name: arrays[name] for name in ("do", "dlse")} | {"o": got["o"], "lse": got["lse"]}
     got |= run(problem, "backward", given, shapes, forms[1])
-    found = reference.attention_backward(
-        *(arrays[name] for name in ("do", "q", "k", "v")), o, lse, dlse=arrays["dlse"], **options
-    )
-    want = dict(zip(("o", "lse", *shapes), (o, lse, *found), strict=True))
-    return got, want | {"max": largest(case, arrays, modified)}
-
-
-def largest(case: Case, arrays: Mapping[str, Array], modified: Any) -> Array:
-    """The largest score of each query, -inf where it sees none: lse of sinks is not in it."""
-    keys = arrays["k"].repeat(case.sizes[1] // case.sizes[2], 1)
-    made = reference.Modified(modified, arrays["q"], keys)
-    shown = case.mask.to_dense(*case.sizes[3:5], *case.sizes[:2])
-    found = np.empty(arrays["dlse"].shape)
-    for at in np.ndindex(found.shape[:2]):
-        products = arrays["q"][at].astype(float) @ keys[at].astype(float).T
-        scores = made.scores(at, case.scale * products)
-        found[at] = np.where(
-            np.broadcast_to(shown, (*found.shape, keys.shape[2]))[at], scores, -np.inf
-        ).max(1)
-    return found
+    return got, definition(case, arrays, modified)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ def prepare(
 ) -> dispatch.Call:
     """Plan a problem and compile its kernels."""
     usual = PASSES[wanted.operation].operands
-    extra = tuple([name for name in wanted.operands if name not in usual and name != "seed"])
-    made = plan(problem, machine.family, wanted.operation, extra=extra)
+    given = ("sinks", "seed", "input")
+    extra = [name for name in wanted.operands if name not in usual and not name.startswith(given)]
+    made = plan(problem, machine.family, wanted.operation, extra=tuple(extra))
     return dispatch.prepare(made, machine, placement.strides, placement.alignment)

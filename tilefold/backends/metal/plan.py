@@ -20,11 +20,12 @@ from tilefold.backends.metal.choice import Choice, choose
 from tilefold.backends.metal.families import MetalFamily
 from tilefold.backends.metal.heuristics import DEFAULT, Heuristics
 from tilefold.backends.metal.kernels.arguments import spills
+from tilefold.backends.metal.kernels.fragment import TYPES
 from tilefold.backends.metal.spec import KERNELS, Blocks, MetalSpec
 from tilefold.common import check
 from tilefold.common.lru import LruCache
 from tilefold.masks.runs import Runs
-from tilefold.planning.masked import MaskedProblem
+from tilefold.planning.masked import MaskedProblem, Scored
 from tilefold.planning.plan import Plan, Scratch, split_scratch
 from tilefold.planning.tiles import runs_to_tiles
 from tilefold.planning.visited import MASK_STEP, cut, heaviest_first, nothing
@@ -52,7 +53,7 @@ class Launch:
 
     `grid` counts threadgroups, over block rows, heads and batch. `order` gives each threadgroup
     along the first axis its block row, the heaviest first over all heads; in the decode kernel that
-    is row block * splits + split.
+    is row block * splits + split. `scored` is what the kernel computes of a modified score.
     """
 
     spec: MetalSpec
@@ -61,6 +62,7 @@ class Launch:
     order: NDArray[np.int64]
     grid: tuple[int, int, int]
     splits: int = 1
+    scored: Scored | None = None
 
     @property
     def arrays(self) -> tuple[NDArray[np.int64], ...]:
@@ -120,11 +122,6 @@ def plan(
             f"scale is {problem.scale:g}, and Apple GPUs multiply in float32, up to"
             f" {LARGEST_SCALE:.1e}: multiply q or k by a part of it"
         )
-    if problem.score is not None:
-        raise NotImplementedError(
-            "Metal kernels do not modify scores yet: pass NumPy arrays or tensors on the CPU to"
-            " tilefold.attention"
-        )
     _check(blocks, cached)
     key = (problem, family, operation, form, _frozen(blocks), _frozen(cached), extra)
     found = _recent.get(key)
@@ -174,7 +171,7 @@ class Planner:
         """The plan of an operation in a form; see `plan`."""
         check.choice("operation", operation, tuple(FORMS))
         check.choice("form", form, FORMS[operation])
-        self._check_extra(operation)
+        self._check_operands(operation)
         row = (self._problem.batch, self._problem.heads_q, self._problem.len_q)
         buffers: dict[str, Scratch] = {}
         if operation == "backward":
@@ -197,15 +194,17 @@ class Planner:
             parameters=self._masked.parameters,
             tables=self._masked.tables,
             buffers=buffers,
+            scores=self._masked.score_parts,
         )
 
-    def _check_extra(self, operation: str) -> None:
-        """Raises NotImplementedError for what no kernel of the operation has."""
-        if self._problem.score is not None:
-            raise NotImplementedError(
-                f"Metal kernels take no score yet, got {self._problem.score!r}: compute it on the"
-                " CPU"
-            )
+    def _check_operands(self, operation: str) -> None:
+        """Raises NotImplementedError for operands that no kernel of the operation has."""
+        for given in self._problem.score.inputs if self._problem.score else ():
+            if given.dtype not in TYPES:
+                raise NotImplementedError(
+                    f"the array {given.number} of score is of {given.dtype}, which Apple GPUs do"
+                    " not have: pass float32"
+                )
         for name in sorted(self._extra - {"sinks", *EXTRA[operation]}):
             raise NotImplementedError(
                 f"Metal kernels have no operand {name} in a {operation} pass: compute it on the CPU"
@@ -220,6 +219,8 @@ class Planner:
     def _spec(self, kernel: str) -> tuple[MetalSpec, Choice]:
         problem, family = self._problem, self._family
         blocks, cached = self._blocks, self._cached
+        if isinstance(blocks, Blocks) and not KERNELS[kernel].visits:
+            blocks = None  # one simdgroup makes each result of these
         made = choose(
             family,
             kernel,
@@ -230,6 +231,7 @@ class Planner:
             cached=cached.get(kernel) if isinstance(cached, Mapping) else cached,
             heuristics=self._heuristics,
         )
+        scored = self._scored(kernel)
         spec = MetalSpec(
             kernel=kernel,
             dtype=problem.dtype,
@@ -241,11 +243,19 @@ class Planner:
             bfloat=family.bfloat,
             mask=self._masked.skeleton,
             index_bits=self._masked.index_bits,
-            negative=problem.scale < 0,
+            negative=problem.scale < 0 and problem.score is None,
             dropout=problem.dropout > 0,
             extra=tuple([name for name in KERNELS[kernel].optional if name in self._extra]),
+            natural=problem.score is not None,
+            score=None if scored is None else scored.parts.skeleton,
+            hides=scored is not None and scored.hides,
         )
         return spec, made
+
+    def _scored(self, kernel: str) -> Scored | None:
+        """What a kernel computes of a modified score, if it visits pairs."""
+        row = KERNELS[kernel]
+        return self._masked.scored(row.computed) if row.visits else None
 
     def _tiled(self, kernel: str) -> Launch:
         """A kernel whose threadgroups own a block row each."""
@@ -254,7 +264,8 @@ class Planner:
         visited = self._masked.visited_by(spec.row.parallel, spec.blocks.parallel)
         visited = runs_to_tiles(visited, spec.blocks.traverse)
         grid = (visited.block_rows, spec.row.heads(problem), problem.batch)
-        return Launch(spec, made, visited, heaviest_first(visited), grid)
+        order = heaviest_first(visited)
+        return Launch(spec, made, visited, order, grid, scored=self._scored(kernel))
 
     def _decodes(self, form: str) -> bool:
         problem = self._problem
@@ -280,7 +291,7 @@ class Planner:
         grid = (len(order), problem.heads_kv, problem.batch)
         rows = (problem.len_q, problem.heads_q, problem.batch)
         return [
-            Launch(spec, made, visited, order, grid, count),
+            Launch(spec, made, visited, order, grid, count, self._scored("decode")),
             self._alone("merge", rows, count),
         ]
 

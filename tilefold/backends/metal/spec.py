@@ -9,7 +9,9 @@ head dimension, which is walked too where it is larger than its block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from tilefold.masks.expression import RealConstant, Slot
 from tilefold.masks.skeleton import Skeleton
 from tilefold.planning.kernels import (
     ATTEND,
@@ -19,6 +21,7 @@ from tilefold.planning.kernels import (
     KernelRow,
     table,
 )
+from tilefold.problems.attention import ITEM_BYTES
 
 SIMD = 32
 """Threads of a simdgroup, on every Apple GPU."""
@@ -62,7 +65,8 @@ class MetalKernelRow(KernelRow):
     one is read, or read and written, for every tile. They leave the registers in the order of
     `leaving`. `untuned` are the blocks and the operands in registers of a kernel without a table.
     A kernel has those of `may_read` and `may_write` where the call asks for them. `sizes` are
-    integers that the kernel takes beside those of all.
+    integers that the kernel takes beside those of all. `computed` is what it computes of a modified
+    score: see `Scored`.
     """
 
     resident: tuple[str, ...] = ()
@@ -71,6 +75,7 @@ class MetalKernelRow(KernelRow):
     may_read: tuple[str, ...] = ()
     may_write: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
+    computed: str = "value"
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -133,6 +138,7 @@ KERNELS = table(
             resident=("q", "do", "dq"),
             leaving=("do", "q", "dq"),
             may_read=("dlse",),
+            computed="slope",
         ),
         MetalKernelRow(
             name="backward_dkv",
@@ -144,6 +150,7 @@ KERNELS = table(
             emitter="backward.emit_dkv",
             resident=("k", "v", "dv", "dk"),
             leaving=("k", "v", "dk", "dv"),
+            computed="slope",
         ),
         MetalKernelRow(
             name="backward_sinks",
@@ -159,6 +166,15 @@ KERNELS = table(
 """All kernels of Apple GPUs by name: adding one takes a row here and its emitter."""
 
 
+class Entry(NamedTuple):
+    """An entry of an array in the values of a score: the number of its derivative, after which its
+    `rank` indices stand.
+    """
+
+    value: int
+    rank: int
+
+
 @dataclass(frozen=True)
 class MetalSpec:
     """All that changes a kernel's source, and nothing else: no lengths, batch, heads or mask data.
@@ -171,7 +187,10 @@ class MetalSpec:
     where the arrays lie, which a plan does not know. `tensor_ops`: multiplies by Metal 4's tensor
     operations, not by fragments. `negative`: the scale is negative, which a maximum of scores must
     know. `dropout`: pairs fall out, by the seed that the call brings. `extra` are the operands that
-    the call has and others leave out: see `MetalKernelRow.may_read`.
+    the call has and others leave out: see `MetalKernelRow.may_read`. `natural`: scores are
+    modified, so they are on the natural scale. `score` is what a kernel that visits pairs computes
+    of them, whose value -inf `hides` a pair; `entries` are those of its values that say how a score
+    changes with an entry of an array, where the kernel sums that up.
     """
 
     kernel: str
@@ -191,6 +210,10 @@ class MetalSpec:
     negative: bool = False
     dropout: bool = False
     extra: tuple[str, ...] = ()
+    natural: bool = False
+    score: Skeleton | None = None
+    hides: bool = False
+    entries: tuple[Entry, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.kernel in KERNELS, self.kernel
@@ -206,6 +229,25 @@ class MetalSpec:
     def operands(self) -> tuple[str, ...]:
         """All operands of the kernel, in the order of its arguments."""
         return (*self.row.operands, *self.extra)
+
+    @property
+    def skeletons(self) -> tuple[Skeleton, ...]:
+        """What is asked of a pair: the mask and the modified score."""
+        return (self.mask, self.score) if self.score else (self.mask,)
+
+    @property
+    def inputs(self) -> tuple[Slot, ...]:
+        """The places of the arrays that the score reads and that come with each call."""
+        slots = self.score.slots if self.score else ()
+        return tuple([slot for slot in slots if slot.dtype in ITEM_BYTES])
+
+    @property
+    def slope_varies(self) -> bool:
+        """True where the kernel multiplies by the derivative of the score."""
+        if self.score is None or self.row.computed != "slope":
+            return False
+        slope = self.score.expression.parts[1]
+        return not (isinstance(slope, RealConstant) and slope.value == 1)
 
     @property
     def simdgroups(self) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tilefold.backends.launching import AXES
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import MetalSpec
+from tilefold.masks.expression import Slot
 from tilefold.planning.kernels import STRIDED
 
 RUNS = ("order", "run_rows", "runs")
@@ -22,6 +23,8 @@ SIZES = ("len_q", "len_k", "heads_q", "group", "row_b", "row_h", "splits")
 """Integers of every kernel: `group` query heads to a key head, `row_b` and `row_h` block rows
 from one plane of the runs to the next (0 where all are alike)."""
 
+TABLES = {"int32": "int", "bool": "uchar"}
+"""The types of tables that a plan holds. Arrays of floats come with each call."""
 
 DROPOUT = ("keep_from", "keep_bits")
 """The last integers where pairs fall out: the least word of a kept pair, and the bits of the factor
@@ -70,11 +73,18 @@ def arrays(spec: MetalSpec) -> tuple[Argument, ...]:
     if spec.dropout and spec.row.visits:
         found.append(Argument("seed", "long", False))
     if spec.row.visits:
+        found += [Argument(slot.name, element(slot, spec.bfloat), False) for slot in spec.inputs]
         found += [Argument(name, "long", False) for name in RUNS]
-        for slot in spec.mask.slots:
-            kind = "int" if slot.dtype == "int32" else "uchar"
-            found.append(Argument(f"t{slot.number}", kind, False))
+        slots = [slot for skeleton in spec.skeletons for slot in skeleton.slots]
+        for slot in slots:
+            if slot.dtype in TABLES:
+                found.append(Argument(slot.name, element(slot, spec.bfloat), False))
     return tuple(found)
+
+
+def element(slot: Slot, bfloat: bool) -> str:
+    """The type of an entry of a table or an array in memory."""
+    return TABLES.get(slot.dtype) or storage(slot.dtype, bfloat).memory
 
 
 def spills(spec: MetalSpec) -> tuple[str, ...]:
@@ -89,9 +99,10 @@ def sizes(spec: MetalSpec) -> tuple[str, ...]:
         if name in STRIDED:
             names += [f"{name}_{axis}" for axis in AXES]
     if spec.row.visits:
-        names += [parameter.name for parameter in spec.mask.parameters]
-        for slot in spec.mask.slots:
-            names += slot.strides
+        for skeleton in spec.skeletons:
+            names += [parameter.name for parameter in skeleton.parameters]
+            for slot in skeleton.slots:
+                names += slot.strides
     names += DROPOUT if spec.dropout else ()
     names += SINKS if "sinks" in spec.operands else ()
     return (*names, *spec.row.sizes)

@@ -11,7 +11,7 @@ from tilefold.backends.metal.kernels import dropout, frame, softmax
 from tilefold.backends.metal.kernels.forward import queries, row
 from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.products import Products
-from tilefold.backends.metal.kernels.scores import GRADIENT_FACTOR, NATURAL_FACTOR
+from tilefold.backends.metal.kernels.scores import GRADIENT_FACTOR, natural_factor
 from tilefold.backends.metal.kernels.sinks import BASE
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.kernels.tile import column_of
@@ -48,17 +48,22 @@ def emit_dq(spec: MetalSpec) -> str:
     products.spills(("dq",), "row")
     text("")
     _delta(text, spec, products)
-    text("", NATURAL_FACTOR)
+    text("", *natural_factor(spec))
     text(f"const float base = {BASE};", "")
     products.hold("q", "do")
     products.begin("dq")
     with frame.tiles(text, spec):
         products.tiles.begin("k", "v")
         products.outer("s", "q", "k")
-        softmax.weights(text, spec, "query")
+        if spec.score is None:
+            softmax.weights(text, spec, "query")
         products.outer("dp", "do", "v")
         dropout.bits(text, spec, "query_inside", softmax.COLUMN)
-        softmax.ds(text, spec)
+        if spec.score is None:
+            softmax.ds(text, spec)
+        else:
+            frame.scored(text, spec)
+            softmax.weights_and_ds(text, spec, "query")
         ds = softmax.convert(text, spec, "ds", "dp", products.ds_type)
         products.accumulate("dq", ds, "k", products.ds_type)
         products.end_tile("dq")
@@ -102,7 +107,7 @@ def emit_dkv(spec: MetalSpec) -> str:
         frame.row_of(text, spec, name, "h_kv", "key_inside")
     heads = "(long(b) * (heads_q / group) + h_kv)"
     products.spills(("dk", "dv"), f"{heads} * len_k + key_inside")
-    text("", NATURAL_FACTOR)
+    text("", *natural_factor(spec))
     products.hold("k", "v")
     products.begin("dv", "dk")
     with text.block("for (int h = h_kv * group; h < (h_kv + 1) * group; ++h)"):
@@ -121,15 +126,22 @@ def emit_dkv(spec: MetalSpec) -> str:
 def _tile(text: Text, spec: MetalSpec, products: Products) -> None:
     products.tiles.begin("q", "do")
     # Statistics vary along a tile's columns here: read where they are used, they take no registers.
-    row = f"const long row = rows + min({softmax.COLUMN}, last - 1);"
-    base = f"const float base = {BASE};"
+    row = f"const long row = rows + {softmax.INSIDE.format(softmax.COLUMN)};"
+    base, row_delta = f"const float base = {BASE};", "const float row_delta = delta[row];"
     products.outer("s", "k", "q")
-    softmax.weights(text, spec, "key", [row, base])
+    if spec.score is None:
+        softmax.weights(text, spec, "key", [row, base])
+    else:
+        products.outer("dp", "v", "do")
     dropout.bits(text, spec, "key_inside", softmax.COLUMN)
+    if spec.score is not None:
+        frame.scored(text, spec)
+        softmax.weights_and_ds(text, spec, "key", [row, base, row_delta])
     p = softmax.convert(text, spec, "p", "s", products.weight_type, kept=True)
     products.accumulate("dv", p, "do", products.weight_type)
-    products.outer("dp", "v", "do")
-    softmax.ds(text, spec, [row, "const float row_delta = delta[row];"])
+    if spec.score is None:
+        products.outer("dp", "v", "do")
+        softmax.ds(text, spec, [row, row_delta])
     ds = softmax.convert(text, spec, "ds", "dp", products.ds_type)
     products.accumulate("dk", ds, "q", products.ds_type)
     products.end_tile("dv", "dk")

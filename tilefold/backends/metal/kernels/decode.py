@@ -95,7 +95,7 @@ def emit_merge(spec: MetalSpec) -> str:
     text.note("The parts of one query lie a step of len_q apart.")
     text("const long first = row * splits * len_q + query;")
     text("const long end = first + long(splits) * len_q;", "")
-    text(scores.FACTOR, f"float m = {frame.LOWEST};", "bool any = false;")
+    text(scores.factor(spec), f"float m = {frame.LOWEST};", "bool any = false;")
     step = f"long({SIMD}) * len_q"
     with text.block(f"for (long i = first + long(lane) * len_q; i < end; i += {step})"):
         text("const bool seen = !(part_l[i] < 0.0f);", "any |= seen;")

@@ -59,10 +59,11 @@ def attend(text: Text, spec: MetalSpec, products: Products, head: str) -> None:
     """
     products.hold("q")
     products.begin("o")
-    softmax.begin(text)
+    softmax.begin(text, spec)
     with frame.tiles(text, spec, head):
         products.tiles.begin("k", "v")
         products.outer("s", "q", "k")
+        frame.scored(text, spec)
         softmax.fold(text, spec, products.weight_type, "query_inside")
         products.accumulate("o", "p", "v", products.weight_type, correction="correction")
         products.end_tile("o")

@@ -23,6 +23,9 @@ LOWEST = "-FLT_MAX"
 
 It is finite, since Metal's fast mathematics assume so."""
 
+HIDDEN = "-0.0f"
+"""The weight of a pair that may not meet in the backward passes: no exponential is -0.0."""
+
 POSITION = {
     "place": "uint3 place [[threadgroup_position_in_grid]]",
     "thread_index": "ushort thread_index [[thread_index_in_threadgroup]]",
@@ -57,10 +60,16 @@ def written(
     """The whole source: the kernel `spec.entry` around its body, and what it needs before it."""
     text = Text()
     own = storage(spec.dtype, spec.bfloat)
-    open_text(text, title, algorithm, [own], headers=headers)
+    read = [storage(slot.dtype, spec.bfloat) for slot in spec.inputs]
+    open_text(text, title, algorithm, [own, *read], headers=headers)
     used = set(re.findall(r"[A-Za-z_]\w*", str(body)))
     if "visible" in used:
         text(mask.visible(spec.mask, spec.index_bits, partial(position, spec)))
+    if spec.score is not None:
+        sizes_of = spec.index_bits, spec.bfloat, partial(position, spec)
+        text(mask.modified(spec.score, mask.values(spec), *sizes_of, str(text)))
+    if "hides" in used:
+        text(mask.HIDES)
     if "philox" in used:
         text(dropout.PHILOX)
     given = [argument.declaration for argument in arrays(spec)]
@@ -123,8 +132,16 @@ def tiles(text: Text, spec: MetalSpec, head: str = "h") -> Iterator[None]:
             text("const bool masked = runs[3 * run + 2] != 0;")
         with text.block(f"for (int start = first; start < last; start += {step})"):
             overhangs = f"start + {step} > last"
-            text(f"const bool edge = {f'masked || {overhangs}' if masks(spec) else overhangs};")
+            kind = "bool" if spec.hides else "const bool"
+            text(f"{kind} edge = {f'masked || {overhangs}' if masks(spec) else overhangs};")
             yield
+
+
+def scored(text: Text, spec: MetalSpec) -> None:
+    """From here on a tile is one at an edge where its scores may hide pairs."""
+    if spec.hides:
+        text.note("A score may hide pairs of any tile.")
+        text("edge = true;")
 
 
 def columns(text: Text, spec: MetalSpec, array: str, lines: Sequence[str]) -> None:
@@ -147,6 +164,15 @@ def seen(spec: MetalSpec, parallel: str, traverse: str) -> str:
     queries = spec.row.parallel == "q"
     q, k = (parallel, traverse) if queries else (traverse, parallel)
     return f"{within} && (!masked || {mask.call(spec.mask, b='b', h='h', q=q, k=k)})"
+
+
+def hidden(spec: MetalSpec, score: str) -> str:
+    """True for an element of the tile `s` whose pair may not meet: a score, or in the backward
+    passes a weight.
+    """
+    if spec.row.score_tiles == 1:
+        return f"{score} == {LOWEST}"
+    return f"as_type<uint>({score}) == 0x80000000u"
 
 
 def over_row(text: Text, value: str, join: str) -> None:

@@ -12,23 +12,35 @@ multiply-add, and what is left of a large score is the rounding of lse itself.
 A negative scale, a kernel of its own, turns the sign of each product before the mask and the
 maximum come. In the backward passes there is no maximum, and the scale keeps its sign.
 
-The formula of a modification on the natural scale (a softcap, a bias, ALiBi, dropout) belongs here,
-and nowhere else. With one, `score` is the modification of `scale * product`, and `factor` is
-log2(e); `score_gradient` is multiplied by the derivative of the modification. The derivative of the
-scale waits for the finished sums: dq and dk are multiplied by `GRADIENT_FACTOR` when they are
-written.
+A modification (a softcap, a bias, ALiBi) is made here, and nowhere else: `modified` is the one of
+`scale * product`, at indices inside the problem. With one, scores are on the natural scale in all
+kernels (`MetalSpec.natural`), `factor` is log2(e), and `score_gradient` is multiplied by the
+derivative. A modification that `hides` makes -inf of a pair that may not meet; so every tile is one
+at an edge. The derivative of the scale waits for the finished sums: dq and dk are multiplied by
+`GRADIENT_FACTOR` when they are written.
 """
 
 from __future__ import annotations
 
-FACTOR = "const float factor = fabs(scale) * M_LOG2E_F;"
-"""The statement before `weight`: differences of scores times `factor` are exponents of 2."""
-
-NATURAL_FACTOR = "const float factor = scale;"
-"""The statement before `weight_from_lse`: products times `factor` are scores as lse has them."""
+from tilefold.backends.metal.kernels import mask
+from tilefold.backends.metal.spec import MetalSpec
 
 GRADIENT_FACTOR = "scale"
 """The factor of the finished sums dq and dk."""
+
+
+def factor(spec: MetalSpec) -> str:
+    """The statement before `weight`: differences of scores times `factor` are exponents of 2."""
+    value = "M_LOG2E_F" if spec.natural else "fabs(scale) * M_LOG2E_F"
+    return f"const float factor = {value};"
+
+
+def natural_factor(spec: MetalSpec) -> list[str]:
+    """The statement before `weight_from_lse`: products times `factor` are scores as lse has them.
+
+    Modified scores are that already.
+    """
+    return [] if spec.natural else ["const float factor = scale;"]
 
 
 def score(product: str, negative: bool) -> str:
@@ -36,23 +48,38 @@ def score(product: str, negative: bool) -> str:
     return f"-{product}" if negative else product
 
 
+def modified(spec: MetalSpec, product: str, parallel: str, traverse: str) -> str:
+    """The modified score of a product, or a struct of `mask.values`.
+
+    `parallel` and `traverse` are the indices of the pair, inside the problem.
+    """
+    assert spec.score is not None
+    queries = spec.row.parallel == "q"
+    q, k = (parallel, traverse) if queries else (traverse, parallel)
+    return mask.modified_call(spec.score, s=f"{product} * scale", b="b", h="h", q=q, k=k)
+
+
 def weight(score: str, maximum: str) -> str:
     """The weight of a score beside a maximum."""
     return f"fast::exp2(({score} - {maximum}) * factor)"
 
 
-def natural(maximum: str) -> str:
+def natural(spec: MetalSpec, maximum: str) -> str:
     """A maximum on the natural scale."""
-    return f"{maximum} * fabs(scale)"
+    return maximum if spec.natural else f"{maximum} * fabs(scale)"
 
 
-def lse(maximum: str, total: str) -> str:
+def lse(spec: MetalSpec, maximum: str, total: str) -> str:
     """The logarithm of the sum of a row's exponentials, from its maximum and its `total`."""
+    if spec.natural:
+        return f"{maximum} + log({total})"
     return f"fma({maximum}, fabs(scale), log({total}))"
 
 
-def weight_from_lse(product: str, lse: str) -> str:
-    """The weight of a product, by the finished lse of its row."""
+def weight_from_lse(spec: MetalSpec, product: str, lse: str) -> str:
+    """The weight of a product, or of a modified score, by the finished lse of its row."""
+    if spec.natural:
+        return f"fast::exp2(({product} - {lse}) * M_LOG2E_F)"
     return f"fast::exp2(fma({product}, factor, -{lse}) * M_LOG2E_F)"
 
 

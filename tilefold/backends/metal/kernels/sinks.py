@@ -23,13 +23,13 @@ BASE = "isinf(lse[row]) ? 0.0f : lse[row]"
 """lse. A row that sees no key has -inf, and no visible pair that would use it."""
 
 
-def fold(text: Text) -> None:
+def fold(text: Text, spec: MetalSpec) -> None:
     """Add the sinks of head h to l, whose maximum is `top` then: a number on the natural scale.
 
     `share` is the factor of what the pairs have summed.
     """
     text.note("Sinks are in the denominator alone.")
-    text(f"const float highest = any ? {scores.natural('m')} : {frame.LOWEST};")
+    text(f"const float highest = any ? {scores.natural(spec, 'm')} : {frame.LOWEST};")
     text("float top = highest;")
     with text.block(_EACH):
         text(f"top = max(top, {_SINK});")

@@ -20,7 +20,7 @@ from tilefold.backends.metal.kernels import frame
 from tilefold.backends.metal.kernels.frame import LOWEST
 from tilefold.backends.metal.kernels.matmul2d import HEADERS, Matmul2d, elements, fill
 from tilefold.backends.metal.kernels.msl import Text, kernel_head
-from tilefold.backends.metal.kernels.scores import FACTOR, score, weight
+from tilefold.backends.metal.kernels.scores import factor, modified, score, weight
 from tilefold.backends.metal.kernels.softmax import inverse, write_statistics
 from tilefold.backends.metal.kernels.storage import storage
 from tilefold.backends.metal.spec import SIMD, TENSOR_ROWS, Blocks, MetalSpec
@@ -177,7 +177,7 @@ def emit(spec: MetalSpec) -> str:
         (values.right_tile, "values_tile", _read(spec, "v_head"), (head, step), "v_n"),
     ):
         text(tile.declare(name, start, extents, stride=stride))
-    text(FACTOR)
+    text(factor(spec))
     panels = spec.dim_v > PANEL
     if panels:
         text.note("Columns of o and v that do not fit at once: as many passes over the keys.")
@@ -243,6 +243,7 @@ def _pass(text: Text, spec: MetalSpec, scores: Matmul2d, values: Matmul2d, panel
     with frame.tiles(text, spec):
         text(f"const int keys = min({spec.blocks.traverse}, last - start);")
         _scores(text, spec, scores)
+        frame.scored(text, spec)
         _softmax(text, spec)
         _values(text, spec, values, sums, panel)
     text("l += simd_shuffle_xor(l, 1);", "any |= simd_shuffle_xor(any, 1);")
@@ -283,11 +284,16 @@ def _softmax(text: Text, spec: MetalSpec) -> None:
     text("float m_new = m;")
     columns = f"for (ushort j = side; j < {step}; j += 2)"
     with text.block(columns):
+        text("const int key = start + j;")
+        meets, made = frame.seen(spec, "query", "key"), score(place, spec.negative)
+        if spec.score is not None:
+            text("const int key_inside = min(key, last - 1);")
+            text(f"const float made = {modified(spec, place, 'query', 'key_inside')};")
+            meets, made = meets + (" && !hides(made)" if spec.hides else ""), "made"
         text(
-            "const int key = start + j;",
-            f"const bool seen = inside && (!edge || ({frame.seen(spec, 'query', 'key')}));",
+            f"const bool seen = inside && (!edge || ({meets}));",
             "any |= seen;",
-            f"const float x = seen ? {score(place, spec.negative)} : {LOWEST};",
+            f"const float x = seen ? {made} : {LOWEST};",
             f"{place} = x;",
             "m_new = max(m_new, x);",
         )
@@ -327,20 +333,20 @@ def _values(text: Text, spec: MetalSpec, values: Matmul2d, sums: list[str], pane
             extents = (f"width_{i}", "keys")
             text(values.right_tile.declare(tile, _read(spec, rows), extents, stride="v_n"))
             run = values.run("pv", "p", tile, name)
-            if not frame.masks(spec):
+            if not (frame.masks(spec) or spec.hides):
                 text(run)
                 continue
-            _watch(text, values.right_tile.element, i)
+            _watch(text, spec, values.right_tile.element, i)
             with text.either(f"wild_{i}") as otherwise:
                 _add_wild(text, spec, name, i)
                 otherwise()
                 text(run)
 
 
-def _watch(text: Text, number: str, i: int) -> None:
+def _watch(text: Text, spec: MetalSpec, number: str, i: int) -> None:
     """True if a masked tile of V holds NaN or infinities, which a weight of 0 does not hide."""
     text(f"bool wild_{i} = false;")
-    with text.block("if (masked)"):
+    with text.block("if (edge)" if spec.hides else "if (masked)"):
         with text.block(f"for (int j = lane; j < keys * width_{i}; j += 32)"):
             value = f"v_rows_{i}[j / width_{i} * v_n + j % width_{i}]"
             text(f"const float x = {value if number == 'float' else f'float({value})'};")
@@ -351,11 +357,16 @@ def _watch(text: Text, number: str, i: int) -> None:
 
 def _add_wild(text: Text, spec: MetalSpec, name: str, i: int) -> None:
     """Add the pairs of a wild tile that may meet, one by one."""
-    weight = f"weights[(simdgroup * {TENSOR_ROWS} + row) * {spec.blocks.traverse} + j]"
+    step, tile_row = spec.blocks.traverse, f"(simdgroup * {TENSOR_ROWS} + row)"
+    weight = f"weights[{tile_row} * {step} + j]"
     within = f"row < rows && column < width_{i}"
     with elements(text, name), text.block(f"for (int j = 0; {within} && j < keys; ++j)"):
-        text("const int key = start + j;")
-        with text.block(f"if ({frame.seen(spec, 'first_query + row', 'key')})"):
+        if spec.hides:
+            meets = f"!({frame.hidden(spec, f'scores[{tile_row} * {step + _SCORE_PAD} + j]')})"
+        else:
+            text("const int key = start + j;")
+            meets = frame.seen(spec, "first_query + row", "key")
+        with text.block(f"if ({meets})"):
             text(f"{name}[i] += float({weight}) * float(v_rows_{i}[j * v_n + column]);")
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from tilefold.backends.metal.kernels.fragment import Fragment, at
-from tilefold.backends.metal.kernels.frame import seen, stage_stride
+from tilefold.backends.metal.kernels.frame import hidden, seen, stage_stride
 from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.storage import Storage, storage
 from tilefold.backends.metal.spec import SIDE, MetalSpec
@@ -189,18 +189,27 @@ class Tiles:
         other, mine = ("key", "query") if spec.row.parallel == "q" else ("query", "key")
         with text.loop("j", spec.blocks.traverse, SIDE), text.loop("c", SIDE, unroll=False):
             text("const ushort holder = (lane & 22) | ((c / 2) & 1) | ((c / 4) << 3);")
-            # Two constant indices: the elements are registers, which have no run-time index.
-            first, second = (f"float({at(f'{weights}[j / {SIDE}]', e)})" for e in range(2))
-            text(f"const float held = c % 2 ? {second} : {first};")
-            text("const float weight = simd_shuffle(held, holder);")
-            text(f"const int {other} = start + j + c;")
+            self._of_holder("weight", "held", weights)
+            if spec.hides:
+                self._of_holder("score", "scored", "s")
+                meets = f"!({hidden(spec, 'score')})"
+            else:
+                text(f"const int {other} = start + j + c;")
+                meets = seen(spec, f"{mine}_inside", other)
             with (
-                text.block(f"if ({seen(spec, f'{mine}_inside', other)})"),
+                text.block(f"if ({meets})"),
                 text.loop("d", block.width, SIDE),
                 text.loop("e", 2),
             ):
                 value = f"stage[(j + c) * {stage_stride(spec)} + d + fragment_column + e]"
                 text(f"{at(total, 'e')} += weight * float({value});")
+
+    def _of_holder(self, name: str, held: str, tile: str) -> None:
+        """Column `c` of a tile in the lane's row, from the lane that holds it."""
+        # Two constant indices: the elements are registers, which have no run-time index.
+        first, second = (f"float({at(f'{tile}[j / {SIDE}]', e)})" for e in range(2))
+        self._text(f"const float {held} = c % 2 ? {second} : {first};")
+        self._text(f"const float {name} = simd_shuffle({held}, holder);")
 
 
 def vector_of(storage: Storage, place: str, count: int) -> str:
