@@ -43,11 +43,13 @@ class Scale:
     rest: Value
     wide: Value
     factor: Value
+    modified: bool = False
 
     def rate(self) -> Rate:
-        """The rate of differences of scores."""
-        lowest = self.difference(-FORMATS[self.factor.type].bias)
-        return Rate(self._splat(self.factor, "rate"), lowest)
+        """The rate of differences of scores; a modification often makes them very low."""
+        bias = FORMATS[self.factor.type].bias
+        factor, lowest = self._splat(self.factor, "rate"), self.difference(-bias)
+        return Rate(factor, lowest, self.difference(2 - bias) if self.modified else None)
 
     def difference(self, exponent: float) -> Value:
         """The difference of scores that makes a weight 2^exponent times as large, in all lanes."""
@@ -145,4 +147,4 @@ def scale(
     power, rest = narrowed(read("power"), "power"), narrowed(wide, "rest")
     if natural:
         wide, factor = body.constant(1.0, "double"), body.constant(LOG2_E, scalar)
-    return Scale(body, lanes, power, rest, wide, factor)
+    return Scale(body, lanes, power, rest, wide, factor, natural)

@@ -62,10 +62,14 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Rate:
-    """The factor c > 0 of an exponent in all lanes, and the least x with which 2^(c x) is not 0."""
+    """The factor c > 0 of an exponent in all lanes, and the least x with which 2^(c x) is not 0.
+
+    Where `least` is given, 2^(c x) is 0 for x below it, too: then no result is denormal.
+    """
 
     factor: Value
     lowest: Value
+    least: Value | None = None
 
 
 def exp2_scaled(
@@ -77,7 +81,10 @@ def exp2_scaled(
     steps that split c x multiply and add.
     """
     magic = body.constant(_magic(x), x.type)
-    x = body.larger(rate.lowest, x, "e")
+    if rate.least is None:
+        x = body.larger(rate.lowest, x, "e")
+    else:
+        x = body.select(body.compare("olt", x, rate.least), rate.lowest, x, "e")
     rounded = body.multiply_add(x, rate.factor, magic, "e")
     whole = body.binary("fsub", magic, rounded, "e")
     fraction = body.multiply_add(x, rate.factor, whole, "e")
