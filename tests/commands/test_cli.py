@@ -265,6 +265,8 @@ class Trap:
         (["mask", "causal()", "--len-q", "0"], "len_q must be an integer >= 1, got 0"),
         (["mask", "causal()", "--save", "m.gif"], "must end in .svg or .png"),
         (["inspect", "--shape", "1,2,3"], "a shape is four integers"),
+        (["inspect", "--sinks", "-1"], "--sinks must be 0 or more, not -1"),
+        (["inspect", "--dropout", "1"], "dropout must be"),
         (["inspect", "--shape", "1,8,64,64", "--heads-kv", "3"], "heads of q must be a multiple"),
         (["inspect", "--isa", "neon2"], "isa must be one of"),
         (["inspect", "--kernel", "backward"], "--kernel must be one of forward, not 'backward'"),
@@ -432,13 +434,20 @@ def test_inspect_counts_and_bounds_without_data(capsys: Any) -> None:
 @pytest.mark.slow
 def test_inspect_says_what_becomes_of_scores(capsys: Any) -> None:
     arguments = ["inspect", "--shape", "1,2,64,16", "--score", "softcap(30)"]
+    arguments += ["--sinks", "2", "--dropout", "0.25"]
     assert cli.main([*arguments, "--json"]) == 0
-    problem = json.loads(capsys.readouterr().out)["problem"]
-    assert problem["score"] == "softcap(30)"
-    assert "tanh" in problem["computed_scores"][0]
+    document = json.loads(capsys.readouterr().out)
+    assert document["problem"]["score"] == "softcap(30)"
+    assert document["problem"]["computed_scores"] == ["(tanh((s * p0:real)) * p1:real)"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"sinks +2 *\n", shown)
+    assert re.search(r"dropout +0.25 *\n", shown)
     for backend, prefix in (("triton", "#"), ("metal", "//")):
         assert cli.main([*arguments, "--backend", backend]) == 0
-        assert f"{prefix}   score softcap(30)" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        for line in ("score softcap(30)", "sinks: 2 for each head", "dropout 0.25"):
+            assert f"{prefix}   {line}" in shown
 
 
 def test_mask_draws_and_saves(tmp_path: Path, capsys: Any) -> None:

@@ -45,6 +45,7 @@ def register(commands: Any) -> None:
     specification.add_dtype(parser)
     parser.add_argument("--mask", default="full()", metavar="RULE")
     specification.add_score(parser)
+    specification.add_sinks_and_dropout(parser)
     parser.add_argument("--operation", choices=OPERATIONS, default="forward")
     parser.add_argument(
         "--form", choices=tuple(dict.fromkeys(chain(*plan.FORMS.values()))), default="auto"
@@ -130,7 +131,7 @@ def _problem(made: CpuPlan) -> dict[str, Any]:
     return values | {
         "mask": str(problem.mask),
         "score": score,
-        "computed_scores": [skeleton.text for skeleton in made.scores],
+        "computed_scores": [skeleton.shown for skeleton in made.scores],
         "operation": made.operation,
     }
 
@@ -245,6 +246,9 @@ def _show(document: dict[str, Any]) -> None:
         facts.add_row("score", terminal.escape(problem["score"]))
         for text in problem["computed_scores"]:
             facts.add_row("  computed", terminal.escape(text))
+    for name in ("sinks", "dropout"):
+        if problem[name]:
+            facts.add_row(name, f"{problem[name]:g}")
     facts.add_row("device", f"{device['name']}, {device['isa']}, {device['workers']} threads")
     measured = (
         terminal.rate(rates["flops_per_second"], "FLOP"),

@@ -54,6 +54,12 @@ def add_score(parser: Any) -> None:
     parser.add_argument("--score", metavar="SCORE", help='such as "[softcap(50), alibi()]"')
 
 
+def add_sinks_and_dropout(parser: argparse.ArgumentParser) -> None:
+    """Add the options `--sinks` and `--dropout`."""
+    parser.add_argument("--sinks", type=int, default=0, help="number of sinks of each head")
+    parser.add_argument("--dropout", type=float, default=0.0, help="probability, in [0, 1)")
+
+
 def score(options: argparse.Namespace) -> Score | None:
     """The score of the option `--score`, with its arrays; None without it. Raises ValueError."""
     return None if options.score is None else parse_score(options.score)
@@ -69,6 +75,9 @@ def problem(
 ) -> Problem:
     """The problem of a shape such as `1,8,2048,64`, a mask, a type, and the parsed options."""
     batch, heads, length, dim = shape(text)
+    sinks = getattr(options, "sinks", 0)
+    if sinks < 0:
+        raise ValueError(f"--sinks must be 0 or more, not {sinks}")
     return Problem(
         batch=batch,
         heads_q=heads,
@@ -82,4 +91,6 @@ def problem(
         mask=mask,
         precision=options.precision if dtype == "float32" else "highest",
         score=None if modified is None else modified.form.score,
+        sinks=sinks,
+        dropout=getattr(options, "dropout", 0.0),
     )

@@ -28,6 +28,12 @@ class Skeleton:
     parameters: tuple[Parameter | RealParameter, ...]
     slots: tuple[Slot, ...]
 
+    @property
+    def shown(self) -> str:
+        """The text for people: several expressions are separated by commas."""
+        parts = getattr(self.expression, "parts", (self.expression,))
+        return ", ".join(map(str, parts))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Skeleton) and self.text == other.text
 

@@ -77,7 +77,7 @@ class Plan(Generic[L]):
         problem, lines = self.problem, []
         if problem.score is not None:
             lines.append(f"score {problem.score}")
-            lines += [f"  computed: {skeleton.text}" for skeleton in self.scores]
+            lines += [f"  computed: {skeleton.shown}" for skeleton in self.scores]
         if problem.sinks:
             lines.append(f"sinks: {problem.sinks} for each head")
         if problem.dropout:
