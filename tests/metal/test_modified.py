@@ -23,7 +23,6 @@ from tilefold.problems.attention import Problem
 pytestmark = pytest.mark.slow  # kernels are compiled
 
 TILES = Blocks(16, 16, 16)
-STEPS = {name: Case(*case)._replace(form="tiled") for name, case in CASES.items()}
 
 
 def run(
@@ -61,7 +60,6 @@ def both(case: Case, family: str, check: str = "fast") -> tuple[dict[str, Array]
     shapes = {
         f"d{name}": (arrays[name].shape, arrays[name].dtype) for name in ("q", "k", "v", *more)
     }
-    shapes = {name: shape for name, shape in shapes.items() if "input" not in name}
     given |= {name: arrays[name] for name in ("do", "dlse")} | {"o": got["o"], "lse": got["lse"]}
     got |= run(problem, "backward", given, shapes, family, case.form, check)
     return got, definition(case, arrays, modified)

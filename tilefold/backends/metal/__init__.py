@@ -8,6 +8,7 @@ kernels   everything that writes source
 choice    the blocks of a kernel: a row of the tables, made to fit
 source    spec to source
 plan      problem to kernels, grids and scratch
+modified  what a launch is given of a modified score
 emulator  the headers that stand in for Metal's, and the compiler's invocation
 emulate   the emulator: Metal source compiled for the CPU
 dispatch  a plan made ready for arrays, and run

@@ -10,9 +10,7 @@ which are copied to it once.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import struct
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -31,7 +29,7 @@ from tilefold.backends.launching import (
     stride_arguments,
     tables_on,
 )
-from tilefold.backends.metal import emulate, families, source
+from tilefold.backends.metal import emulate, families, modified, source
 from tilefold.backends.metal.kernels.arguments import RUNS, SINKS, arrays, sizes
 from tilefold.backends.metal.plan import Launch, MetalPlan
 from tilefold.backends.metal.spec import SIDE, MetalSpec, whole
@@ -39,11 +37,9 @@ from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.common.check import shown
 from tilefold.common.lru import LruCache
 from tilefold.common.single_flight import SingleFlight
-from tilefold.masks.expression import Slot
-from tilefold.masks.tables import Input
 from tilefold.planning.kernels import STRIDED
 from tilefold.problems import dropout
-from tilefold.problems.attention import Problem, contiguous
+from tilefold.problems.attention import Problem
 
 Spec = TypeVar("Spec", bound=Hashable)
 
@@ -170,8 +166,20 @@ class Call:
             name: self.machine.empty(scratch.shape, scratch.dtype)
             for name, scratch in self.plan.buffers.items()
         }
+        for name in self.plan.cleared:
+            made[name][...] = 0
         for step in self.steps:
             step.launch({**operands, **made})
+        self._add_parts(operands, made)
+
+    def _add_parts(self, operands: Mapping[str, Array], made: Mapping[str, Array]) -> None:
+        """Write the gradients of a score's arrays from their parts: 0 where nothing was added."""
+        added = [launch.added for launch in self.plan.launches if launch.added is not None]
+        parts = {f"d{each.given.name}": made[each.parts] for each in added}
+        for name in self.order:
+            if name.startswith("dinput"):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    operands[name][...] = parts[name].sum(0) if name in parts else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,10 +318,10 @@ def _step(
             f" takes {len(names) + 2}: join the mask's tables into fewer, or run it on the CPU"
         )
     data = _data(machine, plan, launch)
-    called = _called(launch)
+    called = modified.called(launch)
     given = tuple([called.get(name, name) for name in names if name not in data])
     known = {**sizes_of(plan, launch), **stride_arguments(strides, STRIDED)}
-    known |= _of_score(launch, strides)
+    known |= modified.numbers(launch, strides)
     if "sinks" in spec.operands:
         known |= dict(zip(SINKS, (plan.problem.sinks, *strides["sinks"]), strict=True))
     numbers = [int(known[name]) for name in sizes(spec)]
@@ -367,49 +375,15 @@ def sizes_of(plan: MetalPlan, launch: Launch) -> dict[str, int]:
         "splits": launch.splits,
         "batch": problem.batch,
         "keep_from": dropout.threshold(problem.dropout),
-        "keep_bits": _bits(dropout.factor(problem.dropout)),
+        "keep_bits": modified.bits(dropout.factor(problem.dropout)),
     }
     return found | mask_arguments(plan)
-
-
-def _called(launch: Launch) -> dict[str, str]:
-    """The names of arrays that come with the call, by the names of the kernel's arguments."""
-    return {slot.name: table.name for slot, table in _tables(launch) if isinstance(table, Input)}
-
-
-def _of_score(launch: Launch, strides: Mapping[str, Strides]) -> dict[str, int]:
-    """The numbers of a modified score, and the strides of all that it reads."""
-    found: dict[str, int] = {}
-    if launch.scored is not None:
-        parts = launch.scored.parts
-        for parameter, value in zip(parts.skeleton.parameters, parts.parameters, strict=True):
-            found[parameter.name] = _bits(value) if parameter.dtype == "real" else value
-    for slot, table in _tables(launch):
-        own = isinstance(table, Input)
-        steps = strides[table.name] if own else contiguous(table.array.shape)
-        found |= dict(zip(slot.strides, steps, strict=True))
-    return found
-
-
-def _tables(launch: Launch) -> list[tuple[Slot, Any]]:
-    """The tables and arrays that a modified score reads, with their places in the kernel."""
-    if launch.scored is None:
-        return []
-    parts = launch.scored.parts
-    return list(zip(parts.skeleton.slots, parts.tables, strict=True))
-
-
-def _bits(number: float) -> int:
-    """The bits of a number as a float."""
-    bits: int = struct.unpack("<I", bytes(ctypes.c_float(number)))[0]
-    return bits
 
 
 def _data(machine: Machine, plan: MetalPlan, launch: Launch) -> dict[str, Array]:
     """The runs of a launch and the tables of the mask, copied to a machine, by their names."""
     kept, visited = machine.kept.data, (launch.order, launch.runs.rows, launch.runs.runs)
     found = runs_on(machine, kept, launch, RUNS, visited) | tables_on(machine, kept, plan)
-    held = {slot.name: t.array for slot, t in _tables(launch) if not isinstance(t, Input)}
-    if held:
+    if held := modified.tables(launch):
         found |= runs_on(machine, kept, (plan, launch.scored), [*held], [*held.values()])
     return found

@@ -39,6 +39,13 @@ class Heuristics:
     """Length to which the traverse block shrinks to keep an input beside spilled sums: the shortest
     of those rows that spill all sums."""
 
+    part_elements: int = 2**20
+    """Elements of all parts of the gradient of an array that a score reads, where there are more
+    parts than `fixed_parts`."""
+
+    fixed_parts: int = 4
+    """Parts of the gradient of a large array that several heads or batch entries share."""
+
 
 DEFAULT = Heuristics()
 """The constants that calls are planned with."""

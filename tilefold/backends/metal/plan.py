@@ -3,13 +3,15 @@
 A plan knows lengths and masks but no strides: the sources that follow from it serve them all.
 Backward is two kernels, since the second one reads the delta that the first one writes. A forward
 pass with few queries and many keys is two kernels too: keys are split among threadgroups, whose
-parts are then merged in a fixed order.
+parts are then merged in a fixed order. A third kernel of the backward pass, for each array that a
+score reads, sums up its gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,16 @@ from tilefold.backends.metal.spec import KERNELS, Blocks, MetalSpec
 from tilefold.common import check
 from tilefold.common.lru import LruCache
 from tilefold.masks.runs import Runs
+from tilefold.masks.tables import Input
+from tilefold.planning.entries import (
+    Added,
+    Entry,
+    apart,
+    entries_of,
+    parts_of,
+    reads_of,
+    units,
+)
 from tilefold.planning.masked import MaskedProblem, Scored
 from tilefold.planning.plan import Plan, Scratch, split_scratch
 from tilefold.planning.tiles import runs_to_tiles
@@ -44,7 +56,8 @@ AskedCached = Sequence[str] | Mapping[str, Sequence[str]] | None
 """Cached operands of the only kernel of a plan, or by kernel."""
 
 EXTRA = {"forward": ("max",), "backward": ("dlse", "dsinks")}
-"""Operands of an operation that a call may ask for, beside those that follow from the problem."""
+"""Operands of an operation that a call may ask for, beside those that follow from the problem, and
+the gradients of the arrays of its score."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +66,8 @@ class Launch:
 
     `grid` counts threadgroups, over block rows, heads and batch. `order` gives each threadgroup
     along the first axis its block row, the heaviest first over all heads; in the decode kernel that
-    is row block * splits + split. `scored` is what the kernel computes of a modified score.
+    is row block * splits + split. `scored` is what the kernel computes of a modified score. `added`
+    is the array whose gradient it sums up: there `order` has the units, and `splits` counts parts.
     """
 
     spec: MetalSpec
@@ -63,6 +77,7 @@ class Launch:
     grid: tuple[int, int, int]
     splits: int = 1
     scored: Scored | None = None
+    added: Added | None = None
 
     @property
     def arrays(self) -> tuple[NDArray[np.int64], ...]:
@@ -78,9 +93,10 @@ class Launch:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MetalPlan(Plan[Launch]):
-    """The kernels of one operation on a GPU family."""
+    """The kernels of one operation on a GPU family; buffers in `cleared` begin with zeros."""
 
     family: MetalFamily
+    cleared: tuple[str, ...] = ()
 
     def explain(self) -> list[str]:
         """What becomes of the scores, and the choice for each kernel and its reasons, as lines."""
@@ -111,7 +127,8 @@ def plan(
     `form` is how it is done: see `FORMS`. `blocks` and `cached` override the tables; by
     kernel ("forward", "decode", "backward_dq", "backward_dkv") where they differ. Results depend
     on all of these only by rounding. `extra` are operands beside those that every problem of the
-    kind has: see `EXTRA`.
+    kind has: see `EXTRA`. Without a name `blocks` are for the kernels that
+    have several simdgroups.
 
     Raises ValueError for what no GPU of the family can run, NotImplementedError for float64 and for
     a scale beyond float32.
@@ -179,6 +196,7 @@ class Planner:
             launches = [self._tiled("backward_dq"), self._tiled("backward_dkv")]
             if "dsinks" in self._extra:
                 launches.append(self._alone("backward_sinks", (self._problem.sinks, row[1], 1)))
+            launches += self._gradients_of_inputs()
         elif self._decodes(form):
             launches = self._decode()
             buffers |= split_scratch(self._problem, launches[0].splits, "float32")
@@ -186,6 +204,9 @@ class Planner:
             launches = [self._tiled("forward")]
         for launch in launches:
             buffers |= {name: self._spill(launch.spec, name) for name in spills(launch.spec)}
+            if launch.added is not None:
+                shape = (launch.splits, *launch.added.given.shape)
+                buffers[launch.added.parts] = Scratch(shape, "float32")
         return MetalPlan(
             problem=self._problem,
             family=self._family,
@@ -195,6 +216,7 @@ class Planner:
             tables=self._masked.tables,
             buffers=buffers,
             scores=self._masked.score_parts,
+            cleared=tuple([launch.added.parts for launch in launches if launch.added]),
         )
 
     def _check_operands(self, operation: str) -> None:
@@ -205,7 +227,8 @@ class Planner:
                     f"the array {given.number} of score is of {given.dtype}, which Apple GPUs do"
                     " not have: pass float32"
                 )
-        for name in sorted(self._extra - {"sinks", *EXTRA[operation]}):
+        gradients = [f"dinput{n}" for n in self._inputs] if operation == "backward" else []
+        for name in sorted(self._extra - {"sinks", *EXTRA[operation], *gradients}):
             raise NotImplementedError(
                 f"Metal kernels have no operand {name} in a {operation} pass: compute it on the CPU"
             )
@@ -219,7 +242,8 @@ class Planner:
     def _spec(self, kernel: str) -> tuple[MetalSpec, Choice]:
         problem, family = self._problem, self._family
         blocks, cached = self._blocks, self._cached
-        if isinstance(blocks, Blocks) and not KERNELS[kernel].visits:
+        row = KERNELS[kernel]
+        if isinstance(blocks, Blocks) and (not row.visits or row.computed == "entries"):
             blocks = None  # one simdgroup makes each result of these
         made = choose(
             family,
@@ -255,7 +279,44 @@ class Planner:
     def _scored(self, kernel: str) -> Scored | None:
         """What a kernel computes of a modified score, if it visits pairs."""
         row = KERNELS[kernel]
-        return self._masked.scored(row.computed) if row.visits else None
+        inputs = self._inputs if row.computed == "entries" else ()
+        return self._masked.scored(row.computed, inputs) if row.visits else None
+
+    @property
+    def _inputs(self) -> tuple[int, ...]:
+        """The numbers of the arrays of a score whose gradients are asked for."""
+        score = self._problem.score
+        numbers = {given.number for given in score.inputs} if score else ()
+        return tuple([n for n in sorted(numbers) if f"dinput{n}" in self._extra])
+
+    def _gradients_of_inputs(self) -> list[Launch]:
+        """A kernel for each array whose gradient is asked for, but those that no pair reads."""
+        found: list[Launch] = []
+        if not self._inputs:
+            return found
+        problem, limits = self._problem, self._heuristics
+        main = self._tiled("backward_inputs")
+        assert main.scored is not None
+        sizes = {"b": problem.batch, "h": problem.heads_q, "q": main.runs.block_rows}
+        for number in self._inputs:
+            given, entries = entries_of(main.scored, number)
+            if given is None:
+                continue
+            self._check_places(given, main, entries)
+            order, shared = units(sizes, apart(main.scored, entries))
+            groups = len(order) // shared
+            parts = parts_of(given, shared, -(-limits.enough_groups // groups), limits)
+            found.append(
+                replace(
+                    main,
+                    spec=replace(main.spec, entries=entries),
+                    order=order.astype(np.int64),
+                    grid=(parts * groups, 1, 1),
+                    splits=parts,
+                    added=Added(given, shared),
+                )
+            )
+        return found
 
     def _tiled(self, kernel: str) -> Launch:
         """A kernel whose threadgroups own a block row each."""
@@ -266,6 +327,17 @@ class Planner:
         grid = (visited.block_rows, spec.row.heads(problem), problem.batch)
         order = heaviest_first(visited)
         return Launch(spec, made, visited, order, grid, scored=self._scored(kernel))
+
+    def _check_places(self, given: Input, main: Launch, entries: tuple[Entry, ...]) -> None:
+        """Raises NotImplementedError where places of entries that are looked for pass 31 bits."""
+        assert main.spec.score is not None
+        size = math.prod(given.shape)
+        ways = [read.way for read in reads_of(main.spec.score, entries)]
+        if size >= 2**31 and "scattered" in ways:
+            raise NotImplementedError(
+                f"the gradient of the array {given.number} of score, of {size} entries, is"
+                " implemented on Apple GPUs for up to 2147483647: compute it on the CPU"
+            )
 
     def _decodes(self, form: str) -> bool:
         problem = self._problem

@@ -9,12 +9,13 @@ head dimension, which is walked too where it is larger than its block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tilefold.masks.expression import RealConstant, Slot
 from tilefold.masks.skeleton import Skeleton
+from tilefold.planning.entries import Entry
 from tilefold.planning.kernels import (
     ATTEND,
+    DIFFERENCES,
     KEY_GRADIENTS,
     OPERANDS,
     QUERY_GRADIENT,
@@ -161,18 +162,24 @@ KERNELS = table(
             untuned=(Blocks(8, 8, 8), ()),
             sizes=("batch",),
         ),
+        # One simdgroup to a threadgroup: it alone adds to its part.
+        MetalKernelRow(
+            name="backward_inputs",
+            parallel="q",
+            reads=("q", "k", "v", "do", "lse", "delta"),
+            writes=("input_parts",),
+            score_tiles=2,
+            contractions=DIFFERENCES,
+            emitter="inputs.emit",
+            resident=("q", "do"),
+            leaving=("do", "q"),
+            untuned=(Blocks(8, 32, 32), ("q", "do")),
+            sizes=("shared", "part_size", "block_rows"),
+            computed="entries",
+        ),
     )
 )
 """All kernels of Apple GPUs by name: adding one takes a row here and its emitter."""
-
-
-class Entry(NamedTuple):
-    """An entry of an array in the values of a score: the number of its derivative, after which its
-    `rank` indices stand.
-    """
-
-    value: int
-    rank: int
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from tilefold.backends.triton import module, resources, source
 from tilefold.backends.triton.finish import finish
 from tilefold.backends.triton.kernels import arguments, frame, hopper_launch
 from tilefold.backends.triton.kernels.arguments import RUNS, SINKS, SIZES
-from tilefold.backends.triton.launch import Added, Launch, TritonPlan
+from tilefold.backends.triton.launch import Launch, TritonPlan
 from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError, is_aligned16
 from tilefold.backends.triton.spec import TritonSpec
 from tilefold.masks.tables import Input
+from tilefold.planning.entries import Added
 from tilefold.planning.kernels import STRIDED
 from tilefold.planning.masked import Scored
 from tilefold.problems import dropout

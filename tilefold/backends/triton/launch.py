@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,24 +11,10 @@ from tilefold.backends.triton import datasheets
 from tilefold.backends.triton.architectures import Architecture
 from tilefold.backends.triton.choice import Choice
 from tilefold.backends.triton.spec import TritonSpec
-from tilefold.masks.tables import Input
 from tilefold.planning import roofline
+from tilefold.planning.entries import Added
 from tilefold.planning.masked import Scored
 from tilefold.planning.plan import Plan
-
-
-class Added(NamedTuple):
-    """The gradient of an input, in parts: `shared` units have the same entries, and `parts` is the
-    name of the buffer.
-    """
-
-    given: Input
-    shared: int
-
-    @property
-    def parts(self) -> str:
-        """The name of the buffer of the parts."""
-        return f"d{self.given.name}_parts"
 
 
 @dataclass(frozen=True, eq=False)

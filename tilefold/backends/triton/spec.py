@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tilefold.masks.expression import RealConstant
 from tilefold.masks.skeleton import Skeleton
 from tilefold.masks.tables import Slot
+from tilefold.planning.entries import Entry
 from tilefold.planning.kernels import (
     ALL_GRADIENTS,
     ATTEND,
@@ -163,15 +164,6 @@ KERNELS = table(
     )
 )
 """All kernels of Triton by name: adding one takes a row here and its emitter."""
-
-
-class Entry(NamedTuple):
-    """An entry of an array in the values of a score: the number of its derivative, after which its
-    `rank` indices stand.
-    """
-
-    value: int
-    rank: int
 
 
 class Piece(NamedTuple):

@@ -16,5 +16,6 @@ softmax    the running softmax
 forward    the forward pass
 backward   dQ, and dK with dV
 decode     the forward pass of few queries
+inputs     the gradients of the arrays that a score reads
 tensorops  the forward pass of Metal 4
 """

@@ -105,6 +105,7 @@ def sizes(spec: MetalSpec) -> tuple[str, ...]:
                 names += slot.strides
     names += DROPOUT if spec.dropout else ()
     names += SINKS if "sinks" in spec.operands else ()
+    names += [f"part_{axis}" for axis in range(spec.entries[0].rank)] if spec.entries else ()
     return (*names, *spec.row.sizes)
 
 

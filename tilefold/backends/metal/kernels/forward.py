@@ -44,6 +44,11 @@ def queries(text: Text, spec: MetalSpec, *names: str) -> None:
     """A block of queries of one head: where the lane's row begins in `names`, and its keys."""
     text("const int h = int(place.y);", "const int b = int(place.z);")
     text("const int block = int(order[place.x]);", "")
+    query_rows(text, spec, *names)
+
+
+def query_rows(text: Text, spec: MetalSpec, *names: str) -> None:
+    """The rows of a block of queries of a head, which the source knows as `block`, `h` and `b`."""
     row(text, spec, "query", "len_q")
     for name in names:
         frame.row_of(text, spec, name, "h", "query_inside")

@@ -32,6 +32,9 @@ PLACE = (
 ROW_LANES = (1, 8)
 """A row lies in the lanes that differ in these bits: reduce over it with `simd_shuffle_xor`."""
 
+COLUMN_LANES = (2, 4, 16)
+"""A column lies in the lanes that differ in these bits."""
+
 
 @dataclass(frozen=True)
 class Fragment:

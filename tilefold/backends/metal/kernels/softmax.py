@@ -123,7 +123,7 @@ def ds(text: Text, spec: MetalSpec, before: Sequence[str] = ()) -> None:
     """
     text.note("ds = p (dp - delta)")
     weight = f"const float weight = {at(f's[j / {SIDE}]', 'e')};"
-    gradient = scores.score_gradient("weight", _kept_dp(spec), "row_delta")
+    gradient = scores.score_gradient("weight", kept_dp(spec), "row_delta")
     columns(text, spec, "dp", [*before, weight, f"x = {gradient};"])
     with text.block("if (edge)"):
         gone = f"const bool hidden = {hidden(spec, at(f's[j / {SIDE}]', 'e'))};"
@@ -137,7 +137,7 @@ def weights_and_ds(text: Text, spec: MetalSpec, parallel: str, before: Sequence[
     knows `base` and `row_delta` after the lines `before`. `parallel` is as for `weights`.
     """
     text.note("p = exp(modified(s) - lse), ds = p (dp - delta), changed by the modification")
-    gradient = scores.score_gradient("weight", _kept_dp(spec), "row_delta")
+    gradient = scores.score_gradient("weight", kept_dp(spec), "row_delta")
     gradient += " * changed.slope" if spec.slope_varies else ""
     lines = [
         *before,
@@ -169,7 +169,7 @@ def pair(spec: MetalSpec, parallel: str) -> list[str]:
     return [*lines, f"const bool seen = {meets};"]
 
 
-def _kept_dp(spec: MetalSpec) -> str:
+def kept_dp(spec: MetalSpec) -> str:
     """dP of an element, which the factor of dropout multiplies."""
     return f"({dropout.stays(f'x * {dropout.FACTOR}')})" if spec.dropout else "x"
 

@@ -14,8 +14,6 @@ The parts are added when all is done. How a tile is added follows from the indic
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from tilefold.backends.triton.kernels import dropout, scores
 from tilefold.backends.triton.kernels.backward import STATISTIC, weights
 from tilefold.backends.triton.kernels.frame import (
@@ -31,7 +29,7 @@ from tilefold.backends.triton.kernels.frame import (
 )
 from tilefold.backends.triton.kernels.text import Text
 from tilefold.backends.triton.spec import TritonSpec
-from tilefold.masks.expression import Expression, Index, names
+from tilefold.planning.entries import Read, reads_of
 
 ALGORITHM = (
     "for each unit of the program:",
@@ -43,44 +41,11 @@ ALGORITHM = (
 )
 
 
-class _Read(NamedTuple):
-    """A look-up: its number, how it is added, and whether the query and the key matter."""
-
-    number: int
-    way: str
-    rank: int
-    by_query: bool
-
-
-def ways(spec: TritonSpec) -> list[_Read]:
-    """The look-ups of a kernel."""
-    assert spec.score is not None
-    values = spec.score.expression.parts
-    found = []
-    for number, (first, rank) in enumerate(spec.entries):
-        indices = values[first + 1 : first + 1 + rank]
-        found.append(_Read(number, _way(indices), rank, _alone("q", indices)))
-    return found
-
-
-def _way(indices: tuple[Expression, ...]) -> str:
-    used = frozenset().union(*(names(index) for index in indices))
-    if "k" not in used and ("q" not in used or _alone("q", indices)):
-        return "rows"
-    if "q" not in used and _alone("k", indices):
-        return "columns"
-    return "tile" if _alone("q", indices) and _alone("k", indices) else "scattered"
-
-
-def _alone(name: str, indices: tuple[Expression, ...]) -> bool:
-    """True where an index stands alone on an axis: then its values have entries of their own."""
-    return any(isinstance(index, Index) and index.name == name for index in indices)
-
-
 def emit(spec: TritonSpec) -> str:
     """The module of the kernel that adds to the parts of the gradient of an array."""
     text = Text()
-    reads = ways(spec)
+    assert spec.score is not None
+    reads = reads_of(spec.score, spec.entries)
     text("part = input_parts + (place % splits).to(tl.int64) * part_size")
     with text.block("for turn in tl.range(place % splits, shared, splits, num_stages=1)"):
         text("unit = tl.load(order + place // splits * shared + turn)")
@@ -90,7 +55,7 @@ def emit(spec: TritonSpec) -> str:
     return written(spec, "Attention, backward: the gradient of an array.", ALGORITHM, text)
 
 
-def _unit(text: Text, spec: TritonSpec, reads: list[_Read]) -> None:
+def _unit(text: Text, spec: TritonSpec, reads: list[Read]) -> None:
     """Add what a block of queries gives to the part of the program."""
     parallel(text, spec)
     text("h_k = h // group")
@@ -119,7 +84,7 @@ def _unit(text: Text, spec: TritonSpec, reads: list[_Read]) -> None:
     text("tl.debug_barrier()  # threads may read what others wrote in the unit before")
 
 
-def _tile(text: Text, spec: TritonSpec, reads: list[_Read], walk: Walk) -> None:
+def _tile(text: Text, spec: TritonSpec, reads: list[Read], walk: Walk) -> None:
     """Add what a tile gives to the sums of rows, or to the part."""
     fetch(text, spec, "k", "traverse", "h_k", "start", within(walk))
     multiply(text, spec, "s", "q", "k", walk)
@@ -151,7 +116,7 @@ def _tile(text: Text, spec: TritonSpec, reads: list[_Read], walk: Walk) -> None:
             text("tl.debug_barrier()")
 
 
-def _scatter(text: Text, read: _Read, pairs: str) -> None:
+def _scatter(text: Text, read: Read, pairs: str) -> None:
     """Add each entry that a tile reads, from the first to the last."""
     text(
         f"offset = tl.broadcast_to({_offset(read)}, [PARALLEL, TRAVERSE])",
@@ -163,22 +128,22 @@ def _scatter(text: Text, read: _Read, pairs: str) -> None:
         text("tl.store(part + entry, tl.load(part + entry) + total)")
 
 
-def _values(reads: list[_Read]) -> list[str]:
+def _values(reads: list[Read]) -> list[str]:
     """The names of the values beside the score: of each look-up its derivative, and its indices."""
     return [name for read in reads for name in (f"slope_{read.number}", *_indices(read))]
 
 
-def _indices(read: _Read) -> list[str]:
+def _indices(read: Read) -> list[str]:
     return [f"at_{read.number}_{axis}" for axis in range(read.rank)]
 
 
-def _offset(read: _Read) -> str:
+def _offset(read: Read) -> str:
     """The place of the entries in a part."""
     steps = [f"tl.cast({at}, tl.int64) * part_{axis}" for axis, at in enumerate(_indices(read))]
     return " + ".join(steps) or "tl.cast(0, tl.int64)"
 
 
-def _add(text: Text, read: _Read, total: str, where: str) -> None:
+def _add(text: Text, read: Read, total: str, where: str) -> None:
     """Add numbers to entries that differ from each other."""
     text(f"place_at = part + ({_offset(read)})")
     given = f", mask={where}" if where else ""
