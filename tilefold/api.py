@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Final, NoReturn
 
+from tilefold.backends.extra import Extra, taken_apart
 from tilefold.common.check import flag
 from tilefold.frontends import registry
-from tilefold.frontends.extra import Extra, taken_apart
 from tilefold.implementations import KERNEL, find
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.keywords import refusal, without_unknown

@@ -17,7 +17,7 @@ from metal_recorder import Array, Recorder, forward, operands
 from paths import ROOT
 
 import tilefold
-from tilefold import Problem, metal
+from tilefold import Problem, bias, metal, softcap, temperature
 from tilefold.backends.metal import commands as listed
 from tilefold.backends.metal import dispatch, runtime
 from tilefold.backends.metal.dispatch import CompileError, Emulated
@@ -181,6 +181,39 @@ def test_a_list_of_commands_gives_what_the_calls_give(emulated: Emulated) -> Non
     )
     for got, array in zip(slopes, exact, strict=True):
         np.testing.assert_allclose(got, array, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("A07")
+@pytest.mark.parametrize("tensors", [False, True])
+def test_commands_take_scores_and_sinks(emulated: Emulated, tensors: bool) -> None:
+    q, k, v = operands()
+    random = np.random.default_rng(1)
+    do = random.standard_normal((1, 4, 21, 9)).astype(np.float32)
+    given = [random.uniform(1, 2, shape).astype(np.float16) for shape in ((4, 1, 35), (21, 1))]
+    sinks = random.standard_normal(4).astype(np.float32)
+    arrays: list[Any] = [do, q, k, v, *given, sinks]
+    if tensors:
+        torch = pytest.importorskip("torch", reason="there is no torch to make tensors")
+        arrays = [torch.from_numpy(array) for array in arrays]
+
+    def score(a: Any, b: Any) -> Any:
+        return [softcap(2.0), bias(a), temperature(b)]
+
+    own_do, *own, a, b, own_sinks = arrays
+    options = {"mask": MASK, "score": score(a, b), "sinks": own_sinks}
+    with metal.queue(emulated) as commands:
+        o, lse = commands.attention(*own, **options)
+        got = commands.attention_backward(own_do, *own, o, lse, **options)
+    options = {"mask": MASK, "score": score(*given), "sinks": sinks[:, None]}
+    want = reference.attention(q, k, v, **options)
+    np.testing.assert_allclose(o, want[0], rtol=2e-5, atol=2e-5)
+    exact = reference.attention_backward(do, q, k, v, *want, **options)
+    shapes = [q.shape, k.shape, v.shape, (4, 1, 35), (21, 1), (4,)]
+    assert [tuple(array.shape) for array in got] == shapes
+    for found, array in zip(got, [*exact[:-1], exact[-1][:, 0]], strict=True):
+        within = 2e-3 if "16" in str(found.dtype) else 4e-5
+        np.testing.assert_allclose(found, array, rtol=within, atol=within)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Frontends turn a framework's arrays into calls of a backend, one file for each framework.
 
-extra        arrays beside q, k and v: what a score reads, sinks, a seed
 foreign      objects that NumPy can view, and why it cannot view others
 numpy        NumPy arrays, and objects that share memory with them
 tensors      PyTorch tensors below autograd

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tilefold.backends.arrays.torch import dtype_of, tensor_of
+from tilefold.backends.extra import Extra
 from tilefold.backends.protocols import spoken
 from tilefold.frontends import tensors
-from tilefold.frontends.extra import Extra
 from tilefold.frontends.observed import (
     OPERATORS,
     recorded,

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
+from tilefold.backends.extra import NOTHING, Extra, extended_request
 from tilefold.backends.protocols import BACKWARD, FORWARD, spoken
 from tilefold.backends.registry import machine
-from tilefold.frontends.extra import NOTHING, Extra, extended_request
 from tilefold.frontends.foreign import viewed
 from tilefold.problems.attention import STATISTICS, check_parts
 from tilefold.problems.dropout import check_probability, check_seed

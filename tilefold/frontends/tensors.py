@@ -14,6 +14,7 @@ from torch import Tensor
 from tilefold.backends import calls, registry
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.arrays.torch import check_place, common_dtype, dtype_of
+from tilefold.backends.extra import names_of
 from tilefold.backends.protocols import (
     BACKWARD,
     BACKWARD_LOW,
@@ -23,7 +24,6 @@ from tilefold.backends.protocols import (
     Pass,
     spoken,
 )
-from tilefold.frontends.extra import names_of
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, check_lse
 from tilefold.problems.request import Request
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tilefold.backends import extra as extra_arrays
 from tilefold.backends.arrays.torch import check_held, dtype_of
+from tilefold.backends.extra import NOTHING, Extra
 from tilefold.frontends import extended, tensors, transforms
-from tilefold.frontends import extra as extra_arrays
-from tilefold.frontends.extra import NOTHING, Extra
 from tilefold.frontends.observed import OPERATORS, PLAIN, faked, recorded, unobserved
 from tilefold.problems.attention import check_parts
 from tilefold.problems.dropout import check_probability, check_seed

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from tilefold.backends.arrays import numpy as arrays
 from tilefold.backends.calls import check_extra
+from tilefold.backends.extra import NOTHING, Extra
 from tilefold.common.imports import why_not
-from tilefold.frontends.extra import NOTHING, Extra
 from tilefold.frontends.numpy import arrays_of, as_array
 from tilefold.implementations import refuse_extra
 from tilefold.masks.evaluate import exact_real

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.extra import Extra, taken_apart
 from tilefold.common.check import shown
-from tilefold.frontends.extra import Extra, taken_apart
 from tilefold.masks.derivative import derivatives
 from tilefold.masks.evaluate import exact, exact_real
 from tilefold.masks.expression import Expression, FromInteger, names

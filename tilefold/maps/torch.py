@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tilefold.backends import calls
 from tilefold.backends.arrays import torch as arrays
+from tilefold.backends.extra import NOTHING
 from tilefold.backends.protocols import KEY_MASS
 from tilefold.backends.registry import machine
 from tilefold.frontends import tensors
 from tilefold.frontends.extended import tensors_of
-from tilefold.frontends.extra import NOTHING
 from tilefold.frontends.torch import attention as attend
 from tilefold.maps.region import Asked, Region
 from tilefold.problems.attention import Problem, check_lse, check_shape, describe, shape_lse

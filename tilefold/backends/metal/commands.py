@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilefold.backends import calls
+from tilefold.backends.extra import Extra, taken_apart
 from tilefold.backends.metal import runtime
 from tilefold.backends.metal.dispatch import Machine
 from tilefold.backends.protocols import BACKWARD, FORWARD, Array, Arrays, Pass
@@ -51,13 +52,16 @@ class Commands:
         *,
         mask: Rule | None = None,
         scale: float | None = None,
+        score: Any = None,
+        sinks: Array | None = None,
         layout: str = "bhnd",
         out: Array | None = None,
         lse: Array | None = None,
     ) -> tuple[Array, Array]:
         """Record a call of `tilefold.attention`; return o and lse: `out` and `lse` if given."""
-        request = Request(mask, scale, layout)
-        o, lse = self._record(FORWARD, (q, k, v), request, (out, lse))
+        request, extra = taken_apart(Request(mask, scale, layout), score, sinks)
+        wanted, given = FORWARD.plus(extra.names), (q, k, v, *_as_read(extra))
+        o, lse = self._record(wanted, given, request, (out, lse))
         return o, lse
 
     def attention_backward(
@@ -71,15 +75,26 @@ class Commands:
         *,
         mask: Rule | None = None,
         scale: float | None = None,
+        score: Any = None,
+        sinks: Array | None = None,
         layout: str = "bhnd",
         dq: Array | None = None,
         dk: Array | None = None,
         dv: Array | None = None,
-    ) -> tuple[Array, Array, Array]:
-        """Record a call of `tilefold.attention_backward`; return dq, dk and dv, given or new."""
-        request = Request(mask, scale, layout)
-        dq, dk, dv = self._record(BACKWARD, (do, q, k, v, o, lse), request, (dq, dk, dv))
-        return dq, dk, dv
+    ) -> tuple[Array, ...]:
+        """Record a call of `tilefold.attention_backward`; return dq, dk and dv, given or new.
+
+        After these come new arrays: the gradients of the arrays of `score` in their order, and of
+        `sinks`.
+        """
+        request, extra = taken_apart(Request(mask, scale, layout), score, sinks)
+        wanted = BACKWARD.plus(extra.names, extra.gradients)
+        given = (do, q, k, v, o, lse, *_as_read(extra))
+        into = (dq, dk, dv, *[None] * len(extra.gradients))
+        *others, last = self._record(wanted, given, request, into)
+        if last is not None and sinks is not None and len(extra.arrays[-1].shape) == 1:
+            last = last[:, 0]
+        return (*others, last)
 
     def launch(self) -> None:
         """Run all recorded calls in order, without waiting between them, and forget them."""
@@ -124,6 +139,16 @@ class Commands:
         return self._machine
 
 
+def _as_read(extra: Extra) -> tuple[Array, ...]:
+    """The extra arrays as kernels read them: sinks are rows."""
+    return tuple(
+        [
+            array[:, None] if name == "sinks" and len(array.shape) == 1 else array
+            for name, array in zip(extra.names, extra.arrays, strict=True)
+        ]
+    )
+
+
 def _arrays(
     machine: Machine, wanted: Pass, given: tuple[Array, ...], results: Sequence[Array | None]
 ) -> Arrays:
@@ -150,6 +175,8 @@ def attention(
     *,
     mask: Rule | None = None,
     scale: float | None = None,
+    score: Any = None,
+    sinks: Array | None = None,
     layout: str = "bhnd",
     out: Array | None = None,
     lse: Array | None = None,
@@ -167,8 +194,8 @@ def attention(
     True
 
     Arguments:
-        q, k, v, mask, scale, layout: as for `tilefold.attention`; the arrays are float32, float16
-            or bfloat16
+        q, k, v, mask, scale, score, sinks, layout: as for `tilefold.attention`; the arrays are
+            float32, float16 or bfloat16, and sinks are float32
         out: an array for o, (batch, heads_q, len_q, dim_v) in the layout, of the type of q; None
             makes a new array
         lse: an array for lse, (batch, heads_q, len_q), float32, contiguous; None makes a new array
@@ -183,7 +210,18 @@ def attention(
         The errors of `tilefold.attention`; with `strict`, NotImplementedError without Metal
     """
     with Commands(machine, strict=strict) as commands:
-        return commands.attention(q, k, v, mask=mask, scale=scale, layout=layout, out=out, lse=lse)
+        return commands.attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            scale=scale,
+            score=score,
+            sinks=sinks,
+            layout=layout,
+            out=out,
+            lse=lse,
+        )
 
 
 def attention_backward(
@@ -196,9 +234,11 @@ def attention_backward(
     *,
     mask: Rule | None = None,
     scale: float | None = None,
+    score: Any = None,
+    sinks: Array | None = None,
     layout: str = "bhnd",
     machine: Machine | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """The gradients of sum(do * o) with respect to q, k and v, by Metal kernels on a machine.
 
     >>> import numpy as np
@@ -212,16 +252,18 @@ def attention_backward(
     True
 
     Arguments:
-        do, q, k, v, o, lse, mask, scale, layout: as for `tilefold.attention_backward`
+        do, q, k, v, o, lse, mask, scale, score, sinks, layout: as for
+            `tilefold.attention_backward`
         machine: the machine that runs the kernels; None means the GPU of this Mac
 
     Returns:
-        dq, dk, dv, each of the shape and type of its input
+        dq, dk, dv, each of the shape and type of its input; then the gradients of the arrays that
+        the score reads, in their order, and of sinks
 
     Raises:
         The errors of `tilefold.attention_backward`, and NotImplementedError without Metal
     """
     with Commands(machine) as commands:
         return commands.attention_backward(
-            do, q, k, v, o, lse, mask=mask, scale=scale, layout=layout
+            do, q, k, v, o, lse, mask=mask, scale=scale, score=score, sinks=sinks, layout=layout
         )

@@ -11,6 +11,7 @@ which are copied to it once.
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -93,6 +94,10 @@ class Machine(protocols.Machine):
     def upload(self, array: NDArray[Any]) -> Array:
         """A copy of an array where kernels can read it."""
 
+    def add_parts(self, parts: Array, into: Array) -> None:
+        """Write the sum of parts, along their first axis."""
+        into[...] = parts.sum(0)
+
     def alignment(self, arrays: Mapping[str, Array]) -> int:
         """The number of elements of every array that may be moved at once, by their addresses."""
         return alignment_of(arrays)
@@ -124,6 +129,13 @@ class Emulated(Machine):
     def upload(self, array: NDArray[Any]) -> Array:
         """The array itself, since host and emulator share memory."""
         return array
+
+    def add_parts(self, parts: Array, into: Array) -> None:
+        """Write the sum of parts to an array or a tensor."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.asarray(parts.sum(0))
+            own = isinstance(into, np.ndarray)
+            into[...] = total if own else sys.modules["torch"].from_numpy(total)
 
     def check(self, **arrays: Array) -> None:
         """Raises TypeError unless all arrays are NumPy arrays or tensors on the CPU."""
@@ -170,16 +182,13 @@ class Call:
             made[name][...] = 0
         for step in self.steps:
             step.launch({**operands, **made})
-        self._add_parts(operands, made)
-
-    def _add_parts(self, operands: Mapping[str, Array], made: Mapping[str, Array]) -> None:
-        """Write the gradients of a score's arrays from their parts: 0 where nothing was added."""
-        added = [launch.added for launch in self.plan.launches if launch.added is not None]
-        parts = {f"d{each.given.name}": made[each.parts] for each in added}
-        for name in self.order:
+        for name in self.order:  # the gradients of a score's arrays
             if name.startswith("dinput"):
-                with np.errstate(over="ignore", invalid="ignore"):
-                    operands[name][...] = parts[name].sum(0) if name in parts else 0
+                parts = made.get(f"{name}_parts")
+                if parts is None:  # no pair reads the array
+                    operands[name][...] = 0
+                else:
+                    self.machine.add_parts(parts, operands[name])
 
 
 @dataclass(frozen=True, eq=False)
