@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
 import tilefold
-from tilefold import alibi, attention, causal, lengths, local, prefix, relative_bias, rule, softcap
-from tilefold.frontends.derivatives.tiles import Gradients, Pulled, Second
+from tilefold import alibi, attention, causal, lengths, local, prefix, rule, softcap
+from tilefold.frontends.derivatives.tiles import Gradients, Pulled, Second, Softmax
 from tilefold.frontends.derivatives.walk import Pairs
 from tilefold.problems.request import LAYOUTS
 
@@ -147,7 +146,7 @@ def test_the_second_derivative_by_hand_is_what_autograd_makes_of_a_tile() -> Non
         torch.randn(2, 4 if kind == "q" else 5, width, dtype=torch.float64)
         for kind, width in zip(kinds, widths, strict=True)
     ]
-    tile = Gradients(0.7).pulled((True,) * 3, (True,) * 6)
+    tile = Gradients(Softmax(0.7)).pulled((True,) * 3, (True,) * 6)
     assert type(tile) is Second
     hidden = torch.ones(1, 4, 5).triu(2).bool()
     pairs = Pairs(hidden, {})
@@ -163,23 +162,6 @@ def _second(function: Any, given: tuple[Tensor, ...], do: Tensor) -> tuple[Tenso
     first = torch.autograd.grad(function(*given), given, do, create_graph=True)
     second: tuple[Tensor, ...] = torch.autograd.grad(first, given, [x.detach() for x in first])
     return second
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"sinks": np.zeros(4)}, "sinks"),
-        ({"score": relative_bias(np.zeros((4, 8)), max_distance=9)}, "arrays in a score"),
-    ],
-    ids=["sinks", "arrays"],
-)
-def test_calls_with_extra_arrays_say_that_they_have_no_second_derivatives(
-    options: dict[str, Any], words: str
-) -> None:
-    q, k, v = leaves()
-    (dq,) = torch.autograd.grad(attention(q, k, v, **options).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"second derivatives.*" + words):
-        dq.sum().backward()
 
 
 def test_merged_parts_have_second_derivatives() -> None:

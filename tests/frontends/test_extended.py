@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 import tilefold
@@ -306,26 +305,6 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attention(Q, Q, Q, sinks=torch.ones(3)),
         "sinks must have shape (2,) or (2, number), one row for each head of q, got 3 rows",
     ),
-    "sinks of integers": (
-        lambda: attention(Q, Q, Q, sinks=torch.ones(2, dtype=torch.int32)),
-        "sinks must be an array of floats, got int32",
-    ),
-    "a transform": (
-        lambda: torch.func.grad(total)(torch.ones(3)),
-        "transforms of torch.func are not implemented for tilefold.attention with arrays in a"
-        " score, sinks or dropout: use backward() or torch.autograd.grad",
-    ),
-    "a tangent of an array": (
-        lambda: forward_mode(),
-        "forward-mode derivatives of tilefold.attention are not implemented: use backward(), or"
-        " torch's own attention where you need them",
-    ),
-    "second derivatives": (
-        lambda: first_derivative().backward(),
-        "second derivatives of tilefold.attention with arrays in a score, sinks or dropout are not"
-        " implemented: do not pass create_graph=True, or use torch's own attention where you need"
-        " them",
-    ),
 }
 
 
@@ -342,25 +321,6 @@ def converted() -> Any:
     return score
 
 
-def total(array: Tensor) -> Tensor:
-    o: Tensor = attention(Q, Q, Q, score=tilefold.bias(array))
-    return o.sum()
-
-
-def forward_mode() -> Any:
-    with forward_ad.dual_level():
-        array = forward_ad.make_dual(torch.ones(3), torch.ones(3))
-        return attention(Q, Q, Q, score=tilefold.bias(array))
-
-
-def first_derivative() -> Tensor:
-    array = learnable(3, dtype=torch.float32)
-    o = attention(Q, Q, Q + 1, score=tilefold.bias(array))
-    (slope,) = torch.autograd.grad(o.sum(), array, create_graph=True)
-    return slope.sum()
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of tangents
 @pytest.mark.feature("T15")
 @pytest.mark.parametrize("case", MESSAGES)
 def test_message(case: str) -> None:

@@ -6,9 +6,10 @@ tensors      PyTorch tensors below autograd
 observed     who observes operations on PyTorch tensors
 spelled      requests spelled in plain constants, for `torch.compile`
 operators    PyTorch's operators, for `torch.compile`
-extended     PyTorch tensors beside q, k and v
 derivatives  second derivatives and forward mode of PyTorch tensors
+joined       results over disjoint keys, joined by PyTorch's operations
 transforms   PyTorch tensors in the transforms of `torch.func`, and dual numbers
+extended     PyTorch tensors beside q, k and v
 torch        PyTorch tensors with autograd
 registry     the frontend of arrays, by their class
 """

@@ -15,12 +15,13 @@ from torch import Tensor
 from tilefold.backends.arrays.torch import dtype_of, tensor_of
 from tilefold.backends.extra import Extra
 from tilefold.backends.protocols import spoken
-from tilefold.frontends import tensors
+from tilefold.frontends import tensors, transforms
+from tilefold.frontends.joined import gradient_of_sinks
 from tilefold.frontends.observed import (
     OPERATORS,
+    lifted,
     recorded,
-    refuse_tangents,
-    refuse_transforms,
+    require_operators,
     unobserved,
 )
 from tilefold.problems.request import Request
@@ -42,9 +43,10 @@ def attention(
         o, lse, _, *rest = run(request, further, *given)
         return (o, lse, *rest)
     tensors.check(q=q, k=k, v=v)
-    refuse_transforms()
-    refuse_tangents(*given)
-    o, lse, _, largest = _operators().attention_extended(q, k, v, [*arrays], request, bool(further))
+    if lifted():
+        return transforms.attention(q, k, v, request, arrays, further)
+    require_operators()
+    o, lse, _, largest = operators.attention_extended(q, k, v, [*arrays], request, bool(further))
     return (o, lse, largest) if further else (o, lse)
 
 
@@ -113,16 +115,46 @@ def gradients(
 ) -> tuple[Any, ...]:
     """dq, dk, dv, and a list of the gradients of the arrays that are wanted."""
     every = (*given, *arrays) if dlse is None else (*given, *arrays, dlse)
-    if unobserved(*every):
-        run = _Backward.apply if recorded(*every) else tensors.backward_extended
+    again = lifted() or recorded(*every)
+    if again and request.sinks:
+        return _apart_from_sinks(given, arrays, request, wanted, lse_low, dlse)
+    direct = unobserved(*every)
+    if not direct:
+        tensors.check_all(*given, dlse)
+    if lifted() or (direct and again):
+        dq, dk, dv, *more = transforms.attention_backward(
+            given, request, dlse, lse_low, arrays, wanted
+        )
+        return dq, dk, dv, more
+    if direct:
+        run = tensors.backward_extended
         dq, dk, dv, *more = run(request, tuple(wanted), lse_low, dlse, *given, *arrays)
         return dq, dk, dv, more
-    tensors.check_all(*given, dlse)
-    refuse_transforms()
-    refuse_tangents(*every)
-    backward = _operators().attention_extended_backward
+    require_operators()
+    backward = operators.attention_extended_backward
     found: tuple[Any, ...] = backward(*given, [*arrays], request, wanted, dlse, lse_low)
     return found
+
+
+def _apart_from_sinks(
+    given: Six,
+    arrays: tuple[Tensor, ...],
+    request: Request,
+    wanted: list[bool],
+    lse_low: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Any, ...]:
+    """`gradients`, that of sinks by torch's operations, which have all derivatives."""
+    place = len(arrays) - 1 - bool(request.dropout)
+    others, asked = list(arrays), list(wanted)
+    sinks, also = others.pop(place), asked.pop(place)
+    plain = request.changed(sinks=0)
+    dq, dk, dv, more = gradients(given, tuple(others), plain, asked, lse_low, dlse)
+    if also:
+        do, _, _, _, o, lse = given
+        found = gradient_of_sinks(do, o, lse, dlse, sinks, request.layout)
+        more = [*more[: sum(asked[:place])], found, *more[sum(asked[:place]) :]]
+    return dq, dk, dv, more
 
 
 class _Attention(torch.autograd.Function):
@@ -145,18 +177,6 @@ class _Attention(torch.autograd.Function):
         return (None, None, dq, dk, dv, *more)
 
 
-class _Backward(torch.autograd.Function):
-    """The backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return tensors.backward_extended(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> Any:
-        refuse()
-
-
 def _pulled(
     ctx: Any, do: Tensor | None, dlse: Tensor | None, wanted: list[bool]
 ) -> tuple[Any, ...]:
@@ -164,28 +184,7 @@ def _pulled(
     o, lse, low, q, k, v, *arrays = ctx.saved_tensors
     given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
     *found, more = gradients(given, tuple(arrays), ctx.request, wanted, low, dlse)
-    left = iter(more)
-    return (*found, [next(left) if asked else None for asked in wanted])
-
-
-def refuse(*_: Any) -> Any:
-    """Raises NotImplementedError: these calls have no second derivatives."""
-    raise NotImplementedError(
-        "second derivatives of tilefold.attention with arrays in a score, sinks or dropout are not"
-        " implemented: do not pass create_graph=True, or use torch's own attention where you need"
-        " them"
-    )
-
-
-def _operators() -> Any:
-    """The module of the operators. Raises NotImplementedError if PyTorch is too old for them."""
-    if not OPERATORS:
-        raise NotImplementedError(
-            "attention under torch.func, tracers and forward-mode derivatives, on meta tensors, on"
-            " subclasses and on conjugates' imaginary parts (call resolve_neg()) needs PyTorch 2.12"
-            f" or newer, found {torch.__version__}"
-        )
-    return operators
+    return (*found, transforms.spread(more, wanted))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -200,6 +199,25 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None) -> An
     return (*_pulled(ctx, do, dlse, [*ctx.needs_input_grad[3]]), None, None)
 
 
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *given, extra, ctx.request, ctx.wanted, dlse, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dlse, *given, *extra)
+
+
+def _second_gradients(ctx: Any, *slopes: Any) -> Any:
+    dlse, *given = ctx.saved_tensors
+    *usual, more = slopes
+    more = [None] * sum(ctx.wanted) if more is None else more
+    asked = [*ctx.needs_input_grad[6]]
+    found, of_dlse, of_arrays = transforms.second_gradients(
+        given, dlse, ctx.request, ctx.wanted, [*usual, *more], asked
+    )
+    return (*found, of_arrays, None, None, of_dlse, None)
+
+
 if OPERATORS:
     operators.attention_extended.register_autograd(_gradients, setup_context=_save)
-    operators.attention_extended_backward.register_autograd(refuse)
+    operators.attention_extended_backward.register_autograd(
+        _second_gradients, setup_context=_save_backward
+    )

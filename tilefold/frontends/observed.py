@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -38,24 +36,23 @@ def recorded(*given: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
-def refuse_tangents(*given: Tensor) -> None:
-    """Raises if tensors carry forward-mode derivatives, which the operators would lose."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    unpack: Any = forward_ad.unpack_dual
-    if any(unpack(tensor).tangent is not None for tensor in given):
-        raise NotImplementedError(
-            "forward-mode derivatives of tilefold.attention are not implemented: use backward(),"
-            " or torch's own attention where you need them"
-        )
+def lifted() -> bool:
+    """True inside a transform of `torch.func` and in forward mode, where functions of autograd go.
+
+    False where a compiler traces it, which takes operators, and where these are needed but missing.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return bool(active) and (OPERATORS or not faked())
 
 
-def refuse_transforms() -> None:
-    """Raises inside a transform of `torch.func`: it takes no operator with a list of tensors."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+def require_operators() -> None:
+    """Raises NotImplementedError if PyTorch is too old for operators."""
+    if not OPERATORS:
         raise NotImplementedError(
-            "transforms of torch.func are not implemented for tilefold.attention with arrays in a"
-            " score, sinks or dropout: use backward() or torch.autograd.grad"
+            "attention under tracers, on meta tensors, on subclasses and on conjugates' imaginary"
+            f" parts (call resolve_neg()) needs PyTorch 2.12 or newer, found {torch.__version__}"
         )
 
 

@@ -11,18 +11,24 @@ function breaks its graph there, and tracers and subclasses are refused.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tilefold.backends import extra as extra_arrays
 from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.backends.extra import NOTHING, Extra
 from tilefold.frontends import extended, tensors, transforms
-from tilefold.frontends.observed import OPERATORS, PLAIN, faked, recorded, unobserved
+from tilefold.frontends.joined import joined
+from tilefold.frontends.observed import (
+    OPERATORS,
+    PLAIN,
+    lifted,
+    recorded,
+    require_operators,
+    unobserved,
+)
 from tilefold.problems.attention import check_parts
 from tilefold.problems.dropout import check_probability, check_seed
 from tilefold.problems.request import Request
@@ -109,7 +115,12 @@ def attention(
         result = run(q, k, v, request)
     else:
         tensors.check(q=q, k=k, v=v)
-        result = _passes().attention(q, k, v, request)[:2]
+        if lifted():
+            o, lse = transforms.attention(q, k, v, request)
+        else:
+            require_operators()
+            o, lse, _ = operators.attention(q, k, v, request)
+        result = o, lse
     return result
 
 
@@ -130,15 +141,19 @@ def attention_backward(
         return extended.attention_backward(do, q, k, v, o, lse, request, lse_low, dlse, extra)
     given = do, q, k, v, o, lse
     every = given if dlse is None else (*given, dlse)
-    result: tuple[Tensor, Tensor, Tensor]
+    result: tuple[Tensor, ...]
     if unobserved(*every):
         if recorded(*every):
-            result = transforms.attention_backward(*given, request, dlse, lse_low)
+            result = transforms.attention_backward(given, request, dlse, lse_low)
         else:
             result = tensors.backward(*given, request, lse_low, dlse)
     else:
         tensors.check_all(*every)
-        result = _passes().attention_backward(*given, request, dlse, lse_low)
+        if lifted():
+            result = transforms.attention_backward(given, request, dlse, lse_low)
+        else:
+            require_operators()
+            result = operators.attention_backward(*given, request, dlse, lse_low)
     return result
 
 
@@ -149,44 +164,8 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, layout: str) -> tu
         for name, tensor in given.items():
             check_held(name, tensor)
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
-    axes = check_parts(shapes, {name: dtype_of(tensor) for name, tensor in given.items()}, layout)
-    lses = torch.stack((lse1, lse2))
-    unseen = lses == -torch.inf
-    nothing = unseen.all(0)
-    top = lses.detach().max(0).values  # the results do not depend on it, nor do gradients
-    weights = torch.exp(lses - top.masked_fill(nothing, 0))
-    total = weights.sum(0).masked_fill(nothing, 1)
-    lse = (top + total.log()).masked_fill(nothing, -torch.inf)
-    parts = [
-        share * part.permute(axes).to(lse.dtype).masked_fill(hidden, 0)
-        for part, share, hidden in zip(
-            (o1, o2),
-            (weights / total).unsqueeze(-1).unbind(),
-            unseen.unsqueeze(-1).unbind(),
-            strict=True,
-        )
-    ]
-    o = parts[0] + parts[1]
-    return o.permute(axes).to(o1.dtype).contiguous(), lse  # each layout is its own inverse
-
-
-def _passes() -> Any:
-    """The passes as transforms see them, or as operators. Raises where PyTorch has no operators."""
-    if _lifted() and (OPERATORS or not faked()):
-        return transforms
-    if not OPERATORS:
-        raise NotImplementedError(
-            "attention under tracers, on meta tensors, on subclasses and on conjugates' imaginary"
-            f" parts (call resolve_neg()) needs PyTorch 2.12 or newer, found {torch.__version__}"
-        )
-    return operators
-
-
-def _lifted() -> bool:
-    """True inside a transform of `torch.func` and in forward mode, unless a compiler traces it."""
-    return not torch.compiler.is_compiling() and bool(
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    check_parts(shapes, {name: dtype_of(tensor) for name, tensor in given.items()}, layout)
+    return joined((o1, o2), (lse1, lse2), layout)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -223,13 +202,46 @@ class _Attention(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save what the derivative of the backward pass needs."""
+    *given, ctx.request, dlse, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dlse, *given)
+
+
+def _second_gradients(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+    dlse, *given = ctx.saved_tensors
+    found, of_dlse, _ = transforms.second_gradients(given, dlse, ctx.request, (), slopes, ())
+    return (*found, None, of_dlse, None)
+
+
+def _each_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:
+    """The operator in `vmap`."""
+    *given, request = inputs
+
+    def call(request: Request, *given: Tensor) -> Any:
+        return operators.attention(*given, request)
+
+    return transforms.vectorised(call, info.batch_size, in_dims[:3], request, given)
+
+
+def _each_backward(info: Any, in_dims: Any, *inputs: Any) -> Any:
+    """The operator of the backward pass in `vmap`."""
+    *given, request, dlse, low = inputs
+    dims = (*in_dims[7:], *in_dims[:6])
+
+    def call(request: Request, dlse: Any, low: Any, *given: Tensor) -> Any:
+        return operators.attention_backward(*given, request, dlse, low)
+
+    every = dlse, low, *given
+    return transforms.vectorised(call, info.batch_size, dims, request, every, first=3)
+
+
 if OPERATORS:
     operators.attention.register_autograd(_gradients, setup_context=_save_all)
-    operators.attention_backward.register_autograd(
-        transforms.second_gradients, setup_context=transforms.save_backward
-    )
-    for operator in (operators.attention, operators.attention_backward):
-        operator.register_vmap(functools.partial(transforms.fold, operator))
+    operators.attention_backward.register_autograd(_second_gradients, setup_context=_save_backward)
+    operators.attention.register_vmap(_each_forward)
+    operators.attention_backward.register_vmap(_each_backward)
 else:
     _disable: Any = torch.compiler.disable
     attention, attention_backward = _disable(attention), _disable(attention_backward)

@@ -86,6 +86,14 @@ dropout=0.0)
     def __hash__(self) -> int:
         return self._hash
 
+    def changed(self, **options: Any) -> Request:
+        """The request with other values of some options.
+
+        >>> Request(scale=2, sinks=1).changed(sinks=0) == Request(scale=2)
+        True
+        """
+        return Request(*[options.get(name, getattr(self, name)) for name in OPTIONS])
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Make a copy as the first one was made, with the hash of its own process."""
         return Request, tuple([getattr(self, name) for name in OPTIONS])

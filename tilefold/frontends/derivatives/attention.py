@@ -7,7 +7,7 @@ autograd follows o and lse to the call that they come from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from tilefold.backends.arrays.torch import dtype_of
 from tilefold.common.lru import LruCache
 from tilefold.frontends.derivatives.modified import Modification
 from tilefold.frontends.derivatives.sums import tile_sum
-from tilefold.frontends.derivatives.tiles import Gradients, Tangents
+from tilefold.frontends.derivatives.tiles import Gradients, Softmax, Tangents
 from tilefold.frontends.derivatives.walk import Walk
 from tilefold.problems.attention import STATISTICS, Problem, describe
 from tilefold.problems.request import LAYOUTS, Request
@@ -25,34 +25,43 @@ from tilefold.problems.request import LAYOUTS, Request
 Some = Sequence[Tensor | None]
 
 
-def move(given: Sequence[Tensor], request: Request, tangents: Some) -> tuple[Tensor, Tensor]:
-    """The tangents of o and lse, from q, k, v, o, lse and the tangents of q, k and v."""
+def move(
+    given: Sequence[Tensor], arrays: Sequence[Tensor], request: Request, tangents: Some
+) -> tuple[Tensor, Tensor]:
+    """The tangents of o and lse, from q, k, v, o, lse and the tangents of q, k, v and arrays."""
     q, k, v, o, lse = given
     lie = _Lie.of(q, k, v, request)
-    tile = Tangents(lie.problem.scale, lie.score)
-    operands = lie.rows(q), lie.shift(lse), lie.keys(k), lie.keys(v)
-    directions = [
-        lie.rows(torch.zeros_like(x) if tangent is None else tangent)
-        if x is q
-        else lie.keys(torch.zeros_like(x) if tangent is None else tangent)
-        for x, tangent in zip((q, k, v), tangents, strict=True)
-    ]
-    total, xi = tile_sum(tile, lie.walk, *operands, *directions)
+    directions = lie.ways((lie.rows, lie.keys, lie.keys), tangents)
+    tile = Tangents(lie.softmax, _there(directions))
+    operands = lie.rows(q), lie.shift(lse), lie.keys(k), lie.keys(v), *lie.extra(arrays)
+    total, xi = tile_sum(tile, lie.walk, *operands, *_present(directions))
     return lie.as_rows(total - xi * lie.rows(o), o), lie.as_statistic(xi)
 
 
 def pull(
-    given: Sequence[Tensor], dlse: Tensor | None, request: Request, slopes: Some
-) -> tuple[Tensor, ...]:
-    """The gradients of do, dlse, q, k, v, o and lse, from those of dq, dk and dv."""
+    given: Sequence[Tensor],
+    arrays: Sequence[Tensor],
+    dlse: Tensor | None,
+    request: Request,
+    slopes: Some,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of do, dlse, q, k, v, o and lse, and of the wanted arrays.
+
+    They come from those of dq, dk, dv, and of what the arrays have as gradients: None for an array
+    without one.
+    """
     do, q, k, v, o, _ = given
     lie = _Lie.of(q, k, v, request)
-    operands = lie.operands(given, dlse)
-    there = tuple([slope is not None for slope in slopes])
-    ways = lie.rows, lie.keys, lie.keys
-    seen = [way(slope) for way, slope in zip(ways, slopes, strict=True) if slope is not None]
-    tile = Gradients(lie.problem.scale, lie.score).pulled(there, (True,) * len(operands))
-    of_q, of_shift, of_k, of_v, of_do, of_minus = tile_sum(tile, lie.walk, *operands, *seen)
+    operands = (*lie.operands(given, dlse), *lie.extra(arrays))
+    directions = lie.ways((lie.rows, lie.keys, lie.keys), slopes)
+    asked = tuple([wanted[entry.number] for entry in lie.softmax.entries])
+    seed = (False,) * (len(lie.softmax.given) - len(asked))
+    first = Gradients(lie.softmax, _there(directions[3:]))
+    made = _there([*directions[:3], *_present(directions[3:])])
+    tile = first.pulled(made, (*[True] * 6, *asked, *seed))
+    found = tile_sum(tile, lie.walk, *operands, *_present(directions))
+    of_q, of_shift, of_k, of_v, of_do, of_minus, *entries = found
     return (
         lie.as_rows(of_do - of_minus * lie.rows(o), do),
         lie.as_statistic(of_minus),
@@ -61,42 +70,49 @@ def pull(
         lie.as_keys(of_v, v),
         lie.as_rows(-of_minus * lie.rows(do), o),
         lie.as_statistic(of_shift),
+        *lie.as_arrays(entries, asked, arrays),
     )
 
 
 def push(
     given: Sequence[Tensor],
+    arrays: Sequence[Tensor],
     dlse: Tensor | None,
     request: Request,
     tangents: Some,
     moved: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The tangents of dq, dk and dv, from those of do, q, k, v, o and lse, and `moved` of dlse."""
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The tangents of dq, dk and dv, and of the gradients of the wanted arrays.
+
+    They come from those of do, q, k, v, o, lse and arrays, and from `moved` of dlse.
+    """
     do, q, k, v, o, _ = given
     lie = _Lie.of(q, k, v, request)
-    operands = lie.operands(given, dlse)
-    tdo, tq, tk, tv, to, tlse = tangents
+    tdo, tq, tk, tv, to, tlse, *tarrays = tangents
     minus = None if moved is None else lie.statistic(moved)
     for one, other in ((tdo, o), (to, do)):
         if one is not None:
             turned = -(lie.rows(one) * lie.rows(other)).sum(-1, keepdim=True)
             minus = turned if minus is None else minus + turned
-    directions = [
-        None if tangent is None else way(tangent)
-        for way, tangent in (
-            (lie.rows, tq),
-            (lie.statistic, tlse),
-            (lie.keys, tk),
-            (lie.keys, tv),
-            (lie.rows, tdo),
-        )
-    ]
-    directions.append(minus)
-    there = tuple([direction is not None for direction in directions])
-    seen = [direction for direction in directions if direction is not None]
-    tile = Gradients(lie.problem.scale, lie.score).pushed(there)
-    dq, dk, dv = tile_sum(tile, lie.walk, *operands, *seen)
-    return lie.as_rows(dq, q), lie.as_keys(dk, k), lie.as_keys(dv, v)
+    ways = lie.rows, lie.statistic, lie.keys, lie.keys, lie.rows
+    directions = lie.ways(ways, (tq, tlse, tk, tv, tdo, *tarrays))
+    directions.insert(len(ways), minus)
+    asked = tuple([wanted[entry.number] for entry in lie.softmax.entries])
+    operands = (*lie.operands(given, dlse), *lie.extra(arrays))
+    directions += [None] * (len(operands) - len(directions))
+    tile = Gradients(lie.softmax, asked).pushed(_there(directions))
+    dq, dk, dv, *entries = tile_sum(tile, lie.walk, *operands, *_present(directions))
+    more = lie.as_arrays(entries, asked, arrays)
+    return lie.as_rows(dq, q), lie.as_keys(dk, k), lie.as_keys(dv, v), *more
+
+
+def _there(values: Some) -> tuple[bool, ...]:
+    return tuple([value is not None for value in values])
+
+
+def _present(values: Some) -> list[Tensor]:
+    return [value for value in values if value is not None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,18 +123,14 @@ class _Lie:
     axes: tuple[int, int, int, int]
     kind: torch.dtype
     walk: Walk
-    score: Modification | None
+    softmax: Softmax
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Lie:
         """That of a call with these tensors."""
         problem = describe(tuple(q.shape), tuple(k.shape), tuple(v.shape), dtype_of(q), request)
-        kind = getattr(torch, STATISTICS[problem.dtype])
-        refuse(request)
-        score = None
-        if problem.score is not None:
-            score = Modification(problem.score.expression(problem.score_sizes))
-        return _Lie(problem, LAYOUTS[request.layout], kind, _walk(problem), score)
+        axes, kind = LAYOUTS[request.layout], getattr(torch, STATISTICS[problem.dtype])
+        return _Lie(problem, axes, kind, _walk(problem), _softmax(problem))
 
     @property
     def _heads(self) -> tuple[int, int, int, int]:
@@ -133,6 +145,42 @@ class _Lie:
         if dlse is not None:
             minus = minus + self.statistic(dlse)
         return self.rows(q), self.shift(lse), self.keys(k), self.keys(v), self.rows(do), minus
+
+    def extra(self, arrays: Sequence[Tensor]) -> list[Tensor]:
+        """The arguments of `Softmax`, from the arrays of a score and a seed."""
+        found = self.entries(arrays)
+        return [*_present(found), arrays[-1][None]] if self.problem.dropout else _present(found)
+
+    def entries(self, arrays: Some) -> list[Tensor | None]:
+        """What each entry reads, of arrays that may be None."""
+        held = [
+            None if x is None or not x.is_floating_point() else x.to(self.kind)[None]
+            for x in arrays
+        ]
+        return [held[entry.number] for entry in self.softmax.entries]
+
+    def ways(
+        self, ways: Sequence[Callable[[Tensor], Tensor]], tangents: Some
+    ) -> list[Tensor | None]:
+        """Arrays beside the arguments, each in its way, and those of the entries."""
+        usual, arrays = tangents[: len(ways)], tangents[len(ways) :]
+        turned = [None if x is None else way(x) for way, x in zip(ways, usual, strict=True)]
+        return [*turned, *self.entries(arrays)]
+
+    def as_arrays(
+        self, entries: Sequence[Tensor], asked: Sequence[bool], arrays: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """What arrays have, from what the entries that are asked for have: None without any."""
+        found: list[Tensor | None] = [None] * len(arrays)
+        left = iter(entries)
+        for entry, here in zip(self.softmax.entries, asked, strict=True):
+            if here:
+                total, more = found[entry.number], next(left)[0]
+                found[entry.number] = more if total is None else total + more
+        return [
+            None if total is None else total.to(x.dtype)
+            for total, x in zip(found, arrays, strict=True)
+        ]
 
     def rows(self, x: Tensor) -> Tensor:
         """An array like q."""
@@ -164,15 +212,6 @@ class _Lie:
         return x[0, ..., 0].flatten(1, 2)
 
 
-def refuse(request: Request) -> None:
-    """Raises NotImplementedError for calls whose derivatives are not here."""
-    if request.sinks or request.dropout:
-        raise NotImplementedError(
-            "second derivatives and forward mode of attention with sinks or dropout are not"
-            " implemented: use torch's own operations where you need them"
-        )
-
-
 _walks: LruCache[Walk] = LruCache(most=16, most_bytes=2**24)
 
 
@@ -185,3 +224,18 @@ def _walk(problem: Problem) -> Walk:
         walk = Walk(problem.mask.bind(*lengths), *sizes, *lengths)
         walk = _walks.put(key, walk, walk.runs.runs.nbytes + walk.runs.rows.nbytes)
     return walk
+
+
+_softmaxes: LruCache[Softmax] = LruCache(most=16, most_bytes=2**24)
+
+
+def _softmax(problem: Problem) -> Softmax:
+    """How the weights of a problem are made: kept, since derivatives are made of scores."""
+    key = problem.scale, problem.score, problem.score_sizes, problem.dropout
+    softmax = _softmaxes.get(key)
+    if softmax is None:
+        score = None
+        if problem.score is not None:
+            score = Modification(problem.score.expression(problem.score_sizes))
+        softmax = _softmaxes.put(key, Softmax(problem.scale, score, problem.dropout), 0)
+    return softmax

@@ -1,70 +1,116 @@
-"""Modified scores in operations of torch, which autograd can differentiate."""
+"""Modified scores in operations of torch, which autograd can differentiate.
+
+Entries of arrays are arguments of their own. So derivatives with respect to them are found within a
+tile, and added to the arrays afterwards: no tile costs as much as a whole array.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tilefold.masks.derivative import derivatives
+from tilefold.masks.derivative import ZERO, derivatives
 from tilefold.masks.expression import (
     AnyTable,
     Expression,
     Interpretation,
     Real,
+    RealLookup,
     Several,
-    Table,
     evaluate,
 )
-from tilefold.masks.tables import Input
+from tilefold.masks.graph import ordered
+from tilefold.masks.hiding import may_hide
+from tilefold.masks.tables import Input, Table
+
+Indices = Mapping[str, Tensor]
+"""The indices b, h, q and k of pairs, as tensors that broadcast."""
+
+
+class Modified(NamedTuple):
+    """A score F of some pairs, and its derivatives: with respect to s, and to each entry."""
+
+    value: Tensor
+    slope: Tensor
+    slopes: tuple[Tensor, ...]
 
 
 class Modification:
-    """A score F that reads no arrays, and its derivative, as functions of tensors."""
+    """A score F as a function of tensors: of the scores s, and of the entries of arrays.
+
+    `lookups` are the places where F reads an array, each an argument. `hides`: F may be -inf.
+    """
 
     def __init__(self, score: Real) -> None:
-        self._both = Several((score, derivatives(score).score))
+        self._score, self.hides = score, may_hide(score)
+        self.lookups = [
+            node
+            for node, _ in ordered(score)
+            if isinstance(node, RealLookup) and isinstance(node.table, Input)
+        ]
 
-    def __call__(self, s: Tensor, indices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """F and dF/ds for scores s of pairs with these indices."""
-        value, slope = evaluate(self._both, _Tensors(s, indices))
-        return value.expand_as(s), slope.expand_as(s)
+    @cached_property
+    def _all(self) -> Several:
+        found = derivatives(self._score)
+        slopes = {id(entry): slope for entry, slope in found.entries}
+        entries = [slopes.get(id(lookup), ZERO) for lookup in self.lookups]
+        return Several((self._score, found.score, *entries))
+
+    def value(self, s: Tensor, indices: Indices, entries: Sequence[Tensor]) -> Tensor:
+        """F of the scores s of pairs with these indices."""
+        value: Tensor = evaluate(self._score, _Tensors(indices, s), self._known(entries))
+        return value.expand_as(s)
+
+    def both(self, s: Tensor, indices: Indices, entries: Sequence[Tensor]) -> Modified:
+        """F and its derivatives."""
+        value, slope, *slopes = evaluate(self._all, _Tensors(indices, s), self._known(entries))
+        return Modified(value.expand_as(s), slope, tuple(slopes))
+
+    def _known(self, entries: Sequence[Tensor]) -> dict[int, Any]:
+        return {id(node): entry for node, entry in zip(self.lookups, entries, strict=True)}
+
+
+def places(lookup: RealLookup, indices: Indices) -> tuple[Tensor, ...]:
+    """The places along each axis of the array of a look-up that pairs read."""
+    fold = _Tensors(indices)
+    return tuple([evaluate(index, fold) for index in lookup.indices])
 
 
 def valued(
-    expression: Expression,
-    s: Tensor,
-    indices: Mapping[str, Tensor],
-    arrays: Sequence[Tensor] = (),
+    expression: Expression, s: Tensor, indices: Indices, arrays: Sequence[Tensor] = ()
 ) -> Any:
     """The value of an expression for scores s; `arrays` are those of its inputs, by number."""
-    return evaluate(expression, _Tensors(s, indices, arrays))
+    return evaluate(expression, _Tensors(indices, s, arrays))
 
 
 class _Tensors(Interpretation[Any]):
     """The value of a node is a tensor; all of them broadcast."""
 
     def __init__(
-        self, s: Tensor, indices: Mapping[str, Tensor], arrays: Sequence[Tensor] = ()
+        self, indices: Indices, s: Tensor | None = None, arrays: Sequence[Tensor] = ()
     ) -> None:
-        self._s, self._indices, self._arrays = s, indices, arrays
+        self._indices, self._arrays = indices, arrays
+        self._device = indices["k"].device
+        self._s: Any = s
 
     def index(self, name: str) -> Any:
         return self._indices[name]
 
     def constant(self, value: int) -> Any:
-        return torch.tensor(value, device=self._s.device)
+        return torch.tensor(value, device=self._device)
 
     def truth(self, value: bool) -> Any:
-        return torch.tensor(value, device=self._s.device)
+        return torch.tensor(value, device=self._device)
 
     def lookup(self, table: AnyTable, indices: tuple[Any, ...]) -> Any:
         if isinstance(table, Input):
             return self._arrays[table.number][indices].to(self._s.dtype)
         assert isinstance(table, Table)
-        entries = torch.tensor(table.array, device=self._s.device)[indices]
+        entries = torch.tensor(table.array, device=self._device)[indices]
         return entries if table.dtype == "bool" else entries.long()
 
     def unary(self, operator: str, operand: Any) -> Any:
@@ -88,7 +134,7 @@ class _Tensors(Interpretation[Any]):
         return self._s
 
     def real(self, value: float) -> Any:
-        return torch.tensor(value, dtype=self._s.dtype, device=self._s.device)
+        return torch.tensor(value, dtype=self._s.dtype, device=self._device)
 
     def from_integer(self, operand: Any) -> Any:
         return operand.to(self._s.dtype)

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilefold.frontends.derivatives.tiles import Tile
+from tilefold.frontends.derivatives.tiles import Kind, Tile
 from tilefold.frontends.derivatives.walk import Slices, Walk
 
 
 def tile_sum(tile: Tile, walk: Walk, *given: Tensor) -> tuple[Tensor, ...]:
     """The sums of all results of a function over the tiles of a walk.
 
-    Rows of queries are (copies, batch, key heads, group, len_q, width), and rows of keys are
-    (copies, batch, key heads, 1, len_k, width). All are of one type, float32 or float64.
+    Rows of queries are (copies, batch, key heads, group, len_q, width), rows of keys are
+    (copies, batch, key heads, 1, len_k, width), and other arrays are (copies, ...). One copy stands
+    for any number of equal ones. All are of one type, float32 or float64, but for seeds.
     """
     apply: Any = _TileSum.apply
     sums: tuple[Tensor, ...] = apply(tile, walk, *given)
@@ -51,24 +52,32 @@ def nested(jvp: Callable[..., Any]) -> Callable[..., Any]:
 class _TileSum(torch.autograd.Function):
     @staticmethod
     def forward(tile: Tile, walk: Walk, *given: Tensor) -> tuple[Tensor, ...]:
-        first = given[0]
-        shapes = {"q": (walk.group, walk.len_q), "k": (1, walk.len_k)}
+        first, copies = given[0], max([x.shape[0] for x in given])
+        shapes: dict[Kind, Sequence[int]] = {
+            kind: x.shape[1:] for x, kind in zip(given, tile.given, strict=True)
+        }
+        widths = tile.widths([x.shape[-1] for x in given])
         sums = [
-            first.new_zeros(*first.shape[:3], *shapes[kind], width)
-            for kind, width in zip(
-                tile.made, tile.widths([x.shape[-1] for x in given]), strict=True
-            )
+            first.new_zeros(copies, *shapes[kind][:-1], width)
+            if isinstance(kind, str)
+            else first.new_zeros(copies, *shapes[kind])
+            for kind, width in zip(tile.made, widths, strict=True)
         ]
-        for step in walk.steps(first.shape[0], first.device):
+        for step in walk.steps(copies, first.device):
             rows = {"q": step.queries, "k": step.keys}
             pairs = walk.pairs(step, first.device, indexed=tile.indexed)
             parts = [
                 _part(x, step.heads, rows[kind]).flatten(0, 2).flatten(1, 2)
+                if isinstance(kind, str)
+                else kind.read(x, pairs)
                 for x, kind in zip(given, tile.given, strict=True)
             ]
             for total, kind, result in zip(sums, tile.made, tile.run(parts, pairs), strict=True):
-                part = _part(total, step.heads, rows[kind])
-                part.add_(result.view(part.shape))
+                if isinstance(kind, str):
+                    part = _part(total, step.heads, rows[kind])
+                    part.add_(result.view(part.shape))
+                else:
+                    kind.add(total, result, pairs)
         return tuple(sums)
 
     @staticmethod
@@ -88,7 +97,14 @@ class _TileSum(torch.autograd.Function):
         tile = ctx.tile.pulled(there, wanted)
         seen = [slope for slope in slopes if slope is not None]
         found = iter(tile_sum(tile, ctx.walk, *given, *seen))
-        return (None, None, *[next(found) if each else None for each in wanted])
+        return (
+            None,
+            None,
+            *[
+                next(found).sum_to_size(x.shape) if each else None
+                for x, each in zip(given, wanted, strict=True)
+            ],
+        )
 
     @staticmethod
     @nested
@@ -101,13 +117,24 @@ class _TileSum(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, tile: Tile, walk: Walk, *given: Tensor) -> Any:
         size = info.batch_size
-        folded = [
-            (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        entries = [
+            x[None] if dim is None else x.movedim(dim, 0)
             for x, dim in zip(given, in_dims[2:], strict=True)
         ]
+        copies = max([x.shape[1] for x in entries])
+        folded = [
+            x[0]
+            if dim is None and x.shape[1] == 1
+            else x.expand(size, copies, *x.shape[2:]).flatten(0, 1)
+            for x, dim in zip(entries, in_dims[2:], strict=True)
+        ]
         sums = tile_sum(tile, walk, *folded)
-        return tuple([x.reshape(size, -1, *x.shape[1:]) for x in sums]), (0,) * len(sums)
+        return tuple([x.reshape(size, copies, *x.shape[1:]) for x in sums]), (0,) * len(sums)
 
 
 def _part(x: Tensor, heads: Slices, rows: slice) -> Tensor:
+    """Some rows of some heads."""
+    if x.shape[0] == 1:
+        copies = heads[0].stop - heads[0].start
+        return x[:, heads[1], heads[2], :, rows].expand(copies, *[-1] * (x.dim() - 1))
     return x[heads[0], heads[1], heads[2], :, rows]

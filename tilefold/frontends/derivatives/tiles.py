@@ -2,16 +2,18 @@
 
 A function takes rows of the queries (rows, width) and rows of the keys, for some heads at once, and
 gives what the tile adds to sums over all keys of a query ("q") or over all queries of a key ("k").
-So the derivative of such a sum is the sum of the tile's derivative. Two derivatives are written
-here by hand, those of the weights, and one second derivative, for speed. All further ones follow
-from `Pulled` and `Pushed`.
+What pairs read of the arrays of a score are arguments too, and their gradients are results. So the
+derivative of such a sum is the sum of the tile's derivative. Two derivatives are written here by
+hand, those of the weights, and one second derivative, for speed. All further ones follow from
+`Pulled` and `Pushed`.
 
-With S = scale Q K^T and P = exp(S - shift), where shift is lse, which counts as an argument (a
-modified score is F(S), and dS and X are multiplied by its derivative):
+With S = F(scale Q K^T, E), where F is a modified score and E are entries of arrays, and
+P = exp(S - shift), where shift is lse, which counts as an argument; Z is 1 without dropout:
 
-    Weighted   P V, rowsum(P)
-    Gradients  dS = P (dO V^T + minus):  scale dS K, scale dS^T Q, P^T dO    with minus = -delta
-    Tangents   X = scale (tQ K^T + Q tK^T):  (P X) V + P tV, rowsum(P X)
+    Gradients  dS = P (Z dO V^T + minus), G = dS dF/ds, with minus = -delta:
+               scale G K, scale G^T Q, (Z P)^T dO, dS dF/dE
+    Tangents   X = dF/ds scale (tQ K^T + Q tK^T) + dF/dE tE:
+               (Z P X) V + (Z P) tV, rowsum(P X)
 """
 
 from __future__ import annotations
@@ -19,37 +21,52 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tilefold.frontends.derivatives.arguments import Entries, Kept, OfPairs
 from tilefold.frontends.derivatives.modified import Modification
 from tilefold.frontends.derivatives.walk import Pairs
+from tilefold.problems.dropout import factor
 
-Kinds = tuple[str, ...]
+Kind = str | OfPairs
+"""Rows of queries ("q") or of keys ("k"), or what pairs read."""
+
+Kinds = tuple[Kind, ...]
 Flags = tuple[bool, ...]
 
 
 class Tile(ABC):
-    """A function of one tile; `given` and `made` say of each array if it has rows of q or k."""
+    """A function of one tile, with the kinds of its arguments and of its results.
 
-    given: Kinds
-    made: Kinds
+    `indexed`: it asks for the indices of pairs, as a modified score does.
+    """
 
     @property
+    @abstractmethod
+    def given(self) -> Kinds:
+        """The kinds of the arguments."""
+
+    @property
+    @abstractmethod
+    def made(self) -> Kinds:
+        """The kinds of the results."""
+
+    @property
+    @abstractmethod
     def indexed(self) -> bool:
-        """True where the function asks for the indices of pairs, as a modified score does."""
-        inner = getattr(self, "inner", None)
-        return inner.indexed if inner else getattr(self, "score", None) is not None
+        """True where the function asks for the indices of pairs."""
 
     @abstractmethod
     def widths(self, given: Sequence[int]) -> list[int]:
-        """The widths of the results, from those of the arguments."""
+        """The widths of the results that are rows, from those of the arguments; others are 0."""
 
     @abstractmethod
     def run(self, given: Sequence[Tensor], pairs: Pairs) -> list[Tensor]:
-        """The results, each (heads, rows, width)."""
+        """The results: rows are (heads, rows, width), others as the argument of their kind."""
 
     def pulled(self, slopes: Flags, wanted: Flags) -> Tile:
         """The gradients with respect to the wanted arguments, from those of some results."""
@@ -60,42 +77,140 @@ class Tile(ABC):
         return Pushed(self, moved)
 
 
-@dataclass(frozen=True)
-class Gradients(Tile):
-    """The backward pass of attention: gradients of q, k and v."""
+class Weights(NamedTuple):
+    """P of a tile, dropout's factor Z, and the derivatives of F: None stands for 1."""
+
+    p: Tensor
+    z: Tensor | None
+    slope: Tensor | None
+    slopes: tuple[Tensor, ...]
+
+    @property
+    def kept(self) -> Tensor:
+        """Z P."""
+        return self.p if self.z is None else self.p * self.z
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax:
+    """How weights are made of scores; its arguments follow those of every function.
+
+    They are what pairs read of arrays, and the pairs that dropout keeps.
+    """
 
     scale: float
     score: Modification | None = None
-    given = "q", "q", "k", "k", "q", "q"  # q, shift, k, v, do, minus
-    made = "q", "k", "k"
+    chance: float = 0.0
+
+    @cached_property
+    def entries(self) -> tuple[Entries, ...]:
+        """The arguments that a modified score reads."""
+        return tuple([Entries(lookup) for lookup in self.score.lookups]) if self.score else ()
+
+    @cached_property
+    def given(self) -> Kinds:
+        """The kinds of all arguments."""
+        return (*self.entries, Kept(self.chance)) if self.chance else self.entries
+
+    @property
+    def plain(self) -> bool:
+        """True where scores are not modified, and no weight is dropped."""
+        return self.score is None and not self.chance
+
+    def weights(
+        self, scaled: Tensor, shift: Tensor, k: Tensor, pairs: Pairs, given: Sequence[Tensor]
+    ) -> Weights:
+        """The weights, 0 for hidden pairs. A row that sees nothing has a shift of +inf."""
+        s, hidden = scaled @ k.mT, pairs.hidden
+        slope: Tensor | None = None
+        slopes: tuple[Tensor, ...] = ()
+        if self.score is not None:
+            read = [*given[: len(self.entries)]]
+            if self.score.hides:
+                with torch.no_grad():
+                    unseen = self.score.value(s, pairs.indices, read) == -torch.inf
+                hidden = unseen if hidden is None else hidden | unseen
+                read = [entry.masked_fill(entry == -torch.inf, 0) for entry in read]
+            s, slope, slopes = self.score.both(s, pairs.indices, read)
+        s = s - shift
+        s = s if hidden is None else s.masked_fill(hidden, -torch.inf)
+        z = given[-1].to(s.dtype) * factor(self.chance) if self.chance else None
+        return Weights(s.exp(), z, slope, slopes)
+
+
+@dataclass(frozen=True)
+class Gradients(Tile):
+    """The backward pass of attention: gradients of q, k and v, and of the wanted entries."""
+
+    softmax: Softmax
+    wanted: Flags = ()
+
+    @property
+    def given(self) -> Kinds:
+        """These are q, shift, k, v, do and minus; and those of `Softmax`."""
+        return "q", "q", "k", "k", "q", "q", *self.softmax.given
+
+    @property
+    def made(self) -> Kinds:
+        """Those of q, k and v, and of wanted entries."""
+        return "q", "k", "k", *_chosen(self.softmax.entries, self.wanted)
+
+    @property
+    def indexed(self) -> bool:
+        """True unless scores are plain."""
+        return not self.softmax.plain
 
     def widths(self, given: Sequence[int]) -> list[int]:
         """Those of q, k and v."""
-        return [given[0], given[2], given[3]]
+        return [given[0], given[2], given[3], *[0] * sum(self.wanted)]
 
     def run(self, given: Sequence[Tensor], pairs: Pairs) -> list[Tensor]:
-        """dq, dk and dv of a tile."""
-        q, shift, k, v, do, minus = given
-        scaled = q * self.scale
-        p, slope = weights(scaled, shift, k, pairs, self.score)
-        ds = p * (do @ v.mT + minus)
-        ds = ds if slope is None else ds * slope
-        return [self.scale * (ds @ k), ds.mT @ scaled, p.mT @ do]
+        """The gradients of a tile."""
+        q, shift, k, v, do, minus, *more = given
+        scaled = q * self.softmax.scale
+        found = self.softmax.weights(scaled, shift, k, pairs, more)
+        dp = do @ v.mT
+        dp = dp if found.z is None else dp * found.z
+        ds = found.p * (dp + minus)
+        entries = [
+            (ds * slope).sum_to_size(entry.shape)
+            for entry, slope, wanted in zip(more, found.slopes, self.wanted, strict=False)
+            if wanted
+        ]
+        ds = ds if found.slope is None else ds * found.slope
+        return [self.softmax.scale * (ds @ k), ds.mT @ scaled, found.kept.mT @ do, *entries]
 
     def pulled(self, slopes: Flags, wanted: Flags) -> Tile:
         """The gradients with respect to the wanted arguments, from those of some results."""
-        whole = self.score is None and all((*slopes, *wanted))
+        whole = self.softmax.plain and all((*slopes, *wanted))
         return Second(self, slopes, wanted) if whole else Pulled(self, slopes, wanted)
 
 
 @dataclass(frozen=True)
 class Tangents(Tile):
-    """The forward mode of attention: (P X) V + P tV, and the derivative of lse."""
+    """The forward mode of attention: the derivatives of sums of values, and of lse.
 
-    scale: float
-    score: Modification | None = None
-    given = "q", "q", "k", "k", "q", "k", "k"  # q, shift, k, v, and what q, k and v move by
-    made = "q", "q"
+    `moved`: whether q, k, v and each entry move.
+    """
+
+    softmax: Softmax
+    moved: Flags
+
+    @property
+    def given(self) -> Kinds:
+        """These are q, shift, k and v; those of `Softmax`; and what moves."""
+        moves = _chosen(("q", "k", "k", *self.softmax.entries), self.moved)
+        return "q", "q", "k", "k", *self.softmax.given, *moves
+
+    @property
+    def made(self) -> Kinds:
+        """Rows of queries."""
+        return "q", "q"
+
+    @property
+    def indexed(self) -> bool:
+        """True unless scores are plain."""
+        return not self.softmax.plain
 
     def widths(self, given: Sequence[int]) -> list[int]:
         """That of v, and 1."""
@@ -103,27 +218,24 @@ class Tangents(Tile):
 
     def run(self, given: Sequence[Tensor], pairs: Pairs) -> list[Tensor]:
         """The derivatives of a tile."""
-        q, shift, k, v, tq, tk, tv = given
-        scaled = q * self.scale
-        p, slope = weights(scaled, shift, k, pairs, self.score)
-        px = p * (self.scale * tq @ k.mT + scaled @ tk.mT)
-        px = px if slope is None else px * slope
-        return [px @ v + p @ tv, px.sum(-1, keepdim=True)]
-
-
-def weights(
-    scaled: Tensor, shift: Tensor, k: Tensor, pairs: Pairs, score: Modification | None
-) -> tuple[Tensor, Tensor | None]:
-    """P of a tile, 0 for hidden pairs, and the derivative of a modified score.
-
-    A row that sees nothing has a shift of +inf.
-    """
-    s, slope = scaled @ k.mT, None
-    if score is not None:
-        s, slope = score(s, pairs.indices)
-    s = s - shift
-    s = s if pairs.hidden is None else s.masked_fill(pairs.hidden, -torch.inf)
-    return s.exp(), slope
+        q, shift, k, v, *more = given
+        last = 4 + len(self.softmax.given)
+        moves = iter(given[last:])
+        tq, tk, tv, *entries = [next(moves) if each else None for each in self.moved]
+        scaled = q * self.softmax.scale
+        found = self.softmax.weights(scaled, shift, k, pairs, more[: last - 4])
+        x = torch.zeros_like(found.p)
+        for product in (
+            None if tq is None else self.softmax.scale * tq @ k.mT,
+            None if tk is None else scaled @ tk.mT,
+        ):
+            x = x if product is None else x + product
+        x = x if found.slope is None else x * found.slope
+        for entry, slope in zip(entries, found.slopes, strict=True):
+            x = x if entry is None else x + slope * entry
+        px = found.p * x
+        o = (px if found.z is None else px * found.z) @ v
+        return [o if tv is None else o + found.kept @ tv, px.sum(-1, keepdim=True)]
 
 
 @dataclass(frozen=True)
@@ -135,12 +247,17 @@ class Pulled(Tile):
     wanted: Flags
 
     @property
-    def given(self) -> Kinds:  # type: ignore[override]  # it follows from the fields
+    def indexed(self) -> bool:
+        """As the function does."""
+        return self.inner.indexed
+
+    @property
+    def given(self) -> Kinds:
         """The arguments of the function, and the gradients of some of its results."""
         return self.inner.given + _chosen(self.inner.made, self.slopes)
 
     @property
-    def made(self) -> Kinds:  # type: ignore[override]  # it follows from the fields
+    def made(self) -> Kinds:
         """The wanted arguments."""
         return _chosen(self.inner.given, self.wanted)
 
@@ -187,9 +304,9 @@ class Second(Pulled):
             return super().run(given, pairs)
         assert isinstance(self.inner, Gradients)
         q, shift, k, v, do, minus, gq, gk, gv = given
-        scale = self.inner.scale
+        scale = self.inner.softmax.scale
         scaled, gq = scale * q, scale * gq
-        p, _ = weights(scaled, shift, k, pairs, None)
+        p = self.inner.softmax.weights(scaled, shift, k, pairs, ()).p
         px = (gq @ k.mT).baddbmm_(scaled, gk.mT).mul_(p)
         dp = (do @ v.mT).add_(minus)
         ds = p * dp
@@ -215,12 +332,17 @@ class Pushed(Tile):
     moved: Flags
 
     @property
-    def given(self) -> Kinds:  # type: ignore[override]  # it follows from the fields
+    def indexed(self) -> bool:
+        """As the function does."""
+        return self.inner.indexed
+
+    @property
+    def given(self) -> Kinds:
         """The arguments of the function, and the directions of those that move."""
         return self.inner.given + _chosen(self.inner.given, self.moved)
 
     @property
-    def made(self) -> Kinds:  # type: ignore[override]  # it follows from the fields
+    def made(self) -> Kinds:
         """The results of the function."""
         return self.inner.made
 

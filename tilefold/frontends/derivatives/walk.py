@@ -31,12 +31,13 @@ Slices = tuple[slice, slice, slice]
 class Pairs(NamedTuple):
     """The pairs of a tile: those that the mask hides, and the indices of all.
 
-    `hidden` is (1, group * queries, keys), or None. The indices b, h, q and k broadcast to
-    (heads, group * queries, keys).
+    `hidden` is (1, group * queries, keys), or None. The indices b, h, q and k, and the numbers of
+    the copies, broadcast to (heads, group * queries, keys); without indices nothing asks for them.
     """
 
     hidden: Tensor | None
     indices: Mapping[str, Tensor]
+    copies: Tensor | None = None
 
 
 class Step(NamedTuple):
@@ -120,7 +121,9 @@ class Walk:
         queries = step.queries.stop - step.queries.start
         h = first + group.repeat_interleave(queries)[None, :, None]
         q = count(step.queries).repeat(self.group)[None, :, None]
-        return Pairs(step.hidden, {"b": b, "h": h, "q": q, "k": count(step.keys)[None, None]})
+        k = count(step.keys)[None, None]
+        copy = copies[:, None, None].expand(shape).reshape(-1, 1, 1)
+        return Pairs(step.hidden, {"b": b, "h": h, "q": q, "k": k}, copy)
 
     def _hidden(self, b: int, h: int, queries: slice, keys: slice) -> Tensor:
         by_head = "h" in names(self.expression)
