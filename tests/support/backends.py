@@ -11,22 +11,25 @@ from typing import Any
 
 import interpreted
 import metal
+import numpy as np
 import operands as cpu
-from operands import FORMS, Array
+from operands import FORMS, SENTINEL, Array
 
 from tilefold.backends.cpu import plan as cpu_plan
 from tilefold.backends.cpu.device import host
+from tilefold.backends.metal import dispatch as metal_dispatch
 from tilefold.backends.metal import plan as metal_plan
+from tilefold.backends.protocols import PASSES
 from tilefold.backends.triton import plan as triton_plan
 from tilefold.backends.triton.spec import Blocks
-from tilefold.problems.attention import Problem
+from tilefold.problems.attention import Problem, Shape
 
 Arrays = Mapping[str, Array]
 
 TOLERANCES = {
     "cpu": {"float32": 1e-5, "float64": 1e-12, "float16": 3e-3, "bfloat16": 2e-2},
     "metal": {"float32": 1e-5, "float16": 4e-3},
-    "triton": {"float32": 1e-5, "bfloat16": 3e-2},
+    "triton": {"float32": 1e-5, "float64": 1e-12, "float16": 5e-3, "bfloat16": 3e-2},
 }
 """The largest error of a result that need not be exact, relative to its largest element or to 1."""
 
@@ -35,7 +38,8 @@ TOLERANCES = {
 class Setting:
     """A backend, what it runs on, a type, and the forms of the backward pass that are tried.
 
-    `on` is a family of Apple GPUs or a GPU architecture; it is "" for this processor. `forms` of a
+    `on` is a family of Apple GPUs, a GPU architecture, or a level of instructions of this
+    processor, which is "" for all that it has. `forms` of a
     backend that has no choice are ("",). `blocks` are the caller's instead of the table's.
     """
 
@@ -80,6 +84,36 @@ class Setting:
             return metal.forward(problem, given, metal.machine(self.on), **options)
         on = interpreted.machine(self.on)
         return interpreted.forward(problem, given, on, blocks=self.blocks, **options)
+
+    def run(
+        self,
+        problem: Problem,
+        operation: str,
+        given: Arrays,
+        results: Mapping[str, tuple[Shape, str]],
+        form: str = "auto",
+    ) -> dict[str, Array]:
+        """The results of a pass with any operands; `results` has their shapes and types."""
+        usual = PASSES[operation].operands
+        further = [name for name in (*given, *results) if name not in usual]
+        made = {name: np.full(shape, SENTINEL, dtype) for name, (shape, dtype) in results.items()}
+        if self.backend == "cpu":
+            options = {
+                "device": host().lowered(self.on) if self.on else host(),
+                "extra": tuple([x for x in further if x in ("max", "dlse", "dsinks")]),
+                "inputs": tuple([int(x[6:]) for x in further if x.startswith("dinput")]),
+            }
+            cpu.run(problem, operation, {**given, **made}, form=form, **options)
+            return made
+        named = ("sinks", "seed", "input")
+        extra = tuple([name for name in further if not name.startswith(named)])
+        if self.backend == "metal":
+            plan = self.plan(problem, operation, extra=extra)
+            metal_dispatch.execute(plan, metal.machine(self.on), {**given, **made})
+            return made
+        plan = self.plan(problem, operation, extra=extra, form=form, blocks=self.blocks)
+        tensors = {name: interpreted.tensor(array) for name, array in given.items()}
+        return interpreted.run(plan, interpreted.machine(self.on), tensors, made)
 
     def plan(self, problem: Problem, operation: str, **options: Any) -> Any:
         """The plan of a pass; `options` go to the backend's `plan`."""

@@ -117,7 +117,7 @@ def forward(
     results = {"o": into, "lse": np.full(shape, SENTINEL, kind)}
     given = {name: tensor(operands[name]) for name in ("q", "k", "v", "seed") if name in operands}
     made = plan(problem, on.architecture, "forward", **options)
-    return _run(made, on, given, results)
+    return run(made, on, given, results)
 
 
 def backward(
@@ -135,12 +135,13 @@ def backward(
     names = ("do", "q", "k", "v", "o", "lse", "seed")
     given = {name: tensor(operands[name]) for name in names if name in operands}
     made = plan(problem, on.architecture, "backward", **options)
-    return _run(made, on, given, dict(results))
+    return run(made, on, given, dict(results))
 
 
-def _run(
+def run(
     made: Any, on: interpreter.Interpreted, given: dict[str, Any], results: dict[str, Array]
 ) -> dict[str, Array]:
+    """The results of a plan, in these arrays; the operands are tensors."""
     written = {name: tensor(array) for name, array in results.items()}
     # The interpreter computes what a kernel then does not choose, and warns of rows of NaN alone.
     with np.errstate(all="ignore"), warnings.catch_warnings():
