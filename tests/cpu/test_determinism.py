@@ -19,8 +19,8 @@ import pytest
 from cases import RULES, Sizes
 from compare import assert_same
 from paths import finding
-from score_cases import score_of
 from trial import PASSES, Array, Trial, numbers, planned, problem, run
+from variants import score_of
 
 import tilefold
 from tilefold import Rule, causal, documents, full
@@ -62,7 +62,7 @@ def a_trial(mask: str = "causal", dtype: str = "float32", length: int = LENGTH) 
 
 def a_scored_trial() -> Trial:
     """The same with a modified score and sinks."""
-    score = score_of("in-order", Sizes(BATCH, HEADS[0], LENGTH, LENGTH))
+    score = score_of("several in order", Sizes(BATCH, HEADS[0], LENGTH, LENGTH))
     options = {"batch": BATCH, "heads": HEADS, "score": score, "sinks": 2}
     return Trial(problem(LENGTH, LENGTH, 40, causal(), "float32", **options), score=score)
 

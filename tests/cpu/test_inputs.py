@@ -24,7 +24,6 @@ from tilefold import (
     bias,
     causal,
     distance_bias,
-    documents,
     get_num_threads,
     local,
     relative_bias,
@@ -33,7 +32,6 @@ from tilefold import (
     softcap,
     table,
     temperature,
-    window_bias,
 )
 from tilefold.backends.cpu import dispatch
 from tilefold.backends.cpu.device import host
@@ -66,22 +64,13 @@ CASES = {
     "bias-of-heads": Case(lambda n: bias(n(H, Q, K)), layout="bhdn"),
     "bias-turned": Case(lambda n: bias(n(K, Q, H).T[:, ::-1]), causal()),
     "bias-of-batch": Case(lambda n: bias(n(B, 1, Q, K)), local(9)),
-    "bias-of-keys": Case(lambda n: bias(n(B, 1, 1, K)), causal()),
     "bias-of-queries": Case(lambda n: bias(n(H, Q, 1)), causal()),
     "one-temperature": Case(lambda n: temperature(np.asarray(1 + n() ** 2))),
     "one-query": Case(lambda n: bias(n(K)), sizes=(B, H, KV, 1, K, D)),
     "one-pair": Case(lambda n: bias(n(1, 1)), sizes=(1, 1, 1, 1, 1, 1)),
-    "slopes": Case(lambda n: alibi(n(H)), causal()),
     "slopes-of-batch": Case(lambda n: alibi(n(B, H)), layout="no unit stride"),
     "temperature": Case(lambda n: temperature(1 + n(Q, 1) ** 2), layout="backwards"),
-    "t5": Case(lambda n: relative_bias(n(H, 32))),
     "t5-of-all-heads": Case(lambda n: relative_bias(n(1, 8), False, 20), causal()),
-    "distances": Case(
-        lambda n: distance_bias(n(H, 13)), documents(np.arange(Q) // 20, np.arange(K) // 20)
-    ),
-    "many-distances": Case(lambda n: distance_bias(n(H, 4001)), causal()),
-    "swin": Case(lambda n: window_bias(n(H, 7, 11)), sizes=(5, H, H, 24, 24, D)),
-    "after-softcap": Case(lambda n: [softcap(2.0), bias(n(H, Q, K))]),
     "before-softcap": Case(lambda n: [relative_bias(n(H, 32)), softcap(2.0)], causal()),
     "several": Case(
         lambda n: [
@@ -95,9 +84,7 @@ CASES = {
     "heads-last": Case(lambda n: _buckets_then_heads(n(9, H))),
     "one-array-twice": Case(lambda n: _twice(n(K + Q))),
     "one-bias-twice": Case(lambda n: _bias_twice(n(H, Q, K))),
-    "coarse": Case(lambda n: _coarse(n(B, Q // 4 + 1, K // 4 + 1))),
     "by-parity": Case(lambda n: _by_parity(n(2, 3)), causal()),
-    "hides": Case(lambda n: _hides(n(H, K)), causal()),
     "not-used": Case(lambda n: _unused(n(H), n(H))),
 }
 
@@ -116,22 +103,9 @@ def _bias_twice(array: Array) -> Any:
     return [bias(array), bias(array)]
 
 
-def _coarse(array: Array) -> Any:
-    a = table(array)
-    return score(lambda s, b, q, k: s + a[b, q // 4, k // 4])
-
-
 def _by_parity(array: Array) -> Any:
     a = table(array)
     return score(lambda s, b, h, q: s * a[(b + h) % 2, q % 3])
-
-
-def _hides(array: Array) -> Any:
-    """-inf hides a pair, and nothing is added for it."""
-    array[0, ::3] = -np.inf
-    array[1] = -np.inf
-    a = table(array)
-    return score(lambda s, h, k: s + a[h, k])
 
 
 def _unused(first: Array, second: Array) -> Any:
@@ -338,27 +312,7 @@ def test_memory_is_that_of_the_array() -> None:
     assert peak < 2048 * 2048 * 4 / 8, peak
 
 
-# Other machines and forbidden pages ---------------------------------------------------------------
-
-SHORT = ("bias", "t5", "many-distances", "several", "coarse")
-
-
-def check_results(isa: str) -> None:
-    """For a process whose machine is of level `isa`."""
-    assert host().isa == isa
-    for name in SHORT:
-        print(name, flush=True)
-        Trial(CASES[name], "float32").check(3e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2"])
-def test_gradients_of_arrays_at_every_level(isa: str) -> None:
-    if host().isa not in ("amx", "avx512", "avx2"):
-        pytest.skip("no machine of x86 with AVX2")
-    code = f"from test_inputs import *\ncheck_results({isa!r})"
-    done = _child(code, {"TILEFOLD_CPU_ISA": isa})
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+# Forbidden pages ----------------------------------------------------------------------------------
 
 
 def touch_guarded_arrays() -> None:

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import Sizes
 from compare import assert_near, assert_same
-from score_cases import VARIANTS, score_of, short, trials, variant
-from trial import PASSES, Trial, numbers, problem, run
+from score_cases import short, trials
+from trial import PASSES, Trial, numbers, run
 
 import tilefold
-from tilefold.masks.evaluate import exact_real
 
 pytestmark = pytest.mark.slow  # kernels are compiled
 
@@ -23,18 +21,6 @@ def attempt(trial: Trial) -> None:
     for operation, form in PASSES:
         print(trial, operation, form, flush=True)
         run(trial, given, operation, form)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_definition_is_the_formula_of_a_variant(name: str) -> None:
-    sizes = Sizes(2, 4, 7, 9)
-    form, formula = score_of(name, sizes).form, variant(name, sizes).formula
-    b, h, q, k = np.ogrid[:2, :4, :7, :9]
-    s = np.random.default_rng(0).normal(size=(2, 4, 7, 9))
-    expression = form.score.expression(problem(7, 9, 4, batch=2, heads=(4, 2)).score_sizes)
-    inputs = dict(enumerate(form.arrays))
-    got = exact_real(expression, s, b=b, h=h, q=q, k=k, inputs=inputs)
-    assert_near(name, got, formula(s, b, h, q, k), 1e-12)
 
 
 @pytest.mark.slow

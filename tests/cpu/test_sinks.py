@@ -48,18 +48,15 @@ def assert_right(
 @pytest.mark.parametrize(
     ("len_q", "len_k", "number", "options"),
     [
-        (70, 90, 1, {"mask": tilefold.causal()}),
-        (130, 50, 3, {"mask": tilefold.local(3), "score": tilefold.softcap(2.0)}),
         (3, 70, 2, {"mask": tilefold.local(1)}),
         (1, 9000, 1, {"score": tilefold.alibi()}),
     ],
-    ids=["tiled", "rows-without-keys-and-a-score", "decode", "split-keys"],
+    ids=["decode", "split-keys"],
 )
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_sinks_are_in_the_sum_alone(
-    len_q: int, len_k: int, number: int, options: dict[str, Any], dtype: Any
+    len_q: int, len_k: int, number: int, options: dict[str, Any]
 ) -> None:
-    assert_right(*arrays(len_q, len_k, number=number, dtype=dtype), **options)
+    assert_right(*arrays(len_q, len_k, number=number), **options)
 
 
 def test_rows_without_keys_have_the_lse_of_their_sinks() -> None:

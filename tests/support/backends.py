@@ -21,7 +21,6 @@ from tilefold.backends.metal import dispatch as metal_dispatch
 from tilefold.backends.metal import plan as metal_plan
 from tilefold.backends.protocols import PASSES
 from tilefold.backends.triton import plan as triton_plan
-from tilefold.backends.triton.spec import Blocks
 from tilefold.problems.attention import Problem, Shape
 
 Arrays = Mapping[str, Array]
@@ -40,14 +39,15 @@ class Setting:
 
     `on` is a family of Apple GPUs, a GPU architecture, or a level of instructions of this
     processor, which is "" for all that it has. `forms` of a
-    backend that has no choice are ("",). `blocks` are the caller's instead of the table's.
+    backend that has no choice are ("",). `blocks` are the caller's instead of the table's: on
+    this processor a register tile.
     """
 
     backend: str
     dtype: str
     on: str = ""
     forms: tuple[str, ...] = ("",)
-    blocks: Blocks | None = None
+    blocks: Any = None
 
     def __str__(self) -> str:
         forms = () if self.backend == "cpu" else self.forms
@@ -103,12 +103,14 @@ class Setting:
                 "extra": tuple([x for x in further if x in ("max", "dlse", "dsinks")]),
                 "inputs": tuple([int(x[6:]) for x in further if x.startswith("dinput")]),
             }
+            options |= {"tile": self.blocks} if self.blocks else {}
             cpu.run(problem, operation, {**given, **made}, form=form, **options)
             return made
         named = ("sinks", "seed", "input")
         extra = tuple([name for name in further if not name.startswith(named)])
         if self.backend == "metal":
-            plan = self.plan(problem, operation, extra=extra)
+            blocks = None if form == "decode" else self.blocks
+            plan = self.plan(problem, operation, extra=extra, form=form, blocks=blocks)
             metal_dispatch.execute(plan, metal.machine(self.on), {**given, **made})
             return made
         plan = self.plan(problem, operation, extra=extra, form=form, blocks=self.blocks)

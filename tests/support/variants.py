@@ -150,7 +150,7 @@ VARIANTS = {
     "alibi of one's own slopes": Variant(
         lambda slopes: tilefold.alibi(slopes),
         lambda s, at, slopes: s - slopes[at.b, at.h] * np.abs(at.distance),
-        lambda n, normal: (np.abs(normal(n.batch, n.heads, dtype="float64")),),
+        lambda n, normal: (np.abs(normal(n.batch, n.heads)),),
         mask=local(9),
         visible=lambda at: np.abs(at.distance) < 9,
     ),
@@ -192,8 +192,8 @@ VARIANTS = {
         lambda table: tilefold.distance_bias(table),
         lambda s, at, table: s + table[0, np.clip(at.distance, -2000, 2000) + 2000],
         lambda n, normal: (normal(1, 4001),),
-        mask=causal() | chunked(24),
-        visible=lambda at: _past(at) | (at.q // 24 == at.k // 24),
+        mask=causal() | chunked(8),
+        visible=lambda at: _past(at) | (at.q // 8 == at.k // 8),
     ),
     "window bias": Variant(
         lambda table: tilefold.window_bias(table),
@@ -240,8 +240,8 @@ VARIANTS = {
             + array[at.h, at.q, at.k]
         ),
         lambda n, normal: (normal(n.heads), normal(n.heads, n.len_q, n.len_k)),
-        mask=causal() & local(30),
-        visible=lambda at: _past(at) & (at.distance > -30),
+        mask=causal() & local(13),
+        visible=lambda at: _past(at) & (at.distance > -13),
         sinks=1,
         dropout=0.3,
     ),
