@@ -131,6 +131,7 @@ def test_tensors_take_arrays_of_numpy_in_scores_as_attention_does() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of tangents
 def test_weights_of_tensors_are_differentiable() -> None:
     q, k = (torch.from_numpy(x).double()[:1] for x in arrays(5, 6))
     learned = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
@@ -143,13 +144,48 @@ def test_weights_of_tensors_are_differentiable() -> None:
         options: dict[str, Any] = {"mask": tilefold.local(2), "score": score}
         return tilefold.weights(q, k, lse, rows=[0, 4], columns=slice(2, 6), **options)
 
-    assert torch.autograd.gradcheck(run, (q, k, lse.requires_grad_(), learned))
+    given, fast = (q, k, lse.requires_grad_(), learned), {"fast_mode": True}
+    assert torch.autograd.gradcheck(run, given, check_forward_ad=True, **fast)
+    assert torch.autograd.gradgradcheck(run, given, check_fwd_over_rev=True, **fast)
 
 
-def test_a_gradient_of_the_mass_is_refused() -> None:
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of tangents
+def test_transforms_of_weights_are_those_of_dense_operations() -> None:
+    q, k = (torch.from_numpy(x).double()[:1, :2] for x in arrays(3, 4))
+    array = torch.rand(2, 3, 4, dtype=torch.float64)
+
+    def ours(*given: Any) -> Any:
+        return tilefold.weights(*given[:2], score=[tilefold.bias(given[2]), tilefold.softcap(2.0)])
+
+    def dense(q: Any, k: Any, array: Any) -> Any:
+        return (2 * torch.tanh((q @ k.mT / 4 + array) / 2)).softmax(-1)
+
+    for way in (
+        lambda f: torch.func.hessian(lambda *given: f(*given).square().sum(), (0, 2))(q, k, array),
+        lambda f: torch.vmap(f, in_dims=(0, None, 0))(
+            torch.stack([q, -q]), k, torch.stack([array, -array])
+        ),
+    ):
+        found, want = (torch.utils._pytree.tree_leaves(way(f)) for f in (ours, dense))
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of tangents
+def test_derivatives_of_the_mass_are_refused() -> None:
     q, k = (torch.from_numpy(x) for x in arrays(3, 3))
-    with pytest.raises(NotImplementedError, match="key_mass has no gradient: call it under"):
-        tilefold.key_mass(q.requires_grad_(), k)
+
+    def mass(q: Any) -> Any:
+        return tilefold.key_mass(q, k)
+
+    for call in (
+        lambda: mass(q.clone().requires_grad_()),
+        lambda: torch.func.jvp(mass, (q,), (q,)),
+        lambda: torch.vmap(mass)(q[None]),
+    ):
+        with pytest.raises(NotImplementedError, match="key_mass has no derivatives, and no place"):
+            call()
+    q.requires_grad_()
     with torch.no_grad():
         assert tilefold.key_mass(q, k).shape == (2, 4, 3)
 

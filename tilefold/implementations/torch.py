@@ -221,10 +221,7 @@ def _modified(
         hidden = hidden if nothing is None else hidden | nothing
     masked = MaskedProblem.of(problem)
     if masked.score is not None:
-        indices = {
-            name: torch.arange(size, device=s.device).reshape(-1, *(1,) * (3 - axis))
-            for axis, (name, size) in enumerate(zip("bhqk", s.shape, strict=True))
-        }
+        indices = dict(zip("bhqk", np.ogrid[tuple(map(slice, s.shape))], strict=True))
         s = Formula(masked.score, indices)(s, *[named[x] for x in named if x.startswith("input")])
         hidden = hidden | (s == -torch.inf) if may_hide(masked.score) else hidden
     s = s.masked_fill(hidden, -torch.inf)

@@ -51,9 +51,11 @@ def key_mass(
     Returns:
         mass: (batch, heads_q, len_k) in every layout, of the type of lse. Hidden pairs add nothing
 
+    There is no dropout: the mass is that of all weights, as lse is, in calls with dropout too.
+
     Raises:
-        The errors of `attention`; NotImplementedError where autograd would record the call, since
-        the mass has no gradient
+        The errors of `attention`; NotImplementedError where autograd would record the call, and in
+        transforms of torch.func, since the mass has no derivatives
     """
     if unknown:
         raise refusal(key_mass, unknown)
@@ -100,8 +102,11 @@ def weights(
 
     Returns:
         weights: (batch, heads_q, rows, columns) in every layout, of the type of lse. Those of
-            hidden pairs are 0. On torch tensors they are differentiable, once where scores are
-            modified
+            hidden pairs are 0. On torch tensors they are differentiable, any number of times and
+            in forward mode
+
+    There is no dropout: these are the weights before it, and lse is that of all weights. Those of a
+    call with dropout=p are weights * kept / (1 - p), where `dropout_mask` makes kept.
 
     Raises:
         The errors of `attention`; TypeError or IndexError for rows or columns that are none

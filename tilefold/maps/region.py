@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 
 from tilefold.backends.extra import Extra, taken_apart
 from tilefold.common.check import shown
-from tilefold.masks.derivative import derivatives
 from tilefold.masks.evaluate import exact, exact_real
-from tilefold.masks.expression import Expression, FromInteger, names
-from tilefold.masks.tables import Input
+from tilefold.masks.expression import Expression, names
 from tilefold.problems.attention import Problem
 from tilefold.problems.request import Request
 
@@ -70,41 +68,22 @@ class Region:
 
     def scores(self, s: Array, inputs: Inputs) -> Array:
         """The modified scores of scaled products."""
-        return self._value(self._score(), s, inputs)
-
-    def slopes(self, s: Array, inputs: Inputs) -> Array:
-        """Their derivatives with respect to the scaled products."""
-        return self._value(derivatives(self._score()).score, s, inputs)
-
-    def gradients(self, s: Array, ds: Array, inputs: Inputs) -> dict[int, Array]:
-        """The gradients of the arrays, from `ds`, the gradient of the modified scores."""
-        found = {number: np.zeros(array.shape) for number, array in inputs.items()}
-        for entry, slope in derivatives(self._score()).entries:
-            if isinstance(entry.table, Input):
-                change = np.where(ds == 0, 0, ds * self._value(slope, s, inputs))
-                places = [self._value(FromInteger(index), s, inputs) for index in entry.indices]
-                at = tuple([place.astype(np.int64) for place in places])
-                total = found[entry.table.number]
-                if at:
-                    np.add.at(total, at, change)
-                else:
-                    total += change.sum()
-        return found
-
-    def _score(self) -> Any:
         problem = self.problem
         assert problem.score is not None
-        return problem.score.expression(problem.score_sizes)
+        score = problem.score.expression(problem.score_sizes)
+        return exact_real(score, s, **self._indices(score), inputs=inputs)
 
-    def _value(self, expression: Expression, s: Array, inputs: Inputs) -> Array:
-        return exact_real(expression, s, **self._indices(expression), inputs=inputs)
+    @property
+    def indices(self) -> dict[str, Array]:
+        """The indices of all pairs, which broadcast to them."""
+        problem = self.problem
+        axes = np.arange(problem.batch), np.arange(problem.heads_q), self.rows, self.columns
+        return dict(zip("bhqk", np.ix_(*axes), strict=True))
 
     def _indices(self, expression: Expression) -> dict[str, Any]:
         """The indices of all pairs; 0 for those that an expression does not name."""
-        named, problem = names(expression), self.problem
-        b = np.arange(problem.batch if "b" in named else 1)[:, None, None, None]
-        h = np.arange(problem.heads_q if "h" in named else 1)[:, None, None]
-        return {"b": b, "h": h, "q": self.rows[:, None], "k": self.columns}
+        named = names(expression)
+        return {name: x if name in named or name in "qk" else 0 for name, x in self.indices.items()}
 
 
 def _numbers(name: str, index: Any, length: int) -> Array:

@@ -1,15 +1,14 @@
 """Attention maps of PyTorch tensors, on any device.
 
-The weights of a region are made by torch's own operations, which autograd records. Mask and score
-are folded on the processor. The mass of keys is a kernel on processors; elsewhere it is the sum of
-the weights of some rows after others.
+The weights of a region are made by torch's own operations, which have all derivatives. The mask is
+folded on the processor. The mass of keys is a kernel on processors; elsewhere it is the sum of the
+weights of some rows after others.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,9 @@ from tilefold.backends.extra import NOTHING
 from tilefold.backends.protocols import KEY_MASS
 from tilefold.backends.registry import machine
 from tilefold.frontends import tensors
+from tilefold.frontends.derivatives.formula import Formula
 from tilefold.frontends.extended import tensors_of
+from tilefold.frontends.observed import lifted, recorded
 from tilefold.frontends.torch import attention as attend
 from tilefold.maps.region import Asked, Region
 from tilefold.problems.attention import Problem, check_lse, check_shape, describe, shape_lse
@@ -33,10 +34,10 @@ def key_mass(q: Tensor, k: Tensor, lse: Tensor | None, asked: Asked) -> Tensor:
     """See `tilefold.key_mass`."""
     inputs = [x for _, x in asked.extra.inputs if isinstance(x, Tensor)]
     every = [q, k, *([] if lse is None else [lse]), *inputs]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in every):
+    if recorded(*every) or lifted():
         raise NotImplementedError(
-            "key_mass has no gradient: call it under torch.no_grad(), or sum tilefold.weights over"
-            " its rows"
+            "key_mass has no derivatives, and no place in transforms of torch.func: call it under"
+            " torch.no_grad(), or sum tilefold.weights over its rows"
         )
     problem = _problem(q, k, asked.plain)
     lse = _lse(q, k, lse, asked, problem)
@@ -102,37 +103,8 @@ def _weights(q: Tensor, k: Tensor, lse: Tensor, region: Region, asked: Asked) ->
     s = (grouped @ keys.transpose(2, 3)).reshape(shape)
     hidden = torch.from_numpy(~region.visible()).to(q.device)
     if problem.score is not None:
-        modified: Any = _Modified.apply
-        s = modified(region, s, *_inputs(asked, q))
+        score = problem.score.expression(problem.score_sizes)
+        s = Formula(score, region.indices)(s, *_inputs(asked, q))
         hidden = hidden | (s == -torch.inf)
     shift = s - lse.index_select(2, rows).unsqueeze(3)
     return shift.masked_fill(hidden, -torch.inf).exp()
-
-
-class _Modified(torch.autograd.Function):
-    """The modified scores of a region, differentiable once."""
-
-    @staticmethod
-    def forward(ctx: Any, region: Region, s: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.region = region
-        ctx.save_for_backward(s, *inputs)
-        found = region.scores(_array(s), dict(enumerate(map(_array, inputs))))
-        return torch.from_numpy(found).to(s)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, ds: Tensor) -> Any:
-        s, *given = ctx.saved_tensors
-        at, inputs = _array(s), dict(enumerate(map(_array, given)))
-        slopes = torch.from_numpy(ctx.region.slopes(at, inputs)).to(ds)
-        gradients: list[Tensor | None] = [None] * len(given)
-        if any(ctx.needs_input_grad[2:]):
-            found = ctx.region.gradients(at, _array(ds), inputs)
-            gradients = [torch.from_numpy(found[i]).to(x) for i, x in enumerate(given)]
-        return None, torch.where(ds == 0, 0, ds * slopes), *gradients
-
-
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The numbers of a tensor, as float64 where NumPy lacks their type."""
-    held = tensor.detach().cpu()
-    return (held.double() if held.is_floating_point() else held).numpy()

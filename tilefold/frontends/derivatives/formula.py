@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tilefold.frontends.derivatives.modified import valued
@@ -34,16 +35,17 @@ class Entry(NamedTuple):
 class Formula:
     """A score F as a function of tensors: scores of pairs with some indices, and arrays.
 
-    The indices b, h, q and k have as many axes as the scores, and broadcast to them.
+    The indices b, h, q and k have as many axes as the scores, and broadcast to them. They are no
+    tensors: these would belong to the transform of `torch.func` in which they are made.
 
     >>> from tilefold.masks.expression import (Index, ScoreValue)
-    >>> indices = dict.fromkeys("bhqk", torch.arange(2))
+    >>> indices = dict.fromkeys("bhqk", np.arange(2))
     >>> Formula(ScoreValue() * 2.0 + Index("k"), indices)(torch.ones(2))
     tensor([2., 3.])
     """
 
     score: Real
-    indices: Mapping[str, Tensor]
+    indices: Mapping[str, NDArray[np.int64]]
 
     def __call__(self, s: Tensor, *arrays: Tensor) -> Tensor:
         """F of scores; arrays of its inputs are in the order of their numbers."""
@@ -58,7 +60,7 @@ class Formula:
 
     def value(self, s: Tensor, arrays: Sequence[Tensor]) -> Tensor:
         """F, below autograd."""
-        found: Tensor = valued(self.score, s, self.indices, arrays)
+        found: Tensor = self._valued(self.score, s, arrays)
         return s.clone() if found is s else found.expand_as(s)
 
     def slopes(self, s: Tensor, arrays: Sequence[Tensor]) -> tuple[Tensor, list[Entry]]:
@@ -69,13 +71,17 @@ class Formula:
             if isinstance(entry.table, Input):
                 found.append((entry.table.number, len(entry.indices)))
                 every += [*entry.indices, slope]
-        values = iter(valued(Several(tuple(every)), s, self.indices, arrays))
+        values = iter(self._valued(Several(tuple(every)), s, arrays))
         of_score: Tensor = next(values)
         entries = [
             Entry(number, tuple([next(values) for _ in range(axes)]), next(values))
             for number, axes in found
         ]
         return of_score, entries
+
+    def _valued(self, expression: Expression, s: Tensor, arrays: Sequence[Tensor]) -> Any:
+        indices = {name: torch.tensor(x, device=s.device) for name, x in self.indices.items()}
+        return valued(expression, s, indices, arrays)
 
 
 class _Applied(torch.autograd.Function):
@@ -110,6 +116,20 @@ class _Applied(torch.autograd.Function):
             if moved is not None:
                 total = total + own * moved[at].to(s.dtype)
         return total
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, formula: Formula, *given: Tensor) -> tuple[Tensor, int]:
+        """Each entry by itself: only arrays that all share could be read at once."""
+        found = [
+            formula(
+                *[
+                    x if dim is None else x.select(dim, number)
+                    for x, dim in zip(given, in_dims[1:], strict=True)
+                ]
+            )
+            for number in range(info.batch_size)
+        ]
+        return torch.stack(found), 0
 
 
 def _product(change: Tensor, slope: Tensor) -> Tensor:
