@@ -119,6 +119,28 @@ def test_tensors_and_their_gradients_agree_with_reference(
     assert gpu.kernels == names
 
 
+@pytest.mark.parametrize("gpu", ["metal"], indirect=True)
+def test_gradients_reach_the_arrays_of_a_score_and_sinks(gpu: Gpu) -> None:
+    inputs = tensors()
+    learned = [torch.randn(4, 21, 35), 1 + torch.rand(4, 1, 1), torch.randn(4)]
+    learned = [tensor.requires_grad_() for tensor in learned]
+
+    def options(more: Any, heat: Any, sinks: Any) -> dict[str, Any]:
+        score = [tilefold.bias(more), tilefold.temperature(heat), tilefold.softcap(3.0)]
+        return {"mask": MASK, "score": score, "sinks": sinks}
+
+    o = attention(*inputs, **options(*learned))
+    do = torch.randn_like(o)
+    got = torch.autograd.grad(o, [*inputs, *learned], do)
+    arrays = [tensor.detach().numpy() for tensor in learned]
+    want = expected(inputs, do, **options(*arrays[:2], arrays[2][:, None]))
+    for tensor, array in zip((o, *got), want[:-1], strict=True):
+        found = tensor.detach().double().numpy()
+        np.testing.assert_allclose(found, array.reshape(found.shape), rtol=3e-5, atol=3e-5)
+    names = ["forward", "backward_dq", "backward_dkv", "backward_sinks", *["backward_inputs"] * 2]
+    assert gpu.kernels == [f"tilefold_{name}" for name in names]
+
+
 def test_a_second_call_prepares_nothing(gpu: Gpu) -> None:
     attention(*tensors(), mask=MASK)
     prepared = gpu.sources

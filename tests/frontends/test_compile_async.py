@@ -68,6 +68,23 @@ def test_cpu_kernels_compile_ahead_too(fresh_cache: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.feature("A10")
+def test_kernels_of_scores_and_sinks_are_those_of_the_calls() -> None:
+    q, k, v = operands()
+    given = np.zeros((4, 1, 35), np.float32)
+    score, sinks = [tilefold.bias(given), tilefold.softcap(30.0)], np.zeros(4, np.float32)
+    shapes = q.shape, k.shape, v.shape
+    machine = Recorder()
+    known = Problem.of(*shapes, mask=MASK, score=score, sinks=1)
+    for future in tilefold.compile_async([known], device=machine):
+        assert future.result(60) is None
+    before = len(machine.texts)
+    options = {"mask": MASK, "score": score, "sinks": sinks, "machine": machine}
+    o, lse = tilefold.metal.attention(q, k, v, **options)
+    assert len(tilefold.metal.attention_backward(o, q, k, v, o, lse, **options)) == 5
+    assert len(machine.texts) == before == 5, "forward, dq, dkv, sinks and the array of the score"
+
+
+@pytest.mark.feature("A10")
 def test_many_problems_are_compiled_once_each_and_errors_stay_in_their_futures() -> None:
     machine = Recorder()
     known = [Problem.of((1, 2, length, dim)) for length in (64, 128, 256) for dim in (8, 16)]

@@ -10,14 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from paths import DATA
 
+from tilefold import alibi, bias, softcap
 from tilefold.backends.metal import dispatch, gated, source
 from tilefold.backends.metal import plan as metal_plan
 from tilefold.backends.triton import plan as triton_plan
 from tilefold.backends.triton import source as triton_source
 from tilefold.masks.parse import parse
 from tilefold.problems.attention import Problem
+from tilefold.scores.score import as_score
 
 
 class Golden(NamedTuple):
@@ -46,7 +49,7 @@ def problem(dtype: str, dim: int, mask: str, form: str, heads_kv: int = 4) -> Pr
 def metal() -> dict[str, str]:
     """Sources by the names of their files: every kernel, both families, all types, four masks.
 
-    They serve any alignment, except one source for aligned arrays.
+    Some kernels modify scores, too. They serve any alignment, except one source for aligned arrays.
     """
     found = {}
     for name, family, dtype, dim, mask, operation, form in (
@@ -75,6 +78,13 @@ def metal() -> dict[str, str]:
     asked = problem("float16", 80, "causal()", "tiled")
     (launch,) = gated.plan(asked, "apple10").launches
     found["forward_tensorops_float16_d80_causal.metal"] = source.emit(launch.spec)
+    score = as_score([softcap(30.0), bias(np.zeros((4, 1, 1000), np.float16)), alibi()])
+    assert score is not None
+    asked = replace(problem("float16", 64, "causal()", "tiled"), score=score.form.score)
+    launches = metal_plan.plan(asked, "apple9", "forward").launches
+    launches += metal_plan.plan(asked, "apple9", "backward", extra=("dinput0",)).launches
+    for launch in launches:
+        found[f"{launch.spec.kernel}_apple9_float16_d64_scored.metal"] = source.emit(launch.spec)
     return found
 
 

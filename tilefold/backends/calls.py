@@ -171,9 +171,12 @@ def compile_ahead(machine: Machine, problem: Problem, operation: str, layout: st
     shapes = dict(zip(("q", "k", "v"), shapes_qkv(problem, layout), strict=True))
     shapes |= {"o": shape_o(problem, layout), "lse": shape_lse(problem)}
     shapes |= {"do": shapes["o"], "dq": shapes["q"], "dk": shapes["k"], "dv": shapes["v"]}
-    wanted = PASSES[operation]
-    if problem.dropout:
-        wanted, shapes["seed"] = wanted.plus(("seed",)), (1,)
+    more = {given.name: given.shape for given in problem.score.inputs} if problem.score else {}
+    if problem.sinks:
+        more["sinks"] = (problem.heads_q, problem.sinks)
+    shapes |= more | {f"d{name}": shape for name, shape in more.items()} | {"seed": (1,)}
+    gradients = tuple([f"d{name}" for name in more]) if operation == "backward" else ()
+    wanted = PASSES[operation].plus((*more, *["seed"] * bool(problem.dropout)), gradients)
     strides = {name: contiguous(shapes[name]) for name in wanted.operands}
     placement = _placement(strides, machine.aligned, LAYOUTS[layout])
     found = backend(machine.backend)

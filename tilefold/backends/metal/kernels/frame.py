@@ -132,7 +132,7 @@ def tiles(text: Text, spec: MetalSpec, head: str = "h") -> Iterator[None]:
             text("const bool masked = runs[3 * run + 2] != 0;")
         with text.block(f"for (int start = first; start < last; start += {step})"):
             overhangs = f"start + {step} > last"
-            kind = "bool" if spec.hides else "const bool"
+            kind = "bool" if spec.hides and spec.row.computed != "entries" else "const bool"
             text(f"{kind} edge = {f'masked || {overhangs}' if masks(spec) else overhangs};")
             yield
 
