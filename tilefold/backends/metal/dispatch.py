@@ -321,10 +321,11 @@ def _step(
     """The step of a launch, with all arguments except the operands."""
     spec = fitted(launch.spec, strides, alignment)
     names = [argument.name for argument in arrays(spec)]
+    also = " and score" if spec.score else ""
     if len(names) + 2 > MOST_BUFFERS:
         raise NotImplementedError(
-            f"Metal binds {MOST_BUFFERS} buffers to a kernel, and {spec.kernel} with this mask"
-            f" takes {len(names) + 2}: join the mask's tables into fewer, or run it on the CPU"
+            f"Metal binds {MOST_BUFFERS} buffers to a kernel, and {spec.kernel} with this"
+            f" mask{also} takes {len(names) + 2}: join their tables into fewer, or use the CPU"
         )
     data = _data(machine, plan, launch)
     called = modified.called(launch)
@@ -337,8 +338,8 @@ def _step(
     if len(numbers) > MOST_NUMBERS:
         raise NotImplementedError(
             f"Metal takes {MOST_NUMBERS} integers beside the arrays, and {spec.kernel} with"
-            f" this mask has {len(numbers)}: give the mask's numbers as a table (tilefold.dense,"
-            " documents), or run it on the CPU"
+            f" this mask{also} has {len(numbers)}: give the mask's numbers as a table"
+            " (tilefold.dense, documents), or run it on the CPU"
         )
     threads = spec.threads
     groups, heads, batch = launch.grid
