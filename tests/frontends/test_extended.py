@@ -301,11 +301,44 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
         "the array 0 of score is a tensor that wants a gradient, and q is none: pass tensors, or"
         " array.detach()",
     ),
+    "bfloat16 and NumPy": (
+        lambda: attention(*[Q.numpy()] * 3, score=tilefold.bias(torch.ones(3).bfloat16())),
+        "the array 0 of score must be of a type that NumPy has, got a Tensor of bfloat16; pass it"
+        " as float32, or as an array of ml_dtypes.bfloat16",
+    ),
+    "sinks of bfloat16 and NumPy": (
+        lambda: attention(*[Q.numpy()] * 3, sinks=torch.ones(2).bfloat16()),
+        "sinks must be of a type that NumPy has, got a Tensor of bfloat16; pass it as float32, or"
+        " as an array of ml_dtypes.bfloat16",
+    ),
+    "sinks elsewhere": (
+        lambda: attention(Q, Q, Q, sinks=Elsewhere(np.ones(2))),
+        "sinks is a Elsewhere on DLPack device 2, where only torch tensors have kernels so far;"
+        " copy it to the CPU first, or make it a torch tensor (torch.from_dlpack)",
+    ),
+    "sinks with a mask": (
+        lambda: attention(Q, Q, Q, sinks=np.ma.masked_array([1.0, 2.0], [True, False])),
+        "sinks must be an array without a mask of its own, got MaskedArray; pass its data, and what"
+        " to hide as `mask`",
+    ),
     "sinks of another shape": (
         lambda: attention(Q, Q, Q, sinks=torch.ones(3)),
         "sinks must have shape (2,) or (2, number), one row for each head of q, got 3 rows",
     ),
 }
+
+
+class Elsewhere:
+    """An array of another framework on a GPU."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.dtype, self.shape = array.dtype, array.shape
+
+    def __dlpack__(self) -> Any:
+        raise AssertionError
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
 
 
 def freed() -> Tensor:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tilefold.problems.request import Request
-from tilefold.scores.functions import floats
+from tilefold.scores.functions import FLOATS, floats
 from tilefold.scores.score import Score, as_score
 
 
@@ -87,7 +87,7 @@ def _floats(sinks: Any) -> Any:
 
     Raises TypeError for what is no array of numbers.
     """
-    given = "float" in str(getattr(sinks, "dtype", ""))
+    given = str(getattr(sinks, "dtype", "")).removeprefix("torch.") in FLOATS
     return sinks if given else floats("sinks", sinks).held
 
 

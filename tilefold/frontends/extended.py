@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from tilefold.backends.extra import Extra
 from tilefold.backends.protocols import spoken
 from tilefold.frontends import tensors, transforms
 from tilefold.frontends.joined import gradient_of_sinks
+from tilefold.frontends.numpy import as_array
 from tilefold.frontends.observed import (
     OPERATORS,
     lifted,
@@ -84,7 +84,7 @@ def tensors_of(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:
     for name, array in zip(extra.names, extra.arrays, strict=True):
         words = spoken(name)
         if not isinstance(array, Tensor):
-            tensor = tensor_of(np.asarray(array)).to(q.device)
+            tensor = tensor_of(as_array(words, array)).to(q.device)
         else:
             tensor = array
             if tensor.device != q.device:

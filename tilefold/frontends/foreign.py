@@ -54,7 +54,13 @@ def _view(name: str, value: Any, kind: str) -> Array:
     if device != _DLPACK_CPU:
         raise NotImplementedError(_elsewhere(name, kind, f"DLPack device {int(device)}"))
     if "bfloat16" in str(getattr(value, "dtype", "")) and hasattr(value, "__array__"):
-        return np.asarray(value)  # NumPy's DLPack knows no bfloat16, but the object does
+        try:
+            return np.asarray(value)  # NumPy's DLPack knows no bfloat16, but the object does
+        except TypeError:
+            raise TypeError(
+                f"{name} must be of a type that NumPy has, got a {kind} of bfloat16; pass it as"
+                " float32, or as an array of ml_dtypes.bfloat16"
+            ) from None
     try:
         return np.from_dlpack(value)
     except TypeError as error:
