@@ -186,7 +186,7 @@ def test_a_list_of_commands_gives_what_the_calls_give(emulated: Emulated) -> Non
 @pytest.mark.slow
 @pytest.mark.feature("A07")
 @pytest.mark.parametrize("tensors", [False, True])
-def test_commands_take_scores_and_sinks(emulated: Emulated, tensors: bool) -> None:
+def test_commands_take_scores_sinks_and_dropout(emulated: Emulated, tensors: bool) -> None:
     q, k, v = operands()
     random = np.random.default_rng(1)
     do = random.standard_normal((1, 4, 21, 9)).astype(np.float32)
@@ -201,17 +201,19 @@ def test_commands_take_scores_and_sinks(emulated: Emulated, tensors: bool) -> No
         return [softcap(2.0), bias(a), temperature(b)]
 
     own_do, *own, a, b, own_sinks = arrays
-    options = {"mask": MASK, "score": score(a, b), "sinks": own_sinks}
+    dropout = {"dropout": 0.25, "seed": 7}
+    options = {"mask": MASK, "score": score(a, b), "sinks": own_sinks, **dropout}
     with metal.queue(emulated) as commands:
         o, lse = commands.attention(*own, **options)
         got = commands.attention_backward(own_do, *own, o, lse, **options)
-    options = {"mask": MASK, "score": score(*given), "sinks": sinks[:, None]}
-    want = reference.attention(q, k, v, **options)
+    options = {"mask": MASK, "score": score(*given), "sinks": sinks, **dropout}
+    wide = [array.astype(np.float64) for array in (do, q, k, v)]
+    want = tilefold.attention(*wide[1:], return_lse=True, **options)
     np.testing.assert_allclose(o, want[0], rtol=2e-5, atol=2e-5)
-    exact = reference.attention_backward(do, q, k, v, *want, **options)
+    exact = tilefold.attention_backward(*wide, *want, **options)
     shapes = [q.shape, k.shape, v.shape, (4, 1, 35), (21, 1), (4,)]
     assert [tuple(array.shape) for array in got] == shapes
-    for found, array in zip(got, [*exact[:-1], exact[-1][:, 0]], strict=True):
+    for found, array in zip(got, exact, strict=True):
         within = 2e-3 if "16" in str(found.dtype) else 4e-5
         np.testing.assert_allclose(found, array, rtol=within, atol=within)
 

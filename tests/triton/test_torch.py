@@ -13,7 +13,7 @@ from tilefold import attention, attention_backward
 from tilefold.backends.triton import interpreter, runtime
 
 torch = pytest.importorskip("torch", reason="there are no tensors without torch")
-from gpu_tensors import check, expected, tensors  # noqa: E402  # only where there is torch
+from gpu_tensors import tensors  # noqa: E402  # only where there is torch
 from torch import Tensor  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
@@ -22,18 +22,30 @@ MASK = tilefold.causal()
 pytestmark = pytest.mark.slow
 
 
-def test_the_public_functions_take_a_machine() -> None:
+def test_the_public_functions_take_a_machine_scores_sinks_and_dropout() -> None:
     needs()
     on = tilefold.triton.interpreted()
     inputs = tensors()
-    o, lse = tilefold.triton.attention(*inputs, mask=MASK, machine=on)
-    do = torch.ones_like(o)
-    gradients = tilefold.triton.attention_backward(do, *inputs, o, lse, mask=MASK, machine=on)
-    *want, rows = expected(inputs, do, mask=MASK)
-    check([o, *gradients], want)
-    np.testing.assert_allclose(lse.numpy(), rows, rtol=2e-5)
+    heads = inputs[0].shape[1]
+    options = {
+        "score": [tilefold.softcap(2.0), tilefold.alibi(torch.rand(heads))],
+        "sinks": torch.rand(heads),
+        "mask": MASK,
+        "dropout": 0.25,
+        "seed": 7,
+    }
+    with np.errstate(all="ignore"):  # lanes past the end divide by 0 too
+        o, lse = tilefold.triton.attention(*inputs, machine=on, **options)
+        do = torch.ones_like(o)
+        got = tilefold.triton.attention_backward(do, *inputs, o, lse, machine=on, **options)
+    want = tilefold.attention(*inputs, return_lse=True, **options)
+    gradients = tilefold.attention_backward(do, *inputs, *want, **options)
+    for found, exact in zip((o, lse, *got), (*want, *gradients), strict=True):
+        torch.testing.assert_close(found, exact, rtol=2e-4, atol=2e-4)
     with pytest.raises(NotImplementedError, match="GPU"):
         tilefold.triton.attention(*inputs, mask=MASK)
+    with pytest.raises(TypeError, match="seed must be an integer from"):
+        tilefold.triton.attention(*inputs, machine=on, dropout=0.25)
 
 
 def on_cuda(*shape: int) -> Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from tilefold.backends.protocols import Pass
+from tilefold.problems.dropout import check_probability, check_seed
 from tilefold.problems.request import Request
 from tilefold.scores.functions import FLOATS, floats
 from tilefold.scores.score import Score, as_score
@@ -80,6 +85,42 @@ def taken_apart(
         if array is not None:
             names, arrays = [*names, name], (*arrays, array)
     return request, Extra(tuple(names), arrays)
+
+
+def beside(
+    q: Any, request: Request, score: Any, sinks: Any, dropout: Any, seed: Any
+) -> tuple[Request, Extra]:
+    """`taken_apart` for kernels that a caller runs directly: sinks are rows, and a seed is given.
+
+    The seed is an array of the kind of `q`, in its place.
+
+    Raises what `taken_apart` raises, and TypeError or ValueError for a probability or a seed that
+    is none.
+    """
+    chance, drawn = check_probability(dropout), None
+    if chance:
+        drawn = np.array([check_seed(seed)])
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(q, torch.Tensor):
+            drawn = torch.from_numpy(drawn).to(q.device)
+    request, extra = taken_apart(request, score, sinks, chance, drawn)
+    rows = [
+        array[:, None] if name == "sinks" and len(array.shape) == 1 else array
+        for name, array in zip(extra.names, extra.arrays, strict=True)
+    ]
+    return request, Extra(extra.names, tuple(rows))
+
+
+def sinks_as_given(sinks: Any, wanted: Pass, results: Sequence[Any]) -> tuple[Any, ...]:
+    """The results of a pass; the gradient of sinks has their shape."""
+    one = sinks is not None and np.ndim(sinks) == 1
+    pairs = zip(wanted.results, results, strict=True)
+    return tuple(
+        [
+            array[:, 0] if name == "dsinks" and one and array is not None else array
+            for name, array in pairs
+        ]
+    )
 
 
 def _floats(sinks: Any) -> Any:

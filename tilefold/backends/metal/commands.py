@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilefold.backends import calls
-from tilefold.backends.extra import Extra, taken_apart
+from tilefold.backends.extra import beside, sinks_as_given
 from tilefold.backends.metal import runtime
 from tilefold.backends.metal.dispatch import Machine
 from tilefold.backends.protocols import BACKWARD, FORWARD, Array, Arrays, Pass
@@ -54,13 +54,16 @@ class Commands:
         scale: float | None = None,
         score: Any = None,
         sinks: Array | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
         layout: str = "bhnd",
         out: Array | None = None,
         lse: Array | None = None,
     ) -> tuple[Array, Array]:
         """Record a call of `tilefold.attention`; return o and lse: `out` and `lse` if given."""
-        request, extra = taken_apart(Request(mask, scale, layout), score, sinks)
-        wanted, given = FORWARD.plus(extra.names), (q, k, v, *_as_read(extra))
+        options = score, sinks, dropout, seed
+        request, extra = beside(q, Request(mask, scale, layout), *options)
+        wanted, given = FORWARD.plus(extra.names), (q, k, v, *extra.arrays)
         o, lse = self._record(wanted, given, request, (out, lse))
         return o, lse
 
@@ -77,6 +80,8 @@ class Commands:
         scale: float | None = None,
         score: Any = None,
         sinks: Array | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
         layout: str = "bhnd",
         dq: Array | None = None,
         dk: Array | None = None,
@@ -87,14 +92,12 @@ class Commands:
         After these come new arrays: the gradients of the arrays of `score` in their order, and of
         `sinks`.
         """
-        request, extra = taken_apart(Request(mask, scale, layout), score, sinks)
+        options = score, sinks, dropout, seed
+        request, extra = beside(q, Request(mask, scale, layout), *options)
         wanted = BACKWARD.plus(extra.names, extra.gradients)
-        given = (do, q, k, v, o, lse, *_as_read(extra))
+        given = (do, q, k, v, o, lse, *extra.arrays)
         into = (dq, dk, dv, *[None] * len(extra.gradients))
-        *others, last = self._record(wanted, given, request, into)
-        if last is not None and sinks is not None and len(extra.arrays[-1].shape) == 1:
-            last = last[:, 0]
-        return (*others, last)
+        return sinks_as_given(sinks, wanted, self._record(wanted, given, request, into))
 
     def launch(self) -> None:
         """Run all recorded calls in order, without waiting between them, and forget them."""
@@ -139,16 +142,6 @@ class Commands:
         return self._machine
 
 
-def _as_read(extra: Extra) -> tuple[Array, ...]:
-    """The extra arrays as kernels read them: sinks are rows."""
-    return tuple(
-        [
-            array[:, None] if name == "sinks" and len(array.shape) == 1 else array
-            for name, array in zip(extra.names, extra.arrays, strict=True)
-        ]
-    )
-
-
 def _arrays(
     machine: Machine, wanted: Pass, given: tuple[Array, ...], results: Sequence[Array | None]
 ) -> Arrays:
@@ -177,6 +170,8 @@ def attention(
     scale: float | None = None,
     score: Any = None,
     sinks: Array | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     layout: str = "bhnd",
     out: Array | None = None,
     lse: Array | None = None,
@@ -194,8 +189,8 @@ def attention(
     True
 
     Arguments:
-        q, k, v, mask, scale, score, sinks, layout: as for `tilefold.attention`; the arrays are
-            float32, float16 or bfloat16, and sinks are float32
+        q, k, v, mask, scale, score, sinks, dropout, seed, layout: as for `tilefold.attention`; the
+            arrays are float32, float16 or bfloat16, and sinks are float32. Dropout needs a seed
         out: an array for o, (batch, heads_q, len_q, dim_v) in the layout, of the type of q; None
             makes a new array
         lse: an array for lse, (batch, heads_q, len_q), float32, contiguous; None makes a new array
@@ -218,6 +213,8 @@ def attention(
             scale=scale,
             score=score,
             sinks=sinks,
+            dropout=dropout,
+            seed=seed,
             layout=layout,
             out=out,
             lse=lse,
@@ -236,6 +233,8 @@ def attention_backward(
     scale: float | None = None,
     score: Any = None,
     sinks: Array | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     layout: str = "bhnd",
     machine: Machine | None = None,
 ) -> tuple[Array, ...]:
@@ -252,7 +251,7 @@ def attention_backward(
     True
 
     Arguments:
-        do, q, k, v, o, lse, mask, scale, score, sinks, layout: as for
+        do, q, k, v, o, lse, mask, scale, score, sinks, dropout, seed, layout: as for
             `tilefold.attention_backward`
         machine: the machine that runs the kernels; None means the GPU of this Mac
 
@@ -265,5 +264,17 @@ def attention_backward(
     """
     with Commands(machine) as commands:
         return commands.attention_backward(
-            do, q, k, v, o, lse, mask=mask, scale=scale, score=score, sinks=sinks, layout=layout
+            do,
+            q,
+            k,
+            v,
+            o,
+            lse,
+            mask=mask,
+            scale=scale,
+            score=score,
+            sinks=sinks,
+            dropout=dropout,
+            seed=seed,
+            layout=layout,
         )

@@ -5,9 +5,10 @@ Also attention and its gradients as functions of a machine, which `tilefold.trit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tilefold.backends import calls
+from tilefold.backends.extra import beside, sinks_as_given
 from tilefold.backends.protocols import BACKWARD, FORWARD, PASSES, Pass, Placement
 from tilefold.backends.triton import dispatch, runtime
 from tilefold.backends.triton.machine import Machine as TritonMachine
@@ -52,6 +53,10 @@ def attention(
     *,
     mask: Rule | None = None,
     scale: float | None = None,
+    score: Any = None,
+    sinks: Any = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     layout: str = "bhnd",
     precision: str = "highest",
     machine: TritonMachine | None = None,
@@ -59,12 +64,12 @@ def attention(
     """o and lse, as `tilefold.attention(..., return_lse=True)`, on a machine of one's choice.
 
     Without a machine it is the GPU where q lies; `tilefold.triton.interpreted()` is Triton's
-    interpreter, for tensors on the CPU. The tensors carry no gradient.
+    interpreter, for tensors on the CPU. The tensors carry no gradient. Dropout needs a seed.
 
     Raises NotImplementedError where no kernel can run, and what `tilefold.attention` raises.
     """
     request = Request(mask, scale, layout, precision)
-    o, lse = _run(machine, FORWARD, (q, k, v), request)
+    o, lse = _run(machine, FORWARD, (q, k, v), request, score, sinks, dropout, seed)
     return o, lse
 
 
@@ -78,27 +83,43 @@ def attention_backward(
     *,
     mask: Rule | None = None,
     scale: float | None = None,
+    score: Any = None,
+    sinks: Any = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
     layout: str = "bhnd",
     precision: str = "highest",
     machine: TritonMachine | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, as `tilefold.attention_backward`, on a machine; see `attention`."""
-    request = Request(mask, scale, layout, precision)
-    dq, dk, dv = _run(machine, BACKWARD, (do, q, k, v, o, lse), request)
-    return dq, dk, dv
+) -> tuple[Tensor, ...]:
+    """dq, dk and dv, as `tilefold.attention_backward`, on a machine; see `attention`.
+
+    After these come the gradients of the tensors of `score` in their order, and of `sinks`.
+    """
+    request, given = Request(mask, scale, layout, precision), (do, q, k, v, o, lse)
+    return _run(machine, BACKWARD, given, request, score, sinks, dropout, seed)
 
 
 def _run(
-    machine: TritonMachine | None, wanted: Pass, given: tuple[Tensor, ...], request: Request
+    machine: TritonMachine | None,
+    wanted: Pass,
+    given: tuple[Tensor, ...],
+    request: Request,
+    score: Any,
+    sinks: Any,
+    dropout: Any,
+    seed: Any,
 ) -> tuple[Tensor, ...]:
     """The results of a pass, on the GPU where q lies unless another machine is given."""
     from torch import Tensor
 
     from tilefold.backends.arrays import torch
 
-    for name, tensor in zip(wanted.given, given, strict=True):
+    named = dict(zip(wanted.given, given, strict=True))
+    for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}")
     on = machine or runtime.gpu(given[0].device.index if given[0].is_cuda else 0)
-    detached = tuple([tensor.detach() for tensor in given])
-    return calls.run(on, torch, wanted, detached, request)
+    request, extra = beside(named["q"], request, score, sinks, dropout, seed)
+    wanted = wanted.plus(extra.names, extra.gradients if wanted is BACKWARD else ())
+    detached = tuple([tensor.detach() for tensor in (*given, *extra.arrays)])
+    return sinks_as_given(sinks, wanted, calls.run(on, torch, wanted, detached, request))
