@@ -1,36 +1,20 @@
-"""Modified scores in the kernels of Apple GPUs, run by the emulator: both passes and all gradients.
+"""Modified scores in Metal kernels, beyond the table of variants (`backends/test_variants.py`).
 
-Blocks are small, so that whole tiles and tiles of an edge take turns.
+Wide heads, tensor operations, all ways of adding to entries, and what is hidden or not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
 import numpy as np
 import pytest
-from compare import assert_near
+from compare import UNITS, assert_near
 from metal import FAMILIES, machine, tensor_plan
-from modified import (
-    CASES,
-    KV,
-    TOLERANCES,
-    Array,
-    B,
-    Case,
-    D,
-    H,
-    K,
-    Normal,
-    Q,
-    definition,
-    extra,
-    hiding,
-    of_case,
-)
-from operands import SENTINEL
+from operands import SENTINEL, Array
 
 from tilefold import (
     alibi,
@@ -44,16 +28,95 @@ from tilefold import (
     table,
     temperature,
     where,
-    window_bias,
 )
 from tilefold.backends.metal import dispatch
 from tilefold.backends.metal.plan import plan
 from tilefold.backends.metal.spec import Blocks
+from tilefold.problems import reference
 from tilefold.problems.attention import Problem
+from tilefold.scores.score import as_score
 
-pytestmark = pytest.mark.slow  # kernels are compiled
+Normal = Callable[..., Array]
 
+B, H, KV, Q, K, D = 2, 4, 2, 19, 53, 16
 TILES = Blocks(16, 16, 16)
+"""Whole tiles and tiles of an edge take turns."""
+
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
+
+
+class Case(NamedTuple):
+    """A score of arrays of random numbers, sinks of each head, and how it is computed."""
+
+    make: Callable[[Normal], Any]
+    mask: Any = full()
+    dtype: str = "float32"
+    form: str = "tiled"
+    sinks: int = 0
+    scale: float = 0.3
+    sizes: tuple[int, ...] = (B, H, KV, Q, K, D)
+
+
+def hiding(array: Array) -> Array:
+    """The array, with pairs that are hidden: some of all queries, and all of one."""
+    array[..., 5:11] = -np.inf
+    array[..., 2, :] = -np.inf
+    return array
+
+
+def own(n: Normal) -> Any:
+    """Arrays that are read in every way; two places of one array add to the same entries."""
+    square, few, half = table(n(Q, Q)), table(n(3)), table(n(K).astype(np.float16))
+    steps = table(np.arange(K, dtype=np.int32) % 5 - 2)
+    return score(
+        lambda s, b, h, q, k: (
+            (s + half[k]) * few[minimum(abs(steps[k] + q), 2)]
+            + square[q, minimum(k, Q - 1)] * square[minimum(k, Q - 1), q] / (b + 2)
+        )
+    )
+
+
+CASES = {
+    "ways": Case(own, causal(), scale=-0.4),
+    "half": Case(
+        lambda n: [alibi(n(H)), bias(n(H, Q, 1))], local(20), "bfloat16", "decode", sinks=1
+    ),
+    "wide": Case(
+        lambda n: [bias(hiding(n(4, 37, 70))), temperature(2 + n()[..., None] ** 2)],
+        local(20),
+        sizes=(2, 4, 1, 37, 70, 264),
+    ),
+    "tensors": Case(lambda n: softcap(2.0), causal(), "float16", "tensorops"),
+    "hiding-tensors": Case(
+        lambda n: bias(hiding(n(H, Q, K))), local(20), form="tensorops", sinks=1
+    ),
+}
+
+
+def of_case(case: Case) -> tuple[Problem, dict[str, Array], Any]:
+    """The problem of a case, its arrays by their names, and the score with its arrays."""
+    rng = np.random.default_rng(3)
+    batch, heads, heads_kv, len_q, len_k, dim = case.sizes
+
+    def normal(*shape: int) -> Array:
+        return rng.normal(size=shape).astype(case.dtype)
+
+    modified = as_score(case.make(normal))
+    assert modified is not None
+    arrays = {
+        "q": normal(batch, heads, len_q, dim),
+        "k": normal(batch, heads_kv, len_k, dim),
+        "v": normal(batch, heads_kv, len_k, dim + 8),
+        "do": normal(batch, heads, len_q, dim + 8),
+        "dlse": normal(batch, heads, len_q).astype(np.float32),
+    }
+    shapes = [arrays[name].shape for name in "qkv"]
+    options = {"scale": case.scale, "sinks": case.sinks, "dtype": case.dtype}
+    problem = Problem.of(*shapes, mask=case.mask, score=modified, **options)
+    arrays |= {f"input{i}": array for i, array in enumerate(modified.form.arrays)}
+    if case.sinks:
+        arrays["sinks"] = normal(heads, case.sinks).astype(np.float32)
+    return problem, arrays, modified
 
 
 def run(
@@ -79,155 +142,113 @@ def run(
     return results
 
 
-def both(case: Case, family: str, check: str = "fast") -> tuple[dict[str, Array], dict[str, Array]]:
-    """All results of both passes, and what they are by the definition."""
-    problem, arrays, modified = of_case(case)
-    rows, more = arrays["dlse"].shape, extra(arrays)
-    shapes = {"o": (arrays["do"].shape, case.dtype), "lse": (rows, "float32")}
-    given = {name: arrays[name] for name in ("q", "k", "v", *more)}
-    got = run(
-        problem, "forward", given, shapes | {"max": (rows, "float32")}, family, case.form, check
-    )
-    shapes = {
-        f"d{name}": (arrays[name].shape, arrays[name].dtype) for name in ("q", "k", "v", *more)
+def results_of(arrays: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The shapes and types of the results of both passes."""
+    names = ["q", "k", "v", *(name for name in arrays if name.startswith(("input", "sinks")))]
+    forward = {
+        "o": (arrays["do"].shape, arrays["do"].dtype),
+        "lse": (arrays["dlse"].shape, "float32"),
     }
-    given |= {name: arrays[name] for name in ("do", "dlse")} | {"o": got["o"], "lse": got["lse"]}
-    got |= run(problem, "backward", given, shapes, family, case.form, check)
-    return got, definition(case, arrays, modified)
+    return forward, {f"d{name}": (arrays[name].shape, arrays[name].dtype) for name in names}
 
 
 def compared(case: Case, family: str, check: str = "fast") -> None:
     """Raises unless all results are those of the definition."""
-    got, want = both(case, family, check)
-    for result, array in got.items():
-        finite = np.isfinite(want[result])
-        most = max(1.0, np.max(np.abs(want[result]), where=finite, initial=1))
-        within = max(TOLERANCES[case.dtype], TOLERANCES[array.dtype.name])
-        assert_near(result, array, want[result], within * most)
-
-
-def own(n: Normal) -> Any:
-    """Arrays that are read in every way; two places of one array add to the same entries."""
-    square, few, half = table(n(Q, Q)), table(n(3)), table(n(K).astype(np.float16))
-    steps = table(np.arange(K, dtype=np.int32) % 5 - 2)
-    return score(
-        lambda s, b, h, q, k: (
-            (s + half[k]) * few[minimum(abs(steps[k] + q), 2)]
-            + square[q, minimum(k, Q - 1)] * square[minimum(k, Q - 1), q] / (b + 2)
-        )
+    problem, arrays, modified = of_case(case)
+    forward, backward = results_of(arrays)
+    given = {name: arrays[name] for name in arrays if name not in ("do", "dlse")}
+    got = run(problem, "forward", given, forward, family, case.form, check)
+    given |= {name: arrays[name] for name in ("do", "dlse")} | got
+    got |= run(problem, "backward", given, backward, family, case.form, check)
+    options = {"mask": case.mask, "scale": case.scale, "score": modified}
+    options |= {"sinks": arrays["sinks"]} if case.sinks else {}
+    q, k, v = (arrays[name] for name in "qkv")
+    o, lse = reference.attention(q, k, v, **options)
+    gradients = reference.attention_backward(
+        arrays["do"], q, k, v, o, lse, dlse=arrays["dlse"], **options
     )
+    for (name, array), want in zip(got.items(), (o, lse, *gradients), strict=True):
+        within = TOLERANCES[case.dtype] + 2 * UNITS[array.dtype.name]
+        assert_near(name, array, want, within * np.abs(want[np.isfinite(want)]).max(initial=1))
 
 
-OTHERS = {
-    "ways": Case(own, causal(), scale=-0.4),
-    "all": Case(lambda n: [bias(n(B, H, Q, K)), temperature(2 + n(H, 1, 1) ** 2)], dtype="float16"),
-    "half": Case(lambda n: [alibi(n(H)), bias(n(H, Q, 1))], local(20), "bfloat16", sinks=1),
-    "wide": Case(
-        lambda n: [bias(hiding(n(4, 37, 70))), temperature(2 + n()[..., None] ** 2)],
-        local(20),
-        sizes=(2, 4, 1, 37, 70, 264),
-    ),
-    "grid": Case(lambda n: window_bias(n(H, 7, 9)), sizes=(B, H, KV, 20, 20, D)),
-    "tensors": Case(lambda n: softcap(2.0), causal(), "float16", form="tensorops"),
-    "hiding-tensors": Case(
-        lambda n: bias(hiding(n(H, Q, K))), local(20), form="tensorops", sinks=1
-    ),
-}
-
-
-def on_metal(case: Case) -> Case:
-    """A case in a type and a form that Metal has."""
-    dtype = {"float64": "float32"}.get(case.dtype, case.dtype)
-    return case._replace(dtype=dtype, form={"fused": "tiled"}.get(case.form, case.form))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_modified_scores_are_those_of_the_definition(name: str, family: str) -> None:
-    compared(on_metal(CASES[name]), family)
+def test_modified_scores_are_those_of_the_definition(name: str) -> None:
+    compared(CASES[name], FAMILIES[list(CASES).index(name) % 2])
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_so_are_wide_heads_other_ways_and_tensor_operations(name: str) -> None:
-    compared(OTHERS[name], FAMILIES[list(OTHERS).index(name) % 2])
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["address", "memory", "thread"])
 def test_nothing_is_read_or_written_that_is_not_there(check: str) -> None:
-    compared(on_metal(CASES["hiding"]), "apple9", check)
+    compared(Case(lambda n: bias(hiding(n(H, Q, K))), causal(), sinks=1), "apple9", check)
 
 
+def hides(s: Any, q: Any, k: Any) -> Any:
+    return where((k >= 5) & (k < 11), -np.inf, s)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["tiled", "decode", "tensorops"])
 def test_what_a_score_hides_is_not_looked_at(form: str) -> None:
     """NaN in keys and values that a score hides from all queries changes nothing of the others."""
     case = Case(lambda n: score(hides), causal("start") if form == "tiled" else full(), form=form)
     problem, arrays, _ = of_case(case)
-    shapes = {"o": (arrays["do"].shape, "float32"), "lse": (arrays["dlse"].shape, "float32")}
-    gradients = {f"d{name}": (arrays[name].shape, "float32") for name in "qkv"}
+    forward, backward = results_of(arrays)
     found = []
     for poison in (0.0, np.nan):
         given = {name: arrays[name].copy() for name in "qkv"}
         given["v"][:, :, 5:11] = given["k"][:, :, 5:11] = poison
-        got = run(problem, "forward", given, shapes, "apple9", form)
+        got = run(problem, "forward", given, forward, "apple9", form)
         given |= got | {"do": arrays["do"]}
-        found.append(got | run(problem, "backward", given, gradients, "apple9", form))
+        found.append(got | run(problem, "backward", given, backward, "apple9", form))
     for name, array in found[0].items():
-        other = found[1][name]
-        assert_near(name, other, array, 2e-6 * max(1.0, np.abs(array[np.isfinite(array)]).max()))
+        within = 2e-6 * np.abs(array[np.isfinite(array)]).max(initial=1)
+        assert_near(name, found[1][name], array, within)
 
 
-def hides(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
-    return where((k >= 5) & (k < 11), -np.inf, s)
-
-
-def test_dropped_pairs_add_to_no_entry() -> None:
-    """As the forward pass drops them: the gradient is that of finite differences of sum(do o)."""
-    case = Case(lambda n: bias(n(H, Q, K)), causal())
-    problem, arrays, _ = of_case(case)
+@pytest.mark.slow
+def test_gradients_of_arrays_are_the_same_bits_every_time() -> None:
+    problem, arrays, _ = of_case(CASES["ways"])
     problem = replace(problem, dropout=0.3)
-    seed = np.array([7])
-    shapes = {"o": (arrays["do"].shape, "float32"), "lse": (arrays["dlse"].shape, "float32")}
-    given = {name: arrays[name] for name in ("q", "k", "v", "input0")} | {"seed": seed}
-    got = run(problem, "forward", given, shapes, "apple9", "tiled")
-    backward = given | got | {"do": arrays["do"]}
-    into = {f"d{name}": (arrays[name].shape, "float32") for name in ("q", "k", "v", "input0")}
-    found = run(problem, "backward", backward, into, "apple9", "tiled")
-    again = run(problem, "backward", backward, into, "apple9", "tiled")
-    assert all(np.array_equal(found[name], again[name]) for name in found), "the same bits"
-    step = np.random.default_rng(5).normal(size=arrays["input0"].shape).astype(np.float32)
-    sums = []
-    for sign in (1, -1):
-        moved = given | {"input0": arrays["input0"] + np.float32(sign * 1e-2) * step}
-        o = run(problem, "forward", moved, shapes, "apple9", "tiled")["o"]
-        sums.append((o.astype(float) * arrays["do"]).sum())
-    along = (found["dinput0"].astype(float) * step).sum()
-    assert along == pytest.approx((sums[0] - sums[1]) / 2e-2, abs=2e-3)
+    forward, backward = results_of(arrays)
+    given = {name: arrays[name] for name in arrays if name not in ("do", "dlse")}
+    given["seed"] = np.array([7])
+    given |= run(problem, "forward", given, forward, "apple9", "tiled") | {"do": arrays["do"]}
+    first, second = (run(problem, "backward", given, backward, "apple9", "auto") for _ in "12")
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert all(first[name].any() for name in first)
+
+
+@pytest.mark.slow
+def test_an_array_that_no_gradient_reaches_gets_zeros() -> None:
+    shape = (1, 2, 8, 16)
+    unread = score(lambda s: s + table(np.zeros(4, np.float32))[0] * 0)
+    problem = Problem.of(shape, score=unread)
+    arrays = {name: np.ones(shape, np.float32) for name in ("q", "k", "v", "do", "o")}
+    arrays |= {"lse": np.zeros(shape[:3], np.float32), "input0": np.zeros(4, np.float32)}
+    into = {f"d{name}": (shape, "float32") for name in "qkv"} | {"dinput0": ((4,), "float32")}
+    assert not run(problem, "backward", arrays, into, "apple9", "auto")["dinput0"].any()
 
 
 def test_parts_of_the_gradient_of_an_array_are_few() -> None:
-    """They follow from shapes alone; what no pair adds to gets no kernel."""
-    shape = (2, 8, 64, 16)
+    """They follow from shapes alone; a small array has as many as keep the GPU at work."""
 
     def parts(*of: int) -> tuple[int, ...]:
-        problem = Problem.of(shape, dtype="float16", score=bias(np.zeros(of, np.float32)))
+        problem = Problem.of((2, 8, 64, 16), score=bias(np.zeros(of, np.float32)))
         made = plan(problem, "apple9", "backward", extra=("dinput0",))
+        assert made.cleared == ("dinput0_parts",)
         return made.buffers["dinput0_parts"].shape
 
     assert parts(2, 8, 64, 64) == (1, 2, 8, 64, 64)
     assert parts(8, 64, 64) == (2, 8, 64, 64), "batch entries share"
     assert parts(64) == (128, 64), "2 x 8 x 8 units, one part for each"
-    unread = score(lambda s, b, h, q, k: s + table(np.zeros(4, np.float32))[0] * 0)
-    problem = Problem.of(shape, dtype="float32", score=unread)
-    arrays = {name: np.ones(shape, np.float32) for name in ("q", "k", "v", "do", "o")}
-    arrays |= {"lse": np.zeros(shape[:3], np.float32), "input0": np.zeros(4, np.float32)}
-    into = {f"d{name}": (shape, "float32") for name in "qkv"} | {"dinput0": ((4,), "float32")}
-    assert not run(problem, "backward", arrays, into, "apple9", "tiled")["dinput0"].any()
 
 
-def test_an_array_of_float64_is_refused() -> None:
-    problem = Problem.of((1, 2, 8, 16), dtype="float32", score=bias(np.zeros((8, 8))))
+def test_what_metal_has_not_is_refused() -> None:
+    problem = Problem.of((1, 2, 8, 16), score=bias(np.zeros((8, 8))))
     with pytest.raises(NotImplementedError, match="array 0 of score is of float64, which Apple"):
         plan(problem, "apple9", "forward")
+    problem = Problem.of((1, 2, 8, 16), score=softcap(2.0))
     with pytest.raises(NotImplementedError, match="no operand dinput1 in a backward pass"):
-        problem = Problem.of((1, 2, 8, 16), dtype="float32", score=softcap(2.0))
         plan(problem, "apple9", "backward", extra=("dinput1",))
