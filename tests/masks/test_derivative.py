@@ -8,46 +8,21 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from score_trees import K, Q, trees
 
 from tilefold.masks.derivative import derivatives
 from tilefold.masks.evaluate import exact_real
-from tilefold.masks.expression import FromInteger, Index, RealLookup, ScoreValue, as_real
+from tilefold.masks.expression import FromInteger, RealLookup, ScoreValue, as_real
 from tilefold.masks.tables import Input
-from tilefold.scores.functions import exp, log, maximum, minimum, sigmoid, sqrt, tanh, where
+from tilefold.scores.functions import exp, sqrt, tanh, where
 
-S, Q, K = ScoreValue(), Index("q"), Index("k")
+S = ScoreValue()
 ARRAYS = {0: np.random.default_rng(0).normal(size=(3, 4)), 1: np.array([0.7])}
 FIRST = RealLookup(Input(0, "float64", (3, 4)), (Q, K))
 SECOND = RealLookup(Input(1, "float64", (1,)), (Q * 0,))
 STEP = 1e-5
 
-LEAVES = st.sampled_from([S, S, FIRST, SECOND, FromInteger(Q), FromInteger(K - Q), as_real(0.5)])
-ONE = {
-    "-": lambda x: -x,
-    "abs": abs,
-    "exp": lambda x: exp(minimum(x, 1)),
-    "log": lambda x: log(abs(x) + 0.5),
-    "tanh": tanh,
-    "sigmoid": sigmoid,
-    "sqrt": lambda x: sqrt(x * x + 0.25),
-}
-TWO = {
-    "+": lambda x, y: x + y,
-    "-": lambda x, y: x - y,
-    "*": lambda x, y: tanh(x) * y,
-    "/": lambda x, y: x / (abs(y) + 0.5),
-    "minimum": minimum,
-    "maximum": maximum,
-    "where a truth of indices": lambda x, y: where(Q > K, x, y),
-    "where a truth of numbers": lambda x, y: where(x > y, x, 2 * x - y),
-}
-
-
-def joined(below: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.one_of(
-        st.builds(lambda f, x: ONE[f](x), st.sampled_from(sorted(ONE)), below),
-        st.builds(lambda f, x, y: TWO[f](x, y), st.sampled_from(sorted(TWO)), below, below),
-    )
+LEAVES = [S, S, FIRST, SECOND, FromInteger(Q), FromInteger(K - Q), as_real(0.5)]
 
 
 def value(expression: Any, s: Any, arrays: Any = ARRAYS) -> Any:
@@ -66,7 +41,7 @@ def near(got: Any, low: Any, middle: Any, high: Any) -> bool:
 
 @pytest.mark.slow
 @settings(max_examples=150, derandomize=True)
-@given(st.recursive(LEAVES, joined, max_leaves=8), st.integers(0, 2**16))
+@given(trees(LEAVES), st.integers(0, 2**16))
 def test_derivatives_are_those_of_finite_differences(expression: Any, seed: int) -> None:
     s = np.random.default_rng(seed).normal(size=(3, 4))
     found = derivatives(as_real(expression))
