@@ -37,7 +37,16 @@ from tilefold.planning import roofline
 from tilefold.problems.attention import Problem
 from tilefold.problems.request import Request
 
-KERNELS = {"forward", "backward_dq", "backward_dkv", "decode, merge", "gemm", "softmax"}
+KERNELS = {
+    "forward",
+    "backward_dq",
+    "backward_dkv",
+    "backward_sinks",
+    "backward_inputs",
+    "decode, merge",
+    "gemm",
+    "softmax",
+}
 MAC = {
     "name": "Apple M4",
     "family": "apple9",
@@ -86,6 +95,7 @@ def test_the_same_trials_run_on_tensors(monkeypatch: pytest.MonkeyPatch) -> None
     assert [trial.kernel for trial in tried if trial.passed] == [
         *("forward", "backward_dq", "backward_dkv"),
         *("decode, merge", "gemm", "softmax"),
+        *("forward", "backward_dq", "backward_dkv", "backward_sinks", *["backward_inputs"] * 2),
     ]
     assert tried[-1].absent and tried[-1].reason == "no tensor operations here"
 

@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+import ml_dtypes  # noqa: F401  # NumPy knows the name "bfloat16" from it
+import numpy as np
 import pytest
 from golden import METAL
 from metal import FAMILIES, needs, tensor_plan
 from paths import ROOT
 
 import tilefold
+from tilefold import bias, relative_bias, softcap
 from tilefold.backends.metal import families
 from tilefold.backends.metal.dispatch import WIDEST_MOVE
 from tilefold.backends.metal.emulator import signature
@@ -64,6 +67,15 @@ def every_text() -> Iterator[str]:
             plans = [plan(problem, family, "forward", form=form) for form in ("tiled", "decode")]
             for made in (*plans, plan(problem, family, "backward"), tensor_plan(problem)):
                 specs += [launch.spec for launch in made.launches]
+        score = [
+            softcap(2.0),
+            bias(np.zeros((4, 1, 90), dtype)),
+            relative_bias(np.zeros((4, 32), dtype)),
+        ]
+        scored = Problem.of((2, 4, 70, 40), (2, 2, 90, 40), dtype=dtype, score=score, sinks=2)
+        specs += [launch.spec for launch in plan(scored, family, "forward").launches]
+        extra = ("dsinks", "dinput0", "dinput1")
+        specs += [launch.spec for launch in plan(scored, family, "backward", extra=extra).launches]
         for n, spec in enumerate(specs):
             several = n % 2 and spec.dim % WIDEST_MOVE == spec.dim_v % WIDEST_MOVE == 0
             yield emit(replace(spec, vector=WIDEST_MOVE if several else 1))

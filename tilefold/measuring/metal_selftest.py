@@ -2,8 +2,9 @@
 
 An Apple GPU and the emulator run the same trials. The emulator runs fewer of them, since compiling
 takes its time. Gradients start from the definition's o and lse, so a wrong forward pass does not
-show as a wrong gradient. A problem whose rule hides rows from all others is tried once more with
-NaN and infinities in them, which must change nothing.
+show as a wrong gradient. One problem of each type has modified scores and sinks. A problem whose
+rule hides rows from all others is tried once more with NaN and infinities in them, which must
+change nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from tilefold.masks.position_rules import Rule, causal, chunked, full, local
 from tilefold.measuring.agreement import error
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
+from tilefold.scores.modifications import bias, softcap
+from tilefold.scores.relative import relative_bias
+from tilefold.scores.score import Score, as_score
 
 Array = NDArray[Any]
 
@@ -119,13 +123,31 @@ def trials(machine: Machine, place: Place, missing: str | None, *, few: bool) ->
         yield _gemm(machine, place, dtype)
         yield _softmax(machine, place, dtype)
         square = Problem.of((2, 4, 70, 64), (2, 2, 90, 64), dtype=dtype, mask=causal())
+        yield from _scored(machine, place, dtype)
         yield _Attention(machine, place, square).by_tensor_operations(missing)
+
+
+def _scored(machine: Machine, place: Place, dtype: str) -> Iterator[Trial]:
+    """Scores that read two arrays in two ways, one of which hides pairs, and sinks."""
+    keys, table, sinks = _normal(dtype, (4, 1, 90), (4, 32), (4, 2))
+    keys[..., 7:20] = -np.inf
+    score = as_score([softcap(2.0), bias(keys), relative_bias(table)])
+    shapes = (2, 4, 70, 40), (2, 2, 90, 40)
+    problem = Problem.of(*shapes, dtype=dtype, mask=causal(), score=score, sinks=2)
+    yield from _Attention(machine, place, problem, score, sinks.astype(np.float32)).tiled()
 
 
 class _Attention:
     """One problem, its operands, and the results of the definition."""
 
-    def __init__(self, machine: Machine, place: Place, problem: Problem) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        place: Place,
+        problem: Problem,
+        score: Score | None = None,
+        sinks: Array | None = None,
+    ) -> None:
         self._machine, self._place, self._problem = machine, place, problem
         p = problem
         q, k, v, do = _normal(
@@ -135,25 +157,35 @@ class _Attention:
             (p.batch, p.heads_kv, p.len_k, p.dim_v),
             (p.batch, p.heads_q, p.len_q, p.dim_v),
         )
-        o, lse = reference.attention(q, k, v, mask=p.mask)
-        gradients = reference.attention_backward(do, q, k, v, o, lse, mask=p.mask)
+        options: dict[str, Any] = {"mask": p.mask, "score": score, "sinks": sinks}
+        o, lse = reference.attention(q, k, v, **options)
+        gradients = reference.attention_backward(do, q, k, v, o, lse, **options)
+        arrays = score.form.arrays if score else ()
+        extra = {f"input{number}": array for number, array in enumerate(arrays)}
+        extra |= {} if sinks is None else {"sinks": sinks}
+        self._extra = tuple([f"d{name}" for name in extra])
         self._exact = {"o": o, "lse": lse, "delta": (do * o).sum(axis=3)}
-        self._exact |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+        self._exact |= dict(zip(("dq", "dk", "dv", *self._extra), gradients, strict=True))
         self._given = {"q": q, "k": k, "v": v, "do": do, "o": o.astype(q.dtype)}
         self._given |= {name: self._exact[name].astype(np.float32) for name in ("lse", "delta")}
+        self._given |= extra
         self._case = f"{p.len_q}x{p.len_k} d{p.dim}/{p.dim_v} {p.mask}"
+        self._case += f" {score}" if score else ""
 
     def tiled(self) -> Iterator[Trial]:
-        """The forward kernel, and the kernels of dQ and dK/dV."""
+        """The forward kernel, the kernels of dQ and dK/dV, and those of the gradients of arrays."""
+        kernels: list[tuple[str, MetalPlan, tuple[str, ...]]]
         kernels = [("forward", self._plan("forward", form="tiled"), ("o", "lse"))]
-        made = self._plan("backward")
-        for launch, outputs in zip(made.launches, (("delta", "dq"), ("dk", "dv")), strict=True):
+        made = self._plan("backward", extra=self._extra)
+        outputs_of: list[tuple[str, ...]] = [("delta", "dq"), ("dk", "dv")]
+        outputs_of += [(name,) for name in sorted(self._extra, key=lambda name: name != "dsinks")]
+        for launch, outputs in zip(made.launches, outputs_of, strict=True):
             pages = {name: each for name, each in made.buffers.items() if name not in self._given}
             one = replace(made, launches=(launch,), buffers=pages)
             kernels.append((launch.spec.kernel, one, outputs))
         for kernel in kernels:
             yield self._try(*kernel)
-        if self._spoil():
+        if not self._extra and self._spoil():
             for kernel in kernels:
                 yield self._try(*kernel)
 
@@ -190,7 +222,7 @@ class _Attention:
         names = [name for name in self._given if name not in outputs]
         operands = {name: self._place.there(self._given[name]) for name in names}
         for name in outputs:
-            like = self._given[name if name in self._given else name[-1]]
+            like = self._given[name if name in self._given else name.removeprefix("d")]
             operands[name] = self._place.there(np.full_like(like, np.nan))
         execute(made, self._machine, operands)
         return {name: self._place.back(operands[name]) for name in outputs}
