@@ -150,12 +150,16 @@ class Emulated(Machine):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A plan prepared for operands of certain strides; only the operands are missing."""
+    """A plan prepared for operands of certain strides; only the operands are missing.
+
+    `gradients` are those of a score's arrays, which are made of parts.
+    """
 
     machine: Machine
     plan: MetalPlan
     steps: tuple[_Step, ...]
     order: tuple[str, ...]
+    gradients: tuple[str, ...] = ()
 
     @property
     def data_bytes(self) -> int:
@@ -182,13 +186,12 @@ class Call:
             made[name][...] = 0
         for step in self.steps:
             step.launch({**operands, **made})
-        for name in self.order:  # the gradients of a score's arrays
-            if name.startswith("dinput"):
-                parts = made.get(f"{name}_parts")
-                if parts is None:  # no pair reads the array
-                    operands[name][...] = 0
-                else:
-                    self.machine.add_parts(parts, operands[name])
+        for name in self.gradients:
+            parts = made.get(f"{name}_parts")
+            if parts is None:  # no pair reads the array
+                operands[name][...] = 0
+            else:
+                self.machine.add_parts(parts, operands[name])
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +267,8 @@ def prepare(
     the result of `alignment_of` for the operands.
     """
     steps = tuple(_step(plan, launch, machine, strides, alignment) for launch in plan.launches)
-    return Call(machine, plan, steps, tuple(strides))
+    gradients = tuple([name for name in strides if name.startswith("dinput")])
+    return Call(machine, plan, steps, tuple(strides), gradients)
 
 
 def kernel(
