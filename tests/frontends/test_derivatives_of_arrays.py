@@ -19,6 +19,7 @@ from tilefold import attention, attention_backward, causal, dropout_mask, local
 from tilefold.frontends.derivatives.arguments import Kept
 from tilefold.frontends.derivatives.walk import Walk
 from tilefold.masks.expression import Truth
+from tilefold.problems.request import LAYOUTS
 
 pytestmark = [
     pytest.mark.slow,  # kernels are compiled
@@ -64,11 +65,11 @@ CASES: dict[str, tuple[Makes, tuple[tuple[int, ...], ...]]] = {
         ((4, 8),),
     ),
     "window bias, own score of a scalar": (
-        lambda a, b: {"score": [tilefold.window_bias(a), own(b)], "layout": "bhnd"},
+        lambda a, b: {"score": [tilefold.window_bias(a), own(b)]},
         ((4, 3, 5), ()),
     ),
     "one array twice": (
-        lambda a: {"score": [tilefold.bias(a), tilefold.temperature(a)]},
+        lambda a: {"score": [tilefold.bias(a), tilefold.temperature(a)], "layout": "bnhd"},
         ((4, 1, 1),),
     ),
 }
@@ -83,7 +84,10 @@ def test_first_and_second_derivatives_in_every_mode_are_those_of_differences(cas
         given[0] = torch.cat([given[0], given[0][:, :, :1]], 2).detach().requires_grad_()
 
     def function(*given: Tensor) -> Any:
-        return attention(*given[:3], return_lse=True, **make(*given[3:]))
+        options = make(*given[3:])
+        axes = LAYOUTS[options.get("layout", "bhnd")]
+        qkv = [x.permute(axes) for x in given[:3]]
+        return attention(*qkv, return_lse=True, **options)
 
     fast = {"fast_mode": True}
     assert torch.autograd.gradcheck(function, given, check_forward_ad=True, **fast)
@@ -318,3 +322,44 @@ def test_every_entry_of_vmap_has_the_batch_and_the_seed_of_its_own_call() -> Non
     assert not torch.equal(one, other)
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(random)(same)
+
+
+def test_compiled_functions_leave_their_graph_for_forward_mode() -> None:
+    """Operators of PyTorch would lose the tangents without a word."""
+    q, k, v, array = randoms(*SHAPES, (4, 1, 6))
+    score = tilefold.bias(array)
+
+    def call(q: Tensor) -> Tensor:
+        made: Tensor = attention(q, k, v) + attention(q, k, v, score=score)
+        return made
+
+    def function(q: Tensor) -> Any:
+        return jvp(call, (q,), (q,))
+
+    torch.testing.assert_close(torch.compile(function, backend="eager")(q), function(q))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="forward mode, and transforms of"):
+        torch.compile(function, backend="eager", fullgraph=True)(q)
+
+
+def test_gradients_in_the_old_vmap_are_refused() -> None:
+    q, k, v = randoms(*SHAPES)
+    o = attention(q.requires_grad_(), k, v)
+    with pytest.raises(
+        NotImplementedError, match=r"is_grads_batched=True .* use torch\.func\.vmap"
+    ):
+        torch.autograd.grad(o, q, torch.stack([o.detach()] * 2), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("empty", [(1, 2, 0, 3), (0, 2, 4, 3)], ids=["no queries", "no batch"])
+def test_empty_calls_have_empty_derivatives(empty: tuple[int, ...]) -> None:
+    q, k = torch.ones(empty), torch.ones(empty[0], 2, 4, 3)
+    sinks, array = torch.ones(2, requires_grad=True), torch.ones(4, requires_grad=True)
+
+    def call(q: Tensor) -> Tensor:
+        made: Tensor = attention(q, k, k, score=tilefold.bias(array), sinks=sinks)
+        return made
+
+    assert hessian(lambda q: call(q).sum())(q).shape == empty * 2
+    first = torch.autograd.grad(call(q).sum(), (sinks, array), create_graph=True)
+    assert [x.tolist() for x in first] == [[0, 0], [0, 0, 0, 0]]

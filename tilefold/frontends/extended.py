@@ -23,6 +23,8 @@ from tilefold.frontends.observed import (
     recorded,
     require_operators,
     unobserved,
+    untraceable,
+    untraced,
 )
 from tilefold.problems.request import Request
 
@@ -42,6 +44,9 @@ def attention(
         run = _Attention.apply if recorded(*given) else tensors.forward_extended
         o, lse, _, *rest = run(request, further, *given)
         return (o, lse, *rest)
+    if untraceable(vectorised=False):
+        results: tuple[Tensor, ...] = _untraced_attention(q, k, v, request, extra, further)
+        return results
     tensors.check(q=q, k=k, v=v)
     if lifted():
         return transforms.attention(q, k, v, request, arrays, further)
@@ -63,6 +68,11 @@ def attention_backward(
     extra: Extra,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, and the gradients of all arrays that have one."""
+    if untraceable(vectorised=False):
+        results: tuple[Tensor, ...] = _untraced_backward(
+            do, q, k, v, o, lse, request, lse_low, dlse, extra
+        )
+        return results
     arrays = tensors_of(extra, q)
     wanted = [f"d{name}" in extra.gradients for name in extra.names]
     given = (do, q, k, v, o, lse)
@@ -73,6 +83,9 @@ def attention_backward(
         dtype = str(sinks.dtype).removeprefix("torch.")
         more[place] = more[place].reshape(sinks.shape).to(getattr(torch, dtype))
     return (*found, *more)
+
+
+_untraced_attention, _untraced_backward = untraced(attention), untraced(attention_backward)
 
 
 def tensors_of(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:

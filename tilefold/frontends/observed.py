@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -54,6 +57,24 @@ def require_operators() -> None:
             "attention under tracers, on meta tensors, on subclasses and on conjugates' imaginary"
             f" parts (call resolve_neg()) needs PyTorch 2.12 or newer, found {torch.__version__}"
         )
+
+
+def untraceable(*, vectorised: bool = True) -> bool:
+    """True where a compiler traces forward mode, in which operators lose tangents without a word.
+
+    Also in transforms of `torch.func`, unless the operator is `vectorised`.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    active = torch._C._are_functorch_transforms_active() and not vectorised
+    return bool(active) or forward_ad._current_level >= 0
+
+
+def untraced(function: Callable[..., Any]) -> Any:
+    """The function as a compiler runs it outside of its graphs."""
+    reason = "forward mode, and transforms of torch.func, are no part of a graph"
+    disable: Any = torch.compiler.disable
+    return disable(function, reason=reason)
 
 
 def _transformed() -> bool:

@@ -115,7 +115,13 @@ def run(wanted: Pass, given: tuple[Tensor, ...], q: Tensor, request: Request) ->
     """The results of a pass of tensors, below autograd, where q lies."""
     bits = 0
     for x in given:
-        address = x.data_ptr()
+        try:
+            address = x.data_ptr()
+        except RuntimeError:
+            raise NotImplementedError(
+                "a tensor has no memory: is_grads_batched=True and jacobian(vectorize=True) are not"
+                " implemented; use torch.func.vmap, jacrev or jacfwd"
+            ) from None
         bits |= address
         if address < _LOWEST:
             for name, tensor in zip(wanted.given, given, strict=True):

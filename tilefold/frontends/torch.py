@@ -28,6 +28,8 @@ from tilefold.frontends.observed import (
     recorded,
     require_operators,
     unobserved,
+    untraceable,
+    untraced,
 )
 from tilefold.problems.attention import check_parts
 from tilefold.problems.dropout import check_probability, check_seed
@@ -109,10 +111,12 @@ def attention(
     """Return o and lse, and `further` results of the pass; see `tilefold.attention`."""
     if extra.names or further:
         return extended.attention(q, k, v, request, extra, further)
-    result: tuple[Tensor, Tensor]
+    result: tuple[Tensor, ...]
     if unobserved(q, k, v):
         run = _Attention.apply if recorded(q, k, v) else tensors.forward
         result = run(q, k, v, request)
+    elif untraceable():
+        result = _untraced_attention(q, k, v, request)
     else:
         tensors.check(q=q, k=k, v=v)
         if lifted():
@@ -147,6 +151,8 @@ def attention_backward(
             result = transforms.attention_backward(given, request, dlse, lse_low)
         else:
             result = tensors.backward(*given, request, lse_low, dlse)
+    elif untraceable():
+        result = _untraced_backward(*given, request, lse_low, dlse)
     else:
         tensors.check_all(*every)
         if lifted():
@@ -242,6 +248,7 @@ if OPERATORS:
     operators.attention_backward.register_autograd(_second_gradients, setup_context=_save_backward)
     operators.attention.register_vmap(_each_forward)
     operators.attention_backward.register_vmap(_each_backward)
-else:
-    _disable: Any = torch.compiler.disable
-    attention, attention_backward = _disable(attention), _disable(attention_backward)
+
+_untraced_attention, _untraced_backward = untraced(attention), untraced(attention_backward)
+if not OPERATORS:
+    attention, attention_backward = _untraced_attention, _untraced_backward

@@ -124,7 +124,7 @@ class _TileSum(torch.autograd.Function):
         copies = max([x.shape[1] for x in entries])
         folded = [
             x[0]
-            if dim is None and x.shape[1] == 1
+            if dim is None and x.shape[1] == 1 <= size
             else x.expand(size, copies, *x.shape[2:]).flatten(0, 1)
             for x, dim in zip(entries, in_dims[2:], strict=True)
         ]
