@@ -41,7 +41,7 @@ def attention(
     arrays = tensors_of(extra, q)
     given = q, k, v, *arrays
     if unobserved(*given):
-        run = _Attention.apply if recorded(*given) else tensors.forward_extended
+        run = _ExtendedAttention.apply if recorded(*given) else tensors.forward_extended
         o, lse, _, *rest = run(request, further, *given)
         return (o, lse, *rest)
     if untraceable(vectorised=False):
@@ -170,8 +170,8 @@ def _apart_from_sinks(
     return dq, dk, dv, more
 
 
-class _Attention(torch.autograd.Function):
-    """The forward pass. The results after lse have no gradient."""
+class _ExtendedAttention(torch.autograd.Function):
+    """The forward pass of calls that only autograd observes. What follows lse has no gradient."""
 
     @staticmethod
     def forward(

@@ -73,6 +73,8 @@ def untraceable(*, vectorised: bool = True) -> bool:
 def untraced(function: Callable[..., Any]) -> Any:
     """The function as a compiler runs it outside of its graphs."""
     reason = "forward mode, and transforms of torch.func, are no part of a graph"
+    if not OPERATORS:
+        reason = f"only PyTorch 2.12 or newer has operators, found {torch.__version__}"
     disable: Any = torch.compiler.disable
     return disable(function, reason=reason)
 

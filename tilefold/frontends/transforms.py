@@ -1,8 +1,10 @@
 """PyTorch tensors in the transforms of `torch.func` and in forward mode; and second derivatives.
 
-Two functions of autograd say how the passes are differentiated, forward and backward, and how they
-are vectorised. The passes themselves are the kernels. Their derivatives, beyond the first backward
-pass, are in `derivatives`. Sinks are joined by torch's operations, which have all derivatives.
+Two functions of autograd, one for each pass, say how it is differentiated, forward and backward,
+and how it is vectorised. The passes themselves are the kernels. Their derivatives, beyond the first
+backward pass, are in `derivatives`. Sinks are joined by torch's operations, which have all
+derivatives. A small call takes 0.09 ms by such a function, and 0.05 ms by one that has a backward
+pass alone (two cores of a Xeon, 16 queries and keys). So usual calls have functions of their own.
 
 In `vmap` the axis joins the batch, and one call of a kernel serves all entries. Where entries have
 arrays, pairs that fall out, or gradients of arrays of their own, each entry has a call of its own.
@@ -45,7 +47,7 @@ def attention(
     if request.sinks:
         place = len(arrays) - 1 - bool(request.dropout)
         inputs = arrays[:place] + arrays[place + 1 :]
-    apply: Any = _Attention.apply
+    apply: Any = _Forward.apply
     o, lse, _, largest = apply(request.changed(sinks=0), further, q, k, v, *inputs)
     if request.sinks:
         o, lse = with_sinks(o, lse, arrays[place], request.layout)
@@ -64,12 +66,12 @@ def attention_backward(
 
     `given` are do, q, k, v, o and lse. There are no sinks: they are a part of lse.
     """
-    apply: Any = _Gradients.apply
+    apply: Any = _Backward.apply
     results: Tensors = apply(request, tuple(wanted), dlse, lse_low, *given, *arrays)
     return results
 
 
-class _Attention(torch.autograd.Function):
+class _Forward(torch.autograd.Function):
     """The forward pass. The results after lse are no functions of the inputs to autograd."""
 
     @staticmethod
@@ -113,13 +115,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, request: Request, further: Any, *given: Any) -> Any:
         def call(request: Request, *given: Any) -> Any:
-            apply: Any = _Attention.apply
+            apply: Any = _Forward.apply
             return apply(request, further, *given)
 
         return vectorised(call, info.batch_size, in_dims[2:], request, given)
 
 
-class _Gradients(torch.autograd.Function):
+class _Backward(torch.autograd.Function):
     """The backward pass."""
 
     @staticmethod
@@ -168,7 +170,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, request: Request, wanted: Any, *given: Any) -> Any:
         def call(request: Request, *given: Any) -> Any:
-            apply: Any = _Gradients.apply
+            apply: Any = _Backward.apply
             dlse, low, *rest = given
             return apply(request, wanted, dlse, low, *rest)
 
