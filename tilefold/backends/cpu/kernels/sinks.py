@@ -90,6 +90,9 @@ def _write_gradients(block: Block) -> None:
             for j in range(shape.vectors):
                 places = [block.at(region, 0, j) for region in (m, r, delta)]
                 own, low, change = (body.load(place, shape.vector) for place in places)
+                none = body.constant(float("-inf"), low.type)
+                empty = body.compare("oeq", low, body.constant(float("inf"), low.type))
+                low = body.select(empty, none, low, "r")  # lse is -inf: all sinks are
                 exponent = _exponent(body, block.scale, sink, own)
                 weight = exp2_cut(body, body.binary("fadd", exponent, low, "e"))
                 term = body.binary("fmul", weight, change, "term")
