@@ -216,3 +216,20 @@ def test_rows_that_are_none_are_refused(index: Any, error: Any, message: str) ->
     q, k = arrays(3, 3)
     with pytest.raises(error, match=message):
         tilefold.weights(q, k, rows=index)
+
+
+def test_sinks_of_other_heads_are_refused_where_lse_has_them_already() -> None:
+    q, k = arrays(3, 3)
+    lse, sinks = np.zeros((2, 4, 3), np.float32), np.zeros(5)
+    for function in (tilefold.weights, tilefold.key_mass):
+        for given in ((q, k, lse), tuple(map(torch.from_numpy, (q, k, lse)))):
+            with pytest.raises(ValueError, match=r"sinks must have shape \(4,\).* got 5 rows"):
+                function(*given, sinks=sinks)
+
+
+def test_an_array_of_a_score_is_named_as_in_attention() -> None:
+    q, k = arrays(3, 3)
+    wanting = tilefold.bias(torch.zeros(3, 3, requires_grad=True))
+    for function in (tilefold.weights, tilefold.key_mass):
+        with pytest.raises(TypeError, match="the array 0 of score"):
+            function(q, k, np.zeros((2, 4, 3), np.float32), score=wanting)

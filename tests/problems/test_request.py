@@ -52,6 +52,12 @@ def test_a_scale_that_may_change_is_read_each_time() -> None:
         assert Request(None, scale).scale == value  # type: ignore[arg-type]  # it becomes a float
 
 
+@pytest.mark.parametrize("sinks", [np.zeros(4), "ab", -1, 0.5], ids=str)
+def test_the_number_of_sinks_is_no_array(sinks: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^sinks must be an integer >= 0, got"):
+        tilefold.Problem.of((1, 4, 8, 8), sinks=sinks)
+
+
 def test_requests_are_frozen() -> None:
     with pytest.raises(AttributeError):
         Request().scale = 1.0  # type: ignore[misc]  # the point

@@ -26,10 +26,10 @@ def test_the_public_functions_take_a_machine_scores_sinks_and_dropout() -> None:
     needs()
     on = tilefold.triton.interpreted()
     inputs = tensors()
-    heads = inputs[0].shape[1]
+    slopes, sinks = torch.rand(2, inputs[0].shape[1])
     options = {
-        "score": [tilefold.softcap(2.0), tilefold.alibi(torch.rand(heads))],
-        "sinks": torch.rand(heads),
+        "score": [tilefold.softcap(2.0), tilefold.alibi(slopes)],
+        "sinks": sinks,
         "mask": MASK,
         "dropout": 0.25,
         "seed": 7,
@@ -42,6 +42,11 @@ def test_the_public_functions_take_a_machine_scores_sinks_and_dropout() -> None:
     gradients = tilefold.attention_backward(do, *inputs, *want, **options)
     for found, exact in zip((o, lse, *got), (*want, *gradients), strict=True):
         torch.testing.assert_close(found, exact, rtol=2e-4, atol=2e-4)
+    options["score"] = [tilefold.softcap(2.0), tilefold.alibi(slopes.numpy())]
+    options["sinks"] = sinks.numpy()
+    with np.errstate(all="ignore"):
+        same, _ = tilefold.triton.attention(*inputs, machine=on, **options)
+    assert torch.equal(same, o)
     with pytest.raises(NotImplementedError, match="GPU"):
         tilefold.triton.attention(*inputs, mask=MASK)
     with pytest.raises(TypeError, match="seed must be an integer from"):

@@ -18,7 +18,7 @@ from tilefold.backends.extra import Extra, taken_apart
 from tilefold.common.check import shown
 from tilefold.masks.evaluate import exact, exact_real
 from tilefold.masks.expression import Expression, names
-from tilefold.problems.attention import Problem
+from tilefold.problems.attention import Problem, check_rows_of_sinks
 from tilefold.problems.request import Request
 
 Array = NDArray[Any]
@@ -41,6 +41,11 @@ class Asked(NamedTuple):
         """The options, from the request without score and sinks."""
         plain, _ = taken_apart(request, score)
         return Asked(*taken_apart(request, score, sinks), plain)
+
+    def check_sinks(self, heads: int) -> None:
+        """Raises ValueError unless there is a row of sinks for each head; lse has them already."""
+        if self.request.sinks:
+            check_rows_of_sinks(len(self.extra.arrays[-1]), heads)
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,6 +82,7 @@ def _lse(q: Tensor, k: Tensor, lse: Tensor | None, asked: Asked, problem: Proble
         return attend(q, k, values, asked.request, *more)[1]
     check_lse(arrays.dtype_of(lse), problem.dtype)
     check_shape("lse", tuple(lse.shape), shape_lse(problem))
+    asked.check_sinks(problem.heads_q)
     return lse
 
 

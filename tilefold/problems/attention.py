@@ -283,14 +283,19 @@ def check_shape(name: str, shape: Shape, expected: Shape) -> None:
         raise ValueError(f"{name} must have shape {expected} to go with q, k and v, got {shape}")
 
 
-def check_sinks(shape: Shape, dtype: str, problem: Problem) -> None:
-    """Raises ValueError or TypeError unless sinks have a row for each query head, and the type."""
-    heads, wanted = problem.heads_q, STATISTICS[problem.dtype]
-    if shape != (heads, problem.sinks):
+def check_rows_of_sinks(rows: int, heads: int) -> None:
+    """Raises ValueError unless there are as many rows of sinks as query heads."""
+    if rows != heads:
         raise ValueError(
             f"sinks must have shape ({heads},) or ({heads}, number), one row for each head of q,"
-            f" got {shape[0]} rows"
+            f" got {rows} rows"
         )
+
+
+def check_sinks(shape: Shape, dtype: str, problem: Problem) -> None:
+    """Raises ValueError or TypeError unless sinks have a row for each query head, and the type."""
+    check_rows_of_sinks(shape[0], problem.heads_q)
+    wanted = STATISTICS[problem.dtype]
     if dtype != wanted:
         raise TypeError(f"sinks must be of {wanted} where q is {problem.dtype}, got {dtype}")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
-from tilefold.common.check import choice, shown
+from tilefold.common.check import choice, shown, whole
 from tilefold.masks.position_rules import Rule, full
 from tilefold.problems.dropout import check_probability
 from tilefold.scores.score import Score
@@ -118,6 +118,7 @@ def _made(
         check_scale(scale)
     check_layout(layout)
     check_precision(precision)
+    whole("sinks", sinks, 0)
     chance = check_probability(dropout)
     request = object.__new__(Request)
     request.__dict__.update(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tilefold.backends import calls
 from tilefold.backends.extra import beside, sinks_as_given
 from tilefold.backends.protocols import BACKWARD, FORWARD, PASSES, Pass, Placement
@@ -64,7 +66,8 @@ def attention(
     """o and lse, as `tilefold.attention(..., return_lse=True)`, on a machine of one's choice.
 
     Without a machine it is the GPU where q lies; `tilefold.triton.interpreted()` is Triton's
-    interpreter, for tensors on the CPU. The tensors carry no gradient. Dropout needs a seed.
+    interpreter, for tensors on the CPU. The tensors carry no gradient. Dropout needs a seed. Arrays
+    of NumPy in `score` are copied to the device.
 
     Raises NotImplementedError where no kernel can run, and what `tilefold.attention` raises.
     """
@@ -118,8 +121,13 @@ def _run(
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}")
-    on = machine or runtime.gpu(given[0].device.index if given[0].is_cuda else 0)
-    request, extra = beside(named["q"], request, score, sinks, dropout, seed)
+    q = named["q"]
+    on = machine or runtime.gpu(q.device.index if q.is_cuda else 0)
+    request, extra = beside(q, request, score, sinks, dropout, seed)
     wanted = wanted.plus(extra.names, extra.gradients if wanted is BACKWARD else ())
-    detached = tuple([tensor.detach() for tensor in (*given, *extra.arrays)])
+    more = [
+        array if isinstance(array, Tensor) else torch.tensor_of(np.asarray(array)).to(q.device)
+        for array in extra.arrays
+    ]
+    detached = tuple([tensor.detach() for tensor in (*given, *more)])
     return sinks_as_given(sinks, wanted, calls.run(on, torch, wanted, detached, request))
