@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from backends import on_cpu
-from compare import HALVES
 from levels import device, here
 from operands import FORMS, Array, inputs
 from trial import PASSES, SEED, dropped, numbers, run
@@ -23,12 +22,11 @@ from tilefold.problems.attention import ITEM_BYTES, Problem
 @pytest.mark.slow
 @pytest.mark.feature("M01", "M04")
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
-def test_results_at_every_level(dtype: str) -> None:
+def test_results_in_every_form(dtype: str) -> None:
     for number, trial in enumerate(dropped(dtype)):
         given = numbers(trial)
-        for level in here()[: 1 if dtype in HALVES else 4]:
-            for operation, form in PASSES if number == 0 else PASSES[number : number + 1]:
-                run(trial, given, operation, form, device=level)
+        for operation, form in PASSES if number == 0 else PASSES[number : number + 1]:
+            run(trial, given, operation, form)
 
 
 P = Problem(1, 2, 2, 45, 75, 4, 75, "float32", 0.5, full(), dropout=0.25)

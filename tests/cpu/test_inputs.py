@@ -29,7 +29,6 @@ from tilefold import (
     relative_bias,
     score,
     set_num_threads,
-    softcap,
     table,
     temperature,
 )
@@ -64,14 +63,10 @@ CASES = {
     "bias-of-heads": Case(lambda n: bias(n(H, Q, K)), layout="bhdn"),
     "bias-turned": Case(lambda n: bias(n(K, Q, H).T[:, ::-1]), causal()),
     "bias-of-batch": Case(lambda n: bias(n(B, 1, Q, K)), local(9)),
-    "bias-of-queries": Case(lambda n: bias(n(H, Q, 1)), causal()),
     "one-temperature": Case(lambda n: temperature(np.asarray(1 + n() ** 2))),
     "one-query": Case(lambda n: bias(n(K)), sizes=(B, H, KV, 1, K, D)),
     "one-pair": Case(lambda n: bias(n(1, 1)), sizes=(1, 1, 1, 1, 1, 1)),
-    "slopes-of-batch": Case(lambda n: alibi(n(B, H)), layout="no unit stride"),
-    "temperature": Case(lambda n: temperature(1 + n(Q, 1) ** 2), layout="backwards"),
     "t5-of-all-heads": Case(lambda n: relative_bias(n(1, 8), False, 20), causal()),
-    "before-softcap": Case(lambda n: [relative_bias(n(H, 32)), softcap(2.0)], causal()),
     "several": Case(
         lambda n: [
             relative_bias(n(H, 32)),
@@ -82,9 +77,9 @@ CASES = {
         causal() & local(30),
     ),
     "heads-last": Case(lambda n: _buckets_then_heads(n(9, H))),
-    "one-array-twice": Case(lambda n: _twice(n(K + Q))),
+    "one-array-twice": Case(lambda n: _twice(n(K + Q)), layout="backwards"),
     "one-bias-twice": Case(lambda n: _bias_twice(n(H, Q, K))),
-    "by-parity": Case(lambda n: _by_parity(n(2, 3)), causal()),
+    "by-parity": Case(lambda n: _by_parity(n(2, 3)), causal(), layout="no unit stride"),
     "not-used": Case(lambda n: _unused(n(H), n(H))),
 }
 

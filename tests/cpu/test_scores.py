@@ -64,8 +64,9 @@ def test_minus_infinity_of_an_array_hides_also_before_a_product() -> None:
     assert (gradients[0][:, :, 3] == 0).all() and (gradients[4][3] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("length", [3, 67])
+@pytest.mark.parametrize(
+    ("dtype", "length"), [("float32", 3), ("float64", 67), ("float16", 67), ("bfloat16", 3)]
+)
 def test_lanes_past_the_last_key_add_nothing_whatever_the_derivative(
     dtype: str, length: int
 ) -> None:
