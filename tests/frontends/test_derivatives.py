@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import tilefold
 from tilefold import alibi, attention, causal, lengths, local, prefix, rule, softcap
-from tilefold.frontends.derivatives.tiles import Gradients, Pulled, Second, Softmax
+from tilefold.frontends.derivatives.passes import Gradients, Second, Softmax
+from tilefold.frontends.derivatives.tiles import Pulled
 from tilefold.frontends.derivatives.walk import Pairs
 from tilefold.problems.request import LAYOUTS
 

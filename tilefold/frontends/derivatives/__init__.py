@@ -10,7 +10,8 @@ add what equal entries of an array get in any order. As in "composed", a hidden 
 walk       the tiles of a mask, and the pairs that it hides in them
 modified   modified scores in operations of torch
 arguments  what pairs read of arrays, and which of them dropout keeps
-tiles      functions of one tile, and how derivatives of them are made
+tiles      functions of one tile, and how they are differentiated
+passes     the passes of attention as such functions, with derivatives written by hand
 sums       the sum of such a function over all tiles, differentiable any number of times
 formula    a modified score of all pairs at once, as an operation of autograd
 attention  derivatives of attention and of its backward pass, as such sums

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilefold.masks.derivative import ZERO, derivatives
+from tilefold.masks.derivative import ONE, ZERO, derivatives
 from tilefold.masks.expression import (
     AnyTable,
     Expression,
@@ -32,11 +32,32 @@ Indices = Mapping[str, Tensor]
 
 
 class Modified(NamedTuple):
-    """A score F of some pairs, and its derivatives: with respect to s, and to each entry."""
+    """A score F of some pairs, and its derivatives: with respect to s, and to each entry.
+
+    Without a `slope` it is 1.
+    """
 
     value: Tensor
-    slope: Tensor
+    slope: Tensor | None
     slopes: tuple[Tensor, ...]
+
+
+class Curves(NamedTuple):
+    """The second derivatives of F: rows for s and each entry, in columns of the same; None is 0."""
+
+    rows: tuple[tuple[Tensor | None, ...], ...]
+
+    def of_score(self, x: Tensor, entries: Sequence[Tensor | None]) -> Tensor | None:
+        """The change of dF/ds where scores change by x, and entries so; None is 0."""
+        return self.of_entry(-1, x, entries)
+
+    def of_entry(self, number: int, x: Tensor, entries: Sequence[Tensor | None]) -> Tensor | None:
+        """The change of the derivative with respect to an entry."""
+        total: Tensor | None = None
+        for change, curve in zip((x, *entries), self.rows[1 + number], strict=False):
+            if change is not None and curve is not None:
+                total = change * curve if total is None else total + change * curve
+        return total
 
 
 class Modification:
@@ -54,11 +75,18 @@ class Modification:
         ]
 
     @cached_property
-    def _all(self) -> Several:
-        found = derivatives(self._score)
+    def _slopes(self) -> list[Real]:
+        return self._derivatives(self._score)
+
+    @cached_property
+    def _curves(self) -> list[list[Real]]:
+        return [self._derivatives(slope) for slope in self._slopes]
+
+    def _derivatives(self, value: Real) -> list[Real]:
+        """Those with respect to s, and to each entry."""
+        found = derivatives(value)
         slopes = {id(entry): slope for entry, slope in found.entries}
-        entries = [slopes.get(id(lookup), ZERO) for lookup in self.lookups]
-        return Several((self._score, found.score, *entries))
+        return [found.score, *[slopes.get(id(lookup), ZERO) for lookup in self.lookups]]
 
     def value(self, s: Tensor, indices: Indices, entries: Sequence[Tensor]) -> Tensor:
         """F of the scores s of pairs with these indices."""
@@ -67,8 +95,20 @@ class Modification:
 
     def both(self, s: Tensor, indices: Indices, entries: Sequence[Tensor]) -> Modified:
         """F and its derivatives."""
-        value, slope, *slopes = evaluate(self._all, _Tensors(indices, s), self._known(entries))
-        return Modified(value.expand_as(s), slope, tuple(slopes))
+        every = Several((self._score, *self._slopes))
+        value, slope, *slopes = evaluate(every, _Tensors(indices, s), self._known(entries))
+        own = None if self._slopes[0] is ONE else slope
+        return Modified(value.expand_as(s), own, tuple(slopes))
+
+    def curves(self, s: Tensor, indices: Indices, entries: Sequence[Tensor]) -> Curves:
+        """The second derivatives of F."""
+        parts = [node for row in self._curves for node in row if node is not ZERO]
+        fold = _Tensors(indices, s)
+        values = iter(evaluate(Several(tuple(parts)), fold, self._known(entries)) if parts else ())
+        rows = [
+            tuple([None if node is ZERO else next(values) for node in row]) for row in self._curves
+        ]
+        return Curves(tuple(rows))
 
     def _known(self, entries: Sequence[Tensor]) -> dict[int, Any]:
         return {id(node): entry for node, entry in zip(self.lookups, entries, strict=True)}
