@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import assert_near
+import torch
+from compare import assert_near, assert_same
 from numpy.typing import NDArray
 
 import tilefold
@@ -137,6 +138,23 @@ def test_gradients_of_sinks_are_the_same_for_any_number_of_threads() -> None:
     finally:
         tilefold.set_num_threads(before)
     assert all(found[0].tobytes() == other.tobytes() for other in found[1:])
+
+
+@pytest.mark.parametrize("sinks", [[1, 2, 0, 3], ((1.0,), (2.0,), (0.0,), (3.0,)), range(4)])
+def test_sinks_may_be_numbers_in_lists_and_integers(sinks: Any) -> None:
+    q, k, v, _, do = arrays(3, 70)
+    results = []
+    for given in (np.array(sinks, np.float64), sinks, np.array(sinks).astype(np.int8)):
+        o, lse = tilefold.attention(q, k, v, sinks=given, return_lse=True)
+        *_, dsinks = tilefold.attention_backward(do, q, k, v, o, lse, sinks=given)
+        results.append((o, lse, dsinks))
+    tensors = [torch.tensor(array) for array in (q, k, v)]
+    for given in (sinks, torch.tensor(sinks)):
+        o, lse = tilefold.attention(*tensors, sinks=given, return_lse=True)
+        results.append((o.numpy(), lse.numpy(), results[0][2]))
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert_same("sinks", got, want)
 
 
 @pytest.mark.parametrize(
