@@ -47,8 +47,17 @@ def own(scalar: Tensor) -> Any:
     return tilefold.score(lambda s: tilefold.tanh(s * entry) + entry)
 
 
+def logarithmic(slopes: Tensor) -> Any:
+    """s becomes s - slope log(distance), which is NaN where a causal mask hides the pair."""
+    entries = tilefold.table(slopes)
+    return tilefold.score(lambda s, h, q, k: s - s * entries[h] * tilefold.log(q - k + 2))
+
+
 CASES: dict[str, tuple[Makes, tuple[tuple[int, ...], ...]]] = {
-    "full bias": (lambda a: {"score": tilefold.bias(a), "mask": causal()}, ((2, 4, 5, 6),)),
+    "full bias, logarithms of distances": (
+        lambda a, b: {"score": [tilefold.bias(a), logarithmic(b)], "mask": causal()},
+        ((2, 4, 5, 6), (4,)),
+    ),
     "list with broadcast arrays, sink": (
         lambda a, b, c: {
             "score": [tilefold.bias(a), tilefold.softcap(2.0), tilefold.temperature(b)],

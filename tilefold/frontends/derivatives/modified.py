@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +20,12 @@ from tilefold.masks.expression import (
     Expression,
     Interpretation,
     Real,
+    RealBinary,
     RealLookup,
+    RealUnary,
     Several,
     evaluate,
+    names,
 )
 from tilefold.masks.graph import ordered
 from tilefold.masks.hiding import may_hide
@@ -95,20 +99,53 @@ class Modification:
 
     def both(self, s: Tensor, indices: Indices, entries: Sequence[Tensor]) -> Modified:
         """F and its derivatives."""
-        every = Several((self._score, *self._slopes))
-        value, slope, *slopes = evaluate(every, _Tensors(indices, s), self._known(entries))
+        found = evaluate(self._first, _Tensors(indices, s), self._known(entries))
+        value, slope, *slopes = found
         own = None if self._slopes[0] is ONE else slope
         return Modified(value.expand_as(s), own, tuple(slopes))
 
     def curves(self, s: Tensor, indices: Indices, entries: Sequence[Tensor]) -> Curves:
         """The second derivatives of F."""
-        parts = [node for row in self._curves for node in row if node is not ZERO]
-        fold = _Tensors(indices, s)
-        values = iter(evaluate(Several(tuple(parts)), fold, self._known(entries)) if parts else ())
+        values = iter(evaluate(self._second, _Tensors(indices, s), self._known(entries)))
         rows = [
             tuple([None if node is ZERO else next(values) for node in row]) for row in self._curves
         ]
         return Curves(tuple(rows))
+
+    def visible(self, indices: Indices, hidden: Tensor) -> Indices:
+        """Indices with those of one visible pair in place of all hidden ones.
+
+        A hidden pair has the weight 0. But F may be NaN there, as a logarithm of the distance is,
+        and 0 * NaN is NaN.
+        """
+        first = int(hidden.to(torch.uint8).argmin())
+        place = [int(n) for n in np.unravel_index(first, tuple(hidden.shape))]
+        if not self._may_be_nan or hidden[tuple(place)]:
+            return indices
+        own = {
+            name: x[tuple([n if size > 1 else 0 for n, size in zip(place, x.shape, strict=True)])]
+            for name, x in indices.items()
+        }
+        return {name: torch.where(hidden, own[name], x) for name, x in indices.items()}
+
+    @cached_property
+    def _may_be_nan(self) -> bool:
+        """True where functions that are not finite everywhere are asked for queries and keys."""
+        found = [
+            node
+            for node, _ in ordered(self._score)
+            if (isinstance(node, RealUnary) and node.operator in ("log", "sqrt", "exp"))
+            or (isinstance(node, RealBinary) and node.operator == "/")
+        ]
+        return any(names(node) & {"q", "k"} for node in found)
+
+    @cached_property
+    def _first(self) -> Several:
+        return Several((self._score, *self._slopes))
+
+    @cached_property
+    def _second(self) -> Several:
+        return Several(tuple([node for row in self._curves for node in row if node is not ZERO]))
 
     def _known(self, entries: Sequence[Tensor]) -> dict[int, Any]:
         return {id(node): entry for node, entry in zip(self.lookups, entries, strict=True)}

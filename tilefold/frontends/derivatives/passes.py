@@ -99,9 +99,12 @@ class Softmax:
                     unseen = self.score.value(s, pairs.indices, read) == -torch.inf
                 hidden = unseen if hidden is None else hidden | unseen
                 read = [entry.masked_fill(entry == -torch.inf, 0) for entry in read]
+            indices = pairs.indices
+            if hidden is not None:
+                indices = self.score.visible(indices, hidden)
             if curved:
-                curves = self.score.curves(s, pairs.indices, read)
-            s, slope, slopes = self.score.both(s, pairs.indices, read)
+                curves = self.score.curves(s, indices, read)
+            s, slope, slopes = self.score.both(s, indices, read)
         s = s - shift
         s = s if hidden is None else s.masked_fill(hidden, -torch.inf)
         z = given[-1].to(s.dtype) * factor(self.chance) if self.chance else None

@@ -100,7 +100,11 @@ class Walk:
             for first, last, masked in found.runs[first_run:last_run].tolist():
                 for key in range(first, last, self.block):
                     keys = slice(key, min(key + self.block, last))
-                    hidden = self._hidden(b, h, queries, keys).to(device) if masked else None
+                    hidden = self._hidden(b, h, queries, keys) if masked else None
+                    if hidden is not None:
+                        if hidden.all():
+                            continue
+                        hidden = hidden.to(device)
                     pairs = self.group * (queries.stop - start) * (keys.stop - key)
                     for part in _parts(slice(0, copies), batch, heads, max(1, PAIRS // pairs)):
                         yield Step(part, queries, keys, hidden)
