@@ -235,10 +235,10 @@ def test_opcheck() -> None:
 INSIDE: dict[str, Makes] = {
     "bias, capped": lambda a: [tilefold.bias(a), tilefold.softcap(3.0)],
     "alibi": lambda a: [tilefold.alibi(), tilefold.temperature(a[:, :1])],
+    "buckets of T5": lambda a: tilefold.relative_bias(a, max_distance=9),
 }
 OUTSIDE: dict[str, Makes] = {
     "one of my own": lambda a: own(a),
-    "buckets of T5": lambda a: tilefold.relative_bias(a, max_distance=9),
     "no arrays": lambda a: tilefold.alibi(),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,12 @@ class Relative(Score):
     table: Input
     bidirectional: bool
     max_distance: int
-    buckets: Table
 
     def bind(self, s: Real, sizes: Sizes) -> Real:
         """S + table[h, bucket of the distance]."""
         place = _clipped(_distance(sizes), self.max_distance)
-        bucket = Lookup(self.buckets, (place,))
+        options = self.table.shape[1], self.bidirectional, self.max_distance
+        bucket = Lookup(_buckets(*options), (place,))
         head = _head("relative_bias: table", self.table, sizes)
         return as_real(s + RealLookup(self.table, (head, bucket)))
 
@@ -84,18 +85,20 @@ def relative_bias(table: Any, bidirectional: bool = True, max_distance: int = 12
             f"relative_bias: max_distance must be above {one_side // 2}, the number of near"
             f" buckets, got {farthest}"
         )
-    numbers = _buckets(np.arange(-farthest, farthest + 1), one_side, both, farthest)
-    return Relative(given, both, farthest, as_table(numbers, np.int32))
+    return Relative(given, both, farthest)
 
 
-def _buckets(distance: Any, one_side: int, bidirectional: bool, farthest: int) -> Any:
+@lru_cache(maxsize=8)
+def _buckets(number: int, bidirectional: bool, farthest: int) -> Table:
     """The bucket of each distance: exact ones first, then a logarithmic scale, in float32."""
+    distance, one_side = np.arange(-farthest, farthest + 1), number // (1 + bidirectional)
     later = (distance > 0) * one_side if bidirectional else 0
     size = abs(distance) if bidirectional else np.maximum(-distance, 0)
     near = one_side // 2
     scale = np.float32((one_side - near) / math.log(farthest / near))
     far = near + (np.log(np.maximum(size, 1).astype(np.float32) / near) * scale).astype(np.int64)
-    return later + np.where(size < near, size, np.minimum(far, one_side - 1))
+    numbers = later + np.where(size < near, size, np.minimum(far, one_side - 1))
+    return as_table(numbers, np.int32)
 
 
 @dataclass(frozen=True, repr=False)
