@@ -99,7 +99,7 @@ def attention(
     Returns:
         o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous. If q is a torch
             tensor, o is one too and is differentiable with respect to q, k, v, the arrays of score,
-            and sinks; otherwise o is a NumPy array
+            and sinks, any number of times and in forward mode; otherwise o is a NumPy array
         lse: only with return_lse: (batch, heads_q, len_q) in every layout, as natural logarithm,
             float64 for float64 arrays and float32 for all others. A torch tensor is differentiable
 
