@@ -330,6 +330,15 @@ def test_an_array_that_is_elsewhere_is_named(machine: Any) -> None:
         forward(machine, q, k, [1.0])
 
 
+def test_the_emulator_takes_no_other_byte_order() -> None:
+    q, k, v = operands()
+    swapped = k.astype(k.dtype.newbyteorder())
+    with pytest.raises(TypeError, match=r"^k must be in the byte order .*k\.astype\('float32'\)$"):
+        forward(Emulated(), q, swapped, v)
+    with pytest.raises(TypeError, match=r"^sinks must be in the byte order"):
+        metal.attention(q, k, v, sinks=np.ones(2, ">f4"), machine=Emulated())
+
+
 def test_an_array_beside_tensors_of_the_gpu_is_named() -> None:
     torch = pytest.importorskip("torch", reason="there is no torch to name a device")
     machine = runtime.Mps(torch.device("mps"), lambda text: None, "apple9")

@@ -138,12 +138,17 @@ class Emulated(Machine):
             into[...] = total if own else sys.modules["torch"].from_numpy(total)
 
     def check(self, **arrays: Array) -> None:
-        """Raises TypeError unless all arrays are NumPy arrays or tensors on the CPU."""
+        """Raises TypeError unless all are tensors on the CPU, or NumPy arrays in its byte order."""
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray) and not getattr(array, "is_cpu", False):
                 raise TypeError(
                     f"{name} must be a NumPy array or a tensor on the CPU, where Metal kernels are"
                     f" emulated, got {shown(array)}"
+                )
+            if isinstance(array, np.ndarray) and not array.dtype.isnative:
+                raise TypeError(
+                    f"{name} must be in the byte order of this machine: pass"
+                    f" {name}.astype('{array.dtype.name}')"
                 )
             check_held(name, array)
 
