@@ -19,7 +19,7 @@ from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.heuristics import Heuristics
 from tilefold.problems.attention import Problem
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.no_cover]
 
 AGREEING = [
     *(

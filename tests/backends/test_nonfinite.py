@@ -25,6 +25,8 @@ from tilefold import Rule, causal, documents, full, lengths, local
 from tilefold.backends.triton.spec import Blocks
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
+pytestmark = pytest.mark.no_cover
+
 CPU = [on_cpu(dtype) for dtype in ITEM_BYTES]
 METAL = [Setting("metal", "float32", "apple7"), Setting("metal", "float16", "apple9")]
 STREAMED = Blocks(32, 16, 2, 1, streamed=True)

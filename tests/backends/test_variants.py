@@ -32,6 +32,8 @@ from tilefold.problems import dropout, reference
 from tilefold.problems.attention import STATISTICS, Problem
 from tilefold.scores.score import Score, as_score
 
+pytestmark = pytest.mark.no_cover
+
 SEED, SCALE = -0x5EED_0123_4567_89AB, 0.3
 SMALL, LARGE = Sizes(2, 2, 19, 21), Sizes(2, 4, 70, 150)
 """Sizes for GPUs, whose kernels are emulated with small blocks, and for processors."""

@@ -29,6 +29,8 @@ from tilefold.problems import reference
 from tilefold.problems.attention import Problem
 from tilefold.scores.score import Score
 
+pytestmark = pytest.mark.no_cover
+
 SIZES = Sizes(2, 2, 11, 21)
 RANDOM = np.random.default_rng(0)
 SHAPES = {"q": (2, 2, 11, 3), "k": (2, 1, 21, 3), "v": (2, 1, 21, 5), "do": (2, 2, 11, 5)}

@@ -30,6 +30,8 @@ from tilefold.backends.triton.spec import Blocks, TritonSpec
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
 
+pytestmark = pytest.mark.no_cover
+
 SMALL = Blocks(128, 64, 4, 2)
 
 

@@ -9,6 +9,8 @@ from tilefold import bias, causal, softcap
 from tilefold.backends.triton.plan import plan
 from tilefold.problems.attention import Problem
 
+pytestmark = pytest.mark.no_cover
+
 
 def test_hopper_modifies_no_scores() -> None:
     """The plain kernel takes its place, and asking for it says why not."""

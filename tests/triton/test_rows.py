@@ -22,7 +22,7 @@ from triton_ahead import compiled
 from tilefold.backends.triton.matmul import calls, rows
 from tilefold.backends.triton.matmul.rows import SoftmaxBlocks, SoftmaxSpec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.no_cover]
 
 Array = NDArray[Any]
 

@@ -20,6 +20,8 @@ from tilefold.backends.triton.plan import plan
 from tilefold.backends.triton.spec import Blocks
 from tilefold.problems.attention import Problem
 
+pytestmark = pytest.mark.no_cover
+
 TILES = Blocks(16, 16, 4, 1)
 PLANS: dict[str, dict[str, Any]] = {
     "tiled": {"form": "tiled", "blocks": TILES},
