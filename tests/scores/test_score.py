@@ -212,6 +212,15 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: table(np.array([5, 2**40])),
         "table: integers must fit 32 bits, got numbers from 5 to 1099511627776; pass floats",
     ),
+    "an array without an index": (
+        lambda: score(lambda s: s + np.ones(3)),
+        "a score computes with numbers, not with ndarray array([1., 1., 1.]); an entry of an array"
+        " is tilefold.table(array)[i, j]",
+    ),
+    "a table without an index": (
+        lambda: score(lambda s: s + table(np.ones(3))),
+        "a score computes with numbers, not with Entries table of shape (3,); an entry of an",
+    ),
     "a masked array": (
         lambda: bias(np.ma.masked_array(np.zeros((3, 3)), np.eye(3) > 0)),
         "bias: array must be an array without a mask of its own: pass its data",

@@ -230,6 +230,11 @@ def as_real(value: Any) -> Real:
         raise TypeError(f"`{value}` is a truth where a number is wanted; write where(truth, x, y)")
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{value} is a truth where a number is wanted; write 1.0 or 0.0")
+    if not isinstance(value, (Integer, int, np.integer)):
+        raise TypeError(
+            f"a score computes with numbers, not with {type(value).__name__} {shown(value)}; an"
+            " entry of an array is tilefold.table(array)[i, j]"
+        )
     node = as_integer(value)
     return (
         MADE.RealConstant(float(node.value))

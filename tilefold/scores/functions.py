@@ -146,6 +146,9 @@ class Entries:
         """The shape of the array."""
         return self._table.shape
 
+    def __repr__(self) -> str:
+        return f"table of shape {self.shape}"
+
     def __getitem__(self, indices: Any) -> Lookup | RealLookup | TruthLookup:
         """The entry at an integer for each axis. Raises TypeError for other indices."""
         given = indices if isinstance(indices, tuple) else (indices,)
