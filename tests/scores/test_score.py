@@ -131,7 +131,7 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "an index beyond its table": (
         lambda: attention(Q, Q, Q, score=score(lambda s, q: s + ENTRIES[q + 2])),
-        "the score reads the entries 2 to 4 of axis 0 of input0:float64[4], which has 4",
+        "the score reads the entries 2 to 4 of axis 0 of its array 0, which has 4",
     ),
     "NumPy's indexing": (
         lambda: score(lambda s, q: s + np.zeros(4)[q]),

@@ -383,7 +383,8 @@ class _Extent(_Intervals):
         for axis, (size, index) in enumerate(zip(table.shape, indices, strict=True)):
             low, high, _ = _range(index)
             if low < 0 or high >= size:
-                reads = f"the score reads the entries {low} to {high} of axis {axis} of {table},"
+                array = f"its array {table.number}" if isinstance(table, Input) else "a table"
+                reads = f"the score reads the entries {low} to {high} of axis {axis} of {array},"
                 keep = "keep the index in it by minimum() and maximum()"
                 raise IndexError(f"{reads} which has {size}; {keep}")
 
