@@ -48,8 +48,9 @@ class Scale:
     def rate(self) -> Rate:
         """The rate of differences of scores; a modification often makes them very low."""
         bias = FORMATS[self.factor.type].bias
-        factor, lowest = self._splat(self.factor, "rate"), self.difference(-bias)
-        return Rate(factor, lowest, self.difference(2 - bias) if self.modified else None)
+        least = self.difference(2 - bias) if self.modified else None
+        lowest = self.difference(-bias)
+        return Rate(self._splat(self.factor, "rate"), lowest, least)
 
     def difference(self, exponent: float) -> Value:
         """The difference of scores that makes a weight 2^exponent times as large, in all lanes."""
