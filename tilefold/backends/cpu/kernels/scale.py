@@ -47,10 +47,9 @@ class Scale:
 
     def rate(self) -> Rate:
         """The rate of differences of scores; a modification often makes them very low."""
-        bias = FORMATS[self.factor.type].bias
-        least = self.difference(2 - bias) if self.modified else None
-        lowest = self.difference(-bias)
-        return Rate(self._splat(self.factor, "rate"), lowest, least)
+        least = FORMATS[self.factor.type].bias - self.modified
+        lowest = self.difference(-least)
+        return Rate(self._splat(self.factor, "rate"), lowest, self.modified)
 
     def difference(self, exponent: float) -> Value:
         """The difference of scores that makes a weight 2^exponent times as large, in all lanes."""

@@ -64,12 +64,13 @@ FORMATS = {
 class Rate:
     """The factor c > 0 of an exponent in all lanes, and the least x with which 2^(c x) is not 0.
 
-    Where `least` is given, 2^(c x) is 0 for x below it, too: then no result is denormal.
+    `normal`: no result is denormal. One that rounds to the exponent of the smallest normal number
+    is 0, too.
     """
 
     factor: Value
     lowest: Value
-    least: Value | None = None
+    normal: bool = False
 
 
 def exp2_scaled(
@@ -78,13 +79,13 @@ def exp2_scaled(
     """2**(c x) in each lane for x that is not far above 0.
 
     The product is never rounded before its whole part is gone, and costs no instruction: both
-    steps that split c x multiply and add.
+    steps that split c x multiply and add. Nor do normal results: they are 2^(n - 1) times twice the
+    polynomial, and the exponent field of n - 1 is 0 one step before.
     """
-    magic = body.constant(_magic(x), x.type)
-    if rate.least is None:
-        x = body.larger(rate.lowest, x, "e")
-    else:
-        x = body.select(body.compare("olt", x, rate.least), rate.lowest, x, "e")
+    magic = body.constant(_magic(x) - rate.normal, x.type)
+    if rate.normal:
+        terms = tuple(2 * term for term in terms or FORMATS[x.element].exp2_terms)
+    x = body.larger(rate.lowest, x, "e")
     rounded = body.multiply_add(x, rate.factor, magic, "e")
     whole = body.binary("fsub", magic, rounded, "e")
     fraction = body.multiply_add(x, rate.factor, whole, "e")
