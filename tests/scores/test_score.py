@@ -167,6 +167,11 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: attention(Q, Q, Q, score=tilefold.causal()),  # type: ignore[arg-type]  # the point
         "score must be one such as tilefold.softcap(30), got causal(); pass a rule as mask=",
     ),
+    "a sum of scores": (
+        lambda: softcap(3) + alibi(),
+        "scores have no arithmetic, got softcap(3) and alibi(): write several in order as a list",
+    ),
+    "a number times a score": (lambda: 2 * alibi(), "scores have no arithmetic, got alibi() and 2"),
     "a function for a score": (
         lambda: attention(Q, Q, Q, score=softcap),  # type: ignore[arg-type]  # the point
         "score must be one such as tilefold.softcap(30), got <function softcap",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from tilefold.common.check import shown
 from tilefold.common.computed import computed
@@ -58,6 +58,14 @@ class Score(ABC):
 
     def __hash__(self) -> int:
         return self._hash
+
+    def _joined(self, other: Any) -> NoReturn:
+        raise TypeError(
+            f"scores have no arithmetic, got {self!r} and {shown(other)}: write several in order as"
+            f" a list, [{self!r}, ...], or a formula as tilefold.score(function)"
+        )
+
+    __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __truediv__ = __and__ = __or__ = _joined
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: what was computed belongs to a process, or to its arrays."""
