@@ -4,6 +4,7 @@ foreign      objects that NumPy can view, and why it cannot view others
 numpy        NumPy arrays, and objects that share memory with them
 tensors      PyTorch tensors below autograd
 observed     who observes operations on PyTorch tensors
+outside      functions that a compiler runs outside of its graphs
 spelled      requests spelled in plain constants, for `torch.compile`
 operators    PyTorch's operators, for `torch.compile`
 derivatives  second derivatives and forward mode of PyTorch tensors

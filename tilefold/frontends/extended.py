@@ -14,7 +14,7 @@ from torch import Tensor
 from tilefold.backends.arrays.torch import dtype_of, tensor_of
 from tilefold.backends.extra import Extra
 from tilefold.backends.protocols import spoken
-from tilefold.frontends import tensors, transforms
+from tilefold.frontends import outside, tensors, transforms
 from tilefold.frontends.joined import gradient_of_sinks
 from tilefold.frontends.numpy import as_array
 from tilefold.frontends.observed import (
@@ -24,7 +24,6 @@ from tilefold.frontends.observed import (
     require_operators,
     unobserved,
     untraceable,
-    untraced,
 )
 from tilefold.problems.request import Request
 
@@ -45,7 +44,7 @@ def attention(
         o, lse, _, *rest = run(request, further, *given)
         return (o, lse, *rest)
     if untraceable(vectorised=False):
-        results: tuple[Tensor, ...] = _untraced_attention(q, k, v, request, extra, further)
+        results: tuple[Tensor, ...] = outside.extended_attention(q, k, v, request, extra, further)
         return results
     tensors.check(q=q, k=k, v=v)
     if lifted():
@@ -69,7 +68,7 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, and the gradients of all arrays that have one."""
     if untraceable(vectorised=False):
-        results: tuple[Tensor, ...] = _untraced_backward(
+        results: tuple[Tensor, ...] = outside.extended_backward(
             do, q, k, v, o, lse, request, lse_low, dlse, extra
         )
         return results
@@ -85,7 +84,8 @@ def attention_backward(
     return (*found, *more)
 
 
-_untraced_attention, _untraced_backward = untraced(attention), untraced(attention_backward)
+outside.keep("extended_attention", attention)
+outside.keep("extended_backward", attention_backward)
 
 
 def tensors_of(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -68,15 +65,6 @@ def untraceable(*, vectorised: bool = True) -> bool:
         return False
     active = torch._C._are_functorch_transforms_active() and not vectorised
     return bool(active) or forward_ad._current_level >= 0
-
-
-def untraced(function: Callable[..., Any]) -> Any:
-    """The function as a compiler runs it outside of its graphs."""
-    reason = "forward mode, and transforms of torch.func, are no part of a graph"
-    if not OPERATORS:
-        reason = f"only PyTorch 2.12 or newer has operators, found {torch.__version__}"
-    disable: Any = torch.compiler.disable
-    return disable(function, reason=reason)
 
 
 def _transformed() -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tilefold.backends import extra as extra_arrays
 from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.backends.extra import NOTHING, Extra
-from tilefold.frontends import extended, tensors, transforms
+from tilefold.frontends import extended, outside, tensors, transforms
 from tilefold.frontends.joined import joined
 from tilefold.frontends.observed import (
     OPERATORS,
@@ -29,7 +29,6 @@ from tilefold.frontends.observed import (
     require_operators,
     unobserved,
     untraceable,
-    untraced,
 )
 from tilefold.problems.attention import check_parts
 from tilefold.problems.dropout import check_probability, check_seed
@@ -116,7 +115,7 @@ def attention(
         run = _Attention.apply if recorded(q, k, v) else tensors.forward
         result = run(q, k, v, request)
     elif untraceable():
-        result = _untraced_attention(q, k, v, request)
+        result = outside.attention(q, k, v, request)
     else:
         tensors.check(q=q, k=k, v=v)
         if lifted():
@@ -152,7 +151,7 @@ def attention_backward(
         else:
             result = tensors.backward(*given, request, lse_low, dlse)
     elif untraceable():
-        result = _untraced_backward(*given, request, lse_low, dlse)
+        result = outside.attention_backward(*given, request, lse_low, dlse)
     else:
         tensors.check_all(*every)
         if lifted():
@@ -249,6 +248,7 @@ if OPERATORS:
     operators.attention.register_vmap(_each_forward)
     operators.attention_backward.register_vmap(_each_backward)
 
-_untraced_attention, _untraced_backward = untraced(attention), untraced(attention_backward)
+outside.keep("attention", attention)
+outside.keep("attention_backward", attention_backward)
 if not OPERATORS:
-    attention, attention_backward = _untraced_attention, _untraced_backward
+    attention, attention_backward = outside.attention, outside.attention_backward

@@ -4,9 +4,8 @@ The exact fold is the definition of a mask. The interval fold says of a whole ti
 pairs are visible, or perhaps some. It computes the smallest and largest value of each node over the
 tile, so skipping work needs no code of any rule and no array of len_q x len_k. It may call a tile
 partial that is full or empty, never the other way round. It is tight where every index occurs once,
-as in comparisons of monotone coordinates: causal order, windows, chunks, lengths.
-
-Interval arithmetic: Moore, "Interval Analysis" (1966).
+as in comparisons of monotone coordinates: causal order, windows, chunks, lengths. Its source is
+Moore, "Interval Analysis" (1966).
 """
 
 from __future__ import annotations
@@ -384,9 +383,9 @@ class _Extent(_Intervals):
             low, high, _ = _range(index)
             if low < 0 or high >= size:
                 array = f"its array {table.number}" if isinstance(table, Input) else "a table"
-                reads = f"the score reads the entries {low} to {high} of axis {axis} of {array},"
+                reads = f"the score reads the entries {low} to {high} of axis {axis} of {array}"
                 keep = "keep the index in it by minimum() and maximum()"
-                raise IndexError(f"{reads} which has {size}; {keep}")
+                raise IndexError(f"{reads}, which has {size}; {keep}")
 
     def other(self, kind: str, values: tuple[Range | Certainty, ...]) -> Range | Certainty:
         return _REAL

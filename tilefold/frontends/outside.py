@@ -1,0 +1,33 @@
+"""Functions as a compiler runs them outside of its graphs: attributes of this module.
+
+`torch.compiler.disable` imports torch's compiler, which takes a second. So each of them is made
+when it is first asked for, and a compiler asks first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tilefold.frontends.observed import OPERATORS
+
+_functions: dict[str, Callable[..., Any]] = {}
+
+
+def keep(name: str, function: Callable[..., Any]) -> None:
+    """Make a function an attribute of this module, by its name here."""
+    _functions[name] = function
+
+
+def __getattr__(name: str) -> Any:
+    """The function of this name, which compilers do not trace."""
+    if name not in _functions:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    reason = "forward mode, and transforms of torch.func, are no part of a graph"
+    if not OPERATORS:
+        reason = f"only PyTorch 2.12 or newer has operators, found {torch.__version__}"
+    disable: Any = torch.compiler.disable
+    found = globals()[name] = disable(_functions[name], reason=reason)
+    return found
