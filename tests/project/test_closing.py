@@ -68,9 +68,9 @@ def test_skipped_tests_are_counted_by_reason_with_what_to_install(inner: pytest.
 @pytest.mark.feature("M12")
 def test_quick_tests_that_take_too_long_fail_the_run(inner: pytest.Pytester) -> None:
     """CPU time counts, of tests that are not marked as slow, since other tests run beside them."""
-    done = run(inner, 0.15)
+    done = run(inner, 5)
     assert done.ret == 0
-    done.stdout.re_match_lines([r"6 quick tests took 0\.[01]\d* s of CPU$"])
+    done.stdout.re_match_lines([r"6 quick tests took [0-4]\.\d s of CPU$"])
     done = run(inner, 0.015)
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     done.stdout.fnmatch_lines(["*and may take 0.015 s: make them faster or mark some as slow"])
