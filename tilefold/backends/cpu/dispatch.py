@@ -80,7 +80,7 @@ class Call:
         if plan is None:
             return None
         every = {**self.strides, **strides}
-        if problem.score is not None:
+        if problem.score is not None:  # its numbers may be others
             return prepare(plan, every)
         (launch,), (step,) = plan.launches, self.steps
         order = list(every)

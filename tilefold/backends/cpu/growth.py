@@ -31,21 +31,25 @@ def with_keys(made: CpuPlan, problem: Problem) -> CpuPlan | None:
     launch = made.launches[0]
     if not (launch.spec.row.by_query and made.anywhere) or problem.empty:
         return None
-    masked = MaskedProblem.of(problem)
-    if not (_hides_none(launch.spec.mask.expression) and _hides_none(masked.expression)):
+    bound = problem.mask.bind(problem.len_q, problem.len_k)
+    if not (_hides_none(launch.spec.mask.expression) and _hides_none(bound)):
         return None
-    scored = masked.scored("value")
-    if scored is not None:
+    scores = made.scores
+    if problem.score is not None:  # a whole problem costs each key more 13 us
+        masked = MaskedProblem.of(problem)
+        scored = masked.scored("value")
+        assert scored is not None
         asked = (scored.parts.skeleton, scored.hides, masked.index_bits)
         if asked != (launch.spec.score, launch.spec.hides, launch.spec.index_bits):
             return None
+        scores = masked.score_parts
     keys = KeySplitter(problem, None, launch.spec.lanes).fixed_keys(problem.len_k)
     if -(-problem.len_k // keys) != launch.block_rows:
         return None
     ends = [*range(0, problem.len_k, keys), problem.len_k]
     spans = np.array([(*span, 0) for span in itertools.pairwise(ends)], np.int64)
     grown = changed(launch, problem=problem, runs=Runs(launch.runs.rows, spans, 1, 1))
-    return changed(made, problem=problem, launches=(grown,), scores=masked.score_parts)
+    return changed(made, problem=problem, launches=(grown,), scores=scores)
 
 
 def _hides_none(expression: Boolean) -> bool:
