@@ -23,6 +23,7 @@ from operands import inputs
 from tilefold.backends.cpu.device import host
 from tilefold.backends.triton.spec import MOST_DIM
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = pytest.mark.no_cover
 
 SHAPES = [(1, 1), (3, 3), (64, 32), (47, 61), (31, 1), (1, 99), (40, 72), (96, 160)]

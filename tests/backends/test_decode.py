@@ -19,6 +19,7 @@ from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.heuristics import Heuristics
 from tilefold.problems.attention import Problem
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = [pytest.mark.slow, pytest.mark.no_cover]
 
 AGREEING = [

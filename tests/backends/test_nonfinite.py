@@ -25,6 +25,7 @@ from tilefold import Rule, causal, documents, full, lengths, local
 from tilefold.backends.triton.spec import Blocks
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = pytest.mark.no_cover
 
 CPU = [on_cpu(dtype) for dtype in ITEM_BYTES]

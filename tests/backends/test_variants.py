@@ -32,6 +32,7 @@ from tilefold.problems import dropout, reference
 from tilefold.problems.attention import STATISTICS, Problem
 from tilefold.scores.score import Score, as_score
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = pytest.mark.no_cover
 
 SEED, SCALE = -0x5EED_0123_4567_89AB, 0.3

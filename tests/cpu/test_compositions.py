@@ -29,6 +29,7 @@ from tilefold.problems import reference
 from tilefold.problems.attention import Problem
 from tilefold.scores.score import Score
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = pytest.mark.no_cover
 
 SIZES = Sizes(2, 2, 11, 21)

@@ -29,6 +29,7 @@ from tilefold.masks.expression import (
 from tilefold.masks.position_rules import Rule
 from tilefold.masks.table_bounds import TableBounds
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = pytest.mark.no_cover
 
 Q, K = Index("q"), Index("k")

@@ -30,6 +30,7 @@ from tilefold.backends.triton.spec import Blocks, TritonSpec
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = pytest.mark.no_cover
 
 SMALL = Blocks(128, 64, 4, 2)

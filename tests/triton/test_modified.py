@@ -9,6 +9,7 @@ from tilefold import bias, causal, softcap
 from tilefold.backends.triton.plan import plan
 from tilefold.problems.attention import Problem
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = pytest.mark.no_cover
 
 

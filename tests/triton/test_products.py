@@ -20,6 +20,7 @@ from tilefold.backends.triton.interpreter import Interpreted
 from tilefold.backends.triton.matmul import calls
 from tilefold.backends.triton.matmul.gemm import GemmBlocks
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = [pytest.mark.slow, pytest.mark.no_cover]
 
 LARGE = GemmBlocks(128, 256, 64, warps=8, stages=3)

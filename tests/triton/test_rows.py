@@ -22,6 +22,7 @@ from triton_ahead import compiled
 from tilefold.backends.triton.matmul import calls, rows
 from tilefold.backends.triton.matmul.rows import SoftmaxBlocks, SoftmaxSpec
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = [pytest.mark.slow, pytest.mark.no_cover]
 
 Array = NDArray[Any]

@@ -20,6 +20,7 @@ from tilefold.backends.triton.plan import plan
 from tilefold.backends.triton.spec import Blocks
 from tilefold.problems.attention import Problem
 
+# Tracing Python's operations doubles the time of these tests.
 pytestmark = pytest.mark.no_cover
 
 TILES = Blocks(16, 16, 4, 1)

@@ -105,10 +105,15 @@ def beside(
             drawn = torch.from_numpy(drawn).to(q.device)
     request, extra = taken_apart(request, score, sinks, chance, drawn)
     rows = [
-        array[:, None] if name == "sinks" and len(array.shape) == 1 else array
+        rows_of(array) if name == "sinks" else array
         for name, array in zip(extra.names, extra.arrays, strict=True)
     ]
     return request, Extra(extra.names, tuple(rows))
+
+
+def rows_of(sinks: Any) -> Any:
+    """Sinks as kernels read them: a row for each head."""
+    return sinks[:, None] if len(sinks.shape) == 1 else sinks
 
 
 def sinks_as_given(sinks: Any, wanted: Pass, results: Sequence[Any]) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tilefold.backends.arrays.torch import dtype_of, tensor_of
-from tilefold.backends.extra import Extra
+from tilefold.backends.extra import Extra, rows_of
 from tilefold.backends.protocols import spoken
 from tilefold.frontends import outside, tensors, transforms
 from tilefold.frontends.joined import gradient_of_sinks
@@ -112,8 +112,7 @@ def tensors_of(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:
         if name == "sinks":
             if not tensor.is_floating_point():
                 raise TypeError(f"sinks must be an array of floats, got {dtype_of(tensor)}")
-            rows = tensor if tensor.dim() == 2 else tensor[:, None]
-            tensor = rows.to(tensors.statistics(q))
+            tensor = rows_of(tensor).to(tensors.statistics(q))
         found.append(tensor)
     return tuple(found)
 

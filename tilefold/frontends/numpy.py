@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
-from tilefold.backends.extra import NOTHING, Extra, extended_request
+from tilefold.backends.extra import NOTHING, Extra, extended_request, rows_of
 from tilefold.backends.protocols import BACKWARD, FORWARD, spoken
 from tilefold.backends.registry import machine
 from tilefold.frontends.foreign import viewed
@@ -118,7 +118,7 @@ def arrays_of(extra: Extra, q: Array) -> tuple[Array, ...]:
 def _rows_of_sinks(sinks: Array, q: Array) -> Array:
     if sinks.dtype.kind != "f" and sinks.dtype.name != "bfloat16":
         raise TypeError(f"sinks must be an array of floats, got {sinks.dtype.name}")
-    rows = sinks[:, None] if sinks.ndim == 1 else sinks
+    rows: Array = rows_of(sinks)
     return rows.astype(STATISTICS.get(q.dtype.name, rows.dtype), copy=False)
 
 
