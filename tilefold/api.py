@@ -162,7 +162,7 @@ def attention(
     if impl == KERNEL:
         o, lse, *largest = frontend.attention(q, k, v, request, extra, further)
     else:
-        run = find(impl, frontend.__name__.rpartition(".")[2])
+        run = find(impl, frontend.__name__.split(".")[2])
         o, lse, *largest = run(q, k, v, request, return_lse, extra, further)
     return (o, *(lse,) * return_lse, *largest) if return_lse or return_max else o
 
