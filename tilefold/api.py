@@ -99,7 +99,9 @@ def attention(
     Returns:
         o: (batch, heads_q, len_q, dim_v) in the layout and type of q, contiguous. If q is a torch
             tensor, o is one too and is differentiable with respect to q, k, v, the arrays of score,
-            and sinks, any number of times and in forward mode; otherwise o is a NumPy array
+            and sinks, any number of times and in forward mode. If an array is of a library that
+            follows the array API standard (`__array_namespace__`), such as MLX, all results are
+            arrays of that library; NumPy arrays may stand beside it. Otherwise o is a NumPy array
         lse: only with return_lse: (batch, heads_q, len_q) in every layout, as natural logarithm,
             float64 for float64 arrays and float32 for all others. A torch tensor is differentiable
 
@@ -283,7 +285,7 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, *, layout: str = "bhnd") -> tu
         lse1, lse2: (batch, heads, len_q), as `attention(..., return_lse=True)` returned them:
             float64 if o1 is float64, otherwise float32
             All four are NumPy arrays (or objects that NumPy can view), or all four are torch
-            tensors, on any device.
+            tensors, on any device. Results are of the kind that `attention` gives.
         layout: the order of the axes of o1, o2 and o, as for `attention`
 
     Returns:

@@ -53,6 +53,17 @@ class OnGpuByDlpack:
         return 2, 0
 
 
+class CupyArray(OnGpu):
+    __module__ = "cupy"
+
+
+class MlxArray(OnGpuByDlpack):
+    __module__ = "mlx.core"
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 8, 0
+
+
 class Unreadable:
     def __dlpack__(self, **_: Any) -> Any:
         raise BufferError("four bits per element")
@@ -282,6 +293,18 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         NotImplementedError,
         "k is a OnGpuByDlpack on DLPack device 2, where only torch tensors have kernels so far;"
         " copy it to the CPU first, or make it a torch tensor (torch.from_dlpack)",
+    ),
+    "array of CuPy": (
+        lambda: attention(Q, Q, CupyArray()),
+        NotImplementedError,
+        "v is a CupyArray on a GPU, where only torch tensors have kernels so far; pass"
+        " torch.from_dlpack(v), or cupy.asnumpy(v), a copy on the CPU",
+    ),
+    "array of MLX on an Apple GPU": (
+        lambda: attention(Q, MlxArray(), Q),
+        NotImplementedError,
+        "k is a MlxArray on DLPack device 8, where only torch tensors have kernels so far; pass"
+        " numpy.array(k, copy=False), which shares its memory where MLX runs on Metal",
     ),
     "DLPack that fails": (
         lambda: attention(Q, Q, Unreadable()),

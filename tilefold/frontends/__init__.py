@@ -2,6 +2,7 @@
 
 foreign      objects that NumPy can view, and why it cannot view others
 numpy        NumPy arrays, and objects that share memory with them
+standard     arrays of other libraries that follow the array API standard
 tensors      PyTorch tensors below autograd
 observed     who observes operations on PyTorch tensors
 outside      functions that a compiler runs outside of its graphs

@@ -17,6 +17,9 @@ from tilefold.common.check import one_line
 
 Array = NDArray[Any]
 
+Namespace = Any
+"""What `__array_namespace__` returns, most often a module."""
+
 _DLPACK_CPU = 1
 
 
@@ -40,11 +43,37 @@ def viewed(name: str, value: Any) -> Array:
         ) from error
 
 
+def namespaces(**arrays: Any) -> dict[str, Namespace]:
+    """The functions of the libraries of the arrays, by argument; NumPy's arrays are left out.
+
+    A library is one that follows the array API standard. Raises TypeError for two of them.
+    """
+    found: dict[str, Namespace] = {}
+    for name, array in arrays.items():
+        if isinstance(array, np.ndarray) or not hasattr(array, "__array_namespace__"):
+            continue
+        namespace = array.__array_namespace__()
+        if namespace is np:
+            continue
+        first = next(iter(found), name)
+        if found.setdefault(first, namespace) is not namespace:
+            raise TypeError(
+                f"{name} must be a NumPy array or {_called(found[first])} as {first} is, got"
+                f" {_called(namespace)}"
+            )
+        found[name] = namespace
+    return found
+
+
+def _called(namespace: Namespace) -> str:
+    return f"an array of {getattr(namespace, '__name__', namespace)}"
+
+
 def _view(name: str, value: Any, kind: str) -> Array:
     if hasattr(value, "__array_interface__"):
         return np.asarray(value)
     if hasattr(value, "__cuda_array_interface__"):
-        raise NotImplementedError(_elsewhere(name, kind, "a GPU"))
+        raise NotImplementedError(_elsewhere(name, value, "a GPU"))
     if not hasattr(value, "__dlpack__"):
         raise TypeError(
             f"{name} must be a NumPy array, a torch tensor or an object with __dlpack__ or"
@@ -52,19 +81,27 @@ def _view(name: str, value: Any, kind: str) -> Array:
         )
     device, _ = value.__dlpack_device__()
     if device != _DLPACK_CPU:
-        raise NotImplementedError(_elsewhere(name, kind, f"DLPack device {int(device)}"))
+        raise NotImplementedError(_elsewhere(name, value, f"DLPack device {int(device)}"))
     if "bfloat16" in str(getattr(value, "dtype", "")) and hasattr(value, "__array__"):
-        try:
-            return np.asarray(value)  # NumPy's DLPack knows no bfloat16, but the object does
-        except TypeError:
-            raise TypeError(
-                f"{name} must be of a type that NumPy has, got a {kind} of bfloat16; pass it as"
-                " float32, or as an array of ml_dtypes.bfloat16"
-            ) from None
+        return _view_of_bfloat16(name, value, kind)
     try:
         return np.from_dlpack(value)
     except TypeError as error:
         raise ValueError(error) from error
+
+
+def _view_of_bfloat16(name: str, value: Any, kind: str) -> Array:
+    """NumPy's DLPack knows no bfloat16: the object makes the array, or gives its bits."""
+    try:
+        integers = getattr(namespaces(x=value).get("x"), "uint16", None)
+        if integers is not None and hasattr(value, "view"):  # as MLX has it
+            return np.from_dlpack(value.view(integers)).view("bfloat16")
+        return np.asarray(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be of a type that NumPy has, got a {kind} of bfloat16; pass it as"
+            " float32, or as an array of ml_dtypes.bfloat16"
+        ) from None
 
 
 _ADVICE = {
@@ -101,8 +138,20 @@ def _refuse_traced(name: str, value: Any) -> None:
         )
 
 
-def _elsewhere(name: str, kind: str, device: str) -> str:
-    return (
-        f"{name} is a {kind} on {device}, where only torch tensors have kernels so far; copy it to"
-        " the CPU first, or make it a torch tensor (torch.from_dlpack)"
+def _elsewhere(name: str, value: Any, device: str) -> str:
+    kind = type(value)
+    advice = _COPIES.get(
+        kind.__module__.partition(".")[0],
+        "copy it to the CPU first, or make it a torch tensor (torch.from_dlpack)",
     )
+    return (
+        f"{name} is a {kind.__name__} on {device}, where only torch tensors have kernels so far;"
+        f" {advice.format(name=name)}"
+    )
+
+
+_COPIES = {
+    "cupy": "pass torch.from_dlpack({name}), or cupy.asnumpy({name}), a copy on the CPU",
+    "mlx": "pass numpy.array({name}, copy=False), which shares its memory where MLX runs on Metal",
+}
+"""The way from an array on a GPU to one that has kernels, by the name of the library."""

@@ -1,7 +1,8 @@
 """The frontends by the class of their arrays: one row for each framework.
 
 A framework is looked up among the modules that the program has already imported, as einops does, so
-tilefold never imports an unused framework. NumPy views arrays of frameworks outside of the table.
+tilefold never imports an unused framework. NumPy views arrays of frameworks outside of the table;
+those that name their library get results of its kind.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ def _torch() -> ModuleType:
     return torch
 
 
+def _standard() -> ModuleType:
+    _first("standard")
+    from tilefold.frontends import standard
+
+    return standard
+
+
 FRONTENDS = {"torch": Row("Tensor", "torch tensor", _torch)}
 """The frameworks by the names of their modules."""
 
@@ -76,4 +84,7 @@ def _of_classes(arrays: dict[str, Any]) -> ModuleType:
             )
         if names:
             return row.frontend()
-    return _numpy()
+    numpy = _numpy()
+    from tilefold.frontends.foreign import namespaces
+
+    return _standard() if namespaces(**arrays) else numpy

@@ -11,8 +11,9 @@ each implementation, all with the arguments of `Implementation`. Calls of "kerne
 frontends and not through this folder. An implementation that cannot do a call raises
 NotImplementedError with the reason; no other one takes its place.
 
-    torch  on PyTorch tensors
-    numpy  on NumPy arrays
+    torch     on PyTorch tensors
+    numpy     on NumPy arrays
+    standard  on arrays of libraries that follow the array API standard, by NumPy's
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ lse may be None if `wants_lse` is False. The last two arguments may be left out;
 
 
 def find(name: object, framework: str) -> Implementation:
-    """The function of the implementation `name` for arrays of a framework, "numpy" or "torch".
+    """The function of the implementation `name` for arrays of a frontend, such as "numpy".
 
     >>> find("dense", "numpy")
     Traceback (most recent call last):
