@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tilefold.backends.protocols import (
     PASSES,
@@ -31,6 +31,7 @@ from tilefold.backends.registry import backend
 from tilefold.common import generation
 from tilefold.common.copies import changed
 from tilefold.common.lru import LruCache
+from tilefold.masks.given import given_of
 from tilefold.problems.attention import (
     LIMIT,
     STATISTICS,
@@ -84,7 +85,7 @@ def run(
     call, given = _look_up(machine, arrays, wanted, given, request)
     results = arrays.empty(given[0], call.results)
     if call.prepared is None:
-        _fill(call, given, results)
+        fill(call, given, results)
     else:
         call.prepared.launch(arrays, given + results)
     return results
@@ -102,7 +103,7 @@ class Bound:
         """Write the results and return them."""
         call = self.call
         if call.prepared is None:
-            _fill(call, self.given, self.results)
+            fill(call, self.given, self.results)
         else:
             call.prepared.launch(call.arrays, self.given + self.results)
         return self.results
@@ -134,7 +135,7 @@ def bind(
     return Bound(call, given, tuple(results))
 
 
-def _fill(call: Call, given: tuple[Array, ...], results: tuple[Array, ...]) -> None:
+def fill(call: Call, given: tuple[Array, ...], results: tuple[Array, ...]) -> None:
     """Write the results where no query meets a key."""
     named = dict(zip(call.made_for.given, given, strict=True))
     for name, array in zip(call.made_for.results, results, strict=True):
@@ -259,6 +260,30 @@ def _call(
     given: tuple[Array, ...],
 ) -> Call:
     """Checks the arrays, and prepares the call unless it is empty."""
+    problem, shapes, results = described(machine, wanted, request, arrays, given)
+    if problem.empty:
+        return Call(problem, wanted, arrays, results, None)
+    strides = {
+        name: arrays.strides(name, array) for name, array in zip(wanted.given, given, strict=True)
+    }
+    strides |= {name: contiguous(shapes[name]) for name in wanted.results}
+    placement = _placement(strides, alignment, LAYOUTS[request.layout])
+    prepared = backend(machine.backend).prepare(machine, problem, wanted, placement)
+    return Call(problem, wanted, arrays, results, prepared)
+
+
+class Described(NamedTuple):
+    """The problem of arrays that fit together, the shapes of all operands, and the results."""
+
+    problem: Problem
+    shapes: Mapping[str, Shape]
+    results: tuple[tuple[Shape, Any], ...]
+
+
+def described(
+    machine: Machine, wanted: Pass, request: Request, arrays: Arrays, given: tuple[Array, ...]
+) -> Described:
+    """Checks the arrays of a pass; nothing is planned."""
     if "lse_low" in wanted.operands and not machine.keeps_low:
         raise NotImplementedError(f"kernels of {machine.backend} neither write nor read lse_low")
     if "dlse" in wanted.given and not machine.reads_dlse:
@@ -286,26 +311,26 @@ def _call(
         if name in named:
             check_shape(name, tuple(named[name].shape), shapes[name])
     shapes |= dict(zip(("dq", "dk", "dv"), shapes_qkv(problem, layout), strict=True))
-    written = wanted.results
     shapes |= {f"d{name}": tuple(named[name].shape) for name in named if is_extra(name)}
     dtypes = {f"d{name}": arrays.dtype_of(named[name]) for name in named if is_extra(name)}
     results = tuple(
         (shapes[name], arrays.native_dtype(named["q"], dtypes.get(name) or _dtype(name, dtype)))
-        for name in written
+        for name in wanted.results
     )
-    if problem.empty:
-        return Call(problem, wanted, arrays, results, None)
-    strides = {name: arrays.strides(name, array) for name, array in named.items()}
-    strides |= {name: contiguous(shapes[name]) for name in written}
-    placement = _placement(strides, alignment, LAYOUTS[layout])
-    prepared = on.prepare(machine, problem, wanted, placement)
-    return Call(problem, wanted, arrays, results, prepared)
+    return Described(problem, shapes, results)
+
+
+def find(
+    machine: Machine, arrays: Arrays, wanted: Pass, given: tuple[Array, ...], request: Request
+) -> Call:
+    """The call of arrays that lie like these, kept as that of `run` is."""
+    return _look_up(machine, arrays, wanted, given, request)[0]
 
 
 def check_extra(arrays: Arrays, named: Mapping[str, Array], problem: Problem) -> None:
-    """Raises ValueError or TypeError for arrays of a score, or sinks, that the problem cannot read.
+    """Raises ValueError or TypeError for extra arrays that the problem cannot read.
 
-    An array of a score must still be what it was when the score was made.
+    An array of a score or a mask must still be what it was when that was made.
     """
     for given in problem.score.inputs if problem.score else ():
         array = named[given.name]
@@ -314,6 +339,14 @@ def check_extra(arrays: Arrays, named: Mapping[str, Array], problem: Problem) ->
             raise ValueError(
                 f"the array {given.number} of score was {given.dtype} of shape {given.shape} when"
                 f" the score was made, and is {now[0]} of shape {now[1]}: make the score again"
+            )
+    for table in given_of(problem.mask) if "data0" in named else ():
+        array = named[table.name]
+        now = arrays.dtype_of(array), tuple(array.shape)
+        if now != (table.dtype, table.shape):
+            raise ValueError(
+                f"the array {table.number} of mask was {table.dtype} of shape {table.shape} when"
+                f" the rule was made, and is {now[0]} of shape {now[1]}: make the rule again"
             )
     if "sinks" in named:
         check_sinks(tuple(named["sinks"].shape), arrays.dtype_of(named["sinks"]), problem)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tilefold.backends.protocols import Pass
+from tilefold.common.foreign_arrays import dtype_name
+from tilefold.masks.given import given_of
 from tilefold.problems.dropout import check_probability, check_seed
 from tilefold.problems.request import Request
 from tilefold.scores.functions import FLOATS, floats
@@ -25,7 +27,7 @@ class Extra(NamedTuple):
     @property
     def gradients(self) -> tuple[str, ...]:
         """The names of the gradients, of all arrays that have one."""
-        return tuple([f"d{name}" for name in self.names if name != "seed"])
+        return tuple([f"d{name}" for name in self.names if name.startswith(("input", "sinks"))])
 
     @property
     def inputs(self) -> list[tuple[str, Any]]:
@@ -44,8 +46,11 @@ def names_of(request: Request, count: int) -> tuple[str, ...]:
     >>> names_of(Request(dropout=0.1), 3)
     ('input0', 'input1', 'seed')
     """
+    data = tuple([table.name for table in given_of(request.mask)])
+    first = tuple(dict.fromkeys(data))
     last = ("sinks",) * bool(request.sinks) + ("seed",) * bool(request.dropout)
-    return (*[f"input{number}" for number in range(count - len(last))], *last)
+    inputs = range(count - len(first) - len(last))
+    return (*first, *[f"input{number}" for number in inputs], *last)
 
 
 def extended_request(
@@ -133,7 +138,7 @@ def _floats(sinks: Any) -> Any:
 
     Raises TypeError for what is no array of numbers.
     """
-    given = str(getattr(sinks, "dtype", "")).removeprefix("torch.") in FLOATS
+    given = hasattr(sinks, "dtype") and dtype_name(sinks) in FLOATS
     return sinks if given else floats("sinks", sinks).held
 
 

@@ -65,11 +65,11 @@ KEY_MASS = Pass("key_mass", ("q", "k", "lse"), ("mass",))
 
 
 def is_extra(name: str) -> bool:
-    """True for an array of a score ("input0"), for sinks, and for the seed of dropout.
+    """True for an array of a mask ("data0") or a score ("input0"), for sinks and dropout's seed.
 
     They follow the usual arrays of a pass, in any shape. Layouts do not matter to them.
     """
-    return name.startswith(("input", "sinks", "seed"))
+    return name.startswith(("data", "input", "sinks", "seed"))
 
 
 def spoken(name: str) -> str:
@@ -78,9 +78,10 @@ def spoken(name: str) -> str:
     >>> spoken("input0"), spoken("sinks")
     ('the array 0 of score', 'sinks')
     """
-    if not name.startswith("input"):
-        return name
-    return f"the array {name.removeprefix('input')} of score"
+    for start, option in (("input", "score"), ("data", "mask")):
+        if name.startswith(start):
+            return f"the array {name.removeprefix(start)} of {option}"
+    return name
 
 
 PASSES = {each.operation: each for each in (FORWARD, BACKWARD)}

@@ -2,6 +2,7 @@
 
 settings       every environment variable, declared once
 check          checks of single arguments
+foreign_arrays  arrays of frameworks that are not imported
 copies         copies of frozen values
 imports        why an optional package cannot be imported
 computed       properties that are computed once

@@ -7,6 +7,8 @@ tensors      PyTorch tensors below autograd
 observed     who observes operations on PyTorch tensors
 outside      functions that a compiler runs outside of its graphs
 spelled      requests spelled in plain constants, for `torch.compile`
+written      requests as text that outlives the process
+operation    what a graph of another framework computes
 operators    PyTorch's operators, for `torch.compile`
 derivatives  second derivatives and forward mode of PyTorch tensors
 joined       results over disjoint keys, joined by PyTorch's operations

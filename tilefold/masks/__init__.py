@@ -20,6 +20,7 @@ rule            the base of all rules, joins and pieces of rules
 repeated        rules for several batches in a row
 traced          rules of a user's own
 data_rules      the rules that carry data: documents, lengths, dense
+given           rules whose arrays come with each call, taken apart
 position_rules  the rules over positions: full, causal, local, prefix, chunked
 parse           rules from strings
 picture         rules as drawings

@@ -12,9 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.common.check import shown, whole
+from tilefold.common.foreign_arrays import is_traced
 from tilefold.masks.expression import Index, Lookup, Table
+from tilefold.masks.tables import Given, given_table
 
 INT32 = np.iinfo(np.int32)
+
+
+def as_traced(name: str, value: Any, ranks: tuple[int, ...], dtype: str) -> Given:
+    """A table of a traced array. Raises TypeError or ValueError for other types and ranks."""
+    given = given_table(name, value)
+    if given.dtype != dtype:
+        raise TypeError(f"{name} must be of {dtype}, got {given.dtype}")
+    if len(given.shape) not in ranks:
+        axes = " or ".join(map(str, ranks))
+        raise ValueError(f"{name} must have {axes} axes, got shape {given.shape}")
+    return given
 
 
 def as_array(name: str, value: Any) -> NDArray[Any]:
@@ -48,24 +61,26 @@ def as_table(array: NDArray[Any], kind: type[np.generic]) -> Table:
     return Table(np.asarray(array, kind))
 
 
-def shape_of(table: Table) -> str:
+def shape_of(table: Table | Given) -> str:
     """The shape as rules print it: `[2x7]`."""
-    return f"[{'x'.join(map(str, table.array.shape))}]"
+    return f"[{'x'.join(map(str, table.shape))}]"
 
 
-def check_batch(name: str, table: Table, batch: int) -> None:
+def check_batch(name: str, table: Table | Given, batch: int) -> None:
     """Raises ValueError unless a table has one row per batch entry."""
-    if table.array.shape[0] != batch:
-        raise ValueError(f"{name} is for a batch of {table.array.shape[0]}, but batch is {batch}")
+    if table.shape[0] != batch:
+        raise ValueError(f"{name} is for a batch of {table.shape[0]}, but batch is {batch}")
 
 
-def key_counts(name: str, value: Any) -> int | Table:
+def key_counts(name: str, value: Any) -> int | Table | Given:
     """Numbers of keys: one for all, or a table with one per batch entry.
 
     Raises TypeError or ValueError unless they are integers >= 0 in at most one axis.
     """
     if isinstance(value, int):
         return whole(name, value, 0)
+    if is_traced(value):
+        return as_traced(name, value, (0, 1), "int32")
     array = as_integers(name, value, (0, 1))
     if array.ndim == 0:
         return whole(name, int(array), 0)
@@ -74,8 +89,13 @@ def key_counts(name: str, value: Any) -> int | Table:
     return as_table(np.minimum(array, INT32.max), np.int32)
 
 
-def key_count(name: str, counts: int | Table, len_k: int) -> int | Lookup:
-    """The number of keys of a batch entry; raises ValueError if one is more than len_k."""
+def key_count(name: str, counts: int | Table | Given, len_k: int) -> int | Lookup:
+    """The number of keys of a batch entry; raises ValueError if one is more than len_k.
+
+    Numbers that come with each call are not checked.
+    """
+    if isinstance(counts, Given):
+        return Lookup(counts, (Index("b"),) if counts.shape else ())
     most = counts if isinstance(counts, int) else int(counts.array.max(initial=0))
     if most > len_k:
         raise ValueError(f"{name} must be at most len_k={len_k}, got {most}")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tilefold.common.check import choice, whole
 from tilefold.masks.arrays import check_batch, key_count, key_counts
 from tilefold.masks.expression import Index, Integer, Table
+from tilefold.masks.tables import Given
 
 ALIGNS = ("end", "start")
 SYNCS = ("none_front", "scale_front", "scale_end")
@@ -30,11 +31,11 @@ class Coordinates:
     sync: str | None = None
     grid_q: Grid | None = None
     grid_k: Grid | None = None
-    lengths: int | Table | None = None
+    lengths: int | Table | Given | None = None
 
     def check_batch(self, rule: str, batch: int) -> None:
         """Raises ValueError unless there is one length per batch entry."""
-        if isinstance(self.lengths, Table):
+        if isinstance(self.lengths, Table | Given) and self.lengths.shape:
             check_batch(f"{rule}: lengths", self.lengths, batch)
 
     def check(self, rule: str, len_q: int, len_k: int) -> None:

@@ -14,18 +14,22 @@ from numpy.typing import NDArray
 
 from tilefold.common.check import choice, flag
 from tilefold.common.computed import computed
+from tilefold.common.foreign_arrays import is_traced
 from tilefold.masks.arrays import (
     INT32,
     as_array,
     as_integers,
     as_table,
+    as_traced,
     check_batch,
     key_count,
     key_counts,
     shape_of,
 )
 from tilefold.masks.expression import INDEX_NAMES, Boolean, Index, Lookup, Table, Truth, TruthLookup
+from tilefold.masks.nodes import Constant
 from tilefold.masks.rule import Rule
+from tilefold.masks.tables import Given
 
 SIDES = ("right", "left")
 
@@ -34,16 +38,16 @@ SIDES = ("right", "left")
 class Documents(Rule):
     """See `documents`."""
 
-    ids_q: Table
-    ids_k: Table
+    ids_q: Table | Given
+    ids_k: Table | Given
     causal: bool = False
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
         """True if the ids are equal, and (if causal) the key is not past the query's last one."""
         for name, table, length in (("q", self.ids_q, len_q), ("k", self.ids_k, len_k)):
-            if table.array.shape[-1] != length:
+            if table.shape[-1] != length:
                 raise ValueError(
-                    f"{self!r}: ids_{name} has {table.array.shape[-1]} entries, "
+                    f"{self!r}: ids_{name} has {table.shape[-1]} entries, "
                     f"but len_{name} is {length}; give one id per position"
                 )
         same = _entry(self.ids_q, "q") == _entry(self.ids_k, "k")
@@ -70,7 +74,7 @@ class Documents(Rule):
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
         """Raises ValueError unless there is one id per position and row of the batch."""
         for name, table in (("q", self.ids_q), ("k", self.ids_k)):
-            if table.array.ndim == 2:
+            if len(table.shape) == 2:
                 check_batch(f"{self!r}: ids_{name}", table, batch)
         self.bind(len_q, len_k)
 
@@ -110,6 +114,8 @@ def documents(ids_q: Any, ids_k: Any = None, causal: bool = False) -> Rule:
     """
     hides_later = flag("documents: causal", causal)
     given = {"ids_q": ids_q} if ids_k is None else {"ids_q": ids_q, "ids_k": ids_k}
+    if any(map(is_traced, given.values())):
+        return _traced_documents(given, hides_later)
     arrays = [as_integers(f"documents: {name}", ids, (1, 2)) for name, ids in given.items()]
     rows = [array.shape[0] for array in arrays if array.ndim == 2]
     if len(set(rows)) > 1:
@@ -122,9 +128,25 @@ def documents(ids_q: Any, ids_k: Any = None, causal: bool = False) -> Rule:
     return Documents(tables[0], tables[-1], hides_later)
 
 
-def _entry(table: Table, name: str) -> Lookup:
+def _traced_documents(given: dict[str, Any], causal: bool) -> Rule:
+    """Documents whose ids are traced, at least those of one side."""
+    if causal and len(given) > 1:
+        raise NotImplementedError(
+            "documents: causal=True with ids_q and ids_k needs their values, and they are traced;"
+            " pass one ids for both, or make the rule outside of the traced function"
+        )
+    tables: list[Any] = [
+        as_traced(f"documents: {name}", ids, (1, 2), "int32")
+        if is_traced(ids)
+        else as_table(as_integers(f"documents: {name}", ids, (1, 2)), np.int32)
+        for name, ids in given.items()
+    ]
+    return Documents(tables[0], tables[-1], causal)
+
+
+def _entry(table: Table | Given, name: str) -> Lookup:
     """The entry of a table (length,) or (batch, length) at an index."""
-    return Lookup(table, (*((Index("b"),) if table.array.ndim == 2 else ()), Index(name)))
+    return Lookup(table, (*((Index("b"),) if len(table.shape) == 2 else ()), Index(name)))
 
 
 def _last_keys(ids_q: NDArray[Any], ids_k: NDArray[Any]) -> NDArray[Any]:
@@ -161,7 +183,7 @@ def _ranks(arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
 class Lengths(Rule):
     """See `lengths`."""
 
-    n_k: int | Table
+    n_k: int | Table | Given
     side: str = "right"
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
@@ -171,12 +193,12 @@ class Lengths(Rule):
 
     def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
         """Raises ValueError unless there is one length per row of the batch, at most len_k."""
-        if isinstance(self.n_k, Table):
+        if not isinstance(self.n_k, int) and self.n_k.shape:
             check_batch(f"{self!r}: n_k", self.n_k, batch)
         self.bind(len_q, len_k)
 
     def __repr__(self) -> str:
-        given = f"n_k{shape_of(self.n_k)}" if isinstance(self.n_k, Table) else self.n_k
+        given = self.n_k if isinstance(self.n_k, int) else f"n_k{shape_of(self.n_k)}"
         side = "" if self.side == "right" else ', side="left"'
         return f"lengths({given}{side})"
 
@@ -206,11 +228,16 @@ def lengths(n_k: Any, side: str = "right") -> Rule:
 class Dense(Rule):
     """See `dense`."""
 
-    array: Table
+    array: Table | Given
 
     def bind(self, len_q: int, len_k: int) -> Boolean:
         """A lookup by the axes that are longer than one."""
         self._fit({"q": len_q, "k": len_k}, f"(batch, heads, {len_q}, {len_k})")
+        if isinstance(self.array, Given):
+            shape = self.array.shape
+            named = zip(shape, INDEX_NAMES[4 - len(shape) :], strict=True)
+            at = [Constant(0) if size == 1 else Index(name) for size, name in named]
+            return TruthLookup(self.array, tuple(at))
         array = self.array.array
         axes = [axis for axis in range(-array.ndim, 0) if array.shape[axis] != 1]
         if not axes:
@@ -227,7 +254,7 @@ class Dense(Rule):
         self._fit(dict(zip(INDEX_NAMES, sizes, strict=True)), str(sizes))
 
     def _fit(self, sizes: dict[str, int], shape: str) -> None:
-        given = self.array.array.shape
+        given = self.array.shape
         for name, have in zip(reversed(INDEX_NAMES), reversed(given), strict=False):
             if name in sizes and have not in (1, sizes[name]):
                 raise ValueError(f"{self!r} of shape {given} does not broadcast to {shape}")
@@ -249,6 +276,8 @@ def dense(array: Any) -> Rule:
     Raises TypeError or ValueError for other arrays, and ValueError once it meets sizes that it
     does not broadcast to.
     """
+    if is_traced(array):
+        return Dense(as_traced("dense: array", array, (0, 1, 2, 3, 4), "bool"))
     given = as_array("dense: array", array)
     if given.dtype != np.bool_:
         hint = (

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.common.computed import computed
+from tilefold.common.foreign_arrays import dtype_name, is_traced
 
 DTYPES = ("int32", "bool")
 """The types of tables whose entries are kept with a rule."""
@@ -128,6 +129,61 @@ fill the declared table with an array first
 
 
 @dataclass(frozen=True, eq=False)
+class Given(Declared):
+    """A table whose entries come with each call, as an operand.
+
+    `held` is the caller's array in a rule of the caller's, which a compiler of its framework
+    traces. It is None in the rule of a request, which knows no data. Such tables are equal by
+    number, shape, type and bounds, and by the very array that they hold.
+    """
+
+    number: int = 0
+    held: Any = field(default=None, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Given) and self._key == other._key and self.held is other.held
+
+    def __hash__(self) -> int:
+        if self.held is not None:
+            raise TypeError(
+                f"the mask holds an array that is traced ({_form(self)}), so q, k and v must be"
+                " arrays of the same framework"
+            )
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return (self.number, self.shape, self.dtype, self.low, self.high)
+
+    @property
+    def name(self) -> str:
+        """The name of the operand."""
+        return f"data{self.number}"
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """Raises ValueError: nobody knows the entries before a call."""
+        raise ValueError(f"the entries of {self} come with each call")
+
+    def __str__(self) -> str:
+        return f"{self.name}:{_form(self)}"
+
+
+def given_table(name: str, array: Any) -> Given:
+    """A table that holds a traced array of int32 or bool. Raises TypeError for another type.
+
+    `array` has `shape` and `dtype`; a size that is not known is None.
+    """
+    dtype = dtype_name(array)
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"{name} is traced, so it must be of int32 or bool, got {dtype}; convert it"
+        )
+    low, high = (0, 1) if dtype == "bool" else (-(2**31), 2**31 - 1)
+    return Given(tuple(array.shape), dtype, low, high, held=array)
+
+
+@dataclass(frozen=True, eq=False)
 class Input:
     """A float array that a score reads and that comes with each call.
 
@@ -146,7 +202,11 @@ class Input:
         mine, its = (self.number, self.dtype, self.shape), (other.number, other.dtype, other.shape)
         if mine != its or (self.held is None) != (other.held is None):
             return False
-        return self.held is other.held or np.array_equal(self.array, other.array)
+        if self.held is other.held:
+            return True
+        if is_traced(self.held) or is_traced(other.held):
+            return False
+        return np.array_equal(self.array, other.array)
 
     def __hash__(self) -> int:
         return hash((self.number, self.dtype, self.shape))

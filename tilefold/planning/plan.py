@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tilefold.common.computed import computed
 from tilefold.masks.expression import Declared, Table
 from tilefold.masks.skeleton import Parts, Skeleton
-from tilefold.masks.tables import Input
+from tilefold.masks.tables import Given, Input
 from tilefold.problems.attention import Problem
 
 OPERATIONS = ("forward", "backward")
@@ -64,7 +64,7 @@ class Plan(Generic[L]):
     def data_bytes(self) -> int:
         """Bytes of the mask's tables and of the runs."""
         tables = [*self.tables, *(t for parts in self.scores.values() for t in parts.tables)]
-        arrays = [table.array for table in tables if not isinstance(table, Input)]
+        arrays = [table.array for table in tables if not isinstance(table, Input | Given)]
         for launch in self.launches:
             arrays += launch.arrays
         return sum(array.nbytes for array in arrays)

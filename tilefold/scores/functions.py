@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tilefold.common.check import shown
+from tilefold.common.foreign_arrays import dtype_name, is_of_framework
 from tilefold.masks.arrays import INT32, as_array, as_table
 from tilefold.masks.expression import (
     Integer,
@@ -205,8 +206,9 @@ def as_input(name: str, value: Any) -> Any:
 
     Numbers and nested lists of floats become a new array of float64.
     """
-    if type(value).__module__ == "torch" or hasattr(value, "requires_grad"):
-        dtype = str(value.dtype).removeprefix("torch.")
+    torch = type(value).__module__ == "torch" or hasattr(value, "requires_grad")
+    if torch or is_of_framework(value):
+        dtype = dtype_name(value)
         if dtype in FLOATS:
             return Input(0, dtype, tuple(value.shape), value)
     array = as_array(name, value)

@@ -18,6 +18,7 @@ inputs    who sums the gradients of the arrays of a score
 plan      problem and device to kernels, work items and runs
 growth    the plan of one more key, made from the plan before
 dispatch  a plan made ready for arrays, and run
+native    a prepared call as a record that runs without Python
 calls     the processor as a machine
 peak      what the processor reaches at most, measured
 """

@@ -23,7 +23,7 @@ from tilefold.backends.cpu.launches import Launch
 from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.protocols import Array, Arrays, Strides
 from tilefold.common.copies import changed
-from tilefold.masks.tables import Input
+from tilefold.masks.tables import Given, Input
 from tilefold.planning.plan import Scratch
 from tilefold.problems import dropout
 from tilefold.problems.attention import STATISTICS, Problem, contiguous
@@ -41,13 +41,13 @@ After a pause of 5 ms the team sleeps and takes about 35 us to wake, which pays 
 _ALONE_BYTES = 2**18
 """Such calls also move fewer bytes than this: 10 us of a core at 25 GB/s. It is not tuned."""
 
-_KEPT_BYTES = 2**26
+KEPT_BYTES = 2**26
 """A thread keeps scratch up to this size for its next call. It is not tuned."""
 
 _EXTRA = ("max", "dlse", "dsinks")
 """Operands of which a plan has to know whether they are there."""
 
-_WORKSPACE, _RUNS, _LEN_K = map(WORK.index, ("workspace", "runs", "len_k"))
+WORKSPACE, _RUNS, _LEN_K = map(WORK.index, ("workspace", "runs", "len_k"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +123,11 @@ class _Step:
         workers = min(workers, self.items)
         workspace = _workspace(workers * self.workspace_bytes)
         block = self.words.from_buffer_copy(self.template)
-        block[_WORKSPACE] = workspace.pointer
+        block[WORKSPACE] = workspace.pointer
         for place, operand in self.places:
             block[place] = pointers[operand]
         threads.run(self.kernel.loaded.address, ctypes.addressof(block), workers)
-        if workspace.size <= _KEPT_BYTES:
+        if workspace.size <= KEPT_BYTES:
             _local.workspace = workspace
 
 
@@ -209,7 +209,12 @@ def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Ste
             assert name in spec.row.optional, name
         words += [0, *strides.get(actual, (0,) * len(axes(name)))]
     words += plan.parameters
-    words += _words_of_tables(plan.tables)
+    for table in plan.tables:
+        if isinstance(table, Given):
+            places.append((len(words), order.index(table.name)))
+            words += [0, *strides[table.name]]
+        else:
+            words += _words_of_tables([table])
     if spec.score is not None:
         parts = plan.scores[spec.score]
         words += [double_bits(x) if isinstance(x, float) else x for x in parts.parameters]
@@ -274,7 +279,7 @@ def _workspace(size: int) -> _Memory:
     The caller puts it back when the kernel has ended. A signal handler or a finaliser that calls in
     the same thread meanwhile finds the place empty, and makes scratch of its own.
     """
-    if size > _KEPT_BYTES:
+    if size > KEPT_BYTES:
         return _Memory(size)
     held, _local.workspace = _local.workspace, _NONE
     return held if held.size >= size else _Memory(size)

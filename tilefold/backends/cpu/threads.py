@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tilefold.backends.cpu import startable
 from tilefold.backends.cpu.device import usable_cores
@@ -85,6 +85,32 @@ def set_num_threads(n: int) -> None:
     if not whole or not 1 <= n.__index__() <= settings.MAX_THREADS:
         raise ValueError(f"n must be an integer from 1 to {settings.MAX_THREADS}, not {n!r}")
     _requested = n.__index__()
+    if _process.shared[1]:
+        share()
+
+
+def share() -> None:
+    """Note for calls without Python how many threads they use, and the team's entry point.
+
+    Such calls see the number of this moment. It is noted when a call is prepared and by
+    `set_num_threads`. In a forked child they use one thread.
+    """
+    process, team = _process, _current_team()
+    entry, most = team.entry(number())
+    if process.inherited or not entry:
+        entry, most = 0, 1
+    process.shared[1] = entry
+    process.shared[0] = most
+
+
+def shared_address() -> int:
+    """The address of [threads, entry point of the team, memory that the last call left]."""
+    return ctypes.addressof(_process.shared)
+
+
+def parallel_call() -> str:
+    """The line of LLVM that calls the entry point of this process's team."""
+    return _current_team().native
 
 
 def run(address: int, arguments: int, workers: int) -> None:
@@ -161,6 +187,13 @@ class Team(ABC):
 
     name: str
 
+    native = ""
+    """The line of LLVM that runs `%kernel(%block)` by `%parallel`; empty where Python is needed."""
+
+    def entry(self, workers: int) -> tuple[int, int]:
+        """The address of what `native` calls, or 0, and how many of the workers can start."""
+        return 0, 1
+
     @abstractmethod
     def run(self, address: int, arguments: int, workers: int) -> None:
         """Run the function at an address on at most `workers` threads; return when all finished."""
@@ -184,6 +217,12 @@ class OpenMPTeam(Team):
         ]
         self._room = startable.Room()
 
+    native = "call void %parallel(ptr %kernel, ptr %block, i32 %team_32, i32 0)"
+
+    def entry(self, workers: int) -> tuple[int, int]:
+        """See `Team.entry`."""
+        return _address(self._parallel), self._room.admit(workers)
+
     def run(self, address: int, arguments: int, workers: int) -> None:
         """See `Team.run`."""
         if workers != self._room.size:
@@ -195,6 +234,7 @@ class DispatchTeam(Team):
     """Grand Central Dispatch on macOS, written from its manual and not yet run on a Mac."""
 
     name = "dispatch_apply_f"
+    native = "call void %parallel(i64 %team, ptr null, ptr %block, ptr %kernel)"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._apply = library.dispatch_apply_f
@@ -206,11 +246,19 @@ class DispatchTeam(Team):
             ctypes.c_void_p,
         ]
 
+    def entry(self, workers: int) -> tuple[int, int]:
+        """See `Team.entry`."""
+        return _address(self._apply), workers
+
     def run(self, address: int, arguments: int, workers: int) -> None:
         """See `Team.run`."""
         # A null queue lets the system choose. The function is called as f(arguments, iteration): by
         # the calling conventions of Apple's processors it may ignore the second argument.
         self._apply(workers, None, arguments, address)
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 _PATIENCE = 5.0
@@ -333,7 +381,11 @@ class _Process:
         self.inherited = inherited
         self.lock = threading.RLock()  # a signal handler may call while the team is chosen
         self.team: Team | None = None
+        self.shared = _shared
 
+
+_shared = (ctypes.c_int64 * 3)(1)
+"""What calls without Python read: see `shared_address`."""
 
 _process = _Process(inherited=False)
 
@@ -341,6 +393,7 @@ _process = _Process(inherited=False)
 def _in_child() -> None:
     global _process
     _process = _Process(inherited=True)
+    _shared[0] = 1
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,0 +1,240 @@
+"""Operations as text, and calls of them that run without Python."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import RULES, Sizes
+from tracing import Tracer, tracing  # noqa: F401  # a fixture
+
+import tilefold
+from tilefold import (
+    bias,
+    causal,
+    dense,
+    documents,
+    full,
+    lengths,
+    local,
+    prefix,
+    rule,
+    score,
+    softcap,
+)
+from tilefold.backends.cpu import native
+from tilefold.backends.extra import Extra
+from tilefold.backends.protocols import BACKWARD, FORWARD, Pass
+from tilefold.frontends.operation import Holding, Operation, extended_request, request_of, taken
+from tilefold.problems.request import Request
+
+SHAPE = (2, 4, 100, 16)
+
+_run = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
+
+
+def run(operation: Operation, *given: Any) -> tuple[Any, ...]:
+    """The results of an operation that travelled as text, by its record."""
+    operation = Operation.read(operation.text)
+    described = [(array.shape, array.dtype.name) for array in given]
+    call = operation.native(described)
+    results = [np.empty(shape, dtype) for shape, dtype in operation.results(described)]
+    every = [*given, *results]
+    addresses = (ctypes.c_int64 * len(every))(*[array.ctypes.data for array in every])
+    assert _run(native.runner())(call.address, ctypes.addressof(addresses)) == 0
+    return tuple(results)
+
+
+def arrays(number: int = 4, shape: tuple[int, ...] = SHAPE, dtype: str = "float32") -> Any:
+    return np.random.default_rng(0).standard_normal((number, *shape)).astype(dtype)
+
+
+@pytest.mark.feature("A03")
+@pytest.mark.parametrize(
+    "mask", [full(), causal() & local(16), documents([0] * 50 + [1] * 50)], ids=repr
+)
+def test_a_record_computes_what_a_call_computes(mask: tilefold.Rule) -> None:
+    do, q, k, v = arrays()
+    o, lse = run(Operation(FORWARD, Request(mask)), q, k, v)
+    expected = tilefold.attention(q, k, v, mask=mask, return_lse=True)
+    gradients = run(Operation(BACKWARD, Request(mask)), do, q, k, v, o, lse)
+    wanted = tilefold.attention_backward(do, q, k, v, o, lse, mask=mask)
+    for found, array in zip((o, lse, *gradients), (*expected, *wanted), strict=True):
+        np.testing.assert_array_equal(found, array)
+
+
+def test_every_rule_is_the_same_after_a_way_through_text() -> None:
+    for name, make in RULES.items():
+        operation = Operation(FORWARD, Request(make(Sizes(2, 4, 64, 64))))
+        assert Operation.read(operation.text).request == operation.request, name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [softcap(30.0), bias(np.zeros((4, 1, 100), np.float32))],
+        score(lambda s, q, k: tilefold.where(q > k, s * 0.3, -np.inf)),
+        score(lambda s, h: s * tilefold.table(np.arange(4))[h]),
+        tilefold.alibi(),
+        tilefold.relative_bias(np.zeros((4, 32), np.float32)),
+    ],
+    ids=["several", "own", "table", "alibi", "t5"],
+)
+def test_every_score_is_the_same_after_a_way_through_text(given: Any) -> None:
+    form = tilefold.scores.score.as_score(given).form.score
+    request = Request(rule(lambda q, k: (q - k) % 3 == 0), score=form, sinks=1, dropout=0.25)
+    assert Operation.read(Operation(FORWARD, request).text).request == request
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[1]", '{"tilefold":1}', '{"tilefold":1,"operation":"sum","given":[],"results":[]}'],
+)
+def test_another_text_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no text of an operation"):
+        Operation.read(text)
+
+
+def test_a_text_of_another_version_is_refused() -> None:
+    text = Operation(FORWARD, Request()).text.replace('"tilefold":1', '"tilefold":99')
+    with pytest.raises(ValueError, match="format 99"):
+        Operation.read(text)
+
+
+def test_a_text_runs_no_code_of_its_own() -> None:
+    text = Operation(FORWARD, Request(causal())).text.replace("Causal", "eval")
+    with pytest.raises(ValueError, match="no request of tilefold"):
+        Operation.read(text)
+
+
+def test_a_rule_of_a_class_of_ones_own_has_no_text() -> None:
+    class Mine(tilefold.Rule):
+        def bind(self, len_q: int, len_k: int) -> Any:
+            return causal().bind(len_q, len_k)
+
+        def __repr__(self) -> str:
+            return "mine"
+
+    with pytest.raises(TypeError, match="which no graph can hold"):
+        _ = Operation(FORWARD, Request(Mine())).text
+
+
+def test_results_are_described_without_a_plan() -> None:
+    operation = Operation(FORWARD.plus((), ("max",)), Request(layout="bnhd"))
+    described = [
+        ((2, 9, 4, 8), "bfloat16"),
+        ((2, 5, 2, 8), "bfloat16"),
+        ((2, 5, 2, 16), "bfloat16"),
+    ]
+    expected = (((2, 9, 4, 16), "bfloat16"), ((2, 4, 9), "float32"), ((2, 4, 9), "float32"))
+    assert operation.results(described) == expected
+    with pytest.raises(ValueError, match="the batch of k must be 2"):
+        operation.results([described[0], ((3, 5, 2, 8), "bfloat16"), described[2]])
+
+
+def test_a_record_without_keys_fills_its_results() -> None:
+    q, none = arrays(1, (1, 2, 3, 8))[0], np.empty((1, 2, 0, 8), np.float32)
+    o, lse = run(Operation(FORWARD, Request()), q, none, none)
+    assert not o.any()
+    assert (lse == -np.inf).all()
+
+
+def test_records_follow_the_number_of_threads_and_a_fork() -> None:
+    q, k, v = arrays(3)
+    expected = tilefold.attention(q, k, v)
+    before = tilefold.get_num_threads()
+    for number in (1, 3):
+        tilefold.set_num_threads(number)
+        np.testing.assert_array_equal(run(Operation(FORWARD, Request()), q, k, v)[0], expected)
+    tilefold.set_num_threads(before)
+    child = os.fork()
+    if not child:
+        o, _ = run(Operation(FORWARD, Request()), q, k, v)
+        os._exit(0 if np.array_equal(o, expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_records_run_on_several_threads_at_once() -> None:
+    q, k, v = arrays(3)
+    operation, found = Operation(FORWARD, Request(causal())), []
+    expected = tilefold.attention(q, k, v, mask=causal())
+
+    def work() -> None:
+        for _ in range(20):
+            found.append(np.array_equal(run(operation, q, k, v)[0], expected))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 80
+
+
+_rng = np.random.default_rng(1)
+_IDS = np.sort(_rng.integers(0, 4, (2, 100)), axis=1).astype(np.int32)
+_COUNTS = np.array([30, 99], np.int32)
+_SEEN = _rng.random((2, 1, 100, 100)) < 0.3
+
+TRACED: dict[str, tuple[Callable[[Any], tilefold.Rule], tuple[Any, ...]]] = {
+    "documents": (documents, (_IDS,)),
+    "documents of all": (lambda ids: documents(ids) & causal(), (_IDS[0],)),
+    "causal documents": (lambda ids: documents(ids, causal=True), (_IDS,)),
+    "lengths": (lengths, (_COUNTS,)),
+    "one length": (lengths, (np.array(37, np.int32),)),
+    "lengths left": (lambda n: lengths(n, side="left"), (_COUNTS,)),
+    "dense": (dense, (_SEEN,)),
+    "causal lengths": (lambda n: causal(lengths=n), (_COUNTS,)),
+    "several": (lambda m, n: (~dense(m) | prefix(3)) & lengths(n) & causal(), (_SEEN, _COUNTS)),
+    "twice": (lambda n: lengths(n) & (lengths(n) | causal()), (_COUNTS,)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_arrays_of_masks_come_with_the_call(name: str, tracing: type[Tracer]) -> None:  # noqa: F811
+    make, data = TRACED[name]
+    q, k, v = arrays(3)
+    holding = request_of(make(*map(tracing, data)), None, "bhnd", "highest")
+    assert isinstance(holding, Holding)
+    request, extra = taken(holding, Extra((), ()))
+    wanted: Pass = FORWARD.plus(extra.names)
+    given = [array.array for array in extra.arrays]
+    expected, expected_lse = tilefold.attention(q, k, v, mask=make(*data), return_lse=True)
+    o, lse = run(Operation(wanted, request), q, k, v, *given)
+    np.testing.assert_allclose(o, expected, atol=2e-6)
+    do = np.ones_like(o)
+    found = run(Operation(BACKWARD.plus(extra.names), request), do, q, k, v, o, lse, *given)
+    gradients = tilefold.attention_backward(do, q, k, v, expected, expected_lse, mask=make(*data))
+    for one, other in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_an_array_of_a_mask_and_of_a_score_travel_together(tracing: type[Tracer]) -> None:  # noqa: F811
+    q, k, v = arrays(3)
+    added = arrays(1, (4, 1, 100))[0]
+    holding = request_of(lengths(tracing(_COUNTS)), None, "bhnd", "highest")
+    both, inputs = extended_request(holding, bias(added), 0, 0.0)
+    request, extra = taken(both, Extra(("input0",), inputs))
+    assert extra.names == ("data0", "input0")
+    o, _ = run(Operation(FORWARD.plus(extra.names), request), q, k, v, _COUNTS, added)
+    expected = tilefold.attention(q, k, v, mask=lengths(_COUNTS), score=bias(added))
+    np.testing.assert_allclose(o, expected, atol=2e-6)
+
+
+def test_traced_arrays_are_refused_where_they_mean_nothing(tracing: type[Tracer]) -> None:  # noqa: F811
+    q, k, v = arrays(3)
+    counts = tracing(_COUNTS)
+    with pytest.raises(TypeError, match="q, k and v must be arrays of the same framework"):
+        tilefold.attention(q, k, v, mask=lengths(counts))
+    with pytest.raises(TypeError, match="must be of int32 or bool, got int64"):
+        lengths(tracing(_COUNTS.astype(np.int64)))
+    with pytest.raises(ValueError, match="dense: array must have 0 or 1 or 2 or 3 or 4 axes"):
+        dense(tracing(np.ones((1,) * 5, bool)))
+    with pytest.raises(NotImplementedError, match="pass one ids for both"):
+        documents(tracing(_IDS), tracing(_IDS), causal=True)

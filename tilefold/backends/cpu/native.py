@@ -1,0 +1,259 @@
+"""Whole calls without Python: a prepared call as a record in memory, and a function that runs it.
+
+Compiled graphs of other frameworks call from threads of their own, without the interpreter lock.
+So a prepared call becomes a record of int64 words, and one function in LLVM does what
+`dispatch.Call.run` does: it copies a template of each argument block, writes addresses into it, and
+passes it to the threads.
+
+    record  [machine, fixed bytes, bytes of a worker, most workers, steps, address of steps, Python]
+    step    [kernel, items, template, its bytes, places, their number]
+    place   [word, operand, offset]     operand -1: an offset in the memory of the call
+    memory  [argument block | buffers of the plan | a workspace for each worker]
+
+The newest memory is kept for the next call. Calls of several threads at once take memory of their
+own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.cpu import runtime, threads
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.dispatch import KEPT_BYTES, WORKSPACE, Call
+from tilefold.common.first_use import undisturbed
+
+Words = NDArray[np.int64]
+
+Filler = Callable[[Sequence[int]], None]
+"""What runs where no query meets a key: it takes the addresses of the operands."""
+
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))
+
+
+@dataclass(frozen=True, eq=False)
+class NativeCall:
+    """A prepared call as a record at an address, which is there as long as this value."""
+
+    address: int
+    _kept: tuple[object, ...] = field(repr=False)
+
+
+def native_call(call: Call, operands: int) -> NativeCall:
+    """The record of a prepared call with a number of operands."""
+    places_of_buffers, fixed = {}, _whole(max(len(step.template) for step in call.steps))
+    for number, scratch in enumerate(call.plan.buffers.values()):
+        places_of_buffers[operands + number] = fixed
+        fixed += _whole(scratch.bytes)
+    steps, kept = [], []
+    for step in call.steps:
+        template = np.frombuffer(step.template, np.int64)
+        places = _words(
+            [
+                (place, operand, 0)
+                if operand < operands
+                else (place, -1, places_of_buffers[operand])
+                for place, operand in step.places
+            ]
+        )
+        kept += [template, places]
+        address = step.kernel.loaded.address
+        steps.append(
+            (address, step.items, _at(template), template.nbytes, _at(places), len(places))
+        )
+    table = _words(steps)
+    each = max(step.workspace_bytes for step in call.steps)
+    most = 1 if call.alone else max(step.items for step in call.steps)
+    threads.share()
+    record = _words([threads.shared_address(), fixed, each, most, len(steps), _at(table), 0])
+    return NativeCall(_at(record), (call, record, table, *kept))
+
+
+def filled_call(fill: Filler, operands: int) -> NativeCall:
+    """The record of a call that runs no kernel: Python fills the results, with its lock."""
+    callback = _CALLBACK(lambda addresses: fill(addresses[:operands]))
+    address = ctypes.cast(callback, ctypes.c_void_p).value or 0
+    record = _words([0, 0, 0, 0, 0, 0, address])
+    return NativeCall(_at(record), (callback, record))
+
+
+def runner() -> int:
+    """The address of `int32 run(record, addresses)`, which runs a record on operands.
+
+    `addresses` are those of all operands, in order. The result is 0, and 1 where no memory is left.
+    """
+    return _loaded().address
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded() -> runtime.Loaded:
+    source = _SOURCE.format(workspace=WORKSPACE, kept=KEPT_BYTES, parallel=threads.parallel_call())
+    return undisturbed(lambda: runtime.kernel(source, "tilefold_run", host()))
+
+
+def _words(values: Sequence[object]) -> Words:
+    return np.array(values, np.int64)
+
+
+def _at(array: Words) -> int:
+    address: int = array.ctypes.data
+    return address
+
+
+def _whole(size: int) -> int:
+    """The size in whole cache lines."""
+    return -(-size // 64) * 64
+
+
+_SOURCE = """\
+; int32 run(record, addresses): see the head of native.py
+declare ptr @malloc(i64)
+declare void @free(ptr)
+declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
+
+define i32 @tilefold_run(ptr %record, ptr %addresses) {{
+entry:
+  %python_at = getelementptr i64, ptr %record, i64 6
+  %python = load ptr, ptr %python_at
+  %fills = icmp ne ptr %python, null
+  br i1 %fills, label %fill, label %sizes
+fill:
+  call void %python(ptr %addresses)
+  ret i32 0
+
+sizes:
+  %shared = load ptr, ptr %record
+  %fixed_at = getelementptr i64, ptr %record, i64 1
+  %fixed = load i64, ptr %fixed_at
+  %each_at = getelementptr i64, ptr %record, i64 2
+  %each = load i64, ptr %each_at
+  %most_at = getelementptr i64, ptr %record, i64 3
+  %most = load i64, ptr %most_at
+  %number = load atomic i64, ptr %shared monotonic, align 8
+  %fewer = icmp ult i64 %number, %most
+  %workers = select i1 %fewer, i64 %number, i64 %most
+  %scratch = mul i64 %workers, %each
+  %size = add i64 %fixed, %scratch
+  ; the memory that the last call left, if it is large enough; its first word is its size
+  %slot = getelementptr i64, ptr %shared, i64 2
+  %held = atomicrmw xchg ptr %slot, i64 0 acq_rel, align 8
+  %held_ptr = inttoptr i64 %held to ptr
+  %none = icmp eq i64 %held, 0
+  br i1 %none, label %allocate, label %measure
+measure:
+  %has = load i64, ptr %held_ptr
+  %fits = icmp uge i64 %has, %size
+  br i1 %fits, label %ready, label %drop
+drop:
+  call void @free(ptr %held_ptr)
+  br label %allocate
+allocate:
+  %bytes = add i64 %size, 128
+  %fresh = call ptr @malloc(i64 %bytes)
+  %failed = icmp eq ptr %fresh, null
+  br i1 %failed, label %no_memory, label %note
+no_memory:
+  ret i32 1
+note:
+  store i64 %size, ptr %fresh
+  br label %ready
+ready:
+  %memory = phi ptr [%held_ptr, %measure], [%fresh, %note]
+  %start = ptrtoint ptr %memory to i64
+  %past = add i64 %start, 71
+  %aligned = and i64 %past, -64
+  %block = inttoptr i64 %aligned to ptr
+  %workspace = add i64 %aligned, %fixed
+  %steps_at = getelementptr i64, ptr %record, i64 4
+  %steps = load i64, ptr %steps_at
+  %table_at = getelementptr i64, ptr %record, i64 5
+  %table = load ptr, ptr %table_at
+  br label %step
+
+step:
+  %s = phi i64 [0, %ready], [%s_next, %ran]
+  %more = icmp ult i64 %s, %steps
+  br i1 %more, label %copy, label %finish
+copy:
+  %first = mul i64 %s, 6
+  %row = getelementptr i64, ptr %table, i64 %first
+  %kernel = load ptr, ptr %row
+  %items_at = getelementptr i64, ptr %row, i64 1
+  %items = load i64, ptr %items_at
+  %template_at = getelementptr i64, ptr %row, i64 2
+  %template = load ptr, ptr %template_at
+  %length_at = getelementptr i64, ptr %row, i64 3
+  %length = load i64, ptr %length_at
+  %places_at = getelementptr i64, ptr %row, i64 4
+  %places = load ptr, ptr %places_at
+  %count_at = getelementptr i64, ptr %row, i64 5
+  %count = load i64, ptr %count_at
+  call void @llvm.memcpy.p0.p0.i64(ptr %block, ptr %template, i64 %length, i1 false)
+  %workspace_at = getelementptr i64, ptr %block, i64 {workspace}
+  store i64 %workspace, ptr %workspace_at
+  br label %place
+place:
+  %p = phi i64 [0, %copy], [%p_next, %write]
+  %left = icmp ult i64 %p, %count
+  br i1 %left, label %find, label %start_threads
+find:
+  %third = mul i64 %p, 3
+  %entry_at = getelementptr i64, ptr %places, i64 %third
+  %word = load i64, ptr %entry_at
+  %operand_at = getelementptr i64, ptr %entry_at, i64 1
+  %operand = load i64, ptr %operand_at
+  %given = icmp sge i64 %operand, 0
+  br i1 %given, label %caller, label %own
+caller:
+  %address_at = getelementptr i64, ptr %addresses, i64 %operand
+  %address = load i64, ptr %address_at
+  br label %write
+own:
+  %offset_at = getelementptr i64, ptr %entry_at, i64 2
+  %offset = load i64, ptr %offset_at
+  %buffer = add i64 %aligned, %offset
+  br label %write
+write:
+  %pointer = phi i64 [%address, %caller], [%buffer, %own]
+  %word_at = getelementptr i64, ptr %block, i64 %word
+  store i64 %pointer, ptr %word_at
+  %p_next = add i64 %p, 1
+  br label %place
+start_threads:
+  %few = icmp ult i64 %items, %workers
+  %team = select i1 %few, i64 %items, i64 %workers
+  %alone = icmp ule i64 %team, 1
+  br i1 %alone, label %one, label %several
+one:
+  call void %kernel(ptr %block)
+  br label %ran
+several:
+  %entry_of_team_at = getelementptr i64, ptr %shared, i64 1
+  %parallel = load ptr, ptr %entry_of_team_at
+  %team_32 = trunc i64 %team to i32
+  {parallel}
+  br label %ran
+ran:
+  %s_next = add i64 %s, 1
+  br label %step
+
+finish:
+  %large = icmp ugt i64 %size, {kept}
+  br i1 %large, label %release, label %keep
+release:
+  call void @free(ptr %memory)
+  ret i32 0
+keep:
+  %kept = ptrtoint ptr %memory to i64
+  %other = atomicrmw xchg ptr %slot, i64 %kept acq_rel, align 8
+  %other_ptr = inttoptr i64 %other to ptr
+  call void @free(ptr %other_ptr)
+  ret i32 0
+}}
+"""

@@ -1,0 +1,37 @@
+"""Arrays of frameworks that tilefold does not import: recognised by what is already imported."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_FRAMEWORKS = ("jax", "jaxlib", "tensorflow")
+
+
+def is_traced(value: Any) -> bool:
+    """True for an array without values, which JAX or TensorFlow traces.
+
+    >>> is_traced(1.0)
+    False
+    """
+    if isinstance(value, getattr(sys.modules.get("jax.core"), "Tracer", ())):
+        return True
+    symbolic = getattr(sys.modules.get("tensorflow"), "is_symbolic_tensor", None)
+    return bool(symbolic and symbolic(value))
+
+
+def is_of_framework(value: Any) -> bool:
+    """True for an array of JAX or TensorFlow, traced or not."""
+    package = type(value).__module__.partition(".")[0]
+    return package in _FRAMEWORKS and hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def dtype_name(array: Any) -> str:
+    """The name of an array's type, such as "float32".
+
+    >>> import numpy as np
+    >>> dtype_name(np.zeros(1, np.float16))
+    'float16'
+    """
+    dtype = array.dtype
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
