@@ -16,7 +16,7 @@ PACKAGE = ROOT / "tilefold"
 
 HOUSE = """
 common masks scores problems planning backends frontends implementations maps api compiling metal
-triton measuring commands cli __main__
+triton layers keras measuring commands cli __main__
 """
 
 
