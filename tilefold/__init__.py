@@ -1,6 +1,7 @@
 """Exact attention, forward and backward, by kernels compiled at run time. Start at `attention`."""
 
 from importlib import import_module
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from tilefold.common.first_use import imported
@@ -113,19 +114,24 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
 }
 
 
+_MODULES = ("metal", "tensorflow", "triton")
+"""Public modules, imported when they are first asked for."""
+
 _module = imported(import_module)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `import tilefold` alone loads not even NumPy."""
-    if name in ("metal", "triton"):
+    if name in _MODULES:
         return _module(f"tilefold.{name}")  # the import makes it an attribute of tilefold
     if name not in _HOMES:
         raise AttributeError(f"module 'tilefold' has no attribute {name!r}")
     value = getattr(_module(_HOMES[name]), name)
+    if isinstance(value, FunctionType):
+        vars(value)["autograph_info__"] = None  # so TensorFlow's AutoGraph does not rewrite it
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "metal", "triton"})
+    return sorted({*globals(), *__all__, *_MODULES})

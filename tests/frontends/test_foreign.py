@@ -47,58 +47,23 @@ class Tracer(Foreign):
         return super().__getattribute__(name)
 
 
-class Symbolic(Foreign):
-    """A tensor inside tf.function."""
-
-
-class ResourceVariable:
-    """A variable of TensorFlow: neither DLPack nor an array interface."""
-
-
 @pytest.fixture(autouse=True)
 def frameworks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts of both frameworks that are looked up."""
+    """The part of JAX that is looked up."""
     for name, parts in {
         "jax.core": {"Tracer": Tracer},
-        "tensorflow": {
-            "Tensor": Foreign,
-            "is_symbolic_tensor": lambda tensor: isinstance(tensor, Symbolic),
-        },
-        "tensorflow.python.eager.record": {
-            "should_record_backprop": lambda tensors: any(x is WATCHED for x in tensors)
-        },
     }.items():
         module = ModuleType(name)
         vars(module).update(parts)
         monkeypatch.setitem(sys.modules, name, module)
 
 
-WATCHED = Foreign(Q)
 REFUSED = {
     "traced by JAX": (
         Tracer(Q),
         NotImplementedError,
         "is traced by JAX (jit, grad or vmap), and tilefold has no frontend for JAX yet: call it on"
         " arrays outside of the transformation, or in jax.pure_callback",
-    ),
-    "traced by TensorFlow": (
-        Symbolic(Q),
-        NotImplementedError,
-        "is traced by tf.function, and tilefold has no frontend for TensorFlow yet: call it on"
-        " tensors outside of the function, or in tf.numpy_function",
-    ),
-    "watched by a tape": (
-        WATCHED,
-        NotImplementedError,
-        "is watched by a tf.GradientTape, and tilefold has no frontend for TensorFlow yet: pass"
-        " {name}.numpy(), and for its gradient wrap attention and attention_backward in"
-        " tf.custom_gradient",
-    ),
-    "a variable": (
-        ResourceVariable(),
-        TypeError,
-        "must be a NumPy array, a torch tensor or an object with __dlpack__ or"
-        " __array_interface__, got ResourceVariable; pass {name}.value()",
     ),
 }
 

@@ -7,11 +7,17 @@ generation are never found again.
 
 from __future__ import annotations
 
+import ctypes
+
 number = 0
 """The number of such changes in this process; only `advance` writes it."""
+
+word = ctypes.c_int64(number)
+"""The same number in memory, where compiled code reads it."""
 
 
 def advance() -> None:
     """Begin a new generation: called after a change."""
     global number
     number += 1
+    word.value = number

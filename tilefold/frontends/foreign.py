@@ -1,8 +1,7 @@
 """Objects that NumPy can view, and one line for each kind that it cannot.
 
-JAX and TensorFlow have no frontend yet, so their arrays are viewed as any other object. What they
-trace has no values, and what they differentiate would lose its gradients: both are refused. The
-frameworks are looked up among the imported modules.
+What JAX and TensorFlow trace has no values, and what they differentiate would lose its gradients:
+both are refused. The frameworks are looked up among the imported modules.
 """
 
 from __future__ import annotations
@@ -105,7 +104,6 @@ def _view_of_bfloat16(name: str, value: Any, kind: str) -> Array:
 
 
 _ADVICE = {
-    "ResourceVariable": "; pass {name}.value()",
     "RaggedTensor": "; pass {name}.to_tensor(), and mask=tilefold.lengths({name}.row_lengths())",
 }
 """The way from a class of another framework to an array, by the name of the class."""
@@ -122,19 +120,14 @@ def _refuse_traced(name: str, value: Any) -> None:
     if not isinstance(value, getattr(tensorflow, "Tensor", ())):
         return
     symbolic = getattr(tensorflow, "is_symbolic_tensor", None)
-    if symbolic and symbolic(value):
-        raise NotImplementedError(
-            f"{name} is traced by tf.function, and tilefold has no frontend for TensorFlow yet:"
-            " call it on tensors outside of the function, or in tf.numpy_function"
-        )
     records = getattr(
         sys.modules.get("tensorflow.python.eager.record"), "should_record_backprop", None
     )
-    if records and records([value]):
+    traced = symbolic and symbolic(value)
+    if traced or (records and records([value])):
+        reason = "traced by tf.function" if traced else "watched by a tf.GradientTape"
         raise NotImplementedError(
-            f"{name} is watched by a tf.GradientTape, and tilefold has no frontend for TensorFlow"
-            f" yet: pass {name}.numpy(), and for its gradient wrap attention and attention_backward"
-            " in tf.custom_gradient"
+            f"{name} is {reason}, so q, k and v must be TensorFlow tensors too, got other arrays"
         )
 
 

@@ -19,9 +19,9 @@ from tilefold.common.first_use import imported
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A framework: its array class, the noun for one array, and the import of its frontend."""
+    """A framework: its array classes, the noun for one array, and the import of its frontend."""
 
-    kind: str
+    kinds: tuple[str, ...]
     noun: str
     frontend: Callable[[], ModuleType]
 
@@ -53,7 +53,17 @@ def _standard() -> ModuleType:
     return standard
 
 
-FRONTENDS = {"torch": Row("Tensor", "torch tensor", _torch)}
+def _tensorflow() -> ModuleType:
+    _first("tensorflow.tensors")
+    from tilefold.frontends.tensorflow import tensors
+
+    return tensors
+
+
+FRONTENDS = {
+    "torch": Row(("Tensor",), "torch tensor", _torch),
+    "tensorflow": Row(("Tensor", "Variable"), "TensorFlow tensor", _tensorflow),
+}
 """The frameworks by the names of their modules."""
 
 _known: dict[type, ModuleType] = {}
@@ -75,7 +85,8 @@ def find(**arrays: Any) -> ModuleType:
 def _of_classes(arrays: dict[str, Any]) -> ModuleType:
     """The frontend of arrays by the table."""
     for framework, row in FRONTENDS.items():
-        its = getattr(sys.modules.get(framework), row.kind, ())
+        module = sys.modules.get(framework)
+        its = tuple([getattr(module, kind, ()) for kind in row.kinds])
         names = [name for name, array in arrays.items() if isinstance(array, its)]
         if 0 < len(names) < len(arrays):
             other = next(name for name in arrays if name not in names)

@@ -1,0 +1,12 @@
+"""TensorFlow's tensors: operators of our own in its graphs, whose kernels run without Python.
+
+library      the C API that TensorFlow exports
+states       calls that are prepared for shapes, in memory
+compute      the kernel of all operators, as LLVM text
+registering  operators in TensorFlow's registry
+passes       from a forward pass to its gradients
+operators    the operators of attention
+outside      calls where TensorFlow takes no operator
+joined       results over disjoint keys
+tensors      calls on tensors
+"""

@@ -1,0 +1,156 @@
+"""The operators of attention and of its gradients: "text" says which operation they compute.
+
+There is one forward operator for each layout, since a shape function sees no attribute but types.
+The gradient of one is the operator of the backward pass, on what the forward pass was given and
+wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import tensorflow as tf
+
+from tilefold.backends.protocols import Pass
+from tilefold.frontends.operation import Operation
+from tilefold.frontends.tensorflow.passes import gradients, statistics
+from tilefold.frontends.tensorflow.registering import END, Operator, Part, functions, register
+from tilefold.frontends.tensorflow.states import Array, Ready
+from tilefold.problems.request import Request
+
+Tensor = Any
+
+_Q, _K, _V = range(3)
+
+_O: dict[str, tuple[Part, ...]] = {
+    "bhnd": ((_Q, 0, 3), (_V, 3, 4)),
+    "bnhd": ((_Q, 0, 3), (_V, 3, 4)),
+    "bhdn": ((_Q, 0, 2), (_V, 2, 3), (_Q, 3, 4)),
+}
+"""The shape of o, by the layout."""
+
+_LSE: dict[str, tuple[Part, ...]] = {
+    "bhnd": ((_Q, 0, 3),),
+    "bnhd": ((_Q, 0, 1), (_Q, 2, 3), (_Q, 1, 2)),
+    "bhdn": ((_Q, 0, 2), (_Q, 3, 4)),
+}
+"""The shape of lse and the like."""
+
+TYPES = "T: {float, double, half, bfloat16}", "S: {float, double}", "count: int >= 1"
+"""The types of q, k, v and o, and of lse and the like, and the number of the latter."""
+
+BACKWARD_NAME = "TilefoldAttentionGradV1"
+
+
+def _read(text: str) -> Callable[[Sequence[Array]], Ready]:
+    operation = Operation.read(text)
+
+    def prepare(given: Sequence[Array]) -> Ready:
+        call = operation.native(given)
+        return Ready(call.address, operation.results(given), call)
+
+    return prepare
+
+
+def _forward(layout: str) -> Operator:
+    return Operator(
+        f"TilefoldAttention{layout.capitalize()}V1",
+        (*TYPES, "E: list(type) >= 0"),
+        ("q: T", "k: T", "v: T", "extra: E"),
+        ("o: T", "statistics: count * S"),
+        (_O[layout], _LSE[layout]),
+        _read,
+    )
+
+
+FORWARD = {layout: _forward(layout) for layout in _O}
+
+BACKWARD = Operator(
+    BACKWARD_NAME,
+    (*TYPES, "E: list(type) >= 0", "G: list(type) >= 0"),
+    ("do: T", "q: T", "k: T", "v: T", "o: T", "statistics: count * S", "extra: E"),
+    ("dq: T", "dk: T", "dv: T", "more: G"),
+    (((1, 0, END),), ((2, 0, END),), ((3, 0, END),), None),
+    _read,
+)
+
+
+def attention(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of a forward pass, which is differentiable with respect to floats."""
+    q, k, v, *extra = given
+    run = _functions()[request.layout]
+    operation = _operation(wanted, request)
+    count, kind = len(wanted.results) - 1, statistics(q)
+    o, more = run(q=q, k=k, v=v, extra=extra, count=count, S=kind, text=operation.text)
+    return (o, *more)
+
+
+def backward(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of a backward pass."""
+    do, q, k, v, o, *rest = given
+    count = 2 if "lse_low" in wanted.given else 1
+    operation = _operation(wanted, request)
+    asked = [name.removeprefix("d") for name in wanted.results[3:]]
+    named = dict(zip(wanted.given, given, strict=True))
+    *found, more = _functions()[BACKWARD_NAME](
+        do=do,
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        statistics=rest[:count],
+        extra=rest[count:],
+        G=[named[name].dtype for name in asked],
+        text=operation.text,
+    )
+    for name, gradient in zip(asked, more, strict=True):
+        gradient.set_shape(named[name].shape)
+    return (*found, *more)
+
+
+@lru_cache(maxsize=64)
+def _operation(wanted: Pass, request: Request) -> Operation:
+    """The operation, whose text is made once."""
+    return Operation(wanted, request)
+
+
+@lru_cache(maxsize=1)
+def _functions() -> dict[str, Callable[..., Any]]:
+    """The operators' Python functions, by the layout, and that of the backward pass."""
+    every = (*FORWARD.values(), BACKWARD)
+    gradients = {operator.name: _gradient for operator in FORWARD.values()}
+    register(every, {**gradients, BACKWARD_NAME: _no_second_gradient})
+    made = functions([operator.name for operator in every])
+    return dict(zip((*FORWARD, BACKWARD_NAME), made, strict=True))
+
+
+def _gradient(op: Any, *slopes: Tensor) -> list[Tensor | None]:
+    """The gradients of a forward operator's inputs; `slopes` are those of its outputs."""
+    operation = Operation.read(op.get_attr("text").decode())
+    return gradients(
+        backward,
+        operation.wanted,
+        operation.request,
+        op.inputs,
+        op.outputs,
+        slopes,
+        lambda place: _is_wanted(op, place),
+    )
+
+
+def _is_wanted(op: Any, place: int) -> bool:
+    """False where nothing asks for the gradient of an input, as far as TensorFlow tells."""
+    skipped = getattr(op, "skip_input_indices", None)  # of a tape that watches single operators
+    if skipped is not None:
+        return place not in skipped
+    tensor = op.inputs[place]
+    return not tf.is_symbolic_tensor(tensor) or tensor.op.type not in ("Const", "StopGradient")
+
+
+def _no_second_gradient(op: Any, *slopes: Tensor) -> list[Tensor]:
+    raise NotImplementedError(
+        "the gradients of attention are not differentiable on TensorFlow's tensors: use"
+        " impl='composed' where a second derivative is wanted"
+    )

@@ -1,0 +1,213 @@
+"""Operators of our own in TensorFlow's registry: definition, kernel, shapes, and Python function.
+
+TensorFlow ends the process when a name is registered twice, and nothing can be registered anew. So
+a name carries a version, a name that is there already is used as it is, and what TensorFlow calls
+lives until the process ends: also after this module was loaded again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tilefold.common.check import one_line
+from tilefold.frontends.tensorflow import compute
+from tilefold.frontends.tensorflow.library import (
+    CREATE,
+    INTERNAL,
+    INVALID_ARGUMENT,
+    RESOURCE_EXHAUSTED,
+    SHAPES,
+    UNIMPLEMENTED,
+    Library,
+    library,
+)
+from tilefold.frontends.tensorflow.states import ASK, TYPES, Array, Ready, State
+
+END = 2**63 - 1
+"""The end of a part of a shape that goes to its last axis."""
+
+Part = tuple[int, int, int]
+"""Axes of an input: its number, the first axis, and the end; negative axes count from the end."""
+
+Prepare = Callable[[Sequence[Array]], Ready]
+"""What prepares a call for inputs of certain shapes and types."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator: its name, attributes, inputs and outputs as TensorFlow writes them.
+
+    `shapes` has the parts of the shape of each output, one after the other; further outputs have
+    the last one, or none if it is None. `read` makes what prepares calls from the attribute
+    "text", and raises ValueError for another text.
+    """
+
+    name: str
+    attributes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: tuple[tuple[Part, ...] | None, ...]
+    read: Callable[[str], Prepare]
+
+
+_lock = threading.Lock()
+
+
+def register(operators: Sequence[Operator], gradients: dict[str, Callable[..., Any]]) -> None:
+    """Register the operators that TensorFlow does not know yet, with their gradients."""
+    from tensorflow import RegisterGradient
+    from tensorflow.python.framework import op_def_registry
+
+    with _lock:
+        for operator in operators:
+            if op_def_registry.get(operator.name) is None:
+                registered = _Registered(operator, library())
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(registered))
+                RegisterGradient(operator.name)(gradients[operator.name])
+
+
+def functions(names: Sequence[str]) -> list[Callable[..., Any]]:
+    """The Python functions of operators, as `tf.load_op_library` makes them."""
+    from tensorflow.core.framework import op_def_pb2
+    from tensorflow.python.framework import _pywrap_python_op_gen, op_def_registry
+
+    listed = op_def_pb2.OpList(op=[op_def_registry.get(name) for name in names])
+    made: dict[str, Any] = {}
+    exec(_pywrap_python_op_gen.GetPythonWrappers(listed.SerializeToString()), made)
+    short = {name.replace("_", ""): function for name, function in made.items()}
+    return [short[name.lower()] for name in names]
+
+
+class _Registered:
+    """An operator in TensorFlow's registry; TensorFlow calls its methods as long as it runs."""
+
+    def __init__(self, operator: Operator, tf: Library) -> None:
+        self._operator, self._tf = operator, tf
+        self._states: dict[int, State] = {}
+        self._shapes, self._create = SHAPES(self._infer), CREATE(self._new_state)
+        self._ask = ASK(self._prepared)
+        self._define()
+        compute_at, delete_at = (compute.address(f"tilefold_{it}") for it in ("compute", "delete"))
+        name = operator.name.encode()
+        kernel = tf.NewKernelBuilder(name, b"CPU", self._create, compute_at, delete_at)
+        tf.checked("RegisterKernelBuilder", name, kernel)
+
+    def _define(self) -> None:
+        tf, operator = self._tf, self._operator
+        builder = tf.NewOpDefinitionBuilder(operator.name.encode())
+        for kind, texts in (
+            ("Attr", (*operator.attributes, "text: string")),
+            ("Input", operator.inputs),
+            ("Output", operator.outputs),
+        ):
+            for text in texts:
+                getattr(tf, f"OpDefinitionBuilderAdd{kind}")(builder, text.encode())
+        tf.OpDefinitionBuilderSetShapeInferenceFunction(builder, self._shapes)
+        tf.checked("RegisterOpDefinition", builder)
+
+    def _infer(self, context: int, status: int) -> None:
+        """Set the shapes of outputs; runs while a graph is traced."""
+        tf = self._tf
+        tf.ShapeInferenceContextSetUnknownShape(context, status)
+        handles: list[int] = []
+        try:
+            for number, parts in enumerate(self._operator.shapes):
+                if tf.GetCode(status):
+                    return
+                if parts is not None:
+                    shape = self._joined(context, parts, handles, status)
+                    tf.ShapeInferenceContextSetOutput(context, number, shape, status)
+            while parts is not None and not tf.GetCode(status):  # the outputs of a list
+                number += 1
+                tf.ShapeInferenceContextSetOutput(context, number, shape, status)
+                if tf.GetCode(status):  # there is none with this number
+                    tf.SetStatus(status, 0, b"")
+                    return
+        finally:
+            for handle in handles:
+                tf.DeleteShapeHandle(handle)
+
+    def _joined(
+        self, context: int, parts: Sequence[Part], handles: list[int], status: int
+    ) -> int | None:
+        """The shape of parts of the shapes of inputs; None after an error, which status has."""
+        tf = self._tf
+
+        def made(name: str, *arguments: Any) -> int:
+            handles.append(tf.NewShapeHandle())
+            getattr(tf, f"ShapeInferenceContext{name}")(context, *arguments, handles[-1], status)
+            return handles[-1]
+
+        joined = None
+        for number, start, end in parts:
+            shape = made("GetInput", number)
+            if not tf.GetCode(status):
+                shape = made("Subshape", shape, start, end)
+            if tf.GetCode(status):
+                return None
+            joined = shape if joined is None else made("ConcatenateShapes", joined, shape)
+        return joined
+
+    def _new_state(self, construction: int) -> int | None:
+        """The state of a new kernel: one for each node of a graph."""
+        tf = self._tf
+        status = tf.NewStatus()
+        try:
+            prepare = self._operator.read(self._text(construction, status))
+            for address in [at for at, state in self._states.items() if state.is_dead]:
+                del self._states[address]
+            ask = ctypes.cast(self._ask, ctypes.c_void_p).value or 0
+            state = State(prepare, ctypes.addressof(tf.table), ask)
+            self._states[state.address] = state
+            return state.address
+        except BaseException as error:
+            self._fail(status, error)
+            tf.OpKernelConstruction_Failure(construction, status)
+            return None
+        finally:
+            tf.DeleteStatus(status)
+
+    def _text(self, construction: int, status: int) -> str:
+        count, size = ctypes.c_int32(), ctypes.c_int32()
+        self._tf.OpKernelConstruction_GetAttrSize(
+            construction, b"text", ctypes.byref(count), ctypes.byref(size), status
+        )
+        memory = ctypes.create_string_buffer(size.value + 1)
+        self._tf.OpKernelConstruction_GetAttrString(
+            construction, b"text", memory, size.value, status
+        )
+        return memory.raw[: size.value].decode()
+
+    def _prepared(
+        self, state: int, context: int, words: Any, count: int, status: int
+    ) -> int | None:
+        """The address of the prepared call for inputs of these words."""
+        try:
+            found = tuple(words[:count])
+            dtypes: list[str] = []
+            place = 1
+            while place < count:
+                dtypes.append(_NAMES[self._tf.InputDatatype(context, len(dtypes))])
+                place += 1 + found[place]
+            return self._states[state].prepared(found, dtypes)
+        except BaseException as error:
+            self._fail(status, error)
+            return None
+
+    def _fail(self, status: int, error: BaseException) -> None:
+        codes = {
+            (TypeError, ValueError, IndexError): INVALID_ARGUMENT,
+            (NotImplementedError,): UNIMPLEMENTED,
+            (MemoryError,): RESOURCE_EXHAUSTED,
+        }
+        code = next((code for kinds, code in codes.items() if isinstance(error, kinds)), INTERNAL)
+        line = one_line(error)
+        text = line if code != INTERNAL else f"{type(error).__name__}: {line}"
+        self._tf.SetStatus(status, code, text.encode())
+
+
+_NAMES = {number: name for name, number in TYPES.items()}
