@@ -15,8 +15,8 @@ from paths import ROOT
 PACKAGE = ROOT / "tilefold"
 
 HOUSE = """
-common masks scores problems planning backends frontends implementations maps api compiling metal
-triton layers keras measuring commands cli __main__
+common masks scores problems planning backends frontends implementations maps api compiling
+tensorflow metal triton layers keras measuring commands cli __main__
 """
 
 

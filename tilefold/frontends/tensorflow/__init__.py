@@ -9,4 +9,5 @@ operators    the operators of attention
 outside      calls where TensorFlow takes no operator
 joined       results over disjoint keys
 tensors      calls on tensors
+sequences    attention between sequences of one or two dimensions, channels first
 """

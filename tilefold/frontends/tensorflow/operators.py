@@ -80,7 +80,7 @@ BACKWARD = Operator(
 def attention(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results of a forward pass, which is differentiable with respect to floats."""
     q, k, v, *extra = given
-    run = _functions()[request.layout]
+    run = registered()[request.layout]
     operation = _operation(wanted, request)
     count, kind = len(wanted.results) - 1, statistics(q)
     o, more = run(q=q, k=k, v=v, extra=extra, count=count, S=kind, text=operation.text)
@@ -94,7 +94,7 @@ def backward(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[T
     operation = _operation(wanted, request)
     asked = [name.removeprefix("d") for name in wanted.results[3:]]
     named = dict(zip(wanted.given, given, strict=True))
-    *found, more = _functions()[BACKWARD_NAME](
+    *found, more = registered()[BACKWARD_NAME](
         do=do,
         q=q,
         k=k,
@@ -117,11 +117,11 @@ def _operation(wanted: Pass, request: Request) -> Operation:
 
 
 @lru_cache(maxsize=1)
-def _functions() -> dict[str, Callable[..., Any]]:
+def registered() -> dict[str, Callable[..., Any]]:
     """The operators' Python functions, by the layout, and that of the backward pass."""
     every = (*FORWARD.values(), BACKWARD)
     gradients = {operator.name: _gradient for operator in FORWARD.values()}
-    register(every, {**gradients, BACKWARD_NAME: _no_second_gradient})
+    register(every, {**gradients, BACKWARD_NAME: no_second_gradient})
     made = functions([operator.name for operator in every])
     return dict(zip((*FORWARD, BACKWARD_NAME), made, strict=True))
 
@@ -149,7 +149,8 @@ def _is_wanted(op: Any, place: int) -> bool:
     return not tf.is_symbolic_tensor(tensor) or tensor.op.type not in ("Const", "StopGradient")
 
 
-def _no_second_gradient(op: Any, *slopes: Tensor) -> list[Tensor]:
+def no_second_gradient(op: Any, *slopes: Tensor) -> list[Tensor]:
+    """Raises NotImplementedError."""
     raise NotImplementedError(
         "the gradients of attention are not differentiable on TensorFlow's tensors: use"
         " impl='composed' where a second derivative is wanted"

@@ -64,7 +64,7 @@ def attention(
     given = tensors_of(q=q, k=k, v=v)
     wanted = FORWARD_LOW.plus(extra.names, further)
     given += extra_tensors(extra, given[0])
-    o, lse, _, *more = _run(wanted, request, given)
+    o, lse, _, *more = run(wanted, request, given)
     return (o, lse, *[tf.stop_gradient(it) for it in more])
 
 
@@ -86,7 +86,7 @@ def attention_backward(
     wanted = BACKWARD.plus(extra.names, extra.gradients)
     if dlse is not None:
         wanted, given = wanted.plus(("dlse",)), (*given, tf.convert_to_tensor(dlse))
-    results = _run(wanted, request, given)
+    results = run(wanted, request, given)
     if "sinks" not in extra.names:
         return results
     sinks, place = extra.arrays[extra.names.index("sinks")], wanted.results.index("dsinks")
@@ -142,14 +142,20 @@ def extra_tensors(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _run(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results of a pass: by an operator, by XLA, or by Python."""
+def takes_operators() -> bool:
+    """True where TensorFlow takes operators of ours: not in what XLA compiles."""
+    return library.missing() is None
+
+
+def run(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of a pass: by an operator, or by Python."""
     if not tf.executing_eagerly():
         _check(wanted, request, given)
-    if library.missing():
+    if not takes_operators():
         return outside.called(wanted, request, given)
-    run = operators.attention if wanted.operation == "forward" else operators.backward
-    return run(wanted, request, given)
+    if wanted.operation == "forward":
+        return operators.attention(wanted, request, given)
+    return operators.backward(wanted, request, given)
 
 
 def _check(wanted: Pass, request: Request, given: Sequence[Tensor]) -> None:
