@@ -114,15 +114,12 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
 }
 
 
-_MODULES = ("metal", "tensorflow", "triton")
-"""Public modules, imported when they are first asked for."""
-
 _module = imported(import_module)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `import tilefold` alone loads not even NumPy."""
-    if name in _MODULES:
+    if name in ("metal", "triton"):
         return _module(f"tilefold.{name}")  # the import makes it an attribute of tilefold
     if name not in _HOMES:
         raise AttributeError(f"module 'tilefold' has no attribute {name!r}")
@@ -134,4 +131,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*globals(), *__all__, "metal", "triton"})
