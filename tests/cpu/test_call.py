@@ -224,8 +224,8 @@ def test_a_call_within_a_call_of_the_same_thread(
         gc.collect()
 
     def run(address: int, arguments: int, workers: int) -> None:
-        words = (ctypes.c_int64 * (dispatch._WORKSPACE + 1)).from_address(arguments)
-        pointers.append(words[dispatch._WORKSPACE])
+        words = (ctypes.c_int64 * (dispatch.WORKSPACE + 1)).from_address(arguments)
+        pointers.append(words[dispatch.WORKSPACE])
         if len(pointers) == 1 and when == "before":
             handler()
         real(address, arguments, workers)

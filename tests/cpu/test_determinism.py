@@ -215,7 +215,7 @@ def test_scratch_belongs_to_a_thread_and_to_a_call() -> None:
 
 def test_large_scratch_is_not_kept() -> None:
     kept = dispatch._local.workspace
-    assert dispatch._workspace(dispatch.KEPT_BYTES + 1).size > dispatch._KEPT_BYTES
+    assert dispatch._workspace(dispatch.KEPT_BYTES + 1).size > dispatch.KEPT_BYTES
     assert dispatch._local.workspace is kept
 
 

@@ -21,7 +21,7 @@ import pytest
 from interrupts import interrupted_at
 from paths import ROOT, finding
 
-from tilefold.backends.cpu import runtime, startable, threads
+from tilefold.backends.cpu import runtime, startable, teams, threads
 from tilefold.backends.cpu.device import host, usable_cores
 from tilefold.common import settings
 
@@ -87,7 +87,7 @@ def test_the_team_in_use_takes_every_item_once(workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 9])
 def test_python_threads_take_every_item_once(workers: int) -> None:
-    team = threads.PythonTeam()
+    team = teams.PythonTeam()
     for _ in range(50):
         assert 1 <= take(team.run, workers, items=200) <= workers
 
@@ -101,7 +101,7 @@ def test_one_worker_is_the_calling_thread() -> None:
     assert seen == [(42, threading.get_ident())]
 
 
-@pytest.mark.parametrize("team", [threads.run, threads.PythonTeam().run], ids=["chosen", "python"])
+@pytest.mark.parametrize("team", [threads.run, teams.PythonTeam().run], ids=["chosen", "python"])
 def test_several_threads_work_at_the_same_time(team: Callable[[int, int, int], None]) -> None:
     # Two callers meet inside the function: a team of one thread would wait in vain.
     meeting = threading.Barrier(2)
@@ -120,7 +120,7 @@ def test_several_threads_work_at_the_same_time(team: Callable[[int, int, int], N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("team", [threads.run, threads.PythonTeam().run], ids=["chosen", "python"])
+@pytest.mark.parametrize("team", [threads.run, teams.PythonTeam().run], ids=["chosen", "python"])
 def test_calls_from_four_threads_at_once(team: Callable[[int, int, int], None]) -> None:
     barrier = threading.Barrier(4)
 
@@ -143,7 +143,7 @@ def test_no_more_threads_to_be_had_is_no_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(_thread, "start_new_thread", refuse)
     monkeypatch.setattr(startable, "_warned", False)
     with pytest.warns(RuntimeWarning, match=r"^only 1 of 8 threads can start here"):
-        assert take(threads.PythonTeam().run, 8) == 1
+        assert take(teams.PythonTeam().run, 8) == 1
 
 
 def test_a_thread_that_ends_before_its_first_line_is_not_waited_for(
@@ -156,14 +156,14 @@ def test_a_thread_that_ends_before_its_first_line_is_not_waited_for(
         return real(function, arguments) if len(started) < 3 else real(int, ())
 
     monkeypatch.setattr(_thread, "start_new_thread", lost)
-    monkeypatch.setattr(threads, "_PATIENCE", 0.05)
+    monkeypatch.setattr(teams, "_PATIENCE", 0.05)
     monkeypatch.setattr(startable, "_warned", False)
     with pytest.warns(RuntimeWarning, match=r"^only 3 of 8 threads can start here"):
-        assert take(threads.PythonTeam().run, 8) <= 3
+        assert take(teams.PythonTeam().run, 8) <= 3
 
 
 def test_threads_are_kept() -> None:
-    team = threads.PythonTeam()
+    team = teams.PythonTeam()
     take(team.run, 4)
     before = _thread._count()
     for _ in range(20):
@@ -196,7 +196,7 @@ def test_an_interrupted_call_waits_for_its_helpers() -> None:
         # The signal arrives while the caller waits for the helper, which then goes on for a while.
         threading.Timer(0.1, signal.setitimer, (signal.ITIMER_REAL, 0.01)).start()
         with pytest.raises(KeyboardInterrupt):
-            threads.PythonTeam().run(ctypes.cast(function, ctypes.c_void_p).value or 0, 0, 2)
+            teams.PythonTeam().run(ctypes.cast(function, ctypes.c_void_p).value or 0, 0, 2)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert left == [True]
@@ -204,7 +204,7 @@ def test_an_interrupted_call_waits_for_its_helpers() -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an interval timer")
 def test_a_signal_handler_calls_while_its_thread_waits_for_helpers() -> None:
-    caller, team = threading.get_ident(), threads.PythonTeam()
+    caller, team = threading.get_ident(), teams.PythonTeam()
     inside, released = threading.Event(), threading.Event()
     came = []
 
@@ -231,7 +231,7 @@ def test_a_signal_handler_calls_while_its_thread_waits_for_helpers() -> None:
 
 
 def test_a_signal_handler_calls_while_threads_are_hired(monkeypatch: pytest.MonkeyPatch) -> None:
-    team, real, came = threads.PythonTeam(), _thread.start_new_thread, []
+    team, real, came = teams.PythonTeam(), _thread.start_new_thread, []
 
     def start(function: Callable[..., object], arguments: tuple[object, ...]) -> int:
         if not came:
@@ -247,7 +247,7 @@ def test_a_signal_handler_calls_while_threads_are_hired(monkeypatch: pytest.Monk
 
 
 def test_an_interrupt_at_any_line_leaves_no_helper_inside() -> None:
-    team, inside = threads.PythonTeam(), set[int]()
+    team, inside = teams.PythonTeam(), set[int]()
     caller = threading.get_ident()
 
     def work(_: int) -> None:
@@ -260,7 +260,7 @@ def test_an_interrupt_at_any_line_leaves_no_helper_inside() -> None:
     address = ctypes.cast(function, ctypes.c_void_p).value or 0
     team.run(address, 0, 3)
     for line in itertools.count(1):
-        with interrupted_at(line, threads.__file__) as interrupted:
+        with interrupted_at(line, teams.__file__) as interrupted:
             team.run(address, 0, 3)
         assert not inside
         if not interrupted:

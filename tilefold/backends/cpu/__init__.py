@@ -9,7 +9,8 @@ kernels   everything that writes source
 runtime   source to machine code
 kernel    spec to a loaded function
 startable  how many threads the system starts
-threads   one function on several threads
+teams     threads that run one function together
+threads   the team of this process, and how many threads a call uses
 tuned     block sizes that were measured on this machine
 splits    how the keys of few queries are split
 choice    a chooser: what multiplies in a kernel, and in which blocks

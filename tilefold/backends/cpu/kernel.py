@@ -18,13 +18,11 @@ from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernels.arguments import names
 from tilefold.backends.cpu.spec import KernelSpec
-from tilefold.common.first_use import forks_wait, imported, undisturbed
+from tilefold.common.first_use import imported, undisturbed
 from tilefold.common.single_flight import once
 from tilefold.masks.skeleton import Skeleton
 from tilefold.planning.kernels import emitter
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS
-
-forks_wait()  # for imports, before they take the lock of LLVM in `runtime`
 
 _PACKAGE = Path(__file__).parents[2]
 _SOURCES = tuple(

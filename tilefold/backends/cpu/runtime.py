@@ -20,6 +20,7 @@ import llvmlite.binding as llvm
 
 from tilefold.backends.cpu.device import Device, host
 from tilefold.common import disk_cache
+from tilefold.common.first_use import forks_wait
 
 # llvmlite holds one lock during every call into LLVM, so any number of threads may compile. A fork
 # must wait for the lock: a child would inherit LLVM in the middle of a call, and a lock that nobody
@@ -31,6 +32,7 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=lambda: _llvm_lock.__exit__(None, None, None),
         after_in_child=lambda: _llvm_lock.__exit__(None, None, None),
     )
+    forks_wait()  # for imports first: a thread that imports may wait for the lock of LLVM
 
 
 class CompileError(RuntimeError):
