@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         config.pluginmanager.register(Measuring())
     else:
-        config.pluginmanager.register(Closing())
+        config.pluginmanager.register(Closing(complete=bool(os.environ.get("CI"))))
         if not config.getoption("numprocesses", None):
             config.pluginmanager.register(Measuring())
     # NumPy's products on one thread: several test processes with teams of their own take twice as

