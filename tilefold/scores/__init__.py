@@ -5,6 +5,7 @@ score          the base of all modifications, modifications in order, and a form
 modifications  softcap, alibi, temperature, bias
 relative       biases by relative position: T5's buckets, clipped distances, Swin's windows
 traced         modifications of a user's own
+repeated       scores of several batches in one
 parse          modifications from strings
 picture        heat maps of weights
 

@@ -1,0 +1,11 @@
+"""JAX arrays: primitives whose kernels XLA calls without Python, with all derivatives and `vmap`.
+
+varying      the mesh axes over which arrays vary, in `jax.shard_map`
+scores       modified scores, masks and dropout of some pairs, in operations of JAX
+tiles        sums over all tiles, and the derivatives that no kernel computes
+handler      the functions that XLA calls, as LLVM text
+lowering     how a pass becomes a part of a compiled program
+batching     `jax.vmap`: the mapped axis joins the batch
+primitives   attention, its backward pass and its forward mode as primitives of JAX
+calls        calls of `tilefold.attention` on JAX arrays
+"""
