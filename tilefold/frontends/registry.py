@@ -60,8 +60,16 @@ def _tensorflow() -> ModuleType:
     return tensors
 
 
+def _jax() -> ModuleType:
+    _first("jax.calls")
+    from tilefold.frontends.jax import calls
+
+    return calls
+
+
 FRONTENDS = {
     "torch": Row(("Tensor",), "torch tensor", _torch),
+    "jax": Row(("Array",), "jax array", _jax),
     "tensorflow": Row(("Tensor", "Variable"), "TensorFlow tensor", _tensorflow),
 }
 """The frameworks by the names of their modules."""

@@ -17,6 +17,7 @@ from tilefold.masks import nodes, traced
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.data_rules import Dense, Documents, Lengths
 from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix
+from tilefold.masks.repeated import Repeated
 from tilefold.masks.rule import AllOf, AnyOf, Not, Window
 from tilefold.masks.symbols import Expression
 from tilefold.masks.tables import DTYPES, Given, Input, Table
@@ -31,7 +32,7 @@ _PARTS: dict[str, Any] = {
     for kind in (
         *(Full, Causal, Local, Prefix, Chunked, Coordinates),
         *(Documents, Lengths, Dense),
-        *(AllOf, AnyOf, Not, Window),
+        *(AllOf, AnyOf, Not, Window, Repeated),
         *(Softcap, Alibi, Bias, Temperature, Relative, Clipped, Grid, Traced, InOrder),
     )
 } | {"Rule": traced.Traced}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from tilefold.masks.expression import (
     as_boolean,
     evaluate,
 )
+from tilefold.masks.tables import Given, Input
 
 
 def fill(expression: Boolean, arrays: Sequence[NDArray[Any]]) -> Boolean:
@@ -55,13 +57,18 @@ def shift(expression: Boolean, q0: int, k0: int) -> Boolean:
     return as_boolean(evaluate(expression, _Renamer({"q": Index("q") + q0, "k": Index("k") + k0})))
 
 
-def repeat(expression: Boolean, batch: int) -> Boolean:
-    """An expression over several batches in a row, each of `batch` entries.
+def repeat(
+    expression: Boolean, batch: int, own: Sequence[int] = (), copies: int = 1
+) -> Boolean:
+    """An expression over `copies` batches in a row, each of `batch` entries.
+
+    The tables of the numbers `own`, which come with each call, have a first axis with an entry for
+    each of these batches.
 
     >>> print(repeat(Index("b") > Index("k"), 4))
     ((b % 4) > k)
     """
-    return as_boolean(evaluate(expression, _Renamer({"b": Index("b") % batch})))
+    return as_boolean(evaluate(expression, Repeater(batch, own, copies)))
 
 
 class _Renamer(Rebuild):
@@ -72,3 +79,17 @@ class _Renamer(Rebuild):
 
     def index(self, name: str) -> Expression:
         return self.values[name] if name in self.values else Index(name)
+
+
+class Repeater(_Renamer):
+    """b is counted within a batch, and arrays of its own are asked for those of the batch."""
+
+    def __init__(self, batch: int, own: Sequence[int], copies: int) -> None:
+        super().__init__({"b": Index("b") % batch})
+        self.which, self.own, self.copies = Index("b") // batch, own, copies
+
+    def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
+        if isinstance(table, Given | Input) and table.number in self.own:
+            table = replace(table, shape=(self.copies, *table.shape))
+            indices = (self.which, *indices)
+        return super().lookup(table, indices)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from tilefold.masks.repeated import repeated
 from tilefold.problems.request import LAYOUTS, Request
 from tilefold.scores.repeated import repeated_score
+from tilefold.scores.score import Sizes
 
 Axes = Sequence[int | None]
 
@@ -57,7 +58,6 @@ def merged(
     (q, dim_q), (k, dim_k) = named["q"], named["k"]
     axes = LAYOUTS[request.layout]
     shape_q, shape_k = _without(q.shape, dim_q), _without(k.shape, dim_k)
-    sizes = tuple([shape_q[axes[n]] for n in (0, 1, 2)]) + (shape_k[axes[2]],)
     apart = frozenset(
         name for name, (_, dim) in named.items() if _is_array(name) and (dim is not None or name in own)
     )
@@ -65,14 +65,18 @@ def merged(
     for name, (x, dim) in named.items():
         if _is_array(name):
             found.append(_in_front(x, dim, size) if name in apart else x)
+        elif name == "sinks":
+            found.append(x)
         else:
             x = _in_front(x, dim, size)
             found.append(x.reshape(size * x.shape[1], *x.shape[2:]))
-    batch, _, len_q, len_k = sizes
-    mask = repeated(request.mask, batch, len_q, len_k)
-    score = request.score
-    if score is not None:
-        score = repeated_score(score, batch, [int(name[5:]) for name in apart])
+    sizes = Sizes(*[shape_q[axes[n]] for n in (0, 1, 2)], shape_k[axes[2]])
+    own_data, own_inputs = (
+        [int(name.removeprefix(start)) for name in apart if name.startswith(start)]
+        for start in ("data", "input")
+    )
+    mask = repeated(request.mask, sizes.batch, sizes.len_q, sizes.len_k, own_data, size)
+    score = request.score and repeated_score(request.score, sizes, own_inputs, size)
     return found, request.changed(mask=mask, score=score), size
 
 

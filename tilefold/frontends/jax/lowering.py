@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
 from tilefold.backends.protocols import Pass
 from tilefold.backends.registry import machine
+from tilefold.frontends.jax import handler
+from tilefold.frontends.operation import Operation
+from tilefold.frontends.written import text_of
 from tilefold.problems.request import Request
 
 Given = tuple[tuple[tuple[int, ...], str], ...]
@@ -32,27 +36,42 @@ def described(wanted: Pass, avals: Sequence[Any]) -> Given:
 @functools.lru_cache(maxsize=256)
 def results_of(wanted: Pass, request: Request, given: Given) -> Given:
     """The shapes and types of the results of a pass. Raises as `tilefold.attention` does."""
-    made = [np.empty(shape, dtype) for shape, dtype in given]
-    found, _ = calls._look_up(machine("cpu"), arrays, wanted, tuple(made), request)
-    return tuple([(shape, np.dtype(dtype).name) for shape, dtype in found.results])
+    return Operation(wanted, request).results(given)
 
 
 def lower(ctx: Any, *operands: Any, wanted: Pass, request: Request) -> Any:
     """The lowering of a pass on a processor."""
+    if not handler.register():
+        _warn()
+        return mlir.lower_fun(_called_back(ctx, wanted, request), True)(ctx, *operands)
+    texts = {
+        "operation": Operation(wanted, request).text,
+        "given": text_of(described(wanted, ctx.avals_in)),
+    }
+    return jax.ffi.ffi_lowering(handler.TARGET)(ctx, *operands, **texts)
+
+
+def _called_back(ctx: Any, wanted: Pass, request: Request) -> Any:
+    """A pass as a call of Python."""
     types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_out]
 
     def run(*given: Any) -> Any:
-        named = [np.asarray(x) for x in given]
-        named = [
-            x.view(np.int64) if name == "seed" else x
-            for name, x in zip(wanted.given, named, strict=True)
-        ]
-        return calls.run(machine("cpu"), arrays, wanted, tuple(named), request)
+        named = zip(wanted.given, map(np.asarray, given), strict=True)
+        every = tuple([x.view(np.int64) if name == "seed" else x for name, x in named])
+        return calls.run(machine("cpu"), arrays, wanted, every, request)
 
-    def called(*given: Any) -> Any:
-        return jax.pure_callback(run, types, *given)
+    return lambda *given: jax.pure_callback(run, types, *given)
 
-    return mlir.lower_fun(called, multiple_results=True)(ctx, *operands)
+
+@functools.cache
+def _warn() -> None:
+    found, known = (".".join(map(str, each or "?")) for each in (handler.version(), handler.KNOWN[-1]))
+    warnings.warn(
+        f"this JAX has version {found} of XLA's foreign functions, and tilefold knows those up to"
+        f" {known}: it calls Python for each attention, which takes 0.2 ms more",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def refuse(*_: Any, **__: Any) -> Any:

@@ -87,7 +87,7 @@ def _attention_jvp(primals: Arrays, tangents: Arrays, *, wanted: Pass, request: 
         moved = dict(zip(("o", "lse"), found, strict=True))
     results = [named[name] for name in wanted.results]
     return results, [
-        moved[name] if name in moved else ad.Zero.from_primal_value(x)
+        moved[name] if name in moved else _still(x)
         for name, x in zip(wanted.results, results, strict=True)
     ]
 
@@ -188,7 +188,7 @@ def _backward(*args: Any, wanted: Pass, request: Request) -> Any:
 def _backward_jvp(primals: Arrays, tangents: Arrays, *, wanted: Pass, request: Request) -> Any:
     results = backward(wanted, request, primals)
     moving = [
-        tangent if _moves(name) else ad.Zero.from_primal_value(x)
+        tangent if _moves(name) else _still(x)
         for name, x, tangent in zip(wanted.given, primals, tangents, strict=True)
     ]
     function = functools.partial(_backward, wanted=wanted, request=request)
@@ -234,12 +234,17 @@ def _types(*avals: Any, wanted: Pass, request: Request) -> Any:
     return [typed(avals[0], shape, dtype) for shape, dtype in found]
 
 
+def _still(x: Any) -> Any:
+    """The tangent of what does not move."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
 def _pushed(function: Callable[..., Any], primals: Arrays, tangents: Arrays) -> Any:
     """The tangents of a function's results, where only some of its arguments move."""
     places = [n for n, x in enumerate(tangents) if type(x) is not ad.Zero]
     if not places:
         shapes = jax.eval_shape(function, *primals)
-        return [ad.Zero(jax.typeof(jnp.zeros(x.shape, x.dtype))) for x in shapes]
+        return [_still(jnp.zeros(x.shape, x.dtype)) for x in shapes]
 
     def inner(*moving: Any) -> Any:
         args = list(primals)

@@ -25,7 +25,7 @@ from tilefold.masks.expression import (
     evaluate,
 )
 from tilefold.masks.graph import ordered
-from tilefold.masks.tables import Input, Table
+from tilefold.masks.tables import Given, Input, Table
 from tilefold.problems.dropout import MULTIPLIERS, ROUNDS, WEYL, factor, threshold
 
 Indices = Mapping[str, Array]
@@ -126,6 +126,8 @@ class _Traced(Interpretation[Any]):
         return np.bool_(value)
 
     def lookup(self, table: AnyTable, indices: tuple[Any, ...]) -> Any:
+        if isinstance(table, Given):
+            return self._data[table.number][indices]
         assert isinstance(table, Table)
         return jnp.asarray(table.array)[indices]
 

@@ -167,7 +167,7 @@ class _Call:
             score = Modification(problem.score.expression(problem.score_sizes))
         mask = problem.mask.bind(problem.len_q, problem.len_k)
         kind = jnp.dtype(STATISTICS[problem.dtype])
-        data: dict[int, Array] = {}
+        data = {int(name[4:]): x for name, x in named.items() if name.startswith("data")}
         return _Call(
             problem, LAYOUTS[request.layout], kind, score, lambda at: visible(mask, at, data)
         )

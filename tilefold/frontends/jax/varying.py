@@ -23,9 +23,20 @@ def axes_of(x: Any) -> frozenset[str]:
 
 
 def alike(arrays: Sequence[Any]) -> list[Any]:
-    """The arrays, each varying over all axes over which one of them does."""
-    every = frozenset().union(*map(axes_of, arrays))
-    return [_over(x, every) for x in arrays]
+    """The arrays as operands of one primitive: all vary over the axes over which one of them does.
+
+    Meshes of `AxisType.Explicit` have types that are divided outside of `jax.shard_map`; there each
+    device gets the whole arrays.
+    """
+    whole = [_whole(x) for x in arrays]
+    every = frozenset().union(*map(axes_of, whole))
+    return [_over(x, every) for x in whole]
+
+
+def _whole(x: Any) -> Any:
+    """An array of a type that is divided among devices, with all of it on each device."""
+    spec = jax.typeof(x).sharding.spec
+    return jax.reshard(x, PartitionSpec(*[None] * len(spec))) if any(spec) else x
 
 
 def _over(x: Any, axes: frozenset[str]) -> Any:
