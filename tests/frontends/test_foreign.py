@@ -62,8 +62,8 @@ REFUSED = {
     "traced by JAX": (
         Tracer(Q),
         NotImplementedError,
-        "is traced by JAX (jit, grad or vmap), and tilefold has no frontend for JAX yet: call it on"
-        " arrays outside of the transformation, or in jax.pure_callback",
+        "is traced by JAX, and other arguments are no JAX arrays: make them some with jnp.asarray,"
+        " or call tilefold.jax.attention",
     ),
 }
 

@@ -15,6 +15,7 @@ joined       results over disjoint keys, joined by PyTorch's operations
 transforms   PyTorch tensors in the transforms of `torch.func`, and dual numbers
 extended     PyTorch tensors beside q, k and v
 torch        PyTorch tensors with autograd
+jax          JAX arrays
 tensorflow   TensorFlow tensors: operators of its graphs, with gradients
 registry     the frontend of arrays, by their class
 """

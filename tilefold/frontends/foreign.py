@@ -113,8 +113,8 @@ def _refuse_traced(name: str, value: Any) -> None:
     """Raises NotImplementedError for what JAX or TensorFlow trace or differentiate."""
     if isinstance(value, getattr(sys.modules.get("jax.core"), "Tracer", ())):
         raise NotImplementedError(
-            f"{name} is traced by JAX (jit, grad or vmap), and tilefold has no frontend for JAX"
-            " yet: call it on arrays outside of the transformation, or in jax.pure_callback"
+            f"{name} is traced by JAX, and other arguments are no JAX arrays: make them some with"
+            " jnp.asarray, or call tilefold.jax.attention"
         )
     tensorflow = sys.modules.get("tensorflow")
     if not isinstance(value, getattr(tensorflow, "Tensor", ())):

@@ -269,5 +269,6 @@ def _unfold(x: Tensor, size: int) -> Tensor:
 def _repeated(request: Request, q: Tensor, k: Tensor) -> Request:
     """The request for several batches: a rule that asks for the batch counts within one."""
     axes = LAYOUTS[request.layout]
-    mask = repeated(request.mask, q.shape[axes[0]], *[x.shape[axes[2]] for x in (q, k)])
+    len_q, len_k = (x.shape[axes[2]] for x in (q, k))
+    mask = repeated(request.mask, q.shape[axes[0]], len_q, len_k)
     return request.changed(mask=mask)

@@ -13,6 +13,7 @@ NotImplementedError with the reason; no other one takes its place.
 
     torch     on PyTorch tensors
     numpy     on NumPy arrays
+    jax       on JAX arrays
     standard  on arrays of libraries that follow the array API standard, by NumPy's
 """
 

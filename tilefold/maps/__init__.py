@@ -3,5 +3,6 @@
 region  the pairs of a region, and what mask and score say of them
 numpy   both maps of NumPy arrays
 torch   both maps of PyTorch tensors
+jax     both maps of JAX arrays
 doors   the public functions
 """

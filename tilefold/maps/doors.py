@@ -126,4 +126,4 @@ def _frontend(q: Any, k: Any, lse: Any) -> Any:
 
 def _maps(frontend: Any) -> Any:
     """The maps of the arrays of a frontend."""
-    return import_module(f"tilefold.maps.{frontend.__name__.rpartition('.')[2]}")
+    return import_module(f"tilefold.maps.{frontend.__name__.split('.')[2]}")

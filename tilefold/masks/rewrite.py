@@ -57,9 +57,7 @@ def shift(expression: Boolean, q0: int, k0: int) -> Boolean:
     return as_boolean(evaluate(expression, _Renamer({"q": Index("q") + q0, "k": Index("k") + k0})))
 
 
-def repeat(
-    expression: Boolean, batch: int, own: Sequence[int] = (), copies: int = 1
-) -> Boolean:
+def repeat(expression: Boolean, batch: int, own: Sequence[int] = (), copies: int = 1) -> Boolean:
     """An expression over `copies` batches in a row, each of `batch` entries.
 
     The tables of the numbers `own`, which come with each call, have a first axis with an entry for
@@ -89,6 +87,7 @@ class Repeater(_Renamer):
         self.which, self.own, self.copies = Index("b") // batch, own, copies
 
     def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
+        """The entry of the array of the batch, where each batch has an array."""
         if isinstance(table, Given | Input) and table.number in self.own:
             table = replace(table, shape=(self.copies, *table.shape))
             indices = (self.which, *indices)

@@ -6,6 +6,8 @@ tiles        sums over all tiles, and the derivatives that no kernel computes
 handler      the functions that XLA calls, as LLVM text
 lowering     how a pass becomes a part of a compiled program
 batching     `jax.vmap`: the mapped axis joins the batch
+joined       results over disjoint keys, joined: of `merge`, and with sinks
 primitives   attention, its backward pass and its forward mode as primitives of JAX
 calls        calls of `tilefold.attention` on JAX arrays
+nn           attention with the meaning of `jax.nn.dot_product_attention`
 """

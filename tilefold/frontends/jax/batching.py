@@ -24,9 +24,7 @@ def looped(
     call: Callable[..., Any], args: Sequence[Any], dims: Axes
 ) -> tuple[Any, tuple[int, ...]]:
     """The results of a call for each entry of an axis, computed one after the other."""
-    mapped = [
-        jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True) if dim is not None
-    ]
+    mapped = [jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True) if dim is not None]
 
     def one(entries: Sequence[Any]) -> Any:
         left = iter(entries)
@@ -38,7 +36,7 @@ def looped(
 
 def size_of(args: Sequence[Any], dims: Axes) -> int:
     """The length of the mapped axis."""
-    return next(x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None)
+    return int(next(x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None))
 
 
 def merged(
@@ -59,7 +57,9 @@ def merged(
     axes = LAYOUTS[request.layout]
     shape_q, shape_k = _without(q.shape, dim_q), _without(k.shape, dim_k)
     apart = frozenset(
-        name for name, (_, dim) in named.items() if _is_array(name) and (dim is not None or name in own)
+        name
+        for name, (_, dim) in named.items()
+        if _is_array(name) and (dim is not None or name in own)
     )
     found = []
     for name, (x, dim) in named.items():
@@ -70,7 +70,8 @@ def merged(
         else:
             x = _in_front(x, dim, size)
             found.append(x.reshape(size * x.shape[1], *x.shape[2:]))
-    sizes = Sizes(*[shape_q[axes[n]] for n in (0, 1, 2)], shape_k[axes[2]])
+    batch, heads, len_q = (shape_q[axes[n]] for n in (0, 1, 2))
+    sizes = Sizes(batch, heads, len_q, shape_k[axes[2]])
     own_data, own_inputs = (
         [int(name.removeprefix(start)) for name in apart if name.startswith(start)]
         for start in ("data", "input")

@@ -21,6 +21,7 @@ from tilefold.common.foreign_arrays import is_traced
 from tilefold.frontends import operation
 from tilefold.frontends.jax import primitives
 from tilefold.frontends.jax.joined import joined
+from tilefold.frontends.jax.lowering import described, results_of
 from tilefold.frontends.operation import Holding, extended_request, taken
 from tilefold.masks.tables import Input
 from tilefold.problems.attention import STATISTICS, check_parts
@@ -122,6 +123,21 @@ def attention_backward(
         )
         results[place] = results[place].reshape(sinks.shape).astype(sinks.dtype)
     return tuple(results)
+
+
+def prepared(
+    q: Any, k: Any, v: Any, request: Request | Holding, extra: Extra
+) -> tuple[Request, dict[str, Array]]:
+    """The request and the operands by their names, for other implementations.
+
+    Raises as the kernels' own call does.
+    """
+    given = _placed(("q", "k", "v"), (q, k, v))
+    plain, extra = taken(request, extra)
+    plain, more = _arrays_of(extra, plain, given[0])
+    wanted, every = FORWARD.plus(extra.names), (*given, *more)
+    results_of(wanted, plain, described(wanted, every))
+    return plain, dict(zip(wanted.given, every, strict=True))
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, Array]:

@@ -16,9 +16,8 @@ import ctypes
 import functools
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -59,7 +58,7 @@ def register() -> bool:
     kind = {"type_id": _capsule(_words() + 8 * _TYPE), "type_info": _capsule(_info())}
     jax.ffi.register_ffi_type(TARGET, kind, platform="cpu")
     stages = {
-        "instantiate": _capsule(ctypes.cast(_instantiate, ctypes.c_void_p).value),
+        "instantiate": _capsule(ctypes.cast(_CALLBACK, ctypes.c_void_p).value),
         "execute": _capsule(_handler().address),
     }
     jax.ffi.register_ffi_target(TARGET, stages, platform="cpu")
@@ -102,13 +101,17 @@ def _attributes(frame: int) -> dict[str, str]:
 
 
 class _TypeInfo(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_size_t), ("extension", ctypes.c_void_p)] + [
-        (name, ctypes.c_void_p) for name in ("deleter", "serialize", "deserialize")
+    _fields_: ClassVar = [
+        ("size", ctypes.c_size_t),
+        ("extension", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("serialize", ctypes.c_void_p),
+        ("deserialize", ctypes.c_void_p),
     ]
 
 
 class _Error(ctypes.Structure):
-    _fields_ = [
+    _fields_: ClassVar = [
         ("size", ctypes.c_size_t),
         ("extension", ctypes.c_void_p),
         ("message", ctypes.c_char_p),
@@ -158,8 +161,8 @@ def _immortal(value: Any) -> Any:
     return value
 
 
-@_Function
-def _instantiate(frame: int) -> int | None:
+def _instantiate(frame: int) -> Any:
+    """Read the operation of a call, and leave its record with XLA; an error if it cannot be."""
     extension = _word(frame + 8)
     if extension and _half(extension + 8) == 1:
         return _Function(_handler().address)(frame)  # the question is the same, and so the answer
@@ -178,6 +181,9 @@ def _instantiate(frame: int) -> int | None:
     return _Function(_word(api + _STATE_SET))(_address(every))
 
 
+_CALLBACK = _Function(_instantiate)
+
+
 # Native code ------------------------------------------------------------------------------------
 
 _RUNNER, _TYPE, _DELETER = range(3)
@@ -185,9 +191,9 @@ _RUNNER, _TYPE, _DELETER = range(3)
 
 
 @functools.cache
-def _handler() -> runtime.Loaded:
+def _handler() -> Any:
     loaded = undisturbed(lambda: runtime.kernel(_SOURCE, "tilefold_xla", host()))
-    return _immortal(loaded)  # type: ignore[no-any-return]
+    return _immortal(loaded)
 
 
 @functools.cache
@@ -336,4 +342,3 @@ no_memory:
   ret ptr %report_error
 }
 """
-

@@ -65,7 +65,9 @@ def _called_back(ctx: Any, wanted: Pass, request: Request) -> Any:
 
 @functools.cache
 def _warn() -> None:
-    found, known = (".".join(map(str, each or "?")) for each in (handler.version(), handler.KNOWN[-1]))
+    found, known = (
+        ".".join(map(str, each or "?")) for each in (handler.version(), handler.KNOWN[-1])
+    )
     warnings.warn(
         f"this JAX has version {found} of XLA's foreign functions, and tilefold knows those up to"
         f" {known}: it calls Python for each attention, which takes 0.2 ms more",

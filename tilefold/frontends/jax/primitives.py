@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from tilefold.backends.protocols import BACKWARD_LOW, FORWARD, Pass
+from tilefold.backends.protocols import BACKWARD, BACKWARD_LOW, FORWARD, Pass
 from tilefold.frontends.jax import tiles
 from tilefold.frontends.jax.batching import looped, merged, split
 from tilefold.frontends.jax.joined import with_sinks
@@ -204,7 +204,7 @@ def _backward_batch(args: Arrays, dims: Any, *, wanted: Pass, request: Request) 
     named = dict(zip(wanted.given, zip(args, dims, strict=True), strict=True))
     names = tuple([name for name in wanted.given if name != "sinks"])
     results = tuple([name for name in wanted.results if name != "dsinks"])
-    plain = Pass.plus(BACKWARD_LOW if "lse_low" in names else BACKWARD, (), ()) 
+    plain = BACKWARD_LOW if "lse_low" in names else BACKWARD
     extra = names[len(plain.given) :]
     plain = plain.plus(extra, results[3:])
     found, joined, size = merged(

@@ -72,23 +72,24 @@ class Modification:
         )
         return value, slope, slopes
 
-    def _function(self, tree: Real, indices: Indices, hidden: Array) -> Callable[..., Array]:
+    def _function(self, tree: Real, indices: Indices, hidden: Array) -> Any:
         """A tree as a function of scores and entries, differentiable any number of times."""
 
-        @jax.custom_jvp
         def function(s: Array, *entries: Array) -> Array:
             value = self._fold(tree, s, entries, indices)
             return jnp.where(hidden, 0, value).astype(s.dtype)
 
-        @function.defjvp
+        made: Any = jax.custom_jvp(function)
+
         def along(primals: Any, tangents: Any) -> Any:
             total = jnp.zeros_like(primals[0])
             for slope, tangent in zip(self._slopes(tree), tangents, strict=True):
                 if slope is not ZERO:
                     total = total + self._function(slope, indices, hidden)(*primals) * tangent
-            return function(*primals), total
+            return made(*primals), total
 
-        return function
+        made.defjvp(along)
+        return made
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  # a modification is kept no longer than its call
     def _slopes(self, tree: Real) -> list[Real]:
@@ -111,9 +112,7 @@ def visible(expression: Expression, indices: Indices, data: Mapping[int, Array])
 class _Traced(Interpretation[Any]):
     """The value of a node is an array or a number; all of them broadcast."""
 
-    def __init__(
-        self, indices: Indices, data: Mapping[int, Array], s: Array | None = None
-    ) -> None:
+    def __init__(self, indices: Indices, data: Mapping[int, Array], s: Array | None = None) -> None:
         self._indices, self._data, self._s = indices, data, s
 
     def index(self, name: str) -> Any:
@@ -211,9 +210,7 @@ def _philox(counter: Sequence[Array], seed: Array) -> tuple[Array, ...]:
     """The four words of a counter."""
     c0, c1, c2, c3 = counter
     for number in range(ROUNDS):
-        k0, k1 = (
-            seed[n] + np.uint32(number * step & 0xFFFFFFFF) for n, step in enumerate(WEYL)
-        )
+        k0, k1 = (seed[n] + np.uint32(number * step & 0xFFFFFFFF) for n, step in enumerate(WEYL))
         (high, low), (upper, lower) = _product(MULTIPLIERS[0], c0), _product(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = upper ^ c1 ^ k0, lower, high ^ c3 ^ k1, low
     return c0, c1, c2, c3

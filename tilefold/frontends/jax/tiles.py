@@ -115,6 +115,40 @@ def forward(request: Request, named: Named, moves: Named) -> tuple[Array, Array]
     return call.as_rows(to, named["o"]), xi.reshape(named["lse"].shape)
 
 
+def whole(request: Request, named: Named) -> tuple[Array, Array, Array]:
+    """o, lse and the largest score, of all pairs at once."""
+    call = _Call.of(request, named)
+    problem = call.problem
+    pairs = call.pairs(0, 0, problem.len_q, problem.len_k)
+    q, k, v = call.rows(named["q"]), call.keys(named["k"]), call.keys(named["v"])
+    s, hidden, _, _ = call.scores(pairs, q, k, call.inputs(named))
+    s = jnp.where(hidden, -jnp.inf, s)
+    largest = s.max(-1, initial=-jnp.inf)
+    if problem.sinks:
+        sinks = named["sinks"].reshape(1, *call.heads, 1, -1).astype(call.kind)
+        s = jnp.concatenate((s, jnp.broadcast_to(sinks, (*s.shape[:-1], problem.sinks))), -1)
+    nothing = (s == -jnp.inf).all(-1)
+    top = jax.lax.stop_gradient(jnp.where(nothing, 0, s.max(-1, initial=-jnp.inf)))
+    p = jnp.where(s == -jnp.inf, 0, jnp.exp(jnp.where(s == -jnp.inf, 0, s - top[..., None])))
+    total = jnp.where(nothing, 1, p.sum(-1))
+    lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
+    p = p[..., : problem.len_k] / total[..., None]
+    if problem.dropout:
+        p = p * dropped(named["seed"], problem.dropout, pairs.indices, call.kind)
+    o = jnp.einsum("bhgqk,bhkd->bhgqd", p, v)
+    rows = problem.batch, problem.heads_q, problem.len_q
+    return call.as_rows(o, named["q"]), lse.reshape(rows), largest.reshape(rows)
+
+
+def shown(request: Request, named: Named) -> Array:
+    """The pairs that a mask shows, (batch, heads, queries, keys)."""
+    call = _Call.of(request, named)
+    problem = call.problem
+    hidden = call.pairs(0, 0, problem.len_q, problem.len_k).hidden
+    sizes = problem.batch, *call.heads, problem.len_q, problem.len_k
+    return ~jnp.broadcast_to(hidden, sizes).reshape(sizes[0], problem.heads_q, *sizes[3:])
+
+
 def gradient_of_sinks(
     do: Array, o: Array, lse: Array, dlse: Array | None, sinks: Array, layout: str
 ) -> Array:
@@ -227,18 +261,32 @@ class _Call:
         """The inverse of `keys`."""
         return x.transpose(self.axes).astype(like.dtype)
 
+    def scores(
+        self, pairs: _Pairs, q: Array, k: Array, arrays: Mapping[int, Array]
+    ) -> tuple[Array, Array, Any, Sequence[Array]]:
+        """The scores of pairs, which of them are hidden, and the derivatives of F."""
+        s = self.problem.scale * jnp.einsum("bhgqd,bhkd->bhgqk", q, k)
+        hidden = jnp.broadcast_to(pairs.hidden, s.shape)
+        if self.score is None:
+            return s, hidden, 1.0, []
+        read = self.score.read(arrays, pairs.indices)
+        plain_s, plain_read = jax.lax.stop_gradient((s, read))
+        unseen = self.score.value(plain_s, plain_read, pairs.indices)
+        hidden = hidden | (unseen == -jnp.inf)
+        s, slope, slopes = self.score.both(s, read, pairs.indices, hidden)
+        return s, hidden, slope, slopes
+
     def weights(
-        self, pairs: _Pairs, q: Array, k: Array, shift: Array, arrays: Mapping[int, Array],
+        self,
+        pairs: _Pairs,
+        q: Array,
+        k: Array,
+        shift: Array,
+        arrays: Mapping[int, Array],
         named: Named,
     ) -> _Weights:
         """The weights of a tile, 0 for hidden pairs."""
-        s = self.problem.scale * jnp.einsum("bhgqd,bhkd->bhgqk", q, k)
-        hidden, slope, slopes = jnp.broadcast_to(pairs.hidden, s.shape), 1.0, []
-        if self.score is not None:
-            read = self.score.read(arrays, pairs.indices)
-            unseen = self.score.value(*jax.lax.stop_gradient((s, read)), pairs.indices)
-            hidden = hidden | (unseen == -jnp.inf)
-            s, slope, slopes = self.score.both(s, read, pairs.indices, hidden)
+        s, hidden, slope, slopes = self.scores(pairs, q, k, arrays)
         p = jnp.where(hidden, 0, jnp.exp(jnp.where(hidden, 0, s) - shift[..., None]))
         z: Any = 1.0
         if self.problem.dropout:
@@ -256,10 +304,10 @@ class _Call:
         cut_rows = jax.tree.map(lambda x: _cut(x, 3, in_rows), rows)
         cut_keys = jax.tree.map(lambda x: _cut(x, 2, in_keys), keys)
 
-        @jax.checkpoint
-        def one(i: Array, j: Array, row: Tree, key: Tree) -> Tree:
-            return tile(self._pairs(i * in_rows, j * in_keys, in_rows, in_keys), row, key)
+        def tile_of(i: Array, j: Array, row: Tree, key: Tree) -> Tree:
+            return tile(self.pairs(i * in_rows, j * in_keys, in_rows, in_keys), row, key)
 
+        one: Any = jax.checkpoint(tile_of)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         shapes = jax.eval_shape(one, number, number, _first(cut_rows), _first(cut_keys))
         varying = frozenset().union(*map(axes_of, jax.tree.leaves((rows, keys))))
@@ -267,14 +315,15 @@ class _Call:
         def nothing(tree: Tree, *more: int) -> Tree:
             return jax.tree.map(lambda x: zeros((*more, *x.shape), x.dtype, varying), tree)
 
-        @jax.checkpoint
-        def column(j: Array, key: Tree, cut_rows: Tree) -> Tree:
+        def column_of(j: Array, key: Tree, cut_rows: Tree) -> Tree:
             def step(total: Tree, given: Tree) -> Tree:
                 i, row = given
                 of_row, *others = one(i, j, row, key)
                 return _sum(total, others), of_row
 
             return jax.lax.scan(step, nothing([*shapes[1:]]), (_count(cut_rows), cut_rows))
+
+        column: Any = jax.checkpoint(column_of)
 
         def step(total: Tree, given: Tree) -> Tree:
             (of_key, of_arrays), of_rows = column(*given, cut_rows)
@@ -289,7 +338,8 @@ class _Call:
             of_arrays,
         )
 
-    def _pairs(self, q0: Array, k0: Array, in_rows: int, in_keys: int) -> _Pairs:
+    def pairs(self, q0: Any, k0: Any, in_rows: int, in_keys: int) -> _Pairs:
+        """The pairs of a tile that begins at a query and a key."""
         problem = self.problem
         heads = jnp.arange(problem.heads_q, dtype=jnp.int32).reshape(1, *self.heads, 1, 1)
         q = (q0 + jnp.arange(in_rows, dtype=jnp.int32))[:, None]

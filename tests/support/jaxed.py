@@ -1,0 +1,23 @@
+"""JAX for tests, which are skipped where it is missing: two devices of the CPU, set before it starts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+os.environ["XLA_FLAGS"] = " ".join(
+    filter(None, (os.environ.get("XLA_FLAGS"), "--xla_force_host_platform_device_count=2"))
+)
+
+jax: Any
+jnp: Any
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError:
+    jax = jnp = None
+
+needs = [pytest.mark.slow, pytest.mark.skipif(jax is None, reason="jax is not installed")]
+"""The marks of a file of tests with JAX."""
