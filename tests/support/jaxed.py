@@ -1,4 +1,4 @@
-"""JAX for tests, which are skipped where it is missing: two devices of the CPU, set before it starts."""
+"""JAX for tests, which are skipped where it is missing; the CPU is two devices."""
 
 from __future__ import annotations
 
