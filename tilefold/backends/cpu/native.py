@@ -17,7 +17,6 @@ own.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +27,7 @@ from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.dispatch import KEPT_BYTES, WORKSPACE, Call
 from tilefold.common.first_use import undisturbed
+from tilefold.common.single_flight import once
 
 Words = NDArray[np.int64]
 
@@ -91,7 +91,7 @@ def runner() -> int:
     return _loaded().address
 
 
-@functools.lru_cache(maxsize=1)
+@once(most=1)  # of two that threads make at once, one would be unloaded while it runs
 def _loaded() -> runtime.Loaded:
     source = _SOURCE.format(workspace=WORKSPACE, kept=KEPT_BYTES, parallel=threads.parallel_call())
     return undisturbed(lambda: runtime.kernel(source, "tilefold_run", host()))
