@@ -31,7 +31,7 @@ from tilefold.backends.cpu import native
 from tilefold.backends.extra import Extra
 from tilefold.backends.protocols import BACKWARD, FORWARD, Pass
 from tilefold.frontends.operation import Holding, Operation, extended_request, request_of, taken
-from tilefold.problems.request import Request
+from tilefold.problems.request import LAYOUTS, Request
 
 SHAPE = (2, 4, 100, 16)
 
@@ -213,6 +213,17 @@ def test_traced_arrays_of_masks_come_with_the_call(name: str, tracing: type[Trac
     gradients = tilefold.attention_backward(do, q, k, v, expected, expected_lse, mask=make(*data))
     for one, other in zip(found, gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["bnhd", "bhdn"])
+def test_arrays_of_masks_have_no_layout(layout: str, tracing: type[Tracer]) -> None:  # noqa: F811
+    axes = LAYOUTS[layout]
+    q, k, v = (np.ascontiguousarray(array.transpose(axes)) for array in arrays(3))
+    holding = request_of(dense(tracing(_SEEN)), None, layout, "highest")
+    request, extra = taken(holding, Extra((), ()))
+    o, _ = run(Operation(FORWARD.plus(extra.names), request), q, k, v, _SEEN)
+    expected = tilefold.attention(q, k, v, mask=dense(_SEEN), layout=layout)
+    np.testing.assert_allclose(o, expected, atol=2e-6)
 
 
 def test_an_array_of_a_mask_and_of_a_score_travel_together(tracing: type[Tracer]) -> None:  # noqa: F811

@@ -363,10 +363,13 @@ def _placement(strides: Mapping[str, Strides], alignment: int, axes: Axes) -> Pl
 
 
 def _canonical(strides: Mapping[str, Strides], axes: Axes) -> dict[str, Strides]:
-    """The strides in the order of the canonical axes; lse, with three, and extra arrays stay."""
+    """The strides in the order of the canonical axes.
+
+    Those of lse, which has three, of extra arrays and of their gradients (`dinput0`) stay.
+    """
     return {
         name: tuple([found[axis] for axis in axes])
-        if len(found) == len(axes) and not is_extra(name.removeprefix("d"))
+        if len(found) == len(axes) and not (is_extra(name) or is_extra(name[1:]))
         else found
         for name, found in strides.items()
     }
