@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from tilefold import api
-from tilefold.frontends.tensorflow import library, operators, sequences
+from tilefold.frontends.tensorflow import compiled, library, operators, sequences
 
 __all__ = [
     "attention",
@@ -27,6 +27,7 @@ __all__ = [
 if library.missing() is None:
     operators.registered()
     sequences.registered()
+compiled.missing()  # registers what XLA calls
 
 
 def attention(q: Any, k: Any, v: Any, **options: Any) -> Any:

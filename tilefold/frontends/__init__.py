@@ -9,6 +9,7 @@ outside      functions that a compiler runs outside of its graphs
 spelled      requests spelled in plain constants, for `torch.compile`
 written      requests as text that outlives the process
 operation    what a graph of another framework computes
+xla          the functions that XLA calls, of JAX and of TensorFlow
 operators    PyTorch's operators, for `torch.compile`
 derivatives  second derivatives and forward mode of PyTorch tensors
 joined       results over disjoint keys, joined by PyTorch's operations

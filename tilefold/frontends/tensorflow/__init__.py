@@ -7,6 +7,7 @@ registering  operators in TensorFlow's registry
 passes       from a forward pass to its gradients
 operators    the operators of attention
 outside      calls where TensorFlow takes no operator
+compiled     passes in what XLA compiles
 joined       results over disjoint keys
 tensors      calls on tensors
 sequences    attention between sequences of one or two dimensions, channels first

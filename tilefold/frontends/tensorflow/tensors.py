@@ -16,7 +16,7 @@ from tilefold.backends.extra import NOTHING, Extra, rows_of
 from tilefold.backends.protocols import BACKWARD, FORWARD_LOW, Pass, spoken
 from tilefold.frontends.numpy import as_array
 from tilefold.frontends.operation import Holding, Operation, extended_request, request_of, taken
-from tilefold.frontends.tensorflow import joined, library, operators, outside
+from tilefold.frontends.tensorflow import compiled, joined, library, operators, outside
 from tilefold.frontends.tensorflow.passes import statistics
 from tilefold.problems.attention import STATISTICS, check_parts, common_dtype
 from tilefold.problems.dropout import check_probability, check_seed
@@ -135,8 +135,6 @@ def extra_tensors(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:
             tensor = as_array(spoken(name), array)
         tensor = tf.convert_to_tensor(tensor)
         if name == "sinks":
-            if not tensor.dtype.is_floating:
-                raise TypeError(f"sinks must be an array of floats, got {tensor.dtype.name}")
             tensor = tf.cast(rows_of(tensor), statistics(q))
         found.append(tensor)
     return tuple(found)
@@ -144,14 +142,16 @@ def extra_tensors(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:
 
 def takes_operators() -> bool:
     """True where TensorFlow takes operators of ours: not in what XLA compiles."""
-    return library.missing() is None
+    return library.missing() is None and not compiled.is_compiled()
 
 
 def run(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results of a pass: by an operator, or by Python."""
+    """The results of a pass: by an operator, by XLA, or by Python."""
     if not tf.executing_eagerly():
         _check(wanted, request, given)
-    if not takes_operators():
+    if compiled.is_compiled():
+        return compiled.run(wanted, request, given)
+    if library.missing():
         return outside.called(wanted, request, given)
     if wanted.operation == "forward":
         return operators.attention(wanted, request, given)
