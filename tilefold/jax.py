@@ -23,6 +23,7 @@ from jax import Array
 from jax.export import DisabledSafetyCheck
 
 from tilefold import api
+from tilefold.frontends import xla
 from tilefold.frontends.jax import handler, nn
 from tilefold.frontends.jax.calls import as_jax
 from tilefold.implementations import KERNEL
@@ -31,7 +32,7 @@ from tilefold.scores.score import Score
 
 __all__ = ["EXPORT_CHECKS", "attention", "attention_fn", "dot_product_attention"]
 
-EXPORT_CHECKS = (DisabledSafetyCheck.custom_call(handler.TARGET),)
+EXPORT_CHECKS = (DisabledSafetyCheck.custom_call(xla.TARGET),)
 """What `jax.export.export(..., disabled_checks=EXPORT_CHECKS)` must not check: it knows only XLA's
 own calls. tilefold reads the text of a call of its own version, and refuses others in one line."""
 

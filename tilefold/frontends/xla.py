@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from typing import Any, ClassVar
 
 from tilefold.backends.cpu import native, runtime
@@ -107,17 +108,19 @@ class _Instance:
 
 
 _instances: list[_Instance] = []
+_lock = threading.Lock()
 
 
 def _instance(call: NativeCall) -> int:
     """The address of the words of a new instance; those of executables that are gone go."""
-    for old in _instances:
-        if old.words[1]:
-            old.call, old.words[1] = call, 0
-            old.words[0] = call.address
-            return ctypes.addressof(old.words)
-    _instances.append(_Instance(call))
-    return ctypes.addressof(_instances[-1].words)
+    with _lock:
+        for old in _instances:
+            if old.words[1]:
+                old.call, old.words[1] = call, 0
+                old.words[0] = call.address
+                return ctypes.addressof(old.words)
+        _instances.append(_Instance(call))
+        return ctypes.addressof(_instances[-1].words)
 
 
 def _immortal(value: Any) -> Any:

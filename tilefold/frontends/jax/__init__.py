@@ -3,7 +3,7 @@
 varying      the mesh axes over which arrays vary, in `jax.shard_map`
 scores       modified scores, masks and dropout of some pairs, in operations of JAX
 tiles        sums over all tiles, and the derivatives that no kernel computes
-handler      the functions that XLA calls, as LLVM text
+handler      the registration of what XLA calls
 lowering     how a pass becomes a part of a compiled program
 batching     `jax.vmap`: the mapped axis joins the batch
 joined       results over disjoint keys, joined: of `merge`, and with sinks

@@ -15,6 +15,7 @@ from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
 from tilefold.backends.protocols import Pass
 from tilefold.backends.registry import machine
+from tilefold.frontends import xla
 from tilefold.frontends.jax import handler
 from tilefold.frontends.operation import Operation
 from tilefold.frontends.written import text_of
@@ -48,7 +49,7 @@ def lower(ctx: Any, *operands: Any, wanted: Pass, request: Request) -> Any:
         "operation": Operation(wanted, request).text,
         "given": text_of(described(wanted, ctx.avals_in)),
     }
-    return jax.ffi.ffi_lowering(handler.TARGET)(ctx, *operands, **texts)
+    return jax.ffi.ffi_lowering(xla.TARGET)(ctx, *operands, **texts)
 
 
 def _called_back(ctx: Any, wanted: Pass, request: Request) -> Any:
@@ -65,9 +66,7 @@ def _called_back(ctx: Any, wanted: Pass, request: Request) -> Any:
 
 @functools.cache
 def _warn() -> None:
-    found, known = (
-        ".".join(map(str, each or "?")) for each in (handler.version(), handler.KNOWN[-1])
-    )
+    found, known = (".".join(map(str, each or "?")) for each in (handler.version(), xla.KNOWN[-1]))
     warnings.warn(
         f"this JAX has version {found} of XLA's foreign functions, and tilefold knows those up to"
         f" {known}: it calls Python for each attention, which takes 0.2 ms more",
