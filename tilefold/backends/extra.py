@@ -147,4 +147,9 @@ def _sinks_of_head(sinks: Any) -> int:
     shape = tuple(sinks.shape)
     if not 1 <= len(shape) <= 2 or 0 in shape[1:]:
         raise ValueError(f"sinks must have shape (heads,) or (heads, number), got {shape}")
+    if None in shape[1:]:
+        raise NotImplementedError(
+            "sinks must have a number of them for each head that is known while the function is"
+            f" traced, got shape {shape}"
+        )
     return int(shape[1]) if len(shape) == 2 else 1

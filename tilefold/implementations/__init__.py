@@ -11,10 +11,11 @@ each implementation, all with the arguments of `Implementation`. Calls of "kerne
 frontends and not through this folder. An implementation that cannot do a call raises
 NotImplementedError with the reason; no other one takes its place.
 
-    torch     on PyTorch tensors
-    numpy     on NumPy arrays
-    jax       on JAX arrays
-    standard  on arrays of libraries that follow the array API standard, by NumPy's
+    torch       on PyTorch tensors
+    numpy       on NumPy arrays
+    jax         on JAX arrays
+    tensorflow  on TensorFlow tensors
+    standard    on arrays of libraries that follow the array API standard, by NumPy's
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def compare(got: dict[str, Any], want: dict[str, Array], dtype: str) -> None:
 @pytest.mark.feature("T01", "T03", "T04", "T05", "T06", "T09")
 @pytest.mark.parametrize("number", range(0, len(RULES), 3), ids=[*RULES][::3])
 def test_rules(number: int) -> None:
-    """Eager, with gradients; types and layouts take turns."""
+    """Eager, with gradients, and composed; types and layouts take turns."""
     tf = framework()
     mask = [*RULES.values()][number](SIZES)
     dtype, layout = TYPES[number % 4], ORDERS[number % 3]
@@ -69,6 +69,11 @@ def test_rules(number: int) -> None:
 
     results, gradients = with_gradients(call, laid[:3], [laid[3], given["dlse"]][:1])
     assert [x.dtype.name for x in results] == [dtype, STATISTICS[dtype]]
+    again, lse_again = tilefold.attention(
+        *laid[:3], mask=mask, layout=layout, return_lse=True, impl="composed"
+    )
+    composed = {"o": tf.transpose(again, axes), "lse": lse_again}
+    compare(composed, {"o": o, "lse": lse}, dtype)
     names = ("o", "dq", "dk", "dv")
     got = {
         name: tf.transpose(tensor, axes)
@@ -132,3 +137,41 @@ def test_variants(name: str) -> None:
     order = ["q", "k", "v", *[f"input{place}" for place in places], *["sinks"] * len(sunk)]
     got |= {f"d{name}": x for name, x in zip(order, gradients, strict=True)}
     compare(got, want, dtype)
+
+
+@pytest.mark.parametrize("name", ["several in order", "all functions", "all together"])
+def test_composed(name: str) -> None:
+    """The same by two products and a softmax of TensorFlow, and by its own gradients."""
+    tf, variant = framework(), VARIANTS[name]
+    sizes = Sizes(2, 4, *lengths_of(variant, 24, 30))
+    given = drawn(sizes, "float64", **({"sinks": (4, variant.sinks)} if variant.sinks else {}))
+    held = [tf.constant(np.ascontiguousarray(array)) for array in arrays_of(variant, sizes)]
+    tensors = [tf.constant(given[letter]) for letter in "qkv"] + held
+    tensors += [tf.constant(given["sinks"])] if variant.sinks else []
+
+    def call(impl: str) -> Any:
+        def run(*given: Any) -> Any:
+            return tilefold.attention(
+                *given[:3],
+                mask=variant.mask,
+                score=variant.score and variant.score(*given[3 : 3 + len(held)]),
+                sinks=given[-1] if variant.sinks else None,
+                dropout=variant.dropout,
+                seed=SEED,
+                return_lse=True,
+                return_max=True,
+                impl=impl,
+            )
+
+        return with_gradients(run, tensors, [1.0, 2.0])
+
+    (results, slopes), (want, exact) = call("composed"), call("kernel")
+    for got, kernels in zip((*results, *slopes), (*want, *exact), strict=True):
+        assert_near(name, got, kernels, 1e-5 if got.dtype == tf.float32 else 1e-12)
+
+
+def test_other_implementations_are_refused() -> None:
+    q = framework().zeros((1, 1, 2, 8))
+    for impl, words in (("native", "TensorFlow has none"), ("tensorops", "runs on Apple GPUs")):
+        with pytest.raises(NotImplementedError, match=words):
+            tilefold.attention(q, q, q, impl=impl)

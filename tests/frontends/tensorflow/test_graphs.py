@@ -420,15 +420,16 @@ def test_errors(qkv: list[Tensor]) -> None:
 
 @pytest.mark.feature("T15")
 def test_gradients_that_would_be_lost_are_refused(qkv: list[Tensor]) -> None:
+    import tilefold.tensorflow
+
     tf = framework()
-    q, k, v = qkv
     with tf.GradientTape() as tape:
-        tape.watch(q)
+        tape.watch(qkv[0])
         with tf.GradientTape() as inner:
-            inner.watch(q)
-            found = tf.reduce_sum(tilefold.attention(q, k, v))
-        with pytest.raises(NotImplementedError, match="are not differentiable on TensorFlow's"):
-            tape.gradient(inner.gradient(found, q), q)
+            inner.watch(qkv[0])
+            found = tf.reduce_sum(tilefold.tensorflow.full_1d(*[qkv[0]] * 3))
+        with pytest.raises(NotImplementedError, match="between sequences have no gradients"):
+            tape.gradient(inner.gradient(found, qkv[0]), qkv[0])
     (bias,) = drawn((12, 15))
     arrays = [*map(np.asarray, qkv)]
     with tf.GradientTape() as tape:
@@ -437,6 +438,45 @@ def test_gradients_that_would_be_lost_are_refused(qkv: list[Tensor]) -> None:
             tilefold.attention(*arrays, score=tilefold.bias(bias))
     with pytest.raises(NotImplementedError, match=r"traced by tf.function, so q, k and v must be"):
         tf.function(lambda b: tilefold.attention(*arrays, score=tilefold.bias(b)))(bias)
+
+
+@pytest.mark.feature("T09")
+def test_second_derivatives(qkv: list[Tensor]) -> None:
+    """They are those of the composed implementation, whose gradients are TensorFlow's own."""
+    tf = framework()
+    given = [tf.cast(x, tf.float64) for x in (*qkv, *drawn((4, 12, 15), (4, 1)))]
+    slopes = [tf.cast(x, tf.float64) for x in drawn(*[x.shape for x in given])]
+
+    def second(impl: str, *given: Tensor) -> Any:
+        q, k, v, bias, sinks = given
+        with tf.GradientTape() as outer:
+            outer.watch(given)
+            with tf.GradientTape() as inner:
+                inner.watch(given)
+                o, lse = tilefold.attention(
+                    *(q, k, v),
+                    mask=causal("start") & local(4),
+                    score=tilefold.bias(bias),
+                    sinks=sinks,
+                    dropout=0.3,
+                    seed=1,
+                    return_lse=True,
+                    impl=impl,
+                )
+                loss = tf.reduce_sum(tf.sin(o)) + tf.reduce_sum(tf.cos(lse))
+            first = inner.gradient(loss, given)
+            total = tf.add_n([tf.reduce_sum(x * y) for x, y in zip(first, slopes, strict=True)])
+        return outer.gradient(total, given)
+
+    want = second("composed", *given)
+    same(second("kernel", *given), want, 1e-12)
+    same(tf.function(second)("kernel", *given), want, 1e-12)
+    unknown = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in given]
+    with pytest.raises(NotImplementedError, match="asks for shapes that are known while"):
+        tf.function(partial(second, "kernel"), input_signature=unknown)(*given)
+    unknown[-1] = tf.TensorSpec((4, None), tf.float64)
+    with pytest.raises(NotImplementedError, match="sinks must have a number of them"):
+        tf.function(partial(second, "kernel"), input_signature=unknown)(*given)
 
 
 def test_seeds_of_dropout(qkv: list[Tensor]) -> None:

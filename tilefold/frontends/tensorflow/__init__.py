@@ -4,7 +4,9 @@ library      the C API that TensorFlow exports
 states       calls that are prepared for shapes, in memory
 compute      the kernel of all operators, as LLVM text
 registering  operators in TensorFlow's registry
-passes       from a forward pass to its gradients
+dropped      the factors of dropout, in operations of TensorFlow
+pairs        attention of all pairs at once, in operations of TensorFlow
+passes       from a pass to its gradients
 operators    the operators of attention
 outside      calls where TensorFlow takes no operator
 compiled     passes in what XLA compiles

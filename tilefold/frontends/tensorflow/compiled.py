@@ -55,15 +55,13 @@ def is_compiled() -> bool:
 
 
 def run(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results of a pass; those of a forward pass are differentiable."""
+    """The results of a pass, which are differentiable."""
     if reason := missing():
         raise NotImplementedError(
             f"the XLA of TensorFlow {tf.__version__} takes no function of tilefold ({reason}): call"
             " it in a tf.function with jit_compile=False"
         )
-    if wanted.operation == "forward":
-        return differentiable(_run, wanted, request, given)
-    return _run(wanted, request, given)
+    return differentiable(_run, wanted, request, given)
 
 
 def _run(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:

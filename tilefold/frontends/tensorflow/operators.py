@@ -15,7 +15,8 @@ import tensorflow as tf
 
 from tilefold.backends.protocols import Pass
 from tilefold.frontends.operation import Operation
-from tilefold.frontends.tensorflow.passes import gradients, statistics
+from tilefold.frontends.tensorflow.pairs import second_gradients, statistics
+from tilefold.frontends.tensorflow.passes import gradients
 from tilefold.frontends.tensorflow.registering import END, Operator, Part, functions, register
 from tilefold.frontends.tensorflow.states import Array, Ready
 from tilefold.problems.request import Request
@@ -121,7 +122,7 @@ def registered() -> dict[str, Callable[..., Any]]:
     """The operators' Python functions, by the layout, and that of the backward pass."""
     every = (*FORWARD.values(), BACKWARD)
     gradients = {operator.name: _gradient for operator in FORWARD.values()}
-    register(every, {**gradients, BACKWARD_NAME: no_second_gradient})
+    register(every, {**gradients, BACKWARD_NAME: _second_gradient})
     made = functions([operator.name for operator in every])
     return dict(zip((*FORWARD, BACKWARD_NAME), made, strict=True))
 
@@ -149,9 +150,7 @@ def _is_wanted(op: Any, place: int) -> bool:
     return not tf.is_symbolic_tensor(tensor) or tensor.op.type not in ("Const", "StopGradient")
 
 
-def no_second_gradient(op: Any, *slopes: Tensor) -> list[Tensor]:
-    """Raises NotImplementedError."""
-    raise NotImplementedError(
-        "the gradients of attention are not differentiable on TensorFlow's tensors: use"
-        " impl='composed' where a second derivative is wanted"
-    )
+def _second_gradient(op: Any, *slopes: Tensor) -> list[Tensor | None]:
+    """The gradients of the backward operator's inputs."""
+    operation = Operation.read(op.get_attr("text").decode())
+    return second_gradients(operation.wanted, operation.request, op.inputs, slopes)

@@ -18,7 +18,8 @@ from tilefold.backends.cpu import native
 from tilefold.backends.protocols import Pass
 from tilefold.frontends.operation import Operation
 from tilefold.frontends.tensorflow.library import missing
-from tilefold.frontends.tensorflow.passes import differentiable, statistics
+from tilefold.frontends.tensorflow.pairs import statistics
+from tilefold.frontends.tensorflow.passes import differentiable
 from tilefold.problems.request import Request
 
 Tensor = Any
@@ -27,11 +28,9 @@ _RUN = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
 
 
 def called(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results of a pass that Python runs; those of a forward pass are differentiable."""
+    """The results of a pass that Python runs; they are differentiable."""
     _warn()
-    if wanted.operation == "forward":
-        return differentiable(_called, wanted, request, given)
-    return _called(wanted, request, given)
+    return differentiable(_called, wanted, request, given)
 
 
 @lru_cache(maxsize=1)

@@ -1,25 +1,21 @@
-"""From a forward pass to the backward pass that gives its gradients."""
+"""From a forward pass to the backward pass that gives its gradients, and to those of the latter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
 
 from tilefold.backends.protocols import BACKWARD_LOW, Pass
-from tilefold.problems.attention import STATISTICS
+from tilefold.frontends.tensorflow.pairs import second_gradients
 from tilefold.problems.request import Request
 
 Tensor = Any
 
 Run = Callable[[Pass, Request, Sequence[Tensor]], tuple[Tensor, ...]]
 """What runs a pass: (wanted, request, given) -> results."""
-
-
-def statistics(tensor: Tensor) -> tf.DType:
-    """The type of lse where a tensor is q."""
-    return tf.as_dtype(STATISTICS[tensor.dtype.name])
 
 
 def gradients(
@@ -54,14 +50,17 @@ def gradients(
 def differentiable(
     run: Run, wanted: Pass, request: Request, given: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The results of a forward pass whose gradients are a backward pass, where `run` has none."""
+    """The results of a pass with its gradients, where `run` has none."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow ships no types
     def call(*tensors: Tensor) -> Any:
         results = run(wanted, request, tensors)
 
         def pulled(*slopes: Tensor) -> list[Tensor | None]:
-            return gradients(run, wanted, request, tensors, results, slopes, lambda _: True)
+            if wanted.operation == "backward":
+                return second_gradients(wanted, request, tensors, slopes)
+            back = partial(differentiable, run)
+            return gradients(back, wanted, request, tensors, results, slopes, lambda _: True)
 
         return results, pulled
 

@@ -21,8 +21,8 @@ import tensorflow as tf
 from tilefold.backends.protocols import BACKWARD_LOW, FORWARD_LOW, Pass
 from tilefold.common.check import choice, flag, whole
 from tilefold.frontends.operation import Operation
-from tilefold.frontends.tensorflow import operators, tensors
-from tilefold.frontends.tensorflow.passes import statistics
+from tilefold.frontends.tensorflow import tensors
+from tilefold.frontends.tensorflow.pairs import statistics
 from tilefold.frontends.tensorflow.registering import END, Operator, Part, functions, register
 from tilefold.frontends.tensorflow.states import Array, Ready
 from tilefold.masks.coordinates import SYNCS
@@ -220,7 +220,7 @@ def registered() -> dict[int, Callable[..., Any]]:
     """The operators' Python functions by the number of axes; 0 is that of the backward pass."""
     every = (*FORWARD.values(), BACKWARD)
     gradients = {operator.name: _gradient for operator in FORWARD.values()}
-    register(every, {**gradients, BACKWARD.name: operators.no_second_gradient})
+    register(every, {**gradients, BACKWARD.name: _no_second_gradient})
     made = functions([operator.name for operator in every])
     return dict(zip((*FORWARD, 0), made, strict=True))
 
@@ -232,6 +232,13 @@ def _gradient(op: Any, do: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         do, *op.inputs, o, [lse, low], text=op.get_attr("text")
     )
     return gradients
+
+
+def _no_second_gradient(op: Any, *slopes: Tensor) -> list[Tensor]:
+    raise NotImplementedError(
+        "gradients of attention between sequences have no gradients: use tilefold.attention where a"
+        " second derivative is wanted"
+    )
 
 
 def attention(

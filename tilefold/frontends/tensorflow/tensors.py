@@ -17,7 +17,7 @@ from tilefold.backends.protocols import BACKWARD, FORWARD_LOW, Pass, spoken
 from tilefold.frontends.numpy import as_array
 from tilefold.frontends.operation import Holding, Operation, extended_request, request_of, taken
 from tilefold.frontends.tensorflow import compiled, joined, library, operators, outside
-from tilefold.frontends.tensorflow.passes import statistics
+from tilefold.frontends.tensorflow.pairs import statistics
 from tilefold.problems.attention import STATISTICS, check_parts, common_dtype
 from tilefold.problems.dropout import check_probability, check_seed
 from tilefold.problems.request import Request
