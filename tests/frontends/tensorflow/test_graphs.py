@@ -283,6 +283,8 @@ import importlib, os, sys
 import numpy as np
 import tensorflow as tf
 folder = sys.argv[1]
+import tilefold.frontends.tensorflow.tensors
+tf.config.threading.set_intra_op_parallelism_threads(1)  # possible until TensorFlow has begun
 try:
     tf.saved_model.load(folder)
 except Exception as error:

@@ -35,7 +35,12 @@ __all__ = [
 
 Tensor = Any
 
-PLAIN: tuple[type, ...] = (type(tf.constant(0.0)),)
+try:
+    from tensorflow.python.framework.ops import EagerTensor
+
+    PLAIN: tuple[type, ...] = (EagerTensor,)
+except ImportError:  # TensorFlow has no public name for it, and a tensor would start its devices
+    PLAIN = ()
 """Array types that always belong to this frontend."""
 
 chance_of = check_probability
