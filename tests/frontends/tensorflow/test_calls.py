@@ -139,6 +139,23 @@ def test_variants(name: str) -> None:
     compare(got, want, dtype)
 
 
+@pytest.mark.feature("J02")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_additive_mask(dtype: str) -> None:
+    """q, k and v (batch, heads, tokens, dim), a scale, and a mask that is added, or none."""
+    tf, random = framework(), np.random.default_rng(2)
+    shapes = (1, 2, 12, 8), (1, 2, 16, 8), (1, 2, 16, 8), (2, 12, 16)
+    q, k, v, added = (random.normal(size=shape).astype(dtype) for shape in shapes)
+    added[:, :, 9:] = -np.inf
+    for mask in (None, added):
+        score = None if mask is None else tilefold.bias(tf.constant(mask))
+        o = tilefold.attention(*map(tf.constant, (q, k, v)), scale=0.3, score=score)
+        s = 0.3 * q.astype("f8") @ k.astype("f8").swapaxes(2, 3) + (0 if mask is None else mask)
+        p = np.exp(s - s.max(3, keepdims=True))
+        want = p / p.sum(3, keepdims=True) @ v.astype("f8")
+        assert_near("o", *arrays(o), want, 1e-2 if dtype == "float16" else 2e-6)
+
+
 @pytest.mark.parametrize("name", ["several in order", "all functions", "all together"])
 def test_composed(name: str) -> None:
     """The same by two products and a softmax of TensorFlow, and by its own gradients."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import assert_near
+from paths import ROOT
 from tensorflow_calls import MARKS, Tensor, framework, with_gradients
 
 import tilefold
@@ -565,3 +566,17 @@ def test_python_where_tensorflow_takes_no_operator(
     same(two(image), wanted)
     with pytest.raises(NotImplementedError, match=r"shapes of Q, K and V must be known.*Q \(\?"):
         tf.function(two, input_signature=[tf.TensorSpec((None,) * 5)])(image)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # models are saved here
+    page = (ROOT / "docs" / "tensorflow.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}  # later blocks go on from earlier ones
+    for number, block in enumerate(blocks):
+        file = tmp_path / f"block{number}.py"  # AutoGraph reads the source of functions
+        small = block if number == 3 else block.replace("2048", "128").replace("512", "32")
+        file.write_text(small, encoding="utf-8")
+        exec(compile(small, str(file), "exec"), names)
+    assert names["O"].shape == (8, 16, 1024)
