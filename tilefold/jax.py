@@ -16,7 +16,7 @@ module first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax import Array
@@ -28,6 +28,7 @@ from tilefold.frontends.jax import handler, nn
 from tilefold.frontends.jax.calls import as_jax
 from tilefold.implementations import KERNEL
 from tilefold.masks.position_rules import Rule, full
+from tilefold.problems.keywords import without_unknown
 from tilefold.scores.score import Score
 
 __all__ = ["EXPORT_CHECKS", "attention", "attention_fn", "dot_product_attention"]
@@ -39,6 +40,7 @@ own calls. tilefold reads the text of a call of its own version, and refuses oth
 handler.register()
 
 
+@without_unknown
 def attention(
     q: Any,
     k: Any,
@@ -55,6 +57,7 @@ def attention(
     return_lse: bool = False,
     return_max: bool = False,
     impl: str = KERNEL,
+    **unknown: NoReturn,
 ) -> Any:
     """Exact attention of JAX arrays: `tilefold.attention`, whose arguments these are.
 
@@ -106,6 +109,7 @@ def attention(
         return_lse=return_lse,
         return_max=return_max,
         impl=impl,
+        **unknown,
     )
 
 

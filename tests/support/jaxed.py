@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
-os.environ["XLA_FLAGS"] = " ".join(
-    filter(None, (os.environ.get("XLA_FLAGS"), "--xla_force_host_platform_device_count=2"))
+_FLAGS = (
+    "--xla_force_host_platform_device_count=2",
+    # XLA's own code runs once here: it compiles in half the time, and runs slower.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
 )
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 
 jax: Any
 jnp: Any

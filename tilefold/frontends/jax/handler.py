@@ -26,17 +26,24 @@ def version() -> tuple[int, int] | None:
     return major, minor
 
 
-@functools.cache
 def register() -> bool:
-    """Tell XLA about the handler, once. False where the version of its interface is not known."""
+    """Tell XLA about the handler, once. False where the version of its interface is not known.
+
+    XLA keeps what it is told until it starts, so this starts nothing.
+    """
     if version() not in xla.KNOWN:
         return False
+    _register()
+    return True
+
+
+@functools.cache
+def _register() -> None:
     handler = xla.Handler()
     kind = {"type_id": _capsule(handler.type_id), "type_info": _capsule(handler.type_info)}
     jax.ffi.register_ffi_type(xla.TARGET, kind, platform="cpu")
     stages = {"instantiate": _capsule(handler.instantiate), "execute": _capsule(handler.execute)}
     jax.ffi.register_ffi_target(xla.TARGET, stages, platform="cpu")
-    return True
 
 
 def _capsule(address: int) -> Any:

@@ -66,27 +66,31 @@ class Modification:
         self, s: Array, entries: Sequence[Array], indices: Indices, hidden: Array
     ) -> tuple[Array, Array, list[Array]]:
         """F, dF/ds, and the derivatives by each entry; all are 0 for hidden pairs."""
-        found = self._slopes(self._score)
-        value, slope, *slopes = (
-            self._function(tree, indices, hidden)(s, *entries) for tree in (self._score, *found)
-        )
+        given = s, list(entries), hidden, dict(indices)
+        trees = self._score, *self._slopes(self._score)
+        value, slope, *slopes = (self._function(tree)(*given) for tree in trees)
         return value, slope, slopes
 
-    def _function(self, tree: Real, indices: Indices, hidden: Array) -> Any:
-        """A tree as a function of scores and entries, differentiable any number of times."""
+    def _function(self, tree: Real) -> Any:
+        """A tree as a function of scores, entries, hidden pairs and indices.
 
-        def function(s: Array, *entries: Array) -> Array:
+        It is differentiable any number of times with respect to the first two. It holds none of
+        the others: JAX may call its derivative where these mean nothing.
+        """
+
+        def function(s: Array, entries: Sequence[Array], hidden: Array, indices: Indices) -> Array:
             value = self._fold(tree, s, entries, indices)
             return jnp.where(hidden, 0, value).astype(s.dtype)
 
         made: Any = jax.custom_jvp(function)
 
-        def along(primals: Any, tangents: Any) -> Any:
-            total = jnp.zeros_like(primals[0])
-            for slope, tangent in zip(self._slopes(tree), tangents, strict=True):
+        def along(given: Any, tangents: Any) -> Any:
+            total = jnp.zeros_like(given[0])
+            moves = tangents[0], *tangents[1]
+            for slope, tangent in zip(self._slopes(tree), moves, strict=True):
                 if slope is not ZERO:
-                    total = total + self._function(slope, indices, hidden)(*primals) * tangent
-            return made(*primals), total
+                    total = total + self._function(slope)(*given) * tangent
+            return made(*given), total
 
         made.defjvp(along)
         return made
