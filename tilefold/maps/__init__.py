@@ -1,8 +1,9 @@
 """Attention maps: the weights of a region, and what keys receive of all queries.
 
-region  the pairs of a region, and what mask and score say of them
-numpy   both maps of NumPy arrays
-torch   both maps of PyTorch tensors
-jax     both maps of JAX arrays
-doors   the public functions
+region      the pairs of a region, and what mask and score say of them
+numpy       both maps of NumPy arrays
+torch       both maps of PyTorch tensors
+jax         both maps of JAX arrays
+tensorflow  both maps of TensorFlow tensors
+doors       the public functions
 """

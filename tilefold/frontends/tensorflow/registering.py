@@ -8,6 +8,7 @@ lives until the process ends: also after this module was loaded again.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class _Registered:
     def __init__(self, operator: Operator, tf: Library) -> None:
         self._operator, self._tf = operator, tf
         self._states: dict[int, State] = {}
+        self._lock = threading.Lock()
         self._shapes, self._create = SHAPES(self._infer), CREATE(self._new_state)
         self._ask = ASK(self._prepared)
         self._define()
@@ -95,6 +97,14 @@ class _Registered:
         name = operator.name.encode()
         kernel = tf.NewKernelBuilder(name, b"CPU", self._create, compute_at, delete_at)
         tf.checked("RegisterKernelBuilder", name, kernel)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew_locks)
+
+    def _renew_locks(self) -> None:
+        """In a forked child: a thread that held a lock is not there."""
+        self._lock = threading.Lock()
+        for state in self._states.values():
+            state.renew_lock()
 
     def _define(self) -> None:
         tf, operator = self._tf, self._operator
@@ -158,11 +168,12 @@ class _Registered:
         status = tf.NewStatus()
         try:
             prepare = self._operator.read(self._text(construction, status))
-            for address in [at for at, state in self._states.items() if state.is_dead]:
-                del self._states[address]
             ask = ctypes.cast(self._ask, ctypes.c_void_p).value or 0
             state = State(prepare, ctypes.addressof(tf.table), ask)
-            self._states[state.address] = state
+            with self._lock:
+                for address in [at for at, old in self._states.items() if old.is_dead]:
+                    del self._states[address]
+                self._states[state.address] = state
             return state.address
         except BaseException as error:
             self._fail(status, error)

@@ -100,6 +100,10 @@ class State:
         self._list: list[_Prepared] = []
         self._left: list[_Prepared] = []
 
+    def renew_lock(self) -> None:
+        """Make a new lock, in a forked child."""
+        self._lock = threading.Lock()
+
     @property
     def is_dead(self) -> bool:
         """True once TensorFlow has deleted the kernel."""
