@@ -13,7 +13,8 @@ from paths import ROOT
 
 pytestmark = pytest.mark.slow  # importing a framework takes seconds
 
-BACKENDS = ("torch",)
+EVERY, ONE = "every_backend.py", "one_backend.py"
+BACKENDS = {"torch": [EVERY, ONE], "jax": [EVERY], "tensorflow": [EVERY]}
 
 
 @pytest.mark.feature("J02", "T01", "T09", "T15")
@@ -24,9 +25,9 @@ def test_keras_runs_here_and_learns(backend: str) -> None:
             pytest.skip(f"{name} is not installed")
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}  # teams would wait for each other
     environment = {**os.environ, **quiet, "KERAS_BACKEND": backend}
-    checks = Path(__file__).with_name("on_backend.py")
+    checks = [str(Path(__file__).with_name(name)) for name in BACKENDS[backend]]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, str(checks)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, *checks], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr

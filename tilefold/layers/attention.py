@@ -10,7 +10,7 @@ from keras import ops
 
 from tilefold.common.check import shown
 from tilefold.layers.settings import rule_of, score_of, text_of
-from tilefold.layers.tensors import Hidden, attend, drawn
+from tilefold.layers.tensors import Hidden, attend, drawn, tensor_of
 from tilefold.masks.position_rules import Rule
 from tilefold.problems.dropout import check_probability
 from tilefold.problems.request import check_precision
@@ -113,7 +113,7 @@ class Attention(keras.layers.Layer):  # type: ignore[misc]  # mypy does not foll
         """Attention with the score, sinks and dropout of the layer, and another mask."""
         options = {"scale": self.scale, "precision": self.precision}
         if self.sinks is not None:
-            options["sinks"] = ops.convert_to_tensor(self.sinks)
+            options["sinks"] = tensor_of(self.sinks)
         if self.generator is not None and training:
             options |= {"dropout": self.dropout, "seed": drawn(self.generator)}
         scores = () if self.score is None else (self.score,)

@@ -17,7 +17,7 @@ from typing import Any
 
 import keras
 
-from tilefold.layers.tensors import Hidden, attend, obstacle
+from tilefold.layers.tensors import Hidden, attend, obstacle, tensor_of
 from tilefold.masks.position_rules import causal
 from tilefold.scores.modifications import bias as biased
 from tilefold.scores.modifications import softcap
@@ -156,7 +156,7 @@ def _attention(
     soft_cap: float | None,
 ) -> Any:
     """Keras' function of the same arguments. Raises NotImplementedError for what is Keras' own."""
-    tensors = [keras.ops.convert_to_tensor(x) for x in (query, key, value)]
+    tensors = [tensor_of(x) for x in (query, key, value)]
     dtype = keras.backend.result_type(*[x.dtype for x in tensors])
     tensors = [keras.ops.cast(x, dtype) for x in tensors]
     reason = obstacle(*tensors)
@@ -165,10 +165,10 @@ def _attention(
     rule = causal(align="start") if is_causal else None
     masks: tuple[Any, ...] = ()
     if mask is not None:
-        masks = (keras.ops.cast(keras.ops.convert_to_tensor(mask), "bool"),)
+        masks = (keras.ops.cast(tensor_of(mask), "bool"),)
     scores: list[Score] = [] if soft_cap is None else [softcap(soft_cap)]
     if bias is not None:
-        scores.append(biased(keras.ops.cast(keras.ops.convert_to_tensor(bias), dtype)))
+        scores.append(biased(keras.ops.cast(tensor_of(bias), dtype)))
     q, k, v = tensors
     return attend(q, k, v, Hidden(rule, masks), scores, scale=scale)
 

@@ -54,6 +54,16 @@ def attend(
     return attention(query, key, value, mask=rule, score=score, layout=LAYOUT, **options)
 
 
+def tensor_of(value: Any) -> Any:
+    """A tensor of the backend, of an array or of a variable of Keras."""
+    tensor = ops.convert_to_tensor(value)
+    if isinstance(tensor, keras.Variable):  # TensorFlow takes it for a tensor
+        import tensorflow
+
+        tensor = tensorflow.convert_to_tensor(tensor.value)
+    return tensor
+
+
 def obstacle(*tensors: Any) -> str | None:
     """Why tilefold cannot compute on these tensors of the backend; None where it can.
 
@@ -110,9 +120,11 @@ def _compiled_by_torch() -> bool:
 
 
 def drawn(generator: Any) -> Any:
-    """The next seed of Keras' generator, as the frontend of the backend takes it."""
-    state = generator.next()  # two words of 32 bits: the seed, and how often it was drawn
+    """The next seed of Keras' generator, an integer as the frontend of the backend takes it."""
+    words = generator.next()  # of 32 bits: the seed, and how often it was drawn
+    high, low = words[0], words[1]
+    if keras.backend.backend() == "jax":  # it has integers of 32 bits: an odd factor tells draws
+        return high + low * ops.cast(0x9E3779B1, low.dtype)
     if keras.backend.backend() == "torch":
-        low, high = (int(word) for word in state)
-        return ((high << 32 | low) + (1 << 63)) % (1 << 64) - (1 << 63)
-    return state
+        high, low = int(high), int(low)
+    return high * 2**32 + low
