@@ -23,7 +23,8 @@ from tilefold.scores.modifications import bias as biased
 from tilefold.scores.modifications import softcap
 from tilefold.scores.score import Score
 
-_NAME = "dot_product_attention"
+_NAME, _CAP = "dot_product_attention", "attn_logits_soft_cap"
+"""The function, and its argument that older versions of Keras do not have."""
 
 
 class _State:
@@ -140,7 +141,8 @@ def _in_place_of(own: Callable[..., Any]) -> Callable[..., Any]:
                 return _attention(*given, attn_logits_soft_cap)
             except NotImplementedError as error:
                 _say(str(error))
-        return own(*given, flash_attention, attn_logits_soft_cap)
+        capped = {} if attn_logits_soft_cap is None else {_CAP: attn_logits_soft_cap}
+        return own(*given, flash_attention, **capped)
 
     return dot_product_attention
 
