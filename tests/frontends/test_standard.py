@@ -82,7 +82,8 @@ def test_every_result_is_of_the_kind_of_the_arrays(kind: type[Strict]) -> None:
         o, lse, largest = attention(q, k, v, return_lse=True, return_max=True, **options)
         slopes = attention_backward(do, q, k, v, o, lse, **options)
         composed = attention(q, k, v, impl="composed", **options)
-        return [o, lse, largest, *slopes, composed, *merge(o, lse, o, lse)]
+        maps = tilefold.weights(q, k, rows=slice(2)), tilefold.key_mass(q, k, lse)
+        return [o, lse, largest, *slopes, composed, *merge(o, lse, o, lse), *maps]
 
     found, expected = calls(*map(kind, (Q, K, V, DO))), calls(Q, K, V, DO)
     for got, want in zip(found, expected, strict=True):

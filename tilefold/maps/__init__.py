@@ -2,6 +2,7 @@
 
 region      the pairs of a region, and what mask and score say of them
 numpy       both maps of NumPy arrays
+standard    both maps of arrays that follow the array API standard
 torch       both maps of PyTorch tensors
 jax         both maps of JAX arrays
 tensorflow  both maps of TensorFlow tensors
