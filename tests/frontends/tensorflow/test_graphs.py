@@ -18,7 +18,7 @@ from paths import ROOT
 from tensorflow_calls import MARKS, Tensor, framework, with_gradients
 
 import tilefold
-from tilefold import causal, dense, documents, full, lengths, local
+from tilefold import causal, dense, documents, full, lengths, local, prefix
 
 pytestmark = MARKS
 
@@ -416,6 +416,13 @@ def test_states_of_nodes_that_are_gone_are_dropped() -> None:
         gc.collect()
         counts.append(len(held._states))
     assert counts[-1] <= counts[0]
+    for number in range(80):  # eager calls whose masks change
+        with tf.GradientTape() as tape:
+            tape.watch(q)
+            o = tilefold.attention(q, q, q, mask=prefix(number))
+        if number < 3:
+            assert tape.gradient(o, q).shape == q.shape
+    assert len(held._states) <= counts[0] + 1 and len(operators._held) <= 66
 
 
 @pytest.mark.feature("T15")

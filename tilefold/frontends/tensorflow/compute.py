@@ -151,6 +151,9 @@ found:  ; its results
   %call = phi ptr [%p, %compare_words], [%asked, %ask]
   %results_at = getelementptr i64, ptr %call, i64 4
   %results = load i64, ptr %results_at
+  %operands_at = getelementptr i64, ptr %call, i64 5
+  %operands = load i64, ptr %operands_at
+  %no_operands = sub i64 %count, %operands
   %all = add i64 %count, %results
   %outputs = alloca ptr, i64 %results
   %addresses = alloca ptr, i64 %all
@@ -163,7 +166,7 @@ allocate:
   br i1 %r_more, label %allocate_one, label %data
 allocate_one:
   %first = mul i64 %r, 4
-  %row = add i64 %first, 5
+  %row = add i64 %first, 6
   %type_at = getelementptr i64, ptr %call, i64 %row
   %type = load i64, ptr %type_at
   %type_32 = trunc i64 %type to i32
@@ -186,7 +189,7 @@ allocated:
   %r_next = add i64 %r, 1
   br label %allocate
 
-data:  ; all addresses
+data:  ; all addresses: those of results follow those of operands, over inputs that are none
   %a = phi i64 [0, %allocate], [%a_next, %data_one]
   %a_more = icmp slt i64 %a, %all
   br i1 %a_more, label %data_one, label %run
@@ -198,7 +201,9 @@ data_one:
   %holder = getelementptr ptr, ptr %array, i64 %index
   %held = load ptr, ptr %holder
   %bits = call ptr %TensorData(ptr %held)
-  %address_at = getelementptr ptr, ptr %addresses, i64 %a
+  %before_results = sub i64 %a, %no_operands
+  %slot = select i1 %is_input, i64 %a, i64 %before_results
+  %address_at = getelementptr ptr, ptr %addresses, i64 %slot
   store ptr %bits, ptr %address_at
   %a_next = add i64 %a, 1
   br label %data

@@ -7,10 +7,13 @@ wrote.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tilefold.backends.protocols import Pass
@@ -46,13 +49,15 @@ BACKWARD_NAME = "TilefoldAttentionGradV1"
 
 
 def _read(text: str) -> Callable[[Sequence[Array]], Ready]:
+    if text == _HELD:
+        return lambda given: _ready(_held[given[-1][0][0]], given[:-1])
     operation = Operation.read(text)
+    return lambda given: _ready(operation, given)
 
-    def prepare(given: Sequence[Array]) -> Ready:
-        call = operation.native(given)
-        return Ready(call.address, operation.results(given), call)
 
-    return prepare
+def _ready(operation: Operation, given: Sequence[Array]) -> Ready:
+    call = operation.native(given)
+    return Ready(call.address, operation.results(given), len(given), call)
 
 
 def _forward(layout: str) -> Operator:
@@ -82,9 +87,9 @@ def attention(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[
     """The results of a forward pass, which is differentiable with respect to floats."""
     q, k, v, *extra = given
     run = registered()[request.layout]
-    operation = _operation(wanted, request)
+    text, held = _named(wanted, request)
     count, kind = len(wanted.results) - 1, statistics(q)
-    o, more = run(q=q, k=k, v=v, extra=extra, count=count, S=kind, text=operation.text)
+    o, more = run(q=q, k=k, v=v, extra=extra + held, count=count, S=kind, text=text)
     return (o, *more)
 
 
@@ -92,7 +97,7 @@ def backward(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[T
     """The results of a backward pass."""
     do, q, k, v, o, *rest = given
     count = 2 if "lse_low" in wanted.given else 1
-    operation = _operation(wanted, request)
+    text, held = _named(wanted, request)
     asked = [name.removeprefix("d") for name in wanted.results[3:]]
     named = dict(zip(wanted.given, given, strict=True))
     *found, more = registered()[BACKWARD_NAME](
@@ -102,19 +107,58 @@ def backward(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[T
         v=v,
         o=o,
         statistics=rest[:count],
-        extra=rest[count:],
+        extra=rest[count:] + held,
         G=[named[name].dtype for name in asked],
-        text=operation.text,
+        text=text,
     )
     for name, gradient in zip(asked, more, strict=True):
         gradient.set_shape(named[name].shape)
     return (*found, *more)
 
 
+def _named(wanted: Pass, request: Request) -> tuple[str, list[Tensor]]:
+    """The attribute "text" of a call, and the input that goes with it in an eager call."""
+    if not tf.executing_eagerly():
+        return _operation(wanted, request).text, []
+    return _HELD, [_number(wanted, request)]
+
+
+_HELD = "held"
+"""The text of eager calls. TensorFlow keeps a kernel for each value of an attribute, and for ever.
+
+So the operation of an eager call, whose mask may be new each time, is no attribute: it stands in
+`_held`, and the last input tells where, by its shape: (number, 0).
+"""
+
+_held: dict[int, Operation] = {}
+_numbers = itertools.count(1)
+
+
+@lru_cache(maxsize=64)
+def _number(wanted: Pass, request: Request) -> Tensor:
+    """The tensor that stands for an operation, which is held as long as the tensor is.
+
+    A tape keeps the inputs of the calls that it has recorded.
+    """
+    number = next(_numbers)
+    tensor = tf.constant(np.empty((number, 0), np.bool_))
+    _held[number] = _operation(wanted, request)
+    weakref.finalize(tensor, _held.pop, number, None)
+    return tensor
+
+
 @lru_cache(maxsize=64)
 def _operation(wanted: Pass, request: Request) -> Operation:
     """The operation, whose text is made once."""
     return Operation(wanted, request)
+
+
+def _opened(op: Any) -> tuple[Operation, Sequence[Tensor]]:
+    """The operation of an operator that TensorFlow has recorded, and what it is given."""
+    text = op.get_attr("text").decode()
+    if text == _HELD:
+        return _held[op.inputs[-1].shape[0]], op.inputs[:-1]
+    return Operation.read(text), op.inputs
 
 
 @lru_cache(maxsize=1)
@@ -129,16 +173,11 @@ def registered() -> dict[str, Callable[..., Any]]:
 
 def _gradient(op: Any, *slopes: Tensor) -> list[Tensor | None]:
     """The gradients of a forward operator's inputs; `slopes` are those of its outputs."""
-    operation = Operation.read(op.get_attr("text").decode())
-    return gradients(
-        backward,
-        operation.wanted,
-        operation.request,
-        op.inputs,
-        op.outputs,
-        slopes,
-        lambda place: _is_wanted(op, place),
-    )
+    operation, given = _opened(op)
+    wanted, request = operation.wanted, operation.request
+    asked = partial(_is_wanted, op)
+    found = gradients(backward, wanted, request, given, op.outputs, slopes, asked)
+    return found + [None] * (len(op.inputs) - len(given))
 
 
 def _is_wanted(op: Any, place: int) -> bool:
@@ -152,5 +191,6 @@ def _is_wanted(op: Any, place: int) -> bool:
 
 def _second_gradient(op: Any, *slopes: Tensor) -> list[Tensor | None]:
     """The gradients of the backward operator's inputs."""
-    operation = Operation.read(op.get_attr("text").decode())
-    return second_gradients(operation.wanted, operation.request, op.inputs, slopes)
+    operation, given = _opened(op)
+    found = second_gradients(operation.wanted, operation.request, given, slopes)
+    return found + [None] * (len(op.inputs) - len(given))

@@ -168,7 +168,7 @@ def _read_forward(text: str) -> Callable[[Sequence[Array]], Ready]:
         o = rows[0] + (v[-1 - between.axes],) + rows[1]
         shapes = [o, *[rows[0] + rows[1]] * (len(results) - 1)]
         kinds = [kind for _, kind in results]
-        return Ready(call.address, [*zip(shapes, kinds, strict=True)], call)
+        return Ready(call.address, [*zip(shapes, kinds, strict=True)], 3, call)
 
     return prepare
 
@@ -182,7 +182,7 @@ def _read_backward(text: str) -> Callable[[Sequence[Array]], Ready]:
         every = [(between.flat(shape), kind) for shape, kind in given[:5]]
         every += [(between.flat_rows(shape), kind) for shape, kind in given[5:]]
         call = between.operation(BACKWARD_LOW, q, k).native(every)
-        return Ready(call.address, [(q, dtype), (k, dtype), (v, dtype)], call)
+        return Ready(call.address, [(q, dtype), (k, dtype), (v, dtype)], len(every), call)
 
     return prepare
 

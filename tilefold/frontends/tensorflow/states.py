@@ -4,7 +4,7 @@ They lie in memory as native code reads it, in words of 64 bits:
 
     state     [table of the C API, newest prepared call, `ask`, calls that run, dead,
                `native.runner()`, address of the generation]
-    prepared  [next, number of words, words, record, number of results, results]
+    prepared  [next, number of words, words, record, number of results, operands, results]
     result    [type, rank, sizes, bytes]
 
 The words of a call are the generation, then rank and sizes of each input. Python alone writes the
@@ -39,8 +39,8 @@ ASK = ctypes.CFUNCTYPE(
 )
 """The type of what prepares a call: (state, context, words, their number, status) -> prepared."""
 
-MOST = 64
-"""Prepared calls of one node of a graph. The number is not tuned: a look-up reads its list."""
+MOST = 128
+"""Prepared calls of one kernel. The number is not tuned: a look-up reads the list of them."""
 
 TYPES = {
     "float32": 1,
@@ -59,10 +59,14 @@ _HEAD, _ACTIVE, _DEAD = 1, 3, 4
 
 
 class Ready(NamedTuple):
-    """A call for inputs of certain shapes: the address of its record, and its results."""
+    """A call for inputs of certain shapes: the address of its record, and its results.
+
+    The record takes the first `operands` inputs, and the results.
+    """
 
     record: int
     results: Sequence[Array]
+    operands: int
     kept: object
     """What keeps the record."""
 
@@ -77,7 +81,8 @@ class _Prepared:
         for shape, dtype in ready.results:
             bytes_ = math.prod(shape) * _BYTES[dtype]
             results += [TYPES[dtype], len(shape), self._address(shape), bytes_]
-        head = [following, len(words), self._address(words), ready.record, len(ready.results)]
+        head = [following, len(words), self._address(words), ready.record]
+        head += [len(ready.results), ready.operands]
         self.memory = (ctypes.c_int64 * (len(head) + len(results)))(*head, *results)
         self.address = ctypes.addressof(self.memory)
 
