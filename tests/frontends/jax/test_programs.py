@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from jaxed import jax, jnp, needs
+from paths import ROOT
 
 import tilefold
 from tilefold import attention, causal, lengths, local
@@ -247,13 +249,34 @@ def test_backward_and_merge_and_maps_of_jax_arrays() -> None:
 
 
 @pytest.mark.feature("J01", "J02")
-@pytest.mark.parametrize("layout", ["bhnd", "bnhd", "bhdn"])
-def test_other_implementations(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "mask"),
+    [("bhnd", causal()), ("bnhd", lengths([0, 5])), ("bhdn", tilefold.full())],
+    ids=repr,
+)
+def test_other_implementations(layout: str, mask: tilefold.Rule) -> None:
     q, k, v = three(2, 12, 12, 12)
-    for mask in (causal(), lengths([0, 5]), tilefold.full()):
-        options = {"mask": mask, "layout": layout, "return_lse": True}
-        want = attention(q, k, v, **options)
-        for impl in ("composed", "native"):
-            found = attention(q, k, v, impl=impl, **options)
-            for got, expected in zip(found, want, strict=True):
-                np.testing.assert_allclose(got, expected, atol=1e-5)
+    options = {"mask": mask, "layout": layout, "return_lse": True}
+
+    def every(*given: Any) -> Any:
+        return [attention(*given, impl=x, **options) for x in ("kernel", "composed", "native")]
+
+    want, *others = jax.jit(every)(q, k, v)
+    for found in others:
+        for got, expected in zip(found, want, strict=True):
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.feature("T12")
+def test_the_page_runs() -> None:
+    pytest.importorskip("flax.nnx", reason="flax is not installed")
+    page = (ROOT / "docs" / "jax.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {}  # later blocks go on from earlier ones
+    for block in blocks:
+        exec(block.replace("2048", "64").replace("512", "16"), names)
+    np.testing.assert_allclose(
+        names["again"].call(names["q"], names["ids"]), names["packed"](names["q"], names["ids"])
+    )
+    assert names["several"].shape == (2, 1, 64, 8, 64) and names["product"].any()
