@@ -160,9 +160,12 @@ def test_flax_nnx() -> None:
         masks = [jnp.broadcast_to(mask, (2, 3, 1, 10, 10)) for mask in (seen, both)]
         return (
             (ours(many, mask=masks[0]), theirs(many, mask=masks[1])),
-            (free(many[0, 0], is_causal=True), theirs(many[0, 0], is_causal=True)),
+            (free(many[0, 0], mask=masks[1][0, 0]), theirs(many[0, 0], mask=masks[1][0, 0])),
         )
 
+    x = many.reshape(2, 3, 10, 4, 4)
+    passed, known = plain(x, x, x, is_causal=True), ruled(x, x, x)
+    np.testing.assert_allclose(passed, known, atol=2e-5)
     for got, want in call(layer(attention_fn=ruled), layer(attention_fn=plain), layer()):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
