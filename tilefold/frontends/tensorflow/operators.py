@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -50,7 +50,7 @@ BACKWARD_NAME = "TilefoldAttentionGradV1"
 
 def _read(text: str) -> Callable[[Sequence[Array]], Ready]:
     if text == _HELD:
-        return lambda given: _ready(_held[given[-1][0][0]], given[:-1])
+        return lambda given: _ready(_at(given[-1][0][0]), given[:-1])
     operation = Operation.read(text)
     return lambda given: _ready(operation, given)
 
@@ -130,8 +130,9 @@ So the operation of an eager call, whose mask may be new each time, is no attrib
 `_held`, and the last input tells where, by its shape: (number, 0).
 """
 
-_held: dict[int, Operation] = {}
-_numbers = itertools.count(1)
+_held: dict[int, Any] = vars(tf).setdefault("_tilefold_operations", {})
+_numbers: Iterator[int] = vars(tf).setdefault("_tilefold_numbers", itertools.count(1))
+"""They stand in TensorFlow: two copies of tilefold share its operators, so they share these too."""
 
 
 @lru_cache(maxsize=64)
@@ -147,6 +148,12 @@ def _number(wanted: Pass, request: Request) -> Tensor:
     return tensor
 
 
+def _at(number: int) -> Operation:
+    """The operation with a number, perhaps of another copy of tilefold."""
+    found = _held[number]
+    return found if isinstance(found, Operation) else Operation.read(found.text)
+
+
 @lru_cache(maxsize=64)
 def _operation(wanted: Pass, request: Request) -> Operation:
     """The operation, whose text is made once."""
@@ -157,7 +164,7 @@ def _opened(op: Any) -> tuple[Operation, Sequence[Tensor]]:
     """The operation of an operator that TensorFlow has recorded, and what it is given."""
     text = op.get_attr("text").decode()
     if text == _HELD:
-        return _held[op.inputs[-1].shape[0]], op.inputs[:-1]
+        return _at(op.inputs[-1].shape[0]), op.inputs[:-1]
     return Operation.read(text), op.inputs
 
 

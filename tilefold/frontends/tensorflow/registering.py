@@ -57,6 +57,9 @@ class Operator:
 
 _lock = threading.Lock()
 
+registered: dict[str, _Registered] = {}
+"""The operators that this module has registered, by their names."""
+
 
 def register(operators: Sequence[Operator], gradients: dict[str, Callable[..., Any]]) -> None:
     """Register the operators that TensorFlow does not know yet, with their gradients."""
@@ -66,8 +69,8 @@ def register(operators: Sequence[Operator], gradients: dict[str, Callable[..., A
     with _lock:
         for operator in operators:
             if op_def_registry.get(operator.name) is None:
-                registered = _Registered(operator, library())
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(registered))
+                registered[operator.name] = _Registered(operator, library())
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(registered[operator.name]))
                 RegisterGradient(operator.name)(gradients[operator.name])
 
 
