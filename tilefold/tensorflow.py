@@ -252,3 +252,7 @@ def local_2d(
         log2_stride=log2_stride_size,
         causal=is_causal,
     )
+
+
+for _name in __all__:
+    vars(globals()[_name])["autograph_info__"] = None  # so AutoGraph does not rewrite them

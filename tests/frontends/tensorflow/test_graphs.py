@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 import subprocess
 import sys
@@ -222,6 +223,35 @@ def test_loops_maps_and_data_sets(qkv: list[Tensor]) -> None:
     for _ in range(3):
         x = tilefold.attention(x, k.numpy(), k.numpy())
     same(looped(q), x)
+
+
+def test_autograph_does_not_rewrite_calls(
+    qkv: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That took seconds at the first call, and functions of the standard library had warnings."""
+    import tilefold.tensorflow
+    from tilefold.frontends.tensorflow import operators, sequences
+
+    tf, frames = framework(), []
+    for module in (operators, sequences):
+        usual = module.registered
+
+        def noted(usual: Any = usual) -> Any:
+            frames.append({frame.function for frame in inspect.stack()})
+            return usual()
+
+        monkeypatch.setattr(module, "registered", noted)
+
+    @tf.function
+    def run(q: Tensor) -> Tensor:
+        mask = tilefold.rule(lambda q, k: (q - k) % 3 == 0)
+        o = tilefold.tensorflow.full_1d(tilefold.attention(q, q, q, mask=mask), q, q)
+        return tilefold.tensorflow.attention(o, q, q)
+
+    assert run(qkv[0]).shape == qkv[0].shape
+    assert len(frames) == 3
+    for functions in frames:
+        assert [name for name in functions if name.startswith("tf__")] == ["tf__run"]
 
 
 def test_variables_and_an_optimizer(qkv: list[Tensor]) -> None:
