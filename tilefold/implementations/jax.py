@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tilefold.backends.extra import NOTHING, Extra
-from tilefold.frontends.jax import tiles
+from tilefold.frontends.jax import formulas
 from tilefold.frontends.jax.calls import prepared
 from tilefold.implementations import refuse_extra
 from tilefold.masks.position_rules import causal, full
@@ -36,7 +36,7 @@ def composed(
     With "max" as a `further` result also the largest scores.
     """
     plain, named = prepared(q, k, v, request, extra)
-    o, lse, largest = tiles.whole(plain, named)
+    o, lse, largest = formulas.whole(plain, named)
     return (o, lse, largest) if further else (o, lse)
 
 
@@ -65,11 +65,11 @@ def native(
     if plain.mask == causal("start") or (square and plain.mask == causal()):
         options["is_causal"] = True
     elif plain.mask != full():
-        options["mask"] = tiles.shown(plain, named)
+        options["mask"] = formulas.shown(plain, named)
         nothing = ~options["mask"].any(3).swapaxes(1, 2)[..., None]
     found = jax.nn.dot_product_attention(queries, keys, values, **options)
     o = found if nothing is None else jnp.where(nothing, 0, found)
-    lse = tiles.whole(plain, named)[1] if wants_lse else None
+    lse = formulas.whole(plain, named)[1] if wants_lse else None
     return o.swapaxes(1, 2).transpose(axes), lse
 
 

@@ -84,8 +84,11 @@ def loss_of(name: str, impl: str) -> tuple[Call, list[Any]]:
 
 @pytest.mark.feature("T09")
 @pytest.mark.parametrize("name", CALLS)
-def test_first_and_second_derivatives(name: str) -> None:
-    """Each order of forward and reverse mode is met by one of the calls."""
+def test_first_and_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each order of forward and reverse mode is met by one of the calls; in several tiles."""
+    from tilefold.frontends.jax import tiles
+
+    monkeypatch.setattr(tiles, "BLOCK", 8)
 
     def found(impl: str) -> Any:
         loss, given = loss_of(name, impl)

@@ -2,7 +2,8 @@
 
 varying      the mesh axes over which arrays vary, in `jax.shard_map`
 scores       modified scores, masks and dropout of some pairs, in operations of JAX
-tiles        sums over all tiles, and the derivatives that no kernel computes
+tiles        the tiles of a call, and sums over them
+formulas     the derivatives that no kernel computes, as such sums
 handler      the registration of what XLA calls
 lowering     how a pass becomes a part of a compiled program
 batching     `jax.vmap`: the mapped axis joins the batch

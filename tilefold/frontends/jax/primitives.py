@@ -22,7 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from tilefold.backends.protocols import BACKWARD, BACKWARD_LOW, FORWARD, Pass
-from tilefold.frontends.jax import tiles
+from tilefold.frontends.jax import formulas
 from tilefold.frontends.jax.batching import looped, merged, split
 from tilefold.frontends.jax.joined import with_sinks
 from tilefold.frontends.jax.lowering import described, lower, refuse, results_of
@@ -126,7 +126,7 @@ def _attention_batch(args: Arrays, dims: Any, *, wanted: Pass, request: Request)
 def _tangents(*args: Any, wanted: Pass, request: Request, moved: tuple[str, ...]) -> Any:
     """The tangents of o and lse, in operations of JAX."""
     named, moves = _apart(args, wanted, moved)
-    return [*tiles.forward(request, named, moves)]
+    return [*formulas.forward(request, named, moves)]
 
 
 def _apart(args: Arrays, wanted: Pass, moved: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
@@ -182,7 +182,7 @@ def _tangents_batch(args: Arrays, dims: Any, **params: Any) -> Any:
 
 def _backward(*args: Any, wanted: Pass, request: Request) -> Any:
     """The results of a backward pass, in operations of JAX."""
-    return tiles.backward(request, dict(zip(wanted.given, args, strict=True)), wanted.results)
+    return formulas.backward(request, dict(zip(wanted.given, args, strict=True)), wanted.results)
 
 
 def _backward_jvp(primals: Arrays, tangents: Arrays, *, wanted: Pass, request: Request) -> Any:
@@ -220,7 +220,7 @@ def _backward_batch(args: Arrays, dims: Any, *, wanted: Pass, request: Request) 
     if "dsinks" in wanted.results:
         asked = ("do", "o", "lse", "dlse", "sinks")
         given = [named.get(name, (None, None)) for name in asked]
-        own = functools.partial(tiles.gradient_of_sinks, layout=request.layout)
+        own = functools.partial(formulas.gradient_of_sinks, layout=request.layout)
         every["dsinks"] = jax.vmap(own, tuple([dim for _, dim in given]))(*[x for x, _ in given])
     return [every[name] for name in wanted.results], (0,) * len(wanted.results)
 
