@@ -62,9 +62,10 @@ def attention(
         k: keys, (batch, heads_kv, len_k, dim). heads_q is a multiple of heads_kv, and query head h
             reads key head h // (heads_q // heads_kv)
         v: values, (batch, heads_kv, len_k, dim_v)
-            q, k and v are NumPy arrays, objects with `__array_interface__` or `__dlpack__`, or
-            torch tensors. All have one type: float32, float64, float16 or bfloat16 (in NumPy, the
-            bfloat16 of the package ml_dtypes). Torch tensors may lie on the CPU, on an Apple GPU
+            q, k and v are NumPy arrays, objects with `__array_interface__` or `__dlpack__`, torch
+            tensors, JAX arrays, or TensorFlow tensors and variables. All have one type: float32,
+            float64, float16 or bfloat16 (in NumPy, the bfloat16 of the package ml_dtypes). JAX and
+            TensorFlow have the CPU. Torch tensors may lie on the CPU, on an Apple GPU
             ("mps", without float64) or on a GPU of NVIDIA or AMD ("cuda"). All strides are allowed.
             The arrays are read in place and never modified. Only misaligned arrays, and NumPy
             arrays that are byte-swapped or have strides that are no multiples of the item size,
@@ -140,8 +141,10 @@ def attention(
         ValueError: the shapes do not fit together or do not fit mask, score or sinks, or scale,
             dropout, seed, layout, precision or impl is not allowed
         IndexError: a score reads beyond one of its arrays
-        NotImplementedError: the arrays lie on another device, JAX or TensorFlow traces or
-            differentiates the call, or `impl` cannot do it
+        NotImplementedError: the arrays lie on another device, JAX or TensorFlow traces an array
+            beside q, k and v that are not its own, or `impl` cannot do it
+        tf.errors.InvalidArgumentError: what ValueError and IndexError are above, where TensorFlow
+            finds it when the call runs: in eager calls, and for shapes that its graph did not know
         ImportError: impl is "native", the arrays are NumPy arrays, and torch does not import
 
     The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691); the running softmax is by

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.eager import record
 
+from tilefold.frontends.tensorflow.tensors import without_value
 from tilefold.maps import numpy
 from tilefold.maps.region import Asked
 
@@ -29,7 +29,7 @@ def _values(what: str, q: Any, k: Any, lse: Any, asked: Asked) -> list[Any]:
     """The tensors as arrays. Raises NotImplementedError where they have no values or a tape."""
     given = [None if x is None else tf.convert_to_tensor(x) for x in (q, k, lse)]
     every = [x for x in (*given, *asked.extra.arrays) if isinstance(x, tf.Tensor)]
-    if any(map(tf.is_symbolic_tensor, every)) or record.should_record_backprop(every):
+    if without_value(*every):
         raise NotImplementedError(
             f"{what} has no derivatives, and is no part of a graph of TensorFlow: call it outside"
             " of tf.function, on tensors that no tf.GradientTape watches (tf.stop_gradient)"

@@ -506,6 +506,12 @@ def test_gradients_that_would_be_lost_are_refused(qkv: list[Tensor]) -> None:
             found = tf.reduce_sum(tilefold.tensorflow.full_1d(*[qkv[0]] * 3))
         with pytest.raises(NotImplementedError, match="between sequences have no gradients"):
             tape.gradient(inner.gradient(found, qkv[0]), qkv[0])
+    scale = tf.Variable(0.3)
+    with tf.GradientTape(), pytest.raises(NotImplementedError, match="scale is traced or watched"):
+        tilefold.attention(*qkv, scale=scale)
+    with pytest.raises(NotImplementedError, match="scale is traced or watched"):
+        tf.function(lambda x: tilefold.attention(*qkv, scale=x))(scale)
+    same(tilefold.attention(*qkv, scale=scale), tilefold.attention(*qkv, scale=float(scale)))
     (bias,) = drawn((12, 15))
     arrays = [*map(np.asarray, qkv)]
     with tf.GradientTape() as tape:

@@ -14,8 +14,9 @@ import tensorflow as tf
 
 from tilefold.backends.extra import NOTHING, Extra, rows_of
 from tilefold.backends.protocols import BACKWARD, FORWARD_LOW, Pass, spoken
+from tilefold.frontends import operation
 from tilefold.frontends.numpy import as_array
-from tilefold.frontends.operation import Holding, Operation, extended_request, request_of, taken
+from tilefold.frontends.operation import Holding, Operation, extended_request, taken
 from tilefold.frontends.tensorflow import compiled, joined, library, operators, outside
 from tilefold.frontends.tensorflow.pairs import statistics
 from tilefold.problems.attention import STATISTICS, check_parts, common_dtype
@@ -45,6 +46,24 @@ except ImportError:  # TensorFlow has no public name for it, and a tensor would 
 
 chance_of = check_probability
 """Makes a probability of an argument."""
+
+
+def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request | Holding:
+    """The request of a call, from its options. Raises for a scale that is traced or watched."""
+    if isinstance(scale, (tf.Tensor, tf.Variable)) and without_value(tf.convert_to_tensor(scale)):
+        raise NotImplementedError(
+            "scale is traced or watched by TensorFlow, and a kernel holds it: multiply q by it and"
+            " pass scale=1.0"
+        )
+    return operation.request_of(mask, scale, layout, precision)
+
+
+def without_value(*tensors: Tensor) -> bool:
+    """True if one of the tensors is traced by a graph or watched by a tape."""
+    from tensorflow.python.eager import record
+
+    traced = any(map(tf.is_symbolic_tensor, tensors))
+    return traced or bool(record.should_record_backprop(tensors))
 
 
 def seed_of(seed: Any, q: Tensor) -> Tensor:
