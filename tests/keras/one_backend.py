@@ -21,7 +21,7 @@ from paths import ROOT
 import tilefold
 from tilefold import bias, documents, local
 from tilefold.keras import Attention, MultiHeadAttention, disable, enable, enabled
-from tilefold.layers import tensors
+from tilefold.layers import exchange, tensors
 from tilefold.problems import reference
 
 pytestmark = MARKS
@@ -46,6 +46,27 @@ def test_the_function_is_exchanged_once_and_put_back() -> None:
     with enabled():
         assert nn.dot_product_attention is not own
     assert nn.dot_product_attention is own
+
+
+def test_the_precision_of_products_is_that_of_enable(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def attend(*given: Any, precision: str, **options: Any) -> Any:
+        asked.append(precision)
+        return tensors.attend(*given, precision=precision, **options)
+
+    monkeypatch.setattr(exchange, "attend", attend)
+    q = normal(1, 3, 2, 8)
+    enable("medium")
+    try:
+        keras.ops.dot_product_attention(q, q, q)
+    finally:
+        disable()
+    with enabled():
+        keras.ops.dot_product_attention(q, q, q)
+    assert asked == ["medium", "highest"]
+    with pytest.raises(ValueError, match="precision must be 'highest', 'high' or 'medium'"):
+        enable("fast")
 
 
 def test_blocks_of_several_threads_end_in_any_order() -> None:
