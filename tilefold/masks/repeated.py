@@ -42,7 +42,7 @@ def repeated(
 
     >>> from tilefold import causal, lengths
     >>> repeated(causal(), 2, 4, 4), repeated(lengths([1, 2]), 2, 4, 4)
-    (causal(), (lengths([1, 2]) repeated after 2))
+    (causal(), (lengths(n_k[2]) repeated after 2))
     >>> repeated(lengths([1, 2]), 2, 1, 2).to_dense(1, 2, batch=4).astype(int).reshape(4, 2)
     array([[1, 0],
            [1, 1],

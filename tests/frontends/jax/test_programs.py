@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 import gc
+import inspect
 import os
 import re
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,8 +223,14 @@ def test_what_is_traced_and_cannot_be() -> None:
         jax.jit(lambda x: attention(*numbers, score=tilefold.bias(x)))(jnp.ones((9, 9)))
 
 
-def test_another_place_is_refused_where_a_call_is_compiled() -> None:
+def test_another_place_is_refused() -> None:
+    """An array there, before anything is compiled; and a program for another place."""
+    from tilefold.frontends.jax import calls
+
     q, k, v = three()
+    there = SimpleNamespace(devices=lambda: [SimpleNamespace(platform="cuda")], shape=q.shape)
+    with pytest.raises(NotImplementedError, match=r"k is on cuda, .* jax.device_put\(x, "):
+        calls.attention(q, there, v, calls.request_of(None, None, "bhnd", "highest"))
     with pytest.raises(NotImplementedError, match="on the CPU alone so far"):
         jax.export.export(jax.jit(attention), platforms=["cuda"])(q, k, v)
 
@@ -267,6 +276,22 @@ def test_other_implementations(layout: str, mask: tilefold.Rule) -> None:
     for found in others:
         for got, expected in zip(found, want, strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.feature("T12")
+def test_examples_and_help() -> None:
+    import tilefold.jax
+
+    outcome = doctest.testmod(tilefold.jax, raise_on_error=False)
+    assert outcome.attempted and not outcome.failed
+    for name in ("attention", "dot_product_attention", "attention_fn"):
+        public = getattr(tilefold.jax, name)
+        names = [x for x in inspect.signature(public).parameters if x != "unknown"]
+        assert all(name in public.__doc__ for name in names)
+    numbers = np.ones((1, 2, 3, 4), np.float32)
+    assert isinstance(tilefold.jax.attention(numbers, numbers, numbers), jax.Array)
+    with pytest.raises(TypeError, match=r"attn_mask.*mask"):
+        tilefold.jax.attention(numbers, numbers, numbers, attn_mask=None)
 
 
 @pytest.mark.feature("T12")

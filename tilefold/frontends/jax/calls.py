@@ -151,7 +151,7 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, A
 def _placed(names: Sequence[str], arrays: Sequence[Any]) -> list[Array]:
     """The arrays. Raises NotImplementedError for one that lies elsewhere than on the CPU."""
     for name, array in zip(names, arrays, strict=True):
-        if isinstance(array, jax.Array) and not is_traced(array):
+        if hasattr(array, "devices") and not is_traced(array):
             platform = next(iter(array.devices())).platform
             if platform != "cpu":
                 raise NotImplementedError(
