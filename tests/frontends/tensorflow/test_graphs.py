@@ -20,6 +20,7 @@ from tensorflow_calls import MARKS, Tensor, framework, with_gradients
 
 import tilefold
 from tilefold import causal, dense, documents, full, lengths, local, prefix
+from tilefold.problems.request import LAYOUTS
 
 pytestmark = MARKS
 
@@ -523,10 +524,15 @@ def test_gradients_that_would_be_lost_are_refused(qkv: list[Tensor]) -> None:
 
 
 @pytest.mark.feature("T09")
-def test_second_derivatives(qkv: list[Tensor]) -> None:
+@pytest.mark.parametrize("layout", ["bhnd", "bhdn"])
+def test_second_derivatives(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are those of the composed implementation, whose gradients are TensorFlow's own."""
+    from tilefold.frontends.tensorflow import second as blocks
+
     tf = framework()
-    given = [tf.cast(x, tf.float64) for x in (*qkv, *drawn((4, 12, 15), (4, 1)))]
+    arrays = drawn((2, 4, 39, 8), (2, 2, 15, 8), (2, 2, 15, 6), (4, 39, 15), (4, 1))
+    axes = LAYOUTS[layout]
+    given = [tf.cast(tf.transpose(x, axes) if len(x.shape) == 4 else x, "float64") for x in arrays]
     slopes = [tf.cast(x, tf.float64) for x in drawn(*[x.shape for x in given])]
 
     def second(impl: str, *given: Tensor) -> Any:
@@ -542,6 +548,7 @@ def test_second_derivatives(qkv: list[Tensor]) -> None:
                     sinks=sinks,
                     dropout=0.3,
                     seed=1,
+                    layout=layout,
                     return_lse=True,
                     impl=impl,
                 )
@@ -552,6 +559,10 @@ def test_second_derivatives(qkv: list[Tensor]) -> None:
 
     want = second("composed", *given)
     same(second("kernel", *given), want, 1e-12)
+    monkeypatch.setattr(blocks, "SCORES", 1)  # two blocks of 16 queries, and one of 7
+    same(second("kernel", *given), want, 1e-12)
+    if layout == "bhdn":
+        return
     same(tf.function(second)("kernel", *given), want, 1e-12)
     unknown = [tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in given]
     with pytest.raises(NotImplementedError, match="asks for shapes that are known while"):

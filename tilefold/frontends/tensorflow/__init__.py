@@ -6,6 +6,7 @@ compute      the kernel of all operators, as LLVM text
 registering  operators in TensorFlow's registry
 dropped      the factors of dropout, in operations of TensorFlow
 pairs        attention of all pairs at once, in operations of TensorFlow
+second       second derivatives, block by block
 passes       from a pass to its gradients
 operators    the operators of attention
 outside      calls where TensorFlow takes no operator

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tilefold.problems.dropout import MULTIPLIERS, ROUNDS, WEYL, factor, threshold
@@ -16,19 +15,22 @@ Tensor = Any
 _WORD = 0xFFFFFFFF
 
 
-def factors(seed: Tensor, chance: float, sizes: Sequence[int], kind: tf.DType) -> Tensor:
-    """The factors of all pairs of (batch, heads, len_q, len_k); the seed has shape (1,)."""
-    b, h, q, k = (tf.constant(x, tf.uint64) for x in np.ogrid[tuple(map(slice, sizes))])
-    words = _philox((q, _high(k, 2), h, b), tf.bitcast(seed[0], tf.uint64), sizes)
+def factors(seed: Tensor, chance: float, indices: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """The factors of pairs whose indices broadcast to the shape of `like`, in its type.
+
+    The seed has shape (1,).
+    """
+    b, h, q, k = (tf.cast(indices[name], tf.uint64) for name in "bhqk")
+    words = _philox((q, _high(k, 2), h, b), tf.bitcast(seed[0], tf.uint64), like.shape)
     place = tf.bitwise.bitwise_and(k, _number(3))
     word = reduce(
         lambda found, n: tf.where(place == _number(n), words[n], found), range(1, 4), words[0]
     )
     kept = word >= _number(threshold(chance))
-    return tf.where(kept, tf.constant(factor(chance), kind), tf.zeros((), kind))
+    return tf.where(kept, tf.constant(factor(chance), like.dtype), tf.zeros((), like.dtype))
 
 
-def _philox(counter: Sequence[Tensor], key: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+def _philox(counter: Sequence[Tensor], key: Tensor, sizes: Any) -> list[Tensor]:
     """The four words of a counter; a word of 32 bits lies in an integer of 64."""
     c0, c1, c2, c3 = (tf.broadcast_to(word, sizes) for word in counter)
     xor = tf.bitwise.bitwise_xor

@@ -18,9 +18,10 @@ import tensorflow as tf
 
 from tilefold.backends.protocols import Pass
 from tilefold.frontends.operation import Operation
-from tilefold.frontends.tensorflow.pairs import second_gradients, statistics
+from tilefold.frontends.tensorflow.pairs import statistics
 from tilefold.frontends.tensorflow.passes import gradients
 from tilefold.frontends.tensorflow.registering import END, Operator, Part, functions, register
+from tilefold.frontends.tensorflow.second import second_gradients
 from tilefold.frontends.tensorflow.states import Array, Ready
 from tilefold.problems.request import Request
 

@@ -16,7 +16,6 @@ import tensorflow as tf
 from tilefold.backends.arrays import described
 from tilefold.backends.arrays.described import Described
 from tilefold.backends.calls import check_extra
-from tilefold.backends.protocols import Pass
 from tilefold.frontends.tensorflow.dropped import factors
 from tilefold.masks.expression import AnyTable, Expression, Interpretation, evaluate
 from tilefold.masks.hiding import may_hide
@@ -38,14 +37,28 @@ def whole(request: Request, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
 
     A query that sees no key has o = 0, lse = -inf and gradients 0.
     """
-    problem = problem_of(request, named)
-    q, k, v = (tf.transpose(named[name], LAYOUTS[request.layout]) for name in "qkv")
-    kind = statistics(q)
-    rows = (problem.batch, problem.heads_q, problem.len_q)
+    axes, q = LAYOUTS[request.layout], named["q"]
+    turned = {name: tf.cast(tf.transpose(named[name], axes), statistics(q)) for name in "qkv"}
+    o, lse, largest = of_rows(problem_of(request, named), {**named, **turned}, 0)
+    return tf.cast(tf.transpose(o, axes), q.dtype), lse, largest
+
+
+def of_rows(
+    problem: Problem, named: Mapping[str, Tensor], start: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`whole` for the queries of a problem from `start` on, as many as q has.
+
+    q, k and v have canonical axes, and the type of lse, as the results have.
+    """
+    q, k, v = (named[name] for name in "qkv")
+    rows = (problem.batch, problem.heads_q, q.shape[2])
+    places = np.ogrid[tuple(map(slice, (*rows, problem.len_k)))]
+    indices = {name: tf.constant(x, tf.int64) for name, x in zip("bhqk", places, strict=True)}
+    indices["q"] += tf.cast(start, tf.int64)
     grouped = tf.reshape(q, (problem.batch, problem.heads_kv, -1, problem.dim))
-    products = tf.matmul(tf.cast(grouped, kind), tf.cast(k, kind), transpose_b=True)
+    products = tf.matmul(grouped, k, transpose_b=True)
     s = problem.scale * tf.reshape(products, (*rows, problem.len_k))
-    s = _masked(problem, s, named)
+    s = _masked(problem, s, indices, named)
     largest = tf.reduce_max(tf.stop_gradient(s), axis=3)
     if problem.sinks:
         sinks = tf.broadcast_to(named["sinks"][:, None], (*rows, problem.sinks))
@@ -56,49 +69,12 @@ def whole(request: Request, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
     total = tf.reduce_sum(p, axis=3, keepdims=True)
     nothing = total == 0
     total = tf.where(nothing, tf.ones_like(total), total)
-    lse = tf.where(nothing, tf.constant(-math.inf, kind), shift + tf.math.log(total))[..., 0]
+    lse = tf.where(nothing, tf.constant(-math.inf, s.dtype), shift + tf.math.log(total))[..., 0]
     p = (p / total)[..., : problem.len_k]
     if problem.dropout:
-        p *= factors(named["seed"], problem.dropout, (*rows, problem.len_k), kind)
+        p *= factors(named["seed"], problem.dropout, indices, p)
     p = tf.reshape(p, (problem.batch, problem.heads_kv, -1, problem.len_k))
-    o = tf.reshape(tf.matmul(p, tf.cast(v, kind)), (*rows, problem.dim_v))
-    return tf.cast(tf.transpose(o, LAYOUTS[request.layout]), q.dtype), lse, largest
-
-
-def second_gradients(
-    wanted: Pass, request: Request, given: Sequence[Tensor], slopes: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients of what a backward pass is given; `slopes` are those of its results.
-
-    o, lse and lse_low are functions of the others, so they have none of their own.
-    """
-    named = dict(zip(wanted.given, given, strict=True))
-    first = [name.removeprefix("d") for name in wanted.results]
-    leaves = [name for name in named if name in (*first, "do", "dlse")]
-    operands = {name: x for name, x in named.items() if name not in _MADE}
-    with tf.GradientTape() as outer:
-        outer.watch([named[name] for name in leaves])
-        with tf.GradientTape() as inner:
-            inner.watch([named[name] for name in first])
-            o, lse, _ = whole(request, operands)
-            loss = tf.reduce_sum(tf.cast(o * named["do"], lse.dtype))
-            if "dlse" in named:
-                seen = tf.where(tf.math.is_inf(lse), tf.zeros_like(lse), lse)
-                loss += tf.reduce_sum(seen * named["dlse"])
-        gradients = inner.gradient(loss, [named[name] for name in first])
-        total = tf.add_n(
-            [
-                tf.reduce_sum(tf.cast(gradient * slope, loss.dtype))
-                for gradient, slope in zip(gradients, slopes, strict=True)
-                if gradient is not None
-            ]
-        )
-    found = dict(zip(leaves, outer.gradient(total, [named[name] for name in leaves]), strict=True))
-    return [found.get(name) for name in wanted.given]
-
-
-_MADE = ("do", "o", "lse", "lse_low", "dlse")
-"""What a backward pass is given beside the operands of the forward pass."""
+    return tf.reshape(tf.matmul(p, v), (*rows, problem.dim_v)), lse, largest
 
 
 def problem_of(request: Request, named: Mapping[str, Tensor]) -> Problem:
@@ -117,10 +93,11 @@ def problem_of(request: Request, named: Mapping[str, Tensor]) -> Problem:
     return problem
 
 
-def _masked(problem: Problem, s: Tensor, named: Mapping[str, Tensor]) -> Tensor:
+def _masked(
+    problem: Problem, s: Tensor, indices: Mapping[str, Tensor], named: Mapping[str, Tensor]
+) -> Tensor:
     """The modified scores, -inf for hidden pairs."""
     bound = MaskedProblem.of(problem)
-    indices = dict(zip("bhqk", np.ogrid[tuple(map(slice, s.shape))], strict=True))
     visible = tf.broadcast_to(_value(bound.expression, indices, named), s.shape)
     if bound.score is not None:
         s = tf.broadcast_to(_value(bound.score, indices, named, s), s.shape)
@@ -131,7 +108,7 @@ def _masked(problem: Problem, s: Tensor, named: Mapping[str, Tensor]) -> Tensor:
 
 def _value(
     expression: Expression,
-    indices: Mapping[str, Any],
+    indices: Mapping[str, Tensor],
     named: Mapping[str, Tensor],
     s: Tensor | None = None,
 ) -> Tensor:
@@ -140,10 +117,10 @@ def _value(
 
 
 class _Tensors(Interpretation[Any]):
-    """The value of a node is a tensor, or an array of NumPy where it depends on no tensor."""
+    """The value of a node is a tensor; all of them broadcast."""
 
     def __init__(
-        self, indices: Mapping[str, Any], named: Mapping[str, Tensor], s: Tensor | None
+        self, indices: Mapping[str, Tensor], named: Mapping[str, Tensor], s: Tensor | None
     ) -> None:
         self._indices, self._named, self._s = indices, named, s
 
@@ -153,7 +130,7 @@ class _Tensors(Interpretation[Any]):
         return self._s.dtype
 
     def index(self, name: str) -> Any:
-        return tf.constant(self._indices[name], tf.int64)
+        return self._indices[name]
 
     def constant(self, value: int) -> Any:
         return tf.constant(value, tf.int64)

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tilefold.backends.protocols import BACKWARD_LOW, Pass
-from tilefold.frontends.tensorflow.pairs import second_gradients
+from tilefold.frontends.tensorflow.second import second_gradients
 from tilefold.problems.request import Request
 
 Tensor = Any
