@@ -111,6 +111,30 @@ def test_calls_of_programs_that_are_gone_are_let_go() -> None:
     assert len(xla._instances) == before
 
 
+def test_eager_calls_compile_no_program_for_each_mask() -> None:
+    from tilefold.frontends import xla
+
+    q, k, v = (jax.device_put(x, jax.devices()[1]) for x in three(1, 2, 12, 8))
+    compiled = jax.jit(lambda n: attention(q, k, v, mask=lengths(n)))
+    before = len(xla._instances)
+    for n in range(1, 6):
+        o, pull = jax.vjp(lambda *x, n=n: attention(*x, mask=lengths(n)), q, k, v)
+        assert {x.device for x in (o, *pull(o))} == {q.device}
+        assert len(xla._instances) == before or n > 1
+        np.testing.assert_array_equal(o, compiled(jnp.array(n, jnp.int32)))
+        before = len(xla._instances) if n == 1 else before
+
+
+def test_without_jit() -> None:
+    q, k, v = three()
+    slopes = jax.grad(lambda *x: (attention(*x, mask=causal()) ** 2).sum(), (0, 1, 2))
+    with jax.disable_jit():
+        found = slopes(q, k, v)
+    for one, other in zip(found, jax.jit(slopes)(q, k, v), strict=True):
+        assert isinstance(one, jax.Array)
+        np.testing.assert_array_equal(one, other)
+
+
 def test_threads_that_call_at_once() -> None:
     q, k, v = three(2, 4, 64, 8)
     function = jax.jit(lambda *x: attention(*x, mask=causal()))

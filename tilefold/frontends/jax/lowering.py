@@ -9,7 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.interpreters import xla as xla_calls
+from numpy.typing import NDArray
 
 from tilefold.backends import calls
 from tilefold.backends.arrays import numpy as arrays
@@ -52,16 +55,36 @@ def lower(ctx: Any, *operands: Any, wanted: Pass, request: Request) -> Any:
     return jax.ffi.ffi_lowering(xla.TARGET)(ctx, *operands, **texts)
 
 
+def run(wanted: Pass, request: Request, *given: Any) -> tuple[NDArray[Any], ...]:
+    """The results of a pass, which Python calls."""
+    named = zip(wanted.given, map(np.asarray, given), strict=True)
+    every = tuple([x.view(np.int64) if name == "seed" else x for name, x in named])
+    return calls.run(machine("cpu"), arrays, wanted, every, request)
+
+
+def run_eagerly(primitive: Primitive, *given: Any, wanted: Pass, request: Request) -> Any:
+    """The results of a pass outside of programs.
+
+    XLA would compile a program for each shape and each mask, in 30 ms, and keep it. So Python calls
+    the kernels, but for arrays that are divided among devices.
+    """
+    devices = {device for x in given if hasattr(x, "devices") for device in x.devices()}
+    if len(devices) != 1 or next(iter(devices)).platform != "cpu":
+        return xla_calls.apply_primitive(primitive, *given, wanted=wanted, request=request)
+    made, place = list(_as_jax(*run(wanted, request, *given))), devices.pop()
+    there = isinstance(made[0], jax.Array) and place in made[0].devices()  # not in disable_jit
+    return made if there else jax.device_put(made, place)
+
+
+_as_jax: Any = jax.jit(lambda *arrays: arrays)
+"""Arrays of NumPy as those of JAX: in 7 us, where jax.device_put of two takes 50 us."""
+
+
 def _called_back(ctx: Any, wanted: Pass, request: Request) -> Any:
     """A pass as a call of Python."""
     types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in ctx.avals_out]
-
-    def run(*given: Any) -> Any:
-        named = zip(wanted.given, map(np.asarray, given), strict=True)
-        every = tuple([x.view(np.int64) if name == "seed" else x for name, x in named])
-        return calls.run(machine("cpu"), arrays, wanted, every, request)
-
-    return lambda *given: jax.pure_callback(run, types, *given)
+    call = functools.partial(run, wanted, request)
+    return lambda *given: jax.pure_callback(call, types, *given)
 
 
 @functools.cache

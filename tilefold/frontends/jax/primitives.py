@@ -25,7 +25,7 @@ from tilefold.backends.protocols import BACKWARD, BACKWARD_LOW, FORWARD, Pass
 from tilefold.frontends.jax import formulas
 from tilefold.frontends.jax.batching import looped, merged, split
 from tilefold.frontends.jax.joined import with_sinks
-from tilefold.frontends.jax.lowering import described, lower, refuse, results_of
+from tilefold.frontends.jax.lowering import described, lower, refuse, results_of, run_eagerly
 from tilefold.frontends.jax.varying import alike, typed
 from tilefold.problems.request import Request
 
@@ -35,11 +35,13 @@ Arrays = Sequence[Any]
 def _primitive(name: str) -> Primitive:
     made = Primitive(f"tilefold_{name}")
     made.multiple_results = True
-    made.def_impl(functools.partial(xla.apply_primitive, made))
     return made
 
 
 attention_p, backward_p, tangents_p = map(_primitive, ("attention", "backward", "tangents"))
+attention_p.def_impl(functools.partial(run_eagerly, attention_p))
+backward_p.def_impl(functools.partial(run_eagerly, backward_p))
+tangents_p.def_impl(functools.partial(xla.apply_primitive, tangents_p))
 
 
 def attention(wanted: Pass, request: Request, given: Arrays) -> list[Any]:
