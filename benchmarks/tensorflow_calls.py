@@ -59,6 +59,7 @@ def main() -> None:
         print(peak(chosen.child))
         return
     document: dict[str, Any] = {**environment(), "threads": chosen.threads, "dtype": "float32"}
+    document["versions"]["tensorflow"] = tf.__version__
     for name in chosen.parts:
         document[name] = parts[name](chosen.seconds)
     text = json.dumps(document, indent=1) + "\n"

@@ -129,12 +129,17 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Tensor, 
     return joined.joined(o1, lse1, o2, lse2, layout)
 
 
+_FLOATS = frozenset(map(tf.as_dtype, STATISTICS))
+
+
 def tensors_of(**given: Any) -> tuple[Tensor, ...]:
     """Arguments as tensors of one type of floats. Raises TypeError, and NotImplementedError."""
-    tensors = tuple([tf.convert_to_tensor(value) for value in given.values()])
-    kinds = {tensor.dtype for tensor in tensors}
-    if len(kinds) > 1 or kinds.pop().name not in STATISTICS:
-        common_dtype({name: it.dtype.name for name, it in zip(given, tensors, strict=True)})
+    tensors = tuple(
+        [x if isinstance(x, tf.Tensor) else tf.convert_to_tensor(x) for x in given.values()]
+    )
+    kinds = [tensor.dtype for tensor in tensors]
+    if kinds[0] not in _FLOATS or any(kind is not kinds[0] for kind in kinds):
+        common_dtype({name: kind.name for name, kind in zip(given, kinds, strict=True)})
     if _has_gpu() and tf.executing_eagerly():
         for name, tensor in zip(given, tensors, strict=True):
             if "CPU" not in tensor.device:
