@@ -127,7 +127,7 @@ def test_masks_of_sequences_hide_keys_and_queries() -> None:
 
 def test_weights_of_keras_layer_fit() -> None:
     theirs: Any = keras.layers.MultiHeadAttention(2, 8, output_shape=5)
-    ours = MultiHeadAttention(2, 8, output_shape=5, kernel_regularizer="l2")
+    ours = MultiHeadAttention(np.int64(2), 8, output_shape=(5,), kernel_regularizer="l2")
     x, y = normal(2, 5, 16), normal(2, 7, 16)
     seen = RANDOM.random((2, 5, 7)) > 0.3
     theirs(x, y), ours(x, y)
@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "sinks": (
         lambda: Attention(sinks=-1),
-        "sinks must be True, False or a number of sinks, got -1",
+        "sinks must be an integer >= 0, got -1",
     ),
     "a string": (
         lambda: Attention(mask="causal"),
@@ -179,9 +179,30 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: MultiHeadAttention(4, 8, num_key_heads=3),
         "num_key_heads must divide num_heads, which is 4, got 3",
     ),
+    "no width of values": (
+        lambda: MultiHeadAttention(2, 4, value_dim=0),
+        "value_dim must be an integer >= 1, got 0",
+    ),
+    "an output without size": (
+        lambda: MultiHeadAttention(2, 4, output_shape=-1),
+        "output_shape must be an integer >= 1, got -1",
+    ),
+    "a scale": (
+        lambda: Attention(scale="x"),  # type: ignore[arg-type]
+        "scale must be a finite number, or None for 1 / sqrt(dim), got 'x'",
+    ),
+    "a seed": (
+        lambda: Attention(seed=1.5),  # type: ignore[arg-type]
+        "seed must be an integer from -2**63 to 2**64 - 1, got 1.5",
+    ),
+    "heads that do not divide": (
+        lambda: Attention()(keras.Input((3, 4, 8)), *[keras.Input((3, 3, 8))] * 2),
+        "the heads of key must divide those of query, got 3 and 4: query is (None, 3, 4, 8) and"
+        " key (None, 3, 3, 8)",
+    ),
     "no heads": (
         lambda: MultiHeadAttention(0, 8),
-        "num_heads must be an integer of at least 1, got 0",
+        "num_heads must be an integer >= 1, got 0",
     ),
 }
 

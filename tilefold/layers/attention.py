@@ -8,12 +8,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from tilefold.common.check import shown
+from tilefold.common.check import whole
 from tilefold.layers.settings import rule_of, score_of, text_of
 from tilefold.layers.tensors import Hidden, attend, drawn, tensor_of
 from tilefold.masks.position_rules import Rule
-from tilefold.problems.dropout import check_probability
-from tilefold.problems.request import check_precision
+from tilefold.problems.dropout import check_probability, check_seed
+from tilefold.problems.request import as_scale, check_precision, check_scale
 from tilefold.scores.score import Score
 
 Shape = tuple[int | None, ...]
@@ -70,14 +70,16 @@ class Attention(keras.layers.Layer):  # type: ignore[misc]  # mypy does not foll
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(sinks, int) or sinks < 0:
-            raise ValueError(f"sinks must be True, False or a number of sinks, got {shown(sinks)}")
         check_precision(precision)
         self.mask, self.score = rule_of(mask), score_of(score)
-        self.number_of_sinks, self.scale = int(sinks), scale
-        self.dropout, self.precision, self.seed = check_probability(dropout), precision, seed
+        self.number_of_sinks = int(sinks) if isinstance(sinks, bool) else whole("sinks", sinks, 0)
+        self.scale = as_scale(scale)
+        if self.scale is not None:
+            check_scale(self.scale)
+        self.dropout, self.precision = check_probability(dropout), precision
+        self.seed = None if seed is None else check_seed(seed)
         self.sinks: Any = None
-        self.generator = keras.random.SeedGenerator(seed) if self.dropout else None
+        self.generator = keras.random.SeedGenerator(self.seed) if self.dropout else None
         self.supports_masking = True
 
     def build(self, query_shape: Shape, key_shape: Shape, value_shape: Shape) -> None:
@@ -87,6 +89,12 @@ class Attention(keras.layers.Layer):  # type: ignore[misc]  # mypy does not foll
                 raise ValueError(
                     f"{name} must have four axes, (batch, sequence, heads, dim), got shape {shape}"
                 )
+        heads, groups = query_shape[2], key_shape[2]
+        if heads and groups and heads % groups:
+            raise ValueError(
+                f"the heads of key must divide those of query, got {groups} and {heads}: query is"
+                f" {query_shape} and key {key_shape}"
+            )
         if self.number_of_sinks:
             shape = query_shape[2], self.number_of_sinks
             self.sinks = self.add_weight(

@@ -78,9 +78,9 @@ def enable(precision: str = "highest") -> None:
     >>> tilefold.keras.disable()
 
     It reaches `keras.ops.dot_product_attention`, and the layers `MultiHeadAttention` and
-    `GroupedQueryAttention` without dropout, in models that were built before or will be. What a
+    `GroupQueryAttention` without dropout, in models that were built before or will be. What a
     framework has compiled already stays as it is. A second call changes nothing. What tilefold
-    cannot do goes to Keras' own function, and a warning says so once.
+    cannot do goes to Keras' own function, and a warning says so, once until the next `enable()`.
 
     Arguments:
         precision: the least precision of products of float32, as for `tilefold.attention`. On

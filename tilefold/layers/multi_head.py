@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from tilefold.common.check import shown
+from tilefold.common.check import whole
 from tilefold.layers.attention import Attention, Shape, masks_of
 from tilefold.layers.settings import rule_of, text_of
 from tilefold.layers.tensors import Hidden
@@ -42,7 +42,8 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]  # mypy does
         mask, score, sinks, scale, dropout, precision, seed: as for `Attention`. With dropout the
             weights are not stored, and training stays linear in the lengths
         use_bias: whether projections add a bias
-        output_shape: the size of the last axis of the output; None means that of the query
+        output_shape: the size of the last axis of the output, an integer or a tuple of one; None
+            means that of the query
         kwargs: `kernel_initializer`, `bias_initializer`, the same with `regularizer` and
             `constraint`, and further arguments of `keras.layers.Layer`
 
@@ -75,7 +76,7 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]  # mypy does
         precision: str = "highest",
         seed: int | None = None,
         use_bias: bool = True,
-        output_shape: int | None = None,
+        output_shape: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         given = {
@@ -84,21 +85,18 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]  # mypy does
             for kind in _OF_WEIGHTS
         }
         super().__init__(**kwargs)
-        value_dim, num_key_heads = value_dim or key_dim, num_key_heads or num_heads
         sizes = {
             "num_heads": num_heads,
             "key_dim": key_dim,
-            "value_dim": value_dim,
-            "num_key_heads": num_key_heads,
+            "value_dim": key_dim if value_dim is None else value_dim,
+            "num_key_heads": num_heads if num_key_heads is None else num_key_heads,
         }
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {shown(size)}")
-        if num_heads % num_key_heads:
-            raise ValueError(
-                f"num_key_heads must divide num_heads, which is {num_heads}, got {num_key_heads}"
-            )
-        self.sizes, self.use_bias, self.out = sizes, use_bias, output_shape
+        sizes = {name: whole(name, size, 1) for name, size in sizes.items()}
+        heads, groups = sizes["num_heads"], sizes["num_key_heads"]
+        if heads % groups:
+            raise ValueError(f"num_key_heads must divide num_heads, which is {heads}, got {groups}")
+        self.sizes, self.use_bias = sizes, use_bias
+        self.out = None if output_shape is None else _size_of(output_shape)
         self.mask = rule_of(mask)
         self.of_weights = _of_weights(given)
         self.core = Attention(
@@ -200,6 +198,13 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]  # mypy does
         Each projection gets its own copy: an initializer that is used twice gives the same numbers.
         """
         return {name: keras.saving.serialize_keras_object(x) for name, x in self.of_weights.items()}
+
+
+def _size_of(output_shape: int | Sequence[int]) -> int:
+    """The size of the last axis. Raises TypeError or ValueError for other values."""
+    if isinstance(output_shape, (tuple, list)) and len(output_shape) == 1:
+        output_shape = output_shape[0]
+    return whole("output_shape", output_shape, 1)
 
 
 def _of_weights(given: dict[str, Any]) -> dict[str, Any]:
