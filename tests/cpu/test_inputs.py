@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import tracemalloc
@@ -23,6 +24,7 @@ from tilefold import (
     attention_backward,
     bias,
     causal,
+    dense,
     distance_bias,
     get_num_threads,
     local,
@@ -32,9 +34,11 @@ from tilefold import (
     table,
     temperature,
 )
-from tilefold.backends.cpu import dispatch
+from tilefold.backends.cpu import dispatch, native
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.plan import CpuPlan, plan
+from tilefold.backends.protocols import BACKWARD
+from tilefold.frontends.operation import Operation
 from tilefold.problems import reference
 from tilefold.problems.attention import describe
 from tilefold.problems.buffer import Buffer
@@ -224,6 +228,25 @@ def test_queries_without_keys_have_gradients_of_zero() -> None:
     case = Case(lambda n: [bias(n(K, Q)), bias(n(K, 1))], causal(), (B, H, KV, K, Q, D))
     for gradient in Trial(case, "float32").check(3e-6)[3:]:
         assert not gradient[: K - Q].any()
+
+
+def test_a_mask_that_shows_nothing_leaves_no_entry_unwritten() -> None:
+    """The plan and its launches: the result holds other numbers before."""
+    rng = np.random.default_rng(0)
+    do, q, k, v = (rng.normal(size=(1, 2, 9, 8)).astype(np.float32) for _ in range(4))
+    added, hidden = np.ones((1, 2, 9, 9), np.float32), dense(np.zeros((1, 1), bool))
+    form = as_score(bias(added)).form.score
+    wanted = BACKWARD.plus(("input0",), ("dinput0",))
+    o, lse = attention(q, k, v, mask=hidden, return_lse=True)
+    given = do, q, k, v, o, lse, added
+    shapes = [(array.shape, array.dtype.name) for array in given]
+    call = Operation(wanted, Request(hidden, score=form)).native(shapes)
+    results = [np.full_like(array, 7) for array in (q, k, v, added)]
+    every = [*given, *results]
+    addresses = (ctypes.c_int64 * len(every))(*[array.ctypes.data for array in every])
+    run = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(native.runner())
+    assert run(call.address, ctypes.addressof(addresses)) == 0
+    assert not any(array.any() for array in results)
 
 
 def test_without_keys_the_gradients_of_arrays_are_zero() -> None:

@@ -24,7 +24,7 @@ from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.kernels.arguments import CHUNK
 from tilefold.backends.cpu.launches import Launch, visited_work
 from tilefold.backends.cpu.spec import Entry, KernelSpec, Target
-from tilefold.masks.expression import Expression, names
+from tilefold.masks.expression import Expression, Truth, names
 from tilefold.masks.pairs import is_dense, kept_apart
 from tilefold.masks.tables import Input
 from tilefold.planning.masked import Scored
@@ -173,7 +173,8 @@ class _Planner:
 
     def _covers(self, array: _Array) -> bool:
         """True where every entry of the result is stored: then nothing clears it before."""
-        problem, everywhere = self._problem, self._masked.constant
+        problem, rule = self._problem, self._masked.expression
+        everywhere = isinstance(rule, Truth) and rule.value
         pairs = problem.batch * problem.heads_q * problem.len_q * problem.len_k
         return array.once and everywhere and array.elements == pairs
 
