@@ -346,6 +346,29 @@ except Exception as error:
     assert "not registered" in str(error), error
 else:
     raise AssertionError("the operators were there before their import")
+
+from tilefold.frontends.tensorflow import compute, library
+usual, checked, calls = compute.address, library.Library.checked, []
+
+def interrupted(symbol):
+    raise KeyboardInterrupt
+
+def half(self, name, *arguments):  # the second operator is defined, and has no kernel
+    calls.append(name)
+    if calls.count("RegisterKernelBuilder") == 2:
+        raise KeyboardInterrupt
+    return checked(self, name, *arguments)
+
+for module, name, broken, whole in (
+    (compute, "address", interrupted, usual), (library.Library, "checked", half, checked)
+):
+    setattr(module, name, broken)
+    try:
+        import tilefold.tensorflow
+    except KeyboardInterrupt:
+        setattr(module, name, whole)
+    else:
+        raise AssertionError("the import did not compile and register")
 import tilefold.tensorflow
 
 def again(window):
@@ -404,7 +427,10 @@ assert (tilefold.tensorflow.compiled.missing() is None) == (sys.argv[2] == "True
 def test_saved_models_forks_and_copies_in_a_fresh_process(
     qkv: list[Tensor], tmp_path: Path
 ) -> None:
-    """A SavedModel loads after the import; so it does after a reload, and with a second copy."""
+    """A SavedModel loads after the import; so it does after a reload, and with a second copy.
+
+    The import goes on where an interrupt cut an earlier one in two.
+    """
     import tilefold.tensorflow
 
     tf = framework()
@@ -449,7 +475,7 @@ def test_states_of_nodes_that_are_gone_are_dropped() -> None:
     tf = framework()
     operators.registered()
     (q,) = drawn((1, 1, 3, 8))
-    held = registering.registered[operators.FORWARD["bhnd"].name]
+    held = registering.kernels[operators.FORWARD["bhnd"].name]
     counts = []
     for _ in range(4):
         tf.function(lambda x: tilefold.attention(x, x, x))(q)

@@ -227,6 +227,16 @@ def test_values_and_gradients(case: Case) -> None:
         assert_near(name, np.asarray(x).reshape(expected.shape), expected, bound)
 
 
+def test_flags_and_sizes_of_numpy() -> None:
+    from tilefold.tensorflow import local_1d
+
+    x = np.random.default_rng(3).normal(size=(2, 8, 9)).astype("f4")
+    want = local_1d(x, x, x, 2, 0, True, "none_front", True)
+    got = local_1d(x, x, x, np.int64(2), np.int8(0), np.True_, "none_front", np.True_)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.feature("T10")
 def test_l_and_m_have_no_gradient() -> None:
     tf = framework()

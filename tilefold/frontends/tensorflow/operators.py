@@ -194,7 +194,7 @@ def _is_wanted(op: Any, place: int) -> bool:
     if skipped is not None:
         return place not in skipped
     tensor = op.inputs[place]
-    return not tf.is_symbolic_tensor(tensor) or tensor.op.type not in ("Const", "StopGradient")
+    return not tf.is_symbolic_tensor(tensor) or tensor.op.type != "StopGradient"
 
 
 def _second_gradient(op: Any, *slopes: Tensor) -> list[Tensor | None]:

@@ -2,11 +2,13 @@
 
 TensorFlow ends the process when a name is registered twice, and nothing can be registered anew. So
 a name carries a version, a name that is there already is used as it is, and what TensorFlow calls
-lives until the process ends: also after this module was loaded again.
+lives until the process ends: also after this module was loaded again. Each step looks whether it is
+done, so a registration that was cut in two goes on at the next call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -57,21 +59,35 @@ class Operator:
 
 _lock = threading.Lock()
 
-registered: dict[str, _Registered] = {}
-"""The operators that this module has registered, by their names."""
+kernels: dict[str, _Kernels] = {}
+"""What this module has registered, by the names of operators."""
 
 
 def register(operators: Sequence[Operator], gradients: dict[str, Callable[..., Any]]) -> None:
     """Register the operators that TensorFlow does not know yet, with their gradients."""
     from tensorflow import RegisterGradient
-    from tensorflow.python.framework import op_def_registry
+    from tensorflow.python.framework.kernels import get_registered_kernels_for_op as found
 
     with _lock:
         for operator in operators:
-            if op_def_registry.get(operator.name) is None:
-                registered[operator.name] = _Registered(operator, library())
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(registered[operator.name]))
-                RegisterGradient(operator.name)(gradients[operator.name])
+            name = operator.name
+            if not found(name).kernel:
+                made = _Kernels(operator, library())  # it compiles, which may fail
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+                made.register()
+                kernels[name] = made
+            with contextlib.suppress(KeyError):  # it has one
+                RegisterGradient(name)(gradients[name])
+
+
+def _renew_lock() -> None:
+    """In a forked child: a thread that held the lock is not there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def functions(names: Sequence[str]) -> list[Callable[..., Any]]:
@@ -86,7 +102,7 @@ def functions(names: Sequence[str]) -> list[Callable[..., Any]]:
     return [short[name.lower()] for name in names]
 
 
-class _Registered:
+class _Kernels:
     """An operator in TensorFlow's registry; TensorFlow calls its methods as long as it runs."""
 
     def __init__(self, operator: Operator, tf: Library) -> None:
@@ -95,11 +111,17 @@ class _Registered:
         self._lock = threading.Lock()
         self._shapes, self._create = SHAPES(self._infer), CREATE(self._new_state)
         self._ask = ASK(self._prepared)
-        self._define()
-        compute_at, delete_at = (compute.address(f"tilefold_{it}") for it in ("compute", "delete"))
-        name = operator.name.encode()
-        kernel = tf.NewKernelBuilder(name, b"CPU", self._create, compute_at, delete_at)
-        tf.checked("RegisterKernelBuilder", name, kernel)
+        self._native = [compute.address(f"tilefold_{it}") for it in ("compute", "delete")]
+
+    def register(self) -> None:
+        """Register what of the operator TensorFlow does not know: its definition, its kernel."""
+        from tensorflow.python.framework import op_def_registry
+
+        if op_def_registry.get(self._operator.name) is None:
+            self._define()
+        name = self._operator.name.encode()
+        kernel = self._tf.NewKernelBuilder(name, b"CPU", self._create, *self._native)
+        self._tf.checked("RegisterKernelBuilder", name, kernel)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._renew_locks)
 

@@ -31,8 +31,8 @@ SCORES = 2**22
 _ROWS = ("q", "do", "dlse")
 """What has a row for each query. o, lse and lse_low are functions of the others."""
 
-_MADE = ("do", "o", "lse", "lse_low", "dlse")
-"""What a backward pass is given beside the operands of the forward pass."""
+_NOT_FORWARD = ("do", "o", "lse", "lse_low", "dlse")
+"""What a backward pass is given that its forward pass was not given."""
 
 
 def second_gradients(
@@ -44,9 +44,7 @@ def second_gradients(
     """
     named = dict(zip(wanted.given, given, strict=True))
     results = [name.removeprefix("d") for name in wanted.results]
-    known = {
-        name: x for name, x in named.items() if name not in ("do", "o", "lse", "lse_low", "dlse")
-    }
+    known = {name: x for name, x in named.items() if name not in _NOT_FORWARD}
     problem, kind = problem_of(request, known), statistics(named["q"])
 
     def turned(name: str, x: Tensor) -> Tensor:
@@ -54,7 +52,8 @@ def second_gradients(
         plain = name in ("q", "k", "v", "do")
         return tf.cast(tf.transpose(x, LAYOUTS[request.layout]) if plain else x, kind)
 
-    leaves = [name for name in named if name in (*results, *_ROWS)]
+    arrays = [name for name in named if name.startswith(("input", "sinks"))]
+    leaves = [name for name in named if name in (*"kv", *_ROWS, *arrays)]
     every = {name: turned(name, x) if name in leaves else x for name, x in named.items()}
     along = {name: turned(name, x) for name, x in zip(results, slopes, strict=True)}
 

@@ -63,8 +63,8 @@ class Between:
             ("log2_stride", "log2_stride_size", self.log2_stride, 0),
         ):
             object.__setattr__(self, field, whole(name, value, least))
-        for name, value in (("is_causal", self.causal), ("returning_l_m", self.largest)):
-            flag(name, value)
+        object.__setattr__(self, "causal", flag("is_causal", self.causal))
+        object.__setattr__(self, "largest", flag("returning_l_m", self.largest))
         if self.log2_stride > 30 or self.window << self.log2_stride > _LARGEST:
             raise ValueError(
                 "window_size * 2**log2_stride_size must be below 2**31, got window_size="

@@ -156,16 +156,18 @@ def _has_gpu() -> bool:
 
 
 def extra_tensors(extra: Extra, q: Tensor) -> tuple[Tensor, ...]:
-    """The extra arrays as kernels read them: sinks are rows, in the type of lse."""
+    """The extra arrays as kernels read them: sinks are rows, in the type of lse.
+
+    Nothing asks for the gradient of an array that is no tensor. A constant of a graph may be a
+    small tensor that a tape watches: TensorFlow copies it into the graph.
+    """
     found = []
     for name, array in zip(extra.names, extra.arrays, strict=True):
-        tensor = array
-        if not isinstance(array, (tf.Tensor, tf.Variable)):
-            tensor = as_array(spoken(name), array)
-        tensor = tf.convert_to_tensor(tensor)
+        is_tensor = isinstance(array, (tf.Tensor, tf.Variable))
+        tensor = tf.convert_to_tensor(array if is_tensor else as_array(spoken(name), array))
         if name == "sinks":
             tensor = tf.cast(rows_of(tensor), statistics(q))
-        found.append(tensor)
+        found.append(tensor if is_tensor else tf.stop_gradient(tensor))
     return tuple(found)
 
 
