@@ -187,6 +187,7 @@ MAPPED: dict[str, tuple[Call, Any, tuple[Any, ...]]] = {
     "bias of each": (biased, (0, 0, 0, 0), ((2, 4, 20, 24),)),
     "shared bias": (biased, (0, 0, 0, None), ((2, 1, 20, 24),)),
     "sinks of each": (sunk, (0, None, 0, 0), ((4,),)),
+    "sinks alone": (sunk, (None, None, None, 0), ((4,),)),
     "shared sinks": (sunk, (0, 0, None, None), ((4, 2),)),
     "dropout": (lambda q, k, v: attention(q, k, v, dropout=0.4, seed=3), (0, 0, 0), ()),
 }  # fmt: skip
@@ -226,6 +227,53 @@ def test_vmap_is_a_loop(name: str) -> None:
         return one_by_one(call, given, axes), apart, tuple(joined)
 
     near(jax.jit(at_once)(*given), jax.jit(in_turn)(*given))
+
+
+def test_vmap_keeps_the_gradients_of_large_scores() -> None:
+    """Products of integers are the same scores in every call; one float of lse is off by 1e-3."""
+    q, k, v = (jnp.round(x) for x in three(3))
+    large = tilefold.score(lambda s: s + 3e4)
+
+    def loss(q: Any, sinks: Any) -> Any:
+        o, lse = attention(q, k[0], v[0], scale=1.0, score=large, sinks=sinks, return_lse=True)
+        return (o**2).sum() + (lse - 3e4).sum()
+
+    given, slopes = (q, normal(3, 4) + 3e4), jax.grad(loss, (0, 1))
+    near(jax.vmap(slopes)(*given), one_by_one(slopes, given, (0, 0)), 1e-5)
+    total = jax.grad(lambda *x: jax.vmap(loss)(*x).sum(), (0, 1))
+    near(total(*given), one_by_one(slopes, given, (0, 0)), 1e-5)
+
+
+OPERANDS = "do", "q", "k", "v", "o", "lse", "dlse", "sinks", "table"
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_any_operand_of_a_backward_pass_may_be_mapped_alone(name: str) -> None:
+    q, k, v = three()
+    table, sinks = normal(4, 20, 1), normal(4)
+    o, lse = attention(q, k, v, score=bias(table), sinks=sinks, return_lse=True)
+    named = dict(zip(OPERANDS, (o, q, k, v, o, lse, lse, sinks, table), strict=True))
+
+    def backward(x: Any) -> Any:
+        *given, dlse, sinks, table = (named | {name: x}).values()
+        options = {"dlse": dlse, "sinks": sinks, "score": bias(table)}
+        return tilefold.attention_backward(*given, **options)
+
+    several = (jnp.stack([named[name] * n for n in (1.0, 0.5, 1.5)]),)
+    near(jax.vmap(backward)(*several), one_by_one(backward, several, (0,)))
+
+
+def test_vmap_of_nothing_has_the_shape_of_its_results() -> None:
+    _, k, v = three()
+
+    def call(q: Any, sinks: Any) -> Any:
+        return attention(q, k, v, sinks=sinks)
+
+    q, sinks = jnp.zeros((0, *SHAPE)), jnp.zeros((0, 4))
+    o, pull = jax.vjp(jax.vmap(call), q, sinks)
+    assert o.shape == q.shape and [x.shape for x in pull(o)] == [q.shape, sinks.shape]
+    assert jax.vmap(call, (0, None))(q, jnp.zeros(4)).shape == q.shape
+    assert jax.vmap(call, (None, 0))(jnp.zeros(SHAPE), sinks).shape == q.shape
 
 
 def test_vmap_has_no_loop_but_with_dropout() -> None:
@@ -367,10 +415,37 @@ def test_arrays_that_are_divided_among_devices(kind: str) -> None:
         return jax.grad(lambda *x: (attention(*x, mask=causal()) ** 2).sum(), (0, 1, 2))(*given)
 
     want = jax.jit(slopes)(q, k, v)
+    given = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("i"))) for x in (q, k, v)]
+    found = [jax.jit(slopes)(*given)]
     with jax.set_mesh(mesh):
-        given = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("i"))) for x in (q, k, v)]
-        for found in (jax.jit(slopes)(*given), slopes(*given)):
-            near([jnp.asarray(np.asarray(x)) for x in found], want)
+        found += [jax.jit(slopes)(*given), slopes(*given)]
+    for each in found:
+        near([jnp.asarray(np.asarray(x)) for x in each], want)
+
+
+def test_the_default_mesh() -> None:
+    """Its axes are explicit, and no mesh is set; the mapped axis is divided."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import tilefold.jax
+
+    place = NamedSharding(jax.make_mesh((2,), ("i",)), PartitionSpec("i"))
+    q, k, v = three(2)
+    given = [jax.device_put(x, place) for x in (q, k, v, normal(2, 4))]
+
+    def call(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+        return attention(q, k, v, sinks=sinks)
+
+    def every(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+        total = jax.grad(lambda q: (jax.vmap(call)(q, k, v, sinks) ** 2).sum())
+        dropped = jax.vmap(lambda q, k, v: attention(q, k, v, dropout=0.2, seed=1))
+        attend, ones = tilefold.jax.dot_product_attention, jnp.ones((2, 2, 3, 1, 4))
+        return total(q), dropped(q, k, v), attend(sinks[:, None, None], *ones, is_causal=True)
+
+    here = [jnp.asarray(np.asarray(x)) for x in given]
+    for function in (jax.jit(every), jax.vmap(call)):
+        found = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), function(*given))
+        near(found, function(*here))
 
 
 def test_donated_arrays() -> None:

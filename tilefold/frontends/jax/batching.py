@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tilefold.frontends.jax.varying import whole
 from tilefold.masks.repeated import repeated
 from tilefold.problems.request import LAYOUTS, Request
 from tilefold.scores.repeated import repeated_score
@@ -24,6 +25,7 @@ def looped(
     call: Callable[..., Any], args: Sequence[Any], dims: Axes
 ) -> tuple[Any, tuple[int, ...]]:
     """The results of a call for each entry of an axis, computed one after the other."""
+    args = [whole(x) for x in args]
     mapped = [jnp.moveaxis(x, dim, 0) for x, dim in zip(args, dims, strict=True) if dim is not None]
 
     def one(entries: Sequence[Any]) -> Any:
@@ -45,13 +47,16 @@ def merged(
     dims: Axes,
     request: Request,
     own: Sequence[str] = (),
-) -> tuple[list[Any], Request, int]:
-    """Operands whose batch has the mapped axis as its slower part; the request for them; its size.
+    size: int | None = None,
+) -> tuple[list[Any], Request, tuple[int, int]]:
+    """Operands whose batch has the mapped axis as its slower part; the request; both lengths.
 
     The arrays of a score, and those of a mask, keep the mapped axis as their first; the others, and
-    those of `own`, get one. Sinks have none.
+    those of `own`, get one. Sinks have none. `size` is the length of the mapped axis; none of the
+    operands needs to have it then.
     """
-    size = size_of(args, dims)
+    size = size_of(args, dims) if size is None else size
+    args = [whole(x) for x in args]
     named = dict(zip(names, zip(args, dims, strict=True), strict=True))
     (q, dim_q), (k, dim_k) = named["q"], named["k"]
     axes = LAYOUTS[request.layout]
@@ -78,12 +83,12 @@ def merged(
     )
     mask = repeated(request.mask, sizes.batch, sizes.len_q, sizes.len_k, own_data, size)
     score = request.score and repeated_score(request.score, sizes, own_inputs, size)
-    return found, request.changed(mask=mask, score=score), size
+    return found, request.changed(mask=mask, score=score), (size, batch)
 
 
-def split(x: Any, size: int) -> Any:
-    """The mapped axis and the batch, of a result whose batch has both."""
-    return x.reshape(size, x.shape[0] // size if size else 0, *x.shape[1:])
+def split(x: Any, parts: tuple[int, int]) -> Any:
+    """The mapped axis and the batch, of a result whose batch has both, with these lengths."""
+    return x.reshape(*parts, *x.shape[1:])
 
 
 def _is_array(name: str) -> bool:

@@ -138,13 +138,20 @@ def shown(request: Request, named: Named) -> Array:
 
 
 def gradient_of_sinks(
-    do: Array, o: Array, lse: Array, dlse: Array | None, sinks: Array, layout: str
+    do: Array,
+    o: Array,
+    lse: Array,
+    low: Array | None,
+    dlse: Array | None,
+    sinks: Array,
+    layout: str,
 ) -> Array:
     """dsinks: -exp(sinks - lse) (delta - dlse), summed over batch and queries."""
     axes, kind = LAYOUTS[layout], lse.dtype
     delta = (do.transpose(axes).astype(kind) * o.transpose(axes).astype(kind)).sum(-1)
     delta = delta if dlse is None else delta - dlse
-    share = jnp.exp(sinks[:, None] - shift_of(lse)[..., None])
+    share = sinks[:, None] - shift_of(lse)[..., None]
+    share = jnp.exp(share if low is None else share - low[..., None])
     return -(share * delta[..., None]).sum((0, 2))
 
 

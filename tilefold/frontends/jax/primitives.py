@@ -23,10 +23,10 @@ from jax.interpreters import ad, batching, mlir, xla
 
 from tilefold.backends.protocols import BACKWARD, BACKWARD_LOW, FORWARD, Pass
 from tilefold.frontends.jax import formulas
-from tilefold.frontends.jax.batching import looped, merged, split
+from tilefold.frontends.jax.batching import looped, merged, size_of, split
 from tilefold.frontends.jax.joined import with_sinks
 from tilefold.frontends.jax.lowering import described, lower, refuse, results_of, run_eagerly
-from tilefold.frontends.jax.varying import alike, typed
+from tilefold.frontends.jax.varying import alike, typed, whole
 from tilefold.problems.request import Request
 
 Arrays = Sequence[Any]
@@ -100,26 +100,34 @@ def _attention_batch(args: Arrays, dims: Any, *, wanted: Pass, request: Request)
 
     if request.dropout:
         return looped(call, args, dims)
-    if not request.sinks or dims[wanted.given.index("sinks")] is None:
-        found, joined, size = merged(wanted.given, args, dims, request)
-        made = [split(x, size) for x in attention(wanted, joined, found)]
-        return made, (0,) * len(made)
+    if request.sinks and dims[wanted.given.index("sinks")] is not None:
+        return _with_sinks_of_each(args, dims, wanted, request)
+    found, joined, parts = merged(wanted.given, args, dims, request)
+    made = [split(x, parts) for x in attention(wanted, joined, found)]
+    return made, (0,) * len(made)
+
+
+def _with_sinks_of_each(args: Arrays, dims: Any, wanted: Pass, request: Request) -> Any:
+    """Sinks are not of the batch: the kernels leave them out, and operations of JAX join them."""
     place = wanted.given.index("sinks")
-    plain = FORWARD.plus(tuple([x for x in extra_of(wanted) if x != "sinks"]), wanted.results[2:])
-    found, joined, size = merged(
-        plain.given,
-        [*args[:place], *args[place + 1 :]],
-        [*dims[:place], *dims[place + 1 :]],
-        request.changed(sinks=0),
+    low = _with_low(wanted)
+    plain = FORWARD.plus(tuple([x for x in extra_of(low) if x != "sinks"]), low.results[2:])
+    given, own = [*args[:place], *args[place + 1 :]], [*dims[:place], *dims[place + 1 :]]
+    request, axis = request.changed(sinks=0), None
+    if any(dim is not None for dim in own):
+        given, request, parts = merged(plain.given, given, own, request)
+        axis = 0
+    made = attention(plain, request, given)
+    named = dict(zip(plain.results, made, strict=True))
+    if axis is not None:
+        named = {name: split(x, parts) for name, x in named.items()}
+    join = jax.vmap(
+        functools.partial(with_sinks, layout=request.layout), (axis, axis, axis, dims[place])
     )
-    o, lse, *rest = [split(x, size) for x in attention(plain, joined, found)]
-    join = functools.partial(with_sinks, layout=request.layout)
-    o, lse = jax.vmap(join, (0, 0, dims[place]))(o, lse, args[place])
-    rest = [
-        jnp.zeros_like(x) if name == "lse_low" else x
-        for name, x in zip(wanted.results[2:], rest, strict=True)
-    ]
-    return [o, lse, *rest], (0,) * (2 + len(rest))
+    names = "o", "lse", "lse_low"
+    found = join(*[named[name] for name in names], whole(args[place]))
+    named |= dict(zip(names, found, strict=True))
+    return [named[x] for x in wanted.results], [0 if x in names else axis for x in wanted.results]
 
 
 # tangents ---------------------------------------------------------------------------------------
@@ -203,28 +211,34 @@ def _backward_batch(args: Arrays, dims: Any, *, wanted: Pass, request: Request) 
 
     if request.dropout:
         return looped(call, args, dims)
+    args = [whole(x) for x in args]
     named = dict(zip(wanted.given, zip(args, dims, strict=True), strict=True))
     names = tuple([name for name in wanted.given if name != "sinks"])
     results = tuple([name for name in wanted.results if name != "dsinks"])
     plain = BACKWARD_LOW if "lse_low" in names else BACKWARD
     extra = names[len(plain.given) :]
     plain = plain.plus(extra, results[3:])
-    found, joined, size = merged(
+    found, joined, parts = merged(
         names,
         [named[name][0] for name in names],
         [named[name][1] for name in names],
         request.changed(sinks=0),
         own=[name[1:] for name in results],
+        size=size_of(args, dims),
     )
     every = {}
     for name, x in zip(results, backward(plain, joined, found), strict=True):
-        every[name] = x if name.startswith("dinput") else split(x, size)
+        every[name] = x if name.startswith("dinput") else split(x, parts)
     if "dsinks" in wanted.results:
-        asked = ("do", "o", "lse", "dlse", "sinks")
+        asked = ("do", "o", "lse", "lse_low", "dlse", "sinks")
         given = [named.get(name, (None, None)) for name in asked]
         own = functools.partial(formulas.gradient_of_sinks, layout=request.layout)
-        every["dsinks"] = jax.vmap(own, tuple([dim for _, dim in given]))(*[x for x, _ in given])
-    return [every[name] for name in wanted.results], (0,) * len(wanted.results)
+        axes = tuple([dim for _, dim in given])
+        mapped = any(dim is not None for dim in axes)
+        every["dsinks"] = (jax.vmap(own, axes) if mapped else own)(*[x for x, _ in given])
+    return [every[name] for name in wanted.results], [
+        None if name == "dsinks" and not mapped else 0 for name in wanted.results
+    ]
 
 
 # all --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def axes_of(x: Any) -> frozenset[str]:
@@ -28,15 +28,17 @@ def alike(arrays: Sequence[Any]) -> list[Any]:
     Meshes of `AxisType.Explicit` have types that are divided outside of `jax.shard_map`; there each
     device gets the whole arrays.
     """
-    whole = [_whole(x) for x in arrays]
-    every = frozenset().union(*map(axes_of, whole))
-    return [_over(x, every) for x in whole]
+    undivided = [whole(x) for x in arrays]
+    every = frozenset().union(*map(axes_of, undivided))
+    return [_over(x, every) for x in undivided]
 
 
-def _whole(x: Any) -> Any:
+def whole(x: Any) -> Any:
     """An array of a type that is divided among devices, with all of it on each device."""
-    spec = jax.typeof(x).sharding.spec
-    return jax.reshard(x, PartitionSpec(*[None] * len(spec))) if any(spec) else x
+    place = jax.typeof(x).sharding
+    if not any(place.spec):
+        return x
+    return jax.reshard(x, NamedSharding(place.mesh, PartitionSpec(*[None] * len(place.spec))))
 
 
 def _over(x: Any, axes: frozenset[str]) -> Any:
