@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import RULES, Sizes
+from paths import ROOT, finding
 from tracing import Tracer, tracing  # noqa: F401  # a fixture
 
 import tilefold
@@ -27,8 +30,8 @@ from tilefold import (
     score,
     softcap,
 )
-from tilefold.backends.cpu import native
-from tilefold.backends.extra import Extra
+from tilefold.backends.cpu import native, threads
+from tilefold.backends.extra import Extra, names_of
 from tilefold.backends.protocols import BACKWARD, FORWARD, Pass
 from tilefold.frontends.operation import Holding, Operation, extended_request, request_of, taken
 from tilefold.problems.request import LAYOUTS, Request
@@ -88,7 +91,8 @@ def test_every_rule_is_the_same_after_a_way_through_text() -> None:
 def test_every_score_is_the_same_after_a_way_through_text(given: Any) -> None:
     form = tilefold.scores.score.as_score(given).form.score
     request = Request(rule(lambda q, k: (q - k) % 3 == 0), score=form, sinks=1, dropout=0.25)
-    assert Operation.read(Operation(FORWARD, request).text).request == request
+    wanted = FORWARD.plus(names_of(request, len(form.inputs) + 2))
+    assert Operation.read(Operation(wanted, request).text).request == request
 
 
 @pytest.mark.parametrize(
@@ -110,6 +114,75 @@ def test_a_text_runs_no_code_of_its_own() -> None:
     text = Operation(FORWARD, Request(causal())).text.replace("Causal", "eval")
     with pytest.raises(ValueError, match="no request of tilefold"):
         Operation.read(text)
+
+
+def _hostile(mask: str, given: str = '"q","k","v"', score: str = "null", sinks: str = "0") -> str:
+    return (
+        f'{{"tilefold":1,"operation":"forward","given":[{given}],"results":["o","lse"],'
+        f'"request":[{mask},null,"bhnd","highest",{score},{sinks},0.0]}}'
+    )
+
+
+_INDEX = '{"node":["Index",["q"],[]]}'
+_TABLE = '{"table":["int32",[1],"AAAAAA=="]}'
+_FAR = f'{{"node":["Lookup",[{_TABLE}],[{_INDEX}]]}}'
+_FLAGS = '{"table":["bool",[4],"AAAAAA=="]}'
+_FULL = '{"Full":[]}'
+
+HOSTILE = {
+    "entries by any index": _hostile(
+        f'{{"Rule":[{{"node":["Compare",[">="],[{_FAR},{_INDEX}]]}},["q"]]}}'
+    ),
+    "a table of another type": _hostile(f'{{"Documents":[{_FLAGS},{_FLAGS},false]}}'),
+    "a table of another rank": _hostile(
+        f'{{"Lengths":[{_TABLE.replace("[1]", "[1,1]")},"right"]}}'
+    ),
+    "bounds that are not true": _hostile(
+        '{"Rule":[{"node":["Compare",[">="],[{"node":["Lookup",[{"given":[[4],"int32",0,0,0]}],'
+        f'[{_INDEX}]]}},{_INDEX}]]}},["q"]]}}',
+        '"q","k","v","data0"',
+    ),
+    "entries of flags as numbers": _hostile(
+        _FULL,
+        score='{"Traced":[{"node":["FromInteger",[],['
+        + _FAR.replace(_TABLE, _FLAGS)
+        + ']]},["q"]]}',
+    ),
+    "a fraction of an index": _hostile(
+        f'{{"Rule":[{{"node":["Compare",[">="],[{{"node":["Constant",[1.5],[]]}},{_INDEX}]]}},["q"]]}}'
+    ),
+    "a division by 0": _hostile(
+        f'{{"Rule":[{{"node":["Compare",["=="],[{{"node":["Binary",["//"],[{_INDEX},'
+        f'{{"node":["Constant",[0],[]]}}]]}},{_INDEX}]]}},["q"]]}}'
+    ),
+    "another operator": _hostile(
+        f'{{"Rule":[{{"node":["Compare",["; ret"],[{_INDEX},{_INDEX}]]}},["q"]]}}'
+    ),
+    "a side that there is not": _hostile('{"Lengths":[5,7]}'),
+    "a parameter": _hostile(
+        f'{{"Rule":[{{"node":["Compare",[">="],[{{"node":["Parameter",[0,"int"],[]]}},{_INDEX}]]}},["q"]]}}'
+    ),
+    "sinks that are not given": _hostile(_FULL, sinks="5"),
+    "arrays that nobody reads": _hostile(_FULL, '"q","k","v","input0"'),
+    "an operand of another name": _hostile(_FULL, '"q","k","v","foo"'),
+    "results of another name": _hostile(_FULL).replace('"lse"]', '"lse","zzz"]'),
+    "a deep text": "[" * 100_000,
+    "deep rules": _hostile('{"Not":[' * 2000 + _FULL + "]}" * 2000),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_text_that_tilefold_would_not_write_is_refused(name: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Operation.read(HOSTILE[name])
+    assert "\n" not in str(caught.value)
+
+
+def test_as_many_sinks_as_the_request_says_are_read() -> None:
+    operation = Operation(FORWARD.plus(("sinks",)), Request(sinks=5))
+    given = [((1, 1, 8, 8), "float32")] * 3
+    with pytest.raises(ValueError, match=r"sinks must have 5 columns, got shape \(1, 1\)"):
+        operation.native([*given, ((1, 1), "float32")])
 
 
 def test_a_rule_of_a_class_of_ones_own_has_no_text() -> None:
@@ -139,24 +212,52 @@ def test_results_are_described_without_a_plan() -> None:
 
 def test_a_record_without_keys_fills_its_results() -> None:
     q, none = arrays(1, (1, 2, 3, 8))[0], np.empty((1, 2, 0, 8), np.float32)
-    o, lse = run(Operation(FORWARD, Request()), q, none, none)
-    assert not o.any()
-    assert (lse == -np.inf).all()
+    for dtype in ("float32", "float64", "float16"):
+        given = [array.astype(dtype) for array in (q, none, none)]
+        o, lse = run(Operation(FORWARD, Request()), *given)
+        assert not o.any()
+        assert (lse == -np.inf).all()
+        gradients = run(Operation(BACKWARD, Request()), o, *given, o, lse)
+        assert not any(array.any() for array in gradients)
+    call = Operation(FORWARD, Request()).native([(x.shape, x.dtype.name) for x in (q, none, none)])
+    assert ctypes.c_int64.from_address(call.address + 48).value == 0, "it asks for Python"
 
 
-def test_records_follow_the_number_of_threads_and_a_fork() -> None:
+def test_records_follow_the_number_of_threads() -> None:
     q, k, v = arrays(3)
     expected = tilefold.attention(q, k, v)
     before = tilefold.get_num_threads()
     for number in (1, 3):
         tilefold.set_num_threads(number)
         np.testing.assert_array_equal(run(Operation(FORWARD, Request()), q, k, v)[0], expected)
+        assert threads._process.shared[0] == number
     tilefold.set_num_threads(before)
-    child = os.fork()
-    if not child:
-        o, _ = run(Operation(FORWARD, Request()), q, k, v)
-        os._exit(0 if np.array_equal(o, expected) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+
+
+FORKED = """
+import os
+import test_operation as here
+q, k, v = here.arrays(3)
+operation = here.Operation(here.FORWARD, here.Request())
+expected = here.run(operation, q, k, v)[0]
+child = os.fork()
+if not child:
+    os._exit(0 if (here.run(operation, q, k, v)[0] == expected).all() else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_records_run_in_a_forked_child() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED],
+        env=finding(__file__),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
 
 
 def test_records_run_on_several_threads_at_once() -> None:

@@ -49,7 +49,7 @@ from tilefold.problems.attention import (
 )
 from tilefold.problems.request import LAYOUTS, Request
 
-_EMPTY = {"lse": float("-inf"), "max": float("-inf")}
+EMPTY = {"lse": float("-inf"), "max": float("-inf")}
 """The results where no query meets a key; the others are 0, and lse that of sinks."""
 
 
@@ -139,7 +139,7 @@ def fill(call: Call, given: tuple[Array, ...], results: tuple[Array, ...]) -> No
     """Write the results where no query meets a key."""
     named = dict(zip(call.made_for.given, given, strict=True))
     for name, array in zip(call.made_for.results, results, strict=True):
-        array[...] = _EMPTY.get(name, 0.0)
+        array[...] = EMPTY.get(name, 0.0)
         if name == "lse" and call.problem.sinks:
             for head, sinks in enumerate(named["sinks"].tolist()):
                 array[:, head] = _log_sum(sinks)

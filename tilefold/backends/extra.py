@@ -11,7 +11,7 @@ import numpy as np
 
 from tilefold.backends.protocols import Pass
 from tilefold.common.foreign_arrays import dtype_name
-from tilefold.masks.given import given_of
+from tilefold.masks.given import operands_of
 from tilefold.problems.dropout import check_probability, check_seed
 from tilefold.problems.request import Request
 from tilefold.scores.functions import FLOATS, floats
@@ -46,8 +46,7 @@ def names_of(request: Request, count: int) -> tuple[str, ...]:
     >>> names_of(Request(dropout=0.1), 3)
     ('input0', 'input1', 'seed')
     """
-    data = tuple([table.name for table in given_of(request.mask)])
-    first = tuple(dict.fromkeys(data))
+    first = tuple([f"data{number}" for number in sorted(operands_of(request.mask))])
     last = ("sinks",) * bool(request.sinks) + ("seed",) * bool(request.dropout)
     inputs = range(count - len(first) - len(last))
     return (*first, *[f"input{number}" for number in inputs], *last)

@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,16 +22,18 @@ import numpy as np
 from tilefold.backends import calls, extra
 from tilefold.backends.arrays import described
 from tilefold.backends.arrays.described import Described
-from tilefold.backends.cpu.native import NativeCall, filled_call, native_call
+from tilefold.backends.cpu.native import NativeCall, filled_by_python, filled_call, native_call
 from tilefold.backends.extra import Extra
 from tilefold.backends.protocols import BACKWARD, FORWARD, Pass
 from tilefold.backends.registry import machine
+from tilefold.common import generation
+from tilefold.common.check import shown
 from tilefold.common.computed import computed
-from tilefold.common.single_flight import once
+from tilefold.common.lru import LruCache
 from tilefold.frontends import written
-from tilefold.masks.given import form_of, renamed
+from tilefold.masks.given import form_of, operands_of, renamed
 from tilefold.masks.tables import Given, Input
-from tilefold.problems.attention import Shape
+from tilefold.problems.attention import ITEM_BYTES, Shape
 from tilefold.problems.request import Request, as_rule
 from tilefold.scores.score import Score
 
@@ -74,6 +77,27 @@ class Operation:
         """The operation of a text. Raises ValueError for a text that `text` did not make."""
         return _read(text)
 
+    def check(self) -> None:
+        """Raises ValueError unless the operands are those that the request reads and writes."""
+        wanted, request = self.wanted, self.request
+        usual = len(_PASSES[wanted.operation].given)
+        low = tuple([x for x in ("lse_low",) if x in wanted.given])
+        last = tuple([x for x in ("dlse",) if x in wanted.given])
+        count = len(wanted.given) - usual - len(low) - len(last)
+        names = extra.names_of(request, count)
+        inputs = () if request.score is None else request.score.inputs
+        numbers = {given.number for given in inputs}
+        right = wanted.given[usual:] == (*low, *names, *last) and len(names) == count
+        right = right and numbers == set(range(sum(x.startswith("input") for x in names)))
+        slopes = tuple([f"d{x}" for x in names if x.startswith(("input", "sinks"))])
+        more = wanted.results[len(_PASSES[wanted.operation].results) :]
+        allowed = ("lse_low", "max") if wanted.operation == "forward" else slopes
+        places = [allowed.index(x) for x in more if x in allowed]
+        if wanted.operation == "forward" and (low or last):
+            right = False
+        if not right or len(places) != len(more) or places != sorted({*places}):
+            raise ValueError("the operands of the operation are not those of its request")
+
     def results(self, given: Descriptions) -> tuple[tuple[Shape, str], ...]:
         """The shapes and types of the results of arrays, given by shape and name of the type.
 
@@ -93,14 +117,23 @@ class Operation:
     def _fitted(self, given: Descriptions) -> Request:
         """The request with the sizes of extra arrays: a graph need not know them."""
         shapes = dict(zip(self.wanted.given, [tuple(shape) for shape, _ in given], strict=True))
+        types = dict(zip(self.wanted.given, [dtype for _, dtype in given], strict=True))
         request = self.request
 
         def table(old: Given) -> Given:
-            return Given(shapes[old.name], old.dtype, old.low, old.high, old.number)
+            shape = shapes[old.name]
+            if len(shape) != len(old.shape):
+                raise ValueError(f"an array of mask must have {len(old.shape)} axes, got {shape}")
+            return Given(shape, old.dtype, old.low, old.high, old.number)
 
         def entry(old: Input) -> Input:
             return Input(old.number, old.dtype, shapes[old.name])
 
+        for number, (dtype, fixed) in operands_of(request.mask).items():
+            now = types[f"data{number}"], shapes[f"data{number}"]
+            if now[0] != dtype or fixed not in (None, now[1]):
+                wanted = f"of {dtype}" + (f" and of shape {fixed}" if fixed else "")
+                raise ValueError(f"array {number} of mask must be {wanted}, got {now}")
         if "data0" in shapes:
             request = request.changed(mask=renamed(request.mask, table))
         if "input0" in shapes and request.score is not None:
@@ -108,40 +141,80 @@ class Operation:
         return request
 
 
-@lru_cache(maxsize=256)
+_KEPT_TEXT = 2**14
+"""Longer texts hold tables. They are read anew, since a cache of them would hold much memory."""
+
+
 def _read(text: str) -> Operation:
+    return _read_kept(text) if len(text) <= _KEPT_TEXT else _read_anew(text)
+
+
+def _read_anew(text: str) -> Operation:
     try:
         values = json.loads(text)
         version, operation = values["tilefold"], _PASSES[values["operation"]]
         given, results = tuple(values["given"]), tuple(values["results"])
         request = values["request"]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError("this is no text of an operation of tilefold") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(_NO_TEXT) from None
     if version != _VERSION:
         raise ValueError(
-            f"the operation was written by another version of tilefold, in format {version};"
+            f"the operation was written by another version of tilefold, in format {shown(version)};"
             f" this one reads format {_VERSION}"
         )
     first, made = len(operation.given), len(operation.results)
     if given[:first] != operation.given or results[:made] != operation.results:
-        raise ValueError("this is no text of an operation of tilefold")
-    wanted = operation.plus(given[first:], results[made:])
-    return Operation(wanted, written.read(request))
+        raise ValueError(_NO_TEXT)
+    found = Operation(operation.plus(given[first:], results[made:]), written.read(request))
+    found.check()
+    return found
 
 
-@once(most=256)
+_read_kept = lru_cache(maxsize=256)(_read_anew)
+_NO_TEXT = "this is no text of an operation of tilefold"
+
+_kept: LruCache[NativeCall] = LruCache(most=128, most_bytes=64 * 2**20)
+
+
 def _native(operation: Operation, given: tuple[tuple[Shape, str], ...]) -> NativeCall:
+    key = operation, given, generation.number
+    found = _kept.get(key)
+    return found or _kept.put(key, *_new(operation, given))
+
+
+def _new(operation: Operation, given: tuple[tuple[Shape, str], ...]) -> tuple[NativeCall, int]:
+    """A call, and the bytes of its plan's data."""
     request, arrays = operation._fitted(given), _described(given)
     call = calls.find(machine("cpu"), described, operation.wanted, arrays, request)
-    every = [*arrays, *[Described(*result) for result in call.results]]
+    results = [Described(*result) for result in call.results]
+    every = [*arrays, *results]
     if call.prepared is not None:
-        return native_call(call.prepared, len(every))  # type: ignore[arg-type]  # of a processor
+        made = native_call(call.prepared, len(every))  # type: ignore[arg-type]  # of a processor
+        return made, call.prepared.data_bytes
+    if not request.sinks:
+        made = filled_call(
+            [
+                (place, prod(array.shape), ITEM_BYTES[array.dtype], _bits(name, array.dtype))
+                for place, name, array in zip(
+                    range(len(arrays), len(every)), operation.wanted.results, results, strict=True
+                )
+            ]
+        )
+        return made, 0
 
     def fill(addresses: Sequence[int]) -> None:
         views = [_view(*pair) for pair in zip(addresses, every, strict=True)]
         calls.fill(call, tuple(views[: len(arrays)]), tuple(views[len(arrays) :]))
 
-    return filled_call(fill, len(every))
+    return filled_by_python(fill, len(every)), 0
+
+
+def _bits(name: str, dtype: str) -> int:
+    """The bits of what fills a result where no query meets a key: 0 or -inf."""
+    if name not in calls.EMPTY:
+        return 0
+    kind = np.dtype(dtype)
+    return int(np.array([calls.EMPTY[name]], kind).view(f"i{kind.itemsize}")[0])
 
 
 def _view(address: int, array: Described) -> Any:

@@ -9,19 +9,23 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import fields
-from typing import Any
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from tilefold.common.check import one_line, shown
 from tilefold.masks import nodes, traced
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.data_rules import Dense, Documents, Lengths
+from tilefold.masks.graph import ordered
 from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix
 from tilefold.masks.repeated import Repeated
 from tilefold.masks.rule import AllOf, AnyOf, Not, Window
-from tilefold.masks.symbols import Expression
-from tilefold.masks.tables import DTYPES, Given, Input, Table
+from tilefold.masks.symbols import Expression, Integer
+from tilefold.masks.tables import DTYPES, Given, Input, Table, given_table
 from tilefold.problems.request import OPTIONS, Request
+from tilefold.scores.functions import FLOATS
 from tilefold.scores.modifications import Alibi, Bias, Softcap, Temperature
 from tilefold.scores.relative import Clipped, Grid, Relative
 from tilefold.scores.score import InOrder
@@ -53,11 +57,21 @@ def write(request: Request) -> Any:
 
 
 def read(values: Any) -> Request:
-    """The request of values that `write` made. Raises ValueError for other values."""
+    """The request of values that `write` made. Raises ValueError for other values.
+
+    Values of another origin are not trusted: kernels read tables by what the values say.
+    """
     try:
         return Request(*map(_read, values))
-    except (TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
-        raise ValueError(f"this is no request of tilefold: {error}") from None
+    except (
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"this is no request of tilefold: {one_line(error)}") from None
 
 
 def text_of(values: Any) -> str:
@@ -97,16 +111,125 @@ def _read(value: Any) -> Any:
     ((name, parts),) = value.items()
     if name == "table":
         dtype, shape, data = parts
-        if dtype not in DTYPES:
-            raise ValueError(f"a table must be of {' or '.join(DTYPES)}, got {dtype}")
+        _require(dtype in DTYPES, f"a table of {dtype}")
         return Table(np.frombuffer(base64.b64decode(data), dtype).reshape(shape))
     if name == "given":
-        shape, *rest = parts
-        return Given(tuple(shape), *rest)
+        shape, dtype, _, _, number = parts
+        _require(dtype in DTYPES and type(number) is int, f"an array of {dtype}")
+        return given_table("an array", _Described(tuple(shape), dtype)).numbered(number)
     if name == "input":
         number, dtype, shape = parts
+        _require(dtype in FLOATS and type(number) is int, f"an array of {dtype}")
         return Input(number, dtype, tuple(shape))
     if name == "node":
         kind, label, children = parts
-        return _NODES[kind].made(_read(label), _read(children))
-    return _PARTS[name](*map(_read, parts))
+        return _checked_node(_NODES[kind].made(_read(label), _read(children)))
+    made = _PARTS[name](*map(_read, parts))
+    hints = _hints(type(made))
+    for each in fields(made):
+        value = getattr(made, each.name)
+        _require(_fits(value, hints[each.name]), f"{name} with {each.name}={shown(value)}")
+    _check_tables(name, made)
+    return made
+
+
+class _Described(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+
+
+_TABLES = {
+    "Documents": ("int32", (1, 2)),
+    "Lengths": ("int32", (0, 1)),
+    "Coordinates": ("int32", (0, 1)),
+    "Dense": ("bool", (0, 1, 2, 3, 4)),
+}
+"""The type and the ranks of the tables of a part: a kernel reads them so."""
+
+_OPERATORS = {
+    "Unary": ("-", "abs"),
+    "RealUnary": ("-", "abs", "exp", "log", "tanh", "sigmoid", "sqrt"),
+    "Binary": ("+", "-", "*", "minimum", "maximum", "//", "%"),
+    "RealBinary": ("+", "-", "*", "/", "minimum", "maximum"),
+    "Compare": ("<", "<=", ">", ">=", "==", "!="),
+    "Logic": ("&", "|", "~"),
+    "Index": ("b", "h", "q", "k"),
+}
+"""What nodes may be labelled with."""
+
+
+def _check_tables(name: str, made: Any) -> None:
+    """Raises ValueError for tables that kernels would read beyond their ends."""
+    if name in _TABLES:
+        dtype, ranks = _TABLES[name]
+        for each in fields(made):
+            table = getattr(made, each.name)
+            if isinstance(table, Table | Given):
+                fits = table.dtype == dtype and len(table.shape) in ranks
+                _require(fits, f"{name} of {table}")
+    if name == "Rule":  # its own expressions look nothing up: only scores check indices
+        looks_up = any(isinstance(node, _LOOKUPS) for node, _ in ordered(made.expression))
+        _require(not looks_up, "a rule that looks entries up")
+
+
+_LOOKUPS = (nodes.Lookup, nodes.TruthLookup, nodes.RealLookup)
+
+
+def _checked_node(node: Any) -> Any:
+    """The node. Raises ValueError for one that Python's operators would not have made."""
+    name: str = type(node).__name__
+    first: Any = (*node.label, None)[0]
+    if name in _OPERATORS:
+        _require(first in _OPERATORS[name], f"{name} of {shown(first)}")
+    elif name in ("Constant", "Truth", "RealConstant"):
+        kinds: Any = {"Constant": int, "Truth": bool, "RealConstant": float}[name]
+        _require(type(node.value) is kinds, f"{name} of {shown(first)}")
+    elif isinstance(node, _LOOKUPS):
+        kind: Any = Input if name == "RealLookup" else Table
+        wanted = {"Lookup": "int32", "TruthLookup": "bool"}.get(name, getattr(first, "dtype", ""))
+        fits = isinstance(first, kind) and first.dtype == wanted
+        _require(fits and len(node.indices) == len(first.shape), f"{name} of {shown(first)}")
+        _require(all(isinstance(at, Integer) for at in node.indices), f"{name} by no integers")
+    if name == "Binary" and first in ("//", "%"):
+        divisor = node.right
+        fits = isinstance(divisor, nodes.Constant) and divisor.value > 0
+        _require(fits, f"`{first}` by what is no positive constant")
+    _require(not isinstance(node, nodes._Received | nodes.Several), name)
+    hints = _hints(type(node))
+    for each in fields(node):
+        value = getattr(node, each.name)
+        _require(_fits(value, hints[each.name]), f"{name} with {each.name}={shown(value)}")
+    _require(not isinstance(node, Integer) or _are(Integer, node), f"{name} of real numbers")
+    return node
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, in its own copy of a module that was loaded twice."""
+    return get_type_hints(kind, kind.__init__.__globals__)
+
+
+def _are(kind: Any, node: Any) -> bool:
+    return all(isinstance(child, kind) for child in node.children)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type."""
+    if hint is Any:
+        return True
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            return all(_fits(part, parts[0]) for part in value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float, bool, str):
+        return type(value) is hint or (hint is float and type(value) is int)
+    return isinstance(value, hint)
+
+
+def _require(fits: bool, what: str) -> None:
+    if not fits:
+        raise ValueError(f"this is no request of tilefold: it has {what}")

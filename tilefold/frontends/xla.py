@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import json
 import threading
+from math import prod
 from typing import Any, ClassVar
 
 from tilefold.backends.cpu import native, runtime
@@ -25,7 +26,8 @@ from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.native import NativeCall
 from tilefold.common.check import one_line
 from tilefold.common.first_use import undisturbed
-from tilefold.frontends.operation import Operation
+from tilefold.frontends.operation import Descriptions, Operation
+from tilefold.problems.attention import ITEM_BYTES
 
 TARGET = "tilefold_attention"
 """The name of the call in compiled and exported programs."""
@@ -57,10 +59,17 @@ def _text(span: int) -> str:
     return ctypes.string_at(_word(span), _word(span + 8)).decode()
 
 
+_STRING = 4
+"""The kind of an attribute that is a text."""
+
+
 def _attributes(frame: int) -> dict[str, str]:
-    """The attributes of a call, which are texts."""
-    names, values = _word(frame + 152), _word(frame + 160)
-    places = [8 * n for n in range(_word(frame + 136))]
+    """The attributes of a call, which are texts. Raises ValueError for others."""
+    kinds, names, values = (_word(frame + at) for at in (144, 152, 160))
+    count = _word(frame + 136)
+    if any(_half(kinds + 4 * n) != _STRING for n in range(count)):
+        raise ValueError("the attributes of a call of tilefold are texts")
+    places = [8 * n for n in range(count)]
     return {_text(_word(names + n)): _text(_word(values + n)) for n in places}
 
 
@@ -97,30 +106,49 @@ def _failed(frame: int, message: str) -> int:
 
 
 class _Instance:
-    """A prepared call of an executable, and two words that native code reads.
+    """A prepared call of an executable, and words that native code reads.
 
-    The first word is the address of the record. The second is 1 when the executable is gone.
+    They are the address of the record; 1 when the executable is gone; the number of operands that
+    are given, and of results; the address of the bytes that each operand has.
     """
 
-    def __init__(self, call: NativeCall) -> None:
-        self.call: NativeCall | None = call
-        self.words = _immortal((ctypes.c_int64 * 2)(call.address, 0))
+    def __init__(self) -> None:
+        self.call: NativeCall | None = None
+        self.sizes: Any = None
+        self.words = _immortal((ctypes.c_int64 * 5)())
+
+    def take(self, call: NativeCall, given: list[int], made: list[int]) -> int:
+        """Stand for a call of operands and results of so many bytes; the address of the words."""
+        self.call, self.sizes = call, (ctypes.c_int64 * (len(given) + len(made)))(*given, *made)
+        self.words[2], self.words[3] = len(given), len(made)
+        self.words[4] = ctypes.addressof(self.sizes)
+        self.words[0], self.words[1] = call.address, 0
+        return ctypes.addressof(self.words)
 
 
 _instances: list[_Instance] = []
 _lock = threading.Lock()
 
 
-def _instance(call: NativeCall) -> int:
-    """The address of the words of a new instance; those of executables that are gone go."""
+def _instance(operation: Operation, given: Descriptions) -> int:
+    """The address of the words of a new instance, in the place of one whose executable is gone.
+
+    The calls of all executables that are gone are let go.
+    """
+    call = operation.native(given)
+    sizes = [[_bytes(*each) for each in side] for side in (given, operation.results(given))]
     with _lock:
-        for old in _instances:
-            if old.words[1]:
-                old.call, old.words[1] = call, 0
-                old.words[0] = call.address
-                return ctypes.addressof(old.words)
-        _instances.append(_Instance(call))
-        return ctypes.addressof(_instances[-1].words)
+        gone = [old for old in _instances if old.words[1]]
+        for old in gone:
+            old.call = None
+        if not gone:
+            _instances.append(_Instance())
+        return (gone or _instances)[-1].take(call, *sizes)
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """The bytes of an array."""
+    return prod(shape) * {"bool": 1, "int32": 4, "int64": 8, **ITEM_BYTES}[dtype]
 
 
 def _immortal(value: Any) -> Any:
@@ -158,7 +186,7 @@ class Handler:
             found = _attributes(frame)
             operation = Operation.read(found["operation"])
             given = [(tuple(shape), dtype) for shape, dtype in json.loads(found["given"])]
-            state = _instance(operation.native(given))
+            state = _instance(operation, given)
         except Exception as error:
             return _failed(frame, one_line(error) or type(error).__name__)
         api = _word(frame + 16)
@@ -172,6 +200,11 @@ class Handler:
 _SOURCE = """\
 ; XLA_FFI_Error *handler(XLA_FFI_CallFrame *frame); a frame of size 0 asks for the words
 @words = internal global [3 x i64] [i64 0, i64 0, i64 ptrtoint (ptr @gone to i64)]
+@other = internal constant [57 x i8] c"the operands of this call are not those of its operation\\00"
+; the bytes of an element, by XLA's number of a type
+@bytes = internal constant [32 x i8] [
+  i8 0, i8 1, i8 1, i8 2, i8 4, i8 8, i8 1, i8 2, i8 4, i8 8, i8 2, i8 4, i8 8, i8 0, i8 0, i8 0,
+  i8 2, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0, i8 0]
 @message = internal constant [41 x i8] c"no memory is left for tilefold_attention\\00"
 
 define internal void @gone(ptr %instance) {
@@ -255,11 +288,22 @@ count:                                          ; the addresses of all buffers
   %made = load i64, ptr %made_at
   %results_at = getelementptr i8, ptr %frame, i64 112
   %results = load ptr, ptr %results_at
+  %wanted_at = getelementptr i64, ptr %instance, i64 2
+  %wanted = load i64, ptr %wanted_at
+  %promised_at = getelementptr i64, ptr %instance, i64 3
+  %promised = load i64, ptr %promised_at
+  %same_given = icmp eq i64 %given, %wanted
+  %same_made = icmp eq i64 %made, %promised
+  %same = and i1 %same_given, %same_made
+  br i1 %same, label %fitting, label %misfit
+fitting:
+  %sizes_at = getelementptr i64, ptr %instance, i64 4
+  %sizes = load ptr, ptr %sizes_at
   %every = add i64 %given, %made
   %addresses = alloca ptr, i64 %every
   br label %next
 next:
-  %i = phi i64 [0, %count], [%following, %take]
+  %i = phi i64 [0, %fitting], [%following, %taken]
   %more = icmp ult i64 %i, %every
   br i1 %more, label %take, label %run
 take:
@@ -273,6 +317,35 @@ take:
   %data = load ptr, ptr %data_at
   %address_at = getelementptr ptr, ptr %addresses, i64 %i
   store ptr %data, ptr %address_at
+  %type_code_at = getelementptr i8, ptr %buffer, i64 16
+  %type_code = load i32, ptr %type_code_at
+  %known = icmp ult i32 %type_code, 32
+  %code = select i1 %known, i32 %type_code, i32 0
+  %item_at = getelementptr [32 x i8], ptr @bytes, i64 0, i32 %code
+  %item_8 = load i8, ptr %item_at
+  %item = zext i8 %item_8 to i64
+  %rank_at = getelementptr i8, ptr %buffer, i64 32
+  %rank = load i64, ptr %rank_at
+  %dims_at = getelementptr i8, ptr %buffer, i64 40
+  %dims = load ptr, ptr %dims_at
+  br label %axis
+axis:
+  %a = phi i64 [0, %take], [%a_next, %longer]
+  %bytes = phi i64 [%item, %take], [%more_bytes, %longer]
+  %axes = icmp ult i64 %a, %rank
+  br i1 %axes, label %longer, label %whole
+longer:
+  %dim_at = getelementptr i64, ptr %dims, i64 %a
+  %dim = load i64, ptr %dim_at
+  %more_bytes = mul i64 %bytes, %dim
+  %a_next = add i64 %a, 1
+  br label %axis
+whole:
+  %size_at = getelementptr i64, ptr %sizes, i64 %i
+  %size_wanted = load i64, ptr %size_at
+  %right = icmp eq i64 %bytes, %size_wanted
+  br i1 %right, label %taken, label %misfit
+taken:
   %following = add i64 %i, 1
   br label %next
 
@@ -284,15 +357,21 @@ run:
   br i1 %fine, label %done, label %no_memory
 done:
   ret ptr null
+misfit:
+  br label %report_error_of
 no_memory:
+  br label %report_error_of
+report_error_of:
+  %text = phi ptr [@other, %misfit], [@message, %no_memory]
+  %reason = phi i64 [3, %misfit], [8, %no_memory] ; INVALID_ARGUMENT, RESOURCE_EXHAUSTED
   %report = alloca [4 x i64]
   store i64 28, ptr %report
   %report_extension = getelementptr i64, ptr %report, i64 1
   store ptr null, ptr %report_extension
   %report_message = getelementptr i64, ptr %report, i64 2
-  store ptr @message, ptr %report_message
+  store ptr %text, ptr %report_message
   %report_code = getelementptr i64, ptr %report, i64 3
-  store i64 8, ptr %report_code                 ; RESOURCE_EXHAUSTED
+  store i64 %reason, ptr %report_code
   %create_at = getelementptr i8, ptr %api, i64 48
   %create = load ptr, ptr %create_at
   %report_error = call ptr %create(ptr %report)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.graph import ordered
+from tilefold.masks.repeated import Repeated
 from tilefold.masks.rule import Composed, Rule
 from tilefold.masks.tables import Given
 
@@ -55,6 +56,35 @@ def given_of(rule: Rule) -> tuple[Given, ...]:
         if not isinstance(part, Composed):
             _changed(part, see)
     return tuple(found)
+
+
+class Operand(NamedTuple):
+    """What a rule says of an array that comes with each call; a shape of None may be any."""
+
+    dtype: str
+    shape: tuple[int, ...] | None
+
+
+def operands_of(rule: Rule) -> dict[int, Operand]:
+    """The arrays that come with each call, by number.
+
+    Rules that are repeated over batches insist on shapes: an array may have an axis of copies.
+    """
+    found: dict[int, Operand] = {}
+    for part, _ in ordered(rule):
+        if isinstance(part, Repeated):
+            inner = {
+                table.number: Operand(table.dtype, table.shape) for table in given_of(part.rule)
+            }
+            inner |= {
+                n: each for n, each in operands_of(part.rule).items() if each.shape is not None
+            }
+            for number, (dtype, shape) in inner.items():
+                copies = (part.copies,) if number in part.own else ()
+                found[number] = Operand(dtype, (*copies, *(shape or ())))
+        elif not isinstance(part, Composed):
+            found |= {table.number: Operand(table.dtype, None) for table in given_of(part)}
+    return found
 
 
 def renamed(rule: Rule, rename: Renamed) -> Rule:

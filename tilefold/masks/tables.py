@@ -155,6 +155,10 @@ class Given(Declared):
     def _key(self) -> tuple[object, ...]:
         return (self.number, self.shape, self.dtype, self.low, self.high)
 
+    def numbered(self, number: int) -> Given:
+        """The same table without its array, as the operand of a number."""
+        return Given(self.shape, self.dtype, self.low, self.high, number)
+
     @property
     def name(self) -> str:
         """The name of the operand."""

@@ -295,6 +295,8 @@ def check_rows_of_sinks(rows: int, heads: int) -> None:
 def check_sinks(shape: Shape, dtype: str, problem: Problem) -> None:
     """Raises ValueError or TypeError unless sinks have a row for each query head, and the type."""
     check_rows_of_sinks(shape[0], problem.heads_q)
+    if shape[1:] != (problem.sinks,):
+        raise ValueError(f"sinks must have {problem.sinks} columns, got shape {shape}")
     wanted = STATISTICS[problem.dtype]
     if dtype != wanted:
         raise TypeError(f"sinks must be of {wanted} where q is {problem.dtype}, got {dtype}")

@@ -90,10 +90,10 @@ def test_a_text_of_another_version_is_an_error_of_xla(monkeypatch: pytest.Monkey
     q, k, v = three()
     lowered = jax.jit(lambda *x: attention(*x, mask=causal() & local(6))).lower(q, k, v)
     monkeypatch.setattr(operation, "_VERSION", 99)
-    operation._read.cache_clear()
+    operation._read_kept.cache_clear()
     with pytest.raises(Exception, match=r"INVALID_ARGUMENT.*another version of tilefold"):
         lowered.compile()
-    operation._read.cache_clear()
+    operation._read_kept.cache_clear()
 
 
 def test_calls_of_programs_that_are_gone_are_let_go() -> None:

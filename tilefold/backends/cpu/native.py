@@ -5,9 +5,11 @@ So a prepared call becomes a record of int64 words, and one function in LLVM doe
 `dispatch.Call.run` does: it copies a template of each argument block, writes addresses into it, and
 passes it to the threads.
 
-    record  [machine, fixed bytes, bytes of a worker, most workers, steps, address of steps, Python]
+    record  [machine, fixed bytes, bytes of a worker, most workers, steps, address of steps, Python,
+             fills, address of fills]
     step    [kernel, items, template, its bytes, places, their number]
     place   [word, operand, offset]     operand -1: an offset in the memory of the call
+    fill    [operand, elements, bytes of one, its bits]     where no query meets a key
     memory  [argument block | buffers of the plan | a workspace for each worker]
 
 The newest memory is kept for the next call. Calls of several threads at once take memory of their
@@ -32,7 +34,10 @@ from tilefold.common.single_flight import once
 Words = NDArray[np.int64]
 
 Filler = Callable[[Sequence[int]], None]
-"""What runs where no query meets a key: it takes the addresses of the operands."""
+"""What fills results from other operands in Python: it takes the addresses of the operands."""
+
+Fill = tuple[int, int, int, int]
+"""An operand, how many elements it has, the bytes of one, and the bits of the number in each."""
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))
 
@@ -71,15 +76,23 @@ def native_call(call: Call, operands: int) -> NativeCall:
     each = max(step.workspace_bytes for step in call.steps)
     most = 1 if call.alone else max(step.items for step in call.steps)
     threads.share()
-    record = _words([threads.shared_address(), fixed, each, most, len(steps), _at(table), 0])
+    head = [threads.shared_address(), fixed, each, most, len(steps), _at(table)]
+    record = _words([*head, 0, 0, 0])
     return NativeCall(_at(record), (call, record, table, *kept))
 
 
-def filled_call(fill: Filler, operands: int) -> NativeCall:
+def filled_call(fills: Sequence[Fill]) -> NativeCall:
+    """The record of a call that runs no kernel: each result is filled with one number."""
+    table = _words(fills)
+    record = _words([0, 0, 0, 0, 0, 0, 0, len(fills), _at(table)])
+    return NativeCall(_at(record), (table, record))
+
+
+def filled_by_python(fill: Filler, operands: int) -> NativeCall:
     """The record of a call that runs no kernel: Python fills the results, with its lock."""
     callback = _CALLBACK(lambda addresses: fill(addresses[:operands]))
     address = ctypes.cast(callback, ctypes.c_void_p).value or 0
-    record = _words([0, 0, 0, 0, 0, 0, address])
+    record = _words([0, 0, 0, 0, 0, 0, address, 0, 0])
     return NativeCall(_at(record), (callback, record))
 
 
@@ -121,11 +134,66 @@ define i32 @tilefold_run(ptr %record, ptr %addresses) {{
 entry:
   %python_at = getelementptr i64, ptr %record, i64 6
   %python = load ptr, ptr %python_at
-  %fills = icmp ne ptr %python, null
-  br i1 %fills, label %fill, label %sizes
-fill:
+  %asks = icmp ne ptr %python, null
+  br i1 %asks, label %ask, label %look
+ask:
   call void %python(ptr %addresses)
   ret i32 0
+
+look:
+  %fills_at = getelementptr i64, ptr %record, i64 7
+  %fills = load i64, ptr %fills_at
+  %filled = icmp ne i64 %fills, 0
+  br i1 %filled, label %all, label %sizes
+all:
+  %fill_table_at = getelementptr i64, ptr %record, i64 8
+  %fill_table = load ptr, ptr %fill_table_at
+  br label %fill
+fill:
+  %f = phi i64 [0, %all], [%f_next, %full]
+  %unfilled = icmp ult i64 %f, %fills
+  br i1 %unfilled, label %begin, label %over
+over:
+  ret i32 0
+begin:
+  %fourth = mul i64 %f, 4
+  %fill_at = getelementptr i64, ptr %fill_table, i64 %fourth
+  %result = load i64, ptr %fill_at
+  %elements_at = getelementptr i64, ptr %fill_at, i64 1
+  %elements = load i64, ptr %elements_at
+  %item_at = getelementptr i64, ptr %fill_at, i64 2
+  %item = load i64, ptr %item_at
+  %bits_at = getelementptr i64, ptr %fill_at, i64 3
+  %bits = load i64, ptr %bits_at
+  %target_at = getelementptr ptr, ptr %addresses, i64 %result
+  %target = load ptr, ptr %target_at
+  %f_next = add i64 %f, 1
+  br label %element
+element:
+  %e = phi i64 [0, %begin], [%e_next, %stored]
+  %empty_places = icmp ult i64 %e, %elements
+  br i1 %empty_places, label %store, label %full
+store:
+  %past_target = mul i64 %e, %item
+  %element_at = getelementptr i8, ptr %target, i64 %past_target
+  %e_next = add i64 %e, 1
+  switch i64 %item, label %double [i64 2, label %half
+                                   i64 4, label %single]
+half:
+  %bits_16 = trunc i64 %bits to i16
+  store i16 %bits_16, ptr %element_at, align 1
+  br label %stored
+single:
+  %bits_32 = trunc i64 %bits to i32
+  store i32 %bits_32, ptr %element_at, align 1
+  br label %stored
+double:
+  store i64 %bits, ptr %element_at, align 1
+  br label %stored
+stored:
+  br label %element
+full:
+  br label %fill
 
 sizes:
   %shared = load ptr, ptr %record
