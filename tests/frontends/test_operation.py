@@ -344,7 +344,7 @@ def test_traced_arrays_are_refused_where_they_mean_nothing(tracing: type[Tracer]
     counts = tracing(_COUNTS)
     with pytest.raises(TypeError, match="q, k and v must be arrays of the same framework"):
         tilefold.attention(q, k, v, mask=lengths(counts))
-    with pytest.raises(TypeError, match="must be of int32 or bool, got int64"):
+    with pytest.raises(TypeError, match="n_k is traced, so it must be of int32, got int64"):
         lengths(tracing(_COUNTS.astype(np.int64)))
     with pytest.raises(ValueError, match="dense: array must have 0 or 1 or 2 or 3 or 4 axes"):
         dense(tracing(np.ones((1,) * 5, bool)))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.common.check import shown, whole
-from tilefold.common.foreign_arrays import is_traced
+from tilefold.common.foreign_arrays import dtype_name, is_traced
 from tilefold.masks.expression import Index, Lookup, Table
 from tilefold.masks.tables import Given, given_table
 
@@ -21,9 +21,7 @@ INT32 = np.iinfo(np.int32)
 
 def as_traced(name: str, value: Any, ranks: tuple[int, ...], dtype: str) -> Given:
     """A table of a traced array. Raises TypeError or ValueError for other types and ranks."""
-    given = given_table(name, value)
-    if given.dtype != dtype:
-        raise TypeError(f"{name} must be of {dtype}, got {given.dtype}")
+    given = given_table(name, value, dtype)
     if len(given.shape) not in ranks:
         axes = " or ".join(map(str, ranks))
         raise ValueError(f"{name} must have {axes} axes, got shape {given.shape}")
@@ -34,6 +32,9 @@ def as_array(name: str, value: Any) -> NDArray[Any]:
     """A NumPy array for anything that is one, lies on the CPU, or nests lists."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be an array without a mask of its own: pass its data")
+    if is_traced(value):
+        kind = f"{dtype_name(value)} of shape {value.shape}"
+        raise TypeError(f"{name} must be an array with values, got one that is traced, {kind}")
     try:
         if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)

@@ -167,22 +167,25 @@ class Given(Declared):
     @property
     def array(self) -> NDArray[Any]:
         """Raises ValueError: nobody knows the entries before a call."""
+        if self.held is not None:
+            raise ValueError(
+                f"the mask holds an array that is traced ({_form(self)}), so its entries are not"
+                " known here: make the rule of an array with values"
+            )
         raise ValueError(f"the entries of {self} come with each call")
 
     def __str__(self) -> str:
         return f"{self.name}:{_form(self)}"
 
 
-def given_table(name: str, array: Any) -> Given:
-    """A table that holds a traced array of int32 or bool. Raises TypeError for another type.
+def given_table(name: str, array: Any, dtype: str) -> Given:
+    """A table that holds a traced array of a type of `DTYPES`. Raises TypeError for another type.
 
     `array` has `shape` and `dtype`; a size that is not known is None.
     """
-    dtype = dtype_name(array)
-    if dtype not in DTYPES:
-        raise TypeError(
-            f"{name} is traced, so it must be of int32 or bool, got {dtype}; convert it"
-        )
+    got = dtype_name(array)
+    if got != dtype:
+        raise TypeError(f"{name} is traced, so it must be of {dtype}, got {got}; convert it")
     low, high = (0, 1) if dtype == "bool" else (-(2**31), 2**31 - 1)
     return Given(tuple(array.shape), dtype, low, high, held=array)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tilefold.common.check import shown
-from tilefold.common.foreign_arrays import dtype_name, is_of_framework
+from tilefold.common.foreign_arrays import dtype_name, is_of_framework, is_traced
 from tilefold.masks.arrays import INT32, as_array, as_table
 from tilefold.masks.expression import (
     Integer,
@@ -211,6 +211,8 @@ def as_input(name: str, value: Any) -> Any:
         dtype = dtype_name(value)
         if dtype in FLOATS:
             return Input(0, dtype, tuple(value.shape), value)
+        if is_traced(value):
+            raise TypeError(f"{name} is traced, so it must be of floats, got {dtype}; convert it")
     array = as_array(name, value)
     if array.dtype.name in FLOATS:
         return Input(0, array.dtype.name, array.shape, array)

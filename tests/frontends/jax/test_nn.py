@@ -86,7 +86,7 @@ def test_the_arguments_are_those_of_jax_nn_and_of_tilefold() -> None:
     assert names(tilefold.jax.attention) == names(tilefold.attention)
 
 
-def test_masks_and_a_scale_may_be_traced() -> None:
+def test_masks_a_window_and_a_scale_may_be_traced() -> None:
     import tilefold.jax
 
     q = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 2, 4)), jnp.float32)
@@ -94,10 +94,12 @@ def test_masks_and_a_scale_may_be_traced() -> None:
     n = jnp.array([3, 6], jnp.int32)
 
     def call(attend: Any) -> Any:
-        def run(q: Any, seen: Any, n: Any, scale: Any) -> Any:
-            return attend(q, q, q, None, seen, key_value_seq_lengths=n, scale=scale)
+        def run(q: Any, seen: Any, n: Any, scale: Any, left: Any) -> Any:
+            options = {"key_value_seq_lengths": n, "scale": scale}
+            alone = attend(q, q, q, local_window_size=(left, left))
+            return attend(q, q, q, None, seen, local_window_size=(left, 2), **options) + alone
 
-        return jax.jit(run)(q, seen, n, jnp.float32(0.7))
+        return jax.jit(run)(q, seen, n, jnp.float32(0.7), 1)
 
     got, want = call(tilefold.jax.dot_product_attention), call(jax.nn.dot_product_attention)
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -107,6 +109,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask": ({"mask": np.ones((2, 1, 6, 6), np.float32)}, ValueError, "mask dtype should be bool"),
     "mask shape": ({"mask": np.ones((3, 1, 6, 6), bool)}, ValueError, "mask must broadcast to"),
     "bias": ({"bias": np.ones((2, 3, 6, 6), np.float32)}, ValueError, "bias must broadcast to"),
+    "window": ({"local_window_size": (1, 2, 3)}, TypeError, "local_window_size must be an integer"),
+    "window of text": ({"local_window_size": "x"}, TypeError, "for left and right, got 'x'"),
     "lengths": (
         {"key_value_seq_lengths": np.ones(3, np.int32)},
         ValueError,
@@ -187,6 +191,14 @@ def test_flax_nnx_drops_weights() -> None:
     assert (one != other).any() and (one == again).all()
     with pytest.raises(NotImplementedError, match="sow_weights=False"):
         layer(x, deterministic=True, sow_weights=True)
+
+
+def test_dropout_needs_its_key() -> None:
+    import tilefold.jax
+
+    q = jnp.ones((1, 2, 2, 4))
+    with pytest.raises(ValueError, match="dropout_rng must be a key"):
+        tilefold.jax.attention_fn()(q, q, q, dropout_rate=0.5)
 
 
 def test_flax_linen() -> None:

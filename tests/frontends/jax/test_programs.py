@@ -236,6 +236,71 @@ def test_bad_arguments(name: str, compiled: bool) -> None:
     assert "\n" not in str(raised.value)
 
 
+TRACED: dict[str, tuple[Any, str, type[Exception], str]] = {
+    "integer sinks": (
+        lambda x: {"sinks": x[0]},
+        "int32",
+        TypeError,
+        "sinks is traced, so it must be of floats, got int32",
+    ),
+    "integer bias": (
+        lambda x: {"score": tilefold.bias(x)},
+        "int32",
+        TypeError,
+        "bias: array is traced, so it must be of floats, got int32",
+    ),
+    "floats for dense": (
+        lambda x: {"mask": tilefold.dense(x)},
+        "float32",
+        TypeError,
+        "array is traced, so it must be of bool, got float32",
+    ),
+    "integers for dense": (
+        lambda x: {"mask": tilefold.dense(x)},
+        "int32",
+        TypeError,
+        "array is traced, so it must be of bool, got int32",
+    ),
+    "bool for lengths": (
+        lambda x: {"mask": lengths(x[0])},
+        "bool",
+        TypeError,
+        "n_k is traced, so it must be of int32, got bool",
+    ),
+    "to_dense": (
+        lambda x: {"mask": tilefold.documents(x[0]).to_dense(2, 2)},
+        "int32",
+        ValueError,
+        "array that is traced .int32.2.., so its entries are not known here",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_arrays_of_a_wrong_type(name: str) -> None:
+    """One line, which says the type that is wanted."""
+    make, dtype, kind, words = TRACED[name]
+    q = jnp.ones((1, 2, 2, 4))
+    with pytest.raises(kind, match=words) as raised:
+        jax.eval_shape(lambda x: attention(q, q, q, **make(x)), jnp.ones((2, 2), dtype))
+    assert "\n" not in str(raised.value)
+
+
+def test_sizes_that_are_symbols() -> None:
+    import tilefold.jax
+
+    b, n = jax.export.symbolic_shape("b, n")
+    for call, shape in (
+        (attention, (b, 2, 3, 4)),
+        (lambda q, k, v: attention(q, k, v, mask=causal()), (1, 2, n, 4)),
+        (tilefold.jax.dot_product_attention, (1, n, 2, 4)),
+        (tilefold.jax.attention_fn(), (b, 3, 2, 4)),
+    ):
+        with pytest.raises(NotImplementedError, match="export one program for each") as raised:
+            jax.export.export(jax.jit(call))(*[jax.ShapeDtypeStruct(shape, "float32")] * 3)
+        assert "\n" not in str(raised.value)
+
+
 def test_what_is_traced_and_cannot_be() -> None:
     q, k, v = three()
     with pytest.raises(NotImplementedError, match="scale is traced by JAX"):

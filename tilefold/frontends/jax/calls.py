@@ -149,8 +149,16 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Array, A
 
 
 def _placed(names: Sequence[str], arrays: Sequence[Any]) -> list[Array]:
-    """The arrays. Raises NotImplementedError for one that lies elsewhere than on the CPU."""
+    """The arrays. Raises NotImplementedError for one that lies elsewhere than on the CPU.
+
+    And for one with a size that is a symbol of `jax.export`.
+    """
     for name, array in zip(names, arrays, strict=True):
+        if not all(isinstance(size, int) for size in jnp.shape(array)):
+            raise NotImplementedError(
+                f"{name} has the shape {array.shape}, and a kernel is made for numbers: export one"
+                " program for each shape, without symbols"
+            )
         if hasattr(array, "devices") and not is_traced(array):
             platform = next(iter(array.devices())).platform
             if platform != "cpu":

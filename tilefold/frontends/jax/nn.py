@@ -7,6 +7,7 @@ has the mean of all values as its result, and this function gives it the same.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax import Array
 
 from tilefold.backends.extra import taken_apart
 from tilefold.common.check import shown
+from tilefold.common.foreign_arrays import is_traced
 from tilefold.frontends.jax import calls
 from tilefold.frontends.jax.calls import as_jax
 from tilefold.masks.data_rules import Dense, Lengths
@@ -57,7 +59,12 @@ def dot_product_attention(
     length_k = _lengths("key_value_seq_lengths", key_value_seq_lengths, k.shape[0])
     rules = full() if not is_causal else causal("start")
     if local_window_size is not None:
-        rules = rules & window(local_window_size)
+        sides = _sides(local_window_size)
+        if any(map(is_traced, sides)):
+            seen = _window(sides, jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1]))
+            mask = seen[None, None] if mask is None else mask & seen
+        else:
+            rules = rules & window(sides)
     o, lse = attend(
         q, k, v, rules=rules, mask=mask, lengths=length_k, score=None, bias=bias, scale=scale
     )
@@ -94,9 +101,9 @@ def attend(
         q, scale = (q * scale).astype(q.dtype), 1.0
     softly = mask is not None or lengths is not None or rules not in (full(), causal("start"))
     if mask is not None:
-        rules = rules & Dense(given_table("mask", mask))
+        rules = rules & Dense(given_table("mask", mask, "bool"))
     if lengths is not None:
-        rules = rules & Lengths(given_table("lengths", lengths))
+        rules = rules & Lengths(given_table("lengths", lengths, "int32"))
     scores: list[Score | None] = [as_score(score)]
     if bias is not None:
         scores.append(bias_of(bias))
@@ -117,7 +124,11 @@ def attend(
 
 
 def words_of_key(key: Any) -> Array:
-    """The seed of dropout of a key of `jax.random`, as two words."""
+    """The seed of dropout of a key of `jax.random`, as two words. Raises ValueError for None."""
+    if key is None:
+        raise ValueError(
+            "dropout_rng must be a key of jax.random where dropout_rate is above 0, got None"
+        )
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
@@ -125,10 +136,30 @@ def _is_words(seed: Any) -> bool:
     return getattr(seed, "shape", ()) == (2,)
 
 
-def window(size: Any) -> Rule:
+def window(sides: tuple[Any, Any]) -> Rule:
     """The keys from `left` before a query to `right` after it, counted from the start of both."""
-    left, right = (size, size) if isinstance(size, int) else size
-    return rule(lambda q, k: (q - k <= int(left)) & (k - q <= int(right)))
+    left, right = map(operator.index, sides)
+    return rule(lambda q, k: _window((left, right), q, k))
+
+
+def _window(sides: tuple[Any, Any], q: Any, k: Any) -> Any:
+    return (q - k <= sides[0]) & (k - q <= sides[1])
+
+
+def _sides(size: Any) -> tuple[Any, Any]:
+    """`left` and `right`, which may be traced. Raises TypeError for what is no integer."""
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(map(_is_integer, sides)):
+        raise TypeError(
+            f"local_window_size must be an integer, or two for left and right, got {shown(size)}"
+        )
+    return sides
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, int) or (
+        getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.integer)
+    )
 
 
 def _four(name: str, x: Array) -> Array:
@@ -199,6 +230,7 @@ def layered(
     q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (q, k, v))
     pairs = q.shape[2], q.shape[1], k.shape[1]
     bias, mask = (None if x is None else _flat(x, batch, pairs) for x in (bias, mask))
+    dropout = calls.chance_of(dropout)
     seed = words_of_key(key) if dropout else None
     o, _ = attend(
         q,
