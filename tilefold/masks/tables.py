@@ -178,14 +178,18 @@ class Given(Declared):
         return f"{self.name}:{_form(self)}"
 
 
-def given_table(name: str, array: Any, dtype: str) -> Given:
-    """A table that holds a traced array of a type of `DTYPES`. Raises TypeError for another type.
+def given_table(name: str, array: Any, *allowed: str) -> Given:
+    """A table that holds a traced array. Raises TypeError unless its type is of those allowed.
+
+    Where none is named, those of `DTYPES` are.
 
     `array` has `shape` and `dtype`; a size that is not known is None.
     """
-    got = dtype_name(array)
-    if got != dtype:
-        raise TypeError(f"{name} is traced, so it must be of {dtype}, got {got}; convert it")
+    dtype, wanted = dtype_name(array), allowed or DTYPES
+    if dtype not in wanted:
+        raise TypeError(
+            f"{name} is traced, so it must be of {' or '.join(wanted)}, got {dtype}; convert it"
+        )
     low, high = (0, 1) if dtype == "bool" else (-(2**31), 2**31 - 1)
     return Given(tuple(array.shape), dtype, low, high, held=array)
 
