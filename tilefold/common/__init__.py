@@ -7,6 +7,7 @@ copies         copies of frozen values
 imports        why an optional package cannot be imported
 computed       properties that are computed once
 first_use      work of a first call that neither fork nor signal cuts in two
+ending         visits from threads of other libraries, and the end of the interpreter
 files          files that are written whole or not at all
 lru            a store that keeps the newest values
 single_flight  values that are made once, however many threads ask

@@ -25,6 +25,7 @@ from tilefold.backends.cpu import native, runtime
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.native import NativeCall
 from tilefold.common.check import one_line
+from tilefold.common.ending import visit
 from tilefold.common.first_use import undisturbed
 from tilefold.frontends.operation import Descriptions, Operation
 from tilefold.problems.attention import ITEM_BYTES
@@ -183,10 +184,11 @@ class Handler:
         if extension and _half(extension + 8) == 1:
             return _Function(self.execute)(frame)  # the question is the same, and so the answer
         try:
-            found = _attributes(frame)
-            operation = Operation.read(found["operation"])
-            given = [(tuple(shape), dtype) for shape, dtype in json.loads(found["given"])]
-            state = _instance(operation, given)
+            with visit():
+                found = _attributes(frame)
+                operation = Operation.read(found["operation"])
+                given = [(tuple(shape), dtype) for shape, dtype in json.loads(found["given"])]
+                state = _instance(operation, given)
         except Exception as error:
             return _failed(frame, one_line(error) or type(error).__name__)
         api = _word(frame + 16)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.dispatch import KEPT_BYTES, WORKSPACE, Call
+from tilefold.common.ending import visit
 from tilefold.common.first_use import undisturbed
 from tilefold.common.single_flight import once
 
@@ -90,7 +92,12 @@ def filled_call(fills: Sequence[Fill]) -> NativeCall:
 
 def filled_by_python(fill: Filler, operands: int) -> NativeCall:
     """The record of a call that runs no kernel: Python fills the results, with its lock."""
-    callback = _CALLBACK(lambda addresses: fill(addresses[:operands]))
+
+    def filled(addresses: Any) -> None:
+        with visit():
+            fill(addresses[:operands])
+
+    callback = _CALLBACK(filled)
     address = ctypes.cast(callback, ctypes.c_void_p).value or 0
     record = _words([0, 0, 0, 0, 0, 0, address, 0, 0])
     return NativeCall(_at(record), (callback, record))

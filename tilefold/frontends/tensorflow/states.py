@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from tilefold.backends.cpu import native
 from tilefold.common import generation
+from tilefold.common.ending import visit
 from tilefold.problems.attention import ITEM_BYTES
 
 Shape = tuple[int, ...]
@@ -116,7 +117,7 @@ class State:
 
     def prepared(self, words: tuple[int, ...], dtypes: Sequence[str]) -> int:
         """The address of the call for inputs of these words, prepared if it is new."""
-        with self._lock:
+        with visit(), self._lock:
             for each in self._list:
                 if each.words == words:
                     return each.address
