@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -521,6 +522,41 @@ def test_errors(qkv: list[Tensor]) -> None:
         operators.registered()["bhnd"](q, k, v, [], count=1, S=tf.float32, text="{}")
 
 
+def test_an_interrupt_while_a_call_is_prepared_is_no_error(
+    qkv: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilefold.frontends.tensorflow import states
+
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(states.State, "prepared", interrupted)
+    q = qkv[0][:, :, :7]
+    with pytest.raises(KeyboardInterrupt):
+        with suppress(Exception):  # what TensorFlow makes of it
+            tilefold.attention(q, q, q)
+        threading.Event().wait(2)
+        sum(range(10))
+    monkeypatch.undo()
+    assert tilefold.attention(q, q, q).shape == q.shape
+
+
+@pytest.mark.feature("T15")
+def test_asynchronous_eager_calls_are_refused(qkv: list[Tensor]) -> None:
+    import tilefold.tensorflow
+
+    config = framework().config.experimental
+    config.set_synchronous_execution(False)
+    try:
+        with pytest.raises(NotImplementedError, match=r"set_synchronous_execution\(True\)"):
+            tilefold.attention(*qkv)
+        with pytest.raises(NotImplementedError, match=r"set_synchronous_execution\(True\)"):
+            tilefold.tensorflow.full_1d(*[qkv[0]] * 3)
+    finally:
+        config.set_synchronous_execution(True)
+    assert tilefold.attention(*qkv).shape == (2, 4, 12, 6)
+
+
 @pytest.mark.feature("T15")
 def test_gradients_that_would_be_lost_are_refused(qkv: list[Tensor]) -> None:
     import tilefold.tensorflow
@@ -615,6 +651,10 @@ def test_seeds_of_dropout(qkv: list[Tensor]) -> None:
     for seed in (11, tf.constant(11), tf.constant([11], tf.int64)):
         same(call(seed), want)
         same(run(seed), want)
+    for bad in (tf.constant(1.5), tf.constant([1, 2]), tf.constant("1"), tf.constant(True)):
+        for function in (call, run):
+            with pytest.raises(TypeError, match="seed must be one integer, got a tensor of"):
+                function(bad)
 
 
 @pytest.mark.feature("T09")

@@ -121,14 +121,25 @@ def _named(wanted: Pass, request: Request) -> tuple[str, list[Tensor]]:
     """The attribute "text" of a call, and the input that goes with it in an eager call."""
     if not tf.executing_eagerly():
         return _operation(wanted, request).text, []
+    check_synchronous()
     return _HELD, [_number(wanted, request)]
+
+
+def check_synchronous() -> None:
+    """Raises NotImplementedError where TensorFlow runs eager calls asynchronously."""
+    if tf.executing_eagerly() and not tf.config.experimental.get_synchronous_execution():
+        raise NotImplementedError(
+            "TensorFlow runs eager calls asynchronously, and a call here may ask Python meanwhile:"
+            " call tf.config.experimental.set_synchronous_execution(True)"
+        )
 
 
 _HELD = "held"
 """The text of eager calls. TensorFlow keeps a kernel for each value of an attribute, and for ever.
 
 So the operation of an eager call, whose mask may be new each time, is no attribute: it stands in
-`_held`, and the last input tells where, by its shape: (number, 0).
+`_held`, and the last input tells where, by its shape: (number, 0). An asynchronous call could run
+after its tensor is gone, so such calls are refused.
 """
 
 _held: dict[int, Any] = vars(tf).setdefault("_tilefold_operations", {})

@@ -244,6 +244,20 @@ class _Kernels:
         line = one_line(error)
         text = line if code != INTERNAL else f"{type(error).__name__}: {line}"
         self._tf.SetStatus(status, code, text.encode())
+        if not isinstance(error, Exception):
+            _raise_soon(type(error))
+
+
+def _raise_soon(kind: type[BaseException]) -> None:
+    """Raise what is no error, such as KeyboardInterrupt, once TensorFlow has returned.
+
+    Nothing is raised through TensorFlow's own code.
+    """
+    here = ctypes.c_ulong(threading.get_ident())
+    ask = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    timer = threading.Timer(0.01, ask, (here, ctypes.py_object(kind)))
+    timer.daemon = True
+    timer.start()
 
 
 _NAMES = {number: name for name, number in TYPES.items()}

@@ -22,6 +22,7 @@ from tilefold.backends.protocols import BACKWARD_LOW, FORWARD_LOW, Pass
 from tilefold.common.check import choice, flag, whole
 from tilefold.frontends.operation import Operation
 from tilefold.frontends.tensorflow import tensors
+from tilefold.frontends.tensorflow.operators import check_synchronous
 from tilefold.frontends.tensorflow.pairs import statistics
 from tilefold.frontends.tensorflow.registering import END, Operator, Part, functions, register
 from tilefold.frontends.tensorflow.states import Array, Ready
@@ -276,6 +277,7 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _run(between: Between, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
     """o, lse, lse_low, and perhaps the largest scores."""
     if tensors.takes_operators():
+        check_synchronous()
         count = 3 if between.largest else 2
         run = registered()[between.axes]
         o, found = run(q, k, v, count=count, S=statistics(q), text=between.text)

@@ -71,6 +71,11 @@ def seed_of(seed: Any, q: Tensor) -> Tensor:
     if seed is None:
         return tf.random.uniform((1,), maxval=tf.int64.max, dtype=tf.int64)
     if isinstance(seed, (tf.Tensor, tf.Variable)):
+        shape = seed.shape
+        if not seed.dtype.is_integer or (shape.is_fully_defined() and shape.num_elements() != 1):
+            raise TypeError(
+                f"seed must be one integer, got a tensor of {seed.dtype.name} of shape {shape}"
+            )
         return tf.reshape(tf.cast(seed, tf.int64), (1,))
     return tf.constant([check_seed(seed)], tf.int64)
 
