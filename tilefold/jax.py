@@ -72,8 +72,9 @@ def attention(
     Arguments:
         q, k, v: JAX arrays, traced or not, or arrays that `jnp.asarray` takes; their axes are those
             of `tilefold.attention`
-        mask: a rule. Its arrays may be traced: `lengths(n)` and `documents(ids)` of int32, and
-            `dense(mask)` of bool. Tiles are then skipped for the positions alone
+        mask: a rule. Its arrays may be traced: `lengths(n)`, `causal(lengths=n)` and
+            `documents(ids)` of int32, and `dense(mask)` of bool. Tiles are then skipped for the
+            positions alone
         score, sinks: their arrays may be traced, and have gradients
         scale: a number; it cannot be traced. Multiply q instead
         seed: an integer for dropout, which may be traced: `jax.random.bits(key)` makes one of a key
@@ -147,7 +148,7 @@ def dot_product_attention(
         query_seq_lengths, key_value_seq_lengths: int32 (batch,); later queries get 0, and later
             keys are hidden
         local_window_size: (left, right), or one number for both: query i sees the keys from
-            i - left to i + right. What the window hides is skipped
+            i - left to i + right. What the window hides is skipped, unless it is traced
         implementation: None; "xla" and "cudnn" are those of jax.nn, which then computes the call
         return_residual: also return the log-sum-exp of each query's scores, (batch, queries, heads)
 
@@ -156,7 +157,7 @@ def dot_product_attention(
         in jax.nn.
 
     Raises:
-        TypeError: the arrays are of no type of floats
+        TypeError: the arrays are of no type of floats; jax.nn takes integers too
         ValueError: the arrays do not fit together
         NotImplementedError: the arrays are not on the CPU
     """

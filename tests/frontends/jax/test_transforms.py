@@ -335,6 +335,16 @@ def test_arrays_of_masks_may_change(name: str) -> None:
     assert len(traces) == len(several) + 2
 
 
+def test_lengths_that_are_traced_may_be_out_of_bounds() -> None:
+    """They show all keys, or none; those with values are refused."""
+    q, k, v = three()
+    n = np.array([99, -3], np.int32)
+    found = jax.jit(lambda n: attention(q, k, v, mask=lengths(n)))(n)
+    near(found, attention(q, k, v, mask=lengths([24, 0])))
+    with pytest.raises(ValueError, match="n_k must be integers >= 0"):
+        lengths(jnp.asarray(n))
+
+
 def test_the_derivatives_see_masks_that_are_traced() -> None:
     q, k, v = three()
 
@@ -400,6 +410,16 @@ def test_shard_map_computes_each_part_in_its_place() -> None:
         return call(q, jnp.concatenate([k, k]), jnp.concatenate([v, v]))
 
     near(slopes(shared, q, k[:1], v[:1]), slopes(repeated, q, k[:1], v[:1]), 1e-4)
+
+    def drawn(seed: Any) -> Any:
+        return jax.shard_map(
+            lambda x: attention(x, x, x, dropout=0.5, seed=seed()),
+            mesh=mesh, in_specs=PartitionSpec("i"), out_specs=PartitionSpec("i"),
+        )(jnp.ones(SHAPE).at[..., 0].set(q[0, ..., 0]))  # fmt: skip
+
+    same, apart = drawn(lambda: 7), drawn(lambda: 7 + jax.lax.axis_index("i"))
+    assert (same[0] == same[1]).all() and (apart[0] != apart[1]).any()
+    near(same[0], apart[0])
     text = jax.jit(shared).lower(q, k[:1], v[:1]).compile().as_text()
     assert "tilefold_attention" in text and "all-gather" not in text
 
