@@ -100,3 +100,20 @@ def test_gradients_that_nothing_asks_for_are_not_computed() -> None:
     ids = tf.constant([[0] * 4 + [1] * 5])
     assert made(tf.constant(slopes)) == made(tf.Variable(slopes)) == 1
     assert made(slopes) == made(tf.constant(slopes), tf.stop_gradient) == 0
+
+
+@pytest.mark.feature("T02")
+def test_tapes_outside_of_what_xla_compiles() -> None:
+    """Persistent and nested ones ask XLA's operator itself for gradients."""
+    from tilefold.frontends.tensorflow import compiled
+
+    if reason := compiled.missing():
+        pytest.skip(f"the XLA of this TensorFlow takes no function of ours: {reason}")
+    tf, q = framework(), query()
+    slopes = tf.constant([0.1, 0.2])
+    run = tf.function(lambda q: sloped(q, slopes), jit_compile=True)
+    near(
+        first(run, q, slopes, persistent=True),
+        first(lambda q: sloped(q, slopes, "composed"), q, slopes),
+    )
+    near(second(run, q, slopes), second(lambda q: sloped(q, slopes, "composed"), q, slopes))

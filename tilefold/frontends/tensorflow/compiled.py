@@ -6,10 +6,12 @@ a module must be known while the function is traced.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +21,9 @@ from tilefold.backends.protocols import Pass
 from tilefold.common.check import one_line
 from tilefold.frontends import xla
 from tilefold.frontends.operation import Operation
-from tilefold.frontends.tensorflow.passes import differentiable
+from tilefold.frontends.tensorflow.operators import is_wanted
+from tilefold.frontends.tensorflow.passes import gradients
+from tilefold.frontends.tensorflow.second import second_gradients
 from tilefold.frontends.written import text_of
 from tilefold.problems.request import Request
 
@@ -38,6 +42,9 @@ _TYPES = {
 
 _MESSAGE, _REGISTER, _TYPE_REGISTER = 56, 72, 88
 """The places of functions in XLA's table, in version 0.2."""
+
+_OPERATION = "operation = "
+"""What stands before the text of an operation in a module."""
 
 _VERSION = 9
 """The format of the attributes of XlaCallModule."""
@@ -61,7 +68,7 @@ def run(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor
             f"the XLA of TensorFlow {tf.__version__} takes no function of tilefold ({reason}): call"
             " it in a tf.function with jit_compile=False"
         )
-    return differentiable(_run, wanted, request, given)
+    return _run(wanted, request, given)
 
 
 def _run(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -89,13 +96,33 @@ def _run(wanted: Pass, request: Request, given: Sequence[Tensor]) -> tuple[Tenso
     return tuple(found)
 
 
+def _gradient(op: Any, *slopes: Tensor) -> list[Tensor | None]:
+    """The gradients of what a call is given; `slopes` are those of its results.
+
+    The operator is XLA's own. Raises LookupError, as without us, where another library made it.
+    """
+    module = op.get_attr("module").decode(errors="replace")
+    if f"@{xla.TARGET}(" not in module:
+        raise LookupError("No gradient defined for operation XlaCallModule")
+    operation = Operation.read(_text(module))
+    wanted, request, given = operation.wanted, operation.request, [*op.inputs]
+    if wanted.operation == "backward":
+        return second_gradients(wanted, request, given, slopes)
+    asked = partial(is_wanted, op)
+    return gradients(_run, wanted, request, given, op.outputs, slopes, asked)
+
+
+with contextlib.suppress(KeyError):  # it was registered before this module was loaded again
+    tf.RegisterGradient("XlaCallModule")(_gradient)
+
+
 def _module(text: str, given: Sequence[Any], results: Sequence[Any]) -> str:
     """A module of StableHLO that calls the handler."""
     names = [f"%x{number}" for number in range(len(given))]
     kinds, made = ([_type(*each) for each in arrays] for arrays in (given, results))
     arguments = ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
     values = ", ".join(f"%r#{number}" for number in range(len(made)))
-    config = f"operation = {json.dumps(text)}, given = {json.dumps(text_of(given))}"
+    config = f"{_OPERATION}{json.dumps(text)}, given = {json.dumps(text_of(given))}"
     return f"""\
 module @tilefold {{
   func.func public @main({arguments}) -> ({", ".join(made)}) {{
@@ -106,6 +133,13 @@ module @tilefold {{
   }}
 }}
 """
+
+
+def _text(module: str) -> str:
+    """The text of the operation that a module of `_module` calls."""
+    start = module.index(_OPERATION) + len(_OPERATION)
+    text: str = json.JSONDecoder().raw_decode(module, start)[0]
+    return text
 
 
 def _type(shape: tuple[int, ...], dtype: str) -> str:

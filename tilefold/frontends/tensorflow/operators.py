@@ -194,12 +194,12 @@ def _gradient(op: Any, *slopes: Tensor) -> list[Tensor | None]:
     """The gradients of a forward operator's inputs; `slopes` are those of its outputs."""
     operation, given = _opened(op)
     wanted, request = operation.wanted, operation.request
-    asked = partial(_is_wanted, op)
+    asked = partial(is_wanted, op)
     found = gradients(backward, wanted, request, given, op.outputs, slopes, asked)
     return found + [None] * (len(op.inputs) - len(given))
 
 
-def _is_wanted(op: Any, place: int) -> bool:
+def is_wanted(op: Any, place: int) -> bool:
     """False where nothing asks for the gradient of an input, as far as TensorFlow tells."""
     skipped = getattr(op, "skip_input_indices", None)  # of a tape that watches single operators
     if skipped is not None:
