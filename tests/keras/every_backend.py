@@ -146,6 +146,30 @@ def test_attention_is_that_of_the_reference(case: str) -> None:
     assert_close(found, defined(q, k, v, **named)[:4])
 
 
+def test_variables_in_scores_and_as_sinks_learn() -> None:
+    q = normal(1, 5, 2, 8)
+    added, sinks = normal(2, 1, 5), normal(2)
+
+    class Scored(keras.layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.added = self.add_weight(shape=added.shape, initializer="zeros")
+            self.sinks = self.add_weight(shape=sinks.shape, initializer="zeros")
+
+        def call(self, x: Any) -> Any:
+            o = tilefold.attention(
+                x, x, x, score=tilefold.bias(self.added), sinks=self.sinks, layout="bnhd"
+            )
+            return ops.sum(o, axis=(1, 2, 3))[:, None]
+
+    layer = Scored()
+    model = keras.Sequential([layer])
+    model.compile("sgd", "mse")
+    model.fit(q, np.ones((1, 1), np.float32), verbose=0)
+    for weight in (layer.added, layer.sinks):
+        assert np.abs(ops.convert_to_numpy(weight)).max() > 0
+
+
 def test_masks_of_earlier_layers_arrive() -> None:
     given = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(9, 16, mask_zero=True)(given)

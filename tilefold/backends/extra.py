@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tilefold.backends.protocols import Pass
-from tilefold.common.foreign_arrays import dtype_name
+from tilefold.common.foreign_arrays import dtype_name, unwrapped
 from tilefold.masks.given import operands_of
 from tilefold.problems.dropout import check_probability, check_seed
 from tilefold.problems.request import Request
@@ -137,6 +137,7 @@ def _floats(sinks: Any) -> Any:
 
     Raises TypeError for what is no array of numbers.
     """
+    sinks = unwrapped(sinks)
     given = hasattr(sinks, "dtype") and dtype_name(sinks) in FLOATS
     return sinks if given else floats("sinks", sinks).held
 

@@ -20,6 +20,13 @@ def is_traced(value: Any) -> bool:
     return bool(symbolic and symbolic(value))
 
 
+def unwrapped(value: Any) -> Any:
+    """The tensor of a variable of Keras, which keeps its gradient; other values as they are."""
+    if type(value).__module__.partition(".")[0] == "keras" and hasattr(value, "value"):
+        return value.value
+    return value
+
+
 def is_of_framework(value: Any) -> bool:
     """True for an array of JAX or TensorFlow, traced or not."""
     package = type(value).__module__.partition(".")[0]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tilefold.common.check import shown
-from tilefold.common.foreign_arrays import dtype_name, is_of_framework, is_traced
+from tilefold.common.foreign_arrays import dtype_name, is_of_framework, is_traced, unwrapped
 from tilefold.masks.arrays import INT32, as_array, as_table
 from tilefold.masks.expression import (
     Integer,
@@ -206,6 +206,7 @@ def as_input(name: str, value: Any) -> Any:
 
     Numbers and nested lists of floats become a new array of float64.
     """
+    value = unwrapped(value)
     torch = type(value).__module__ == "torch" or hasattr(value, "requires_grad")
     if torch or is_of_framework(value):
         dtype = dtype_name(value)

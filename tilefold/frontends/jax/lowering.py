@@ -37,7 +37,7 @@ def described(wanted: Pass, avals: Sequence[Any]) -> Given:
     )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)  # few: a request may hold tables
 def results_of(wanted: Pass, request: Request, given: Given) -> Given:
     """The shapes and types of the results of a pass. Raises as `tilefold.attention` does."""
     return Operation(wanted, request).results(given)
