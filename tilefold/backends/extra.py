@@ -35,6 +35,19 @@ class Extra(NamedTuple):
         named = zip(self.names, self.arrays, strict=True)
         return [(name, array) for name, array in named if name.startswith("input")]
 
+    def fitted(
+        self, wanted: Pass, results: Sequence[Any], fit: Callable[[Any, Any], Any]
+    ) -> tuple[Any, ...]:
+        """The results of a pass; `fit` gives the gradient of sinks their shape and type.
+
+        It takes the gradient and the caller's sinks.
+        """
+        if "sinks" not in self.names:
+            return tuple(results)
+        sinks = self.arrays[self.names.index("sinks")]
+        pairs = zip(wanted.results, results, strict=True)
+        return tuple([fit(x, sinks) if name == "dsinks" else x for name, x in pairs])
+
 
 NOTHING = Extra((), ())
 

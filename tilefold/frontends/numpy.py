@@ -92,12 +92,12 @@ def attention_backward(
     if dlse is not None:
         wanted, given = wanted.plus(("dlse",)), (*given, as_array("dlse", dlse))
     results = calls.run(machine("cpu"), arrays, wanted, given, request)
-    if "sinks" not in extra.names:
-        return results
-    sinks, *others = as_array("sinks", extra.arrays[extra.names.index("sinks")]), *results
-    place = wanted.results.index("dsinks")
-    others[place] = others[place].reshape(sinks.shape).astype(sinks.dtype, copy=False)
-    return tuple(others)
+    return extra.fitted(wanted, results, _like_sinks)
+
+
+def _like_sinks(gradient: Array, sinks: Any) -> Array:
+    given = as_array("sinks", sinks)
+    return gradient.reshape(given.shape).astype(given.dtype, copy=False)
 
 
 def arrays_of(extra: Extra, q: Array) -> tuple[Array, ...]:

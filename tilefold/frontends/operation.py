@@ -79,23 +79,22 @@ class Operation:
 
     def check(self) -> None:
         """Raises ValueError unless the operands are those that the request reads and writes."""
-        wanted, request = self.wanted, self.request
-        usual = len(_PASSES[wanted.operation].given)
-        low = tuple([x for x in ("lse_low",) if x in wanted.given])
-        last = tuple([x for x in ("dlse",) if x in wanted.given])
-        count = len(wanted.given) - usual - len(low) - len(last)
+        wanted, request, usual = self.wanted, self.request, _PASSES[self.wanted.operation]
+        forward = usual is FORWARD
+        low, last = (
+            (name,) if name in wanted.given and not forward else () for name in ("lse_low", "dlse")
+        )
+        count = len(wanted.given) - len((*usual.given, *low, *last))
         names = extra.names_of(request, count)
+        further = ("lse_low", "max") if forward else Extra(names, ()).gradients
+        read = sum(name.startswith("input") for name in names)
         inputs = () if request.score is None else request.score.inputs
-        numbers = {given.number for given in inputs}
-        right = wanted.given[usual:] == (*low, *names, *last) and len(names) == count
-        right = right and numbers == set(range(sum(x.startswith("input") for x in names)))
-        slopes = tuple([f"d{x}" for x in names if x.startswith(("input", "sinks"))])
-        more = wanted.results[len(_PASSES[wanted.operation].results) :]
-        allowed = ("lse_low", "max") if wanted.operation == "forward" else slopes
-        places = [allowed.index(x) for x in more if x in allowed]
-        if wanted.operation == "forward" and (low or last):
-            right = False
-        if not right or len(places) != len(more) or places != sorted({*places}):
+        fits = (
+            wanted.given == (*usual.given, *low, *names, *last)
+            and wanted.results == (*usual.results, *[x for x in further if x in wanted.results])
+            and {given.number for given in inputs} == {*range(read)}
+        )
+        if not fits:
             raise ValueError("the operands of the operation are not those of its request")
 
     def results(self, given: Descriptions) -> tuple[tuple[Shape, str], ...]:

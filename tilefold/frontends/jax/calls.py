@@ -115,14 +115,12 @@ def attention_backward(
     wanted, every = BACKWARD.plus(extra.names, extra.gradients), (*given, *more)
     if dlse is not None:
         wanted, every = wanted.plus(("dlse",)), (*every, jnp.asarray(dlse))
-    results = list(primitives.backward(wanted, plain, every))
-    if "dsinks" in wanted.results:
-        sinks, place = (
-            jnp.asarray(extra.arrays[extra.names.index("sinks")]),
-            wanted.results.index("dsinks"),
-        )
-        results[place] = results[place].reshape(sinks.shape).astype(sinks.dtype)
-    return tuple(results)
+    return extra.fitted(wanted, primitives.backward(wanted, plain, every), _like_sinks)
+
+
+def _like_sinks(gradient: Array, sinks: Any) -> Array:
+    given = jnp.asarray(sinks)
+    return gradient.reshape(given.shape).astype(given.dtype)
 
 
 def prepared(

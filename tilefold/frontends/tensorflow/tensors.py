@@ -115,12 +115,11 @@ def attention_backward(
     wanted = BACKWARD.plus(extra.names, extra.gradients)
     if dlse is not None:
         wanted, given = wanted.plus(("dlse",)), (*given, tf.convert_to_tensor(dlse))
-    results = run(wanted, request, given)
-    if "sinks" not in extra.names:
-        return results
-    sinks, place = extra.arrays[extra.names.index("sinks")], wanted.results.index("dsinks")
-    dsinks = tf.cast(tf.reshape(results[place], sinks.shape), sinks.dtype)
-    return (*results[:place], dsinks, *results[place + 1 :])
+    return extra.fitted(wanted, run(wanted, request, given), _like_sinks)
+
+
+def _like_sinks(gradient: Tensor, sinks: Any) -> Tensor:
+    return tf.cast(tf.reshape(gradient, sinks.shape), sinks.dtype)
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any, layout: str) -> tuple[Tensor, Tensor]:
