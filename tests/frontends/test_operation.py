@@ -348,5 +348,7 @@ def test_traced_arrays_are_refused_where_they_mean_nothing(tracing: type[Tracer]
         lengths(tracing(_COUNTS.astype(np.int64)))
     with pytest.raises(ValueError, match="dense: array must have 0 or 1 or 2 or 3 or 4 axes"):
         dense(tracing(np.ones((1,) * 5, bool)))
+    with pytest.raises(ValueError, match="documents: ids_k must fit 32 bits"):
+        documents(tracing(_IDS), np.array([0, 2**32]))
     with pytest.raises(NotImplementedError, match="pass one ids for both"):
         documents(tracing(_IDS), tracing(_IDS), causal=True)

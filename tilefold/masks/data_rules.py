@@ -135,13 +135,21 @@ def _traced_documents(given: dict[str, Any], causal: bool) -> Rule:
             "documents: causal=True with ids_q and ids_k needs their values, and they are traced;"
             " pass one ids for both, or make the rule outside of the traced function"
         )
-    tables: list[Any] = [
-        as_traced(f"documents: {name}", ids, (1, 2), "int32")
-        if is_traced(ids)
-        else as_table(as_integers(f"documents: {name}", ids, (1, 2)), np.int32)
-        for name, ids in given.items()
-    ]
+    tables = [_beside_traced(f"documents: {name}", ids) for name, ids in given.items()]
     return Documents(tables[0], tables[-1], causal)
+
+
+def _beside_traced(name: str, ids: Any) -> Table | Given:
+    """Ids of one side. Raises ValueError for known ones that no traced int32 can equal."""
+    if is_traced(ids):
+        return as_traced(name, ids, (1, 2), "int32")
+    known = as_integers(name, ids, (1, 2))
+    if not _fits_int32(known):
+        raise ValueError(
+            f"{name} must fit 32 bits, since the other ids are traced and of int32; got numbers"
+            f" from {known.min()} to {known.max()}"
+        )
+    return as_table(known, np.int32)
 
 
 def _entry(table: Table | Given, name: str) -> Lookup:
