@@ -24,7 +24,7 @@ import torch
 import tilefold
 from tilefold.backends.metal import runtime
 from tilefold.backends.metal.runtime import Mps
-from tilefold.frontends import tensors as below
+from tilefold.frontends.torch import tensors as below
 from tilefold.measuring.environment import environment
 
 COUNTS = (1, 8, 64)

@@ -104,7 +104,7 @@ def _frontend(given: attend.Tensors, compiled: bool) -> tuple[Tensor, ...]:
     import torch
 
     from tilefold import attention
-    from tilefold.frontends.torch import OPERATORS
+    from tilefold.frontends.torch.calls import OPERATORS
 
     if compiled and not OPERATORS:
         raise NotImplementedError(

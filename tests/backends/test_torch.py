@@ -30,7 +30,7 @@ from metal_rules import Compiler  # noqa: E402
 from opchecks import opcheck  # noqa: E402  # where torch is
 from torch import Tensor  # noqa: E402
 
-from tilefold.frontends import tensors as below  # noqa: E402
+from tilefold.frontends.torch import tensors as below  # noqa: E402
 
 MASK = tilefold.causal()
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

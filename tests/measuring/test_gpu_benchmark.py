@@ -293,7 +293,7 @@ def test_bits_are_compared() -> None:
 
 
 def test_a_whole_graph_is_no_promise_before_torch_2_12(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tilefold.frontends.torch.OPERATORS", False)
+    monkeypatch.setattr("tilefold.frontends.torch.calls.OPERATORS", False)
     monkeypatch.setattr(checks, "_both", lambda stage, given: (None,) * 5)
     on = here()
     parts = {

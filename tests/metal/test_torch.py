@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tilefold
-import tilefold.frontends.torch  # gives the operators their derivatives
+import tilefold.frontends.torch.calls  # gives the operators their derivatives
 from tilefold import attention, attention_backward
 
 MASK = tilefold.causal()

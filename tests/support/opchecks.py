@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import tilefold.frontends.torch  # noqa: F401  # gives the operators their derivatives
-from tilefold.frontends import operators
+import tilefold.frontends.torch.calls  # noqa: F401  # gives the operators their derivatives
+from tilefold.frontends.torch import operators
 from tilefold.problems.request import Request
 
 

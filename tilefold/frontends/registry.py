@@ -40,10 +40,10 @@ def _numpy() -> ModuleType:
 
 
 def _torch() -> ModuleType:
-    _first("torch")
-    from tilefold.frontends import torch
+    _first("torch.calls")
+    from tilefold.frontends.torch import calls
 
-    return torch
+    return calls
 
 
 def _standard() -> ModuleType:

@@ -21,8 +21,8 @@ from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.extra import NOTHING, Extra
 from tilefold.backends.protocols import BACKWARD
 from tilefold.common.lru import LruCache
-from tilefold.frontends.derivatives.formula import Formula
-from tilefold.frontends.extended import tensors_of
+from tilefold.frontends.torch.derivatives.formula import Formula
+from tilefold.frontends.torch.extended import tensors_of
 from tilefold.implementations import refuse_extra
 from tilefold.masks.hiding import may_hide
 from tilefold.masks.position_rules import causal, full

@@ -17,11 +17,11 @@ from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.extra import NOTHING
 from tilefold.backends.protocols import KEY_MASS
 from tilefold.backends.registry import machine
-from tilefold.frontends import tensors
-from tilefold.frontends.derivatives.formula import Formula
-from tilefold.frontends.extended import tensors_of
-from tilefold.frontends.observed import lifted, recorded
-from tilefold.frontends.torch import attention as attend
+from tilefold.frontends.torch import tensors
+from tilefold.frontends.torch.calls import attention as attend
+from tilefold.frontends.torch.derivatives.formula import Formula
+from tilefold.frontends.torch.extended import tensors_of
+from tilefold.frontends.torch.observed import lifted, recorded
 from tilefold.maps.region import Asked, Region
 from tilefold.problems.attention import Problem, check_lse, check_shape, describe, shape_lse
 from tilefold.problems.request import LAYOUTS, Request

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilefold.frontends.derivatives.arguments import OfPairs
-from tilefold.frontends.derivatives.walk import Pairs
+from tilefold.frontends.torch.derivatives.arguments import OfPairs
+from tilefold.frontends.torch.derivatives.walk import Pairs
 
 Kind = str | OfPairs
 """Rows of queries ("q") or of keys ("k"), or what pairs read."""

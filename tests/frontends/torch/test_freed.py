@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tilefold
 from tilefold import attention, attention_backward
-from tilefold.frontends import operators
+from tilefold.frontends.torch import operators
 from tilefold.problems.request import Request
 
 SHAPE = (1, 2, 40, 8)

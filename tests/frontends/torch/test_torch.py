@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import tilefold
 from tilefold import Rule, attention, attention_backward
-from tilefold.frontends.tensors import check
+from tilefold.frontends.torch.tensors import check
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
 from tilefold.problems.request import LAYOUTS, Request

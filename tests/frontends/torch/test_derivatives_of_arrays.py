@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import tilefold
 from tilefold import attention, attention_backward, causal, dropout_mask, local
-from tilefold.frontends.derivatives.arguments import Kept
-from tilefold.frontends.derivatives.walk import Walk
+from tilefold.frontends.torch.derivatives.arguments import Kept
+from tilefold.frontends.torch.derivatives.walk import Walk
 from tilefold.masks.expression import Truth
 from tilefold.problems.request import LAYOUTS
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilefold.frontends import tensors
+from tilefold.frontends.torch import tensors
 
 OPERATORS = torch.__version__ >= "2.12"
 """True from torch 2.12, whose custom operators accept an opaque Python value such as a Request."""

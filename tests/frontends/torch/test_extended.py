@@ -15,9 +15,9 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.overrides import TorchFunctionMode
 
 import tilefold
-import tilefold.frontends.torch  # gives the operators their derivatives
+import tilefold.frontends.torch.calls  # gives the operators their derivatives
 from tilefold import attention, attention_backward
-from tilefold.frontends import operators
+from tilefold.frontends.torch import operators
 from tilefold.problems import reference
 from tilefold.problems.request import Request
 from tilefold.scores.score import as_score

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilefold.frontends.derivatives.tiles import Kind, Tile
-from tilefold.frontends.derivatives.walk import Slices, Walk
+from tilefold.frontends.torch.derivatives.tiles import Kind, Tile
+from tilefold.frontends.torch.derivatives.walk import Slices, Walk
 
 
 def tile_sum(tile: Tile, walk: Walk, *given: Tensor) -> tuple[Tensor, ...]:

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilefold.frontends import tensors
-from tilefold.frontends.derivatives.attention import move, pull, push
-from tilefold.frontends.derivatives.sums import nested
-from tilefold.frontends.joined import with_sinks
-from tilefold.frontends.observed import OPERATORS, unobserved
+from tilefold.frontends.torch import tensors
+from tilefold.frontends.torch.derivatives.attention import move, pull, push
+from tilefold.frontends.torch.derivatives.sums import nested
+from tilefold.frontends.torch.joined import with_sinks
+from tilefold.frontends.torch.observed import OPERATORS, unobserved
 from tilefold.masks.expression import names
 from tilefold.masks.repeated import repeated
 from tilefold.problems.request import LAYOUTS, Request
 from tilefold.scores.score import Sizes
 
 if OPERATORS:
-    from tilefold.frontends import operators
+    from tilefold.frontends.torch import operators
 
 Tensors = tuple[Tensor, ...]
 

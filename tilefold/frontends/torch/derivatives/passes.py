@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilefold.frontends.derivatives.arguments import Entries, Kept
-from tilefold.frontends.derivatives.modified import Curves, Modification
-from tilefold.frontends.derivatives.tiles import Flags, Kinds, Pulled, Tile, chosen
-from tilefold.frontends.derivatives.walk import Pairs
+from tilefold.frontends.torch.derivatives.arguments import Entries, Kept
+from tilefold.frontends.torch.derivatives.modified import Curves, Modification
+from tilefold.frontends.torch.derivatives.tiles import Flags, Kinds, Pulled, Tile, chosen
+from tilefold.frontends.torch.derivatives.walk import Pairs
 from tilefold.problems.dropout import factor
 
 

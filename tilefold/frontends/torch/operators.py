@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilefold.frontends import tensors
-from tilefold.frontends.spelled import Spelled, spelling
+from tilefold.frontends.torch import tensors
+from tilefold.frontends.torch.spelled import Spelled, spelling
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.expression import Table
 from tilefold.masks.position_rules import Rule

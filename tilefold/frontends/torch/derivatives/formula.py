@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tilefold.frontends.derivatives.modified import valued
-from tilefold.frontends.derivatives.sums import nested
+from tilefold.frontends.torch.derivatives.modified import valued
+from tilefold.frontends.torch.derivatives.sums import nested
 from tilefold.masks.derivative import Derivatives, derivatives
 from tilefold.masks.expression import Expression, Real, Several
 from tilefold.masks.tables import Input

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tilefold
-import tilefold.frontends.torch  # gives the operators their derivatives
+import tilefold.frontends.torch.calls  # gives the operators their derivatives
 from tilefold.backends import calls
 from tilefold.backends.cpu import dispatch
-from tilefold.frontends import operators
+from tilefold.frontends.torch import operators
 from tilefold.problems.request import Request
 
 MASK = tilefold.causal()

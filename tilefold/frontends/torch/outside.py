@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tilefold.frontends.observed import OPERATORS
+from tilefold.frontends.torch.observed import OPERATORS
 
 _functions: dict[str, Callable[..., Any]] = {}
 

@@ -40,7 +40,7 @@ def printed(code: str, version: str = "2.11.0") -> list[str]:
 def test_calls_and_gradients_are_those_of_the_definition() -> None:
     code = """
 import torch.utils.flop_counter
-from tilefold.frontends import torch as frontend
+from tilefold.frontends.torch import calls as frontend
 assert not frontend.OPERATORS
 f(q).sum().backward()
 found = [f(q), q.grad, k.grad, v.grad]

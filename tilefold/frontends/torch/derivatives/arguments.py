@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilefold.frontends.derivatives.modified import places
-from tilefold.frontends.derivatives.walk import Pairs
+from tilefold.frontends.torch.derivatives.modified import places
+from tilefold.frontends.torch.derivatives.walk import Pairs
 from tilefold.masks.expression import RealLookup
 from tilefold.masks.tables import Input
 from tilefold.problems.dropout import MULTIPLIERS, ROUNDS, WEYL, threshold

@@ -14,10 +14,10 @@ from torch import Tensor
 from tilefold.backends.arrays.torch import dtype_of, tensor_of
 from tilefold.backends.extra import Extra, rows_of
 from tilefold.backends.protocols import spoken
-from tilefold.frontends import outside, tensors, transforms
-from tilefold.frontends.joined import gradient_of_sinks
 from tilefold.frontends.numpy import as_array
-from tilefold.frontends.observed import (
+from tilefold.frontends.torch import outside, tensors, transforms
+from tilefold.frontends.torch.joined import gradient_of_sinks
+from tilefold.frontends.torch.observed import (
     OPERATORS,
     lifted,
     recorded,
@@ -28,7 +28,7 @@ from tilefold.frontends.observed import (
 from tilefold.problems.request import Request
 
 if OPERATORS:
-    from tilefold.frontends import operators
+    from tilefold.frontends.torch import operators
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

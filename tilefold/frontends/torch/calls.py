@@ -19,9 +19,9 @@ from torch import Tensor
 from tilefold.backends import extra as extra_arrays
 from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.backends.extra import NOTHING, Extra
-from tilefold.frontends import extended, outside, tensors, transforms
-from tilefold.frontends.joined import joined
-from tilefold.frontends.observed import (
+from tilefold.frontends.torch import extended, outside, tensors, transforms
+from tilefold.frontends.torch.joined import joined
+from tilefold.frontends.torch.observed import (
     OPERATORS,
     PLAIN,
     lifted,
@@ -58,7 +58,7 @@ if torch.__version__ < OLDEST:  # a TorchVersion, which compares releases
     )
 
 if OPERATORS:
-    from tilefold.frontends import operators
+    from tilefold.frontends.torch import operators
 
 
 def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tilefold.backends.arrays.torch import dtype_of
 from tilefold.common.lru import LruCache
-from tilefold.frontends.derivatives.modified import Modification
-from tilefold.frontends.derivatives.passes import Gradients, Softmax, Tangents
-from tilefold.frontends.derivatives.sums import tile_sum
-from tilefold.frontends.derivatives.walk import Walk
+from tilefold.frontends.torch.derivatives.modified import Modification
+from tilefold.frontends.torch.derivatives.passes import Gradients, Softmax, Tangents
+from tilefold.frontends.torch.derivatives.sums import tile_sum
+from tilefold.frontends.torch.derivatives.walk import Walk
 from tilefold.problems.attention import STATISTICS, Problem, describe
 from tilefold.problems.request import LAYOUTS, Request
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import tilefold
 from tilefold import alibi, attention, causal, lengths, local, prefix, rule, softcap
-from tilefold.frontends.derivatives.passes import Gradients, Second, Softmax
-from tilefold.frontends.derivatives.tiles import Pulled
-from tilefold.frontends.derivatives.walk import Pairs
+from tilefold.frontends.torch.derivatives.passes import Gradients, Second, Softmax
+from tilefold.frontends.torch.derivatives.tiles import Pulled
+from tilefold.frontends.torch.derivatives.walk import Pairs
 from tilefold.problems.request import LAYOUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -1,0 +1,13 @@
+"""PyTorch tensors: calls with autograd, operators for compilers, and transforms.
+
+tensors      calls of kernels below autograd, and the checks of tensors
+observed     who observes operations on tensors
+outside      functions that a compiler runs outside of its graphs
+spelled      requests spelled in plain constants, for `torch.compile`
+operators    the operators that compilers, tracers and subclasses see
+derivatives  second derivatives and forward mode
+joined       results over disjoint keys, joined by PyTorch's operations
+transforms   tensors in the transforms of `torch.func`, and dual numbers
+extended     tensors beside q, k and v
+calls        the frontend: which of these ways a call takes
+"""
