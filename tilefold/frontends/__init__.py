@@ -1,4 +1,4 @@
-"""Frontends turn arrays of a framework into calls of a backend: a file or folder for each framework.
+"""Frontends turn arrays of a framework into calls of a backend: a file or folder each.
 
 foreign      objects that NumPy can view, and why it cannot view others
 numpy        NumPy arrays, and objects that share memory with them
