@@ -10,4 +10,5 @@ joined       results over disjoint keys, joined by PyTorch's operations
 transforms   tensors in the transforms of `torch.func`, and dual numbers
 extended     tensors beside q, k and v
 calls        the frontend: which of these ways a call takes
+sdpa         scaled_dot_product_attention, with torch's meaning
 """

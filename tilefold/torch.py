@@ -1,0 +1,74 @@
+"""Attention for PyTorch: torch's own functions by tilefold's kernels.
+
+>>> import torch
+>>> import tilefold.torch
+>>> q = k = v = torch.randn(1, 4, 128, 64)
+>>> tilefold.torch.scaled_dot_product_attention(q, k, v, is_causal=True).shape
+torch.Size([1, 4, 128, 64])
+
+The functions have the names, the arguments and the meanings of those that they stand for.
+`tilefold.attention` takes tensors too, and says more: rules in place of masks, scores, and sinks.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tilefold.frontends.torch import sdpa
+
+__all__ = ["scaled_dot_product_attention"]
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` by tilefold's kernels.
+
+    >>> import torch
+    >>> import tilefold.torch
+    >>> q, k, v = torch.randn(3, 2, 4, 16, 8).unbind()
+    >>> o = tilefold.torch.scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> bool(torch.allclose(o[:, :, 0], v[:, :, 0]))  # the first query sees the first key alone
+    True
+
+    Arguments:
+        query: (..., heads, queries, dim), or without heads. All tensors are of float32, float64,
+            float16 or bfloat16; autocast makes them its type
+        key: (..., key heads, keys, dim)
+        value: (..., key heads, keys, dim of values)
+            The axes before the last two broadcast
+        attn_mask: what broadcasts to (..., heads, queries, keys): of bool, where True is seen; or
+            of floats, which are added to the scores, and have a gradient
+        dropout_p: the probability that a weight is dropped, in training and elsewhere. Which ones
+            are dropped follows from `torch.manual_seed`; they are others than torch drops
+        is_causal: query i sees the keys up to i, whatever their number; a mask hides more
+        scale: the factor of the scores; None means 1 / sqrt(dim)
+        enable_gqa: the heads of query are a multiple of those of key and value; neighbours share
+
+    Returns:
+        o, (..., heads, queries, dim of values), in the type of query. A query that sees no key gets
+        0. It is differentiable any number of times.
+
+    Raises:
+        TypeError: an argument is no tensor, or is_causal no bool
+        RuntimeError: the tensors do not fit together
+        NotImplementedError: the tensors lie on a device that has no kernels
+    """
+    return sdpa.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
