@@ -21,6 +21,7 @@ from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.extra import NOTHING, Extra
 from tilefold.backends.protocols import BACKWARD
 from tilefold.common.lru import LruCache
+from tilefold.frontends.torch.autocast import lowered
 from tilefold.frontends.torch.derivatives.formula import Formula
 from tilefold.frontends.torch.extended import tensors_of
 from tilefold.implementations import refuse_extra
@@ -41,6 +42,7 @@ from tilefold.problems.request import LAYOUTS, Request
 Array = NDArray[Any]
 
 
+@lowered
 def composed(
     q: Tensor,
     k: Tensor,
@@ -74,6 +76,7 @@ def composed(
     return o.permute(axes).to(q.dtype).contiguous(), lse, *largest
 
 
+@lowered
 def native(
     q: Tensor,
     k: Tensor,
@@ -106,6 +109,7 @@ def native(
     return o.permute(axes).contiguous(), lse
 
 
+@lowered
 def tensorops(
     q: Tensor,
     k: Tensor,

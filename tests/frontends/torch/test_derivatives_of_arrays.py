@@ -351,15 +351,6 @@ def test_compiled_functions_leave_their_graph_for_forward_mode() -> None:
         torch.compile(function, backend="eager", fullgraph=True)(q)
 
 
-def test_gradients_in_the_old_vmap_are_refused() -> None:
-    q, k, v = randoms(*SHAPES)
-    o = attention(q.requires_grad_(), k, v)
-    with pytest.raises(
-        NotImplementedError, match=r"is_grads_batched=True .* use torch\.func\.vmap"
-    ):
-        torch.autograd.grad(o, q, torch.stack([o.detach()] * 2), is_grads_batched=True)
-
-
 @pytest.mark.parametrize("empty", [(1, 2, 0, 3), (0, 2, 4, 3)], ids=["no queries", "no batch"])
 def test_empty_calls_have_empty_derivatives(empty: tuple[int, ...]) -> None:
     q, k = torch.ones(empty), torch.ones(empty[0], 2, 4, 3)

@@ -2,6 +2,8 @@
 
 tensors      calls of kernels below autograd, and the checks of tensors
 observed     who observes operations on tensors
+autocast     the types of autocast
+batched      functions of autograd in the old `vmap`, which maps gradients
 outside      functions that a compiler runs outside of its graphs
 spelled      requests spelled in plain constants, for `torch.compile`
 operators    the operators that compilers, tracers and subclasses see

@@ -20,6 +20,8 @@ from tilefold.backends import extra as extra_arrays
 from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.backends.extra import NOTHING, Extra
 from tilefold.frontends.torch import extended, outside, tensors, transforms
+from tilefold.frontends.torch.autocast import autocasts, cast
+from tilefold.frontends.torch.batched import batched
 from tilefold.frontends.torch.joined import joined
 from tilefold.frontends.torch.observed import (
     OPERATORS,
@@ -108,6 +110,8 @@ def attention(
     further: tuple[str, ...] = (),
 ) -> tuple[Tensor, ...]:
     """Return o and lse, and `further` results of the pass; see `tilefold.attention`."""
+    if autocasts():
+        q, k, v = cast(q, k, v)
     if extra.names or further:
         return extended.attention(q, k, v, request, extra, further)
     result: tuple[Tensor, ...]
@@ -139,22 +143,47 @@ def attention_backward(
     dlse: Tensor | None = None,
     extra: Extra = NOTHING,
 ) -> tuple[Tensor, ...]:
-    """Return dq, dk, dv, and gradients of extra arrays; see `tilefold.attention_backward`."""
+    """Return dq, dk, dv, and gradients of extra arrays; see `tilefold.attention_backward`.
+
+    Autocast casts the arguments as it casts those of `attention`; gradients have the types of q, k
+    and v all the same.
+    """
+    if not autocasts():
+        return gradients(do, q, k, v, o, lse, request, lse_low, dlse, extra)
+    given = cast(do, q, k, v, o)
+    found = gradients(*given, lse, request, lse_low, dlse, extra)
+    first = [made.to(x.dtype) for made, x in zip(found, (q, k, v), strict=False)]
+    return (*first, *found[3:])
+
+
+def gradients(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    request: Request,
+    lse_low: Tensor | None = None,
+    dlse: Tensor | None = None,
+    extra: Extra = NOTHING,
+) -> tuple[Tensor, ...]:
+    """`attention_backward` of tensors in the types that they have."""
     if extra.names:
         return extended.attention_backward(do, q, k, v, o, lse, request, lse_low, dlse, extra)
     given = do, q, k, v, o, lse
     every = given if dlse is None else (*given, dlse)
     result: tuple[Tensor, ...]
     if unobserved(*every):
-        if recorded(*every):
+        if batched(do, dlse) or recorded(*every):
             result = transforms.attention_backward(given, request, dlse, lse_low)
         else:
             result = tensors.backward(*given, request, lse_low, dlse)
     elif untraceable():
-        result = outside.attention_backward(*given, request, lse_low, dlse)
+        result = outside.gradients(*given, request, lse_low, dlse)
     else:
         tensors.check_all(*every)
-        if lifted():
+        if lifted() or batched(do, dlse):
             result = transforms.attention_backward(given, request, dlse, lse_low)
         else:
             require_operators()
@@ -192,7 +221,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, low = ctx.saved_tensors
     given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
-    return (*attention_backward(*given, ctx.request, low, dlse), None)
+    return (*gradients(*given, ctx.request, low, dlse), None)
 
 
 class _Attention(torch.autograd.Function):
@@ -249,6 +278,6 @@ if OPERATORS:
     operators.attention_backward.register_vmap(_each_backward)
 
 outside.keep("attention", attention)
-outside.keep("attention_backward", attention_backward)
+outside.keep("gradients", gradients)
 if not OPERATORS:
-    attention, attention_backward = outside.attention, outside.attention_backward
+    attention, gradients = outside.attention, outside.gradients

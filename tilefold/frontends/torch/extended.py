@@ -16,6 +16,7 @@ from tilefold.backends.extra import Extra, rows_of
 from tilefold.backends.protocols import spoken
 from tilefold.frontends.numpy import as_array
 from tilefold.frontends.torch import outside, tensors, transforms
+from tilefold.frontends.torch.batched import batched
 from tilefold.frontends.torch.joined import gradient_of_sinks
 from tilefold.frontends.torch.observed import (
     OPERATORS,
@@ -127,13 +128,14 @@ def gradients(
 ) -> tuple[Any, ...]:
     """dq, dk, dv, and a list of the gradients of the arrays that are wanted."""
     every = (*given, *arrays) if dlse is None else (*given, *arrays, dlse)
-    again = lifted() or recorded(*every)
+    mapped = lifted() or batched(given[0], dlse)
+    again = mapped or recorded(*every)
     if again and request.sinks:
         return _apart_from_sinks(given, arrays, request, wanted, lse_low, dlse)
     direct = unobserved(*every)
     if not direct:
         tensors.check_all(*given, dlse)
-    if lifted() or (direct and again):
+    if mapped or (direct and again):
         dq, dk, dv, *more = transforms.attention_backward(
             given, request, dlse, lse_low, arrays, wanted
         )

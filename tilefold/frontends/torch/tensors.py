@@ -119,8 +119,7 @@ def run(wanted: Pass, given: tuple[Tensor, ...], q: Tensor, request: Request) ->
             address = x.data_ptr()
         except RuntimeError:
             raise NotImplementedError(
-                "a tensor has no memory: is_grads_batched=True and jacobian(vectorize=True) are not"
-                " implemented; use torch.func.vmap, jacrev or jacfwd"
+                "a tensor has no memory: torch's old vmap maps gradients alone here; use torch.func.vmap"
             ) from None
         bits |= address
         if address < _LOWEST:

@@ -6,8 +6,8 @@ backward pass, are in `derivatives`. Sinks are joined by torch's operations, whi
 derivatives. A small call takes 0.09 ms by such a function, and 0.05 ms by one that has a backward
 pass alone (two cores of a Xeon, 16 queries and keys). So usual calls have functions of their own.
 
-In `vmap` the axis joins the batch, and one call of a kernel serves all entries. Where entries have
-arrays, pairs that fall out, or gradients of arrays of their own, each entry has a call of its own.
+In `vmap` the axis joins the batch, and one call of a kernel serves all entries. With dropout each
+entry has a call of its own, since the number in the batch decides which pairs fall out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilefold.backends.extra import names_of
 from tilefold.frontends.torch import tensors
+from tilefold.frontends.torch.batched import mapped
 from tilefold.frontends.torch.derivatives.attention import move, pull, push
 from tilefold.frontends.torch.derivatives.sums import nested
 from tilefold.frontends.torch.joined import with_sinks
@@ -26,6 +28,7 @@ from tilefold.frontends.torch.observed import OPERATORS, unobserved
 from tilefold.masks.expression import names
 from tilefold.masks.repeated import repeated
 from tilefold.problems.request import LAYOUTS, Request
+from tilefold.scores.repeated import repeated_score
 from tilefold.scores.score import Sizes
 
 if OPERATORS:
@@ -54,6 +57,7 @@ def attention(
     return (o, lse, largest) if further else (o, lse)
 
 
+@mapped
 def attention_backward(
     given: Tensors,
     request: Request,
@@ -175,7 +179,7 @@ class _Backward(torch.autograd.Function):
             return apply(request, wanted, dlse, low, *rest)
 
         size, dims = info.batch_size, in_dims[2:]
-        return vectorised(call, size, dims, request, given, first=3, apart=any(wanted))
+        return vectorised(call, size, dims, request, given, first=3, wanted=wanted)
 
 
 def second_gradients(
@@ -214,61 +218,79 @@ def vectorised(
     given: Sequence[Any],
     *,
     first: int = 0,
-    apart: bool = False,
+    wanted: Sequence[bool] = (),
 ) -> tuple[Tensors, tuple[int, ...]]:
     """The results of `call(request, *given)` for each entry of an axis, stacked.
 
     `first` is the place of q. k follows it; the arrays begin 3 places after it, and 6 places after
-    do where there is one. `apart`: results are summed over the batch, so no entry may join it.
+    do where there is one. The gradients of the `wanted` arrays are the last results.
     """
-    last = first + 3 if first == 0 else first + 5
-    apart = apart or any(dim is not None for dim in in_dims[last:])
-    q, k = (
-        given[n] if in_dims[n] is None else given[n].select(in_dims[n], 0)
-        for n in (first, first + 1)
-    )
-    if apart or _counts(request, q, k):
-        results = [
-            call(
-                request,
-                *[
-                    x if dim is None else x.select(dim, number)
-                    for x, dim in zip(given, in_dims, strict=True)
-                ],
-            )
-            for number in range(size)
-        ]
-        made = tuple([torch.stack(each) for each in zip(*results, strict=True)])
+    if request.dropout:
+        made = _one_by_one(call, size, in_dims, request, given)
     else:
+        last = first + 3 if first == 0 else first + 5
         folded = [
-            x if n >= last or x is None else _fold(x, in_dims[n], size) for n, x in enumerate(given)
+            x if x is None else _in_front(x, dim, size).flatten(0, 1)
+            for x, dim in zip(given[:last], in_dims[:last], strict=True)
         ]
-        joined = call(_repeated(request, q, k), *folded)
-        made = tuple([_unfold(x, size) for x in joined])
+        arrays, dims = given[last:], in_dims[last:]
+        asked = wanted or (False,) * len(arrays)
+        own = [dim is not None or want for dim, want in zip(dims, asked, strict=True)]
+        folded += [
+            _in_front(x, dim, size) if its else x
+            for x, dim, its in zip(arrays, dims, own, strict=True)
+        ]
+        q, k = (_one(given[n], in_dims[n], 0) for n in (first, first + 1))
+        found = call(_repeated(request, q, k, size, own), *folded)
+        rows = len(found) - sum(asked)
+        made = (*[_unfold(x, size) for x in found[:rows]], *found[rows:])
     return made, (0,) * len(made)
 
 
-def _counts(request: Request, q: Tensor, k: Tensor) -> bool:
-    """True where the number of an entry in the batch is asked for, by a score or by dropout."""
-    if request.score is None or request.dropout:
-        return bool(request.dropout)
-    batch, heads, len_q, _ = (q.shape[axis] for axis in LAYOUTS[request.layout])
-    len_k = k.shape[LAYOUTS[request.layout][2]]
-    return "b" in names(request.score.expression(Sizes(batch, heads, len_q, len_k)))
+def _one_by_one(
+    call: Callable[..., Tensors],
+    size: int,
+    in_dims: Sequence[int | None],
+    request: Request,
+    given: Sequence[Any],
+) -> Tensors:
+    """`vectorised` by a call for each entry."""
+    results = [
+        call(request, *[_one(x, dim, number) for x, dim in zip(given, in_dims, strict=True)])
+        for number in range(size)
+    ]
+    return tuple([torch.stack(each) for each in zip(*results, strict=True)])
 
 
-def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """An axis as a part of the batch, its slower part; a tensor without the axis is repeated."""
-    return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+def _one(x: Any, dim: int | None, number: int) -> Any:
+    """An entry of an axis; what has no such axis belongs to every entry."""
+    return x if dim is None else x.select(dim, number)
+
+
+def _in_front(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """An axis as the first one; a tensor without the axis is repeated."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def _unfold(x: Tensor, size: int) -> Tensor:
     return x.reshape(size, x.shape[0] // size if size else 0, *x.shape[1:])
 
 
-def _repeated(request: Request, q: Tensor, k: Tensor) -> Request:
-    """The request for several batches: a rule that asks for the batch counts within one."""
+def _repeated(request: Request, q: Tensor, k: Tensor, copies: int, own: Sequence[bool]) -> Request:
+    """The request for several batches: a rule or score that asks for the batch counts within one.
+
+    Each batch has an array of its `own` where the flag of the array says so.
+    """
     axes = LAYOUTS[request.layout]
-    len_q, len_k = (x.shape[axes[2]] for x in (q, k))
-    mask = repeated(request.mask, q.shape[axes[0]], len_q, len_k)
-    return request.changed(mask=mask)
+    batch, heads, len_q = (q.shape[axis] for axis in axes[:3])
+    sizes = Sizes(batch, heads, len_q, k.shape[axes[2]])
+    its = [name for name, one in zip(names_of(request, len(own)), own, strict=True) if one]
+    data, inputs = (
+        [int(name.removeprefix(kind)) for name in its if name.startswith(kind)]
+        for kind in ("data", "input")
+    )
+    mask = repeated(request.mask, batch, len_q, sizes.len_k, data, copies)
+    score = request.score
+    if score is not None and (inputs or "b" in names(score.expression(sizes))):
+        score = repeated_score(score, sizes, inputs, copies)
+    return request.changed(mask=mask, score=score)

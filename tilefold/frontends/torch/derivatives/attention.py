@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tilefold.backends.arrays.torch import dtype_of
 from tilefold.common.lru import LruCache
+from tilefold.frontends.torch.batched import mapped
 from tilefold.frontends.torch.derivatives.modified import Modification
 from tilefold.frontends.torch.derivatives.passes import Gradients, Softmax, Tangents
 from tilefold.frontends.torch.derivatives.sums import tile_sum
@@ -25,6 +26,7 @@ from tilefold.problems.request import LAYOUTS, Request
 Some = Sequence[Tensor | None]
 
 
+@mapped
 def move(
     given: Sequence[Tensor], arrays: Sequence[Tensor], request: Request, tangents: Some
 ) -> tuple[Tensor, Tensor]:
@@ -38,6 +40,7 @@ def move(
     return lie.as_rows(total - xi * lie.rows(o), o), lie.as_statistic(xi)
 
 
+@mapped
 def pull(
     given: Sequence[Tensor],
     arrays: Sequence[Tensor],
@@ -74,6 +77,7 @@ def pull(
     )
 
 
+@mapped
 def push(
     given: Sequence[Tensor],
     arrays: Sequence[Tensor],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tilefold.frontends.torch.autocast import exact
 from tilefold.frontends.torch.derivatives.tiles import Kind, Tile
 from tilefold.frontends.torch.derivatives.walk import Slices, Walk
 
@@ -51,6 +52,7 @@ def nested(jvp: Callable[..., Any]) -> Callable[..., Any]:
 
 class _TileSum(torch.autograd.Function):
     @staticmethod
+    @exact
     def forward(tile: Tile, walk: Walk, *given: Tensor) -> tuple[Tensor, ...]:
         first, copies = given[0], max([x.shape[0] for x in given])
         shapes: dict[Kind, Sequence[int]] = {
