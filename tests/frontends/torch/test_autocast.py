@@ -38,7 +38,7 @@ def test_types_are_those_of_sdpa(lower: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_values_and_gradients_are_those_of_sdpa() -> None:
-    """The gradient arrives in the type of each input, whether the backward pass is inside or not."""
+    """Gradients have the types of the inputs, whether the backward pass is inside or not."""
     found = []
     for function in (attention, sdpa):
         for inside in (True, False):

@@ -46,7 +46,7 @@ def exact(function: Function) -> Function:
 
 
 def lowered(function: Function) -> Function:
-    """The function of q, k, v and more, of what `cast` makes of them, and then with autocast off."""
+    """The function of q, k, v and more, of what `cast` makes of them; autocast is off in it."""
     run = exact(function)
 
     @functools.wraps(function)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
+_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

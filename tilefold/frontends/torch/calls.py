@@ -150,7 +150,7 @@ def attention_backward(
     """
     if not autocasts():
         return gradients(do, q, k, v, o, lse, request, lse_low, dlse, extra)
-    given = cast(do, q, k, v, o)
+    given: Any = cast(do, q, k, v, o)
     found = gradients(*given, lse, request, lse_low, dlse, extra)
     first = [made.to(x.dtype) for made, x in zip(found, (q, k, v), strict=False)]
     return (*first, *found[3:])

@@ -119,7 +119,8 @@ def run(wanted: Pass, given: tuple[Tensor, ...], q: Tensor, request: Request) ->
             address = x.data_ptr()
         except RuntimeError:
             raise NotImplementedError(
-                "a tensor has no memory: torch's old vmap maps gradients alone here; use torch.func.vmap"
+                "a tensor has no memory: torch's old vmap maps gradients alone here; use"
+                " torch.func.vmap"
             ) from None
         bits |= address
         if address < _LOWEST:
