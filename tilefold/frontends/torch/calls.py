@@ -150,9 +150,10 @@ def attention_backward(
     """
     if not autocasts():
         return gradients(do, q, k, v, o, lse, request, lse_low, dlse, extra)
-    given: Any = cast(do, q, k, v, o)
-    found = gradients(*given, lse, request, lse_low, dlse, extra)
-    first = [made.to(x.dtype) for made, x in zip(found, (q, k, v), strict=False)]
+    kinds = q.dtype, k.dtype, v.dtype
+    do, q, k, v, o = cast(do, q, k, v, o)
+    found = gradients(do, q, k, v, o, lse, request, lse_low, dlse, extra)
+    first = [made.to(kind) for made, kind in zip(found, kinds, strict=False)]
     return (*first, *found[3:])
 
 
