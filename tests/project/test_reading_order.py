@@ -16,7 +16,7 @@ PACKAGE = ROOT / "tilefold"
 
 HOUSE = """
 common masks scores problems planning backends frontends implementations maps api compiling
-torch jax tensorflow metal triton layers keras measuring commands cli __main__
+torch transformers jax tensorflow metal triton layers keras measuring commands cli __main__
 """
 
 
