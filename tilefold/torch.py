@@ -15,8 +15,30 @@ from __future__ import annotations
 from torch import Tensor
 
 from tilefold.frontends.torch import sdpa
+from tilefold.frontends.torch.flash import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+from tilefold.frontends.torch.flex.attention import flex_attention
+from tilefold.frontends.torch.flex.block_mask import create_block_mask
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = [
+    "create_block_mask",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "flex_attention",
+    "scaled_dot_product_attention",
+]
 
 
 def scaled_dot_product_attention(

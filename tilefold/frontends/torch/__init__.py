@@ -13,4 +13,6 @@ transforms   tensors in the transforms of `torch.func`, and dual numbers
 extended     tensors beside q, k and v
 calls        the frontend: which of these ways a call takes
 sdpa         scaled_dot_product_attention, with torch's meaning
+flash        the functions of the package flash_attn
+flex         FlexAttention: functions of scalar tensors, traced to rules and scores
 """

@@ -1,0 +1,546 @@
+"""FlexAttention's language, against its definition in dense float64.
+
+The masks and modifications are those of attention-gym and of papers, written from their
+definitions. The reference calls the same functions with tensors of all indices, which broadcast.
+"""
+
+from __future__ import annotations
+
+import doctest
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from paths import ROOT
+from torch import Tensor
+from torch.nn.attention import flex_attention as theirs
+
+import tilefold.frontends.torch.flash
+from tilefold.frontends.torch.flex import attention, block_mask
+from tilefold.frontends.torch.flex.requests import request_of
+from tilefold.frontends.torch.flex.tracing import traced
+from tilefold.torch import create_block_mask, flex_attention
+
+pytestmark = pytest.mark.slow  # kernels are compiled
+
+BATCH, HEADS, LENGTH, DIM = 2, 4, 64, 8
+WIDTH = 8
+Mod = Callable[..., Any]
+
+
+class Case(NamedTuple):
+    """Functions of FlexAttention, and the floats that they read."""
+
+    score: Mod | None = None
+    mask: Mod | None = None
+    leaves: tuple[Tensor, ...] = ()
+
+
+def learnable(*shape: int) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+
+def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return q >= k
+
+
+def sliding_window(size: int) -> Mod:
+    return lambda b, h, q, k: (q >= k) & (q - k <= size)
+
+
+def prefix_lm(length: int) -> Mod:
+    return theirs.or_masks(lambda b, h, q, k: k < length, causal)
+
+
+def documents(ids: Tensor) -> Mod:
+    """Causal within documents, with positions counted from each document's start."""
+    starts = torch.tensor([0, 10, 30, 50])
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        local_q, local_k = q - starts[ids[q]], k - starts[ids[k]]
+        return (ids[q] == ids[k]) & (local_q >= local_k)
+
+    return mask
+
+
+def dilated(window: int, dilation: int) -> Mod:
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        distance = torch.abs(q - k)
+        return (distance <= window) & ((distance % dilation) == 0) & (k <= q)
+
+    return mask
+
+
+def natten(place: Mod, kernel: int) -> Mod:
+    """A square neighbourhood of each pixel, which is moved inside at the border."""
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        seen: Any = True
+        for mine, other in zip(place(q), place(k), strict=True):
+            middle = mine.clamp(kernel // 2, WIDTH - 1 - kernel // 2)
+            seen = seen & ((middle - other).abs() <= kernel // 2)
+        return seen
+
+    return mask
+
+
+def by_rows(index: Any) -> tuple[Any, Any]:
+    return index // WIDTH, index % WIDTH
+
+
+def by_tiles(index: Any) -> tuple[Any, Any]:
+    """Pixels in tiles of 4 x 4, row by row."""
+    tile, inner = index // 16, index % 16
+    return tile // 2 * 4 + inner // 4, tile % 2 * 4 + inner % 4
+
+
+def by_morton(index: Any) -> tuple[Any, Any]:
+    """Pixels in Morton's order: the bits of both coordinates take turns."""
+
+    def even(x: Any) -> Any:
+        x = x & 0x15
+        x = (x | (x >> 1)) & 0x13
+        return (x | (x >> 2)) & 0x07
+
+    return even(index >> 1), even(index)
+
+
+def static_tiles(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """Sliding tile attention: a tile of 2 x 2 pixels sees the tiles beside it."""
+    seen: Any = None
+    for axis in range(2):
+        mine, other = by_rows(q)[axis] // 2, by_rows(k)[axis] // 2
+        near = torch.abs(mine.clamp(1, 2) - other) <= 1
+        seen = near if seen is None else torch.logical_and(seen, near)
+    return seen
+
+
+def transfusion(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """Text is causal, and each image sees all of itself: starts and sizes by batch entry."""
+    seen = q >= k
+    for place in range(2):
+        start, size = IMAGES[b, place, 0], IMAGES[b, place, 1]
+        seen = seen | ((q >= start) & (k < start + size) & (k >= start) & (q < start + size))
+    return seen
+
+
+IMAGES = torch.tensor([[[3, 8], [20, 9]], [[0, 0], [40, 24]]])
+
+
+def batchified(inner: Mod, length: int) -> Mod:
+    """Several sequences as one."""
+    return lambda b, h, q, k: (q // length == k // length) & inner(b, h, q % length, k % length)
+
+
+def flamingo(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """Text sees the image before it, whose keys are a range."""
+    image = SEEN_IMAGE[b, q]
+    return (k >= BORDERS[image]) & (k < BORDERS[image + 1])
+
+
+SEEN_IMAGE = (torch.arange(LENGTH)[None] * torch.tensor([[1], [2]]) // 40).clamp(max=2)
+BORDERS = torch.tensor([0, 16, 40, 64])
+
+
+def global_and_local(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return (torch.abs(q - k) < 6) | IS_GLOBAL[q] | IS_GLOBAL[k]
+
+
+IS_GLOBAL = torch.arange(LENGTH) % 17 == 3
+
+
+def streaming(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """The first tokens, and a window."""
+    return (k <= q) & torch.logical_or(k < 4, q - k < 8)
+
+
+def hashed(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """A random half of all pairs, other ones in each head."""
+    mixed = (q * 40503 + k * 30011 + h * 9176 + b) % 65521
+    return ((mixed ^ 0x2D) * 7919 % 65521 < 32760) | (q == k)
+
+
+def per_head(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """Another window in each head; the first sees everything."""
+    return (q - k).abs() < torch.where(h == 0, LENGTH, h * 5)
+
+
+def offset(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """Decoding: the position of the first query is a tensor."""
+    return q + FIRST >= k
+
+
+FIRST = torch.tensor(5)
+
+
+def likely(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """A comparison of floats, and one of integers."""
+    return (CHANCE[h, q] + CHANCE[h, k] > 0.4) & (q >= k) | (q == k)
+
+
+CHANCE = torch.rand(HEADS, LENGTH, generator=torch.Generator().manual_seed(0))
+IDS = torch.tensor([0, 10, 30, 50]).bincount(minlength=LENGTH).cumsum(0) - 1
+
+MASKS: dict[str, Mod] = {
+    "causal": causal,
+    "sliding window": sliding_window(10),
+    "prefix LM": prefix_lm(20),
+    "documents": documents(IDS),
+    "dilated window": dilated(20, 4),
+    "NATTEN": natten(by_rows, 5),
+    "NATTEN in tiles": natten(by_tiles, 5),
+    "NATTEN in Morton's order": natten(by_morton, 3),
+    "static tiles": static_tiles,
+    "transfusion": transfusion,
+    "batchified": batchified(sliding_window(5), 16),
+    "flamingo": flamingo,
+    "global and local": global_and_local,
+    "streaming": theirs.and_masks(streaming, lambda b, h, q, k: q != 9),
+    "hashed": hashed,
+    "per head": per_head,
+    "offset": offset,
+    "floats": likely,
+    "checkerboard": lambda b, h, q, k: (q + k) % 2 == 0,
+    "nothing": lambda b, h, q, k: q < 0,
+}
+"""A mask that hides all keys of some queries or of all is among them."""
+
+
+def bucket(relative: Any, count: int = 8, most: int = 32) -> Any:
+    """The bucket of T5, in both directions."""
+    count //= 2
+    found = (relative > 0).to(torch.long) * count
+    distance = torch.abs(relative)
+    exact = count // 2
+    grown = torch.log(distance.float() / exact) / math.log(most / exact) * (count - exact)
+    large = torch.min(exact + grown.to(torch.long), torch.full_like(distance, count - 1))
+    return found + torch.where(distance < exact, distance, large)
+
+
+def alibi() -> Case:
+    slopes = learnable(HEADS)
+    return Case(lambda s, b, h, q, k: s + slopes[h] * (k - q), causal, (slopes,))
+
+
+def t5() -> Case:
+    weights = learnable(8, HEADS)
+    return Case(lambda s, b, h, q, k: s + weights[bucket(k - q), h], None, (weights,))
+
+
+def softcap_with_approximate_tanh() -> Case:
+    def tanh(x: Any) -> Any:
+        x = torch.clamp(x, -4.9, 4.9)
+        square = x**2
+        above = x * (135135 + square * (17325 + square * (378 + square)))
+        return above / (135135 + square * (62370 + square * (3150 + 28 * square)))
+
+    return Case(lambda s, b, h, q, k: 2 * tanh(s / 2))
+
+
+def relative_bias() -> Case:
+    table, offsets = learnable(HEADS, 2 * LENGTH + 2), torch.tensor([3, -2])
+    return Case(
+        lambda s, b, h, q, k: s + table[h, q - k + offsets[b] + LENGTH - 1].to(s.dtype),
+        None,
+        (table,),
+    )
+
+
+def wrapped() -> Case:
+    """Negative indices count from the end, as everywhere in PyTorch."""
+    table = learnable(LENGTH)
+    return Case(lambda s, b, h, q, k: s * table[q - k], None, (table,))
+
+
+def of_buckets() -> Case:
+    """A table that is read by the entries of another one, and a scalar that learns."""
+    table, scale, kinds = learnable(3, HEADS), learnable()[None].squeeze(), torch.arange(LENGTH) % 3
+    return Case(
+        lambda s, b, h, q, k: s + scale * torch.where(q == k, 0.0, table[kinds[k], h] * s),
+        None,
+        (table, scale),
+    )
+
+
+def hidden_by_the_score() -> Case:
+    """Inverse causal order and documents in the score."""
+    return Case(
+        lambda s, b, h, q, k: torch.where(
+            (q <= k) & (IDS[q] == IDS[k]), s - 0.125 * (k - q), -float("inf")
+        )
+    )
+
+
+def waves() -> Case:
+    """Functions that kernels have not, of one integer."""
+    phases = learnable(HEADS)
+    return Case(
+        lambda s, b, h, q, k: (
+            s * torch.sin((q - k) / 5) + torch.floor(torch.sqrt(q.float())) * phases[h]
+        ),
+        lambda b, h, q, k: torch.sqrt(q.float()).round() >= torch.sqrt(k.float()).floor(),
+        (phases,),
+    )
+
+
+SCORES: dict[str, Callable[[], Case]] = {
+    "alibi": alibi,
+    "T5": t5,
+    "softcap": lambda: Case(lambda s, b, h, q, k: 3 * torch.tanh(s / 3)),
+    "approximate tanh": softcap_with_approximate_tanh,
+    "relative bias": relative_bias,
+    "wrapped": wrapped,
+    "buckets": of_buckets,
+    "hidden": hidden_by_the_score,
+    "waves": waves,
+    "checkerboard": lambda: Case(
+        lambda s, b, h, q, k: torch.where((k - q).abs() % 2 == 1, s * 0.5, s * 2)
+    ),
+    "activations": lambda: Case(
+        lambda s, b, h, q, k: (
+            torch.nn.functional.gelu(s, approximate="tanh")
+            + torch.nn.functional.silu(s) * (h == 1)
+            - torch.nn.functional.softplus(s) * (h == 2).float()
+            + torch.relu(s) ** 2 / 4
+        )
+    ),
+    "learned temperature": lambda: (
+        (t := learnable(HEADS)),
+        Case(lambda s, b, h, q, k: s * torch.exp(t[h]) / (q + 2.0), causal, (t,)),
+    )[1],
+}
+
+
+def inputs(*, gqa: bool = False) -> list[Tensor]:
+    torch.manual_seed(0)
+    heads = (HEADS, HEADS // 2, HEADS // 2) if gqa else (HEADS,) * 3
+    shapes = [(BATCH, each, LENGTH, DIM) for each in heads]
+    return [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse and the largest score of each query, by the definition."""
+    k, v = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT / math.sqrt(DIM)
+    sizes = scores.shape
+    axes = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
+    if case.score is not None:
+        scores = case.score(scores, *axes)
+    if case.mask is not None:
+        scores = torch.where(case.mask(*axes).expand(sizes), scores, -math.inf)
+    largest = scores.amax(-1)
+    weights = torch.exp(scores - largest.clamp(min=-1e300)[..., None])
+    total = weights.sum(-1)
+    return weights @ v / total.clamp(min=1e-300)[..., None], torch.log(total) + largest, largest
+
+
+def agree(found: Any, expected: Any, tolerance: float = 1e-11) -> None:
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str) -> None:
+    q, k, v = inputs(gqa=name == "documents")
+    case = Case(mask=MASKS[name])
+    block_mask = create_block_mask(MASKS[name], BATCH, HEADS, LENGTH, LENGTH)
+    o, aux = flex_attention(
+        q.detach(),
+        k.detach(),
+        v.detach(),
+        block_mask=block_mask,
+        enable_gqa=name == "documents",
+        return_aux=theirs.AuxRequest(lse=True, max_scores=True),
+    )
+    agree((o, aux.lse, aux.max_scores), dense(q, k, v, case))
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_and_their_gradients(name: str) -> None:
+    given, case = inputs(), SCORES[name]()
+    o, lse = flex_attention(*given, score_mod=case.score, mask_mod=case.mask, return_lse=True)
+    expected = dense(*given, case)
+    agree((o, lse), expected[:2])
+    do, leaves = torch.randn_like(o), (*given, *case.leaves)
+    slopes = torch.autograd.grad((o * do).sum() + lse.square().sum(), leaves)
+    wanted = (expected[0] * do).sum() + expected[1].square().sum()
+    agree(slopes, torch.autograd.grad(wanted, leaves), 1e-9)
+
+
+def test_what_a_function_reads_is_never_stale() -> None:
+    """Tensors that change in place, scalars, and Python's values: each call reads them again."""
+    q, k, v = (x.detach() for x in inputs())
+    ids, slope, size = torch.zeros(LENGTH, dtype=torch.int64), torch.tensor(0.5).double(), [5]
+    first = torch.tensor(0)
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (ids[q] == ids[k]) & (k >= first) & (q - k < size[0])
+
+    def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return s * slope
+
+    def check() -> None:
+        o = flex_attention(q, k, v, score, mask_mod=mask)
+        agree((o,), dense(q, k, v, Case(score, mask))[:1])
+
+    check()
+    ids[20:] = 3
+    check()
+    ids.numpy()[50:] = 7  # behind PyTorch's back
+    check()
+    slope.fill_(2.0)
+    first.add_(4)
+    check()
+    size[0] = 9
+    check()
+
+
+def test_a_repeated_call_finds_its_request() -> None:
+    ids = torch.arange(LENGTH) // 9
+    sizes = (1, 1, LENGTH, LENGTH)
+
+    def found() -> Any:
+        return request_of(traced(None, lambda b, h, q, k: ids[q] == ids[k], sizes), 1.0)[0]
+
+    first = found()
+    assert found() is first
+    ids[:3] = 8
+    assert found() is not first and found() is found()
+
+
+def test_hidden_tiles_are_skipped() -> None:
+    """Also where the score hides, as documents and windows in it do."""
+    ids = torch.arange(1024) // 256
+
+    def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return torch.where((ids[q] == ids[k]) & (q - k < 64), s, -float("inf"))
+
+    found = traced(score, causal, (1, 1, 1024, 1024))
+    assert found.score is None
+    counts = request_of(found, 1.0)[0].mask.blocks(1024, 1024, 64, 64)
+    assert (counts.skip, counts.full, counts.partial) == (256 - 28, 0, 28)
+
+
+def test_masks_of_blocks() -> None:
+    """`create_block_mask` has the blocks of torch's, and makes nothing of queries x keys."""
+    mask = create_block_mask(sliding_window(100), None, None, 2**22, 2**22)
+    assert mask.shape == (1, 1, 2**22, 2**22) and mask.numel() == 2**44
+    ids = torch.arange(512) // 200
+
+    def by_head(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q >= k + 64 * h) & (ids[q] == ids[k])
+
+    mine = create_block_mask(by_head, 1, 3, 500, 450, BLOCK_SIZE=(64, 128))
+    other = theirs.create_block_mask(by_head, 1, 3, 500, 450, "cpu", BLOCK_SIZE=(64, 128))
+    assert torch.equal(mine.to_dense(), other.to_dense().bool())
+    assert mine.seq_lengths == other.seq_lengths and mine.shape == other.shape
+    part, same = mine[0, 1:3, -2], other[0, 1:3, -2]
+    assert torch.equal(part.to_dense(), same.to_dense().bool())
+    assert mine._adjust(400, 450).shape == (1, 3, 400, 450) and mine.to("cpu").shape == mine.shape
+    assert 0 < mine.sparsity() < 100 and "500" in repr(mine)
+    for index, error in (((0, 5), IndexError), ((slice(0, 1, 2),), NotImplementedError)):
+        with pytest.raises(error):
+            mine[index]
+    with pytest.raises(NotImplementedError, match="integer or a slice"):
+        mine[torch.tensor([0])]
+
+
+def test_masks_of_torch() -> None:
+    q, k, v = (x.detach() for x in inputs())
+    mine = theirs.create_block_mask(causal, None, None, LENGTH, LENGTH, "cpu", BLOCK_SIZE=16)
+    agree((flex_attention(q, k, v, block_mask=mine),), dense(q, k, v, Case(mask=causal))[:1])
+    wide = lambda b, h, q, k: (q // 16) >= k // 16  # noqa: E731
+    every = mine.kv_num_blocks, mine.kv_indices, mine.full_kv_num_blocks, mine.full_kv_indices
+    blocks = theirs.BlockMask.from_kv_blocks(*every, BLOCK_SIZE=16)
+    o = flex_attention(q, k[:1], v[:1], block_mask=blocks)  # a batch of keys for all
+    agree((o,), dense(q, k[:1].expand_as(q), v[:1].expand_as(q), Case(mask=wide))[:1])
+    both = flex_attention(q, k, v, block_mask=blocks, mask_mod=causal)
+    agree((both,), dense(q, k, v, Case(mask=causal))[:1])
+    with pytest.raises(RuntimeError, match="sliced"):
+        flex_attention(q[:, :1], k[:, :1], v[:, :1], block_mask=mine[:, 0])
+
+
+def test_rows_of_tensors() -> None:
+    """Multi-head latent attention: a second product, of positions, is added to the scores."""
+    given, size = inputs(), 5
+    left = learnable(BATCH, HEADS, LENGTH, size)
+    right = learnable(BATCH, 1, LENGTH, size)
+
+    def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return s + torch.dot(left[b, h, q], right[b, h // HEADS, k]) / 4
+
+    def formula(s: Any, *_: Any) -> Any:
+        return s + left @ right.mT / 4
+
+    o, expected = flex_attention(*given, score), dense(*given, Case(formula))[0]
+    agree((o,), (expected,))
+    slopes = (torch.autograd.grad(x.square().sum(), (*given, left, right)) for x in (o, expected))
+    agree(*slopes, 1e-9)
+
+
+def test_half_types_and_autocast() -> None:
+    double = [x.detach() for x in inputs()]
+    q, k, v = (x.float() for x in double)
+    case = Case(lambda s, b, h, q, k: s - 0.125 * (q - k), causal)
+    expected = dense(*double, case)[0].float()
+    o = flex_attention(*(x.bfloat16() for x in (q, k, v)), case.score, mask_mod=case.mask)
+    assert o.dtype == torch.bfloat16
+    agree((o.float(),), (expected,), 0.03)
+    with torch.autocast("cpu"):
+        assert flex_attention(q, k, v, case.score).dtype == torch.bfloat16
+
+
+def test_arguments_that_do_not_fit() -> None:
+    q, k, v = (x.detach() for x in inputs())
+    ids, table = torch.zeros(LENGTH, dtype=torch.int64), torch.zeros(LENGTH, 2)
+    two = create_block_mask(causal, BATCH, 2, LENGTH, LENGTH)
+    for options, error, words in (
+        ({"block_mask": create_block_mask(causal, None, None, 60, LENGTH)}, ValueError, "60 quer"),
+        ({"block_mask": two}, ValueError, "heads=2"),
+        ({"score_mod": lambda s, b, h, q, k: None}, TypeError, "score_mod returned None"),
+        ({"score_mod": lambda s, b, h, q, k: q > k}, TypeError, "number, got a truth"),
+        ({"mask_mod": lambda b, h, q, k: q - k}, TypeError, "truth, got a number"),
+        ({"score_mod": lambda s, *_: torch.erf(s)}, NotImplementedError, "erf of a score"),
+        ({"score_mod": lambda s, *_: torch.sort(s)}, NotImplementedError, "sort"),
+        ({"score_mod": lambda s, *_: s.sum(0)}, NotImplementedError, "sum"),
+        ({"score_mod": lambda s, *_: s + table}, NotImplementedError, r"\(64, 2\)"),
+        ({"score_mod": lambda s, b, h, q, k: s + table[q]}, NotImplementedError, "all of its axes"),
+        ({"score_mod": lambda s, b, h, q, k: s + ids[q, k]}, IndexError, "2 indices"),
+        ({"score_mod": lambda s, b, h, q, k: s + ids[q + k]}, IndexError, "0 to 126"),
+        ({"mask_mod": lambda b, h, q, k: q > k and q > 3}, NotImplementedError, r"& \| ~"),
+        ({"mask_mod": lambda b, h, q, k: [1, 2][q] == 1}, NotImplementedError, "lists"),
+        ({"mask_mod": lambda b, h, q, k: q // (k + 1) == 0}, NotImplementedError, "several indic"),
+        ({"mask_mod": lambda b, h, q, k: (ids + 2**40)[q] == 0}, ValueError, "32 bits"),
+    ):
+        with pytest.raises(error, match=words):
+            flex_attention(q, k, v, **options)
+    with pytest.raises(ValueError, match="enable_gqa"):
+        flex_attention(q, k[:, :2], v[:, :2])
+    with pytest.raises(ValueError, match="multiple"):
+        flex_attention(q, k[:, :3], v[:, :3], enable_gqa=True)
+    with pytest.raises(ValueError, match="batch of 2 and key of 1"):
+        flex_attention(q, k[:1], v[:1])
+    with pytest.raises(NotImplementedError, match=r"query must have 4 axes.*\(4, 64, 8\)"):
+        flex_attention(q[0], k[0], v[0])
+    with pytest.raises(TypeError, match="mask_mod must be a function"):
+        create_block_mask(3, 1, 1, 2, 2)  # type: ignore[arg-type]  # it is refused
+
+
+def test_the_page_and_the_examples_run() -> None:
+    page = (ROOT / "docs" / "flex_attention.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}  # later blocks go on from earlier ones
+    for block in blocks:
+        for long, short in (("2048", "64"), ("512", "16"), ("256", "16"), ("500", "20")):
+            block = block.replace(long, short)
+        exec(block, names)
+    assert names["slopes"].grad.all() and names["aux"].lse.shape == (1, 8, 64)
+    assert torch.equal(names["o"], names["same"])
+    for module in (tilefold.frontends.torch.flash, attention, block_mask):
+        outcome = doctest.testmod(module, raise_on_error=False)
+        assert outcome.attempted and not outcome.failed
