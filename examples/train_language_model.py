@@ -7,8 +7,8 @@
 A step reads 8,192 bytes of documents one after the other. A token sees the last 512 tokens of its
 own document, so every step has another mask, and each head has a learned sink: a logit without a
 value, by which it may look at nothing. This is what GPT-OSS does. `--compare` trains both models in
-processes of their own, from the same numbers on the same bytes, and draws losses, time per step and
-memory.
+processes of their own, from the same numbers on the same bytes, turn by turn. `--picture FILE`
+draws losses, time per step and memory.
 
 The text is what every Python has: the topics of its `help()`, and the docstrings of its modules.
 """
@@ -183,10 +183,10 @@ class Model(nn.Module):
         return logits
 
 
-def trained(setting: Setting, tell: Callable[[int, float, float], None]) -> dict[str, Any]:
+def trained(setting: Setting, tell: Callable[[float, float], None]) -> dict[str, Any]:
     """Train, and return losses (nats per byte), seconds of each step, and the peak of memory.
 
-    `tell` hears of each step: its number, loss and seconds.
+    `tell` hears of each step: its loss and seconds.
     """
     torch.manual_seed(setting.seed)
     plain = Model(setting)
@@ -208,7 +208,7 @@ def trained(setting: Setting, tell: Callable[[int, float, float], None]) -> dict
         optimizer.step()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
-        tell(step, losses[-1], seconds[-1])
+        tell(losses[-1], seconds[-1])
     return {
         "setting": asdict(setting),
         "parameters": sum(x.numel() for x in plain.parameters()),
@@ -228,31 +228,59 @@ def peak_bytes() -> int:
     )
 
 
-def with_progress(setting: Setting) -> dict[str, Any]:
-    """`trained`, with a line that shows how far it is."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[news]}")) as progress:
-        task = progress.add_task(f"{setting.attention:9}", total=setting.steps, news="")
+def progress() -> Progress:
+    """Lines that show how far runs are, and their `news`."""
+    columns = TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[news]}"))
 
-        def tell(step: int, loss: float, seconds: float) -> None:
-            speed = setting.context / seconds
-            news = f"loss {loss:.3f}, {seconds:.2f} s, {speed:,.0f} tokens/s"
-            progress.update(task, completed=step + 1, news=news)
+
+def news(setting: Setting, loss: float, seconds: float) -> str:
+    """What is told of a step."""
+    return f"loss {loss:.3f}, {seconds:.2f} s, {setting.context / seconds:,.0f} tokens/s"
+
+
+def alone(setting: Setting) -> dict[str, Any]:
+    """`trained`, with a line that shows how far it is."""
+    with progress() as shown:
+        task = shown.add_task(setting.attention, total=setting.steps, news="")
+
+        def tell(loss: float, seconds: float) -> None:
+            shown.update(task, advance=1, news=news(setting, loss, seconds))
 
         return trained(setting, tell)
 
 
+def in_turns(setting: Setting) -> dict[str, Any]:
+    """`trained`, which tells its parent of each step in a line, and goes on when that answers."""
+
+    def tell(*step: float) -> None:
+        print(json.dumps(step), flush=True)
+        sys.stdin.readline()
+
+    return trained(setting, tell)
+
+
 def compared(setting: Setting) -> list[dict[str, Any]]:
-    """What a fresh process finds for each way of attention."""
-    found = []
-    for way in WAYS:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "found.json")
-            options = asdict(setting) | {"attention": way}
-            command = [sys.executable, __file__, "--setting", json.dumps(options)]
-            subprocess.run([*command, "--json", str(file)], check=True)
-            found.append(json.loads(file.read_text(encoding="utf-8")))
-    return found
+    """What a fresh process finds for each way of attention; they take their steps turn by turn."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with tempfile.TemporaryDirectory() as folder, progress() as shown:
+        children = {}
+        for way in WAYS:
+            options = json.dumps(asdict(setting) | {"attention": way})
+            command = [sys.executable, __file__, "--child", options]
+            child = subprocess.Popen([*command, "--json", f"{folder}/{way}.json"], **pipes)
+            children[way] = child, shown.add_task(way, total=setting.steps, news="")
+            told = child.stdout.readline()
+            shown.update(children[way][1], advance=1, news=news(setting, *json.loads(told)))
+        for _ in range(setting.steps - 1):
+            for child, task in children.values():
+                print(file=child.stdin, flush=True)
+                told = json.loads(child.stdout.readline())
+                shown.update(task, advance=1, news=news(setting, *told))
+        for child, _ in children.values():
+            child.communicate("\n")
+        files = [Path(folder, f"{way}.json") for way in WAYS]
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def show(found: Sequence[dict[str, Any]]) -> None:
@@ -321,18 +349,20 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--json", type=Path, help="a file for what was found")
     parser.add_argument("--picture", type=Path, help="a file for the curves")
-    parser.add_argument("--setting", type=json.loads, default={}, help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(arguments))
     options = {name: given[name] for name in asdict(Setting()) if given.get(name) is not None}
-    setting = Setting(**{**(QUICK if given["quick"] else {}), **given["setting"], **options})
-    found = compared(setting) if given["compare"] else [with_progress(setting)]
-    if not given["setting"]:
-        show(found)
+    setting = Setting(**(given["child"] or (QUICK if given["quick"] else {}) | options))
+    found = compared(setting) if given["compare"] else []
+    if not found:
+        found = [in_turns(setting) if given["child"] else alone(setting)]
     if given["json"]:
         told: Any = found if given["compare"] else found[0]
         given["json"].write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     if given["picture"]:
         draw(found, given["picture"])
+    if not given["child"]:
+        show(found)
     return found
 
 
