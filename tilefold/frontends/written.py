@@ -19,6 +19,7 @@ from tilefold.masks import nodes, traced
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.data_rules import Dense, Documents, Lengths
 from tilefold.masks.graph import ordered
+from tilefold.masks.parts import Part
 from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix
 from tilefold.masks.repeated import Repeated
 from tilefold.masks.rule import AllOf, AnyOf, Not, Window
@@ -36,7 +37,7 @@ _PARTS: dict[str, Any] = {
     for kind in (
         *(Full, Causal, Local, Prefix, Chunked, Coordinates),
         *(Documents, Lengths, Dense),
-        *(AllOf, AnyOf, Not, Window, Repeated),
+        *(AllOf, AnyOf, Not, Window, Repeated, Part),
         *(Softcap, Alibi, Bias, Temperature, Relative, Clipped, Grid, Traced, InOrder),
     )
 } | {"Rule": traced.Traced}

@@ -18,6 +18,7 @@ runs            from an expression and block sizes to runs of tiles: skipped, fu
 infix           the third fold: kernel source for languages with infix operators
 rule            the base of all rules, joins and pieces of rules
 repeated        rules for several batches in a row
+parts           rules for a part of the batch and of the heads
 traced          rules of a user's own
 data_rules      the rules that carry data: documents, lengths, dense
 given           rules whose arrays come with each call, taken apart

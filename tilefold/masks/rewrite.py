@@ -57,6 +57,15 @@ def shift(expression: Boolean, q0: int, k0: int) -> Boolean:
     return as_boolean(evaluate(expression, _Renamer({"q": Index("q") + q0, "k": Index("k") + k0})))
 
 
+def place(expression: Boolean, b0: int, h0: int) -> Boolean:
+    """An expression over the indices of a part: its entry 0 of the batch is b0, its head 0 is h0.
+
+    >>> print(place(Index("h") > Index("k"), 0, 4))
+    ((h + 4) > k)
+    """
+    return as_boolean(evaluate(expression, Placer(b0, h0)))
+
+
 def repeat(expression: Boolean, batch: int, own: Sequence[int] = (), copies: int = 1) -> Boolean:
     """An expression over `copies` batches in a row, each of `batch` entries.
 
@@ -77,6 +86,13 @@ class _Renamer(Rebuild):
 
     def index(self, name: str) -> Expression:
         return self.values[name] if name in self.values else Index(name)
+
+
+class Placer(_Renamer):
+    """b and h are counted from the first of a part."""
+
+    def __init__(self, b0: int, h0: int) -> None:
+        super().__init__({"b": Index("b") + b0, "h": Index("h") + h0})
 
 
 class Repeater(_Renamer):

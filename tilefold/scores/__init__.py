@@ -6,6 +6,7 @@ modifications  softcap, alibi, temperature, bias
 relative       biases by relative position: T5's buckets, clipped distances, Swin's windows
 traced         modifications of a user's own
 repeated       scores of several batches in one
+parts          scores of a part of the batch and of the heads
 parse          modifications from strings
 picture        heat maps of weights
 

@@ -10,16 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor.experimental import local_map
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tilefold
-from tilefold import attention, causal
+from tilefold import attention, attention_backward, causal
 
 RANDOM = torch.Generator().manual_seed(0)
 X = torch.randn(4, 5, 8, generator=RANDOM)
-Q = torch.randn(2, 4, 5, 8, generator=RANDOM)
 
 
 class Model(nn.Module):
@@ -58,24 +56,71 @@ def of_models(rank: int, mesh: Any) -> None:
         print(name, flush=True)
 
 
+LENGTHS = tilefold.lengths([3, 5])
+
+
+def everything(*given: Tensor) -> tuple[Tensor, Tensor]:
+    """What asks for the batch and the head: lengths, slopes of heads, a bias, sinks."""
+    q, k, bias, sinks = given
+    score = [tilefold.bias(bias), tilefold.alibi()]
+    made: tuple[Tensor, Tensor] = attention(
+        q, k, k, mask=LENGTHS, score=score, sinks=sinks, return_lse=True
+    )
+    return made
+
+
 def of_parts(mesh: Any) -> None:
-    """Heads or batches lie in parts, and each process computes its own."""
-    q = Q.clone().requires_grad_()
-    o = attention(q, q, q, mask=causal(), score=tilefold.softcap(3.0))
-    o.square().sum().backward()
-    for name, axis in (("batch", 0), ("heads", 1)):
-        parts = distribute_tensor(Q, mesh, [Shard(axis)]).requires_grad_()
-        run = local_map(
-            lambda q: attention(q, q, q, mask=causal(), score=tilefold.softcap(3.0)),
-            out_placements=[Shard(axis)],
-            in_placements=([Shard(axis)],),
-        )
-        found = run(parts)
-        found.square().sum().backward()
-        torch.testing.assert_close(whole(found), o)
-        torch.testing.assert_close(whole(parts.grad), q.grad)
-        assert parts.grad.placements == (Shard(axis),)
-        print(f"local_map over {name}", flush=True)
+    """Heads or batches lie in parts, and each process computes its own; others are gathered."""
+    shapes = (2, 4, 5, 8), (2, 2, 5, 8), (2, 4, 5, 5), (4, 2)
+    given = [torch.randn(shape, generator=RANDOM).requires_grad_() for shape in shapes]
+    o, lse = everything(*given)
+    (o.square().sum() + lse.sum()).backward()
+    for name, place, lies in (
+        ("batch", Shard(0), Shard(0)),
+        ("heads", Shard(1), Shard(1)),
+        ("length", Shard(2), Replicate()),
+    ):
+        parts = [distribute_tensor(x.detach(), mesh, [place]) for x in given[:2]]
+        parts += [distribute_tensor(x.detach(), mesh, [Replicate()]) for x in given[2:]]
+        for x in parts:
+            x.requires_grad_()
+        found = everything(*parts)
+        assert [x.placements for x in found] == [(lies,), (lies,)]
+        (found[0].square().sum() + found[1].sum()).backward()
+        for one, other in zip(found, (o, lse), strict=True):
+            torch.testing.assert_close(whole(one), other)
+        for one, other in zip(parts, given, strict=True):
+            torch.testing.assert_close(whole(one.grad), other.grad)
+        print(name, flush=True)
+    same = everything(*parts[:2], *[x.detach() for x in given[2:]])  # arrays that all have
+    torch.testing.assert_close(whole(same[0]), o)
+
+
+def refused(mesh: Any) -> None:
+    """What has no parts says so."""
+    q, k = (
+        distribute_tensor(torch.ones(shape), mesh, [Replicate()])
+        for shape in ((2, 4, 5, 8), (2, 2, 5, 8))
+    )
+    own = torch.ones(4, requires_grad=True)
+    for call, words in (
+        (lambda: attention(q, k.full_tensor(), k), "k must be a DTensor as the others are"),
+        (lambda: attention(q.full_tensor(), k, k), "q must be a DTensor as the others are"),
+        (lambda: attention(q, k, k, sinks=own), "sinks must be a DTensor as q is, since it wants"),
+        (lambda: attention(q, k, k, dropout=0.1), "dropout of DTensors is not implemented"),
+        (lambda: attention(q[0], k, k), "q must have 4 axes, got shape (4, 5, 8)"),
+        (
+            lambda: attention_backward(q, q, q, q, q, q[..., 0]),
+            "attention_backward of DTensors is not implemented",
+        ),
+    ):
+        try:
+            call()
+        except (TypeError, ValueError, NotImplementedError) as error:
+            assert str(error).startswith(words), error
+        else:
+            raise AssertionError(words)
+    print("refused", flush=True)
 
 
 def main(rank: int, file: str) -> None:
@@ -85,6 +130,7 @@ def main(rank: int, file: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     of_models(rank, mesh)
     of_parts(mesh)
+    refused(mesh)
     dist.destroy_process_group()
 
 

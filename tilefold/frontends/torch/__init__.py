@@ -11,6 +11,7 @@ derivatives  second derivatives and forward mode
 joined       results over disjoint keys, joined by PyTorch's operations
 transforms   tensors in the transforms of `torch.func`, and dual numbers
 extended     tensors beside q, k and v
+parts        tensors that lie in parts on several processes
 calls        the frontend: which of these ways a call takes
 sdpa         scaled_dot_product_attention, with torch's meaning
 flash        the functions of the package flash_attn

@@ -19,7 +19,7 @@ from torch import Tensor
 from tilefold.backends import extra as extra_arrays
 from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.backends.extra import NOTHING, Extra
-from tilefold.frontends.torch import extended, outside, tensors, transforms
+from tilefold.frontends.torch import extended, outside, parts, tensors, transforms
 from tilefold.frontends.torch.autocast import autocasts, cast
 from tilefold.frontends.torch.batched import batched
 from tilefold.frontends.torch.joined import joined
@@ -112,6 +112,8 @@ def attention(
     """Return o and lse, and `further` results of the pass; see `tilefold.attention`."""
     if autocasts():
         q, k, v = cast(q, k, v)
+    if parts.in_parts(q, k, v):
+        return parts.attention(attention, q, k, v, request, extra, further)
     if extra.names or further:
         return extended.attention(q, k, v, request, extra, further)
     result: tuple[Tensor, ...]
@@ -148,6 +150,8 @@ def attention_backward(
     Autocast casts the arguments as it casts those of `attention`; gradients have the types of q, k
     and v all the same.
     """
+    if parts.in_parts(q, k, v):
+        parts.refuse_backward()
     if not autocasts():
         return gradients(do, q, k, v, o, lse, request, lse_low, dlse, extra)
     kinds = q.dtype, k.dtype, v.dtype
