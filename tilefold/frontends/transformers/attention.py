@@ -12,16 +12,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilefold.backends.extra import Extra, taken_apart
-from tilefold.frontends.torch import calls
+from tilefold.backends.extra import NOTHING, Extra, taken_apart
+from tilefold.backends.protocols import FORWARD
+from tilefold.frontends.torch import calls, tensors
+from tilefold.frontends.torch.autocast import autocasts
+from tilefold.frontends.torch.observed import recorded, unobserved
 from tilefold.frontends.transformers.packed import packed
 from tilefold.frontends.transformers.sight import Mask, request_of
 from tilefold.masks.arrays import as_traced
 from tilefold.masks.data_rules import Dense, dense
 from tilefold.masks.given import form_of
 from tilefold.masks.position_rules import Rule, causal, full
-from tilefold.scores.modifications import bias, softcap
+from tilefold.problems.request import Request
+from tilefold.scores.modifications import bias
+from tilefold.scores.modifications import softcap as softcap_of
 from tilefold.scores.score import Score
+
+_NONE: tuple[Tensor, ...] = ()
+_READING = [FORWARD.plus(tuple([f"data{n}" for n in range(many + 1)])) for many in range(3)]
+"""The forward pass with one array of a rule, with two, and with three."""
 
 
 def attention(
@@ -34,26 +43,32 @@ def attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
-    **given: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """What `AttentionInterface` calls: o (batch, queries, heads, dim), and no weights.
 
-    `given` has what some models pass: softcap, s_aux (sinks), and cu_seq_lens_q of packed
-    sequences. What is not named here does not change the result of any attention function.
+    `s_aux` are sinks, and `cu_seq_lens_q` has the lengths of packed sequences. Of `others` only
+    those of packed sequences change a result.
     """
-    if given.get("output_attentions"):
+    if output_attentions:
         _warn_of_weights()
     if query.shape[0] != key.shape[0]:  # queries that a model learns have a batch of 1
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if given.get("cu_seq_lens_q") is not None:
-        seen = _packed(module, query, key, attention_mask, is_causal, given)
-    elif isinstance(attention_mask, Mask):
-        seen = _seen(attention_mask, key)
+    if cu_seq_lens_q is not None:
+        past = is_causal or (attention_mask is not None and getattr(module, "is_causal", True))
+        seen = _packed(query, key, cu_seq_lens_q, past, others)
     elif attention_mask is None:
         seen = _unmasked(query, key, is_causal)
+    elif isinstance(attention_mask, Mask):
+        seen = attention_mask
+        check_keys(seen, key)
     else:
         seen = _by_tensor(attention_mask, key)
     if seen.keys is not None:
@@ -61,15 +76,16 @@ def attention(
         key, value = key[:, :, first:end], value[:, :, first:end]
         if position_bias is not None:
             position_bias = position_bias[..., first:end]
-    scores: list[Score] = []
-    if given.get("softcap") is not None:
-        scores.append(softcap(given["softcap"]))
-    if position_bias is not None:
-        scores.append(bias(position_bias))
-    if seen.bias is not None:
-        scores.append(bias(seen.bias))
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return _run(q, k, v, seen, scaling, scores, given.get("s_aux"), dropout), None
+    request, arrays = seen.request(scaling), seen.arrays
+    scores = _scores(softcap, position_bias, seen.bias)
+    if scores is None and s_aux is None and not dropout:
+        if not arrays:
+            return calls.attention(q, k, v, request)[0], None
+        if not (autocasts() or recorded(q, k, v)) and unobserved(q, k, v, *arrays):
+            wanted = _READING[len(arrays) - 1]  # straight to the kernels: it saves 5 us
+            return tensors.run(wanted, (q, k, v, *arrays), q, request)[0], None
+    return _extended(q, k, v, request, arrays, scores, s_aux, dropout), None
 
 
 class Seen(NamedTuple):
@@ -77,42 +93,48 @@ class Seen(NamedTuple):
 
     rule: Rule
     keys: tuple[int, int] | None = None
-    arrays: tuple[Tensor, ...] = ()
+    arrays: tuple[Tensor, ...] = _NONE
     bias: Tensor | None = None
-    mask: Mask | None = None
+
+    def request(self, scale: float | None) -> Request:
+        """The request of a layer that scales its scores in this way."""
+        return request_of(self.rule, scale)
 
 
-def _run(
+def _scores(cap: float | None, *biases: Tensor | None) -> list[Score] | None:
+    """What becomes of the scores; None for nothing."""
+    made = [bias(each) for each in biases if each is not None]
+    return ([softcap_of(cap), *made] if cap is not None else made) or None
+
+
+def _extended(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seen: Seen,
-    scale: float | None,
-    scores: list[Score],
+    request: Request,
+    arrays: tuple[Tensor, ...],
+    scores: list[Score] | None,
     sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """The result, (batch, queries, heads, dim)."""
-    request = seen.mask.request(scale) if seen.mask is not None else request_of(seen.rule, scale)
-    extra = Extra((), ())
+    """The result of a layer with tensors beside q, k and v."""
+    extra = NOTHING
     if scores or sinks is not None or dropout:
         chance = calls.chance_of(dropout)
         seed = calls.seed_of(None, q) if chance else None
-        score, extend = scores or None, calls.extended_request
-        request, extra = taken_apart(request, score, sinks, chance, seed, extend)
-    if seen.arrays:
-        names = [f"data{number}" for number in range(len(seen.arrays))]
-        extra = Extra((*names, *extra.names), (*seen.arrays, *extra.arrays))
+        extend = calls.extended_request
+        request, extra = taken_apart(request, scores, sinks, chance, seed, extend)
+    names = tuple([f"data{number}" for number in range(len(arrays))])
+    extra = Extra((*names, *extra.names), (*arrays, *extra.arrays))
     return calls.attention(q, k, v, request, extra)[0]
 
 
-def _seen(mask: Mask, key: Tensor) -> Seen:
-    """What a mask says. Raises ValueError for another number of keys."""
+def check_keys(mask: Mask, key: Tensor) -> None:
+    """Raises ValueError for another number of keys than a mask was made for."""
     if mask.shape[3] != key.shape[2]:
         raise ValueError(
             f"attention_mask was made for {mask.shape[3]} keys, and the layer has {key.shape[2]}"
         )
-    return Seen(mask.rule, mask.keys, mask.arrays, mask=mask)
 
 
 def _unmasked(query: Tensor, key: Tensor, is_causal: bool) -> Seen:
@@ -122,10 +144,13 @@ def _unmasked(query: Tensor, key: Tensor, is_causal: bool) -> Seen:
     """
     queries, keys = query.shape[2], key.shape[2]
     if not is_causal or queries == 1:
-        return Seen(full())
-    if keys > queries:
-        return Seen(causal(), (0, queries))
-    return Seen(causal() if keys == queries else causal(align="start"))
+        return _ALL
+    if keys == queries:
+        return _PAST
+    return Seen(causal(), (0, queries)) if keys > queries else Seen(causal(align="start"))
+
+
+_ALL, _PAST = Seen(full()), Seen(causal())
 
 
 def _by_tensor(mask: Tensor, key: Tensor) -> Seen:
@@ -140,21 +165,18 @@ def _by_tensor(mask: Tensor, key: Tensor) -> Seen:
     return Seen(rule, arrays=arrays)
 
 
-def _packed(
-    module: Any, query: Tensor, key: Tensor, mask: Any, is_causal: bool, given: dict[str, Any]
-) -> Seen:
+def _packed(query: Tensor, key: Tensor, cu: Tensor, past: bool, others: dict[str, Any]) -> Seen:
     """What sequences see that lie one behind the other, whatever mask says the same of all pairs.
 
-    Continuous batching says is_causal=False, since its mask holds that too.
+    Continuous batching says is_causal=False and gives a mask, which holds the order too.
     """
     if query.shape[0] != 1:
         raise ValueError(
             f"cu_seq_lens_q is for packed sequences, a batch of 1; got one of {query.shape[0]}"
         )
-    cu_k = given.get("cu_seq_lens_k")
-    past = is_causal or (isinstance(mask, Tensor) and getattr(module, "is_causal", True))
-    cu = given["cu_seq_lens_q"], given["cu_seq_lens_q"] if cu_k is None else cu_k
-    return Seen(packed(*cu, query.shape[2], key.shape[2], past, given.get("sliding_window")))
+    cu_k = others.get("cu_seq_lens_k")
+    sides = cu, cu if cu_k is None else cu_k
+    return Seen(packed(*sides, query.shape[2], key.shape[2], past, others.get("sliding_window")))
 
 
 def _warn_of_weights() -> None:

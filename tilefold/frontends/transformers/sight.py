@@ -53,6 +53,7 @@ class Mask:
         """The rule of the keys that any query sees."""
         self.arrays = form.arrays
         """The arrays of the rule that come with each call."""
+        self.bias = None
         self.keys = keys
         """The first key that any query sees and the end of those keys; None means all."""
         self.shape = (given["batch_size"], 1, given["q_length"], given["kv_length"])
