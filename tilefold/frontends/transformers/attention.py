@@ -63,12 +63,12 @@ def attention(
         is_causal = getattr(module, "is_causal", True)
     if cu_seq_lens_q is not None:
         past = is_causal or (attention_mask is not None and getattr(module, "is_causal", True))
-        seen = _packed(query, key, cu_seq_lens_q, past, others)
+        seen: Seen | Mask = _packed(query, key, cu_seq_lens_q, past, others)
     elif attention_mask is None:
         seen = _unmasked(query, key, is_causal)
     elif isinstance(attention_mask, Mask):
+        check_keys(attention_mask, key)
         seen = attention_mask
-        check_keys(seen, key)
     else:
         seen = _by_tensor(attention_mask, key)
     if seen.keys is not None:
