@@ -15,16 +15,21 @@ def whole(name: str, value: Any, least: int) -> int:
     Traceback (most recent call last):
     ValueError: window must be an integer >= 1, got 0
     """
-    refused = f"{name} must be an integer >= {least}, got {shown(value)}"
     if isinstance(value, bool):
-        raise TypeError(refused)
-    try:
-        number = operator.index(value)
-    except Exception:
-        raise TypeError(refused) from None
-    if number < least:
-        raise ValueError(refused)
+        raise TypeError(_no_whole(name, value, least))
+    number: int = value
+    if not isinstance(value, int):
+        try:
+            number = operator.index(value)
+        except Exception:
+            raise TypeError(_no_whole(name, value, least)) from None
+    if number < least:  # a compiler that traces it knows no text of a number
+        raise ValueError(_no_whole(name, value, least))
     return number
+
+
+def _no_whole(name: str, value: Any, least: int) -> str:
+    return f"{name} must be an integer >= {least}, got {shown(value)}"
 
 
 def flag(name: str, value: Any) -> bool:

@@ -9,15 +9,29 @@ _FRAMEWORKS = ("jax", "jaxlib", "tensorflow")
 
 
 def is_traced(value: Any) -> bool:
-    """True for an array without values, which JAX or TensorFlow traces.
+    """True for an array without values, which JAX, TensorFlow or PyTorch traces.
+
+    Where `torch.compile` traces, every array is one, a list too: it becomes a part of the graph.
 
     >>> is_traced(1.0)
     False
     """
+    if traced_by_torch():
+        return hasattr(value, "shape") or isinstance(value, (list, tuple))
     if isinstance(value, getattr(sys.modules.get("jax.core"), "Tracer", ())):
         return True
     symbolic = getattr(sys.modules.get("tensorflow"), "is_symbolic_tensor", None)
     return bool(symbolic and symbolic(value))
+
+
+def traced_by_torch() -> bool:
+    """True inside of a function that `torch.compile` or a tracer of PyTorch traces."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "compiler"):  # PyTorch may be half imported
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._get_tracing_state() is not None
 
 
 def unwrapped(value: Any) -> Any:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tilefold.common.check import one_line, shown
 from tilefold.masks import nodes, traced
+from tilefold.masks.arrays import key_counts
 from tilefold.masks.coordinates import Coordinates
-from tilefold.masks.data_rules import Dense, Documents, Lengths
+from tilefold.masks.data_rules import Dense, Documents, Lengths, dense, documents, lengths
 from tilefold.masks.graph import ordered
 from tilefold.masks.parts import Part
 from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix
@@ -52,18 +55,36 @@ _NODES: dict[str, Any] = {
 _NAMES = {kind: name for name, kind in _PARTS.items()}
 
 
+def fields_of_parts() -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """The classes that rules and scores are made of, and their fields, by the names in texts."""
+    return {
+        name: (kind, tuple([each.name for each in fields(kind)])) for name, kind in _PARTS.items()
+    }
+
+
 def write(request: Request) -> Any:
     """The request in values that JSON has. Raises TypeError for a class of a user's own."""
-    return [_written(getattr(request, name)) for name in OPTIONS]
+    return [written(getattr(request, name)) for name in OPTIONS]
 
 
-def read(values: Any) -> Request:
+class Holes(NamedTuple):
+    """What stands for `{"number": n}` and `{"data": n}` in values that a compiler made."""
+
+    numbers: Sequence[int] = ()
+    data: Sequence[NDArray[Any]] = ()
+
+
+_NONE = Holes()
+
+
+def read(values: Any, holes: Holes = _NONE) -> Request:
     """The request of values that `write` made. Raises ValueError for other values.
 
-    Values of another origin are not trusted: kernels read tables by what the values say.
+    Values of another origin are not trusted: kernels read tables by what the values say. What
+    fills a hole is checked as what a user gives.
     """
     try:
-        return Request(*map(_read, values))
+        return Request(*[_read(value, holes) for value in values])
     except (
         TypeError,
         KeyError,
@@ -80,11 +101,14 @@ def text_of(values: Any) -> str:
     return json.dumps(values, separators=(",", ":"))
 
 
-def _written(value: Any) -> Any:
+def written(value: Any) -> Any:
+    """A value of a request in values that JSON has; see `write`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (tuple, list)):
-        return [_written(part) for part in value]
+        return [written(part) for part in value]
+    if isinstance(value, dict):
+        return {name: written(part) for name, part in value.items()}
     if isinstance(value, Table):
         data = base64.b64encode(np.ascontiguousarray(value.array).tobytes()).decode()
         return {"table": [value.dtype, list(value.shape), data]}
@@ -94,22 +118,32 @@ def _written(value: Any) -> Any:
         return {"input": [value.number, value.dtype, list(value.shape)]}
     if isinstance(value, Expression):
         name = type(value).__name__
-        return {"node": [name, _written(value.label), _written(value.children)]}
+        return {"node": [name, written(value.label), written(value.children)]}
     name = _NAMES.get(type(value), "")
     if not name:
         raise TypeError(
             f"{value!r} is of a class of its own, {type(value).__name__}, which no graph can hold;"
             " write it as tilefold.rule(function) or tilefold.score(function)"
         )
-    return {name: [_written(getattr(value, each.name)) for each in fields(value)]}
+    return {name: [written(getattr(value, each.name)) for each in fields(value)]}
 
 
-def _read(value: Any) -> Any:
+class _Data(NamedTuple):
+    """An array that fills a hole."""
+
+    array: NDArray[Any]
+
+
+def _read(value: Any, holes: Holes) -> Any:
     if isinstance(value, list):
-        return tuple([_read(part) for part in value])
+        return tuple([_read(part, holes) for part in value])
     if not isinstance(value, dict):
         return value
     ((name, parts),) = value.items()
+    if name == "number":
+        return holes.numbers[parts]
+    if name == "data":
+        return _Data(holes.data[parts])
     if name == "table":
         dtype, shape, data = parts
         _require(dtype in DTYPES, f"a table of {dtype}")
@@ -124,14 +158,36 @@ def _read(value: Any) -> Any:
         return Input(number, dtype, tuple(shape))
     if name == "node":
         kind, label, children = parts
-        return _checked_node(_NODES[kind].made(_read(label), _read(children)))
-    made = _PARTS[name](*map(_read, parts))
+        label = tuple([_table(part) for part in _read(label, holes)])
+        return _checked_node(_NODES[kind].made(label, _read(children, holes)))
+    every = [_read(part, holes) for part in parts]
+    if any(isinstance(part, _Data) for part in every):
+        given = [part.array if isinstance(part, _Data) else part for part in every]
+        return _MAKERS[name](*given)
+    made = _PARTS[name](*every)
     hints = _hints(type(made))
     for each in fields(made):
         value = getattr(made, each.name)
         _require(_fits(value, hints[each.name]), f"{name} with {each.name}={shown(value)}")
     _check_tables(name, made)
     return made
+
+
+def _table(part: Any) -> Any:
+    return Table(part.array) if isinstance(part, _Data) else part
+
+
+def _ending(align: str, sync: None, grid_q: None, grid_k: None, lengths: Any) -> Coordinates:
+    return Coordinates(align, sync, grid_q, grid_k, key_counts("lengths", lengths))
+
+
+_MAKERS: dict[str, Any] = {
+    "Documents": documents,
+    "Lengths": lengths,
+    "Dense": dense,
+    "Coordinates": _ending,
+}
+"""What makes a part of arrays, and checks them."""
 
 
 class _Described(NamedTuple):

@@ -6,13 +6,14 @@ past them, and coordinates may end at them.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.common.check import shown, whole
-from tilefold.common.foreign_arrays import dtype_name, is_traced
+from tilefold.common.foreign_arrays import dtype_name, is_traced, traced_by_torch
 from tilefold.masks.expression import Index, Lookup, Table
 from tilefold.masks.tables import Given, given_table
 
@@ -20,12 +21,28 @@ INT32 = np.iinfo(np.int32)
 
 
 def as_traced(name: str, value: Any, ranks: tuple[int, ...], dtype: str) -> Given:
-    """A table of a traced array. Raises TypeError or ValueError for other types and ranks."""
-    given = given_table(name, value, dtype)
+    """A table of a traced array. Raises TypeError or ValueError for other types and ranks.
+
+    PyTorch's integers may be of any type, and any values: they are read when the graph runs.
+    """
+    given = _of_torch(name, value, dtype) if traced_by_torch() else given_table(name, value, dtype)
     if len(given.shape) not in ranks:
         axes = " or ".join(map(str, ranks))
         raise ValueError(f"{name} must have {axes} axes, got shape {given.shape}")
     return given
+
+
+def _of_torch(name: str, value: Any, dtype: str) -> Given:
+    """A table of an array that PyTorch traces; a list or an array of NumPy becomes a tensor."""
+    torch: Any = sys.modules["torch"]
+    tensor = torch.as_tensor(value)
+    kind = tensor.dtype
+    whole = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    if whole != (dtype == "int32") or (dtype == "bool" and kind != torch.bool):
+        wanted = "integers" if dtype == "int32" else "bool"
+        raise TypeError(f"{name} must be of {wanted}, got {kind}")
+    low, high = (INT32.min, INT32.max) if dtype == "int32" else (0, 1)
+    return Given(tuple(tensor.shape), dtype, int(low), int(high), held=tensor)
 
 
 def as_array(name: str, value: Any) -> NDArray[Any]:
@@ -78,7 +95,7 @@ def key_counts(name: str, value: Any) -> int | Table | Given:
 
     Raises TypeError or ValueError unless they are integers >= 0 in at most one axis.
     """
-    if isinstance(value, int):
+    if isinstance(value, int) or (hasattr(value, "__index__") and not hasattr(value, "shape")):
         return whole(name, value, 0)
     if is_traced(value):
         return as_traced(name, value, (0, 1), "int32")

@@ -21,15 +21,22 @@ DTYPES = ("int32", "bool")
 """The types of tables whose entries are kept with a rule."""
 
 
+class _Memory(bytearray):
+    """Memory that belongs to tables alone."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Mask data: an int32 or bool array, one axis per index that reads it; equal by content.
 
-    The entries never change: they are copied into `bytes`, and no array over these can be written
-    to. An array that lies in `bytes` already is kept as it is.
+    The entries never change: they are copied, and `array` can never be written to. An array that
+    lies in the memory of a table already is kept as it is.
     """
 
     array: NDArray[Any]
+    memory: NDArray[Any] = field(init=False, repr=False, compare=False)
+    """The entries as an array that a compiler takes for an input of its graph: PyTorch's takes none
+    that can never be written to. Nobody writes to it."""
 
     def __post_init__(self) -> None:
         assert self.dtype in DTYPES, self.dtype
@@ -37,9 +44,15 @@ class Table:
         owner: Any = array
         while isinstance(owner, np.ndarray):
             owner = owner.base
-        if not isinstance(owner, bytes):
-            kept = np.ndarray(array.shape, array.dtype, array.tobytes())
-            object.__setattr__(self, "array", kept)
+        if not (isinstance(owner, memoryview) and isinstance(owner.obj, _Memory)):
+            owner = memoryview(_Memory(max(array.nbytes, 1))).toreadonly()
+            np.ndarray(array.shape, array.dtype, owner.obj)[...] = array
+            entries = np.frombuffer(owner, np.uint8, array.nbytes)
+            array = entries.view(array.dtype).reshape(array.shape)
+            object.__setattr__(self, "array", array)
+        start = array.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+        memory = np.ndarray(array.shape, array.dtype, owner.obj, start, array.strides)
+        object.__setattr__(self, "memory", memory)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is made as the first one was: an array that is copied could be written to."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tilefold.common.check import shorten, shown
 from tilefold.common.computed import computed
+from tilefold.common.foreign_arrays import traced_by_torch
 from tilefold.masks.expression import (
     INDEX_NAMES,
     Boolean,
@@ -24,9 +25,7 @@ from tilefold.masks.rule import Rule
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Traced(Rule):
-    """See `rule`."""
-
+class _Traced(Rule):
     expression: Boolean
     parameters: tuple[str, ...]
 
@@ -42,7 +41,7 @@ class Traced(Rule):
         return text if written_out else hashed(self.expression)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Traced) or self._key != other._key:
+        if not isinstance(other, _Traced) or self._key != other._key:
             return False
         return isinstance(self._key, str) or same(self.expression, other.expression)
 
@@ -51,10 +50,21 @@ class Traced(Rule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A hash belongs to its process."""
-        return Traced, (self.expression, self.parameters)
+        return type(self), (self.expression, self.parameters)
 
     def __repr__(self) -> str:
         return spelled("rule", self.parameters, self.expression)
+
+
+class Traced(_Traced):
+    """See `rule`."""
+
+
+class Inlined(_Traced):
+    """The same of a function that PyTorch's compiler traces with its symbols, as a part of a graph.
+
+    The compiler takes a `Traced` for a constant, and cannot make one.
+    """
 
 
 def rule(function: Callable[..., Any]) -> Rule:
@@ -74,6 +84,10 @@ def rule(function: Callable[..., Any]) -> Rule:
 
     Raises TypeError or ValueError for anything that cannot be traced.
     """
+    if traced_by_torch():
+        code = function.__code__
+        names = code.co_varnames[: code.co_argcount]
+        return Inlined(function(**{name: Index(name) for name in names}), names)
     taken = symbols_of(function, "rule", {name: Index(name) for name in INDEX_NAMES})
     expression = as_boolean(_called(function, taken))
     check_integers(expression)

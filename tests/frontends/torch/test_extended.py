@@ -18,6 +18,7 @@ import tilefold
 import tilefold.frontends.torch.calls  # gives the operators their derivatives
 from tilefold import attention, attention_backward
 from tilefold.frontends.torch import operators
+from tilefold.frontends.torch.spelled import spelled_request
 from tilefold.problems import reference
 from tilefold.problems.request import Request
 from tilefold.scores.score import as_score
@@ -223,11 +224,12 @@ def test_opcheck() -> None:
     arrays = [learnable(2, 1, 1, 5), learnable(4, 1, 1)]
     form = as_score([tilefold.bias(arrays[0]), tilefold.temperature(arrays[1])])
     assert form is not None
-    request = Request(CAUSAL, score=form.form.score)
-    torch.library.opcheck(operators.attention_extended, (*given, arrays, request, False))
+    asked = spelled_request(Request(CAUSAL, score=form.form.score))
+    text = asked.text, asked.numbers
+    torch.library.opcheck(operators.attention_extended, (*given, arrays, *text, False))
     with torch.no_grad():
-        o, lse, _, _ = operators.attention_extended(*given, arrays, request, False)
-        inputs = (o, *given, o, lse, arrays, request, [True, False], torch.ones_like(lse))
+        o, lse, _, _ = operators.attention_extended(*given, arrays, *text, False)
+        inputs = (o, *given, o, lse, arrays, *text, [True, False], torch.ones_like(lse))
         plain = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, inputs)
     torch.library.opcheck(operators.attention_extended_backward, plain)
 

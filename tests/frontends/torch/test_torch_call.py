@@ -32,7 +32,7 @@ def direct(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    result: Tensor = operators.attention(q, k, v, Request(MASK))[0]
+    result: Tensor = operators.run(Request(MASK), q, k, v)[0]
     return result
 
 
@@ -236,7 +236,7 @@ def traced_by_make_fx(function: Function) -> Any:
 
 
 def traced_by_jit(function: Function) -> Any:
-    return torch.jit.trace(function, tensors())
+    return torch.jit.trace(function, tensors())(*tensors())
 
 
 def in_vmap(function: Function) -> Any:

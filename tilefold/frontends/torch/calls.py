@@ -61,6 +61,8 @@ if torch.__version__ < OLDEST:  # a TorchVersion, which compares releases
 
 if OPERATORS:
     from tilefold.frontends.torch import operators
+    from tilefold.frontends.torch.spelled import Spelled
+    from tilefold.frontends.torch.spelled import request_of as request_of_text
 
 
 def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
@@ -71,7 +73,8 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
             " scale.item()"
         )
     if OPERATORS and torch.compiler.is_compiling():
-        return operators.traced_request(mask, scale, layout, precision)
+        traced: Any = operators.traced_request(mask, scale, layout, precision)
+        return traced
     return Request(mask, scale, layout, precision)
 
 
@@ -79,9 +82,9 @@ def extended_request(
     request: Request, score: Score | None, sinks: int, dropout: float
 ) -> tuple[Request, tuple[Any, ...]]:
     """The request with a modified score, a number of sinks, and dropout; the score's arrays."""
-    if OPERATORS and torch.compiler.is_compiling():
+    if isinstance(request, Spelled):
         form, arrays = (None, ()) if score is None else score.new_form()
-        return operators.traced_extension(request, form, sinks, dropout), arrays
+        return request.extended(form, sinks, dropout), arrays
     return extra_arrays.extended_request(request, score, sinks, dropout)
 
 
@@ -128,7 +131,7 @@ def attention(
             o, lse = transforms.attention(q, k, v, request)
         else:
             require_operators()
-            o, lse, _ = operators.attention(q, k, v, request)
+            o, lse, *_ = operators.run(request, q, k, v)
         result = o, lse
     return result
 
@@ -192,7 +195,7 @@ def gradients(
             result = transforms.attention_backward(given, request, dlse, lse_low)
         else:
             require_operators()
-            result = operators.attention_backward(*given, request, dlse, lse_low)
+            result = operators.run_backward(request, given, (), (), dlse, lse_low)[:3]
     return result
 
 
@@ -215,18 +218,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
     ctx.save_for_backward(q, k, v, o, lse, low if tensors.keeps_low(q) else None)
 
 
-def _save_all(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """`_save` of the operator, whose last result is no function of the inputs to autograd."""
-    ctx.mark_non_differentiable(output[2])
-    _save(ctx, inputs, output)
-
-
 def _gradients(
     ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, low = ctx.saved_tensors
     given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
     return (*gradients(*given, ctx.request, low, dlse), None)
+
+
+def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save what the operator's backward pass needs; its last result is no function of the inputs.
+
+    To autograd, that is.
+    """
+    *given, ctx.text, ctx.numbers = inputs
+    ctx.mark_non_differentiable(output[2])
+    _save(ctx, (*given, None), output)
+
+
+def _operator_gradients(
+    ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, low = ctx.saved_tensors
+    given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
+    if lifted():
+        request = request_of_text(ctx.text, ctx.numbers, ())
+        return (*transforms.attention_backward(given, request, dlse, low), None, None)
+    return (*operators.attention_backward(*given, ctx.text, ctx.numbers, dlse, low), None, None)
 
 
 class _Attention(torch.autograd.Function):
@@ -243,41 +261,43 @@ class _Attention(torch.autograd.Function):
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save what the derivative of the backward pass needs."""
-    *given, ctx.request, dlse, _ = inputs
+    *given, ctx.text, ctx.numbers, dlse, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dlse, *given)
 
 
 def _second_gradients(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
     dlse, *given = ctx.saved_tensors
-    found, of_dlse, _ = transforms.second_gradients(given, dlse, ctx.request, (), slopes, ())
-    return (*found, None, of_dlse, None)
+    request = request_of_text(ctx.text, ctx.numbers, ())
+    found, of_dlse, _ = transforms.second_gradients(given, dlse, request, (), slopes, ())
+    return (*found, None, None, of_dlse, None)
 
 
 def _each_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:
     """The operator in `vmap`."""
-    *given, request = inputs
+    *given, text, numbers = inputs
+    request = request_of_text(text, numbers, ())
 
-    def call(request: Request, *given: Tensor) -> Any:
-        return operators.attention(*given, request)
+    def call(request: Request, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return operators.run(request, q, k, v)[:3]
 
     return transforms.vectorised(call, info.batch_size, in_dims[:3], request, given)
 
 
 def _each_backward(info: Any, in_dims: Any, *inputs: Any) -> Any:
     """The operator of the backward pass in `vmap`."""
-    *given, request, dlse, low = inputs
-    dims = (*in_dims[7:], *in_dims[:6])
+    *given, text, numbers, dlse, low = inputs
+    request, dims = request_of_text(text, numbers, ()), (*in_dims[8:], *in_dims[:6])
 
     def call(request: Request, dlse: Any, low: Any, *given: Tensor) -> Any:
-        return operators.attention_backward(*given, request, dlse, low)
+        return operators.run_backward(request, given, (), (), dlse, low)[:3]
 
     every = dlse, low, *given
     return transforms.vectorised(call, info.batch_size, dims, request, every, first=3)
 
 
 if OPERATORS:
-    operators.attention.register_autograd(_gradients, setup_context=_save_all)
+    operators.attention.register_autograd(_operator_gradients, setup_context=_save_operator)
     operators.attention_backward.register_autograd(_second_gradients, setup_context=_save_backward)
     operators.attention.register_vmap(_each_forward)
     operators.attention_backward.register_vmap(_each_backward)

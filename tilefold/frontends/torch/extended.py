@@ -30,6 +30,7 @@ from tilefold.problems.request import Request
 
 if OPERATORS:
     from tilefold.frontends.torch import operators
+    from tilefold.frontends.torch.spelled import options_of, request_of
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -51,8 +52,8 @@ def attention(
     if lifted():
         return transforms.attention(q, k, v, request, arrays, further)
     require_operators()
-    o, lse, _, largest = operators.attention_extended(q, k, v, [*arrays], request, bool(further))
-    return (o, lse, largest) if further else (o, lse)
+    o, lse, _, largest = operators.run(request, q, k, v, arrays, bool(further))
+    return (o, lse) if largest is None else (o, lse, largest)
 
 
 def attention_backward(
@@ -145,9 +146,7 @@ def gradients(
         dq, dk, dv, *more = run(request, tuple(wanted), lse_low, dlse, *given, *arrays)
         return dq, dk, dv, more
     require_operators()
-    backward = operators.attention_extended_backward
-    found: tuple[Any, ...] = backward(*given, [*arrays], request, wanted, dlse, lse_low)
-    return found
+    return operators.run_backward(request, given, arrays, wanted, dlse, lse_low)
 
 
 def _apart_from_sinks(
@@ -202,32 +201,84 @@ def _pulled(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, arrays, ctx.request, _ = inputs
+    q, k, v, extra, ctx.text, ctx.numbers, _ = inputs
     o, lse, low, largest = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(low, largest)
-    ctx.save_for_backward(o, lse, low if tensors.keeps_low(q) else None, q, k, v, *arrays)
+    ctx.save_for_backward(o, lse, low if tensors.keeps_low(q) else None, q, k, v, *extra)
 
 
 def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None) -> Any:
-    return (*_pulled(ctx, do, dlse, [*ctx.needs_input_grad[3]]), None, None)
+    o, lse, low, q, k, v, *extra = ctx.saved_tensors
+    given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
+    wanted = [*ctx.needs_input_grad[3]]
+    again = recorded(*given, *extra) and options_of(ctx.text).sinks
+    if lifted() or again:
+        request, count = _request(ctx, extra)
+        *found, more = gradients(given, tuple(extra[count:]), request, wanted[count:], low, dlse)
+    else:
+        backward = operators.attention_extended_backward
+        *found, more = backward(*given, extra, ctx.text, ctx.numbers, wanted, dlse, low)
+    return (*found, transforms.spread(more, wanted), None, _nothing(ctx.numbers), None)
+
+
+def _nothing(numbers: Any) -> Any:
+    """What autograd wants for a list without gradients: it takes an empty one for tensors."""
+    return None if numbers else []
+
+
+def _request(ctx: Any, extra: list[Tensor]) -> tuple[Request, int]:
+    """The request of an operator, and the number of the arrays of its mask."""
+    count = options_of(ctx.text).data
+    return request_of(ctx.text, ctx.numbers, extra[:count]), count
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *given, extra, ctx.request, ctx.wanted, dlse, _ = inputs
+    *given, extra, ctx.text, ctx.numbers, ctx.wanted, dlse, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dlse, *given, *extra)
 
 
 def _second_gradients(ctx: Any, *slopes: Any) -> Any:
-    dlse, *given = ctx.saved_tensors
+    dlse, *saved = ctx.saved_tensors
+    given, extra = saved[:6], saved[6:]
     *usual, more = slopes
     more = [None] * sum(ctx.wanted) if more is None else more
-    asked = [*ctx.needs_input_grad[6]]
+    request, count = _request(ctx, extra)
+    asked = [*ctx.needs_input_grad[6]][count:]
     found, of_dlse, of_arrays = transforms.second_gradients(
-        given, dlse, ctx.request, ctx.wanted, [*usual, *more], asked
+        [*given, *extra[count:]], dlse, request, ctx.wanted[count:], [*usual, *more], asked
     )
-    return (*found, of_arrays, None, None, of_dlse, None)
+    extras = [*[None] * count, *of_arrays]
+    return (*found, extras, None, _nothing(ctx.numbers), _nothing(ctx.wanted), of_dlse, None)
+
+
+def _each_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:
+    """The operator in `vmap`: a call for each entry."""
+    return _looped(operators.attention_extended, info.batch_size, in_dims, inputs)
+
+
+def _each_backward(info: Any, in_dims: Any, *inputs: Any) -> Any:
+    return _looped(operators.attention_extended_backward, info.batch_size, in_dims, inputs)
+
+
+def _looped(call: Any, size: int, in_dims: Any, inputs: Any) -> Any:
+    def entry(value: Any, dim: Any, number: int) -> Any:
+        if isinstance(dim, (tuple, list)):
+            return [entry(*pair, number) for pair in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, number)
+
+    results = [
+        call(*[entry(*pair, number) for pair in zip(inputs, in_dims, strict=True)])
+        for number in range(size)
+    ]
+    made = [
+        [torch.stack(parts) for parts in zip(*each, strict=True)]
+        if isinstance(each[0], list)
+        else torch.stack(each)
+        for each in zip(*results, strict=True)
+    ]
+    return tuple(made), tuple([[0] * len(x) if isinstance(x, list) else 0 for x in made])
 
 
 if OPERATORS:
@@ -235,3 +286,5 @@ if OPERATORS:
     operators.attention_extended_backward.register_autograd(
         _second_gradients, setup_context=_save_backward
     )
+    operators.attention_extended.register_vmap(_each_forward)
+    operators.attention_extended_backward.register_vmap(_each_backward)

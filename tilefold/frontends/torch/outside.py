@@ -28,6 +28,11 @@ def __getattr__(name: str) -> Any:
     reason = "forward mode, and transforms of torch.func, are no part of a graph"
     if not OPERATORS:
         reason = f"only PyTorch 2.12 or newer has operators, found {torch.__version__}"
-    disable: Any = torch.compiler.disable
-    found = globals()[name] = disable(_functions[name], reason=reason)
+    function, disable = _functions[name], torch.compiler.disable
+
+    def run(*args: Any) -> Any:
+        """Run the function with requests that a compiler has taken apart for its graph."""
+        return function(*[x.request() if hasattr(x, "request") else x for x in args])
+
+    found = globals()[name] = disable(run, reason=reason)  # type: ignore[no-untyped-call]
     return found

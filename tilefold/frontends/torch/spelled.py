@@ -1,87 +1,183 @@
-"""Requests whose rule and score are spelled in plain constants, for graphs of `torch.compile`.
+"""Requests as PyTorch's operators take them: a text, numbers, and tensors.
 
-A rule or a score that was made inside of a compiled function is no constant of the graph, but what
-it is made of is. So a compiler is given the constructor of a request that takes the spelling.
+The text has the structure of rules and of a score, as `frontends.written` writes it. Whole numbers
+of a rule, and its arrays, are arguments of the operator of their own. So a graph of `torch.compile`
+has them as inputs: another window, or other lengths, run the same graph. The text outlives the
+process, so exported programs may be saved.
+
+`torch.compile` traces the functions here, with rules that were made inside or outside of its graph.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-from tilefold.masks import nodes, symbols
-from tilefold.masks.coordinates import Coordinates
-from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix
-from tilefold.masks.rule import AllOf, AnyOf, Not, Window
-from tilefold.masks.tables import Input
-from tilefold.problems.request import Request
-from tilefold.scores.modifications import Alibi, Bias, Softcap, Temperature
-from tilefold.scores.relative import Clipped, Grid, Relative
-from tilefold.scores.score import InOrder
-from tilefold.scores.traced import Traced
+import torch
+from torch import Tensor
 
-_RULES = (Full, Causal, Local, Prefix, Chunked, AllOf, AnyOf, Not, Window, Coordinates)
-_SCORES = (Softcap, Alibi, Bias, Temperature, Relative, Clipped, Grid, Traced, InOrder)
-_NODES = tuple(
+from tilefold.common.lru import LruCache
+from tilefold.frontends import written
+from tilefold.masks.symbols import Expression
+from tilefold.masks.tables import Given, Input, Table
+from tilefold.masks.traced import Inlined, Traced
+from tilefold.problems.request import OPTIONS, Request
+
+
+class Spelled(NamedTuple):
+    """A request taken apart: what `text_of` takes, the numbers and the arrays of its mask."""
+
+    options: tuple[Any, ...]
+    numbers: tuple[int, ...]
+    data: tuple[Tensor, ...]
+
+    @property
+    def text(self) -> str:
+        """The structure, as operators take it."""
+        return text_of((len(self.data), self.options))
+
+    def request(self) -> Request:
+        """The request again. Raises what the constructors of its rules raise."""
+        return request_of(self.text, self.numbers, self.data)
+
+    @property
+    def layout(self) -> str:
+        """The order of the axes."""
+        return str(self.options[2])
+
+    @property
+    def sinks(self) -> int:
+        """The number of sinks of each head."""
+        return int(self.options[5])
+
+    def changed(self, sinks: int) -> Spelled:
+        """With another number of sinks."""
+        return self._replace(options=(*self.options[:5], sinks, *self.options[6:]))
+
+    def extended(self, score: Any, sinks: int, dropout: float) -> Spelled:
+        """With a form of a score, a number of sinks, and dropout."""
+        data = [*self.data]
+        form = _spelled(score, None, data)
+        return Spelled((*self.options[:4], form, sinks, dropout), self.numbers, tuple(data))
+
+
+def spelled(mask: Any, scale: Any, layout: str, precision: str) -> Spelled:
+    """The request of these options."""
+    numbers: list[int] = []
+    data: list[Tensor] = []
+    rule = _spelled(mask, numbers, data)
+    return Spelled((rule, scale, layout, precision, None, 0, 0.0), tuple(numbers), tuple(data))
+
+
+@lru_cache(maxsize=16)
+def spelled_request(request: Request) -> Spelled:
+    """The same of a request."""
+    mask, scale, layout, precision, *rest = (getattr(request, name) for name in OPTIONS)
+    return spelled(mask, scale, layout, precision).extended(*rest)
+
+
+def _spelled(value: Any, numbers: list[int] | None, data: list[Tensor]) -> Any:
+    """A part of a request in plain constants, but for rules of a user's own.
+
+    Its integers and arrays are added to lists; without a list of numbers they stay constants.
+    """
+    if value is None or isinstance(value, (bool, str, float)):
+        return value
+    if isinstance(value, int):
+        if numbers is None:
+            return int(value)
+        numbers.append(value)
+        return {"number": len(numbers) - 1}
+    if isinstance(value, (tuple, list)):
+        return [_spelled(part, numbers, data) for part in value]
+    if isinstance(value, (Table, Given)):
+        tensor = torch.from_numpy(value.memory) if isinstance(value, Table) else value.held
+        for number, other in enumerate(data):
+            if other is tensor:
+                return {"data": number}
+        data.append(tensor)
+        return {"data": len(data) - 1}
+    if isinstance(value, Inlined):
+        return {"Rule": [_spelled(value.expression, numbers, data), list(value.parameters)]}
+    if isinstance(value, Input):
+        return {"input": [value.number, value.dtype, [int(size) for size in value.shape]]}
+    if isinstance(value, Expression):
+        parts = (_spelled(part, numbers, data) for part in (value.label, value.children))
+        return {"node": [type(value).__name__, *parts]}
+    for kind, name, names in _KINDS:
+        if isinstance(value, kind):
+            return {name: [_spelled(getattr(value, each), numbers, data) for each in names]}
+    return value
+
+
+_KINDS = tuple(
     [
-        kind
-        for kind in vars(nodes).values()
-        if isinstance(kind, type) and issubclass(kind, symbols.Expression)
+        (kind, name, names)
+        for name, (kind, names) in written.fields_of_parts().items()
+        if kind is not Traced
     ]
 )
-_KINDS = (*_RULES, *_SCORES)
-_FIELDS = tuple([tuple([field.name for field in fields(kind)]) for kind in _KINDS])
-"""The fields of each class that rules over positions, and scores, are made of."""
-
-_SPELLED, _NODE, _INPUT = "spelled", "node", "input"
+"""The classes that rules and scores are made of, their names in texts, and their fields."""
 
 
-class Spelled(Request):
-    """The constructor of a request that is spelled in plain constants; it is never made."""
-
-    def __new__(  # type: ignore[misc]  # no instance
-        cls,
-        rule: Any,
-        scale: Any,
-        layout: Any,
-        precision: Any,
-        score: Any = None,
-        *rest: Any,
-    ) -> Request:
-        """The request of a spelled rule and score, and of other options as `Request` takes them."""
-        return Request(_read(rule), scale, layout, precision, _read(score), *rest)
+def text_of(structure: tuple[int, tuple[Any, ...]]) -> str:
+    """The text of a structure: the number of arrays of the mask, and the options."""
+    count, options = structure
+    return written.text_of([count, written.written(options)])
 
 
-def _read(spelled: Any) -> Any:
-    """The value of a spelling that `spelling` made."""
-    if not isinstance(spelled, tuple):
-        return spelled
-    if spelled[:1] == (_SPELLED,):
-        kind: Any = _KINDS[spelled[1]]
-        return kind(*map(_read, spelled[2:]))
-    if spelled[:1] == (_NODE,):
-        node: Any = _NODES[spelled[1]]
-        return node.made(*map(_read, spelled[2:]))
-    if spelled[:1] == (_INPUT,):
-        return Input(*spelled[1:])
-    return tuple(map(_read, spelled))
+text_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a graph has the text
 
 
-def spelling(value: Any) -> Any:
-    """Rules over positions and forms of scores as nested tuples of plain constants.
+class Options(NamedTuple):
+    """What is known of a request without its numbers and arrays."""
 
-    Other values stay as they are. The first call of a program may be a compiled one. Then its rule
-    was made inside the graph before the classes of rules were registered.
+    data: int
+    layout: str
+    sinks: int
+    dropout: float
+
+
+@lru_cache(maxsize=64)
+def options_of(text: str) -> Options:
+    """What a text says by itself. Raises ValueError for another text."""
+    count, values = _parsed(text)
+    return Options(count, values[2], values[5], values[6])
+
+
+def request_of(text: str, numbers: Sequence[int], data: Sequence[Tensor]) -> Request:
+    """The request of an operator's arguments; the arrays are read, wherever they lie.
+
+    Raises what the constructors of its rules raise, and ValueError for another text.
     """
-    if isinstance(value, (tuple, list)):
-        return tuple([spelling(part) for part in value])
-    if isinstance(value, Input):
-        return (_INPUT, value.number, value.dtype, tuple([int(size) for size in value.shape]))
-    if isinstance(value, symbols.Expression):
-        place = _NODES.index(type(value))
-        return (_NODE, place, spelling(value.label), spelling(value.children))
-    for number, kind in enumerate(_KINDS):
-        if isinstance(value, kind):
-            parts = [spelling(getattr(value, name)) for name in _FIELDS[number]]
-            return (_SPELLED, number, *parts)
-    return value
+    if not data:
+        return _plain(text, tuple(numbers))
+    arrays = [x.detach().cpu().numpy() for x in data]
+    key = text, (*numbers,), *[(x.dtype.str, x.shape, x.tobytes()) for x in arrays]
+    found = _kept.get(key)
+    if found is None:
+        made = written.read(_parsed(text)[1], written.Holes(tuple(numbers), arrays))
+        found = _kept.put(key, made, 2 * sum(x.nbytes for x in arrays))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _plain(text: str, numbers: tuple[int, ...]) -> Request:
+    return written.read(_parsed(text)[1], written.Holes(numbers))
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> tuple[int, Any]:
+    try:
+        count, values = json.loads(text)
+        if isinstance(count, int) and len(values) == len(OPTIONS):
+            return count, values
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise ValueError("this is no text of a request of tilefold")
+
+
+_kept: LruCache[Request] = LruCache(most=32, most_bytes=64 * 2**20)
+"""The newest requests with arrays: all layers of a model have the same, forward and backward."""

@@ -84,10 +84,8 @@ class _Forward(torch.autograd.Function):
             o, lse, low, *rest = tensors.forward_extended(request, further, *given)
         else:
             q, k, v, *arrays = given
-            if not arrays and not further:
-                return (*operators.attention(q, k, v, request), q.new_empty(0))
-            results: Tensors = operators.attention_extended(q, k, v, arrays, request, bool(further))
-            return results
+            o, lse, kept, largest = operators.run(request, q, k, v, arrays, bool(further))
+            return o, lse, kept, q.new_empty(0) if largest is None else largest
         nothing = lse.new_empty(0)
         return o, lse, nothing if low is None else low, rest[0] if rest else nothing.clone()
 
@@ -139,11 +137,7 @@ class _Backward(torch.autograd.Function):
         every = given if dlse is None else (*given, dlse)
         if not OPERATORS or unobserved(*every):
             return tensors.backward_extended(request, wanted, low, dlse, *given)
-        if len(given) == 6:
-            plain: Tensors = operators.attention_backward(*given, request, dlse, low)
-            return plain
-        backward = operators.attention_extended_backward
-        *found, more = backward(*given[:6], [*given[6:]], request, [*wanted], dlse, low)
+        *found, more = operators.run_backward(request, given[:6], given[6:], wanted, dlse, low)
         return (*found, *more)
 
     @staticmethod
