@@ -65,7 +65,7 @@ if OPERATORS:
     from tilefold.frontends.torch.spelled import request_of as request_of_text
 
 
-def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
+def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Any:
     """The request of a call, from its options. Raises for a scale that wants a gradient."""
     if scale is not None and isinstance(scale, Tensor) and recorded(scale):
         raise NotImplementedError(
@@ -73,8 +73,7 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Request:
             " scale.item()"
         )
     if OPERATORS and torch.compiler.is_compiling():
-        traced: Any = operators.traced_request(mask, scale, layout, precision)
-        return traced
+        return operators.traced_request(mask, scale, layout, precision)
     return Request(mask, scale, layout, precision)
 
 

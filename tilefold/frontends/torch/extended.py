@@ -219,12 +219,7 @@ def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None) -> An
     else:
         backward = operators.attention_extended_backward
         *found, more = backward(*given, extra, ctx.text, ctx.numbers, wanted, dlse, low)
-    return (*found, transforms.spread(more, wanted), None, _nothing(ctx.numbers), None)
-
-
-def _nothing(numbers: Any) -> Any:
-    """What autograd wants for a list without gradients: it takes an empty one for tensors."""
-    return None if numbers else []
+    return (*found, transforms.spread(more, wanted), None, None, None)
 
 
 def _request(ctx: Any, extra: list[Tensor]) -> tuple[Request, int]:
@@ -250,7 +245,7 @@ def _second_gradients(ctx: Any, *slopes: Any) -> Any:
         [*given, *extra[count:]], dlse, request, ctx.wanted[count:], [*usual, *more], asked
     )
     extras = [*[None] * count, *of_arrays]
-    return (*found, extras, None, _nothing(ctx.numbers), _nothing(ctx.wanted), of_dlse, None)
+    return (*found, extras, None, None, None, of_dlse, None)
 
 
 def _each_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:

@@ -65,7 +65,7 @@ class Spelled(NamedTuple):
 
 def spelled(mask: Any, scale: Any, layout: str, precision: str) -> Spelled:
     """The request of these options."""
-    numbers: list[int] = []
+    numbers = [0]  # AOTInductor of PyTorch 2.13 takes no empty list of integers
     data: list[Tensor] = []
     rule = _spelled(mask, numbers, data)
     return Spelled((rule, scale, layout, precision, None, 0, 0.0), tuple(numbers), tuple(data))
