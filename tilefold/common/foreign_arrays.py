@@ -16,22 +16,29 @@ def is_traced(value: Any) -> bool:
     >>> is_traced(1.0)
     False
     """
-    if traced_by_torch():
+    if compiled_by_torch():
         return hasattr(value, "shape") or isinstance(value, (list, tuple))
+    torch = sys.modules.get("torch")
+    if isinstance(value, getattr(torch, "Tensor", ())):
+        return torch._C._get_tracing_state() is not None  # type: ignore[union-attr]  # imported
     if isinstance(value, getattr(sys.modules.get("jax.core"), "Tracer", ())):
         return True
     symbolic = getattr(sys.modules.get("tensorflow"), "is_symbolic_tensor", None)
     return bool(symbolic and symbolic(value))
 
 
-def traced_by_torch() -> bool:
-    """True inside of a function that `torch.compile` or a tracer of PyTorch traces."""
+def compiled_by_torch() -> bool:
+    """True where `torch.compile` or `torch.export` traces the function that calls this one."""
     torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "compiler"):  # PyTorch may be half imported
-        return False
-    if torch.compiler.is_compiling():
+    # PyTorch may be half imported
+    return hasattr(torch, "compiler") and torch.compiler.is_compiling()  # type: ignore[union-attr]
+
+
+def is_of_torch(value: Any) -> bool:
+    """True for a tensor of PyTorch, and for all that its compiler makes one of."""
+    if compiled_by_torch():
         return True
-    return torch._C._get_tracing_state() is not None
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def unwrapped(value: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.common.check import shown, whole
-from tilefold.common.foreign_arrays import dtype_name, is_traced, traced_by_torch
+from tilefold.common.foreign_arrays import dtype_name, is_of_torch, is_traced
 from tilefold.masks.expression import Index, Lookup, Table
 from tilefold.masks.tables import Given, given_table
 
@@ -25,24 +25,27 @@ def as_traced(name: str, value: Any, ranks: tuple[int, ...], dtype: str) -> Give
 
     PyTorch's integers may be of any type, and any values: they are read when the graph runs.
     """
-    given = _of_torch(name, value, dtype) if traced_by_torch() else given_table(name, value, dtype)
-    if len(given.shape) not in ranks:
+    given = _of_torch if is_of_torch(value) else given_table
+    table = given(name, value, dtype)
+    if len(table.shape) not in ranks:
         axes = " or ".join(map(str, ranks))
-        raise ValueError(f"{name} must have {axes} axes, got shape {given.shape}")
-    return given
+        raise ValueError(f"{name} must have {axes} axes, got shape {table.shape}")
+    return table
 
 
 def _of_torch(name: str, value: Any, dtype: str) -> Given:
     """A table of an array that PyTorch traces; a list or an array of NumPy becomes a tensor."""
     torch: Any = sys.modules["torch"]
-    tensor = torch.as_tensor(value)
+    tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
     kind = tensor.dtype
     whole = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
     if whole != (dtype == "int32") or (dtype == "bool" and kind != torch.bool):
         wanted = "integers" if dtype == "int32" else "bool"
         raise TypeError(f"{name} must be of {wanted}, got {kind}")
     low, high = (INT32.min, INT32.max) if dtype == "int32" else (0, 1)
-    return Given(tuple(tensor.shape), dtype, int(low), int(high), held=tensor)
+    # jit.trace makes tensors of sizes
+    sizes = [0] * tensor.dim() if torch._C._get_tracing_state() else tensor.shape
+    return Given(tuple(sizes), dtype, int(low), int(high), held=tensor)
 
 
 def as_array(name: str, value: Any) -> NDArray[Any]:

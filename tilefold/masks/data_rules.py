@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tilefold.common.check import choice, flag
 from tilefold.common.computed import computed
-from tilefold.common.foreign_arrays import is_traced, traced_by_torch
+from tilefold.common.foreign_arrays import is_of_torch, is_traced
 from tilefold.masks.arrays import (
     INT32,
     as_array,
@@ -130,7 +130,7 @@ def documents(ids_q: Any, ids_k: Any = None, causal: bool = False) -> Rule:
 
 def _traced_documents(given: dict[str, Any], causal: bool) -> Rule:
     """Documents whose ids are traced, at least those of one side."""
-    if causal and len(given) > 1 and not traced_by_torch():
+    if causal and len(given) > 1 and not any(map(is_of_torch, given.values())):
         raise NotImplementedError(
             "documents: causal=True with ids_q and ids_k needs their values, and they are traced;"
             " pass one ids for both, or make the rule outside of the traced function"

@@ -9,7 +9,7 @@ from typing import Any
 
 from tilefold.common.check import shorten, shown
 from tilefold.common.computed import computed
-from tilefold.common.foreign_arrays import traced_by_torch
+from tilefold.common.foreign_arrays import compiled_by_torch
 from tilefold.masks.expression import (
     INDEX_NAMES,
     Boolean,
@@ -84,7 +84,7 @@ def rule(function: Callable[..., Any]) -> Rule:
 
     Raises TypeError or ValueError for anything that cannot be traced.
     """
-    if traced_by_torch():
+    if compiled_by_torch():
         code = function.__code__
         names = code.co_varnames[: code.co_argcount]
         return Inlined(function(**{name: Index(name) for name in names}), names)

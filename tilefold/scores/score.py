@@ -100,15 +100,15 @@ class Score(ABC):
     def new_form(self) -> Form:
         """The `form`, made anew: what a compiler traces is not to be changed."""
         arrays: list[Any] = []
-        numbers: dict[int, int] = {}
 
         def rename(given: Input) -> Input:
             if given.held is None:
                 return given
-            number = numbers.setdefault(id(given.held), len(arrays))
-            if number == len(arrays):
-                arrays.append(given.held)
-            return Input(number, given.dtype, given.shape)
+            for number, array in enumerate(arrays):
+                if array is given.held:
+                    return Input(number, given.dtype, given.shape)
+            arrays.append(given.held)
+            return Input(len(arrays) - 1, given.dtype, given.shape)
 
         return Form(self.renamed(rename), tuple(arrays))
 

@@ -32,6 +32,8 @@ from tilefold.frontends.torch.observed import (
     unobserved,
     untraceable,
 )
+from tilefold.masks.given import given_of
+from tilefold.masks.rule import Rule
 from tilefold.problems.attention import check_parts
 from tilefold.problems.dropout import check_probability, check_seed
 from tilefold.problems.request import Request
@@ -74,7 +76,13 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Any:
         )
     if OPERATORS and torch.compiler.is_compiling():
         return operators.traced_request(mask, scale, layout, precision)
-    return Request(mask, scale, layout, precision)
+    try:
+        return Request(mask, scale, layout, precision)
+    except TypeError:
+        if not (OPERATORS and isinstance(mask, Rule) and given_of(mask)):
+            raise
+        held = operators.traced_request(mask, scale, layout, precision)
+        return held if torch._C._get_tracing_state() is not None else held.request()
 
 
 def extended_request(

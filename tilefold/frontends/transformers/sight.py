@@ -27,7 +27,6 @@ from tilefold.masks.arrays import as_traced
 from tilefold.masks.data_rules import Dense, Lengths, dense, lengths
 from tilefold.masks.given import RuleForm, form_of
 from tilefold.masks.position_rules import Rule, causal, full, local
-from tilefold.problems.request import Request
 
 _FULL = full()
 
@@ -59,9 +58,9 @@ class Mask:
         self.shape = (given["batch_size"], 1, given["q_length"], given["kv_length"])
         self.given = given
         """The keywords that transformers made the mask of."""
-        self._requests: dict[Any, Request] = {}
+        self._requests: dict[Any, Any] = {}
 
-    def request(self, scale: float | None) -> Request:
+    def request(self, scale: float | None) -> Any:
         """The request of the layers that scale their scores in this way."""
         if torch.compiler.is_compiling():
             return request_of(self.rule, scale)
@@ -93,7 +92,7 @@ class Mask:
         return function(*given, **named)
 
 
-def request_of(rule: Rule, scale: float | None) -> Request:
+def request_of(rule: Rule, scale: float | None) -> Any:
     """The request of a layer, whose arrays are (batch, length, heads, dim)."""
     return calls.request_of(rule, scale, "bnhd", "highest")
 

@@ -1,0 +1,176 @@
+"""Masks in functions that torch compiles and exports: what changes is an input of the graph."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tilefold  # noqa: E402
+from tilefold import attention, causal, dense, documents, lengths, local, rule  # noqa: E402
+from tilefold.frontends.torch.observed import OPERATORS  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not OPERATORS, reason="needs PyTorch 2.12 or newer"),
+]
+
+Q = torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(0))
+attention(Q, Q, Q)  # the first call of a process compiles a graph of its own
+
+
+def ids(step: int) -> Any:
+    return torch.randint(0, 4, (12,), generator=torch.Generator().manual_seed(step)).sort()[0]
+
+
+def hidden(step: int) -> Any:
+    return torch.rand(12, 12, generator=torch.Generator().manual_seed(step)) > 0.4
+
+
+def made(mask: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Attention with a rule that is made inside of the compiled function, and given outside."""
+    return lambda q, x: attention(q, q, q, mask=mask(x)) * 2
+
+
+def given(q: Any, mask: Any) -> Any:
+    return attention(q, q, q, mask=mask) * 2
+
+
+WINDOW = 5
+STEPS = range(4)
+CASES: dict[str, tuple[Callable[..., Any], Callable[[int], Any], int]] = {
+    "lengths, given": (given, lambda i: lengths([i + 1, 12 - i]), 1),
+    "documents, given": (given, lambda i: documents(ids(i)) & causal(), 1),
+    "documents of int64 numbers, given": (given, lambda i: documents(ids(i) * 2**40), 1),
+    "ids of queries and keys, given": (given, lambda i: documents(ids(i), ids(i + 1)), 1),
+    "dense, given": (given, lambda i: dense(hidden(i)), 1),
+    "a piece, given": (given, lambda i: documents([i] * 9 + [0] * 9).window(18, 18, q0=3, k0=i), 2),
+    "windows, given": (given, lambda i: local(i + 1), 2),
+    "rules of a user's own, given": (given, lambda i: rule(lambda q, k: q - k < 3 + i % 2), 2),
+    "lengths": (made(lengths), lambda i: torch.tensor([i + 1, 12 - i]), 1),
+    "lengths, left": (made(lambda n: lengths(n, side="left")), lambda i: torch.tensor([i, 9]), 1),
+    "causal(lengths)": (made(lambda n: causal(lengths=n)), lambda i: torch.tensor([5 + i, 12]), 1),
+    "documents": (made(lambda x: documents(x) & causal()), ids, 1),
+    "documents, causal": (made(lambda x: documents(x, x, causal=True)), ids, 1),
+    "dense": (made(dense), hidden, 1),
+    "windows": (made(local), lambda i: i + 1, 2),
+    "lists": (made(lambda _: lengths([5, 8]) & documents([0] * 6 + [1] * 6)), ids, 1),
+    "a rule of a user's own": (made(lambda _: rule(lambda q, k: abs(q - k) < WINDOW)), ids, 1),
+}
+
+
+@pytest.mark.feature("T09")
+@pytest.mark.parametrize("case", CASES)
+def test_another_mask_of_a_kind_runs_the_same_graph(case: str) -> None:
+    function, argument, graphs = CASES[case]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for step in STEPS:
+        assert torch.equal(compiled(Q, argument(step)), function(Q, argument(step)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_windows_may_follow_lengths_that_change() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def function(q: Any) -> Any:
+        return attention(q, q, q, mask=local(q.shape[2] // 2))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for length in (12, 9, 30, 7):
+        q = torch.randn(1, 1, length, 4)
+        assert torch.equal(compiled(q), function(q))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_gradients_of_training_steps_with_new_documents() -> None:
+    """With sinks, a bias and dropout beside them: all are inputs of one graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    bias, sinks = torch.randn(2, 1, 12), torch.randn(2)
+
+    def step(q: Any, bias: Any, sinks: Any, mask: Any, seed: Any) -> Any:
+        score, more = tilefold.bias(bias), {"sinks": sinks, "dropout": 0.2, "seed": seed}
+        return attention(q, q, q, mask=mask, score=score, **more).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for number in STEPS:
+        mask = documents(ids(number), causal=True) & local(4)
+        found = []
+        for run in (compiled, step):
+            leaves = [x.clone().requires_grad_() for x in (Q, bias, sinks)]
+            run(*leaves, mask, number).backward()
+            found.append([x.grad for x in leaves])
+        for got, want in zip(*found, strict=True):
+            assert torch.equal(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the seed, then any seed
+
+
+def test_a_mask_is_checked_when_the_graph_runs() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(made(lengths), fullgraph=True, backend="aot_eager")
+    compiled(Q, torch.tensor([3, 4]))
+    with pytest.raises(ValueError, match=r"n_k must be at most len_k=12, got 13"):
+        compiled(Q, torch.tensor([3, 13]))
+    with pytest.raises(ValueError, match=r"integers >= 0, got -1 among them"):
+        compiled(Q, torch.tensor([-1, 3]))
+    with pytest.raises(ValueError, match="is for a batch of 3, but batch is 2"):
+        compiled(Q, torch.tensor([1, 2, 3]))
+
+
+def test_rules_that_leave_their_graph_stay_rules() -> None:
+    torch._dynamo.reset()
+
+    @torch._dynamo.disable
+    def eagerly(q: Any, mask: Any) -> Any:
+        return attention(q, q, q, mask=mask)
+
+    def function(q: Any, n: Any) -> Any:
+        return eagerly(q, lengths(n) & rule(lambda q, k: q >= k))
+
+    n = torch.tensor([3, 9])
+    compiled = torch.compile(function, backend="aot_eager")
+    assert torch.equal(compiled(Q, n), function(Q, n))
+
+
+class Model(torch.nn.Module):
+    def forward(self, q: Any, n: Any) -> Any:
+        return attention(q, q, q, mask=lengths(n) & causal() & documents([0] * 5 + [1] * 7))
+
+
+@pytest.mark.feature("T09")
+@pytest.mark.filterwarnings("ignore")  # torch's own: jit.trace is old, and keeps the known array
+def test_exported_programs_are_saved_and_loaded(tmp_path: Path) -> None:
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)
+    n = torch.tensor([3, 9])
+    program = torch.export.export(Model(), (Q, n))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for other in (n, torch.tensor([12, 1])):
+        assert torch.equal(loaded(Q, other), Model()(Q, other))
+    traced = torch.jit.trace(Model(), (Q, n), check_trace=False)
+    assert torch.equal(traced(Q, torch.tensor([12, 1])), Model()(Q, torch.tensor([12, 1])))
+    assert torch.equal(copy.deepcopy(loaded)(Q, n), Model()(Q, n))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its serialisation
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++ by g++")
+def test_a_package_of_aot_inductor(tmp_path: Path) -> None:
+    n = torch.tensor([3, 9])
+    program = torch.export.export(Model(), (Q, n))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/model.pt2")
+    model = torch._inductor.aoti_load_package(path)
+    for other in (n, torch.tensor([12, 1])):
+        assert torch.equal(model(Q, other), Model()(Q, other))
