@@ -16,7 +16,8 @@ PACKAGE = ROOT / "tilefold"
 
 HOUSE = """
 common masks scores problems planning backends frontends implementations maps api compiling
-torch transformers jax tensorflow metal triton layers keras measuring commands cli __main__
+torch transformers diffusers jax tensorflow metal triton layers keras measuring commands cli
+__main__
 """
 
 
