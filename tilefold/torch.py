@@ -8,13 +8,23 @@ torch.Size([1, 4, 128, 64])
 
 The functions have the names, the arguments and the meanings of those that they stand for.
 `tilefold.attention` takes tensors too, and says more: rules in place of masks, scores, and sinks.
+
+`enable()` puts tilefold in the place of torch's own attention, for models as they are:
+
+>>> with tilefold.torch.enabled():
+...     o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+>>> tilefold.torch.stats()["hits"] > 0
+True
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 from torch import Tensor
 
-from tilefold.frontends.torch import sdpa
+from tilefold.frontends.torch import overrides, sdpa
 from tilefold.frontends.torch.flash import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -29,6 +39,9 @@ from tilefold.frontends.torch.flex.block_mask import create_block_mask
 
 __all__ = [
     "create_block_mask",
+    "disable",
+    "enable",
+    "enabled",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -38,6 +51,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "flex_attention",
     "scaled_dot_product_attention",
+    "stats",
 ]
 
 
@@ -94,3 +108,67 @@ def scaled_dot_product_attention(
         scale=scale,
         enable_gqa=enable_gqa,
     )
+
+
+def enable() -> None:
+    """Let torch's `scaled_dot_product_attention` run tilefold's kernels, in the whole process.
+
+    >>> import torch
+    >>> import tilefold.torch
+    >>> tilefold.torch.enable()
+    >>> layer = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    >>> x = torch.randn(2, 16, 32)
+    >>> layer(x, x, x, need_weights=False)[0].shape
+    torch.Size([2, 16, 32])
+    >>> tilefold.torch.disable()
+
+    It serves tensors on the processor, in every thread: in models of torch, transformers, diffusers
+    and others that call the function, also compiled ones. Tensors on other devices are not
+    concerned. What tilefold cannot do goes to torch's own kernels, and a RuntimeWarning says so
+    once for each reason; `stats` counts. A second `enable` changes nothing.
+
+    Masks in memory that are causal, windows, padding or blocks are recognised, and what they hide
+    is skipped. With dropout other weights fall out than in torch, by torch's generator. The layers
+    of torch that have a fast path without this function (`torch.backends.mha`) leave it meanwhile.
+
+    From torch 2.13 on this is `torch.nn.attention.activate_flash_attention_impl("tilefold")`.
+    """
+    overrides.enable()
+
+
+def disable() -> None:
+    """Undo `enable`. In blocks of `enabled` that run, tilefold stays until they end.
+
+    >>> import tilefold.torch
+    >>> tilefold.torch.disable()  # nothing happens where it was not enabled
+    """
+    overrides.disable()
+
+
+def enabled() -> AbstractContextManager[None]:
+    """A block in which tilefold is enabled, in the whole process; afterwards it is as before.
+
+    >>> import torch
+    >>> import tilefold.torch
+    >>> q = k = v = torch.randn(1, 4, 128, 64)
+    >>> with tilefold.torch.enabled():
+    ...     o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    Blocks may lie in each other, and run in several threads: tilefold stays until the last ends.
+    """
+    return overrides.enabled()
+
+
+def stats() -> dict[str, Any]:
+    """What became of the calls of torch's attention since the process began.
+
+    >>> import tilefold.torch
+    >>> sorted(tilefold.torch.stats())
+    ['hits', 'misses', 'reasons']
+
+    Returns:
+        A dict. "hits": the calls that tilefold computed. "misses": those that it left to torch.
+        "reasons": why, each with its number of calls. Calls of compiled programs that are no flash
+        operator of torch are not seen, and are not counted.
+    """
+    return overrides.stats()

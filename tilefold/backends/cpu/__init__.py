@@ -20,6 +20,7 @@ plan      problem and device to kernels, work items and runs
 growth    the plan of one more key, made from the plan before
 dispatch  a plan made ready for arrays, and run
 native    a prepared call as a record that runs without Python
+scan      masks in memory, read for the keys that queries see
 calls     the processor as a machine
 peak      what the processor reaches at most, measured
 """

@@ -13,7 +13,10 @@ transforms   tensors in the transforms of `torch.func`, and dual numbers
 extended     tensors beside q, k and v
 parts        tensors that lie in parts on several processes
 calls        the frontend: which of these ways a call takes
+recognised   masks in memory that are rules
 sdpa         scaled_dot_product_attention, with torch's meaning
 flash        the functions of the package flash_attn
 flex         FlexAttention: functions of scalar tensors, traced to rules and scores
+direct       repeated calls of plain tensors by the shortest way
+overrides    tilefold in the place of torch's own attention
 """

@@ -14,10 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilefold.backends.extra import taken_apart
+from tilefold.backends.extra import NOTHING, Extra, taken_apart
 from tilefold.frontends.torch import calls
-from tilefold.masks.position_rules import causal, full
+from tilefold.frontends.torch.autocast import cast
+from tilefold.frontends.torch.observed import recorded, unobserved
+from tilefold.frontends.torch.recognised import rule_of
+from tilefold.masks.data_rules import Dense
+from tilefold.masks.position_rules import Rule, causal, full
+from tilefold.masks.tables import Given
 from tilefold.scores.modifications import bias
+from tilefold.scores.score import Score
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -35,24 +41,55 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """See `tilefold.torch.scaled_dot_product_attention`."""
     _check(query, key, value, attn_mask, dropout_p, is_causal)
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = _cast(query, key, value)
+    query, key, value = cast(query, key, value)
     _check_types(query, key, value, attn_mask)
     q, k, v, batch = _four(query, key, value, enable_gqa)
-    score = None
+    rule, score, data = causal("start") if is_causal else full(), None, NOTHING
     if attn_mask is not None:
         pairs = *batch, q.shape[1], q.shape[2], k.shape[2]
-        score = bias(_additive(_mask_of_four(attn_mask, pairs), q.dtype))
+        rule, score, data = _masked(rule, _mask_of_four(attn_mask, pairs), q, k, v)
     chance = calls.chance_of(dropout_p) if 0 < dropout_p < 1 else 0.0
-    rule = causal("start") if is_causal else full()
-    request = calls.request_of(rule, scale, "bhnd", "highest")
+    given, turned = (q, k, v), _heads_first(q)
+    if turned:  # so o lies as q does, and later layers need no copy of it
+        given = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    request = calls.request_of(rule, scale, "bnhd" if turned else "bhnd", "highest")
     seed = calls.seed_of(None, q) if chance else None
     request, extra = taken_apart(request, score, None, chance, seed, calls.extended_request)
-    o = calls.attention(q, k, v, request, extra)[0]
+    extra = Extra(data.names + extra.names, data.arrays + extra.arrays)
+    o = calls.attention(*given, request, extra)[0]
+    if turned:
+        o = o.transpose(1, 2)
     if dropout_p == 1:
         o = torch.dropout(o, 1.0, train=True)
     axes = max(query.ndim, key.ndim, value.ndim)
     return o if axes == 4 else o.reshape(*batch, *o.shape[4 - min(axes, 3) :])
+
+
+def _masked(
+    rule: Rule, mask: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Rule, Score | None, Extra]:
+    """The rule, the score and the operands of a call with a mask of four axes beside a rule.
+
+    A mask that is a rule is read once. Another one is read by the kernels: of bool as an operand of
+    the rule, or as what it adds to scores, where gradients are wanted: these then have derivatives.
+    Either way it is neither hashed nor planned.
+    """
+    here = unobserved(q, k, v, mask) and q.is_cpu
+    if here and not recorded(mask):
+        sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        found = rule_of(mask, sizes, q.shape[3] + v.shape[3])
+        if found is not None:
+            return rule & found if rule != full() else found, None, NOTHING
+        if mask.dtype == torch.bool and not recorded(q, k, v):
+            table = Given(tuple(mask.shape), "bool", 0, 1)
+            seen = Dense(table)
+            return rule & seen, None, Extra((table.name,), (mask,))
+    return rule, bias(_additive(mask, q.dtype)), NOTHING
+
+
+def _heads_first(q: Tensor) -> bool:
+    """True for a view (batch, length, heads, dim).transpose(1, 2), as layers make it."""
+    return q.ndim == 4 and not torch.compiler.is_compiling() and q.stride(1) < q.stride(2)
 
 
 class Fitted(NamedTuple):
@@ -90,21 +127,10 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             f" {q.dtype}, {k.dtype} and {v.dtype}"
         )
     allowed = (torch.bool, torch.float32, q.dtype)
-    if mask is not None and mask.dtype not in allowed and not _casts(mask):
+    if mask is not None and mask.dtype not in allowed and cast(mask)[0].dtype != q.dtype:
         raise RuntimeError(
             f"attn_mask must be of bool, of float32, or of query's {q.dtype}, got {mask.dtype}"
         )
-
-
-def _casts(x: Tensor) -> bool:
-    """True if autocast takes a tensor, as it takes floats of all types but float64."""
-    floats = x.is_floating_point() and x.dtype != torch.float64
-    return floats and torch.is_autocast_enabled(x.device.type)
-
-
-def _cast(*given: Tensor) -> list[Tensor]:
-    """Tensors in the type of autocast, where it takes them."""
-    return [x.to(torch.get_autocast_dtype(x.device.type)) if _casts(x) else x for x in given]
 
 
 def _four(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Fitted:

@@ -1,0 +1,225 @@
+"""Calls of plain tensors on the processor by the shortest way, with results that lie as asked.
+
+Torch's own operators promise how their results lie in memory, and take 4 us for a small call. So a
+call that was made before is found by its options and by how its tensors lie, and runs at once: one
+that a single thread computes as a record, without the interpreter's part in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilefold.backends import calls
+from tilefold.backends.arrays import torch as arrays
+from tilefold.backends.cpu import native
+from tilefold.backends.cpu.dispatch import Call
+from tilefold.backends.protocols import BACKWARD, FORWARD, Pass, Placement
+from tilefold.backends.registry import backend
+from tilefold.common import generation
+from tilefold.common.lru import LruCache
+from tilefold.frontends.torch import tensors
+from tilefold.masks.position_rules import causal, full
+from tilefold.problems.request import LAYOUTS, Request
+
+Key = tuple[Any, ...]
+Tensors = tuple[Tensor, ...]
+Lie = tuple[Sequence[int], Sequence[int], torch.dtype]
+"""The sizes, the strides and the type of a tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """A prepared call: `run` takes the addresses of its operands.
+
+    Without `prepared` no query meets a key. `like`: whether the first result lies as q does. A
+    small call writes lse that nobody asks for into `scratch`; several threads may.
+    """
+
+    run: Callable[..., None]
+    results: tuple[Lie, ...]
+    like: bool
+    scratch: Tensor | None
+    prepared: Any
+
+
+_ways: LruCache[Way] = LruCache(most=128, most_bytes=2**28)
+_newest: LruCache[Way] = LruCache(most=64, most_bytes=2**24)
+"""The newest forward call of each kind, whatever its keys, as in `backends.calls`."""
+
+_LOWEST = 2**36
+"""Addresses below it are checked, as in `tensors`."""
+
+_FORWARD, _BACKWARD = (each.plus(("input0",)) for each in (FORWARD, BACKWARD))
+
+
+@lru_cache(maxsize=256)
+def plain_request(is_causal: bool, scale: float | None) -> Request:
+    """The request of these options alone. Raises ValueError for a scale that is not finite."""
+    return Request(causal("start") if is_causal else full(), scale)
+
+
+def output(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, grouped: bool
+) -> Tensor | None:
+    """o of a small call that was made before, which lies as q does; None for other calls.
+
+    `grouped`: whether heads of keys may be fewer.
+    """
+    way = _ways.get(_key(q, k, v, is_causal, scale, grouped))
+    if way is None or way.scratch is None:
+        return None
+    a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if (a | b | c) & 7 or a < _LOWEST or b < _LOWEST or c < _LOWEST:
+        return None
+    o = torch.empty_like(q) if way.like else _empty(way.results[0])
+    way.run(a, b, c, o.data_ptr(), way.scratch.data_ptr())
+    return o
+
+
+def _empty(lie: Lie) -> Tensor:
+    sizes, steps, kind = lie
+    return torch.empty_strided(sizes, steps, dtype=kind)
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Key:
+    lie = q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()
+    return (*lie, q.dtype, k.dtype, v.dtype, generation.number, *options)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    grouped: bool = True,
+) -> Tensors:
+    """o, which lies as q does, and lse, in which the heads of a query lie side by side."""
+    key = _key(q, k, v, is_causal, scale, grouped)
+    way = _ways.get(key)
+    if way is None:
+        way = _new_forward(key, (q, k, v), plain_request(is_causal, scale))
+    a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    few = a < _LOWEST or b < _LOWEST or c < _LOWEST
+    if few or (a | b | c) & 7 or way.prepared is None:
+        return _run(way, (q, k, v))
+    o = torch.empty_like(q) if way.like else _empty(way.results[0])
+    lse = _empty(way.results[1])
+    way.run(a, b, c, o.data_ptr(), lse.data_ptr())
+    return o, lse
+
+
+def forward_masked(
+    q: Tensor, k: Tensor, v: Tensor, request: Request, bias: Tensor | None
+) -> Tensors:
+    """The same with a request; `bias` is the array of its score."""
+    given = (q, k, v) if bias is None else (q, k, v, bias)
+    key = _key(q, k, v, request, bias is not None and (bias.shape, bias.stride(), bias.dtype))
+    way = _ways.get(key)
+    if way is None:
+        way = _new_forward(key, given, request)
+    return _run(way, given)
+
+
+def backward(given: Tensors, request: Request, bias: Tensor | None = None) -> Tensors:
+    """dq, dk and dv of do, q, k, v, o and lse; in them the heads of a position lie side by side."""
+    if bias is not None:
+        given = (*given, bias)
+    key = request, generation.number, arrays.layout_key(given)
+    way = _ways.get(key)
+    if way is None:
+        way = _new_backward(key, given, request)
+    return _run(way, given)
+
+
+def _run(way: Way, given: Tensors) -> Tensors:
+    addresses = [x.data_ptr() for x in given]
+    for address in addresses:
+        if address & 7 or address < _LOWEST:
+            given = tuple([_readable(x) for x in given])
+            addresses = [x.data_ptr() for x in given]
+            break
+    made = tuple([_empty(lie) for lie in way.results])
+    if way.prepared is None:
+        for x, number in zip(
+            made, (0.0, -torch.inf) if len(made) == 2 else (0.0,) * 3, strict=True
+        ):
+            x.fill_(number)
+    else:
+        way.run(*addresses, *[x.data_ptr() for x in made])
+    return made
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The tensor, or a copy whose items are aligned. Raises ValueError if its memory was freed."""
+    arrays.check_held("a tensor", x)
+    return x if x.data_ptr() % x.itemsize == 0 else x.clone()
+
+
+def _new_forward(key: Key, given: Tensors, request: Request) -> Way:
+    """A way that was not gone before; from the one of fewer or more keys, if there is one."""
+    q, k, v = given[:3]
+    size = (*q.shape[:3], v.shape[3])
+    o = torch.empty_like(q) if q.shape == size else q.new_empty(size)
+    lse = q.new_empty((size[0], size[2], size[1]), dtype=tensors.statistics(q)).transpose(1, 2)
+    rows = [(x.shape[:2], x.shape[3:], x.dtype) for x in (k, v)]
+    kind = q.shape, q.stride(), q.dtype, *rows, request, generation.number, key[-1]
+    before = _newest.get(kind)
+    wanted = FORWARD if len(given) == 3 else _FORWARD
+    way = _way(wanted, given, (o, lse), request, before and before.prepared)
+    if way.prepared is None:
+        return way
+    _newest.put(kind, way, way.prepared.data_bytes)
+    return _ways.put(key, way, way.prepared.data_bytes)
+
+
+def _new_backward(key: Key, given: Tensors, request: Request) -> Way:
+    results = [torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype) for x in given[1:4]]
+    way = _way(BACKWARD if len(given) == 6 else _BACKWARD, given, tuple(results), request, None)
+    return way if way.prepared is None else _ways.put(key, way, way.prepared.data_bytes)
+
+
+def _way(wanted: Pass, given: Tensors, results: Tensors, request: Request, before: Any) -> Way:
+    """The way of tensors that lie like these. Raises what `tilefold.attention` raises for them."""
+    machine = tensors.machine_of(given[0])
+    problem = calls.described(machine, wanted, request, arrays, given).problem
+    lie = tuple([(x.shape, x.stride(), x.dtype) for x in results])
+    if problem.empty:
+        return Way(_nothing, lie, False, None, None)
+    every = zip(wanted.operands, (*given, *results), strict=True)
+    strides = {name: x.stride() for name, x in every}
+    prepared: Any = None
+    if before is not None:
+        prepared = before.with_keys(problem, {name: strides[name] for name in ("k", "v")})
+    if prepared is None:
+        placement = Placement(strides, 0, LAYOUTS[request.layout])
+        prepared = backend(machine.backend).prepare(machine, problem, wanted, placement)
+    like = given[0].shape == results[0].shape
+    if prepared.alone:
+        return Way(_record(prepared, len(strides)), lie, like, results[1], prepared)
+    return Way(prepared.run, lie, like, None, prepared)
+
+
+def _nothing(*addresses: int) -> None:
+    """Run no kernel."""
+
+
+def _record(call: Call, operands: int) -> Callable[..., None]:
+    """What runs a call of one thread as a record, with the interpreter's lock: for microseconds."""
+    made = native.native_call(call, operands)
+    at, pack = made.address, struct.Struct(f"{operands}q").pack
+    function = ctypes.PYFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_char_p)(native.runner())
+
+    def run(*addresses: int, kept: Any = made) -> None:
+        if function(at, pack(*addresses)):
+            raise MemoryError("there is no memory for the scratch of a call of attention")
+
+    return run
