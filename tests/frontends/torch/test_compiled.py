@@ -174,3 +174,33 @@ def test_a_package_of_aot_inductor(tmp_path: Path) -> None:
     model = torch._inductor.aoti_load_package(path)
     for other in (n, torch.tensor([12, 1])):
         assert torch.equal(model(Q, other), Model()(Q, other))
+
+
+def mapped(q: Any, n: Any, bias: Any) -> Any:
+    """Each entry of an axis has lengths and a bias of its own."""
+    call = torch.vmap(lambda q, n, b: attention(q, q, q, mask=lengths(n), score=tilefold.bias(b)))
+    return call(q, n, bias)
+
+
+def loss(q: Any) -> Any:
+    return attention(q, q, q, mask=lengths([5, 12])).square().sum()
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_transforms_inside_of_compiled_functions(fullgraph: bool) -> None:
+    """`vmap` stays in the graph; what is differentiated in it leaves, and fullgraph says so."""
+    torch._dynamo.reset()
+    q, n, bias = torch.stack([Q, Q + 1]), torch.tensor([[3, 4], [12, 1]]), torch.randn(2, 2, 1, 12)
+    options: dict[str, Any] = {"backend": "aot_eager", "fullgraph": fullgraph}
+    for got, *given in zip(torch.compile(mapped, **options)(q, n, bias), q, n, bias, strict=True):
+        entry, of_entry, its = given
+        score = tilefold.bias(its)
+        assert torch.equal(got, attention(*[entry] * 3, mask=lengths(of_entry), score=score))
+    gradient = torch.func.grad(loss)
+    for function, leaf in ((gradient, Q), (torch.vmap(gradient), q)):
+        compiled = torch.compile(function, **options)
+        if fullgraph:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="are no part of a graph"):
+                compiled(leaf)
+        else:
+            assert torch.equal(compiled(leaf), function(leaf))

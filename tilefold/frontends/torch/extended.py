@@ -45,7 +45,7 @@ def attention(
         run = _ExtendedAttention.apply if recorded(*given) else tensors.forward_extended
         o, lse, _, *rest = run(request, further, *given)
         return (o, lse, *rest)
-    if untraceable(vectorised=False):
+    if untraceable():
         results: tuple[Tensor, ...] = outside.extended_attention(q, k, v, request, extra, further)
         return results
     tensors.check(q=q, k=k, v=v)
@@ -69,7 +69,7 @@ def attention_backward(
     extra: Extra,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, and the gradients of all arrays that have one."""
-    if untraceable(vectorised=False):
+    if untraceable():
         results: tuple[Tensor, ...] = outside.extended_backward(
             do, q, k, v, o, lse, request, lse_low, dlse, extra
         )

@@ -56,15 +56,26 @@ def require_operators() -> None:
         )
 
 
-def untraceable(*, vectorised: bool = True) -> bool:
-    """True where a compiler traces forward mode, in which operators lose tangents without a word.
+def untraceable() -> bool:
+    """True where a compiler traces what operators of Python cannot do: functions leave its graph.
 
-    Also in transforms of `torch.func`, unless the operator is `vectorised`.
+    In forward mode they lose tangents without a word, and `torch.func.grad` refuses them.
     """
     if not torch.compiler.is_compiling():
         return False
-    active = torch._C._are_functorch_transforms_active() and not vectorised
-    return bool(active) or forward_ad._current_level >= 0
+    active = torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or (bool(active) and _differentiated())
+
+
+def _differentiated() -> bool:
+    """True if a transform around a call is another one than `vmap`."""
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(each.key() != functorch.TransformType.Vmap for each in stack)
+
+
+# The compiler runs it while it traces, within the same transforms.
+_differentiated._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _transformed() -> bool:

@@ -6,7 +6,9 @@ when it is first asked for, and a compiler asks first.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -30,9 +32,25 @@ def __getattr__(name: str) -> Any:
         reason = f"only PyTorch 2.12 or newer has operators, found {torch.__version__}"
     function, disable = _functions[name], torch.compiler.disable
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
         """Run the function with requests that a compiler has taken apart for its graph."""
-        return function(*[x.request() if hasattr(x, "request") else x for x in args])
+        return function(*[x.request() if hasattr(x, "request") else x for x in args], **options)
 
     found = globals()[name] = disable(run, reason=reason)  # type: ignore[no-untyped-call]
     return found
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function that PyTorch calls back: a compiler that is at work does not trace it."""
+    disabled: list[Callable[..., Any]] = []
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if not disabled:
+            disable: Any = torch.compiler.disable
+            disabled.append(disable(function, reason="PyTorch calls it back"))
+        return disabled[0](*args)
+
+    return run

@@ -25,6 +25,7 @@ from tilefold.frontends.torch.derivatives.attention import move, pull, push
 from tilefold.frontends.torch.derivatives.sums import nested
 from tilefold.frontends.torch.joined import with_sinks
 from tilefold.frontends.torch.observed import OPERATORS, unobserved
+from tilefold.frontends.torch.outside import uncompiled
 from tilefold.masks.expression import names
 from tilefold.masks.repeated import repeated
 from tilefold.problems.request import LAYOUTS, Request
@@ -79,6 +80,7 @@ class _Forward(torch.autograd.Function):
     """The forward pass. The results after lse are no functions of the inputs to autograd."""
 
     @staticmethod
+    @uncompiled
     def forward(request: Request, further: tuple[str, ...], *given: Tensor) -> Tensors:
         if not OPERATORS or unobserved(*given):
             o, lse, low, *rest = tensors.forward_extended(request, further, *given)
@@ -98,6 +100,7 @@ class _Forward(torch.autograd.Function):
         ctx.save_for_forward(*output[:3], *given)
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, *_: None) -> Any:
         o, lse, low, q, k, v, *arrays = ctx.saved_tensors
         given = torch.zeros_like(o) if do is None else do, q, k, v, o, lse
@@ -109,12 +112,14 @@ class _Forward(torch.autograd.Function):
         return (None, None, dq, dk, dv, *spread(more, wanted))
 
     @staticmethod
+    @uncompiled
     @nested
     def jvp(ctx: Any, saved: Sequence[Any], *tangents: Tensor | None) -> Any:
         o, lse, _, q, k, v, *arrays = saved
         return (*move((q, k, v, o, lse), arrays, ctx.request, tangents[2:]), None, None)
 
     @staticmethod
+    @uncompiled
     def vmap(info: Any, in_dims: Any, request: Request, further: Any, *given: Any) -> Any:
         def call(request: Request, *given: Any) -> Any:
             apply: Any = _Forward.apply
@@ -127,6 +132,7 @@ class _Backward(torch.autograd.Function):
     """The backward pass."""
 
     @staticmethod
+    @uncompiled
     def forward(
         request: Request,
         wanted: tuple[bool, ...],
@@ -148,6 +154,7 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_forward(dlse, *given)
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *slopes: Tensor | None) -> Any:
         dlse, *given = ctx.saved_tensors
         asked = ctx.needs_input_grad[10:]
@@ -157,6 +164,7 @@ class _Backward(torch.autograd.Function):
         return (None, None, of_dlse, None, *of_given, *of_arrays)
 
     @staticmethod
+    @uncompiled
     @nested
     def jvp(ctx: Any, saved: Sequence[Any], *tangents: Tensor | None) -> Any:
         dlse, *given = saved
@@ -166,6 +174,7 @@ class _Backward(torch.autograd.Function):
         return (dq, dk, dv, *[x for x, asked in zip(more, ctx.wanted, strict=True) if asked])
 
     @staticmethod
+    @uncompiled
     def vmap(info: Any, in_dims: Any, request: Request, wanted: Any, *given: Any) -> Any:
         def call(request: Request, *given: Any) -> Any:
             apply: Any = _Backward.apply
