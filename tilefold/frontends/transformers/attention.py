@@ -96,7 +96,7 @@ class Seen(NamedTuple):
     arrays: tuple[Tensor, ...] = _NONE
     bias: Tensor | None = None
 
-    def request(self, scale: float | None) -> Request:
+    def request(self, scale: float | None) -> Any:
         """The request of a layer that scales its scores in this way."""
         return request_of(self.rule, scale)
 
