@@ -336,6 +336,73 @@ def test_an_implementation_may_change_later_and_for_a_part() -> None:
     assert torch.isfinite(expected).all()
 
 
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss", "modernbert"])
+def test_a_compiled_model_takes_a_new_padding_without_another_graph(name: str) -> None:
+    import torch
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, other = MODELS[name].build("tilefold"), MODELS[name].build("eager")
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    inputs = MODELS[name].inputs()
+    if name in ("mistral", "gpt_oss"):
+        inputs["use_cache"] = False
+    for _ in range(2):
+        shown = inputs["attention_mask"].bool()
+        rows = []
+        for function, whose in ((step, model), (other, other)):
+            whose.zero_grad()
+            values = function(**inputs)[0][shown]
+            values.square().sum().backward()
+            rows.append([values, *[p.grad for p in whose.parameters() if p.grad is not None]])
+        for found, expected in zip(*rows, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
+        inputs["attention_mask"] = inputs["attention_mask"].flip(0)
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_model_takes_packed_sequences() -> None:
+    import torch
+
+    torch._dynamo.reset()
+    ids, model = ids_of(1), llama()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    cu = torch.tensor([0, 3, 7, 9], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]])
+    expected = model(ids, position_ids=positions, use_cache=False).logits
+    given = {"position_ids": positions, "use_cache": False}
+    close(step(ids, **given).logits, expected)
+    close(step(ids, **given, cu_seq_lens_q=cu, cu_seq_lens_k=cu).logits, expected)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="pass one tensor as cu_seq_lens_q"):
+        step(ids, **given, cu_seq_lens_q=cu, cu_seq_lens_k=cu + 0)
+
+
+def test_a_compiled_step_decodes_from_a_static_cache() -> None:
+    import torch
+    from transformers import StaticCache
+
+    torch._dynamo.reset()
+    inputs, rows = MODELS["llama"].inputs(), []
+    for attention in ("eager", "tilefold"):
+        model = llama(attention)
+        cache = StaticCache(config=model.config, max_cache_len=14)
+        shown = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
+        with torch.no_grad():
+            made = model(inputs["input_ids"], attention_mask=shown[:, :9], past_key_values=cache)
+            step = model if attention == "eager" else torch.compile(model, backend="aot_eager")
+            found = []
+            for n in range(10, 13):
+                made = step(
+                    made.logits[:, -1:].argmax(-1),
+                    attention_mask=shown * (torch.arange(14) < n),
+                    past_key_values=cache,
+                )
+                found.append(made.logits)
+        rows.append(torch.cat(found))
+    close(rows[1], rows[0])
+
+
 def test_continuous_batching_runs_where_tilefold_replaces_sdpa(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -43,7 +43,7 @@ def is_of_torch(value: Any) -> bool:
 
 def unwrapped(value: Any) -> Any:
     """The tensor of a variable of Keras, which keeps its gradient; other values as they are."""
-    if type(value).__module__.partition(".")[0] == "keras" and hasattr(value, "value"):
+    if hasattr(value, "value") and type(value).__module__.partition(".")[0] == "keras":
         return value.value
     return value
 

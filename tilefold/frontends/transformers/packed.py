@@ -10,12 +10,13 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tilefold.masks.data_rules import documents
 from tilefold.masks.expression import Index, Lookup, Table
-from tilefold.masks.position_rules import Rule
+from tilefold.masks.position_rules import Rule, local
 from tilefold.masks.traced import Traced
 
 
@@ -26,6 +27,8 @@ def packed(
 
     Raises ValueError for lengths that do not fit together.
     """
+    if torch.compiler.is_compiling():
+        return _traced(cu_q, cu_k, len_q, causal, window)
     sides = [cu.detach().cpu().numpy().astype(np.int64) for cu in (cu_q, cu_k)]
     for name, cu, length in zip(("q", "k"), sides, (len_q, len_k), strict=True):
         if cu.ndim != 1 or not cu.size or (np.diff(cu) < 0).any() or cu[0] or cu[-1] > length:
@@ -54,6 +57,20 @@ def _rule(
         Lookup(Table(at), (Index(name),)) for at, name in zip(from_end, ("q", "k"), strict=True)
     )
     return rule & Traced(k - q < window, ("q", "k"))
+
+
+def _traced(cu_q: Tensor, cu_k: Tensor, length: int, causal: bool, window: int | None) -> Rule:
+    """The rule in a function that is compiled, where nobody knows the lengths."""
+    if cu_q is not cu_k:
+        raise NotImplementedError(
+            "a compiled function takes packed sequences that have as many keys as queries: pass one"
+            " tensor as cu_seq_lens_q and cu_seq_lens_k"
+        )
+    at = torch.arange(length, device=cu_q.device)
+    rule = documents(torch.bucketize(at, cu_q[1:], right=True).to(torch.int32), causal=causal)
+    if window is None:
+        return rule
+    return rule & local(window, causal=causal)
 
 
 def _ids(cu: NDArray[np.int64], length: int, past: int) -> NDArray[np.int32]:
