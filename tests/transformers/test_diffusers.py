@@ -97,3 +97,32 @@ def test_a_flux_transformer_runs_on_it() -> None:
         )
     for ours, theirs in zip(*reversed(found), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_older_models_run_by_enable() -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    import tilefold.torch
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+    given = torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.randn(1, 6, 16)
+    with torch.inference_mode():
+        expected = model(*given).sample
+        before = tilefold.torch.stats()["hits"]
+        with tilefold.torch.enabled():
+            found = model(*given).sample
+    assert tilefold.torch.stats()["hits"] >= before + 8
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tilefold.backends.extra import NOTHING, Extra, taken_apart
 from tilefold.backends.protocols import FORWARD
-from tilefold.frontends.torch import calls, tensors
+from tilefold.frontends.torch import calls, recognised, tensors
 from tilefold.frontends.torch.autocast import autocasts
 from tilefold.frontends.torch.observed import recorded, unobserved
 from tilefold.frontends.transformers.packed import packed
@@ -23,7 +23,6 @@ from tilefold.masks.arrays import as_traced
 from tilefold.masks.data_rules import Dense, dense
 from tilefold.masks.given import form_of
 from tilefold.masks.position_rules import Rule, causal, full
-from tilefold.problems.request import Request
 from tilefold.scores.modifications import bias
 from tilefold.scores.modifications import softcap as softcap_of
 from tilefold.scores.score import Score
@@ -70,7 +69,7 @@ def attention(
         check_keys(attention_mask, key)
         seen = attention_mask
     else:
-        seen = _by_tensor(attention_mask, key)
+        seen = _by_tensor(attention_mask, query, key, value)
     if seen.keys is not None:
         first, end = seen.keys
         key, value = key[:, :, first:end], value[:, :, first:end]
@@ -111,7 +110,7 @@ def _extended(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    request: Request,
+    request: Any,
     arrays: tuple[Tensor, ...],
     scores: list[Score] | None,
     sinks: Tensor | None,
@@ -153,15 +152,24 @@ def _unmasked(query: Tensor, key: Tensor, is_causal: bool) -> Seen:
 _ALL, _PAST = Seen(full()), Seen(causal())
 
 
-def _by_tensor(mask: Tensor, key: Tensor) -> Seen:
-    """What a caller's own mask says: bool, or floats that are added to the scores."""
-    if mask.shape[-1] > key.shape[2]:
+def _by_tensor(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Seen:
+    """What a caller's own mask says: bool, or floats that are added to the scores.
+
+    One that is a rule is read once: see `recognised`. Another one is read by the kernels.
+    """
+    mask = mask[(None,) * (4 - mask.ndim)]
+    if mask.shape[3] > key.shape[2]:
         mask = mask[..., : key.shape[2]]
+    if unobserved(query, key, value, mask) and query.is_cpu and not recorded(mask):
+        pairs = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+        found = recognised.rule_of(mask, pairs, query.shape[3] + value.shape[3])
+        if found is not None:
+            return Seen(found)
     if mask.dtype != torch.bool:
         return Seen(full(), bias=mask)
     if torch.compiler.is_compiling():
         return Seen(dense(mask))
-    rule, arrays = form_of(Dense(as_traced("attention_mask", mask, (2, 3, 4), "bool")))
+    rule, arrays = form_of(Dense(as_traced("attention_mask", mask, (4,), "bool")))
     return Seen(rule, arrays=arrays)
 
 

@@ -192,7 +192,10 @@ def _traced(given: dict[str, Any]) -> Mask | Tensor | None:
 
 
 def _traced_rule(given: dict[str, Any]) -> Rule | None:
-    """The rule of a function over positions alone; None where that is not known."""
+    """The rule of a function over positions alone; None where that is not known.
+
+    Transformers allows to skip a mask only where nothing but a window joins it.
+    """
     function, window = given["mask_function"], given.get("local_size")
     together = given["q_offset"] + given["q_length"] == given["kv_offset"] + given["kv_length"]
     if function is BIDIRECTIONAL:
@@ -201,8 +204,11 @@ def _traced_rule(given: dict[str, Any]) -> Rule | None:
         return None
     if function is CAUSAL:
         return causal()
-    undisturbed = given.get("allow_is_causal_skip", True) and not given.get("use_vmap", False)
     chunk = getattr(given.get("config"), "attention_chunk_size", None)
-    if undisturbed and window is not None and window != chunk:
+    if window is None or window == chunk or given.get("use_vmap", False):
+        return None
+    if given.get("allow_is_causal_skip", True):
         return causal() & local(window)
+    if given.get("allow_is_bidirectional_skip", False):
+        return local(window + 1)
     return None
