@@ -130,9 +130,6 @@ _FLAGS = '{"table":["bool",[4],"AAAAAA=="]}'
 _FULL = '{"Full":[]}'
 
 HOSTILE = {
-    "entries by any index": _hostile(
-        f'{{"Rule":[{{"node":["Compare",[">="],[{_FAR},{_INDEX}]]}},["q"]]}}'
-    ),
     "a table of another type": _hostile(f'{{"Documents":[{_FLAGS},{_FLAGS},false]}}'),
     "a table of another rank": _hostile(
         f'{{"Lengths":[{_TABLE.replace("[1]", "[1,1]")},"right"]}}'
@@ -176,6 +173,13 @@ def test_a_text_that_tilefold_would_not_write_is_refused(name: str) -> None:
     with pytest.raises(ValueError) as caught:
         Operation.read(HOSTILE[name])
     assert "\n" not in str(caught.value)
+
+
+def test_a_rule_that_reads_beyond_a_table_is_refused_when_it_meets_sizes() -> None:
+    rule = f'{{"Rule":[{{"node":["Compare",[">="],[{_FAR},{_INDEX}]]}},["q"]]}}'
+    operation = Operation.read(_hostile(rule))
+    with pytest.raises(IndexError, match=r"the mask reads the entries .* of axis 0 of a table"):
+        operation.native([((1, 1, 8, 8), "float32")] * 3)
 
 
 def test_as_many_sinks_as_the_request_says_are_read() -> None:

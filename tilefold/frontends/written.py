@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from tilefold.common.check import one_line, shown
 from tilefold.masks import nodes, traced
-from tilefold.masks.arrays import key_counts
+from tilefold.masks.arrays import INT32, key_counts
 from tilefold.masks.coordinates import Coordinates
 from tilefold.masks.data_rules import Dense, Documents, Lengths, dense, documents, lengths
-from tilefold.masks.graph import ordered
 from tilefold.masks.parts import Part
 from tilefold.masks.position_rules import Causal, Chunked, Full, Local, Prefix
 from tilefold.masks.repeated import Repeated
@@ -174,7 +173,15 @@ def _read(value: Any, holes: Holes) -> Any:
 
 
 def _table(part: Any) -> Any:
-    return Table(part.array) if isinstance(part, _Data) else part
+    """The table of an array that fills a hole. Raises ValueError for integers beyond 32 bits."""
+    if not isinstance(part, _Data):
+        return part
+    array = part.array
+    if array.dtype.kind in "iu" and array.size:
+        low, high = array.min(), array.max()
+        if low < INT32.min or high > INT32.max:
+            raise ValueError(f"integers must fit 32 bits, got numbers from {low} to {high}")
+    return Table(array.astype(np.int32) if array.dtype.kind in "iu" else array)
 
 
 def _ending(align: str, sync: None, grid_q: None, grid_k: None, lengths: Any) -> Coordinates:
@@ -224,9 +231,6 @@ def _check_tables(name: str, made: Any) -> None:
             if isinstance(table, Table | Given):
                 fits = table.dtype == dtype and len(table.shape) in ranks
                 _require(fits, f"{name} of {table}")
-    if name == "Rule":  # its own expressions look nothing up: only scores check indices
-        looks_up = any(isinstance(node, _LOOKUPS) for node, _ in ordered(made.expression))
-        _require(not looks_up, "a rule that looks entries up")
 
 
 _LOOKUPS = (nodes.Lookup, nodes.TruthLookup, nodes.RealLookup)

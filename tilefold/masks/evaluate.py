@@ -318,7 +318,7 @@ def _remainder(a: Any, b: Any, divisor: Any) -> Range:
 def index_bits(expression: Expression, batch: int, heads: int, len_q: int, len_k: int) -> int:
     """The width of integers, 32 or 64 bits, that holds every node at these sizes.
 
-    Raises OverflowError when 64 bits do not, and IndexError where a score reads beyond an array.
+    Raises OverflowError when 64 bits do not, and IndexError for what reads beyond an array.
 
     >>> from tilefold.masks.expression import (Index)
     >>> index_bits(Index("q") * Index("k") < 5, batch=1, heads=1, len_q=46341, len_k=46341)
@@ -328,13 +328,14 @@ def index_bits(expression: Expression, batch: int, heads: int, len_q: int, len_k
     """
     sizes = {"b": batch, "h": heads, "q": len_q, "k": len_k}
     extent = _Extent({name: (0, max(size - 1, 0)) for name, size in sizes.items()}, TableBounds({}))
-    extent.bounded = not isinstance(expression, Boolean) and 0 not in sizes.values()
+    extent.bounded = 0 not in sizes.values()
+    extent.language = "mask" if isinstance(expression, Boolean) else "score"
     try:
         evaluate(expression, extent)
     except _Beyond as error:
         low, high = error.args
         raise OverflowError(
-            f"the {'score' if extent.bounded else 'mask'} computes numbers from {low} to {high} at "
+            f"the {extent.language} computes numbers from {low} to {high} at "
             f"{batch=}, {heads=}, {len_q=}, {len_k=}; at most 64 bits are allowed"
         ) from None
     return 32 if extent.low >= -(2**31) and extent.high < 2**31 else 64
@@ -355,7 +356,8 @@ class _Extent(_Intervals):
     """
 
     low = high = 0
-    bounded = False  # whether look-ups are checked: those of a score are the caller's own
+    bounded = False  # whether look-ups are checked
+    language = "mask"
 
     def _see(self, low: int, high: int) -> Range:
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -381,11 +383,11 @@ class _Extent(_Intervals):
     def _check(self, table: Any, indices: tuple[Range | Certainty, ...]) -> None:
         for axis, (size, index) in enumerate(zip(table.shape, indices, strict=True)):
             low, high, _ = _range(index)
-            if low < 0 or high >= size:
+            if size is not None and (low < 0 or high >= size):
                 array = f"its array {table.number}" if isinstance(table, Input) else "a table"
-                reads = f"the score reads the entries {low} to {high} of axis {axis} of {array}"
+                entries = f"the entries {low} to {high} of axis {axis} of {array}"
                 keep = "keep the index in it by minimum() and maximum()"
-                raise IndexError(f"{reads}, which has {size}; {keep}")
+                raise IndexError(f"the {self.language} reads {entries}, which has {size}; {keep}")
 
     def other(self, kind: str, values: tuple[Range | Certainty, ...]) -> Range | Certainty:
         return _REAL

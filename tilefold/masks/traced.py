@@ -10,14 +10,17 @@ from typing import Any
 from tilefold.common.check import shorten, shown
 from tilefold.common.computed import computed
 from tilefold.common.foreign_arrays import compiled_by_torch
+from tilefold.masks.evaluate import index_bits
 from tilefold.masks.expression import (
     INDEX_NAMES,
     Boolean,
     Expression,
     Index,
+    Lookup,
     Real,
     RealBinary,
     RealConstant,
+    TruthLookup,
     as_boolean,
 )
 from tilefold.masks.graph import WRITTEN_OUT, hashed, ordered, same
@@ -32,6 +35,16 @@ class _Traced(Rule):
     def bind(self, len_q: int, len_k: int) -> Boolean:
         """The traced expression: raw indices need no lengths."""
         return self.expression
+
+    def check(self, batch: int, heads: int, len_q: int, len_k: int) -> None:
+        """Raises IndexError where the expression reads beyond a table."""
+        super().check(batch, heads, len_q, len_k)
+        if self._reads:
+            index_bits(self.expression, batch, heads, len_q, len_k)
+
+    @computed
+    def _reads(self) -> bool:
+        return any(isinstance(node, Lookup | TruthLookup) for node, _ in ordered(self.expression))
 
     @computed
     def _key(self) -> str | int:

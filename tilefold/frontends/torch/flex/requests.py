@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tilefold.backends.extra import NOTHING, Extra
 from tilefold.common.lru import LruCache
+from tilefold.frontends.torch import calls
 from tilefold.frontends.torch.flex.tracing import PARAMETERS, Traced, traced
 from tilefold.frontends.torch.observed import OPERATORS
 from tilefold.masks import traced as rules
@@ -41,8 +42,12 @@ def request_of(found: Traced, scale: float) -> tuple[Request, Extra]:
 
 
 def _inlined(found: Traced, scale: float) -> Any:
-    """The request in a graph that a compiler makes."""
-    raise NotImplementedError("flex_attention is no part of graphs of torch.compile yet")
+    """The request in a graph that a compiler makes: its tables are inputs of the graph."""
+    mask = None if found.mask is None else rules.Inlined(found.mask, PARAMETERS)
+    request: Any = calls.request_of(mask, scale, "bhnd", "highest")
+    if found.score is None:
+        return request
+    return request.extended(scores.Traced(found.score, ("s", *PARAMETERS)), 0, 0.0)
 
 
 def _kept(found: Traced, scale: float) -> Request:
@@ -94,7 +99,8 @@ def _filled(expression: Any, tables: list[Table]) -> Any:
 
 def _entries(tensor: Tensor) -> NDArray[Any]:
     """The entries of a tensor as tables have them."""
-    return tensor.detach().cpu().numpy()
+    dtype = torch.bool if tensor.dtype == torch.bool else torch.int32
+    return tensor.detach().to("cpu", dtype).numpy()
 
 
 def _same(table: Table, entries: NDArray[Any]) -> bool:

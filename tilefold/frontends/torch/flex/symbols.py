@@ -27,15 +27,11 @@ Again = Callable[..., Any]
 
 
 class Tracing:
-    """What a traced function has read: tensors, by the numbers of their tables.
-
-    `entries` are `tables` in the types that kernels read.
-    """
+    """What a traced function has read: tensors, by the numbers of their tables."""
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.tables: list[Tensor] = []
-        self.entries: list[Tensor] = []
 
     def input(self, tensor: Tensor) -> Input:
         """The table of floats that reads a tensor."""
@@ -46,10 +42,8 @@ class Tracing:
         """The table of integers or truths that reads a tensor."""
         truths = tensor.dtype == torch.bool
         place = _place(self.tables, tensor)
-        if place == len(self.entries):
-            self.entries.append(tensor if truths else tensor.to(torch.int32))
         dtype, (low, high) = ("bool", (0, 1)) if truths else ("int32", INT32)
-        return Given(tuple(tensor.shape), dtype, low, high, place, self.entries[place])
+        return Given(tuple(tensor.shape), dtype, low, high, place, tensor)
 
 
 def _place(tensors: list[Tensor], tensor: Tensor) -> int:

@@ -81,7 +81,7 @@ def traced(
     truths, score = _parted(truths, score)
     mask = None if not truths else truths[0] if len(truths) == 1 else Logic("&", tuple(truths))
     changed = None if isinstance(score, ScoreValue) else score
-    return Traced(mask, changed, tracing.entries, tracing.inputs)
+    return Traced(mask, changed, tracing.tables, tracing.inputs)
 
 
 def _index(tracing: Tracing, name: str, size: int) -> Symbol:
