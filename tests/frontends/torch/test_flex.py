@@ -16,6 +16,7 @@ import pytest
 import torch
 from paths import ROOT
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as theirs
 
 import tilefold.frontends.torch.flash
@@ -369,6 +370,63 @@ def test_scores_and_their_gradients(name: str) -> None:
     slopes = torch.autograd.grad((o * do).sum() + lse.square().sum(), leaves)
     wanted = (expected[0] * do).sum() + expected[1].square().sum()
     agree(slopes, torch.autograd.grad(wanted, leaves), 1e-9)
+
+
+COMPILED = ("alibi", "T5", "buckets", "waves", "documents", "flamingo", "floats")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_functions(name: str) -> None:
+    """The functions are traced with the graph; what they read are its inputs, and get gradients."""
+    case = SCORES[name]() if name in SCORES else Case(mask=MASKS[name])
+    given = inputs()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        aux = theirs.AuxRequest(lse=True)
+        options = {"mask_mod": case.mask, "return_aux": aux}
+        o, found = flex_attention(q, k, v, case.score, **options)
+        return o, found.lse
+
+    torch._dynamo.reset()
+    o, lse = step(*given)
+    expected, leaves = dense(*given, case)[:2], (*given, *case.leaves)
+    agree((o, lse), expected)
+    do = torch.randn_like(o)
+    slopes = torch.autograd.grad((o * do).sum(), leaves)
+    agree(slopes, torch.autograd.grad((expected[0] * do).sum(), leaves), 1e-9)
+
+
+def test_new_documents_run_the_same_graph() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, slopes: Tensor) -> Any:
+        def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+            return s - slopes[h] * (q - k)
+
+        def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+            return (ids[q] == ids[k]) & (q >= k)
+
+        blocks = create_block_mask(mask, None, None, q.shape[2], k.shape[2])
+        return flex_attention(q, k, v, score, blocks)
+
+    for number in range(4):
+        given, slopes = inputs(), torch.rand(HEADS, dtype=torch.float64, requires_grad=True)
+        ids = (torch.arange(LENGTH) + number) // (7 + number)
+
+        def score(s: Any, b: Any, h: Any, q: Any, k: Any, slopes: Tensor = slopes) -> Any:
+            return s - slopes[h] * (q - k)
+
+        def mask(b: Any, h: Any, q: Any, k: Any, ids: Tensor = ids) -> Any:
+            return (ids[q] == ids[k]) & (q >= k)
+
+        o, expected = step(*given, ids, slopes), dense(*given, Case(score, mask))[0]
+        agree((o,), (expected,))
+        pairs = (torch.autograd.grad(x.sum(), (given[0], slopes)) for x in (o, expected))
+        agree(*pairs, 1e-9)
+    assert counter.frame_count == 1
+    assert counter.graphs[0].code.count("attention_extended") >= 1
 
 
 def test_what_a_function_reads_is_never_stale() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tilefold.frontends.torch.flex.symbols import (
     FREE,
@@ -14,6 +15,7 @@ from tilefold.frontends.torch.flex.symbols import (
     Symbol,
     Tracing,
     Unexpressed,
+    constants,
     replayed,
     root_of,
 )
@@ -25,7 +27,6 @@ from tilefold.masks.expression import (
     RealLookup,
     Truth,
     TruthLookup,
-    as_integer,
 )
 
 MOST_VALUES = 2**22
@@ -82,7 +83,7 @@ def computed(name: str, function: Callable[..., Any], given: Sequence[Any]) -> S
 
     dtype = again(torch.zeros(1, dtype=torch.int64)).dtype
     kind, bounds = kind_of(dtype), INT32
-    if kind == "int" and not torch.compiler.is_compiling():
+    if kind == "int" and not is_compiling():
         bounds = bounds_of(again(values_of(root)).clamp(*INT32))
     return Symbol(tracing, kind, lambda: _tabulated(tracing, root, again), bounds, root, again)
 
@@ -111,6 +112,7 @@ def bounds_of(tensor: Tensor) -> tuple[int, int]:
 
 def values_of(root: Symbol) -> Tensor:
     """All values of an integer. Raises NotImplementedError where these are too many."""
+    root.low, root.high = constants((root.low, root.high))
     if root.high - root.low >= MOST_VALUES:
         raise Unexpressed(
             f"flex_attention: an operation that the language of kernels has not needs a table of"
@@ -146,7 +148,7 @@ def read(tensor: Any, index: Any) -> Any:
         )
     found = []
     for x in indices:
-        value = x.item() if isinstance(x, Tensor) and not torch.compiler.is_compiling() else x
+        value = x.item() if isinstance(x, Tensor) and not is_compiling() else x
         if isinstance(value, Tensor):
             value = entry(tracing, value, ())
         if not isinstance(value, (Symbol, int)) or getattr(value, "kind", "int") != "int":
@@ -167,7 +169,7 @@ def entry(tracing: Tracing, tensor: Tensor, indices: Sequence[Any]) -> Symbol:
     Raises IndexError where an index may lie outside.
     """
     kind, bounds = kind_of(tensor.dtype), INT32
-    if kind != "real" and not torch.compiler.is_compiling():
+    if kind != "real" and not is_compiling():
         if not indices:
             return number(tracing, tensor.item())
         bounds = bounds_of(tensor) if kind == "int" else (0, 1)
@@ -188,25 +190,27 @@ def entry(tracing: Tracing, tensor: Tensor, indices: Sequence[Any]) -> Symbol:
 def _placed(tensor: Tensor, axis: int, index: Any) -> tuple[Tensor, Any]:
     """The tensor and the node that read the entries at an index, which may be negative."""
     size = tensor.shape[axis]
-    if not isinstance(index, Symbol) or isinstance(index.root, str):
-        low, node = (index.low, index.node) if isinstance(index, Symbol) else (index, index)
-        return tensor, as_integer(node + size if low < 0 else node)
-    own = index.root is index
-    if own and (index.low, index.high) == INT32:  # read by a compiler's graph, and checked there
-        return tensor, index.node
+    if not isinstance(index, Symbol):
+        return tensor, Constant(index + size if index < 0 else index)
+    root, compiling = index.root, is_compiling()
+    if isinstance(root, str):  # the same number for all pairs
+        return tensor, index.node + size if index.low == index.high < 0 else index.node
+    own = root is index
+    if compiling and (own or root.high - root.low >= MOST_VALUES) and _reads(index.node):
+        return tensor, index.node  # entries are not known, and checked when the graph runs
     if index.low >= 0 and index.high < size and (own or not _reads(index.node)):
         return tensor, index.node
-    entries = index.again(values_of(index.root))
+    entries = index.again(values_of(root))
     low, high = index.low, index.high
     if not own:
-        low, high = (0, 0) if torch.compiler.is_compiling() else bounds_of(entries)
+        low, high = (0, 0) if compiling else bounds_of(entries)
     if low < -size or high >= size:
         raise IndexError(
             f"flex_attention: the indices {low} to {high} may be asked of axis {axis} of a tensor"
             f" of shape {tuple(tensor.shape)}; keep them inside by torch.clamp"
         )
     entries = torch.where(entries < 0, entries + size, entries)
-    return tensor.index_select(axis, entries), index.root.node - index.root.low
+    return tensor.index_select(axis, entries), root.node - root.low
 
 
 def _reads(node: Expression) -> bool:

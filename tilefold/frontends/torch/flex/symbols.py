@@ -15,8 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tilefold.frontends.torch.observed import OPERATORS
 from tilefold.masks.expression import Expression
 from tilefold.masks.tables import Given, Input
+
+if OPERATORS:
+    from tilefold.frontends.torch.operators import constant_of
 
 INT32 = (-(2**31), 2**31 - 1)
 FREE = "free"
@@ -36,7 +40,7 @@ class Tracing:
     def input(self, tensor: Tensor) -> Input:
         """The table of floats that reads a tensor."""
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return Input(_place(self.inputs, tensor), dtype, tuple(tensor.shape))
+        return Input(_place(self.inputs, tensor), dtype, constants(tuple(tensor.shape)))
 
     def table(self, tensor: Tensor) -> Given:
         """The table of integers or truths that reads a tensor."""
@@ -44,6 +48,13 @@ class Tracing:
         place = _place(self.tables, tensor)
         dtype, (low, high) = ("bool", (0, 1)) if truths else ("int32", INT32)
         return Given(tuple(tensor.shape), dtype, low, high, place, tensor)
+
+
+def constants(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes as numbers; a compiler guards those that it has as symbols."""
+    if not (OPERATORS and torch.compiler.is_compiling()):
+        return sizes
+    return tuple([constant_of(size) for size in sizes])
 
 
 def _place(tensors: list[Tensor], tensor: Tensor) -> int:
