@@ -54,6 +54,7 @@ MASKS: dict[str, tuple[Tensor, str | None]] = {
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(recognised, "FEWEST_FLOPS", 0)
     monkeypatch.setattr(recognised, "WORTH_FLOPS", 0)
     recognised._seen.clear()
     yield
@@ -185,6 +186,8 @@ def test_new_intervals_are_planned_when_they_come_again(monkeypatch: pytest.Monk
     assert found(CAUSAL) is not None  # whose plan is that of every causal call
     monkeypatch.setattr(recognised, "WORTH_FLOPS", 1e5)
     assert isinstance(found(BLOCKS), Intervals)
+    monkeypatch.setattr(recognised, "FEWEST_FLOPS", 1e7)
+    assert found(BLOCKS) is None  # the whole call takes less than a look for rules
 
 
 def test_nothing_keeps_a_mask_alive_and_rules_are_few() -> None:

@@ -14,6 +14,7 @@ extended     tensors beside q, k and v
 parts        tensors that lie in parts on several processes
 calls        the frontend: which of these ways a call takes
 recognised   masks in memory that are rules
+masked       requests of calls whose masks are tensors
 sdpa         scaled_dot_product_attention, with torch's meaning
 flash        the functions of the package flash_attn
 flex         FlexAttention: functions of scalar tensors, traced to rules and scores

@@ -11,7 +11,6 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from tilefold.backends.registry import backend
 from tilefold.common import generation
 from tilefold.common.lru import LruCache
 from tilefold.frontends.torch import tensors
-from tilefold.masks.position_rules import causal, full
+from tilefold.frontends.torch.masked import Asked, plain_request
 from tilefold.problems.request import LAYOUTS, Request
 
 Key = tuple[Any, ...]
@@ -56,14 +55,6 @@ _newest: LruCache[Way] = LruCache(most=64, most_bytes=2**24)
 
 _LOWEST = 2**36
 """Addresses below it are checked, as in `tensors`."""
-
-_FORWARD, _BACKWARD = (each.plus(("input0",)) for each in (FORWARD, BACKWARD))
-
-
-@lru_cache(maxsize=256)
-def plain_request(is_causal: bool, scale: float | None) -> Request:
-    """The request of these options alone. Raises ValueError for a scale that is not finite."""
-    return Request(causal("start") if is_causal else full(), scale)
 
 
 def output(
@@ -117,27 +108,38 @@ def forward(
     return o, lse
 
 
-def forward_masked(
-    q: Tensor, k: Tensor, v: Tensor, request: Request, bias: Tensor | None
-) -> Tensors:
-    """The same with a request; `bias` is the array of its score."""
-    given = (q, k, v) if bias is None else (q, k, v, bias)
-    key = _key(q, k, v, request, bias is not None and (bias.shape, bias.stride(), bias.dtype))
+def forward_masked(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensors:
+    """The same of a request, and of the array that it reads."""
+    request, array = asked
+    key = _key(q, k, v, request, _lie(array))
+    given = (q, k, v) if array is None else (q, k, v, array)
     way = _ways.get(key)
     if way is None:
         way = _new_forward(key, given, request)
     return _run(way, given)
 
 
-def backward(given: Tensors, request: Request, bias: Tensor | None = None) -> Tensors:
+def backward(given: Tensors, asked: Asked) -> Tensors:
     """dq, dk and dv of do, q, k, v, o and lse; in them the heads of a position lie side by side."""
-    if bias is not None:
-        given = (*given, bias)
+    request, array = asked
+    if array is not None:
+        given = (*given, array)
     key = request, generation.number, arrays.layout_key(given)
     way = _ways.get(key)
     if way is None:
         way = _new_backward(key, given, request)
     return _run(way, given)
+
+
+def _lie(array: Tensor | None) -> Key | None:
+    return None if array is None else (array.shape, array.stride(), array.dtype)
+
+
+def _with(usual: Pass, given: Tensors) -> Pass:
+    """The pass of tensors among which the last may be the array of a mask."""
+    if len(given) == len(usual.given):
+        return usual
+    return usual.plus(("data0" if given[-1].dtype == torch.bool else "input0",))
 
 
 def _run(way: Way, given: Tensors) -> Tensors:
@@ -173,8 +175,7 @@ def _new_forward(key: Key, given: Tensors, request: Request) -> Way:
     rows = [(x.shape[:2], x.shape[3:], x.dtype) for x in (k, v)]
     kind = q.shape, q.stride(), q.dtype, *rows, request, generation.number, key[-1]
     before = _newest.get(kind)
-    wanted = FORWARD if len(given) == 3 else _FORWARD
-    way = _way(wanted, given, (o, lse), request, before and before.prepared)
+    way = _way(_with(FORWARD, given), given, (o, lse), request, before and before.prepared)
     if way.prepared is None:
         return way
     _newest.put(kind, way, way.prepared.data_bytes)
@@ -183,7 +184,7 @@ def _new_forward(key: Key, given: Tensors, request: Request) -> Way:
 
 def _new_backward(key: Key, given: Tensors, request: Request) -> Way:
     results = [torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype) for x in given[1:4]]
-    way = _way(BACKWARD if len(given) == 6 else _BACKWARD, given, tuple(results), request, None)
+    way = _way(_with(BACKWARD, given), given, tuple(results), request, None)
     return way if way.prepared is None else _ways.put(key, way, way.prepared.data_bytes)
 
 

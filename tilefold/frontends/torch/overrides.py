@@ -29,11 +29,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilefold.frontends.torch import direct, sdpa
-from tilefold.frontends.torch.observed import recorded
+from tilefold.frontends.torch import direct, masked, sdpa
 from tilefold.frontends.torch.recognised import rule_of
-from tilefold.scores.modifications import bias
-from tilefold.scores.score import as_score
+from tilefold.masks.rule import Rule
 
 NAME = "tilefold"
 """The name in torch's registry of implementations of flash attention."""
@@ -147,8 +145,8 @@ def _other(keys: Any, *given: Any) -> Tensor:
     What a compiler, a transform or a mode sees is torch's flash operator, which comes back here.
     """
     q, k, v, mask, dropout_p, is_causal, scale, enable_gqa = given
-    usual = mask is None and not dropout_p and _fits(q, k, v, enable_gqa)
     plain = keys.raw_repr() in _PLAIN
+    o: Tensor | None = None
     try:
         if not _allowed():
             raise NotImplementedError("torch.nn.attention.sdpa_kernel excludes flash attention")
@@ -157,22 +155,45 @@ def _other(keys: Any, *given: Any) -> Tensor:
                 return _redispatched(keys, *given)
             if torch._C._are_functorch_transforms_active():
                 raise NotImplementedError("transforms of torch.func take torch's flash operator")
-        elif usual and forward_ad._current_level < 0:
-            if not recorded(q, k, v):
-                o: Tensor = direct.forward(q, k, v, is_causal, scale, enable_gqa)[0]
-                next(_counts.hits)
-                return o
-            if q.shape[3] == v.shape[3]:
-                o, _ = _flash_operator(q, k, v, 0.0, is_causal, scale=scale)
-                return o
-        o = sdpa.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        elif not dropout_p and forward_ad._current_level < 0 and _fits(q, k, v, enable_gqa):
+            wants = _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            if not wants and mask is None:
+                o = direct.forward(q, k, v, is_causal, scale, enable_gqa)[0]
+            elif not wants and _is_usual(mask, q, k):
+                asked = _asked(q, k, v, 0.0, is_causal, mask, scale)
+                o = direct.forward_masked(q, k, v, asked)[0]
+            elif q.shape[3] == v.shape[3] and (mask is None or _is_usual(mask, q, k)):
+                rule = None if mask is None else _rule(q, k, v, mask)
+                if rule is None:  # the flash operator counts itself
+                    added = None if mask is None else masked.additive(mask, q.dtype)
+                    o, _ = _flash_operator(q, k, v, 0.0, is_causal, attn_mask=added, scale=scale)
+                    return o
+                o = sdpa.attended(q, k, v, masked.joined(is_causal, rule), scale=scale)
+        if o is None:
+            o = sdpa.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     except _REFUSALS as error:
         return _theirs(str(error), keys, *given)
     if plain:
         next(_counts.hits)
     return o
+
+
+def _rule(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Rule | None:
+    pairs = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    return rule_of(masked.four(mask), pairs, q.shape[3] + v.shape[3])
+
+
+def _is_usual(mask: Tensor, q: Tensor, k: Tensor) -> bool:
+    """True for a mask of at most four axes that fits, and whose gradient nobody wants."""
+    if mask.ndim > 4 or (mask.requires_grad and _grad_enabled()):
+        return False
+    if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        return False
+    pairs = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    sizes = zip(reversed(mask.shape), reversed(pairs), strict=False)
+    return all(a in (1, b) for a, b in sizes)
 
 
 def _takes_flash(
@@ -237,7 +258,7 @@ def _flash(
             made = direct.forward(q, k, v, is_causal, scale)
         else:
             asked = _asked(q, k, v, dropout_p, is_causal, attn_mask, scale)
-            made = direct.forward_masked(q, k, v, *asked)
+            made = direct.forward_masked(q, k, v, asked)
             made[1].masked_fill_(
                 made[1] == -torch.inf, 0.0
             )  # as torch has it of a query without keys
@@ -264,8 +285,8 @@ def _flash_backward(
     """The backward pass of the flash operator."""
     given = grad_out, q, k, v, out, logsumexp
     try:
-        request, array = _asked(q, k, v, dropout_p, is_causal, attn_mask, scale)
-        return direct.backward(given, request, array)
+        asked = _asked(q, k, v, dropout_p, is_causal, attn_mask, scale)
+        return direct.backward(given, asked)
     except _REFUSALS as error:
         options = {"attn_mask": attn_mask, "scale": scale}
         name = _FLASH + "_backward"
@@ -289,21 +310,14 @@ def _asked(
     is_causal: bool,
     mask: Tensor | None,
     scale: float | None,
-) -> tuple[Any, Tensor | None]:
-    """The request of the flash operator's arguments, and the mask where it is an operand."""
+) -> masked.Asked:
+    """The request of the flash operator's arguments."""
     if dropout_p:
         raise NotImplementedError("the flash operator has no dropout")
-    request = direct.plain_request(is_causal, scale)
     if mask is None:
-        return request, None
-    mask = mask[(None,) * (4 - mask.ndim)]
-    sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    rule = rule_of(mask, sizes, q.shape[3] + v.shape[3])
-    if rule is not None:
-        return request.changed(mask=request.mask & rule if is_causal else rule), None
-    score = as_score(bias(mask))
-    assert score is not None
-    return request.changed(score=score.form.score), mask
+        return masked.Asked(masked.plain_request(is_causal, scale), None)
+    pairs = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    return masked.asked(masked.four(mask), pairs, q.shape[3] + v.shape[3], is_causal, scale)
 
 
 # ------------------------------------------------------------------------------- on and off

@@ -31,6 +31,9 @@ Ints = NDArray[np.int32]
 FEWEST_ROWS = 16
 """Masks of fewer queries, as in decoding, are read by the kernels: there is little to skip."""
 
+FEWEST_FLOPS = 5e7
+"""Smaller calls, of less than 0.5 ms, read their masks: to look for a rule takes 0.03 ms."""
+
 WORTH_FLOPS = 1e9
 """Intervals that hide so much become a rule at once; others when they come again.
 
@@ -75,7 +78,8 @@ class Intervals(Rule):
     def __repr__(self) -> str:
         return f"intervals({self.axes or 'all'}, {self.first}, {self.end})"
 
-    __hash__ = Rule.__hash__
+    def __hash__(self) -> int:
+        return hash((self.axes, self.first, self.end))
 
 
 _seen: LruCache[Rule] = LruCache(most=64, most_bytes=2**24)
@@ -88,7 +92,8 @@ def rule_of(mask: Tensor, pairs: tuple[int, int, int, int], dim: int) -> Rule | 
     The mask is a plain tensor on the processor, of bool or of floats. `dim` is the sum of those of
     keys and values, to which the work of a pair is proportional.
     """
-    if pairs[2] < FEWEST_ROWS or mask.shape[3] != pairs[3]:
+    flops = 2.0 * dim * pairs[0] * pairs[1] * pairs[2] * pairs[3]
+    if pairs[2] < FEWEST_ROWS or flops < FEWEST_FLOPS or mask.shape[3] != pairs[3]:
         return None
     found = _intervals_of(mask)
     if found is None:
@@ -104,8 +109,7 @@ def rule_of(mask: Tensor, pairs: tuple[int, int, int, int], dim: int) -> Rule | 
         return rule
     rule = _seen.put(key, Intervals(axes, Table(first), Table(end)), 2 * first.nbytes)
     seen = float((end - first).mean()) / max(1, pairs[3])
-    hidden = (1 - seen) * pairs[0] * pairs[1] * pairs[2] * pairs[3]
-    return rule if 2 * dim * hidden > WORTH_FLOPS else None
+    return rule if (1 - seen) * flops > WORTH_FLOPS else None
 
 
 def _intervals_of(mask: Tensor) -> tuple[str, Ints, Ints] | None:

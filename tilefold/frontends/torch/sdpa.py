@@ -17,10 +17,11 @@ from torch import Tensor
 from tilefold.backends.extra import NOTHING, Extra, taken_apart
 from tilefold.frontends.torch import calls
 from tilefold.frontends.torch.autocast import cast
+from tilefold.frontends.torch.masked import additive, joined
 from tilefold.frontends.torch.observed import recorded, unobserved
 from tilefold.frontends.torch.recognised import rule_of
 from tilefold.masks.data_rules import Dense
-from tilefold.masks.position_rules import Rule, causal, full
+from tilefold.masks.position_rules import Rule, full
 from tilefold.masks.tables import Given
 from tilefold.scores.modifications import bias
 from tilefold.scores.score import Score
@@ -44,25 +45,38 @@ def scaled_dot_product_attention(
     query, key, value = cast(query, key, value)
     _check_types(query, key, value, attn_mask)
     q, k, v, batch = _four(query, key, value, enable_gqa)
-    rule, score, data = causal("start") if is_causal else full(), None, NOTHING
+    rule, score, data = joined(is_causal), None, NOTHING
     if attn_mask is not None:
         pairs = *batch, q.shape[1], q.shape[2], k.shape[2]
         rule, score, data = _masked(rule, _mask_of_four(attn_mask, pairs), q, k, v)
-    chance = calls.chance_of(dropout_p) if 0 < dropout_p < 1 else 0.0
+    o = attended(q, k, v, rule, score, data, scale, dropout_p)
+    axes = max(query.ndim, key.ndim, value.ndim)
+    return o if axes == 4 else o.reshape(*batch, *o.shape[4 - min(axes, 3) :])
+
+
+def attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    score: Score | None = None,
+    data: Extra = NOTHING,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """o of tensors as kernels take them; `data` are the arrays that the rule reads."""
     given, turned = (q, k, v), _heads_first(q)
     if turned:  # so o lies as q does, and later layers need no copy of it
         given = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    chance = calls.chance_of(dropout_p) if 0 < dropout_p < 1 else 0.0
     request = calls.request_of(rule, scale, "bnhd" if turned else "bhnd", "highest")
     seed = calls.seed_of(None, q) if chance else None
     request, extra = taken_apart(request, score, None, chance, seed, calls.extended_request)
     extra = Extra(data.names + extra.names, data.arrays + extra.arrays)
     o = calls.attention(*given, request, extra)[0]
-    if turned:
-        o = o.transpose(1, 2)
     if dropout_p == 1:
         o = torch.dropout(o, 1.0, train=True)
-    axes = max(query.ndim, key.ndim, value.ndim)
-    return o if axes == 4 else o.reshape(*batch, *o.shape[4 - min(axes, 3) :])
+    return o.transpose(1, 2) if turned else o
 
 
 def _masked(
@@ -84,7 +98,7 @@ def _masked(
             table = Given(tuple(mask.shape), "bool", 0, 1)
             seen = Dense(table)
             return rule & seen, None, Extra((table.name,), (mask,))
-    return rule, bias(_additive(mask, q.dtype)), NOTHING
+    return rule, bias(additive(mask, q.dtype)), NOTHING
 
 
 def _heads_first(q: Tensor) -> bool:
@@ -207,10 +221,3 @@ def _mask_of_four(mask: Tensor, pairs: tuple[int, ...]) -> Tensor:
     if math.prod(shape[:-3]) == 1:
         return mask.reshape(1, *shape[-3:])
     return mask.reshape(shape).expand(*pairs[:-3], *shape[-3:]).reshape(-1, *shape[-3:])
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask adds to the scores: 0 or -inf for a mask of bool."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
