@@ -75,6 +75,7 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.feature("T09")
 @pytest.mark.parametrize("name", CASES)
 def test_results_and_gradients(name: str) -> None:
     lengths, options = CASES[name]
@@ -113,6 +114,7 @@ def test_dropout_is_that_of_the_seed() -> None:
     assert torch.equal(first, tilefold.torch.flash_attn_func(q, k, v, dropout_p=0.5))
 
 
+@pytest.mark.feature("T15")
 def test_what_is_not_here_says_what_to_do() -> None:
     q, k, v = inputs(3, 3)
     call = tilefold.torch.flash_attn_func

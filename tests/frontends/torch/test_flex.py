@@ -10,6 +10,7 @@ import doctest
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +18,8 @@ import torch
 from paths import ROOT
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad, vmap
 from torch.nn.attention import flex_attention as theirs
 
 import tilefold.frontends.torch.flash
@@ -344,6 +347,7 @@ def agree(found: Any, expected: Any, tolerance: float = 1e-11) -> None:
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.feature("T10")
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(name: str) -> None:
     q, k, v = inputs(gqa=name == "documents")
@@ -360,6 +364,7 @@ def test_masks(name: str) -> None:
     agree((o, aux.lse, aux.max_scores), dense(q, k, v, case))
 
 
+@pytest.mark.feature("T09")
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_and_their_gradients(name: str) -> None:
     given, case = inputs(), SCORES[name]()
@@ -375,6 +380,7 @@ def test_scores_and_their_gradients(name: str) -> None:
 COMPILED = ("alibi", "T5", "buckets", "waves", "documents", "flamingo", "floats")
 
 
+@pytest.mark.feature("T09")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_functions(name: str) -> None:
     """The functions are traced with the graph; what they read are its inputs, and get gradients."""
@@ -429,6 +435,38 @@ def test_new_documents_run_the_same_graph() -> None:
     assert counter.graphs[0].code.count("attention_extended") >= 1
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_transforms_and_tracers() -> None:
+    """`torch.func` differentiates what functions read; a tracer has it as inputs."""
+    q, k, v = (x.detach() for x in inputs())
+    slopes, later = torch.rand(HEADS, dtype=torch.float64), torch.arange(LENGTH) // 5
+
+    def loss(attend: Any, q: Tensor, slopes: Tensor) -> Tensor:
+        case = Case(lambda s, b, h, q, k: s - slopes[h] * (q - k), causal)
+        o: Tensor = attend(q, k, v, case)
+        return o.square().sum()
+
+    def mine(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Any:
+        return flex_attention(q, k, v, case.score, mask_mod=case.mask)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
+        return dense(q, k, v, case)[0]
+
+    both = torch.stack((q, q + 1)), torch.stack((slopes, 2 * slopes))
+    found = vmap(grad(partial(loss, mine), (0, 1)))(*both)
+    wanted = [grad(partial(loss, formula), (0, 1))(*each) for each in zip(*both, strict=True)]
+    agree(found, map(torch.stack, zip(*wanted, strict=True)), 1e-9)
+
+    def documents(q: Tensor, ids: Tensor) -> Any:
+        return flex_attention(q, k, v, mask_mod=lambda b, h, q, k: ids[q] == ids[k])
+
+    traced_graph = torch.jit.trace(documents, (q, IDS))
+    agree((traced_graph(q, later),), (documents(q, later),))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.empty(LENGTH, dtype=torch.int64)
+        assert documents(torch.empty(BATCH, HEADS, LENGTH, DIM).double(), ids).shape == q.shape
+
+
 def test_what_a_function_reads_is_never_stale() -> None:
     """Tensors that change in place, scalars, and Python's values: each call reads them again."""
     q, k, v = (x.detach() for x in inputs())
@@ -470,6 +508,7 @@ def test_a_repeated_call_finds_its_request() -> None:
     assert found() is not first and found() is found()
 
 
+@pytest.mark.feature("T07")
 def test_hidden_tiles_are_skipped() -> None:
     """Also where the score hides, as documents and windows in it do."""
     ids = torch.arange(1024) // 256
@@ -552,6 +591,7 @@ def test_half_types_and_autocast() -> None:
         assert flex_attention(q, k, v, case.score).dtype == torch.bfloat16
 
 
+@pytest.mark.feature("T15")
 def test_arguments_that_do_not_fit() -> None:
     q, k, v = (x.detach() for x in inputs())
     ids, table = torch.zeros(LENGTH, dtype=torch.int64), torch.zeros(LENGTH, 2)
@@ -588,6 +628,7 @@ def test_arguments_that_do_not_fit() -> None:
         create_block_mask(3, 1, 1, 2, 2)  # type: ignore[arg-type]  # it is refused
 
 
+@pytest.mark.feature("T12")
 def test_the_page_and_the_examples_run() -> None:
     page = (ROOT / "docs" / "flex_attention.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

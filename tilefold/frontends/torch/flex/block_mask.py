@@ -14,6 +14,7 @@ from tilefold.frontends.torch.flex.requests import rule_of
 MaskMod = Callable[[Any, Any, Any, Any], Any]
 BLOCK = 128
 """The block of PyTorch's masks."""
+_SLICED = getattr(theirs, "_sliced_mask_mod_error", "none")  # from torch 2.10 on
 
 
 class BlockMask:
@@ -157,7 +158,7 @@ def mask_mod_of(mask: Any) -> MaskMod | None:
     function: MaskMod = mask.mask_mod
     if isinstance(mask, BlockMask):
         return function
-    if function is theirs._sliced_mask_mod_error:
+    if function is _SLICED:
         raise RuntimeError("flex_attention: a sliced BlockMask of torch has no mask_mod")
     if function is not theirs.noop_mask:
         return function

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from tilefold.frontends.torch.flex.symbols import (
     FREE,
@@ -83,7 +82,7 @@ def computed(name: str, function: Callable[..., Any], given: Sequence[Any]) -> S
 
     dtype = again(torch.zeros(1, dtype=torch.int64)).dtype
     kind, bounds = kind_of(dtype), INT32
-    if kind == "int" and not is_compiling():
+    if kind == "int" and tracing.known:
         bounds = bounds_of(again(values_of(root)).clamp(*INT32))
     return Symbol(tracing, kind, lambda: _tabulated(tracing, root, again), bounds, root, again)
 
@@ -148,7 +147,7 @@ def read(tensor: Any, index: Any) -> Any:
         )
     found = []
     for x in indices:
-        value = x.item() if isinstance(x, Tensor) and not is_compiling() else x
+        value = x.item() if isinstance(x, Tensor) and tracing.known else x
         if isinstance(value, Tensor):
             value = entry(tracing, value, ())
         if not isinstance(value, (Symbol, int)) or getattr(value, "kind", "int") != "int":
@@ -169,7 +168,7 @@ def entry(tracing: Tracing, tensor: Tensor, indices: Sequence[Any]) -> Symbol:
     Raises IndexError where an index may lie outside.
     """
     kind, bounds = kind_of(tensor.dtype), INT32
-    if kind != "real" and not is_compiling():
+    if kind != "real" and tracing.known:
         if not indices:
             return number(tracing, tensor.item())
         bounds = bounds_of(tensor) if kind == "int" else (0, 1)
@@ -192,18 +191,18 @@ def _placed(tensor: Tensor, axis: int, index: Any) -> tuple[Tensor, Any]:
     size = tensor.shape[axis]
     if not isinstance(index, Symbol):
         return tensor, Constant(index + size if index < 0 else index)
-    root, compiling = index.root, is_compiling()
+    root, known = index.root, index.tracing.known
     if isinstance(root, str):  # the same number for all pairs
         return tensor, index.node + size if index.low == index.high < 0 else index.node
     own = root is index
-    if compiling and (own or root.high - root.low >= MOST_VALUES) and _reads(index.node):
+    if not known and (own or root.high - root.low >= MOST_VALUES) and _reads(index.node):
         return tensor, index.node  # entries are not known, and checked when the graph runs
     if index.low >= 0 and index.high < size and (own or not _reads(index.node)):
         return tensor, index.node
     entries = index.again(values_of(root))
     low, high = index.low, index.high
     if not own:
-        low, high = (0, 0) if compiling else bounds_of(entries)
+        low, high = bounds_of(entries) if known else (0, 0)
     if low < -size or high >= size:
         raise IndexError(
             f"flex_attention: the indices {low} to {high} may be asked of axis {axis} of a tensor"

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tilefold.backends.extra import NOTHING, Extra
 from tilefold.common.lru import LruCache
-from tilefold.frontends.torch import calls
 from tilefold.frontends.torch.flex.tracing import PARAMETERS, Traced, traced
 from tilefold.frontends.torch.observed import OPERATORS
 from tilefold.masks import traced as rules
@@ -26,6 +25,9 @@ from tilefold.masks.tables import Given
 from tilefold.problems.request import Request
 from tilefold.scores import traced as scores
 
+if OPERATORS:
+    from tilefold.frontends.torch import operators
+
 Sizes = tuple[int, int, int, int]
 
 _requests: LruCache[tuple[Request, list[Table]]] = LruCache(most=64, most_bytes=2**28)
@@ -33,8 +35,7 @@ _requests: LruCache[tuple[Request, list[Table]]] = LruCache(most=64, most_bytes=
 
 def request_of(found: Traced, scale: float) -> tuple[Request, Extra]:
     """The request of traced functions, and the arrays beside q, k and v."""
-    compiled = OPERATORS and torch.compiler.is_compiling()
-    request = _inlined(found, scale) if compiled else _kept(found, scale)
+    request = _kept(found, scale) if found.known else _inlined(found, scale)
     if not found.inputs:
         return request, NOTHING
     names = tuple([f"input{place}" for place in range(len(found.inputs))])
@@ -44,7 +45,7 @@ def request_of(found: Traced, scale: float) -> tuple[Request, Extra]:
 def _inlined(found: Traced, scale: float) -> Any:
     """The request in a graph that a compiler makes: its tables are inputs of the graph."""
     mask = None if found.mask is None else rules.Inlined(found.mask, PARAMETERS)
-    request: Any = calls.request_of(mask, scale, "bhnd", "highest")
+    request: Any = operators.traced_request(mask, scale, "bhnd", "highest")
     if found.score is None:
         return request
     return request.extended(scores.Traced(found.score, ("s", *PARAMETERS)), 0, 0.0)

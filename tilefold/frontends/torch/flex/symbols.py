@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tilefold.frontends.torch.observed import OPERATORS
+from tilefold.frontends.torch.observed import OPERATORS, faked
 from tilefold.masks.expression import Expression
 from tilefold.masks.tables import Given, Input
 
@@ -31,9 +31,14 @@ Again = Callable[..., Any]
 
 
 class Tracing:
-    """What a traced function has read: tensors, by the numbers of their tables."""
+    """What a traced function has read: tensors, by the numbers of their tables.
+
+    `known` tells whether tensors have values, which they have not where a compiler traces.
+    """
 
     def __init__(self) -> None:
+        compiling = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        self.known = not (OPERATORS and (compiling or faked()))
         self.inputs: list[Tensor] = []
         self.tables: list[Tensor] = []
 

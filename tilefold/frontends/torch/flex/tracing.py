@@ -33,12 +33,16 @@ Symbol.applied = staticmethod(applied)
 
 
 class Traced(NamedTuple):
-    """A truth and a score, None where they change nothing, and the tensors of their tables."""
+    """A truth and a score, None where they change nothing, and the tensors of their tables.
+
+    `known` tells whether the tensors have values.
+    """
 
     mask: Boolean | None
     score: Real | None
     tables: list[Tensor]
     inputs: list[Tensor]
+    known: bool
 
 
 class _Reading(TorchFunctionMode):
@@ -81,7 +85,7 @@ def traced(
     truths, score = _parted(truths, score)
     mask = None if not truths else truths[0] if len(truths) == 1 else Logic("&", tuple(truths))
     changed = None if isinstance(score, ScoreValue) else score
-    return Traced(mask, changed, tracing.tables, tracing.inputs)
+    return Traced(mask, changed, tracing.tables, tracing.inputs, tracing.known)
 
 
 def _index(tracing: Tracing, name: str, size: int) -> Symbol:
