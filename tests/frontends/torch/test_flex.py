@@ -436,6 +436,7 @@ def test_new_documents_run_the_same_graph() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_transforms_and_tracers() -> None:
     """`torch.func` differentiates what functions read; a tracer has it as inputs."""
     q, k, v = (x.detach() for x in inputs())
