@@ -186,6 +186,8 @@ class Model(nn.Module):
 def trained(setting: Setting, tell: Callable[[float, float], None]) -> dict[str, Any]:
     """Train, and return losses (nats per byte), seconds of each step, and the peak of memory.
 
+    Seconds of the CPU say less than those of the clock, and other programs disturb them less.
+
     `tell` hears of each step: its loss and seconds.
     """
     torch.manual_seed(setting.seed)
@@ -193,9 +195,9 @@ def trained(setting: Setting, tell: Callable[[float, float], None]) -> dict[str,
     model: Any = torch.compile(plain) if setting.compile else plain
     optimizer = torch.optim.AdamW(plain.parameters(), lr=setting.rate, betas=(0.9, 0.95))
     warm = max(1, setting.steps // 10)
-    losses, seconds = [], []
+    losses, seconds, busy = [], [], []
     for step, (data, numbers) in enumerate(batches(setting)):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         done = (step - warm) / max(1, setting.steps - warm)
         share = (step + 1) / warm if step < warm else 0.55 + 0.45 * math.cos(math.pi * done)
         for group in optimizer.param_groups:
@@ -208,13 +210,15 @@ def trained(setting: Setting, tell: Callable[[float, float], None]) -> dict[str,
         optimizer.step()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - used)
         tell(losses[-1], seconds[-1])
     return {
         "setting": asdict(setting),
         "parameters": sum(x.numel() for x in plain.parameters()),
         "losses": losses,
         "seconds": seconds,
-        "seconds_per_step": statistics.median(seconds[len(seconds) // 4 :]),
+        "median_seconds": statistics.median(seconds),
+        "median_cpu_seconds": statistics.median(busy),
         "peak_bytes": peak_bytes(),
     }
 
@@ -285,14 +289,14 @@ def compared(setting: Setting) -> list[dict[str, Any]]:
 
 def show(found: Sequence[dict[str, Any]]) -> None:
     """Print a line for each run."""
-    table = Table("attention", "first loss", "last losses", "s per step", "peak memory")
+    table = Table("attention", "first loss", "last losses", "median s", "peak memory")
     for run in found:
         last = statistics.mean(run["losses"][-10:])
         table.add_row(
             run["setting"]["attention"],
             f"{run['losses'][0]:.3f}",
             f"{last:.3f}",
-            f"{run['seconds_per_step']:.2f}",
+            f"{run['median_seconds']:.2f}",
             f"{run['peak_bytes'] / 2**30:.2f} GiB",
         )
     Console().print(table)
@@ -315,7 +319,7 @@ def draw(found: Sequence[dict[str, Any]], file: Path) -> None:
         lines = {"linewidth": 4.0 - 2.8 * number, "alpha": 0.6 + 0.4 * number}
         axes[0].plot(run["losses"], **style, **lines)
         for axis, value, text in (
-            (axes[1], run["seconds_per_step"], "{:.2f} s"),
+            (axes[1], run["median_seconds"], "{:.2f} s"),
             (axes[2], run["peak_bytes"] / 2**30, "{:.2f} GiB"),
         ):
             axis.bar_label(axis.bar(name, value, color=colours[name]), [text.format(value)])
@@ -326,7 +330,7 @@ def draw(found: Sequence[dict[str, Any]], file: Path) -> None:
         title=f"{first['context']:,} tokens, window {first['window']}, new documents each step",
     )
     axes[0].legend(frameon=False)
-    axes[1].set_title("time per step")
+    axes[1].set_title("median time of a step")
     axes[2].set_title("peak memory")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
