@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hugging import needs
+from paths import ROOT
 
 pytestmark = needs
 
@@ -27,8 +30,8 @@ def test_minilm_embeds_real_text_as_with_other_attention_and_as_the_main_job() -
     from tilefold.commands import minilm
     from tilefold.commands.main_job import attention, paragraphs
 
-    texts = paragraphs()[1][:24]
-    served = serve_embeddings.serve(texts, size=8)
+    texts = paragraphs()[1][:12]
+    served = serve_embeddings.serve(texts, size=4)
     assert [len(served[way].seconds) for way in serve_embeddings.WAYS] == [3, 3]
     ours = torch.cat(served["tilefold"].embeddings)
     torch.testing.assert_close(ours, torch.cat(served["sdpa"].embeddings), rtol=0, atol=2e-6)
@@ -36,7 +39,7 @@ def test_minilm_embeds_real_text_as_with_other_attention_and_as_the_main_job() -
     eager = AutoModel.from_pretrained(get_model_path(), attn_implementation="eager").eval()
     with torch.inference_mode():
         made = [
-            serve_embeddings.embed(eager, batch) for batch in serve_embeddings.batches(texts, 8)
+            serve_embeddings.embed(eager, batch) for batch in serve_embeddings.batches(texts, 4)
         ]
     torch.testing.assert_close(ours, torch.cat(made), rtol=0, atol=2e-6)
 
@@ -71,3 +74,15 @@ def test_sentence_transformers_take_it_by_name(tmp_path: Path) -> None:
         found.append(model.encode(["hello world", "a"]))
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5)
     assert room.attention is transformers.AttentionInterface()["tilefold"]
+
+
+@missing("sentence_transformers", "diffusers")
+@pytest.mark.filterwarnings("ignore")  # of sentence-transformers and of diffusers
+def test_the_page_runs() -> None:
+    page = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 8
+    names: dict[str, Any] = {}  # later blocks go on from earlier ones
+    for block in blocks:
+        exec(block, names)
+    assert names["o"].shape == (1, 4, 256, 32)
