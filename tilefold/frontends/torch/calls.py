@@ -82,7 +82,7 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Any:
         if not (OPERATORS and isinstance(mask, Rule) and given_of(mask)):
             raise
         held = operators.traced_request(mask, scale, layout, precision)
-        return held if torch._C._get_tracing_state() is not None else held.request()
+        return held if torch._C._get_tracing_state() is not None else held.as_request()
 
 
 def extended_request(

@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
 
     def run(*args: Any, **options: Any) -> Any:
         """Run the function with requests that a compiler has taken apart for its graph."""
-        return function(*[x.request() if hasattr(x, "request") else x for x in args], **options)
+        return function(*[x.as_request() if hasattr(x, "as_request") else x for x in args], **options)
 
     found = globals()[name] = disable(run, reason=reason)  # type: ignore[no-untyped-call]
     return found
@@ -42,15 +42,14 @@ def __getattr__(name: str) -> Any:
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a function that PyTorch calls back: a compiler that is at work does not trace it."""
-    disabled: list[Callable[..., Any]] = []
 
     @wraps(function)
     def run(*args: Any) -> Any:
         if "torch._dynamo" not in sys.modules:
             return function(*args)
-        if not disabled:
-            disable: Any = torch.compiler.disable
-            disabled.append(disable(function, reason="PyTorch calls it back"))
-        return disabled[0](*args)
+        return sys.modules[__name__].called(function, *args)
 
     return run
+
+
+keep("called", lambda function, *args: function(*args))

@@ -38,7 +38,7 @@ class Spelled(NamedTuple):
         """The structure, as operators take it."""
         return text_of((len(self.data), self.options))
 
-    def request(self) -> Request:
+    def as_request(self) -> Request:
         """The request again. Raises what the constructors of its rules raise."""
         return request_of(self.text, self.numbers, self.data)
 
