@@ -34,7 +34,9 @@ def __getattr__(name: str) -> Any:
 
     def run(*args: Any, **options: Any) -> Any:
         """Run the function with requests that a compiler has taken apart for its graph."""
-        return function(*[x.as_request() if hasattr(x, "as_request") else x for x in args], **options)
+        return function(
+            *[x.as_request() if hasattr(x, "as_request") else x for x in args], **options
+        )
 
     found = globals()[name] = disable(run, reason=reason)  # type: ignore[no-untyped-call]
     return found
