@@ -293,8 +293,7 @@ def _range(value: Range | Certainty) -> Range:
     return value
 
 
-def _truth(value: Any) -> Any:
-    """Python's bool has a `~` that is not a `not`."""
+def _truth(value: Any) -> Any:  # Python's bool has a `~` that is not a `not`
     return np.bool_(value) if isinstance(value, bool) else value
 
 
@@ -356,8 +355,7 @@ class _Extent(_Intervals):
     """
 
     low = high = 0
-    bounded = False  # whether look-ups are checked
-    language = "mask"
+    bounded, language = False, "mask"  # whether look-ups are checked, and of what
 
     def _see(self, low: int, high: int) -> Range:
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -384,10 +382,10 @@ class _Extent(_Intervals):
         for axis, (size, index) in enumerate(zip(table.shape, indices, strict=True)):
             low, high, _ = _range(index)
             if size is not None and (low < 0 or high >= size):
-                array = f"its array {table.number}" if isinstance(table, Input) else "a table"
-                entries = f"the entries {low} to {high} of axis {axis} of {array}"
+                reads = f"the {self.language} reads the entries {low} to {high} of axis {axis} of "
+                reads += f"its array {table.number}" if isinstance(table, Input) else "a table"
                 keep = "keep the index in it by minimum() and maximum()"
-                raise IndexError(f"the {self.language} reads {entries}, which has {size}; {keep}")
+                raise IndexError(f"{reads}, which has {size}; {keep}")
 
     def other(self, kind: str, values: tuple[Range | Certainty, ...]) -> Range | Certainty:
         return _REAL

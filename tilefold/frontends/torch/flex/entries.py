@@ -168,9 +168,9 @@ def entry(tracing: Tracing, tensor: Tensor, indices: Sequence[Any]) -> Symbol:
     Raises IndexError where an index may lie outside.
     """
     kind, bounds = kind_of(tensor.dtype), INT32
+    if tracing.known and not indices and (kind != "real" or _is_infinite(tensor)):
+        return number(tracing, tensor.item())
     if kind != "real" and tracing.known:
-        if not indices:
-            return number(tracing, tensor.item())
         bounds = bounds_of(tensor) if kind == "int" else (0, 1)
 
     def make() -> Any:
@@ -184,6 +184,11 @@ def entry(tracing: Tracing, tensor: Tensor, indices: Sequence[Any]) -> Symbol:
         return tensor[tuple(replayed(indices, values))] if indices else tensor
 
     return Symbol(tracing, kind, make, bounds, root_of(indices), again)
+
+
+def _is_infinite(tensor: Tensor) -> bool:
+    """True for an infinite constant: tiles that it hides are skipped, as those of a float are."""
+    return not tensor.requires_grad and type(tensor) is Tensor and bool(tensor.isinf())
 
 
 def _placed(tensor: Tensor, axis: int, index: Any) -> tuple[Tensor, Any]:
