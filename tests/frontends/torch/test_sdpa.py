@@ -6,12 +6,14 @@ import doctest
 import inspect
 import math
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from paths import ROOT
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -274,3 +276,18 @@ def test_a_device_without_kernels_is_named() -> None:
         sdpa(number, number, number[:, :, :3])
     with pytest.raises(TypeError, match="positional"):
         sdpa(number, number, number, None, 0.0, False, 2.0)  # type: ignore[misc]
+
+
+@pytest.mark.slow
+def test_the_page_runs() -> None:
+    page = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}  # later blocks go on from earlier ones
+    for block in blocks:
+        small = block.replace("2048", "256").replace("1500", "200").replace("print(", "told = (")
+        exec(small, names)
+    assert names["told"] == 1 and names["y"].shape == (2, 128, 64)
+    want = F.scaled_dot_product_attention(names["q"], names["k"], names["v"], is_causal=True)
+    torch.testing.assert_close(names["o"], want)
+    assert names["windowed"].shape == (2, 8, 256, 64)

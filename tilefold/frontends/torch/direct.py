@@ -58,20 +58,36 @@ _LOWEST = 2**36
 
 
 def output(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, grouped: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    grouped: bool,
+    mask: Tensor | None = None,
 ) -> Tensor | None:
     """o of a small call that was made before, which lies as q does; None for other calls.
 
-    `grouped`: whether heads of keys may be fewer.
+    `grouped`: whether heads of keys may be fewer. `mask` is an operand.
     """
-    way = _ways.get(_key(q, k, v, is_causal, scale, grouped))
+    if mask is not None:
+        lie = mask.shape, mask.stride(), mask.dtype
+        way = _ways.get(_key(q, k, v, is_causal, scale, grouped, lie))
+    else:
+        way = _ways.get(_key(q, k, v, is_causal, scale, grouped))
     if way is None or way.scratch is None:
         return None
     a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if (a | b | c) & 7 or a < _LOWEST or b < _LOWEST or c < _LOWEST:
         return None
     o = torch.empty_like(q) if way.like else _empty(way.results[0])
-    way.run(a, b, c, o.data_ptr(), way.scratch.data_ptr())
+    if mask is None:
+        way.run(a, b, c, o.data_ptr(), way.scratch.data_ptr())
+        return o
+    d = mask.data_ptr()
+    if d % mask.itemsize or d < _LOWEST:
+        return None
+    way.run(a, b, c, d, o.data_ptr(), way.scratch.data_ptr())
     return o
 
 
@@ -103,19 +119,27 @@ def forward(
     if few or (a | b | c) & 7 or way.prepared is None:
         return _run(way, (q, k, v))
     o = torch.empty_like(q) if way.like else _empty(way.results[0])
-    lse = _empty(way.results[1])
+    lse = _empty(way.results[1]) if way.scratch is None else torch.empty_like(way.scratch)
     way.run(a, b, c, o.data_ptr(), lse.data_ptr())
     return o, lse
 
 
-def forward_masked(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensors:
-    """The same of a request, and of the array that it reads."""
+def forward_masked(
+    q: Tensor, k: Tensor, v: Tensor, asked: Asked, known_as: Key | None = None
+) -> Tensors:
+    """The same of a request, and of the array that it reads.
+
+    `known_as` is what `output` is given beside q, k and v: it then finds a small call.
+    """
     request, array = asked
     key = _key(q, k, v, request, _lie(array))
     given = (q, k, v) if array is None else (q, k, v, array)
     way = _ways.get(key)
     if way is None:
         way = _new_forward(key, given, request)
+        if known_as is not None and array is not None and way.scratch is not None:
+            *options, mask = known_as
+            _ways.put(_key(q, k, v, *options, (mask.shape, mask.stride(), mask.dtype)), way, 0)
     return _run(way, given)
 
 

@@ -103,14 +103,16 @@ def _whole(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`aten::scaled_dot_product_attention` of tensors on the processor."""
-    if attn_mask is None and not dropout_p and keys.raw_repr() in _PLAIN and _allowed():
+    if not dropout_p and keys.raw_repr() in _PLAIN and _allowed():
         try:
             if _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-                if q.shape == k.shape == v.shape and q.ndim == 4:
+                if attn_mask is None and q.shape == k.shape == v.shape and q.ndim == 4:
                     o: Tensor = _flash_operator(q, k, v, 0.0, is_causal, scale=scale)[0]
                     return o
-            elif forward_ad._current_level < 0:
-                known = direct.output(q, k, v, is_causal, scale, enable_gqa)
+            elif forward_ad._current_level < 0 and not (
+                attn_mask is not None and attn_mask.requires_grad
+            ):
+                known = direct.output(q, k, v, is_causal, scale, enable_gqa, attn_mask)
                 if known is not None:
                     next(_counts.hits)
                     return known
@@ -161,7 +163,8 @@ def _other(keys: Any, *given: Any) -> Tensor:
                 o = direct.forward(q, k, v, is_causal, scale, enable_gqa)[0]
             elif not wants and _is_usual(mask, q, k):
                 asked = _asked(q, k, v, 0.0, is_causal, mask, scale)
-                o = direct.forward_masked(q, k, v, asked)[0]
+                known_as = is_causal, scale, enable_gqa, mask
+                o = direct.forward_masked(q, k, v, asked, known_as)[0]
             elif q.shape[3] == v.shape[3] and (mask is None or _is_usual(mask, q, k)):
                 rule = None if mask is None else _rule(q, k, v, mask)
                 if rule is None:  # the flash operator counts itself
