@@ -16,6 +16,7 @@ from tilefold.frontends.torch import tensors
 from tilefold.frontends.torch.observed import faked
 from tilefold.frontends.torch.spelled import (
     Spelled,
+    constant_of,
     options_of,
     request_of,
     spelled,
@@ -50,15 +51,6 @@ def _register(kind: Any) -> None:
 
 
 _register(Traced)
-
-
-def constant_of(number: Any) -> Any:
-    """A number that a compiler traces as a constant of its graph; other values as they are."""
-    if isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
-        from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-        return guard_scalar(number)
-    return number
 
 
 def traced_request(mask: Any, scale: Any, layout: Any, precision: Any) -> Spelled:

@@ -26,6 +26,15 @@ from tilefold.masks.traced import Inlined, Traced
 from tilefold.problems.request import OPTIONS, Request
 
 
+def constant_of(number: Any) -> Any:
+    """A number that a compiler traces as a constant of its graph; other values as they are."""
+    if isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        return guard_scalar(number)
+    return number
+
+
 class Spelled(NamedTuple):
     """A request taken apart: what `text_of` takes, the numbers and the arrays of its mask."""
 
@@ -102,7 +111,7 @@ def _spelled(value: Any, numbers: list[int] | None, data: list[Tensor]) -> Any:
     if isinstance(value, Inlined):
         return {"Rule": [_spelled(value.expression, numbers, data), list(value.parameters)]}
     if isinstance(value, Input):
-        return {"input": [value.number, value.dtype, [int(size) for size in value.shape]]}
+        return {"input": [value.number, value.dtype, [constant_of(size) for size in value.shape]]}
     if isinstance(value, Expression):
         parts = (_spelled(part, numbers, data) for part in (value.label, value.children))
         return {"node": [type(value).__name__, *parts]}
