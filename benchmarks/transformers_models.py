@@ -227,8 +227,9 @@ def _gemmas(seconds: float, length: str) -> dict[str, Any]:
 
 def _memory(_: float, name: str, attention: str) -> float:
     """The peak of resident memory during a step, less what was resident before, in MiB."""
-    short = [_step(attention, 512, STEPS[name][1]) if name in STEPS else _gemma(attention, 512)]
-    short.pop()()  # loads libraries and compiles kernels
+    short = _step(attention, 2048, STEPS[name][1]) if name in STEPS else _gemma(attention, 2048)
+    short()  # loads libraries and compiles kernels: 2,048 tokens have those of any longer sequence
+    del short
     run = _step(attention, *STEPS[name]) if name in STEPS else _gemma(attention, int(name))
     gc.collect()
     CLEAR_REFS.write_text("5")  # the peak becomes what is resident now
