@@ -63,7 +63,7 @@ if torch.__version__ < OLDEST:  # a TorchVersion, which compares releases
 
 if OPERATORS:
     from tilefold.frontends.torch import operators
-    from tilefold.frontends.torch.spelled import Spelled
+    from tilefold.frontends.torch.spelled import Spelled, constant_of
     from tilefold.frontends.torch.spelled import request_of as request_of_text
 
 
@@ -98,7 +98,7 @@ def extended_request(
 def chance_of(dropout: Any) -> float:
     """The probability that an argument is; to a compiler it is a constant of the graph."""
     if OPERATORS and torch.compiler.is_compiling():
-        dropout = operators.constant_of(dropout)
+        dropout = constant_of(dropout)
     return check_probability(dropout)
 
 

@@ -20,7 +20,7 @@ from tilefold.masks.expression import Expression
 from tilefold.masks.tables import Given, Input
 
 if OPERATORS:
-    from tilefold.frontends.torch.operators import constant_of
+    from tilefold.frontends.torch.spelled import constant_of
 
 INT32 = (-(2**31), 2**31 - 1)
 FREE = "free"
