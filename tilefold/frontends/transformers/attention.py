@@ -28,8 +28,8 @@ from tilefold.scores.modifications import softcap as softcap_of
 from tilefold.scores.score import Score
 
 _NONE: tuple[Tensor, ...] = ()
-_READING = [FORWARD.plus(tuple([f"data{n}" for n in range(many + 1)])) for many in range(3)]
-"""The forward pass with one array of a rule, with two, and with three."""
+_READING = [FORWARD.plus(tuple([f"data{n}" for n in range(many)])) for many in range(4)]
+"""The forward pass without arrays of a rule, and with one, two and three."""
 
 
 def attention(
@@ -78,12 +78,12 @@ def attention(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     request, arrays = seen.request(scaling), seen.arrays
     scores = _scores(softcap, position_bias, seen.bias)
-    if scores is None and s_aux is None and not dropout:
+    if scores is None and s_aux is None and not dropout and len(arrays) < len(_READING):
+        if not (autocasts() or recorded(q, k, v)) and unobserved(q, k, v, *arrays):
+            wanted = _READING[len(arrays)]  # straight to the kernels: it saves 5 us of a call
+            return tensors.run(wanted, (q, k, v, *arrays), q, request)[0], None
         if not arrays:
             return calls.attention(q, k, v, request)[0], None
-        if not (autocasts() or recorded(q, k, v)) and unobserved(q, k, v, *arrays):
-            wanted = _READING[len(arrays) - 1]  # straight to the kernels: it saves 5 us
-            return tensors.run(wanted, (q, k, v, *arrays), q, request)[0], None
     return _extended(q, k, v, request, arrays, scores, s_aux, dropout), None
 
 
