@@ -32,12 +32,14 @@ from tilefold.common import generation
 from tilefold.common.copies import changed
 from tilefold.common.lru import LruCache
 from tilefold.masks.given import given_of
+from tilefold.masks.tables import Given, Input
 from tilefold.problems.attention import (
     LIMIT,
     STATISTICS,
     Problem,
     Shape,
     check_lse,
+    check_seeds,
     check_shape,
     check_sinks,
     contiguous,
@@ -333,23 +335,28 @@ def check_extra(arrays: Arrays, named: Mapping[str, Array], problem: Problem) ->
     An array of a score or a mask must still be what it was when that was made.
     """
     for given in problem.score.inputs if problem.score else ():
-        array = named[given.name]
-        now = arrays.dtype_of(array), tuple(array.shape)
-        if now != (given.dtype, given.shape):
-            raise ValueError(
-                f"the array {given.number} of score was {given.dtype} of shape {given.shape} when"
-                f" the score was made, and is {now[0]} of shape {now[1]}: make the score again"
-            )
-    for table in given_of(problem.mask) if "data0" in named else ():
-        array = named[table.name]
-        now = arrays.dtype_of(array), tuple(array.shape)
-        if now != (table.dtype, table.shape):
-            raise ValueError(
-                f"the array {table.number} of mask was {table.dtype} of shape {table.shape} when"
-                f" the rule was made, and is {now[0]} of shape {now[1]}: make the rule again"
-            )
+        _check_unchanged(arrays, named, given, "score")
+    for table in given_of(problem.mask):
+        _check_unchanged(arrays, named, table, "mask")
     if "sinks" in named:
         check_sinks(tuple(named["sinks"].shape), arrays.dtype_of(named["sinks"]), problem)
+    if "seed" in named:
+        check_seeds(tuple(named["seed"].shape), arrays.dtype_of(named["seed"]))
+
+
+def _check_unchanged(
+    arrays: Arrays, named: Mapping[str, Array], given: Given | Input, what: str
+) -> None:
+    if given.name not in named:
+        raise ValueError(f"the array {given.number} of {what} is missing: give one for each number")
+    array = named[given.name]
+    now = arrays.dtype_of(array), tuple(array.shape)
+    if now != (given.dtype, given.shape):
+        maker = "score" if what == "score" else "rule"
+        raise ValueError(
+            f"the array {given.number} of {what} was {given.dtype} of shape {given.shape} when the"
+            f" {maker} was made, and is {now[0]} of shape {now[1]}: make the {maker} again"
+        )
 
 
 def _dtype(name: str, dtype: str) -> str:

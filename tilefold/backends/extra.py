@@ -61,7 +61,10 @@ def names_of(request: Request, count: int) -> tuple[str, ...]:
     """
     first = tuple([f"data{number}" for number in sorted(operands_of(request.mask))])
     last = ("sinks",) * bool(request.sinks) + ("seed",) * bool(request.dropout)
-    inputs = range(count - len(first) - len(last))
+    least = len(first) + len(last)
+    if count < least:
+        raise ValueError(f"the request reads {least} extra arrays or more, got {count}")
+    inputs = range(count - least)
     return (*first, *[f"input{number}" for number in inputs], *last)
 
 

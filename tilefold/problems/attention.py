@@ -302,6 +302,14 @@ def check_sinks(shape: Shape, dtype: str, problem: Problem) -> None:
         raise TypeError(f"sinks must be of {wanted} where q is {problem.dtype}, got {dtype}")
 
 
+def check_seeds(shape: Shape, dtype: str) -> None:
+    """Raises ValueError or TypeError unless an array holds the one seed that kernels read."""
+    if math.prod(shape) != 1:
+        raise ValueError(f"seed must be one integer, got an array of shape {shape}")
+    if dtype != "int64":
+        raise TypeError(f"an array of the seed must be of int64, got {dtype}")
+
+
 def shapes_qkv(problem: Problem, layout: str) -> tuple[Shape, Shape, Shape]:
     """The shapes of q, k and v, and of their gradients, in a layout."""
     axes, keys = LAYOUTS[layout], (problem.batch, problem.heads_kv, problem.len_k)

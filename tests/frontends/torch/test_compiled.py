@@ -128,6 +128,42 @@ def test_a_mask_is_checked_when_the_graph_runs() -> None:
         compiled(Q, torch.tensor([1, 2, 3]))
 
 
+GIVEN = '{"given":[[12],"int32",0,5,%d]}'
+RULE = f'{{"Documents":[{GIVEN},{GIVEN},false]}}'
+BIAS = '{"Bias":[{"input":[0,"float32",[2,12,12]]}]}'
+OPTIONS = 'null,"bhnd","highest"'
+FORGED = {
+    "an array of a mask that is too short": (
+        f"[0,[{RULE % (1, 1)},{OPTIONS},null,0,0.0]]",
+        [torch.arange(9, dtype=torch.int32)],
+        "the array 1 of mask was int32 of shape",
+    ),
+    "arrays of which one is too short": (
+        f"[0,[{RULE % (1, 2)},{OPTIONS},null,0,0.0]]",
+        [torch.arange(12, dtype=torch.int32), torch.arange(9, dtype=torch.int32)],
+        "the array 2 of mask was int32 of shape",
+    ),
+    "a seed without entries": (f"[0,[null,{OPTIONS},null,0,0.5]]", [torch.arange(0)], "seed must"),
+    "a seed of floats": (f"[0,[null,{OPTIONS},null,0,0.5]]", [torch.ones(1)], "of int64, got"),
+    "no seed": (f"[0,[null,{OPTIONS},null,0,0.5]]", [], "reads 1 extra arrays or more, got 0"),
+    "no sinks": (f"[0,[null,{OPTIONS},null,3,0.0]]", [], "reads 1 extra arrays or more, got 0"),
+    "no array of a score": (
+        f"[0,[null,{OPTIONS},{BIAS},0,0.0]]",
+        [],
+        "array 0 of score is missing",
+    ),
+    "options by name": ('[0,{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7}]', [], "is no text"),
+    "fewer arrays than none": (f"[-1,[null,{OPTIONS},null,0,0.0]]", [], "is no text"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_operators_read_no_arrays_but_those_that_their_text_describes(name: str) -> None:
+    text, arrays, message = FORGED[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.tilefold.attention_extended(Q, Q, Q, arrays, text, [0], False)
+
+
 def test_rules_that_leave_their_graph_stay_rules() -> None:
     torch._dynamo.reset()
 

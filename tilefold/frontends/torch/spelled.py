@@ -181,7 +181,12 @@ def _plain(text: str, numbers: tuple[int, ...]) -> Request:
 def _parsed(text: str) -> tuple[int, Any]:
     try:
         count, values = json.loads(text)
-        if isinstance(count, int) and len(values) == len(OPTIONS):
+        if (
+            type(count) is int
+            and count >= 0
+            and type(values) is list
+            and len(values) == len(OPTIONS)
+        ):
             return count, values
     except (ValueError, TypeError, RecursionError):
         pass
