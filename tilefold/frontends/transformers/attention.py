@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tilefold.backends.extra import NOTHING, Extra, taken_apart
 from tilefold.backends.protocols import FORWARD
-from tilefold.frontends.torch import calls, recognised, tensors
+from tilefold.frontends.torch import calls, direct, recognised, tensors
 from tilefold.frontends.torch.autocast import autocasts
 from tilefold.frontends.torch.observed import recorded, unobserved
 from tilefold.frontends.transformers.packed import packed
@@ -64,6 +64,9 @@ def attention(
         past = is_causal or (attention_mask is not None and getattr(module, "is_causal", True))
         seen: Seen | Mask = _packed(query, key, cu_seq_lens_q, past, others)
     elif attention_mask is None:
+        plain = position_bias is None and softcap is None and s_aux is None and not dropout
+        if plain and (o := _direct(query, key, value, is_causal, scaling)) is not None:
+            return o, None
         seen = _unmasked(query, key, is_causal)
     elif isinstance(attention_mask, Mask):
         check_keys(attention_mask, key)
@@ -85,6 +88,21 @@ def attention(
         if not arrays:
             return calls.attention(q, k, v, request)[0], None
     return _extended(q, k, v, request, arrays, scores, s_aux, dropout), None
+
+
+def _direct(q: Tensor, k: Tensor, v: Tensor, past: bool, scale: float | None) -> Tensor | None:
+    """The result of a layer that sees all keys, or the past of as many; None for other calls.
+
+    It takes the way of `tilefold.torch.enable`: within a model that saves 40 of 99 us of a call.
+    """
+    if not q.is_cpu or (past and q.shape[2] != k.shape[2] and q.shape[2] != 1):
+        return None
+    heads_inside = q.stride(1) <= q.stride(2)  # o lies as q does, and a model wants it so
+    if not heads_inside or autocasts() or recorded(q, k, v) or not unobserved(q, k, v):
+        return None
+    options = past and q.shape[2] != 1, scale, True
+    o = direct.output(q, k, v, *options)
+    return (direct.forward(q, k, v, *options)[0] if o is None else o).transpose(1, 2)
 
 
 class Seen(NamedTuple):
