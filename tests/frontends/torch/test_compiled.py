@@ -116,6 +116,17 @@ def test_gradients_of_training_steps_with_new_documents() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the seed, then any seed
 
 
+def test_a_flag_of_a_rule_may_compare_sizes() -> None:
+    torch._dynamo.reset()
+
+    def function(q: Any, n: int) -> Any:
+        return attention(q, q, q, mask=local(n, causal=n == 3))
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=True)
+    for n in (2, 3, 4):
+        assert torch.equal(compiled(Q, n), function(Q, n))
+
+
 def test_a_mask_is_checked_when_the_graph_runs() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(made(lengths), fullgraph=True, backend="aot_eager")

@@ -129,7 +129,12 @@ def test_what_is_not_here_says_what_to_do() -> None:
         call(torch.ones(3), k, v)
     with pytest.raises(ValueError, match=r"window_size must be \(left, right\), got 3"):
         call(q, k, v, window_size=3)
+    for window in ((1.5, 2), ("1", 2), (True, 0)):
+        with pytest.raises(TypeError, match=r"window_size must be an integer >= -1, got"):
+            call(q, k, v, window_size=window)
     with pytest.raises(ValueError, match=r"qkv must be .*3, heads, dim"):
         tilefold.torch.flash_attn_qkvpacked_func(q)
+    with pytest.raises(ValueError, match=r"kv must be .*2, heads, dim\), got \[1\]"):
+        tilefold.torch.flash_attn_kvpacked_func(q, [1])
     with pytest.raises(TypeError, match="causal"):
         call(q, k, v, causal=1)

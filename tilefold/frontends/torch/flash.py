@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from tilefold.backends.extra import taken_apart
-from tilefold.common.check import flag, shown
+from tilefold.common.check import flag, shown, whole
 from tilefold.frontends.torch import calls
 from tilefold.masks import position_rules as rules
 from tilefold.masks.position_rules import Rule
@@ -67,7 +67,7 @@ def flash_attn_func(
         NotImplementedError: return_attn_probs is True, or the tensors lie on a device that has no
             kernels
     """
-    return attend(
+    return _attend(
         q,
         k,
         v,
@@ -92,7 +92,7 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *given: Any, **options: Any)
 
     The other arguments, results and errors are those of `flash_attn_func`.
     """
-    k, v = parts_of("kv", kv, 2)
+    k, v = _parts_of("kv", kv, 2)
     return flash_attn_func(q, k, v, *given, **options)
 
 
@@ -106,31 +106,31 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *given: Any, **options: Any) -> Tenso
 
     The other arguments, results and errors are those of `flash_attn_func`.
     """
-    q, k, v = parts_of("qkv", qkv, 3)
+    q, k, v = _parts_of("qkv", qkv, 3)
     return flash_attn_func(q, k, v, *given, **options)
 
 
 def flash_attn_varlen_func(*_: Any, **__: Any) -> NoReturn:
     """Raises NotImplementedError: packed sequences are not here yet."""
-    not_packed("flash_attn_varlen_func")
+    _not_packed("flash_attn_varlen_func")
 
 
 def flash_attn_varlen_kvpacked_func(*_: Any, **__: Any) -> NoReturn:
     """Raises NotImplementedError: packed sequences are not here yet."""
-    not_packed("flash_attn_varlen_kvpacked_func")
+    _not_packed("flash_attn_varlen_kvpacked_func")
 
 
 def flash_attn_varlen_qkvpacked_func(*_: Any, **__: Any) -> NoReturn:
     """Raises NotImplementedError: packed sequences are not here yet."""
-    not_packed("flash_attn_varlen_qkvpacked_func")
+    _not_packed("flash_attn_varlen_qkvpacked_func")
 
 
 def flash_attn_with_kvcache(*_: Any, **__: Any) -> NoReturn:
     """Raises NotImplementedError: caches that the function writes to are not here yet."""
-    not_paged("flash_attn_with_kvcache")
+    _not_paged("flash_attn_with_kvcache")
 
 
-def attend(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -151,10 +151,9 @@ def attend(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor) or tensor.ndim != 4:
             raise ValueError(
-                f"{name} must be a tensor (batch, sequence, heads, dim), got"
-                f" {shown(tensor) if not isinstance(tensor, Tensor) else tuple(tensor.shape)}"
+                f"{name} must be a tensor (batch, sequence, heads, dim), got {_form(tensor)}"
             )
-    mask = window_rule(flag("causal", is_causal), window_size, q.shape[1], k.shape[1])
+    mask = _window_rule(flag("causal", is_causal), window_size, q.shape[1], k.shape[1])
     scores: list[Score] = [modifications.softcap(cap)] if cap else []
     if alibi_slopes is not None:
         scores = [*scores, modifications.alibi(alibi_slopes)]
@@ -165,14 +164,14 @@ def attend(
     return calls.attention(q, k, v, request, extra)[0]
 
 
-def window_rule(is_causal: bool, window_size: Window, len_q: int, len_k: int) -> Rule:
+def _window_rule(is_causal: bool, window_size: Window, len_q: int, len_k: int) -> Rule:
     """The rule of a window of keys to the left and to the right of the query; -1 has no end.
 
     Raises TypeError or ValueError for another window.
     """
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size must be (left, right), got {shown(window_size)}")
-    left, right = window_size
+    left, right = (whole("window_size", end, -1) for end in window_size)
     if (left < 0 and right < 0) or (is_causal and left < 0):
         return rules.causal() if is_causal else rules.full()
     right = 0 if is_causal else right
@@ -188,17 +187,20 @@ def window_rule(is_causal: bool, window_size: Window, len_q: int, len_k: int) ->
     return rules.rule(lambda q, k: (k >= q + (end - left)) & (k <= q + (end + right)))
 
 
-def parts_of(name: str, packed: Tensor, number: int) -> tuple[Tensor, ...]:
+def _parts_of(name: str, packed: Tensor, number: int) -> tuple[Tensor, ...]:
     """The tensors that are packed on the third axis. Raises ValueError for another shape."""
-    if packed.ndim != 5 or packed.shape[2] != number:
+    if not isinstance(packed, Tensor) or packed.ndim != 5 or packed.shape[2] != number:
         raise ValueError(
-            f"{name} must be a tensor (batch, sequence, {number}, heads, dim), got"
-            f" {tuple(packed.shape)}"
+            f"{name} must be a tensor (batch, sequence, {number}, heads, dim), got {_form(packed)}"
         )
     return packed.unbind(2)
 
 
-def not_packed(name: str) -> NoReturn:
+def _form(given: Any) -> Any:
+    return tuple(given.shape) if isinstance(given, Tensor) else shown(given)
+
+
+def _not_packed(name: str) -> NoReturn:
     """Raises NotImplementedError: sequences of several lengths in a row."""
     raise NotImplementedError(
         f"{name}: packed sequences (cu_seqlens) are not here yet; pass one row to"
@@ -207,7 +209,7 @@ def not_packed(name: str) -> NoReturn:
     )
 
 
-def not_paged(name: str) -> NoReturn:
+def _not_paged(name: str) -> NoReturn:
     """Raises NotImplementedError: keys and values in a cache that the function writes to."""
     raise NotImplementedError(
         f"{name}: caches that the function writes to, and pages of them, are not here yet; write"

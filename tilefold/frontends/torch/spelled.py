@@ -28,7 +28,7 @@ from tilefold.problems.request import OPTIONS, Request
 
 def constant_of(number: Any) -> Any:
     """A number that a compiler traces as a constant of its graph; other values as they are."""
-    if isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(number, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
         from torch.fx.experimental.symbolic_shapes import guard_scalar
 
         return guard_scalar(number)
@@ -92,8 +92,10 @@ def _spelled(value: Any, numbers: list[int] | None, data: list[Tensor]) -> Any:
 
     Its integers and arrays are added to lists; without a list of numbers they stay constants.
     """
-    if value is None or isinstance(value, (bool, str, float)):
+    if value is None or isinstance(value, (str, float)):
         return value
+    if isinstance(value, (bool, torch.SymBool)):  # a comparison of sizes is a symbol
+        return constant_of(value) if torch.compiler.is_compiling() else value
     if isinstance(value, int):
         if numbers is None:
             return int(value)
