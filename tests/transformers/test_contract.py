@@ -439,6 +439,49 @@ def test_continuous_batching_runs_where_tilefold_replaces_sdpa(
         calls.clear()
 
 
+def test_models_that_compute_their_attention_themselves_are_refused_or_left_alone() -> None:
+    import torch
+    import transformers
+
+    import tilefold.transformers
+
+    ids, sizes = ids_of(), {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4}
+    bloom = transformers.BloomConfig(**sizes, n_layer=1)  # it adds a mask of floats to scores
+    own = transformers.BloomForCausalLM._from_config(bloom, attn_implementation="tilefold")
+    with pytest.raises(
+        NotImplementedError, match="the model of BloomConfig computes its attention"
+    ):
+        own(ids)
+    falcon = transformers.FalconConfig(**sizes, num_hidden_layers=1)  # it calls torch's attention
+    model = transformers.FalconForCausalLM._from_config(falcon, attn_implementation="sdpa").eval()
+    shown = torch.ones_like(ids)
+    shown[0, :2] = 0
+    expected = model(ids, attention_mask=shown).logits
+    tilefold.transformers.register(replace_sdpa=True)
+    try:
+        close(model(ids, attention_mask=shown).logits, expected)
+    finally:
+        tilefold.transformers.unregister()
+        tilefold.transformers.register()
+
+
+def test_a_decoder_that_says_it_is_not_causal_is_so_by_its_mask() -> None:
+    import torch
+    from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
+
+    sides = {
+        f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "ffn_dim")
+    }
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = NllbMoeConfig(vocab_size=99, d_model=16, num_experts=2, dropout=0.0, **sides, **heads)
+    rows = []
+    for attention in ("eager", "tilefold"):
+        torch.manual_seed(0)
+        model = NllbMoeForConditionalGeneration._from_config(config, attn_implementation=attention)
+        rows.append(model.eval()(input_ids=ids_of(), decoder_input_ids=ids_of()).logits)
+    close(rows[1], rows[0])
+
+
 def test_register_is_undone() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 

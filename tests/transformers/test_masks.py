@@ -34,6 +34,7 @@ def functions() -> dict[str, Callable[..., Any]]:
         "full": full,
         "window": window,
         "wide window": m.sliding_window_causal_mask_function(50),
+        "no window": m.sliding_window_causal_mask_function(0),  # Qwen 2 MoE without windows has it
         "window alone": m.sliding_window_overlay(3),
         "both sides": m.sliding_window_bidirectional_mask_function(2),
         "chunks": m.chunked_causal_mask_function(4, torch.tensor([0, 0])),
@@ -63,8 +64,8 @@ PLACES = {
 """Queries, keys, and the positions of the first ones."""
 
 NAMES = [
-    *("causal", "full", "window", "wide window", "window alone", "both sides", "chunks"),
-    *("chunks after padding", "packed", "packed windows", "packed chunks", "images"),
+    *("causal", "full", "window", "wide window", "no window", "window alone", "both sides"),
+    *("chunks", "chunks after padding", "packed", "packed windows", "packed chunks", "images"),
     *("images in windows", "packed images", "positions of no sequence", "a user's own"),
     "or of a user's own",
 ]
@@ -190,3 +191,5 @@ def test_code_of_a_model_that_computes_with_a_mask_gets_the_tensor() -> None:
     assert mask.dtype == torch.bool
     assert torch.equal(mask.to(torch.float32), expected.float())
     assert not hasattr(mask, "_no_attribute")
+    with pytest.raises(NotImplementedError, match="this model adds it to scores"):
+        torch.zeros(2, 1, 12, 12) + mask

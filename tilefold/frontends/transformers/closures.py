@@ -136,7 +136,7 @@ def _sliding(cells: dict[str, Any], place: Place, beside: Sequence[Function]) ->
     window, shift = cells["sliding_window"], place.shift
     if shift + place.len_q <= window:
         return _FULL
-    if CAUSAL in beside and place.ends_together:
+    if CAUSAL in beside and place.ends_together and window > 0:
         return local(window)
     return rule(lambda q, k: q - k < window - shift)
 

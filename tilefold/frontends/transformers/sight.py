@@ -23,6 +23,7 @@ from tilefold.frontends.transformers.closures import (
     reach,
     rule_of,
 )
+from tilefold.frontends.transformers.models import kind_of
 from tilefold.masks.arrays import as_traced
 from tilefold.masks.data_rules import Dense, Lengths, dense, lengths
 from tilefold.masks.given import RuleForm, form_of
@@ -35,6 +36,8 @@ _LARGE = 2**17
 comes with each call: a new plan takes 0.7 ms, and reads of the data 5 to 90 us in each layer.
 (Intel Xeon with 2 cores, 12 heads of dim 32: 16 x 64 x 64 is even, 32 x 128 x 128 saves 1 ms in
 each layer.)"""
+
+_ADDS = ("add", "radd", "iadd")
 
 
 class Mask:
@@ -87,6 +90,11 @@ class Mask:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if getattr(function, "__name__", "").strip("_") in _ADDS:
+            raise NotImplementedError(
+                "a mask of tilefold is of bool, and this model adds it to scores: load the model"
+                " with attn_implementation='eager'"
+            )
         given = [x.dense() if isinstance(x, Mask) else x for x in args]
         named = {k: x.dense() if isinstance(x, Mask) else x for k, x in (kwargs or {}).items()}
         return function(*given, **named)
@@ -104,21 +112,35 @@ def mask_of(**given: Any) -> Mask | Tensor | None:
         return padding
     if torch.compiler.is_compiling():
         return _traced(given)
+    kind = kind_of(given.get("config").__class__)
+    if not kind.asks:
+        return _theirs(given)
     place = _place(given)
     parts = parts_of(given["mask_function"])
     first, end = reach(parts, place)
     keys = None if (first, end) == (0, place.len_k) else (first, end)
-    rule = rule_of(parts, place if keys is None else place.cut(first, end))
+    rule = alone = rule_of(parts, place if keys is None else place.cut(first, end))
     if padding is not None:
         shown = _shown(padding, place.k + first, place.k + end)
         if shown is not None:
             hidden = _hidden(shown, place)
             rule = hidden if rule == _FULL else rule & hidden
-        elif keys is None and _may_be_none(rule, parts, place, given):
-            return None
-    elif keys is None and _may_be_none(rule, parts, place, given):
+    none = rule is alone and keys is None and kind.takes_none
+    if none and _may_be_none(rule, parts, place, given):
         return None
     return Mask(rule, keys, given)
+
+
+def _theirs(given: dict[str, Any]) -> Tensor | None:
+    """The mask of a model that computes its attention itself: torch's, where it knows "sdpa"."""
+    config = given["config"]
+    if config._attn_implementation == "sdpa":
+        made: Tensor | None = masking_utils.sdpa_mask(**given)
+        return made
+    raise NotImplementedError(
+        f"the model of {type(config).__name__} computes its attention itself, and does not ask"
+        " AttentionInterface for it: load it with attn_implementation='eager'"
+    )
 
 
 def _place(given: dict[str, Any]) -> Place:
@@ -205,7 +227,7 @@ def _traced_rule(given: dict[str, Any]) -> Rule | None:
     if function is CAUSAL:
         return causal()
     chunk = getattr(given.get("config"), "attention_chunk_size", None)
-    if window is None or window == chunk or given.get("use_vmap", False):
+    if not window or window == chunk or given.get("use_vmap", False):
         return None
     if given.get("allow_is_causal_skip", True):
         return causal() & local(window)
