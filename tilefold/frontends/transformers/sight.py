@@ -112,7 +112,8 @@ def mask_of(**given: Any) -> Mask | Tensor | None:
         return padding
     if torch.compiler.is_compiling():
         return _traced(given)
-    kind = kind_of(given.get("config").__class__)
+    config: Any = given.get("config")
+    kind = kind_of(type(config))
     if not kind.asks:
         return _theirs(given)
     place = _place(given)
