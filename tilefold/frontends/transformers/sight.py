@@ -112,8 +112,8 @@ def mask_of(**given: Any) -> Mask | Tensor | None:
         return padding
     if torch.compiler.is_compiling():
         return _traced(given)
-    config: Any = given.get("config")
-    kind = kind_of(type(config))
+    config: Any = type(given.get("config"))
+    kind = kind_of(config)
     if not kind.asks:
         return _theirs(given)
     place = _place(given)
