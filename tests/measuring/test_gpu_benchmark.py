@@ -292,19 +292,6 @@ def test_bits_are_compared() -> None:
         checks._same("x", (ones, ones), (ones, torch.tensor([1.0, 2.0, 1.0])))
 
 
-def test_a_whole_graph_is_no_promise_before_torch_2_12(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tilefold.frontends.torch.calls.OPERATORS", False)
-    monkeypatch.setattr(checks, "_both", lambda stage, given: (None,) * 5)
-    on = here()
-    parts = {
-        name: (lambda run=run: run(on.stage))
-        for name, run in checks.PROMISES["torch.compile"].items()
-    }
-    row = checks.tried(parts.items(), on)
-    assert (row["ran"], row["failures"]) == ([], {})
-    assert "torch" in row["absent"]["compile"] and "older than 2.12" in row["absent"]["compile"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_speed_measures_what_is_right(operation: str) -> None:

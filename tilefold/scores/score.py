@@ -127,8 +127,9 @@ class Form(NamedTuple):
 def changed_fields(score: Any, named: dict[str, Any]) -> Any:
     """A copy of a frozen dataclass with other values of some fields, made without its checks."""
     copy = object.__new__(type(score))
-    given = {field.name: getattr(score, field.name) for field in fields(score)}
-    copy.__dict__.update(given | named)
+    for field in fields(score):  # one by one: PyTorch's compiler before 2.12 knows no other way
+        name = field.name
+        object.__setattr__(copy, name, named[name] if name in named else getattr(score, name))
     return copy
 
 

@@ -4,9 +4,6 @@ PyTorch takes longer to dispatch such an operator than a whole small call takes.
 autograd can observe runs directly, with a `torch.autograd.Function` if gradients are wanted.
 Compilers, tracers, modes, profilers and subclasses see the operators. The transforms of
 `torch.func`, forward mode and second derivatives go through `transforms`.
-
-Before 2.12 PyTorch's operators cannot take a request, so all calls run directly: a compiled
-function breaks its graph there, and tracers and subclasses are refused.
 """
 
 from __future__ import annotations
@@ -19,19 +16,26 @@ from torch import Tensor
 from tilefold.backends import extra as extra_arrays
 from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.backends.extra import NOTHING, Extra
-from tilefold.frontends.torch import extended, outside, parts, tensors, transforms
+from tilefold.frontends.torch import (
+    extended,
+    operators,
+    outside,
+    parts,
+    tensors,
+    transforms,
+)
 from tilefold.frontends.torch.autocast import autocasts, cast
 from tilefold.frontends.torch.batched import batched
 from tilefold.frontends.torch.joined import joined
 from tilefold.frontends.torch.observed import (
-    OPERATORS,
     PLAIN,
     lifted,
     recorded,
-    require_operators,
     unobserved,
     untraceable,
 )
+from tilefold.frontends.torch.spelled import Spelled, constant_of
+from tilefold.frontends.torch.spelled import request_of as request_of_text
 from tilefold.masks.given import given_of
 from tilefold.masks.rule import Rule
 from tilefold.problems.attention import check_parts
@@ -40,7 +44,6 @@ from tilefold.problems.request import Request
 from tilefold.scores.score import Score
 
 __all__ = [
-    "OPERATORS",
     "PLAIN",
     "attention",
     "attention_backward",
@@ -51,8 +54,7 @@ __all__ = [
     "seed_of",
 ]
 
-# 2.12 and 2.13 pass all tests, 2.10 and 2.11 all tests that need no operator. 2.15 (a CUDA build)
-# passes all but its own opcheck, which fails on a warning that it raises itself.
+# 2.13 passes all tests. 2.10 and 2.12 pass them too, but for what those lack themselves.
 OLDEST = "2.10"
 
 if torch.__version__ < OLDEST:  # a TorchVersion, which compares releases
@@ -60,11 +62,6 @@ if torch.__version__ < OLDEST:  # a TorchVersion, which compares releases
         f"tensors need PyTorch {OLDEST} or newer, found {torch.__version__}; upgrade it, or pass"
         " arrays (tensor.numpy())"
     )
-
-if OPERATORS:
-    from tilefold.frontends.torch import operators
-    from tilefold.frontends.torch.spelled import Spelled, constant_of
-    from tilefold.frontends.torch.spelled import request_of as request_of_text
 
 
 def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Any:
@@ -74,12 +71,12 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Any:
             "scale wants a gradient, and it has none: multiply q by it and pass scale=1.0, or pass"
             " scale.item()"
         )
-    if OPERATORS and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return operators.traced_request(mask, scale, layout, precision)
     try:
         return Request(mask, scale, layout, precision)
     except TypeError:
-        if not (OPERATORS and isinstance(mask, Rule) and given_of(mask)):
+        if not (isinstance(mask, Rule) and given_of(mask)):
             raise
         held = operators.traced_request(mask, scale, layout, precision)
         return held if torch._C._get_tracing_state() is not None else held.as_request()
@@ -97,7 +94,7 @@ def extended_request(
 
 def chance_of(dropout: Any) -> float:
     """The probability that an argument is; to a compiler it is a constant of the graph."""
-    if OPERATORS and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         dropout = constant_of(dropout)
     return check_probability(dropout)
 
@@ -137,7 +134,6 @@ def attention(
         if lifted():
             o, lse = transforms.attention(q, k, v, request)
         else:
-            require_operators()
             o, lse, *_ = operators.run(request, q, k, v)
         result = o, lse
     return result
@@ -201,7 +197,6 @@ def gradients(
         if lifted() or batched(do, dlse):
             result = transforms.attention_backward(given, request, dlse, lse_low)
         else:
-            require_operators()
             result = operators.run_backward(request, given, (), (), dlse, lse_low)[:3]
     return result
 
@@ -303,13 +298,10 @@ def _each_backward(info: Any, in_dims: Any, *inputs: Any) -> Any:
     return transforms.vectorised(call, info.batch_size, dims, request, every, first=3)
 
 
-if OPERATORS:
-    operators.attention.register_autograd(_operator_gradients, setup_context=_save_operator)
-    operators.attention_backward.register_autograd(_second_gradients, setup_context=_save_backward)
-    operators.attention.register_vmap(_each_forward)
-    operators.attention_backward.register_vmap(_each_backward)
+operators.attention.register_autograd(_operator_gradients, setup_context=_save_operator)
+operators.attention_backward.register_autograd(_second_gradients, setup_context=_save_backward)
+operators.attention.register_vmap(_each_forward)
+operators.attention_backward.register_vmap(_each_backward)
 
 outside.keep("attention", attention)
 outside.keep("gradients", gradients)
-if not OPERATORS:
-    attention, gradients = outside.attention, outside.gradients

@@ -15,22 +15,17 @@ from tilefold.backends.arrays.torch import dtype_of, tensor_of
 from tilefold.backends.extra import Extra, rows_of
 from tilefold.backends.protocols import spoken
 from tilefold.frontends.numpy import as_array
-from tilefold.frontends.torch import outside, tensors, transforms
+from tilefold.frontends.torch import operators, outside, tensors, transforms
 from tilefold.frontends.torch.batched import batched
 from tilefold.frontends.torch.joined import gradient_of_sinks
 from tilefold.frontends.torch.observed import (
-    OPERATORS,
     lifted,
     recorded,
-    require_operators,
     unobserved,
     untraceable,
 )
+from tilefold.frontends.torch.spelled import options_of, request_of
 from tilefold.problems.request import Request
-
-if OPERATORS:
-    from tilefold.frontends.torch import operators
-    from tilefold.frontends.torch.spelled import options_of, request_of
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -51,7 +46,6 @@ def attention(
     tensors.check(q=q, k=k, v=v)
     if lifted():
         return transforms.attention(q, k, v, request, arrays, further)
-    require_operators()
     o, lse, _, largest = operators.run(request, q, k, v, arrays, bool(further))
     return (o, lse) if largest is None else (o, lse, largest)
 
@@ -145,7 +139,6 @@ def gradients(
         run = tensors.backward_extended
         dq, dk, dv, *more = run(request, tuple(wanted), lse_low, dlse, *given, *arrays)
         return dq, dk, dv, more
-    require_operators()
     return operators.run_backward(request, given, arrays, wanted, dlse, lse_low)
 
 
@@ -276,10 +269,9 @@ def _looped(call: Any, size: int, in_dims: Any, inputs: Any) -> Any:
     return tuple(made), tuple([[0] * len(x) if isinstance(x, list) else 0 for x in made])
 
 
-if OPERATORS:
-    operators.attention_extended.register_autograd(_gradients, setup_context=_save)
-    operators.attention_extended_backward.register_autograd(
-        _second_gradients, setup_context=_save_backward
-    )
-    operators.attention_extended.register_vmap(_each_forward)
-    operators.attention_extended_backward.register_vmap(_each_backward)
+operators.attention_extended.register_autograd(_gradients, setup_context=_save)
+operators.attention_extended_backward.register_autograd(
+    _second_gradients, setup_context=_save_backward
+)
+operators.attention_extended.register_vmap(_each_forward)
+operators.attention_extended_backward.register_vmap(_each_backward)

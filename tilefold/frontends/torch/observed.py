@@ -8,16 +8,13 @@ from torch.autograd import forward_ad
 
 from tilefold.frontends.torch import tensors
 
-OPERATORS = torch.__version__ >= "2.12"
-"""True from torch 2.12, whose custom operators accept an opaque Python value such as a Request."""
-
 PLAIN = (Tensor, torch.nn.Parameter)
 """Tensor types whose operations never call back into Python."""
 
 
 def unobserved(*given: Tensor) -> bool:
     """True if these are plain tensors, and no part of torch observes operations on them."""
-    if _transformed() or (_watched() if OPERATORS else faked()):
+    if _transformed() or _watched():
         return False
     here = given[0].is_cpu
     for tensor in given:
@@ -39,21 +36,11 @@ def recorded(*given: Tensor) -> bool:
 def lifted() -> bool:
     """True inside a transform of `torch.func` and in forward mode, where functions of autograd go.
 
-    False where a compiler traces it, which takes operators, and where these are needed but missing.
+    False where a compiler traces it, which takes operators.
     """
     if torch.compiler.is_compiling():
         return False
-    active = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return bool(active) and (OPERATORS or not faked())
-
-
-def require_operators() -> None:
-    """Raises NotImplementedError if PyTorch is too old for operators."""
-    if not OPERATORS:
-        raise NotImplementedError(
-            "attention under tracers, on meta tensors, on subclasses and on conjugates' imaginary"
-            f" parts (call resolve_neg()) needs PyTorch 2.12 or newer, found {torch.__version__}"
-        )
+    return bool(torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def untraceable() -> bool:

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from tilefold.frontends.torch.observed import OPERATORS
-
 _functions: dict[str, Callable[..., Any]] = {}
 
 
@@ -28,8 +26,6 @@ def __getattr__(name: str) -> Any:
     if name not in _functions:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     reason = "forward mode, and transforms of torch.func, are no part of a graph"
-    if not OPERATORS:
-        reason = f"only PyTorch 2.12 or newer has operators, found {torch.__version__}"
     function, disable = _functions[name], torch.compiler.disable
 
     def run(*args: Any, **options: Any) -> Any:

@@ -19,21 +19,18 @@ import torch
 from torch import Tensor
 
 from tilefold.backends.extra import names_of
-from tilefold.frontends.torch import tensors
+from tilefold.frontends.torch import operators, tensors
 from tilefold.frontends.torch.batched import mapped
 from tilefold.frontends.torch.derivatives.attention import move, pull, push
 from tilefold.frontends.torch.derivatives.sums import nested
 from tilefold.frontends.torch.joined import with_sinks
-from tilefold.frontends.torch.observed import OPERATORS, unobserved
+from tilefold.frontends.torch.observed import unobserved
 from tilefold.frontends.torch.outside import uncompiled
 from tilefold.masks.expression import names
 from tilefold.masks.repeated import repeated
 from tilefold.problems.request import LAYOUTS, Request
 from tilefold.scores.repeated import repeated_score
 from tilefold.scores.score import Sizes
-
-if OPERATORS:
-    from tilefold.frontends.torch import operators
 
 Tensors = tuple[Tensor, ...]
 
@@ -82,7 +79,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     @uncompiled
     def forward(request: Request, further: tuple[str, ...], *given: Tensor) -> Tensors:
-        if not OPERATORS or unobserved(*given):
+        if unobserved(*given):
             o, lse, low, *rest = tensors.forward_extended(request, further, *given)
         else:
             q, k, v, *arrays = given
@@ -141,7 +138,7 @@ class _Backward(torch.autograd.Function):
         *given: Tensor,
     ) -> Tensors:
         every = given if dlse is None else (*given, dlse)
-        if not OPERATORS or unobserved(*every):
+        if unobserved(*every):
             return tensors.backward_extended(request, wanted, low, dlse, *given)
         *found, more = operators.run_backward(request, given[:6], given[6:], wanted, dlse, low)
         return (*found, *more)

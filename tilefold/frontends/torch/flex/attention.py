@@ -149,5 +149,3 @@ def _check_mask(mask: Any, sizes: tuple[int, int, int, int], batch: int) -> None
 
 
 outside.keep("flex_attention", flex_attention)
-if not calls.OPERATORS:
-    flex_attention = outside.flex_attention

@@ -16,17 +16,14 @@ from torch import Tensor
 
 from tilefold.backends.extra import NOTHING, Extra
 from tilefold.common.lru import LruCache
+from tilefold.frontends.torch import operators
 from tilefold.frontends.torch.flex.tracing import PARAMETERS, Traced, traced
-from tilefold.frontends.torch.observed import OPERATORS
 from tilefold.masks import traced as rules
 from tilefold.masks.expression import AnyTable, Boolean, Expression, Rebuild, Table, evaluate
 from tilefold.masks.rule import Rule
 from tilefold.masks.tables import Given
 from tilefold.problems.request import Request
 from tilefold.scores import traced as scores
-
-if OPERATORS:
-    from tilefold.frontends.torch import operators
 
 Sizes = tuple[int, int, int, int]
 

@@ -15,12 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tilefold.frontends.torch.observed import OPERATORS, faked
+from tilefold.frontends.torch.observed import faked
+from tilefold.frontends.torch.spelled import constant_of
 from tilefold.masks.expression import Expression
 from tilefold.masks.tables import Given, Input
-
-if OPERATORS:
-    from tilefold.frontends.torch.spelled import constant_of
 
 INT32 = (-(2**31), 2**31 - 1)
 FREE = "free"
@@ -38,7 +36,7 @@ class Tracing:
 
     def __init__(self) -> None:
         compiling = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        self.known = not (OPERATORS and (compiling or faked()))
+        self.known = not (compiling or faked())
         self.inputs: list[Tensor] = []
         self.tables: list[Tensor] = []
 
@@ -57,7 +55,7 @@ class Tracing:
 
 def constants(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Sizes as numbers; a compiler guards those that it has as symbols."""
-    if not (OPERATORS and torch.compiler.is_compiling()):
+    if not torch.compiler.is_compiling():
         return sizes
     return tuple([constant_of(size) for size in sizes])
 
