@@ -390,7 +390,7 @@ class _Switch:
 
 _switch = _Switch()
 _registry: Any = torch.nn.attention
-if hasattr(_registry, "register_flash_attention_impl"):
+if hasattr(_registry, "restore_flash_attention_impl"):  # older ones have it without a way back
     _registry.register_flash_attention_impl(NAME, register_fn=_Installed)
 else:
     _registry = None
