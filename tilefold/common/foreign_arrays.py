@@ -34,6 +34,16 @@ def compiled_by_torch() -> bool:
     return hasattr(torch, "compiler") and torch.compiler.is_compiling()  # type: ignore[union-attr]
 
 
+def constant_of(number: Any) -> Any:
+    """A number that PyTorch's compiler traces, as a constant of its graph; others as they are."""
+    if not compiled_by_torch():
+        return number
+    torch = sys.modules["torch"]
+    if isinstance(number, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return torch.fx.experimental.symbolic_shapes.guard_scalar(number)
+    return number
+
+
 def is_of_torch(value: Any) -> bool:
     """True for a tensor of PyTorch, and for all that its compiler makes one of."""
     if compiled_by_torch():

@@ -52,7 +52,7 @@ def as_array(name: str, value: Any) -> NDArray[Any]:
     """A NumPy array for anything that is one, lies on the CPU, or nests lists."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be an array without a mask of its own: pass its data")
-    if is_traced(value):
+    if hasattr(value, "dtype") and is_traced(value):
         kind = f"{dtype_name(value)} of shape {value.shape}"
         raise TypeError(f"{name} must be an array with values, got one that is traced, {kind}")
     try:

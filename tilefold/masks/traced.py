@@ -97,14 +97,23 @@ def rule(function: Callable[..., Any]) -> Rule:
 
     Raises TypeError or ValueError for anything that cannot be traced.
     """
+    symbols = {name: Index(name) for name in INDEX_NAMES}
     if compiled_by_torch():
-        code = function.__code__
-        names = code.co_varnames[: code.co_argcount]
-        return Inlined(function(**{name: Index(name) for name in names}), names)
-    taken = symbols_of(function, "rule", {name: Index(name) for name in INDEX_NAMES})
+        inlined = symbols_in_graph(function, symbols)
+        return Inlined(function(**inlined), tuple(inlined))
+    taken = symbols_of(function, "rule", symbols)
     expression = as_boolean(_called(function, taken))
     check_integers(expression)
     return Traced(expression, tuple(taken))
+
+
+def symbols_in_graph(
+    function: Callable[..., Any], symbols: Mapping[str, Expression]
+) -> dict[str, Any]:
+    """`symbols_of` where PyTorch's compiler traces it. Other parameters have defaults."""
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return {name: symbols[name] for name in names if name in symbols}
 
 
 def symbols_of(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilefold.common.check import shown
+from tilefold.common.foreign_arrays import constant_of
 from tilefold.masks.expression import (
     INDEX_NAMES,
     Constant,
@@ -235,7 +236,7 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     try:
-        return float(value)
+        return float(constant_of(value))
     except (OverflowError, TypeError):
         raise ValueError(
             f"{name} must be a number that a float holds, got {shown(value)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from tilefold.common.check import shown
 from tilefold.common.computed import computed
+from tilefold.common.foreign_arrays import compiled_by_torch
 from tilefold.masks.expression import (
     INDEX_NAMES,
     AnyTable,
@@ -22,7 +23,7 @@ from tilefold.masks.expression import (
 )
 from tilefold.masks.graph import hashed, same
 from tilefold.masks.tables import Input
-from tilefold.masks.traced import called, spelled, symbols_of
+from tilefold.masks.traced import called, spelled, symbols_in_graph, symbols_of
 from tilefold.scores.score import Renamed, Score, Sizes
 
 
@@ -95,6 +96,9 @@ def score(function: Callable[..., Any]) -> Score:
     Raises TypeError or ValueError for anything that cannot be traced.
     """
     symbols = {"s": ScoreValue(), **{name: Index(name) for name in INDEX_NAMES}}
+    if compiled_by_torch():
+        inlined = symbols_in_graph(function, symbols)
+        return Traced(as_real(function(**inlined)), tuple(inlined))
     taken = symbols_of(function, "score", symbols)
     return Traced(_called(function, taken), tuple(taken))
 

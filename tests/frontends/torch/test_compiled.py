@@ -20,6 +20,7 @@ from tilefold import attention, causal, dense, documents, lengths, local, rule  
 pytestmark = pytest.mark.slow
 
 Q = torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(0))
+X = torch.tensor([0.5, 0.25])
 attention(Q, Q, Q)  # the first call of a process compiles a graph of its own
 
 
@@ -123,6 +124,19 @@ def test_a_flag_of_a_rule_may_compare_sizes() -> None:
         assert torch.equal(compiled(Q, n), function(Q, n))
 
 
+def test_scores_of_a_user_s_own_and_numbers_that_change_are_made_inside() -> None:
+    torch._dynamo.reset()
+
+    def function(q: Any, x: Any, cap: float) -> Any:
+        own = tilefold.score(lambda s, h, q, k, w=cap: s - w * tilefold.table(x)[h] * abs(q - k))
+        near = rule(lambda q, *, k, w=3: q - k < w)
+        return attention(q, q, q, mask=near, score=[own, tilefold.softcap(cap)])
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for cap in (1.5, 2.5, 0.5):
+        assert torch.equal(compiled(Q, X, cap), function(Q, X, cap))
+
+
 def test_a_mask_is_checked_when_the_graph_runs() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(made(lengths), fullgraph=True, backend="aot_eager")
@@ -184,6 +198,12 @@ def test_rules_that_leave_their_graph_stay_rules() -> None:
     n = torch.tensor([3, 9])
     compiled = torch.compile(function, backend="aot_eager")
     assert torch.equal(compiled(Q, n), function(Q, n))
+
+
+def test_an_error_outside_of_a_graph_names_the_argument() -> None:
+    compiled = torch.compile(lambda q: made(documents)(q, [0.5] * 12), backend="eager")
+    with pytest.raises(TypeError, match=r"^documents: ids_q must be integers, got float64"):
+        compiled(Q)
 
 
 class Model(torch.nn.Module):

@@ -276,6 +276,22 @@ def test_rows_of_tensors() -> None:
     agree(*slopes, 1e-9)
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "uint16", "uint32", "uint64"])
+def test_integers_of_every_type(kind: str) -> None:
+    """They are compared, computed with beyond their bits, and they are indices."""
+    q, table, wide = torch.randn(1, 1, 12, 8), torch.randn(256), torch.arange(12) // 4
+    narrow = wide.to(getattr(torch, kind))
+
+    def call(ids: Any) -> Any:
+        return tilefold.torch.flex_attention(
+            *[q] * 3,
+            score_mod=lambda s, b, h, i, j: s + table[ids[i]] + table[ids[j] * 100],
+            mask_mod=lambda b, h, i, j: (ids[i] == ids[j]) & (ids[3] <= i),
+        )
+
+    assert torch.equal(call(narrow), call(wide))
+
+
 def test_half_types_and_autocast() -> None:
     double = [x.detach() for x in inputs()]
     q, k, v = (x.float() for x in double)

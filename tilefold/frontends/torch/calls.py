@@ -16,6 +16,7 @@ from torch import Tensor
 from tilefold.backends import extra as extra_arrays
 from tilefold.backends.arrays.torch import check_held, dtype_of
 from tilefold.backends.extra import NOTHING, Extra
+from tilefold.common.foreign_arrays import constant_of
 from tilefold.frontends.torch import (
     extended,
     operators,
@@ -34,7 +35,7 @@ from tilefold.frontends.torch.observed import (
     unobserved,
     untraceable,
 )
-from tilefold.frontends.torch.spelled import Spelled, constant_of
+from tilefold.frontends.torch.spelled import Spelled
 from tilefold.frontends.torch.spelled import request_of as request_of_text
 from tilefold.masks.given import given_of
 from tilefold.masks.rule import Rule
@@ -94,9 +95,7 @@ def extended_request(
 
 def chance_of(dropout: Any) -> float:
     """The probability that an argument is; to a compiler it is a constant of the graph."""
-    if torch.compiler.is_compiling():
-        dropout = constant_of(dropout)
-    return check_probability(dropout)
+    return check_probability(constant_of(dropout))
 
 
 def seed_of(seed: Any, q: Tensor) -> Tensor:

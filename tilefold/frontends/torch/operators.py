@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilefold.common.foreign_arrays import constant_of
 from tilefold.frontends.torch import tensors
 from tilefold.frontends.torch.observed import faked
 from tilefold.frontends.torch.spelled import (
     Spelled,
-    constant_of,
     options_of,
     request_of,
     spelled,

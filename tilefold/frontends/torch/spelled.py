@@ -18,21 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tilefold.common.foreign_arrays import constant_of
 from tilefold.common.lru import LruCache
 from tilefold.frontends import written
+from tilefold.masks.nodes import RealConstant
 from tilefold.masks.symbols import Expression
 from tilefold.masks.tables import Given, Input, Table
 from tilefold.masks.traced import Inlined, Traced
 from tilefold.problems.request import OPTIONS, Request
-
-
-def constant_of(number: Any) -> Any:
-    """A number that a compiler traces as a constant of its graph; other values as they are."""
-    if isinstance(number, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
-        from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-        return guard_scalar(number)
-    return number
 
 
 class Spelled(NamedTuple):
@@ -95,7 +88,7 @@ def _spelled(value: Any, numbers: list[int] | None, data: list[Tensor]) -> Any:
     if value is None or isinstance(value, (str, float)):
         return value
     if isinstance(value, (bool, torch.SymBool)):  # a comparison of sizes is a symbol
-        return constant_of(value) if torch.compiler.is_compiling() else value
+        return constant_of(value)
     if isinstance(value, int):
         if numbers is None:
             return int(value)
@@ -114,6 +107,8 @@ def _spelled(value: Any, numbers: list[int] | None, data: list[Tensor]) -> Any:
         return {"Rule": [_spelled(value.expression, numbers, data), list(value.parameters)]}
     if isinstance(value, Input):
         return {"input": [value.number, value.dtype, [constant_of(size) for size in value.shape]]}
+    if isinstance(value, RealConstant):  # compiled for each number, which the text has
+        value = RealConstant(constant_of(value.value))
     if isinstance(value, Expression):
         parts = (_spelled(part, numbers, data) for part in (value.label, value.children))
         return {"node": [type(value).__name__, *parts]}

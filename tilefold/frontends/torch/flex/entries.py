@@ -100,7 +100,8 @@ def bounds_of(tensor: Tensor) -> tuple[int, int]:
     """The least and the largest of some integers. Raises ValueError unless they fit 32 bits."""
     if not tensor.numel():
         return 0, 0
-    low, high = (int(x) for x in tensor.aminmax())
+    values = tensor.detach().cpu().numpy()  # PyTorch's own minimum takes no uint16 and larger
+    low, high = int(values.min()), int(values.max())
     if low < INT32[0] or high > INT32[1]:
         raise ValueError(
             f"flex_attention: integers of a tensor must fit 32 bits, got {low} to {high}; number"
@@ -181,7 +182,8 @@ def entry(tracing: Tracing, tensor: Tensor, indices: Sequence[Any]) -> Symbol:
         return _node(tracing, rows, tuple(at) or (Constant(0),))
 
     def again(values: Any) -> Any:
-        return tensor[tuple(replayed(indices, values))] if indices else tensor
+        found = tensor[tuple(replayed(indices, values))] if indices else tensor
+        return found.long() if kind == "int" else found  # kernels do not compute with 8 or 16 bits
 
     return Symbol(tracing, kind, make, bounds, root_of(indices), again)
 

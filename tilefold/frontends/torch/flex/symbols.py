@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tilefold.common.foreign_arrays import compiled_by_torch, constant_of
 from tilefold.frontends.torch.observed import faked
-from tilefold.frontends.torch.spelled import constant_of
 from tilefold.masks.expression import Expression
 from tilefold.masks.tables import Given, Input
 
@@ -55,7 +55,7 @@ class Tracing:
 
 def constants(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Sizes as numbers; a compiler guards those that it has as symbols."""
-    if not torch.compiler.is_compiling():
+    if not compiled_by_torch():
         return sizes
     return tuple([constant_of(size) for size in sizes])
 
