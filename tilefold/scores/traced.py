@@ -72,7 +72,7 @@ class _Changed(Rebuild):
         return ScoreValue() if self.s is None else self.s
 
     def lookup(self, table: AnyTable, indices: tuple[Expression, ...]) -> Expression:
-        if isinstance(table, Input) and self.rename:
+        if isinstance(table, Input) and self.rename is not None:
             table = self.rename(table)
         return super().lookup(table, indices)
 

@@ -45,9 +45,10 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if "torch._dynamo" not in sys.modules:
             return function(*args)
-        return sys.modules[__name__].called(function, *args)
+        return _here.called(function, *args)
 
     return run
 
 
+_here: Any = sys.modules[__name__]
 keep("called", lambda function, *args: function(*args))
