@@ -482,6 +482,30 @@ def test_a_decoder_that_says_it_is_not_causal_is_so_by_its_mask() -> None:
     close(rows[1], rows[0])
 
 
+def test_masks_of_models_on_torch_s_attention_are_recognised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    import tilefold.torch
+    from tilefold.frontends.torch import masked
+
+    model, ids = MODELS["mistral"].build("sdpa"), torch.randint(3, 97, (2, 448))
+    shown = torch.ones_like(ids)
+    shown[0, :100] = 0
+    rules, inner = [], masked.rule_of
+    monkeypatch.setattr(masked, "rule_of", lambda *given: rules.append(inner(*given)) or rules[-1])
+    with torch.inference_mode():
+        expected = model(ids, attention_mask=shown).logits
+        before = tilefold.torch.stats()
+        with tilefold.torch.enabled():
+            made = model(ids, attention_mask=shown).logits
+    after = tilefold.torch.stats()
+    assert (after["hits"] - before["hits"], after["misses"]) == (2, before["misses"])
+    assert "intervals(bq" in str(rules[-1])  # in the second layer: they came before
+    close(made[shown == 1], expected[shown == 1])
+
+
 def test_register_is_undone() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
