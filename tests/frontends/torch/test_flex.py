@@ -276,6 +276,21 @@ def test_rows_of_tensors() -> None:
     agree(*slopes, 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_a_strict_export_reads_tensors() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, ids: Tensor, slopes: Tensor) -> Tensor:
+            return tilefold.torch.flex_attention(
+                *[q] * 3,
+                score_mod=lambda s, b, h, i, j: s - slopes[h, 0] * (i - j),
+                mask_mod=lambda b, h, i, j: ids[i] == ids[j],
+            )
+
+    given = torch.randn(1, 2, 12, 8), torch.arange(12) // 5, torch.rand(2, 1)
+    program = torch.export.export(Model(), given, strict=True)
+    assert torch.equal(program.module()(*given), Model()(*given))
+
+
 @pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "uint16", "uint32", "uint64"])
 def test_integers_of_every_type(kind: str) -> None:
     """They are compared, computed with beyond their bits, and they are indices."""

@@ -6,6 +6,7 @@ The functions are called in every call, with symbols, so nothing that they read 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,13 +46,17 @@ class Traced(NamedTuple):
     known: bool
 
 
+_INDEXING = Tensor.__getitem__, operator.getitem
+"""`tensor[index]`, as PyTorch calls it, and as its compiler does where `torch.export` is strict."""
+
+
 class _Reading(TorchFunctionMode):
     """Symbols as indices of tensors, which PyTorch would ask for a value."""
 
     def __torch_function__(
         self, function: Any, types: Any, given: Any = (), options: Any = None
     ) -> Any:
-        if function is Tensor.__getitem__:
+        if function in _INDEXING:
             indices = given[1] if isinstance(given[1], tuple) else (given[1],)
             if any(isinstance(index, Symbol) for index in indices):
                 return read(*given)
