@@ -86,6 +86,8 @@ def attend(
         )
     score = None
     if attn_mask is not None:
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise TypeError(f"attn_mask must be of bool or of floats, got {attn_mask.dtype}")
         mask = attn_mask[:, None, None] if attn_mask.ndim == 2 else attn_mask
         if mask.dtype == torch.bool:
             shown = torch.zeros_like(mask, dtype=query.dtype)

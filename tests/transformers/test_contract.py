@@ -128,6 +128,13 @@ def test_a_mask_of_the_caller_s_own_reaches_the_layer_as_it_is(kind: str) -> Non
     close(called(q, k, v, mask), plain(q, k, v, expected))
 
 
+def test_a_mask_of_integers_is_refused() -> None:  # 1 would be added to scores
+    import torch
+
+    with pytest.raises(TypeError, match="attention_mask must be of bool or of floats, got"):
+        called(*drawn(5, 7), torch.ones(2, 1, 5, 7, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("dtype", ["bool", "float32"])
 def test_a_model_takes_masks_with_four_axes(dtype: str) -> None:
     import torch

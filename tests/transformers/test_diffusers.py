@@ -45,7 +45,7 @@ def test_a_call_says_what_the_native_backend_says(kind: str) -> None:
     close(dispatch_attention_fn(q, k, v, mask, scale=0.3, backend="tilefold", **given), expected)
 
 
-def test_lse_lies_as_diffusers_wants_it_and_parallel_contexts_are_refused() -> None:
+def test_lse_lies_as_diffusers_wants_it_and_what_is_not_there_is_refused() -> None:
     import torch
 
     from tilefold.diffusers import attend
@@ -57,6 +57,8 @@ def test_lse_lies_as_diffusers_wants_it_and_parallel_contexts_are_refused() -> N
     assert o.shape == q.shape
     with pytest.raises(NotImplementedError, match="choose the backend 'native'"):
         attend(q, q, q, _parallel_config=object())
+    with pytest.raises(TypeError, match="attn_mask must be of bool or of floats, got"):
+        attend(q, q, q, torch.ones(1, 5, dtype=torch.int64))
 
 
 def test_a_flux_transformer_runs_on_it() -> None:

@@ -247,6 +247,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "mask axes": ((Q, K, V, torch.ones(2, 1, 1, 5, 5)), {}, "attn_mask must broadcast"),
     "mask list": ((Q, K, V, [[True]]), {}, "attn_mask must be a Tensor, got list"),
     "probability": ((Q, K, V), {"dropout_p": 2.0}, "probability from 0 to 1, got 2"),
+    "dropout": ((Q, K, V), {"dropout_p": "x"}, "dropout_p must be a number, got str"),
     "causal": ((Q, K, V), {"is_causal": 1}, "is_causal must be True or False, got int"),
     "device": ((Q.to("meta"), K, V), {}, "query is on meta and key on cpu"),
     "dim": ((Q, K[..., :5], V), {}, "query has a dim of 8 and key one of 5"),

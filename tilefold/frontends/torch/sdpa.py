@@ -129,6 +129,8 @@ def _check(q: Any, k: Any, v: Any, mask: Any, dropout: float, is_causal: Any) ->
             )
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, got {type(is_causal).__name__}")
+    if not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout).__name__}")
     if not 0 <= dropout <= 1:
         raise RuntimeError(f"dropout_p must be a probability from 0 to 1, got {dropout}")
 

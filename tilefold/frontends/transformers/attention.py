@@ -175,6 +175,8 @@ def _by_tensor(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Seen:
 
     One that is a rule is read once: see `recognised`. Another one is read by the kernels.
     """
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"attention_mask must be of bool or of floats, got {mask.dtype}")
     mask = mask[(None,) * (4 - mask.ndim)]
     if mask.shape[3] > key.shape[2]:
         mask = mask[..., : key.shape[2]]
