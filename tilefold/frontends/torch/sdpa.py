@@ -115,7 +115,7 @@ class Fitted(NamedTuple):
     batch: tuple[int, ...]
 
 
-def _check(q: Any, k: Any, v: Any, mask: Any, dropout: float, is_causal: Any) -> None:
+def _check(q: Any, k: Any, v: Any, mask: Any, dropout: Any, is_causal: Any) -> None:
     """Raises TypeError for what is no tensor, and RuntimeError for tensors of too few axes."""
     given = {"query": q, "key": k, "value": v}
     for name, x in given.items() if mask is None else (*given.items(), ("attn_mask", mask)):
@@ -129,7 +129,7 @@ def _check(q: Any, k: Any, v: Any, mask: Any, dropout: float, is_causal: Any) ->
             )
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, got {type(is_causal).__name__}")
-    if not isinstance(dropout, (int, float)):
+    if dropout is None or isinstance(dropout, str):
         raise TypeError(f"dropout_p must be a number, got {type(dropout).__name__}")
     if not 0 <= dropout <= 1:
         raise RuntimeError(f"dropout_p must be a probability from 0 to 1, got {dropout}")
