@@ -267,3 +267,19 @@ def test_transforms_inside_of_compiled_functions(fullgraph: bool) -> None:
                 compiled(leaf)
         else:
             assert torch.equal(compiled(leaf), function(leaf))
+
+
+def test_frames_that_are_compiled_alone_leave_requests_to_others() -> None:
+    """After many recompilations PyTorch runs a frame without its compiler, those below with it."""
+    from tilefold.frontends.torch import calls
+
+    torch._dynamo.reset()
+    asked = torch.compile(
+        lambda n: calls.request_of(lengths(n), None, "bhnd", "highest"), backend="eager"
+    )
+    found = asked(torch.tensor([3, 9]))
+    assert torch.equal(calls.attention(Q, Q, Q, found)[0], given(Q, lengths([3, 9])) / 2)
+    score = tilefold.softcap(2.0)
+    plain = calls.whole(found)
+    more = torch.compile(lambda: calls.extended_request(plain, score, 0, 0.0), backend="eager")
+    assert more()[0].score == score.form.score

@@ -335,6 +335,7 @@ def test_every_entry_of_vmap_has_the_batch_and_the_seed_of_its_own_call() -> Non
 
 def test_compiled_functions_leave_their_graph_for_forward_mode() -> None:
     """Operators of PyTorch would lose the tangents without a word."""
+    torch._dynamo.reset()
     q, k, v, array = randoms(*SHAPES, (4, 1, 6))
     score = tilefold.bias(array)
 

@@ -35,7 +35,7 @@ from tilefold.frontends.torch.observed import (
     unobserved,
     untraceable,
 )
-from tilefold.frontends.torch.spelled import Spelled
+from tilefold.frontends.torch.spelled import Spelled, whole
 from tilefold.frontends.torch.spelled import request_of as request_of_text
 from tilefold.masks.given import given_of
 from tilefold.masks.rule import Rule
@@ -81,7 +81,7 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Any:
         if not (isinstance(mask, Rule) and given_of(mask)):
             raise
         held = operators.traced_request(mask, scale, layout, precision)
-        return held if torch._C._get_tracing_state() is not None else held.as_request()
+        return whole(held)
 
 
 def extended_request(
@@ -91,7 +91,14 @@ def extended_request(
     if isinstance(request, Spelled):
         form, arrays = (None, ()) if score is None else score.new_form()
         return request.extended(form, sinks, dropout), arrays
+    if torch.compiler.is_compiling():  # in a frame of its own, after one that left its graph
+        made: tuple[Request, tuple[Any, ...]]
+        made = outside.extended_request(request, score, sinks, dropout)
+        return made
     return extra_arrays.extended_request(request, score, sinks, dropout)
+
+
+outside.keep("extended_request", extra_arrays.extended_request)
 
 
 def chance_of(dropout: Any) -> float:
@@ -117,6 +124,7 @@ def attention(
     further: tuple[str, ...] = (),
 ) -> tuple[Tensor, ...]:
     """Return o and lse, and `further` results of the pass; see `tilefold.attention`."""
+    request = whole(request)
     if autocasts():
         q, k, v = cast(q, k, v)
     if parts.in_parts(q, k, v):
@@ -180,6 +188,7 @@ def gradients(
     extra: Extra = NOTHING,
 ) -> tuple[Tensor, ...]:
     """`attention_backward` of tensors in the types that they have."""
+    request = whole(request)
     if extra.names:
         return extended.attention_backward(do, q, k, v, o, lse, request, lse_low, dlse, extra)
     given = do, q, k, v, o, lse

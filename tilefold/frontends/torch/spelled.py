@@ -65,6 +65,13 @@ class Spelled(NamedTuple):
         return Spelled((*self.options[:4], form, sinks, dropout), self.numbers, tuple(data))
 
 
+def whole(request: Any) -> Any:
+    """The request itself, where one frame of a program was compiled and the next one is not."""
+    if not isinstance(request, Spelled) or torch.compiler.is_compiling():
+        return request
+    return request if torch._C._get_tracing_state() is not None else request.as_request()
+
+
 def spelled(mask: Any, scale: Any, layout: str, precision: str) -> Spelled:
     """The request of these options."""
     numbers = [0]  # AOTInductor of PyTorch 2.13 takes no empty list of integers
