@@ -15,7 +15,6 @@ the UNet of Stable Diffusion, call torch's own attention: `tilefold.torch.enable
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from tilefold import api
+from tilefold.frontends.torch.masked import additive
 from tilefold.masks.position_rules import causal, full
 from tilefold.scores.modifications import bias
 
@@ -89,10 +89,7 @@ def attend(
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             raise TypeError(f"attn_mask must be of bool or of floats, got {attn_mask.dtype}")
         mask = attn_mask[:, None, None] if attn_mask.ndim == 2 else attn_mask
-        if mask.dtype == torch.bool:
-            shown = torch.zeros_like(mask, dtype=query.dtype)
-            mask = shown.masked_fill(~mask, -math.inf)
-        score = bias(mask)
+        score = bias(additive(mask, query.dtype))
     made = api.attention(
         query,
         key,

@@ -21,7 +21,7 @@ def cast(*given: Tensor) -> tuple[Tensor, ...]:
     As in torch, float64 stays, and so does what is no float. Arrays of scores and sinks are not
     given here: kernels read them in the type that they have, whatever that of q is.
     """
-    return tuple([_cast(x) for x in given])
+    return tuple([_cast(x) for x in given]) if autocasts() else given
 
 
 def _cast(x: Tensor) -> Tensor:
@@ -51,6 +51,6 @@ def lowered(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        return run(*(cast(q, k, v) if autocasts() else (q, k, v)), *rest)
+        return run(*cast(q, k, v), *rest)
 
     return call  # type: ignore[return-value]

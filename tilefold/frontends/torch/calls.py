@@ -80,8 +80,7 @@ def request_of(mask: Any, scale: Any, layout: Any, precision: Any) -> Any:
     except TypeError:
         if not (isinstance(mask, Rule) and given_of(mask)):
             raise
-        held = operators.traced_request(mask, scale, layout, precision)
-        return whole(held)
+        return whole(operators.traced_request(mask, scale, layout, precision))
 
 
 def extended_request(

@@ -26,6 +26,7 @@ from tilefold.common import generation
 from tilefold.common.lru import LruCache
 from tilefold.frontends.torch import tensors
 from tilefold.frontends.torch.masked import Asked, plain_request
+from tilefold.frontends.torch.tensors import LOWEST
 from tilefold.problems.request import LAYOUTS, Request
 
 Key = tuple[Any, ...]
@@ -53,9 +54,6 @@ _ways: LruCache[Way] = LruCache(most=128, most_bytes=2**28)
 _newest: LruCache[Way] = LruCache(most=64, most_bytes=2**24)
 """The newest forward call of each kind, whatever its keys, as in `backends.calls`."""
 
-_LOWEST = 2**36
-"""Addresses below it are checked, as in `tensors`."""
-
 
 def output(
     q: Tensor,
@@ -78,14 +76,14 @@ def output(
     if way is None or way.scratch is None:
         return None
     a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    if (a | b | c) & 7 or a < _LOWEST or b < _LOWEST or c < _LOWEST:
+    if (a | b | c) & 7 or a < LOWEST or b < LOWEST or c < LOWEST:
         return None
     o = torch.empty_like(q) if way.like else _empty(way.results[0])
     if mask is None:
         way.run(a, b, c, o.data_ptr(), way.scratch.data_ptr())
         return o
     d = mask.data_ptr()
-    if d % mask.itemsize or d < _LOWEST:
+    if d % mask.itemsize or d < LOWEST:
         return None
     way.run(a, b, c, d, o.data_ptr(), way.scratch.data_ptr())
     return o
@@ -115,7 +113,7 @@ def forward(
     if way is None:
         way = _new_forward(key, (q, k, v), plain_request(is_causal, scale))
     a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    few = a < _LOWEST or b < _LOWEST or c < _LOWEST
+    few = a < LOWEST or b < LOWEST or c < LOWEST
     if few or (a | b | c) & 7 or way.prepared is None:
         return _run(way, (q, k, v))
     o = torch.empty_like(q) if way.like else _empty(way.results[0])
@@ -169,7 +167,7 @@ def _with(usual: Pass, given: Tensors) -> Pass:
 def _run(way: Way, given: Tensors) -> Tensors:
     addresses = [x.data_ptr() for x in given]
     for address in addresses:
-        if address & 7 or address < _LOWEST:
+        if address & 7 or address < LOWEST:
             given = tuple([_readable(x) for x in given])
             addresses = [x.data_ptr() for x in given]
             break

@@ -67,18 +67,25 @@ def flash_attn_func(
         NotImplementedError: return_attn_probs is True, or the tensors lie on a device that has no
             kernels
     """
-    return _attend(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        return_attn_probs,
-    )
+    if return_attn_probs:
+        raise NotImplementedError(
+            "return_attn_probs: the weights are never stored; tilefold.attention(...,"
+            ' layout="bnhd", return_lse=True) returns lse, which gives each of them'
+        )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            raise ValueError(
+                f"{name} must be a tensor (batch, sequence, heads, dim), got {_form(tensor)}"
+            )
+    mask = _window_rule(flag("causal", causal), window_size, q.shape[1], k.shape[1])
+    scores: list[Score] = [modifications.softcap(softcap)] if softcap else []
+    if alibi_slopes is not None:
+        scores = [*scores, modifications.alibi(alibi_slopes)]
+    chance = calls.chance_of(dropout_p) if dropout_p else 0.0
+    seed = calls.seed_of(None, q) if chance else None
+    request = calls.request_of(mask, softmax_scale, "bnhd", "highest")
+    request, extra = taken_apart(request, scores, None, chance, seed, calls.extended_request)
+    return calls.attention(q, k, v, request, extra)[0]
 
 
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *given: Any, **options: Any) -> Tensor:
@@ -128,40 +135,6 @@ def flash_attn_varlen_qkvpacked_func(*_: Any, **__: Any) -> NoReturn:
 def flash_attn_with_kvcache(*_: Any, **__: Any) -> NoReturn:
     """Raises NotImplementedError: caches that the function writes to are not here yet."""
     _not_paged("flash_attn_with_kvcache")
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float | None,
-    is_causal: bool,
-    window_size: Window,
-    cap: float,
-    alibi_slopes: Any,
-    return_attn_probs: bool,
-) -> Tensor:
-    """o of tensors (batch, sequence, heads, dim); the arguments are those of `flash_attn_func`."""
-    if return_attn_probs:
-        raise NotImplementedError(
-            "return_attn_probs: the weights are never stored; tilefold.attention(...,"
-            ' layout="bnhd", return_lse=True) returns lse, which gives each of them'
-        )
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
-            raise ValueError(
-                f"{name} must be a tensor (batch, sequence, heads, dim), got {_form(tensor)}"
-            )
-    mask = _window_rule(flag("causal", is_causal), window_size, q.shape[1], k.shape[1])
-    scores: list[Score] = [modifications.softcap(cap)] if cap else []
-    if alibi_slopes is not None:
-        scores = [*scores, modifications.alibi(alibi_slopes)]
-    chance = calls.chance_of(dropout_p) if dropout_p else 0.0
-    seed = calls.seed_of(None, q) if chance else None
-    request = calls.request_of(mask, softmax_scale, "bnhd", "highest")
-    request, extra = taken_apart(request, scores, None, chance, seed, calls.extended_request)
-    return calls.attention(q, k, v, request, extra)[0]
 
 
 def _window_rule(is_causal: bool, window_size: Window, len_q: int, len_k: int) -> Rule:

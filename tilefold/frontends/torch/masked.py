@@ -47,6 +47,11 @@ def asked(mask: Tensor, pairs: Pairs, dim: int, is_causal: bool, scale: float | 
     return Asked(_added_request(is_causal, scale, mask.shape, dtype_of(mask)), mask)
 
 
+def shown(shape: tuple[int, ...]) -> Rule:
+    """The rule of a mask of bool, whose entries come with each call as `data0`."""
+    return Dense(Given(tuple(shape), "bool", 0, 1))
+
+
 @lru_cache(maxsize=256)
 def plain_request(is_causal: bool, scale: float | None) -> Request:
     """The request of these options alone. Raises ValueError for a scale that is not finite."""
@@ -61,7 +66,7 @@ def ruled_request(is_causal: bool, scale: float | None, rule: Rule) -> Request:
 
 @lru_cache(maxsize=256)
 def _seen_request(is_causal: bool, scale: float | None, shape: tuple[int, ...]) -> Request:
-    return Request(joined(is_causal, Dense(Given(tuple(shape), "bool", 0, 1))), scale)
+    return Request(joined(is_causal, shown(shape)), scale)
 
 
 @lru_cache(maxsize=256)

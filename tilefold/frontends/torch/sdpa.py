@@ -17,12 +17,10 @@ from torch import Tensor
 from tilefold.backends.extra import NOTHING, Extra, taken_apart
 from tilefold.frontends.torch import calls
 from tilefold.frontends.torch.autocast import cast
-from tilefold.frontends.torch.masked import additive, joined
+from tilefold.frontends.torch.masked import additive, joined, shown
 from tilefold.frontends.torch.observed import recorded, unobserved
 from tilefold.frontends.torch.recognised import rule_of
-from tilefold.masks.data_rules import Dense
 from tilefold.masks.position_rules import Rule, full
-from tilefold.masks.tables import Given
 from tilefold.scores.modifications import bias
 from tilefold.scores.score import Score
 
@@ -95,9 +93,7 @@ def _masked(
         if found is not None:
             return rule & found if rule != full() else found, None, NOTHING
         if mask.dtype == torch.bool and not recorded(q, k, v):
-            table = Given(tuple(mask.shape), "bool", 0, 1)
-            seen = Dense(table)
-            return rule & seen, None, Extra((table.name,), (mask,))
+            return rule & shown(mask.shape), None, Extra(("data0",), (mask,))
     return rule, bias(additive(mask, q.dtype)), NOTHING
 
 

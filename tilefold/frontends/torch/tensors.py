@@ -123,7 +123,7 @@ def run(wanted: Pass, given: tuple[Tensor, ...], q: Tensor, request: Request) ->
                 " torch.func.vmap"
             ) from None
         bits |= address
-        if address < _LOWEST:
+        if address < LOWEST:
             for name, tensor in zip(wanted.given, given, strict=True):
                 arrays.check_held(spoken(name), tensor)
     if bits % _WIDEST and q.is_cpu:  # a tensor whose items are misaligned is copied
@@ -136,7 +136,7 @@ def run(wanted: Pass, given: tuple[Tensor, ...], q: Tensor, request: Request) ->
         raise
 
 
-_LOWEST = 2**36
+LOWEST = 2**36
 """Tensors begin at higher addresses, but for a few. A view of a freed storage begins at its offset,
 which is lower in storages below 64 GiB. So a repeated call finds those at no cost. `backends/calls`
 checks the sizes of all storages at the first call of a kind, and machines of GPUs at each.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.attention import flex_attention as theirs
 
-from tilefold.frontends.torch import calls, outside
+from tilefold.frontends.torch import calls
 from tilefold.frontends.torch.flex.block_mask import mask_mod_of
 from tilefold.frontends.torch.flex.requests import request_of
 from tilefold.frontends.torch.flex.tracing import traced
@@ -146,6 +146,3 @@ def _check_mask(mask: Any, sizes: tuple[int, int, int, int], batch: int) -> None
     for name, have, size in zip(("batch", "heads"), shape[:-2], sizes[:2], strict=False):
         if have not in (1, size):
             raise ValueError(f"flex_attention: block_mask has {name}={have}, the call {size}")
-
-
-outside.keep("flex_attention", flex_attention)
