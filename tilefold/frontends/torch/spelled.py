@@ -21,6 +21,7 @@ from torch import Tensor
 from tilefold.common.foreign_arrays import constant_of
 from tilefold.common.lru import LruCache
 from tilefold.frontends import written
+from tilefold.frontends.torch.observed import faked
 from tilefold.masks.nodes import RealConstant
 from tilefold.masks.symbols import Expression
 from tilefold.masks.tables import Given, Input, Table
@@ -66,10 +67,14 @@ class Spelled(NamedTuple):
 
 
 def whole(request: Any) -> Any:
-    """The request itself, where one frame of a program was compiled and the next one is not."""
+    """The request itself, where one frame of a program was compiled and the next one is not.
+
+    Where tracers and modes have tensors without values, operators take what was taken apart.
+    """
     if not isinstance(request, Spelled) or torch.compiler.is_compiling():
         return request
-    return request if torch._C._get_tracing_state() is not None else request.as_request()
+    unknown = torch._C._get_tracing_state() is not None or faked()
+    return request if unknown else request.as_request()
 
 
 def spelled(mask: Any, scale: Any, layout: str, precision: str) -> Spelled:
