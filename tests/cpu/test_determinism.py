@@ -27,6 +27,8 @@ from tilefold import Rule, causal, documents, full
 from tilefold.backends.cpu import dispatch, threads
 from tilefold.backends.cpu import plan as planning
 from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.launches import Launch
+from tilefold.backends.cpu.plan import CpuPlan
 
 BATCH, HEADS, LENGTH = 2, (4, 2), 300
 
@@ -95,6 +97,29 @@ def test_the_same_bits_on_any_number_of_threads(mask: str, dtype: str, workers: 
             assert max(workers) == count  # so several threads did take part
             for name, array in first.items():
                 assert_same(f"{name} of {operation} {form} on {count} threads", again[name], array)
+
+
+@pytest.mark.feature("T08")
+def test_workers_take_several_small_items_at_a_time(
+    workers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims: list[tuple[int, int]] = []
+    real = dispatch._items_per_claim
+
+    def noted(plan: CpuPlan, launch: Launch) -> int:
+        claims.append((real(plan, launch), launch.items))
+        return claims[-1][0]
+
+    monkeypatch.setattr(dispatch, "_items_per_claim", noted)
+    trial = Trial(problem(9, 9, 40, causal(), batch=331, heads=(5, 5)))
+    given = numbers(trial)
+    for count in (2, 3):
+        tilefold.set_num_threads(count)
+        for operation, form in PASSES:
+            run(trial, given, operation, form)  # compares with the reference
+        assert max(workers) == count
+    assert all(1 < claim <= items // 8 for claim, items in claims)
+    assert any(items % claim for claim, items in claims)  # and the last one takes fewer
 
 
 @pytest.mark.slow

@@ -69,21 +69,31 @@ def output(
     `grouped`: whether heads of keys may be fewer. `mask` is an operand.
     """
     if mask is not None:
-        lie = mask.shape, mask.stride(), mask.dtype
-        way = _ways.get(_key(q, k, v, is_causal, scale, grouped, lie))
-    else:
-        way = _ways.get(_key(q, k, v, is_causal, scale, grouped))
+        return _small(_key(q, k, v, is_causal, scale, grouped, _lie(mask)), q, k, v, mask)
+    return _small(_key(q, k, v, is_causal, scale, grouped), q, k, v)
+
+
+def output_masked(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:
+    """o of a request, and of the array that it reads; it lies as q does."""
+    request, array = asked
+    o = _small(_key(q, k, v, request, _lie(array)), q, k, v, array)
+    return forward_masked(q, k, v, asked)[0] if o is None else o
+
+
+def _small(key: Key, q: Tensor, k: Tensor, v: Tensor, array: Tensor | None = None) -> Tensor | None:
+    """o of a call that one thread computes and that was made before; None for another one."""
+    way = _ways.get(key)
     if way is None or way.scratch is None:
         return None
     a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if (a | b | c) & 7 or a < LOWEST or b < LOWEST or c < LOWEST:
         return None
     o = torch.empty_like(q) if way.like else _empty(way.results[0])
-    if mask is None:
+    if array is None:
         way.run(a, b, c, o.data_ptr(), way.scratch.data_ptr())
         return o
-    d = mask.data_ptr()
-    if d % mask.itemsize or d < LOWEST:
+    d = array.data_ptr()
+    if d % array.itemsize or d < LOWEST:
         return None
     way.run(a, b, c, d, o.data_ptr(), way.scratch.data_ptr())
     return o
@@ -137,7 +147,7 @@ def forward_masked(
         way = _new_forward(key, given, request)
         if known_as is not None and array is not None and way.scratch is not None:
             *options, mask = known_as
-            _ways.put(_key(q, k, v, *options, (mask.shape, mask.stride(), mask.dtype)), way, 0)
+            _ways.put(_key(q, k, v, *options, _lie(mask)), way, 0)
     return _run(way, given)
 
 
@@ -158,10 +168,10 @@ def _lie(array: Tensor | None) -> Key | None:
 
 
 def _with(usual: Pass, given: Tensors) -> Pass:
-    """The pass of tensors among which the last may be the array of a mask."""
+    """The pass of tensors of which the last may be what a mask reads, or what scores add."""
     if len(given) == len(usual.given):
         return usual
-    return usual.plus(("data0" if given[-1].dtype == torch.bool else "input0",))
+    return usual.plus(("input0" if given[-1].is_floating_point() else "data0",))
 
 
 def _run(way: Way, given: Tensors) -> Tensors:

@@ -63,13 +63,13 @@ class Mask:
         """The keywords that transformers made the mask of."""
         self._requests: dict[Any, Any] = {}
 
-    def request(self, scale: float | None) -> Any:
+    def request(self, scale: float | None, layout: str = "bnhd") -> Any:
         """The request of the layers that scale their scores in this way."""
         if torch.compiler.is_compiling():
-            return request_of(self.rule, scale)
-        found = self._requests.get(scale)
+            return request_of(self.rule, scale, layout)
+        found = self._requests.get((scale, layout))
         if found is None:
-            found = self._requests[scale] = request_of(self.rule, scale)
+            found = self._requests[scale, layout] = request_of(self.rule, scale, layout)
         return found
 
     def dense(self) -> Tensor:
@@ -100,9 +100,9 @@ class Mask:
         return function(*given, **named)
 
 
-def request_of(rule: Rule, scale: float | None) -> Any:
-    """The request of a layer, whose arrays are (batch, length, heads, dim)."""
-    return calls.request_of(rule, scale, "bnhd", "highest")
+def request_of(rule: Rule, scale: float | None, layout: str) -> Any:
+    """The request of a layer, whose arrays have their axes in the order of `layout`."""
+    return calls.request_of(rule, scale, layout, "highest")
 
 
 def mask_of(**given: Any) -> Mask | Tensor | None:

@@ -21,6 +21,7 @@ WORK = (
     "next_item",  # counter: the next entry of the work list
     "next_worker",  # counter: the next free part of the workspace
     "items",
+    "items_per_claim",  # entries that a worker takes at a time
     "order",  # address of int64 block rows, heaviest first
     "order_length",
     "rows",  # address of int64 offsets into runs, one per block row, and the end

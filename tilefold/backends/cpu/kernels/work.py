@@ -44,18 +44,22 @@ def scratch_of_worker(body: Body, arguments: Arguments) -> Value:
 @contextmanager
 def items(body: Body, arguments: Arguments) -> Iterator[Item]:
     """Until the list is empty: take the next item."""
-    with body.forever("item") as end:
-        ticket = _take(body, arguments, "next_item")
-        body.leave_unless(body.compare("slt", ticket, arguments["items"]), end, "work")
-        length = arguments["order_length"]
-        place = body.binary("urem", ticket, length)
-        picked = body.load(body.offset(arguments["order"], "i64", place), "i64", "picked")
-        item = body.add(body.sub(ticket, place), picked, "item")
-        row = body.binary("urem", item, arguments["item_rows"], "row")
-        pair = body.binary("udiv", item, arguments["item_rows"])
-        h = body.binary("urem", pair, arguments["heads"], "h")
-        b = body.binary("udiv", pair, arguments["heads"], "b")
-        yield Item(b, h, row)
+    with body.forever("claim") as end:
+        first = _take(body, arguments, "next_item", arguments["items_per_claim"])
+        body.leave_unless(body.compare("slt", first, arguments["items"]), end, "work")
+        last = body.minimum(
+            body.add(first, arguments["items_per_claim"]), arguments["items"], "last"
+        )
+        with body.loop("ticket", first, last) as ticket:
+            length = arguments["order_length"]
+            place = body.binary("urem", ticket, length)
+            picked = body.load(body.offset(arguments["order"], "i64", place), "i64", "picked")
+            item = body.add(body.sub(ticket, place), picked, "item")
+            row = body.binary("urem", item, arguments["item_rows"], "row")
+            pair = body.binary("udiv", item, arguments["item_rows"])
+            h = body.binary("urem", pair, arguments["heads"], "h")
+            b = body.binary("udiv", pair, arguments["heads"], "b")
+            yield Item(b, h, row)
 
 
 @contextmanager
@@ -113,6 +117,6 @@ def tiles(
                 tile(start, count, False)
 
 
-def _take(body: Body, arguments: Arguments, name: str) -> Value:
-    address = arguments.address(name)
-    return body.result("ticket", "i64", f"atomicrmw add {address.typed}, i64 1 monotonic")
+def _take(body: Body, arguments: Arguments, name: str, many: Value | None = None) -> Value:
+    address, step = arguments.address(name), many or Value("1", "i64")
+    return body.result("ticket", "i64", f"atomicrmw add {address.typed}, {step.typed} monotonic")
