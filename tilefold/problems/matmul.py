@@ -1,16 +1,18 @@
 """Matrix products and softmax of rows, without their arrays: shapes, types, options, checks.
 
     C = activation(alpha op(A) op(B) + bias + beta C)          a Product
+    C = activation(alpha op(A) op(B) + bias) (alpha op(A) op(G))    one with a gate G
     P = softmax of every row of X                              Rows
 
 A backend says which arrays its kernels take (`Accepted`), makes an `Operand` of each array, and
 gets one frozen description in return. All errors of a call are raised in these steps. Leading axes
-are a batch, at most two of them. They broadcast as in NumPy, by strides of 0.
+are a batch. They broadcast as in NumPy, by strides of 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +21,18 @@ from tilefold.common.check import choice
 BIAS_AXES = ("column", "row")
 """The axis of a bias: one element for each column of C, as in a linear layer, or for each row."""
 
-ACTIVATIONS = (None, "relu", "gelu", "silu", "tanh")
-"""The names of functions that are applied to each element of a result; None changes nothing."""
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+"""The names of functions that are applied to each element of a result; None changes nothing.
 
-_MOST_AXES = 4
+"gelu" is x times the normal distribution function of x, and "gelu_tanh" Hendrycks and Gimpel's
+formula for it (2016). "silu" is x times "sigmoid".
+"""
+
+_LEAST_AXES = 4
+"""Shorter shapes get axes of length 1 in front."""
+
+INTEGERS = ("int8", "uint8")
+"""Types whose products are summed in int32."""
 
 
 class Axes(NamedTuple):
@@ -33,14 +43,14 @@ class Axes(NamedTuple):
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """Lengths of the two axes of the batch."""
-        return self.lengths[:2]
+        """Lengths of the axes of the batch."""
+        return self.lengths[:-2]
 
     @property
     def sizes(self) -> list[int]:
         """Strides in a kernel's order: rows, columns, then the batch from the innermost axis."""
-        b, h, row, column = self.strides
-        return [row, column, h, b]
+        *batch, row, column = self.strides
+        return [row, column, *reversed(batch)]
 
     @property
     def transposed(self) -> bool:
@@ -53,7 +63,7 @@ class Axes(NamedTuple):
     @property
     def unit(self) -> bool:
         """True if the nearest elements are adjacent in memory."""
-        return self.strides[2 if self.transposed else 3] in (0, 1)
+        return self.strides[-2 if self.transposed else -1] in (0, 1)
 
     @property
     def broadcast(self) -> bool:
@@ -65,7 +75,12 @@ class Axes(NamedTuple):
 
     def turned(self) -> Axes:
         """The transposed matrices."""
-        return Axes(*((b, h, n, m) for b, h, m, n in self))
+        return Axes(*((*batch, n, m) for *batch, m, n in self))
+
+    def padded(self, rank: int) -> Axes:
+        """The same with axes of length 1 in front."""
+        front = rank - len(self.lengths)
+        return Axes((1,) * front + self.lengths, (0,) * front + self.strides)
 
 
 class Operand(NamedTuple):
@@ -79,23 +94,28 @@ class Operand(NamedTuple):
         """The transposed matrices."""
         return self._replace(axes=self.axes.turned())
 
+    def padded(self, rank: int) -> Operand:
+        """The same with axes of length 1 in front, which its shape has not."""
+        return self._replace(axes=self.axes.padded(rank))
+
 
 @dataclass(frozen=True)
 class Accepted:
     """The arrays that the kernels of a backend take.
 
     `dtypes` are the names of allowed types. `empty` is True if axes of length 0 are allowed.
-    `longest` is the largest length of an axis; None means no limit.
+    `longest` is the largest length of an axis; None means no limit. `most` axes are allowed.
     """
 
     dtypes: tuple[str, ...]
     empty: bool
     longest: int | None = None
+    most: int = 4
 
     def operand(
         self, name: str, dtype: str, shape: Sequence[int], strides: Sequence[int], least: int
     ) -> Operand:
-        """The operand of an array of `least` to 4 axes, padded in front with axes of length 1.
+        """The operand of an array of at least `least` axes, padded in front with axes of length 1.
 
         Raises TypeError for a type and ValueError for lengths that no kernel takes.
         """
@@ -103,13 +123,13 @@ class Accepted:
             raise TypeError(f"{name} must be one of {', '.join(self.dtypes)}, got {dtype}")
         lengths = tuple(int(length) for length in shape)
         count = len(lengths)
-        if not least <= count <= _MOST_AXES or not self._allows(lengths):
+        if not least <= count <= self.most or not self._allows(lengths):
             limits = [] if self.empty else ["none of length 0"]
             limits += [] if self.longest is None else [f"none longer than {self.longest}"]
-            allowed = ", ".join([f"{name} must have {least} to {_MOST_AXES} axes", *limits])
+            allowed = ", ".join([f"{name} must have {least} to {self.most} axes", *limits])
             raise ValueError(f"{allowed}, got {lengths}")
         steps = (0 if length == 1 else step for length, step in zip(lengths, strides, strict=True))
-        front = _MOST_AXES - count
+        front = max(0, _LEAST_AXES - count)
         return Operand(dtype, lengths, Axes((1,) * front + lengths, (0,) * front + tuple(steps)))
 
     def _allows(self, lengths: tuple[int, ...]) -> bool:
@@ -119,10 +139,11 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Product:
-    """One call of a product: `a` is op(A), m x k, and `b` is op(B), k x n.
+    """One call of a product: `a` is op(A), m x k, and `b` and `gate` are op(B) and op(G), k x n.
 
-    `dtype` and `shape` belong to the result. `batch` is the common shape of the leading axes of A
-    and B after broadcasting. `bias` and `bias_axis` are both None or both given.
+    `dtype` and `shape` belong to the result, and `sums` is the type of the sums. `batch` is the
+    common shape of the leading axes after broadcasting. `c` is what beta multiplies. `bias` has the
+    axes of the result, of which one of the last two is 1; `bias_axis` says which one is not.
     """
 
     a: Operand
@@ -135,6 +156,8 @@ class Product:
     activation: str | None
     alpha: float
     beta: float
+    c: Operand | None = None
+    gate: Operand | None = None
 
     @classmethod
     def of(
@@ -145,22 +168,28 @@ class Product:
         beta: float,
         transpose_a: bool,
         transpose_b: bool,
-        bias_axis: str,
+        bias_axis: str | None,
         activation: str | None,
         dtype: str | None,
+        results: Callable[[str, str], tuple[str, ...]] | None = None,
+        biases: Callable[[str], tuple[str, ...]] | None = None,
     ) -> Product:
-        """The description of a call from its operands: "a", "b" and, if given, "c" and "bias".
+        """The description of a call from its operands: "a", "b", and of "c", "bias", "gate" some.
 
         `dtype` is the type of the result. None means the type of c; without c, the common type of
-        a and b, or float32 if they differ. Raises ValueError, or TypeError for a bias whose type
-        is not the type of the result.
+        a and b. `bias_axis`: None finds it in the shape, (n,), (..., 1, n) or (..., m, 1); with a
+        name a bias is (..., n) or (..., m). `results` has the types of results of two types, and
+        `biases` those of c and bias of a type of results. Raises ValueError, or TypeError for types
+        that do not fit together.
         """
-        choice("bias_axis", bias_axis, BIAS_AXES)
+        choice("bias_axis", bias_axis, (None, *BIAS_AXES))
         choice("activation", activation, ACTIVATIONS)
-        a, b, c, bias = (operands.get(name) for name in ("a", "b", "c", "bias"))
+        rank = max(len(each.axes.lengths) for each in operands.values())
+        given = {name: each.padded(rank) for name, each in operands.items()}
+        a, b, c, bias, gate = (given.get(name) for name in ("a", "b", "c", "bias", "gate"))
         assert a is not None and b is not None
-        kind = dtype or (c.dtype if c is not None else multiplied(a.dtype, b.dtype))
-        choice("the type of c", kind, result_types(a.dtype, b.dtype))
+        kind = dtype or (c.dtype if c is not None else common_type(a.dtype, b.dtype))
+        choice("the type of c", kind, (results or result_types)(a.dtype, b.dtype))
         if beta and c is None:
             raise ValueError(f"beta is {beta}, so c must be given")
         axes = max(len(a.shape), len(b.shape))
@@ -171,38 +200,59 @@ class Product:
                 f"op(a) is {m} x {k} and op(b) {inner} x {n}: the inner two must be equal"
             )
         batch = _common("b", a.axes.batch, b.axes.batch)
-        shape = (*batch, m, n)[-axes:]
-        if c is not None:
-            check_result("c", c, shape, kind)
+        if gate is not None:
+            gate = gate.turned() if transpose_b else gate
+            if (gate.dtype, gate.axes.lengths) != (b.dtype, b.axes.lengths):
+                raise ValueError(
+                    f"gate must be {b.dtype} of shape {b.shape} as b is, got {gate.dtype} of shape"
+                    f" {gate.shape}"
+                )
+            if beta:
+                raise ValueError(f"beta must be 0 with a gate, got {beta}")
+        shape = (*batch, m, n)[-axes:] if axes <= len(batch) + 2 else (*batch, m, n)
+        allowed = (biases or (lambda kind: (kind,)))(kind)
         if bias is not None:
-            _check_bias(bias, kind, batch, n if bias_axis == "column" else m)
-        given = None if bias is None else bias_axis
-        return cls(a, b, kind, shape, batch, bias, given, activation, alpha, beta)
+            if bias.dtype not in allowed:
+                known = allowed[0] if len(allowed) == 1 else " or ".join(allowed)
+                raise TypeError(f"bias must be {known} as the result is, got {bias.dtype}")
+            bias, bias_axis = _bias(bias, bias_axis, batch, m, n)
+        return cls(
+            *(a, b, kind, shape, batch, bias, bias_axis if bias else None, activation),
+            *(alpha, beta, c, gate),
+        )
 
     @property
     def m(self) -> int:
         """The number of rows of the result."""
-        return self.a.axes.lengths[2]
+        return self.a.axes.lengths[-2]
 
     @property
     def n(self) -> int:
         """The number of columns of the result."""
-        return self.b.axes.lengths[3]
+        return self.b.axes.lengths[-1]
 
     @property
     def k(self) -> int:
         """The number of terms of each sum."""
-        return self.a.axes.lengths[3]
+        return self.a.axes.lengths[-1]
+
+    @property
+    def sums(self) -> str:
+        """The type of the sums."""
+        return sums(self.a.dtype, self.b.dtype)
 
     @property
     def matrices(self) -> int:
-        """The number of matrices of the result, the product of both batch axes."""
-        return self.batch[0] * self.batch[1]
+        """The number of matrices of the result."""
+        return math.prod(self.batch)
 
     @property
     def bias_strides(self) -> list[int]:
         """Strides of the bias: its elements, then the batch from the innermost axis."""
-        return [] if self.bias is None else list(self.bias.axes.strides[:0:-1])
+        if self.bias is None:
+            return []
+        *outer, down, across = self.bias.axes.strides
+        return [down if self.bias_axis == "row" else across, *reversed(outer)]
 
 
 @dataclass(frozen=True)
@@ -249,6 +299,28 @@ def multiplied(a: str, b: str) -> str:
     return a if a == b else "float32"
 
 
+def common_type(a: str, b: str) -> str:
+    """The type of a product that asks for none: the type that holds both, and int32 of integers.
+
+    >>> common_type("float16", "float16"), common_type("float16", "bfloat16")
+    ('float16', 'float32')
+    >>> common_type("float32", "float64"), common_type("uint8", "int8")
+    ('float64', 'int32')
+    """
+    return a if a == b and a not in INTEGERS else sums(a, b)
+
+
+def sums(a: str, b: str) -> str:
+    """The type in which products of two types are summed.
+
+    >>> sums("bfloat16", "bfloat16"), sums("float32", "float64"), sums("int8", "int8")
+    ('float32', 'float64', 'int32')
+    """
+    if a in INTEGERS and b in INTEGERS:
+        return "int32"
+    return "float64" if "float64" in (a, b) else "float32"
+
+
 def result_types(a: str, b: str) -> tuple[str, ...]:
     """The types that a product of two types may have: float32 or one of the two.
 
@@ -279,12 +351,24 @@ def _common(name: str, batch: tuple[int, ...], other: tuple[int, ...]) -> tuple[
     return tuple(two if one == 1 else one for one, two in zip(batch, other, strict=True))
 
 
-def _check_bias(bias: Operand, dtype: str, batch: tuple[int, ...], length: int) -> None:
-    """Raises unless a bias has the type, the length and the batch of the result."""
-    if bias.dtype != dtype:
-        raise TypeError(f"bias must be {dtype} as the result is, got {bias.dtype}")
-    first, *outer, found = bias.axes.lengths
-    if found != length or first != 1:
-        raise ValueError(f"bias must be (..., {length}), got {bias.shape}")
-    if _common("bias", batch, tuple(outer)) != batch:
-        raise ValueError(f"the batch of bias must be {batch}, got {tuple(outer)}")
+def _bias(
+    bias: Operand, axis: str | None, batch: tuple[int, ...], m: int, n: int
+) -> tuple[Operand, str]:
+    """A bias with the axes of the result, and the axis along which it differs."""
+    *_, down, across = bias.axes.lengths
+    length = m if axis == "row" else n
+    if axis is None:  # (n,), (..., 1, n) or (..., m, 1)
+        axis = "row" if (down, across) == (m, 1) and (m, n) != (1, 1) and n != 1 else "column"
+        fits = (down, across) == ((m, 1) if axis == "row" else (1, n))
+        if not fits:
+            raise ValueError(f"bias must be ({n},) or ({m}, 1), got {bias.shape}")
+    else:
+        if across != length or bias.axes.lengths[0] != 1:
+            raise ValueError(f"bias must be (..., {length}), got {bias.shape}")
+        lengths, strides = bias.axes  # the axis before the last one is a batch's: (..., 1, n)
+        lengths, strides = (*lengths[1:-1], 1, lengths[-1]), (*strides[1:-1], 0, strides[-1])
+        bias = bias._replace(axes=Axes(lengths, strides))
+        bias = bias.turned() if axis == "row" else bias
+    if _common("bias", batch, bias.axes.batch) != batch:
+        raise ValueError(f"the batch of bias must be {batch}, got {bias.axes.batch}")
+    return bias, axis

@@ -22,7 +22,8 @@ from tilefold.backends.metal.matmul.rows import SoftmaxSpec
 from tilefold.backends.metal.matmul.spec import DTYPES, GemmBlocks, GemmSpec, multiplied
 from tilefold.backends.metal.runtime import gpu
 from tilefold.backends.protocols import Array
-from tilefold.problems.matmul import Accepted, Operand, Product, Rows
+from tilefold.common.check import choice
+from tilefold.problems.matmul import BIAS_AXES, Accepted, Operand, Product, Rows, check_result
 
 ACCEPTED = Accepted(DTYPES, empty=False)
 """The arrays that kernels of products and of softmax take."""
@@ -127,6 +128,7 @@ def gemm(
     arrays = {"a": a, "b": b, "c": c, "bias": bias}
     arrays = {name: array for name, array in arrays.items() if array is not None}
     machine.check(**arrays)
+    choice("bias_axis", bias_axis, BIAS_AXES)
     product = Product.of(
         {name: _operand(name, array, 1 if name == "bias" else 2) for name, array in arrays.items()},
         alpha=alpha,
@@ -137,6 +139,8 @@ def gemm(
         activation=activation,
         dtype=dtype,
     )
+    if product.c is not None:
+        check_result("c", product.c, product.shape, product.dtype)
     spec = _spec(product, family(machine.family), blocks, cores)
     c = _result("c", c, product.shape, product.dtype, a)
     left, right, blocks = product.a.axes, product.b.axes, spec.blocks

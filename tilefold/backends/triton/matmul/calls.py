@@ -25,7 +25,7 @@ from tilefold.backends.triton.module import launch_options
 from tilefold.backends.triton.runtime import gpu
 from tilefold.backends.triton.spec import BY_PRECISION
 from tilefold.common.check import choice
-from tilefold.problems.matmul import Axes, Product, Rows, multiplied
+from tilefold.problems.matmul import BIAS_AXES, Axes, Product, Rows, check_result, multiplied
 from tilefold.problems.request import PRECISIONS
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def gemm(
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     machine.check(**tensors)
     choice("precision", precision, PRECISIONS)
+    choice("bias_axis", bias_axis, BIAS_AXES)
     product = Product.of(
         {name: operand(name, each, 1 if name == "bias" else 2) for name, each in tensors.items()},
         alpha=alpha,
@@ -153,6 +154,8 @@ def gemm(
         activation=activation,
         dtype=dtype,
     )
+    if product.c is not None:
+        check_result("c", product.c, product.shape, product.dtype)
     device, left, right = architecture(machine.architecture), product.a.axes, product.b.axes
     spec = _spec(product, device, precision, blocks, machine)
     c = machine.empty(product.shape, spec.c) if c is None else c
