@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from tilefold.problems.attention import Problem
     from tilefold.problems.dropout import dropout_mask
+    from tilefold.products.quantized import QuantizedMatrix, quantize
     from tilefold.scores.functions import (
         exp,
         log,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Problem",
+    "QuantizedMatrix",
     "Rule",
     "Score",
     "alibi",
@@ -70,6 +72,7 @@ __all__ = [
     "minimum",
     "picture",
     "prefix",
+    "quantize",
     "relative_bias",
     "rule",
     "score",
@@ -97,6 +100,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "lengths": "tilefold.masks.data_rules",
     "Problem": "tilefold.problems.attention",
     "dropout_mask": "tilefold.problems.dropout",
+    **dict.fromkeys(("QuantizedMatrix", "quantize"), "tilefold.products.quantized"),
     "compile_async": "tilefold.compiling",
     "get_num_threads": "tilefold.backends.cpu.threads",
     "set_num_threads": "tilefold.backends.cpu.threads",

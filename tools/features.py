@@ -38,6 +38,7 @@ ROWS = {
     "A06": "What an implementation cannot do raises with the reason; no other one steps in",
     "A07": "A list of calls is prepared first, then launched at once; results are those of each",
     "A10": "Kernels compile in the background; a call waits for the kernels that it needs",
+    "A14": "6-bit palettes: 64 float16 numbers, found or given, and packed indices",
     "T01": "float64, float32, bfloat16 and float16 in both passes, each within its tolerance",
     "T02": "Sequences of one or two dimensions, channel-first layouts, values of another width",
     "T03": "The mask that hides nothing",

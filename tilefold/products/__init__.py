@@ -1,0 +1,6 @@
+"""Products of matrices as public operations, and matrices of few bits per element.
+
+schemes    the schemes of quantised matrices, and how their codes lie in memory
+palettes   the 64 values of a palette: k-means of one dimension
+quantized  a quantised matrix: made from an array, widened again
+"""
