@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from tilefold.problems.attention import Problem
     from tilefold.problems.dropout import dropout_mask
+    from tilefold.products.files import load_quantized, save_quantized
     from tilefold.products.quantized import QuantizedMatrix, quantize
     from tilefold.scores.functions import (
         exp,
@@ -65,6 +66,7 @@ __all__ = [
     "get_reproducible",
     "key_mass",
     "lengths",
+    "load_quantized",
     "local",
     "log",
     "maximum",
@@ -75,6 +77,7 @@ __all__ = [
     "quantize",
     "relative_bias",
     "rule",
+    "save_quantized",
     "score",
     "set_num_threads",
     "set_reproducible",
@@ -101,6 +104,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "Problem": "tilefold.problems.attention",
     "dropout_mask": "tilefold.problems.dropout",
     **dict.fromkeys(("QuantizedMatrix", "quantize"), "tilefold.products.quantized"),
+    **dict.fromkeys(("load_quantized", "save_quantized"), "tilefold.products.files"),
     "compile_async": "tilefold.compiling",
     "get_num_threads": "tilefold.backends.cpu.threads",
     "set_num_threads": "tilefold.backends.cpu.threads",

@@ -231,7 +231,5 @@ def test_a_matrix_refuses_arrays_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("module", [schemes, palettes, quantized])
 def test_examples(module: Any) -> None:
-    outcome = doctest.testmod(
-        module, extraglobs={"tilefold": tilefold}, optionflags=doctest.ELLIPSIS
-    )
+    outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert outcome.attempted and not outcome.failed

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename. Raises OSError."""
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Write the parts under a temporary name in the same folder, then rename. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            for part in parts:
+                file.write(part)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,4 +3,5 @@
 schemes    the schemes of quantised matrices, and how their codes lie in memory
 palettes   the 64 values of a palette: k-means of one dimension
 quantized  a quantised matrix: made from an array, widened again
+files      quantised matrices in files, in the format of safetensors
 """

@@ -43,6 +43,7 @@ class QuantizedMatrix:
     """A matrix of k inputs and n outputs in codes of few bits. `tilefold.quantize` makes one.
 
     >>> import numpy as np
+    >>> import tilefold
     >>> w = np.random.default_rng(0).standard_normal((256, 96), np.float32)
     >>> tilefold.quantize(w, "int4")
     QuantizedMatrix('int4', 256 x 96, group_size=128, 4.50 bits per weight)
@@ -138,6 +139,7 @@ class QuantizedMatrix:
         """The weights as a NumPy array (k, n), or (n, k) with `transpose`.
 
         >>> import numpy as np
+        >>> import tilefold
         >>> w = tilefold.quantize(np.eye(32, dtype=np.float32), "int8")
         >>> bool((w.dequantize("float16") == np.eye(32)).all())
         True
@@ -170,6 +172,7 @@ def quantize(
     """A matrix in codes of 4, 6 or 8 bits, for `tilefold.qgemm`.
 
     >>> import numpy as np
+    >>> import tilefold
     >>> w = np.random.default_rng(0).standard_normal((256, 96), np.float32)
     >>> q = tilefold.quantize(w, "int8")
     >>> bool((abs(q.dequantize() - w) <= 0.501 * q.scales).all())  # half a step
