@@ -12,6 +12,8 @@ import pytest
 from product_cases import BATCHES, SHAPES, VARIANTS, Array, Variant, padded
 from products import ALL, SMALL, Products
 
+from tilefold.problems.matmul import ACTIVATIONS
+
 pytestmark = pytest.mark.slow
 
 on_every_gpu = pytest.mark.parametrize("products", ALL, ids=str)
@@ -164,7 +166,7 @@ def numbers_of_any_size(dtype: str) -> Array:
     return x.astype(dtype)[:, None]
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu", "silu", "tanh"])
+@pytest.mark.parametrize("name", ACTIVATIONS[1:])
 @pytest.mark.parametrize(
     ("products", "dtype"),
     [(ALL[1], "float32"), (ALL[2], "float32"), (ALL[2], "float64")],

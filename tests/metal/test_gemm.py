@@ -91,7 +91,7 @@ def test_a_text_declares_what_it_uses_and_no_more(staged: bool, changed: str | N
         ("b", "int8", "the type of b must be"),
         ("c", "float16", "the type of c must be 'float32' or 'bfloat16', got 'float16'"),
         ("bias", "both", "bias must be None, 'column' or 'row', got 'both'"),
-        ("activation", "sine", "activation must be None, 'relu', 'gelu', 'silu' or 'tanh'"),
+        ("activation", "sine", "activation must be None, 'relu', 'gelu', 'gelu_tanh', 'silu', 's"),
         ("blocks", GemmBlocks(64, 64, 64, split=(2, 2)), "64 x 64 x 64 take 34816"),
         ("blocks", GemmBlocks(96, 48, 8, split=(12, 6)), "threads must be at most 1024"),
     ],

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SLOPES = {None: 1.0, "relu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}
+SLOPES = {
+    **{None: 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1},
+    **{"sigmoid": 0.25, "tanh": 1.0},
+}
 """The largest factor by which an activation can increase an error."""
 
 
@@ -100,9 +103,11 @@ def activate(name: str | None, x: Array) -> Array:
         return np.maximum(x, 0)
     if name == "gelu":
         return np.array(x * 0.5 * (1 + np.vectorize(math.erf, otypes=["d"])(x / math.sqrt(2))))
-    if name == "silu":
+    if name == "gelu_tanh":
+        return np.array(x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+    if name in ("silu", "sigmoid"):
         with np.errstate(over="ignore"):
-            return np.array(x / (1 + np.exp(-x)))
+            return np.array((x if name == "silu" else 1) / (1 + np.exp(-x)))
     return np.tanh(x) if name == "tanh" else x
 
 
@@ -123,8 +128,8 @@ def assert_product(
     `a` and `b` are the factors, and `bias` the added elements. A sum of k rounded products, in any
     order, is off by at most k units of the sum of their sizes. alpha, the bias, beta C and their
     sums are five more roundings. In float64 the definition has as many itself. An activation
-    multiplies the error by its slope, and adds an error of `activation_unit` of its argument, or of
-    4 units of its sums if that is 0. The result is rounded once.
+    multiplies the error by its slope, and adds an error of `activation_unit` of its argument (or
+    its value, if larger), or of 4 units of its sums if that is 0. The result is rounded once.
     """
     left, right, old, added = (np.asarray(x, np.float64) for x in (a, b, c, bias))
     terms = abs(alpha) * (abs(left) @ abs(right)) + abs(beta * old) + abs(added)
@@ -133,7 +138,8 @@ def assert_product(
     kept = str(got.dtype)
     unit = 2 * UNITS["float64"] if a.dtype == np.float64 else UNITS["float32"]
     allowed = SLOPES[activation] * (a.shape[-1] + 5) * unit * terms
-    allowed += (activation_unit or 4 * unit) * abs(sums) * (activation is not None)
+    sizes = np.maximum(abs(sums), abs(want))
+    allowed += (activation_unit or 4 * unit) * sizes * (activation is not None)
     allowed += 1.01 * UNITS[kept] * (abs(want) + allowed)
     allowed += float(ml_dtypes.finfo(kept).smallest_subnormal)
     assert_near("c", got, want, allowed)

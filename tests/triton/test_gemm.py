@@ -75,7 +75,7 @@ def test_texts_are_plain_and_fit_a_screen(changed: str | None) -> None:
         ("b", "float64", "a and b must both be float64 or neither, got bfloat16 and float64"),
         ("c", "float16", "the type of c must be 'float32' or 'bfloat16', got 'float16'"),
         ("bias", "both", "bias must be None, 'column' or 'row', got 'both'"),
-        ("activation", "sine", "activation must be None, 'relu', 'gelu', 'silu' or 'tanh'"),
+        ("activation", "sine", "activation must be None, 'relu', 'gelu', 'gelu_tanh', 'silu', 's"),
         ("products", "bf16", "products must be 'ieee', 'tf32x3' or 'tf32', got 'bf16'"),
     ],
 )

@@ -12,9 +12,12 @@ from tilefold.backends.metal.kernels.msl import Text
 _FORMULAS = {
     "relu": "x < 0.0f ? 0.0f : x",
     "gelu": "x * (x < 0.0f ? tail : 1.0f - tail)",
+    "gelu_tanh": "x / (1.0f + exp(-1.59576912f * x * (1.0f + 0.044715f * x * x)))",
     "silu": "x / (1.0f + exp(-x))",
+    "sigmoid": "1.0f / (1.0f + exp(-x))",
     "tanh": "tanh(x)",
 }
+"""gelu_tanh by (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), where 1.59... is 2 sqrt(2 / pi)."""
 
 _TAIL = """\
 // The normal distribution function of -|x|: Abramowitz and Stegun, 7.1.26.

@@ -17,7 +17,9 @@ _LEVELS = 8
 _FORMULAS = {
     "relu": "tl.where(x < 0, 0.0, x)",
     "gelu": "x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))",
+    "gelu_tanh": "x / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))",
     "silu": "x / (1.0 + tl.exp(-x))",
+    "sigmoid": "1.0 / (1.0 + tl.exp(-x))",
     "tanh": f"tl.where(tl.abs(x) < {_NEAR_ZERO}, near, tl.where(x < 0, -far, far))",
 }
 
