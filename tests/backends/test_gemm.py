@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from product_cases import BATCHES, SHAPES, VARIANTS, Array, Variant, padded
+from product_cases import BATCHES, SHAPES, VARIANTS, Array, Variant, assert_gated, padded
 from products import ALL, SMALL, Products
 
+from tilefold.backends.metal.matmul import spec as metal
 from tilefold.problems.matmul import ACTIVATIONS
 
 pytestmark = pytest.mark.slow
@@ -27,11 +28,12 @@ def quiet() -> Iterator[None]:
         yield
 
 
-METAL_SHAPES = (*SHAPES, (48, 48, 24), (47, 49, 25))
-"""The shared shapes, whole blocks, and one that is not."""
+EMPTY = ((0, 5, 3), (5, 0, 3), (5, 3, 0))
 
-TRITON_SHAPES = (*SHAPES, (32, 32, 16), (31, 33, 17), (0, 5, 3), (5, 0, 3), (5, 3, 0))
+METAL_SHAPES = (*SHAPES, (48, 48, 24), (47, 49, 25), *EMPTY)
 """The shared shapes, whole blocks, one that is not, and axes of length 0."""
+
+TRITON_SHAPES = (*SHAPES, (32, 32, 16), (31, 33, 17), *EMPTY)
 
 DOUBLE = Variant("float64", "float64", "float64", False, True, "column", "gelu")
 
@@ -99,8 +101,7 @@ def test_gemm_takes_arrays_wherever_they_lie(products: Products) -> None:
 @on_every_gpu
 def test_gemm_broadcasts_a_batch_as_numpy(products: Products) -> None:
     rng = np.random.default_rng(6)
-    empty = () if products.family else (((0, 9, 5), (1, 5, 11)),)
-    for shape_a, shape_b in (*BATCHES, *empty):
+    for shape_a, shape_b in (*BATCHES, ((0, 9, 5), (1, 5, 11))):
         a, b = (rng.normal(size=shape).astype("float32") for shape in (shape_a, shape_b))
         got = products.gemm(a, b)
         assert got.shape == np.matmul(a, b).shape
@@ -119,6 +120,97 @@ def test_gemm_takes_a_bias_for_each_of_a_batch_or_for_all(products: Products) ->
             got = products.gemm(a, b, bias=bias, bias_axis=axis)
             added = bias[..., None, :] if axis == "column" else bias[..., None]
             products.check(got, a, b, bias=added)
+
+
+@pytest.mark.feature("M11")
+@on_every_gpu
+def test_gemm_finds_the_axis_of_a_bias_in_its_shape(products: Products) -> None:
+    rng = np.random.default_rng(12)
+    a, b = rng.normal(size=(2, 9, 5)).astype("float32"), rng.normal(size=(5, 11)).astype("float32")
+    for shape in ((11,), (1, 11), (2, 1, 11), (9, 1), (2, 9, 1)):
+        bias = rng.normal(size=shape).astype("float32")
+        products.check(products.gemm(a, b, bias=bias), a, b, bias=bias)
+
+
+@pytest.mark.feature("M11")
+@on_every_gpu
+def test_gemm_walks_more_axes_of_a_batch(products: Products) -> None:
+    """Five axes: neighbours that lie as one are one, and the host walks what is left."""
+    rng = np.random.default_rng(13)
+    a = rng.normal(size=(2, 1, 3, 2, 5, 4)).astype("float32")
+    b = rng.normal(size=(1, 2, 3, 1, 4, 6)).astype("float32")
+    bias = rng.normal(size=(2, 1, 1, 2, 6)).astype("float32")
+    options = {"bias": bias, "bias_axis": "column"}
+    on = products.listening()
+    got = products.gemm(a, b, on=on, **options)
+    assert got.shape == (2, 2, 3, 2, 5, 6)
+    products.check(got, a, b, bias=bias[..., None, :])
+    whole = products.gemm(a, b[:, :1], np.zeros((2, 1, 3, 2, 5, 6), "float32"), on, beta=1.0)
+    products.check(whole, a, b[:, :1])
+
+
+@pytest.mark.feature("M11")
+@on_every_gpu
+def test_gemm_reads_c_beside_the_result(products: Products) -> None:
+    """C and the bias in float32 beside a half result; C broadcasts, and is not written."""
+    rng = np.random.default_rng(14)
+    a, b = rng.normal(size=(2, 37, 19)).astype("float16"), rng.normal(size=(19, 21)).astype("f4")
+    bias = rng.normal(size=(37, 1)).astype("float32")
+    for kind, shape in (("float32", (1, 21)), ("bfloat16", (2, 37, 21)), ("float32", (2, 1, 1))):
+        c = rng.normal(size=shape).astype(kind)
+        kept, out = c.copy(), np.full((2, 37, 21), np.nan, "bfloat16")
+        got = products.gemm(a, b, c, beta=0.5, bias=bias, activation="sigmoid", out=out)
+        assert str(got.dtype) == "bfloat16" and (c == kept).all()
+        products.check(got, a, b, c=c, beta=0.5, bias=bias, activation="sigmoid")
+    c, out = np.full((2, 37, 21), np.nan, "float32"), np.empty((2, 37, 21), "float16")
+    products.check(products.gemm(a, b, c, out=out), a, b)  # beta is 0
+
+
+GATES = (
+    ("float32", "float32", "silu", False, (37, 21, 19)),
+    ("float16", "float16", "gelu_tanh", True, (33, 40, 24)),
+    ("bfloat16", "float32", None, False, (1, 70, 8)),
+)
+
+
+@pytest.mark.feature("A11")
+@on_every_gpu
+def test_gemm_multiplies_by_a_gate_in_one_pass(products: Products) -> None:
+    rng, on = np.random.default_rng(15), products.listening()
+    for kind, kept, name, turned, (m, n, k) in GATES:
+        a = rng.normal(size=(2, m, k)).astype(kind)
+        b, gate = rng.normal(size=(2, k, n)).astype(kind)
+        bias = rng.normal(size=n).astype(kept)
+        options: dict[str, Any] = {"bias": bias, "activation": name, "dtype": kept, "alpha": 0.5}
+        right = [np.ascontiguousarray(x.T) if turned else x for x in (b, gate)]
+        got = products.gemm(a, right[0], on=on, gate=right[1], transpose_b=turned, **options)
+        assert_gated(got, a, b, gate, alpha=0.5, bias=bias, name=name)
+        other = products.gemm(a, b, on=on, gate=np.ascontiguousarray(gate.T).T, **options)
+        assert_gated(other, a, b, gate, alpha=0.5, bias=bias, name=name)
+    assert all("gate" in text for text in on.sources)
+
+
+@pytest.mark.feature("T14")
+def test_padded_and_swizzled_stages_give_equal_results() -> None:
+    """To the bit, of Metal's blocks: whole ones and edges, each type, transposed or not."""
+    products, rng = ALL[0], np.random.default_rng(16)
+    for kind, turned in (("float32", False), ("float16", True), ("float16", False)):
+        a, b = rng.normal(size=(70, 45)).astype(kind), rng.normal(size=(45, 50)).astype(kind)
+        right = np.ascontiguousarray(b.T) if turned else b
+        left = np.ascontiguousarray(a.T).T if turned else a
+        blocks = metal.GemmBlocks(32, 48, 32, split=(2, 2))
+        got = [
+            products.gemm(
+                left,
+                right,
+                transpose_b=turned,
+                blocks=replace(blocks, banks=banks),
+                dtype="float32",
+            )
+            for banks in ("padding", "swizzle")
+        ]
+        products.check(got[0], a, b)
+        assert (got[0] == got[1]).all()
 
 
 @on_every_gpu

@@ -31,7 +31,17 @@ OTHER_PRODUCT: dict[str, Any] = {
     "transpose_b": True,
     "bias": "row",
     "activation": "relu",
+    "bias_type": "float32",
+    "old": "bfloat16",
+    "gate": True,
 }
+
+
+def changed(name: str) -> dict[str, Any]:
+    """A field with another value; a type of the bias needs a bias."""
+    return {"bias": "row"} | {name: OTHER_PRODUCT[name]}
+
+
 SOFTMAX = SoftmaxSpec("bfloat16", rows=4, bfloat=False, lse=False)
 OTHER_SOFTMAX: dict[str, Any] = {"dtype": "float16", "rows": 1, "bfloat": True, "lse": True}
 
@@ -39,14 +49,14 @@ OTHER_SOFTMAX: dict[str, Any] = {"dtype": "float16", "rows": 1, "bfloat": True, 
 @pytest.mark.feature("A05")
 @pytest.mark.parametrize("name", [field.name for field in fields(GemmSpec)])
 def test_every_field_of_a_product_makes_another_kernel(name: str) -> None:
-    other = replace(PRODUCT, **{name: OTHER_PRODUCT[name]})
+    other = replace(PRODUCT, **changed(name))
     texts = [gemm.emit(spec) for spec in (PRODUCT, other, PRODUCT)]
     keys = [disk_cache.key(text, "metal") for text in texts]
     assert keys[0] == keys[2] != keys[1]
 
 
 @pytest.mark.feature("A05")
-@pytest.mark.parametrize("name", [field.name for field in fields(GemmBlocks)])
+@pytest.mark.parametrize("name", [*"mnk", "split"])
 @pytest.mark.parametrize("staged", [False, True])
 def test_every_length_of_a_block_makes_another_kernel(name: str, staged: bool) -> None:
     other = replace(FOUR, **{name: (1, 1) if name == "split" else 64})
@@ -74,11 +84,11 @@ def buffers(text: str) -> list[str]:
     return [part.partition(")")[0] for part in text.split("[[buffer(")[1:]]
 
 
-@pytest.mark.parametrize("changed", [None, *OTHER_PRODUCT])
+@pytest.mark.parametrize("name", [None, *OTHER_PRODUCT])
 @pytest.mark.parametrize("staged", [False, True])
-def test_a_text_declares_what_it_uses_and_no_more(staged: bool, changed: str | None) -> None:
+def test_a_text_declares_what_it_uses_and_no_more(staged: bool, name: str | None) -> None:
     spec = replace(PRODUCT, staged=staged)
-    text = gemm.emit(replace(spec, **{changed: OTHER_PRODUCT[changed]}) if changed else spec)
+    text = gemm.emit(replace(spec, **{name: OTHER_PRODUCT[name]}) if name else spec)
     names = re.findall(r"const \w+ (\w+) =", text)
     assert names and all(len(re.findall(rf"\b{name}\b", text)) > 1 for name in names)
 
@@ -89,8 +99,10 @@ def test_a_text_declares_what_it_uses_and_no_more(staged: bool, changed: str | N
     [
         ("a", "float64", "the type of a must be 'float32', 'float16' or 'bfloat16', got 'float64'"),
         ("b", "int8", "the type of b must be"),
-        ("c", "float16", "the type of c must be 'float32' or 'bfloat16', got 'float16'"),
+        ("c", "int8", "the type of c must be 'float32', 'float16' or 'bfloat16', got 'int8'"),
         ("bias", "both", "bias must be None, 'column' or 'row', got 'both'"),
+        ("bias_type", "float16", "bias_type must be None, 'bfloat16' or 'float32', got 'float16'"),
+        ("old", "float64", "old must be None, 'bfloat16' or 'float32', got 'float64'"),
         ("activation", "sine", "activation must be None, 'relu', 'gelu', 'gelu_tanh', 'silu', 's"),
         ("blocks", GemmBlocks(64, 64, 64, split=(2, 2)), "64 x 64 x 64 take 34816"),
         ("blocks", GemmBlocks(96, 48, 8, split=(12, 6)), "threads must be at most 1024"),
@@ -100,6 +112,28 @@ def test_what_no_kernel_has_is_refused(field: str, value: Any, message: str) -> 
     with pytest.raises(ValueError) as caught:
         replace(PRODUCT, **{field: value})
     assert message in str(caught.value)
+
+
+@pytest.mark.feature("T14")
+def test_rows_of_stages_are_longer_or_exchanged() -> None:
+    """Padding keeps whole fragments; swizzled rows are as long as their elements."""
+    spec = replace(PRODUCT, a="float32", c="float32", blocks=replace(FOUR, k=32))
+    swizzled = replace(spec, blocks=replace(spec.blocks, banks="swizzle"))
+    assert spec.stages == ((48, 36), (32, 52)) and swizzled.stages == ((48, 32), (32, 48))
+    assert "simdgroup_load" in gemm.emit(spec) and "simdgroup_load" not in gemm.emit(swizzled)
+    for length, item in ((32, "float32"), (64, "float32"), (32, "float16"), (64, "float16")):
+        other = replace(swizzled, a=item, b=item, bfloat=True)
+        size = other.operand.compute_bytes
+        turned = [other.exchanged(str(row), "0", length).replace("/", "//") for row in range(8)]
+        at = [row * length + eval(place) for row, place in enumerate(turned)]
+        banks = {size * place % 128 // (8 * size) for place in at}
+        assert len(banks) == 128 // (8 * size), "8 rows of a column lie in all banks"
+    with pytest.raises(ValueError, match="rows of 16 elements or multiples, and blocks 48 x 48 x"):
+        replace(PRODUCT, blocks=replace(FOUR, banks="swizzle"))
+    with pytest.raises(ValueError, match="banks must be 'padding' where operands pass no thread"):
+        replace(swizzled, staged=False)
+    with pytest.raises(ValueError, match="banks must be 'padding' or 'swizzle', got 'none'"):
+        replace(FOUR, banks="none")
 
 
 @pytest.mark.parametrize("lengths", [(44, 48, 8), (48, 0, 8), (48, 48, 4), (-16, 48, 8)])

@@ -14,8 +14,13 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 SLOPES = {
-    **{None: 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1},
-    **{"sigmoid": 0.25, "tanh": 1.0},
+    None: 1.0,
+    "relu": 1.0,
+    "gelu": 1.13,
+    "gelu_tanh": 1.13,
+    "silu": 1.1,
+    "sigmoid": 0.25,
+    "tanh": 1.0,
 }
 """The largest factor by which an activation can increase an error."""
 
@@ -42,7 +47,7 @@ VARIANTS = (
     Variant(),
     Variant("float16", "float16", "float16", False, True, "column", "relu"),
     Variant("bfloat16", "bfloat16", "bfloat16", True, False, "row", "gelu"),
-    Variant("float16", "float32", "float32", True, True, "row", "silu"),
+    Variant("float16", "float32", "bfloat16", True, True, "row", "silu"),
     Variant("bfloat16", "float16", "float32", False, False, "column", "tanh"),
     Variant("float32", "bfloat16", "bfloat16", True, False, every=3),
 )
@@ -143,6 +148,27 @@ def assert_product(
     allowed += 1.01 * UNITS[kept] * (abs(want) + allowed)
     allowed += float(ml_dtypes.finfo(kept).smallest_subnormal)
     assert_near("c", got, want, allowed)
+
+
+def assert_gated(
+    got: Array, a: Array, b: Array, gate: Array, *, alpha: float, bias: Array, name: str | None
+) -> None:
+    """Raises unless a gated product is as near to that in float64 as rounding allows.
+
+    Each of the two sums is off as in `assert_product`, and an error of one is multiplied by the
+    other; the product of the two is one rounding more.
+    """
+    left, right, beside, added = (np.asarray(x, np.float64) for x in (a, b, gate, bias))
+    unit = (a.shape[-1] + 6) * UNITS["float32"]
+    sums, gates = alpha * (left @ right) + added, alpha * (left @ beside)
+    off = unit * (abs(alpha) * (abs(left) @ abs(right)) + abs(added))
+    off_gate = unit * abs(alpha) * (abs(left) @ abs(beside))
+    value = activate(name, sums)
+    off = SLOPES[name] * off + 3e-7 * abs(sums)
+    want = value * gates
+    allowed = off * (abs(gates) + off_gate) + abs(value) * off_gate
+    allowed += 1.01 * (UNITS[str(got.dtype)] + UNITS["float32"]) * (abs(want) + allowed)
+    assert_near("gated", got, want, allowed + 1e-37)
 
 
 def padded(array: Array) -> Array:

@@ -83,10 +83,11 @@ class Products:
     def gemm(
         self, a: Array, b: Array, c: Array | None = None, on: Any = None, **options: Any
     ) -> Array:
-        """The product of two arrays, in `c` if it is given."""
+        """The product of two arrays, in `out` or `c` if one is given."""
         if self.family:
             got: Array = metal_calls.gemm(a, b, c, machine=on or _emulator(self.family), **options)
-            assert c is None or got is c
+            into = options.get("out", c)
+            assert into is None or got is into
             return got
         return multiply(a, b, c, on, **options)
 
@@ -132,10 +133,12 @@ def multiply(
     """Triton's `gemm` on arrays; its kernel touches only them, and writes all of C once."""
     needs()
     on, options = on or Watched(written=("c",)), {"blocks": SMALL, **options}
-    if options.get("bias") is not None:
-        options["bias"] = tensor(options["bias"])
-    into = None if c is None else tensor(c)
-    got = triton_calls.gemm(tensor(a), tensor(b), into, machine=on, **options)
+    for name in ("bias", "gate", "out"):
+        if options.get(name) is not None:
+            options[name] = tensor(options[name])
+    old = None if c is None else tensor(c)
+    got = triton_calls.gemm(tensor(a), tensor(b), old, machine=on, **options)
+    into = options.get("out", old)
     assert into is None or got is into
     return array(got, str(got.dtype).removeprefix("torch."))
 

@@ -39,6 +39,9 @@ OTHER: dict[str, Any] = {
     "descriptors": True,
     "transpose_a": True,
     "transpose_b": True,
+    "bias_type": "float32",
+    "old": "bfloat16",
+    "gate": True,
 }
 
 
@@ -49,8 +52,11 @@ def test_every_field_makes_another_text(name: str) -> None:
     if name == "products":
         start = GemmSpec("float32", "float32", "float32", SMALL)
     start = replace(start, descriptors=name.startswith("transpose"))
-    texts = [gemm.emit(spec) for spec in (start, replace(start, **{name: OTHER[name]}), start)]
+    start = replace(start, bias="row" if name == "bias_type" else None)
+    specs = start, replace(start, **{name: OTHER[name]}), start
+    texts = [(gemm.emit(spec), gemm.signature(spec)) for spec in specs]
     assert texts[0] == texts[2] != texts[1]
+    assert texts[0][0] != texts[1][0] or name == "bias_type"  # which pointers say
 
 
 @pytest.mark.parametrize("changed", [None, *OTHER])
@@ -59,6 +65,7 @@ def test_texts_are_plain_and_fit_a_screen(changed: str | None) -> None:
     spec = replace(spec, c="bfloat16") if changed == "a" else spec
     spec = replace(spec, activation="tanh")
     spec = replace(spec, descriptors=str(changed).startswith("transpose"))
+    spec = replace(spec, bias="row" if changed == "bias_type" else None)
     spec = replace(spec, **{changed: OTHER[changed]}) if changed else spec
     text = gemm.emit(spec)
     assert text.isascii() and max(map(len, text.splitlines())) <= 100
@@ -73,7 +80,9 @@ def test_texts_are_plain_and_fit_a_screen(changed: str | None) -> None:
     [
         ("a", "int8", "the type of a must be 'float32', 'float16', 'bfloat16' or 'float64', got"),
         ("b", "float64", "a and b must both be float64 or neither, got bfloat16 and float64"),
-        ("c", "float16", "the type of c must be 'float32' or 'bfloat16', got 'float16'"),
+        ("c", "float64", "the type of c must be 'float32', 'float16' or 'bfloat16', got"),
+        ("bias_type", "float16", "bias_type must be None, 'bfloat16' or 'float32', got 'float16'"),
+        ("old", "int8", "old must be None, 'bfloat16' or 'float32', got 'int8'"),
         ("bias", "both", "bias must be None, 'column' or 'row', got 'both'"),
         ("activation", "sine", "activation must be None, 'relu', 'gelu', 'gelu_tanh', 'silu', 's"),
         ("products", "bf16", "products must be 'ieee', 'tf32x3' or 'tf32', got 'bf16'"),
@@ -160,9 +169,11 @@ def test_blocks_of_the_tables_fit_shared_memory(name: str, a: str, products: str
         assert blocks.stages * bytes_of_stage <= ARCHITECTURES[name].shared_bytes
 
 
-def task(
-    spec: GemmSpec, folder: Path, target: str, ones: tuple[str, ...] = ("a_k", "b_n", "c_n")
-) -> dict[str, Any]:
+ONES = ("a_k", "b_n", "c_n")
+"""Strides of rows whose elements are neighbours."""
+
+
+def task(spec: GemmSpec, folder: Path, target: str, ones: tuple[str, ...] = ONES) -> dict[str, Any]:
     """A product of matrices whose rows are multiples of 16 bytes apart, for a compiler.
 
     `ones` are the numbers that are 1, which Triton puts into the kernel.
@@ -225,6 +236,9 @@ def test_every_compiler_takes_the_texts(target: str, tmp_path: Path) -> None:
             *(name for name in gemm.STRIDES if name[-1] in number or name[-1] in "hb"),
         )
         specs, tasks = [*specs, vector], [*tasks, task(vector, tmp_path, target, names)]
+    gated = table_spec(target, "float16", "ieee", activation="silu", gate=True)
+    gated = replace(gated, blocks=calls.halved(gated.blocks), descriptors=device.asynchronous)
+    specs, tasks = [*specs, gated], [*tasks, task(gated, tmp_path, target, (*ONES, "g_n"))]
     if device.descriptors:
         for turned in ((False, False), (False, True), (True, False), (True, True)):
             options = dict(zip(("transpose_a", "transpose_b"), turned, strict=True))

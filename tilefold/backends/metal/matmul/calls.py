@@ -10,10 +10,12 @@ family.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tilefold.backends.matmul import MOST_AXES, described, folded
 from tilefold.backends.metal.dispatch import Machine, check_written, kernel, strides_of
 from tilefold.backends.metal.families import MetalFamily, family
 from tilefold.backends.metal.matmul import gemm as products
@@ -22,11 +24,13 @@ from tilefold.backends.metal.matmul.rows import SoftmaxSpec
 from tilefold.backends.metal.matmul.spec import DTYPES, GemmBlocks, GemmSpec, multiplied
 from tilefold.backends.metal.runtime import gpu
 from tilefold.backends.protocols import Array
-from tilefold.common.check import choice
-from tilefold.problems.matmul import BIAS_AXES, Accepted, Operand, Product, Rows, check_result
+from tilefold.problems.matmul import Accepted, Axes, Operand, Product, Rows
 
-ACCEPTED = Accepted(DTYPES, empty=False)
-"""The arrays that kernels of products and of softmax take."""
+ACCEPTED = Accepted(DTYPES, empty=True, most=MOST_AXES)
+"""The arrays that products take."""
+
+ROWS = Accepted(DTYPES, empty=False)
+"""The arrays that the kernel of a softmax takes."""
 
 LARGE_GPU_CORES = 32
 """Cores that are assumed where nobody says how many there are: as many as M1 Max has."""
@@ -79,14 +83,19 @@ def gemm(
     transpose_a: bool = False,
     transpose_b: bool = False,
     bias: Array | None = None,
-    bias_axis: str = "column",
+    bias_axis: str | None = None,
     activation: str | None = None,
+    gate: Array | None = None,
+    out: Array | None = None,
     dtype: str | None = None,
     blocks: GemmBlocks | None = None,
     cores: int = LARGE_GPU_CORES,
     machine: Machine | None = None,
 ) -> Array:
     """The matrix product C = activation(alpha op(A) op(B) + bias + beta C), in batches.
+
+    With a gate G it is activation(alpha op(A) op(B) + bias) * (alpha op(A) op(G)), as the first
+    half of a SwiGLU layer, in one pass over A.
 
     >>> import numpy as np
     >>> import tilefold
@@ -101,17 +110,21 @@ def gemm(
     Arguments:
         a: (..., m, k), or (..., k, m) with `transpose_a`
         b: (..., k, n), or (..., n, k) with `transpose_b`
-            float32, float16 or bfloat16 each, in any strides. At most two axes of a batch come
-            first, and broadcast as in NumPy.
-        c: (..., m, n), float32 or of the type of a or b: is overwritten and returned; None makes
-            an array. It shares no memory with a, b and bias.
+            float32, float16 or bfloat16 each, in any strides. Axes of a batch come first, and
+            broadcast as in NumPy. What does not lie as two of them is walked by the host.
+        c: (..., m, n). Without `out` it is overwritten and returned; None makes an array. With
+            `out` it is only read, where beta is not 0, and broadcasts.
         alpha, beta: numbers; c is read only where beta is not 0
         transpose_a, transpose_b: whether op transposes the last two axes
-        bias: (..., n) by columns or (..., m) by rows, of the type of the result. It is added as it
-            is, not times alpha, and before the activation.
-        bias_axis: "column" or "row"
-        activation: None, "relu", "gelu" (by the distribution function), "silu" or "tanh"
-        dtype: the type of the result; None is that of c, or of a and b, or float32 if these differ
+        bias: (n,), (..., 1, n) or (..., m, 1). It is added as it is, not times alpha, and before
+            the activation.
+        bias_axis: None; or "column" for a bias (..., n), or "row" for a bias (..., m)
+        activation: None, "relu", "gelu" (by the distribution function), "gelu_tanh", "silu",
+            "sigmoid" or "tanh"
+        gate: G, of the shape and type of b, transposed with it; beta is then 0
+        out: (..., m, n), the array of the result. It shares no memory with any other.
+        dtype: float32, float16 or bfloat16, the type of the result; None is that of out, of c, or
+            of a and b, or float32 if these differ. Bias and a c beside out have it, or are float32.
         blocks: of the kernel; None takes the table's blocks for the GPU's family
         cores: of the GPU, which the table asks for
         machine: what runs it; None is the GPU of this Mac
@@ -125,12 +138,15 @@ def gemm(
         NotImplementedError: there is no Metal here
     """
     machine = machine or gpu()
-    arrays = {"a": a, "b": b, "c": c, "bias": bias}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
+    given = {"a": a, "b": b, "c": c, "bias": bias, "gate": gate, "out": out}
+    arrays = {name: array for name, array in given.items() if array is not None}
     machine.check(**arrays)
-    choice("bias_axis", bias_axis, BIAS_AXES)
-    product = Product.of(
-        {name: _operand(name, array, 1 if name == "bias" else 2) for name, array in arrays.items()},
+    operands = {
+        name: _operand(name, array, 1 if name == "bias" else 2) for name, array in arrays.items()
+    }
+    product = described(
+        operands,
+        operands.pop("out", None),
         alpha=alpha,
         beta=beta,
         transpose_a=transpose_a,
@@ -139,33 +155,67 @@ def gemm(
         activation=activation,
         dtype=dtype,
     )
-    if product.c is not None:
-        check_result("c", product.c, product.shape, product.dtype)
-    spec = _spec(product, family(machine.family), blocks, cores)
-    c = _result("c", c, product.shape, product.dtype, a)
-    left, right, blocks = product.a.axes, product.b.axes, spec.blocks
-    tiles = _parts(product.n, blocks.n)
+    name, given_result = ("c", c) if out is None else ("out", out)
+    result = _result(name, given_result, product.shape, product.dtype, a)
+    arrays.pop("out", None)
+    run(product, arrays, result, machine, blocks=blocks, cores=cores)
+    return result
+
+
+def run(
+    product: Product,
+    arrays: Mapping[str, Array],
+    out: Array,
+    machine: Machine,
+    *,
+    blocks: GemmBlocks | None = None,
+    cores: int = LARGE_GPU_CORES,
+) -> None:
+    """Launch a described product on its arrays by name; C may be the array of the result."""
+    where = folded(product, _operand("out", out, 2))
+    product, besides = where.product, arrays.get("c") is not out and product.beta != 0
+    if 0 in (product.matrices, product.m, product.n):
+        return
+    spec = _spec(product, family(machine.family), blocks, cores, besides)
+    blocks, tiles = spec.blocks, _parts(product.n, spec.blocks.n)
+    none = Axes((), (0, 0, 0, 0))
     sizes = [product.m, product.n, product.k, tiles]
-    for axes in (left, right, _operand("c", c, 2).axes):
+    for axes in (product.a.axes, product.b.axes, where.out):
         sizes += axes.sizes
-    operands = [a, b] if bias is None else [a, b, bias]
-    sizes += product.bias_strides
+    sizes += product.bias_strides or [0, 0, 0]
+    sizes += (product.gate.axes if product.gate else none).sizes
+    sizes += (product.c.axes if product.c and besides else none).sizes
+    names = ["a", "b", *(name for name in ("gate", "bias") if name in arrays)]
+    names += ["c", "out"] if besides else ["out"]
+    scalars = [product.alpha] if spec.gate else [product.alpha, product.beta]
+    run_kernel = kernel(machine, spec, products.emit, products.ENTRY)
     groups = tiles * _parts(product.m, blocks.m)
-    kernel(machine, spec, products.emit, "tilefold_gemm")(
-        *operands,
-        c,
-        sizes,
-        float(alpha),
-        float(beta),
-        threads=(groups * blocks.threads, product.batch[1], product.batch[0]),
-        group_size=(blocks.threads, 1, 1),
-    )
-    return c
+    for found in where.places({**arrays, "out": out}):
+        run_kernel(
+            *[_present(found[name]) for name in names],
+            sizes,
+            *map(float, scalars),
+            threads=(groups * blocks.threads, product.batch[1], product.batch[0]),
+            group_size=(blocks.threads, 1, 1),
+        )
 
 
-def _spec(product: Product, limits: MetalFamily, blocks: GemmBlocks | None, cores: int) -> GemmSpec:
-    """The kernel of a product on a family of GPUs, with the table's blocks where none are given."""
-    left, right = product.a, product.b
+def _present(array: Array) -> Array:
+    """The array, or one of an element in place of an empty one, which no kernel then reads."""
+    if 0 not in array.shape:
+        return array
+    return np.empty(1, array.dtype) if isinstance(array, np.ndarray) else array.new_empty(1)
+
+
+def _spec(
+    product: Product, limits: MetalFamily, blocks: GemmBlocks | None, cores: int, besides: bool
+) -> GemmSpec:
+    """The kernel of a product on a family of GPUs, with the table's blocks where none are given.
+
+    `besides`: C lies beside the result, and is read.
+    """
+    left, right, bias, gate = product.a, product.b, product.bias, product.gate
+    alike = gate is None or (gate.axes.unit and gate.axes.transposed == right.axes.transposed)
     if blocks is None:
         meeting = multiplied(left.dtype, right.dtype, limits.bfloat)
         blocks = block_sizes(limits.staged, meeting, product.m, product.n, product.matrices, cores)
@@ -176,11 +226,14 @@ def _spec(product: Product, limits: MetalFamily, blocks: GemmBlocks | None, core
         blocks=blocks,
         staged=limits.staged,
         bfloat=limits.bfloat,
-        unit=left.axes.unit and right.axes.unit,
+        unit=left.axes.unit and right.axes.unit and alike,
         transpose_a=left.axes.transposed,
         transpose_b=right.axes.transposed,
         bias=product.bias_axis,
         activation=product.activation,
+        bias_type=bias.dtype if bias and bias.dtype != product.dtype else None,
+        old=product.c.dtype if product.c and besides else None,
+        gate=gate is not None,
     )
 
 
@@ -221,7 +274,7 @@ def softmax(
     machine = machine or gpu()
     arrays = {"x": x} if p is None else {"x": x, "p": p}
     machine.check(**arrays)
-    called = Rows.of({name: _operand(name, array, 1) for name, array in arrays.items()})
+    called = Rows.of({name: _operand(name, array, 1, ROWS) for name, array in arrays.items()})
     shape, kind = called.x.shape, called.x.dtype
     p = _result("p", p, shape, kind, x)
     spec = SoftmaxSpec(
@@ -248,16 +301,17 @@ def _parts(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def _operand(name: str, array: Array, least: int) -> Operand:
+def _operand(name: str, array: Array, least: int, accepted: Accepted = ACCEPTED) -> Operand:
     """An array of a call. Raises TypeError or ValueError for one that no kernel takes."""
     dtype = str(array.dtype).removeprefix("torch.")
-    return ACCEPTED.operand(name, dtype, array.shape, strides_of(name, array), least)
+    return accepted.operand(name, dtype, array.shape, strides_of(name, array), least)
 
 
 def _result(name: str, given: Array | None, shape: tuple[int, ...], dtype: str, like: Array) -> Any:
     """The array that a kernel writes: the given one, or a new one, a tensor as `like`."""
     if given is not None:
-        check_written(name, given)
+        if 0 not in given.shape:  # NumPy gives strides of 0 to empty arrays
+            check_written(name, given)
         return given
     if isinstance(like, np.ndarray):
         return np.empty(shape, dtype)

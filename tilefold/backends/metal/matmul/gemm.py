@@ -1,11 +1,12 @@
 """The kernel of a matrix product, in any of its types, transposed or not, in batches.
 
     C = activation(alpha op(A) op(B) + bias + beta C),  a block of C for each threadgroup
+    C = activation(alpha op(A) op(B) + bias) (alpha op(A) op(G)),  with a gate G
 
     C <- 0                                          in registers, float32
     for each block of the contraction:
         A, B -> threadgroup memory or registers     0 beyond the edges
-        C += A B                                    fragments of 8 x 8
+        C += A B                                    fragments of 8 x 8; with a gate both sums
     C -> memory                                     C is read only where beta is not 0
 
 Sums are float32 whatever the types. The bias is added as it is, not times alpha, and before the
@@ -33,12 +34,17 @@ SIZES = (
     *("b_k", "b_n", "b_h", "b_b"),
     *("c_m", "c_n", "c_h", "c_b"),
     *("bias_step", "bias_h", "bias_b"),
+    *("g_k", "g_n", "g_h", "g_b"),
+    *("old_m", "old_n", "old_h", "old_b"),
 )
 """The integers of a launch, in their order: C is m x n, sums have k terms, a row of blocks has
 `tiles` of them; then strides by axis, in elements, h and b being the two axes of a batch."""
 
-AXES = {"a": ("m", "k"), "b": ("k", "n")}
-"""The rows and columns of op(A) and op(B)."""
+AXES = {"a": ("m", "k"), "b": ("k", "n"), "g": ("k", "n")}
+"""The rows and columns of op(A), op(B) and op(G)."""
+
+SUMS = {"b": "sum", "g": "gate"}
+"""The sums of products of A by the other factor."""
 
 
 def emit(spec: GemmSpec) -> str:
@@ -54,7 +60,11 @@ class _Gemm:
         self.rows, self.columns = spec.fragments
         self.tile = Fragment(spec.multiplied)
         self.sums = Fragment("float32")
-        self.storage = {name: storage(getattr(spec, name), spec.bfloat) for name in "abc"}
+        types = {name: getattr(spec, name) for name in "abc"}
+        types |= {"g": spec.b, "bias": spec.bias_type or spec.c, "old": spec.old or spec.c}
+        self.storage = {name: storage(each, spec.bfloat) for name, each in types.items()}
+        self.right = ("b", "g") if spec.gate else ("b",)
+        self.added = [name for name in ("bias", "old") if getattr(spec, name)]
 
     def write(self) -> str:
         text, spec = self.text, self.spec
@@ -66,9 +76,11 @@ class _Gemm:
         with text.block(f"{head}{self._parameters()})"):
             self._place()
             count = self.rows * self.columns
-            text(self.sums.declare("sum", count))
+            for name in self.right:
+                text(self.sums.declare(SUMS[name], count))
             with text.loop("i", count):
-                text(self.sums.fill("sum[i]"))
+                for name in self.right:
+                    text(self.sums.fill(f"{SUMS[name]}[i]"))
             text("")
             if spec.staged:
                 self._staged()
@@ -79,15 +91,15 @@ class _Gemm:
         return f"{text}\n"
 
     def _parameters(self) -> str:
-        declared = [f"device const {self.storage[name].memory}* {name}" for name in "ab"]
-        if self.spec.bias:
-            declared.append(f"device const {self.storage['c'].memory}* bias")
+        read = ("a", *self.right, *self.added)
+        declared = [f"device const {self.storage[name].memory}* {name}" for name in read]
         declared += [
             f"device {self.storage['c'].memory}* c",
             "constant long* sizes",
             "constant float& alpha",
-            "constant float& beta",
         ]
+        if not self.spec.gate:
+            declared.append("constant float& beta")
         lines = [f"{each} [[buffer({n})]]" for n, each in enumerate(declared)]
         lines.append("uint3 group [[threadgroup_position_in_grid]]")
         if self.blocks.threads > SIMD:
@@ -99,13 +111,15 @@ class _Gemm:
 
     def _place(self) -> None:
         """Sizes, the block of the threadgroup, and the lane's place in it."""
-        text, blocks, spec = self.text, self.blocks, self.spec
-        unused = {"tiles", *self._ones()} | ({name for name in SIZES if name[:4] == "bias"})
+        text, blocks = self.text, self.blocks
+        used = {"a", *self.right, "c", *[name for name in self.added if name == "old"]}
+        unused = {"tiles", *self._ones()}
+        unused |= {name for name in SIZES if "_" in name and name.split("_")[0] not in used}
         for number, name in enumerate(SIZES):
             if name not in unused and name[-2:] not in ("_h", "_b"):
                 text(f"const long {name} = sizes[{number}];")
         text("", "// The batch, and the block of C.")
-        for name in ("a", "b", *(("bias",) if spec.bias else ()), "c"):
+        for name in ("a", *self.right, *self.added, "c"):
             h, b = (SIZES.index(f"{name}_{axis}") for axis in "hb")
             text(f"{name} += group.y * sizes[{h}] + group.z * sizes[{b}];")
         tiles = SIZES.index("tiles")
@@ -129,13 +143,15 @@ class _Gemm:
         """The simdgroup's place in the block, to be added to another."""
         return f"inner_{axis} + " if self.blocks.threads > SIMD else ""
 
-    def _ones(self) -> tuple[str, str] | tuple[()]:
+    def _turned(self, name: str) -> bool:
+        """True if what lies side by side in a factor is a column of it."""
+        return self.spec.transpose_a if name == "a" else self.spec.transpose_b
+
+    def _ones(self) -> tuple[str, ...]:
         """The strides that are known to be 1."""
         if not self.spec.unit:
             return ()
-        a = "a_m" if self.spec.transpose_a else "a_k"
-        b = "b_k" if self.spec.transpose_b else "b_n"
-        return a, b
+        return tuple([f"{x}_{AXES[x][0 if self._turned(x) else 1]}" for x in ("a", *self.right)])
 
     def _times(self, index: str, stride: str) -> str:
         """The expression of an index times a stride."""
@@ -151,11 +167,10 @@ class _Gemm:
         text, spec, blocks = self.text, self.spec, self.blocks
         (rows_a, stride_a), (rows_b, stride_b) = spec.stages
         kind = self.tile.element
-        text(
-            f"threadgroup {kind} stage_a[{rows_a * stride_a}];",
-            f"threadgroup {kind} stage_b[{rows_b * stride_b}];",
-        )
-        text(self.tile.declare("a_tile", self.rows), self.tile.declare("b_tile", self.columns))
+        text(f"threadgroup {kind} stage_a[{rows_a * stride_a}];")
+        for name in self.right:
+            text(f"threadgroup {kind} stage_{name}[{rows_b * stride_b}];")
+        self._tiles()
         text(
             f"const ushort height = ushort(min(m - block_row, long({blocks.m})));",
             f"const ushort width = ushort(min(n - block_column, long({blocks.n})));",
@@ -164,24 +179,39 @@ class _Gemm:
             text(f"const ushort depth = ushort(min(k - first, long({blocks.k})));")
             text("threadgroup_barrier(mem_flags::mem_threadgroup);")
             self._copy("a", stride_a)
-            self._copy("b", stride_b)
+            for name in self.right:
+                self._copy(name, stride_b)
             text("threadgroup_barrier(mem_flags::mem_threadgroup);")
             with text.loop("s", blocks.k, SIDE):
                 with text.loop("i", self.rows):
-                    far, near = f"{self._inner('row')}8 * i", "s"
-                    text(self._take("a", "i", far, near, stride_a, spec.transpose_a))
+                    self._take("a", "i", f"{self._inner('row')}8 * i", "s", stride_a)
                 with text.loop("j", self.columns):
-                    far, near = "s", f"{self._inner('column')}8 * j"
-                    text(self._take("b", "j", far, near, stride_b, spec.transpose_b))
+                    for name in self.right:
+                        self._take(name, "j", "s", f"{self._inner('column')}8 * j", stride_b)
                 self._multiply()
 
-    def _take(self, name: str, i: str, far: str, near: str, stride: int, transpose: bool) -> str:
+    def _tiles(self) -> None:
+        """Fragments of A and of the other factors."""
+        self.text(self.tile.declare("a_tile", self.rows))
+        for name in self.right:
+            self.text(self.tile.declare(f"{name}_tile", self.columns))
+
+    def _take(self, name: str, i: str, far: str, near: str, stride: int) -> None:
         """A fragment from a stage; a transposed one lies there as it does in memory."""
-        if transpose:
+        turned, text = self._turned(name), self.text
+        if self.blocks.banks == "padding":
+            if turned:
+                far, near = near, far
+            row = f"({far})" if " " in far else far
+            place = f"stage_{name} + {row} * {stride} + {near}"
+            text(self.tile.load(f"{name}_tile[{i}]", place, stride, transpose=turned))
+            return
+        far, near = f"{far} + fragment_row", f"{near} + fragment_column + e"
+        if turned:
             far, near = near, far
-        row = f"({far})" if " " in far else far
-        place = f"stage_{name} + {row} * {stride} + {near}"
-        return self.tile.load(f"{name}_tile[{i}]", place, stride, transpose=transpose)
+        with text.loop("e", 2):
+            at = f"({far}) * {stride} + {self.spec.exchanged(far, near, stride)}"
+            text(f"{fragment.at(f'{name}_tile[{i}]', 'e')} = stage_{name}[{at}];")
 
     def _copy(self, name: str, stride: int) -> None:
         """All threads copy a block of A or B to its stage, neighbours from neighbouring places."""
@@ -192,7 +222,7 @@ class _Gemm:
             "k": (blocks.k, "depth", "first"),
         }
         far, near = AXES[name]
-        if getattr(self.spec, f"transpose_{name}"):
+        if self._turned(name):
             far, near = near, far
         rows, row_limit, top = sides[far]
         width, limit, left = sides[near]
@@ -206,33 +236,36 @@ class _Gemm:
                 value = self._number(name, f"{name}[{at}]")
                 text(f"const bool inside = r < {row_limit} && e < {limit};")
                 zero = f"{self.tile.element}(0)"
-                text(f"stage_{name}[r * {stride} + e] = inside ? {value} : {zero};")
+                place = self.spec.exchanged("r", "e", stride)
+                text(f"stage_{name}[r * {stride} + {place}] = inside ? {value} : {zero};")
 
     def _direct(self) -> None:
         """Each lane reads its own elements; at an edge it asks whether each of them exists."""
         text, blocks = self.text, self.blocks
-        text(self.tile.declare("a_tile", self.rows), self.tile.declare("b_tile", self.columns))
+        self._tiles()
         text("long first = 0;")
         with text.block(f"if (block_row + {blocks.m} <= m && block_column + {blocks.n} <= n)"):
-            for name, far, near in (
-                ("a", self._times("row", "a_m"), self._times("fragment_column", "a_k")),
-                ("b", self._times("fragment_row", "b_k"), self._times("column", "b_n")),
-            ):
+            for name in ("a", *self.right):
+                ends = ("row", "fragment_column") if name == "a" else ("fragment_row", "column")
+                strides = [f"{name}_{axis}" for axis in AXES[name]]
+                far, near = (self._times(*pair) for pair in zip(ends, strides, strict=True))
                 kind = self.storage[name].memory
                 text(f"device const {kind}* {name}_lane = {name} + {far} + {near};")
             with text.block(f"for (; first + {blocks.k} <= k; first += {blocks.k})"):
                 with text.loop("s", blocks.k, SIDE):
                     self._read("a_lane", ("8 * i", "s"), guarded=False)
-                    self._read("b_lane", ("s", "8 * j"), guarded=False)
+                    for name in self.right:
+                        self._read(f"{name}_lane", ("s", "8 * j"), guarded=False)
                     self._multiply()
-                for name in "ab":
+                for name in ("a", *self.right):
                     text(f"{name}_lane += {self._times(str(blocks.k), f'{name}_k')};")
         text.note("At an edge of C, and what is left of the contraction.")
         with text.block(f"for (; first < k; first += {SIDE})"):
             text("const long k_a = first + fragment_column;")
             text("const long k_b = first + fragment_row;")
             self._read("a", ("row + 8 * i", "k_a"), guarded=True)
-            self._read("b", ("k_b", "column + 8 * j"), guarded=True)
+            for name in self.right:
+                self._read(name, ("k_b", "column + 8 * j"), guarded=True)
             self._multiply()
 
     def _read(self, source: str, indices: tuple[str, str], *, guarded: bool) -> None:
@@ -242,7 +275,7 @@ class _Gemm:
         strides = [f"{name}_{axis}" for axis in AXES[name]]
         at = f"{self._times(row, strides[0])} + {self._times(column, strides[1])}"
         value = self._number(name, f"{source}[{at}]")
-        i, count = {"a": ("i", self.rows), "b": ("j", self.columns)}[name]
+        i, count = ("i", self.rows) if name == "a" else ("j", self.columns)
         with text.loop(i, count), text.loop("e", 2):
             if guarded:
                 ends = zip((row, column), AXES[name], strict=True)
@@ -253,8 +286,9 @@ class _Gemm:
     def _multiply(self) -> None:
         text = self.text
         with text.loop("i", self.rows), text.loop("j", self.columns):
-            total = f"sum[{self.columns} * i + j]"
-            text(fragment.multiply_accumulate(total, "a_tile[i]", "b_tile[j]"))
+            for name in self.right:
+                total = f"{SUMS[name]}[{self.columns} * i + j]"
+                text(fragment.multiply_accumulate(total, "a_tile[i]", f"{name}_tile[j]"))
 
     def _finish(self) -> None:
         text, spec, own = self.text, self.spec, self.storage["c"]
@@ -265,14 +299,27 @@ class _Gemm:
             text.block("if (row + 8 * i < m && column + 8 * j + e < n)"),
         ):
             text("const long at = (row + 8 * i) * c_m + (column + 8 * j + e) * c_n;")
-            text(f"float x = alpha * {fragment.at(f'sum[{self.columns} * i + j]', 'e')};")
+            place = f"[{self.columns} * i + j]"
+            text(f"float x = alpha * {fragment.at(f'sum{place}', 'e')};")
             if spec.bias:
                 index = "column + 8 * j + e" if spec.bias == "column" else "row + 8 * i"
                 step = f"sizes[{SIZES.index('bias_step')}]"
-                text(f"x += {own.read(f'bias[({index}) * {step}]', 'float')};")
-            with text.block("if (beta != 0.0f)"):
-                text(f"x += beta * {own.read('c[at]', 'float')};")
-            text(f"c[at] = {own.write(activation.apply(spec.activation, 'x'))};")
+                value = self.storage["bias"].read(f"bias[({index}) * {step}]", "float")
+                text(f"x += {value};")
+            result = activation.apply(spec.activation, "x")
+            if spec.gate:
+                result = f"{result} * (alpha * {fragment.at(f'gate{place}', 'e')})"
+            else:
+                with text.block("if (beta != 0.0f)"):
+                    text(f"x += beta * {self._old()};")
+            text(f"c[at] = {own.write(result)};")
+
+    def _old(self) -> str:
+        """The element of C that beta multiplies."""
+        if not self.spec.old:
+            return self.storage["c"].read("c[at]", "float")
+        at = "(row + 8 * i) * old_m + (column + 8 * j + e) * old_n"
+        return self.storage["old"].read(f"old[{at}]", "float")
 
 
 def _algorithm(spec: GemmSpec) -> list[str]:
@@ -281,8 +328,12 @@ def _algorithm(spec: GemmSpec) -> list[str]:
     value = f"alpha {a.upper()} {b.upper()}"
     if spec.bias:
         value += f" + bias of the {spec.bias}"
-    value += " + beta C"
+    value += "" if spec.gate else " + beta C"
     result = f"{spec.activation}({value})" if spec.activation else value
+    if spec.gate:
+        g = "G^T" if spec.transpose_b else "G"
+        result = f"{result if spec.activation else f'({value})'} (alpha {a.upper()} {g})"
+    factors = "A, B, G" if spec.gate else "A, B"
     where = "threadgroup memory, 0 beyond the edges" if spec.staged else "registers"
     blocks = spec.blocks
     return [
@@ -291,7 +342,7 @@ def _algorithm(spec: GemmSpec) -> list[str]:
         "",
         "    C <- 0",
         f"    for each {blocks.k} of the contraction:",
-        f"        A, B -> {where}",
-        "        C += A B",
+        f"        {factors} -> {where}",
+        "        C += A B" + (", gate += A G" if spec.gate else ""),
         f"    C -> {result}",
     ]

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tilefold.backends.matmul import addends, results
 from tilefold.backends.metal.kernels.storage import Storage, storage
 from tilefold.backends.metal.spec import SIDE, SIMD
 from tilefold.common.check import choice
-from tilefold.problems.matmul import ACTIVATIONS, BIAS_AXES, result_types
+from tilefold.problems.matmul import ACTIVATIONS, BIAS_AXES
 
 DTYPES = ("float32", "float16", "bfloat16")
 """Types of the arrays that Metal's kernels read and write."""
+
+BANKS = ("padding", "swizzle")
+"""Ways in which rows of a block in threadgroup memory avoid the same banks."""
+
+BANK_BYTES = 128
+"""Bytes after which the banks of threadgroup memory begin anew: 32 of 4 bytes. Apple does not
+publish it; it is a guess from other GPUs."""
 
 _PAD_BYTES = 16
 """Bytes added to each row of a stage, so that the rows of a column lie in several memory banks, as
@@ -24,6 +32,10 @@ in MLX."""
 class GemmBlocks:
     """Elements of a block of C, and of the contraction at a time; how many simdgroups share it.
 
+    `banks` says how the rows of a block in threadgroup memory come to lie in several memory banks:
+    "padding" lengthens each row by 16 bytes, "swizzle" exchanges groups of 8 elements in it, for
+    which its length must be a multiple of 16. Results are equal. Neither was measured here.
+
     >>> GemmBlocks(48, 48, 24, split=(2, 2)).threads
     128
     """
@@ -32,8 +44,10 @@ class GemmBlocks:
     n: int
     k: int
     split: tuple[int, int]
+    banks: str = "padding"
 
     def __post_init__(self) -> None:
+        choice("banks", self.banks, BANKS)
         steps = {"m": SIDE * self.split[0], "n": SIDE * self.split[1], "k": SIDE}
         for name, step in steps.items():
             value = getattr(self, name)
@@ -53,7 +67,7 @@ class GemmBlocks:
 class GemmSpec:
     """All that changes the source of a product: types, blocks and what is done to the result.
 
-    `a`, `b` and `c` are types; c is float32 or one of the other two. `transpose_a`: the rows of
+    `a`, `b` and `c` are types. `transpose_a`: the rows of
     op(A) lie side by side in memory, not its columns; `transpose_b` alike. `staged`: operands pass
     through threadgroup memory. `bfloat`: the GPU multiplies bfloat16 itself. `unit`: what lies side
     by side is one element apart in A and B, whatever their leading dimensions.
@@ -70,12 +84,17 @@ class GemmSpec:
     transpose_b: bool = False
     bias: str | None = None
     activation: str | None = None
+    bias_type: str | None = None
+    old: str | None = None
+    gate: bool = False
 
     def __post_init__(self) -> None:
         for name in ("a", "b"):
             choice(f"the type of {name}", getattr(self, name), DTYPES)
-        choice("the type of c", self.c, result_types(self.a, self.b))
+        choice("the type of c", self.c, results(self.a, self.b))
         choice("bias", self.bias, (None, *BIAS_AXES))
+        for name in ("bias_type", "old"):
+            choice(name, getattr(self, name), (None, *addends(self.c)))
         choice("activation", self.activation, ACTIVATIONS)
         for name, value, most in (
             ("threads", self.blocks.threads, 1024),
@@ -84,6 +103,14 @@ class GemmSpec:
             if value > most:
                 raise ValueError(
                     f"{name} must be at most {most}, and blocks {self.blocks} take {value}"
+                )
+        if self.blocks.banks == "swizzle" and not self.staged:
+            raise ValueError("banks must be 'padding' where operands pass no threadgroup memory")
+        for _, length in self.stages:
+            if self.blocks.banks == "swizzle" and length % (2 * SIDE):
+                raise ValueError(
+                    f"banks='swizzle' needs rows of 16 elements or multiples, and blocks"
+                    f" {self.blocks} have rows of {length}"
                 )
 
     @property
@@ -99,7 +126,8 @@ class GemmSpec:
     @property
     def stages(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows of the stages of A and of B, and the elements from one to the next."""
-        pad = _PAD_BYTES // self.operand.compute_bytes
+        padded = self.blocks.banks == "padding"
+        pad = _PAD_BYTES // self.operand.compute_bytes if padded else 0
         blocks = self.blocks
         a = (blocks.k, blocks.m) if self.transpose_a else (blocks.m, blocks.k)
         b = (blocks.n, blocks.k) if self.transpose_b else (blocks.k, blocks.n)
@@ -108,8 +136,23 @@ class GemmSpec:
     @property
     def threadgroup_bytes(self) -> int:
         """Bytes of threadgroup memory."""
-        size = self.operand.compute_bytes
-        return sum(rows * stride for rows, stride in self.stages) * size if self.staged else 0
+        size, (a, b) = self.operand.compute_bytes, self.stages
+        stages = (a, b, b) if self.gate else (a, b)
+        return sum(rows * stride for rows, stride in stages) * size if self.staged else 0
+
+    def exchanged(self, row: str, place: str, length: int) -> str:
+        """The place in a row of a stage that has an element, as an expression.
+
+        Groups of 8 change places by an exclusive or with the row, as far as the row is a multiple
+        of a power of two. Rows that fill the banks only together are exchanged alike.
+        """
+        if self.blocks.banks == "padding":
+            return place
+        together = max(1, BANK_BYTES // (length * self.operand.compute_bytes))
+        groups = min(length & -length, BANK_BYTES // self.operand.compute_bytes) // SIDE
+        of = f"({row})" if " " in row else row
+        turn = f"{of} / {together} % {groups}" if together > 1 else f"{of} % {groups}"
+        return f"(({place}) ^ {SIDE} * ({turn}))"
 
     @property
     def fragments(self) -> tuple[int, int]:

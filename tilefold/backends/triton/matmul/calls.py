@@ -10,22 +10,23 @@ none is 0.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tilefold.backends.matmul import described, folded
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError
 from tilefold.backends.triton.matmul import gemm as products
 from tilefold.backends.triton.matmul import rows
 from tilefold.backends.triton.matmul.gemm import GemmBlocks, GemmSpec
-from tilefold.backends.triton.matmul.operands import movable, operand, wide
+from tilefold.backends.triton.matmul.operands import ROWS, movable, operand, wide
 from tilefold.backends.triton.matmul.rows import SoftmaxBlocks, SoftmaxSpec
 from tilefold.backends.triton.module import launch_options
 from tilefold.backends.triton.runtime import gpu
-from tilefold.backends.triton.spec import BY_PRECISION
+from tilefold.backends.triton.spec import BY_PRECISION, LEAST
 from tilefold.common.check import choice
-from tilefold.problems.matmul import BIAS_AXES, Axes, Product, Rows, check_result, multiplied
+from tilefold.problems.matmul import Axes, Product, Rows, multiplied
 from tilefold.problems.request import PRECISIONS
 
 if TYPE_CHECKING:
@@ -88,6 +89,15 @@ def block_sizes(
     return row.small if programs < multiprocessors else row.large
 
 
+def halved(blocks: GemmBlocks) -> GemmBlocks:
+    """Blocks for a product and its gate: two sums of half the columns fill the same registers.
+
+    >>> print(halved(block_sizes("sm_90", "bfloat16", 4096, 4096)))
+    128 x 128 x 64, 8 warps, 3 stages
+    """
+    return replace(blocks, n=max(LEAST, blocks.n // 2))
+
+
 def gemm(
     a: Tensor,
     b: Tensor,
@@ -98,8 +108,10 @@ def gemm(
     transpose_a: bool = False,
     transpose_b: bool = False,
     bias: Tensor | None = None,
-    bias_axis: str = "column",
+    bias_axis: str | None = None,
     activation: str | None = None,
+    gate: Tensor | None = None,
+    out: Tensor | None = None,
     dtype: str | None = None,
     precision: str = "highest",
     blocks: GemmBlocks | None = None,
@@ -110,20 +122,29 @@ def gemm(
         a, b = torch.ones(2, 3, device="cuda").half(), torch.ones(4, 3, device="cuda").half()
         gemm(a, b, transpose_b=True, dtype="float32")  # 2 x 4, all of it 3
 
+    With a gate G it is activation(alpha op(A) op(B) + bias) * (alpha op(A) op(G)), as the first
+    half of a SwiGLU layer, in one pass over A.
+
     Arguments:
         a: (..., m, k), or (..., k, m) with `transpose_a`
         b: (..., k, n), or (..., n, k) with `transpose_b`
-            float32, float16 or bfloat16 each, or float64 both, in any strides. At most two axes of
-            a batch come first, and broadcast as in NumPy.
-        c: (..., m, n), float32 or of the type of a or b: is overwritten and returned; None makes
-            a tensor. It shares no memory with a, b and bias.
+            float32, float16 or bfloat16 each, or float64 both, in any strides. Axes of a batch come
+            first, and broadcast as in NumPy. What does not lie as two of them is walked by the
+            host.
+        c: (..., m, n). Without `out` it is overwritten and returned; None makes a tensor. With
+            `out` it is only read, where beta is not 0, and broadcasts.
         alpha, beta: numbers; c is read only where beta is not 0
         transpose_a, transpose_b: whether op transposes the last two axes
-        bias: (..., n) by columns or (..., m) by rows, of the type of the result. It is added as it
-            is, not times alpha, and before the activation.
-        bias_axis: "column" or "row"
-        activation: None, "relu", "gelu" (by the distribution function), "silu" or "tanh"
-        dtype: the type of the result; None is that of c, or of a and b, or float32 if these differ
+        bias: (n,), (..., 1, n) or (..., m, 1). It is added as it is, not times alpha, and before
+            the activation.
+        bias_axis: None; or "column" for a bias (..., n), or "row" for a bias (..., m)
+        activation: None, "relu", "gelu" (by the distribution function), "gelu_tanh", "silu",
+            "sigmoid" or "tanh"
+        gate: G, of the shape and type of b, transposed with it; beta is then 0
+        out: (..., m, n), the tensor of the result. It shares no memory with any other.
+        dtype: float32, float16 or bfloat16, the type of the result (float64 of float64); None is
+            that of out, of c, or of a and b, or float32 if these differ. Bias and a c beside out
+            have it, or are float32.
         precision: of products in float32, in which types that differ are multiplied too: "highest",
             "high" (three of TF32) or "medium" (TF32, which has all bits of the half types)
         blocks: of the kernel; None takes the table's blocks for the GPU's architecture
@@ -139,13 +160,15 @@ def gemm(
         ResourceError: `blocks` need more shared memory than the GPU has
     """
     machine = machine or _gpu_of("a", a)
-    given = {"a": a, "b": b, "c": c, "bias": bias}
+    given = {"a": a, "b": b, "c": c, "bias": bias, "gate": gate, "out": out}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     machine.check(**tensors)
-    choice("precision", precision, PRECISIONS)
-    choice("bias_axis", bias_axis, BIAS_AXES)
-    product = Product.of(
-        {name: operand(name, each, 1 if name == "bias" else 2) for name, each in tensors.items()},
+    operands = {
+        name: operand(name, each, 1 if name == "bias" else 2) for name, each in tensors.items()
+    }
+    product = described(
+        operands,
+        operands.pop("out", None),
         alpha=alpha,
         beta=beta,
         transpose_a=transpose_a,
@@ -154,24 +177,45 @@ def gemm(
         activation=activation,
         dtype=dtype,
     )
-    if product.c is not None:
-        check_result("c", product.c, product.shape, product.dtype)
-    device, left, right = architecture(machine.architecture), product.a.axes, product.b.axes
-    spec = _spec(product, device, precision, blocks, machine)
-    c = machine.empty(product.shape, spec.c) if c is None else c
-    result, blocks = operand("c", c, 2).axes, spec.blocks
-    spec = _placed(spec, device, (a, left), (b, right), result)
-    function = machine.function(products.emit(spec), products.ENTRY)
-    operands, placed = _operands(spec, (a, left), (b, right))
-    if bias is not None:
-        operands.append(bias)
-    m, n, k = product.m, product.n, product.k
-    sizes = [m, n, k, product.batch[1], *placed, *result.sizes, *product.bias_strides]
-    scalars = [_scalar(number, spec.sums) for number in (alpha, beta)]
+    result = c if out is None else out
+    result = machine.empty(product.shape, product.dtype) if result is None else result
+    tensors.pop("out", None)
+    run(product, tensors, result, machine, precision=precision, blocks=blocks)
+    return result
+
+
+def run(
+    product: Product,
+    tensors: Mapping[str, Tensor],
+    out: Tensor,
+    machine: Machine,
+    *,
+    precision: str = "highest",
+    blocks: GemmBlocks | None = None,
+) -> None:
+    """Launch a described product on its tensors by name; C may be the tensor of the result."""
+    choice("precision", precision, PRECISIONS)
+    device, where = architecture(machine.architecture), folded(product, operand("out", out, 2))
+    besides, product = tensors.get("c") is not out and product.beta != 0, where.product
+    plain = _spec(product, device, precision, blocks, machine, besides)
+    m, n, k, blocks = product.m, product.n, product.k, plain.blocks
     programs = product.matrices * _parts(m, blocks.m) * _parts(n, blocks.n)
-    options = launch_options(device.kind, spec.multiplied, blocks.warps, blocks.stages)
-    _launch(machine, function, programs, (*operands, c, *sizes, *scalars), blocks, options)
-    return c
+    options = launch_options(device.kind, plain.multiplied, blocks.warps, blocks.stages)
+    numbers = (product.alpha,) if plain.gate else (product.alpha, product.beta)
+    scalars = [_scalar(number, plain.sums) for number in numbers]
+    results = [where.out, *([product.c.axes] if product.c and besides else [])]
+    names = [*(["bias"] if product.bias else []), *(["c"] if besides else []), "out"]
+    for found in where.places({**tensors, "out": out}):
+        factors = [(found["a"], product.a.axes), (found["b"], product.b.axes)]
+        factors += [(found["gate"], product.gate.axes)] if product.gate else []
+        spec = _placed(plain, device, factors, results)
+        operands, (left, right, *gate) = _operands(spec, factors)
+        operands += [found[name] for name in names]
+        sizes = [m, n, k, product.batch[1], *left, *right, *where.out.sizes]
+        sizes += [size for each in gate for size in each] + product.bias_strides
+        sizes += [size for each in results[1:] for size in each.sizes]
+        function = machine.function(products.emit(spec), products.ENTRY)
+        _launch(machine, function, programs, (*operands, *sizes, *scalars), blocks, options)
 
 
 def _spec(
@@ -180,8 +224,13 @@ def _spec(
     precision: str,
     blocks: GemmBlocks | None,
     machine: Machine,
+    besides: bool,
 ) -> GemmSpec:
-    """The kernel of a product on a device, with the table's blocks where none are given."""
+    """The kernel of a product on a device, with the table's blocks where none are given.
+
+    `besides`: C lies beside the result, and is read.
+    """
+    bias, gate = product.bias, product.gate is not None
     meeting = multiplied(product.a.dtype, product.b.dtype)
     how = _how(device, meeting, precision)
     if blocks is None:
@@ -194,6 +243,7 @@ def _spec(
             products=how,
             multiprocessors=machine.multiprocessors,
         )
+        blocks = halved(blocks) if gate else blocks
     return GemmSpec(
         a=product.a.dtype,
         b=product.b.dtype,
@@ -202,6 +252,9 @@ def _spec(
         bias=product.bias_axis,
         activation=product.activation,
         products=how,
+        bias_type=bias.dtype if bias and bias.dtype != product.dtype else None,
+        old=product.c.dtype if product.c and besides else None,
+        gate=gate,
     )
 
 
@@ -240,7 +293,7 @@ def softmax(
     machine = machine or _gpu_of("x", x)
     tensors = {"x": x} if p is None else {"x": x, "p": p}
     machine.check(**tensors)
-    called = Rows.of({name: operand(name, tensor, 1) for name, tensor in tensors.items()})
+    called = Rows.of({name: operand(name, tensor, 1, ROWS) for name, tensor in tensors.items()})
     kind, axes, shape = called.x.dtype, called.x.axes, called.x.shape
     p = machine.empty(shape, kind) if p is None else p
     result, blocks = operand("p", p, 1).axes, blocks or SoftmaxBlocks.of(called.width)
@@ -268,40 +321,44 @@ Placed = tuple["Tensor", Axes]
 """A matrix that is multiplied: its tensor, and its rows and columns as they multiply."""
 
 
-def _placed(spec: GemmSpec, device: Architecture, a: Placed, b: Placed, c: Axes) -> GemmSpec:
-    """The spec for matrices that lie like this.
+def _placed(
+    spec: GemmSpec, device: Architecture, factors: Sequence[Placed], results: Sequence[Axes]
+) -> GemmSpec:
+    """The spec for matrices that lie like this: A, B and, with a gate, G.
 
     Tiles are moved whole only where products read them from shared memory as they come, as in
     attention (`resources.tma`).
     """
     sides = spec.blocks
-    near = [movable(axes, 2) for _, axes in (a, b)]
+    near = [movable(axes, 2) for _, axes in factors]
     half = spec.multiplied in ("float16", "bfloat16")
-    aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor, _ in (a, b))
+    aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor, _ in factors)
     fits = max(sides.m, sides.n, sides.k) <= _LONGEST
-    if device.descriptors and device.asynchronous and half and aligned and fits and all(near):
+    alike = all(near) and len(set(near[1:])) == 1
+    if device.descriptors and device.asynchronous and half and aligned and fits and alike:
         turned = [each == "column" for each in near]
         spec = replace(spec, descriptors=True, transpose_a=turned[0], transpose_b=turned[1])
-    reach = [(c, sides.m, sides.n)]
+    reach = [(axes, sides.m, sides.n) for axes in results]
     if not spec.descriptors:
-        reach += [(a[1], sides.m, sides.k), (b[1], sides.k, sides.n)]
+        reach.append((factors[0][1], sides.m, sides.k))
+        reach += [(axes, sides.k, sides.n) for _, axes in factors[1:]]
     return replace(spec, wide=any(wide(*each) for each in reach))
 
 
-def _operands(spec: GemmSpec, a: Placed, b: Placed) -> tuple[list[Any], list[int]]:
-    """A and B as the kernel takes them, and their strides."""
+def _operands(spec: GemmSpec, factors: Sequence[Placed]) -> tuple[list[Any], list[list[int]]]:
+    """The factors as the kernel takes them, and the strides of each."""
     if not spec.descriptors:
-        return [a[0], b[0]], [*a[1].sizes, *b[1].sizes]
+        return [tensor for tensor, _ in factors], [axes.sizes for _, axes in factors]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     found, steps = [], []
-    for (tensor, axes), block, turned in zip(
-        (a, b), products.tiles(spec).values(), (spec.transpose_a, spec.transpose_b), strict=True
+    for n, ((tensor, axes), block) in enumerate(
+        zip(factors, products.tiles(spec).values(), strict=True)
     ):
-        lying = axes.turned() if turned else axes
+        lying = axes.turned() if (spec.transpose_b if n else spec.transpose_a) else axes
         strides = [step or ALIGNED for step in lying.strides[:3]]  # of one there is no next
         found.append(TensorDescriptor(tensor, list(lying.lengths), [*strides, 1], block))
-        steps += [int(length > 1) for length in lying.batch[::-1]]
+        steps.append([int(length > 1) for length in lying.batch[::-1]])
     return found, steps
 
 

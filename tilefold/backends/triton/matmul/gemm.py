@@ -1,10 +1,11 @@
 """The kernel of a matrix product, in any of its types, transposed or not, in batches.
 
     C = activation(alpha A B + bias + beta C),  a block of C for each program
+    C = activation(alpha A B + bias) (alpha A G),  with a gate G
 
     sums = 0                                    float32, or float64
     for each block of the contraction:
-        sums = sums + A B                       what lies beyond the edges is 0
+        sums = sums + A B                       what lies beyond the edges is 0; with a gate both
     C = activation(alpha sums + bias + beta C)  C is read only where beta is not 0
 
 A transposed matrix is one with other strides, so no source knows of it, unless a GPU has a unit
@@ -24,13 +25,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tilefold.backends.matmul import addends, results
 from tilefold.backends.triton.kernels.frame import HEADERS
 from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import ELEMENTS, Text
 from tilefold.backends.triton.matmul import activation
 from tilefold.backends.triton.spec import FLOAT32_MODES, LEAST
 from tilefold.common.check import choice
-from tilefold.problems.matmul import ACTIVATIONS, BIAS_AXES, multiplied, result_types
+from tilefold.problems.matmul import ACTIVATIONS, BIAS_AXES, multiplied
 
 ENTRY = "tilefold_gemm"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -46,9 +48,19 @@ BIAS_STRIDES = ("bias_step", "bias_h", "bias_b")
 """Strides of a bias: from element to element, then of the batch."""
 
 
+GATE_STRIDES = ("g_k", "g_n", "g_h", "g_b")
+"""Strides of a gate, as those of B."""
+
+OLD_STRIDES = ("old_m", "old_n", "old_h", "old_b")
+"""Strides of C where it lies beside the result."""
+
+
 @dataclass(frozen=True)
 class GemmBlocks:
     """Sides of a block of C and of the contraction at a time; warps, stages, block rows of a band.
+
+    How blocks lie in the banks of shared memory is no choice here: Triton's compiler swizzles them
+    itself, and descriptors ask the unit that moves tiles for its own pattern.
 
     >>> print(GemmBlocks(128, 256, 64, warps=8, stages=3))
     128 x 256 x 64, 8 warps, 3 stages
@@ -79,7 +91,9 @@ class GemmBlocks:
 class GemmSpec:
     """All that changes the source of a product: types, blocks and what is done to the result.
 
-    `a`, `b` and `c` are types; c is float32 or one of the other two, and float64 stands alone.
+    `a`, `b` and `c` are types; float64 stands alone. `bias_type`: the type of the bias if it is not
+    that of the result. `old`: the type of C if it lies beside the result. `gate`: a third factor G
+    lies as B does, and the result is activation(A B) (A G).
     `products` is how float32 is multiplied. `wide`: offsets inside a block may pass 31 bits.
     `descriptors`: a unit moves tiles of A and B, which have a half type and lie as `transpose_a`
     and `transpose_b` say: the elements of a column are neighbours.
@@ -96,6 +110,9 @@ class GemmSpec:
     descriptors: bool = False
     transpose_a: bool = False
     transpose_b: bool = False
+    bias_type: str | None = None
+    old: str | None = None
+    gate: bool = False
 
     def __post_init__(self) -> None:
         assert self.descriptors or not (self.transpose_a or self.transpose_b), "strides say it"
@@ -103,8 +120,10 @@ class GemmSpec:
             choice(f"the type of {name}", getattr(self, name), DTYPES)
         if (self.a == "float64") != (self.b == "float64"):
             raise ValueError(f"a and b must both be float64 or neither, got {self.a} and {self.b}")
-        choice("the type of c", self.c, result_types(self.a, self.b))
+        choice("the type of c", self.c, results(self.a, self.b))
         choice("bias", self.bias, (None, *BIAS_AXES))
+        for name in ("bias_type", "old"):
+            choice(name, getattr(self, name), (None, *addends(self.c)))
         choice("activation", self.activation, ACTIVATIONS)
         choice("products", self.products, FLOAT32_MODES)
 
@@ -118,6 +137,19 @@ class GemmSpec:
         """The type of sums, and of all that is done to them."""
         return storage(self.a).compute
 
+    @property
+    def right(self) -> dict[str, str]:
+        """The factors that A is multiplied by, and the names of these sums."""
+        return {"b": "sums", "g": "gates"} if self.gate else {"b": "sums"}
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The types of all tensors in the order of the arguments."""
+        found = {"a": self.a, **dict.fromkeys(self.right, self.b)}
+        found |= {"bias": self.bias_type or self.c} if self.bias else {}
+        found |= {"old": self.old} if self.old else {}
+        return found | {"c": self.c}
+
 
 def names(spec: GemmSpec) -> tuple[str, ...]:
     """The arguments of the kernel in their order.
@@ -126,21 +158,23 @@ def names(spec: GemmSpec) -> tuple[str, ...]:
     integers of the same bits: Triton passes float32 alone. Beside descriptors of A and B, their
     strides of the batch count its steps: 0 where all share one matrix, else 1.
     """
-    bias = ("bias",) if spec.bias else ()
     steps = BIAS_STRIDES if spec.bias else ()
-    strides: tuple[str, ...] = STRIDES
+    strides = (*STRIDES, *(GATE_STRIDES if spec.gate else ()))
     if spec.descriptors:
-        strides = tuple(name for name in STRIDES if name[0] == "c" or name[-1] in "hb")
-    return ("a", "b", *bias, "c", "m", "n", "k", "heads", *strides, *steps, "alpha", "beta")
+        strides = tuple([name for name in strides if name[0] == "c" or name[-1] in "hb"])
+    old = OLD_STRIDES if spec.old else ()
+    scalars = ("alpha",) if spec.gate else ("alpha", "beta")
+    return (*spec.types, "m", "n", "k", "heads", *strides, *steps, *old, *scalars)
 
 
 def tiles(spec: GemmSpec) -> dict[str, list[int]]:
-    """The blocks of the descriptors of A and B, over (batch, heads, rows, columns) in memory."""
+    """The blocks of the descriptors of factors, over (batch, heads, rows, columns) in memory."""
     sides = spec.blocks
     a, b = [sides.m, sides.k], [sides.k, sides.n]
+    right = [1, 1, *(b[::-1] if spec.transpose_b else b)]
     return {
         "a": [1, 1, *(a[::-1] if spec.transpose_a else a)],
-        "b": [1, 1, *(b[::-1] if spec.transpose_b else b)],
+        **{name: list(right) for name in spec.right},
     }
 
 
@@ -151,8 +185,8 @@ def alike(spec: GemmSpec) -> tuple[str, ...]:
 
 def signature(spec: GemmSpec) -> dict[str, str]:
     """The types of all arguments as Triton writes them, for compilation ahead of time."""
-    kinds = {"a": spec.a, "b": spec.b, "bias": spec.c, "c": spec.c}
-    found = {name: f"*{ELEMENTS[kinds[name]]}" for name in names(spec) if name in kinds}
+    kinds = spec.types
+    found = {name: f"*{ELEMENTS[kind]}" for name, kind in kinds.items()}
     scalar = "i64" if storage(spec.sums).by_bits else "fp32"
     for name in names(spec)[len(found) :]:
         found[name] = scalar if name in ("alpha", "beta") else "i32"
@@ -218,38 +252,51 @@ def _tiles(text: Text, spec: GemmSpec) -> None:
         f"inner = tl.arange(0, K){wide}",
         f"a_tile = {_plane('a')} + first_m.to(tl.int64) * a_m",
         "a_tile += row[:, None] * a_m + inner[None, :] * a_k",
-        f"b_tile = {_plane('b')} + first_n.to(tl.int64) * b_n",
-        "b_tile += inner[:, None] * b_k + column[None, :] * b_n",
     )
+    for name in spec.right:
+        text(
+            f"{name}_tile = {_plane(name)} + first_n.to(tl.int64) * {name}_n",
+            f"{name}_tile += inner[:, None] * {name}_k + column[None, :] * {name}_n",
+        )
+
+
+RIGHT = {"b": "right", "g": "beside"}
+"""Tiles of the factors that A is multiplied by."""
 
 
 def _walk(text: Text, spec: GemmSpec) -> None:
     """The sums over the contraction."""
-    left, right = (
+    left, *rights = (
         tile if kind == spec.multiplied else storage(spec.multiplied).write(tile)
-        for tile, kind in (("left", spec.a), ("right", spec.b))
+        for tile, kind in (("left", spec.a), *((RIGHT[name], spec.b) for name in spec.right))
     )
     how = storage(spec.multiplied).product.format(mode=spec.products)
     step = "tl.cast(K, tl.int64)" if spec.wide else "K"
-    text(f"sums = tl.full([M, N], 0.0, tl.{spec.sums})")
+    for sums in spec.right.values():
+        text(f"{sums} = tl.full([M, N], 0.0, tl.{spec.sums})")
     with text.block("for first in tl.range(0, k, K)"):
         if spec.descriptors:
             text(_moved(spec, "left", "a", "first_m, first", "M, K"))
-            text(_moved(spec, "right", "b", "first, first_n", "K, N"))
+            for name in spec.right:
+                text(_moved(spec, RIGHT[name], name, "first, first_n", "K, N"))
         else:
             text(
                 "in_k = inner < k - first",
                 "left = tl.load(a_tile, mask=in_rows & in_k[None, :], other=0.0)",
-                "right = tl.load(b_tile, mask=in_k[:, None] & in_columns, other=0.0)",
             )
-        text(f"sums = tl.dot({left}, {right}, sums{how})")
+            for name in spec.right:
+                mask = "in_k[:, None] & in_columns"
+                text(f"{RIGHT[name]} = tl.load({name}_tile, mask={mask}, other=0.0)")
+        for right, sums in zip(rights, spec.right.values(), strict=True):
+            text(f"{sums} = tl.dot({left}, {right}, {sums}{how})")
         if not spec.descriptors:
-            text(f"a_tile += {step} * a_k", f"b_tile += {step} * b_k")
+            for name in ("a", *spec.right):
+                text(f"{name}_tile += {step} * {name}_k")
 
 
 def _moved(spec: GemmSpec, tile: str, name: str, corner: str, sides: str) -> str:
     """A tile that is moved whole, turned if it lies so; what is beyond the edges is 0."""
-    turned = getattr(spec, f"transpose_{name}")
+    turned = spec.transpose_a if name == "a" else spec.transpose_b
     if turned:
         corner, sides = (", ".join(pair.split(", ")[::-1]) for pair in (corner, sides))
     moved = f"{name}.load([batch * {name}_b, h * {name}_h, {corner}]).reshape({sides})"
@@ -260,7 +307,7 @@ def _finish(text: Text, spec: GemmSpec) -> None:
     """From sums to C."""
     kind = spec.sums
     if storage(kind).by_bits:
-        for name in ("alpha", "beta"):
+        for name in ("alpha",) if spec.gate else ("alpha", "beta"):
             text(f"{name} = tl.cast({name}, tl.int64).to(tl.float64, bitcast=True)")
     text("x = alpha * sums")
     if spec.bias:
@@ -279,9 +326,20 @@ def _finish(text: Text, spec: GemmSpec) -> None:
         "c_tile += first_m.to(tl.int64) * c_m + first_n.to(tl.int64) * c_n",
         "c_tile += row[:, None] * c_m + column[None, :] * c_n",
     )
-    with text.block("if beta != 0.0"):
-        text(f"x += beta * tl.load(c_tile, mask=here, other=0.0).to(tl.{kind})")
     result = activation.apply(spec.activation, "x")
+    if spec.gate:
+        result = f"({result} * (alpha * gates))"
+    else:
+        old = "c_tile"
+        if spec.old:
+            old = "old_tile"
+            text(
+                f"old_tile = {_plane('old')}",
+                "old_tile += first_m.to(tl.int64) * old_m + first_n.to(tl.int64) * old_n",
+                "old_tile += row[:, None] * old_m + column[None, :] * old_n",
+            )
+        with text.block("if beta != 0.0"):
+            text(f"x += beta * tl.load({old}, mask=here, other=0.0).to(tl.{kind})")
     text(f"tl.store(c_tile, {storage(spec.c).write(result)}, mask=here)")
 
 
@@ -290,12 +348,15 @@ def _algorithm(spec: GemmSpec) -> list[str]:
     value = "alpha sums"
     if spec.bias:
         value += f" + bias of the {spec.bias}"
-    value += " + beta C"
+    value += "" if spec.gate else " + beta C"
     result = f"{spec.activation}({value})" if spec.activation else value
+    if spec.gate:
+        result = f"{result if spec.activation else f'({value})'} (alpha gates)"
+    both = "gates = gates + A G, " if spec.gate else ""
     return [
         f"A product of matrices, {spec.a} x {spec.b} -> {spec.c}.",
         f"sums = 0 for a block of C, {spec.sums}",
         f"for each {spec.blocks.k} of the contraction:",
-        "    sums = sums + A B   beyond the edges is 0",
+        f"    {both}sums = sums + A B   beyond the edges is 0",
         f"C = {result}",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tilefold.backends.matmul import MOST_AXES
 from tilefold.backends.triton.machine import ALIGNED
 from tilefold.backends.triton.matmul.gemm import DTYPES
 from tilefold.problems.attention import LIMIT
@@ -12,16 +13,19 @@ from tilefold.problems.matmul import Accepted, Axes, Operand
 if TYPE_CHECKING:
     from torch import Tensor
 
-ACCEPTED = Accepted(DTYPES, empty=True, longest=LIMIT)
-"""The tensors that kernels of products and of softmax take."""
+ACCEPTED = Accepted(DTYPES, empty=True, longest=LIMIT, most=MOST_AXES)
+"""The tensors that products take."""
+
+ROWS = Accepted(DTYPES, empty=True, longest=LIMIT)
+"""The tensors that the kernel of a softmax takes."""
 
 _NEAR = {"row": 3, "column": 2}
 
 
-def operand(name: str, tensor: Tensor, least: int) -> Operand:
+def operand(name: str, tensor: Tensor, least: int, accepted: Accepted = ACCEPTED) -> Operand:
     """A tensor of a call. Raises TypeError or ValueError for one that no kernel takes."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return ACCEPTED.operand(name, dtype, tensor.shape, tensor.stride(), least)
+    return accepted.operand(name, dtype, tensor.shape, tensor.stride(), least)
 
 
 def movable(axes: Axes, item: int) -> str | None:
