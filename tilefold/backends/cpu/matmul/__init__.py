@@ -1,0 +1,10 @@
+"""Products of matrices on processors.
+
+spec         kernels as values
+arguments    their argument blocks
+panels       parts of A and B in the order in which products read them
+tile         register tiles
+activation   functions of sums
+finish       results from sums
+gemm         the kernels
+"""

@@ -1,0 +1,183 @@
+"""Products on the processor: planned once for operands that lie in one way, run on any addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.cpu import runtime, threads
+from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.dispatch import KEPT_BYTES, _local, _Memory, _workspace
+from tilefold.backends.cpu.kernel import double_bits
+from tilefold.backends.cpu.matmul.arguments import GEMM, OFFSETS, PACK
+from tilefold.backends.cpu.matmul.gemm import PANELS_PER_ITEM, emit
+from tilefold.backends.cpu.matmul.plan import GemmPlan, plan
+from tilefold.backends.cpu.matmul.spec import GemmSpec, PackSpec
+from tilefold.common.first_use import undisturbed
+from tilefold.common.single_flight import once
+from tilefold.problems.matmul import Axes, Operand, Product
+
+_ALONE_FLOPS = 1e6
+"""Products with fewer operations run on one thread, as in `dispatch`."""
+
+_CLAIM_FLOPS = 5e5
+"""A worker takes items of at most so many operations at a time."""
+
+
+@once(most=512)
+def kernel(spec: GemmSpec | PackSpec, device: Device) -> runtime.Loaded:
+    """The kernel of a spec, compiled for the device unless the disk cache has it."""
+    return undisturbed(lambda: runtime.kernel(emit(spec), spec.kernel, device))
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A product prepared for operands of certain strides; only addresses are missing."""
+
+    plan: GemmPlan
+    gemm: runtime.Loaded
+    pack: runtime.Loaded | None
+    block: NDArray[np.int64]
+    pack_block: NDArray[np.int64] | None
+    alone: bool
+    kept: tuple[Any, ...]
+
+    def run(self, a: int, b: int, out: int, c: int = 0, bias: int = 0, gate: int = 0) -> None:
+        """Compute the product of operands at these addresses, 0 where there is none.
+
+        The caller keeps the operands alive meanwhile.
+        """
+        made = self.plan
+        if made.turned:
+            a, b = b, a
+        workers = 1 if self.alone else threads.number()
+        buffers = []
+        if self.pack is not None:
+            assert self.pack_block is not None
+            panels = []
+            for array in (b, gate) if made.spec.gate else (b,):
+                memory = _Memory(int(self.pack_block[_PACK["matrix_bytes"]]) * self.kept[1])
+                words = self.pack_block.copy()
+                words[_PACK["array"]], words[_PACK["panels"]] = array, memory.pointer
+                items = int(words[_PACK["items"]])
+                threads.run(self.pack.address, words.ctypes.data, min(workers, items))
+                panels.append(memory.pointer)
+                buffers.append(memory)
+            b, gate = panels[0], panels[-1]
+        workers = min(workers, made.items)
+        workspace = _workspace(workers * made.workspace_bytes)
+        words = self.block.copy()
+        for name, address in (("a", a), ("b", b), ("out", out), ("c", c), ("bias", bias)):
+            words[_GEMM[name]] = address
+        words[_GEMM["gate"]], words[_GEMM["workspace"]] = gate, workspace.pointer
+        threads.run(self.gemm.address, words.ctypes.data, workers)
+        if workspace.size <= KEPT_BYTES:
+            _local.workspace = workspace
+
+
+_GEMM = {name: number for number, name in enumerate(GEMM)}
+_PACK = {name: number for number, name in enumerate(PACK)}
+
+
+def prepare(
+    product: Product, out: Operand, device: Device | None = None, *, packed: bool = False
+) -> Prepared:
+    """Plan a product whose result lies as `out`, and load its kernels. No axis may be empty."""
+    device = device or host()
+    made = plan(product, out, device, packed)
+    product, out, spec = made.product, made.out, made.spec
+    gemm = kernel(spec, device)
+    b_offsets = _offsets(product.b.axes, product.batch)
+    packing = kernel(spec.packing, device) if made.packs else None
+    pack_block, matrices = None, 1
+    if made.packs:
+        starts, places = np.unique(b_offsets, return_inverse=True)
+        matrices = len(starts)
+        matrix_bytes = made.panels * made.panel_bytes
+        pack_block = _pack_words(made, starts, matrix_bytes)
+        b_offsets = places.reshape(-1) * matrix_bytes
+        kept: tuple[Any, ...] = (starts, matrices)
+    else:
+        kept = (None, 1)
+    offsets = np.zeros((product.matrices, len(OFFSETS)), np.int64)
+    each = {"a": product.a, "out": out, "c": product.c, "bias": product.bias}
+    for name, operand in each.items():
+        if operand is not None:
+            offsets[:, OFFSETS.index(name)] = _offsets(operand.axes, product.batch)
+    offsets[:, OFFSETS.index("b")] = b_offsets
+    if product.gate is not None:
+        offsets[:, OFFSETS.index("gate")] = (
+            b_offsets if made.packs else _offsets(product.gate.axes, product.batch)
+        )
+    words = _words(made, offsets)
+    flops = 2 * product.matrices * product.m * product.n * product.k
+    return Prepared(made, gemm, packing, words, pack_block, flops < _ALONE_FLOPS, (*kept, offsets))
+
+
+def _words(made: GemmPlan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The argument block of a product without its addresses."""
+    product = made.product
+    flops = 2 * product.m * product.n * max(1, product.k) / (made.row_blocks * made.column_blocks)
+    claim = min(int(_CLAIM_FLOPS / flops), made.items // (4 * threads.number()))
+    values: dict[str, int] = {
+        "items": made.items,
+        "items_per_claim": max(1, claim),
+        "m": product.m,
+        "n": product.n,
+        "k": product.k,
+        "block_m": made.block_m,
+        "block_n": made.block_n,
+        "block_k": made.block_k,
+        "row_blocks": made.row_blocks,
+        "column_blocks": made.column_blocks,
+        "offsets": offsets.ctypes.data,
+        "panel_bytes": made.panel_bytes,
+        "alpha": double_bits(product.alpha),
+        "beta": double_bits(product.beta),
+        "tiles_m": 0 if made.one_block else made.block_m // made.spec.rows,
+        "workspace_bytes": made.workspace_bytes,
+        "a_bytes": made.a_bytes,
+        "b_bytes": made.b_bytes,
+        "sums_bytes": made.sums_bytes,
+    }
+    for name, operand in (("out", made.out), ("c", product.c), ("bias", product.bias)):
+        if operand is not None:
+            values[f"{name}_m"], values[f"{name}_n"] = operand.axes.strides[-2:]
+    values["a_m"], values["a_k"] = product.a.axes.strides[-2:]
+    values["b_k"], values["b_n"] = product.b.axes.strides[-2:]
+    return np.array([values.get(name, 0) for name in GEMM], np.int64)
+
+
+def _pack_words(
+    made: GemmPlan, starts: NDArray[np.int64], matrix_bytes: int
+) -> NDArray[np.int64]:
+    """The argument block of the kernel that packs B, without its addresses."""
+    product = made.product
+    down, across = product.b.axes.strides[-2:]
+    groups = -(-made.panels // PANELS_PER_ITEM)
+    values = {
+        "items": len(starts) * groups,
+        "offsets": starts.ctypes.data,
+        "lane_stride": across,
+        "c_stride": down,
+        "n": product.n,
+        "k": product.k,
+        "groups": groups,
+        "panel_bytes": made.panel_bytes,
+        "matrix_bytes": matrix_bytes,
+    }
+    return np.array([values.get(name, 0) for name in PACK], np.int64)
+
+
+def _offsets(axes: Axes, batch: Sequence[int]) -> NDArray[np.int64]:
+    """Where each matrix of a batch begins, in elements, from the innermost axis on."""
+    total = np.zeros((), np.int64)
+    for length, own, step in zip(batch, axes.batch, axes.strides[:-2], strict=True):
+        steps = np.arange(length, dtype=np.int64) * (step if own > 1 else 0)
+        total = total[..., None] + steps
+    return np.ascontiguousarray(total.reshape(-1))

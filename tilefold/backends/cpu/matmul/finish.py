@@ -1,0 +1,141 @@
+"""What becomes of the sums of a tile: the result in its own type, by its own strides.
+
+    out = activation(alpha sums + beta c + bias)
+    out = activation(alpha sums + bias) alpha other        with a gate
+"""
+
+from __future__ import annotations
+
+from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value, alignment, overload, vector
+from tilefold.backends.cpu.kernels.storage import Storage
+from tilefold.backends.cpu.matmul import activation
+from tilefold.backends.cpu.matmul.arguments import Arguments
+from tilefold.backends.cpu.matmul.panels import SCALARS, reading
+from tilefold.backends.cpu.matmul.spec import GemmSpec
+
+
+def finish(module: Module, spec: GemmSpec) -> str:
+    """The name of `(arguments, sums, other, rows, columns, out, c, bias)`.
+
+    Sums lie in lines of `spec.width`. The last three are the addresses of the tile's first element.
+    """
+    if not module.defines("finish"):
+        _Finish(module, spec)
+    return "finish"
+
+
+class _Finish:
+    def __init__(self, module: Module, spec: GemmSpec) -> None:
+        self.spec = spec
+        pointers = ("arguments", "sums", "other", "out", "c", "bias")
+        block, self.sums, self.other, self.out, self.c, self.bias = (
+            Value(f"%at_{name}", "ptr") for name in pointers
+        )
+        self.rows, self.columns = Value("%rows", "i64"), Value("%columns", "i64")
+        parameters = [block, self.sums, self.other, self.rows, self.columns]
+        with module.function("finish", [*parameters, self.out, self.c, self.bias], internal=True) as body:
+            self.body = body
+            self.words = Arguments(body, spec, block)
+            self.scalar = SCALARS[spec.sums]
+            self.type = vector(spec.lanes, self.scalar)
+            self.alpha, self.beta = (self._factor(name) for name in ("alpha", "beta"))
+            with body.loop("i", 0, self.rows) as i, body.loop("j", 0, self.columns, spec.lanes) as j:
+                self._vector(i, j)
+
+    def _factor(self, name: str) -> Value:
+        body = self.body
+        number = body.cast("bitcast", self.words[name], "double")
+        if self.scalar != "double":
+            number = body.cast("fptrunc", number, "float")
+        return body.splat(number, self.spec.lanes, name)
+
+    def _vector(self, i: Value, j: Value) -> None:
+        """One vector of a row."""
+        body, spec = self.body, self.spec
+        place = body.add(body.mul(i, spec.width), j)
+        x = body.load(body.offset(self.sums, self.scalar, place), self.type, "x")
+        x = body.binary("fmul", x, self.alpha)
+        left = body.sub(self.columns, j, "left")
+        if spec.c:
+            x = body.multiply_add(self._read("c", self.c, spec.c, i, j, left), self.beta, x)
+        if spec.bias:
+            x = body.binary("fadd", x, self._read("bias", self.bias, spec.bias, i, j, left))
+        x = activation.apply(body, spec.activation, x)
+        if spec.gate:
+            other = body.load(body.offset(self.other, self.scalar, place), self.type, "other")
+            x = body.binary("fmul", x, body.binary("fmul", other, self.alpha))
+        self._write(x, i, j, left)
+
+    def _storage(self, dtype: str) -> Storage:
+        return reading(dtype, self.spec.sums, self.spec.native_half)
+
+    def _exists(self, left: Value) -> Value:
+        """Which lanes exist."""
+        lanes = self.spec.lanes
+        numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
+        each = Value(f"<{numbers}>", vector(lanes, "i64"))
+        return self.body.compare("slt", each, self.body.splat(left, lanes), "exists")
+
+    def _address(self, store: Storage, base: Value, name: str, i: Operand, j: Operand) -> Value:
+        body, words = self.body, self.words
+        index = body.add(body.mul(i, words[f"{name}_m"]), body.mul(j, words[f"{name}_n"]))
+        return store.at(body, base, index)
+
+    def _read(self, name: str, base: Value, dtype: str, i: Value, j: Value, left: Value) -> Value:
+        """A vector of c or bias: neighbours, one number for all, or one by one."""
+        body, words, store, lanes = self.body, self.words, self._storage(dtype), self.spec.lanes
+        found = body.variable(self.type, body.constant(0.0, self.type), name)
+        address = self._address(store, base, name, i, j)
+        near = body.compare("eq", words[f"{name}_n"], Value("1", "i64"))
+        with body.choose(near, "near") as branch:
+            type_ = vector(lanes, _stored(store))
+            align = Value(str(alignment(type_)), "i32")
+            bits = body.call(
+                f"llvm.masked.load.{overload(type_)}.p0",
+                type_,
+                [address, align, self._exists(left), body.constant(0, type_)],
+            )
+            bits = body.cast("bitcast", bits, vector(lanes, store.stored))
+            body.write(found, store.widen(body, bits))
+            branch.otherwise()
+            same = body.compare("eq", words[f"{name}_n"], Value("0", "i64"))
+            with body.choose(same, "same") as each:
+                body.write(found, body.splat(store.load(body, address), lanes))
+                each.otherwise()
+                with body.loop("lane", 0, body.minimum(left, lanes)) as lane:
+                    far = self._address(store, base, name, i, body.add(j, lane))
+                    self._put(found, lane, store.load(body, far))
+        return body.read(found)
+
+    def _put(self, found: object, lane: Value, number: Value) -> None:
+        body = self.body
+        old = body.read(found)  # type: ignore[arg-type]
+        new = body.result(
+            "v", old.type, f"insertelement {old.typed}, {number.typed}, {lane.typed}"
+        )
+        body.write(found, new)  # type: ignore[arg-type]
+
+    def _write(self, x: Value, i: Value, j: Value, left: Value) -> None:
+        """A vector of the result: neighbours at once, others one by one."""
+        body, words, lanes = self.body, self.words, self.spec.lanes
+        store = self._storage(self.spec.out)
+        bits = store.narrow(body, x)
+        bits = body.cast("bitcast", bits, vector(lanes, _stored(store)))
+        near = body.compare("eq", words["out_n"], Value("1", "i64"))
+        with body.choose(near, "near") as branch:
+            address = self._address(store, self.out, "out", i, j)
+            name = f"llvm.masked.store.{overload(bits.type)}.p0"
+            align = Value(str(alignment(bits.type)), "i32")
+            arguments = [bits, address, align, self._exists(left)]
+            body.module.declare(name, "void", [each.type for each in arguments])
+            body.invoke(name, arguments)
+            branch.otherwise()
+            with body.loop("lane", 0, body.minimum(left, lanes)) as lane:
+                far = self._address(store, self.out, "out", i, body.add(j, lane))
+                number = body.result("x", bits.element, f"extractelement {bits.typed}, {lane.typed}")
+                body.store(number, far)
+
+
+def _stored(store: Storage) -> str:
+    """The type in memory, half types as integers, which masked accesses know."""
+    return "i16" if store.stored == "half" else store.stored

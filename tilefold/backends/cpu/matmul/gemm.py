@@ -1,0 +1,265 @@
+"""The kernel of a product: BLIS's five loops around a register tile.
+
+    for item in (matrix, block of columns, block of rows):     workers take items        loops 5, 3
+        for block of the contraction:                          A's block goes to L2      loop 4
+            panels of A <- rows of A;  panels of B <- columns of B, unless packed before
+            for panel of B in the item:                        it stays in L1            loop 2
+                for panel of A in the block:                                             loop 1
+                    sums += A's panel  B's panel               `tile`
+                    after the last block: out <- sums          `finish`
+
+(Van Zee and van de Geijn, "BLIS: a framework for rapidly instantiating BLAS functionality", 2015.)
+The sum of an element goes through the contraction in order, whatever the blocks of rows and columns
+and whoever makes it, so results do not depend on threads.
+"""
+
+from __future__ import annotations
+
+from tilefold.backends.cpu.kernels.ir import Body, Module, Value
+from tilefold.backends.cpu.matmul import panels
+from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
+from tilefold.backends.cpu.matmul.finish import finish
+from tilefold.backends.cpu.matmul.panels import SCALARS, reading
+from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, GemmSpec, PackSpec
+from tilefold.backends.cpu.matmul.tile import tile
+
+PANELS_PER_ITEM = 8
+"""Panels of B that a worker packs at a time: lines of 256 floats are read at once."""
+
+
+def emit(spec: GemmSpec | PackSpec) -> str:
+    """The LLVM source of a kernel."""
+    module = Module(repr(spec), spec.lanes * 8 * ITEM_BYTES[spec.sums])
+    if isinstance(spec, PackSpec):
+        _pack_b(module, spec)
+    else:
+        _Gemm(module, spec)
+    return module.text()
+
+
+def _pack_b(module: Module, spec: PackSpec) -> None:
+    """The kernel "pack_b": items are groups of panels of one matrix."""
+    block = Value("%arguments", "ptr")
+    store = reading(spec.dtype, spec.sums, spec.native_half)
+    function = panels.pack(module, spec.unit, store, spec.width, spec.lanes, repeat=False)
+    with module.function(spec.kernel, [block]) as body:
+        words = Arguments(body, spec, block)
+        with body.forever("item") as end:
+            item = words.take("next_item")
+            body.leave_unless(body.compare("slt", item, words["items"]), end)
+            matrix = body.binary("udiv", item, words["groups"])
+            group = body.binary("urem", item, words["groups"])
+            start = body.load(body.offset(words["offsets"], "i64", matrix), "i64", "begins")
+            array = store.at(body, words["array"], start)
+            target = body.offset(words["panels"], "i8", body.mul(matrix, words["matrix_bytes"]))
+            first = body.mul(group, spec.width * PANELS_PER_ITEM)
+            last = body.minimum(body.add(first, spec.width * PANELS_PER_ITEM), words["n"])
+            with body.loop("column", first, last, spec.width) as column:
+                number = body.binary("udiv", column, spec.width)
+                panel = body.offset(target, "i8", body.mul(number, words["panel_bytes"]))
+                source = store.at(body, array, body.mul(column, words["lane_stride"]))
+                exist = body.minimum(body.sub(words["n"], column), spec.width)
+                strides = (words["lane_stride"], words["c_stride"])
+                body.invoke(function, [panel, source, *strides, exist, words["k"]])
+
+
+class _Gemm:
+    """The kernel "gemm"."""
+
+    def __init__(self, module: Module, spec: GemmSpec) -> None:
+        self.spec, self.module = spec, module
+        self.item_bytes = ITEM_BYTES[spec.sums]
+        self.deep_bytes = 4 if spec.unit.depth > 1 else self.item_bytes
+        self.a_store = reading(spec.a, spec.sums, spec.native_half)
+        self.b_store = reading(spec.b, spec.sums, spec.native_half)
+        common = (module, spec.unit)
+        self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, repeat=True)
+        if not spec.packed:
+            self.pack_b = panels.pack(*common, self.b_store, spec.width, spec.lanes, repeat=False)
+        self.tiles = {vectors: tile(module, spec, vectors) for vectors in range(1, spec.vectors + 1)}
+        self.finish = finish(module, spec)
+        self.zeros = module.constant("zeros", bytes(spec.width * self.item_bytes), 64)
+        block = Value("%arguments", "ptr")
+        with module.function(spec.kernel, [block]) as body:
+            self.body, self.block = body, block
+            self.words = Arguments(body, spec, block)
+            self._write()
+
+    def _write(self) -> None:
+        body, words = self.body, self.words
+        worker = words.take("next_worker")
+        at = body.offset(words["workspace"], "i8", body.mul(worker, words["workspace_bytes"]))
+        self.a_panels = at
+        self.b_panels = body.offset(at, "i8", words["a_bytes"])
+        after = body.offset(self.b_panels, "i8", words["b_bytes"])
+        self.gate_panels = after
+        self.sums = body.offset(after, "i8", words["b_bytes"]) if self.spec.gate else after
+        self.other = body.offset(self.sums, "i8", words["sums_bytes"])
+        with body.forever("claim") as end:
+            first = words.take("next_item", words["items_per_claim"])
+            body.leave_unless(body.compare("slt", first, words["items"]), end, "work")
+            last = body.minimum(body.add(first, words["items_per_claim"]), words["items"])
+            with body.loop("item", first, last) as item:
+                self._item(item)
+
+    def _item(self, item: Value) -> None:
+        body, words = self.body, self.words
+        row_block = body.binary("urem", item, words["row_blocks"])
+        rest = body.binary("udiv", item, words["row_blocks"])
+        column_block = body.binary("urem", rest, words["column_blocks"])
+        matrix = body.binary("udiv", rest, words["column_blocks"])
+        self.first_row = body.mul(row_block, words["block_m"], "first_row")
+        self.last_row = body.minimum(body.add(self.first_row, words["block_m"]), words["m"])
+        self.first_column = body.mul(column_block, words["block_n"], "first_column")
+        self.last_column = body.minimum(
+            body.add(self.first_column, words["block_n"]), words["n"]
+        )
+        begins = body.offset(words["offsets"], "i64", body.mul(matrix, len(OFFSETS)))
+        self.begins = {
+            name: body.load(body.offset(begins, "i64", number), "i64", f"{name}.begins")
+            for number, name in enumerate(OFFSETS)
+        }
+        at_least = body.select(
+            body.compare("sgt", words["k"], Value("0", "i64")), words["k"], Value("1", "i64")
+        )
+        with body.loop("c", 0, at_least, words["block_k"]) as c:
+            self._block(c)
+
+    def _block(self, c: Value) -> None:
+        """One block of the contraction."""
+        body, words, spec = self.body, self.words, self.spec
+        end = body.add(c, words["block_k"])
+        depth = body.minimum(words["block_k"], body.sub(words["k"], c), "depth")
+        self.is_last = body.compare("sge", end, words["k"], "is_last")
+        self.is_first = body.compare("eq", c, Value("0", "i64"), "is_first")
+        steps = depth
+        if spec.unit.depth > 1:
+            steps = body.binary("udiv", body.add(depth, spec.unit.depth - 1), spec.unit.depth)
+        self.steps = steps
+        self._pack_a(c, depth)
+        if not spec.packed:
+            self._pack_b("b", self.b_panels, c, depth)
+            if spec.gate:
+                self._pack_b("gate", self.gate_panels, c, depth)
+        with body.loop("column", self.first_column, self.last_column, spec.width) as column:
+            exist = body.minimum(body.sub(self.last_column, column), spec.width, "columns")
+            number = body.binary("udiv", body.sub(column, self.first_column), spec.width)
+            rights = [self._panel("b", self.b_panels, column, number, c)]
+            if spec.gate:
+                rights.append(self._panel("gate", self.gate_panels, column, number, c))
+            with body.loop("row", self.first_row, self.last_row, spec.rows) as row:
+                self._tile(row, column, exist, number, rights)
+
+    def _pack_a(self, c: Value, depth: Value) -> None:
+        body, words, spec, store = self.body, self.words, self.spec, self.a_store
+        array = store.at(body, words["a"], body.add(self.begins["a"], body.mul(c, words["a_k"])))
+        with body.loop("row", self.first_row, self.last_row, spec.rows) as row:
+            source = store.at(body, array, body.mul(row, words["a_m"]))
+            exist = body.minimum(body.sub(self.last_row, row), spec.rows)
+            strides = (words["a_m"], words["a_k"])
+            body.invoke(self.pack_a, [self._a_panel(row), source, *strides, exist, depth])
+
+    def _a_panel(self, row: Value) -> Value:
+        body = self.body
+        before = body.mul(body.sub(row, self.first_row), body.mul(self.steps, self.deep_bytes))
+        return body.offset(self.a_panels, "i8", before)
+
+    def _pack_b(self, name: str, target: Value, c: Value, depth: Value) -> None:
+        body, words, spec, store = self.body, self.words, self.spec, self.b_store
+        start = body.add(self.begins[name], body.mul(c, words["b_k"]))
+        array = store.at(body, words[name], start)
+        panel_bytes = body.mul(self.steps, spec.width * self.deep_bytes)
+        with body.loop("column", self.first_column, self.last_column, spec.width) as column:
+            number = body.binary("udiv", body.sub(column, self.first_column), spec.width)
+            panel = body.offset(target, "i8", body.mul(number, panel_bytes))
+            source = store.at(body, array, body.mul(column, words["b_n"]))
+            exist = body.minimum(body.sub(words["n"], column), spec.width)
+            strides = (words["b_n"], words["b_k"])
+            body.invoke(self.pack_b, [panel, source, *strides, exist, depth])
+
+    def _panel(self, name: str, scratch: Value, column: Value, number: Value, c: Value) -> Value:
+        """The address of a panel of B, at the step of this block."""
+        body, words, spec = self.body, self.words, self.spec
+        line = spec.width * self.deep_bytes
+        if not spec.packed:
+            return body.offset(scratch, "i8", body.mul(number, body.mul(self.steps, line)))
+        index = body.binary("udiv", column, spec.width)
+        start = body.offset(words[name], "i8", self.begins[name])
+        panel = body.offset(start, "i8", body.mul(index, words["panel_bytes"]))
+        before = c if spec.unit.depth == 1 else body.binary("udiv", c, spec.unit.depth)
+        return body.offset(panel, "i8", body.mul(before, line))
+
+    def _tile(
+        self, row: Value, column: Value, columns: Value, number: Value, rights: list[Value]
+    ) -> None:
+        body, words, spec = self.body, self.words, self.spec
+        rows = body.minimum(body.sub(self.last_row, row), spec.rows, "rows")
+        tile_number = body.binary("udiv", body.sub(row, self.first_row), spec.rows)
+        tile_number = body.add(tile_number, body.mul(number, words["tiles_m"]))
+        # one tile serves all where the contraction is one block
+        several = body.compare("ne", words["tiles_m"], Value("0", "i64"))
+        tile_number = body.select(several, tile_number, Value("0", "i64"))
+        size = spec.rows * spec.width
+        places = [
+            body.offset(base, SCALARS[spec.sums], body.mul(tile_number, size))
+            for base in (self.sums, self.other)
+        ]
+        width = Value(str(spec.width), "i64")
+        if not spec.direct:
+            self._sum(row, columns, places, width, rights)
+            self._finish(row, column, rows, columns, places)
+            return
+        full = body.binary(
+            "and",
+            body.compare("eq", rows, Value(str(spec.rows), "i64")),
+            body.compare("eq", columns, width),
+        )
+        with body.choose(full, "whole") as branch:
+            index = body.add(body.mul(row, words["out_m"]), body.add(column, self.begins["out"]))
+            target = body.offset(words["out"], SCALARS[spec.sums], index)
+            self._sum(row, width, [target], words["out_m"], rights)
+            branch.otherwise()
+            self._sum(row, columns, places, width, rights)
+            self._finish(row, column, rows, columns, places)
+
+    def _sum(
+        self, row: Value, columns: Value, targets: list[Value], stride: Value, rights: list[Value]
+    ) -> None:
+        """Add the products of this block to the sums, by a tile no wider than the panel."""
+        body, spec = self.body, self.spec
+        left = self._a_panel(row)
+        for target, right in zip(targets, rights, strict=False):
+            start = body.select(self.is_first, self.zeros, target)
+            start_stride = body.select(self.is_first, Value("0", "i64"), stride)
+            arguments = [left, right, self.steps, target, stride, start, start_stride]
+            self._narrowest(columns, 1, arguments)
+
+    def _narrowest(self, columns: Value, vectors: int, arguments: list[Value]) -> None:
+        """Call the tile of the fewest vectors that have all columns."""
+        body, spec = self.body, self.spec
+        if vectors == spec.vectors or columns.text == str(spec.width):
+            body.invoke(self.tiles[spec.vectors], arguments)
+            return
+        fits = body.compare("sle", columns, Value(str(vectors * spec.lanes), "i64"), "fits")
+        with body.choose(fits, "narrow") as branch:
+            body.invoke(self.tiles[vectors], arguments)
+            branch.otherwise()
+            self._narrowest(columns, vectors + 1, arguments)
+
+    def _finish(
+        self, row: Value, column: Value, rows: Value, columns: Value, places: list[Value]
+    ) -> None:
+        body, words, spec = self.body, self.words, self.spec
+        with body.when(self.is_last, "last"):
+            pointers = []
+            for name, dtype in (("out", spec.out), ("c", spec.c), ("bias", spec.bias)):
+                if dtype is None:
+                    pointers.append(Value("null", "ptr"))
+                    continue
+                store = reading(dtype, spec.sums, spec.native_half)
+                index = body.add(
+                    body.mul(row, words[f"{name}_m"]), body.mul(column, words[f"{name}_n"])
+                )
+                index = body.add(index, self.begins[name])
+                pointers.append(store.at(body, words[name], index))
+            body.invoke(self.finish, [self.block, *places, rows, columns, *pointers])

@@ -1,0 +1,228 @@
+"""The plan of a product on a processor: its kernel, its blocks, and what its workers share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.matmul.spec import DOT, FMA, ITEM_BYTES, GemmSpec, Unit, lanes_of
+from tilefold.problems.matmul import Operand, Product
+
+TILES = {"amx": (14, 2), "avx512": (14, 2), "avx2": (6, 2), "sse2": (6, 2), "neon": (12, 2)}
+"""Rows by vectors of register tiles: accumulators, a row of vectors and a broadcast fill the
+registers. (14 x 2 takes 16 loads for 28 multiply-adds.)"""
+
+_LEAST_ROWS = 0.7
+"""The least share of the table's rows: lower tiles load more for each multiply-add."""
+
+_ITEMS_PER_CORE = 4
+"""Items that each core gets, where there is work enough."""
+
+
+@dataclass(frozen=True)
+class GemmPlan:
+    """The kernel of a product, and its blocks in rows, columns and terms.
+
+    `packs`: B is packed by a kernel that runs before. `turned`: the transposed product is computed.
+    """
+
+    product: Product
+    out: Operand
+    spec: GemmSpec
+    block_m: int
+    block_n: int
+    block_k: int
+    packs: bool
+    turned: bool
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of rows of one matrix."""
+        return -(-self.product.m // self.block_m)
+
+    @property
+    def column_blocks(self) -> int:
+        """Blocks of columns of one matrix."""
+        return -(-self.product.n // self.block_n)
+
+    @property
+    def items(self) -> int:
+        """Work items of all matrices."""
+        return self.product.matrices * self.row_blocks * self.column_blocks
+
+    @property
+    def panels(self) -> int:
+        """Panels of one B."""
+        return -(-self.product.n // self.spec.width)
+
+    @property
+    def deep_bytes(self) -> int:
+        """Bytes of what one step takes of one column."""
+        return 4 if self.spec.unit.depth > 1 else ITEM_BYTES[self.spec.sums]
+
+    @property
+    def panel_bytes(self) -> int:
+        """Bytes of a panel of B with all terms."""
+        steps = -(-max(1, self.product.k) // self.spec.unit.depth)
+        return steps * self.spec.width * self.deep_bytes
+
+    @property
+    def one_block(self) -> bool:
+        """True if the contraction is one block."""
+        return self.product.k <= self.block_k
+
+    @property
+    def a_bytes(self) -> int:
+        """A worker's scratch for panels of A, with room behind the last one."""
+        steps = -(-self.block_k // self.spec.unit.depth)
+        return _whole(self.block_m * steps * self.deep_bytes + 64)
+
+    @property
+    def b_bytes(self) -> int:
+        """A worker's scratch for panels of B."""
+        if self.spec.packed:
+            return 0
+        steps = -(-self.block_k // self.spec.unit.depth)
+        return _whole(self.block_n * steps * self.deep_bytes)
+
+    @property
+    def sums_bytes(self) -> int:
+        """A worker's scratch for sums."""
+        size = self.spec.rows * self.spec.width
+        if not self.one_block:
+            size = self.block_m * self.block_n
+        return _whole(size * ITEM_BYTES[self.spec.sums])
+
+    @property
+    def workspace_bytes(self) -> int:
+        """All scratch of a worker."""
+        seconds = 2 if self.spec.gate else 1
+        return self.a_bytes + seconds * (self.b_bytes + self.sums_bytes)
+
+
+def plan(product: Product, out: Operand, device: Device, packed: bool = False) -> GemmPlan:
+    """The plan of a product whose result lies as `out`. `packed`: B comes in panels."""
+    turned = not packed and product.gate is None and _is_turned(product, out)
+    if turned:
+        product, out = _transposed(product), out.turned()
+    unit = _unit(product, device)
+    most, vectors = TILES[device.isa]
+    rows = balanced(product.m, most)
+    lanes = lanes_of(device, product.sums)
+    width = vectors * lanes
+    block_k = _block_k(product.k, width, device, unit)
+    block_m, block_n = _blocks(product, rows, width, block_k, device)
+    packs = not packed and product.m > block_m
+    plain = product.alpha == 1 and not (product.beta or product.bias or product.gate)
+    spec = GemmSpec(
+        a=product.a.dtype,
+        b=product.b.dtype,
+        sums=product.sums,
+        out=product.dtype,
+        unit=unit,
+        rows=rows,
+        vectors=vectors,
+        lanes=lanes,
+        native_half=device.converts_float16,
+        packed=packed or packs,
+        direct=plain
+        and product.activation is None
+        and product.dtype == product.sums
+        and (out.axes.strides[-1] == 1 or product.n == 1),
+        c=product.c.dtype if product.c and product.beta else None,
+        bias=product.bias.dtype if product.bias else None,
+        activation=product.activation,
+        gate=product.gate is not None,
+    )
+    return GemmPlan(product, out, spec, block_m, block_n, block_k, packs, turned)
+
+
+def balanced(m: int, most: int) -> int:
+    """Rows of register tiles, at most `most`: the fewest idle rows in the last tile of m rows.
+
+    >>> balanced(15, 14), balanced(100, 14), balanced(5, 14), balanced(4096, 14)
+    (8, 13, 5, 14)
+    """
+    if m <= most:
+        return max(1, m)
+    least = max(1, math.ceil(_LEAST_ROWS * most))
+    if m < 2 * most:
+        return -(-m // 2)
+    return min(range(most, least - 1, -1), key=lambda rows: _cost(m, rows))
+
+
+def _cost(m: int, rows: int) -> float:
+    """Vectors that are loaded and multiplied for m rows: a tile of r rows takes r + 1 steps."""
+    return -(-m // rows) * (rows + 1.0)
+
+
+def _unit(product: Product, device: Device) -> Unit:
+    types = {product.a.dtype, product.b.dtype}
+    if types == {"bfloat16"} and device.has("avx512bf16"):
+        return DOT
+    return FMA
+
+
+def _block_k(k: int, width: int, device: Device, unit: Unit) -> int:
+    """Terms at a time: a panel of B fills two thirds of the first cache."""
+    l1 = device.l1_bytes or 2**15
+    deep = 4 * width / unit.depth
+    most = max(64, int(0.68 * l1 / deep) // 16 * 16)
+    if k <= most:
+        return max(k, 1)
+    parts = -(-k // most)
+    return -(-(-(-k // parts)) // 16) * 16
+
+
+def _blocks(
+    product: Product, rows: int, width: int, block_k: int, device: Device
+) -> tuple[int, int]:
+    """Rows and columns of an item: A's block in half of the second cache, items for all cores."""
+    l2 = device.l2_bytes or 2**19
+    item = ITEM_BYTES[product.sums]
+    block_m = max(1, int(0.25 * l2 / (block_k * item)) // rows) * rows
+    block_m = min(block_m, -(-product.m // rows) * rows)
+    block_m = -(-(-(-product.m // -(-max(1, product.m) // block_m))) // rows) * rows
+    block_n = min(16, max(1, -(-product.n // width))) * width
+    wanted = _ITEMS_PER_CORE * device.cores
+    while product.matrices * _parts(product.m, block_m) * _parts(product.n, block_n) < wanted:
+        if block_n >= 2 * block_m and block_n > width:
+            block_n = -(-block_n // 2 // width) * width
+        elif block_m > 4 * rows:
+            block_m = -(-block_m // 2 // rows) * rows
+        elif block_n > 2 * width:
+            block_n = -(-block_n // 2 // width) * width
+        else:
+            break
+    return max(block_m, rows), block_n
+
+
+def _parts(length: int, block: int) -> int:
+    return max(1, -(-length // max(1, block)))
+
+
+def _is_turned(product: Product, out: Operand) -> bool:
+    """True if neighbours of the result lie along its rows' axis, so columns become rows."""
+    down, across = out.axes.strides[-2:]
+    if down == 1 and across != 1:
+        return product.m > 1
+    return product.n == 1 and product.m > 1 and across != 1
+
+
+def _transposed(product: Product) -> Product:
+    """B^T A^T: the same sums, of which rows and columns change places."""
+    other = {None: None, "row": "column", "column": "row"}
+    return replace(
+        product,
+        a=product.b.turned(),
+        b=product.a.turned(),
+        bias=product.bias.turned() if product.bias else None,
+        bias_axis=other[product.bias_axis],
+        c=product.c.turned() if product.c else None,
+    )
+
+
+def _whole(size: int) -> int:
+    """A size in whole cache lines."""
+    return -(-size // 64) * 64
