@@ -21,7 +21,7 @@ from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
 from tilefold.backends.cpu.matmul.panels import SCALARS, reading
 from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, GemmSpec, PackSpec
-from tilefold.backends.cpu.matmul.tile import tile
+from tilefold.backends.cpu.matmul.tile import AHEAD_BYTES, tile
 
 PANELS_PER_ITEM = 8
 """Panels of B that a worker packs at a time: lines of 256 floats are read at once."""
@@ -226,12 +226,17 @@ class _Gemm:
         self, row: Value, columns: Value, targets: list[Value], stride: Value, rights: list[Value]
     ) -> None:
         """Add the products of this block to the sums, by a tile no wider than the panel."""
-        body, spec = self.body, self.spec
+        body, words, spec = self.body, self.words, self.spec
         left = self._a_panel(row)
         for target, right in zip(targets, rights, strict=False):
             start = body.select(self.is_first, self.zeros, target)
             start_stride = body.select(self.is_first, Value("0", "i64"), stride)
-            arguments = [left, right, self.steps, target, stride, start, start_stride]
+            line = body.mul(self.steps, spec.width * self.deep_bytes)
+            ahead = words["panel_bytes"] if spec.packed else line
+            done = body.binary("udiv", body.sub(row, self.first_row), spec.rows)
+            done = body.mul(done, body.mul(self.steps, AHEAD_BYTES))
+            ahead = body.offset(right, "i8", body.add(ahead, done))
+            arguments = [left, right, self.steps, target, stride, start, start_stride, ahead]
             self._narrowest(columns, 1, arguments)
 
     def _narrowest(self, columns: Value, vectors: int, arguments: list[Value]) -> None:

@@ -168,7 +168,7 @@ def _block_k(k: int, width: int, device: Device, unit: Unit) -> int:
     """Terms at a time: a panel of B fills two thirds of the first cache."""
     l1 = device.l1_bytes or 2**15
     deep = 4 * width / unit.depth
-    most = max(64, int(0.68 * l1 / deep) // 16 * 16)
+    most = max(64, int(float(__import__("os").environ.get("KF","0.68")) * l1 / deep) // 16 * 16)
     if k <= most:
         return max(k, 1)
     parts = -(-k // most)
@@ -181,10 +181,10 @@ def _blocks(
     """Rows and columns of an item: A's block in half of the second cache, items for all cores."""
     l2 = device.l2_bytes or 2**19
     item = ITEM_BYTES[product.sums]
-    block_m = max(1, int(0.25 * l2 / (block_k * item)) // rows) * rows
+    block_m = max(1, int(float(__import__("os").environ.get("MF","0.25")) * l2 / (block_k * item)) // rows) * rows
     block_m = min(block_m, -(-product.m // rows) * rows)
     block_m = -(-(-(-product.m // -(-max(1, product.m) // block_m))) // rows) * rows
-    block_n = min(16, max(1, -(-product.n // width))) * width
+    block_n = min(int(__import__("os").environ.get("NB","16")), max(1, -(-product.n // width))) * width
     wanted = _ITEMS_PER_CORE * device.cores
     while product.matrices * _parts(product.m, block_m) * _parts(product.n, block_n) < wanted:
         if block_n >= 2 * block_m and block_n > width:
