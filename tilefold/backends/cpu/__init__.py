@@ -21,6 +21,7 @@ growth    the plan of one more key, made from the plan before
 dispatch  a plan made ready for arrays, and run
 native    a prepared call as a record that runs without Python
 scan      masks in memory, read for the keys that queries see
+matmul    products of matrices
 calls     the processor as a machine
 peak      what the processor reaches at most, measured
 """

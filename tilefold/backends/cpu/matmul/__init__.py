@@ -7,4 +7,6 @@ tile         register tiles
 activation   functions of sums
 finish       results from sums
 gemm         the kernels
+plan         blocks, and what is packed before
+calls        products prepared for operands, and run
 """

@@ -1,4 +1,4 @@
-"""Products on the processor: planned once for operands that lie in one way, run on any addresses."""
+"""Products on the processor: planned once for operands that lie in one way, and run."""
 
 from __future__ import annotations
 
@@ -173,9 +173,7 @@ def _words(made: GemmPlan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array([values.get(name, 0) for name in GEMM], np.int64)
 
 
-def _pack_words(
-    made: GemmPlan, starts: NDArray[np.int64], matrix_bytes: int
-) -> NDArray[np.int64]:
+def _pack_words(made: GemmPlan, starts: NDArray[np.int64], matrix_bytes: int) -> NDArray[np.int64]:
     """The argument block of the kernel that packs B, without its addresses."""
     product = made.product
     down, across = product.b.axes.strides[-2:]

@@ -1,12 +1,19 @@
 """What becomes of the sums of a tile: the result in its own type, by its own strides.
 
-    out = activation(alpha sums + beta c + bias)
-    out = activation(alpha sums + bias) alpha other        with a gate
+out = activation(alpha sums + beta c + bias)
+out = activation(alpha sums + bias) alpha other        with a gate
 """
 
 from __future__ import annotations
 
-from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value, alignment, overload, vector
+from tilefold.backends.cpu.kernels.ir import (
+    Module,
+    Operand,
+    Value,
+    alignment,
+    overload,
+    vector,
+)
 from tilefold.backends.cpu.kernels.storage import Storage
 from tilefold.backends.cpu.matmul import activation
 from tilefold.backends.cpu.matmul.arguments import Arguments
@@ -33,13 +40,18 @@ class _Finish:
         )
         self.rows, self.columns = Value("%rows", "i64"), Value("%columns", "i64")
         parameters = [block, self.sums, self.other, self.rows, self.columns]
-        with module.function("finish", [*parameters, self.out, self.c, self.bias], internal=True) as body:
+        with module.function(
+            "finish", [*parameters, self.out, self.c, self.bias], internal=True
+        ) as body:
             self.body = body
             self.words = Arguments(body, spec, block)
             self.scalar = SCALARS[spec.sums]
             self.type = vector(spec.lanes, self.scalar)
             self.alpha, self.beta = (self._factor(name) for name in ("alpha", "beta"))
-            with body.loop("i", 0, self.rows) as i, body.loop("j", 0, self.columns, spec.lanes) as j:
+            with (
+                body.loop("i", 0, self.rows) as i,
+                body.loop("j", 0, self.columns, spec.lanes) as j,
+            ):
                 self._vector(i, j)
 
     def _factor(self, name: str) -> Value:
@@ -110,9 +122,7 @@ class _Finish:
     def _put(self, found: object, lane: Value, number: Value) -> None:
         body = self.body
         old = body.read(found)  # type: ignore[arg-type]
-        new = body.result(
-            "v", old.type, f"insertelement {old.typed}, {number.typed}, {lane.typed}"
-        )
+        new = body.result("v", old.type, f"insertelement {old.typed}, {number.typed}, {lane.typed}")
         body.write(found, new)  # type: ignore[arg-type]
 
     def _write(self, x: Value, i: Value, j: Value, left: Value) -> None:
@@ -132,7 +142,9 @@ class _Finish:
             branch.otherwise()
             with body.loop("lane", 0, body.minimum(left, lanes)) as lane:
                 far = self._address(store, self.out, "out", i, body.add(j, lane))
-                number = body.result("x", bits.element, f"extractelement {bits.typed}, {lane.typed}")
+                number = body.result(
+                    "x", bits.element, f"extractelement {bits.typed}, {lane.typed}"
+                )
                 body.store(number, far)
 
 

@@ -15,7 +15,7 @@ and whoever makes it, so results do not depend on threads.
 
 from __future__ import annotations
 
-from tilefold.backends.cpu.kernels.ir import Body, Module, Value
+from tilefold.backends.cpu.kernels.ir import Module, Value
 from tilefold.backends.cpu.matmul import panels
 from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
@@ -76,7 +76,9 @@ class _Gemm:
         self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, repeat=True)
         if not spec.packed:
             self.pack_b = panels.pack(*common, self.b_store, spec.width, spec.lanes, repeat=False)
-        self.tiles = {vectors: tile(module, spec, vectors) for vectors in range(1, spec.vectors + 1)}
+        self.tiles = {
+            vectors: tile(module, spec, vectors) for vectors in range(1, spec.vectors + 1)
+        }
         self.finish = finish(module, spec)
         self.zeros = module.constant("zeros", bytes(spec.width * self.item_bytes), 64)
         block = Value("%arguments", "ptr")
@@ -111,9 +113,7 @@ class _Gemm:
         self.first_row = body.mul(row_block, words["block_m"], "first_row")
         self.last_row = body.minimum(body.add(self.first_row, words["block_m"]), words["m"])
         self.first_column = body.mul(column_block, words["block_n"], "first_column")
-        self.last_column = body.minimum(
-            body.add(self.first_column, words["block_n"]), words["n"]
-        )
+        self.last_column = body.minimum(body.add(self.first_column, words["block_n"]), words["n"])
         begins = body.offset(words["offsets"], "i64", body.mul(matrix, len(OFFSETS)))
         self.begins = {
             name: body.load(body.offset(begins, "i64", number), "i64", f"{name}.begins")

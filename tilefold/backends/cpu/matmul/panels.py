@@ -12,7 +12,7 @@ comes of them, and they take no branch.
 
 from __future__ import annotations
 
-from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value, vector
+from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, vector
 from tilefold.backends.cpu.kernels.pack import transpose
 from tilefold.backends.cpu.kernels.storage import Storage, storage, storage_in
 from tilefold.backends.cpu.matmul.spec import Unit

@@ -14,7 +14,6 @@ from tilefold.backends.cpu.kernels.microkernel import Shape
 from tilefold.backends.cpu.matmul.panels import SCALARS
 from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, GemmSpec
 
-
 AHEAD_BYTES = 8
 """What each step of a tile fetches of the next panel of B, so that 16 tiles fetch all of it."""
 
@@ -37,7 +36,6 @@ def tile(module: Module, spec: GemmSpec, vectors: int) -> str:
     pairs = spec.unit.name == "dot"
     shape = Shape(spec.rows, vectors, spec.lanes, SCALARS[spec.sums], pairs)
     with module.function(name, parameters, internal=True) as body:
-
         bytes_ = spec.width * ITEM_BYTES[spec.sums]
         for i in range(spec.rows):
             _prefetch(body, _row(body, shape, begin, i, begin_stride), bytes_, write=True)
