@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tilefold.problems.dropout import dropout_mask
     from tilefold.products.files import load_quantized, save_quantized
     from tilefold.products.quantized import QuantizedMatrix, quantize
+    from tilefold.products.quantized_calls import qgemm
     from tilefold.scores.functions import (
         exp,
         log,
@@ -74,6 +75,7 @@ __all__ = [
     "minimum",
     "picture",
     "prefix",
+    "qgemm",
     "quantize",
     "relative_bias",
     "rule",
@@ -103,6 +105,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "lengths": "tilefold.masks.data_rules",
     "Problem": "tilefold.problems.attention",
     "dropout_mask": "tilefold.problems.dropout",
+    "qgemm": "tilefold.products.quantized_calls",
     **dict.fromkeys(("QuantizedMatrix", "quantize"), "tilefold.products.quantized"),
     **dict.fromkeys(("load_quantized", "save_quantized"), "tilefold.products.files"),
     "compile_async": "tilefold.compiling",

@@ -33,6 +33,7 @@ ROWS = {
     "M14": "An edited generator takes effect at once; a broken one shows the line with the fault",
     "M15": "Tiles that a mask hides are not computed, whatever the rule",
     "M16": "Numbers of queries and keys are independent; operands may be transposed in memory",
+    "A02": "qgemm: products with quantised matrices, types of input and result as options",
     "A03": "One call for each operation, types as options; unknown options are refused by name",
     "A05": "What is constant in a kernel is in its source, and another source is another kernel",
     "A06": "What an implementation cannot do raises with the reason; no other one steps in",

@@ -4,4 +4,6 @@ schemes    the schemes of quantised matrices, and how their codes lie in memory
 palettes   the 64 values of a palette: k-means of one dimension
 quantized  a quantised matrix: made from an array, widened again
 files      quantised matrices in files, in the format of safetensors
+quantized_calls  `tilefold.qgemm`, and its NumPy arrays
+quantized_torch  its tensors and gradients
 """

@@ -9,4 +9,7 @@ finish       results from sums
 gemm         the kernels
 plan         blocks, and what is packed before
 calls        products prepared for operands, and run
+widen        codes of quantised matrices, widened in registers
+quantized    the kernel of products with them
+quantized_calls  these products, prepared and run
 """

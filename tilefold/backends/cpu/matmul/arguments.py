@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tilefold.backends.cpu.kernels.ir import Body, Value
-from tilefold.backends.cpu.matmul.spec import GemmSpec, PackSpec
+from tilefold.backends.cpu.matmul.spec import GemmSpec, PackSpec, QuantizedSpec
 
 COUNTERS = ("next_item", "next_worker")
 
@@ -62,20 +62,55 @@ GEMM = (
     "sums_bytes",
 )
 
+QUANTIZED = (
+    *COUNTERS,
+    "items",
+    "items_per_claim",
+    "m",
+    "n",
+    "row_blocks",
+    "block_m",  # rows of an item
+    "x",  # address of float32: rows with zeros after k, up to whole steps of inputs
+    "x_m",
+    "codes",
+    "panel_bytes",
+    "scales",
+    "zeros",
+    "n_padded",  # from group to group
+    "groups",
+    "group_size",
+    "table",  # address of 64 float32
+    "out",
+    "out_m",
+    "out_n",
+    "bias",
+    "bias_m",
+    "bias_n",
+    "alpha",
+    "beta",
+)
+
 OFFSETS = ("a", "b", "out", "c", "bias", "gate")
 
-_ADDRESSES = {"array", "offsets", "panels", "a", "b", "gate", "out", "c", "bias", "workspace"}
+_ADDRESSES = {"array", "offsets", "panels", "a", "b", "gate", "out", "c", "bias", "workspace"} | {
+    *("x", "codes", "scales", "zeros", "table"),
+}
 
 
-def names(spec: GemmSpec | PackSpec) -> tuple[str, ...]:
+Spec = GemmSpec | PackSpec | QuantizedSpec
+
+
+def names(spec: Spec) -> tuple[str, ...]:
     """The words of a kernel's argument block, in order."""
+    if isinstance(spec, QuantizedSpec):
+        return QUANTIZED
     return PACK if isinstance(spec, PackSpec) else GEMM
 
 
 class Arguments:
     """The argument block as a body reads it: each word once, where it is first asked for."""
 
-    def __init__(self, body: Body, spec: GemmSpec | PackSpec, block: Value) -> None:
+    def __init__(self, body: Body, spec: Spec, block: Value) -> None:
         self._body, self._block = body, block
         self._position = {name: index for index, name in enumerate(names(spec))}
         self._values = {

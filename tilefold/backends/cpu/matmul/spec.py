@@ -80,6 +80,47 @@ class GemmSpec:
         return PackSpec(self.b, self.sums, self.unit, self.width, self.lanes, self.native_half)
 
 
+@dataclass(frozen=True)
+class QuantizedSpec:
+    """A kernel of products with a quantised matrix, whose panels have 32 columns.
+
+    It makes `rows` rows by `vectors` vectors of `lanes` sums at a time. `scales` is the type of
+    scales and zeros, or None. `permutes`: tables are registers (AVX-512). `whole`: each group has
+    whole steps of inputs.
+    """
+
+    scheme: str
+    rows: int
+    vectors: int
+    lanes: int
+    scales: str | None
+    out: str
+    native_half: bool
+    permutes: bool
+    whole: bool
+    bias: str | None = None
+    activation: str | None = None
+    c: None = None
+    gate: bool = False
+    sums: str = "float32"
+    kernel: str = "qgemm"
+
+    @property
+    def width(self) -> int:
+        """Columns of a panel."""
+        return 32
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return {"int4": 4, "int4_symmetric": 4, "palette6": 6}.get(self.scheme, 8)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes from column to column: of a word, or of a code."""
+        return 1 if self.bits == 8 else 4
+
+
 def lanes_of(device: Device, sums: str) -> int:
     """Sums in one vector."""
     return device.vector_bytes // ITEM_BYTES[sums]

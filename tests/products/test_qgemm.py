@@ -1,0 +1,254 @@
+"""Products with quantised matrices, against float64 with the widened matrix."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy
+import numpy as np
+import pytest
+import torch
+from compare import UNITS, assert_near, assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import tilefold
+from tilefold.products import quantized_calls
+from tilefold.products.schemes import SCHEMES
+
+Array = NDArray[Any]
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def check(
+    got: Array,
+    x: Array,
+    w: tilefold.QuantizedMatrix,
+    bias: Array | None = None,
+    activation: str | None = None,
+) -> None:
+    """Compare with float64: float32's error of such a sum, and one rounding of the result."""
+    weights, rows = w.dequantize("float64"), x.astype(np.float64)
+    want = rows @ weights
+    most = abs(rows) @ abs(weights)
+    if bias is not None:
+        want, most = want + bias.astype(np.float64), most + abs(bias.astype(np.float64))
+    want = ACTIVATIONS[activation](torch.from_numpy(want)).numpy()
+    kind = got.dtype.name
+    terms = 4 + np.sqrt(w.shape[0])
+    tiny = {"float16": 2.0**-25}.get(kind, 0)
+    error = terms * UNITS["float32"] * (most + 1) + UNITS[kind] * abs(want) + tiny
+    assert_near("product", got.astype(np.float64), want, error)
+
+
+@pytest.mark.feature("A02", "A14")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2", "neon"])
+def test_products_of_all_schemes_on_all_levels(
+    scheme: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        monkeypatch.setenv("TILEFOLD_CPU_ISA", isa)
+        tilefold.attention(*np.zeros((3, 1, 1, 1, 1), np.float32))
+    except ValueError:
+        pytest.skip(f"no {isa} here")
+    draw = np.random.default_rng(1)
+    size = 32 if SCHEMES[scheme].grouped else None
+    w = tilefold.quantize(draw.standard_normal((96, 70)), scheme, group_size=size)
+    for m in (1, 3, 20):
+        x = draw.standard_normal((m, 96), np.float32)
+        check(tilefold.qgemm(x, w), x, w)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("A02")
+@given(
+    scheme=st.sampled_from([*SCHEMES]),
+    m=st.integers(0, 120) | st.integers(1, 20),
+    k=st.integers(1, 40) | st.sampled_from([64, 128]),
+    n=st.integers(1, 130),
+    size=st.sampled_from([None, 16, 32]),
+    scales=st.sampled_from(["float32", "float16"]),
+    kind=st.sampled_from(FLOATS),
+    result=st.sampled_from([None, *FLOATS]),
+    biased=st.sampled_from([None, "float32", "own"]),
+    activation=st.sampled_from([None, "gelu"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape_and_types(
+    scheme: str,
+    m: int,
+    k: int,
+    n: int,
+    size: int | None,
+    scales: str,
+    kind: str,
+    result: str | None,
+    biased: str | None,
+    activation: str | None,
+) -> None:
+    draw = np.random.default_rng(k * n + m)
+    size = size if SCHEMES[scheme].grouped and k % (size or 1) == 0 else None
+    w = tilefold.quantize(draw.standard_normal((k, n)), scheme, group_size=size, scale_dtype=scales)
+    x = draw.standard_normal((m, k)).astype(kind)
+    bias = None
+    if biased:
+        bias = draw.standard_normal(n).astype("float32" if biased == "float32" else result or kind)
+    got = tilefold.qgemm(x, w, bias=bias, activation=activation, out_dtype=result)
+    assert got.dtype.name == (result or kind) and got.shape == (m, n)
+    check(got, x, w, bias, activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_gradients_in_torch(activation: str | None) -> None:
+    draw = torch.Generator().manual_seed(3)
+    w = tilefold.quantize(torch.randn(48, 40, generator=draw), "int4", group_size=16)
+    x = torch.randn(2, 3, 48, generator=draw, requires_grad=True)
+    bias = torch.randn(40, generator=draw, requires_grad=True)
+    y = tilefold.qgemm(x, w, bias=bias, activation=activation)
+    with torch.no_grad():
+        plain = tilefold.qgemm(x, w, bias=bias, activation=activation)
+    torch.testing.assert_close(y.detach(), plain, rtol=1e-5, atol=1e-5)
+    weights = torch.from_numpy(w.dequantize("float64"))
+    double = [tensor.detach().double().requires_grad_() for tensor in (x, bias)]
+    want = ACTIVATIONS[activation](double[0] @ weights + double[1])
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    dy = torch.randn(y.shape, generator=draw)
+    got = torch.autograd.grad(y, (x, bias), dy, create_graph=True)
+    expected = torch.autograd.grad(want, double, dy.double(), create_graph=True)
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-4)
+    if activation in ("gelu", "tanh"):  # the second derivative
+        one = torch.autograd.grad(got[0].square().sum(), x)[0]
+        two = torch.autograd.grad(expected[0].square().sum(), double[0])[0]
+        torch.testing.assert_close(one.double(), two, rtol=1e-3, atol=1e-3)
+
+
+def test_finite_differences_agree() -> None:
+    w = tilefold.quantize(torch.randn(32, 70), "int8")
+    x = torch.randn(3, 32, requires_grad=True)
+    dy = torch.randn(3, 70)
+    (dx,) = torch.autograd.grad(tilefold.qgemm(x, w), x, dy)
+    towards = torch.randn(3, 32)
+    with torch.no_grad():
+        ahead, behind = (tilefold.qgemm(x + step * towards, w) for step in (1, -1))
+    # the product is linear, so any step will do
+    torch.testing.assert_close(((ahead - behind) / 2 * dy).sum(), (dx * towards).sum())
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_strides_axes_and_results_given(kind: str) -> None:
+    draw = np.random.default_rng(4)
+    w = tilefold.quantize(draw.standard_normal((40, 33)), "int8")
+    x = draw.standard_normal((2, 3, 5, 40)).astype(kind)
+    want = tilefold.qgemm(x, w)
+    assert want.shape == (2, 3, 5, 33)
+    check(want, x, w)
+    odd = np.zeros((2, 3, 5, 80), kind)[..., ::-2]
+    odd[:] = x
+    assert_same("strides of x", tilefold.qgemm(odd, w), want)
+    assert_same("one row", tilefold.qgemm(x[0, 0, 0], w), tilefold.qgemm(x[:1, 0, 0], w)[0])
+    outs = {
+        "whole": np.empty((2, 3, 5, 33), kind),
+        "columns": np.empty((2, 3, 5, 70), kind)[..., 4:70:2],
+        "axes": np.empty((3, 2, 5, 33), kind).swapaxes(0, 1),
+        "backwards": np.empty((2, 3, 5, 33), kind)[::-1, :, :, ::-1],
+    }
+    for name, out in outs.items():
+        assert tilefold.qgemm(x, w, out=out) is out
+        assert_same(name, out, want)
+    tensor = torch.from_numpy(x.astype(np.float32)).to(getattr(torch, kind))
+    got = tilefold.qgemm(tensor, w)
+    assert got.dtype == tensor.dtype
+    assert_same("torch", got.float().numpy(), want.astype(np.float32))
+    out = torch.empty(3, 2, 5, 66, dtype=tensor.dtype)[..., ::2].transpose(0, 1)
+    assert tilefold.qgemm(tensor, w, out=out) is out
+    assert_same("torch out", out.float().numpy(), want.astype(np.float32))
+    assert tilefold.qgemm(x[:0], w).shape == (0, 3, 5, 33)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    draw = np.random.default_rng(5)
+    before = tilefold.get_num_threads()
+    try:
+        for scheme in ("int4", "palette6"):
+            w = tilefold.quantize(draw.standard_normal((512, 700)), scheme)
+            x = draw.standard_normal((9, 512), np.float32)
+            found = []
+            for threads in (1, 2, 5):
+                tilefold.set_num_threads(threads)
+                found.append(tilefold.qgemm(x, w))
+            assert_same("2 threads", found[1], found[0])
+            assert_same("5 threads", found[2], found[0])
+    finally:
+        tilefold.set_num_threads(before)
+
+
+W = tilefold.quantize(np.ones((48, 40), np.float32), "int8")
+X = np.ones((3, 48), np.float32)
+HELD = np.ones((6, 48), np.float32)
+BAD: dict[str, dict[str, Any]] = {
+    "w must be made by tilefold.quantize, got ndarray": {"w": np.ones((48, 40))},
+    "activation must be None, 'relu', .* got 'swish'": {"activation": "swish"},
+    r"x must be \(..., 48\) for w of 48 x 40, got \(3, 40\)": {"x": X[:, :40]},
+    r"x must be \(..., 48\) for w of 48 x 40, got \(\)": {"x": X[0, 0]},
+    "x must be one of float32, float16, bfloat16, got float64": {"x": X.astype(np.float64)},
+    r"bias must be \(40,\), got \(48,\)": {"bias": X[0]},
+    "bias must be float32, got float16": {"bias": np.ones(40, np.float16)},
+    "out_dtype must be 'float32', .* got 'int8'": {"out_dtype": "int8"},
+    "out must be float32 of shape .* got float32 of": {"out": np.empty((3, 41), np.float32)},
+    "out must be float16 of shape .* got float32 of": {
+        "out": np.empty((3, 40), np.float32),
+        "out_dtype": np.float16,
+    },
+    "out must not overlap x": {"x": HELD[:3], "out": HELD[2:5, 4:44]},
+    "out is written, so no axis": {
+        "out": np.lib.stride_tricks.as_strided(np.ones(40, np.float32), (3, 40), (0, 4))
+    },
+    "out is written, so it must not": {"out": np.frombuffer(bytes(480), np.float32).reshape(3, 40)},
+    "x must be a torch tensor as out is|out must be a torch": {"out": torch.empty(3, 40)},
+    "x is on meta": {"x": torch.ones(3, 48, device="meta")},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_line(message: str) -> None:
+    arguments = {"x": X, "w": W} | BAD[message]
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=message) as raised:
+        tilefold.qgemm(arguments.pop("x"), arguments.pop("w"), **arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_bad_tensors_are_one_line() -> None:
+    x = torch.ones(3, 48)
+    held = torch.ones(6, 48)
+    for given_, message in (
+        ({"out": torch.empty(1, 40).expand(3, 40)}, "no axis of it may be broadcast"),
+        ({"x": held[:3], "out": held[2:5, 4:44]}, "out must not overlap x"),
+        ({"x": x.double()}, "x must be one of"),
+        ({"bias": torch.ones(1)}, r"bias must be \(40,\)"),
+        ({"x": x.to_sparse()}, "x must be"),
+    ):
+        arguments = {"x": x} | given_
+        with pytest.raises((TypeError, ValueError), match=message):
+            tilefold.qgemm(arguments.pop("x"), W, **arguments)
+    with pytest.raises(NotImplementedError, match="where a gradient is wanted"):
+        tilefold.qgemm(x.requires_grad_(), W, out=torch.empty(3, 40))
+
+
+def test_examples() -> None:
+    outcome = doctest.testmod(quantized_calls)
+    assert outcome.attempted and not outcome.failed

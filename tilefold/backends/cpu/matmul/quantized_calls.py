@@ -1,0 +1,154 @@
+"""Products with quantised matrices on the processor: planned once for sizes, run on addresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.cpu import runtime, threads
+from tilefold.backends.cpu.device import Device, host
+from tilefold.backends.cpu.kernel import double_bits
+from tilefold.backends.cpu.matmul.arguments import QUANTIZED
+from tilefold.backends.cpu.matmul.quantized import emit
+from tilefold.backends.cpu.matmul.spec import QuantizedSpec, lanes_of
+from tilefold.backends.cpu.matmul.widen import STEPS, WORDS
+from tilefold.common.first_use import undisturbed
+from tilefold.common.single_flight import once
+
+_ROWS = {
+    **dict.fromkeys(("amx", "avx512"), (1, 2, 4, 8)),
+    **dict.fromkeys(("avx2", "sse2"), (1, 2, 4)),
+    "neon": (1, 2, 4, 8),
+}
+"""Rows of register tiles of two vectors, for which kernels are made. They are not tuned."""
+
+_ALONE_BYTES = 2**16
+"""Smaller matrices run on one thread: 5 us of reading. It is not tuned."""
+
+_CLAIM_BYTES = 2**15
+"""A worker takes panels of so many bytes at a time, if there are enough. It is not tuned."""
+
+_BLOCK_ROWS = 96
+"""Rows of an item: its panel is read from near caches after the first rows. It is not tuned."""
+
+
+class Sizes(NamedTuple):
+    """All of a call but its addresses; strides count elements, and `x_m` those of float32."""
+
+    scheme: str
+    m: int
+    n: int
+    k: int
+    group_size: int
+    scales: str | None
+    x_m: int
+    out: str
+    out_m: int
+    out_n: int
+    bias: str | None
+    bias_n: int
+    activation: str | None
+
+
+class Addresses(NamedTuple):
+    """Where the arrays of a call lie; 0 where there is none."""
+
+    x: int
+    codes: int
+    scales: int
+    zeros: int
+    table: int
+    out: int
+    bias: int
+
+
+def padded(scheme: str, k: int) -> int:
+    """The inputs of a panel: k, up to whole blocks where codes lie in words; x has zeros there."""
+    step = STEPS[scheme] if scheme in WORDS else 1
+    return -(-k // step) * step
+
+
+@once(most=512)
+def kernel(spec: QuantizedSpec, device: Device) -> runtime.Loaded:
+    """The kernel of a spec, compiled for the device unless the disk cache has it."""
+    return undisturbed(lambda: runtime.kernel(emit(spec), spec.kernel, device))
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A product prepared for its sizes; only addresses are missing."""
+
+    loaded: runtime.Loaded
+    block: NDArray[np.int64]
+    items: int
+    alone: bool
+
+    def run(self, addresses: Addresses) -> None:
+        """Compute the product. The caller keeps the arrays alive meanwhile."""
+        words = self.block.copy()
+        for name, address in addresses._asdict().items():
+            words[_WORDS[name]] = address
+        workers = 1 if self.alone else min(threads.number(), self.items)
+        threads.run(self.loaded.address, words.ctypes.data, workers)
+
+
+_WORDS = {name: number for number, name in enumerate(QUANTIZED)}
+
+
+def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
+    """The kernel of a call."""
+    options = _ROWS[device.isa]
+    blocks = -(-sizes.m // options[-1])
+    rows = next(each for each in options if each * blocks >= sizes.m)
+    return QuantizedSpec(
+        sizes.scheme,
+        rows,
+        2,
+        lanes_of(device, "float32"),
+        sizes.scales,
+        sizes.out,
+        device.converts_float16,
+        device.isa in ("amx", "avx512"),
+        sizes.scheme in WORDS or sizes.group_size % STEPS[sizes.scheme] == 0,
+        sizes.bias,
+        sizes.activation,
+    )
+
+
+def prepare(sizes: Sizes) -> Prepared:
+    """The product planned for this machine, with its kernel loaded. No axis may be empty."""
+    return _prepare(sizes, host(), threads.number())
+
+
+@once(most=512)
+def _prepare(sizes: Sizes, device: Device, workers: int) -> Prepared:
+    spec = spec_of(sizes, device)
+    loaded = kernel(spec, device)
+    panels = -(-sizes.n // spec.width)
+    inputs = padded(sizes.scheme, sizes.k)
+    panel_bytes = inputs * spec.width * spec.bits // 8
+    block_m = max(spec.rows, _BLOCK_ROWS // spec.rows * spec.rows)
+    row_blocks = -(-sizes.m // block_m)
+    items = panels * row_blocks
+    claim = min(_CLAIM_BYTES // panel_bytes, items // (4 * workers))
+    values = {
+        "items": items,
+        "items_per_claim": max(1, claim),
+        "row_blocks": row_blocks,
+        "block_m": block_m,
+        "panel_bytes": panel_bytes,
+        "n_padded": panels * spec.width,
+        "groups": sizes.k // sizes.group_size,
+        "alpha": double_bits(1.0),
+    }
+    values |= {name: number for name, number in sizes._asdict().items() if name in _NUMBERS}
+    if sizes.group_size == sizes.k:
+        values["group_size"] = inputs
+    block = np.array([values.get(name, 0) for name in QUANTIZED], np.int64)
+    return Prepared(loaded, block, items, panels * panel_bytes * sizes.m < _ALONE_BYTES)
+
+
+_NUMBERS = ("m", "n", "group_size", "x_m", "out_m", "out_n", "bias_n")

@@ -1,0 +1,135 @@
+"""Codes of a quantised matrix, widened in registers: what a weight is, short of its scale.
+
+    scheme           a vector holds             from a vector of codes
+    int8             code                       signed bytes, converted
+    float8_e4m3      number / 256               the bits of a float16, whose exponents begin 8 lower
+    int4             code                       4 bits of a word of each lane, by a table of 16
+    int4_symmetric   code - 8                   likewise
+    palette6         table[code]                4 bits of a word, 2 of another, by a table of 64
+
+`tilefold/products/schemes.py` draws how codes lie. With AVX-512 a table is one or four registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tilefold.backends.cpu.kernels.ir import Body, Value, overload, vector
+from tilefold.backends.cpu.kernels.storage import storage
+from tilefold.backends.cpu.matmul.spec import QuantizedSpec
+
+STEPS = {"int4": 8, "int4_symmetric": 8, "palette6": 16, "int8": 8, "float8_e4m3": 8}
+"""Inputs of one step of a kernel; those of words are the inputs of a block of words."""
+
+WORDS = ("int4", "int4_symmetric", "palette6")
+"""Schemes whose codes lie in words of 32 bits."""
+
+FACTORS = {"float8_e4m3": 256.0}
+"""What a scale is multiplied by, where it is not 1."""
+
+Weights = Callable[[Value, int], list[Value]]
+"""(address of the first codes of a step, input in the step) -> vectors of the part of a panel."""
+
+
+def weights(body: Body, spec: QuantizedSpec, table: Value) -> Weights:
+    """How a body makes weights; constants and tables are read here, before its loops."""
+    if spec.scheme == "palette6":
+        return _palette(body, spec, table)
+    if spec.scheme in ("int4", "int4_symmetric"):
+        return _int4(body, spec)
+    convert = _int8 if spec.scheme == "int8" else _e4m3
+
+    def read(at: Value, t: int) -> list[Value]:
+        codes = []
+        for j in range(spec.vectors):
+            place = body.offset(at, "i8", t * spec.width + j * spec.lanes)
+            codes.append(body.load(place, vector(spec.lanes, "i8"), "codes"))
+        return [convert(body, spec, code) for code in codes]
+
+    return read
+
+
+def _int8(body: Body, spec: QuantizedSpec, codes: Value) -> Value:
+    wide = body.cast("sext", codes, vector(spec.lanes, "i32"))
+    return body.cast("sitofp", wide, vector(spec.lanes, "float"), "w")
+
+
+def _e4m3(body: Body, spec: QuantizedSpec, codes: Value) -> Value:
+    """Sign, exponent and mantissa, moved to their places in a float16."""
+    wide = body.cast("sext", codes, vector(spec.lanes, "i16"))
+    bits = body.binary("and", body.binary("shl", wide, 7), 0xBF80 - 0x10000)
+    half = body.cast("bitcast", bits, vector(spec.lanes, "half"))
+    return storage("float16", spec.native_half).widen(body, half, "w")
+
+
+def _words(body: Body, spec: QuantizedSpec, at: Value, line: int) -> list[Value]:
+    """The words of a line of a block: one for each column."""
+    type_ = vector(spec.lanes, "i32")
+    places = (line * spec.width + j * spec.lanes for j in range(spec.vectors))
+    return [body.load(body.offset(at, "i32", place), type_, "words") for place in places]
+
+
+def _shifted(body: Body, words: Value, left: int) -> Value:
+    if left == 0:
+        return words
+    return body.binary("shl" if left > 0 else "lshr", words, abs(left))
+
+
+def _int4(body: Body, spec: QuantizedSpec) -> Weights:
+    zero = 8 if spec.scheme == "int4_symmetric" else 0
+    type_ = vector(spec.lanes, "float")
+    words: dict[str, list[Value]] = {}
+
+    def read(at: Value, t: int) -> list[Value]:
+        if at.text not in words:
+            words.clear()
+            words[at.text] = _words(body, spec, at, 0)
+        return [number(_shifted(body, word, -4 * t)) for word in words[at.text]]
+
+    def number(index: Value) -> Value:
+        if spec.permutes:  # the instruction takes the low 4 bits of each lane
+            entries = ", ".join(f"float {code - zero}.0" for code in range(16))
+            table = Value(f"<{entries}>", type_)
+            return body.call("llvm.x86.avx512.permvar.sf.512", type_, [table, index], "w")
+        code = body.binary("and", index, 15)
+        code = body.sub(code, zero) if zero else code
+        return body.cast("sitofp", code, type_, "w")
+
+    return read
+
+
+def _palette(body: Body, spec: QuantizedSpec, table: Value) -> Weights:
+    type_ = vector(spec.lanes, "float")
+    words: dict[str, list[list[Value]]] = {}
+    quarters = []
+    if spec.permutes:
+        quarters = [body.load(body.offset(table, type_, i), type_, "table") for i in range(4)]
+
+    def read(at: Value, t: int) -> list[Value]:
+        if at.text not in words:
+            words.clear()
+            words[at.text] = [_words(body, spec, at, line) for line in range(3)]
+        lines = words[at.text]
+        found = []
+        for low, high in zip(lines[t // 8], lines[2], strict=True):
+            index = body.binary("and", _shifted(body, low, -4 * (t % 8)), 15)
+            upper = body.binary("and", _shifted(body, high, 4 - 2 * t), 48)
+            found.append(number(body.binary("or", index, upper, "index")))
+        return found
+
+    def number(index: Value) -> Value:
+        if spec.permutes:  # the instruction takes the low 5 bits of each lane
+            name = "llvm.x86.avx512.vpermi2var.ps.512"
+            halves = [
+                body.call(name, type_, [quarters[i], index, quarters[i + 1]], "w") for i in (0, 2)
+            ]
+            upper = body.compare("ne", body.binary("and", index, 32), body.constant(0, index.type))
+            return body.select(upper, halves[1], halves[0], "w")
+        wide = body.cast("zext", index, vector(spec.lanes, "i64"))
+        places = body.offset(table, "float", wide)
+        every = Value("splat (i1 true)", vector(spec.lanes, "i1"))
+        arguments = [places, Value("4", "i32"), every, body.constant(0.0, type_)]
+        name = f"llvm.masked.gather.{overload(type_)}.{overload(places.type)}"
+        return body.call(name, type_, arguments, "w")
+
+    return read

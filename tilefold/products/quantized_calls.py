@@ -1,0 +1,213 @@
+"""The public product with a quantised matrix, and how it takes NumPy arrays."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.cpu.matmul import quantized_calls as kernels
+from tilefold.backends.cpu.matmul.quantized_calls import Addresses, Sizes
+from tilefold.common.array_files import element_type
+from tilefold.common.check import choice
+from tilefold.common.first_use import imported
+from tilefold.common.foreign_arrays import dtype_name
+from tilefold.frontends import registry
+from tilefold.frontends.numpy import as_array
+from tilefold.problems.matmul import ACTIVATIONS
+from tilefold.products.quantized import QuantizedMatrix
+
+Array = NDArray[Any]
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+_module = imported(import_module)
+
+
+class Rows(NamedTuple):
+    """An array without its elements, as kernels see it: type, address, two strides in elements."""
+
+    dtype: str
+    address: int
+    down: int
+    across: int
+
+
+def qgemm(
+    x: Any,
+    w: QuantizedMatrix,
+    *,
+    bias: Any = None,
+    activation: str | None = None,
+    out: Any = None,
+    out_dtype: Any = None,
+) -> Any:
+    """The product activation(x w + bias) with a quantised matrix, whose codes are read once.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> w = tilefold.quantize(np.eye(64, dtype=np.float32), "int8")
+    >>> x = np.arange(128, dtype=np.float16).reshape(2, 64)
+    >>> bool((tilefold.qgemm(x, w) == x).all())
+    True
+
+    The matrix is never made whole: codes are widened in registers. A product with few rows takes
+    the time in which the codes are read.
+
+    Arguments:
+        x: (..., k), float32, float16 or bfloat16, of any strides. A NumPy array or a torch tensor
+            on the processor, whose gradient is computed with the widened matrix
+        w: a matrix of k inputs and n outputs, by `tilefold.quantize`
+        bias: (n,), of the type of the result or float32
+        activation: None, "relu", "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh"
+        out: an array (..., n) for the result, which is returned. It shares no memory with x or bias
+        out_dtype: the type of the result: "float32", "float16" or "bfloat16", or the framework's
+            own. None is the type of out, or of x
+
+    Returns:
+        The result, (..., n): `out`, or a new array of the framework of x. Sums are made in float32.
+        The bits of a result do not depend on the number of threads
+
+    Raises:
+        TypeError: w is not quantised, or types do not fit together
+        ValueError: shapes do not fit together, an unknown activation, or out overlaps x or bias
+        NotImplementedError: arrays that no kernel takes
+    """
+    if not isinstance(w, QuantizedMatrix):
+        raise TypeError(f"w must be made by tilefold.quantize, got {type(w).__name__}")
+    choice("activation", activation, ACTIVATIONS)
+    given = {"x": x, "bias": bias, "out": out}
+    given = {name: array for name, array in given.items() if array is not None}
+    frontend = registry.find(**given).__name__.split(".")[2]
+    wanted = None if out_dtype is None else _name_of(out_dtype)
+    if frontend == "torch":
+        return _module("tilefold.products.quantized_torch").multiply(
+            x, w, bias, activation, out, wanted
+        )
+    if frontend != "numpy":
+        raise NotImplementedError(
+            f"qgemm has kernels for NumPy arrays and torch tensors, got a {frontend} array: pass"
+            " numpy.asarray(x)"
+        )
+    return _multiply(as_array("x", x), w, bias, activation, out, wanted)
+
+
+def result_type(
+    w: QuantizedMatrix, x: Any, bias: Any, out: Any, out_dtype: str | None
+) -> tuple[tuple[int, ...], str]:
+    """The shape and the type of a result. Raises unless the arrays fit together."""
+    k, n = w.shape
+    if dtype_name(x) not in FLOATS:
+        raise TypeError(f"x must be one of {', '.join(FLOATS)}, got {dtype_name(x)}")
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must be (..., {k}) for w of {k} x {n}, got {tuple(x.shape)}")
+    shape = (*x.shape[:-1], n)
+    dtype = out_dtype or (dtype_name(x) if out is None else dtype_name(out))
+    choice("out_dtype" if out is None else "the type of out", dtype, FLOATS)
+    if out is not None and (tuple(out.shape) != shape or dtype_name(out) != dtype):
+        raise ValueError(
+            f"out must be {dtype} of shape {shape}, got {dtype_name(out)} of {tuple(out.shape)}"
+        )
+    if bias is not None:
+        if tuple(bias.shape) != (n,):
+            raise ValueError(f"bias must be ({n},), got {tuple(bias.shape)}")
+        if dtype_name(bias) not in ("float32", dtype):
+            known = " or ".join(dict.fromkeys(("float32", dtype)))
+            raise TypeError(f"bias must be {known}, got {dtype_name(bias)}")
+    return shape, dtype
+
+
+def product(
+    x: Array, w: QuantizedMatrix, bias: Rows | None, activation: str | None, out: Rows
+) -> None:
+    """The product of float32 rows (m, k), written to `out`, which lies apart from all others."""
+    (m, k), n = x.shape, w.shape[1]
+    inputs = kernels.padded(w.scheme, k)
+    if inputs != k or not x.flags.c_contiguous or not x.flags.aligned:
+        rows = np.zeros((m, inputs), np.float32)
+        rows[:, :k] = x
+        x = rows
+    table = None if w.table is None else w.table.astype(np.float32)
+    given = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "table": table}
+    at = {name: 0 if each is None else each.ctypes.data for name, each in given.items()}
+    sizes = Sizes(
+        scheme=w.scheme,
+        m=m,
+        n=n,
+        k=k,
+        group_size=w.group_size,
+        scales=None if w.scales is None else w.scales.dtype.name,
+        x_m=inputs,
+        out=out.dtype,
+        out_m=out.down,
+        out_n=out.across,
+        bias=bias.dtype if bias else None,
+        bias_n=bias.across if bias else 0,
+        activation=activation,
+    )
+    addresses = Addresses(**at, out=out.address, bias=bias.address if bias else 0)
+    kernels.prepare(sizes).run(addresses)
+
+
+def _multiply(
+    x: Array, w: QuantizedMatrix, bias: Any, activation: str | None, out: Any, wanted: str | None
+) -> Array:
+    """The product of NumPy arrays."""
+    bias = None if bias is None else as_array("bias", bias)
+    if out is not None and not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+    shape, dtype = result_type(w, x, bias, out, wanted)
+    if out is not None:
+        _check_written(out, {"x": x, "bias": bias})
+    native = x.dtype if dtype == x.dtype.name else element_type(dtype)
+    target = _lines(out, shape)
+    made = np.empty((x.size // w.shape[0], w.shape[1]), native) if target is None else target
+    if made.size:
+        size = made.itemsize
+        down, across = (step // size for step in made.strides)
+        rows = x.reshape(-1, w.shape[0]).astype(np.float32, copy=False)
+        lines = None
+        if bias is not None:
+            bias = np.ascontiguousarray(bias)
+            lines = Rows(bias.dtype.name, bias.ctypes.data, 0, 1)
+        product(rows, w, lines, activation, Rows(dtype, made.ctypes.data, down, across))
+    if out is None:
+        return made.reshape(shape)
+    if target is None:
+        out[...] = made.reshape(shape)
+    return out
+
+
+def _lines(out: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """A result as a view (rows, n); None where its strides do not allow one, or there is none."""
+    if out is None or 0 in shape or any(step % out.itemsize for step in out.strides):
+        return None
+    if not out.flags.aligned or not out.dtype.isnative:
+        return None
+    view = out.reshape(-1, shape[-1])
+    return view if np.shares_memory(view, out) else None
+
+
+def _check_written(out: Array, read: dict[str, Array | None]) -> None:
+    """Raises ValueError unless the result may be written, and lies apart from what is read."""
+    if not out.flags.writeable:
+        raise ValueError("out is written, so it must not be read-only")
+    if any(step == 0 < length - 1 for step, length in zip(out.strides, out.shape, strict=True)):
+        raise ValueError("out is written, so no axis of it may be broadcast")
+    for name, array in read.items():
+        if array is not None and np.may_share_memory(out, array):
+            raise ValueError(f"out must not overlap {name}")
+
+
+def _name_of(dtype: Any) -> str:
+    """The name of a type of NumPy or torch."""
+    if isinstance(dtype, str):
+        return dtype
+    if type(dtype).__module__ == "torch":
+        return str(dtype).removeprefix("torch.")
+    try:
+        return str(np.dtype(dtype).name)
+    except TypeError:
+        raise TypeError(f"out_dtype must be a type or its name, got {dtype!r}") from None

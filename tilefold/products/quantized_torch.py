@@ -1,0 +1,157 @@
+"""Products of torch tensors with a quantised matrix, and the gradient of x and of a bias.
+
+The gradient of x is dy wᵀ, with the matrix widened some panels at a time. A quantised matrix has no
+gradient. Where a gradient is wanted, bias and activation are torch's own, so that it knows theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilefold.backends.arrays.torch import check_dense
+from tilefold.common.foreign_arrays import dtype_name
+from tilefold.products.quantized import QuantizedMatrix
+from tilefold.products.quantized_calls import Rows, product, result_type
+from tilefold.products.schemes import PANEL
+
+_AT_ONCE = 1 << 21  # weights that are widened at once in a gradient; not tuned
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def multiply(
+    x: Tensor,
+    w: QuantizedMatrix,
+    bias: Tensor | None,
+    activation: str | None,
+    out: Tensor | None,
+    wanted: str | None,
+) -> Tensor:
+    """The product of tensors; see `tilefold.qgemm`."""
+    for name, tensor in (("x", x), ("bias", bias), ("out", out)):
+        if tensor is not None:
+            _check_place(name, tensor)
+    shape, dtype = result_type(w, x, bias, out, wanted)
+    recorded = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, bias, out)
+    )
+    if not recorded:
+        return _product(x, w, bias, activation, out, shape, dtype)
+    if out is not None:
+        raise NotImplementedError("out cannot be given where a gradient is wanted: leave it out")
+    y: Tensor = _Product.apply(x, w)  # type: ignore[no-untyped-call]
+    if bias is not None:
+        y = y + bias.float()
+    if activation is not None:
+        y = _ACTIVATIONS[activation](y)
+    return y.to(getattr(torch, dtype))
+
+
+class _Product(torch.autograd.Function):
+    """x w in float32, of which x has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: QuantizedMatrix) -> Tensor:
+        ctx.w, ctx.dtype = w, x.dtype
+        return _product(x, w, None, None, None, (*x.shape[:-1], w.shape[1]), "float32")
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+        dx: Tensor = _Gradient.apply(dy, ctx.w)  # type: ignore[no-untyped-call]
+        return dx.to(ctx.dtype), None
+
+
+class _Gradient(torch.autograd.Function):
+    """dy wᵀ in float32, of which dy has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, w: QuantizedMatrix) -> Tensor:
+        ctx.w, ctx.dtype = w, dy.dtype
+        k, n = w.shape
+        rows = dy.detach().float().reshape(-1, n)
+        dx = torch.zeros(len(rows), k)
+        step = max(1, _AT_ONCE // (PANEL * k))
+        for first in range(0, w.panels, step):
+            columns = rows[:, first * PANEL : (first + step) * PANEL]
+            part = torch.from_numpy(w.widened(first, min(first + step, w.panels)))
+            dx.addmm_(columns, part[:, : columns.shape[1]].T)
+        return dx.reshape(*dy.shape[:-1], k)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, None]:
+        ddy: Tensor = _Product.apply(ddx, ctx.w)  # type: ignore[no-untyped-call]
+        return ddy.to(ctx.dtype), None
+
+
+def _product(
+    x: Tensor,
+    w: QuantizedMatrix,
+    bias: Tensor | None,
+    activation: str | None,
+    out: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: str,
+) -> Tensor:
+    k, n = w.shape
+    if out is not None:
+        _check_written(out, {"x": x, "bias": bias})
+    rows = x.detach().reshape(-1, k).float().numpy()
+    made = None if out is None else _lines(out, n)
+    target = torch.empty(len(rows), n, dtype=getattr(torch, dtype)) if made is None else made
+    if target.numel():
+        lines = None
+        if bias is not None:
+            bias = bias.detach()
+            lines = Rows(dtype_name(bias), bias.data_ptr(), 0, bias.stride(0))
+        product(rows, w, lines, activation, Rows(dtype, target.data_ptr(), *target.stride()))
+    if out is None:
+        return target.reshape(shape)
+    if made is None:
+        out.copy_(target.reshape(shape))
+    return out
+
+
+def _lines(out: Tensor, n: int) -> Tensor | None:
+    """A result as a view (rows, n); None where its strides do not allow one."""
+    try:
+        return out.view(-1, n) if out.numel() else None
+    except RuntimeError:
+        return None
+
+
+def _check_place(name: str, tensor: Tensor) -> None:
+    check_dense(name, tensor)
+    if tensor.device.type != "cpu":
+        raise NotImplementedError(
+            f"{name} is on {tensor.device}, and qgemm has kernels for the CPU: pass {name}.cpu()"
+        )
+
+
+def _check_written(out: Tensor, read: dict[str, Tensor | None]) -> None:
+    """Raises ValueError unless the result may be written, and lies apart from what is read."""
+    if any(step == 0 < length - 1 for step, length in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError("out is written, so no axis of it may be broadcast")
+    begin, end = _extent(out)
+    for name, tensor in read.items():
+        if tensor is not None and out.numel() and tensor.numel():
+            low, high = _extent(tensor)
+            if begin < high and low < end:
+                raise ValueError(f"out must not overlap {name}")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first and the last address of a tensor's elements."""
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
+    length = sum(step * (count - 1) for step, count in steps) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size()
