@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from tilefold.problems.attention import Problem
     from tilefold.problems.dropout import dropout_mask
+    from tilefold.products.calls import gemm
     from tilefold.products.files import load_quantized, save_quantized
     from tilefold.products.quantized import QuantizedMatrix, quantize
     from tilefold.products.quantized_calls import qgemm
@@ -63,6 +64,7 @@ __all__ = [
     "dropout_mask",
     "exp",
     "full",
+    "gemm",
     "get_num_threads",
     "get_reproducible",
     "key_mass",
@@ -107,6 +109,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "dropout_mask": "tilefold.problems.dropout",
     "qgemm": "tilefold.products.quantized_calls",
     **dict.fromkeys(("QuantizedMatrix", "quantize"), "tilefold.products.quantized"),
+    "gemm": "tilefold.products.calls",
     **dict.fromkeys(("load_quantized", "save_quantized"), "tilefold.products.files"),
     "compile_async": "tilefold.compiling",
     "get_num_threads": "tilefold.backends.cpu.threads",
@@ -130,7 +133,7 @@ _module = imported(import_module)
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `import tilefold` alone loads not even NumPy."""
-    if name in ("metal", "triton"):
+    if name in ("blas", "metal", "triton"):
         return _module(f"tilefold.{name}")  # the import makes it an attribute of tilefold
     if name not in _HOMES:
         raise AttributeError(f"module 'tilefold' has no attribute {name!r}")
@@ -142,4 +145,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "metal", "triton"})
+    return sorted({*globals(), *__all__, "blas", "metal", "triton"})

@@ -15,9 +15,9 @@ from paths import ROOT
 PACKAGE = ROOT / "tilefold"
 
 HOUSE = """
-common masks scores problems planning backends frontends implementations maps products api compiling
-torch transformers diffusers jax tensorflow metal triton layers keras measuring commands cli
-__main__
+common masks scores problems planning backends frontends implementations maps products blas api
+compiling torch transformers diffusers jax tensorflow metal triton layers keras measuring commands
+cli __main__
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -42,6 +43,22 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
+
+
+def number(name: str, value: Any) -> float:
+    """The value as a float. Raises TypeError unless it is a real number, of Python or of NumPy.
+
+    >>> number("alpha", "1")
+    Traceback (most recent call last):
+    TypeError: alpha must be a number, got '1'
+    """
+    real = isinstance(value, (numbers.Real, np.generic)) and not isinstance(value, (bool, np.bool_))
+    try:
+        return float(value if real else None)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {shown(value)}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must fit in float64, got {shown(value)}") from None
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -358,7 +358,7 @@ def _bias(
     *_, down, across = bias.axes.lengths
     length = m if axis == "row" else n
     if axis is None:  # (n,), (..., 1, n) or (..., m, 1)
-        axis = "row" if (down, across) == (m, 1) and (m, n) != (1, 1) and n != 1 else "column"
+        axis = "row" if (down, across) == (m, 1) and (m, n) != (1, 1) else "column"
         fits = (down, across) == ((m, 1) if axis == "row" else (1, n))
         if not fits:
             raise ValueError(f"bias must be ({n},) or ({m}, 1), got {bias.shape}")

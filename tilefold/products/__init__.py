@@ -1,5 +1,8 @@
 """Products of matrices as public operations, and matrices of few bits per element.
 
+plans      a call of a product without its arrays: what it means, and its kernel made ready
+torch      PyTorch tensors: gradients, compilers and transforms
+calls      `tilefold.gemm`, and its NumPy arrays
 schemes    the schemes of quantised matrices, and how their codes lie in memory
 palettes   the 64 values of a palette: k-means of one dimension
 quantized  a quantised matrix: made from an array, widened again

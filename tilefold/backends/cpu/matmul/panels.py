@@ -116,7 +116,9 @@ class _Elements:
             rows.append(self._neighbours(self._at(row, c)))
         rows += [rows[-1]] * (lanes - exist)
         for step, column in enumerate(transpose(body, rows)):
-            if exist < lanes and first:
+            if exist == 1:
+                column = body.lane(column, 0)
+            elif exist < lanes and first:
                 column = body.shuffle(column, column, range(exist))
             body.store(column, self._place(body.add(c, step * self.deep), first))
 

@@ -1,0 +1,195 @@
+"""`tilefold.gemm` of PyTorch tensors: values in place, gradients, compilers and transforms."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from gemms import ACTIVATIONS
+
+torch = pytest.importorskip("torch")
+
+import tilefold  # noqa: E402
+from tilefold import gemm  # noqa: E402
+
+GENERATOR = torch.Generator().manual_seed(3)
+
+
+def normal(*shape: int, dtype: Any = torch.float64, grad: bool = True) -> Any:
+    made = torch.randn(*shape, generator=GENERATOR, dtype=torch.float64).to(dtype)
+    return made.requires_grad_(grad)
+
+
+def plain(*shape: int, dtype: Any = torch.float32) -> Any:
+    return normal(*shape, dtype=dtype, grad=False)
+
+
+def near(got: Any, want: Any, tolerance: float = 1e-5) -> None:
+    assert got.shape == want.shape
+    error = (got.double() - want.double()).norm()
+    assert error <= tolerance * max(1, want.double().norm()), error
+
+
+def expected(a: Any, b: Any, c: Any = 0.0, beta: float = 0.0, bias: Any = 0.0) -> Any:
+    return a.double() @ b.double() + beta * c + bias
+
+
+@pytest.mark.feature("M11")
+def test_tensors_are_read_and_written_in_place() -> None:
+    x, w, bias = plain(2, 9, 5), plain(7, 5), plain(7)
+    near(gemm(x, w, bias=bias, transpose_b=True), expected(x, w.T, bias=bias))
+    near(gemm(x[:, ::2, 1:], w.T[1:, ::3]), expected(x[:, ::2, 1:], w.T[1:, ::3]))
+    near(gemm(x[0, 0], w.T), x[0, 0].double() @ w.T.double())
+    near(gemm(w, x[0, 0]), w.double() @ x[0, 0].double())
+    assert gemm(x[0, 0], w[0]).shape == ()
+    half = gemm(x.bfloat16(), w.T.half(), out_dtype=torch.bfloat16)
+    assert half.dtype is torch.bfloat16
+    near(half, expected(x, w.T), 0.03)
+    out = plain(2, 9, 7)
+    version = out._version
+    assert gemm(x, w.T, out, beta=0.5, out=out) is out and out._version > version
+
+
+@pytest.mark.slow
+@pytest.mark.feature("A12")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_through_activations(activation: str | None) -> None:
+    """Both sides transposed or not, biases of columns and of rows, c that broadcasts."""
+    turned = activation in ("relu", "silu", "gelu_tanh")
+    a, b = normal(*((4, 3) if turned else (3, 4))), normal(*((5, 4) if turned else (4, 5)))
+    bias, c = normal(*((5,) if turned else (3, 1))), normal(*((3, 1) if turned else (5,)))
+
+    def call(a: Any, b: Any, c: Any, bias: Any) -> Any:
+        options = {"transpose_a": turned, "transpose_b": turned, "activation": activation}
+        return gemm(a, b, c, alpha=0.7, beta=-0.3, bias=bias, **options)
+
+    assert torch.autograd.gradcheck(call, (a, b, c, bias), check_batched_grad=True)
+    if activation != "relu":
+        assert torch.autograd.gradgradcheck(call, (a, b, c, bias))
+
+
+@pytest.mark.slow
+@pytest.mark.feature("A12")
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+def test_gradients_of_a_gated_pair(activation: str) -> None:
+    x, w, gate, bias = normal(2, 3, 4), normal(4, 5), normal(4, 5), normal(5)
+
+    def call(x: Any, w: Any, gate: Any, bias: Any) -> Any:
+        return gemm(x, w, gate=gate, bias=bias, activation=activation, alpha=0.5)
+
+    assert torch.autograd.gradcheck(call, (x, w, gate, bias))
+    assert torch.autograd.gradgradcheck(call, (x, w, gate, bias))
+
+
+GRADED = (
+    *(((2, 3, 4), (4, 5)), ((3, 4), (2, 4, 5)), ((2, 1, 3, 4), (1, 3, 4, 2)), ((4,), (4, 5))),
+    *(((3, 4), (4,)), ((4,), (4,)), ((2, 3, 4), (4,)), ((2, 0), (0, 3)), ((0, 4), (4, 3))),
+)
+
+
+@pytest.mark.parametrize("shapes", GRADED, ids=str)
+def test_gradients_of_batches_and_vectors(shapes: Any) -> None:
+    a, b = (normal(*shape) for shape in shapes)
+    a, turned = (a.detach().mT.contiguous().requires_grad_(), True) if a.dim() == 3 else (a, False)
+    got = gemm(a, b, transpose_a=turned)
+    want = (a.mT if turned else a) @ b
+    near(got, want)
+    slope = torch.randn(want.shape, generator=GENERATOR, dtype=torch.float64)
+    found = torch.autograd.grad(got, (a, b), slope)
+    for mine, other in zip(found, torch.autograd.grad(want, (a, b), slope), strict=True):
+        near(mine, other)
+
+
+def test_gradients_have_the_types_of_their_operands() -> None:
+    x = plain(6, 8, dtype=torch.bfloat16).requires_grad_()
+    w, bias = plain(8, 4).requires_grad_(), plain(4).requires_grad_()
+    y = gemm(x, w, bias=bias, activation="gelu", out_dtype="float16")
+    y.float().sum().backward()
+    x2, w2, bias2 = (t.detach().double().requires_grad_() for t in (x, w, bias))
+    torch.nn.functional.gelu(x2 @ w2 + bias2).sum().backward()
+    for mine, other in ((x, x2), (w, w2), (bias, bias2)):
+        assert mine.grad.dtype is mine.dtype
+        near(mine.grad, other.grad, 0.01)
+
+
+@pytest.mark.slow
+def test_a_compiler_sees_one_operator() -> None:
+    def layer(x: Any, w: Any, bias: Any, c: Any) -> Any:
+        return gemm(x, w, c, beta=0.5, bias=bias, activation="silu", transpose_b=True).sum(-1)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for rows in (3, 5, 6):
+        given = normal(rows, 4), normal(7, 4), normal(7), normal(rows, 7)
+        got, want = compiled(*given), layer(*given)
+        near(got, want)
+        slope = torch.ones_like(got)
+        for mine, other in zip(
+            *(torch.autograd.grad(y, given, slope) for y in (got, want)), strict=True
+        ):
+            near(mine, other)
+    out = plain(3, 4)
+    torch.compile(lambda x, out: gemm(x, x.mT, out=out[:, :3]), backend="aot_eager")(out + 0, out)
+
+
+def test_operator_and_transforms() -> None:
+    a, b, bias = normal(3, 4), normal(4, 5), normal(5)
+    options = (0.5, 0.0, False, False, "gelu", None, "highest")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # opcheck compiles, and torch warns of its own parts
+        torch.library.opcheck(torch.ops.tilefold.gemm, (a, b, None, bias, None, *options))
+
+    def call(a: Any, b: Any, bias: Any) -> Any:
+        return gemm(a, b, bias=bias, activation="tanh")
+
+    want = torch.tanh(a @ b + bias)
+    slopes = torch.func.grad(lambda *x: call(*x).sum(), (0, 1, 2))(a, b, bias)
+    others = torch.autograd.grad(want.sum(), (a, b, bias), retain_graph=True)
+    for mine, other in zip(slopes, others, strict=True):
+        near(mine, other)
+    batch = torch.randn(6, 3, 4, generator=GENERATOR, dtype=torch.float64)
+    more = torch.randn(6, 4, 5, generator=GENERATOR, dtype=torch.float64)
+    vmap = torch.func.vmap
+    near(vmap(call, (0, None, None))(batch, b, bias), torch.tanh(batch @ b + bias))
+    near(vmap(call, (None, 0, None))(a, more, bias), torch.tanh(a @ more + bias))
+    near(vmap(call, (None, None, 0))(a, b, more[:, 0]), torch.tanh(a @ b + more[:, :1]))
+    gated = vmap(lambda w, g: gemm(a, w, gate=g), (0, None))(more, b)
+    near(gated, (a @ more) * (a @ b))
+    near(
+        torch.func.jacrev(call)(a, b, bias),
+        torch.func.jacrev(lambda *x: torch.tanh(x[0] @ x[1] + x[2]))(a, b, bias),
+    )
+
+
+@pytest.mark.feature("T15")
+def test_bad_tensors_raise_one_line() -> None:
+    x, w = plain(3, 4), plain(4, 5)
+    one = torch.ones((), requires_grad=True)
+    cases: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+        ((x, w.numpy()), {}, TypeError, "b must be a torch tensor as a is, got ndarray"),
+        ((x, w.to_sparse()), {}, TypeError, "b must be a strided tensor, got torch.sparse_coo"),
+        ((x, w.cfloat()), {}, TypeError, "b must be one of float32"),
+        ((x, w), {"out": plain(3, 5).expand(2, 3, 5)}, ValueError, "out must be of shape (3, 5)"),
+        ((x, w + one), {"out": plain(3, 5)}, ValueError, "out takes no gradients"),
+        ((x, x.T), {"out": x[:, :3]}, ValueError, "out must not overlap a"),
+        ((x, w), {"alpha": torch.tensor(1.0)}, TypeError, "alpha must be a number"),
+        ((x, w), {"out_dtype": torch.int8}, TypeError, "out_dtype must be one of float32"),
+    ]
+    for arrays, options, kind, line in cases:
+        with pytest.raises(kind) as caught:
+            gemm(*arrays, **options)
+        assert line in str(caught.value) and "\n" not in str(caught.value)
+    freed = plain(3, 4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a needs 48 bytes of memory, and its storage holds 0"):
+        gemm(freed, w.detach())
+
+
+@pytest.mark.parametrize("framework", ["jax.numpy", "tensorflow"])
+def test_other_frameworks_are_refused(framework: str) -> None:
+    module = pytest.importorskip(framework)
+    array = module.ones((2, 2))
+    with pytest.raises(NotImplementedError, match="gemm has kernels for NumPy arrays and torch"):
+        tilefold.gemm(array, array)
+    assert (tilefold.gemm(np.asarray(array), np.asarray(array)) == 2).all()

@@ -1,0 +1,180 @@
+"""The public product of matrices, and how it takes NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.arrays import numpy as arrays
+from tilefold.common.first_use import imported
+from tilefold.frontends import registry
+from tilefold.frontends.numpy import as_array
+from tilefold.frontends.standard import given_back
+from tilefold.products import plans
+from tilefold.products.plans import Form, Options
+
+Array = NDArray[Any]
+
+
+@imported
+def _first(name: str) -> None:
+    """Import a file of this folder; `torch.compile`, which traces it, keeps None as a constant."""
+    import_module(f"tilefold.products.{name}")
+
+
+def _torch() -> ModuleType:
+    _first("torch")
+    from tilefold.products import torch
+
+    return torch
+
+
+def gemm(
+    a: Any,
+    b: Any,
+    c: Any = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    bias: Any = None,
+    activation: str | None = None,
+    gate: Any = None,
+    out: Any = None,
+    out_dtype: Any = None,
+    precision: str = "highest",
+) -> Any:
+    """The matrix product activation(alpha op(a) op(b) + beta c + bias), in batches.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> x, w = np.ones((2, 3), np.float32), np.full((3, 4), 2, np.float32)
+    >>> tilefold.gemm(x, w, bias=np.array([-9, 0, 1, 2], np.float32), activation="relu")
+    array([[0., 6., 7., 8.],
+           [0., 6., 7., 8.]], dtype=float32)
+
+    Bias, activation and conversions of types cost no pass of their own. Nothing is copied for its
+    strides or its type.
+
+    Arguments:
+        a: (..., m, k), or (..., k, m) with `transpose_a`; or a vector, (k,)
+        b: (..., k, n), or (..., n, k) with `transpose_b`; or a vector, (k,)
+            float32, float64, float16, bfloat16, int8 or uint8 each. Any axes of a batch come first,
+            and broadcast as in NumPy. Axes of a vector are not in the result. Lengths may be 0
+        c: an array that broadcasts to the result, of the type of the result or of the sums. It is
+            read only where beta is not 0, and never written
+        alpha, beta: numbers; whole ones where the result is int32
+        transpose_a, transpose_b: True to transpose the last two axes; a vector has but one
+        bias: (n,) or (..., 1, n) for columns, (..., m, 1) for rows, of the type of the result or of
+            the sums. It is added as it is, not times alpha. Beside a vector b it is (m,)
+        activation: None, "relu", "gelu" (by the distribution function), "gelu_tanh", "silu",
+            "sigmoid" or "tanh"
+        gate: of the shape and type of b, where beta is 0: the result is then
+            activation(alpha op(a) op(b) + bias) * (alpha op(a) op(gate))
+        out: an array for the result, which is returned. It may be c itself, and shares no memory
+            with other operands
+        out_dtype: the type of the result, by name or as the framework's own. None is the type of
+            out, or of c, or the one that holds both a and b: float32 for two different halves,
+            int32 for two types of 8 bits
+        precision: the least precision of products of float32 arrays, "highest", "high" or "medium";
+            on processors all are computed as "highest"
+
+    Returns:
+        The result, (..., m, n): `out`, or a new array of the framework of the arguments. Sums are
+        made in float32; in float64 if a or b is float64; in int32, which wraps around, if both are
+        integers. The bits of a result do not depend on the number of threads
+
+    Raises:
+        TypeError: types that do not fit together, or arrays of different frameworks
+        ValueError: shapes that do not fit together, options that are not allowed, or a result that
+            overlaps an operand
+        NotImplementedError: arrays that no kernel takes
+    """
+    given = {"a": a, "b": b, "c": c, "bias": bias, "gate": gate, "out": out}
+    given = {name: array for name, array in given.items() if array is not None}
+    dtype = None if out_dtype is None else _name_of(out_dtype)
+    options = Options.of(alpha, beta, transpose_a, transpose_b, activation, dtype, precision)
+    frontend = registry.find(**given).__name__.split(".")[2]
+    if frontend == "numpy":
+        return multiply(given, options)
+    if frontend == "standard":
+        return given_back((multiply(given, options),), **given)[0]
+    if frontend == "torch":
+        return _torch().multiply(given, options)
+    raise NotImplementedError(
+        f"gemm has kernels for NumPy arrays and torch tensors, got a {frontend} array: pass"
+        " numpy.asarray(a)"
+    )
+
+
+def multiply(given: Mapping[str, Any], options: Options) -> Array:
+    """The product of NumPy arrays, by the names of the arguments."""
+    if "out" in given:
+        _check_written(given["out"])
+    held = {name: _readable(name, array) for name, array in given.items()}
+    plan = plans.kept(
+        tuple([(name, x.shape, x.strides, x.dtype) for name, x in held.items()]),
+        options,
+        lambda: {name: _form(name, array) for name, array in held.items()},
+    )
+    out = held.get("out")
+    if out is None:
+        out = np.empty(plan.shape, _native(plan.dtype, held))
+    plan.run({name: arrays.pointer(array) for name, array in held.items()}, arrays.pointer(out))
+    return out
+
+
+def _readable(name: str, value: Any) -> Array:
+    """The argument as an array that kernels read, copied where its elements lie oddly."""
+    array = as_array(name, value)
+    if any(step % array.itemsize for step in array.strides) and array.itemsize:
+        return np.ascontiguousarray(array)
+    return array
+
+
+def _check_written(out: Any) -> None:
+    """Raises unless kernels can write an array."""
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+    if not out.flags.writeable:
+        raise ValueError("out is written, so it must not be read-only")
+    odd = any(step % out.itemsize for step in out.strides)
+    if odd or not out.flags.aligned or not out.dtype.isnative:
+        raise ValueError(
+            "out must be aligned, in native byte order, and with strides of whole elements"
+        )
+
+
+def _form(name: str, array: Array) -> Form:
+    return Form(array.dtype.name, array.shape, arrays.strides(name, array))
+
+
+def _native(dtype: str, held: Mapping[str, Array]) -> np.dtype[Any]:
+    """NumPy's type with this name; bfloat16 is that of ml_dtypes, if the program has it."""
+    for array in held.values():
+        if array.dtype.name == dtype:
+            return array.dtype
+    try:
+        return np.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"out_dtype is {dtype}, which NumPy has not by itself: import ml_dtypes before the call"
+        ) from None
+
+
+def _name_of(dtype: Any) -> str:
+    """The name of a type of NumPy or torch."""
+    if isinstance(dtype, str):
+        return dtype
+    if type(dtype).__module__ == "torch":
+        return str(dtype).removeprefix("torch.")
+    try:
+        return str(np.dtype(dtype).name)
+    except TypeError:
+        raise TypeError(f"out_dtype must be a type or its name, got {dtype!r}") from None

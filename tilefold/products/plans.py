@@ -1,0 +1,318 @@
+"""A call of a product without its arrays: what its arguments mean, and its kernel made ready.
+
+    arguments -> Options and Forms -> Product -> Plan: a prepared kernel, the shape of its result
+
+A plan is kept under its options and the forms of its arrays, so a repeated call makes none of this.
+What only addresses tell, such as whether the result overlaps an operand, is checked in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilefold.backends.cpu.matmul import calls as kernels
+from tilefold.backends.cpu.matmul.spec import ITEM_BYTES
+from tilefold.common.check import choice, flag, number
+from tilefold.common.lru import LruCache
+from tilefold.problems.matmul import (
+    ACTIVATIONS,
+    INTEGERS,
+    Accepted,
+    Operand,
+    Product,
+    common_type,
+    sums,
+)
+from tilefold.problems.request import check_precision
+
+FLOATS: Final = ("float32", "float64", "float16", "bfloat16")
+
+GIVEN: Final = ("a", "b", "c", "bias", "gate")
+"""The operands of a product, in the order of their addresses."""
+
+_FACTORS: Final = Accepted((*FLOATS, "int8", "uint8"), empty=True, most=64)
+_TERMS: Final = Accepted((*FLOATS, "int32"), empty=True, most=64)
+
+RESULTS: Final = {
+    "int32": ("int32", "float32"),
+    "float32": ("float32", "float16", "bfloat16"),
+    "float64": ("float64", "float32"),
+}
+"""The types that a result may have, by the type of the sums."""
+
+
+_MOST_WORK: Final = 10**5
+"""Steps of the exact search for a common byte, at most 1 ms; it is made where ranges overlap."""
+
+
+class OverlapError(ValueError):
+    """The result of a call shares memory with one of its operands."""
+
+
+class Options(NamedTuple):
+    """The arguments of a product that are no arrays; `dtype` is that of the result, or None."""
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    transpose_a: bool = False
+    transpose_b: bool = False
+    activation: str | None = None
+    dtype: str | None = None
+    precision: str = "highest"
+
+    @classmethod
+    def of(
+        cls,
+        alpha: Any,
+        beta: Any,
+        transpose_a: Any,
+        transpose_b: Any,
+        activation: Any,
+        dtype: str | None,
+        precision: Any,
+    ) -> Options:
+        """The options of a call. Raises TypeError or ValueError for what is none."""
+        check_precision(precision)
+        choice("activation", activation, ACTIVATIONS)
+        return cls(
+            alpha if type(alpha) is float else number("alpha", alpha),
+            beta if type(beta) is float else number("beta", beta),
+            flag("transpose_a", transpose_a),
+            flag("transpose_b", transpose_b),
+            *(activation, dtype, precision),
+        )
+
+
+class Form(NamedTuple):
+    """How an array lies in memory: its type, its shape, and its strides in elements."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """Where elements lie, counted in bytes from the address of the first one."""
+
+    low: int
+    end: int
+    interface: dict[str, Any]
+
+    @classmethod
+    def of(cls, form: Form) -> Place:
+        """The place of an array. Nothing lies anywhere if there are no elements."""
+        size = ITEM_BYTES[form.dtype]
+        steps = [size * step for step in form.strides]
+        ends = [(n - 1) * step for n, step in zip(form.shape, steps, strict=True)]
+        low, end = sum(min(0, x) for x in ends), sum(max(0, x) for x in ends) + size
+        if 0 in form.shape:
+            low, end = 0, 0
+        known = {"shape": form.shape, "strides": tuple(steps), "typestr": f"|V{size}", "version": 3}
+        return cls(low, end, known)
+
+    def meets(self, address: int, other: Place, at: int) -> bool:
+        """True if this place at an address has a byte of another, or if that is hard to tell."""
+        if address + self.end <= at + other.low or at + other.end <= address + self.low:
+            return False
+        try:
+            work: Any = _MOST_WORK
+            return np.shares_memory(self._view(address), other._view(at), max_work=work)
+        except np.exceptions.TooHardError:
+            return True
+
+    def _view(self, address: int) -> NDArray[Any]:
+        """An array at an address, which nobody reads."""
+        interface = self.interface | {"data": (address, True)}
+        return np.asarray(SimpleNamespace(__array_interface__=interface))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call made ready: the shape and type of its result, and what computes it.
+
+    `prepared` is None where the result has no elements. `places` are those of the operands that the
+    kernel reads, and of "out" where the caller gives it: c is not read where beta is 0. `onto` is
+    True if c lies as out does, so that they may be one array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    places: Mapping[str, Place]
+    onto: bool
+    prepared: Any
+
+    def run(self, addresses: Mapping[str, int], out: int) -> None:
+        """Compute the result at an address, from operands at addresses.
+
+        Raises ValueError if it overlaps an operand.
+        """
+        if "out" in self.places:
+            self._check_apart(addresses, out)
+        if self.prepared is not None:
+            a, b, c, bias, gate = (addresses[x] if x in self.places else 0 for x in GIVEN)
+            self.prepared.run(a, b, out, c, bias, gate)
+
+    def _check_apart(self, addresses: Mapping[str, int], out: int) -> None:
+        written = self.places["out"]
+        for name, place in self.places.items():
+            if name == "out" or (name == "c" and self.onto and addresses["c"] == out):
+                continue
+            if written.meets(out, place, addresses[name]):
+                more = ": c is out itself, or lies elsewhere" if name == "c" else ""
+                raise OverlapError(f"out must not overlap {name}{more}")
+
+
+_kept: LruCache[Plan] = LruCache(most=256, most_bytes=2**20)
+
+
+def kept(key: Hashable, options: Options, forms: Callable[[], Mapping[str, Form]]) -> Plan:
+    """The plan under a key, which says how the arrays lie; made of their forms if there is none."""
+    key = (options, key)
+    found = _kept.get(key)
+    return found if found is not None else _kept.put(key, plan(options, forms()), 0)
+
+
+def plan(options: Options, forms: Mapping[str, Form]) -> Plan:
+    """The plan of a call from the forms of its operands and, as "out", of its result.
+
+    Raises TypeError or ValueError for types, shapes and options that do not fit together.
+    """
+    vector_a, vector_b = (len(forms[name].shape) == 1 for name in ("a", "b"))
+    given = {
+        name: _operand(name, form, vector_a, vector_b)
+        for name, form in forms.items()
+        if name != "out"
+    }
+    a, b, c, out = forms["a"].dtype, forms["b"].dtype, forms.get("c"), forms.get("out")
+    dtype = result_type(options.dtype, a, b, c and c.dtype, out and out.dtype)
+    summed = tuple(dict.fromkeys((dtype, sums(a, b))))
+    if c is not None and c.dtype not in summed:
+        known = " or ".join(summed)
+        raise TypeError(f"c must be {known}, as the result or its sums are, got {c.dtype}")
+    product = Product.of(
+        given,
+        alpha=options.alpha,
+        beta=options.beta,
+        transpose_a=options.transpose_a and not vector_a,
+        transpose_b=options.transpose_b and not vector_b,
+        bias_axis=None,
+        activation=options.activation,
+        dtype=dtype,
+        results=lambda a, b: RESULTS[sums(a, b)],
+        biases=lambda kind: summed,
+    )
+    shape = _shape(product, vector_a, vector_b)
+    if product.c is not None:
+        _check_broadcast(forms["c"].shape, shape)
+    if not options.beta:
+        product = replace(product, c=None)
+    _check_integers(product)
+    if {product.a.dtype, product.b.dtype} & {*INTEGERS}:
+        raise NotImplementedError(
+            f"there is no kernel for {product.a.dtype} times {product.b.dtype} yet: convert both to"
+            " float32"
+        )
+    out = out or Form(dtype, shape, _dense(shape))
+    if out.shape != shape:
+        raise ValueError(f"out must be of shape {shape}, got {out.shape}")
+    if not _apart(out):
+        raise ValueError(
+            "out is written, so no two elements may share a place in memory, got shape"
+            f" {out.shape} with strides {out.strides}"
+        )
+    written = _operand("out", out, vector_a, vector_b).padded(len(product.a.axes.lengths))
+    prepared = None if 0 in shape else kernels.prepare(product, written)
+    read = [name for name in GIVEN if getattr(product, name) is not None]
+    places = {name: Place.of(form) for name, form in forms.items() if name in (*read, "out")}
+    return Plan(shape, dtype, places, out == forms.get("c"), prepared)
+
+
+def _operand(name: str, form: Form, vector_a: bool, vector_b: bool) -> Operand:
+    """The operand of an array, whose vectors are matrices of one row or column."""
+    dtype, shape, strides = form
+    if name == "a" and vector_a:
+        shape, strides = (1, *shape), (0, *strides)
+    elif name in ("b", "gate"):
+        if vector_b and len(shape) == 1:
+            shape, strides = (*shape, 1), (*strides, 0)
+    elif name != "a":  # of the axes of the result
+        if vector_b and shape:
+            shape, strides = (*shape, 1), (*strides, 0)
+        if vector_a and shape:
+            shape, strides = (*shape[:-1], 1, shape[-1]), (*strides[:-1], 0, strides[-1])
+    accepted = _FACTORS if name in ("a", "b", "gate") else _TERMS
+    least = {"a": 1, "b": 1, "bias": 1}.get(name, 0)
+    found = accepted.operand(name, dtype, shape, strides, least)
+    return found._replace(shape=form.shape)
+
+
+def result_type(wanted: str | None, a: str, b: str, c: str | None, out: str | None) -> str:
+    """The type of the result: that of out, or out_dtype, or that of c, or the common type."""
+    if out is not None and wanted not in (None, out):
+        raise TypeError(f"out must be {wanted} as out_dtype says, got {out}")
+    named = {"out": out, "out_dtype": wanted, "c": c, "the type of the result": common_type(a, b)}
+    name, dtype = next((name, dtype) for name, dtype in named.items() if dtype is not None)
+    allowed = RESULTS[sums(a, b)]
+    if dtype not in allowed:
+        known = ", ".join(allowed)
+        raise TypeError(f"{name} must be one of {known} for products of {a} and {b}, got {dtype}")
+    return dtype
+
+
+def _check_integers(product: Product) -> None:
+    """Raises ValueError for what has no meaning in a result of integers."""
+    if product.dtype != "int32":
+        return
+    if product.activation not in (None, "relu"):
+        raise ValueError(
+            f"activation must be None or 'relu' where the result is int32, got"
+            f" {product.activation!r}; pass out_dtype='float32'"
+        )
+    for name, value in (("alpha", product.alpha), ("beta", product.beta)):
+        if not float(value).is_integer():
+            raise ValueError(
+                f"{name} must be a whole number where the result is int32, got {value};"
+                " pass out_dtype='float32'"
+            )
+
+
+def _check_broadcast(c: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless c has the shape of the result, or broadcasts to it."""
+    last = shape[len(shape) - len(c) :]
+    if len(c) > len(shape) or any(one not in (1, two) for one, two in zip(c, last, strict=True)):
+        raise ValueError(f"c must broadcast to the result, {shape}, got {c}")
+
+
+def _shape(product: Product, vector_a: bool, vector_b: bool) -> tuple[int, ...]:
+    """The shape of the result: vectors have no axis in it."""
+    axes = max(len(product.a.shape), len(product.b.shape), 2) - 2
+    batch = product.batch[len(product.batch) - axes :]
+    return (*batch, *(() if vector_a else (product.m,)), *(() if vector_b else (product.n,)))
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous array."""
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(strides))
+
+
+def _apart(out: Form) -> bool:
+    """True if every element has a place of its own: each axis steps over all shorter steps."""
+    if 0 in out.shape:
+        return True
+    reach = 0
+    for step, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
+        if length > 1:
+            if step <= reach:
+                return False
+            reach += step * (length - 1)
+    return True

@@ -1,0 +1,367 @@
+"""Products of PyTorch tensors: `tilefold.gemm` with gradients, in compilers and in transforms.
+
+With z = alpha op(a) op(b) + beta c + bias and y = activation(z), gradients are products again:
+
+    dz = dy activation'(z)    da = alpha dz op(b)^T    db = alpha op(a)^T dz    dc = beta dz
+
+and that of the bias is a sum of dz. With a gate, y = activation(z) g and g = alpha op(a) op(gate):
+then dz = dy g activation'(z) and dg = dy activation(z). z and g are computed again, not saved. All
+of it is made of differentiable operations, so there are derivatives of any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tilefold.backends.arrays.torch import check_held, check_place, dtype_of
+from tilefold.frontends.torch.batched import mapped
+from tilefold.frontends.torch.observed import lifted, recorded, unobserved
+from tilefold.problems.matmul import sums
+from tilefold.products import plans
+from tilefold.products.plans import GIVEN, Form, Options
+
+Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""a, b, c, bias and gate."""
+
+_OF_RESULT = ("relu", "sigmoid", "tanh")
+"""Activations whose slope is a function of their value."""
+
+
+def multiply(given: Mapping[str, Tensor], options: Options) -> Tensor:
+    """The product of tensors, by the names of the arguments."""
+    every = tuple(given.values())
+    a, out = every[0], given.get("out")
+    for name, tensor in given.items():
+        check_place(name, tensor, a.device)
+    if not (a.is_cpu or a.is_meta):
+        raise NotImplementedError(
+            f"a is on {a.device}, and gemm has kernels for the CPU: tilefold.triton.gemm and"
+            " tilefold.metal.gemm take tensors on GPUs"
+        )
+    if out is not None and recorded(*every):
+        raise ValueError("out takes no gradients: leave it out, or call under torch.no_grad()")
+    if unobserved(*every) and not recorded(*every):
+        return run(given, options)
+    if out is None:
+        return _observed(given, options)
+    return out.copy_(_observed({name: x for name, x in given.items() if name != "out"}, options))
+
+
+def run(given: Mapping[str, Tensor], options: Options) -> Tensor:
+    """The product of plain tensors, below autograd."""
+    plan = plans.kept(
+        tuple([(name, x.shape, x.stride(), x.dtype) for name, x in given.items()]),
+        options,
+        lambda: {name: Form(dtype_of(x), tuple(x.shape), x.stride()) for name, x in given.items()},
+    )
+    for name, x in given.items():
+        check_held(name, x)
+    out = given.get("out")
+    if out is None:
+        out = given["a"].new_empty(plan.shape, dtype=getattr(torch, plan.dtype))
+        plan.run({name: x.data_ptr() for name, x in given.items()}, out.data_ptr())
+        return out
+    plan.run({name: x.data_ptr() for name, x in given.items()}, out.data_ptr())
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+def buffer_of(called: str, value: Tensor) -> tuple[str, int, int, bool, Callable[[], None]]:
+    """Type, address and elements of a tensor in one piece, True, and what counts a change of it."""
+    check_place(called, value, value.device)
+    if not value.is_cpu or not unobserved(value):
+        raise NotImplementedError(f"{called} must be a plain tensor on the CPU: {value.device}")
+    if recorded(value):
+        raise ValueError(f"{called} takes no gradients: pass {called}.detach()")
+    if not (value.is_contiguous() or value.permute(*range(value.dim())[::-1]).is_contiguous()):
+        raise ValueError(f"{called} must be one piece of memory, got strides {value.stride()}")
+    check_held(called, value)
+
+    def changed() -> None:
+        if not value.is_inference():
+            torch.autograd.graph.increment_version(value)
+
+    return dtype_of(value), value.data_ptr(), value.numel(), True, changed
+
+
+def _observed(given: Mapping[str, Tensor], options: Options) -> Tensor:
+    """The product of tensors that autograd, a compiler or a transform observes."""
+    matrices, axes = _matrices(given)
+    if unobserved(*given.values()) or lifted():
+        found: Tensor = _Gemm.apply(options, *matrices)  # type: ignore[no-untyped-call]
+    else:
+        found = gemm(*matrices, *options)
+    for axis in axes:
+        found = found.squeeze(axis)
+    return found
+
+
+def _matrices(given: Mapping[str, Tensor]) -> tuple[Given, tuple[int, ...]]:
+    """The operands with vectors as matrices, and the axes of the result that this makes."""
+    a, b, c, bias, gate = (given.get(name) for name in GIVEN)
+    assert a is not None and b is not None
+    axes: tuple[int, ...] = ()
+    if b.dim() == 1:
+        b, axes = b.unsqueeze(1), (-1,)
+        gate = gate.unsqueeze(1) if gate is not None and gate.dim() == 1 else gate
+        c, bias = (x.unsqueeze(-1) if x is not None and x.dim() else x for x in (c, bias))
+    if a.dim() == 1:
+        a, axes = a.unsqueeze(0), (*axes, -1 if axes else -2)
+        c, bias = (x.unsqueeze(-2) if x is not None and x.dim() else x for x in (c, bias))
+    return (a, b, c, bias, gate), axes
+
+
+def _named(a: Tensor, b: Tensor, *rest: Tensor | None) -> dict[str, Tensor]:
+    """The operands by name, without those that are not given."""
+    pairs = zip(GIVEN, (a, b, *rest), strict=True)
+    return {name: x for name, x in pairs if x is not None}
+
+
+@torch.library.custom_op("tilefold::gemm", mutates_args=(), device_types="cpu")
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    alpha: float,
+    beta: float,
+    transpose_a: bool,
+    transpose_b: bool,
+    activation: str | None,
+    dtype: str | None,
+    precision: str,
+) -> Tensor:
+    """The product that compilers and tracers see; its arguments are those of `tilefold.gemm`."""
+    options = Options(alpha, beta, transpose_a, transpose_b, activation, dtype, precision)
+    return run(_named(a, b, c, bias, gate), options)
+
+
+@gemm.register_fake
+def _(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    alpha: float,
+    beta: float,
+    transpose_a: bool,
+    transpose_b: bool,
+    activation: str | None,
+    dtype: str | None,
+    precision: str,
+) -> Tensor:
+    kind = plans.result_type(
+        dtype, dtype_of(a), dtype_of(b), None if c is None else dtype_of(c), None
+    )
+    broadcast: Any = torch.broadcast_shapes
+    batch = broadcast(a.shape[:-2], b.shape[:-2])
+    m, k = (a.shape[-1], a.shape[-2]) if transpose_a else (a.shape[-2], a.shape[-1])
+    n, inner = (b.shape[-2], b.shape[-1]) if transpose_b else (b.shape[-1], b.shape[-2])
+    if k != inner:
+        raise ValueError(f"op(a) is {m} x {k} and op(b) {inner} x {n}: the inner two must be equal")
+    return a.new_empty((*batch, m, n), dtype=getattr(torch, kind))
+
+
+def _product(
+    a: Tensor, b: Tensor, c: Tensor | None = None, *, kind: torch.dtype, **options: Any
+) -> Tensor:
+    """A product as a part of a derivative, of the type `kind`."""
+    kinds, wanted = plans.RESULTS[sums(dtype_of(a), dtype_of(b))], _name(kind)
+    dtype = wanted if wanted in kinds else kinds[0]
+    return multiply(_named(a, b, c, None, None), Options(dtype=dtype, **options)).to(kind)
+
+
+def _name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+_aten = torch.ops.aten
+
+_VALUES: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda z: z,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "silu": functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+"""The activations as torch has them."""
+
+
+def _through_silu(d: Tensor, z: Tensor) -> Tensor:
+    """A slope times the derivative of silu, by differentiable operations."""
+    s = torch.sigmoid(z)
+    return d * (s * (1 + z * (1 - s)))
+
+
+_SLOPES: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {
+    None: lambda d, z: d,
+    "relu": lambda d, y: _aten.threshold_backward(d, y, 0),
+    "gelu": _aten.gelu_backward,
+    "gelu_tanh": lambda d, z: _aten.gelu_backward(d, z, approximate="tanh"),
+    "silu": _through_silu,
+    "sigmoid": _aten.sigmoid_backward,
+    "tanh": _aten.tanh_backward,
+}
+"""A slope times the derivative of an activation, at z, or at y for those of `_OF_RESULT`."""
+
+
+def _anew(options: Options, gate: Tensor | None) -> bool:
+    """True if gradients need z, and compute it."""
+    return gate is not None or options.activation not in (None, *_OF_RESULT)
+
+
+def _save(ctx: Any, options: Options, given: Given, y: Tensor) -> None:
+    """Save what gradients need: c and bias only where z is computed anew."""
+    a, b, c, bias, gate = given
+    anew = _anew(options, gate)
+    ctx.options = options
+    ctx.like = tuple([None if x is None else (tuple(x.shape), x.dtype) for x in (c, bias)])
+    c, bias = (c, bias) if anew else (None, None)
+    ctx.save_for_backward(a, b, c, bias, gate, None if anew or options.activation is None else y)
+
+
+@mapped
+def _gradients(
+    dy: Tensor,
+    saved: tuple[Any, ...],
+    options: Options,
+    like: tuple[Any, ...],
+    wants: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a, b, c, bias and gate that are wanted."""
+    a, b, c, bias, gate, y = saved
+    kind: torch.dtype = getattr(torch, sums(dtype_of(a), dtype_of(b)))
+    name, dg = options.activation, None
+    if not _anew(options, gate):
+        dz = _SLOPES[name](dy, y)
+    else:
+        z = multiply(
+            _named(a, b, c, bias, None), options._replace(activation=None, dtype=_name(kind))
+        )
+        dz, y = dy.to(kind), _VALUES[name](z)
+        if gate is not None:
+            g = multiply(_named(a, gate, None, None, None), _plain(options, _name(kind)))
+            dz, dg = dz * g, (dz * y).to(dy.dtype)
+        dz = _SLOPES[name](dz, y if name in _OF_RESULT else z).to(dy.dtype)
+    of_a = of_b = of_c = of_bias = of_gate = None
+    if wants[0]:
+        of_a = _of_a(dz, b, options, a.dtype if dg is None else kind, None)
+        if dg is not None:
+            of_a = _of_a(dg, gate, options, a.dtype, of_a)
+        of_a = _summed(of_a, tuple(a.shape), a.dtype, kind)
+    if wants[1]:
+        of_b = _of_b(dz, a, b, options, kind)
+    if wants[2] and options.beta:
+        of_c = _summed(dz, like[0][0], like[0][1], kind) * options.beta
+    if wants[3]:
+        of_bias = _summed(dz, like[1][0], like[1][1], kind)
+    if wants[4]:
+        of_gate = _of_b(dg, a, gate, options, kind)
+    return of_a, of_b, of_c, of_bias, of_gate
+
+
+def _plain(options: Options, dtype: str) -> Options:
+    """The options of alpha op(a) op(b) alone."""
+    return options._replace(beta=0.0, activation=None, dtype=dtype)
+
+
+def _of_a(dz: Tensor, b: Tensor, options: Options, kind: torch.dtype, add: Tensor | None) -> Tensor:
+    """The gradient of a for each matrix of the batch, and `add`."""
+    more: dict[str, Any] = {"kind": kind, "alpha": options.alpha, "beta": float(add is not None)}
+    if options.transpose_a:
+        return _product(b, dz, add, transpose_a=options.transpose_b, transpose_b=True, **more)
+    return _product(dz, b, add, transpose_b=not options.transpose_b, **more)
+
+
+def _of_b(dz: Any, a: Tensor, b: Tensor, options: Options, kind: torch.dtype) -> Tensor:
+    """The gradient of b: one product, of all rows of a batch, where b is a matrix."""
+    turned = options.transpose_a
+    if b.dim() == 2 < a.dim():
+        a = (a.mT if turned else a).flatten(0, -2)
+        dz, turned = dz.flatten(0, -2), False
+    more: dict[str, Any] = {"kind": b.dtype, "alpha": options.alpha}
+    if options.transpose_b:
+        found = _product(dz, a, transpose_a=True, transpose_b=turned, **more)
+    else:
+        found = _product(a, dz, transpose_a=not turned, **more)
+    return _summed(found, tuple(b.shape), b.dtype, kind)
+
+
+def _summed(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, kind: torch.dtype) -> Tensor:
+    """The gradient of an operand that broadcasts to x; sums are of the type `kind`."""
+    front = x.dim() - len(shape)
+    axes = [front + i for i, n in enumerate(shape) if n == 1 != x.shape[front + i]]
+    axes = [*range(front), *axes]
+    return (x.sum(axes, keepdim=True, dtype=kind).reshape(shape) if axes else x).to(dtype)
+
+
+class _Gemm(torch.autograd.Function):
+    """`tilefold::gemm` where only autograd, or a transform of torch.func, observes a call."""
+
+    @staticmethod
+    def forward(options: Options, *given: Any) -> Tensor:
+        return run(_named(*given), options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        options, *given = inputs
+        _save(ctx, options, tuple(given), output)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wants = tuple(ctx.needs_input_grad[1:])
+        return (None, *_gradients(dy, tuple(ctx.saved_tensors), ctx.options, ctx.like, wants))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, options: Options, *given: Any) -> tuple[Tensor, int]:
+        batched = _with_batch(info.batch_size, in_dims[1:], given)
+        return _Gemm.apply(options, *batched), 0  # type: ignore[no-untyped-call]
+
+
+def _with_batch(
+    size: int, dims: Sequence[int | None], given: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Operands whose mapped axes are the first axis of a batch."""
+    ranks = [
+        0 if x is None else x.dim() - (axis is not None)
+        for x, axis in zip(given, dims, strict=True)
+    ]
+    rank = max(ranks[:2])
+    alike = dims[4] is not None or dims[1] is not None  # a gate has the shape of b
+    every = [dims[0] is None and dims[1] is None and dims[4] is None, alike, False, False, alike]
+    found = []
+    for x, axis, own, needed in zip(given, dims, ranks, every, strict=True):
+        if x is not None and (axis is not None or needed):
+            x = x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
+            x = x.reshape(size, *(1,) * (rank - own), *x.shape[1:])
+        found.append(x)
+    return found
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, Options(*inputs[5:]), inputs[:5], output)
+
+
+def _operator_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    wants = tuple(ctx.needs_input_grad[:5])
+    found = _gradients(dy, tuple(ctx.saved_tensors), ctx.options, ctx.like, wants)
+    return (*found, *(None for _ in Options._fields))
+
+
+def _operator_vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
+    given = _with_batch(info.batch_size, in_dims[:5], inputs[:5])
+    return gemm(*given, *inputs[5:]), 0
+
+
+gemm.register_autograd(_operator_gradients, setup_context=_setup)
+gemm.register_vmap(_operator_vmap)
