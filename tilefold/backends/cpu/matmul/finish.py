@@ -45,7 +45,7 @@ class _Finish:
         ) as body:
             self.body = body
             self.words = Arguments(body, spec, block)
-            self.scalar = SCALARS[spec.sums]
+            self.summed, self.scalar = SCALARS[spec.sums], SCALARS[spec.finished]
             self.type = vector(spec.lanes, self.scalar)
             self.alpha, self.beta = (self._factor(name) for name in ("alpha", "beta"))
             with (
@@ -57,6 +57,8 @@ class _Finish:
     def _factor(self, name: str) -> Value:
         body = self.body
         number = body.cast("bitcast", self.words[name], "double")
+        if self.scalar == "i32":
+            return body.splat(body.cast("fptosi", number, "i32"), self.spec.lanes, name)
         if self.scalar != "double":
             number = body.cast("fptrunc", number, "float")
         return body.splat(number, self.spec.lanes, name)
@@ -65,21 +67,30 @@ class _Finish:
         """One vector of a row."""
         body, spec = self.body, self.spec
         place = body.add(body.mul(i, spec.width), j)
-        x = body.load(body.offset(self.sums, self.scalar, place), self.type, "x")
-        x = body.binary("fmul", x, self.alpha)
+        x = self._times(self._sums(self.sums, place), self.alpha)
         left = body.sub(self.columns, j, "left")
         if spec.c:
-            x = body.multiply_add(self._read("c", self.c, spec.c, i, j, left), self.beta, x)
+            x = self._plus(x, self._times(self._read("c", self.c, spec.c, i, j, left), self.beta))
         if spec.bias:
-            x = body.binary("fadd", x, self._read("bias", self.bias, spec.bias, i, j, left))
+            x = self._plus(x, self._read("bias", self.bias, spec.bias, i, j, left))
         x = activation.apply(body, spec.activation, x)
         if spec.gate:
-            other = body.load(body.offset(self.other, self.scalar, place), self.type, "other")
-            x = body.binary("fmul", x, body.binary("fmul", other, self.alpha))
+            x = self._times(x, self._times(self._sums(self.other, place), self.alpha))
         self._write(x, i, j, left)
 
+    def _sums(self, base: Value, place: Value) -> Value:
+        body, type_ = self.body, vector(self.spec.lanes, self.summed)
+        x = body.load(body.offset(base, self.summed, place), type_, "x")
+        return body.cast("sitofp", x, self.type) if self.summed != self.scalar else x
+
+    def _times(self, x: Value, y: Value) -> Value:
+        return self.body.binary("mul" if self.scalar == "i32" else "fmul", x, y)
+
+    def _plus(self, x: Value, y: Value) -> Value:
+        return self.body.binary("add" if self.scalar == "i32" else "fadd", x, y)
+
     def _storage(self, dtype: str) -> Storage:
-        return reading(dtype, self.spec.sums, self.spec.native_half)
+        return reading(dtype, self.spec.finished, self.spec.native_half)
 
     def _exists(self, left: Value) -> Value:
         """Which lanes exist."""

@@ -15,13 +15,16 @@ and whoever makes it, so results do not depend on threads.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+from tilefold.backends.cpu.kernels import amx
 from tilefold.backends.cpu.kernels.ir import Module, Value
 from tilefold.backends.cpu.matmul import panels
 from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
 from tilefold.backends.cpu.matmul.panels import SCALARS, reading
 from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, GemmSpec, PackSpec
-from tilefold.backends.cpu.matmul.tile import AHEAD_BYTES, tile
+from tilefold.backends.cpu.matmul.tile import AHEAD_BYTES, TILE_ROWS, tile
 
 PANELS_PER_ITEM = 8
 """Panels of B that a worker packs at a time: lines of 256 floats are read at once."""
@@ -41,7 +44,7 @@ def _pack_b(module: Module, spec: PackSpec) -> None:
     """The kernel "pack_b": items are groups of panels of one matrix."""
     block = Value("%arguments", "ptr")
     store = reading(spec.dtype, spec.sums, spec.native_half)
-    function = panels.pack(module, spec.unit, store, spec.width, spec.lanes, repeat=False)
+    function = panels.pack(module, spec.unit, store, spec.width, spec.lanes, of_a=False)
     with module.function(spec.kernel, [block]) as body:
         words = Arguments(body, spec, block)
         with body.forever("item") as end:
@@ -56,7 +59,9 @@ def _pack_b(module: Module, spec: PackSpec) -> None:
             last = body.minimum(body.add(first, spec.width * PANELS_PER_ITEM), words["n"])
             with body.loop("column", first, last, spec.width) as column:
                 number = body.binary("udiv", column, spec.width)
-                panel = body.offset(target, "i8", body.mul(number, words["panel_bytes"]))
+                head = spec.unit.head_bytes(spec.width)
+                before = body.add(body.mul(number, words["panel_bytes"]), head)
+                panel = body.offset(target, "i8", before)
                 source = store.at(body, array, body.mul(column, words["lane_stride"]))
                 exist = body.minimum(body.sub(words["n"], column), spec.width)
                 strides = (words["lane_stride"], words["c_stride"])
@@ -69,13 +74,14 @@ class _Gemm:
     def __init__(self, module: Module, spec: GemmSpec) -> None:
         self.spec, self.module = spec, module
         self.item_bytes = ITEM_BYTES[spec.sums]
-        self.deep_bytes = 4 if spec.unit.depth > 1 else self.item_bytes
+        self.step_bytes = spec.step_bytes
+        self.head_bytes = spec.unit.head_bytes(spec.width)
         self.a_store = reading(spec.a, spec.sums, spec.native_half)
         self.b_store = reading(spec.b, spec.sums, spec.native_half)
         common = (module, spec.unit)
-        self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, repeat=True)
+        self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, of_a=True)
         if not spec.packed:
-            self.pack_b = panels.pack(*common, self.b_store, spec.width, spec.lanes, repeat=False)
+            self.pack_b = panels.pack(*common, self.b_store, spec.width, spec.lanes, of_a=False)
         self.tiles = {
             vectors: tile(module, spec, vectors) for vectors in range(1, spec.vectors + 1)
         }
@@ -85,7 +91,8 @@ class _Gemm:
         with module.function(spec.kernel, [block]) as body:
             self.body, self.block = body, block
             self.words = Arguments(body, spec, block)
-            self._write()
+            with amx.configured(body) if spec.unit.tiles else nullcontext():
+                self._write()
 
     def _write(self) -> None:
         body, words = self.body, self.words
@@ -161,17 +168,19 @@ class _Gemm:
 
     def _a_panel(self, row: Value) -> Value:
         body = self.body
-        before = body.mul(body.sub(row, self.first_row), body.mul(self.steps, self.deep_bytes))
+        before = body.mul(body.sub(row, self.first_row), body.mul(self.steps, self.step_bytes))
         return body.offset(self.a_panels, "i8", before)
 
     def _pack_b(self, name: str, target: Value, c: Value, depth: Value) -> None:
         body, words, spec, store = self.body, self.words, self.spec, self.b_store
         start = body.add(self.begins[name], body.mul(c, words["b_k"]))
         array = store.at(body, words[name], start)
-        panel_bytes = body.mul(self.steps, spec.width * self.deep_bytes)
+        panel_bytes = body.mul(self.steps, spec.width * self.step_bytes)
+        panel_bytes = body.add(panel_bytes, self.head_bytes)
         with body.loop("column", self.first_column, self.last_column, spec.width) as column:
             number = body.binary("udiv", body.sub(column, self.first_column), spec.width)
-            panel = body.offset(target, "i8", body.mul(number, panel_bytes))
+            before = body.add(body.mul(number, panel_bytes), self.head_bytes)
+            panel = body.offset(target, "i8", before)
             source = store.at(body, array, body.mul(column, words["b_n"]))
             exist = body.minimum(body.sub(words["n"], column), spec.width)
             strides = (words["b_n"], words["b_k"])
@@ -180,14 +189,15 @@ class _Gemm:
     def _panel(self, name: str, scratch: Value, column: Value, number: Value, c: Value) -> Value:
         """The address of a panel of B, at the step of this block."""
         body, words, spec = self.body, self.words, self.spec
-        line = spec.width * self.deep_bytes
+        line = spec.width * self.step_bytes
         if not spec.packed:
-            return body.offset(scratch, "i8", body.mul(number, body.mul(self.steps, line)))
+            size = body.add(body.mul(self.steps, line), self.head_bytes)
+            return body.offset(scratch, "i8", body.add(body.mul(number, size), self.head_bytes))
         index = body.binary("udiv", column, spec.width)
         start = body.offset(words[name], "i8", self.begins[name])
         panel = body.offset(start, "i8", body.mul(index, words["panel_bytes"]))
         before = c if spec.unit.depth == 1 else body.binary("udiv", c, spec.unit.depth)
-        return body.offset(panel, "i8", body.mul(before, line))
+        return body.offset(panel, "i8", body.add(body.mul(before, line), self.head_bytes))
 
     def _tile(
         self, row: Value, column: Value, columns: Value, number: Value, rights: list[Value]
@@ -231,10 +241,11 @@ class _Gemm:
         for target, right in zip(targets, rights, strict=False):
             start = body.select(self.is_first, self.zeros, target)
             start_stride = body.select(self.is_first, Value("0", "i64"), stride)
-            line = body.mul(self.steps, spec.width * self.deep_bytes)
+            line = body.mul(self.steps, spec.width * self.step_bytes)
             ahead = words["panel_bytes"] if spec.packed else line
             done = body.binary("udiv", body.sub(row, self.first_row), spec.rows)
-            done = body.mul(done, body.mul(self.steps, AHEAD_BYTES))
+            fetched = AHEAD_BYTES * (TILE_ROWS if spec.unit.tiles else 1)
+            done = body.mul(done, body.mul(self.steps, fetched))
             ahead = body.offset(right, "i8", body.add(ahead, done))
             arguments = [left, right, self.steps, target, stride, start, start_stride, ahead]
             self._narrowest(columns, 1, arguments)
@@ -261,7 +272,7 @@ class _Gemm:
                 if dtype is None:
                     pointers.append(Value("null", "ptr"))
                     continue
-                store = reading(dtype, spec.sums, spec.native_half)
+                store = reading(dtype, spec.finished, spec.native_half)
                 index = body.add(
                     body.mul(row, words[f"{name}_m"]), body.mul(column, words[f"{name}_n"])
                 )

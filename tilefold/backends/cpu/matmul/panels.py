@@ -1,13 +1,18 @@
 """Panels: parts of A and B in the order in which products read them.
 
-A panel of B has `width` columns, and one of A as many rows as a register tile. Its elements are
-those that one step of the contraction takes, side by side, one step after the other:
+A panel of B has `width` columns, and one of A as many rows as a register tile: its lanes. What one
+step of the contraction takes of all lanes lies side by side, one step after the other:
 
-    panel[c, lane] = array[lane, c]        in the type of the sums; "fma"
-    panel[c, lane] = array[lane, 2c : 2c + 2]        pairs of bfloat16 in words of 32 bits; "dot"
+    "fma"                   panel[c, lane]           an element, in the type of the sums
+    "dot", "madd", "vnni"   panel[step, lane]        a word: 2 or 4 neighbours along the contraction
+    "amx", "amx8"           panel[step, word, lane]  of B: 16 rows of a tile
+                            panel[step, lane, word]  of A: a row of a tile for each lane
 
 Lanes that do not exist are 0 in B. In A they repeat the last one that exists: nobody reads what
-comes of them, and they take no branch.
+comes of them, and they take no branch. The end of the contraction is filled with zeros.
+
+VNNI takes the integers of A without a sign. So 128 is added to those that have one, and the head of
+a panel of B has -128 times the sums of its columns, with which sums begin.
 """
 
 from __future__ import annotations
@@ -18,56 +23,77 @@ from tilefold.backends.cpu.kernels.storage import Storage, storage, storage_in
 from tilefold.backends.cpu.matmul.spec import Unit
 
 SCALARS = {"float32": "float", "float64": "double", "int32": "i32"}
+_INTEGERS = {"int8": "i8", "uint8": "i8", "int32": "i32"}
 
 
 def reading(dtype: str, sums: str, native_half: bool) -> Storage:
     """How elements of a type are read to be summed in another type."""
+    if dtype in _INTEGERS:
+        return Storage(dtype, _INTEGERS[dtype], _INTEGERS[dtype])
+    if sums == "int32":
+        sums = "float32"
     own = storage(dtype, native_half)
     return own if own.scalar == SCALARS[sums] else storage_in(dtype, SCALARS[sums])
 
 
-def pack(module: Module, unit: Unit, store: Storage, width: int, lanes: int, repeat: bool) -> str:
+def pack(module: Module, unit: Unit, store: Storage, width: int, lanes: int, of_a: bool) -> str:
     """The name of `(panel, array, lane stride, c stride, lanes that exist, depth)`.
 
-    `depth` counts elements. A `repeat` function repeats the last lane, another one writes zeros.
+    `depth` counts elements.
     """
-    name = f"pack_{'a' if repeat else 'b'}_{store.dtype}_{width}"
+    name = f"pack_{'a' if of_a else 'b'}_{store.dtype}_{width}"
     if not module.defines(name):
-        kind = _Pairs if unit.depth == 2 else _Elements
-        kind(module, name, store, width, lanes, repeat)
+        kind = _Words if unit.bits else _Elements
+        kind = _Rows if unit.tiles and of_a else kind
+        kind(module, name, unit, store, width, lanes, of_a)
     return name
 
 
 class _Elements:
-    """One element a step."""
-
-    deep = 1
+    """One element a step, in the type of the sums."""
 
     def __init__(
-        self, module: Module, name: str, store: Storage, width: int, lanes: int, repeat: bool
+        self,
+        module: Module,
+        name: str,
+        unit: Unit,
+        store: Storage,
+        width: int,
+        lanes: int,
+        of_a: bool,
     ) -> None:
-        self.store, self.width, self.lanes, self.repeat = store, width, lanes, repeat
+        self.unit, self.store, self.width, self.lanes, self.of_a = unit, store, width, lanes, of_a
         integers = ("lane_stride", "c_stride", "valid", "depth")
         parameters = [Value("%panel", "ptr"), Value("%array", "ptr")]
         parameters += [Value(f"%{name}", "i64") for name in integers]
         self.panel, self.array, self.lane_stride, self.c_stride, self.valid, self.depth = parameters
         with module.function(name, parameters, internal=True) as body:
             self.body = body
-            self._write()
+            self.write()
+
+    deep = 1
+    """Elements that lie side by side in a panel."""
 
     @property
     def element(self) -> str:
-        """The type of an element of the panel."""
+        """The type of what lies side by side."""
         return self.store.scalar
 
-    def _write(self) -> None:
+    @property
+    def filled(self) -> Value:
+        """The end of the contraction, with the zeros that fill a step."""
+        body, step = self.body, self.unit.depth
+        return body.mul(body.binary("udiv", body.add(self.depth, step - 1), step), step)
+
+    def write(self) -> None:
+        """All of a panel: squares, lines or numbers."""
         body, one = self.body, Value("1", "i64")
         start = body.variable("i64", Value("0", "i64"), "start")
         whole = body.compare("eq", self.valid, Value(str(self.width), "i64"), "whole")
         step = self.lanes * self.deep
         deep = body.compare("eq", self.c_stride, one, "deep")
         squares = body.binary("and", deep, body.compare("sge", self.depth, Value(str(step), "i64")))
-        if not self.repeat:
+        if not self.of_a:
             squares = body.binary("and", squares, whole)
         with body.choose(squares, "squares") as branch:
             end = body.sub(self.depth, body.binary("urem", self.depth, step))
@@ -82,8 +108,11 @@ class _Elements:
                 with body.loop("c", 0, end, self.deep) as c:
                     self._line(c)
                 body.write(start, end)
-        with body.loop("c", body.read(start), self.depth, self.deep) as c:
-            self._numbers(c)
+        with (
+            body.loop("c", body.read(start), self.filled, self.deep) as c,
+            body.loop("lane", 0, self.width) as lane,
+        ):
+            self._numbers(c, lane)
 
     def _lane(self, lane: Operand) -> Value:
         """A lane that exists."""
@@ -95,15 +124,14 @@ class _Elements:
         return self.store.at(body, self.array, index)
 
     def _place(self, c: Value, lane: Operand) -> Value:
-        """The place in the panel of a lane at a step of the contraction."""
+        """The place in the panel of a lane at an element of the contraction."""
         body = self.body
-        step = c if self.deep == 1 else body.binary("lshr", c, self.deep - 1)
-        return body.offset(
-            self.panel, self.element, body.add(body.mul(step, self.width), lane), "place"
-        )
+        line = c if self.deep == 1 else body.binary("udiv", c, self.deep)
+        index = body.add(body.mul(line, self.width), lane)
+        return body.offset(self.panel, self.element, index, "place")
 
     def _square(self, c: Value, first: int) -> None:
-        """Lanes from `first` by as many steps, turned in registers.
+        """Lanes from `first` by as many lines, turned in registers.
 
         What a panel narrower than a vector writes too many lies in its next line, which is written
         after it; behind the last line there is room.
@@ -112,73 +140,141 @@ class _Elements:
         exist = min(lanes, self.width - first)
         rows = []
         for lane in range(first, first + exist):
-            row = self._lane(lane) if self.repeat else lane
+            row = self._lane(lane) if self.of_a else lane
             rows.append(self._neighbours(self._at(row, c)))
         rows += [rows[-1]] * (lanes - exist)
         for step, column in enumerate(transpose(body, rows)):
-            if exist == 1:
-                column = body.lane(column, 0)
-            elif exist < lanes and first:
-                column = body.shuffle(column, column, range(exist))
+            if exist < lanes and first:
+                few = range(exist)
+                one = exist == 1
+                column = body.lane(column, 0) if one else body.shuffle(column, column, few)
             body.store(column, self._place(body.add(c, step * self.deep), first))
 
-    def _neighbours(self, address: Value) -> Value:
-        """As many steps of the contraction as there are lanes."""
-        return self.store.load(self.body, address, self.lanes)
-
     def _line(self, c: Value) -> None:
-        """All lanes of one step, which are neighbours."""
+        """All lanes of one line of the panel, which are neighbours in the array."""
         for first in range(0, self.width, self.lanes):
             exist = min(self.lanes, self.width - first)
             self.body.store(self._vector(first, c, exist), self._place(c, first))
 
+    def _numbers(self, c: Value, lane: Value) -> None:
+        """One lane of one line."""
+        body = self.body
+        number = self._number(self._lane(lane), c)
+        if not self.of_a:
+            inside = body.compare("slt", lane, self.valid)
+            number = body.select(inside, number, body.constant(0.0, self.element))
+        body.store(number, self._place(c, lane))
+
+    def _neighbours(self, address: Value) -> Value:
+        """A vector along the contraction."""
+        return self.store.load(self.body, address, self.lanes)
+
     def _vector(self, lane: int, c: Operand, exist: int) -> Value:
         return self.store.load(self.body, self._at(lane, c), exist)
-
-    def _numbers(self, c: Value) -> None:
-        """All lanes of one step, one by one."""
-        body = self.body
-        with body.loop("lane", 0, self.width) as lane:
-            number = self._number(self._lane(lane), c)
-            if not self.repeat:
-                inside = body.compare("slt", lane, self.valid)
-                number = body.select(inside, number, body.constant(0.0, self.element))
-            body.store(number, self._place(c, lane))
 
     def _number(self, lane: Value, c: Value) -> Value:
         return self.store.load(self.body, self._at(lane, c))
 
 
-class _Pairs(_Elements):
-    """Two elements of bfloat16 a step, in one word; a missing second one is 0."""
+class _Words(_Elements):
+    """Words of 2 or 4 neighbours along the contraction, as their bits."""
 
-    deep = 2
+    element = "i32"
 
     @property
-    def element(self) -> str:
-        return "i32"
+    def deep(self) -> int:  # type: ignore[override]
+        return self.unit.per_word
+
+    def write(self) -> None:
+        super().write()
+        if self.unit.head_bytes(self.width) and not self.of_a:
+            self._head()
+
+    def _bits(self, value: Value) -> Value:
+        """Loaded elements as integers of the unit's bits."""
+        body, wanted = self.body, vector(value.lanes, f"i{self.unit.bits}")
+        if value.element in ("half", "bfloat"):
+            return body.cast("bitcast", value, wanted)
+        return body.cast("zext" if self.store.dtype == "uint8" else "sext", value, wanted)
+
+    def _signless(self, words: Value) -> Value:
+        """Integers of A plus 128, which changes their first bit, where VNNI takes no sign."""
+        if self.unit.name != "vnni" or not self.of_a or self.store.dtype == "uint8":
+            return words
+        return self.body.binary("xor", words, self.body.constant(-0x7F7F7F80, words.type))
 
     def _neighbours(self, address: Value) -> Value:
-        return self.body.load(address, vector(self.lanes, "i32"), "words", align=2)
+        body, count = self.body, self.lanes * self.deep
+        loaded = body.load(address, vector(count, self.store.stored), "x")
+        return self._signless(
+            body.cast("bitcast", self._bits(loaded), vector(self.lanes, "i32"), "words")
+        )
 
     def _vector(self, lane: int, c: Operand, exist: int) -> Value:
         body = self.body
+        type_ = vector(exist, self.store.stored)
         return self._word(
-            *(
-                body.load(self._at(lane, step), vector(exist, "i16"), "x")
-                for step in (c, body.add(c, 1))
-            )
+            [body.load(self._at(lane, body.add(c, step)), type_, "x") for step in range(self.deep)]
         )
 
     def _number(self, lane: Value, c: Value) -> Value:
-        body = self.body
-        after = body.add(c, 1)
-        exists = body.compare("slt", after, self.depth)
-        low = body.load(self._at(lane, c), "i16", "x")
-        high = body.load(self._at(lane, body.select(exists, after, c)), "i16", "x")
-        return self._word(low, body.select(exists, high, Value("0", "i16")))
+        """The word of one lane; elements past the end are 0."""
+        body, zero = self.body, Value("0", self.store.stored)
+        last, numbers = body.sub(self.depth, 1), []
+        for step in range(self.deep):
+            at = body.add(c, step)
+            exists = body.compare("slt", at, self.depth)
+            number = body.load(self._at(lane, body.minimum(at, last)), self.store.stored, "x")
+            numbers.append(body.select(exists, number, zero))
+        return self._word(numbers)
 
-    def _word(self, low: Value, high: Value) -> Value:
-        body, words = self.body, vector(low.lanes, "i32")
-        upper = body.binary("shl", body.cast("zext", high, words), 16)
-        return body.binary("or", upper, body.cast("zext", low, words), "pair")
+    def _word(self, parts: list[Value]) -> Value:
+        body, words = self.body, vector(parts[0].lanes, "i32")
+        total: Value | None = None
+        for number, part in enumerate(parts):
+            part = body.cast("zext", self._bits(part), words)
+            part = body.binary("shl", part, number * self.unit.bits) if number else part
+            total = part if total is None else body.binary("or", total, part, "word")
+        assert total is not None
+        return self._signless(total)
+
+    def _head(self) -> None:
+        """-128 times the sum of each column, before the panel."""
+        body, type_ = self.body, vector(self.lanes, "i32")
+        ones = body.constant(0x01010101, type_)
+        for first in range(0, self.width, self.lanes):
+            total = body.variable(type_, body.constant(0, type_), "column")
+            with body.loop("c", 0, self.filled, self.deep) as c:
+                words = body.load(self._place(c, first), type_)
+                name = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
+                body.write(total, body.call(name, type_, [body.read(total), ones, words]))
+            place = body.offset(self.panel, "i32", first - self.width)
+            body.store(body.mul(body.read(total), -128), place)
+
+
+class _Rows(_Words):
+    """A of tile registers: a row of 16 words for each lane."""
+
+    def write(self) -> None:
+        """Rows of a tile are 64 bytes of the array's own where these are neighbours."""
+        body, step = self.body, self.unit.depth
+        start = body.variable("i64", Value("0", "i64"), "start")
+        deep = body.compare("eq", self.c_stride, Value("1", "i64"), "deep")
+        with body.when(deep, "lines"):
+            end = body.sub(self.depth, body.binary("urem", self.depth, step))
+            with body.loop("c", 0, end, step) as c, body.loop("lane", 0, self.width) as lane:
+                type_ = vector(step, self.store.stored)
+                body.store(body.load(self._at(self._lane(lane), c), type_), self._row(c, lane, 0))
+            body.write(start, end)
+        with (
+            body.loop("c", body.read(start), self.filled, step) as c,
+            body.loop("lane", 0, self.width) as lane,
+            body.loop("word", 0, self.unit.words) as word,
+        ):
+            at = body.add(c, body.mul(word, self.deep))
+            body.store(self._number(self._lane(lane), at), self._row(c, lane, word))
+
+    def _row(self, c: Value, lane: Value, word: Operand) -> Value:
+        body = self.body
+        index = body.add(body.mul(body.binary("udiv", c, self.unit.depth), self.width), lane)
+        return body.offset(self.panel, "i32", body.add(body.mul(index, self.unit.words), word))

@@ -6,7 +6,18 @@ import math
 from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu.device import Device
-from tilefold.backends.cpu.matmul.spec import DOT, FMA, ITEM_BYTES, GemmSpec, Unit, lanes_of
+from tilefold.backends.cpu.matmul.spec import (
+    AMX,
+    AMX8,
+    DOT,
+    FMA,
+    ITEM_BYTES,
+    MADD,
+    VNNI,
+    GemmSpec,
+    Unit,
+    lanes_of,
+)
 from tilefold.problems.matmul import Operand, Product
 
 TILES = {"amx": (14, 2), "avx512": (14, 2), "avx2": (6, 2), "sse2": (6, 2), "neon": (12, 2)}
@@ -20,6 +31,10 @@ _K_CACHE, _M_CACHE = 1.45, 0.25
 """A panel of B fills this share of the first cache: it streams from the second, and the longer it
 is, the fewer sums are read again. A's block fills this share of the second cache. (Xeon with AMX,
 float32, 2048^3, one thread, beside MKL: terms of 256 give 0.96, 352 0.97, 512 1.02, 688 1.01.)"""
+
+_K_TILES = 0.7
+"""The share where tile registers multiply: they read a panel of B in 2 bytes for each 64 of their
+operations, so it stays in the first cache."""
 
 _MOST_PANELS = 64
 """Panels of an item: A's block is packed once for each item (16 give 0.99 where 64 give 1.02)."""
@@ -65,15 +80,14 @@ class GemmPlan:
         return -(-self.product.n // self.spec.width)
 
     @property
-    def deep_bytes(self) -> int:
-        """Bytes of what one step takes of one column."""
-        return 4 if self.spec.unit.depth > 1 else ITEM_BYTES[self.spec.sums]
-
-    @property
     def panel_bytes(self) -> int:
         """Bytes of a panel of B with all terms."""
-        steps = -(-max(1, self.product.k) // self.spec.unit.depth)
-        return steps * self.spec.width * self.deep_bytes
+        return self._size(self.product.k, self.spec.width)
+
+    def _size(self, k: int, width: int) -> int:
+        """Bytes of a panel of B with k terms."""
+        unit = self.spec.unit
+        return _parts(k, unit.depth) * width * self.spec.step_bytes + unit.head_bytes(width)
 
     @property
     def one_block(self) -> bool:
@@ -83,16 +97,15 @@ class GemmPlan:
     @property
     def a_bytes(self) -> int:
         """A worker's scratch for panels of A, with room behind the last one."""
-        steps = -(-self.block_k // self.spec.unit.depth)
-        return _whole(self.block_m * steps * self.deep_bytes + 64)
+        steps = _parts(self.block_k, self.spec.unit.depth)
+        return _whole(self.block_m * steps * self.spec.step_bytes + 64)
 
     @property
     def b_bytes(self) -> int:
         """A worker's scratch for panels of B."""
         if self.spec.packed:
             return 0
-        steps = -(-self.block_k // self.spec.unit.depth)
-        return _whole(self.block_n * steps * self.deep_bytes)
+        return _whole(self.block_n // self.spec.width * self._size(self.block_k, self.spec.width))
 
     @property
     def sums_bytes(self) -> int:
@@ -116,11 +129,11 @@ def plan(product: Product, out: Operand, device: Device, packed: bool = False) -
         product, out = _transposed(product), out.turned()
     unit = _unit(product, device)
     most, vectors = TILES[device.isa]
-    rows = balanced(product.m, most)
+    rows = (32 if product.m > 16 else 16) if unit.tiles else balanced(product.m, most)
     lanes = lanes_of(device, product.sums)
     width = vectors * lanes
     block_k = _block_k(product.k, width, device, unit)
-    block_m, block_n = _blocks(product, rows, width, block_k, device)
+    block_m, block_n = _blocks(product, rows, width, block_k, device, unit)
     packs = not packed and product.m > block_m
     plain = product.alpha == 1 and not (product.beta or product.bias or product.gate)
     spec = GemmSpec(
@@ -166,28 +179,40 @@ def _cost(m: int, rows: int) -> float:
 
 
 def _unit(product: Product, device: Device) -> Unit:
+    """What multiplies these types on a device."""
     types = {product.a.dtype, product.b.dtype}
-    if types == {"bfloat16"} and device.has("avx512bf16"):
-        return DOT
+    if types == {"bfloat16"}:
+        tiles = device.isa == "amx" and device.has("amx-bf16")
+        return AMX if tiles else DOT if device.has("avx512bf16") else FMA
+    if product.sums == "int32":
+        if device.isa == "amx" and device.has("amx-int8"):
+            return AMX8
+        if device.has("avx512vnni"):
+            return VNNI
+        return FMA if device.isa == "neon" else MADD
     return FMA
 
 
 def _block_k(k: int, width: int, device: Device, unit: Unit) -> int:
-    """Terms at a time, in equal parts."""
+    """Terms at a time, in equal parts. VNNI takes all: the head of a panel is that of all terms."""
+    if unit == VNNI:
+        return max(k, 1)
     l1 = device.l1_bytes or 2**15
-    deep = 4 * width / unit.depth
-    most = max(64, int(_K_CACHE * l1 / deep) // 16 * 16)
+    step = max(16, unit.depth)
+    deep = width * unit.step_bytes("float32") / unit.depth
+    share = _K_TILES if unit.tiles else _K_CACHE
+    most = max(64, int(share * l1 / deep) // step * step)
     if k <= most:
         return max(k, 1)
-    return _up(_parts(k, _parts(k, most)), 16)
+    return _up(_parts(k, _parts(k, most)), step)
 
 
 def _blocks(
-    product: Product, rows: int, width: int, block_k: int, device: Device
+    product: Product, rows: int, width: int, block_k: int, device: Device, unit: Unit
 ) -> tuple[int, int]:
     """Rows and columns of an item: A's block in half of the second cache, items for all cores."""
     l2 = device.l2_bytes or 2**19
-    item = ITEM_BYTES[product.sums]
+    item = unit.step_bytes(product.sums) / unit.depth
     block_m = max(1, int(_M_CACHE * l2 / (block_k * item)) // rows) * rows
     block_m = _up(_parts(product.m, _parts(product.m, block_m)), rows)
     block_n = min(_MOST_PANELS, max(1, -(-product.n // width))) * width

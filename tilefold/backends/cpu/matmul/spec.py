@@ -13,21 +13,46 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 
 
 @dataclass(frozen=True)
 class Unit:
-    """What multiplies, and how many neighbours along the contraction one instruction takes.
+    """What multiplies: the neighbours along the contraction that one step takes, and their bits.
 
-    "fma" multiplies single elements, "dot" pairs of bfloat16 (AVX512-BF16).
+    "fma"   one element in the type of the sums
+    "dot"   a word of two numbers of bfloat16 (AVX512-BF16)
+    "madd"  a word of two integers of 16 bits (all x86)
+    "vnni"  a word of four integers of 8 bits, of A without a sign (AVX512-VNNI)
+    "amx"   16 words of two numbers of bfloat16, a row of a tile
+    "amx8"  16 words of four integers of 8 bits
     """
 
     name: str
     depth: int
+    bits: int = 0
 
     @property
-    def item(self) -> str | None:
-        """The type of packed elements; None is that of the sums."""
-        return None if self.depth == 1 else "bfloat16"
+    def tiles(self) -> bool:
+        """True where tile registers multiply."""
+        return self.name.startswith("amx")
+
+    @property
+    def per_word(self) -> int:
+        """Elements of a word."""
+        return 32 // self.bits
+
+    @property
+    def words(self) -> int:
+        """Words of one step, of one lane."""
+        return self.depth // self.per_word
+
+    def step_bytes(self, sums: str) -> int:
+        """Bytes of one step of one lane."""
+        return 4 * self.words if self.bits else ITEM_BYTES[sums]
+
+    def head_bytes(self, width: int) -> int:
+        """Bytes before a panel of B: what the sums of a panel without signs have too much."""
+        return 4 * width if self.name == "vnni" else 0
 
 
-FMA, DOT = Unit("fma", 1), Unit("dot", 2)
+FMA, DOT, MADD, VNNI = Unit("fma", 1), Unit("dot", 2, 16), Unit("madd", 2, 16), Unit("vnni", 4, 8)
+AMX, AMX8 = Unit("amx", 32, 16), Unit("amx8", 64, 8)
 
 
 @dataclass(frozen=True)
@@ -73,6 +98,16 @@ class GemmSpec:
     def width(self) -> int:
         """Columns of a panel of B."""
         return self.vectors * self.lanes
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of one step of the contraction, of one row or column."""
+        return self.unit.step_bytes(self.sums)
+
+    @property
+    def finished(self) -> str:
+        """The type in which sums become results."""
+        return self.sums if self.sums != "int32" or self.out == "int32" else "float32"
 
     @property
     def packing(self) -> PackSpec:
