@@ -132,7 +132,7 @@ def plan(product: Product, out: Operand, device: Device, packed: bool = False) -
     rows = (32 if product.m > 16 else 16) if unit.tiles else balanced(product.m, most)
     lanes = lanes_of(device, product.sums)
     width = vectors * lanes
-    block_k = _block_k(product.k, width, device, unit)
+    block_k = _block_k(product.k, width, device, unit, product.sums)
     block_m, block_n = _blocks(product, rows, width, block_k, device, unit)
     packs = not packed and product.m > block_m
     plain = product.alpha == 1 and not (product.beta or product.bias or product.gate)
@@ -193,13 +193,13 @@ def _unit(product: Product, device: Device) -> Unit:
     return FMA
 
 
-def _block_k(k: int, width: int, device: Device, unit: Unit) -> int:
+def _block_k(k: int, width: int, device: Device, unit: Unit, sums: str) -> int:
     """Terms at a time, in equal parts. VNNI takes all: the head of a panel is that of all terms."""
     if unit == VNNI:
         return max(k, 1)
     l1 = device.l1_bytes or 2**15
     step = max(16, unit.depth)
-    deep = width * unit.step_bytes("float32") / unit.depth
+    deep = width * unit.step_bytes(sums) / unit.depth
     share = _K_TILES if unit.tiles else _K_CACHE
     most = max(64, int(share * l1 / deep) // step * step)
     if k <= most:
