@@ -151,6 +151,11 @@ class QuantizedSpec:
         return {"int4": 4, "int4_symmetric": 4, "palette6": 6}.get(self.scheme, 8)
 
     @property
+    def finished(self) -> str:
+        """The type in which sums become results."""
+        return self.sums
+
+    @property
     def item_bytes(self) -> int:
         """Bytes from column to column: of a word, or of a code."""
         return 1 if self.bits == 8 else 4
