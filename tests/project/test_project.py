@@ -131,7 +131,9 @@ def blocks(page: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/products.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/products.md", "docs/quantized.md"]
+)
 def test_python_in_the_pages_runs(page: str) -> None:
     assert blocks(page)
     names: dict[str, Any] = {}  # later blocks go on from earlier ones
