@@ -41,6 +41,27 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_NAMES = {
+    "gemm": [
+        "transa",
+        "transb",
+        "m",
+        "n",
+        "k",
+        "alpha",
+        "a",
+        "lda",
+        "b",
+        "ldb",
+        "beta",
+        "c",
+        "ldc",
+    ],
+    "gemv": ["trans", "m", "n", "alpha", "a", "lda", "x", "incx", "beta", "y", "incy"],
+    "ger": ["m", "n", "alpha", "x", "incx", "y", "incy", "a", "lda"],
+}
+"""The arguments in their order."""
+
 _TYPES = {"s": "float32", "d": "float64", "h": "float16", "b": "bfloat16"}
 
 
@@ -145,43 +166,43 @@ def _typed(letter: str, model: Function) -> Function:
 class _Arguments:
     """The arguments of a routine by name. Its checks raise errors with a name and a number."""
 
-    def __init__(self, routine: str, names: str, given: tuple[Any, ...]) -> None:
+    def __init__(self, routine: str, given: tuple[Any, ...]) -> None:
         self.routine, self.dtype = routine, _TYPES[routine[0]]
-        self.numbers = {name: place for place, name in enumerate(names.split(), 1)}
-        self.given = dict(zip(self.numbers, given, strict=True))
-
-    def refusal(self, name: str, allowed: str) -> ValueError:
-        """The error of an argument: what is allowed."""
-        return ValueError(f"{self._called(name)} must be {allowed}, got {shown(self.given[name])}")
+        self.given = dict(zip(_NAMES[routine[1:]], given, strict=True))
 
     def turned(self, name: str) -> bool:
         """True if an argument asks for a transpose."""
         value = self.given[name]
         if not isinstance(value, str) or value.upper() not in ("N", "T", "C"):
-            raise self.refusal(name, "'N', 'T' or 'C'")
+            raise ValueError(f"{self._called(name)} must be 'N', 'T' or 'C', got {shown(value)}")
         return value.upper() != "N"
 
     def length(self, name: str, least: int = 0) -> int:
         """An integer that is at least `least`."""
-        return whole(self._called(name), self.given[name], least)
+        value = self.given[name]
+        if type(value) is int and value >= least:
+            return value
+        return whole(self._called(name), value, least)
 
     def step(self, name: str) -> int:
         """An integer that is not 0."""
-        found = whole(self._called(name), self.given[name], -sys.maxsize)
+        found = self.length(name, -sys.maxsize)
         if found == 0:
-            raise self.refusal(name, "an integer that is not 0")
+            raise ValueError(f"{self._called(name)} must be an integer that is not 0")
         return found
 
     def factor(self, name: str) -> float:
         """A number."""
-        return number(self._called(name), self.given[name])
+        value = self.given[name]
+        return value if type(value) is float else number(self._called(name), value)
 
     def buffer(self, name: str, needed: int) -> _Buffer:
         """The memory of an argument, of at least `needed` elements."""
         called, value = self._called(name), self.given[name]
-        torch = sys.modules.get("torch")
-        tensor = isinstance(value, getattr(torch, "Tensor", ()))
-        found = _of_tensor(called, value) if tensor else _of_array(called, value)
+        tensors = getattr(sys.modules.get("torch"), "Tensor", ())
+        found = (
+            _of_tensor(called, value) if isinstance(value, tensors) else _of_array(called, value)
+        )
         if found.dtype != self.dtype:
             raise TypeError(f"{called} must be {self.dtype}, got {found.dtype}")
         if found.elements < needed:
@@ -226,7 +247,7 @@ class _Arguments:
         return found
 
     def _called(self, name: str) -> str:
-        return f"{self.routine}: parameter {self.numbers[name]} ({name})"
+        return f"{self.routine}: parameter {[*self.given].index(name) + 1} ({name})"
 
 
 class _Buffer(NamedTuple):
@@ -280,7 +301,7 @@ def _of_tensor(called: str, value: Any) -> _Buffer:
 
 
 def _gemm(routine: str, given: tuple[Any, ...], strict: bool) -> Any:
-    its = _Arguments(routine, "transa transb m n k alpha a lda b ldb beta c ldc", given)
+    its = _Arguments(routine, given)
     turned_a, turned_b = its.turned("transa"), its.turned("transb")
     m, n, k = (its.length(name) for name in "mnk")
     matrices = {
@@ -301,7 +322,7 @@ def _gemm(routine: str, given: tuple[Any, ...], strict: bool) -> Any:
 
 
 def _gemv(routine: str, given: tuple[Any, ...], strict: bool) -> Any:
-    its = _Arguments(routine, "trans m n alpha a lda x incx beta y incy", given)
+    its = _Arguments(routine, given)
     turned, m, n = its.turned("trans"), its.length("m"), its.length("n")
     lda, incx, incy = its.length("lda", max(1, m)), its.step("incx"), its.step("incy")
     alpha, beta = its.factor("alpha"), its.factor("beta")
@@ -318,7 +339,7 @@ def _gemv(routine: str, given: tuple[Any, ...], strict: bool) -> Any:
 
 
 def _ger(routine: str, given: tuple[Any, ...], strict: bool) -> Any:
-    its = _Arguments(routine, "m n alpha x incx y incy a lda", given)
+    its = _Arguments(routine, given)
     m, n, alpha = its.length("m"), its.length("n"), its.factor("alpha")
     incx, incy, lda = its.step("incx"), its.step("incy"), its.length("lda", max(1, m))
     k = int(alpha != 0)

@@ -11,8 +11,15 @@ from gemms import ACTIVATIONS
 
 torch = pytest.importorskip("torch")
 
+import interpreted  # noqa: E402
+from metal import needs as needs_emulator  # noqa: E402
+from metal_rules import Compiler  # noqa: E402
+
 import tilefold  # noqa: E402
 from tilefold import gemm  # noqa: E402
+from tilefold.backends.metal.runtime import Mps  # noqa: E402
+from tilefold.backends.triton.interpreter import Interpreted  # noqa: E402
+from tilefold.products import torch as products  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -133,6 +140,7 @@ def test_a_compiler_sees_one_operator() -> None:
     torch.compile(lambda x, out: gemm(x, x.mT, out=out[:, :3]), backend="aot_eager")(out + 0, out)
 
 
+@pytest.mark.slow
 def test_operator_and_transforms() -> None:
     a, b, bias = normal(3, 4), normal(4, 5), normal(5)
     options = (0.5, 0.0, False, False, "gelu", None, "highest")
@@ -162,6 +170,37 @@ def test_operator_and_transforms() -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.feature("A12")
+@pytest.mark.parametrize("backend", ["metal", "triton"])
+def test_tensors_on_a_gpu_go_to_its_kernels(backend: str, monkeypatch: Any) -> None:
+    """The kernels of Metal on the emulator, those of Triton in the interpreter."""
+    if backend == "metal":
+        needs_emulator()
+        machine: Any = Mps(torch.device("cpu"), Compiler(), "apple9")
+    else:
+        interpreted.needs()
+        machine = Interpreted("sm_90")
+    monkeypatch.setattr(products, "machine_of", lambda tensor: machine)
+    x, w, bias = (plain(*shape).requires_grad_() for shape in ((2, 9, 17), (17, 12), (12,)))
+    got = gemm(x, w, bias=bias, activation="gelu")
+    want = torch.nn.functional.gelu(x @ w + bias)
+    near(got, want)
+    slope = plain(2, 9, 12)
+    for mine, other in zip(
+        *(torch.autograd.grad(y, (x, w, bias), slope) for y in (got, want)), strict=True
+    ):
+        near(mine, other)
+    x, w = x.detach(), w.detach()
+    c = plain(17)
+    near(gemm(w, x[0, 0, :12], c, beta=0.5), w @ x[0, 0, :12] + 0.5 * c)
+    out = plain(9, 12)
+    assert gemm(x[0], w, gate=w, activation="silu", out=out) is out
+    near(out, torch.nn.functional.silu(x[0] @ w) * (x[0] @ w))
+    with pytest.raises(ValueError, match="out must not overlap a"):
+        gemm(x[0], w, out=x[0, :, :12])
+
+
 @pytest.mark.feature("T15")
 def test_bad_tensors_raise_one_line() -> None:
     x, w = plain(3, 4), plain(4, 5)
@@ -186,6 +225,7 @@ def test_bad_tensors_raise_one_line() -> None:
         gemm(freed, w.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["jax.numpy", "tensorflow"])
 def test_other_frameworks_are_refused(framework: str) -> None:
     module = pytest.importorskip(framework)

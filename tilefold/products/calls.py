@@ -117,7 +117,7 @@ def multiply(given: Mapping[str, Any], options: Options) -> Array:
     """The product of NumPy arrays, by the names of the arguments."""
     if "out" in given:
         _check_written(given["out"])
-    held = {name: _readable(name, array) for name, array in given.items()}
+    held = {name: as_array(name, array) for name, array in given.items()}
     plan = plans.kept(
         tuple([(name, x.shape, x.strides, x.dtype) for name, x in held.items()]),
         options,
@@ -128,14 +128,6 @@ def multiply(given: Mapping[str, Any], options: Options) -> Array:
         out = np.empty(plan.shape, _native(plan.dtype, held))
     plan.run({name: arrays.pointer(array) for name, array in held.items()}, arrays.pointer(out))
     return out
-
-
-def _readable(name: str, value: Any) -> Array:
-    """The argument as an array that kernels read, copied where its elements lie oddly."""
-    array = as_array(name, value)
-    if any(step % array.itemsize for step in array.strides) and array.itemsize:
-        return np.ascontiguousarray(array)
-    return array
 
 
 def _check_written(out: Any) -> None:
@@ -155,8 +147,13 @@ def _form(name: str, array: Array) -> Form:
     return Form(array.dtype.name, array.shape, arrays.strides(name, array))
 
 
+_NATIVE = {name: np.dtype(name) for name in ("float32", "float64", "float16", "int32")}
+
+
 def _native(dtype: str, held: Mapping[str, Array]) -> np.dtype[Any]:
     """NumPy's type with this name; bfloat16 is that of ml_dtypes, if the program has it."""
+    if dtype in _NATIVE:
+        return _NATIVE[dtype]
     for array in held.values():
         if array.dtype.name == dtype:
             return array.dtype

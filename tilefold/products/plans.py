@@ -78,13 +78,15 @@ class Options(NamedTuple):
         precision: Any,
     ) -> Options:
         """The options of a call. Raises TypeError or ValueError for what is none."""
-        check_precision(precision)
-        choice("activation", activation, ACTIVATIONS)
+        if precision != "highest":
+            check_precision(precision)
+        if activation is not None:
+            choice("activation", activation, ACTIVATIONS)
         return cls(
             alpha if type(alpha) is float else number("alpha", alpha),
             beta if type(beta) is float else number("beta", beta),
-            flag("transpose_a", transpose_a),
-            flag("transpose_b", transpose_b),
+            transpose_a if type(transpose_a) is bool else flag("transpose_a", transpose_a),
+            transpose_b if type(transpose_b) is bool else flag("transpose_b", transpose_b),
             *(activation, dtype, precision),
         )
 
@@ -153,19 +155,27 @@ class Plan:
         Raises ValueError if it overlaps an operand.
         """
         if "out" in self.places:
-            self._check_apart(addresses, out)
+            check_apart(self.places, self.onto, addresses)
         if self.prepared is not None:
             a, b, c, bias, gate = (addresses[x] if x in self.places else 0 for x in GIVEN)
             self.prepared.run(a, b, out, c, bias, gate)
 
-    def _check_apart(self, addresses: Mapping[str, int], out: int) -> None:
-        written = self.places["out"]
-        for name, place in self.places.items():
-            if name == "out" or (name == "c" and self.onto and addresses["c"] == out):
-                continue
-            if written.meets(out, place, addresses[name]):
-                more = ": c is out itself, or lies elsewhere" if name == "c" else ""
-                raise OverlapError(f"out must not overlap {name}{more}")
+
+def check_apart(places: Mapping[str, Place], onto: bool, addresses: Mapping[str, int]) -> None:
+    """Raises OverlapError if "out" shares memory with another place; `onto`: with c it may."""
+    written, out = places["out"], addresses["out"]
+    for name, place in places.items():
+        if name == "out" or (name == "c" and onto and addresses["c"] == out):
+            continue
+        if written.meets(out, place, addresses[name]):
+            more = ": c is out itself, or lies elsewhere" if name == "c" else ""
+            raise OverlapError(f"out must not overlap {name}{more}")
+
+
+def places(product: Product, forms: Mapping[str, Form]) -> dict[str, Place]:
+    """The places of "out", if it is given, and of the operands that a kernel reads."""
+    read = [name for name in GIVEN if getattr(product, name) is not None]
+    return {name: Place.of(form) for name, form in forms.items() if name in (*read, "out")}
 
 
 _kept: LruCache[Plan] = LruCache(most=256, most_bytes=2**20)
@@ -178,8 +188,16 @@ def kept(key: Hashable, options: Options, forms: Callable[[], Mapping[str, Form]
     return found if found is not None else _kept.put(key, plan(options, forms()), 0)
 
 
-def plan(options: Options, forms: Mapping[str, Form]) -> Plan:
-    """The plan of a call from the forms of its operands and, as "out", of its result.
+class Described(NamedTuple):
+    """A call in the words of kernels, and the shape and the form of its result."""
+
+    product: Product
+    out: Form
+    written: Operand
+
+
+def described(options: Options, forms: Mapping[str, Form]) -> Described:
+    """The description of a call from the forms of its operands and, as "out", of its result.
 
     Raises TypeError or ValueError for types, shapes and options that do not fit together.
     """
@@ -213,11 +231,6 @@ def plan(options: Options, forms: Mapping[str, Form]) -> Plan:
     if not options.beta:
         product = replace(product, c=None)
     _check_integers(product)
-    if {product.a.dtype, product.b.dtype} & {*INTEGERS}:
-        raise NotImplementedError(
-            f"there is no kernel for {product.a.dtype} times {product.b.dtype} yet: convert both to"
-            " float32"
-        )
     out = out or Form(dtype, shape, _dense(shape))
     if out.shape != shape:
         raise ValueError(f"out must be of shape {shape}, got {out.shape}")
@@ -227,10 +240,18 @@ def plan(options: Options, forms: Mapping[str, Form]) -> Plan:
             f" {out.shape} with strides {out.strides}"
         )
     written = _operand("out", out, vector_a, vector_b).padded(len(product.a.axes.lengths))
-    prepared = None if 0 in shape else kernels.prepare(product, written)
-    read = [name for name in GIVEN if getattr(product, name) is not None]
-    places = {name: Place.of(form) for name, form in forms.items() if name in (*read, "out")}
-    return Plan(shape, dtype, places, out == forms.get("c"), prepared)
+    return Described(product, out, written)
+
+
+def plan(options: Options, forms: Mapping[str, Form]) -> Plan:
+    """The plan of a call on the processor from the forms of its arrays: see `described`."""
+    product, out, written = described(options, forms)
+    a, b = product.a.dtype, product.b.dtype
+    if {a, b} & {*INTEGERS}:
+        raise NotImplementedError(f"there is no kernel for {a} times {b} yet: pass float32 arrays")
+    prepared = None if 0 in out.shape else kernels.prepare(product, written)
+    onto = out == forms.get("c")
+    return Plan(out.shape, out.dtype, places(product, forms), onto, prepared)
 
 
 def _operand(name: str, form: Form, vector_a: bool, vector_b: bool) -> Operand:

@@ -12,6 +12,7 @@ of it is made of differentiable operations, so there are derivatives of any orde
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tilefold.backends.arrays.torch import check_held, check_place, dtype_of
+from tilefold.backends.protocols import Machine
+from tilefold.frontends.torch import tensors
 from tilefold.frontends.torch.batched import mapped
 from tilefold.frontends.torch.observed import lifted, recorded, unobserved
 from tilefold.problems.matmul import sums
@@ -34,60 +37,111 @@ _OF_RESULT = ("relu", "sigmoid", "tanh")
 
 def multiply(given: Mapping[str, Tensor], options: Options) -> Tensor:
     """The product of tensors, by the names of the arguments."""
-    every = tuple(given.values())
-    a, out = every[0], given.get("out")
-    for name, tensor in given.items():
-        check_place(name, tensor, a.device)
-    if not (a.is_cpu or a.is_meta):
-        raise NotImplementedError(
-            f"a is on {a.device}, and gemm has kernels for the CPU: tilefold.triton.gemm and"
-            " tilefold.metal.gemm take tensors on GPUs"
-        )
-    if out is not None and recorded(*every):
+    every, out = tuple(given.values()), given.get("out")
+    simple, observed = unobserved(*every), recorded(*every)
+    if not simple or not every[0].is_cpu:
+        _check_places(given)
+    if out is not None and observed:
         raise ValueError("out takes no gradients: leave it out, or call under torch.no_grad()")
-    if unobserved(*every) and not recorded(*every):
+    if simple and not observed:
         return run(given, options)
     if out is None:
         return _observed(given, options)
     return out.copy_(_observed({name: x for name, x in given.items() if name != "out"}, options))
 
 
+def _check_places(given: Mapping[str, Tensor]) -> None:
+    """Raises unless tensors lie where there are kernels, in a way that these read."""
+    device = given["a"].device
+    for name, tensor in given.items():
+        check_place(name, tensor, device)
+
+
+def machine_of(tensor: Tensor) -> Machine | None:
+    """The GPU that runs kernels for a tensor; None is the processor."""
+    return None if tensor.is_cpu else tensors.machine_of(tensor)
+
+
 def run(given: Mapping[str, Tensor], options: Options) -> Tensor:
     """The product of plain tensors, below autograd."""
+    machine = machine_of(given["a"])
+    if machine is not None:
+        return _run_on_gpu(given, options, machine)
     plan = plans.kept(
         tuple([(name, x.shape, x.stride(), x.dtype) for name, x in given.items()]),
         options,
-        lambda: {name: Form(dtype_of(x), tuple(x.shape), x.stride()) for name, x in given.items()},
+        lambda: {name: _form(name, x) for name, x in given.items()},
     )
-    for name, x in given.items():
-        check_held(name, x)
+    addresses = {name: x.data_ptr() for name, x in given.items()}
+    if 0 in addresses.values():  # no elements, or freed ones
+        for name, x in given.items():
+            check_held(name, x)
     out = given.get("out")
     if out is None:
         out = given["a"].new_empty(plan.shape, dtype=getattr(torch, plan.dtype))
-        plan.run({name: x.data_ptr() for name, x in given.items()}, out.data_ptr())
+        plan.run(addresses, out.data_ptr())
         return out
-    plan.run({name: x.data_ptr() for name, x in given.items()}, out.data_ptr())
+    plan.run(addresses, out.data_ptr())
+    _count_change(out)
+    return out
+
+
+def _run_on_gpu(given: Mapping[str, Tensor], options: Options, machine: Machine) -> Tensor:
+    """The product by the kernels of a GPU."""
+    forms = {name: _form(name, x) for name, x in given.items()}
+    product, form, _ = plans.described(options, forms)
+    out = given.get("out")
+    if out is None:
+        out = given["a"].new_empty(form.shape, dtype=getattr(torch, form.dtype))
+    else:
+        addresses = {name: x.data_ptr() for name, x in given.items()}
+        plans.check_apart(plans.places(product, forms), form == forms.get("c"), addresses)
+    (a, b, c, bias, gate), axes = _matrices(given)
+    result = out
+    for axis in reversed(axes):
+        result = result.unsqueeze(axis)
+    alpha, beta, transpose_a, transpose_b, activation, _, precision = options
+    more: dict[str, Any] = {"precision": precision} if machine.backend == "triton" else {}
+    kernels = import_module(f"tilefold.backends.{machine.backend}.matmul.calls")
+    if out.numel():
+        kernels.gemm(
+            *(a, b, c if beta else None),
+            alpha=alpha,
+            beta=beta,
+            transpose_a=transpose_a,
+            transpose_b=transpose_b,
+            bias=bias,
+            activation=activation,
+            gate=gate,
+            out=result,
+            machine=machine,
+            **more,
+        )
+    return out
+
+
+def _form(name: str, x: Tensor) -> Form:
+    check_held(name, x)
+    return Form(dtype_of(x), tuple(x.shape), x.stride())
+
+
+def _count_change(out: Tensor) -> None:
+    """Tell autograd that a tensor was written."""
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
-    return out
 
 
 def buffer_of(called: str, value: Tensor) -> tuple[str, int, int, bool, Callable[[], None]]:
     """Type, address and elements of a tensor in one piece, True, and what counts a change of it."""
     check_place(called, value, value.device)
-    if not value.is_cpu or not unobserved(value):
+    if machine_of(value) is not None or not unobserved(value):
         raise NotImplementedError(f"{called} must be a plain tensor on the CPU: {value.device}")
     if recorded(value):
         raise ValueError(f"{called} takes no gradients: pass {called}.detach()")
     if not (value.is_contiguous() or value.permute(*range(value.dim())[::-1]).is_contiguous()):
         raise ValueError(f"{called} must be one piece of memory, got strides {value.stride()}")
     check_held(called, value)
-
-    def changed() -> None:
-        if not value.is_inference():
-            torch.autograd.graph.increment_version(value)
-
-    return dtype_of(value), value.data_ptr(), value.numel(), True, changed
+    return dtype_of(value), value.data_ptr(), value.numel(), True, lambda: _count_change(value)
 
 
 def _observed(given: Mapping[str, Tensor], options: Options) -> Tensor:
@@ -123,7 +177,7 @@ def _named(a: Tensor, b: Tensor, *rest: Tensor | None) -> dict[str, Tensor]:
     return {name: x for name, x in pairs if x is not None}
 
 
-@torch.library.custom_op("tilefold::gemm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("tilefold::gemm", mutates_args=(), device_types=("cpu", "mps", "cuda"))
 def gemm(
     a: Tensor,
     b: Tensor,
