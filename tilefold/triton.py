@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tilefold.backends.triton.calls import attention, attention_backward
     from tilefold.backends.triton.interpreter import Interpreted as interpreted
     from tilefold.backends.triton.machine import ResourceError
-    from tilefold.backends.triton.matmul.calls import gemm, softmax
+    from tilefold.backends.triton.matmul.calls import gemm, qgemm, softmax
     from tilefold.backends.triton.matmul.gemm import GemmBlocks
     from tilefold.backends.triton.matmul.rows import SoftmaxBlocks
     from tilefold.backends.triton.plan import plan
@@ -48,6 +48,7 @@ _HOMES = {
     "interpreted": "interpreter",
     "missing": "runtime",
     "plan": "plan",
+    "qgemm": "matmul.calls",
     "softmax": "matmul.calls",
     "tune": "autotune",
 }
@@ -71,6 +72,7 @@ __all__ = [
     "interpreted",
     "missing",
     "plan",
+    "qgemm",
     "softmax",
     "tune",
 ]

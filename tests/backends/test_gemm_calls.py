@@ -97,7 +97,7 @@ def test_gemm_refuses_what_is_no_product(
         triton_calls.gemm(*map(tensor, arguments), **options, machine=on)
 
 
-@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "calls"])
+@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "codes", "calls"])
 @pytest.mark.parametrize("backend", ["metal", "triton"])
 def test_examples(backend: str, name: str) -> None:
     (needs_emulator if backend == "metal" else needs)()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from numpy.typing import NDArray
 
+from tilefold.backends.matmul import Codes
 from tilefold.backends.metal.matmul import calls, gemm, rows
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
 from tilefold.backends.metal.matmul.spec import GemmBlocks, GemmSpec
@@ -34,12 +35,14 @@ OTHER_PRODUCT: dict[str, Any] = {
     "bias_type": "float32",
     "old": "bfloat16",
     "gate": True,
+    "codes": Codes("int4", 32, "float16"),
 }
 
 
 def changed(name: str) -> dict[str, Any]:
-    """A field with another value; a type of the bias needs a bias."""
-    return {"bias": "row"} | {name: OTHER_PRODUCT[name]}
+    """A field with another value; a type of the bias needs a bias, and codes are float32."""
+    more = {"bias_type": {"bias": "row"}, "codes": {"b": "float32"}}.get(name, {})
+    return more | {name: OTHER_PRODUCT[name]}
 
 
 SOFTMAX = SoftmaxSpec("bfloat16", rows=4, bfloat=False, lse=False)
@@ -49,8 +52,9 @@ OTHER_SOFTMAX: dict[str, Any] = {"dtype": "float16", "rows": 1, "bfloat": True, 
 @pytest.mark.feature("A05")
 @pytest.mark.parametrize("name", [field.name for field in fields(GemmSpec)])
 def test_every_field_of_a_product_makes_another_kernel(name: str) -> None:
+    start = replace(PRODUCT, **{each: x for each, x in changed(name).items() if each != name})
     other = replace(PRODUCT, **changed(name))
-    texts = [gemm.emit(spec) for spec in (PRODUCT, other, PRODUCT)]
+    texts = [gemm.emit(spec) for spec in (start, other, start)]
     keys = [disk_cache.key(text, "metal") for text in texts]
     assert keys[0] == keys[2] != keys[1]
 
@@ -74,7 +78,12 @@ def test_every_field_of_a_softmax_makes_another_kernel(name: str) -> None:
 @pytest.mark.parametrize("staged", [False, True])
 def test_texts_are_plain_and_fit_a_screen(staged: bool) -> None:
     product = replace(PRODUCT, staged=staged, bias="column", activation="gelu", unit=False)
-    for text in (gemm.emit(product), rows.emit(replace(SOFTMAX, rows=1, lse=True))):
+    coded = replace(product, b="float32", codes=Codes("int4", 128, "float16"))
+    for text in (
+        gemm.emit(product),
+        gemm.emit(coded),
+        rows.emit(replace(SOFTMAX, rows=1, lse=True)),
+    ):
         assert text.isascii()
         assert max(map(len, text.splitlines())) <= 120
         assert text.startswith("// ") and text.count("[[buffer(") == len(set(buffers(text)))
@@ -88,7 +97,7 @@ def buffers(text: str) -> list[str]:
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_text_declares_what_it_uses_and_no_more(staged: bool, name: str | None) -> None:
     spec = replace(PRODUCT, staged=staged)
-    text = gemm.emit(replace(spec, **{name: OTHER_PRODUCT[name]}) if name else spec)
+    text = gemm.emit(replace(spec, **changed(name)) if name else spec)
     names = re.findall(r"const \w+ (\w+) =", text)
     assert names and all(len(re.findall(rf"\b{name}\b", text)) > 1 for name in names)
 
@@ -103,6 +112,11 @@ def test_a_text_declares_what_it_uses_and_no_more(staged: bool, name: str | None
         ("bias", "both", "bias must be None, 'column' or 'row', got 'both'"),
         ("bias_type", "float16", "bias_type must be None, 'bfloat16' or 'float32', got 'float16'"),
         ("old", "float64", "old must be None, 'bfloat16' or 'float32', got 'float64'"),
+        (
+            "codes",
+            Codes("palette6"),
+            "codes have no gate, lie in rows, and are multiplied as float32",
+        ),
         ("activation", "sine", "activation must be None, 'relu', 'gelu', 'gelu_tanh', 'silu', 's"),
         ("blocks", GemmBlocks(64, 64, 64, split=(2, 2)), "64 x 64 x 64 take 34816"),
         ("blocks", GemmBlocks(96, 48, 8, split=(12, 6)), "threads must be at most 1024"),

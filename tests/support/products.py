@@ -91,6 +91,19 @@ class Products:
             return got
         return multiply(a, b, c, on, **options)
 
+    def qgemm(self, x: Array, w: Any, on: Any = None, **options: Any) -> Array:
+        """The product of an array and a quantised matrix, in `out` if it is given."""
+        if self.family:
+            machine = on or _emulator(self.family)
+            found: Array = metal_calls.qgemm(x, w, machine=machine, **options)
+            assert options.get("out") is None or found is options["out"]
+            return found
+        needs()
+        options |= {name: tensor(options[name]) for name in ("bias", "out") if name in options}
+        got = triton_calls.qgemm(tensor(x), w, machine=on or Watched(written=("c",)), **options)
+        assert options.get("out") is None or got is options["out"]
+        return array(got, str(got.dtype).removeprefix("torch."))
+
     def check(self, got: Array, a: Array, b: Array, **options: Any) -> None:
         """Raise AssertionError unless a product is as exact as its sums allow."""
         unit = self.activation_unit

@@ -16,10 +16,12 @@ from interpreted import machine, needs, tensor
 from numpy.typing import NDArray
 from triton_ahead import compiled
 
+from tilefold.backends.matmul import Codes
 from tilefold.backends.triton.architectures import ARCHITECTURES
 from tilefold.backends.triton.interpreter import Interpreted
 from tilefold.backends.triton.machine import ResourceError
 from tilefold.backends.triton.matmul import calls, gemm
+from tilefold.backends.triton.matmul import codes as widening
 from tilefold.backends.triton.matmul.gemm import GemmBlocks, GemmSpec
 from tilefold.backends.triton.module import launch_options
 
@@ -42,6 +44,7 @@ OTHER: dict[str, Any] = {
     "bias_type": "float32",
     "old": "bfloat16",
     "gate": True,
+    "codes": Codes("int4", 16, "float16"),
 }
 
 
@@ -84,6 +87,7 @@ def test_texts_are_plain_and_fit_a_screen(changed: str | None) -> None:
         ("bias_type", "float16", "bias_type must be None, 'bfloat16' or 'float32', got 'float16'"),
         ("old", "int8", "old must be None, 'bfloat16' or 'float32', got 'int8'"),
         ("bias", "both", "bias must be None, 'column' or 'row', got 'both'"),
+        ("codes", Codes("palette6"), "codes have no gate and no descriptors, and b is float32"),
         ("activation", "sine", "activation must be None, 'relu', 'gelu', 'gelu_tanh', 'silu', 's"),
         ("products", "bf16", "products must be 'ieee', 'tf32x3' or 'tf32', got 'bf16'"),
     ],
@@ -248,3 +252,30 @@ def test_every_compiler_takes_the_texts(target: str, tmp_path: Path) -> None:
         assert "failure" not in found, (spec, found)
         assert found["shared"] <= device.shared_bytes, spec
         assert ("cp.async.bulk.tensor" in found["assembly"]) == spec.descriptors, spec
+
+
+QUANTIZED = (
+    ("float16", Codes("palette6"), 1),
+    ("bfloat16", Codes("int4", 128, "float16"), 1),
+    ("float16", Codes("int4_symmetric", 32, "float16"), 4096),
+    ("bfloat16", Codes("int8", None, "float32"), 4096),
+    ("float16", Codes("float8_e4m3", None, "float32"), 4096),
+)
+
+
+def quantized_spec(target: str, a: str, codes: Codes, m: int) -> GemmSpec:
+    blocks = calls.quantized_blocks(codes, m)
+    return GemmSpec(a, widening.multiplied(codes, a), a, blocks, codes=codes, bias="column")
+
+
+@pytest.mark.slow
+@pytest.mark.feature("A02")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_compilers_take_the_texts_of_quantised_products(target: str, tmp_path: Path) -> None:
+    """Weights are widened in registers: nothing of them is kept in shared memory but the tile."""
+    needs()
+    specs = [quantized_spec(target, *each) for each in QUANTIZED]
+    tasks = [task(spec, tmp_path, target, ("a_k", "c_n")) for spec in specs]
+    for spec, found in zip(specs, compiled(tasks, tmp_path / "cache"), strict=True):
+        assert "failure" not in found, (spec, found)
+        assert found["shared"] <= ARCHITECTURES[target].shared_bytes, spec

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
+from tilefold.common.check import choice
 from tilefold.problems.matmul import Axes, Operand, Product, check_result
 
 MOST_AXES = 32
@@ -19,6 +21,19 @@ MOST_AXES = 32
 
 FLOATS = ("float32", "float16", "bfloat16")
 """Types of results whose sums are float32."""
+
+
+SCHEMES = ("int8", "int4", "int4_symmetric", "palette6", "float8_e4m3")
+"""Schemes of quantised matrices; `tilefold.products.schemes` says how their codes lie."""
+
+SCALES = ("float32", "float16")
+"""Types of their scales."""
+
+STEP = 16
+"""Groups of inputs are multiples of it."""
+
+PANEL = 32
+"""Columns of a panel of codes."""
 
 
 def results(a: str, b: str) -> tuple[str, ...]:
@@ -85,6 +100,8 @@ class Folded(NamedTuple):
             yield {name: self._part(name, array, place) for name, array in arrays.items()}
 
     def _part(self, name: str, array: Any, place: tuple[int, ...]) -> Any:
+        if name not in self.leads:  # codes have no batch
+            return array
         own = place[self.axes - self.leads[name] :]  # an array may have fewer axes
         lengths = array.shape[: len(own)]
         at = tuple([step if n > 1 else 0 for step, n in zip(own, lengths, strict=True)])
@@ -139,3 +156,105 @@ def _joined(axes: Axes, *groups: Sequence[int]) -> Axes:
         lengths.append(own)
         strides.append(axes.strides[group[-1]] if own != 1 else 0)
     return Axes((*lengths, *axes.lengths[-2:]), (*strides, *axes.strides[-2:]))
+
+
+class Quantized(Protocol):
+    """A matrix of k inputs and n outputs in codes, as `tilefold.quantize` makes it."""
+
+    @property
+    def scheme(self) -> str:
+        """The name of its scheme."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """k and n."""
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+
+    @property
+    def arrays(self) -> Mapping[str, Any]:
+        """Its arrays by name: codes, and of scales, zeros and table some."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """All of a quantised B that changes a source: scheme, inputs of a group, type of its scales.
+
+    `group` is None where all inputs of an output share a scale, `scales` where there are none.
+    """
+
+    scheme: str
+    group: int | None = None
+    scales: str | None = None
+
+    def __post_init__(self) -> None:
+        choice("scheme", self.scheme, SCHEMES)
+        choice("scales", self.scales, (None,) if self.scheme == "palette6" else SCALES)
+        if self.group is not None and (self.group < STEP or self.group % STEP):
+            raise ValueError(f"group must be a multiple of {STEP}, got {self.group}")
+
+    @classmethod
+    def of(cls, w: Quantized) -> Codes:
+        """The codes of a matrix."""
+        scales = w.arrays.get("scales")
+        kind = None if scales is None else str(scales.dtype).removeprefix("torch.")
+        return cls(w.scheme, None if w.group_size == w.shape[0] else w.group_size, kind)
+
+    @property
+    def besides(self) -> dict[str, str]:
+        """The arrays beside the codes, and their types."""
+        if self.scales is None:
+            return {"table": "float16"}
+        names = ("scales", "zeros") if self.scheme == "int4" else ("scales",)
+        return dict.fromkeys(names, self.scales)
+
+
+def weighted(
+    w: Quantized,
+    kind: str,
+    operands: Mapping[str, Operand],
+    out: Operand | None,
+    *,
+    dtype: str | None,
+    activation: str | None,
+) -> Product:
+    """The description of x w, where the codes of w are multiplied as a type.
+
+    `operands` has "x", and "bias" where there is one.
+    """
+    k, n = w.shape
+    x = operands["x"]
+    if x.shape[-1] != k:
+        raise ValueError(f"x must be (..., {k}) for a w of {k} x {n}, got {x.shape}")
+    b = Operand(kind, (k, n), Axes((1, 1, k, n), (0, 0, n, 1)))
+    named = {("a" if name == "x" else name): each for name, each in operands.items()}
+    return described(
+        {**named, "b": b},
+        out,
+        dtype=dtype or (x.dtype if out is None else None),
+        alpha=1.0,
+        beta=0.0,
+        transpose_a=False,
+        transpose_b=False,
+        bias_axis=None,
+        activation=activation,
+    )
+
+
+_PLACED: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def placed(machine: Any, w: Quantized) -> dict[str, Any]:
+    """The arrays of a matrix where kernels of a machine read them; they are copied there once.
+
+    Words are signed there: the frameworks know little of unsigned ones.
+    """
+    found = _PLACED.setdefault(w, WeakKeyDictionary())
+    if machine not in found:
+        found[machine] = {
+            name: machine.upload(array.view("int32") if array.dtype == "uint32" else array)
+            for name, array in w.arrays.items()
+        }
+    return found[machine]

@@ -11,11 +11,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tilefold.backends.matmul import MOST_AXES, described, folded
+from tilefold.backends.matmul import (
+    MOST_AXES,
+    Codes,
+    Quantized,
+    described,
+    folded,
+    placed,
+    weighted,
+)
 from tilefold.backends.metal.dispatch import Machine, check_written, kernel, strides_of
 from tilefold.backends.metal.families import MetalFamily, family
 from tilefold.backends.metal.matmul import gemm as products
@@ -170,13 +179,18 @@ def run(
     *,
     blocks: GemmBlocks | None = None,
     cores: int = LARGE_GPU_CORES,
+    codes: Codes | None = None,
 ) -> None:
-    """Launch a described product on its arrays by name; C may be the array of the result."""
+    """Launch a described product on its arrays by name; C may be the array of the result.
+
+    With `codes`, B is quantised: `arrays` has "codes", and "scales", "zeros" or "table".
+    """
     where = folded(product, _operand("out", out, 2))
     product, besides = where.product, arrays.get("c") is not out and product.beta != 0
     if 0 in (product.matrices, product.m, product.n):
         return
     spec = _spec(product, family(machine.family), blocks, cores, besides)
+    spec = replace(spec, codes=codes) if codes else spec
     blocks, tiles = spec.blocks, _parts(product.n, spec.blocks.n)
     none = Axes((), (0, 0, 0, 0))
     sizes = [product.m, product.n, product.k, tiles]
@@ -185,7 +199,8 @@ def run(
     sizes += product.bias_strides or [0, 0, 0]
     sizes += (product.gate.axes if product.gate else none).sizes
     sizes += (product.c.axes if product.c and besides else none).sizes
-    names = ["a", "b", *(name for name in ("gate", "bias") if name in arrays)]
+    names = ["a", *(["codes", *codes.besides] if codes else ["b"])]
+    names += [name for name in ("gate", "bias") if name in arrays]
     names += ["c", "out"] if besides else ["out"]
     scalars = [product.alpha] if spec.gate else [product.alpha, product.beta]
     run_kernel = kernel(machine, spec, products.emit, products.ENTRY)
@@ -198,6 +213,62 @@ def run(
             threads=(groups * blocks.threads, product.batch[1], product.batch[0]),
             group_size=(blocks.threads, 1, 1),
         )
+
+
+def qgemm(
+    x: Array,
+    w: Quantized,
+    *,
+    bias: Array | None = None,
+    activation: str | None = None,
+    out: Array | None = None,
+    dtype: str | None = None,
+    blocks: GemmBlocks | None = None,
+    cores: int = LARGE_GPU_CORES,
+    machine: Machine | None = None,
+) -> Array:
+    """The product activation(x w + bias) with a quantised matrix, whose weights stay in codes.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> machine = tilefold.metal.emulated()  # on a Mac: nothing, and tensors on "mps"
+    >>> w = tilefold.quantize(np.eye(32, dtype="float32"), "int8")
+    >>> x = np.arange(32, dtype="float32")[None]
+    >>> bool(np.allclose(tilefold.metal.qgemm(x, w, machine=machine), x))
+    True
+
+    Weights are computed in float32 while a tile of w is read, and multiplied in float32: a result
+    is as exact as that of the weights that `w.dequantize()` gives.
+
+    Arguments:
+        x: (..., k), float32, float16 or bfloat16, with at least two axes, in any strides
+        w: k x n, from `tilefold.quantize`. Its arrays are copied to the GPU once.
+        bias: (n,), or as that of `gemm`
+        activation: as that of `gemm`
+        out: (..., n), the array of the result
+        dtype: float32, float16 or bfloat16; None is the type of out, or of x
+        blocks, cores, machine: as those of `gemm`
+
+    Returns:
+        The result, (..., n), a tensor where x is one, without gradients. Sums are float32.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `gemm` does
+    """
+    machine = machine or gpu()
+    given = {"x": x, "bias": bias, "out": out}
+    arrays = {name: array for name, array in given.items() if array is not None}
+    machine.check(**arrays)
+    operands = {
+        name: _operand(name, each, 1 if name == "bias" else 2) for name, each in arrays.items()
+    }
+    product = weighted(
+        w, "float32", operands, operands.pop("out", None), dtype=dtype, activation=activation
+    )
+    result = _result("out", out, product.shape, product.dtype, x)
+    named = {"a": x, **placed(machine, w)} | ({} if bias is None else {"bias": bias})
+    run(product, named, result, machine, blocks=blocks, cores=cores, codes=Codes.of(w))
+    return result
 
 
 def _present(array: Array) -> Array:

@@ -22,7 +22,7 @@ from tilefold.backends.metal.kernels import fragment
 from tilefold.backends.metal.kernels.fragment import Fragment
 from tilefold.backends.metal.kernels.msl import Text, kernel_head, open_text
 from tilefold.backends.metal.kernels.storage import storage
-from tilefold.backends.metal.matmul import activation
+from tilefold.backends.metal.matmul import activation, codes
 from tilefold.backends.metal.matmul.spec import GemmSpec
 from tilefold.backends.metal.spec import SIDE, SIMD
 
@@ -64,6 +64,8 @@ class _Gemm:
         types |= {"g": spec.b, "bias": spec.bias_type or spec.c, "old": spec.old or spec.c}
         self.storage = {name: storage(each, spec.bfloat) for name, each in types.items()}
         self.right = ("b", "g") if spec.gate else ("b",)
+        self.beside = spec.codes.besides if spec.codes else {}
+        self.storage |= {name: storage(kind, spec.bfloat) for name, kind in self.beside.items()}
         self.added = [name for name in ("bias", "old") if getattr(spec, name)]
 
     def write(self) -> str:
@@ -72,6 +74,8 @@ class _Gemm:
         open_text(text, title, algorithm, [*self.storage.values()])
         if spec.activation:
             activation.define(text, spec.activation)
+        if spec.codes:
+            codes.define(text, spec.codes)
         head = kernel_head(ENTRY, self.blocks.threads)
         with text.block(f"{head}{self._parameters()})"):
             self._place()
@@ -91,8 +95,10 @@ class _Gemm:
         return f"{text}\n"
 
     def _parameters(self) -> str:
-        read = ("a", *self.right, *self.added)
-        declared = [f"device const {self.storage[name].memory}* {name}" for name in read]
+        read = ("a", *self.right, *self.beside, *self.added)
+        types = {name: self.storage[name].memory for name in read}
+        types |= {"b": codes.memory(self.spec.codes)} if self.spec.codes else {}
+        declared = [f"device const {kind}* {name}" for name, kind in types.items()]
         declared += [
             f"device {self.storage['c'].memory}* c",
             "constant long* sizes",
@@ -112,14 +118,15 @@ class _Gemm:
     def _place(self) -> None:
         """Sizes, the block of the threadgroup, and the lane's place in it."""
         text, blocks = self.text, self.blocks
-        used = {"a", *self.right, "c", *[name for name in self.added if name == "old"]}
+        moved = ("a",) if self.spec.codes else ("a", *self.right)
+        used = {*moved, "c", *[name for name in self.added if name == "old"]}
         unused = {"tiles", *self._ones()}
         unused |= {name for name in SIZES if "_" in name and name.split("_")[0] not in used}
         for number, name in enumerate(SIZES):
             if name not in unused and name[-2:] not in ("_h", "_b"):
                 text(f"const long {name} = sizes[{number}];")
         text("", "// The batch, and the block of C.")
-        for name in ("a", *self.right, *self.added, "c"):
+        for name in (*moved, *self.added, "c"):
             h, b = (SIZES.index(f"{name}_{axis}") for axis in "hb")
             text(f"{name} += group.y * sizes[{h}] + group.z * sizes[{b}];")
         tiles = SIZES.index("tiles")
@@ -159,8 +166,10 @@ class _Gemm:
             return index
         return f"({index}) * {stride}" if " " in index else f"{index} * {stride}"
 
-    def _number(self, name: str, place: str) -> str:
-        """The expression of an element of A or B in the type that is multiplied."""
+    def _number(self, name: str, place: str, at: tuple[str, str]) -> str:
+        """The expression of an element of A or B, by its row and column, as it is multiplied."""
+        if name == "b" and self.spec.codes:
+            return codes.weight(self.spec.codes, *at)
         return self.storage[name].read(place, self.tile.element)
 
     def _staged(self) -> None:
@@ -229,11 +238,12 @@ class _Gemm:
         together = min(width & -width, blocks.threads)  # a power of two, so that no thread is idle
         others = blocks.threads // together
         with text.block(f"for (ushort r = thread_index / {together}; r < {rows}; r += {others})"):
-            text(f"const long from = {self._times(f'{top} + r', f'{name}_{far}')};")
+            if name == "a" or not self.spec.codes:
+                text(f"const long from = {self._times(f'{top} + r', f'{name}_{far}')};")
             head = f"for (ushort e = thread_index % {together}; e < {width}; e += {together})"
             with text.block(head):
                 at = f"from + {self._times(f'{left} + e', f'{name}_{near}')}"
-                value = self._number(name, f"{name}[{at}]")
+                value = self._number(name, f"{name}[{at}]", (f"{top} + r", f"{left} + e"))
                 text(f"const bool inside = r < {row_limit} && e < {limit};")
                 zero = f"{self.tile.element}(0)"
                 place = self.spec.exchanged("r", "e", stride)
@@ -245,7 +255,8 @@ class _Gemm:
         self._tiles()
         text("long first = 0;")
         with text.block(f"if (block_row + {blocks.m} <= m && block_column + {blocks.n} <= n)"):
-            for name in ("a", *self.right):
+            moved = ("a",) if self.spec.codes else ("a", *self.right)
+            for name in moved:
                 ends = ("row", "fragment_column") if name == "a" else ("fragment_row", "column")
                 strides = [f"{name}_{axis}" for axis in AXES[name]]
                 far, near = (self._times(*pair) for pair in zip(ends, strides, strict=True))
@@ -257,7 +268,7 @@ class _Gemm:
                     for name in self.right:
                         self._read(f"{name}_lane", ("s", "8 * j"), guarded=False)
                     self._multiply()
-                for name in ("a", *self.right):
+                for name in moved:
                     text(f"{name}_lane += {self._times(str(blocks.k), f'{name}_k')};")
         text.note("At an edge of C, and what is left of the contraction.")
         with text.block(f"for (; first < k; first += {SIDE})"):
@@ -274,14 +285,16 @@ class _Gemm:
         row, column = indices[0], f"{indices[1]} + e"
         strides = [f"{name}_{axis}" for axis in AXES[name]]
         at = f"{self._times(row, strides[0])} + {self._times(column, strides[1])}"
-        value = self._number(name, f"{source}[{at}]")
+        place = indices if guarded else (f"first + fragment_row + {row}", f"column + {column}")
+        value = self._number(name, f"{source}[{at}]", (place[0], column if guarded else place[1]))
         i, count = ("i", self.rows) if name == "a" else ("j", self.columns)
         with text.loop(i, count), text.loop("e", 2):
+            gap = "\n    " if name == "b" and self.spec.codes else " "  # the line would be long
             if guarded:
                 ends = zip((row, column), AXES[name], strict=True)
                 text(f"const bool inside = {' && '.join(f'{x} < {end}' for x, end in ends)};")
                 value = f"inside ? {value} : {self.tile.element}(0)"
-            text(f"{fragment.at(f'{name}_tile[{i}]', 'e')} = {value};")
+            text(f"{fragment.at(f'{name}_tile[{i}]', 'e')} ={gap}{value};")
 
     def _multiply(self) -> None:
         text = self.text
@@ -337,7 +350,7 @@ def _algorithm(spec: GemmSpec) -> list[str]:
     where = "threadgroup memory, 0 beyond the edges" if spec.staged else "registers"
     blocks = spec.blocks
     return [
-        f"C = {result}, {spec.a} x {spec.b} -> {spec.c}",
+        f"C = {result}, {spec.a} x {spec.codes.scheme if spec.codes else spec.b} -> {spec.c}",
         f"{blocks.m} x {blocks.n} of C for a threadgroup of {blocks.threads}:",
         "",
         "    C <- 0",

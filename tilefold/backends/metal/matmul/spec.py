@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilefold.backends.matmul import addends, results
+from tilefold.backends.matmul import Codes, addends, results
 from tilefold.backends.metal.kernels.storage import Storage, storage
 from tilefold.backends.metal.spec import SIDE, SIMD
 from tilefold.common.check import choice
@@ -67,10 +67,13 @@ class GemmBlocks:
 class GemmSpec:
     """All that changes the source of a product: types, blocks and what is done to the result.
 
-    `a`, `b` and `c` are types. `transpose_a`: the rows of
-    op(A) lie side by side in memory, not its columns; `transpose_b` alike. `staged`: operands pass
-    through threadgroup memory. `bfloat`: the GPU multiplies bfloat16 itself. `unit`: what lies side
-    by side is one element apart in A and B, whatever their leading dimensions.
+    `a`, `b` and `c` are types. `transpose_a`: the rows of op(A) lie side by side in memory, not its
+    columns; `transpose_b` alike. `staged`: operands pass through threadgroup memory. `bfloat`: the
+    GPU multiplies bfloat16 itself. `unit`: what lies side by side is one element apart in A and B,
+    whatever their leading dimensions. `bias_type`: the type of the bias if it is not that of the
+    result. `old`: the type of C if it lies beside the result. `gate`: a third factor G is read as B
+    is, and the result is activation(A B) (A G). `codes`: B is quantised, and its weights are
+    computed in float32, which `b` then is.
     """
 
     a: str
@@ -87,6 +90,7 @@ class GemmSpec:
     bias_type: str | None = None
     old: str | None = None
     gate: bool = False
+    codes: Codes | None = None
 
     def __post_init__(self) -> None:
         for name in ("a", "b"):
@@ -96,6 +100,8 @@ class GemmSpec:
         for name in ("bias_type", "old"):
             choice(name, getattr(self, name), (None, *addends(self.c)))
         choice("activation", self.activation, ACTIVATIONS)
+        if self.codes and (self.gate or self.transpose_b or self.b != "float32"):
+            raise ValueError("codes have no gate, lie in rows, and are multiplied as float32")
         for name, value, most in (
             ("threads", self.blocks.threads, 1024),
             ("threadgroup memory in bytes", self.threadgroup_bytes, 32768),

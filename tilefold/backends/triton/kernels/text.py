@@ -15,6 +15,7 @@ ELEMENTS = {
     "float64": "fp64",
     "int32": "i32",
     "int64": "i64",
+    "int8": "i8",
     "uint8": "u8",
 }
 """Triton's short names of types, as signatures have them."""

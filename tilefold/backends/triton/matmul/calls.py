@@ -9,14 +9,24 @@ none is 0.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tilefold.backends.matmul import described, folded
+from tilefold.backends.matmul import (
+    FLOATS,
+    Codes,
+    Quantized,
+    described,
+    folded,
+    placed,
+    weighted,
+)
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError
+from tilefold.backends.triton.matmul import codes as widening
 from tilefold.backends.triton.matmul import gemm as products
 from tilefold.backends.triton.matmul import rows
 from tilefold.backends.triton.matmul.gemm import GemmBlocks, GemmSpec
@@ -192,30 +202,112 @@ def run(
     *,
     precision: str = "highest",
     blocks: GemmBlocks | None = None,
+    codes: Codes | None = None,
 ) -> None:
-    """Launch a described product on its tensors by name; C may be the tensor of the result."""
+    """Launch a described product on its tensors by name; C may be the tensor of the result.
+
+    With `codes`, B is quantised: `tensors` has "codes", and "scales", "zeros" or "table".
+    """
     choice("precision", precision, PRECISIONS)
     device, where = architecture(machine.architecture), folded(product, operand("out", out, 2))
     besides, product = tensors.get("c") is not out and product.beta != 0, where.product
+    if codes and blocks is None:
+        blocks = quantized_blocks(codes, product.m)
     plain = _spec(product, device, precision, blocks, machine, besides)
+    plain = replace(plain, codes=codes) if codes else plain
     m, n, k, blocks = product.m, product.n, product.k, plain.blocks
     programs = product.matrices * _parts(m, blocks.m) * _parts(n, blocks.n)
     options = launch_options(device.kind, plain.multiplied, blocks.warps, blocks.stages)
     numbers = (product.alpha,) if plain.gate else (product.alpha, product.beta)
     scalars = [_scalar(number, plain.sums) for number in numbers]
     results = [where.out, *([product.c.axes] if product.c and besides else [])]
-    names = [*(["bias"] if product.bias else []), *(["c"] if besides else []), "out"]
+    names = [
+        *(["codes", *codes.besides] if codes else []),
+        *(["bias"] if product.bias else []),
+        *(["c"] if besides else []),
+        "out",
+    ]
     for found in where.places({**tensors, "out": out}):
-        factors = [(found["a"], product.a.axes), (found["b"], product.b.axes)]
+        factors = [(found["a"], product.a.axes)]
+        factors += [] if codes else [(found["b"], product.b.axes)]
         factors += [(found["gate"], product.gate.axes)] if product.gate else []
         spec = _placed(plain, device, factors, results)
-        operands, (left, right, *gate) = _operands(spec, factors)
+        operands, (left, *right) = _operands(spec, factors)
         operands += [found[name] for name in names]
-        sizes = [m, n, k, product.batch[1], *left, *right, *where.out.sizes]
-        sizes += [size for each in gate for size in each] + product.bias_strides
+        sizes = [m, n, k, product.batch[1], *left, *(size for each in right[:1] for size in each)]
+        sizes += [*where.out.sizes, *(size for each in right[1:] for size in each)]
+        sizes += product.bias_strides
         sizes += [size for each in results[1:] for size in each.sizes]
         function = machine.function(products.emit(spec), products.ENTRY)
         _launch(machine, function, programs, (*operands, *sizes, *scalars), blocks, options)
+
+
+def quantized_blocks(codes: Codes, m: int) -> GemmBlocks:
+    """Blocks of products with a quantised matrix: k divides a group, m is small for few rows.
+
+    Nobody has measured them.
+
+    >>> print(quantized_blocks(Codes("int4", 128, "float16"), 1))
+    16 x 32 x 64, 4 warps, 4 stages
+    """
+    blocks = GemmBlocks(16, 32, 64, warps=4, stages=4) if m <= LEAST else _HALF
+    return blocks if codes.group is None else replace(blocks, k=math.gcd(blocks.k, codes.group))
+
+
+def qgemm(
+    x: Tensor,
+    w: Quantized,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out: Tensor | None = None,
+    dtype: str | None = None,
+    precision: str = "highest",
+    blocks: GemmBlocks | None = None,
+    machine: Machine | None = None,
+) -> Tensor:
+    """The product activation(x w + bias) with a quantised matrix, whose weights stay in codes.
+
+        w = tilefold.quantize(weights, "int4", group_size=128)
+        qgemm(x, w, activation="silu")  # x is on a GPU; the codes are copied there once
+
+    Codes are widened in registers while a tile of w is read. They are multiplied in the type of x,
+    which holds them as they are; those of a palette in float16, or in float32 beside another x.
+    Scales multiply sums in float32. So a result is as exact as that of the weights that
+    `w.dequantize()` gives.
+
+    Arguments:
+        x: (..., k), float32, float16 or bfloat16, with at least two axes, in any strides
+        w: k x n, from `tilefold.quantize`
+        bias: (n,), or as that of `gemm`
+        activation: as that of `gemm`
+        out: (..., n), the tensor of the result
+        dtype: float32, float16 or bfloat16; None is the type of out, or of x
+        precision, blocks, machine: as those of `gemm`
+
+    Returns:
+        The result, (..., n), without gradients. Sums are float32.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError, ResourceError: as `gemm` does
+    """
+    machine = machine or _gpu_of("x", x)
+    given = {"x": x, "bias": bias, "out": out}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    machine.check(**tensors)
+    operands = {
+        name: operand(name, each, 1 if name == "bias" else 2) for name, each in tensors.items()
+    }
+    choice("the type of x", operands["x"].dtype, FLOATS)
+    codes = Codes.of(w)
+    kind = widening.multiplied(codes, operands["x"].dtype)
+    product = weighted(
+        w, kind, operands, operands.pop("out", None), dtype=dtype, activation=activation
+    )
+    result = machine.empty(product.shape, product.dtype) if out is None else out
+    named = {"a": x, **placed(machine, w)} | ({} if bias is None else {"bias": bias})
+    run(product, named, result, machine, precision=precision, blocks=blocks, codes=codes)
+    return result
 
 
 def _spec(
@@ -335,7 +427,8 @@ def _placed(
     aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor, _ in factors)
     fits = max(sides.m, sides.n, sides.k) <= _LONGEST
     alike = all(near) and len(set(near[1:])) == 1
-    if device.descriptors and device.asynchronous and half and aligned and fits and alike:
+    whole = device.descriptors and device.asynchronous and not spec.codes
+    if whole and half and aligned and fits and alike:
         turned = [each == "column" for each in near]
         spec = replace(spec, descriptors=True, transpose_a=turned[0], transpose_b=turned[1])
     reach = [(axes, sides.m, sides.n) for axes in results]

@@ -25,11 +25,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilefold.backends.matmul import addends, results
+from tilefold.backends.matmul import Codes, addends, results
 from tilefold.backends.triton.kernels.frame import HEADERS
 from tilefold.backends.triton.kernels.storage import storage
 from tilefold.backends.triton.kernels.text import ELEMENTS, Text
-from tilefold.backends.triton.matmul import activation
+from tilefold.backends.triton.matmul import activation, codes
 from tilefold.backends.triton.spec import FLOAT32_MODES, LEAST
 from tilefold.common.check import choice
 from tilefold.problems.matmul import ACTIVATIONS, BIAS_AXES, multiplied
@@ -93,7 +93,8 @@ class GemmSpec:
 
     `a`, `b` and `c` are types; float64 stands alone. `bias_type`: the type of the bias if it is not
     that of the result. `old`: the type of C if it lies beside the result. `gate`: a third factor G
-    lies as B does, and the result is activation(A B) (A G).
+    lies as B does, and the result is activation(A B) (A G). `codes`: B is quantised, and its tiles
+    are multiplied as `b`; a tile has no inputs of two groups.
     `products` is how float32 is multiplied. `wide`: offsets inside a block may pass 31 bits.
     `descriptors`: a unit moves tiles of A and B, which have a half type and lie as `transpose_a`
     and `transpose_b` say: the elements of a column are neighbours.
@@ -113,6 +114,7 @@ class GemmSpec:
     bias_type: str | None = None
     old: str | None = None
     gate: bool = False
+    codes: Codes | None = None
 
     def __post_init__(self) -> None:
         assert self.descriptors or not (self.transpose_a or self.transpose_b), "strides say it"
@@ -126,6 +128,17 @@ class GemmSpec:
             choice(name, getattr(self, name), (None, *addends(self.c)))
         choice("activation", self.activation, ACTIVATIONS)
         choice("products", self.products, FLOAT32_MODES)
+        if self.codes:
+            self._check_codes(self.codes)
+
+    def _check_codes(self, held: Codes) -> None:
+        kind = codes.multiplied(held, self.a)
+        if self.gate or self.descriptors or self.a == "float64" or self.b != kind:
+            raise ValueError(f"codes have no gate and no descriptors, and b is {kind} beside them")
+        if held.group is not None and held.group % self.blocks.k:
+            raise ValueError(
+                f"k of blocks must divide the groups of {held.group} inputs, got {self.blocks.k}"
+            )
 
     @property
     def multiplied(self) -> str:
@@ -146,6 +159,7 @@ class GemmSpec:
     def types(self) -> dict[str, str]:
         """The types of all tensors in the order of the arguments."""
         found = {"a": self.a, **dict.fromkeys(self.right, self.b)}
+        found |= {"b": codes.memory(self.codes), **self.codes.besides} if self.codes else {}
         found |= {"bias": self.bias_type or self.c} if self.bias else {}
         found |= {"old": self.old} if self.old else {}
         return found | {"c": self.c}
@@ -162,6 +176,8 @@ def names(spec: GemmSpec) -> tuple[str, ...]:
     strides = (*STRIDES, *(GATE_STRIDES if spec.gate else ()))
     if spec.descriptors:
         strides = tuple([name for name in strides if name[0] == "c" or name[-1] in "hb"])
+    if spec.codes:
+        strides = tuple([name for name in strides if name[0] != "b"])
     old = OLD_STRIDES if spec.old else ()
     scalars = ("alpha",) if spec.gate else ("alpha", "beta")
     return (*spec.types, "m", "n", "k", "heads", *strides, *steps, *old, *scalars)
@@ -206,6 +222,8 @@ def emit(spec: GemmSpec) -> str:
     text(f"BAND = tl.constexpr({blocks.band})", "", "")
     if spec.activation:
         activation.define(text, spec.activation)
+    if spec.codes:
+        codes.define(text, spec.codes)
     text.listed("@triton.jit(do_not_specialize=[", [f'"{name}"' for name in alike(spec)], "])")
     text.listed(f"def {ENTRY}(", names(spec), "):")
     body = Text()
@@ -253,6 +271,9 @@ def _tiles(text: Text, spec: GemmSpec) -> None:
         f"a_tile = {_plane('a')} + first_m.to(tl.int64) * a_m",
         "a_tile += row[:, None] * a_m + inner[None, :] * a_k",
     )
+    if spec.codes:
+        codes.place(text, spec.codes)
+        return
     for name in spec.right:
         text(
             f"{name}_tile = {_plane(name)} + first_n.to(tl.int64) * {name}_n",
@@ -284,14 +305,22 @@ def _walk(text: Text, spec: GemmSpec) -> None:
                 "in_k = inner < k - first",
                 "left = tl.load(a_tile, mask=in_rows & in_k[None, :], other=0.0)",
             )
-            for name in spec.right:
+            if spec.codes:
+                codes.read(text, spec.codes, spec.b)
+            for name in () if spec.codes else spec.right:
                 mask = "in_k[:, None] & in_columns"
                 text(f"{RIGHT[name]} = tl.load({name}_tile, mask={mask}, other=0.0)")
-        for right, sums in zip(rights, spec.right.values(), strict=True):
-            text(f"{sums} = tl.dot({left}, {right}, {sums}{how})")
-        if not spec.descriptors:
-            for name in ("a", *spec.right):
-                text(f"{name}_tile += {step} * {name}_k")
+        if spec.codes and spec.codes.group is not None:  # each group has scales of its own
+            text(f"sums += tl.dot({left}, {rights[0]}{how}) * scale[None, :]")
+        else:
+            for right, sums in zip(rights, spec.right.values(), strict=True):
+                text(f"{sums} = tl.dot({left}, {right}, {sums}{how})")
+        for name in () if spec.descriptors else ("a",) if spec.codes else ("a", *spec.right):
+            text(f"{name}_tile += {step} * {name}_k")
+        if spec.codes:
+            codes.advance(text, spec.codes)
+    if spec.codes and spec.codes.scales and spec.codes.group is None:
+        text("sums *= scale[None, :]")
 
 
 def _moved(spec: GemmSpec, tile: str, name: str, corner: str, sides: str) -> str:
@@ -354,7 +383,8 @@ def _algorithm(spec: GemmSpec) -> list[str]:
         result = f"{result if spec.activation else f'({value})'} (alpha gates)"
     both = "gates = gates + A G, " if spec.gate else ""
     return [
-        f"A product of matrices, {spec.a} x {spec.b} -> {spec.c}.",
+        f"A product of matrices, {spec.a} x {spec.codes.scheme if spec.codes else spec.b} ->"
+        f" {spec.c}.",
         f"sums = 0 for a block of C, {spec.sums}",
         f"for each {spec.blocks.k} of the contraction:",
         f"    {both}sums = sums + A B   beyond the edges is 0",
