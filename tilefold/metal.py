@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from tilefold.backends.metal.kernels.fragment import Fragment
     from tilefold.backends.metal.kernels.matmul2d import Matmul2d, Tile
     from tilefold.backends.metal.kernels.msl import Text
-    from tilefold.backends.metal.matmul.calls import gemm, qgemm, softmax
+    from tilefold.backends.metal.matmul.calls import gemm, softmax
+    from tilefold.backends.metal.matmul.quantized import qgemm
     from tilefold.backends.metal.matmul.spec import GemmBlocks
     from tilefold.backends.metal.plan import plan
     from tilefold.backends.metal.runtime import gpu, missing
@@ -60,7 +61,7 @@ _HOMES = {
     "matmul2d": (f"{_BACKEND}.kernels.matmul2d", None),
     "missing": (f"{_BACKEND}.runtime", "missing"),
     "plan": (f"{_BACKEND}.plan", "plan"),
-    "qgemm": (f"{_BACKEND}.matmul.calls", "qgemm"),
+    "qgemm": (f"{_BACKEND}.matmul.quantized", "qgemm"),
     "queue": (f"{_BACKEND}.commands", "Commands"),
     "sizes": (f"{_BACKEND}.kernels.arguments", "sizes"),
     "softmax": (f"{_BACKEND}.matmul.calls", "softmax"),

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from tilefold.backends.triton.calls import attention, attention_backward
     from tilefold.backends.triton.interpreter import Interpreted as interpreted
     from tilefold.backends.triton.machine import ResourceError
-    from tilefold.backends.triton.matmul.calls import gemm, qgemm, softmax
+    from tilefold.backends.triton.matmul.calls import gemm, softmax
     from tilefold.backends.triton.matmul.gemm import GemmBlocks
+    from tilefold.backends.triton.matmul.quantized import qgemm
     from tilefold.backends.triton.matmul.rows import SoftmaxBlocks
     from tilefold.backends.triton.plan import plan
     from tilefold.backends.triton.runtime import gpu, missing
@@ -48,7 +49,7 @@ _HOMES = {
     "interpreted": "interpreter",
     "missing": "runtime",
     "plan": "plan",
-    "qgemm": "matmul.calls",
+    "qgemm": "matmul.quantized",
     "softmax": "matmul.calls",
     "tune": "autotune",
 }

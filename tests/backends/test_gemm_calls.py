@@ -97,8 +97,13 @@ def test_gemm_refuses_what_is_no_product(
         triton_calls.gemm(*map(tensor, arguments), **options, machine=on)
 
 
-@pytest.mark.parametrize("name", ["gemm", "rows", "activation", "codes", "calls"])
-@pytest.mark.parametrize("backend", ["metal", "triton"])
+SHOWN = ("gemm", "rows", "activation", "codes", "calls", "quantized")
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [*(("metal", name) for name in SHOWN), *(("triton", name) for name in (*SHOWN, "tables"))],
+)
 def test_examples(backend: str, name: str) -> None:
     (needs_emulator if backend == "metal" else needs)()
     module = importlib.import_module(f"tilefold.backends.{backend}.matmul.{name}")

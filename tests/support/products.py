@@ -22,8 +22,10 @@ from product_cases import Variant, given
 
 from tilefold.backends.metal.dispatch import Emulated
 from tilefold.backends.metal.matmul import calls as metal_calls
+from tilefold.backends.metal.matmul import quantized as metal_quantized
 from tilefold.backends.triton.interpreter import Interpreted
 from tilefold.backends.triton.matmul import calls as triton_calls
+from tilefold.backends.triton.matmul import quantized as triton_quantized
 from tilefold.backends.triton.matmul.gemm import GemmBlocks
 from tilefold.backends.triton.matmul.rows import SoftmaxBlocks
 
@@ -95,12 +97,12 @@ class Products:
         """The product of an array and a quantised matrix, in `out` if it is given."""
         if self.family:
             machine = on or _emulator(self.family)
-            found: Array = metal_calls.qgemm(x, w, machine=machine, **options)
+            found: Array = metal_quantized.qgemm(x, w, machine=machine, **options)
             assert options.get("out") is None or found is options["out"]
             return found
         needs()
         options |= {name: tensor(options[name]) for name in ("bias", "out") if name in options}
-        got = triton_calls.qgemm(tensor(x), w, machine=on or Watched(written=("c",)), **options)
+        got = triton_quantized.qgemm(tensor(x), w, machine=on or Watched(written=("c",)), **options)
         assert options.get("out") is None or got is options["out"]
         return array(got, str(got.dtype).removeprefix("torch."))
 

@@ -20,7 +20,7 @@ from tilefold.backends.matmul import Codes
 from tilefold.backends.triton.architectures import ARCHITECTURES
 from tilefold.backends.triton.interpreter import Interpreted
 from tilefold.backends.triton.machine import ResourceError
-from tilefold.backends.triton.matmul import calls, gemm
+from tilefold.backends.triton.matmul import calls, gemm, tables
 from tilefold.backends.triton.matmul import codes as widening
 from tilefold.backends.triton.matmul.gemm import GemmBlocks, GemmSpec
 from tilefold.backends.triton.module import launch_options
@@ -166,7 +166,7 @@ def test_blocks_that_are_too_large_for_the_gpu_are_named() -> None:
 )
 def test_blocks_of_the_tables_fit_shared_memory(name: str, a: str, products: str) -> None:
     for size in (64, 8192):
-        blocks = calls.block_sizes(name, a, size, size, products=products)
+        blocks = tables.block_sizes(name, a, size, size, products=products)
         assert blocks.m < 64 or (name, a) != ("sm_100", "float64"), "3.7 compiles no such block"
         item = np.dtype(a).itemsize
         bytes_of_stage = item * blocks.k * (blocks.m + blocks.n)
@@ -199,7 +199,7 @@ def task(spec: GemmSpec, folder: Path, target: str, ones: tuple[str, ...] = ONES
 
 
 def table_spec(target: str, a: str, products: str, **options: Any) -> GemmSpec:
-    blocks = calls.block_sizes(target, a, 4096, 4096, products=products)
+    blocks = tables.block_sizes(target, a, 4096, 4096, products=products)
     return GemmSpec(a, a, a, blocks, products=products, **options)
 
 
@@ -241,7 +241,7 @@ def test_every_compiler_takes_the_texts(target: str, tmp_path: Path) -> None:
         )
         specs, tasks = [*specs, vector], [*tasks, task(vector, tmp_path, target, names)]
     gated = table_spec(target, "float16", "ieee", activation="silu", gate=True)
-    gated = replace(gated, blocks=calls.halved(gated.blocks), descriptors=device.asynchronous)
+    gated = replace(gated, blocks=tables.halved(gated.blocks), descriptors=device.asynchronous)
     specs, tasks = [*specs, gated], [*tasks, task(gated, tmp_path, target, (*ONES, "g_n"))]
     if device.descriptors:
         for turned in ((False, False), (False, True), (True, False), (True, True)):
@@ -264,7 +264,7 @@ QUANTIZED = (
 
 
 def quantized_spec(target: str, a: str, codes: Codes, m: int) -> GemmSpec:
-    blocks = calls.quantized_blocks(codes, m)
+    blocks = tables.quantized_blocks(codes, m)
     return GemmSpec(a, widening.multiplied(codes, a), a, blocks, codes=codes, bias="column")
 
 

@@ -6,4 +6,5 @@ codes       weights of a quantised matrix, widened from their codes
 gemm        the kernel of a product
 rows        the kernel of a softmax
 calls       arrays to launches
+quantized   calls with quantised matrices
 """

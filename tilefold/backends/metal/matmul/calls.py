@@ -16,15 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tilefold.backends.matmul import (
-    MOST_AXES,
-    Codes,
-    Quantized,
-    described,
-    folded,
-    placed,
-    weighted,
-)
+from tilefold.backends.matmul import MOST_AXES, Codes, described, folded
 from tilefold.backends.metal.dispatch import Machine, check_written, kernel, strides_of
 from tilefold.backends.metal.families import MetalFamily, family
 from tilefold.backends.metal.matmul import gemm as products
@@ -151,7 +143,7 @@ def gemm(
     arrays = {name: array for name, array in given.items() if array is not None}
     machine.check(**arrays)
     operands = {
-        name: _operand(name, array, 1 if name == "bias" else 2) for name, array in arrays.items()
+        name: operand(name, array, 1 if name == "bias" else 2) for name, array in arrays.items()
     }
     product = described(
         operands,
@@ -165,7 +157,7 @@ def gemm(
         dtype=dtype,
     )
     name, given_result = ("c", c) if out is None else ("out", out)
-    result = _result(name, given_result, product.shape, product.dtype, a)
+    result = result_of(name, given_result, product.shape, product.dtype, a)
     arrays.pop("out", None)
     run(product, arrays, result, machine, blocks=blocks, cores=cores)
     return result
@@ -185,7 +177,7 @@ def run(
 
     With `codes`, B is quantised: `arrays` has "codes", and "scales", "zeros" or "table".
     """
-    where = folded(product, _operand("out", out, 2))
+    where = folded(product, operand("out", out, 2))
     product, besides = where.product, arrays.get("c") is not out and product.beta != 0
     if 0 in (product.matrices, product.m, product.n):
         return
@@ -213,62 +205,6 @@ def run(
             threads=(groups * blocks.threads, product.batch[1], product.batch[0]),
             group_size=(blocks.threads, 1, 1),
         )
-
-
-def qgemm(
-    x: Array,
-    w: Quantized,
-    *,
-    bias: Array | None = None,
-    activation: str | None = None,
-    out: Array | None = None,
-    dtype: str | None = None,
-    blocks: GemmBlocks | None = None,
-    cores: int = LARGE_GPU_CORES,
-    machine: Machine | None = None,
-) -> Array:
-    """The product activation(x w + bias) with a quantised matrix, whose weights stay in codes.
-
-    >>> import numpy as np
-    >>> import tilefold
-    >>> machine = tilefold.metal.emulated()  # on a Mac: nothing, and tensors on "mps"
-    >>> w = tilefold.quantize(np.eye(32, dtype="float32"), "int8")
-    >>> x = np.arange(32, dtype="float32")[None]
-    >>> bool(np.allclose(tilefold.metal.qgemm(x, w, machine=machine), x))
-    True
-
-    Weights are computed in float32 while a tile of w is read, and multiplied in float32: a result
-    is as exact as that of the weights that `w.dequantize()` gives.
-
-    Arguments:
-        x: (..., k), float32, float16 or bfloat16, with at least two axes, in any strides
-        w: k x n, from `tilefold.quantize`. Its arrays are copied to the GPU once.
-        bias: (n,), or as that of `gemm`
-        activation: as that of `gemm`
-        out: (..., n), the array of the result
-        dtype: float32, float16 or bfloat16; None is the type of out, or of x
-        blocks, cores, machine: as those of `gemm`
-
-    Returns:
-        The result, (..., n), a tensor where x is one, without gradients. Sums are float32.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: as `gemm` does
-    """
-    machine = machine or gpu()
-    given = {"x": x, "bias": bias, "out": out}
-    arrays = {name: array for name, array in given.items() if array is not None}
-    machine.check(**arrays)
-    operands = {
-        name: _operand(name, each, 1 if name == "bias" else 2) for name, each in arrays.items()
-    }
-    product = weighted(
-        w, "float32", operands, operands.pop("out", None), dtype=dtype, activation=activation
-    )
-    result = _result("out", out, product.shape, product.dtype, x)
-    named = {"a": x, **placed(machine, w)} | ({} if bias is None else {"bias": bias})
-    run(product, named, result, machine, blocks=blocks, cores=cores, codes=Codes.of(w))
-    return result
 
 
 def _present(array: Array) -> Array:
@@ -345,17 +281,17 @@ def softmax(
     machine = machine or gpu()
     arrays = {"x": x} if p is None else {"x": x, "p": p}
     machine.check(**arrays)
-    called = Rows.of({name: _operand(name, array, 1, ROWS) for name, array in arrays.items()})
+    called = Rows.of({name: operand(name, array, 1, ROWS) for name, array in arrays.items()})
     shape, kind = called.x.shape, called.x.dtype
-    p = _result("p", p, shape, kind, x)
+    p = result_of("p", p, shape, kind, x)
     spec = SoftmaxSpec(
         dtype=kind,
         rows=1 if called.width > rows.WIDE else rows.SIMDGROUPS,
         bfloat=family(machine.family).bfloat,
         lse=return_lse,
     )
-    result = _operand("p", p, 1)
-    lse = [_result("lse", None, shape[:-1], "float32", x)] if return_lse else []
+    result = operand("p", p, 1)
+    lse = [result_of("lse", None, shape[:-1], "float32", x)] if return_lse else []
     kernel(machine, spec, rows.emit, "tilefold_softmax")(
         x,
         p,
@@ -372,13 +308,15 @@ def _parts(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def _operand(name: str, array: Array, least: int, accepted: Accepted = ACCEPTED) -> Operand:
+def operand(name: str, array: Array, least: int, accepted: Accepted = ACCEPTED) -> Operand:
     """An array of a call. Raises TypeError or ValueError for one that no kernel takes."""
     dtype = str(array.dtype).removeprefix("torch.")
     return accepted.operand(name, dtype, array.shape, strides_of(name, array), least)
 
 
-def _result(name: str, given: Array | None, shape: tuple[int, ...], dtype: str, like: Array) -> Any:
+def result_of(
+    name: str, given: Array | None, shape: tuple[int, ...], dtype: str, like: Array
+) -> Any:
     """The array that a kernel writes: the given one, or a new one, a tensor as `like`."""
     if given is not None:
         if 0 not in given.shape:  # NumPy gives strides of 0 to empty arrays

@@ -9,103 +9,29 @@ none is 0.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from tilefold.backends.matmul import (
-    FLOATS,
-    Codes,
-    Quantized,
-    described,
-    folded,
-    placed,
-    weighted,
-)
+from tilefold.backends.matmul import Codes, described, folded
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError
-from tilefold.backends.triton.matmul import codes as widening
 from tilefold.backends.triton.matmul import gemm as products
 from tilefold.backends.triton.matmul import rows
 from tilefold.backends.triton.matmul.gemm import GemmBlocks, GemmSpec
 from tilefold.backends.triton.matmul.operands import ROWS, movable, operand, wide
 from tilefold.backends.triton.matmul.rows import SoftmaxBlocks, SoftmaxSpec
+from tilefold.backends.triton.matmul.tables import block_sizes, halved
 from tilefold.backends.triton.module import launch_options
 from tilefold.backends.triton.runtime import gpu
-from tilefold.backends.triton.spec import BY_PRECISION, LEAST
+from tilefold.backends.triton.spec import BY_PRECISION
 from tilefold.common.check import choice
 from tilefold.problems.matmul import Axes, Product, Rows, multiplied
 from tilefold.problems.request import PRECISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class Row(NamedTuple):
-    """Blocks for large products, and for products that would leave a GPU partly idle."""
-
-    large: GemmBlocks
-    small: GemmBlocks
-
-
-_HALF = GemmBlocks(64, 64, 64, warps=4, stages=3)
-_TF32 = GemmBlocks(64, 64, 32, warps=4, stages=3)
-_IEEE = Row(GemmBlocks(64, 64, 16, warps=8, stages=2), GemmBlocks(32, 32, 16, warps=4, stages=2))
-_FLOAT64 = Row(GemmBlocks(64, 64, 16, warps=4, stages=3), GemmBlocks(32, 32, 16, warps=4, stages=3))
-
-TABLE = {
-    ("sm_80", "half"): Row(GemmBlocks(128, 128, 32, warps=4, stages=4), _HALF),
-    ("sm_90", "half"): Row(GemmBlocks(128, 256, 64, warps=8, stages=3), _HALF),
-    ("sm_100", "half"): Row(GemmBlocks(128, 256, 64, warps=8, stages=3), _HALF),
-    ("sm_120", "half"): Row(GemmBlocks(128, 128, 32, warps=4, stages=3), _HALF),
-    ("gfx942", "half"): Row(GemmBlocks(128, 128, 32, warps=4, stages=2), _HALF),
-    ("sm_80", "tf32"): Row(GemmBlocks(128, 128, 32, warps=8, stages=3), _TF32),
-    ("sm_90", "tf32"): Row(GemmBlocks(128, 128, 32, warps=8, stages=4), _TF32),
-    ("sm_100", "tf32"): Row(GemmBlocks(128, 128, 32, warps=8, stages=4), _TF32),
-    ("sm_120", "tf32"): Row(GemmBlocks(128, 64, 32, warps=8, stages=3), _TF32),
-    ("sm_100", "float64"): _FLOAT64._replace(large=GemmBlocks(32, 64, 16, warps=4, stages=3)),
-}
-"""Blocks by (table of the architecture, what is multiplied): "half" types, float32 as "tf32", or
-float64, of which Triton 3.6 and 3.7 compile no block of 64 rows for sm_100. Others are alike.
-Chosen so that operands fit shared memory and sums the registers: Triton 3.7.1 spills none in the
-loops of sm_80, 90, 100 and 120, but for a few words of float64 in the small blocks of sm_90.
-Nobody has measured them."""
-
-
-def block_sizes(
-    name: str,
-    multiplied: str,
-    m: int,
-    n: int,
-    batch: int = 1,
-    *,
-    products: str = "ieee",
-    multiprocessors: int = 132,
-) -> GemmBlocks:
-    """The table's blocks for products m x n on an architecture, smaller where some would be idle.
-
-    >>> print(block_sizes("sm_90", "bfloat16", 4096, 4096))
-    128 x 256 x 64, 8 warps, 3 stages
-    >>> print(block_sizes("sm_90", "bfloat16", 256, 256))
-    64 x 64 x 64, 4 warps, 3 stages
-    """
-    exact = multiplied == "float32" and products == "ieee"
-    kind = {"float32": "tf32", "float64": "float64"}.get(multiplied, "half")
-    alike = _FLOAT64 if kind == "float64" else _IEEE
-    row = alike if exact else TABLE.get((architecture(name).table, kind), alike)
-    programs = batch * _parts(m, row.large.m) * _parts(n, row.large.n)
-    return row.small if programs < multiprocessors else row.large
-
-
-def halved(blocks: GemmBlocks) -> GemmBlocks:
-    """Blocks for a product and its gate: two sums of half the columns fill the same registers.
-
-    >>> print(halved(block_sizes("sm_90", "bfloat16", 4096, 4096)))
-    128 x 128 x 64, 8 warps, 3 stages
-    """
-    return replace(blocks, n=max(LEAST, blocks.n // 2))
 
 
 def gemm(
@@ -169,7 +95,7 @@ def gemm(
         NotImplementedError: there is no GPU here
         ResourceError: `blocks` need more shared memory than the GPU has
     """
-    machine = machine or _gpu_of("a", a)
+    machine = machine or gpu_of("a", a)
     given = {"a": a, "b": b, "c": c, "bias": bias, "gate": gate, "out": out}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     machine.check(**tensors)
@@ -206,13 +132,12 @@ def run(
 ) -> None:
     """Launch a described product on its tensors by name; C may be the tensor of the result.
 
-    With `codes`, B is quantised: `tensors` has "codes", and "scales", "zeros" or "table".
+    With `codes`, B is quantised: `tensors` has "codes", and "scales", "zeros" or "table", and
+    `blocks` are given.
     """
     choice("precision", precision, PRECISIONS)
     device, where = architecture(machine.architecture), folded(product, operand("out", out, 2))
     besides, product = tensors.get("c") is not out and product.beta != 0, where.product
-    if codes and blocks is None:
-        blocks = quantized_blocks(codes, product.m)
     plain = _spec(product, device, precision, blocks, machine, besides)
     plain = replace(plain, codes=codes) if codes else plain
     m, n, k, blocks = product.m, product.n, product.k, plain.blocks
@@ -240,74 +165,6 @@ def run(
         sizes += [size for each in results[1:] for size in each.sizes]
         function = machine.function(products.emit(spec), products.ENTRY)
         _launch(machine, function, programs, (*operands, *sizes, *scalars), blocks, options)
-
-
-def quantized_blocks(codes: Codes, m: int) -> GemmBlocks:
-    """Blocks of products with a quantised matrix: k divides a group, m is small for few rows.
-
-    Nobody has measured them.
-
-    >>> print(quantized_blocks(Codes("int4", 128, "float16"), 1))
-    16 x 32 x 64, 4 warps, 4 stages
-    """
-    blocks = GemmBlocks(16, 32, 64, warps=4, stages=4) if m <= LEAST else _HALF
-    return blocks if codes.group is None else replace(blocks, k=math.gcd(blocks.k, codes.group))
-
-
-def qgemm(
-    x: Tensor,
-    w: Quantized,
-    *,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    out: Tensor | None = None,
-    dtype: str | None = None,
-    precision: str = "highest",
-    blocks: GemmBlocks | None = None,
-    machine: Machine | None = None,
-) -> Tensor:
-    """The product activation(x w + bias) with a quantised matrix, whose weights stay in codes.
-
-        w = tilefold.quantize(weights, "int4", group_size=128)
-        qgemm(x, w, activation="silu")  # x is on a GPU; the codes are copied there once
-
-    Codes are widened in registers while a tile of w is read. They are multiplied in the type of x,
-    which holds them as they are; those of a palette in float16, or in float32 beside another x.
-    Scales multiply sums in float32. So a result is as exact as that of the weights that
-    `w.dequantize()` gives.
-
-    Arguments:
-        x: (..., k), float32, float16 or bfloat16, with at least two axes, in any strides
-        w: k x n, from `tilefold.quantize`
-        bias: (n,), or as that of `gemm`
-        activation: as that of `gemm`
-        out: (..., n), the tensor of the result
-        dtype: float32, float16 or bfloat16; None is the type of out, or of x
-        precision, blocks, machine: as those of `gemm`
-
-    Returns:
-        The result, (..., n), without gradients. Sums are float32.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError, ResourceError: as `gemm` does
-    """
-    machine = machine or _gpu_of("x", x)
-    given = {"x": x, "bias": bias, "out": out}
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    machine.check(**tensors)
-    operands = {
-        name: operand(name, each, 1 if name == "bias" else 2) for name, each in tensors.items()
-    }
-    choice("the type of x", operands["x"].dtype, FLOATS)
-    codes = Codes.of(w)
-    kind = widening.multiplied(codes, operands["x"].dtype)
-    product = weighted(
-        w, kind, operands, operands.pop("out", None), dtype=dtype, activation=activation
-    )
-    result = machine.empty(product.shape, product.dtype) if out is None else out
-    named = {"a": x, **placed(machine, w)} | ({} if bias is None else {"bias": bias})
-    run(product, named, result, machine, precision=precision, blocks=blocks, codes=codes)
-    return result
 
 
 def _spec(
@@ -382,7 +239,7 @@ def softmax(
         ValueError: axes that are too many, or a p of another shape or type
         NotImplementedError: there is no GPU here
     """
-    machine = machine or _gpu_of("x", x)
+    machine = machine or gpu_of("x", x)
     tensors = {"x": x} if p is None else {"x": x, "p": p}
     machine.check(**tensors)
     called = Rows.of({name: operand(name, tensor, 1, ROWS) for name, tensor in tensors.items()})
@@ -479,7 +336,7 @@ def _launch(
             ) from error
 
 
-def _gpu_of(name: str, tensor: Any) -> Machine:
+def gpu_of(name: str, tensor: Any) -> Machine:
     """The GPU where a tensor is."""
     if not hasattr(getattr(tensor, "device", None), "type"):
         raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}")
