@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tilefold.backends.matmul import hold
 from tilefold.common.check import shown
 from tilefold.products.quantized import SCALES, QuantizedMatrix, quantize
 from tilefold.products.quantized_torch import multiply
 from tilefold.products.schemes import PANEL, group_of, scheme_of
+from tilefold.products.torch import machine_of
 
 _ARRAYS = ("codes", "scales", "zeros", "table")
 
@@ -117,19 +119,20 @@ class QuantizedLinear(nn.Module):
 
     @property
     def matrix(self) -> QuantizedMatrix:
-        """The quantised matrix, which shares the memory of the buffers."""
+        """The quantised matrix, which shares the memory of the buffers; of a GPU's it is a copy."""
         tensors = (self.codes, self.scales, self.zeros, self.table)
         kept = self._kept
         if kept is None or any(one is not two for one, two in zip(kept[0], tensors, strict=True)):
-            if self.codes.device.type != "cpu":
-                raise NotImplementedError(
-                    f"the layer is on {self.codes.device}, and has kernels for the CPU: layer.cpu()"
-                )
-            codes = self.codes.numpy()
+            if self.codes.is_meta:
+                raise NotImplementedError("the layer is on meta, where it has no codes")
+            codes = self.codes.cpu().numpy()
             codes = codes.view(np.uint32) if codes.dtype == np.int32 else codes
-            more = (None if each is None else each.numpy() for each in tensors[1:])
+            more = (None if each is None else each.cpu().numpy() for each in tensors[1:])
             sizes = (self.in_features, self.out_features)
             kept = tensors, QuantizedMatrix(self.scheme, sizes, self.group_size, codes, *more)
+            if (machine := machine_of(self.codes)) is not None:
+                held = zip(_ARRAYS, tensors, strict=True)
+                hold(machine, kept[1], {name: x for name, x in held if x is not None})
             self._kept = kept
         return kept[1]
 
@@ -182,8 +185,8 @@ class QuantizedLinear(nn.Module):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(torch.get_autocast_dtype("cpu"))
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return multiply(x, layer.matrix, layer.bias, None, None, None)
 
 

@@ -58,7 +58,7 @@ def qgemm(
 
     Arguments:
         x: (..., k), float32, float16 or bfloat16, of any strides. A NumPy array or a torch tensor
-            on the processor, whose gradient is computed with the widened matrix
+            where there are kernels, whose gradient is computed with the widened matrix
         w: a matrix of k inputs and n outputs, by `tilefold.quantize`
         bias: (n,), of the type of the result or float32
         activation: None, "relu", "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh"

@@ -7,16 +7,19 @@ gradient. Where a gradient is wanted, bias and activation are torch's own, so th
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tilefold.backends.arrays.torch import check_dense
+from tilefold.backends.arrays.torch import check_place
+from tilefold.backends.protocols import Machine
 from tilefold.common.foreign_arrays import dtype_name
 from tilefold.products.quantized import QuantizedMatrix
 from tilefold.products.quantized_calls import Rows, product, result_type
 from tilefold.products.schemes import PANEL
+from tilefold.products.torch import machine_of
 
 _AT_ONCE = 1 << 21  # weights that are widened at once in a gradient; not tuned
 
@@ -41,7 +44,9 @@ def multiply(
     """The product of tensors; see `tilefold.qgemm`."""
     for name, tensor in (("x", x), ("bias", bias), ("out", out)):
         if tensor is not None:
-            _check_place(name, tensor)
+            check_place(name, tensor, x.device)
+    if x.is_meta:
+        raise NotImplementedError("x is on meta, where no kernel runs")
     shape, dtype = result_type(w, x, bias, out, wanted)
     recorded = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, bias, out)
@@ -80,11 +85,11 @@ class _Gradient(torch.autograd.Function):
         ctx.w, ctx.dtype = w, dy.dtype
         k, n = w.shape
         rows = dy.detach().float().reshape(-1, n)
-        dx = torch.zeros(len(rows), k)
+        dx = torch.zeros(len(rows), k, device=rows.device)
         step = max(1, _AT_ONCE // (PANEL * k))
         for first in range(0, w.panels, step):
             columns = rows[:, first * PANEL : (first + step) * PANEL]
-            part = torch.from_numpy(w.widened(first, min(first + step, w.panels)))
+            part = torch.from_numpy(w.widened(first, min(first + step, w.panels))).to(dx.device)
             dx.addmm_(columns, part[:, : columns.shape[1]].T)
         return dx.reshape(*dy.shape[:-1], k)
 
@@ -106,6 +111,8 @@ def _product(
     k, n = w.shape
     if out is not None:
         _check_written(out, {"x": x, "bias": bias})
+    if (machine := machine_of(x)) is not None:
+        return _run_on_gpu(machine, x, w, bias, activation, out, shape, dtype)
     rows = x.detach().reshape(-1, k).float().numpy()
     made = None if out is None else _lines(out, n)
     target = torch.empty(len(rows), n, dtype=getattr(torch, dtype)) if made is None else made
@@ -122,20 +129,39 @@ def _product(
     return out
 
 
+def _run_on_gpu(
+    machine: Machine,
+    x: Tensor,
+    w: QuantizedMatrix,
+    bias: Tensor | None,
+    activation: str | None,
+    out: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: str,
+) -> Tensor:
+    """The product by the kernels of a GPU."""
+    if out is None:
+        out = x.new_empty(shape, dtype=getattr(torch, dtype))
+    if out.numel():
+        lines, result = (each.unsqueeze(0) if each.dim() == 1 else each for each in (x, out))
+        kernels = import_module(f"tilefold.backends.{machine.backend}.matmul.quantized")
+        kernels.qgemm(
+            lines.detach(),
+            w,
+            bias=None if bias is None else bias.detach(),
+            activation=activation,
+            out=result,
+            machine=machine,
+        )
+    return out
+
+
 def _lines(out: Tensor, n: int) -> Tensor | None:
     """A result as a view (rows, n); None where its strides do not allow one."""
     try:
         return out.view(-1, n) if out.numel() else None
     except RuntimeError:
         return None
-
-
-def _check_place(name: str, tensor: Tensor) -> None:
-    check_dense(name, tensor)
-    if tensor.device.type != "cpu":
-        raise NotImplementedError(
-            f"{name} is on {tensor.device}, and qgemm has kernels for the CPU: pass {name}.cpu()"
-        )
 
 
 def _check_written(out: Tensor, read: dict[str, Tensor | None]) -> None:
