@@ -44,6 +44,7 @@ ROWS = {
     "A12": "Batches that broadcast; bias by columns or rows and activations inside of the product",
     "A11": "A layer of attention is products, attention, and a product with its activation",
     "A14": "6-bit palettes: 64 float16 numbers, found or given, and packed indices",
+    "A16": "What other programs build on has names that stay: functions, operators, entries",
     "T01": "float64, float32, bfloat16 and float16 in both passes, each within its tolerance",
     "T02": "Sequences of one or two dimensions, channel-first layouts, values of another width",
     "T03": "The mask that hides nothing",

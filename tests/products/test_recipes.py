@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import attention_block
 import numpy as np
 import pytest
 from gemms import check, normal
+from paths import ROOT
 
 import tilefold
+from tilefold.backends.metal.matmul import gemm as metal_gemm
+from tilefold.backends.metal.matmul.spec import GemmBlocks, GemmSpec
+from tilefold.backends.triton.matmul import gemm as triton_gemm
 
 
 @pytest.mark.slow
@@ -85,3 +91,24 @@ def test_types_are_mixed_in_one_call_without_a_pass() -> None:
     other = tilefold.gemm(left, right, added, beta=1.0, alpha=0.5)
     assert other.dtype is torch.bfloat16
     assert (other.view(torch.int16).numpy() == got.view(np.int16)).all()
+
+
+@pytest.mark.feature("A16")
+def test_the_page_names_what_other_programs_build_on() -> None:
+    page = (ROOT / "docs" / "products.md").read_text(encoding="utf-8")
+    table = page.partition("## In other programs")[2]
+    names = ", ".join(inspect.signature(tilefold.gemm).parameters).replace(
+        "c, alpha", "c, *, alpha"
+    )
+    assert f"`tilefold.gemm({names})`" in table
+    blocks = GemmBlocks(32, 32, 8, split=(1, 1))
+    options = {"staged": False, "bfloat": False, "bias": "column", "activation": "gelu"}
+    source = metal_gemm.emit(GemmSpec("float16", "float32", "float16", blocks, **options))
+    assert f"`{metal_gemm.ENTRY}`" in table and f"kernel void {metal_gemm.ENTRY}(" in source
+    assert re.findall(r"#include (\S+)", source) == ["<metal_stdlib>"]
+    assert triton_gemm.ENTRY == metal_gemm.ENTRY
+    torch = pytest.importorskip("torch")
+    from tilefold.products import torch as products
+
+    assert products.gemm is not None
+    assert f"`{torch.ops.tilefold.gemm.default._schema}`" in table

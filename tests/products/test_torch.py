@@ -59,6 +59,7 @@ def test_tensors_are_read_and_written_in_place() -> None:
     assert gemm(x, w.T, out, beta=0.5, out=out) is out and out._version > version
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.script")  # torch's own, in its forward mode
 @pytest.mark.slow
 @pytest.mark.feature("A12")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -72,11 +73,14 @@ def test_gradients_through_activations(activation: str | None) -> None:
         options = {"transpose_a": turned, "transpose_b": turned, "activation": activation}
         return gemm(a, b, c, alpha=0.7, beta=-0.3, bias=bias, **options)
 
-    assert torch.autograd.gradcheck(call, (a, b, c, bias), check_batched_grad=True)
+    assert torch.autograd.gradcheck(
+        call, (a, b, c, bias), check_batched_grad=True, check_forward_ad=True
+    )
     if activation != "relu":
         assert torch.autograd.gradgradcheck(call, (a, b, c, bias))
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.script")  # torch's own, in its forward mode
 @pytest.mark.slow
 @pytest.mark.feature("A12")
 @pytest.mark.parametrize("activation", ["silu", "tanh"])
@@ -86,7 +90,7 @@ def test_gradients_of_a_gated_pair(activation: str) -> None:
     def call(x: Any, w: Any, gate: Any, bias: Any) -> Any:
         return gemm(x, w, gate=gate, bias=bias, activation=activation, alpha=0.5)
 
-    assert torch.autograd.gradcheck(call, (x, w, gate, bias))
+    assert torch.autograd.gradcheck(call, (x, w, gate, bias), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, (x, w, gate, bias))
 
 

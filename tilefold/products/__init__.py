@@ -1,6 +1,7 @@
 """Products of matrices as public operations, and matrices of few bits per element.
 
 plans      a call of a product without its arrays: what it means, and its kernel made ready
+derivatives  gradients and tangents of a product, made of products
 torch      PyTorch tensors: gradients, compilers and transforms
 calls      `tilefold.gemm`, and its NumPy arrays
 schemes    the schemes of quantised matrices, and how their codes lie in memory

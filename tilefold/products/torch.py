@@ -1,13 +1,4 @@
-"""Products of PyTorch tensors: `tilefold.gemm` with gradients, in compilers and in transforms.
-
-With z = alpha op(a) op(b) + beta c + bias and y = activation(z), gradients are products again:
-
-    dz = dy activation'(z)    da = alpha dz op(b)^T    db = alpha op(a)^T dz    dc = beta dz
-
-and that of the bias is a sum of dz. With a gate, y = activation(z) g and g = alpha op(a) op(gate):
-then dz = dy g activation'(z) and dg = dy activation(z). z and g are computed again, not saved. All
-of it is made of differentiable operations, so there are derivatives of any order.
-"""
+"""Products of PyTorch tensors: `tilefold.gemm` with gradients, in compilers and in transforms."""
 
 from __future__ import annotations
 
@@ -17,22 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tilefold.backends.arrays.torch import check_held, check_place, dtype_of
 from tilefold.backends.protocols import Machine
 from tilefold.frontends.torch import tensors
-from tilefold.frontends.torch.batched import mapped
 from tilefold.frontends.torch.observed import lifted, recorded, unobserved
-from tilefold.problems.matmul import sums
-from tilefold.products import plans
+from tilefold.products import derivatives, plans
+from tilefold.products.derivatives import Given, named
 from tilefold.products.plans import GIVEN, Form, Options
-
-Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""a, b, c, bias and gate."""
-
-_OF_RESULT = ("relu", "sigmoid", "tanh")
-"""Activations whose slope is a function of their value."""
 
 
 def multiply(given: Mapping[str, Tensor], options: Options) -> Tensor:
@@ -171,12 +154,6 @@ def _matrices(given: Mapping[str, Tensor]) -> tuple[Given, tuple[int, ...]]:
     return (a, b, c, bias, gate), axes
 
 
-def _named(a: Tensor, b: Tensor, *rest: Tensor | None) -> dict[str, Tensor]:
-    """The operands by name, without those that are not given."""
-    pairs = zip(GIVEN, (a, b, *rest), strict=True)
-    return {name: x for name, x in pairs if x is not None}
-
-
 @torch.library.custom_op("tilefold::gemm", mutates_args=(), device_types=("cpu", "mps", "cuda"))
 def gemm(
     a: Tensor,
@@ -194,7 +171,7 @@ def gemm(
 ) -> Tensor:
     """The product that compilers and tracers see; its arguments are those of `tilefold.gemm`."""
     options = Options(alpha, beta, transpose_a, transpose_b, activation, dtype, precision)
-    return run(_named(a, b, c, bias, gate), options)
+    return run(named(a, b, c, bias, gate), options)
 
 
 @gemm.register_fake
@@ -224,139 +201,16 @@ def _(
     return a.new_empty((*batch, m, n), dtype=getattr(torch, kind))
 
 
-def _product(
-    a: Tensor, b: Tensor, c: Tensor | None = None, *, kind: torch.dtype, **options: Any
-) -> Tensor:
-    """A product as a part of a derivative, of the type `kind`."""
-    kinds, wanted = plans.RESULTS[sums(dtype_of(a), dtype_of(b))], _name(kind)
-    dtype = wanted if wanted in kinds else kinds[0]
-    return multiply(_named(a, b, c, None, None), Options(dtype=dtype, **options)).to(kind)
-
-
-def _name(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")
-
-
-_aten = torch.ops.aten
-
-_VALUES: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda z: z,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
-    "silu": functional.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-"""The activations as torch has them."""
-
-
-def _through_silu(d: Tensor, z: Tensor) -> Tensor:
-    """A slope times the derivative of silu, by differentiable operations."""
-    s = torch.sigmoid(z)
-    return d * (s * (1 + z * (1 - s)))
-
-
-_SLOPES: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {
-    None: lambda d, z: d,
-    "relu": lambda d, y: _aten.threshold_backward(d, y, 0),
-    "gelu": _aten.gelu_backward,
-    "gelu_tanh": lambda d, z: _aten.gelu_backward(d, z, approximate="tanh"),
-    "silu": _through_silu,
-    "sigmoid": _aten.sigmoid_backward,
-    "tanh": _aten.tanh_backward,
-}
-"""A slope times the derivative of an activation, at z, or at y for those of `_OF_RESULT`."""
-
-
-def _anew(options: Options, gate: Tensor | None) -> bool:
-    """True if gradients need z, and compute it."""
-    return gate is not None or options.activation not in (None, *_OF_RESULT)
-
-
-def _save(ctx: Any, options: Options, given: Given, y: Tensor) -> None:
-    """Save what gradients need: c and bias only where z is computed anew."""
+def _save(ctx: Any, options: Options, given: Given, y: Tensor) -> tuple[Any, ...]:
+    """Save what derivatives need: c and bias only where z is computed again."""
     a, b, c, bias, gate = given
-    anew = _anew(options, gate)
-    ctx.options = options
+    again = derivatives.anew(options, gate)
+    ctx.options, ctx.result = options, (tuple(y.shape), y.dtype)
     ctx.like = tuple([None if x is None else (tuple(x.shape), x.dtype) for x in (c, bias)])
-    c, bias = (c, bias) if anew else (None, None)
-    ctx.save_for_backward(a, b, c, bias, gate, None if anew or options.activation is None else y)
-
-
-@mapped
-def _gradients(
-    dy: Tensor,
-    saved: tuple[Any, ...],
-    options: Options,
-    like: tuple[Any, ...],
-    wants: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a, b, c, bias and gate that are wanted."""
-    a, b, c, bias, gate, y = saved
-    kind: torch.dtype = getattr(torch, sums(dtype_of(a), dtype_of(b)))
-    name, dg = options.activation, None
-    if not _anew(options, gate):
-        dz = _SLOPES[name](dy, y)
-    else:
-        z = multiply(
-            _named(a, b, c, bias, None), options._replace(activation=None, dtype=_name(kind))
-        )
-        dz, y = dy.to(kind), _VALUES[name](z)
-        if gate is not None:
-            g = multiply(_named(a, gate, None, None, None), _plain(options, _name(kind)))
-            dz, dg = dz * g, (dz * y).to(dy.dtype)
-        dz = _SLOPES[name](dz, y if name in _OF_RESULT else z).to(dy.dtype)
-    of_a = of_b = of_c = of_bias = of_gate = None
-    if wants[0]:
-        of_a = _of_a(dz, b, options, a.dtype if dg is None else kind, None)
-        if dg is not None:
-            of_a = _of_a(dg, gate, options, a.dtype, of_a)
-        of_a = _summed(of_a, tuple(a.shape), a.dtype, kind)
-    if wants[1]:
-        of_b = _of_b(dz, a, b, options, kind)
-    if wants[2] and options.beta:
-        of_c = _summed(dz, like[0][0], like[0][1], kind) * options.beta
-    if wants[3]:
-        of_bias = _summed(dz, like[1][0], like[1][1], kind)
-    if wants[4]:
-        of_gate = _of_b(dg, a, gate, options, kind)
-    return of_a, of_b, of_c, of_bias, of_gate
-
-
-def _plain(options: Options, dtype: str) -> Options:
-    """The options of alpha op(a) op(b) alone."""
-    return options._replace(beta=0.0, activation=None, dtype=dtype)
-
-
-def _of_a(dz: Tensor, b: Tensor, options: Options, kind: torch.dtype, add: Tensor | None) -> Tensor:
-    """The gradient of a for each matrix of the batch, and `add`."""
-    more: dict[str, Any] = {"kind": kind, "alpha": options.alpha, "beta": float(add is not None)}
-    if options.transpose_a:
-        return _product(b, dz, add, transpose_a=options.transpose_b, transpose_b=True, **more)
-    return _product(dz, b, add, transpose_b=not options.transpose_b, **more)
-
-
-def _of_b(dz: Any, a: Tensor, b: Tensor, options: Options, kind: torch.dtype) -> Tensor:
-    """The gradient of b: one product, of all rows of a batch, where b is a matrix."""
-    turned = options.transpose_a
-    if b.dim() == 2 < a.dim():
-        a = (a.mT if turned else a).flatten(0, -2)
-        dz, turned = dz.flatten(0, -2), False
-    more: dict[str, Any] = {"kind": b.dtype, "alpha": options.alpha}
-    if options.transpose_b:
-        found = _product(dz, a, transpose_a=True, transpose_b=turned, **more)
-    else:
-        found = _product(a, dz, transpose_a=not turned, **more)
-    return _summed(found, tuple(b.shape), b.dtype, kind)
-
-
-def _summed(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, kind: torch.dtype) -> Tensor:
-    """The gradient of an operand that broadcasts to x; sums are of the type `kind`."""
-    front = x.dim() - len(shape)
-    axes = [front + i for i, n in enumerate(shape) if n == 1 != x.shape[front + i]]
-    axes = [*range(front), *axes]
-    return (x.sum(axes, keepdim=True, dtype=kind).reshape(shape) if axes else x).to(dtype)
+    c, bias = (c, bias) if again else (None, None)
+    saved = a, b, c, bias, gate, None if again or options.activation is None else y
+    ctx.save_for_backward(*saved)
+    return saved
 
 
 class _Gemm(torch.autograd.Function):
@@ -364,17 +218,24 @@ class _Gemm(torch.autograd.Function):
 
     @staticmethod
     def forward(options: Options, *given: Any) -> Tensor:
-        return run(_named(*given), options)
+        return run(named(*given), options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         options, *given = inputs
-        _save(ctx, options, tuple(given), output)
+        ctx.save_for_forward(*_save(ctx, options, tuple(given), output))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wants = tuple(ctx.needs_input_grad[1:])
-        return (None, *_gradients(dy, tuple(ctx.saved_tensors), ctx.options, ctx.like, wants))
+        saved = tuple(ctx.saved_tensors)
+        return (None, *derivatives.gradients(multiply, dy, saved, ctx.options, ctx.like, wants))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *slopes: Tensor | None) -> Tensor:
+        saved = tuple(ctx.saved_tensors)
+        found: Tensor = derivatives.tangent(multiply, slopes, saved, ctx.options, ctx.result)
+        return found
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, options: Options, *given: Any) -> tuple[Tensor, int]:
@@ -408,7 +269,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _operator_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wants = tuple(ctx.needs_input_grad[:5])
-    found = _gradients(dy, tuple(ctx.saved_tensors), ctx.options, ctx.like, wants)
+    saved = tuple(ctx.saved_tensors)
+    found = derivatives.gradients(multiply, dy, saved, ctx.options, ctx.like, wants)
     return (*found, *(None for _ in Options._fields))
 
 
