@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tilefold.backends.cpu.kernels.ir import Body, Value
-from tilefold.backends.cpu.matmul.spec import GemmSpec, PackSpec, QuantizedSpec
+from tilefold.backends.cpu.matmul.spec import FewRowsSpec, GemmSpec, PackSpec, QuantizedSpec
 
 COUNTERS = ("next_item", "next_worker")
 
@@ -42,6 +42,8 @@ GEMM = (
     "b_k",
     "b_n",
     "gate",
+    "gate_k",
+    "gate_n",
     "panel_bytes",
     "out",
     "out_m",
@@ -97,7 +99,7 @@ _ADDRESSES = {"array", "offsets", "panels", "a", "b", "gate", "out", "c", "bias"
 }
 
 
-Spec = GemmSpec | PackSpec | QuantizedSpec
+Spec = GemmSpec | PackSpec | QuantizedSpec | FewRowsSpec
 
 
 def names(spec: Spec) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +13,11 @@ from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.dispatch import KEPT_BYTES, _local, _Memory, _workspace
 from tilefold.backends.cpu.kernel import double_bits
+from tilefold.backends.cpu.matmul import few_rows
 from tilefold.backends.cpu.matmul.arguments import GEMM, OFFSETS, PACK
 from tilefold.backends.cpu.matmul.gemm import PANELS_PER_ITEM, emit
-from tilefold.backends.cpu.matmul.plan import GemmPlan, plan
-from tilefold.backends.cpu.matmul.spec import GemmSpec, PackSpec
+from tilefold.backends.cpu.matmul.plan import GemmPlan, Plan, plan
+from tilefold.backends.cpu.matmul.spec import FewRowsSpec, GemmSpec, PackSpec
 from tilefold.common.first_use import undisturbed
 from tilefold.common.single_flight import once
 from tilefold.problems.matmul import Axes, Operand, Product
@@ -30,22 +30,26 @@ _CLAIM_FLOPS = 5e5
 
 
 @once(most=512)
-def kernel(spec: GemmSpec | PackSpec, device: Device) -> runtime.Loaded:
+def kernel(spec: GemmSpec | PackSpec | FewRowsSpec, device: Device) -> runtime.Loaded:
     """The kernel of a spec, compiled for the device unless the disk cache has it."""
-    return undisturbed(lambda: runtime.kernel(emit(spec), spec.kernel, device))
+    return undisturbed(lambda: runtime.kernel(source(spec), spec.kernel, device))
+
+
+def source(spec: GemmSpec | PackSpec | FewRowsSpec) -> str:
+    """The LLVM source of a kernel."""
+    return few_rows.emit(spec) if isinstance(spec, FewRowsSpec) else emit(spec)
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A product prepared for operands of certain strides; only addresses are missing."""
 
-    plan: GemmPlan
-    gemm: runtime.Loaded
-    pack: runtime.Loaded | None
+    plan: Plan
+    loaded: runtime.Loaded
+    packing: Packing | None
     block: NDArray[np.int64]
-    pack_block: NDArray[np.int64] | None
     alone: bool
-    kept: tuple[Any, ...]
+    offsets: NDArray[np.int64]
 
     def run(self, a: int, b: int, out: int, c: int = 0, bias: int = 0, gate: int = 0) -> None:
         """Compute the product of operands at these addresses, 0 where there is none.
@@ -56,31 +60,51 @@ class Prepared:
         if made.turned:
             a, b = b, a
         workers = 1 if self.alone else threads.number()
-        buffers = []
-        if self.pack is not None:
-            assert self.pack_block is not None
-            panels = []
-            for array in (b, gate) if made.spec.gate else (b,):
-                memory = _panels(int(self.pack_block[_PACK["matrix_bytes"]]) * self.kept[1])
-                words = self.pack_block.copy()
-                words[_PACK["array"]], words[_PACK["panels"]] = array, memory.pointer
-                items = int(words[_PACK["items"]])
-                threads.run(self.pack.address, words.ctypes.data, min(workers, items))
-                panels.append(memory.pointer)
-                buffers.append(memory)
-            b, gate = panels[0], panels[-1]
+        panels = None
+        if self.packing is not None:
+            panels = _panels(self.packing.size)
+            b, gate = self.packing.run((b, gate), panels.pointer, workers)
         workers = min(workers, made.items)
         workspace = _workspace(workers * made.workspace_bytes)
         words = self.block.copy()
         for name, address in (("a", a), ("b", b), ("out", out), ("c", c), ("bias", bias)):
             words[_GEMM[name]] = address
         words[_GEMM["gate"]], words[_GEMM["workspace"]] = gate, workspace.pointer
-        threads.run(self.gemm.address, words.ctypes.data, workers)
+        threads.run(self.loaded.address, words.ctypes.data, workers)
         if workspace.size <= KEPT_BYTES:
             _local.workspace = workspace
-        for memory in buffers:
-            if memory.size <= KEPT_BYTES:
-                _kept.panels = memory
+        if panels is not None and panels.size <= KEPT_BYTES:
+            _kept.panels = panels
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """The kernel that packs B, and the gate, before a product: their argument blocks.
+
+    `starts` are where the matrices of each begin.
+    """
+
+    loaded: runtime.Loaded
+    blocks: tuple[NDArray[np.int64], ...]
+    starts: tuple[NDArray[np.int64], ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all panels."""
+        return sum(self.sizes)
+
+    def run(self, arrays: Sequence[int], panels: int, workers: int) -> tuple[int, int]:
+        """Pack B and the gate; return where the panels of each are."""
+        found = []
+        for array, block, size in zip(arrays, self.blocks, self.sizes, strict=False):
+            words = block.copy()
+            words[_PACK["array"]], words[_PACK["panels"]] = array, panels
+            items = int(words[_PACK["items"]])
+            threads.run(self.loaded.address, words.ctypes.data, min(workers, items))
+            found.append(panels)
+            panels += size
+        return found[0], found[-1]
 
 
 class _Kept(threading.local):
@@ -111,35 +135,36 @@ def prepare(
     device = device or host()
     made = plan(product, out, device, packed)
     product, out, spec = made.product, made.out, made.spec
-    gemm = kernel(spec, device)
-    b_offsets = _offsets(product.b.axes, product.batch)
-    packing = kernel(spec.packing, device) if made.packs else None
-    pack_block, matrices = None, 1
-    if made.packs:
-        starts, places = np.unique(b_offsets, return_inverse=True)
-        matrices = len(starts)
-        matrix_bytes = made.panels * made.panel_bytes
-        pack_block = _pack_words(made, starts, matrix_bytes)
-        b_offsets = places.reshape(-1) * matrix_bytes
-        kept: tuple[Any, ...] = (starts, matrices)
-    else:
-        kept = (None, 1)
     offsets = np.zeros((product.matrices, len(OFFSETS)), np.int64)
-    each = {"a": product.a, "out": out, "c": product.c, "bias": product.bias}
+    each = {"a": product.a, "b": product.b, "out": out, "c": product.c, "bias": product.bias}
+    each["gate"] = product.gate
     for name, operand in each.items():
         if operand is not None:
             offsets[:, OFFSETS.index(name)] = _offsets(operand.axes, product.batch)
-    offsets[:, OFFSETS.index("b")] = b_offsets
-    if product.gate is not None:
-        offsets[:, OFFSETS.index("gate")] = (
-            b_offsets if made.packs else _offsets(product.gate.axes, product.batch)
-        )
+    packing = _packing(made, device, offsets) if isinstance(made, GemmPlan) and made.packs else None
     words = _words(made, offsets)
     flops = 2 * product.matrices * product.m * product.n * product.k
-    return Prepared(made, gemm, packing, words, pack_block, flops < _ALONE_FLOPS, (*kept, offsets))
+    return Prepared(made, kernel(spec, device), packing, words, flops < _ALONE_FLOPS, offsets)
 
 
-def _words(made: GemmPlan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+def _packing(made: GemmPlan, device: Device, offsets: NDArray[np.int64]) -> Packing:
+    """What packs B and the gate; their offsets become those of panels, in bytes."""
+    blocks, all_starts, sizes = [], [], []
+    for name, operand in (("b", made.product.b), ("gate", made.product.gate)):
+        if operand is None:
+            continue
+        column = offsets[:, OFFSETS.index(name)]
+        starts, places = np.unique(column, return_inverse=True)
+        matrix_bytes = made.panels * made.panel_bytes
+        column[:] = places.reshape(-1) * matrix_bytes
+        blocks.append(_pack_words(made, operand, starts, matrix_bytes))
+        all_starts.append(starts)
+        sizes.append(len(starts) * matrix_bytes)
+    loaded = kernel(made.spec.packing, device)
+    return Packing(loaded, tuple(blocks), tuple(all_starts), tuple(sizes))
+
+
+def _words(made: Plan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """The argument block of a product without its addresses."""
     product = made.product
     flops = 2 * product.m * product.n * max(1, product.k) / (made.row_blocks * made.column_blocks)
@@ -169,14 +194,18 @@ def _words(made: GemmPlan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         if operand is not None:
             values[f"{name}_m"], values[f"{name}_n"] = operand.axes.strides[-2:]
     values["a_m"], values["a_k"] = product.a.axes.strides[-2:]
-    values["b_k"], values["b_n"] = product.b.axes.strides[-2:]
+    for name, operand in (("b", product.b), ("gate", product.gate)):
+        if operand is not None:
+            values[f"{name}_k"], values[f"{name}_n"] = operand.axes.strides[-2:]
     return np.array([values.get(name, 0) for name in GEMM], np.int64)
 
 
-def _pack_words(made: GemmPlan, starts: NDArray[np.int64], matrix_bytes: int) -> NDArray[np.int64]:
-    """The argument block of the kernel that packs B, without its addresses."""
+def _pack_words(
+    made: GemmPlan, operand: Operand, starts: NDArray[np.int64], matrix_bytes: int
+) -> NDArray[np.int64]:
+    """The argument block of the kernel that packs B or the gate, without its addresses."""
     product = made.product
-    down, across = product.b.axes.strides[-2:]
+    down, across = operand.axes.strides[-2:]
     groups = -(-made.panels // PANELS_PER_ITEM)
     values = {
         "items": len(starts) * groups,

@@ -18,10 +18,10 @@ from tilefold.backends.cpu.kernels.storage import Storage
 from tilefold.backends.cpu.matmul import activation
 from tilefold.backends.cpu.matmul.arguments import Arguments
 from tilefold.backends.cpu.matmul.panels import SCALARS, reading
-from tilefold.backends.cpu.matmul.spec import GemmSpec, QuantizedSpec
+from tilefold.backends.cpu.matmul.spec import FewRowsSpec, GemmSpec, QuantizedSpec
 
 
-def finish(module: Module, spec: GemmSpec | QuantizedSpec) -> str:
+def finish(module: Module, spec: GemmSpec | QuantizedSpec | FewRowsSpec) -> str:
     """The name of `(arguments, sums, other, rows, columns, out, c, bias)`.
 
     Sums lie in lines of `spec.width`. The last three are the addresses of the tile's first element.
@@ -32,7 +32,7 @@ def finish(module: Module, spec: GemmSpec | QuantizedSpec) -> str:
 
 
 class _Finish:
-    def __init__(self, module: Module, spec: GemmSpec | QuantizedSpec) -> None:
+    def __init__(self, module: Module, spec: GemmSpec | QuantizedSpec | FewRowsSpec) -> None:
         self.spec = spec
         pointers = ("arguments", "sums", "other", "out", "c", "bias")
         block, self.sums, self.other, self.out, self.c, self.bias = (

@@ -173,7 +173,7 @@ class _Gemm:
 
     def _pack_b(self, name: str, target: Value, c: Value, depth: Value) -> None:
         body, words, spec, store = self.body, self.words, self.spec, self.b_store
-        start = body.add(self.begins[name], body.mul(c, words["b_k"]))
+        start = body.add(self.begins[name], body.mul(c, words[f"{name}_k"]))
         array = store.at(body, words[name], start)
         panel_bytes = body.mul(self.steps, spec.width * self.step_bytes)
         panel_bytes = body.add(panel_bytes, self.head_bytes)
@@ -181,9 +181,9 @@ class _Gemm:
             number = body.binary("udiv", body.sub(column, self.first_column), spec.width)
             before = body.add(body.mul(number, panel_bytes), self.head_bytes)
             panel = body.offset(target, "i8", before)
-            source = store.at(body, array, body.mul(column, words["b_n"]))
+            source = store.at(body, array, body.mul(column, words[f"{name}_n"]))
             exist = body.minimum(body.sub(words["n"], column), spec.width)
-            strides = (words["b_n"], words["b_k"])
+            strides = (words[f"{name}_n"], words[f"{name}_k"])
             body.invoke(self.pack_b, [panel, source, *strides, exist, depth])
 
     def _panel(self, name: str, scratch: Value, column: Value, number: Value, c: Value) -> Value:

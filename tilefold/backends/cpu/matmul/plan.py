@@ -14,6 +14,7 @@ from tilefold.backends.cpu.matmul.spec import (
     ITEM_BYTES,
     MADD,
     VNNI,
+    FewRowsSpec,
     GemmSpec,
     Unit,
     lanes_of,
@@ -23,6 +24,12 @@ from tilefold.problems.matmul import Operand, Product
 TILES = {"amx": (14, 2), "avx512": (14, 2), "avx2": (6, 2), "sse2": (6, 2), "neon": (12, 2)}
 """Rows by vectors of register tiles: accumulators, a row of vectors and a broadcast fill the
 registers. (14 x 2 takes 16 loads for 28 multiply-adds.)"""
+
+FEW_ROWS = 16
+"""Products of at most so many rows read B where it lies, if it has more elements than this:"""
+
+_LEAST_READ = 2**12
+"""Smaller B is in a near cache, and packing it takes no time."""
 
 _LEAST_ROWS = 0.7
 """The least share of the table's rows: lower tiles load more for each multiply-add."""
@@ -122,11 +129,110 @@ class GemmPlan:
         return self.a_bytes + seconds * (self.b_bytes + self.sums_bytes)
 
 
-def plan(product: Product, out: Operand, device: Device, packed: bool = False) -> GemmPlan:
+@dataclass(frozen=True)
+class FewRowsPlan:
+    """The kernel of a product with few rows of A, and what its workers share: see `GemmPlan`."""
+
+    product: Product
+    out: Operand
+    spec: FewRowsSpec
+    turned: bool
+
+    packs = False
+    one_block = True
+    row_blocks = 1
+    panel_bytes = b_bytes = 0
+
+    @property
+    def column_blocks(self) -> int:
+        """Blocks of columns of one matrix."""
+        return _parts(self.product.n, self.spec.width)
+
+    @property
+    def items(self) -> int:
+        """Work items of all matrices."""
+        return self.product.matrices * self.column_blocks
+
+    @property
+    def block_m(self) -> int:
+        """All rows."""
+        return self.spec.rows
+
+    @property
+    def block_n(self) -> int:
+        """Columns of an item."""
+        return self.spec.width
+
+    @property
+    def block_k(self) -> int:
+        """All terms."""
+        return self.product.k
+
+    @property
+    def a_bytes(self) -> int:
+        """A worker's scratch for the rows of A, with room for a vector behind them."""
+        return _whole(self.spec.rows * self.product.k * ITEM_BYTES[self.spec.sums] + 64)
+
+    @property
+    def sums_bytes(self) -> int:
+        """A worker's scratch for sums."""
+        return _whole(self.spec.rows * self.spec.width * ITEM_BYTES[self.spec.sums])
+
+    @property
+    def workspace_bytes(self) -> int:
+        """All scratch of a worker."""
+        return self.a_bytes + 2 * self.sums_bytes
+
+
+Plan = GemmPlan | FewRowsPlan
+
+
+def plan(product: Product, out: Operand, device: Device, packed: bool = False) -> Plan:
     """The plan of a product whose result lies as `out`. `packed`: B comes in panels."""
     turned = not packed and product.gate is None and _is_turned(product, out)
     if turned:
         product, out = _transposed(product), out.turned()
+    form = None if packed else _few_rows(product)
+    if form:
+        return FewRowsPlan(product, out, _few_rows_spec(product, form, device), turned)
+    return _plan(product, out, device, packed, turned)
+
+
+def _few_rows(product: Product) -> str | None:
+    """The form in which a product reads B where it lies; None where it packs B."""
+    if product.m > FEW_ROWS or product.sums == "int32" or product.n * product.k < _LEAST_READ:
+        return None
+    down, across = product.b.axes.strides[-2:]
+    gate = product.gate.axes.strides[-2:] if product.gate else (down, across)
+    if across == gate[1] == 1:
+        return "wide"
+    return "deep" if down == gate[0] == 1 else None
+
+
+def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
+    lanes = lanes_of(device, product.sums)
+    width = {"wide": 512, "deep": 64}[form]
+    while width > 4 * lanes and _parts(product.n, width) < _ITEMS_PER_CORE * device.cores:
+        width //= 2
+    return FewRowsSpec(
+        a=product.a.dtype,
+        b=product.b.dtype,
+        sums=product.sums,
+        out=product.dtype,
+        form=form,
+        rows=product.m,
+        width=width,
+        lanes=lanes,
+        native_half=device.converts_float16,
+        c=product.c.dtype if product.c and product.beta else None,
+        bias=product.bias.dtype if product.bias else None,
+        activation=product.activation,
+        gate=product.gate is not None,
+    )
+
+
+def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: bool) -> GemmPlan:
+    """The plan of a product that multiplies panels."""
     unit = _unit(product, device)
     most, vectors = TILES[device.isa]
     rows = (32 if product.m > 16 else 16) if unit.tiles else balanced(product.m, most)
@@ -242,9 +348,9 @@ def _up(length: int, step: int) -> int:
 def _is_turned(product: Product, out: Operand) -> bool:
     """True if neighbours of the result lie along its rows' axis, so columns become rows."""
     down, across = out.axes.strides[-2:]
-    if down == 1 and across != 1:
-        return product.m > 1
-    return product.n == 1 and product.m > 1 and across != 1
+    if product.n <= FEW_ROWS < product.m:
+        return _few_rows(_transposed(product)) is not None
+    return down == 1 and across != 1 and product.m > 1
 
 
 def _transposed(product: Product) -> Product:

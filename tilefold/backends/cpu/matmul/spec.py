@@ -161,6 +161,35 @@ class QuantizedSpec:
         return 1 if self.bits == 8 else 4
 
 
+@dataclass(frozen=True)
+class FewRowsSpec:
+    """A kernel of products with few rows of A, of which B is read where it lies.
+
+    `form` is "wide" where columns of B are neighbours, and "deep" where inputs are. An item has
+    `width` columns.
+    """
+
+    a: str
+    b: str
+    sums: str
+    out: str
+    form: str
+    rows: int
+    width: int
+    lanes: int
+    native_half: bool
+    c: str | None = None
+    bias: str | None = None
+    activation: str | None = None
+    gate: bool = False
+    kernel: str = "few_rows"
+
+    @property
+    def finished(self) -> str:
+        """The type in which sums become results."""
+        return self.sums
+
+
 def lanes_of(device: Device, sums: str) -> int:
     """Sums in one vector."""
     return device.vector_bytes // ITEM_BYTES[sums]
