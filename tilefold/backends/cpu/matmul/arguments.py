@@ -62,6 +62,10 @@ GEMM = (
     "a_bytes",  # a worker's scratch for panels of A, then of B, of the gate, then sums
     "b_bytes",
     "sums_bytes",
+    "chunks",  # parts of the contraction, of which each is an item
+    "chunk_k",
+    "parts",  # address of the sums of all chunks
+    "finished",  # address of int64: chunks that are done, of each block of each matrix
 )
 
 QUANTIZED = (
@@ -95,7 +99,7 @@ QUANTIZED = (
 OFFSETS = ("a", "b", "out", "c", "bias", "gate")
 
 _ADDRESSES = {"array", "offsets", "panels", "a", "b", "gate", "out", "c", "bias", "workspace"} | {
-    *("x", "codes", "scales", "zeros", "table"),
+    *("parts", "finished", "x", "codes", "scales", "zeros", "table"),
 }
 
 

@@ -16,7 +16,7 @@ from tilefold.backends.cpu.kernel import double_bits
 from tilefold.backends.cpu.matmul import few_rows
 from tilefold.backends.cpu.matmul.arguments import GEMM, OFFSETS, PACK
 from tilefold.backends.cpu.matmul.gemm import PANELS_PER_ITEM, emit
-from tilefold.backends.cpu.matmul.plan import GemmPlan, Plan, plan
+from tilefold.backends.cpu.matmul.plan import FewRowsPlan, GemmPlan, Plan, plan
 from tilefold.backends.cpu.matmul.spec import FewRowsSpec, GemmSpec, PackSpec
 from tilefold.common.first_use import undisturbed
 from tilefold.common.single_flight import once
@@ -70,6 +70,10 @@ class Prepared:
         for name, address in (("a", a), ("b", b), ("out", out), ("c", c), ("bias", bias)):
             words[_GEMM[name]] = address
         words[_GEMM["gate"]], words[_GEMM["workspace"]] = gate, workspace.pointer
+        if isinstance(made, FewRowsPlan) and made.chunks > 1:
+            panels = _panels(made.parts_bytes)
+            finished = np.zeros(made.items // made.chunks, np.int64)
+            words[_GEMM["parts"]], words[_GEMM["finished"]] = panels.pointer, finished.ctypes.data
         threads.run(self.loaded.address, words.ctypes.data, workers)
         if workspace.size <= KEPT_BYTES:
             _local.workspace = workspace
@@ -189,7 +193,13 @@ def _words(made: Plan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         "a_bytes": made.a_bytes,
         "b_bytes": made.b_bytes,
         "sums_bytes": made.sums_bytes,
+        "chunks": 1,
+        "chunk_k": product.k,
     }
+    if isinstance(made, FewRowsPlan):
+        values["chunks"] = made.chunks
+        values["chunk_k"] = -(-product.k // made.chunks)
+
     for name, operand in (("out", made.out), ("c", product.c), ("bias", product.bias)):
         if operand is not None:
             values[f"{name}_m"], values[f"{name}_n"] = operand.axes.strides[-2:]

@@ -1,13 +1,15 @@
 """The kernel of a product with few rows of A: B is read once, where it lies.
 
-    for item in (matrix, block of columns):                 workers take items
+    for item in (matrix, block of columns, chunk of inputs):        workers take items
         x <- the rows of A, unless the worker has them
         "wide", columns are neighbours:  for some inputs, for vector of columns: sums += x B
         "deep", inputs are neighbours:   for some columns, for vector of inputs: sums += x B
-        out <- sums                                         `finish`
+        the last chunk of a block that is done:
+            sums <- the sums of all chunks, in order
+            out <- sums                                             `finish`
 
-So few products are made of each element that memory is what takes time. "wide" walks several rows
-of B at once, each line by line, and asks for the next ones ahead; "deep" walks several columns.
+So few products are made of each element that memory is what takes time. "wide" walks several long
+rows of B at once, and asks for the next ones ahead; "deep" walks several columns.
 """
 
 from __future__ import annotations
@@ -55,13 +57,17 @@ class _FewRows:
         at = body.offset(words["workspace"], "i8", body.mul(worker, words["workspace_bytes"]))
         self.x = at
         self.sums = body.offset(at, "i8", words["a_bytes"])
-        self.other = body.offset(self.sums, "i8", words["sums_bytes"])
+        self.other = self._second(self.sums)
         held = body.variable("i64", Value("-1", "i64"), "held")
         with body.forever("item") as end:
             item = words.take("next_item")
             body.leave_unless(body.compare("slt", item, words["items"]), end, "work")
-            block = body.binary("urem", item, words["column_blocks"])
-            matrix = body.binary("udiv", item, words["column_blocks"])
+            chunk = body.binary("urem", item, words["chunks"])
+            place = body.binary("udiv", item, words["chunks"])
+            block = body.binary("urem", place, words["column_blocks"])
+            matrix = body.binary("udiv", place, words["column_blocks"])
+            self.start = body.mul(chunk, words["chunk_k"], "start")
+            self.stop = body.minimum(body.add(self.start, words["chunk_k"]), words["k"], "stop")
             begins = body.offset(words["offsets"], "i64", body.mul(matrix, len(OFFSETS)))
             self.begins = {
                 name: body.load(body.offset(begins, "i64", number), "i64", f"{name}.begins")
@@ -72,10 +78,47 @@ class _FewRows:
                 body.write(held, matrix)
             first = body.mul(block, self.spec.width, "first")
             count = body.minimum(body.sub(words["n"], first), self.spec.width, "columns")
-            self._sum("b", self.sums, first, count)
+            one = body.compare("eq", words["chunks"], Value("1", "i64"), "one")
+            own = body.offset(words["parts"], "i8", body.mul(item, self._part_bytes))
+            self.target = body.select(one, self.sums, own)
+            self._sum("b", self.target, first, count)
             if self.spec.gate:
-                self._sum("gate", self.other, first, count)
-            self._finish(first, count)
+                self._sum("gate", self._second(self.target), first, count)
+            with body.choose(one, "alone") as branch:
+                self._finish(first, count)
+                branch.otherwise()
+                done = body.offset(words["finished"], "i64", place)
+                before = body.result("before", "i64", f"atomicrmw add {done.typed}, i64 1 acq_rel")
+                last = body.compare("eq", body.add(before, 1), words["chunks"])
+                with body.when(last, "last"):
+                    self._join(body.mul(place, words["chunks"]))
+                    self._finish(first, count)
+
+    @property
+    def _size(self) -> int:
+        """The number of sums of an item."""
+        return self.spec.rows * self.spec.width
+
+    @property
+    def _part_bytes(self) -> int:
+        return self._size * self.item_bytes * (2 if self.spec.gate else 1)
+
+    def _second(self, sums: Value) -> Value:
+        """The sums of the gate, which follow the others."""
+        return self.body.offset(sums, self.scalar, self._size)
+
+    def _join(self, item: Value) -> None:
+        """Add the sums of all chunks, from an item on, into scratch."""
+        body, words = self.body, self.words
+        first = body.offset(words["parts"], "i8", body.mul(item, self._part_bytes))
+        many = self._part_bytes // self.item_bytes
+        with body.loop("sum", 0, many, self.spec.lanes) as at:
+            total = body.variable(self.type, body.constant(0.0, self.type), "joined")
+            with body.loop("chunk", 0, words["chunks"]) as chunk:
+                index = body.add(body.mul(chunk, many), at)
+                more = body.load(body.offset(first, self.scalar, index), self.type, "more")
+                body.write(total, body.binary("fadd", body.read(total), more))
+            body.store(body.read(total), body.offset(self.sums, self.scalar, at))
 
     def _take_rows(self) -> None:
         """The rows of A, ready to multiply, one behind the other."""
@@ -142,10 +185,11 @@ class _Wide(_FewRows):
         start = body.add(self.begins[name], first)
         array = self.b_store.at(body, words[name], start)
         inputs = 8 if spec.rows <= 2 else 4
-        whole = body.sub(words["k"], body.binary("urem", words["k"], inputs))
-        with body.loop("c", 0, whole, inputs) as c:
+        rest = body.binary("urem", body.sub(self.stop, self.start), inputs)
+        whole = body.sub(self.stop, rest)
+        with body.loop("c", self.start, whole, inputs) as c:
             self._inputs(array, target, c, inputs, count)
-        with body.loop("c", whole, words["k"]) as c:
+        with body.loop("c", whole, self.stop) as c:
             self._inputs(array, target, c, 1, count)
 
     def _inputs(self, array: Value, target: Value, c: Value, inputs: int, count: Value) -> None:
@@ -219,13 +263,14 @@ class _Deep(_FewRows):
             store.at(body, array, body.mul(body.add(j, n), words[f"{self.name}_n"]))
             for n in range(columns)
         ]
-        whole = body.sub(words["k"], body.binary("urem", words["k"], spec.lanes))
-        with body.loop("c", 0, whole, spec.lanes) as c:
+        rest = body.binary("urem", body.sub(self.stop, self.start), spec.lanes)
+        whole = body.sub(self.stop, rest)
+        with body.loop("c", self.start, whole, spec.lanes) as c:
             right = [store.load(body, store.at(body, line, c), spec.lanes) for line in lines]
             left = [body.load(self._x(first + row, c), self.type, "x") for row in range(rows)]
             self._add(totals, left, right)
-        with body.when(body.compare("slt", whole, words["k"]), "last"):
-            exist = body.sub(words["k"], whole)
+        with body.when(body.compare("slt", whole, self.stop), "last"):
+            exist = body.sub(self.stop, whole)
             right = [self._masked(store.at(body, line, whole), exist) for line in lines]
             # behind the rows of A there is room, and what is there is multiplied by 0
             left = [self._last(first + row, whole, exist) for row in range(rows)]
