@@ -7,6 +7,7 @@ tile         register tiles
 activation   functions of sums
 finish       results from sums
 gemm         the kernels
+few_rows     the kernel of products with few rows of A
 plan         blocks, and what is packed before
 calls        products prepared for operands, and run
 widen        codes of quantised matrices, widened in registers

@@ -184,7 +184,7 @@ class _Wide(_FewRows):
                 body.store(zero, body.offset(line, self.scalar, j))
         start = body.add(self.begins[name], first)
         array = self.b_store.at(body, words[name], start)
-        inputs = 8 if spec.rows <= 2 else 4
+        inputs = 8
         rest = body.binary("urem", body.sub(self.stop, self.start), inputs)
         whole = body.sub(self.stop, rest)
         with body.loop("c", self.start, whole, inputs) as c:

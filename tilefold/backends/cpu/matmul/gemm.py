@@ -44,7 +44,7 @@ def _pack_b(module: Module, spec: PackSpec) -> None:
     """The kernel "pack_b": items are groups of panels of one matrix."""
     block = Value("%arguments", "ptr")
     store = reading(spec.dtype, spec.sums, spec.native_half)
-    function = panels.pack(module, spec.unit, store, spec.width, spec.lanes, of_a=False)
+    function = panels.pack_columns(module, spec.unit, store, spec.width, spec.lanes)
     with module.function(spec.kernel, [block]) as body:
         words = Arguments(body, spec, block)
         with body.forever("item") as end:
@@ -57,15 +57,15 @@ def _pack_b(module: Module, spec: PackSpec) -> None:
             target = body.offset(words["panels"], "i8", body.mul(matrix, words["matrix_bytes"]))
             first = body.mul(group, spec.width * PANELS_PER_ITEM)
             last = body.minimum(body.add(first, spec.width * PANELS_PER_ITEM), words["n"])
-            with body.loop("column", first, last, spec.width) as column:
-                number = body.binary("udiv", column, spec.width)
-                head = spec.unit.head_bytes(spec.width)
-                before = body.add(body.mul(number, words["panel_bytes"]), head)
-                panel = body.offset(target, "i8", before)
-                source = store.at(body, array, body.mul(column, words["lane_stride"]))
-                exist = body.minimum(body.sub(words["n"], column), spec.width)
-                strides = (words["lane_stride"], words["c_stride"])
-                body.invoke(function, [panel, source, *strides, exist, words["k"]])
+            number = body.binary("udiv", first, spec.width)
+            head = spec.unit.head_bytes(spec.width)
+            before = body.add(body.mul(number, words["panel_bytes"]), head)
+            panel = body.offset(target, "i8", before)
+            source = store.at(body, array, body.mul(first, words["lane_stride"]))
+            strides = (words["lane_stride"], words["c_stride"])
+            columns = body.sub(last, first)
+            given = [panel, words["panel_bytes"], source, *strides, columns, words["k"]]
+            body.invoke(function, given)
 
 
 class _Gemm:
@@ -81,7 +81,7 @@ class _Gemm:
         common = (module, spec.unit)
         self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, of_a=True)
         if not spec.packed:
-            self.pack_b = panels.pack(*common, self.b_store, spec.width, spec.lanes, of_a=False)
+            self.pack_b = panels.pack_columns(*common, self.b_store, spec.width, spec.lanes)
         self.tiles = {
             vectors: tile(module, spec, vectors) for vectors in range(1, spec.vectors + 1)
         }
@@ -177,14 +177,11 @@ class _Gemm:
         array = store.at(body, words[name], start)
         panel_bytes = body.mul(self.steps, spec.width * self.step_bytes)
         panel_bytes = body.add(panel_bytes, self.head_bytes)
-        with body.loop("column", self.first_column, self.last_column, spec.width) as column:
-            number = body.binary("udiv", body.sub(column, self.first_column), spec.width)
-            before = body.add(body.mul(number, panel_bytes), self.head_bytes)
-            panel = body.offset(target, "i8", before)
-            source = store.at(body, array, body.mul(column, words[f"{name}_n"]))
-            exist = body.minimum(body.sub(words["n"], column), spec.width)
-            strides = (words[f"{name}_n"], words[f"{name}_k"])
-            body.invoke(self.pack_b, [panel, source, *strides, exist, depth])
+        panel = body.offset(target, "i8", self.head_bytes)
+        source = store.at(body, array, body.mul(self.first_column, words[f"{name}_n"]))
+        strides = (words[f"{name}_n"], words[f"{name}_k"])
+        columns = body.sub(self.last_column, self.first_column)
+        body.invoke(self.pack_b, [panel, panel_bytes, source, *strides, columns, depth])
 
     def _panel(self, name: str, scratch: Value, column: Value, number: Value, c: Value) -> Value:
         """The address of a panel of B, at the step of this block."""

@@ -49,6 +49,21 @@ def pack(module: Module, unit: Unit, store: Storage, width: int, lanes: int, of_
     return name
 
 
+def pack_columns(module: Module, unit: Unit, store: Storage, width: int, lanes: int) -> str:
+    """The name of `(panel, panel bytes, array, lane stride, c stride, columns, depth)`.
+
+    All columns of a block of B become panels. Where columns are neighbours, a line of all whole
+    panels is read at once: by panels of 128 bytes each line would be another page.
+    """
+    name = f"pack_columns_{store.dtype}"
+    if module.defines(name):
+        return name
+    pack(module, unit, store, width, lanes, of_a=False)
+    kind = _Words if unit.bits else _Elements
+    kind.of_columns(module, name, unit, store, width, lanes)
+    return name
+
+
 class _Elements:
     """One element a step, in the type of the sums."""
 
@@ -61,15 +76,26 @@ class _Elements:
         width: int,
         lanes: int,
         of_a: bool,
+        columns: bool = False,
     ) -> None:
         self.unit, self.store, self.width, self.lanes, self.of_a = unit, store, width, lanes, of_a
         integers = ("lane_stride", "c_stride", "valid", "depth")
         parameters = [Value("%panel", "ptr"), Value("%array", "ptr")]
         parameters += [Value(f"%{name}", "i64") for name in integers]
         self.panel, self.array, self.lane_stride, self.c_stride, self.valid, self.depth = parameters
+        if columns:
+            self.panel_bytes = Value("%panel_bytes", "i64")
+            parameters.insert(1, self.panel_bytes)
         with module.function(name, parameters, internal=True) as body:
             self.body = body
-            self.write()
+            (self.write_columns if columns else self.write)()
+
+    @classmethod
+    def of_columns(
+        cls, module: Module, name: str, unit: Unit, store: Storage, width: int, lanes: int
+    ) -> None:
+        """Write the function of a block of columns."""
+        cls(module, name, unit, store, width, lanes, of_a=False, columns=True)
 
     deep = 1
     """Elements that lie side by side in a panel."""
@@ -113,6 +139,38 @@ class _Elements:
             body.loop("lane", 0, self.width) as lane,
         ):
             self._numbers(c, lane)
+
+    def write_columns(self) -> None:
+        """Lines of all whole panels, then panel by panel what is left."""
+        body, width, first = self.body, self.width, self.panel
+        columns, start = self.valid, body.variable("i64", Value("0", "i64"), "start")
+        even = body.sub(self.depth, body.binary("urem", self.depth, self.unit.depth))
+        wide = body.compare("eq", self.lane_stride, Value("1", "i64"), "wide")
+        filled = body.compare("eq", even, self.depth, "filled")
+        if not self.unit.head_bytes(width):
+            with body.when(body.binary("and", wide, filled), "lines"):
+                whole = body.sub(columns, body.binary("urem", columns, width))
+                with (
+                    body.loop("c", 0, even, self.deep) as c,
+                    body.loop("column", 0, whole, width) as column,
+                ):
+                    self.panel = self._panel_of(first, column)
+                    for lane in range(0, width, self.lanes):
+                        numbers = self._vector(body.add(column, lane), c, self.lanes)
+                        body.store(numbers, self._place(c, lane))
+                body.write(start, whole)
+        name = f"pack_b_{self.store.dtype}_{width}"
+        with body.loop("column", body.read(start), columns, width) as column:
+            source = self._at(column, 0)
+            exist = body.minimum(body.sub(columns, column), width)
+            strides = (self.lane_stride, self.c_stride)
+            panel = self._panel_of(first, column)
+            body.invoke(name, [panel, source, *strides, exist, self.depth])
+
+    def _panel_of(self, first: Value, column: Value) -> Value:
+        body = self.body
+        number = body.binary("udiv", column, self.width)
+        return body.offset(first, "i8", body.mul(number, self.panel_bytes))
 
     def _lane(self, lane: Operand) -> Value:
         """A lane that exists."""
@@ -169,7 +227,7 @@ class _Elements:
         """A vector along the contraction."""
         return self.store.load(self.body, address, self.lanes)
 
-    def _vector(self, lane: int, c: Operand, exist: int) -> Value:
+    def _vector(self, lane: Operand, c: Operand, exist: int) -> Value:
         return self.store.load(self.body, self._at(lane, c), exist)
 
     def _number(self, lane: Value, c: Value) -> Value:
@@ -210,7 +268,7 @@ class _Words(_Elements):
             body.cast("bitcast", self._bits(loaded), vector(self.lanes, "i32"), "words")
         )
 
-    def _vector(self, lane: int, c: Operand, exist: int) -> Value:
+    def _vector(self, lane: Operand, c: Operand, exist: int) -> Value:
         body = self.body
         type_ = vector(exist, self.store.stored)
         return self._word(
