@@ -99,7 +99,7 @@ def test_every_code_of_8_bits_is_the_number_that_it_means(products: Products) ->
     """All 256 codes of float8 beside the definition, the two that are NaN too."""
     table = tilefold.quantize(np.ones((256, 32)), "float8_e4m3")
     codes = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 32, 2).copy()
-    scales = np.ones((1, 32), np.float32)
+    scales = np.ones((1, 1, 32), np.float32)
     w = replace(table, codes=codes, scales=scales)
     finite = np.arange(256) % 128 != 127
     x = np.eye(256, dtype="float16")[:, finite]

@@ -38,10 +38,11 @@ def by_hand(q: QuantizedMatrix) -> Array:
                 low = int(words[t // 8]) >> 4 * (t % 8) & 15
                 found[i, j] = q.table[low | (int(words[2]) >> 2 * t & 3) << 4]
                 continue
-            scale = float(q.scales[i // q.group_size, j])
+            at = (j // PANEL, i // q.group_size, column)
+            scale = float(q.scales[at])
             if q.scheme.startswith("int4"):
                 code = int(panel[i // 8, column]) >> 4 * (i % 8) & 15
-                zero = 8 if q.zeros is None else float(q.zeros[i // q.group_size, j])
+                zero = 8 if q.zeros is None else float(q.zeros[at])
                 found[i, j] = scale * (code - zero)
             elif q.scheme == "int8":
                 found[i, j] = scale * int(panel[i, column])
@@ -87,7 +88,8 @@ def test_a_weight_is_off_by_half_a_step_at_most(
         assert_near("distance to the table", abs(got - w), near, 1e-6 * abs(w).max())
         return
     assert q.scales.dtype == scale_dtype
-    step = np.repeat(q.scales[:, :n].astype(np.float64), q.group_size, axis=0)
+    scales = q.scales.swapaxes(0, 1).reshape(k // q.group_size, -1)[:, :n]
+    step = np.repeat(scales.astype(np.float64), q.group_size, axis=0)
     half = step / 2 if scheme != "float8_e4m3" else np.maximum(abs(w) / 16, step / 1024)
     assert_near("w", got, w, half * (1 + 1e-5) + 2e-7 * abs(got))
     if scheme != "float8_e4m3":
@@ -219,7 +221,7 @@ def test_a_matrix_refuses_arrays_that_do_not_fit() -> None:
         ({"codes": q.codes[::-1]}, "codes must be contiguous"),
         ({"codes": q.codes.view(np.int32)}, "codes must be an array of uint32, got int32"),
         ({"scales": None}, "scales must be of shape"),
-        ({"scales": q.scales[:, :40]}, "scales must be contiguous"),
+        ({"scales": q.scales[:, :1]}, "scales must be contiguous"),
         ({"zeros": q.zeros.astype(np.float16)}, "zeros must be an array of float32, got float16"),
         ({"table": np.zeros(64, np.float16)}, "table must be None"),
         ({"scheme": "int8"}, "codes must be contiguous|codes must be an array of int8"),

@@ -13,7 +13,7 @@ from tilefold.backends.matmul import hold
 from tilefold.common.check import shown
 from tilefold.products.quantized import SCALES, QuantizedMatrix, quantize
 from tilefold.products.quantized_torch import multiply
-from tilefold.products.schemes import PANEL, group_of, scheme_of
+from tilefold.products.schemes import group_of, scheme_of
 from tilefold.products.torch import machine_of
 
 _ARRAYS = ("codes", "scales", "zeros", "table")
@@ -262,7 +262,7 @@ def _empty(
     if scale_dtype not in SCALES:
         raise ValueError(f"scale_dtype must be one of {', '.join(SCALES)}, got {scale_dtype!r}")
     group = group_of(found, k, group_size)
-    shape = (k // group, -(-n // PANEL) * PANEL)
+    shape = found.scales_shape(k, n, group)
     return QuantizedMatrix(
         scheme,
         (k, n),

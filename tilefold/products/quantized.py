@@ -53,7 +53,7 @@ class QuantizedMatrix:
         shape: (k, n), as in x @ w
         group_size: inputs that share a scale: k, or a multiple of 16 that divides k
         codes: the codes in panels of 32 outputs, as `tilefold.products.schemes` has it
-        scales: float32 or float16, (k / group_size, n rounded up to 32s); None for palette6
+        scales: float32 or float16, (panels, k / group_size, 32); None for palette6
         zeros: the codes of weight 0, of the shape and type of scales; of int4 alone
         table: 64 numbers of float16; of palette6 alone
 
@@ -76,9 +76,8 @@ class QuantizedMatrix:
         k, n = (whole("an axis of shape", length, 1) for length in self.shape)
         if group_of(scheme, k, self.group_size if scheme.grouped else None) != self.group_size:
             raise ValueError(f"group_size must be {k} for {self.scheme}, got {self.group_size}")
-        codes = scheme.codes_shape(k, n)
-        scaled = (k // self.group_size, codes[0] * PANEL)
-        _check("codes", self.codes, codes, (scheme.dtype,))
+        scaled = scheme.scales_shape(k, n, self.group_size)
+        _check("codes", self.codes, scheme.codes_shape(k, n), (scheme.dtype,))
         _check("scales", self.scales, scaled if scheme.scaled else None, SCALES)
         kind = () if self.scales is None else (self.scales.dtype.name,)
         _check("zeros", self.zeros, scaled if scheme.zeros else None, kind)
@@ -127,12 +126,11 @@ class QuantizedMatrix:
         assert self.scales is not None
         found = e4m3_table()[codes] if self.scheme == "float8_e4m3" else codes.astype(np.float32)
         groups = found.reshape(k // self.group_size, self.group_size, -1)
-        columns = slice(first * PANEL, last * PANEL)
         if self.zeros is not None:
-            groups -= self.zeros[:, None, columns]
+            groups -= _lines(self.zeros[first:last])
         elif scheme.zero:
             groups -= np.float32(scheme.zero)
-        groups *= self.scales[:, None, columns]
+        groups *= _lines(self.scales[first:last])
         return found
 
     def dequantize(self, dtype: str = "float32", *, transpose: bool = False) -> Array:
@@ -175,7 +173,7 @@ def quantize(
     >>> import tilefold
     >>> w = np.random.default_rng(0).standard_normal((256, 96), np.float32)
     >>> q = tilefold.quantize(w, "int8")
-    >>> bool((abs(q.dequantize() - w) <= 0.501 * q.scales).all())  # half a step
+    >>> bool((abs(q.dequantize() - w) <= 0.501 * q.scales.reshape(-1)).all())  # half a step
     True
     >>> tilefold.quantize(w, "palette6").nbytes / w.nbytes  # 6 bits of 32, and the table
     0.1888...
@@ -220,8 +218,8 @@ def quantize(
             (k, n),
             group,
             np.concatenate(codes),
-            np.concatenate(scales, axis=1),
-            np.concatenate(zeros, axis=1) if found.zeros else None,
+            np.concatenate(scales),
+            np.concatenate(zeros) if found.zeros else None,
         )
     entries = palettes.palette(_halves(matrix)) if table is None else _table(table)
     indices = [pack(found, palettes.nearest(entries, block)) for block in _blocks(matrix)]
@@ -252,8 +250,8 @@ def _scaled(
         items = e4m3_codes(codes)
     else:
         items = np.clip(codes, scheme.least, scheme.most).astype(np.int8).view(np.uint8)
-    kept = None if zeros is None else _padded(zeros, dtype)
-    return pack(scheme, items), _padded(scales, dtype), kept
+    kept = None if zeros is None else _panels(zeros, dtype)
+    return pack(scheme, items), _panels(scales, dtype), kept
 
 
 def _scales(scales: Array, dtype: str) -> Array:
@@ -269,9 +267,16 @@ def _scales(scales: Array, dtype: str) -> Array:
     return halves.astype(np.float32)
 
 
-def _padded(numbers: Array, dtype: str) -> Array:
-    whole_panels: Array = np.pad(numbers, ((0, 0), (0, -numbers.shape[1] % PANEL))).astype(dtype)
-    return whole_panels
+def _panels(numbers: Array, dtype: str) -> Array:
+    """Scales or zeros (groups, columns), as they lie in panels."""
+    padded = np.pad(numbers, ((0, 0), (0, -numbers.shape[1] % PANEL)))
+    cut = padded.reshape(len(numbers), -1, PANEL).swapaxes(0, 1)
+    return np.ascontiguousarray(cut, dtype)
+
+
+def _lines(panels: Array) -> Array:
+    """Scales or zeros of some panels, (groups, 1, columns)."""
+    return np.ascontiguousarray(panels.swapaxes(0, 1)).reshape(panels.shape[1], 1, -1)
 
 
 def _matrix(w: Any) -> Array:

@@ -24,9 +24,10 @@ order inside of a panel. Codes of less than 8 bits lie in words of 32 bits, one 
 The words of a palette: input t has its low 4 bits in word t/8, from bit 4(t mod 8), and its high 2
 bits in word 2, from bit 2t. So an index is `low >> s & 15 | (high >> r & 3) << 4`.
 
-Scales and zeros are float32 or float16, [groups, 32 panels]. Group j has the inputs from j k/groups
-on. Columns after n have codes, scales and zeros of 0. Inputs after k have codes of 0, which are not
-always weights of 0: a kernel multiplies them by 0.
+Scales and zeros are float32 or float16, [panels, groups, 32], so they too are read in order: from
+[groups, n] a product of one row took 1.4 times as long (groups of 128, Xeon with AMX). Group j has
+the inputs from j k/groups on. Columns after n have codes, scales and zeros of 0. Inputs after k
+have codes of 0, which are not always weights of 0: a kernel multiplies them by 0.
 
 float8_e4m3: P. Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433, 2022.
 """
@@ -82,6 +83,10 @@ class Scheme:
     def scaled(self) -> bool:
         """True if the matrix has scales."""
         return self.name != "palette6"
+
+    def scales_shape(self, k: int, n: int, group: int) -> tuple[int, int, int]:
+        """The shape of scales, and of zeros."""
+        return (-(-n // PANEL), k // group, PANEL)
 
     def codes_shape(self, k: int, n: int) -> tuple[int, ...]:
         """The shape of the array of codes of a matrix."""

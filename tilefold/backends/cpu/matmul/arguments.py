@@ -82,8 +82,8 @@ QUANTIZED = (
     "panel_bytes",
     "scales",
     "zeros",
-    "n_padded",  # from group to group
     "groups",
+    "groups_ahead",  # how much earlier than its use a group's scales are asked for
     "group_size",
     "table",  # address of 64 float32
     "out",

@@ -21,10 +21,14 @@ from tilefold.backends.cpu.matmul import widen
 from tilefold.backends.cpu.matmul.arguments import Arguments
 from tilefold.backends.cpu.matmul.finish import finish
 from tilefold.backends.cpu.matmul.panels import reading
-from tilefold.backends.cpu.matmul.spec import QuantizedSpec
+from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, QuantizedSpec
 
 _CHAINS = 8
 """Sums that do not wait for each other: an addition takes 4 steps, and two begin in each."""
+
+
+AHEAD_BYTES = 2048
+"""Codes are asked for so many bytes before they are read, and scales likewise."""
 
 
 def emit(spec: QuantizedSpec) -> str:
@@ -100,8 +104,10 @@ class _Quantized:
         with body.loop("group", 0, words["groups"]) as group:
             for place in (place for each in sums for line in each for place in line):
                 body.write(place, zero)
-            at = body.add(body.mul(group, words["n_padded"]), body.mul(self.panel, spec.width))
-            at = body.add(at, column)
+            line = body.add(body.mul(self.panel, words["groups"]), group)
+            at = body.add(body.mul(line, spec.width), column)
+            if spec.scales and column == 0:
+                self._ask_for_group(at)
             zeros = self._numbers("zeros", at) if spec.scheme == "int4" else []
             first = body.mul(group, words["group_size"], "first")
             stop = body.add(first, words["group_size"])
@@ -135,6 +141,10 @@ class _Quantized:
         body, spec = self.body, self.spec
         before = body.add(body.mul(c, spec.bits * spec.width // 8), column * spec.item_bytes)
         at = body.offset(self.codes, "i8", before, "at")
+        if count > 1:
+            step_bytes = count * spec.bits * spec.width // 8
+            for ahead in range(0, step_bytes, 64):
+                self._ask(body.offset(at, "i8", AHEAD_BYTES + ahead))
         for t in range(count):
             found = weights(at, t)
             if zeros:
@@ -144,6 +154,24 @@ class _Quantized:
                 number = body.splat(body.load(place, "float", "a"), spec.lanes, "a")
                 for w, total in zip(found, sums[t % len(sums)][i], strict=True):
                     body.write(total, body.multiply_add(number, w, body.read(total), "sum"))
+
+    def _ask_for_group(self, at: Value) -> None:
+        """Ask for scales and zeros of a later group, which may be one of the next panel."""
+        body, words, spec = self.body, self.words, self.spec
+        assert spec.scales is not None
+        later = body.add(at, body.mul(words["groups_ahead"], spec.width))
+        store = reading(spec.scales, "float32", spec.native_half)
+        for name in ("scales", "zeros") if spec.scheme == "int4" else ("scales",):
+            base = store.at(body, words[name], later)
+            for line in range(0, spec.width * ITEM_BYTES[spec.scales], 64):
+                self._ask(body.offset(base, "i8", line))
+
+    def _ask(self, address: Value) -> None:
+        """Ask for a line of memory ahead of its use."""
+        body = self.body
+        name, flags = "llvm.prefetch.p0", [Value(number, "i32") for number in ("0", "3", "1")]
+        body.module.declare(name, "void", ["ptr", "i32", "i32", "i32"])
+        body.invoke(name, [address, *flags])
 
     def _add_group(
         self,

@@ -12,7 +12,7 @@ from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import double_bits
 from tilefold.backends.cpu.matmul.arguments import QUANTIZED
-from tilefold.backends.cpu.matmul.quantized import emit
+from tilefold.backends.cpu.matmul.quantized import AHEAD_BYTES, emit
 from tilefold.backends.cpu.matmul.spec import QuantizedSpec, lanes_of
 from tilefold.backends.cpu.matmul.widen import STEPS, WORDS
 from tilefold.common.first_use import undisturbed
@@ -130,6 +130,7 @@ def _prepare(sizes: Sizes, device: Device, workers: int) -> Prepared:
     panels = -(-sizes.n // spec.width)
     inputs = padded(sizes.scheme, sizes.k)
     panel_bytes = inputs * spec.width * spec.bits // 8
+    groups = sizes.k // sizes.group_size
     block_m = max(spec.rows, _BLOCK_ROWS // spec.rows * spec.rows)
     row_blocks = -(-sizes.m // block_m)
     items = panels * row_blocks
@@ -140,8 +141,8 @@ def _prepare(sizes: Sizes, device: Device, workers: int) -> Prepared:
         "row_blocks": row_blocks,
         "block_m": block_m,
         "panel_bytes": panel_bytes,
-        "n_padded": panels * spec.width,
-        "groups": sizes.k // sizes.group_size,
+        "groups": groups,
+        "groups_ahead": min(groups, max(1, 2 * AHEAD_BYTES * groups // panel_bytes)),
         "alpha": double_bits(1.0),
     }
     values |= {name: number for name, number in sizes._asdict().items() if name in _NUMBERS}

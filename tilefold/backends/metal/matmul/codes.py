@@ -77,8 +77,8 @@ def define(text: Text, codes: Codes) -> None:
         text(f"const ulong at = {PANEL * row.words} * ({line}) + j % {PANEL};")
         *lines, number = row.number
         if codes.scales:
-            group = "" if codes.group is None else f"i / {codes.group}"
-            of = f"ulong({group}) * ((n + {PANEL - 1}) / {PANEL} * {PANEL}) + j" if group else "j"
+            line = f"(ulong(j / {PANEL}) * (k / {codes.group}) + i / {codes.group}) * {PANEL}"
+            of = "j" if codes.group is None else f"{line} + j % {PANEL}"
             text(f"const ulong from = {of};")
             number = f"float(scales[from]) * ({number.format(zero='float(zeros[from])')})"
         text(*lines, f"return {number};")

@@ -95,14 +95,17 @@ def place(text: Text, codes: Codes) -> None:
         )
     if codes.scales:
         if codes.group is None:
-            _group(text, codes, "")
+            _group(text, codes, "n_b")
         else:
-            text(f"columns = tl.cast((n + {PANEL - 1}) // {PANEL} * {PANEL}, tl.int64)")
+            text(
+                f"line_of_scales = (n_b // {PANEL}).to(tl.int64) * (k // {codes.group})",
+                f"in_line_of_scales = n_b % {PANEL}",
+            )
 
 
-def _group(text: Text, codes: Codes, before: str) -> None:
-    """Scales and zeros of a group of inputs, in order after the number of others before it."""
-    text(f"at = {before}n_b")
+def _group(text: Text, codes: Codes, at: str) -> None:
+    """Scales and zeros of a group of inputs, which lie in panels as codes do."""
+    text(f"at = {at}")
     for name in codes.besides:
         text(f"{name[:-1]} = tl.load({name} + at, mask=n_b < n, other=0.0).to(tl.float32)")
 
@@ -126,7 +129,8 @@ def read(text: Text, codes: Codes, kind: str) -> None:
         )
         text(_spread("high", 16, 2, 3), "right = right | high << 4")
     if codes.scales and codes.group is not None:
-        _group(text, codes, f"first // {codes.group} * columns + ")
+        line = f"(line_of_scales + first // {codes.group}) * {PANEL}"
+        _group(text, codes, f"{line} + in_line_of_scales")
     text(f"right = {row.number}.to(tl.{kind})")
 
 
