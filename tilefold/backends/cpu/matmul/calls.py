@@ -16,7 +16,14 @@ from tilefold.backends.cpu.kernel import double_bits
 from tilefold.backends.cpu.matmul import few_rows
 from tilefold.backends.cpu.matmul.arguments import GEMM, OFFSETS, PACK
 from tilefold.backends.cpu.matmul.gemm import PANELS_PER_ITEM, emit
-from tilefold.backends.cpu.matmul.plan import FewRowsPlan, GemmPlan, Plan, plan
+from tilefold.backends.cpu.matmul.plan import (
+    FewRowsPlan,
+    GemmPlan,
+    Plan,
+    pack_spec,
+    panel_bytes,
+    plan,
+)
 from tilefold.backends.cpu.matmul.spec import FewRowsSpec, GemmSpec, PackSpec
 from tilefold.common.first_use import undisturbed
 from tilefold.common.single_flight import once
@@ -151,6 +158,35 @@ def prepare(
     return Prepared(made, kernel(spec, device), packing, words, flops < _ALONE_FLOPS, offsets)
 
 
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """A matrix B (k, n) in the order in which products with an A of type `a` read it."""
+
+    a: str
+    dtype: str
+    shape: tuple[int, int]
+    spec: PackSpec
+    memory: _Memory
+
+    @property
+    def address(self) -> int:
+        """The address of the first panel: B's for a product that was prepared as `packed`."""
+        return self.memory.pointer
+
+
+def pack(b: Operand, address: int, a: str, device: Device | None = None) -> Panels:
+    """Pack a matrix (k, n) at an address. No axis may be empty."""
+    device = device or host()
+    spec, (k, n) = pack_spec(a, b.dtype, device), b.axes.lengths[-2:]
+    size = panel_bytes(spec, k) * -(-n // spec.width)
+    memory = _Memory(size)
+    start = np.zeros(1, np.int64)
+    words = _pack_words(spec, b, start, size)
+    packing = Packing(kernel(spec, device), (words,), (start,), (size,))
+    packing.run((address,), memory.pointer, threads.number())
+    return Panels(a, b.dtype, (k, n), spec, memory)
+
+
 def _packing(made: GemmPlan, device: Device, offsets: NDArray[np.int64]) -> Packing:
     """What packs B and the gate; their offsets become those of panels, in bytes."""
     blocks, all_starts, sizes = [], [], []
@@ -161,7 +197,7 @@ def _packing(made: GemmPlan, device: Device, offsets: NDArray[np.int64]) -> Pack
         starts, places = np.unique(column, return_inverse=True)
         matrix_bytes = made.panels * made.panel_bytes
         column[:] = places.reshape(-1) * matrix_bytes
-        blocks.append(_pack_words(made, operand, starts, matrix_bytes))
+        blocks.append(_pack_words(made.spec.packing, operand, starts, matrix_bytes))
         all_starts.append(starts)
         sizes.append(len(starts) * matrix_bytes)
     loaded = kernel(made.spec.packing, device)
@@ -211,21 +247,20 @@ def _words(made: Plan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _pack_words(
-    made: GemmPlan, operand: Operand, starts: NDArray[np.int64], matrix_bytes: int
+    spec: PackSpec, operand: Operand, starts: NDArray[np.int64], matrix_bytes: int
 ) -> NDArray[np.int64]:
     """The argument block of the kernel that packs B or the gate, without its addresses."""
-    product = made.product
-    down, across = operand.axes.strides[-2:]
-    groups = -(-made.panels // PANELS_PER_ITEM)
+    (k, n), (down, across) = operand.axes.lengths[-2:], operand.axes.strides[-2:]
+    groups = -(-n // (spec.width * PANELS_PER_ITEM))
     values = {
         "items": len(starts) * groups,
         "offsets": starts.ctypes.data,
         "lane_stride": across,
         "c_stride": down,
-        "n": product.n,
-        "k": product.k,
+        "n": n,
+        "k": k,
         "groups": groups,
-        "panel_bytes": made.panel_bytes,
+        "panel_bytes": panel_bytes(spec, k),
         "matrix_bytes": matrix_bytes,
     }
     return np.array([values.get(name, 0) for name in PACK], np.int64)

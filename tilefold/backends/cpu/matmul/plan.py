@@ -16,10 +16,11 @@ from tilefold.backends.cpu.matmul.spec import (
     VNNI,
     FewRowsSpec,
     GemmSpec,
+    PackSpec,
     Unit,
     lanes_of,
 )
-from tilefold.problems.matmul import Operand, Product
+from tilefold.problems.matmul import Operand, Product, sums
 
 TILES = {"amx": (14, 2), "avx512": (14, 2), "avx2": (6, 2), "sse2": (6, 2), "neon": (12, 2)}
 """Rows by vectors of register tiles: accumulators, a row of vectors and a broadcast fill the
@@ -93,12 +94,10 @@ class GemmPlan:
     @property
     def panel_bytes(self) -> int:
         """Bytes of a panel of B with all terms."""
-        return self._size(self.product.k, self.spec.width)
+        return self._size(self.product.k)
 
-    def _size(self, k: int, width: int) -> int:
-        """Bytes of a panel of B with k terms."""
-        unit = self.spec.unit
-        return _parts(k, unit.depth) * width * self.spec.step_bytes + unit.head_bytes(width)
+    def _size(self, k: int) -> int:
+        return panel_bytes(self.spec.packing, k)
 
     @property
     def one_block(self) -> bool:
@@ -116,7 +115,7 @@ class GemmPlan:
         """A worker's scratch for panels of B."""
         if self.spec.packed:
             return 0
-        return _whole(self.block_n // self.spec.width * self._size(self.block_k, self.spec.width))
+        return _whole(self.block_n // self.spec.width * self._size(self.block_k))
 
     @property
     def sums_bytes(self) -> int:
@@ -131,6 +130,12 @@ class GemmPlan:
         """All scratch of a worker."""
         seconds = 2 if self.spec.gate else 1
         return self.a_bytes + seconds * (self.b_bytes + self.sums_bytes)
+
+
+def panel_bytes(spec: PackSpec, k: int) -> int:
+    """Bytes of a panel of B with k terms."""
+    unit, width = spec.unit, spec.width
+    return _parts(k, unit.depth) * width * unit.step_bytes(spec.sums) + unit.head_bytes(width)
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,7 @@ def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
 
 def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: bool) -> GemmPlan:
     """The plan of a product that multiplies panels."""
-    unit = _unit(product, device)
+    unit = unit_of(product.a.dtype, product.b.dtype, device)
     most, vectors = TILES[device.isa]
     rows = (32 if product.m > 16 else 16) if unit.tiles else balanced(product.m, most)
     lanes = lanes_of(device, product.sums)
@@ -282,6 +287,14 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
     return GemmPlan(product, out, spec, block_m, block_n, block_k, packs, turned)
 
 
+def pack_spec(a: str, b: str, device: Device) -> PackSpec:
+    """The kernel that packs a B of one type for products with an A of another one."""
+    kind = sums(a, b)
+    lanes = lanes_of(device, kind)
+    width = TILES[device.isa][1] * lanes
+    return PackSpec(b, kind, unit_of(a, b, device), width, lanes, device.converts_float16)
+
+
 def balanced(m: int, most: int) -> int:
     """Rows of register tiles, at most `most`: the fewest idle rows in the last tile of m rows.
 
@@ -301,13 +314,12 @@ def _cost(m: int, rows: int) -> float:
     return -(-m // rows) * (rows + 1.0)
 
 
-def _unit(product: Product, device: Device) -> Unit:
+def unit_of(a: str, b: str, device: Device) -> Unit:
     """What multiplies these types on a device."""
-    types = {product.a.dtype, product.b.dtype}
-    if types == {"bfloat16"}:
+    if a == b == "bfloat16":
         tiles = device.isa == "amx" and device.has("amx-bf16")
         return AMX if tiles else DOT if device.has("avx512bf16") else FMA
-    if product.sums == "int32":
+    if sums(a, b) == "int32":
         if device.isa == "amx" and device.has("amx-int8"):
             return AMX8
         if device.has("avx512vnni"):
