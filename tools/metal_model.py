@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tilefold.backends.matmul import Codes
 from tilefold.backends.metal import source
 from tilefold.backends.metal.dispatch import WIDEST_MOVE
 from tilefold.backends.metal.families import family
@@ -228,11 +229,19 @@ def own_sizes() -> Iterator[tuple[Any, ...]]:
         blocks = block_sizes(limits.staged, "float16", 4096, 4096)
         types = ("float16", "float16", "float16")
         product = GemmSpec(*types, blocks, staged=limits.staged, bfloat=limits.bfloat)
-        high, wide = product.fragments
-        registers = 2 * (4 * high * wide + 2 * (high + wide))
-        text = gemm.emit(product)
-        where = (gpu, "float16", blocks, text.count("\n"), registers, product.threadgroup_bytes)
-        yield (f"`{gemm.ENTRY}`", *where)
+        exact = block_sizes(limits.staged, "float32", 4096, 4096)
+        codes = replace(product, b="float32", blocks=exact, codes=Codes("int4", 128, "float16"))
+        for named, spec in (
+            ("", product),
+            (", a gate", replace(product, gate=True)),
+            (", int4", codes),
+        ):
+            high, wide = spec.fragments
+            size, factors = spec.operand.compute_bytes, 1 + spec.gate
+            registers = 2 * (4 * high * wide * factors + size * (high + wide * factors))
+            text = gemm.emit(spec)
+            where = (spec.blocks, text.count("\n"), registers, spec.threadgroup_bytes)
+            yield (f"`{gemm.ENTRY}`{named}", gpu, "float16", *where)
     for each in (rows.SIMDGROUPS, 1):
         softmax = SoftmaxSpec("float16", rows=each, bfloat=False, lse=True)
         text = rows.emit(softmax)

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tilefold import causal
-from tilefold.backends.triton.ahead import Compiled, reports
+from tilefold.backends.matmul import Codes
+from tilefold.backends.triton.ahead import Compiled, Spec, emit, reports
 from tilefold.backends.triton.architectures import architecture
 from tilefold.backends.triton.launch import Launch
+from tilefold.backends.triton.matmul import tables
+from tilefold.backends.triton.matmul.codes import multiplied
+from tilefold.backends.triton.matmul.gemm import GemmSpec
 from tilefold.backends.triton.plan import plan
-from tilefold.backends.triton.source import emit
-from tilefold.backends.triton.spec import TritonSpec
 from tilefold.problems.attention import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +47,10 @@ NAMES = {
     "delta": "delta",
     "merge": "merge",
     "reduce_dq": "sum of dQ",
+    "gemm": "product",
+    "gated": "product and its gate, silu",
+    "int4": "product with int4, groups of 128",
+    "palette6": "product with a palette",
 }
 FORMS = {
     "forward": ("forward", "tiled"),
@@ -57,6 +63,10 @@ FORMS = {
     "reduce_dq": ("backward", "fused"),
 }
 """The operation of a plan and the form that has a kernel."""
+
+
+PRODUCTS = ("gemm", "gated", "int4", "palette6")
+"""Kernels of products; their `dim` is the number of rows."""
 
 
 class Case(NamedTuple):
@@ -91,6 +101,11 @@ def cases() -> Iterator[Case]:
             for operation in ("forward", "backward_dkv"):
                 for dim in (64, 512) if precision == "highest" else (64,):
                     yield Case(name, operation, dtype, dim, precision)
+        for operation in PRODUCTS:
+            yield Case(name, operation, "float16", 4096)
+        for operation in ("int4", "palette6"):
+            yield Case(name, operation, "float16", 1)
+        yield Case(name, "gemm", "float32", 4096)
 
 
 def launch_of(case: Case) -> Launch:
@@ -108,13 +123,33 @@ def launch_of(case: Case) -> Launch:
     return next(launch for launch in found if launch.spec.kernel == case.operation)
 
 
-def spec_of(case: Case) -> TritonSpec:
+def product_of(case: Case) -> GemmSpec:
+    """The kernel of a product with many columns, of matrices that lie in rows."""
+    device, kind = architecture(case.architecture), case.dtype
+    codes = {"int4": Codes("int4", 128, "float16"), "palette6": Codes("palette6")}
+    if held := codes.get(case.operation):
+        blocks = tables.quantized_blocks(held, case.dim)
+        return GemmSpec(kind, multiplied(held, kind), kind, blocks, bias="column", codes=held)
+    blocks = tables.block_sizes(case.architecture, kind, case.dim, 4096)
+    gate = case.operation == "gated"
+    return GemmSpec(
+        *(kind, kind, kind),
+        blocks=tables.halved(blocks) if gate else blocks,
+        activation="silu" if gate else None,
+        descriptors=device.asynchronous and kind == "float16",
+        gate=gate,
+    )
+
+
+def spec_of(case: Case) -> Spec:
     """The kernel of a case as it runs on aligned operands."""
+    if case.operation in PRODUCTS:
+        return product_of(case)
     launch = launch_of(case)
     return replace(launch.spec, descriptors=launch.choice.descriptors)
 
 
-def identity(spec: TritonSpec) -> tuple[str, str]:
+def identity(spec: Spec) -> tuple[str, str]:
     """The hash of a kernel's text, and its blocks: warps and stages stand in no text."""
     return hashlib.sha256(emit(spec).encode()).hexdigest(), str(spec.blocks)
 
@@ -189,8 +224,9 @@ of them. *Spills* are loads and stores of spilled registers in the loop over til
 a thread. One column counts the loop over whole tiles, which is the hot loop. The other counts the
 loop over tiles at an edge of the mask. A third walk runs only if NaN, infinities or scores beyond
 2^24 were found. It
-spills more, and is not counted. *Copies* says how traversed tiles come to shared memory: "tma" by
-tensor descriptors, "cp.async" by asynchronous copies, else through registers.
+spills more, and is not counted. A product has one loop, and its number of rows stands for D.
+*Copies* says how traversed tiles come to shared memory: "tma" by tensor descriptors, "cp.async" by
+asynchronous copies, else through registers.
 """
 
 
@@ -213,7 +249,8 @@ def cells(row: Row) -> list[str]:
     case, report = Case(*row["case"]), report_of(row)
     kinds = {"highest": "", "high": ", 3 TF32", "medium": ", TF32"}
     dtype = case.dtype + (kinds[case.precision] if case.dtype == "float32" else "")
-    spills = [str(report.spills.get(walk, "-")) for walk in ("whole", "edge")]
+    walks = ("body", "") if case.operation in PRODUCTS else ("whole", "edge")
+    spills = [str(report.spills.get(walk, "-")) for walk in walks]
     return [
         f"{case.architecture} ({architecture(case.architecture).chips})",
         dtype,

@@ -168,7 +168,8 @@ def assert_gated(
     want = value * gates
     allowed = off * (abs(gates) + off_gate) + abs(value) * off_gate
     allowed += 1.01 * (UNITS[str(got.dtype)] + UNITS["float32"]) * (abs(want) + allowed)
-    assert_near("gated", got, want, allowed + 1e-37)
+    least = float(ml_dtypes.finfo(str(got.dtype)).smallest_subnormal)
+    assert_near("gated", got, want, allowed + least)
 
 
 def padded(array: Array) -> Array:

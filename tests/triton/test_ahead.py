@@ -244,6 +244,8 @@ def test_estimates_of_shared_memory_are_close_to_the_reports_that_are_kept() -> 
     """Never below; close above for what is used most, and for the rest on the safe side."""
     assert set(KEPT) == set(triton_resources.cases()), "tools/triton_resources.py"
     for case, row in KEPT.items():
+        if case.operation in triton_resources.PRODUCTS:
+            continue
         launch, report = launch_of(case), report_of(row)
         if row["failure"] or not launch.spec.row.visits:
             continue
@@ -253,6 +255,19 @@ def test_estimates_of_shared_memory_are_close_to_the_reports_that_are_kept() -> 
         usual = usual and not launch.spec.blocks.streamed
         most = 1.6 if usual and not amd(case.architecture) else 4.5
         assert report.shared_bytes <= estimate <= most * report.shared_bytes, case
+
+
+@pytest.mark.feature("A02", "A12")
+def test_products_that_are_kept_fit_and_use_matrix_units() -> None:
+    """Of each architecture, gated and quantised ones too; sums of no loop are spilled."""
+    kept = {case: row for case, row in KEPT.items() if case.operation in triton_resources.PRODUCTS}
+    assert {case.architecture for case in kept} > {*NAMES}
+    for case, row in kept.items():
+        report, device = report_of(row), architecture(case.architecture)
+        assert report.within(device) and (row["text"], row["blocks"]) == identity(spec_of(case))
+        if case.dtype == "float16":
+            assert {*UNITS.values()} & {*report.instructions} and not any(report.spills.values())
+        assert ("bulk copies" in report.instructions) == row["descriptors"], case
 
 
 def test_the_page_says_what_was_kept() -> None:

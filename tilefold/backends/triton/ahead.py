@@ -31,9 +31,14 @@ from tilefold.backends.triton import listing, module, source
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.kernels import arguments, frame
 from tilefold.backends.triton.kernels.text import ELEMENTS
+from tilefold.backends.triton.matmul import gemm
+from tilefold.backends.triton.matmul.gemm import GemmSpec
 from tilefold.backends.triton.spec import TritonSpec
 
-Task = tuple[TritonSpec, str]
+Spec = TritonSpec | GemmSpec
+"""A kernel of attention, or of a product."""
+
+Task = tuple[Spec, str]
 """A kernel and the name of the architecture that it is compiled for."""
 
 _ROOT = Path(__file__).parents[3]
@@ -75,7 +80,12 @@ class Compiled:
         return not self.failure and self.shared_bytes <= device.shared_bytes and tensors
 
 
-def compile(spec: TritonSpec, name: str, *, text: str | None = None) -> Compiled:
+def emit(spec: Spec) -> str:
+    """The source of a kernel."""
+    return gemm.emit(spec) if isinstance(spec, GemmSpec) else source.emit(spec)
+
+
+def compile(spec: Spec, name: str, *, text: str | None = None) -> Compiled:
     """Compile a kernel for an architecture such as "sm_90". `text` replaces the spec's own source.
 
     Operands are assumed to be aligned to 16 bytes, with adjacent elements in each row. Raises
@@ -87,8 +97,12 @@ def compile(spec: TritonSpec, name: str, *, text: str | None = None) -> Compiled
     from triton.backends.compiler import GPUTarget
 
     device = architecture(name)
-    text = source.emit(spec) if text is None else text
-    function = module.load(text, spec.entry)
+    text = emit(spec) if text is None else text
+    if isinstance(spec, GemmSpec):
+        entry, multiplied = gemm.ENTRY, spec.multiplied
+    else:
+        entry, multiplied = spec.entry, spec.dtype
+    function = module.load(text, entry)
     signature, constants, attributes = declared(spec, function.arg_names)
     kind = source_kind(function)
     digits = int(name.removeprefix("sm_")) if device.kind == "cuda" else name
@@ -97,7 +111,7 @@ def compile(spec: TritonSpec, name: str, *, text: str | None = None) -> Compiled
         kind(fn=function, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget(device.kind, digits, device.warp),
         options=module.launch_options(
-            device.kind, spec.dtype, spec.blocks.warps, spec.blocks.stages
+            device.kind, multiplied, spec.blocks.warps, spec.blocks.stages
         ),
     )
     seconds = time.perf_counter() - begin
@@ -120,9 +134,11 @@ def missing() -> str | None:
 
 
 def declared(
-    spec: TritonSpec, names: Sequence[str]
+    spec: Spec, names: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
     """The types, constants and alignments of a kernel's arguments, as Triton takes them."""
+    if isinstance(spec, GemmSpec):
+        return _of_product(spec)
     types = arguments.signature(spec)
     for name, (_, rows, columns) in frame.descriptors(spec):
         types[name] = f"tensordesc<{ELEMENTS[spec.dtype]}[1, 1, {rows}, {columns}]>"
@@ -133,6 +149,21 @@ def declared(
     aligned |= {name for name, kind in types.items() if kind.startswith("*")}
     attributes = {(i,): _ALIGNED for i, name in enumerate(names) if name in aligned}
     return types, constants, attributes
+
+
+def _of_product(
+    spec: GemmSpec,
+) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
+    """What `declared` says, of a product whose matrices have adjacent elements in each row."""
+    types = gemm.signature(spec)
+    steps = "a_k", "b_n", "g_n", "c_n", "old_n"
+    constants = {str(name): 1 for name in steps if name in types}
+    types |= dict.fromkeys(constants, "constexpr")
+    alike = {*gemm.alike(spec), *constants}
+    aligned = [
+        i for i, (name, kind) in enumerate(types.items()) if name not in alike and kind[0] in "*i"
+    ]
+    return types, constants, {(i,): _ALIGNED for i in aligned}
 
 
 def source_kind(function: Any) -> Any:
