@@ -230,15 +230,14 @@ class _Arguments:
         try:
             given = parts()
             out = given["c"]
-            written = self.buffer(result, 0)
-            if not written.writable:
+            if not out.buffer.writable:
                 raise ValueError(f"{self._called(result)} is written, so it must not be read-only")
             given["out"] = out
             key = tuple([(name, part.form) for name, part in given.items()])
             forms = {name: part.form for name, part in given.items()}
             plan = plans.kept(key, options, lambda: forms)
             plan.run({name: part.address for name, part in given.items()}, out.address)
-            written.changed()
+            out.buffer.changed()
         except plans.OverlapError as error:
             raise ValueError(f"{self._called(result)} must not overlap an operand") from error
         except NotImplementedError:
@@ -261,10 +260,10 @@ class _Buffer(NamedTuple):
 
     def part(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> _Part:
         """Elements of it as an array. With a negative stride the first one lies last."""
-        pairs = zip(shape, strides, strict=True)
-        first = sum(max(0, length - 1) * -step for length, step in pairs if step < 0)
-        address = self.address + first * ITEM_BYTES[self.dtype]
-        return _Part(Form(self.dtype, shape, strides), address)
+        address = self.address
+        if strides[0] < 0 < shape[0]:
+            address += (shape[0] - 1) * -strides[0] * ITEM_BYTES[self.dtype]
+        return _Part(Form(self.dtype, shape, strides), address, self)
 
 
 class _Part(NamedTuple):
@@ -272,12 +271,13 @@ class _Part(NamedTuple):
 
     form: Form
     address: int
+    buffer: _Buffer
 
     def as_matrix(self, shape: tuple[int, int], axis: int) -> _Part:
         """A vector as the matrix of one column or row along an axis, or of none."""
         (step,) = self.form.strides
         strides = (step, 0) if axis == 0 else (0, step)
-        return _Part(Form(self.form.dtype, shape, strides), self.address)
+        return self._replace(form=Form(self.form.dtype, shape, strides))
 
 
 def _of_array(called: str, value: Any) -> _Buffer:
@@ -290,8 +290,12 @@ def _of_array(called: str, value: Any) -> _Buffer:
         raise ValueError(f"{called} must be one piece of memory, got strides {value.strides}")
     if not value.dtype.isnative:
         raise TypeError(f"{called} must be in native byte order, got {value.dtype}")
-    name: str = value.dtype.name
-    return _Buffer(name, arrays.pointer(value), value.size, flags.writeable, lambda: None)
+    name: str = arrays.NAMES.get(value.dtype) or value.dtype.name
+    return _Buffer(name, arrays.pointer(value), value.size, flags.writeable, _nothing)
+
+
+def _nothing() -> None:
+    """NumPy counts no changes."""
 
 
 def _of_tensor(called: str, value: Any) -> _Buffer:

@@ -29,7 +29,8 @@ TYPES = (
     *(("bfloat16", "bfloat16", None), ("float16", "float16", "float32")),
     *(("bfloat16", "bfloat16", "float32"), ("float16", "float32", "bfloat16")),
     *(("float16", "bfloat16", None), ("float64", "float32", None), ("float32", "bfloat16", None)),
-    *(("float64", "float64", "float32"),),
+    *(("float64", "float64", "float32"), ("int8", "int8", None), ("uint8", "int8", None)),
+    *(("int8", "int8", "float32"),),
 )
 """Types of a, b and the result; None is the one that holds both."""
 
@@ -48,6 +49,14 @@ def test_types(types: tuple[str, str, str | None]) -> None:
     got = check(normal(5, 37, dtype=a), normal(37, 19, dtype=b), out_dtype=kept)
     usual = {2: "float32", 1: a}[len({a, b})] if "float64" not in (a, b) else "float64"
     assert got.dtype.name == (kept or ("int32" if a.endswith("int8") else usual))
+
+
+def test_integers_have_all_options_but_activations() -> None:
+    for a, m, k in (("int8", 5, 37), ("uint8", 70, 130)):
+        left, right = normal(m, k, dtype=a), normal(k, 19, dtype="int8")
+        bias, c = normal(m, 1, dtype="int32"), normal(19, dtype="int32")
+        check(left, right, c, alpha=-2, beta=3, bias=bias)
+        check(left, right, bias=normal(19), activation="tanh", alpha=0.01, out_dtype="float32")
 
 
 @pytest.mark.feature("A12")
@@ -137,6 +146,9 @@ def test_any_shapes_strides_types_and_transposes(data: Any) -> None:
         options["activation"] = draw(st.sampled_from((*ACTIVATIONS,)))
         added["bias"] = normal(*draw(st.sampled_from(((n,), (m, 1)))), dtype="float32")
         added["bias"] = added["bias"].astype(empty.dtype)
+    if not integers and (alpha, beta) == (1, 0) and draw(st.booleans()):
+        gate = normal(*b.shape, dtype=kind[1])
+        added["gate"] = strided(gate, draw(st.sampled_from(FORMS)))
     c = normal(*empty.shape).astype(empty.dtype)
     out = strided(c, draw(st.sampled_from(FORMS[:-1])))
     got = check(a, b, c.copy(), alpha=alpha, beta=beta, out=out, **options, **added)
@@ -190,12 +202,6 @@ def test_repeated_calls_make_no_plan() -> None:
     assert (tilefold.gemm(a, b, alpha=0.123) == first).all() and len(plans._kept) == before
 
 
-def test_what_has_no_kernel_says_so() -> None:
-    a = np.ones((2, 2), "int8")
-    with pytest.raises(NotImplementedError, match="no kernel for int8 times int8 yet"):
-        tilefold.gemm(a, a)
-
-
 A, B, D = np.ones((2, 3), "f"), np.ones((3, 2), "f"), np.ones((3, 3), "f")
 I = np.ones((3, 3), "int8")  # noqa: E741
 REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
@@ -228,8 +234,10 @@ REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((A, B), {"out": np.broadcast_to(A[0, 0], (2, 2)).copy()[:, :0]}, ValueError, "out must be of"),
     ((A, B), {"out": np.ones((2, 2), ">f4")}, ValueError, "out must be aligned, in native"),
     ((A, [[1.0]]), {}, TypeError, "b must be a NumPy array, a torch tensor or an object"),
+    ((I, A.T), {}, NotImplementedError, "there is no kernel for int8 times float32"),
+    ((I, I.view("uint8")), {}, NotImplementedError, "there is no kernel for int8 times uint8"),
     ((I, I), {"alpha": 0.5}, ValueError, "alpha must be a whole number where the result is int32"),
-    ((I, I), {"activation": "gelu"}, ValueError, "activation must be None or 'relu' where"),
+    ((I, I), {"activation": "relu"}, ValueError, "activation must be None where the"),
 ]
 
 

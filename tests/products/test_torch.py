@@ -59,6 +59,11 @@ def test_tensors_are_read_and_written_in_place() -> None:
     assert gemm(x, w.T, out, beta=0.5, out=out) is out and out._version > version
 
 
+def test_integers_of_8_bits_are_summed_in_int32() -> None:
+    integers = torch.randint(-128, 128, (4, 33), generator=GENERATOR, dtype=torch.int8)
+    assert (gemm(integers, integers.T) == integers.int() @ integers.T.int()).all()
+
+
 @pytest.mark.filterwarnings("ignore:.*jit.script")  # torch's own, in its forward mode
 @pytest.mark.slow
 @pytest.mark.feature("A12")

@@ -65,8 +65,9 @@ def gemm(
     Arguments:
         a: (..., m, k), or (..., k, m) with `transpose_a`; or a vector, (k,)
         b: (..., k, n), or (..., n, k) with `transpose_b`; or a vector, (k,)
-            float32, float64, float16, bfloat16, int8 or uint8 each. Any axes of a batch come first,
-            and broadcast as in NumPy. Axes of a vector are not in the result. Lengths may be 0
+            float32, float64, float16 or bfloat16 each, or int8 times int8, or uint8 times int8. Any
+            axes of a batch come first, and broadcast as in NumPy. Axes of a vector are not in the
+            result. Lengths may be 0
         c: an array that broadcasts to the result, of the type of the result or of the sums. It is
             read only where beta is not 0, and never written
         alpha, beta: numbers; whole ones where the result is int32

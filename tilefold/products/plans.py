@@ -22,7 +22,6 @@ from tilefold.common.check import choice, flag, number
 from tilefold.common.lru import LruCache
 from tilefold.problems.matmul import (
     ACTIVATIONS,
-    INTEGERS,
     Accepted,
     Operand,
     Product,
@@ -38,6 +37,8 @@ GIVEN: Final = ("a", "b", "c", "bias", "gate")
 
 _FACTORS: Final = Accepted((*FLOATS, "int8", "uint8"), empty=True, most=64)
 _TERMS: Final = Accepted((*FLOATS, "int32"), empty=True, most=64)
+
+_INTEGER_PAIRS: Final = (("int8", "int8"), ("uint8", "int8"))
 
 RESULTS: Final = {
     "int32": ("int32", "float32"),
@@ -246,9 +247,12 @@ def described(options: Options, forms: Mapping[str, Form]) -> Described:
 def plan(options: Options, forms: Mapping[str, Form]) -> Plan:
     """The plan of a call on the processor from the forms of its arrays: see `described`."""
     product, out, written = described(options, forms)
-    a, b = product.a.dtype, product.b.dtype
-    if {a, b} & {*INTEGERS}:
-        raise NotImplementedError(f"there is no kernel for {a} times {b} yet: pass float32 arrays")
+    pair = product.a.dtype, product.b.dtype
+    if not {*pair} <= {*FLOATS} and pair not in _INTEGER_PAIRS:
+        raise NotImplementedError(
+            f"there is no kernel for {pair[0]} times {pair[1]}: of types of 8 bits there are int8"
+            " times int8 and uint8 times int8; convert the others to float32"
+        )
     prepared = None if 0 in out.shape else kernels.prepare(product, written)
     onto = out == forms.get("c")
     return Plan(out.shape, out.dtype, places(product, forms), onto, prepared)
@@ -290,10 +294,10 @@ def _check_integers(product: Product) -> None:
     """Raises ValueError for what has no meaning in a result of integers."""
     if product.dtype != "int32":
         return
-    if product.activation not in (None, "relu"):
+    if product.activation is not None:
         raise ValueError(
-            f"activation must be None or 'relu' where the result is int32, got"
-            f" {product.activation!r}; pass out_dtype='float32'"
+            f"activation must be None where the result is int32, got {product.activation!r}; pass"
+            " out_dtype='float32'"
         )
     for name, value in (("alpha", product.alpha), ("beta", product.beta)):
         if not float(value).is_integer():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.arrays.torch import check_held, check_place, dtype_of
 from tilefold.backends.protocols import Machine
 from tilefold.frontends.torch import tensors
@@ -47,7 +48,8 @@ def machine_of(tensor: Tensor) -> Machine | None:
 
 def run(given: Mapping[str, Tensor], options: Options) -> Tensor:
     """The product of plain tensors, below autograd."""
-    machine = machine_of(given["a"])
+    a = given["a"]
+    machine = machine_of(a)
     if machine is not None:
         return _run_on_gpu(given, options, machine)
     plan = plans.kept(
@@ -61,7 +63,7 @@ def run(given: Mapping[str, Tensor], options: Options) -> Tensor:
             check_held(name, x)
     out = given.get("out")
     if out is None:
-        out = given["a"].new_empty(plan.shape, dtype=getattr(torch, plan.dtype))
+        (out,) = arrays.empty(a, [(plan.shape, arrays.native_dtype(a, plan.dtype))])
         plan.run(addresses, out.data_ptr())
         return out
     plan.run(addresses, out.data_ptr())

@@ -18,7 +18,7 @@ from tilefold.problems.attention import ITEM_BYTES, Shape
 Array = NDArray[Any]
 
 # NumPy has no bfloat16: `attention.common_dtype` knows the type of ml_dtypes by its name.
-_NAMES = {np.dtype(name): name for name in ITEM_BYTES if name != "bfloat16"}
+NAMES = {np.dtype(name): name for name in ITEM_BYTES if name != "bfloat16"}
 
 
 def layout_key(given: Sequence[Array]) -> tuple[Any, ...]:
@@ -51,7 +51,7 @@ def dtype_of(array: Array) -> str:
 def common_dtype(arrays: Mapping[str, Array]) -> str:
     """The one element type of all arrays. Raises TypeError."""
     dtypes = [array.dtype for array in arrays.values()]
-    name = _NAMES.get(dtypes[0])
+    name = NAMES.get(dtypes[0])
     if name is not None and dtypes.count(dtypes[0]) == len(dtypes):
         return name
     names = {name: array.dtype.name for name, array in arrays.items()}
