@@ -124,11 +124,7 @@ def product(
 ) -> None:
     """The product of float32 rows (m, k), written to `out`, which lies apart from all others."""
     (m, k), n = x.shape, w.shape[1]
-    inputs = kernels.padded(w.scheme, k)
-    if inputs != k or not x.flags.c_contiguous or not x.flags.aligned:
-        rows = np.zeros((m, inputs), np.float32)
-        rows[:, :k] = x
-        x = rows
+    x = kernels.arranged(w.scheme, x)
     table = None if w.table is None else w.table.astype(np.float32)
     given = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "table": table}
     at = {name: 0 if each is None else each.ctypes.data for name, each in given.items()}
@@ -139,7 +135,6 @@ def product(
         k=k,
         group_size=w.group_size,
         scales=None if w.scales is None else w.scales.dtype.name,
-        x_m=inputs,
         out=out.dtype,
         out_m=out.down,
         out_n=out.across,

@@ -11,6 +11,7 @@ few_rows     the kernel of products with few rows of A
 plan         blocks, and what is packed before
 calls        products prepared for operands, and run
 widen        codes of quantised matrices, widened in registers
-quantized    the kernel of products with them
+quantized    the kernel of products of few rows with them
+quantized_blocks  the kernel for many rows
 quantized_calls  these products, prepared and run
 """

@@ -76,7 +76,10 @@ QUANTIZED = (
     "n",
     "row_blocks",
     "block_m",  # rows of an item
-    "x",  # address of float32: rows with zeros after k, up to whole steps of inputs
+    "inputs",  # k, up to whole blocks of codes in words
+    "workspace",  # of many rows: each worker's block of a panel, and sums
+    "workspace_bytes",
+    "x",  # address of float32: `quantized_calls.arranged`
     "x_m",
     "codes",
     "panel_bytes",

@@ -1,4 +1,4 @@
-"""The kernel of a product with a quantised matrix: codes are read once for some rows.
+"""The kernel of a product of few rows with a quantised matrix: codes are read once for them.
 
     for item in (panel of 32 columns, block of rows):           workers take items
         for `rows` rows of the block:
@@ -16,7 +16,7 @@ applied once for a group. Each sum is made by one worker, in order.
 
 from __future__ import annotations
 
-from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, Variable, vector
+from tilefold.backends.cpu.kernels.ir import Module, Value, Variable, vector
 from tilefold.backends.cpu.matmul import widen
 from tilefold.backends.cpu.matmul.arguments import Arguments
 from tilefold.backends.cpu.matmul.finish import finish
@@ -31,26 +31,29 @@ AHEAD_BYTES = 2048
 """Codes are asked for so many bytes before they are read, and scales likewise."""
 
 
-def emit(spec: QuantizedSpec) -> str:
-    """The LLVM source of a kernel."""
-    module = Module(repr(spec), 32 * spec.lanes)
-    _Quantized(module, spec)
-    return module.text()
+class Quantized:
+    """What both kernels have: items, and what becomes of sums. A subclass makes the sums."""
 
-
-class _Quantized:
     def __init__(self, module: Module, spec: QuantizedSpec) -> None:
         self.spec = spec
         self.type = vector(spec.lanes, "float")
-        self.finish = finish(module, spec)
+        self.parts = range(0, spec.width, spec.vectors * spec.lanes)
         self.step = widen.STEPS[spec.scheme]
-        self.block = Value("%arguments", "ptr")
-        with module.function(spec.kernel, [self.block]) as body:
+        self._finish = finish(module, spec)
+        self._block = Value("%arguments", "ptr")
+        with module.function(spec.kernel, [self._block]) as body:
             self.body = body
-            self.words = Arguments(body, spec, self.block)
-            scratch = body.variable(f"[{spec.rows * spec.width} x float]", hint="totals")
-            self.scratch = Value(scratch.address, "ptr")
+            self.words = Arguments(body, spec, self._block)
+            self.begin()
             self._items()
+
+    def begin(self) -> None:
+        """Write what comes before all items."""
+        raise NotImplementedError
+
+    def rows(self, start: Value, stop: Value) -> None:
+        """Write the work of an item: some rows of a panel."""
+        raise NotImplementedError
 
     def _items(self) -> None:
         body, words = self.body, self.words
@@ -62,22 +65,24 @@ class _Quantized:
                 self.panel = body.binary("udiv", item, words["row_blocks"], "panel")
                 block = body.binary("urem", item, words["row_blocks"])
                 start = body.mul(block, words["block_m"])
-                stop = body.minimum(body.add(start, words["block_m"]), words["m"])
                 before = body.mul(self.panel, words["panel_bytes"])
                 self.codes = body.offset(words["codes"], "i8", before, "codes")
-                with body.loop("row", start, stop, self.spec.rows) as row:
-                    self._rows(row, body.minimum(body.sub(stop, row), self.spec.rows))
+                stop = body.minimum(body.add(start, words["block_m"]), words["m"])
+                self.rows(start, stop)
 
-    def _rows(self, row: Value, exist: Value) -> None:
-        """Some rows of a panel. Rows that do not exist are the last one again."""
+    def codes_at(self, c: Value, count: int, column: int) -> Value:
+        """The address of the codes of inputs from c on, from a column of the panel on."""
+        body, spec = self.body, self.spec
+        bytes_of_input = spec.bits * spec.width // 8
+        at = body.offset(self.codes, "i8", body.mul(c, bytes_of_input), "line")
+        if count > 1 and column == 0:
+            for ahead in range(0, count * bytes_of_input, 64):
+                self._ask(body.offset(at, "i8", AHEAD_BYTES + ahead))
+        return body.offset(at, "i8", column * spec.item_bytes, "at")
+
+    def finish_rows(self, row: Value, exist: Value, sums: Value) -> None:
+        """Write results from sums in lines of a panel's width."""
         body, words, spec = self.body, self.words, self.spec
-        last = body.sub(words["m"], 1)
-        self.x = []
-        for i in range(spec.rows):
-            own = body.minimum(body.add(row, i), last)
-            self.x.append(body.offset(words["x"], "float", body.mul(own, words["x_m"]), "x"))
-        for part in range(spec.width // (spec.vectors * spec.lanes)):
-            self._part(part * spec.vectors * spec.lanes)
         column = body.mul(self.panel, spec.width)
         columns = body.minimum(body.sub(words["n"], column), spec.width)
         null = Value("null", "ptr")
@@ -88,7 +93,72 @@ class _Quantized:
                 index = body.add(index, body.mul(row, words[f"{name}_m"]))
                 store = reading(dtype, "float32", spec.native_half)
                 pointers[place] = store.at(body, words[name], index)
-        body.invoke(self.finish, [self.block, self.scratch, null, exist, columns, *pointers])
+        body.invoke(self._finish, [self._block, sums, null, exist, columns, *pointers])
+
+    def line_of_scales(self, group: Value, column: int) -> Value:
+        """The index of a group's first scale, from a column of the panel on."""
+        body = self.body
+        line = body.add(body.mul(self.panel, self.words["groups"]), group)
+        return body.add(body.mul(line, self.spec.width), column)
+
+    def numbers(self, name: str, at: Value) -> list[Value]:
+        """Scales or zeros of some columns, from an index on."""
+        body, spec = self.body, self.spec
+        assert spec.scales is not None
+        store = reading(spec.scales, "float32", spec.native_half)
+        base = store.at(body, self.words[name], at)
+        found = [
+            store.load(body, store.at(body, base, j * spec.lanes), spec.lanes, name)
+            for j in range(spec.vectors)
+        ]
+        factor = widen.FACTORS.get(spec.scheme) if name == "scales" else None
+        if factor is None:
+            return found
+        return [body.binary("fmul", each, body.constant(factor, self.type)) for each in found]
+
+    def _ask(self, address: Value) -> None:
+        """Ask for a line of memory ahead of its use."""
+        name, flags = "llvm.prefetch.p0", [Value(number, "i32") for number in ("0", "3", "1")]
+        self.body.module.declare(name, "void", ["ptr", "i32", "i32", "i32"])
+        self.body.invoke(name, [address, *flags])
+
+    def ask_for_scales(self, at: Value) -> None:
+        """Ask for scales and zeros of a later group, which may be one of the next panel."""
+        body, words, spec = self.body, self.words, self.spec
+        assert spec.scales is not None
+        later = body.add(at, body.mul(words["groups_ahead"], spec.width))
+        store = reading(spec.scales, "float32", spec.native_half)
+        for name in ("scales", "zeros") if spec.scheme == "int4" else ("scales",):
+            base = store.at(body, words[name], later)
+            for line in range(0, spec.width * ITEM_BYTES[spec.scales], 64):
+                self._ask(body.offset(base, "i8", line))
+
+
+class FewRows(Quantized):
+    """The kernel for few rows."""
+
+    def begin(self) -> None:
+        """Totals of a tile."""
+        spec = self.spec
+        scratch = self.body.variable(f"[{spec.rows * spec.width} x float]", hint="totals")
+        self._totals = Value(scratch.address, "ptr")
+
+    def rows(self, start: Value, stop: Value) -> None:
+        """Tiles of rows, each with all inputs."""
+        body = self.body
+        with body.loop("row", start, stop, self.spec.rows) as row:
+            self._x = self._rows_of_x(row)
+            for column in self.parts:
+                self._part(column)
+            exist = body.minimum(body.sub(stop, row), self.spec.rows)
+            self.finish_rows(row, exist, self._totals)
+
+    def _rows_of_x(self, row: Value) -> list[Value]:
+        """The addresses of the rows of a tile. Rows that do not exist are the last one again."""
+        body, words = self.body, self.words
+        last = body.sub(words["m"], 1)
+        rows = [body.minimum(body.add(row, i), last) for i in range(self.spec.rows)]
+        return [body.offset(words["x"], "float", body.mul(own, words["x_m"]), "x") for own in rows]
 
     def _part(self, column: int) -> None:
         """The totals of some columns of the panel."""
@@ -104,11 +174,10 @@ class _Quantized:
         with body.loop("group", 0, words["groups"]) as group:
             for place in (place for each in sums for line in each for place in line):
                 body.write(place, zero)
-            line = body.add(body.mul(self.panel, words["groups"]), group)
-            at = body.add(body.mul(line, spec.width), column)
+            at = self.line_of_scales(group, column)
             if spec.scales and column == 0:
-                self._ask_for_group(at)
-            zeros = self._numbers("zeros", at) if spec.scheme == "int4" else []
+                self.ask_for_scales(at)
+            zeros = self.numbers("zeros", at) if spec.scheme == "int4" else []
             first = body.mul(group, words["group_size"], "first")
             stop = body.add(first, words["group_size"])
             whole = stop
@@ -121,12 +190,12 @@ class _Quantized:
             if not spec.whole:
                 with body.loop("rest", whole, stop) as c:
                     self._inputs(c, 1, column, weights, zeros, sums)
-            scales = self._numbers("scales", at) if spec.scales else []
+            scales = self.numbers("scales", at) if spec.scales else []
             self._add_group(totals, sums, scales)
         for i in rows:
             for j in vectors:
                 index = i * spec.width + column + j * spec.lanes
-                body.store(body.read(totals[i][j]), body.offset(self.scratch, "float", index))
+                body.store(body.read(totals[i][j]), body.offset(self._totals, "float", index))
 
     def _inputs(
         self,
@@ -139,39 +208,16 @@ class _Quantized:
     ) -> None:
         """Add the products of some inputs to the sums."""
         body, spec = self.body, self.spec
-        before = body.add(body.mul(c, spec.bits * spec.width // 8), column * spec.item_bytes)
-        at = body.offset(self.codes, "i8", before, "at")
-        if count > 1:
-            step_bytes = count * spec.bits * spec.width // 8
-            for ahead in range(0, step_bytes, 64):
-                self._ask(body.offset(at, "i8", AHEAD_BYTES + ahead))
+        at = self.codes_at(c, count, column)
         for t in range(count):
             found = weights(at, t)
             if zeros:
                 found = [body.binary("fsub", w, z) for w, z in zip(found, zeros, strict=True)]
-            for i, x in enumerate(self.x):
+            for i, x in enumerate(self._x):
                 place = body.offset(x, "float", body.add(c, t))
                 number = body.splat(body.load(place, "float", "a"), spec.lanes, "a")
                 for w, total in zip(found, sums[t % len(sums)][i], strict=True):
                     body.write(total, body.multiply_add(number, w, body.read(total), "sum"))
-
-    def _ask_for_group(self, at: Value) -> None:
-        """Ask for scales and zeros of a later group, which may be one of the next panel."""
-        body, words, spec = self.body, self.words, self.spec
-        assert spec.scales is not None
-        later = body.add(at, body.mul(words["groups_ahead"], spec.width))
-        store = reading(spec.scales, "float32", spec.native_half)
-        for name in ("scales", "zeros") if spec.scheme == "int4" else ("scales",):
-            base = store.at(body, words[name], later)
-            for line in range(0, spec.width * ITEM_BYTES[spec.scales], 64):
-                self._ask(body.offset(base, "i8", line))
-
-    def _ask(self, address: Value) -> None:
-        """Ask for a line of memory ahead of its use."""
-        body = self.body
-        name, flags = "llvm.prefetch.p0", [Value(number, "i32") for number in ("0", "3", "1")]
-        body.module.declare(name, "void", ["ptr", "i32", "i32", "i32"])
-        body.invoke(name, [address, *flags])
 
     def _add_group(
         self,
@@ -188,18 +234,3 @@ class _Quantized:
                 if scales:
                     found = body.multiply_add(found, scales[j], body.read(total))
                 body.write(total, found)
-
-    def _numbers(self, name: str, at: Operand) -> list[Value]:
-        """Scales or zeros of a group, from an index on."""
-        body, spec = self.body, self.spec
-        assert spec.scales is not None
-        store = reading(spec.scales, "float32", spec.native_half)
-        base = store.at(body, self.words[name], at)
-        found = [
-            store.load(body, store.at(body, base, j * spec.lanes), spec.lanes, name)
-            for j in range(spec.vectors)
-        ]
-        factor = widen.FACTORS.get(spec.scheme) if name == "scales" else None
-        if factor is None:
-            return found
-        return [body.binary("fmul", each, body.constant(factor, self.type)) for each in found]

@@ -121,7 +121,7 @@ class QuantizedSpec:
 
     It makes `rows` rows by `vectors` vectors of `lanes` sums at a time. `scales` is the type of
     scales and zeros, or None. `permutes`: tables are registers (AVX-512). `whole`: each group has
-    whole steps of inputs.
+    whole steps of inputs. `shared`: many rows share a widened panel.
     """
 
     scheme: str
@@ -133,6 +133,7 @@ class QuantizedSpec:
     native_half: bool
     permutes: bool
     whole: bool
+    shared: bool
     bias: str | None = None
     activation: str | None = None
     c: None = None
