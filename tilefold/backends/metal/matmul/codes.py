@@ -8,7 +8,9 @@
     palette6         uint        table[code]
 
 `tilefold/products/schemes.py` draws how codes lie: in panels of 32 columns; 8 codes of 4 bits in a
-word, and 16 codes of 6 bits in three. One row of `_ROWS` is all that a kernel knows of a scheme.
+word, and 16 codes of 6 bits in three. Inputs come in lines of 8. The place of a word depends on the
+line and not on the input in it, so a thread that widens a line loads its words once. One row of
+`_ROWS` is all that a kernel knows of a scheme.
 """
 
 from __future__ import annotations
@@ -19,17 +21,24 @@ from tilefold.backends.matmul import PANEL, Codes
 from tilefold.backends.metal.kernels.msl import Text
 from tilefold.backends.metal.kernels.storage import storage
 
+LINE = 8
+"""Inputs of a line."""
+
 
 class Row(NamedTuple):
-    """A scheme: `block` inputs of a column have `words` items of a panel; then a code's number."""
+    """A scheme: the type of its items, the lines of C++ from a code to its number, and its place.
+
+    `at` is the row of a panel that has input t of a line; rows have `items` times 32 items.
+    """
 
     memory: str
     number: tuple[str, ...]
-    block: int = 1
-    words: int = 1
+    at: str = "{panel} * k + 8 * line + t"
+    items: int = 1
 
 
-_FOUR_BITS = "codes[at] >> (4 * (i % 8)) & 15"
+_WORD = "{panel} * ((k + 7) / 8) + line"
+_FOUR_BITS = "codes[at] >> (4 * t) & 15"
 
 _ROWS = {
     "int8": Row("char", ("float(codes[at])",)),
@@ -42,16 +51,16 @@ _ROWS = {
             "codes[at] < 128 ? found : -found",
         ),
     ),
-    "int4": Row("uint", (f"float({_FOUR_BITS}) - {{zero}}",), 8),
-    "int4_symmetric": Row("uint", (f"float({_FOUR_BITS}) - 8.0f",), 8),
+    "int4": Row("uint", (f"float({_FOUR_BITS}) - {{zero}}",), _WORD),
+    "int4_symmetric": Row("uint", (f"float({_FOUR_BITS}) - 8.0f",), _WORD),
     "palette6": Row(
         "uint",
         (
-            f"const uint low = codes[at + {PANEL} * (i / 8 % 2)] >> (4 * (i % 8)) & 15;",
-            f"const uint high = codes[at + {2 * PANEL}] >> (2 * (i % 16)) & 3;",
+            f"const uint low = codes[at + {PANEL} * (line % 2)] >> (4 * t) & 15;",
+            f"const uint high = codes[at + {2 * PANEL}] >> (16 * (line % 2) + 2 * t) & 3;",
             "float(table[low | high << 4])",
         ),
-        16,
+        "{panel} * ((k + 15) / 16) + line / 2",
         3,
     ),
 }
@@ -63,32 +72,33 @@ def memory(codes: Codes) -> str:
 
 
 def define(text: Text, codes: Codes) -> None:
-    """The function of a weight, which `weight` calls: input i of column j, of k x n."""
+    """The function of a weight, which `weight` calls: input t of a line, in column j."""
     row = _ROWS[codes.scheme]
     given = [f"device const {row.memory}* codes"]
     for name, kind in codes.besides.items():
         given.append(f"device const {storage(kind, bfloat=False).memory}* {name}")
-    given += [f"const uint {name}" for name in ("i", "j", "k", "n")]
-    blocks = "k" if row.block == 1 else f"((k + {row.block - 1}) / {row.block})"
-    inside = "i" if row.block == 1 else f"i / {row.block}"
+    given += [f"const uint {name}" for name in ("line", "t", "j", "k")]
     head = ",\n    ".join([", ".join(given[:-4]), ", ".join(given[-4:])])
     with text.block(f"static inline float weight(\n    {head})"):
-        line = f"ulong(j / {PANEL}) * {blocks} + {inside}"
-        text(f"const ulong at = {PANEL * row.words} * ({line}) + j % {PANEL};")
+        panel = f"ulong(j / {PANEL})"
+        at = row.at.format(panel=panel)
+        text(f"const ulong at = {PANEL * row.items} * ({at}) + j % {PANEL};")
         *lines, number = row.number
         if codes.scales:
-            line = f"(ulong(j / {PANEL}) * (k / {codes.group}) + i / {codes.group}) * {PANEL}"
-            of = "j" if codes.group is None else f"{line} + j % {PANEL}"
+            of = "j"
+            if codes.group is not None:
+                group = f"{panel} * (k / {codes.group}) + line / {codes.group // LINE}"
+                of = f"{PANEL} * ({group}) + j % {PANEL}"
             text(f"const ulong from = {of};")
             number = f"float(scales[from]) * ({number.format(zero='float(zeros[from])')})"
         text(*lines, f"return {number};")
     text("")
 
 
-def weight(codes: Codes, i: str, j: str) -> str:
-    """The expression of a weight, float: input i of column j.
+def weight(codes: Codes, line: str, t: str, j: str) -> str:
+    """The expression of a weight, float: input t of a line, in column j.
 
-    >>> weight(Codes("palette6"), "i", "j")
-    'weight(b, table, i, j, k, n)'
+    >>> weight(Codes("palette6"), "line", "t", "j")
+    'weight(b, table, line, t, j, k)'
     """
-    return f"weight({', '.join(('b', *codes.besides, i, j, 'k', 'n'))})"
+    return f"weight({', '.join(('b', *codes.besides, line, t, j, 'k'))})"

@@ -18,6 +18,7 @@ as there, since a shifted block would add beta C twice.
 
 from __future__ import annotations
 
+from tilefold.backends.matmul import Codes
 from tilefold.backends.metal.kernels import fragment
 from tilefold.backends.metal.kernels.fragment import Fragment
 from tilefold.backends.metal.kernels.msl import Text, kernel_head, open_text
@@ -166,10 +167,8 @@ class _Gemm:
             return index
         return f"({index}) * {stride}" if " " in index else f"{index} * {stride}"
 
-    def _number(self, name: str, place: str, at: tuple[str, str]) -> str:
-        """The expression of an element of A or B, by its row and column, as it is multiplied."""
-        if name == "b" and self.spec.codes:
-            return codes.weight(self.spec.codes, *at)
+    def _number(self, name: str, place: str) -> str:
+        """The expression of an element of A or B in the type that is multiplied."""
         return self.storage[name].read(place, self.tile.element)
 
     def _staged(self) -> None:
@@ -224,6 +223,9 @@ class _Gemm:
 
     def _copy(self, name: str, stride: int) -> None:
         """All threads copy a block of A or B to its stage, neighbours from neighbouring places."""
+        if name == "b" and self.spec.codes:
+            self._widen(self.spec.codes, stride)
+            return
         text, blocks = self.text, self.blocks
         sides = {  # elements of a block, how many of them there are, and where it starts
             "m": (blocks.m, "height", "block_row"),
@@ -238,16 +240,30 @@ class _Gemm:
         together = min(width & -width, blocks.threads)  # a power of two, so that no thread is idle
         others = blocks.threads // together
         with text.block(f"for (ushort r = thread_index / {together}; r < {rows}; r += {others})"):
-            if name == "a" or not self.spec.codes:
-                text(f"const long from = {self._times(f'{top} + r', f'{name}_{far}')};")
+            text(f"const long from = {self._times(f'{top} + r', f'{name}_{far}')};")
             head = f"for (ushort e = thread_index % {together}; e < {width}; e += {together})"
             with text.block(head):
                 at = f"from + {self._times(f'{left} + e', f'{name}_{near}')}"
-                value = self._number(name, f"{name}[{at}]", (f"{top} + r", f"{left} + e"))
+                value = self._number(name, f"{name}[{at}]")
                 text(f"const bool inside = r < {row_limit} && e < {limit};")
                 zero = f"{self.tile.element}(0)"
                 place = self.spec.exchanged("r", "e", stride)
                 text(f"stage_{name}[r * {stride} + {place}] = inside ? {value} : {zero};")
+
+    def _widen(self, held: Codes, stride: int) -> None:
+        """All threads write weights to their stage, a line of inputs of a column each."""
+        text, blocks = self.text, self.blocks
+        count = blocks.k // codes.LINE * blocks.n
+        with text.block(f"for (ushort p = thread_index; p < {count}; p += {blocks.threads})"):
+            text(
+                f"const ushort r = {codes.LINE} * (p / {blocks.n});",
+                f"const ushort e = p % {blocks.n};",
+            )
+            with text.loop("t", codes.LINE):
+                text("const bool inside = r + t < depth && e < width;")
+                place = self.spec.exchanged("r + t", "e", stride)
+                value = codes.weight(held, f"(first + r) / {codes.LINE}", "t", "block_column + e")
+                text(f"stage_b[(r + t) * {stride} + {place}] =\n    inside ? {value} : 0.0f;")
 
     def _direct(self) -> None:
         """Each lane reads its own elements; at an edge it asks whether each of them exists."""
@@ -285,11 +301,14 @@ class _Gemm:
         row, column = indices[0], f"{indices[1]} + e"
         strides = [f"{name}_{axis}" for axis in AXES[name]]
         at = f"{self._times(row, strides[0])} + {self._times(column, strides[1])}"
-        place = indices if guarded else (f"first + fragment_row + {row}", f"column + {column}")
-        value = self._number(name, f"{source}[{at}]", (place[0], column if guarded else place[1]))
+        value, gap = self._number(name, f"{source}[{at}]"), " "
+        if name == "b" and self.spec.codes:
+            line = f"first / {codes.LINE}" if guarded else f"(first + {row}) / {codes.LINE}"
+            j = column if guarded else f"column + {column}"
+            value = codes.weight(self.spec.codes, line, "fragment_row", j)
+            gap = "\n    "  # the line would be long
         i, count = ("i", self.rows) if name == "a" else ("j", self.columns)
         with text.loop(i, count), text.loop("e", 2):
-            gap = "\n    " if name == "b" and self.spec.codes else " "  # the line would be long
             if guarded:
                 ends = zip((row, column), AXES[name], strict=True)
                 text(f"const bool inside = {' && '.join(f'{x} < {end}' for x, end in ends)};")
