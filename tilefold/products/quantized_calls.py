@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.arrays.numpy import pointer
+from tilefold.backends.cpu import threads
+from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.matmul import quantized_calls as kernels
-from tilefold.backends.cpu.matmul.quantized_calls import Addresses, Sizes
+from tilefold.backends.cpu.matmul.quantized_calls import Matrix, Sizes
 from tilefold.common.array_files import element_type
 from tilefold.common.check import choice
 from tilefold.common.first_use import imported
@@ -119,31 +123,49 @@ def result_type(
     return shape, dtype
 
 
+Kept = dict[tuple[Any, ...], Any]
+
+_KEPT: WeakKeyDictionary[QuantizedMatrix, Kept] = WeakKeyDictionary()
+
+
+def kept(w: QuantizedMatrix) -> Kept:
+    """What was prepared for a matrix, by the forms of calls."""
+    found = _KEPT.get(w)
+    if found is None or len(found) > _MOST_KEPT:
+        found = _KEPT[w] = {}
+    return found
+
+
+_MOST_KEPT = 256
+
+
+def prepared(
+    w: QuantizedMatrix, m: int, bias: Rows | None, activation: str | None, out: Rows
+) -> kernels.Prepared:
+    """The kernel of a product of m rows, made ready for a matrix and for such arrays."""
+    lines = (out.dtype, out.down, out.across)
+    added: tuple[str | None, int] = (bias.dtype, bias.across) if bias else (None, 0)
+    device, workers = host(), threads.number()
+    key = (m, *lines, *added, activation, device, workers)
+    known = kept(w)
+    found: kernels.Prepared | None = known.get(key)
+    if found is None:
+        scales = None if w.scales is None else w.scales.dtype.name
+        (k, n), group = w.shape, w.group_size
+        sizes = Sizes(w.scheme, m, n, k, group, scales, *lines, *added, activation)
+        arrays = (w.codes, w.scales, w.zeros, w.table)
+        places = Matrix(*[0 if array is None else pointer(array) for array in arrays])
+        found = known[key] = kernels.prepare(sizes, places, device, workers)
+    return found
+
+
 def product(
     x: Array, w: QuantizedMatrix, bias: Rows | None, activation: str | None, out: Rows
 ) -> None:
     """The product of float32 rows (m, k), written to `out`, which lies apart from all others."""
-    (m, k), n = x.shape, w.shape[1]
-    x = kernels.arranged(w.scheme, x)
-    table = None if w.table is None else w.table.astype(np.float32)
-    given = {"x": x, "codes": w.codes, "scales": w.scales, "zeros": w.zeros, "table": table}
-    at = {name: 0 if each is None else each.ctypes.data for name, each in given.items()}
-    sizes = Sizes(
-        scheme=w.scheme,
-        m=m,
-        n=n,
-        k=k,
-        group_size=w.group_size,
-        scales=None if w.scales is None else w.scales.dtype.name,
-        out=out.dtype,
-        out_m=out.down,
-        out_n=out.across,
-        bias=bias.dtype if bias else None,
-        bias_n=bias.across if bias else 0,
-        activation=activation,
-    )
-    addresses = Addresses(**at, out=out.address, bias=bias.address if bias else 0)
-    kernels.prepare(sizes).run(addresses)
+    rows = kernels.arranged(w.scheme, x)
+    ready = prepared(w, len(x), bias, activation, out)
+    ready.run(pointer(rows), out.address, bias.address if bias else 0)
 
 
 def _multiply(
@@ -166,8 +188,8 @@ def _multiply(
         lines = None
         if bias is not None:
             bias = np.ascontiguousarray(bias)
-            lines = Rows(bias.dtype.name, bias.ctypes.data, 0, 1)
-        product(rows, w, lines, activation, Rows(dtype, made.ctypes.data, down, across))
+            lines = Rows(bias.dtype.name, pointer(bias), 0, 1)
+        product(rows, w, lines, activation, Rows(dtype, pointer(made), down, across))
     if out is None:
         return made.reshape(shape)
     if target is None:

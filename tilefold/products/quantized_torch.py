@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tilefold.backends.arrays.numpy import pointer
 from tilefold.backends.arrays.torch import check_place
+from tilefold.backends.cpu import threads
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.matmul.quantized_calls import Prepared, arranged, as_they_are
 from tilefold.backends.protocols import Machine
 from tilefold.common.foreign_arrays import dtype_name
+from tilefold.frontends.torch.observed import PLAIN
 from tilefold.products.quantized import QuantizedMatrix
-from tilefold.products.quantized_calls import Rows, product, result_type
+from tilefold.products.quantized_calls import Rows, kept, prepared, product, result_type
 from tilefold.products.schemes import PANEL
 from tilefold.products.torch import machine_of
 
@@ -42,6 +47,15 @@ def multiply(
     wanted: str | None,
 ) -> Tensor:
     """The product of tensors; see `tilefold.qgemm`."""
+    key = None
+    if out is None and type(x) in PLAIN and not torch.is_grad_enabled():
+        # all but addresses may be known from a call before, which saves two thirds of 100 us
+        form = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.stride())
+        own = (x.shape, x.dtype, x.device, x.layout, x.is_neg())
+        key = (*own, form, activation, wanted, host(), threads.number())
+        ready: _Ready | None = kept(w).get(key)
+        if ready is not None:
+            return ready.run(x, bias)
     for name, tensor in (("x", x), ("bias", bias), ("out", out)):
         if tensor is not None:
             check_place(name, tensor, x.device)
@@ -52,15 +66,50 @@ def multiply(
         tensor is not None and tensor.requires_grad for tensor in (x, bias, out)
     )
     if not recorded:
-        return _product(x, w, bias, activation, out, shape, dtype)
+        y = _product(x, w, bias, activation, out, shape, dtype)
+        if key is not None and x.device.type == "cpu" and y.numel():
+            kept(w)[key] = _Ready.of(x, w, bias, activation, y)
+        return y
     if out is not None:
         raise NotImplementedError("out cannot be given where a gradient is wanted: leave it out")
-    y: Tensor = _Product.apply(x, w)  # type: ignore[no-untyped-call]
+    y = _Product.apply(x, w)  # type: ignore[no-untyped-call]
     if bias is not None:
         y = y + bias.float()
     if activation is not None:
         y = _ACTIVATIONS[activation](y)
     return y.to(getattr(torch, dtype))
+
+
+class _Ready(NamedTuple):
+    """A call whose tensors were checked; `direct`: a kernel reads x where it lies."""
+
+    prepared: Prepared
+    scheme: str
+    direct: bool
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, x: Tensor, w: QuantizedMatrix, bias: Tensor | None, activation: str | None, y: Tensor
+    ) -> _Ready:
+        k, n = w.shape
+        m = x.numel() // k
+        lines = None if bias is None else Rows(dtype_name(bias), 0, 0, bias.stride(0))
+        found = prepared(w, m, lines, activation, Rows(dtype_name(y), 0, n, 1))
+        return cls(found, w.scheme, as_they_are(w.scheme, m, k), y.shape, y.dtype)
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product."""
+        y = torch.empty(self.shape, dtype=self.dtype)
+        rows = x.float().contiguous()
+        if self.direct:
+            address = rows.data_ptr()
+        else:
+            lines = arranged(self.scheme, rows.detach().view(-1, x.shape[-1]).numpy())
+            address = pointer(lines)
+        self.prepared.run(address, y.data_ptr(), 0 if bias is None else bias.data_ptr())
+        return y
 
 
 class _Product(torch.autograd.Function):

@@ -88,7 +88,7 @@ QUANTIZED = (
     "groups",
     "groups_ahead",  # how much earlier than its use a group's scales are asked for
     "group_size",
-    "table",  # address of 64 float32
+    "table",  # address of 64 float16
     "out",
     "out_m",
     "out_n",

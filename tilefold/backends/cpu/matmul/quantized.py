@@ -44,6 +44,7 @@ class Quantized:
         with module.function(spec.kernel, [self._block]) as body:
             self.body = body
             self.words = Arguments(body, spec, self._block)
+            self.table = widen.table(body, spec, self.words["table"])
             self.begin()
             self._items()
 
@@ -170,7 +171,7 @@ class FewRows(Quantized):
         sums = [
             [[body.variable(self.type, hint="sum") for _ in vectors] for _ in rows] for _ in sets
         ]
-        weights = widen.weights(body, spec, words["table"])
+        weights = widen.weights(body, spec, self.table)
         with body.loop("group", 0, words["groups"]) as group:
             for place in (place for each in sums for line in each for place in line):
                 body.write(place, zero)

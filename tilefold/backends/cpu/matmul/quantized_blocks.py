@@ -49,7 +49,7 @@ class ManyRows(Quantized):
     def _widen(self, c: Value, depth: Value, column: int) -> None:
         """Some columns of the panel, for a block of inputs."""
         body, spec = self.body, self.spec
-        weights = widen.weights(body, spec, self.words["table"])
+        weights = widen.weights(body, spec, self.table)
         whole = depth
         if not spec.whole:
             whole = body.mul(body.binary("udiv", depth, self.step), self.step)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.arrays.numpy import pointer
 from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import double_bits
@@ -65,16 +66,18 @@ class Sizes(NamedTuple):
     activation: str | None
 
 
-class Addresses(NamedTuple):
-    """Where the arrays of a call lie; 0 where there is none."""
+class Matrix(NamedTuple):
+    """Where the arrays of a quantised matrix lie; 0 where there is none."""
 
-    x: int
     codes: int
     scales: int
     zeros: int
     table: int
-    out: int
-    bias: int
+
+
+def as_they_are(scheme: str, m: int, k: int) -> bool:
+    """True if kernels read contiguous rows of float32 where they lie."""
+    return m < _SHARED_FROM and _inputs(scheme, k) == k
 
 
 def arranged(scheme: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -84,7 +87,7 @@ def arranged(scheme: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     (m, k), inputs = x.shape, _inputs(scheme, x.shape[1])
     if m < _SHARED_FROM:
-        if inputs == k and x.flags.c_contiguous and x.flags.aligned:
+        if as_they_are(scheme, m, k) and x.flags.c_contiguous and x.flags.aligned:
             return x
         lines = np.zeros((m, inputs), np.float32)
         lines[:, :k] = x
@@ -129,18 +132,18 @@ class Prepared:
     alone: bool
     scratch_bytes: int
 
-    def run(self, addresses: Addresses) -> None:
-        """Compute the product. The caller keeps the arrays alive meanwhile."""
+    def run(self, x: int, out: int, bias: int = 0) -> None:
+        """Compute the product of rows as `arranged` makes them. All arrays are kept alive."""
         words = self.block.copy()
-        for name, address in addresses._asdict().items():
-            words[_WORDS[name]] = address
+        words[_X], words[_OUT], words[_BIAS] = x, out, bias
         workers = 1 if self.alone else min(threads.number(), self.items)
-        scratch = np.empty(workers * self.scratch_bytes, np.uint8)
-        words[_WORDS["workspace"]] = scratch.ctypes.data
-        threads.run(self.loaded.address, words.ctypes.data, workers)
+        if self.scratch_bytes:
+            scratch = np.empty(workers * self.scratch_bytes, np.uint8)
+            words[_WORKSPACE] = pointer(scratch)
+        threads.run(self.loaded.address, pointer(words), workers)
 
 
-_WORDS = {name: number for number, name in enumerate(QUANTIZED)}
+_X, _OUT, _BIAS, _WORKSPACE = map(QUANTIZED.index, ("x", "out", "bias", "workspace"))
 
 
 def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
@@ -161,13 +164,8 @@ def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
     )
 
 
-def prepare(sizes: Sizes) -> Prepared:
-    """The product planned for this machine, with its kernel loaded. No axis may be empty."""
-    return _prepare(sizes, host(), threads.number())
-
-
-@once(most=512)
-def _prepare(sizes: Sizes, device: Device, workers: int) -> Prepared:
+def prepare(sizes: Sizes, matrix: Matrix, device: Device, workers: int) -> Prepared:
+    """Plan a product with a matrix and load its kernel. No axis may be empty."""
     spec = spec_of(sizes, device)
     loaded = kernel(spec, device)
     panels = -(-sizes.n // spec.width)
@@ -192,6 +190,7 @@ def _prepare(sizes: Sizes, device: Device, workers: int) -> Prepared:
         "groups_ahead": min(groups, max(1, 2 * AHEAD_BYTES * groups // panel_bytes)),
         "alpha": double_bits(1.0),
     }
+    values |= matrix._asdict()
     values |= {name: number for name, number in sizes._asdict().items() if name in _NUMBERS}
     if sizes.group_size == sizes.k:
         values["group_size"] = inputs

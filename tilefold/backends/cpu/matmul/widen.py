@@ -31,8 +31,25 @@ Weights = Callable[[Value, int], list[Value]]
 """(address of the first codes of a step, input in the step) -> vectors of the part of a panel."""
 
 
-def weights(body: Body, spec: QuantizedSpec, table: Value) -> Weights:
-    """How a body makes weights; constants and tables are read here, before its loops."""
+def table(body: Body, spec: QuantizedSpec, address: Value) -> list[Value]:
+    """The table of a palette, read before all loops: four registers, or the address of floats."""
+    if spec.scheme != "palette6":
+        return []
+    store, lanes = storage("float16", spec.native_half), spec.lanes
+    quarters = [
+        store.load(body, store.at(body, address, first), lanes, "table")
+        for first in range(0, 64, lanes)
+    ]
+    if spec.permutes:
+        return quarters
+    wide = Value(body.variable("[64 x float]", hint="table").address, "ptr")
+    for number, quarter in enumerate(quarters):
+        body.store(quarter, body.offset(wide, "float", number * lanes))
+    return [wide]
+
+
+def weights(body: Body, spec: QuantizedSpec, table: list[Value]) -> Weights:
+    """How a body makes weights."""
     if spec.scheme == "palette6":
         return _palette(body, spec, table)
     if spec.scheme in ("int4", "int4_symmetric"):
@@ -98,12 +115,9 @@ def _int4(body: Body, spec: QuantizedSpec) -> Weights:
     return read
 
 
-def _palette(body: Body, spec: QuantizedSpec, table: Value) -> Weights:
+def _palette(body: Body, spec: QuantizedSpec, table: list[Value]) -> Weights:
     type_ = vector(spec.lanes, "float")
     words: dict[str, list[list[Value]]] = {}
-    quarters = []
-    if spec.permutes:
-        quarters = [body.load(body.offset(table, type_, i), type_, "table") for i in range(4)]
 
     def read(at: Value, t: int) -> list[Value]:
         if at.text not in words:
@@ -120,13 +134,11 @@ def _palette(body: Body, spec: QuantizedSpec, table: Value) -> Weights:
     def number(index: Value) -> Value:
         if spec.permutes:  # the instruction takes the low 5 bits of each lane
             name = "llvm.x86.avx512.vpermi2var.ps.512"
-            halves = [
-                body.call(name, type_, [quarters[i], index, quarters[i + 1]], "w") for i in (0, 2)
-            ]
+            halves = [body.call(name, type_, [table[i], index, table[i + 1]], "w") for i in (0, 2)]
             upper = body.compare("ne", body.binary("and", index, 32), body.constant(0, index.type))
             return body.select(upper, halves[1], halves[0], "w")
         wide = body.cast("zext", index, vector(spec.lanes, "i64"))
-        places = body.offset(table, "float", wide)
+        places = body.offset(table[0], "float", wide)
         every = Value("splat (i1 true)", vector(spec.lanes, "i1"))
         arguments = [places, Value("4", "i32"), every, body.constant(0.0, type_)]
         name = f"llvm.masked.gather.{overload(type_)}.{overload(places.type)}"
