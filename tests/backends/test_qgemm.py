@@ -137,6 +137,7 @@ W = tilefold.quantize(np.ones((32, 8)), "int4", group_size=16)
 X = np.ones((2, 32), "float32")
 REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((np.ones((2, 31), "float32"), W), {}, ValueError, "x must be (..., 32) for a w of 32 x 8"),
+    ((X, X.T), {}, TypeError, "w must be made by tilefold.quantize, got ndarray"),
     ((X[0], W), {}, ValueError, "x must have 2 to 32 axes"),
     ((X, W), {"dtype": "int8"}, ValueError, "the type of c must be"),
     ((X, W), {"bias": X[0]}, ValueError, "bias must be (8,) or (2, 1), got (32,)"),

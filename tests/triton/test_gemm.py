@@ -240,9 +240,6 @@ def test_every_compiler_takes_the_texts(target: str, tmp_path: Path) -> None:
             *(name for name in gemm.STRIDES if name[-1] in number or name[-1] in "hb"),
         )
         specs, tasks = [*specs, vector], [*tasks, task(vector, tmp_path, target, names)]
-    gated = table_spec(target, "float16", "ieee", activation="silu", gate=True)
-    gated = replace(gated, blocks=tables.halved(gated.blocks), descriptors=device.asynchronous)
-    specs, tasks = [*specs, gated], [*tasks, task(gated, tmp_path, target, (*ONES, "g_n"))]
     if device.descriptors:
         for turned in ((False, False), (False, True), (True, False), (True, True)):
             options = dict(zip(("transpose_a", "transpose_b"), turned, strict=True))
@@ -271,11 +268,15 @@ def quantized_spec(target: str, a: str, codes: Codes, m: int) -> GemmSpec:
 @pytest.mark.slow
 @pytest.mark.feature("A02")
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])  # the table of resources has all of them
-def test_compilers_take_the_texts_of_quantised_products(target: str, tmp_path: Path) -> None:
-    """Weights are widened in registers: nothing of them is kept in shared memory but the tile."""
+def test_compilers_take_the_texts_of_quantised_and_gated_products(
+    target: str, tmp_path: Path
+) -> None:
     needs()
     specs = [quantized_spec(target, *each) for each in QUANTIZED]
-    tasks = [task(spec, tmp_path, target, ("a_k", "c_n")) for spec in specs]
+    moved = ARCHITECTURES[target].asynchronous
+    gated = table_spec(target, "float16", "ieee", activation="silu", gate=True, descriptors=moved)
+    specs.append(replace(gated, blocks=tables.halved(gated.blocks)))
+    tasks = [task(spec, tmp_path, target, (*ONES, "g_n")) for spec in specs]
     for spec, found in zip(specs, compiled(tasks, tmp_path / "cache"), strict=True):
         assert "failure" not in found, (spec, found)
         assert found["shared"] <= ARCHITECTURES[target].shared_bytes, spec

@@ -197,7 +197,9 @@ class Codes:
 
     @classmethod
     def of(cls, w: Quantized) -> Codes:
-        """The codes of a matrix."""
+        """The codes of a matrix. Raises TypeError for what is not quantised."""
+        if not hasattr(w, "group_size"):
+            raise TypeError(f"w must be made by tilefold.quantize, got {type(w).__name__}")
         scales = w.arrays.get("scales")
         kind = None if scales is None else str(scales.dtype).removeprefix("torch.")
         return cls(w.scheme, None if w.group_size == w.shape[0] else w.group_size, kind)

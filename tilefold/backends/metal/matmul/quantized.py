@@ -57,10 +57,11 @@ def qgemm(
     operands = {
         name: operand(name, each, 1 if name == "bias" else 2) for name, each in arrays.items()
     }
+    codes = Codes.of(w)
     product = weighted(
         w, "float32", operands, operands.pop("out", None), dtype=dtype, activation=activation
     )
     result = result_of("out", out, product.shape, product.dtype, x)
     named = {"a": x, **placed(machine, w)} | ({} if bias is None else {"bias": bias})
-    run(product, named, result, machine, blocks=blocks, cores=cores, codes=Codes.of(w))
+    run(product, named, result, machine, blocks=blocks, cores=cores, codes=codes)
     return result
