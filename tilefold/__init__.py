@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from tilefold.problems.attention import Problem
     from tilefold.problems.dropout import dropout_mask
-    from tilefold.products.calls import gemm
+    from tilefold.products.calls import gemm, pack
     from tilefold.products.files import load_quantized, save_quantized
     from tilefold.products.quantized import QuantizedMatrix, quantize
     from tilefold.products.quantized_calls import qgemm
@@ -75,6 +75,7 @@ __all__ = [
     "maximum",
     "merge",
     "minimum",
+    "pack",
     "picture",
     "prefix",
     "qgemm",
@@ -109,7 +110,7 @@ _HOMES = dict.fromkeys(__all__, "tilefold.masks.position_rules") | {
     "dropout_mask": "tilefold.problems.dropout",
     "qgemm": "tilefold.products.quantized_calls",
     **dict.fromkeys(("QuantizedMatrix", "quantize"), "tilefold.products.quantized"),
-    "gemm": "tilefold.products.calls",
+    **dict.fromkeys(("gemm", "pack"), "tilefold.products.calls"),
     **dict.fromkeys(("load_quantized", "save_quantized"), "tilefold.products.files"),
     "compile_async": "tilefold.compiling",
     "get_num_threads": "tilefold.backends.cpu.threads",

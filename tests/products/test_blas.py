@@ -171,7 +171,7 @@ def test_bad_arguments_are_named_by_their_numbers(case: Any) -> None:
 
 @pytest.mark.feature("A06")
 def test_nothing_happens_where_there_is_no_kernel_and_that_is_asked_for(monkeypatch: Any) -> None:
-    def refuse(product: Any, out: Any) -> None:
+    def refuse(product: Any, out: Any, **options: Any) -> None:
         raise NotImplementedError("no kernel")
 
     monkeypatch.setattr(plans.kernels, "prepare", refuse)

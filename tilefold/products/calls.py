@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.arrays import numpy as arrays
+from tilefold.common.check import flag
 from tilefold.common.first_use import imported
 from tilefold.frontends import registry
 from tilefold.frontends.numpy import as_array
 from tilefold.frontends.standard import given_back
 from tilefold.products import plans
+from tilefold.products.packed import PackedMatrix, packed
 from tilefold.products.plans import Form, Options
 
 Array = NDArray[Any]
@@ -64,7 +66,7 @@ def gemm(
 
     Arguments:
         a: (..., m, k), or (..., k, m) with `transpose_a`; or a vector, (k,)
-        b: (..., k, n), or (..., n, k) with `transpose_b`; or a vector, (k,)
+        b: (..., k, n), or (..., n, k) with `transpose_b`; or a vector, (k,); or what `pack` returns
             float32, float64, float16 or bfloat16 each, or int8 times int8, or uint8 times int8. Any
             axes of a batch come first, and broadcast as in NumPy. Axes of a vector are not in the
             result. Lengths may be 0
@@ -101,34 +103,92 @@ def gemm(
     given = {name: array for name, array in given.items() if array is not None}
     dtype = None if out_dtype is None else _name_of(out_dtype)
     options = Options.of(alpha, beta, transpose_a, transpose_b, activation, dtype, precision)
-    frontend = registry.find(**given).__name__.split(".")[2]
+    frontend = _frontend({name: x for name, x in given.items() if type(x) is not PackedMatrix})
     if frontend == "numpy":
         return multiply(given, options)
     if frontend == "standard":
         return given_back((multiply(given, options),), **given)[0]
+    return _torch().multiply(given, options)
+
+
+def _frontend(given: Mapping[str, Any]) -> str:
+    """The name of the frontend of arrays. Raises NotImplementedError for one without products."""
+    found = registry.find(**given).__name__.split(".")[2]
+    if found not in ("numpy", "standard", "torch"):
+        raise NotImplementedError(
+            f"gemm has kernels for NumPy arrays and torch tensors, got a {found} array: pass"
+            f" numpy.asarray({next(iter(given))})"
+        )
+    return found
+
+
+def pack(w: Any, *, transpose: bool = False) -> PackedMatrix:
+    """A matrix in the order in which products read it, for many products with it as `b`.
+
+    >>> import numpy as np
+    >>> import tilefold
+    >>> w = tilefold.pack(np.eye(3, dtype=np.float32))
+    >>> w
+    PackedMatrix(3 x 3, float32, 384 bytes)
+    >>> tilefold.gemm(np.ones((2, 3), np.float32), w)
+    array([[1., 1., 1.],
+           [1., 1., 1.]], dtype=float32)
+
+    A product packs its `b` in each call, which takes long beside a product of few rows. For a
+    matrix that stays, such as the weights of a layer, this is done once here.
+
+    Arguments:
+        w: (k, n), or (n, k) with `transpose`, of a type of `tilefold.gemm`; a NumPy array, or a
+            torch tensor on the CPU, whose gradient is not wanted
+        transpose: True for the transposed matrix
+
+    Returns:
+        packed: for `b` of `tilefold.gemm`, and for `gate` beside a packed `b`, of both frameworks.
+            Later changes of w do not reach it. It is for products with an `a` of the type of w, and
+            of those types that are multiplied in the same way. It carries no gradients
+
+    Raises:
+        TypeError: a type that has no products
+        ValueError: other than two axes, or a tensor that wants a gradient
+        NotImplementedError: a tensor that is not on the CPU
+    """
+    turned = flag("transpose", transpose)
+    frontend = _frontend({"w": w})
     if frontend == "torch":
-        return _torch().multiply(given, options)
-    raise NotImplementedError(
-        f"gemm has kernels for NumPy arrays and torch tensors, got a {frontend} array: pass"
-        " numpy.asarray(a)"
-    )
+        form, address = _torch().matrix_of("w", w)
+        return packed(form, address, turned)
+    array = as_array("w", w)
+    return packed(_form("w", array), arrays.pointer(array), turned)
 
 
 def multiply(given: Mapping[str, Any], options: Options) -> Array:
     """The product of NumPy arrays, by the names of the arguments."""
     if "out" in given:
         _check_written(given["out"])
-    held = {name: as_array(name, array) for name, array in given.items()}
+    held = {name: _readable(name, array) for name, array in given.items()}
     plan = plans.kept(
-        tuple([(name, x.shape, x.strides, x.dtype) for name, x in held.items()]),
+        tuple([(name, *_layout(x)) for name, x in held.items()]),
         options,
         lambda: {name: _form(name, array) for name, array in held.items()},
     )
     out = held.get("out")
     if out is None:
         out = np.empty(plan.shape, _native(plan.dtype, held))
-    plan.run({name: arrays.pointer(array) for name, array in held.items()}, arrays.pointer(out))
+    plan.run({name: _address(array) for name, array in held.items()}, arrays.pointer(out))
     return out
+
+
+def _readable(name: str, value: Any) -> Any:
+    return value if type(value) is PackedMatrix else as_array(name, value)
+
+
+def _layout(x: Any) -> tuple[Any, ...]:
+    """How an operand lies, as a key."""
+    return (x.form,) if type(x) is PackedMatrix else (x.shape, x.strides, x.dtype)
+
+
+def _address(x: Any) -> int:
+    return x.address if type(x) is PackedMatrix else arrays.pointer(x)
 
 
 def _check_written(out: Any) -> None:
@@ -144,20 +204,23 @@ def _check_written(out: Any) -> None:
         )
 
 
-def _form(name: str, array: Array) -> Form:
+def _form(name: str, array: Any) -> Form:
+    if isinstance(array, PackedMatrix):
+        return array.form
     return Form(array.dtype.name, array.shape, arrays.strides(name, array))
 
 
 _NATIVE = {name: np.dtype(name) for name in ("float32", "float64", "float16", "int32")}
 
 
-def _native(dtype: str, held: Mapping[str, Array]) -> np.dtype[Any]:
+def _native(dtype: str, held: Mapping[str, Any]) -> np.dtype[Any]:
     """NumPy's type with this name; bfloat16 is that of ml_dtypes, if the program has it."""
     if dtype in _NATIVE:
         return _NATIVE[dtype]
     for array in held.values():
-        if array.dtype.name == dtype:
-            return array.dtype
+        found: np.dtype[Any] | str = array.dtype
+        if isinstance(found, np.dtype) and found.name == dtype:
+            return found
     try:
         return np.dtype(dtype)
     except TypeError:

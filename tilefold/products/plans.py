@@ -16,8 +16,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.matmul import calls as kernels
-from tilefold.backends.cpu.matmul.spec import ITEM_BYTES
+from tilefold.backends.cpu.matmul.plan import pack_spec
+from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, PackSpec
 from tilefold.common.check import choice, flag, number
 from tilefold.common.lru import LruCache
 from tilefold.problems.matmul import (
@@ -93,11 +95,15 @@ class Options(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How an array lies in memory: its type, its shape, and its strides in elements."""
+    """How an array lies in memory: its type, its shape, and its strides in elements.
+
+    `packed` says how it lies in panels, where it does.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    packed: PackSpec | None = None
 
 
 class Place(NamedTuple):
@@ -114,7 +120,7 @@ class Place(NamedTuple):
         steps = [size * step for step in form.strides]
         ends = [(n - 1) * step for n, step in zip(form.shape, steps, strict=True)]
         low, end = sum(min(0, x) for x in ends), sum(max(0, x) for x in ends) + size
-        if 0 in form.shape:
+        if 0 in form.shape or form.packed:  # nothing of the caller's
             low, end = 0, 0
         known = {"shape": form.shape, "strides": tuple(steps), "typestr": f"|V{size}", "version": 3}
         return cls(low, end, known)
@@ -253,14 +259,38 @@ def plan(options: Options, forms: Mapping[str, Form]) -> Plan:
             f"there is no kernel for {pair[0]} times {pair[1]}: of types of 8 bits there are int8"
             " times int8 and uint8 times int8; convert the others to float32"
         )
-    prepared = None if 0 in out.shape else kernels.prepare(product, written)
+    panels = _panels(forms, options)
+    if panels is not None and panels != pack_spec(*pair, host()):
+        raise NotImplementedError(
+            f"b is packed for products with {pair[1]}, and {pair[0]} is multiplied in another way:"
+            " convert a, or pass the matrix itself"
+        )
+    prepared = None
+    if 0 not in out.shape:
+        prepared = kernels.prepare(product, written, packed=panels is not None)
     onto = out == forms.get("c")
     return Plan(out.shape, out.dtype, places(product, forms), onto, prepared)
 
 
+def _panels(forms: Mapping[str, Form], options: Options) -> PackSpec | None:
+    """How b and the gate lie in panels, or None."""
+    b = forms["b"]
+    gate = forms.get("gate", b)
+    if gate.packed != b.packed:
+        raise TypeError("gate must be packed as b is, and in the same way")
+    if b.packed and options.transpose_b:
+        raise ValueError("transpose_b must be False where b is packed: use pack(w, transpose=True)")
+    return b.packed
+
+
+def factor(name: str, form: Form) -> Operand:
+    """The operand of an array that is multiplied."""
+    return _FACTORS.operand(name, form.dtype, form.shape, form.strides, 1)
+
+
 def _operand(name: str, form: Form, vector_a: bool, vector_b: bool) -> Operand:
     """The operand of an array, whose vectors are matrices of one row or column."""
-    dtype, shape, strides = form
+    dtype, shape, strides, _ = form
     if name == "a" and vector_a:
         shape, strides = (1, *shape), (0, *strides)
     elif name in ("b", "gate"):

@@ -12,16 +12,20 @@ from torch import Tensor
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.arrays.torch import check_held, check_place, dtype_of
 from tilefold.backends.protocols import Machine
-from tilefold.frontends.torch import tensors
+from tilefold.frontends.torch import outside, tensors
 from tilefold.frontends.torch.observed import lifted, recorded, unobserved
 from tilefold.products import derivatives, plans
 from tilefold.products.derivatives import Given, named
+from tilefold.products.packed import PackedMatrix
 from tilefold.products.plans import GIVEN, Form, Options
 
 
-def multiply(given: Mapping[str, Tensor], options: Options) -> Tensor:
+def multiply(given: Mapping[str, Any], options: Options) -> Tensor:
     """The product of tensors, by the names of the arguments."""
-    every, out = tuple(given.values()), given.get("out")
+    if type(given["b"]) is PackedMatrix or type(given.get("gate")) is PackedMatrix:
+        return _multiply_packed(given, options)
+    every = tuple(given.values())
+    out: Tensor | None = given.get("out")
     simple, observed = unobserved(*every), recorded(*every)
     if not simple or not every[0].is_cpu:
         _check_places(given)
@@ -31,7 +35,41 @@ def multiply(given: Mapping[str, Tensor], options: Options) -> Tensor:
         return run(given, options)
     if out is None:
         return _observed(given, options)
-    return out.copy_(_observed({name: x for name, x in given.items() if name != "out"}, options))
+    found = _observed({name: x for name, x in given.items() if name != "out"}, options)
+    return out.copy_(found)
+
+
+def _multiply_packed(given: Mapping[str, Any], options: Options) -> Tensor:
+    """The product with a packed matrix, which is no tensor; a compiler leaves its graph for it."""
+    if torch.compiler.is_compiling():
+        found: Tensor = outside.products_packed(given, options)
+        return found
+    every = [x for x in given.values() if isinstance(x, Tensor)]
+    if recorded(*every):
+        raise NotImplementedError(
+            "a packed matrix carries no gradients, and another operand wants one: pass the matrix"
+            " itself, or call under torch.no_grad()"
+        )
+    if not unobserved(*every) or machine_of(given["a"]) is not None:
+        raise NotImplementedError(
+            "a packed matrix is multiplied by plain tensors on the CPU: pass the matrix itself"
+        )
+    return run(given, options)
+
+
+outside.keep("products_packed", _multiply_packed)
+
+
+def matrix_of(name: str, w: Tensor) -> tuple[Form, int]:
+    """How a tensor lies that is packed, and where."""
+    if recorded(w):
+        raise ValueError(f"{name} wants a gradient, which a packed matrix has not: detach it")
+    check_place(name, w, w.device)
+    if machine_of(w) is not None or not unobserved(w):
+        raise NotImplementedError(
+            f"{name} must be a plain tensor on the CPU, got one on {w.device}"
+        )
+    return _form(name, w), w.data_ptr()
 
 
 def _check_places(given: Mapping[str, Tensor]) -> None:
@@ -46,26 +84,26 @@ def machine_of(tensor: Tensor) -> Machine | None:
     return None if tensor.is_cpu else tensors.machine_of(tensor)
 
 
-def run(given: Mapping[str, Tensor], options: Options) -> Tensor:
+def run(given: Mapping[str, Any], options: Options) -> Tensor:
     """The product of plain tensors, below autograd."""
     a = given["a"]
     machine = machine_of(a)
     if machine is not None:
         return _run_on_gpu(given, options, machine)
     plan = plans.kept(
-        tuple([(name, x.shape, x.stride(), x.dtype) for name, x in given.items()]),
+        tuple([(name, *_layout(x)) for name, x in given.items()]),
         options,
         lambda: {name: _form(name, x) for name, x in given.items()},
     )
-    addresses = {name: x.data_ptr() for name, x in given.items()}
+    addresses = {name: _address(x) for name, x in given.items()}
     if 0 in addresses.values():  # no elements, or freed ones
         for name, x in given.items():
-            check_held(name, x)
-    out = given.get("out")
+            _form(name, x)
+    out: Tensor | None = given.get("out")
     if out is None:
-        (out,) = arrays.empty(a, [(plan.shape, arrays.native_dtype(a, plan.dtype))])
-        plan.run(addresses, out.data_ptr())
-        return out
+        (made,) = arrays.empty(a, [(plan.shape, arrays.native_dtype(a, plan.dtype))])
+        plan.run(addresses, made.data_ptr())
+        return made
     plan.run(addresses, out.data_ptr())
     _count_change(out)
     return out
@@ -105,7 +143,18 @@ def _run_on_gpu(given: Mapping[str, Tensor], options: Options, machine: Machine)
     return out
 
 
-def _form(name: str, x: Tensor) -> Form:
+def _layout(x: Any) -> tuple[Any, ...]:
+    """How an operand lies, as a key."""
+    return (x.form,) if type(x) is PackedMatrix else (x.shape, x.stride(), x.dtype)
+
+
+def _address(x: Any) -> int:
+    return x.address if type(x) is PackedMatrix else x.data_ptr()
+
+
+def _form(name: str, x: Any) -> Form:
+    if isinstance(x, PackedMatrix):
+        return x.form
     check_held(name, x)
     return Form(dtype_of(x), tuple(x.shape), x.stride())
 
