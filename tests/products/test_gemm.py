@@ -56,6 +56,7 @@ def test_integers_have_all_options_but_activations() -> None:
         left, right = normal(m, k, dtype=a), normal(k, 19, dtype="int8")
         bias, c = normal(m, 1, dtype="int32"), normal(19, dtype="int32")
         check(left, right, c, alpha=-2, beta=3, bias=bias)
+        check(left, right, out=np.empty((19, m), "i4").T)
         check(left, right, bias=normal(19), activation="tanh", alpha=0.01, out_dtype="float32")
 
 
