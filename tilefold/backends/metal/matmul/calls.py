@@ -10,20 +10,24 @@ family.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tilefold.backends.matmul import MOST_AXES, Codes, described, folded
+from tilefold.backends.metal import gated
 from tilefold.backends.metal.dispatch import Machine, check_written, kernel, strides_of
 from tilefold.backends.metal.families import MetalFamily, family
+from tilefold.backends.metal.kernels.matmul2d import Matmul2d
 from tilefold.backends.metal.matmul import gemm as products
 from tilefold.backends.metal.matmul import rows
+from tilefold.backends.metal.matmul import tiles as tiling
 from tilefold.backends.metal.matmul.rows import SoftmaxSpec
 from tilefold.backends.metal.matmul.spec import DTYPES, GemmBlocks, GemmSpec, multiplied
-from tilefold.backends.metal.runtime import gpu
+from tilefold.backends.metal.matmul.tiles import TileSpec
+from tilefold.backends.metal.runtime import Mps, gpu
 from tilefold.backends.protocols import Array
 from tilefold.problems.matmul import Accepted, Axes, Operand, Product, Rows
 
@@ -89,7 +93,7 @@ def gemm(
     gate: Array | None = None,
     out: Array | None = None,
     dtype: str | None = None,
-    blocks: GemmBlocks | None = None,
+    blocks: GemmBlocks | Matmul2d | None = None,
     cores: int = LARGE_GPU_CORES,
     machine: Machine | None = None,
 ) -> Array:
@@ -126,7 +130,8 @@ def gemm(
         out: (..., m, n), the array of the result. It shares no memory with any other.
         dtype: float32, float16 or bfloat16, the type of the result; None is that of out, of c, or
             of a and b, or float32 if these differ. Bias and a c beside out have it, or are float32.
-        blocks: of the kernel; None takes the table's blocks for the GPU's family
+        blocks: of the kernel; None takes the table's blocks for the GPU's family. A `Matmul2d` is a
+            tile of Metal 4's tensor operations; its transposes follow from a and b.
         cores: of the GPU, which the table asks for
         machine: what runs it; None is the GPU of this Mac
 
@@ -169,7 +174,7 @@ def run(
     out: Array,
     machine: Machine,
     *,
-    blocks: GemmBlocks | None = None,
+    blocks: GemmBlocks | Matmul2d | None = None,
     cores: int = LARGE_GPU_CORES,
     codes: Codes | None = None,
 ) -> None:
@@ -181,9 +186,14 @@ def run(
     product, besides = where.product, arrays.get("c") is not out and product.beta != 0
     if 0 in (product.matrices, product.m, product.n):
         return
-    spec = _spec(product, family(machine.family), blocks, cores, besides)
-    spec = replace(spec, codes=codes) if codes else spec
-    blocks, tiles = spec.blocks, _parts(product.n, spec.blocks.n)
+    if isinstance(blocks, Matmul2d):
+        run_kernel, threads = _by_tiles(product, blocks, machine, besides, codes)
+    else:
+        spec = _spec(product, family(machine.family), blocks, cores, besides)
+        spec = replace(spec, codes=codes) if codes else spec
+        run_kernel, blocks = kernel(machine, spec, products.emit, products.ENTRY), spec.blocks
+        threads = blocks.threads
+    tiles = _parts(product.n, blocks.n)
     none = Axes((), (0, 0, 0, 0))
     sizes = [product.m, product.n, product.k, tiles]
     for axes in (product.a.axes, product.b.axes, where.out):
@@ -194,17 +204,29 @@ def run(
     names = ["a", *(["codes", *codes.besides] if codes else ["b"])]
     names += [name for name in ("gate", "bias") if name in arrays]
     names += ["c", "out"] if besides else ["out"]
-    scalars = [product.alpha] if spec.gate else [product.alpha, product.beta]
-    run_kernel = kernel(machine, spec, products.emit, products.ENTRY)
+    scalars = [product.alpha] if product.gate else [product.alpha, product.beta]
     groups = tiles * _parts(product.m, blocks.m)
     for found in where.places({**arrays, "out": out}):
         run_kernel(
             *[_present(found[name]) for name in names],
             sizes,
             *map(float, scalars),
-            threads=(groups * blocks.threads, product.batch[1], product.batch[0]),
-            group_size=(blocks.threads, 1, 1),
+            threads=(groups * threads, product.batch[1], product.batch[0]),
+            group_size=(threads, 1, 1),
         )
+
+
+def _by_tiles(
+    product: Product, tile: Matmul2d, machine: Machine, besides: bool, codes: Codes | None
+) -> tuple[Callable[..., None], int]:
+    """The kernel of a product by tensor operations, and its threads in a group."""
+    if codes:
+        raise NotImplementedError("tiles are views of numbers, not of codes: pass GemmBlocks")
+    real = isinstance(machine, Mps) and machine.device.type == "mps"
+    if real and (reason := gated.missing()):
+        raise NotImplementedError(reason)
+    spec = TileSpec.of(product, tile, besides)
+    return kernel(machine, spec, tiling.emit, tiling.ENTRY), spec.threads
 
 
 def _present(array: Array) -> Array:
