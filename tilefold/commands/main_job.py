@@ -183,7 +183,7 @@ def _agree(folder: Path, model: minilm.MiniLM, tokens: list[list[int]]) -> Agree
     ways: dict[str, tuple[minilm.MiniLM, Callable[[Array, Array, Array, Array], Array]]] = {
         "tilefold float32": (model, attention),
         "dense float32": (model, dense("float32")),
-        "dense float64": (minilm.load(folder, "float64"), dense("float64")),
+        "dense float64": (minilm.load(folder, "float64", minilm.by_numpy), dense("float64")),
     }
     results: dict[str, Array] = {}
     seconds: dict[str, float] = {}

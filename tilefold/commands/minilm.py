@@ -1,4 +1,4 @@
-"""MiniLM: a sentence encoder in NumPy, with an attention function of the caller.
+"""MiniLM: a sentence encoder, with functions of the caller for attention and for products.
 
 The main job needs a real transformer: six layers of twelve heads of dimension 32, which turn a
 text into a vector of 384 elements (Wang et al., "MiniLM", 2020; Reimers and Gurevych, "Sentence-
@@ -23,12 +23,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.products.calls import gemm
+
 Array = NDArray[Any]
 Attention = Callable[[Array, Array, Array, Array], Array]
 """The type of an attention function: (q, k, v, lengths) -> o.
 
 q, k, v and o are (batch, sequence, heads, dim).
 """
+
+Multiply = Callable[..., Array]
+"""The type of a product, called as `tilefold.gemm` is: with bias, and with an activation or c."""
 
 LONGEST_TOKENS = 256
 """The number of tokens that the model was trained for; longer texts are cut."""
@@ -117,6 +122,7 @@ class MiniLM:
     layers: tuple[Layer, ...]
     heads: int
     epsilon: float
+    multiply: Multiply
 
     def embed(self, tokens: Sequence[Sequence[int]], attention: Attention) -> Array:
         """A unit vector for each sequence of token numbers, computed as one batch."""
@@ -133,15 +139,15 @@ class MiniLM:
         return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True), dtype=x.dtype)
 
     def _layer(self, x: Array, layer: Layer, lengths: Array, attention: Attention) -> Array:
-        batch, length, width = x.shape
+        (batch, length, width), multiply = x.shape, self.multiply
         flat = x.reshape(-1, width)
-        qkv = flat @ layer.qkv + layer.qkv_bias
+        qkv = multiply(flat, layer.qkv, bias=layer.qkv_bias)
         heads = qkv.reshape(batch, length, 3, self.heads, width // self.heads)
         o = attention(heads[:, :, 0], heads[:, :, 1], heads[:, :, 2], lengths)
-        flat = flat + o.reshape(-1, width) @ layer.out + layer.out_bias
+        flat = multiply(o.reshape(-1, width), layer.out, flat, beta=1.0, bias=layer.out_bias)
         flat = _normalise(flat, layer.out_norm, self.epsilon)
-        inner = _gelu(flat @ layer.up + layer.up_bias)
-        flat = flat + inner @ layer.down + layer.down_bias
+        inner = multiply(flat, layer.up, bias=layer.up_bias, activation="gelu")
+        flat = multiply(inner, layer.down, flat, beta=1.0, bias=layer.down_bias)
         return _normalise(flat, layer.down_norm, self.epsilon).reshape(x.shape)
 
 
@@ -151,29 +157,24 @@ def _normalise(x: Array, norm: tuple[Array, Array], epsilon: float) -> Array:
     return np.asarray(centred / deviation * norm[0] + norm[1], dtype=x.dtype)
 
 
-def _gelu(x: Array, block: int = 1 << 16) -> Array:
-    """x * Phi(x) in place, block by block, so that intermediate values stay in the cache."""
-    flat = x.reshape(-1)
-    for start in range(0, flat.size, block):
-        part = flat[start : start + block]
-        part *= (1 + _erf(part * np.sqrt(x.dtype.type(0.5)))) * x.dtype.type(0.5)
-    return x
+def by_numpy(
+    a: Array,
+    b: Array,
+    c: Array | float = 0.0,
+    *,
+    beta: float = 0.0,
+    bias: Array,
+    activation: str | None = None,
+) -> Array:
+    """What `tilefold.gemm` computes here, by NumPy alone; gelu is exact, and slow."""
+    x = np.asarray(a @ b + beta * c + bias, dtype=a.dtype)
+    if activation is None:
+        return x
+    erf = np.fromiter(map(math.erf, (x.ravel() * math.sqrt(0.5)).tolist()), x.dtype, x.size)
+    return np.asarray(x * (0.5 + 0.5 * erf.reshape(x.shape)), dtype=x.dtype)
 
 
-def _erf(x: Array) -> Array:
-    if x.dtype == np.float64:
-        return np.fromiter(map(math.erf, x.tolist()), np.float64, x.size)
-    # Abramowitz and Stegun, 7.1.26: error below 1.5e-7, about the rounding of float32.
-    magnitude = np.abs(x)
-    t = 1 / (1 + np.float32(0.3275911) * magnitude)
-    series = np.float32(1.061405429) * t
-    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        series += np.float32(coefficient)
-        series *= t
-    return np.asarray(np.copysign(1 - series * np.exp(-magnitude * magnitude), x))
-
-
-def load(folder: Path, dtype: str = "float32") -> MiniLM:
+def load(folder: Path, dtype: str = "float32", multiply: Multiply = gemm) -> MiniLM:
     """The model of a folder with weights, configuration and vocabulary; it computes in `dtype`."""
     from safetensors.numpy import load_file
 
@@ -211,6 +212,7 @@ def load(folder: Path, dtype: str = "float32") -> MiniLM:
         layers=tuple(layer(f"encoder.layer.{i}") for i in range(config["num_hidden_layers"])),
         heads=config["num_attention_heads"],
         epsilon=config["layer_norm_eps"],
+        multiply=multiply,
     )
 
 
