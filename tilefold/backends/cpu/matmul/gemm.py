@@ -43,7 +43,7 @@ def emit(spec: GemmSpec | PackSpec) -> str:
 def _pack_b(module: Module, spec: PackSpec) -> None:
     """The kernel "pack_b": items are groups of panels of one matrix."""
     block = Value("%arguments", "ptr")
-    store = reading(spec.dtype, spec.sums, spec.native_half)
+    store = panels.factor(spec.dtype, spec.unit, spec.sums, spec.native_half)
     function = panels.pack_columns(module, spec.unit, store, spec.width, spec.lanes)
     with module.function(spec.kernel, [block]) as body:
         words = Arguments(body, spec, block)
@@ -76,8 +76,8 @@ class _Gemm:
         self.item_bytes = ITEM_BYTES[spec.sums]
         self.step_bytes = spec.step_bytes
         self.head_bytes = spec.unit.head_bytes(spec.width)
-        self.a_store = reading(spec.a, spec.sums, spec.native_half)
-        self.b_store = reading(spec.b, spec.sums, spec.native_half)
+        self.a_store = panels.factor(spec.a, spec.unit, spec.sums, spec.native_half)
+        self.b_store = panels.factor(spec.b, spec.unit, spec.sums, spec.native_half)
         common = (module, spec.unit)
         self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, of_a=True)
         if not spec.packed:

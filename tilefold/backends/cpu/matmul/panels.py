@@ -17,7 +17,7 @@ a panel of B has -128 times the sums of its columns, with which sums begin.
 
 from __future__ import annotations
 
-from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, vector
+from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value, vector
 from tilefold.backends.cpu.kernels.pack import transpose
 from tilefold.backends.cpu.kernels.storage import Storage, storage, storage_in
 from tilefold.backends.cpu.matmul.spec import Unit
@@ -34,6 +34,19 @@ def reading(dtype: str, sums: str, native_half: bool) -> Storage:
         sums = "float32"
     own = storage(dtype, native_half)
     return own if own.scalar == SCALARS[sums] else storage_in(dtype, SCALARS[sums])
+
+
+def factor(dtype: str, unit: Unit, sums: str, native_half: bool) -> Storage:
+    """How elements of A or B are read: as bits of words, or in the type of the sums."""
+    own = reading(dtype, sums, native_half)
+    if unit.bits or own.scalar == SCALARS[sums]:
+        return own
+    opcode = "zext" if dtype == "uint8" else "sext"
+
+    def widen(body: Body, bits: Value, hint: str) -> Value:
+        return body.cast(opcode, bits, vector(bits.lanes, "i32"), hint)
+
+    return Storage(dtype, own.stored, "i32", widen)
 
 
 def pack(module: Module, unit: Unit, store: Storage, width: int, lanes: int, of_a: bool) -> str:
