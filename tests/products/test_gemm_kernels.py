@@ -9,127 +9,23 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from gemm_cases import CASES, TYPES, Case, arrays, assert_right, operand
 from guarded import SIDES, GuardedMemory
 from numpy.typing import NDArray
 from paths import finding
 
 import tilefold
 from tilefold.backends.cpu.matmul import calls
-from tilefold.problems.matmul import Accepted, Operand, Product
+from tilefold.problems.matmul import Product
 
 Array = NDArray[Any]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no mprotect")
-
-TYPES = ("float32", "float64", "float16", "bfloat16", "int32", "int8", "uint8")
-ACCEPTED = Accepted(TYPES, empty=True, most=8)
-
-
-class Case(NamedTuple):
-    """A product: its sizes, its types, how A and B lie, and what follows the sums."""
-
-    sizes: tuple[int, int, int]
-    a: str = "float32"
-    b: str = "float32"
-    out: str = "float32"
-    turned: str = ""
-    """Letters of the operands that are stored transposed: "a", "b", "o"."""
-    bias: str | None = None
-    activation: str | None = None
-    gate: bool = False
-    c: str | None = None
-    batch: tuple[int, ...] = ()
-
-
-CASES = [
-    # several blocks of the contraction, of rows and of columns; tails of all of them
-    Case((37, 101, 1200)),
-    Case((131, 67, 45), turned="ab", bias="float32", activation="gelu"),
-    Case((29, 70, 33), "float64", "float64", "float64", "a", bias="float64"),
-    Case((45, 35, 90), "float16", "float32", "bfloat16", "b", c="float32"),
-    Case((17, 40, 31), turned="o", bias="float32", batch=(3,)),
-    Case((33, 50, 77), "bfloat16", "bfloat16", "float32", activation="silu", gate=True),
-    Case((50, 33, 1300), "bfloat16", "bfloat16", "bfloat16", "a", bias="bfloat16"),
-    # integers, at their ends
-    Case((35, 66, 203), "int8", "int8", "int32"),
-    Case((18, 33, 65), "uint8", "int8", "int32", "ab", c="int32"),
-    Case((18, 40, 65), "int8", "int8", "float32", "a", bias="float32", activation="relu"),
-    # few rows: long lines, chunks of the contraction, neighbours along the contraction
-    Case((1, 333, 700)),
-    Case((5, 130, 515), "float32", "float16", "float16", bias="float16", gate=True),
-    Case((3, 70, 301), turned="b", activation="tanh", bias="float32"),
-    Case((11, 65, 129), "bfloat16", "bfloat16", "float32", "b", c="float32"),
-    Case((300, 3, 101), turned="a"),
-]
-
-
-def arrays(case: Case) -> dict[str, Array]:
-    """Random operands, as they lie in memory."""
-    m, n, k = case.sizes
-    draw = np.random.default_rng(m * n)
-    shapes = {"a": (*case.batch, m, k), "b": (k, n)}
-    if case.gate:
-        shapes["gate"] = (k, n)
-    made = {}
-    for name, shape in shapes.items():
-        dtype = case.a if name == "a" else case.b
-        if name in case.turned:
-            shape = (*shape[:-2], shape[-1], shape[-2])
-        if "int" in dtype:
-            low, high = (0, 256) if dtype == "uint8" else (-128, 128)
-            ends = np.array([low, high - 1])
-            made[name] = np.where(
-                draw.random(shape) < 0.2, draw.choice(ends, shape), draw.integers(low, high, shape)
-            ).astype(dtype)
-        else:
-            made[name] = draw.standard_normal(shape).astype(dtype)
-    if case.bias:
-        made["bias"] = draw.standard_normal(n).astype(case.bias)
-    if case.c:
-        made["c"] = (10 * draw.standard_normal((*case.batch, m, n))).astype(case.c)
-    return made
-
-
-def expected(case: Case, given: dict[str, Array]) -> Array:
-    """The product in float64."""
-
-    def wide(name: str) -> Array:
-        array = given[name].astype(np.float64)
-        return np.swapaxes(array, -1, -2) if name in case.turned else array
-
-    x = wide("a") @ wide("b")
-    if case.c:
-        x = x + given["c"].astype(np.float64)
-    if case.bias:
-        x = x + given["bias"].astype(np.float64)
-    x = by_numpy(case.activation, x)
-    if case.gate:
-        x = x * (wide("a") @ wide("gate"))
-    return x
-
-
-def by_numpy(name: str | None, x: Array) -> Array:
-    """Activations by NumPy."""
-    from math import erf
-
-    return {
-        None: lambda: x,
-        "relu": lambda: np.maximum(x, 0),
-        "silu": lambda: x / (1 + np.exp(-x)),
-        "tanh": lambda: np.tanh(x),
-        "gelu": lambda: x * (0.5 + 0.5 * np.vectorize(erf)(x * 0.5**0.5)),
-    }[name]()
-
-
-def operand(name: str, array: Array, axes: int) -> Operand:
-    strides = [step // array.itemsize for step in array.strides]
-    made = ACCEPTED.operand(name, array.dtype.name, array.shape, strides, 1)
-    return made.padded(axes)
 
 
 def attempt(isa: str, short: str | None = None) -> None:
@@ -141,12 +37,7 @@ def attempt(isa: str, short: str | None = None) -> None:
         print(case, side, flush=True)
         found = [multiplied(case, given, side, threads, short) for threads in (1, 3)]
         np.testing.assert_array_equal(*[x.view(np.uint8) for x in found])
-        want, got = expected(case, given), found[0].astype(np.float64)
-        if case.out == "int32":
-            np.testing.assert_array_equal(got, want)
-        else:
-            unit = {"float64": 1e-13, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-            np.testing.assert_allclose(got, want, rtol=0, atol=unit[case.out] * np.abs(want).max())
+        assert_right(case, given, found[0])
     print("done")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,9 +79,11 @@ class Prepared:
             words[_GEMM[name]] = address
         words[_GEMM["gate"]], words[_GEMM["workspace"]] = gate, workspace.pointer
         if isinstance(made, FewRowsPlan) and made.chunks > 1:
-            panels = _panels(made.parts_bytes)
-            finished = np.zeros(made.items // made.chunks, np.int64)
-            words[_GEMM["parts"]], words[_GEMM["finished"]] = panels.pointer, finished.ctypes.data
+            counters = 8 * (made.items // made.chunks)
+            panels = _panels(made.parts_bytes + counters)
+            finished = panels.pointer + made.parts_bytes
+            ctypes.memset(finished, 0, counters)
+            words[_GEMM["parts"]], words[_GEMM["finished"]] = panels.pointer, finished
         threads.run(self.loaded.address, words.ctypes.data, workers)
         if workspace.size <= KEPT_BYTES:
             _local.workspace = workspace

@@ -166,7 +166,7 @@ class FewRowsPlan:
     @property
     def parts_bytes(self) -> int:
         """Memory of the sums of all chunks."""
-        return self.items * self.sums_bytes if self.chunks > 1 else 0
+        return _whole(self.items * self.sums_bytes) if self.chunks > 1 else 0
 
     @property
     def block_m(self) -> int:
