@@ -89,6 +89,23 @@ def test_gradients_of_a_layer() -> None:
     assert [name for name, _ in quantized.named_parameters()] == ["bias"]
 
 
+def test_a_dynamic_layer_rounds_its_input() -> None:
+    own = layer()
+    exact, dynamic = (QuantizedLinear.from_linear(own, "int8", dynamic=x) for x in (False, True))
+    assert "dynamic=True" in repr(dynamic) and "dynamic" not in repr(exact)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        got, want = dynamic(x), exact(x)
+        torch.testing.assert_close(got, want, rtol=0, atol=0.05)
+        assert not torch.equal(got, want)
+        torch.testing.assert_close(copy.deepcopy(dynamic)(x), got, rtol=0, atol=0)
+    torch.testing.assert_close(dynamic(x), exact(x), rtol=0, atol=0)  # the bias wants a gradient
+    with pytest.raises(ValueError, match="dynamic needs w of int8"):
+        QuantizedLinear(64, 40, scheme="int4", dynamic=True)
+    model = nn.Sequential(own)
+    assert quantize_(model, "int8", dynamic=True) == ("0",) and model[0].dynamic
+
+
 def test_a_state_of_another_scheme_is_refused() -> None:
     state = QuantizedLinear.from_linear(layer(), "int8").state_dict()
     with pytest.raises(ValueError, match="the state must be of 'float8_e4m3 64', got b'int8 64'"):
@@ -140,6 +157,7 @@ def test_a_compiled_model_leaves_its_graph_for_the_layer() -> None:
 
 COSINES = {
     "int8": 0.999,
+    "int8, dynamic": 0.99,
     "float8_e4m3": 0.995,
     "palette6": 0.993,
     "int4": 0.95,
@@ -169,13 +187,15 @@ def test_minilm_keeps_its_embeddings(capsys: pytest.CaptureFixture[str]) -> None
         return torch.cat([embed(model, batch) for batch in texts])
 
     want = embedded(model)
-    for scheme, least in COSINES.items():
+    for name, least in COSINES.items():
         small = copy.deepcopy(model)
-        replaced = quantize_(small, scheme, group_size=32 if "int4" in scheme else None)
+        scheme, _, dynamic = name.partition(", ")
+        size = 32 if "int4" in scheme else None
+        replaced = quantize_(small, scheme, group_size=size, dynamic=bool(dynamic))
         assert len(replaced) == 6 * 6 + 1
         cosine = nn.functional.cosine_similarity(embedded(small), want).min().item()
         with capsys.disabled():
-            print(f"\nMiniLM, {scheme}: least cosine with float32 {cosine:.5f}", end="")
+            print(f"\nMiniLM, {name}: least cosine with float32 {cosine:.5f}", end="")
         assert cosine > least
 
 

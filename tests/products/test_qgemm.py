@@ -182,6 +182,41 @@ def test_strides_axes_and_results_given(kind: str) -> None:
     assert tilefold.qgemm(x[:0], w).shape == (0, 3, 5, 33)
 
 
+@pytest.mark.feature("A02")
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2", "neon"])
+def test_rounded_rows_are_summed_as_integers(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        monkeypatch.setenv("TILEFOLD_CPU_ISA", isa)
+        tilefold.attention(*np.zeros((3, 1, 1, 1, 1), np.float32))
+    except ValueError:
+        pytest.skip(f"no {isa} here")
+    draw = np.random.default_rng(7)
+    for m, k, n in ((1, 16, 33), (3, 64, 32), (20, 1104, 70)):  # two blocks of inputs
+        w = tilefold.quantize(draw.standard_normal((k, n)), "int8")
+        x = draw.standard_normal((m, k)).astype(np.float32)
+        x[0, :5] = 0, 9, -9, 4.5, 1e-40
+        if m > 1:
+            x[1] = 0
+        largest = np.maximum(abs(x).max(1, keepdims=True), np.float32(1e-30))
+        rounded = np.rint(x * (np.float32(127) / largest)).astype(np.int64)
+        codes = np.rint(w.dequantize() / w.scales.reshape(-1)[:n]).astype(np.int64)
+        scales = (largest / np.float32(127)).astype(np.float64) * w.scales.reshape(-1)[:n]
+        bias = draw.standard_normal(n).astype(np.float32)
+        want = rounded @ codes * scales + bias
+        got = tilefold.qgemm(x, w, bias=bias, dynamic=True)
+        assert_near("product", got, want, 1e-6 * (abs(want) + abs(want - bias) + abs(bias)))
+        half = tilefold.qgemm(x[:, ::-1], w, dynamic=True, out_dtype="bfloat16")
+        assert half.dtype.name == "bfloat16"
+        tensor = torch.from_numpy(x)
+        for _ in range(2):  # also where all but addresses is known
+            with torch.no_grad():
+                y = tilefold.qgemm(tensor, w, bias=torch.from_numpy(bias), dynamic=True)
+            assert_same("tensors", y.numpy(), got)
+    x[0, 3], x[1, 3] = np.nan, np.inf
+    got = tilefold.qgemm(x, w, dynamic=True)
+    assert np.isnan(got[0]).all() and not np.isfinite(got[1]).any() and np.isfinite(got[2:]).all()
+
+
 def test_results_do_not_depend_on_threads() -> None:
     draw = np.random.default_rng(5)
     before = tilefold.get_num_threads()
@@ -215,6 +250,16 @@ BAD: dict[str, dict[str, Any]] = {
     "out must be float16 of shape .* got float32 of": {
         "out": np.empty((3, 40), np.float32),
         "out_dtype": np.float16,
+    },
+    "dynamic must be True or False, got 1": {"dynamic": 1},
+    r"dynamic needs w of int8, without groups, .* got QuantizedMatrix\('int4'": {
+        "w": tilefold.quantize(np.ones((48, 40)), "int4"),
+        "dynamic": True,
+    },
+    "dynamic needs w of int8, without groups, of k a multiple of 16": {
+        "x": X[:, :40],
+        "w": tilefold.quantize(np.ones((40, 40)), "int8"),
+        "dynamic": True,
     },
     "out must not overlap x": {"x": HELD[:3], "out": HELD[2:5, 4:44]},
     "out is written, so no axis": {

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tilefold.backends.matmul import hold
-from tilefold.common.check import shown
+from tilefold.common.check import flag, shown
 from tilefold.products.quantized import SCALES, QuantizedMatrix, quantize
+from tilefold.products.quantized_calls import check_dynamic
 from tilefold.products.quantized_torch import multiply
 from tilefold.products.schemes import group_of, scheme_of
 from tilefold.products.torch import machine_of
@@ -41,6 +42,7 @@ class QuantizedLinear(nn.Module):
         out_features: n
         bias: True for a bias of n numbers, a parameter
         scheme, group_size, scale_dtype: as in `tilefold.quantize`
+        dynamic: as in `tilefold.qgemm`: rows of x are rounded to 8 bits
         dtype: the type of the bias; None is torch's default type
     """
 
@@ -58,11 +60,12 @@ class QuantizedLinear(nn.Module):
         scheme: str = "int8",
         group_size: int | None = None,
         scale_dtype: str = "float32",
+        dynamic: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         zeros = torch.zeros(out_features, dtype=dtype) if bias else None
-        self._take(_empty(in_features, out_features, scheme, group_size, scale_dtype))
+        self._take(_empty(in_features, out_features, scheme, group_size, scale_dtype), dynamic)
         self.bias = None if zeros is None else nn.Parameter(zeros)
 
     @classmethod
@@ -74,12 +77,14 @@ class QuantizedLinear(nn.Module):
         group_size: int | None = None,
         table: Any = None,
         scale_dtype: str = "float32",
+        dynamic: bool = False,
     ) -> QuantizedLinear:
         """The layer with the weight of another one, quantised, and with its bias itself.
 
         Arguments:
             linear: a layer of torch
             scheme, group_size, table, scale_dtype: as in `tilefold.quantize`
+            dynamic: as in `tilefold.qgemm`
         """
         matrix = quantize(
             linear.weight,
@@ -89,25 +94,31 @@ class QuantizedLinear(nn.Module):
             table=table,
             scale_dtype=scale_dtype,
         )
-        return cls.from_matrix(matrix, linear.bias).train(linear.training)
+        return cls.from_matrix(matrix, linear.bias, dynamic=dynamic).train(linear.training)
 
     @classmethod
-    def from_matrix(cls, matrix: QuantizedMatrix, bias: Tensor | None = None) -> QuantizedLinear:
+    def from_matrix(
+        cls, matrix: QuantizedMatrix, bias: Tensor | None = None, *, dynamic: bool = False
+    ) -> QuantizedLinear:
         """The layer of a quantised matrix, whose memory it shares.
 
         Arguments:
             matrix: k inputs and n outputs
             bias: (n,), a parameter or a tensor that becomes one; or None
+            dynamic: as in `tilefold.qgemm`
         """
         if bias is not None and tuple(bias.shape) != (matrix.shape[1],):
             raise ValueError(f"bias must be ({matrix.shape[1]},), got {tuple(bias.shape)}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._take(matrix)
+        layer._take(matrix, dynamic)
         layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
-    def _take(self, matrix: QuantizedMatrix) -> None:
+    def _take(self, matrix: QuantizedMatrix, dynamic: bool) -> None:
+        if flag("dynamic", dynamic):
+            check_dynamic(matrix)
+        self.dynamic = dynamic
         self.scheme, self.group_size = matrix.scheme, matrix.group_size
         self.in_features, self.out_features = matrix.shape
         for name in _ARRAYS:
@@ -157,6 +168,7 @@ class QuantizedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features},"
             f" bias={self.bias is not None}, scheme={self.scheme!r}{group}"
+            f"{', dynamic=True' if self.dynamic else ''}"
         )
 
     def get_extra_state(self) -> Tensor:
@@ -187,7 +199,7 @@ class QuantizedLinear(nn.Module):
 def _forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return multiply(x, layer.matrix, layer.bias, None, None, None)
+    return multiply(x, layer.matrix, layer.bias, None, None, None, layer.dynamic)
 
 
 def quantize_(
@@ -197,6 +209,7 @@ def quantize_(
     group_size: int | None = None,
     skip: Collection[str] | Callable[[str, nn.Linear], bool] = (),
     scale_dtype: str = "float32",
+    dynamic: bool = False,
 ) -> tuple[str, ...]:
     """Replace the linear layers of a model by quantised ones, in place.
 
@@ -212,6 +225,7 @@ def quantize_(
     Arguments:
         model: a module of torch, on the processor; not a linear layer itself
         scheme, group_size, scale_dtype: as in `tilefold.quantize`
+        dynamic: as in `tilefold.qgemm`
         skip: layers that stay as they are: their full names, or the last parts of these; or a
             function of name and layer
 
@@ -244,7 +258,11 @@ def quantize_(
         if id(module) not in made:
             try:
                 made[id(module)] = QuantizedLinear.from_linear(
-                    module, scheme, group_size=group_size, scale_dtype=scale_dtype
+                    module,
+                    scheme,
+                    group_size=group_size,
+                    scale_dtype=scale_dtype,
+                    dynamic=dynamic,
                 )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None

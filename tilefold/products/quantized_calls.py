@@ -14,8 +14,9 @@ from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.matmul import quantized_calls as kernels
 from tilefold.backends.cpu.matmul.quantized_calls import Matrix, Sizes
+from tilefold.backends.cpu.matmul.quantized_integers import LONGEST, STEP
 from tilefold.common.array_files import element_type
-from tilefold.common.check import choice
+from tilefold.common.check import choice, flag
 from tilefold.common.first_use import imported
 from tilefold.common.foreign_arrays import dtype_name
 from tilefold.frontends import registry
@@ -47,6 +48,7 @@ def qgemm(
     activation: str | None = None,
     out: Any = None,
     out_dtype: Any = None,
+    dynamic: bool = False,
 ) -> Any:
     """The product activation(x w + bias) with a quantised matrix, whose codes are read once.
 
@@ -69,6 +71,9 @@ def qgemm(
         out: an array (..., n) for the result, which is returned. It shares no memory with x or bias
         out_dtype: the type of the result: "float32", "float16" or "bfloat16", or the framework's
             own. None is the type of out, or of x
+        dynamic: True rounds each row of x to 8 bits, -127 to 127 times a scale of its own, and sums
+            integers exactly. w is "int8" without groups, of k a multiple of 16 up to 65536. Where
+            torch wants a gradient, x is not rounded
 
     Returns:
         The result, (..., n): `out`, or a new array of the framework of x. Sums are made in float32.
@@ -76,26 +81,39 @@ def qgemm(
 
     Raises:
         TypeError: w is not quantised, or types do not fit together
-        ValueError: shapes do not fit together, an unknown activation, or out overlaps x or bias
+        ValueError: shapes do not fit together, an unknown activation, out overlaps x or bias, or a
+            matrix that no `dynamic` product takes
         NotImplementedError: arrays that no kernel takes
     """
     if not isinstance(w, QuantizedMatrix):
         raise TypeError(f"w must be made by tilefold.quantize, got {type(w).__name__}")
     choice("activation", activation, ACTIVATIONS)
+    if flag("dynamic", dynamic):
+        check_dynamic(w)
     given = {"x": x, "bias": bias, "out": out}
     given = {name: array for name, array in given.items() if array is not None}
     frontend = registry.find(**given).__name__.split(".")[2]
     wanted = None if out_dtype is None else _name_of(out_dtype)
     if frontend == "torch":
         return _module("tilefold.products.quantized_torch").multiply(
-            x, w, bias, activation, out, wanted
+            x, w, bias, activation, out, wanted, dynamic
         )
     if frontend != "numpy":
         raise NotImplementedError(
             f"qgemm has kernels for NumPy arrays and torch tensors, got a {frontend} array: pass"
             " numpy.asarray(x)"
         )
-    return _multiply(as_array("x", x), w, bias, activation, out, wanted)
+    return _multiply(as_array("x", x), w, bias, activation, out, wanted, dynamic)
+
+
+def check_dynamic(w: QuantizedMatrix) -> None:
+    """Raises ValueError unless rows of integers can be multiplied with a matrix."""
+    k = w.shape[0]
+    if w.scheme != "int8" or w.group_size != k or k % STEP or k > LONGEST:
+        raise ValueError(
+            f"dynamic needs w of int8, without groups, of k a multiple of {STEP} up to {LONGEST},"
+            f" got {w}"
+        )
 
 
 def result_type(
@@ -140,19 +158,24 @@ _MOST_KEPT = 256
 
 
 def prepared(
-    w: QuantizedMatrix, m: int, bias: Rows | None, activation: str | None, out: Rows
+    w: QuantizedMatrix,
+    m: int,
+    bias: Rows | None,
+    activation: str | None,
+    out: Rows,
+    dynamic: bool = False,
 ) -> kernels.Prepared:
     """The kernel of a product of m rows, made ready for a matrix and for such arrays."""
     lines = (out.dtype, out.down, out.across)
     added: tuple[str | None, int] = (bias.dtype, bias.across) if bias else (None, 0)
     device, workers = host(), threads.number()
-    key = (m, *lines, *added, activation, device, workers)
+    key = (m, *lines, *added, activation, dynamic, device, workers)
     known = kept(w)
     found: kernels.Prepared | None = known.get(key)
     if found is None:
         scales = None if w.scales is None else w.scales.dtype.name
         (k, n), group = w.shape, w.group_size
-        sizes = Sizes(w.scheme, m, n, k, group, scales, *lines, *added, activation)
+        sizes = Sizes(w.scheme, m, n, k, group, scales, *lines, *added, activation, dynamic)
         arrays = (w.codes, w.scales, w.zeros, w.table)
         places = Matrix(*[0 if array is None else pointer(array) for array in arrays])
         found = known[key] = kernels.prepare(sizes, places, device, workers)
@@ -160,16 +183,27 @@ def prepared(
 
 
 def product(
-    x: Array, w: QuantizedMatrix, bias: Rows | None, activation: str | None, out: Rows
+    x: Array,
+    w: QuantizedMatrix,
+    bias: Rows | None,
+    activation: str | None,
+    out: Rows,
+    dynamic: bool = False,
 ) -> None:
     """The product of float32 rows (m, k), written to `out`, which lies apart from all others."""
-    rows = kernels.arranged(w.scheme, x)
-    ready = prepared(w, len(x), bias, activation, out)
+    rows = np.require(x, requirements=["C", "A"]) if dynamic else kernels.arranged(w.scheme, x)
+    ready = prepared(w, len(x), bias, activation, out, dynamic)
     ready.run(pointer(rows), out.address, bias.address if bias else 0)
 
 
 def _multiply(
-    x: Array, w: QuantizedMatrix, bias: Any, activation: str | None, out: Any, wanted: str | None
+    x: Array,
+    w: QuantizedMatrix,
+    bias: Any,
+    activation: str | None,
+    out: Any,
+    wanted: str | None,
+    dynamic: bool,
 ) -> Array:
     """The product of NumPy arrays."""
     bias = None if bias is None else as_array("bias", bias)
@@ -189,7 +223,7 @@ def _multiply(
         if bias is not None:
             bias = np.ascontiguousarray(bias)
             lines = Rows(bias.dtype.name, pointer(bias), 0, 1)
-        product(rows, w, lines, activation, Rows(dtype, pointer(made), down, across))
+        product(rows, w, lines, activation, Rows(dtype, pointer(made), down, across), dynamic)
     if out is None:
         return made.reshape(shape)
     if target is None:

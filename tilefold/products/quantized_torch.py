@@ -45,6 +45,7 @@ def multiply(
     activation: str | None,
     out: Tensor | None,
     wanted: str | None,
+    dynamic: bool = False,
 ) -> Tensor:
     """The product of tensors; see `tilefold.qgemm`."""
     key = None
@@ -52,7 +53,7 @@ def multiply(
         # all but addresses may be known from a call before, which saves two thirds of 100 us
         form = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.stride())
         own = (x.shape, x.dtype, x.device, x.layout, x.is_neg())
-        key = (*own, form, activation, wanted, host(), threads.number())
+        key = (*own, form, activation, wanted, dynamic, host(), threads.number())
         ready: _Ready | None = kept(w).get(key)
         if ready is not None:
             return ready.run(x, bias)
@@ -66,9 +67,9 @@ def multiply(
         tensor is not None and tensor.requires_grad for tensor in (x, bias, out)
     )
     if not recorded:
-        y = _product(x, w, bias, activation, out, shape, dtype)
+        y = _product(x, w, bias, activation, out, shape, dtype, dynamic)
         if key is not None and x.device.type == "cpu" and y.numel():
-            kept(w)[key] = _Ready.of(x, w, bias, activation, y)
+            kept(w)[key] = _Ready.of(x, w, bias, activation, y, dynamic)
         return y
     if out is not None:
         raise NotImplementedError("out cannot be given where a gradient is wanted: leave it out")
@@ -91,13 +92,19 @@ class _Ready(NamedTuple):
 
     @classmethod
     def of(
-        cls, x: Tensor, w: QuantizedMatrix, bias: Tensor | None, activation: str | None, y: Tensor
+        cls,
+        x: Tensor,
+        w: QuantizedMatrix,
+        bias: Tensor | None,
+        activation: str | None,
+        y: Tensor,
+        dynamic: bool,
     ) -> _Ready:
         k, n = w.shape
         m = x.numel() // k
         lines = None if bias is None else Rows(dtype_name(bias), 0, 0, bias.stride(0))
-        found = prepared(w, m, lines, activation, Rows(dtype_name(y), 0, n, 1))
-        return cls(found, w.scheme, as_they_are(w.scheme, m, k), y.shape, y.dtype)
+        found = prepared(w, m, lines, activation, Rows(dtype_name(y), 0, n, 1), dynamic)
+        return cls(found, w.scheme, as_they_are(w.scheme, m, k, dynamic), y.shape, y.dtype)
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product."""
@@ -156,11 +163,14 @@ def _product(
     out: Tensor | None,
     shape: tuple[int, ...],
     dtype: str,
+    dynamic: bool = False,
 ) -> Tensor:
     k, n = w.shape
     if out is not None:
         _check_written(out, {"x": x, "bias": bias})
     if (machine := machine_of(x)) is not None:
+        if dynamic:
+            raise NotImplementedError("dynamic has kernels for the CPU alone: pass dynamic=False")
         return _run_on_gpu(machine, x, w, bias, activation, out, shape, dtype)
     rows = x.detach().reshape(-1, k).float().numpy()
     made = None if out is None else _lines(out, n)
@@ -170,7 +180,8 @@ def _product(
         if bias is not None:
             bias = bias.detach()
             lines = Rows(dtype_name(bias), bias.data_ptr(), 0, bias.stride(0))
-        product(rows, w, lines, activation, Rows(dtype, target.data_ptr(), *target.stride()))
+        target_rows = Rows(dtype, target.data_ptr(), *target.stride())
+        product(rows, w, lines, activation, target_rows, dynamic)
     if out is None:
         return target.reshape(shape)
     if made is None:

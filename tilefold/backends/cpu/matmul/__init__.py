@@ -13,5 +13,6 @@ calls        products prepared for operands, and run
 widen        codes of quantised matrices, widened in registers
 quantized    the kernel of products of few rows with them
 quantized_blocks  the kernel for many rows
+quantized_integers  the kernels where rows are rounded to integers
 quantized_calls  these products, prepared and run
 """

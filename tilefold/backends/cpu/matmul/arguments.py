@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from tilefold.backends.cpu.kernels.ir import Body, Value
-from tilefold.backends.cpu.matmul.spec import FewRowsSpec, GemmSpec, PackSpec, QuantizedSpec
+from tilefold.backends.cpu.matmul.spec import (
+    FewRowsSpec,
+    GemmSpec,
+    PackSpec,
+    QuantizedSpec,
+    RoundingSpec,
+)
 
 COUNTERS = ("next_item", "next_worker")
 
@@ -81,6 +87,7 @@ QUANTIZED = (
     "workspace_bytes",
     "x",  # address of float32: `quantized_calls.arranged`
     "x_m",
+    "x_scales",  # of rows that were rounded
     "codes",
     "panel_bytes",
     "scales",
@@ -99,20 +106,24 @@ QUANTIZED = (
     "beta",
 )
 
+ROUNDING = (*COUNTERS, "items", "m", "k", "x", "words", "x_scales")
+
 OFFSETS = ("a", "b", "out", "c", "bias", "gate")
 
 _ADDRESSES = {"array", "offsets", "panels", "a", "b", "gate", "out", "c", "bias", "workspace"} | {
-    *("parts", "finished", "x", "codes", "scales", "zeros", "table"),
+    *("parts", "finished", "x", "codes", "scales", "zeros", "table", "words", "x_scales"),
 }
 
 
-Spec = GemmSpec | PackSpec | QuantizedSpec | FewRowsSpec
+Spec = GemmSpec | PackSpec | QuantizedSpec | RoundingSpec | FewRowsSpec
 
 
 def names(spec: Spec) -> tuple[str, ...]:
     """The words of a kernel's argument block, in order."""
     if isinstance(spec, QuantizedSpec):
         return QUANTIZED
+    if isinstance(spec, RoundingSpec):
+        return ROUNDING
     return PACK if isinstance(spec, PackSpec) else GEMM
 
 

@@ -12,10 +12,11 @@ from tilefold.backends.arrays.numpy import pointer
 from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import double_bits
+from tilefold.backends.cpu.matmul import quantized_integers
 from tilefold.backends.cpu.matmul.arguments import QUANTIZED
 from tilefold.backends.cpu.matmul.quantized import AHEAD_BYTES
 from tilefold.backends.cpu.matmul.quantized_blocks import DEPTH, emit
-from tilefold.backends.cpu.matmul.spec import QuantizedSpec, lanes_of
+from tilefold.backends.cpu.matmul.spec import QuantizedSpec, RoundingSpec, lanes_of
 from tilefold.backends.cpu.matmul.widen import STEPS, WORDS
 from tilefold.common.first_use import undisturbed
 from tilefold.common.single_flight import once
@@ -64,6 +65,7 @@ class Sizes(NamedTuple):
     bias: str | None
     bias_n: int
     activation: str | None
+    dynamic: bool = False
 
 
 class Matrix(NamedTuple):
@@ -75,9 +77,9 @@ class Matrix(NamedTuple):
     table: int
 
 
-def as_they_are(scheme: str, m: int, k: int) -> bool:
+def as_they_are(scheme: str, m: int, k: int, dynamic: bool = False) -> bool:
     """True if kernels read contiguous rows of float32 where they lie."""
-    return m < _SHARED_FROM and _inputs(scheme, k) == k
+    return dynamic or (m < _SHARED_FROM and _inputs(scheme, k) == k)
 
 
 def arranged(scheme: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -117,9 +119,36 @@ def _inputs(scheme: str, k: int) -> int:
 
 
 @once(most=512)
-def kernel(spec: QuantizedSpec, device: Device) -> runtime.Loaded:
+def kernel(spec: QuantizedSpec | RoundingSpec, device: Device) -> runtime.Loaded:
     """The kernel of a spec, compiled for the device unless the disk cache has it."""
-    return undisturbed(lambda: runtime.kernel(emit(spec), spec.kernel, device))
+    return undisturbed(lambda: runtime.kernel(_source(spec), spec.kernel, device))
+
+
+def _source(spec: QuantizedSpec | RoundingSpec) -> str:
+    if isinstance(spec, RoundingSpec):
+        return quantized_integers.emit_rounding(spec)
+    return quantized_integers.emit(spec) if spec.integers else emit(spec)
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """Rows of x made ready to be rounded: a kernel, and what it writes."""
+
+    loaded: runtime.Loaded
+    tiles: int
+    rows: int
+    m: int
+    k: int
+
+    def run(self, x: int, workers: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Tiles of rounded rows, and the scales of the rows."""
+        found = np.empty(self.tiles * self.rows * self.k, np.uint8)
+        scales = np.empty(self.m, np.float32)
+        block = np.array(
+            [0, 0, self.tiles, self.m, self.k, x, pointer(found), pointer(scales)], np.int64
+        )
+        threads.run(self.loaded.address, pointer(block), min(workers, self.tiles))
+        return found, scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,19 +160,26 @@ class Prepared:
     items: int
     alone: bool
     scratch_bytes: int
+    rounding: Rounding | None = None
 
     def run(self, x: int, out: int, bias: int = 0) -> None:
         """Compute the product of rows as `arranged` makes them. All arrays are kept alive."""
         words = self.block.copy()
+        workers = 1 if self.alone else threads.number()
+        if self.rounding is not None:
+            rounded, scales = self.rounding.run(x, workers)
+            x, words[_SCALES] = pointer(rounded), pointer(scales)
         words[_X], words[_OUT], words[_BIAS] = x, out, bias
-        workers = 1 if self.alone else min(threads.number(), self.items)
+        workers = min(workers, self.items)
         if self.scratch_bytes:
             scratch = np.empty(workers * self.scratch_bytes, np.uint8)
             words[_WORKSPACE] = pointer(scratch)
         threads.run(self.loaded.address, pointer(words), workers)
 
 
-_X, _OUT, _BIAS, _WORKSPACE = map(QUANTIZED.index, ("x", "out", "bias", "workspace"))
+_X, _OUT, _BIAS, _WORKSPACE, _SCALES = map(
+    QUANTIZED.index, ("x", "out", "bias", "workspace", "x_scales")
+)
 
 
 def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
@@ -159,6 +195,8 @@ def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
         device.isa in ("amx", "avx512"),
         sizes.scheme in WORDS or sizes.group_size % STEPS[sizes.scheme] == 0,
         sizes.m >= _SHARED_FROM,
+        sizes.dynamic,
+        sizes.dynamic and device.has("avx512vnni"),
         sizes.bias,
         sizes.activation,
     )
@@ -174,7 +212,11 @@ def prepare(sizes: Sizes, matrix: Matrix, device: Device, workers: int) -> Prepa
     groups = sizes.k // sizes.group_size
     row_blocks = -(-sizes.m // _BLOCK_ROWS)
     block_m = -(-sizes.m // (row_blocks * spec.rows)) * spec.rows
-    scratch_bytes = 4 * spec.width * (DEPTH + block_m) if spec.shared else 0
+    rounding, scratch_bytes = None, 4 * spec.width * (DEPTH + block_m) if spec.shared else 0
+    if sizes.dynamic:
+        scratch_bytes = spec.width * (quantized_integers.DEPTH + 4 * block_m)
+        rounds = kernel(RoundingSpec(spec.rows, spec.lanes), device)
+        rounding = Rounding(rounds, -(-sizes.m // spec.rows), spec.rows, sizes.m, sizes.k)
     items = panels * row_blocks
     claim = min(_CLAIM_BYTES // panel_bytes, items // (4 * workers))
     values = {
@@ -196,7 +238,7 @@ def prepare(sizes: Sizes, matrix: Matrix, device: Device, workers: int) -> Prepa
         values["group_size"] = inputs
     block = np.array([values.get(name, 0) for name in QUANTIZED], np.int64)
     alone = panels * panel_bytes * sizes.m < _ALONE_BYTES
-    return Prepared(loaded, block, items, alone, scratch_bytes)
+    return Prepared(loaded, block, items, alone, scratch_bytes, rounding)
 
 
 _NUMBERS = ("m", "n", "group_size", "out_m", "out_n", "bias_n")

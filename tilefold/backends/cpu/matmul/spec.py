@@ -116,12 +116,22 @@ class GemmSpec:
 
 
 @dataclass(frozen=True)
+class RoundingSpec:
+    """A kernel that rounds rows of float32 to 8 bits, and makes tiles of `rows` rows of them."""
+
+    rows: int
+    lanes: int
+    kernel: str = "round_rows"
+
+
+@dataclass(frozen=True)
 class QuantizedSpec:
     """A kernel of products with a quantised matrix, whose panels have 32 columns.
 
     It makes `rows` rows by `vectors` vectors of `lanes` sums at a time. `scales` is the type of
     scales and zeros, or None. `permutes`: tables are registers (AVX-512). `whole`: each group has
-    whole steps of inputs. `shared`: many rows share a widened panel.
+    whole steps of inputs. `shared`: many rows share a widened panel. `integers`: x is rounded to 8
+    bits, and `vnni` says that an instruction multiplies them (AVX512-VNNI).
     """
 
     scheme: str
@@ -134,6 +144,8 @@ class QuantizedSpec:
     permutes: bool
     whole: bool
     shared: bool
+    integers: bool = False
+    vnni: bool = False
     bias: str | None = None
     activation: str | None = None
     c: None = None
