@@ -1,4 +1,4 @@
-"""Quantised products of tensors on GPUs, by the emulator and the interpreter."""
+"""Public products of tensors on GPUs, by the emulator and the interpreter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import attention_block  # noqa: E402
 import interpreted  # noqa: E402
 from metal import needs as needs_emulator  # noqa: E402
 from metal_rules import Compiler  # noqa: E402
@@ -17,7 +18,9 @@ import tilefold  # noqa: E402
 import tilefold.torch  # noqa: E402
 from tilefold.backends.metal.runtime import Mps  # noqa: E402
 from tilefold.backends.triton.interpreter import Interpreted  # noqa: E402
+from tilefold.frontends.torch import tensors  # noqa: E402
 from tilefold.products import linear, quantized_torch  # noqa: E402
+from tilefold.products import torch as products  # noqa: E402
 
 
 @pytest.fixture(params=["metal", "triton"])
@@ -29,13 +32,26 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         interpreted.needs()
         found = Interpreted("sm_90")
-    for module in (linear, quantized_torch):
+    for module in (linear, products, quantized_torch, tensors):
         monkeypatch.setattr(module, "machine_of", lambda tensor: found)
     return found
 
 
 def near(got: Any, want: Any) -> None:
     assert got.shape == want.shape and (got - want).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.feature("A11")
+def test_a_block_of_attention_on_a_gpu(machine: Any) -> None:
+    """The heads of one batched product are those of attention, whose result is read transposed."""
+    x = np.random.default_rng(2).normal(size=(2, 21, 24)).astype(np.float32)
+    weights = attention_block.Weights.random(features=24, heads=2, dim=8, outputs=20)
+    given = attention_block.Weights(*map(torch.from_numpy, weights))
+    with np.errstate(all="ignore"):
+        got = attention_block.block(torch.from_numpy(x), given, mask=tilefold.causal())
+    want = attention_block.plain(x, weights, visible=np.tri(21, dtype=bool))
+    assert abs(got.numpy() - want).max() < 1e-5
 
 
 @pytest.mark.slow
