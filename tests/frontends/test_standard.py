@@ -127,3 +127,15 @@ class ByInterface:
 
     def __array_namespace__(self) -> Any:
         return np
+
+
+def test_products_are_arrays_of_the_library() -> None:
+    a, b = Q[0, 0], K[0, 0].T
+    got = tilefold.gemm(Strict(a), b, activation="relu")
+    assert isinstance(got, Strict) and abs(got.held - np.maximum(a @ b, 0)).max() < 1e-5
+    plain = tilefold.gemm(ByInterface(a), b)
+    assert type(plain) is np.ndarray and abs(plain - a @ b).max() < 1e-5
+    packed = tilefold.pack(Strict(np.ascontiguousarray(b)))
+    assert (tilefold.gemm(Strict(a), packed).held == tilefold.gemm(a, packed)).all()
+    with pytest.raises(TypeError, match="out must be a NumPy array, got Strict"):
+        tilefold.gemm(Strict(a), b, out=Strict(a @ b))

@@ -145,8 +145,23 @@ def test_a_compiler_sees_one_operator() -> None:
             *(torch.autograd.grad(y, given, slope) for y in (got, want)), strict=True
         ):
             near(mine, other)
-    out = plain(3, 4)
-    torch.compile(lambda x, out: gemm(x, x.mT, out=out[:, :3]), backend="aot_eager")(out + 0, out)
+    x, out = plain(3, 4), plain(3, 4)
+    torch.compile(lambda x, out: gemm(x, x.mT, out=out[:, :3]), backend="aot_eager")(x, out)
+    near(out[:, :3], x @ x.mT)
+
+
+@pytest.mark.slow
+def test_exported_programs_have_unknown_sizes() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Any, w: Any) -> Any:
+            return gemm(x, w, activation="tanh")
+
+    x, w = plain(3, 4), plain(4, 5)
+    sizes = {0: torch.export.Dim("rows", min=2, max=100)}
+    program = torch.export.export(Layer(), (x, w), dynamic_shapes=(sizes, None))
+    assert "torch.ops.tilefold.gemm" in program.graph_module.code
+    more = plain(9, 4)
+    near(program.module()(more, w), torch.tanh(more @ w))
 
 
 @pytest.mark.slow

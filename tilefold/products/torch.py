@@ -181,8 +181,11 @@ def buffer_of(called: str, value: Tensor) -> tuple[str, int, int, bool, Callable
 def _observed(given: Mapping[str, Tensor], options: Options) -> Tensor:
     """The product of tensors that autograd, a compiler or a transform observes."""
     matrices, axes = _matrices(given)
-    if unobserved(*given.values()) or lifted():
-        found: Tensor = _Gemm.apply(options, *matrices)  # type: ignore[no-untyped-call]
+    found: Tensor
+    if unobserved(*given.values()):
+        found = _Gemm.apply(options, *matrices)  # type: ignore[no-untyped-call]
+    elif lifted():
+        found = _Transformed.apply(options, *matrices)  # type: ignore[no-untyped-call]
     else:
         found = gemm(*matrices, *options)
     for axis in axes:
@@ -252,7 +255,7 @@ def _(
     return a.new_empty((*batch, m, n), dtype=getattr(torch, kind))
 
 
-def _save(ctx: Any, options: Options, given: Given, y: Tensor) -> tuple[Any, ...]:
+def _save(ctx: Any, options: Options, given: Sequence[Any], y: Tensor) -> tuple[Any, ...]:
     """Save what derivatives need: c and bias only where z is computed again."""
     a, b, c, bias, gate = given
     again = derivatives.anew(options, gate)
@@ -265,7 +268,23 @@ def _save(ctx: Any, options: Options, given: Given, y: Tensor) -> tuple[Any, ...
 
 
 class _Gemm(torch.autograd.Function):
-    """`tilefold::gemm` where only autograd, or a transform of torch.func, observes a call."""
+    """`tilefold::gemm` where only autograd observes a call."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Options, *given: Any) -> Tensor:
+        y = run(named(*given), options)
+        _save(ctx, options, given, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wants = tuple(ctx.needs_input_grad[1:])
+        saved = tuple(ctx.saved_tensors)
+        return (None, *derivatives.gradients(multiply, dy, saved, ctx.options, ctx.like, wants))
+
+
+class _Transformed(torch.autograd.Function):
+    """The same in transforms of torch.func and in forward mode; torch calls it more slowly."""
 
     @staticmethod
     def forward(options: Options, *given: Any) -> Tensor:
@@ -274,13 +293,9 @@ class _Gemm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         options, *given = inputs
-        ctx.save_for_forward(*_save(ctx, options, tuple(given), output))
+        ctx.save_for_forward(*_save(ctx, options, given, output))
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        wants = tuple(ctx.needs_input_grad[1:])
-        saved = tuple(ctx.saved_tensors)
-        return (None, *derivatives.gradients(multiply, dy, saved, ctx.options, ctx.like, wants))
+    backward = _Gemm.backward
 
     @staticmethod
     def jvp(ctx: Any, _: None, *slopes: Tensor | None) -> Tensor:
@@ -291,7 +306,7 @@ class _Gemm(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, options: Options, *given: Any) -> tuple[Tensor, int]:
         batched = _with_batch(info.batch_size, in_dims[1:], given)
-        return _Gemm.apply(options, *batched), 0  # type: ignore[no-untyped-call]
+        return _Transformed.apply(options, *batched), 0  # type: ignore[no-untyped-call]
 
 
 def _with_batch(
