@@ -210,15 +210,15 @@ class FewRows(Quantized):
         """Add the products of some inputs to the sums."""
         body, spec = self.body, self.spec
         at = self.codes_at(c, count, column)
-        for t in range(count):
+        for number, t in enumerate(widen.order(spec) if count > 1 else (0,)):
             found = weights(at, t)
             if zeros:
                 found = [body.binary("fsub", w, z) for w, z in zip(found, zeros, strict=True)]
             for i, x in enumerate(self._x):
                 place = body.offset(x, "float", body.add(c, t))
-                number = body.splat(body.load(place, "float", "a"), spec.lanes, "a")
-                for w, total in zip(found, sums[t % len(sums)][i], strict=True):
-                    body.write(total, body.multiply_add(number, w, body.read(total), "sum"))
+                a = body.splat(body.load(place, "float", "a"), spec.lanes, "a")
+                for w, total in zip(found, sums[number % len(sums)][i], strict=True):
+                    body.write(total, body.multiply_add(a, w, body.read(total), "sum"))
 
     def _add_group(
         self,

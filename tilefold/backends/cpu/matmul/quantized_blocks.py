@@ -71,7 +71,7 @@ class ManyRows(Quantized):
             scales = self.numbers("scales", at)
             zeros = self.numbers("zeros", at) if spec.scheme == "int4" else None
         codes = self.codes_at(place, count, column)
-        for t in range(count):
+        for t in widen.order(spec) if count > 1 else (0,):
             found = weights(codes, t)
             if zeros:
                 found = [body.binary("fsub", w, z) for w, z in zip(found, zeros, strict=True)]

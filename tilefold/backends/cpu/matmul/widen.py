@@ -31,27 +31,45 @@ Weights = Callable[[Value, int], list[Value]]
 """(address of the first codes of a step, input in the step) -> vectors of the part of a panel."""
 
 
+def order(spec: QuantizedSpec) -> tuple[int, ...]:
+    """The order in which the inputs of a step are made: some are made two at a time."""
+    if spec.scheme == "palette6" and spec.permutes:
+        return tuple(first + half for first in (0, 1, 2, 3, 8, 9, 10, 11) for half in (0, 4))
+    return tuple(range(STEPS[spec.scheme]))
+
+
 def table(body: Body, spec: QuantizedSpec, address: Value) -> list[Value]:
-    """The table of a palette, read before all loops: four registers, or the address of floats."""
+    """The table of a palette, read before all loops.
+
+    With AVX-512 these are the upper halves of its floats in two registers, and the lower ones in
+    two; otherwise the address of its floats.
+    """
     if spec.scheme != "palette6":
         return []
     store, lanes = storage("float16", spec.native_half), spec.lanes
-    quarters = [
+    parts = [
         store.load(body, store.at(body, address, first), lanes, "table")
         for first in range(0, 64, lanes)
     ]
-    if spec.permutes:
-        return quarters
-    wide = Value(body.variable("[64 x float]", hint="table").address, "ptr")
-    for number, quarter in enumerate(quarters):
-        body.store(quarter, body.offset(wide, "float", number * lanes))
-    return [wide]
+    if not spec.permutes:
+        wide = Value(body.variable("[64 x float]", hint="table").address, "ptr")
+        for number, part in enumerate(parts):
+            body.store(part, body.offset(wide, "float", number * lanes))
+        return [wide]
+    found = []
+    for half in (16, 0):
+        bits = [body.cast("bitcast", part, vector(lanes, "i32")) for part in parts]
+        bits = [body.binary("lshr", each, half) if half else each for each in bits]
+        halves = [body.cast("trunc", each, vector(lanes, "i16")) for each in bits]
+        for first in (0, 2):
+            found.append(body.shuffle(halves[first], halves[first + 1], range(2 * lanes), "table"))
+    return found
 
 
 def weights(body: Body, spec: QuantizedSpec, table: list[Value]) -> Weights:
     """How a body makes weights."""
     if spec.scheme == "palette6":
-        return _palette(body, spec, table)
+        return (_permuted_palette if spec.permutes else _palette)(body, spec, table)
     if spec.scheme in ("int4", "int4_symmetric"):
         return _int4(body, spec)
     convert = _int8 if spec.scheme == "int8" else _e4m3
@@ -116,6 +134,7 @@ def _int4(body: Body, spec: QuantizedSpec) -> Weights:
 
 
 def _palette(body: Body, spec: QuantizedSpec, table: list[Value]) -> Weights:
+    """Numbers of the table one by one."""
     type_ = vector(spec.lanes, "float")
     words: dict[str, list[list[Value]]] = {}
 
@@ -132,16 +151,69 @@ def _palette(body: Body, spec: QuantizedSpec, table: list[Value]) -> Weights:
         return found
 
     def number(index: Value) -> Value:
-        if spec.permutes:  # the instruction takes the low 5 bits of each lane
-            name = "llvm.x86.avx512.vpermi2var.ps.512"
-            halves = [body.call(name, type_, [table[i], index, table[i + 1]], "w") for i in (0, 2)]
-            upper = body.compare("ne", body.binary("and", index, 32), body.constant(0, index.type))
-            return body.select(upper, halves[1], halves[0], "w")
         wide = body.cast("zext", index, vector(spec.lanes, "i64"))
         places = body.offset(table[0], "float", wide)
         every = Value("splat (i1 true)", vector(spec.lanes, "i1"))
         arguments = [places, Value("4", "i32"), every, body.constant(0.0, type_)]
         name = f"llvm.masked.gather.{overload(type_)}.{overload(places.type)}"
         return body.call(name, type_, arguments, "w")
+
+    return read
+
+
+def _permuted_palette(body: Body, spec: QuantizedSpec, table: list[Value]) -> Weights:
+    """Numbers of the table by permutations of words of 16 bits, which take 6 bits of each.
+
+    The 16 columns of a vector have two words each, so that inputs t and t + 4 are made at once: the
+    upper halves of their floats, then the lower ones.
+    """
+    kept: dict[str, list[list[Value]]] = {}
+    pairs: dict[int, list[Value]] = {}
+    integers, floats = vector(spec.lanes, "i32"), vector(spec.lanes, "float")
+    halves = vector(2 * spec.lanes, "i16")
+
+    def lines_of(at: Value) -> list[list[Value]]:
+        """Two lines of low bits, and two of high bits, with input t + 4 in the upper half."""
+        if at.text not in kept:
+            kept.clear()
+            low, more, high = (_words(body, spec, at, line) for line in range(3))
+            first = [joined(word, 0, 8) for word in high]
+            second = [joined(word, -16, -8) for word in high]
+            kept[at.text] = [low, more, first, second]
+        return kept[at.text]
+
+    def joined(word: Value, one: int, two: int) -> Value:
+        lower = body.binary("and", _shifted(body, word, one), 0xFF)
+        upper = body.binary("and", _shifted(body, word, two), 0xFF0000)
+        return body.binary("or", lower, upper)
+
+    def read(at: Value, t: int) -> list[Value]:
+        if t % 8 >= 4:
+            return pairs.pop(t)
+        lines = lines_of(at)
+        found = [
+            pair(_shifted(body, low, -4 * (t % 8)), _shifted(body, high, 4 - 2 * (t % 8)))
+            for low, high in zip(lines[t // 8], lines[2 + t // 8], strict=True)
+        ]
+        pairs[t + 4] = [each[1] for each in found]
+        return [each[0] for each in found]
+
+    def mixed(one: Value, two: Value, mask: int, table: int) -> Value:
+        """A function of three bits; written out, LLVM makes slower permutations of it."""
+        three = body.constant(mask, integers)
+        arguments = [one, two, three, Value(str(table), "i32")]
+        return body.call("llvm.x86.avx512.pternlog.d.512", integers, arguments)
+
+    def pair(low: Value, high: Value) -> tuple[Value, Value]:
+        index = mixed(low, high, 0x000F000F, 0xE4)  # low where the mask is 1, else high
+        index = body.cast("bitcast", index, halves)  # of which the low 6 bits count
+        name = "llvm.x86.avx512.vpermi2var.hi.512"
+        upper, lower = (
+            body.cast("bitcast", body.call(name, halves, [one, index, two]), integers)
+            for one, two in (table[:2], table[2:])
+        )
+        first = mixed(body.binary("shl", upper, 16), lower, 0xFFFF, 0xF8)  # one | two & mask
+        second = mixed(body.binary("lshr", lower, 16), upper, -0x10000, 0xF8)
+        return body.cast("bitcast", first, floats, "w"), body.cast("bitcast", second, floats, "w")
 
     return read
