@@ -51,6 +51,7 @@ def test_types(types: tuple[str, str, str | None]) -> None:
     assert got.dtype.name == (kept or ("int32" if a.endswith("int8") else usual))
 
 
+@pytest.mark.slow
 def test_integers_have_all_options_but_activations() -> None:
     for a, m, k in (("int8", 5, 37), ("uint8", 70, 130)):
         left, right = normal(m, k, dtype=a), normal(k, 19, dtype="int8")
@@ -66,7 +67,8 @@ def test_activation_bias_and_c(activation: str | None) -> None:
     a, b = normal(9, 21), normal(17, 21)
     options = {"alpha": 0.5, "transpose_b": True, "activation": activation}
     check(a, b, normal(9, 17), beta=-1.5, bias=normal(17), **options)
-    check(a, b, normal(17), beta=2.0, bias=normal(9, 1), **options)
+    if activation in (None, "gelu_tanh"):
+        check(a, b, normal(17), beta=2.0, bias=normal(9, 1), **options)
 
 
 @pytest.mark.feature("A12")

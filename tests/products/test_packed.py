@@ -18,6 +18,7 @@ TYPES = (
 """Types of a and of the packed matrix."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("types", TYPES, ids="-".join)
 def test_products_with_a_packed_matrix_are_those_with_the_matrix(types: tuple[str, str]) -> None:
     """Of any rows, in batches, transposed or not; the matrix may change after it was packed."""

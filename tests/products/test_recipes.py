@@ -69,9 +69,9 @@ def kinds() -> list[tuple[Any, ...]]:
 
 @pytest.mark.slow
 @pytest.mark.feature("A12", "M11")
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_kinds_of_another_system(dtype: str) -> None:
+def test_kinds_of_another_system() -> None:
     for number, m, n, k, batch, flips, shared in kinds():
+        dtype = "float16" if number % 9 == 0 else "float32"
         turned_a, turned_b = bool(flips & 1), bool(flips & 2)
         a = normal(*batch, *((k, m) if turned_a else (m, k)), dtype=dtype)
         b = normal(*(() if shared else batch), *((n, k) if turned_b else (k, n)), dtype=dtype)

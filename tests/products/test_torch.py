@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 from gemms import ACTIVATIONS
 
@@ -15,7 +14,6 @@ import interpreted  # noqa: E402
 from metal import needs as needs_emulator  # noqa: E402
 from metal_rules import Compiler  # noqa: E402
 
-import tilefold  # noqa: E402
 from tilefold import gemm  # noqa: E402
 from tilefold.backends.metal.runtime import Mps  # noqa: E402
 from tilefold.backends.triton.interpreter import Interpreted  # noqa: E402
@@ -247,13 +245,3 @@ def test_bad_tensors_raise_one_line() -> None:
     freed.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="a needs 48 bytes of memory, and its storage holds 0"):
         gemm(freed, w.detach())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("framework", ["jax.numpy", "tensorflow"])
-def test_other_frameworks_are_refused(framework: str) -> None:
-    module = pytest.importorskip(framework)
-    array = module.ones((2, 2))
-    with pytest.raises(NotImplementedError, match="gemm has kernels for NumPy arrays and torch"):
-        tilefold.gemm(array, array)
-    assert (tilefold.gemm(np.asarray(array), np.asarray(array)) == 2).all()

@@ -43,3 +43,16 @@ def test_buffers_are_compared_with_the_text(
     call = jax.ffi.ffi_call("tilefold_attention", results)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.jit(lambda *x: call(*x, **texts, **more))(*[jnp.zeros(SHAPE, dtype)] * count)
+
+
+@pytest.mark.feature("A06")
+def test_products_have_no_kernel_for_these_arrays() -> None:
+    ones = jnp.ones((2, 2))
+    with pytest.raises(NotImplementedError, match="torch tensors, got a jax array: pass"):
+        tilefold.gemm(ones, ones)
+    assert (tilefold.gemm(np.asarray(ones), np.asarray(ones)) == 2).all()
+    c = jnp.arange(4.0)
+    given = ("N", "N", 2, 2, 2, 1.0, np.ones(4, "f"), 2, np.ones(4, "f"), 2, 0.0, c, 2)
+    with pytest.raises(NotImplementedError, match=r"parameter 12 \(c\) must be a NumPy array or a"):
+        tilefold.blas.sgemm(*given)
+    assert tilefold.blas.sgemm(*given, strict=False) is c

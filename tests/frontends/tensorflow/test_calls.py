@@ -192,3 +192,10 @@ def test_other_implementations_are_refused() -> None:
     for impl, words in (("native", "TensorFlow has none"), ("tensorops", "runs on Apple GPUs")):
         with pytest.raises(NotImplementedError, match=words):
             tilefold.attention(q, q, q, impl=impl)
+
+
+def test_products_of_tensors_are_refused() -> None:
+    ones = framework().ones((2, 2))
+    with pytest.raises(NotImplementedError, match="torch tensors, got a tensorflow array"):
+        tilefold.gemm(ones, ones)
+    assert (tilefold.gemm(ones.numpy(), ones.numpy()) == 2).all()
