@@ -253,6 +253,7 @@ def test_every_compiler_takes_the_texts(target: str, tmp_path: Path) -> None:
 
 QUANTIZED = (
     ("float16", Codes("palette6"), 1),
+    ("bfloat16", Codes("palette6"), 4096),
     ("bfloat16", Codes("int4", 128, "float16"), 1),
     ("float16", Codes("int4_symmetric", 32, "float16"), 4096),
     ("bfloat16", Codes("int8", None, "float32"), 4096),
@@ -262,7 +263,9 @@ QUANTIZED = (
 
 def quantized_spec(target: str, a: str, codes: Codes, m: int) -> GemmSpec:
     blocks = tables.quantized_blocks(codes, m)
-    return GemmSpec(a, widening.multiplied(codes, a), a, blocks, codes=codes, bias="column")
+    how = widening.products(codes, a, "ieee") if ARCHITECTURES[target].kind == "cuda" else "ieee"
+    kind = widening.multiplied(codes, a)
+    return GemmSpec(a, kind, a, blocks, codes=codes, bias="column", products=how)
 
 
 @pytest.mark.slow
@@ -277,6 +280,8 @@ def test_compilers_take_the_texts_of_quantised_and_gated_products(
     gated = table_spec(target, "float16", "ieee", activation="silu", gate=True, descriptors=moved)
     specs.append(replace(gated, blocks=tables.halved(gated.blocks)))
     tasks = [task(spec, tmp_path, target, (*ONES, "g_n")) for spec in specs]
+    units = {"wgmma.mma_async", "mma.sync", "v_mfma"}
     for spec, found in zip(specs, compiled(tasks, tmp_path / "cache"), strict=True):
         assert "failure" not in found, (spec, found)
         assert found["shared"] <= ARCHITECTURES[target].shared_bytes, spec
+        assert any(found["assembly"].get(name) for name in units), spec

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tilefold.backends.matmul import Codes, described, folded
 from tilefold.backends.triton.architectures import Architecture, architecture
 from tilefold.backends.triton.machine import ALIGNED, Machine, ResourceError
+from tilefold.backends.triton.matmul import codes as widening
 from tilefold.backends.triton.matmul import gemm as products
 from tilefold.backends.triton.matmul import rows
 from tilefold.backends.triton.matmul.gemm import GemmBlocks, GemmSpec
@@ -139,7 +140,9 @@ def run(
     device, where = architecture(machine.architecture), folded(product, operand("out", out, 2))
     besides, product = tensors.get("c") is not out and product.beta != 0, where.product
     plain = _spec(product, device, precision, blocks, machine, besides)
-    plain = replace(plain, codes=codes) if codes else plain
+    if codes:
+        how = widening.products(codes, plain.a, plain.products)
+        plain = replace(plain, codes=codes, products=how if device.kind == "cuda" else "ieee")
     m, n, k, blocks = product.m, product.n, product.k, plain.blocks
     programs = product.matrices * _parts(m, blocks.m) * _parts(n, blocks.n)
     options = launch_options(device.kind, plain.multiplied, blocks.warps, blocks.stages)

@@ -67,6 +67,15 @@ def multiplied(codes: Codes, a: str) -> str:
     return a if codes.scales or a == "float16" else "float32"
 
 
+def products(codes: Codes, a: str, how: str) -> str:
+    """How float32 is multiplied beside an A of a type: TF32 holds all bits of both half types.
+
+    >>> [products(Codes("palette6"), a, "ieee") for a in ("float32", "bfloat16")]
+    ['ieee', 'tf32']
+    """
+    return "tf32" if a != "float32" and multiplied(codes, a) == "float32" else how
+
+
 def define(text: Text, codes: Codes) -> None:
     """The functions that tiles call."""
     if codes.scheme == "float8_e4m3":

@@ -35,9 +35,9 @@ def qgemm(
         qgemm(x, w, activation="silu")  # x is on a GPU; the codes are copied there once
 
     Codes are widened in registers while a tile of w is read. They are multiplied in the type of x,
-    which holds them as they are; those of a palette in float16, or in float32 beside another x.
-    Scales multiply sums in float32. So a result is as exact as that of the weights that
-    `w.dequantize()` gives.
+    which holds them as they are. Numbers of a palette are float16: beside bfloat16 they are
+    multiplied in TF32, which holds both as they are, and beside float32 in float32. Scales multiply
+    sums in float32. So a result is as exact as that of the weights that `w.dequantize()` gives.
 
     Arguments:
         x: (..., k), float32, float16 or bfloat16, with at least two axes, in any strides
