@@ -33,6 +33,9 @@ LONGEST = 1 << 16
 LEAST = 1e-30
 """The largest number of a row counts as this at least."""
 
+ROUNDS = 1.5 * 2**23
+"""A float to which this is added has a whole number, to the nearest, in its low bits."""
+
 STEP = 16
 """The inputs are a multiple of this."""
 
@@ -60,29 +63,27 @@ def emit_rounding(spec: RoundingSpec) -> str:
 def _round_row(
     body: Body, spec: RoundingSpec, words: Arguments, x: Value, target: Value, row: Value
 ) -> None:
-    type_ = vector(spec.lanes, "float")
-    suffix = f"v{spec.lanes}"
-    most = body.variable(type_, body.constant(0.0, type_), "most")
-    with body.loop("c", 0, words["k"], spec.lanes) as c:
-        number = body.load(body.offset(x, "float", c), type_)
-        size = body.call(f"llvm.fabs.{suffix}f32", type_, [number])
-        found = body.call(f"llvm.maximum.{suffix}f32", type_, [size, body.read(most)])
-        body.write(most, found)  # NaN stays
-    name = f"llvm.vector.reduce.fmaximum.{suffix}f32"
-    largest = body.call(name, "float", [body.read(most)], "largest")
+    type_, integers = vector(spec.lanes, "float"), vector(spec.lanes, "i32")
+    most = body.variable(integers, body.constant(0, integers), "most")
+    with body.loop("c", 0, words["k"], spec.lanes) as c:  # bits of sizes are in order, NaN last
+        bits = body.load(body.offset(x, "float", c), integers)
+        size = body.binary("and", bits, 0x7FFFFFFF)
+        suffix = f"v{spec.lanes}i32"
+        body.write(most, body.call(f"llvm.smax.{suffix}", integers, [size, body.read(most)]))
+    largest = body.call(f"llvm.vector.reduce.smax.{suffix}", "i32", [body.read(most)])
+    largest = body.cast("bitcast", largest, "float", "largest")
     least = body.constant(LEAST, "float")  # so that 127 / largest is finite; NaN stays
     largest = body.select(body.compare("olt", largest, least), least, largest)
     steps = body.constant(127.0, "float")
     scale = body.binary("fdiv", largest, steps, "scale")
     body.store(scale, body.offset(words["x_scales"], "float", row))
     inverse = body.splat(body.binary("fdiv", steps, largest), spec.lanes)
-    integers = vector(spec.lanes, "i32")
+    shift = body.constant(ROUNDS + 128, type_)
     with body.loop("c", 0, words["k"], spec.lanes) as c:
         number = body.load(body.offset(x, "float", c), type_)
-        ratio = body.binary("fmul", number, inverse)
-        ratio = body.call(f"llvm.rint.{suffix}f32", type_, [ratio])
-        code = body.call(f"llvm.fptosi.sat.{suffix}i32.{suffix}f32", integers, [ratio])
-        small = body.cast("trunc", body.add(code, 128), vector(spec.lanes, "i8"))
+        code = body.binary("fadd", body.binary("fmul", number, inverse), shift)
+        code = body.cast("bitcast", code, integers)
+        small = body.cast("trunc", code, vector(spec.lanes, "i8"))
         four = body.cast("bitcast", small, vector(spec.lanes // WORD, "i32"))
         line = body.binary("udiv", c, WORD)
         for number_of_word in range(spec.lanes // WORD):
