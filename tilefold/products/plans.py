@@ -164,8 +164,8 @@ class Plan:
         if "out" in self.places:
             check_apart(self.places, self.onto, addresses)
         if self.prepared is not None:
-            a, b, c, bias, gate = (addresses[x] if x in self.places else 0 for x in GIVEN)
-            self.prepared.run(a, b, out, c, bias, gate)
+            at = [addresses[name] if name in self.places else 0 for name in GIVEN]
+            self.prepared.run(at[0], at[1], out, at[2], at[3], at[4])
 
 
 def check_apart(places: Mapping[str, Place], onto: bool, addresses: Mapping[str, int]) -> None:
@@ -190,9 +190,13 @@ _kept: LruCache[Plan] = LruCache(most=256, most_bytes=2**20)
 
 def kept(key: Hashable, options: Options, forms: Callable[[], Mapping[str, Form]]) -> Plan:
     """The plan under a key, which says how the arrays lie; made of their forms if there is none."""
-    key = (options, key)
-    found = _kept.get(key)
-    return found if found is not None else _kept.put(key, plan(options, forms()), 0)
+    found = known(key, options)
+    return found if found is not None else _kept.put((options, key), plan(options, forms()), 0)
+
+
+def known(key: Hashable, options: Options) -> Plan | None:
+    """The plan of an earlier call under a key, or None."""
+    return _kept.get((options, key))
 
 
 class Described(NamedTuple):
