@@ -73,3 +73,22 @@ def dtype_name(array: Any) -> str:
     """
     dtype = array.dtype
     return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
+def type_name(dtype: Any) -> str:
+    """The name of a type of NumPy or torch, which may be its name already.
+
+    >>> import numpy as np
+    >>> type_name(np.float16), type_name("bfloat16")
+    ('float16', 'bfloat16')
+    """
+    if isinstance(dtype, str):
+        return dtype
+    if type(dtype).__module__ == "torch":
+        return str(dtype).removeprefix("torch.")
+    import numpy as np
+
+    try:
+        return str(np.dtype(dtype).name)
+    except TypeError:
+        raise TypeError(f"out_dtype must be a type or its name, got {dtype!r}") from None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tilefold.backends.arrays import numpy as arrays
 from tilefold.common.check import flag
 from tilefold.common.first_use import imported
+from tilefold.common.foreign_arrays import type_name
 from tilefold.frontends import registry
 from tilefold.frontends.numpy import as_array
 from tilefold.frontends.standard import given_back
@@ -101,7 +102,7 @@ def gemm(
     """
     given = {"a": a, "b": b, "c": c, "bias": bias, "gate": gate, "out": out}
     given = {name: array for name, array in given.items() if array is not None}
-    dtype = None if out_dtype is None else _name_of(out_dtype)
+    dtype = None if out_dtype is None else type_name(out_dtype)
     options = Options.of(alpha, beta, transpose_a, transpose_b, activation, dtype, precision)
     found = _repeated(given, options)
     if found is not None:
@@ -260,15 +261,3 @@ def _native(dtype: str, held: Mapping[str, Any]) -> np.dtype[Any]:
         raise TypeError(
             f"out_dtype is {dtype}, which NumPy has not by itself: import ml_dtypes before the call"
         ) from None
-
-
-def _name_of(dtype: Any) -> str:
-    """The name of a type of NumPy or torch."""
-    if isinstance(dtype, str):
-        return dtype
-    if type(dtype).__module__ == "torch":
-        return str(dtype).removeprefix("torch.")
-    try:
-        return str(np.dtype(dtype).name)
-    except TypeError:
-        raise TypeError(f"out_dtype must be a type or its name, got {dtype!r}") from None

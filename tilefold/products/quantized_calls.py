@@ -18,7 +18,7 @@ from tilefold.backends.cpu.matmul.quantized_integers import LONGEST, STEP
 from tilefold.common.array_files import element_type
 from tilefold.common.check import choice, flag
 from tilefold.common.first_use import imported
-from tilefold.common.foreign_arrays import dtype_name
+from tilefold.common.foreign_arrays import dtype_name, type_name
 from tilefold.frontends import registry
 from tilefold.frontends.numpy import as_array
 from tilefold.problems.matmul import ACTIVATIONS
@@ -93,7 +93,7 @@ def qgemm(
     given = {"x": x, "bias": bias, "out": out}
     given = {name: array for name, array in given.items() if array is not None}
     frontend = registry.find(**given).__name__.split(".")[2]
-    wanted = None if out_dtype is None else _name_of(out_dtype)
+    wanted = None if out_dtype is None else type_name(out_dtype)
     if frontend == "torch":
         return _module("tilefold.products.quantized_torch").multiply(
             x, w, bias, activation, out, wanted, dynamic
@@ -250,15 +250,3 @@ def _check_written(out: Array, read: dict[str, Array | None]) -> None:
     for name, array in read.items():
         if array is not None and np.may_share_memory(out, array):
             raise ValueError(f"out must not overlap {name}")
-
-
-def _name_of(dtype: Any) -> str:
-    """The name of a type of NumPy or torch."""
-    if isinstance(dtype, str):
-        return dtype
-    if type(dtype).__module__ == "torch":
-        return str(dtype).removeprefix("torch.")
-    try:
-        return str(np.dtype(dtype).name)
-    except TypeError:
-        raise TypeError(f"out_dtype must be a type or its name, got {dtype!r}") from None
