@@ -123,6 +123,7 @@ def test_arrays_of_any_kind_and_strides_give_the_same(
         np.testing.assert_array_equal(
             other.dequantize("bfloat16", transpose=True).T, want.dequantize("bfloat16")
         )
+    assert all(array.ctypes.data % 64 == 0 for array in want.arrays.values() if array.ndim > 1)
     view = torch.from_numpy(want.codes)
     assert view.data_ptr() == want.codes.ctypes.data
 

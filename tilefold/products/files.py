@@ -25,7 +25,7 @@ import numpy as np
 
 from tilefold.common.check import one_line, shorten, shown
 from tilefold.common.files import write_atomically
-from tilefold.products.quantized import QuantizedMatrix
+from tilefold.products.quantized import QuantizedMatrix, aligned
 
 KIND = "tilefold.quantized"
 """The key of the metadata that describes the matrices, as JSON."""
@@ -127,7 +127,7 @@ def _load(path: Path) -> dict[str, QuantizedMatrix]:
         matrices = _described(header.pop("__metadata__", None))
         left = size - 8 - length
         _check_arrays(header, left)
-        memory = np.empty(left, np.uint8)
+        memory = aligned((left,), "uint8")
         if file.readinto(memory.data) != left:
             raise ValueError(f"it ended before its {left} bytes of arrays")
     found = {}

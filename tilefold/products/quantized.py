@@ -6,6 +6,7 @@ time, so the work takes little memory beside the matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ Array = NDArray[Any]
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 SCALES = ("float32", "float16")
+
+LINE = 64  # bytes
 
 _AT_ONCE = 1 << 21  # weights that are quantised or widened at once: 8 MiB of float32; not tuned
 
@@ -217,13 +220,29 @@ def quantize(
             scheme,
             (k, n),
             group,
-            np.concatenate(codes),
-            np.concatenate(scales),
-            np.concatenate(zeros) if found.zeros else None,
+            _joined(codes),
+            _joined(scales),
+            _joined(zeros) if found.zeros else None,
         )
     entries = palettes.palette(_halves(matrix)) if table is None else _table(table)
     indices = [pack(found, palettes.nearest(entries, block)) for block in _blocks(matrix)]
-    return QuantizedMatrix(scheme, (k, n), k, np.concatenate(indices), table=entries)
+    return QuantizedMatrix(scheme, (k, n), k, _joined(indices), table=entries)
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> Array:
+    """An array that begins with a line of the cache, so that no vector lies in two lines."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _joined(parts: list[Array]) -> Array:
+    """The arrays of panels, one after another."""
+    panels = sum(len(part) for part in parts)
+    whole = aligned((panels, *parts[0].shape[1:]), parts[0].dtype.name)
+    np.concatenate(parts, out=whole)
+    return whole
 
 
 def _scaled(
