@@ -342,7 +342,7 @@ def _linear(name: str, threads: int, job: dict[str, Any]) -> list[Job]:
     if name == "tilefold":
         import tilefold.torch
 
-        made: Any = tilefold.torch.QuantizedLinear.from_linear(layer, "int8")
+        made: Any = tilefold.torch.QuantizedLinear.from_linear(layer, "int8", dynamic=True)
     else:
         model = torch.nn.Sequential(layer)
         made = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)

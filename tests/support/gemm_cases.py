@@ -41,6 +41,10 @@ CASES = [
     Case((17, 40, 31), turned="o", bias="float32", batch=(3,)),
     Case((33, 50, 77), "bfloat16", "bfloat16", "float32", activation="silu", gate=True),
     Case((50, 33, 1300), "bfloat16", "bfloat16", "bfloat16", "a", bias="bfloat16"),
+    # few sums of many terms: chunks of the contraction
+    Case((40, 70, 3000), bias="float32", activation="relu"),
+    Case((33, 20, 2100), "bfloat16", "bfloat16", "float32", gate=True),
+    Case((35, 33, 1100), "int8", "int8", "int32"),
     # integers, at their ends
     Case((35, 66, 203), "int8", "int8", "int32"),
     Case((18, 33, 65), "uint8", "int8", "int32", "ab", c="int32"),

@@ -18,7 +18,6 @@ from tilefold.backends.cpu.matmul import few_rows
 from tilefold.backends.cpu.matmul.arguments import GEMM, OFFSETS, PACK
 from tilefold.backends.cpu.matmul.gemm import PANELS_PER_ITEM, emit
 from tilefold.backends.cpu.matmul.plan import (
-    FewRowsPlan,
     GemmPlan,
     Plan,
     pack_spec,
@@ -78,17 +77,20 @@ class Prepared:
         for name, address in (("a", a), ("b", b), ("out", out), ("c", c), ("bias", bias)):
             words[_GEMM[name]] = address
         words[_GEMM["gate"]], words[_GEMM["workspace"]] = gate, workspace.pointer
-        if isinstance(made, FewRowsPlan) and made.chunks > 1:
+        parts = None
+        if made.chunks > 1:
             counters = 8 * (made.items // made.chunks)
-            panels = _panels(made.parts_bytes + counters)
-            finished = panels.pointer + made.parts_bytes
+            parts = _parts_of(made.parts_bytes + counters)
+            finished = parts.pointer + made.parts_bytes
             ctypes.memset(finished, 0, counters)
-            words[_GEMM["parts"]], words[_GEMM["finished"]] = panels.pointer, finished
+            words[_GEMM["parts"]], words[_GEMM["finished"]] = parts.pointer, finished
         threads.run(self.loaded.address, words.ctypes.data, workers)
         if workspace.size <= KEPT_BYTES:
             _local.workspace = workspace
         if panels is not None and panels.size <= KEPT_BYTES:
             _kept.panels = panels
+        if parts is not None and parts.size <= KEPT_BYTES:
+            _kept.parts = parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +127,7 @@ class _Kept(threading.local):
     """Memory of panels that a thread keeps for its next product: fresh pages cost 3 % of it."""
 
     panels = _Memory(0)
+    parts = _Memory(0)
 
 
 _kept = _Kept()
@@ -135,6 +138,14 @@ def _panels(size: int) -> _Memory:
     if size > KEPT_BYTES:
         return _Memory(size)
     held, _kept.panels = _kept.panels, _Memory(0)
+    return held if held.size >= size else _Memory(size)
+
+
+def _parts_of(size: int) -> _Memory:
+    """Memory for the sums of chunks, in the same way."""
+    if size > KEPT_BYTES:
+        return _Memory(size)
+    held, _kept.parts = _kept.parts, _Memory(0)
     return held if held.size >= size else _Memory(size)
 
 
@@ -232,12 +243,9 @@ def _words(made: Plan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         "a_bytes": made.a_bytes,
         "b_bytes": made.b_bytes,
         "sums_bytes": made.sums_bytes,
-        "chunks": 1,
-        "chunk_k": product.k,
+        "chunks": made.chunks,
+        "chunk_k": made.chunk_k,
     }
-    if isinstance(made, FewRowsPlan):
-        values["chunks"] = made.chunks
-        values["chunk_k"] = -(-product.k // made.chunks)
 
     for name, operand in (("out", made.out), ("c", product.c), ("bias", product.bias)):
         if operand is not None:

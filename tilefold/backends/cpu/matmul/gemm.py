@@ -10,7 +10,8 @@
 
 (Van Zee and van de Geijn, "BLIS: a framework for rapidly instantiating BLAS functionality", 2015.)
 The sum of an element goes through the contraction in order, whatever the blocks of rows and columns
-and whoever makes it, so results do not depend on threads.
+and whoever makes it, so results do not depend on threads. Where few sums have many terms, an item
+has a chunk of the contraction; who finishes the last chunk of a block adds all of them, in order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from tilefold.backends.cpu.kernels import amx
-from tilefold.backends.cpu.kernels.ir import Module, Value
+from tilefold.backends.cpu.kernels.ir import Module, Value, vector
 from tilefold.backends.cpu.matmul import panels
 from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
@@ -112,9 +113,17 @@ class _Gemm:
                 self._item(item)
 
     def _item(self, item: Value) -> None:
-        body, words = self.body, self.words
-        row_block = body.binary("urem", item, words["row_blocks"])
-        rest = body.binary("udiv", item, words["row_blocks"])
+        body, words, spec = self.body, self.words, self.spec
+        place = item
+        self.start, self.stop = Value("0", "i64"), words["k"]
+        self.part = item
+        if spec.split:
+            chunk = body.binary("urem", item, words["chunks"])
+            place = body.binary("udiv", item, words["chunks"], "place")
+            self.start = body.mul(chunk, words["chunk_k"], "start")
+            self.stop = body.minimum(body.add(self.start, words["chunk_k"]), words["k"], "stop")
+        row_block = body.binary("urem", place, words["row_blocks"])
+        rest = body.binary("udiv", place, words["row_blocks"])
         column_block = body.binary("urem", rest, words["column_blocks"])
         matrix = body.binary("udiv", rest, words["column_blocks"])
         self.first_row = body.mul(row_block, words["block_m"], "first_row")
@@ -126,19 +135,20 @@ class _Gemm:
             name: body.load(body.offset(begins, "i64", number), "i64", f"{name}.begins")
             for number, name in enumerate(OFFSETS)
         }
-        at_least = body.select(
-            body.compare("sgt", words["k"], Value("0", "i64")), words["k"], Value("1", "i64")
-        )
-        with body.loop("c", 0, at_least, words["block_k"]) as c:
+        once = body.add(self.start, 1)
+        at_least = body.select(body.compare("sgt", self.stop, once), self.stop, once)
+        with body.loop("c", self.start, at_least, words["block_k"]) as c:
             self._block(c)
+        if spec.split:
+            self._join_if_last(place)
 
     def _block(self, c: Value) -> None:
         """One block of the contraction."""
         body, words, spec = self.body, self.words, self.spec
         end = body.add(c, words["block_k"])
-        depth = body.minimum(words["block_k"], body.sub(words["k"], c), "depth")
-        self.is_last = body.compare("sge", end, words["k"], "is_last")
-        self.is_first = body.compare("eq", c, Value("0", "i64"), "is_first")
+        depth = body.minimum(words["block_k"], body.sub(self.stop, c), "depth")
+        self.is_last = body.compare("sge", end, self.stop, "is_last")
+        self.is_first = body.compare("eq", c, self.start, "is_first")
         steps = depth
         if spec.unit.depth > 1:
             steps = body.binary("udiv", body.add(depth, spec.unit.depth - 1), spec.unit.depth)
@@ -206,15 +216,13 @@ class _Gemm:
         # one tile serves all where the contraction is one block
         several = body.compare("ne", words["tiles_m"], Value("0", "i64"))
         tile_number = body.select(several, tile_number, Value("0", "i64"))
-        size = spec.rows * spec.width
-        places = [
-            body.offset(base, SCALARS[spec.sums], body.mul(tile_number, size))
-            for base in (self.sums, self.other)
-        ]
+        places = self._places(tile_number)
         width = Value(str(spec.width), "i64")
         if not spec.direct:
             self._sum(row, columns, places, width, rights)
-            self._finish(row, column, rows, columns, places)
+            if not spec.split:
+                with body.when(self.is_last, "last"):
+                    self._finish(row, column, rows, columns, places)
             return
         full = body.binary(
             "and",
@@ -227,7 +235,55 @@ class _Gemm:
             self._sum(row, width, [target], words["out_m"], rights)
             branch.otherwise()
             self._sum(row, columns, places, width, rights)
-            self._finish(row, column, rows, columns, places)
+            with body.when(self.is_last, "last"):
+                self._finish(row, column, rows, columns, places)
+
+    def _places(self, tile_number: Value) -> list[Value]:
+        """Where the sums of a tile are, and those of the gate: in scratch, or for all chunks."""
+        body, words, spec = self.body, self.words, self.spec
+        bases = [self.sums, self.other]
+        if spec.split:
+            both = body.mul(words["sums_bytes"], 2 if spec.gate else 1)
+            first = body.offset(words["parts"], "i8", body.mul(self.part, both))
+            bases = [first, body.offset(first, "i8", words["sums_bytes"])]
+        before = body.mul(tile_number, spec.rows * spec.width)
+        return [body.offset(base, SCALARS[spec.sums], before) for base in bases]
+
+    def _join_if_last(self, place: Value) -> None:
+        """Add the sums of all chunks, in order, if all are done."""
+        body, words, spec = self.body, self.words, self.spec
+        done = body.offset(words["finished"], "i64", place)
+        before = body.result("before", "i64", f"atomicrmw add {done.typed}, i64 1 acq_rel")
+        last = body.compare("eq", body.add(before, 1), words["chunks"])
+        with (
+            body.when(last, "all"),
+            body.loop("column", self.first_column, self.last_column, spec.width) as column,
+            body.loop("row", self.first_row, self.last_row, spec.rows) as row,
+        ):
+            number = body.binary("udiv", body.sub(column, self.first_column), spec.width)
+            tile_number = body.binary("udiv", body.sub(row, self.first_row), spec.rows)
+            tile_number = body.add(tile_number, body.mul(number, words["tiles_m"]))
+            targets = [self.sums, self.other] if spec.gate else [self.sums]
+            for which, target in enumerate(targets):
+                self._join(place, tile_number, which, target)
+            rows = body.minimum(body.sub(self.last_row, row), spec.rows)
+            columns = body.minimum(body.sub(self.last_column, column), spec.width)
+            self._finish(row, column, rows, columns, [self.sums, self.other])
+
+    def _join(self, place: Value, tile_number: Value, which: int, target: Value) -> None:
+        """The sums of a tile over all chunks, into scratch."""
+        body, words, spec = self.body, self.words, self.spec
+        scalar = SCALARS[spec.sums]
+        type_ = vector(spec.lanes, scalar)
+        add = "add" if spec.sums == "int32" else "fadd"
+        with body.loop("sum", 0, spec.rows * spec.width, spec.lanes) as at:
+            total = body.variable(type_, body.constant(0, type_), "joined")
+            with body.loop("chunk", 0, words["chunks"]) as chunk:
+                self.part = body.add(body.mul(place, words["chunks"]), chunk)
+                more = body.offset(self._places(tile_number)[which], scalar, at)
+                found = body.load(more, type_, "more")
+                body.write(total, body.binary(add, body.read(total), found))
+            body.store(body.read(total), body.offset(target, scalar, at))
 
     def _sum(
         self, row: Value, columns: Value, targets: list[Value], stride: Value, rights: list[Value]
@@ -263,16 +319,15 @@ class _Gemm:
         self, row: Value, column: Value, rows: Value, columns: Value, places: list[Value]
     ) -> None:
         body, words, spec = self.body, self.words, self.spec
-        with body.when(self.is_last, "last"):
-            pointers = []
-            for name, dtype in (("out", spec.out), ("c", spec.c), ("bias", spec.bias)):
-                if dtype is None:
-                    pointers.append(Value("null", "ptr"))
-                    continue
-                store = reading(dtype, spec.finished, spec.native_half)
-                index = body.add(
-                    body.mul(row, words[f"{name}_m"]), body.mul(column, words[f"{name}_n"])
-                )
-                index = body.add(index, self.begins[name])
-                pointers.append(store.at(body, words[name], index))
-            body.invoke(self.finish, [self.block, *places, rows, columns, *pointers])
+        pointers = []
+        for name, dtype in (("out", spec.out), ("c", spec.c), ("bias", spec.bias)):
+            if dtype is None:
+                pointers.append(Value("null", "ptr"))
+                continue
+            store = reading(dtype, spec.finished, spec.native_half)
+            index = body.add(
+                body.mul(row, words[f"{name}_m"]), body.mul(column, words[f"{name}_n"])
+            )
+            index = body.add(index, self.begins[name])
+            pointers.append(store.at(body, words[name], index))
+        body.invoke(self.finish, [self.block, *places, rows, columns, *pointers])

@@ -36,6 +36,10 @@ _WIDE_COLUMNS, _DEEP_COLUMNS, _MOST_CHUNKS = 4096, 64, 16
 """Columns of an item by its form. Long lines are read fastest: of what reading takes, one row and
 4096 x 4096 took the share 0.75 by lines of 512, 0.90 by 2048, 1.00 by 4096 (Xeon with AMX)."""
 
+_FEW_SUMS, _CHUNK, _MOST_SPLIT = 2**15, 256, 8
+"""Products of at most so many sums, which few cores would share, are split into chunks of at least
+so many terms. They are not tuned."""
+
 _LEAST_ROWS = 0.7
 """The least share of the table's rows: lower tiles load more for each multiply-add."""
 
@@ -70,6 +74,8 @@ class GemmPlan:
     block_k: int
     packs: bool
     turned: bool
+    chunks: int = 1
+    chunk_k: int = 0
 
     @property
     def row_blocks(self) -> int:
@@ -84,7 +90,13 @@ class GemmPlan:
     @property
     def items(self) -> int:
         """Work items of all matrices."""
-        return self.product.matrices * self.row_blocks * self.column_blocks
+        return self.product.matrices * self.row_blocks * self.column_blocks * self.chunks
+
+    @property
+    def parts_bytes(self) -> int:
+        """Memory of the sums of all chunks."""
+        seconds = 2 if self.spec.gate else 1
+        return self.items * seconds * self.sums_bytes if self.chunks > 1 else 0
 
     @property
     def panels(self) -> int:
@@ -102,7 +114,7 @@ class GemmPlan:
     @property
     def one_block(self) -> bool:
         """True if the contraction is one block."""
-        return self.product.k <= self.block_k
+        return self.chunks == 1 and self.product.k <= self.block_k
 
     @property
     def a_bytes(self) -> int:
@@ -147,6 +159,7 @@ class FewRowsPlan:
     spec: FewRowsSpec
     turned: bool
     chunks: int
+    chunk_k: int
 
     packs = False
     one_block = True
@@ -211,7 +224,8 @@ def plan(product: Product, out: Operand, device: Device, packed: bool = False) -
     form = None if packed else _few_rows(product)
     if form:
         spec = _few_rows_spec(product, form, device)
-        return FewRowsPlan(product, out, spec, turned, _chunks(product) if form == "wide" else 1)
+        chunks = _chunks(product) if form == "wide" else 1
+        return FewRowsPlan(product, out, spec, turned, chunks, _parts(product.k, chunks))
     return _plan(product, out, device, packed, turned)
 
 
@@ -260,8 +274,9 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
     rows = (32 if product.m > 16 else 16) if unit.tiles else balanced(product.m, most)
     lanes = lanes_of(device, product.sums)
     width = vectors * lanes
-    block_k = _block_k(product.k, width, device, unit, product.sums)
-    block_m, block_n = _blocks(product, rows, width, block_k, device, unit)
+    chunks, chunk_k = _split(product, unit)
+    block_k = _block_k(chunk_k, width, device, unit, product.sums)
+    block_m, block_n = _blocks(product, rows, width, block_k, device, unit, chunks)
     packs = not packed and product.m > block_m
     plain = product.alpha == 1 and not (product.beta or product.bias or product.gate)
     spec = GemmSpec(
@@ -276,6 +291,7 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
         native_half=device.converts_float16,
         packed=packed or packs,
         direct=plain
+        and chunks == 1
         and product.activation is None
         and product.dtype == product.sums
         and (out.axes.strides[-1] == 1 or product.n == 1),
@@ -283,8 +299,22 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
         bias=product.bias.dtype if product.bias else None,
         activation=product.activation,
         gate=product.gate is not None,
+        split=chunks > 1,
     )
-    return GemmPlan(product, out, spec, block_m, block_n, block_k, packs, turned)
+    sizes = block_m, block_n, block_k
+    return GemmPlan(product, out, spec, *sizes, packs, turned, chunks, chunk_k)
+
+
+def _split(product: Product, unit: Unit) -> tuple[int, int]:
+    """How many chunks of the contraction are items, and their length; by the sizes alone.
+
+    The head of a panel of VNNI is that of all terms, so it is never split.
+    """
+    sums, k = product.matrices * product.m * product.n, product.k
+    if unit == VNNI or sums > _FEW_SUMS or k < 2 * _CHUNK:
+        return 1, k
+    chunk_k = _up(_parts(k, min(_MOST_SPLIT, k // _CHUNK)), 64)
+    return _parts(k, chunk_k), chunk_k
 
 
 def pack_spec(a: str, b: str, device: Device) -> PackSpec:
@@ -310,8 +340,8 @@ def balanced(m: int, most: int) -> int:
 
 
 def _cost(m: int, rows: int) -> float:
-    """Vectors that are loaded and multiplied for m rows: a tile of r rows takes r + 1 steps."""
-    return -(-m // rows) * (rows + 1.0)
+    """Steps for m rows: a tile takes one for each of its rows, and two more."""
+    return -(-m // rows) * (rows + 2.0)
 
 
 def unit_of(a: str, b: str, device: Device) -> Unit:
@@ -343,7 +373,13 @@ def _block_k(k: int, width: int, device: Device, unit: Unit, sums: str) -> int:
 
 
 def _blocks(
-    product: Product, rows: int, width: int, block_k: int, device: Device, unit: Unit
+    product: Product,
+    rows: int,
+    width: int,
+    block_k: int,
+    device: Device,
+    unit: Unit,
+    chunks: int,
 ) -> tuple[int, int]:
     """Rows and columns of an item: A's block in half of the second cache, items for all cores."""
     l2 = device.l2_bytes or 2**19
@@ -351,7 +387,7 @@ def _blocks(
     block_m = max(1, int(_M_CACHE * l2 / (block_k * item)) // rows) * rows
     block_m = _up(_parts(product.m, _parts(product.m, block_m)), rows)
     block_n = min(_MOST_PANELS, max(1, -(-product.n // width))) * width
-    wanted = _ITEMS_PER_CORE * device.cores
+    wanted = _ITEMS_PER_CORE * device.cores // chunks
     while product.matrices * _parts(product.m, block_m) * _parts(product.n, block_n) < wanted:
         if block_n >= 2 * block_m and block_n > width:
             block_n = _up(_parts(block_n, 2), width)

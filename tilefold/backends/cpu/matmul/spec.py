@@ -74,7 +74,7 @@ class GemmSpec:
 
     A register tile has `rows` rows by `vectors` vectors of `lanes` sums. Without `packed` each item
     packs its part of B. `direct`: whole tiles are summed in the result itself. `gate`: there is a
-    second B, whose sums multiply the activation.
+    second B, whose sums multiply the activation. `split`: items have chunks of the contraction.
     """
 
     a: str
@@ -92,6 +92,7 @@ class GemmSpec:
     bias: str | None = None
     activation: str | None = None
     gate: bool = False
+    split: bool = False
     kernel: str = "gemm"
 
     @property
