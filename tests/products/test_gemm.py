@@ -205,6 +205,14 @@ def test_repeated_calls_make_no_plan() -> None:
     assert (tilefold.gemm(a, b, alpha=0.123) == first).all() and len(plans._kept) == before
 
 
+def test_plans_of_large_batches_do_not_fill_memory() -> None:
+    b = np.ones((2, 1), "f")
+    for batch in range(100_000, 100_008):
+        a = np.broadcast_to(np.ones((1, 2), "f"), (batch, 1, 2))
+        assert tilefold.gemm(a, b).shape == (batch, 1, 1)
+    assert plans._kept._total() <= 2**24
+
+
 A, B, D = np.ones((2, 3), "f"), np.ones((3, 2), "f"), np.ones((3, 3), "f")
 I = np.ones((3, 3), "int8")  # noqa: E741
 REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [

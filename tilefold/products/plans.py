@@ -185,13 +185,18 @@ def places(product: Product, forms: Mapping[str, Form]) -> dict[str, Place]:
     return {name: Place.of(form) for name, form in forms.items() if name in (*read, "out")}
 
 
-_kept: LruCache[Plan] = LruCache(most=256, most_bytes=2**20)
+_kept: LruCache[Plan] = LruCache(most=256, most_bytes=2**24)
+"""Plans of calls. A large batch has 48 bytes for each of its matrices."""
 
 
 def kept(key: Hashable, options: Options, forms: Callable[[], Mapping[str, Form]]) -> Plan:
     """The plan under a key, which says how the arrays lie; made of their forms if there is none."""
     found = known(key, options)
-    return found if found is not None else _kept.put((options, key), plan(options, forms()), 0)
+    if found is None:
+        found = plan(options, forms())
+        size = found.prepared.offsets.nbytes if found.prepared else 0
+        _kept.put((options, key), found, size)
+    return found
 
 
 def known(key: Hashable, options: Options) -> Plan | None:
