@@ -130,6 +130,11 @@ def _source(spec: QuantizedSpec | RoundingSpec) -> str:
     return quantized_integers.emit(spec) if spec.integers else emit(spec)
 
 
+def _memory(size: int) -> NDArray[np.uint8]:
+    """Memory of a call, whose bytes are not set."""
+    return np.empty(size, np.uint8)
+
+
 @dataclass(frozen=True, eq=False)
 class Rounding:
     """Rows of x made ready to be rounded: a kernel, and what it writes."""
@@ -142,8 +147,8 @@ class Rounding:
 
     def run(self, x: int, workers: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Tiles of rounded rows, and the scales of the rows."""
-        found = np.empty(self.tiles * self.rows * self.k, np.uint8)
-        scales = np.empty(self.m, np.float32)
+        found = _memory(self.tiles * self.rows * self.k)
+        scales = _memory(4 * self.m).view(np.float32)
         block = np.array(
             [0, 0, self.tiles, self.m, self.k, x, pointer(found), pointer(scales)], np.int64
         )
@@ -172,7 +177,7 @@ class Prepared:
         words[_X], words[_OUT], words[_BIAS] = x, out, bias
         workers = min(workers, self.items)
         if self.scratch_bytes:
-            scratch = np.empty(workers * self.scratch_bytes, np.uint8)
+            scratch = _memory(workers * self.scratch_bytes)
             words[_WORKSPACE] = pointer(scratch)
         threads.run(self.loaded.address, pointer(words), workers)
 
