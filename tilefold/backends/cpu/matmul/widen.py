@@ -72,29 +72,36 @@ def weights(body: Body, spec: QuantizedSpec, table: list[Value]) -> Weights:
         return (_permuted_palette if spec.permutes else _palette)(body, spec, table)
     if spec.scheme in ("int4", "int4_symmetric"):
         return _int4(body, spec)
+    together = spec.vectors if spec.scheme == "float8_e4m3" else 1
     convert = _int8 if spec.scheme == "int8" else _e4m3
 
     def read(at: Value, t: int) -> list[Value]:
-        codes = []
-        for j in range(spec.vectors):
+        found = []
+        for j in range(0, spec.vectors, together):
             place = body.offset(at, "i8", t * spec.width + j * spec.lanes)
-            codes.append(body.load(place, vector(spec.lanes, "i8"), "codes"))
-        return [convert(body, spec, code) for code in codes]
+            codes = body.load(place, vector(together * spec.lanes, "i8"), "codes")
+            found += convert(body, spec, codes)
+        return found
 
     return read
 
 
-def _int8(body: Body, spec: QuantizedSpec, codes: Value) -> Value:
+def _int8(body: Body, spec: QuantizedSpec, codes: Value) -> list[Value]:
     wide = body.cast("sext", codes, vector(spec.lanes, "i32"))
-    return body.cast("sitofp", wide, vector(spec.lanes, "float"), "w")
+    return [body.cast("sitofp", wide, vector(spec.lanes, "float"), "w")]
 
 
-def _e4m3(body: Body, spec: QuantizedSpec, codes: Value) -> Value:
-    """Sign, exponent and mantissa, moved to their places in a float16."""
-    wide = body.cast("sext", codes, vector(spec.lanes, "i16"))
+def _e4m3(body: Body, spec: QuantizedSpec, codes: Value) -> list[Value]:
+    """Sign, exponent and mantissa of all vectors, moved to their places in a float16."""
+    wide = body.cast("sext", codes, vector(codes.lanes, "i16"))
     bits = body.binary("and", body.binary("shl", wide, 7), 0xBF80 - 0x10000)
-    half = body.cast("bitcast", bits, vector(spec.lanes, "half"))
-    return storage("float16", spec.native_half).widen(body, half, "w")
+    halves = body.cast("bitcast", bits, vector(codes.lanes, "half"))
+    store, lanes = storage("float16", spec.native_half), spec.lanes
+    parts = (
+        body.shuffle(halves, halves, range(first, first + lanes))
+        for first in range(0, codes.lanes, lanes)
+    )
+    return [store.widen(body, part, "w") for part in parts]
 
 
 def _words(body: Body, spec: QuantizedSpec, at: Value, line: int) -> list[Value]:
