@@ -62,6 +62,7 @@ GEMM = (
     "bias_n",
     "alpha",  # bits of a double
     "beta",
+    "ahead",  # bytes of the next panel of B that a step asks for
     "tiles_m",  # tiles of sums that scratch has for each panel of B; 0 where one serves all
     "workspace",
     "workspace_bytes",

@@ -238,6 +238,7 @@ def _words(made: Plan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         "panel_bytes": made.panel_bytes,
         "alpha": double_bits(product.alpha),
         "beta": double_bits(product.beta),
+        "ahead": made.ahead,
         "tiles_m": 0 if made.one_block else made.block_m // made.spec.rows,
         "workspace_bytes": made.workspace_bytes,
         "a_bytes": made.a_bytes,

@@ -25,7 +25,7 @@ from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
 from tilefold.backends.cpu.matmul.panels import SCALARS, reading
 from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, GemmSpec, PackSpec
-from tilefold.backends.cpu.matmul.tile import AHEAD_BYTES, TILE_ROWS, tile
+from tilefold.backends.cpu.matmul.tile import tile
 
 PANELS_PER_ITEM = 8
 """Panels of B that a worker packs at a time: lines of 256 floats are read at once."""
@@ -297,10 +297,10 @@ class _Gemm:
             line = body.mul(self.steps, spec.width * self.step_bytes)
             ahead = words["panel_bytes"] if spec.packed else line
             done = body.binary("udiv", body.sub(row, self.first_row), spec.rows)
-            fetched = AHEAD_BYTES * (TILE_ROWS if spec.unit.tiles else 1)
-            done = body.mul(done, body.mul(self.steps, fetched))
+            done = body.mul(done, body.mul(self.steps, words["ahead"]))
             ahead = body.offset(right, "i8", body.add(ahead, done))
-            arguments = [left, right, self.steps, target, stride, start, start_stride, ahead]
+            arguments = [left, right, self.steps, target, stride, start, start_stride]
+            arguments += [ahead, words["ahead"]]
             self._narrowest(columns, 1, arguments)
 
     def _narrowest(self, columns: Value, vectors: int, arguments: list[Value]) -> None:

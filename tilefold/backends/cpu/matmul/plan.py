@@ -117,6 +117,12 @@ class GemmPlan:
         return self.chunks == 1 and self.product.k <= self.block_k
 
     @property
+    def ahead(self) -> int:
+        """Bytes of the next panel of B that a step of a tile asks for: all tiles ask for all."""
+        line = self.spec.width * self.spec.step_bytes
+        return max(8, _up(_parts(line, self.block_m // self.spec.rows), 8))
+
+    @property
     def a_bytes(self) -> int:
         """A worker's scratch for panels of A, with room behind the last one."""
         steps = _parts(self.block_k, self.spec.unit.depth)
@@ -164,7 +170,7 @@ class FewRowsPlan:
     packs = False
     one_block = True
     row_blocks = 1
-    panel_bytes = b_bytes = 0
+    panel_bytes = b_bytes = ahead = 0
 
     @property
     def column_blocks(self) -> int:
@@ -389,9 +395,7 @@ def _blocks(
     block_n = min(_MOST_PANELS, max(1, -(-product.n // width))) * width
     wanted = _ITEMS_PER_CORE * device.cores // chunks
     while product.matrices * _parts(product.m, block_m) * _parts(product.n, block_n) < wanted:
-        if block_n >= 2 * block_m and block_n > width:
-            block_n = _up(_parts(block_n, 2), width)
-        elif block_m > 4 * rows:
+        if block_m > 4 * rows:
             block_m = _up(_parts(block_m, 2), rows)
         elif block_n > 2 * width:
             block_n = _up(_parts(block_n, 2), width)

@@ -13,19 +13,17 @@ from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, vector
 from tilefold.backends.cpu.matmul.panels import SCALARS
 from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, GemmSpec
 
-AHEAD_BYTES = 8
-"""What each step of a tile fetches of the next panel of B for each register of a row of it, so that
-16 tiles fetch all of it: the lines arrive one by one while products are made."""
-
 TILE_ROWS = 16
 """Rows of a tile register, and words of a row."""
 
 
 def tile(module: Module, spec: GemmSpec, vectors: int) -> str:
-    """The name of `(a, b, depth, sums, stride, begin, begin stride, ahead)` of the first `vectors`.
+    """The name of `(a, b, depth, sums, stride, begin, begin stride, ahead, ahead step)`.
 
-    `depth` counts steps. Strides are those of the rows of `sums` and of `begin`, what they begin
-    with, in elements. `ahead` is memory that the next tiles read.
+    It makes the sums of the first `vectors` of a panel. `depth` counts steps. Strides are those of
+    the rows of `sums` and of `begin`, what they begin with, in elements. `ahead` is memory that the
+    next tiles read: each step asks for a line of it, `ahead step` bytes further, so that lines
+    arrive one by one while products are made.
     """
     name = f"tile_{vectors}"
     if not module.defines(name):
@@ -42,10 +40,11 @@ class _Tile:
         self.type = vector(spec.lanes, self.scalar)
         pointers = [Value(f"%{name}", "ptr") for name in ("left", "right", "to", "from", "ahead")]
         self.left, self.right, self.sums, self.begin, self.ahead = pointers
-        integers = [Value(f"%{name}", "i64") for name in ("depth", "to_stride", "from_stride")]
-        self.depth, self.stride, self.begin_stride = integers
+        names = ("depth", "to_stride", "from_stride", "ahead_step")
+        integers = [Value(f"%{name}", "i64") for name in names]
+        self.depth, self.stride, self.begin_stride, self.ahead_step = integers
         parameters = [self.left, self.right, self.depth, self.sums, self.stride]
-        parameters += [self.begin, self.begin_stride, self.ahead]
+        parameters += [self.begin, self.begin_stride, self.ahead, self.ahead_step]
         with module.function(name, parameters, internal=True) as body:
             self.body = body
             self.write()
@@ -82,7 +81,7 @@ class _InVectors(_Tile):
             for _ in range(spec.rows)
         ]
         with body.loop("c", 0, self.depth) as c:
-            at = body.offset(self.ahead, "i8", body.mul(c, AHEAD_BYTES))
+            at = body.offset(self.ahead, "i8", body.mul(c, self.ahead_step))
             self.fetch(at, 1, write=False)
             right = [self._right(c, j) for j in range(self.vectors)]
             for i, line in enumerate(places):
@@ -158,8 +157,8 @@ class _InTiles(_Tile):
                 corner = self._corner(self.begin, i, j, self.begin_stride)
                 self._tile("tileloadd64", 2 * i + j, corner, strides[1])
         with body.loop("c", 0, self.depth) as c:
-            at = body.offset(self.ahead, "i8", body.mul(c, AHEAD_BYTES * TILE_ROWS))
-            self.fetch(at, AHEAD_BYTES * TILE_ROWS, write=False)
+            at = body.offset(self.ahead, "i8", body.mul(c, self.ahead_step))
+            self.fetch(at, 128, write=False)
             start = body.mul(c, spec.rows * TILE_ROWS)
             for i in range(ups):
                 place = body.offset(self.left, "i32", body.add(start, i * TILE_ROWS * TILE_ROWS))
