@@ -8,7 +8,8 @@ activation   functions of sums
 finish       results from sums
 gemm         the kernels
 few_rows     the kernel of products with few rows of A
-plan         blocks, and what is packed before
+blocks       units, register tiles and blocks
+plan         kernel and blocks of a product, and what is packed before
 calls        products prepared for operands, and run
 widen        codes of quantised matrices, widened in registers
 quantized    the kernel of products of few rows with them

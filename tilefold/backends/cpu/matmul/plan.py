@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.matmul.blocks import (
+    TILES,
+    balanced,
+    blocks,
+    parts,
+    split,
+    terms,
+    unit_of,
+    up,
+    whole,
+)
 from tilefold.backends.cpu.matmul.spec import (
-    AMX,
-    AMX8,
-    DOT,
-    FMA,
     ITEM_BYTES,
-    MADD,
-    VNNI,
     FewRowsSpec,
     GemmSpec,
     PackSpec,
-    Unit,
     lanes_of,
 )
+from tilefold.common.computed import computed
 from tilefold.problems.matmul import Operand, Product, sums
-
-TILES = {"amx": (14, 2), "avx512": (14, 2), "avx2": (6, 2), "sse2": (6, 2), "neon": (12, 2)}
-"""Rows by vectors of register tiles: accumulators, a row of vectors and a broadcast fill the
-registers. (14 x 2 takes 16 loads for 28 multiply-adds.)"""
 
 FEW_ROWS = 16
 """Products of at most so many rows read B where it lies, if it has more elements than this:"""
@@ -35,28 +35,6 @@ _LEAST_READ = 2**12
 _WIDE_COLUMNS, _DEEP_COLUMNS, _MOST_CHUNKS = 4096, 64, 16
 """Columns of an item by its form. Long lines are read fastest: of what reading takes, one row and
 4096 x 4096 took the share 0.75 by lines of 512, 0.90 by 2048, 1.00 by 4096 (Xeon with AMX)."""
-
-_FEW_SUMS, _CHUNK, _MOST_SPLIT = 2**15, 256, 8
-"""Products of at most so many sums, which few cores would share, are split into chunks of at least
-so many terms. They are not tuned."""
-
-_LEAST_ROWS = 0.7
-"""The least share of the table's rows: lower tiles load more for each multiply-add."""
-
-_K_CACHE, _M_CACHE = 1.45, 0.25
-"""A panel of B fills this share of the first cache: it streams from the second, and the longer it
-is, the fewer sums are read again. A's block fills this share of the second cache. (Xeon with AMX,
-float32, 2048^3, one thread, beside MKL: terms of 256 give 0.96, 352 0.97, 512 1.02, 688 1.01.)"""
-
-_K_TILES = 0.7
-"""The share where tile registers multiply: they read a panel of B in 2 bytes for each 64 of their
-operations, so it stays in the first cache."""
-
-_MOST_PANELS = 64
-"""Panels of an item: A's block is packed once for each item (16 give 0.99 where 64 give 1.02)."""
-
-_ITEMS_PER_CORE = 4
-"""Items that each core gets, where there is work enough."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +65,12 @@ class GemmPlan:
         """Blocks of columns of one matrix."""
         return -(-self.product.n // self.block_n)
 
-    @property
+    @computed
     def items(self) -> int:
         """Work items of all matrices."""
         return self.product.matrices * self.row_blocks * self.column_blocks * self.chunks
 
-    @property
+    @computed
     def parts_bytes(self) -> int:
         """Memory of the sums of all chunks."""
         seconds = 2 if self.spec.gate else 1
@@ -120,20 +98,20 @@ class GemmPlan:
     def ahead(self) -> int:
         """Bytes of the next panel of B that a step of a tile asks for: all tiles ask for all."""
         line = self.spec.width * self.spec.step_bytes
-        return max(8, _up(_parts(line, self.block_m // self.spec.rows), 8))
+        return max(8, up(parts(line, self.block_m // self.spec.rows), 8))
 
     @property
     def a_bytes(self) -> int:
         """A worker's scratch for panels of A, with room behind the last one."""
-        steps = _parts(self.block_k, self.spec.unit.depth)
-        return _whole(self.block_m * steps * self.spec.step_bytes + 64)
+        steps = parts(self.block_k, self.spec.unit.depth)
+        return whole(self.block_m * steps * self.spec.step_bytes + 64)
 
     @property
     def b_bytes(self) -> int:
         """A worker's scratch for panels of B."""
         if self.spec.packed:
             return 0
-        return _whole(self.block_n // self.spec.width * self._size(self.block_k))
+        return whole(self.block_n // self.spec.width * self._size(self.block_k))
 
     @property
     def sums_bytes(self) -> int:
@@ -141,9 +119,9 @@ class GemmPlan:
         size = self.spec.rows * self.spec.width
         if not self.one_block:
             size = self.block_m * self.block_n
-        return _whole(size * ITEM_BYTES[self.spec.sums])
+        return whole(size * ITEM_BYTES[self.spec.sums])
 
-    @property
+    @computed
     def workspace_bytes(self) -> int:
         """All scratch of a worker."""
         seconds = 2 if self.spec.gate else 1
@@ -153,7 +131,7 @@ class GemmPlan:
 def panel_bytes(spec: PackSpec, k: int) -> int:
     """Bytes of a panel of B with k terms."""
     unit, width = spec.unit, spec.width
-    return _parts(k, unit.depth) * width * unit.step_bytes(spec.sums) + unit.head_bytes(width)
+    return parts(k, unit.depth) * width * unit.step_bytes(spec.sums) + unit.head_bytes(width)
 
 
 @dataclass(frozen=True)
@@ -175,17 +153,17 @@ class FewRowsPlan:
     @property
     def column_blocks(self) -> int:
         """Blocks of columns of one matrix."""
-        return _parts(self.product.n, self.spec.width)
+        return parts(self.product.n, self.spec.width)
 
-    @property
+    @computed
     def items(self) -> int:
         """Work items of all matrices."""
         return self.product.matrices * self.column_blocks * self.chunks
 
-    @property
+    @computed
     def parts_bytes(self) -> int:
         """Memory of the sums of all chunks."""
-        return _whole(self.items * self.sums_bytes) if self.chunks > 1 else 0
+        return whole(self.items * self.sums_bytes) if self.chunks > 1 else 0
 
     @property
     def block_m(self) -> int:
@@ -205,7 +183,7 @@ class FewRowsPlan:
     @property
     def a_bytes(self) -> int:
         """A worker's scratch for the rows of A, with room for a vector behind them."""
-        return _whole(self.spec.rows * self.product.k * ITEM_BYTES[self.spec.sums] + 64)
+        return whole(self.spec.rows * self.product.k * ITEM_BYTES[self.spec.sums] + 64)
 
     @property
     def sums_bytes(self) -> int:
@@ -213,17 +191,22 @@ class FewRowsPlan:
         seconds = 2 if self.spec.gate else 1
         return seconds * self.spec.rows * self.spec.width * ITEM_BYTES[self.spec.sums]
 
-    @property
+    @computed
     def workspace_bytes(self) -> int:
         """All scratch of a worker."""
-        return _whole(self.a_bytes + self.sums_bytes)
+        return whole(self.a_bytes + self.sums_bytes)
 
 
 Plan = GemmPlan | FewRowsPlan
 
 
 def plan(product: Product, out: Operand, device: Device, packed: bool = False) -> Plan:
-    """The plan of a product whose result lies as `out`. `packed`: B comes in panels."""
+    """The plan of a product whose result lies as `out`. `packed`: B comes in panels.
+
+    Raises NotImplementedError for what no kernel computes.
+    """
+    if product.dtype == "int32" and (product.activation or product.gate):
+        raise NotImplementedError("a result of int32 has no activation and no gate")
     turned = not packed and product.gate is None and _is_turned(product, out)
     if turned:
         product, out = _transposed(product), out.turned()
@@ -231,7 +214,7 @@ def plan(product: Product, out: Operand, device: Device, packed: bool = False) -
     if form:
         spec = _few_rows_spec(product, form, device)
         chunks = _chunks(product) if form == "wide" else 1
-        return FewRowsPlan(product, out, spec, turned, chunks, _parts(product.k, chunks))
+        return FewRowsPlan(product, out, spec, turned, chunks, parts(product.k, chunks))
     return _plan(product, out, device, packed, turned)
 
 
@@ -255,7 +238,7 @@ def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
     lanes = lanes_of(device, product.sums)
     width = _DEEP_COLUMNS
     if form == "wide":
-        width = _up(_parts(product.n, _parts(product.n, _WIDE_COLUMNS)), 4 * lanes)
+        width = up(parts(product.n, parts(product.n, _WIDE_COLUMNS)), 4 * lanes)
     return FewRowsSpec(
         a=product.a.dtype,
         b=product.b.dtype,
@@ -280,9 +263,9 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
     rows = (32 if product.m > 16 else 16) if unit.tiles else balanced(product.m, most)
     lanes = lanes_of(device, product.sums)
     width = vectors * lanes
-    chunks, chunk_k = _split(product, unit)
-    block_k = _block_k(chunk_k, width, device, unit, product.sums)
-    block_m, block_n = _blocks(product, rows, width, block_k, device, unit, chunks)
+    chunks, chunk_k = split(product, unit)
+    block_k = terms(chunk_k, width, device, unit, product.sums)
+    block_m, block_n = blocks(product, rows, width, block_k, device, unit, chunks)
     packs = not packed and product.m > block_m
     plain = product.alpha == 1 and not (product.beta or product.bias or product.gate)
     spec = GemmSpec(
@@ -311,107 +294,12 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
     return GemmPlan(product, out, spec, *sizes, packs, turned, chunks, chunk_k)
 
 
-def _split(product: Product, unit: Unit) -> tuple[int, int]:
-    """How many chunks of the contraction are items, and their length; by the sizes alone.
-
-    The head of a panel of VNNI is that of all terms, so it is never split.
-    """
-    sums, k = product.matrices * product.m * product.n, product.k
-    if unit == VNNI or sums > _FEW_SUMS or k < 2 * _CHUNK:
-        return 1, k
-    chunk_k = _up(_parts(k, min(_MOST_SPLIT, k // _CHUNK)), 64)
-    return _parts(k, chunk_k), chunk_k
-
-
 def pack_spec(a: str, b: str, device: Device) -> PackSpec:
     """The kernel that packs a B of one type for products with an A of another one."""
     kind = sums(a, b)
     lanes = lanes_of(device, kind)
     width = TILES[device.isa][1] * lanes
     return PackSpec(b, kind, unit_of(a, b, device), width, lanes, device.converts_float16)
-
-
-def balanced(m: int, most: int) -> int:
-    """Rows of register tiles, at most `most`: the fewest idle rows in the last tile of m rows.
-
-    >>> balanced(15, 14), balanced(100, 14), balanced(5, 14), balanced(4096, 14)
-    (8, 13, 5, 14)
-    """
-    if m <= most:
-        return max(1, m)
-    least = max(1, math.ceil(_LEAST_ROWS * most))
-    if m < 2 * most:
-        return -(-m // 2)
-    return min(range(most, least - 1, -1), key=lambda rows: _cost(m, rows))
-
-
-def _cost(m: int, rows: int) -> float:
-    """Steps for m rows: a tile takes one for each of its rows, and two more."""
-    return -(-m // rows) * (rows + 2.0)
-
-
-def unit_of(a: str, b: str, device: Device) -> Unit:
-    """What multiplies these types on a device."""
-    if a == b == "bfloat16":
-        tiles = device.isa == "amx" and device.has("amx-bf16")
-        return AMX if tiles else DOT if device.has("avx512bf16") else FMA
-    if sums(a, b) == "int32":
-        if device.isa == "amx" and device.has("amx-int8"):
-            return AMX8
-        if device.has("avx512vnni"):
-            return VNNI
-        return FMA if device.isa == "neon" else MADD
-    return FMA
-
-
-def _block_k(k: int, width: int, device: Device, unit: Unit, sums: str) -> int:
-    """Terms at a time, in equal parts. VNNI takes all: the head of a panel is that of all terms."""
-    if unit == VNNI:
-        return max(k, 1)
-    l1 = device.l1_bytes or 2**15
-    step = max(16, unit.depth)
-    deep = width * unit.step_bytes(sums) / unit.depth
-    share = _K_TILES if unit.tiles else _K_CACHE
-    most = max(64, int(share * l1 / deep) // step * step)
-    if k <= most:
-        return max(k, 1)
-    return _up(_parts(k, _parts(k, most)), step)
-
-
-def _blocks(
-    product: Product,
-    rows: int,
-    width: int,
-    block_k: int,
-    device: Device,
-    unit: Unit,
-    chunks: int,
-) -> tuple[int, int]:
-    """Rows and columns of an item: A's block in half of the second cache, items for all cores."""
-    l2 = device.l2_bytes or 2**19
-    item = unit.step_bytes(product.sums) / unit.depth
-    block_m = max(1, int(_M_CACHE * l2 / (block_k * item)) // rows) * rows
-    block_m = _up(_parts(product.m, _parts(product.m, block_m)), rows)
-    block_n = min(_MOST_PANELS, max(1, -(-product.n // width))) * width
-    wanted = _ITEMS_PER_CORE * device.cores // chunks
-    while product.matrices * _parts(product.m, block_m) * _parts(product.n, block_n) < wanted:
-        if block_m > 4 * rows:
-            block_m = _up(_parts(block_m, 2), rows)
-        elif block_n > 2 * width:
-            block_n = _up(_parts(block_n, 2), width)
-        else:
-            break
-    return max(block_m, rows), block_n
-
-
-def _parts(length: int, block: int) -> int:
-    """How many blocks cover a length, at least one."""
-    return max(1, -(-length // max(1, block)))
-
-
-def _up(length: int, step: int) -> int:
-    """The next multiple of a step."""
-    return _parts(length, step) * step
 
 
 def _is_turned(product: Product, out: Operand) -> bool:
@@ -435,8 +323,3 @@ def _transposed(product: Product) -> Product:
         bias_axis=other[product.bias_axis],
         c=product.c.turned() if product.c else None,
     )
-
-
-def _whole(size: int) -> int:
-    """A size in whole cache lines."""
-    return _up(size, 64)

@@ -1,0 +1,137 @@
+"""Units, register tiles and blocks of products: the constants, and what they were measured by."""
+
+from __future__ import annotations
+
+import math
+
+from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.matmul.spec import AMX, AMX8, DOT, FMA, MADD, VNNI, Unit
+from tilefold.problems.matmul import INTEGERS, Product, sums
+
+TILES = {"amx": (14, 2), "avx512": (14, 2), "avx2": (6, 2), "sse2": (6, 2), "neon": (12, 2)}
+"""Rows by vectors of register tiles: accumulators, a row of vectors and a broadcast fill the
+registers. (14 x 2 takes 16 loads for 28 multiply-adds.)"""
+
+_FEW_SUMS, _CHUNK, _MOST_SPLIT = 2**15, 256, 8
+"""Products of at most so many sums, which few cores would share, are split into chunks of at least
+so many terms. They are not tuned."""
+
+_LEAST_ROWS = 0.7
+"""The least share of the table's rows: lower tiles load more for each multiply-add."""
+
+_K_CACHE, _M_CACHE = 1.45, 0.25
+"""A panel of B fills this share of the first cache: it streams from the second, and the longer it
+is, the fewer sums are read again. A's block fills this share of the second cache. (Xeon with AMX,
+float32, 2048^3, one thread, beside MKL: terms of 256 give 0.96, 352 0.97, 512 1.02, 688 1.01.)"""
+
+_K_TILES = 0.7
+"""The share where tile registers multiply: they read a panel of B in 2 bytes for each 64 of their
+operations, so it stays in the first cache."""
+
+_MOST_PANELS = 64
+"""Panels of an item: A's block is packed once for each item (16 give 0.99 where 64 give 1.02)."""
+
+ITEMS_PER_CORE = 4
+"""Items that each core gets, where there is work enough."""
+
+
+def unit_of(a: str, b: str, device: Device) -> Unit:
+    """What multiplies these types on a device. Raises NotImplementedError where nothing does."""
+    if b == "uint8" or (a in INTEGERS) != (b in INTEGERS):
+        raise NotImplementedError(f"there is no product of {a} by {b} on processors")
+    if a == b == "bfloat16":
+        tiles = device.isa == "amx" and device.has("amx-bf16")
+        return AMX if tiles else DOT if device.has("avx512bf16") else FMA
+    if sums(a, b) == "int32":
+        if device.isa == "amx" and device.has("amx-int8"):
+            return AMX8
+        if device.has("avx512vnni"):
+            return VNNI
+        return FMA if device.isa == "neon" else MADD
+    return FMA
+
+
+def balanced(m: int, most: int) -> int:
+    """Rows of register tiles, at most `most`: the fewest idle rows in the last tile of m rows.
+
+    >>> balanced(15, 14), balanced(100, 14), balanced(5, 14), balanced(4096, 14)
+    (8, 13, 5, 14)
+    """
+    if m <= most:
+        return max(1, m)
+    least = max(1, math.ceil(_LEAST_ROWS * most))
+    if m < 2 * most:
+        return -(-m // 2)
+    return min(range(most, least - 1, -1), key=lambda rows: _cost(m, rows))
+
+
+def _cost(m: int, rows: int) -> float:
+    """Steps for m rows: a tile takes one for each of its rows, and two more."""
+    return -(-m // rows) * (rows + 2.0)
+
+
+def split(product: Product, unit: Unit) -> tuple[int, int]:
+    """How many chunks of the contraction are items, and their length; by the sizes alone.
+
+    The head of a panel of VNNI is that of all terms, so it is never split.
+    """
+    sums, k = product.matrices * product.m * product.n, product.k
+    if unit == VNNI or sums > _FEW_SUMS or k < 2 * _CHUNK:
+        return 1, k
+    chunk_k = up(parts(k, min(_MOST_SPLIT, k // _CHUNK)), 64)
+    return parts(k, chunk_k), chunk_k
+
+
+def terms(k: int, width: int, device: Device, unit: Unit, sums: str) -> int:
+    """Terms at a time, in equal parts. VNNI takes all: the head of a panel is that of all terms."""
+    if unit == VNNI:
+        return max(k, 1)
+    l1 = device.l1_bytes or 2**15
+    step = max(16, unit.depth)
+    deep = width * unit.step_bytes(sums) / unit.depth
+    share = _K_TILES if unit.tiles else _K_CACHE
+    most = max(64, int(share * l1 / deep) // step * step)
+    if k <= most:
+        return max(k, 1)
+    return up(parts(k, parts(k, most)), step)
+
+
+def blocks(
+    product: Product,
+    rows: int,
+    width: int,
+    block_k: int,
+    device: Device,
+    unit: Unit,
+    chunks: int,
+) -> tuple[int, int]:
+    """Rows and columns of an item: A's block in half of the second cache, items for all cores."""
+    l2 = device.l2_bytes or 2**19
+    item = unit.step_bytes(product.sums) / unit.depth
+    block_m = max(1, int(_M_CACHE * l2 / (block_k * item)) // rows) * rows
+    block_m = up(parts(product.m, parts(product.m, block_m)), rows)
+    block_n = min(_MOST_PANELS, max(1, -(-product.n // width))) * width
+    wanted = ITEMS_PER_CORE * device.cores // chunks
+    while product.matrices * parts(product.m, block_m) * parts(product.n, block_n) < wanted:
+        if block_m > 4 * rows:
+            block_m = up(parts(block_m, 2), rows)
+        elif block_n > 2 * width:
+            block_n = up(parts(block_n, 2), width)
+        else:
+            break
+    return max(block_m, rows), block_n
+
+
+def parts(length: int, block: int) -> int:
+    """How many blocks cover a length, at least one."""
+    return max(1, -(-length // max(1, block)))
+
+
+def up(length: int, step: int) -> int:
+    """The next multiple of a step."""
+    return parts(length, step) * step
+
+
+def whole(size: int) -> int:
+    """A size in whole cache lines."""
+    return up(size, 64)
