@@ -2,6 +2,7 @@
 
 terminal       tables, colours and progress
 specification  the options that describe a problem
+product_options  the options that describe a product
 minilm         the sentence encoder of the main job
 main_job       real text through a real transformer
 kernel_source  a kernel's source, printed
@@ -9,6 +10,7 @@ run            `tilefold run`
 bench          `tilefold bench`
 tune_gpu       `tilefold tune --device cuda`
 tune           `tilefold tune`
+inspect_product  the plan and the kernels of a product
 inspect        `tilefold inspect`
 mask           `tilefold mask`
 metal          `tilefold metal`

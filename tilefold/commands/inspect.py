@@ -5,6 +5,9 @@ source or as assembly. With `--backend metal` or `--backend triton`, print the s
 kernel, on any machine, for use in an app: `tilefold inspect --shape 1,8,2048,64 --backend metal >
 forward.metal`. Its entry is called tilefold_ and the name of the kernel, such as tilefold_forward.
 The first lines of the source say how to launch it.
+
+Products of matrices are shown in the same way, on processors: `tilefold inspect --operation gemm
+--size 1024x1024x1024`, or `--operation qgemm --scheme int4 --group-size 128`.
 """
 
 from __future__ import annotations
@@ -23,9 +26,16 @@ from tilefold.backends.cpu.launches import Launch
 from tilefold.backends.cpu.plan import CpuPlan
 from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tuned import TunedBlocks
-from tilefold.commands import kernel_source, specification, terminal
+from tilefold.commands import (
+    inspect_product,
+    kernel_source,
+    product_options,
+    specification,
+    terminal,
+)
 from tilefold.common import settings
 from tilefold.masks import parse
+from tilefold.measuring.products import OPERATIONS as PRODUCTS
 from tilefold.planning import roofline
 from tilefold.planning.plan import OPERATIONS
 
@@ -38,18 +48,19 @@ def register(commands: Any) -> None:
         description=__doc__.partition("\n\n")[2],
         epilog=terminal.EXIT_CODES,
     )
-    parser.set_defaults(main=main)
+    parser.set_defaults(main=main, usual=parser.get_default)
     parser.add_argument("--shape", default="1,8,2048,64", metavar=specification.SHAPE)
     specification.add_sizes(parser)
     specification.add_precision(parser)
-    specification.add_dtype(parser)
+    specification.add_dtype(parser, "int8")
     parser.add_argument("--mask", default="full()", metavar="RULE")
     specification.add_score(parser)
     specification.add_sinks_and_dropout(parser)
-    parser.add_argument("--operation", choices=OPERATIONS, default="forward")
+    parser.add_argument("--operation", choices=(*OPERATIONS, *PRODUCTS), default="forward")
     parser.add_argument(
         "--form", choices=tuple(dict.fromkeys(chain(*plan.FORMS.values()))), default="auto"
     )
+    product_options.add(parser)
     parser.add_argument("--isa", help="a narrower instruction set of this machine, such as avx2")
     parser.add_argument(
         "--kernel",
@@ -81,6 +92,9 @@ def main(options: argparse.Namespace) -> int:
     for option, backend in (("architecture", "triton"), ("family", "metal")):
         if getattr(options, option) and options.backend != backend:
             raise ValueError(f"--{option} goes with --backend {backend}, not {options.backend}")
+    if options.operation in PRODUCTS:
+        return inspect_product.main(options)
+    product_options.check_attention(options)
     mask = parse.parse(options.mask)
     score = specification.score(options)
     problem = specification.problem(options, options.shape, mask, options.dtype, score)

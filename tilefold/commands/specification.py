@@ -32,10 +32,10 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim-v", type=int, help="dimension of values (default: as for keys)")
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--dtype`."""
+def add_dtype(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Add the option `--dtype`, with more types than attention has."""
     parser.add_argument(
-        "--dtype", choices=tuple(ITEM_BYTES), default="float32", help="element type"
+        "--dtype", choices=(*ITEM_BYTES, *more), default="float32", help="element type"
     )
 
 

@@ -2,6 +2,7 @@
 
 environment        machine, versions and commit of a measurement
 workload           the cases that are timed, and their arrays
+products           products as cases, and their lower bounds
 baselines          the libraries that are measured beside tilefold
 roofline_share     how near a result comes to the measured roofline
 agreement          the differences between all implementations

@@ -108,12 +108,16 @@ def qgemm(
 
 def check_dynamic(w: QuantizedMatrix) -> None:
     """Raises ValueError unless rows of integers can be multiplied with a matrix."""
-    k = w.shape[0]
-    if w.scheme != "int8" or w.group_size != k or k % STEP or k > LONGEST:
+    if not takes_integers(w.scheme, w.shape[0], w.group_size):
         raise ValueError(
             f"dynamic needs w of int8, without groups, of k a multiple of {STEP} up to {LONGEST},"
             f" got {w}"
         )
+
+
+def takes_integers(scheme: str, k: int, group_size: int) -> bool:
+    """True if rows of integers can be multiplied with such a matrix."""
+    return scheme == "int8" and group_size == k and k % STEP == 0 and k <= LONGEST
 
 
 def result_type(

@@ -121,10 +121,11 @@ def _inputs(scheme: str, k: int) -> int:
 @once(most=512)
 def kernel(spec: QuantizedSpec | RoundingSpec, device: Device) -> runtime.Loaded:
     """The kernel of a spec, compiled for the device unless the disk cache has it."""
-    return undisturbed(lambda: runtime.kernel(_source(spec), spec.kernel, device))
+    return undisturbed(lambda: runtime.kernel(source(spec), spec.kernel, device))
 
 
-def _source(spec: QuantizedSpec | RoundingSpec) -> str:
+def source(spec: QuantizedSpec | RoundingSpec) -> str:
+    """The LLVM source of a kernel."""
     if isinstance(spec, RoundingSpec):
         return quantized_integers.emit_rounding(spec)
     return quantized_integers.emit(spec) if spec.integers else emit(spec)
@@ -207,43 +208,65 @@ def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
     )
 
 
+class Blocks(NamedTuple):
+    """How a product is divided: panels of columns by blocks of `block_m` rows are its items."""
+
+    panels: int
+    panel_bytes: int
+    inputs: int
+    row_blocks: int
+    block_m: int
+    scratch_bytes: int
+
+    @classmethod
+    def of(cls, sizes: Sizes, spec: QuantizedSpec) -> Blocks:
+        """The blocks of a call. No axis may be empty."""
+        inputs = _inputs(sizes.scheme, sizes.k)
+        row_blocks = -(-sizes.m // _BLOCK_ROWS)
+        block_m = -(-sizes.m // (row_blocks * spec.rows)) * spec.rows
+        scratch = 4 * spec.width * (DEPTH + block_m) if spec.shared else 0
+        if sizes.dynamic:
+            scratch = spec.width * (quantized_integers.DEPTH + 4 * block_m)
+        panel_bytes = inputs * spec.width * spec.bits // 8
+        return cls(-(-sizes.n // spec.width), panel_bytes, inputs, row_blocks, block_m, scratch)
+
+    @property
+    def items(self) -> int:
+        """Work items."""
+        return self.panels * self.row_blocks
+
+
 def prepare(sizes: Sizes, matrix: Matrix, device: Device, workers: int) -> Prepared:
     """Plan a product with a matrix and load its kernel. No axis may be empty."""
     spec = spec_of(sizes, device)
     loaded = kernel(spec, device)
-    panels = -(-sizes.n // spec.width)
-    inputs = _inputs(sizes.scheme, sizes.k)
-    panel_bytes = inputs * spec.width * spec.bits // 8
+    made = Blocks.of(sizes, spec)
     groups = sizes.k // sizes.group_size
-    row_blocks = -(-sizes.m // _BLOCK_ROWS)
-    block_m = -(-sizes.m // (row_blocks * spec.rows)) * spec.rows
-    rounding, scratch_bytes = None, 4 * spec.width * (DEPTH + block_m) if spec.shared else 0
+    rounding = None
     if sizes.dynamic:
-        scratch_bytes = spec.width * (quantized_integers.DEPTH + 4 * block_m)
         rounds = kernel(RoundingSpec(spec.rows, spec.lanes), device)
         rounding = Rounding(rounds, -(-sizes.m // spec.rows), spec.rows, sizes.m, sizes.k)
-    items = panels * row_blocks
-    claim = min(_CLAIM_BYTES // panel_bytes, items // (4 * workers))
+    claim = min(_CLAIM_BYTES // made.panel_bytes, made.items // (4 * workers))
     values = {
-        "items": items,
+        "items": made.items,
         "items_per_claim": max(1, claim),
-        "row_blocks": row_blocks,
-        "block_m": block_m,
-        "panel_bytes": panel_bytes,
-        "inputs": inputs,
-        "x_m": inputs,
-        "workspace_bytes": scratch_bytes,
+        "row_blocks": made.row_blocks,
+        "block_m": made.block_m,
+        "panel_bytes": made.panel_bytes,
+        "inputs": made.inputs,
+        "x_m": made.inputs,
+        "workspace_bytes": made.scratch_bytes,
         "groups": groups,
-        "groups_ahead": min(groups, max(1, 2 * AHEAD_BYTES * groups // panel_bytes)),
+        "groups_ahead": min(groups, max(1, 2 * AHEAD_BYTES * groups // made.panel_bytes)),
         "alpha": double_bits(1.0),
     }
     values |= matrix._asdict()
     values |= {name: number for name, number in sizes._asdict().items() if name in _NUMBERS}
     if sizes.group_size == sizes.k:
-        values["group_size"] = inputs
+        values["group_size"] = made.inputs
     block = np.array([values.get(name, 0) for name in QUANTIZED], np.int64)
-    alone = panels * panel_bytes * sizes.m < _ALONE_BYTES
-    return Prepared(loaded, block, items, alone, scratch_bytes, rounding)
+    alone = made.panels * made.panel_bytes * sizes.m < _ALONE_BYTES
+    return Prepared(loaded, block, made.items, alone, made.scratch_bytes, rounding)
 
 
 _NUMBERS = ("m", "n", "group_size", "out_m", "out_n", "bias_n")
