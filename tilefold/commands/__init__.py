@@ -1,18 +1,20 @@
 """The command line: one file for each command, and the parts that commands share.
 
-terminal       tables, colours and progress
-specification  the options that describe a problem
+terminal         tables, colours and progress
+specification    the options that describe a problem
 product_options  the options that describe a product
-minilm         the sentence encoder of the main job
-main_job       real text through a real transformer
-kernel_source  a kernel's source, printed
-run            `tilefold run`
-bench          `tilefold bench`
-tune_gpu       `tilefold tune --device cuda`
-tune           `tilefold tune`
+minilm           the sentence encoder of the main job
+main_job         real text through a real transformer
+kernel_source    a kernel's source, printed
+run              `tilefold run`
+saved            the files of a benchmark
+bench_product    products measured beside peers
+bench            `tilefold bench`
+tune_gpu         `tilefold tune --device cuda`
+tune             `tilefold tune`
 inspect_product  the plan and the kernels of a product
-inspect        `tilefold inspect`
-mask           `tilefold mask`
-metal          `tilefold metal`
-doctor         `tilefold doctor`
+inspect          `tilefold inspect`
+mask             `tilefold mask`
+metal            `tilefold metal`
+doctor           `tilefold doctor`
 """

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import host
-from tilefold.commands import specification, terminal
-from tilefold.common.files import write_atomically
+from tilefold.commands import bench_product, product_options, specification, terminal
+from tilefold.commands.saved import Chart, save
 from tilefold.implementations import NAMES
 from tilefold.masks import parse
 from tilefold.masks.position_rules import Rule
 from tilefold.measuring import timing
 from tilefold.measuring.baselines import BASELINES
 from tilefold.measuring.environment import environment
+from tilefold.measuring.product_timing import PEERS
+from tilefold.measuring.products import OPERATIONS as PRODUCTS
 from tilefold.measuring.roofline_share import RooflineShares, percent
 from tilefold.measuring.timing import Row
 from tilefold.measuring.workload import OPERATIONS, PASSES, Case
@@ -34,18 +33,22 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure tilefold on this machine, beside the peers that are installed",
-        description="Measure tilefold and its peers, other libraries that compute attention,"
-        " turn by turn in one process. Options with several values measure every combination.",
+        description="Measure tilefold and its peers, other libraries that compute attention or"
+        " products of matrices, turn by turn in one process. Options with several values measure"
+        " every combination.",
         epilog=terminal.EXIT_CODES,
     )
-    parser.set_defaults(main=main)
+    parser.set_defaults(main=main, usual=parser.get_default)
     parser.add_argument("--shape", nargs="+", default=SHAPES, metavar=specification.SHAPE)
     specification.add_sizes(parser)
     specification.add_precision(parser)
-    parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
+    parser.add_argument("--dtype", nargs="+", choices=(*ITEM_BYTES, "int8"), default=["float32"])
     parser.add_argument("--mask", nargs="+", default=MASKS, metavar="RULE")
     specification.add_score(parser)
-    parser.add_argument("--operation", nargs="+", choices=tuple(PASSES), default=list(OPERATIONS))
+    parser.add_argument(
+        "--operation", nargs="+", choices=(*PASSES, *PRODUCTS), default=list(OPERATIONS)
+    )
+    product_options.add(parser, nargs="+")
     parser.add_argument(
         "--threads", nargs="+", type=int, help="default: 1, and the number of cores"
     )
@@ -53,8 +56,9 @@ def register(commands: Any) -> None:
     beside.add_argument(
         "--peers",
         nargs="*",
-        choices=tuple(BASELINES),
-        help="other libraries to measure (default: torch, if installed; --peers alone: none)",
+        choices=tuple(dict.fromkeys((*BASELINES, *PEERS["gemm"], *PEERS["qgemm"]))),
+        help="other libraries to measure (default: torch, if installed, and for products numpy, and"
+        " weights of float16; --peers alone: none)",
     )
     beside.add_argument(
         "--impl",
@@ -72,7 +76,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--save", metavar="FOLDER", help="write JSON, CSV and a PNG plot to this folder"
     )
-    parser.add_argument("--name", default="attention", help="the name of the saved files")
+    parser.add_argument("--name", help="the name of the saved files (default: attention, or gemm)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -80,6 +84,11 @@ def main(options: argparse.Namespace) -> int:
     """Measure every combination and show the table."""
     if not options.seconds > 0:
         raise ValueError(f"--seconds must be more than 0, not {options.seconds}")
+    if chosen := [name for name in options.operation if name in PRODUCTS]:
+        if len(options.operation) > 1:
+            raise ValueError(f"--operation {chosen[0]} stands alone")
+        return bench_product.main(options)
+    product_options.check_attention(options)
     device, names = _device(options), _names(options)
     cases = _cases(options, device)
     found: list[list[Row]] = []
@@ -97,7 +106,8 @@ def main(options: argparse.Namespace) -> int:
     shares = _shares(found, device)
     document = _document(found, shares, device)
     if options.save:
-        _save(Path(options.save), options.name, document, found, names)
+        name = options.name or "attention"
+        save(Path(options.save), name, document, _chart(found, names))
     if options.json:
         terminal.print_json(document)
     else:
@@ -108,7 +118,7 @@ def main(options: argparse.Namespace) -> int:
         if options.sweep:
             _show_sweep(found)
         if options.save:
-            terminal.out().print(f"written to {options.save}/{options.name}.json, .csv and .png")
+            terminal.out().print(f"written to {options.save}/{name}.json, .csv and .png")
     return 0
 
 
@@ -123,6 +133,8 @@ def _names(options: argparse.Namespace) -> list[str]:
             terminal.notes().print(terminal.escape(f"without the peer torch: {reason}"))
         return ["tilefold"] if reason else ["tilefold", "torch"]
     for name in options.peers:
+        if name not in BASELINES:
+            raise ValueError(f"--peers {name} goes with --operation qgemm")
         if reason := BASELINES[name].unusable:
             raise ImportError(f"the peer {name} cannot be measured: {reason}")
     return ["tilefold", *options.peers]
@@ -276,49 +288,16 @@ def _document(found: list[list[Row]], shares: Shares, device: str | None) -> dic
     }
 
 
-def _save(
-    folder: Path, name: str, document: dict[str, Any], found: list[list[Row]], names: Sequence[str]
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(document["rows"][0]))
-    writer.writeheader()
-    writer.writerows(document["rows"])
-    write_atomically(folder / f"{name}.json", (json.dumps(document, indent=1) + "\n").encode())
-    write_atomically(folder / f"{name}.csv", text.getvalue().encode())
-    write_atomically(folder / f"{name}.png", _plot(document, found, names))
-
-
-def _plot(document: dict[str, Any], found: list[list[Row]], names: Sequence[str]) -> bytes:
-    """A PNG of bars: operations per second of each implementation in each case."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("--save draws a plot: pip install 'tilefold[bench]'") from None
-    colours = ["#0b6e99", "#c9c5bd", "#e3a857", "#8aa399", "#b5838d", "#7d8597", "#d4c2a8", "#444"]
-    figure = Figure(figsize=(8, 1.2 + 0.24 * len(found) * len(names)), layout="constrained")
-    axes = figure.subplots()
-    height = 0.8 / len(names)
-    for number, (name, colour) in enumerate(zip(names, colours, strict=False)):
-        at = [index + number * height for index in range(len(found))]
-        speeds = [0 if rows[number].reason else rows[number].gflops for rows in found]
-        bars = axes.barh(at, speeds, height * 0.92, label=name, color=colour)
-        labels = [f"{speed:.0f}" if speed else "cannot" for speed in speeds]
-        axes.bar_label(bars, labels, padding=3, fontsize=8)
+def _chart(found: list[list[Row]], names: Sequence[str]) -> Chart:
+    """Operations per second of each implementation in each case."""
     many_dtypes = len({rows[0].case.problem.dtype for rows in found}) > 1
     labels = []
     for rows in found:
         case = rows[0].case
         dtype = f" {case.problem.dtype}" if many_dtypes else ""
         labels.append(f"{_label(case)}{dtype}, {case.threads} thr")
-    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(found))], labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("GFLOP/s over visible pairs (median; more is better)", fontsize=9)
-    machine = document["machine"]
-    axes.set_title(f"{machine['name']}, {machine['isa']}", fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.08, y=0.02)
-    figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+    speeds = {
+        name: [0.0 if rows[number].reason else rows[number].gflops for rows in found]
+        for number, name in enumerate(names)
+    }
+    return Chart(labels, speeds, "GFLOP/s over visible pairs (median; more is better)")

@@ -7,6 +7,7 @@ baselines          the libraries that are measured beside tilefold
 roofline_share     how near a result comes to the measured roofline
 agreement          the differences between all implementations
 timing             times of implementations, turn by turn in one process
+product_timing     times of products, turn by turn
 tuning             the fastest block sizes of this machine
 metal_selftest     every kernel tested on a Mac
 metal_utilisation  every kernel measured on a Mac

@@ -11,9 +11,9 @@ from functools import cached_property
 
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.matmul.plan import Plan, plan
-from tilefold.backends.cpu.matmul.quantized_calls import Sizes
+from tilefold.backends.cpu.matmul.quantized_calls import Sizes, spec_of
 from tilefold.backends.cpu.matmul.quantized_integers import LONGEST, STEP
-from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, GemmSpec, QuantizedSpec
+from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, FewRowsSpec, GemmSpec, QuantizedSpec
 from tilefold.backends.cpu.spec import FMA, Multiplier
 from tilefold.common.check import choice, whole
 from tilefold.planning.roofline import Bounds, Rates
@@ -102,6 +102,10 @@ class ProductCase:
         given = (self.m, self.n, self.k, self.group, scales)
         lines = (self.dtype, self.n, 1)
         return Sizes(str(self.scheme), *given, *lines, None, 0, self.activation, self.dynamic)
+
+    def spec(self, device: Device) -> FewRowsSpec | GemmSpec | QuantizedSpec:
+        """The kernel of the product."""
+        return self.plan(device).spec if self.operation == "gemm" else spec_of(self.sizes, device)
 
     @property
     def flops(self) -> int:

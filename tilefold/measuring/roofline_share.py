@@ -7,12 +7,17 @@ of this machine, or the arrays stay in a cache, which is read faster than memory
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tilefold.backends.cpu import peak
 from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.spec import Multiplier
 from tilefold.measuring.workload import Case
 from tilefold.planning.roofline import Rates
+
+Rated = tuple[str, int, Multiplier]
+"""What has rates of its own: a type, a number of threads, and what multiplies."""
 
 MEASUREMENTS = 2
 """How often rates are measured again for one result that beats its bound: each takes 0.3 s."""
@@ -22,15 +27,21 @@ class RooflineShares:
     """The shares of results on this machine, at rates that are measured in the same minutes."""
 
     def __init__(self) -> None:
-        self._rates: dict[tuple[str, int, Multiplier], Rates] = {}
+        self._rates: dict[Rated, Rates] = {}
 
     def of(self, case: Case, seconds: float, pairs: int) -> tuple[float | None, str]:
         """The share that a time of `case` reaches, and the bound that binds it."""
         rated = (case.problem.dtype, case.threads, Chooser(case.problem, host()).products)
+        return self.reached(rated, lambda rates: case.least_seconds(pairs, rates), seconds)
+
+    def reached(
+        self, rated: Rated, least_seconds: Callable[[Rates], tuple[float, str]], seconds: float
+    ) -> tuple[float | None, str]:
+        """The same for a bound and its name at the rates of a type, of threads, and of products."""
         for number in range(MEASUREMENTS + 1):
             if number or rated not in self._rates:
                 self._rates[rated] = peak.rates(host(), *rated, again=True)
-            least, binding = case.least_seconds(pairs, self._rates[rated])
+            least, binding = least_seconds(self._rates[rated])
             if not least > seconds:
                 return least / seconds, binding
         return None, binding
