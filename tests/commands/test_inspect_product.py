@@ -144,7 +144,10 @@ def test_the_assembly_of_a_kernel(capsys: Any) -> None:
             "gemm --dtype int8 --activation relu",
             "activation must be None where the result is int32",
         ),
-        ("gemm --backend metal", "--backend metal shows kernels of attention"),
+        ("gemm --backend metal --json", "--json goes with --backend cpu for products"),
+        ("gemm --backend triton --dtype int8", "--dtype of products on triton must be"),
+        ("gemm --backend metal --dtype float64", "--dtype of products on metal must be"),
+        ("gemm --family apple7", "--family goes with --backend metal, not cpu"),
         ("qgemm", "--operation qgemm needs --scheme: int8, int4"),
         ("qgemm --scheme int4 --gate", "--gate goes with --operation gemm"),
         ("qgemm --scheme int8 --dtype float64", "dtype of qgemm must be"),
@@ -185,3 +188,58 @@ def test_a_case_has_the_plan_of_the_call() -> None:
     assert made.product.b.axes.strides[-2:] == (1, 60)
     assert made.spec.activation == "relu"
     assert case.label == "gemm 40x50x60 float32 transpose b relu"
+
+
+@pytest.mark.feature("M13")
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        ("gemm --family apple7 --size 100x90x80 --gate --activation silu", ["m=100", "b_k=90"]),
+        ("gemm --dtype float16 --transpose-b --size 100x90x80", ["for GPUs of apple9", "b_n=80"]),
+        ("qgemm --scheme int4 --group-size 32 --size 1x64x128", ["groups of 32", "2 x 1 x 1"]),
+        ("qgemm --scheme palette6 --size 1x64x128 --dtype float16", ["palette6"]),
+    ],
+)
+def test_the_source_of_a_kernel_of_metal(arguments: str, facts: list[str], capsys: Any) -> None:
+    given = ["inspect", "--backend", "metal", "--operation", *arguments.split()]
+    assert cli.main(given) == 0
+    comment, _, text = capsys.readouterr().out.partition("//\n")
+    assert all(line.startswith("// ") for line in comment.splitlines())
+    words = " ".join(comment.replace("//", "").split())
+    assert all(fact in words for fact in facts), words
+    assert "kernel void tilefold_gemm(" in text
+
+
+def test_the_source_of_metal_is_that_of_a_call(capsys: Any, monkeypatch: Any) -> None:
+    from tilefold.backends.metal.matmul import calls
+
+    seen = []
+    monkeypatch.setattr(
+        calls, "kernel", lambda _, spec, emit, entry: seen.append(emit(spec)) or (lambda *a, **k: 0)
+    )
+    machine = tilefold.metal.emulated()
+    a, b = np.ones((40, 24), np.float32), np.ones((50, 24), np.float32)
+    tilefold.metal.gemm(a, b, transpose_b=True, activation="relu", machine=machine)
+    name = machine.family
+    given = "--operation gemm --size 40x50x24 --transpose-b --activation relu --backend metal"
+    assert cli.main(["inspect", *given.split(), "--family", name]) == 0
+    assert capsys.readouterr().out.partition("//\n")[2] == seen[0]
+
+
+@pytest.mark.feature("M13")
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        ("gemm --architecture sm_80 --size 100x90x80 --gate", ["for sm_80 (A100)", "gate"]),
+        ("gemm --dtype bfloat16 --transpose-b", ["for sm_90", "num_warps="]),
+        ("qgemm --scheme int4 --group-size 32 --size 1x64x128", ["a, b, scales, zeros, c"]),
+    ],
+)
+def test_the_source_of_a_kernel_of_triton(arguments: str, facts: list[str], capsys: Any) -> None:
+    given = ["inspect", "--backend", "triton", "--operation", *arguments.split()]
+    assert cli.main(given) == 0
+    said = capsys.readouterr().out
+    words = " ".join(line.removeprefix("# ") for line in said.splitlines() if line[:1] == "#")
+    assert all(fact in words for fact in facts), words
+    assert "def tilefold_gemm(" in said
+    compile(said, "printed", "exec")

@@ -12,6 +12,7 @@ bench_product    products measured beside peers
 bench            `tilefold bench`
 tune_gpu         `tilefold tune --device cuda`
 tune             `tilefold tune`
+product_source   a product's source for GPUs, printed
 inspect_product  the plan and the kernels of a product
 inspect          `tilefold inspect`
 mask             `tilefold mask`

@@ -6,7 +6,7 @@ kernel, on any machine, for use in an app: `tilefold inspect --shape 1,8,2048,64
 forward.metal`. Its entry is called tilefold_ and the name of the kernel, such as tilefold_forward.
 The first lines of the source say how to launch it.
 
-Products of matrices are shown in the same way, on processors: `tilefold inspect --operation gemm
+Products of matrices are shown in the same way: `tilefold inspect --operation gemm
 --size 1024x1024x1024`, or `--operation qgemm --scheme int4 --group-size 128`.
 """
 

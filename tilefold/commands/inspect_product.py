@@ -13,12 +13,12 @@ from tilefold.backends.cpu.matmul import calls, quantized_blocks, quantized_call
 from tilefold.backends.cpu.matmul import quantized_integers as integers
 from tilefold.backends.cpu.matmul.plan import FewRowsPlan, Plan
 from tilefold.backends.cpu.matmul.spec import RoundingSpec
-from tilefold.commands import product_options, terminal
+from tilefold.commands import product_options, product_source, terminal
 from tilefold.measuring.products import ProductCase, rated
 
 ATTENTION = (
     *("shape", "len_k", "heads_kv", "dim_v", "precision", "mask", "score", "sinks", "dropout"),
-    *("form", "architecture", "family"),
+    "form",
 )
 """Options that only attention has."""
 
@@ -39,10 +39,8 @@ def main(options: argparse.Namespace) -> int:
     workers = threads.get_num_threads()
     case = product_options.case(options, options.operation, size, options.dtype, workers)
     if options.backend != "cpu":
-        raise NotImplementedError(
-            f"--backend {options.backend} shows kernels of attention: the source of a product is"
-            f" made in its first call, tilefold.{options.backend}.{options.operation}"
-        )
+        print(product_source.source(options, case), end="")
+        return 0
     device = host().lowered(options.isa) if options.isa else host()
     start = time.perf_counter()
     described = _gemm(case, device) if case.operation == "gemm" else _qgemm(case, device)

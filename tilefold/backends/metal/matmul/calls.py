@@ -189,18 +189,12 @@ def run(
     if isinstance(blocks, Matmul2d):
         run_kernel, threads = _by_tiles(product, blocks, machine, besides, codes)
     else:
-        spec = _spec(product, family(machine.family), blocks, cores, besides)
+        spec = spec_of(product, family(machine.family), blocks, cores, besides)
         spec = replace(spec, codes=codes) if codes else spec
         run_kernel, blocks = kernel(machine, spec, products.emit, products.ENTRY), spec.blocks
         threads = blocks.threads
     tiles = _parts(product.n, blocks.n)
-    none = Axes((), (0, 0, 0, 0))
-    sizes = [product.m, product.n, product.k, tiles]
-    for axes in (product.a.axes, product.b.axes, where.out):
-        sizes += axes.sizes
-    sizes += product.bias_strides or [0, 0, 0]
-    sizes += (product.gate.axes if product.gate else none).sizes
-    sizes += (product.c.axes if product.c and besides else none).sizes
+    sizes = sizes_of(product, where.out, tiles, besides)
     names = ["a", *(["codes", *codes.besides] if codes else ["b"])]
     names += [name for name in ("gate", "bias") if name in arrays]
     names += ["c", "out"] if besides else ["out"]
@@ -214,6 +208,18 @@ def run(
             threads=(groups * threads, product.batch[1], product.batch[0]),
             group_size=(threads, 1, 1),
         )
+
+
+def sizes_of(product: Product, out: Axes, tiles: int, besides: bool) -> list[int]:
+    """The integers of a launch, in the order of `gemm.SIZES`."""
+    none = Axes((), (0, 0, 0, 0))
+    sizes = [product.m, product.n, product.k, tiles]
+    for axes in (product.a.axes, product.b.axes, out):
+        sizes += axes.sizes
+    sizes += product.bias_strides or [0, 0, 0]
+    sizes += (product.gate.axes if product.gate else none).sizes
+    sizes += (product.c.axes if product.c and besides else none).sizes
+    return sizes
 
 
 def _by_tiles(
@@ -236,7 +242,7 @@ def _present(array: Array) -> Array:
     return np.empty(1, array.dtype) if isinstance(array, np.ndarray) else array.new_empty(1)
 
 
-def _spec(
+def spec_of(
     product: Product, limits: MetalFamily, blocks: GemmBlocks | None, cores: int, besides: bool
 ) -> GemmSpec:
     """The kernel of a product on a family of GPUs, with the table's blocks where none are given.

@@ -139,7 +139,8 @@ def run(
     choice("precision", precision, PRECISIONS)
     device, where = architecture(machine.architecture), folded(product, operand("out", out, 2))
     besides, product = tensors.get("c") is not out and product.beta != 0, where.product
-    plain = _spec(product, device, precision, blocks, machine, besides)
+    cores = machine.multiprocessors
+    plain = spec_of(product, device, precision, blocks, besides, cores)
     if codes:
         how = widening.products(codes, plain.a, plain.products)
         plain = replace(plain, codes=codes, products=how if device.kind == "cuda" else "ieee")
@@ -159,7 +160,8 @@ def run(
         factors = [(found["a"], product.a.axes)]
         factors += [] if codes else [(found["b"], product.b.axes)]
         factors += [(found["gate"], product.gate.axes)] if product.gate else []
-        spec = _placed(plain, device, factors, results)
+        aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor, _ in factors)
+        spec = placed(plain, device, [axes for _, axes in factors], results, aligned)
         operands, (left, *right) = _operands(spec, factors)
         operands += [found[name] for name in names]
         sizes = [m, n, k, product.batch[1], *left, *(size for each in right[:1] for size in each)]
@@ -170,13 +172,13 @@ def run(
         _launch(machine, function, programs, (*operands, *sizes, *scalars), blocks, options)
 
 
-def _spec(
+def spec_of(
     product: Product,
     device: Architecture,
     precision: str,
     blocks: GemmBlocks | None,
-    machine: Machine,
     besides: bool,
+    multiprocessors: int = 132,
 ) -> GemmSpec:
     """The kernel of a product on a device, with the table's blocks where none are given.
 
@@ -193,7 +195,7 @@ def _spec(
             product.n,
             product.matrices,
             products=how,
-            multiprocessors=machine.multiprocessors,
+            multiprocessors=multiprocessors,
         )
         blocks = halved(blocks) if gate else blocks
     return GemmSpec(
@@ -273,18 +275,21 @@ Placed = tuple["Tensor", Axes]
 """A matrix that is multiplied: its tensor, and its rows and columns as they multiply."""
 
 
-def _placed(
-    spec: GemmSpec, device: Architecture, factors: Sequence[Placed], results: Sequence[Axes]
+def placed(
+    spec: GemmSpec,
+    device: Architecture,
+    factors: Sequence[Axes],
+    results: Sequence[Axes],
+    aligned: bool,
 ) -> GemmSpec:
-    """The spec for matrices that lie like this: A, B and, with a gate, G.
+    """The spec for matrices that lie like this: A, B and, with a gate, G; `aligned` to 16 bytes.
 
     Tiles are moved whole only where products read them from shared memory as they come, as in
     attention (`resources.tma`).
     """
     sides = spec.blocks
-    near = [movable(axes, 2) for _, axes in factors]
+    near = [movable(axes, 2) for axes in factors]
     half = spec.multiplied in ("float16", "bfloat16")
-    aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor, _ in factors)
     fits = max(sides.m, sides.n, sides.k) <= _LONGEST
     alike = all(near) and len(set(near[1:])) == 1
     whole = device.descriptors and device.asynchronous and not spec.codes
@@ -293,8 +298,8 @@ def _placed(
         spec = replace(spec, descriptors=True, transpose_a=turned[0], transpose_b=turned[1])
     reach = [(axes, sides.m, sides.n) for axes in results]
     if not spec.descriptors:
-        reach.append((factors[0][1], sides.m, sides.k))
-        reach += [(axes, sides.k, sides.n) for _, axes in factors[1:]]
+        reach.append((factors[0], sides.m, sides.k))
+        reach += [(axes, sides.k, sides.n) for axes in factors[1:]]
     return replace(spec, wide=any(wide(*each) for each in reach))
 
 
