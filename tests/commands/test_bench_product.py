@@ -53,7 +53,7 @@ def test_products_and_peers_agree(dtype: str, capsys: Any) -> None:
     assert [row["name"] for row in found] == ["tilefold", "torch", "numpy"]
     own, torch, numpy = found
     assert own["median_seconds"] > 0
-    assert torch["reason"] is None
+    assert torch["reason"] is None or dtype == "int8"  # torch._int_mm is not everywhere
     assert (numpy["reason"] is None) == (dtype in ("float32", "float64"))
     assert own["gflops"] == pytest.approx(2 * 32 * 48 * 40 / own["median_seconds"] / 1e9)
     assert own["binding"] == ("bytes" if dtype == "int8" else own["binding"])

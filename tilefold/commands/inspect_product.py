@@ -96,7 +96,7 @@ def _gemm(case: ProductCase, device: Device) -> dict[str, Any]:
     if not isinstance(made, FewRowsPlan) and made.packs:
         specs["pack_b"] = made.spec.packing
     facts = _few_rows(made) if few else _panels(made, device)
-    work = f"{made.items:,} items: {made.row_blocks:,} x {made.column_blocks:,} blocks"
+    work = f"{made.items:,} items: {made.row_blocks:,} x {_many(made.column_blocks, 'block')}"
     if made.chunks > 1:
         work += f" x {made.chunks} chunks of {made.chunk_k} terms, added in order"
     facts["work"] = work
@@ -170,22 +170,29 @@ def _qgemm(case: ProductCase, device: Device) -> dict[str, Any]:
             size = terminal.size(4 * depth * spec.width)
             way = f"many rows: they share a panel widened into scratch, {size} for the first cache"
     bits = 8 * case.b_bytes / (case.n * case.k)
-    groups = sizes.k // sizes.group_size
+    groups = case.k // case.group
+    shared = f"{groups:,} groups of {case.group:,}" if groups > 1 else "one scale for an output"
+    blocks = _many(made.row_blocks, "block")
+    shared = shared if sizes.scales else "a table of 64 numbers"
     facts = {
         "way": way,
         "unit": unit,
         "registers": f"{spec.rows} x {spec.vectors} vectors of {spec.lanes}",
         "rows": f"{made.block_m:,} of {case.m:,}",
         "columns": f"{spec.width} of {case.n:,}: a panel of {terminal.size(made.panel_bytes)}",
-        "terms": f"{min(depth, case.k):,} of {case.k:,}; {groups:,} groups of {case.group:,}",
+        "terms": f"{min(depth, case.k):,} of {case.k:,}; {shared}",
         "matrix": f"{terminal.size(case.b_bytes)}, {bits:.2f} bits per weight",
-        "work": f"{made.items:,} items: {made.panels:,} panels x {made.row_blocks:,} of rows",
+        "work": f"{made.items:,} items: {made.panels:,} panels x {blocks} of rows",
         "scratch": f"{terminal.size(made.scratch_bytes)} per worker"
         if made.scratch_bytes
         else "none",
     }
     numbers = made._asdict() | {"items": made.items, "block_k": depth, "groups": groups}
     return {"facts": facts, **numbers, "bits_per_weight": bits, "specs": specs}
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _show(case: ProductCase, document: dict[str, Any]) -> None:

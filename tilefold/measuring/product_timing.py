@@ -283,13 +283,15 @@ def _torch_dynamic(case: ProductCase, x: Given) -> Made:
 
     if case.scheme != "int8" or case.group != case.k or case.dtype != "float32":
         raise NotImplementedError("torch's dynamic layers have int8 without groups, and float32")
+    library: Any = getattr(torch.ao, "quantization", None)
+    if not hasattr(library, "quantize_dynamic"):
+        raise NotImplementedError(f"torch {torch.__version__} has no dynamic layers of int8")
     torch.set_num_threads(case.threads)
     layer = torch.nn.Linear(case.k, case.n, bias=False)
     with torch.no_grad():
         layer.weight.copy_(tensor(x.b).T)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch names a package that is to come
-        library: Any = torch.ao.quantization
         made = library.quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear}, torch.qint8)
     rows, activate = tensor(x.a), _activation(case.activation)
 
