@@ -230,8 +230,12 @@ def _few_rows(product: Product) -> str | None:
 
 
 def _chunks(product: Product) -> int:
-    """Parts of the contraction, whatever the cores: what is added later is 1/16 of what is read."""
-    return max(1, min(_MOST_CHUNKS, product.k // (32 * product.m)))
+    """Parts of the contraction, whatever the cores: what is added later is 1/16 of what is read.
+
+    A chunk reads 256 KiB at least.
+    """
+    size = product.k * product.n * ITEM_BYTES[product.b.dtype]
+    return max(1, min(_MOST_CHUNKS, product.k // (32 * product.m), size // 2**18))
 
 
 def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
