@@ -41,6 +41,9 @@ SHARE = 768 * 2**20
 LEAST_SECONDS = 0.004
 """A turn repeats its call for so long."""
 
+PAUSE = 0.02
+"""The pause before a turn: threads of the peer before spin on its cores for some milliseconds."""
+
 Job = Callable[[], Any]
 
 
@@ -59,8 +62,8 @@ def main() -> None:
         return
     document: dict[str, Any] = environment()
     for threads in dict.fromkeys(chosen.threads):
-        peers = {name: Peer(name, threads) for name, module in PEERS.items() if find_spec(module)}
         document[f"{threads} threads"] = found = {"rates": rates(threads)}
+        peers = {name: Peer(name, threads) for name, module in PEERS.items() if find_spec(module)}
         for name in chosen.parts:
             found[name] = parts[name](peers, chosen.seconds)
         for peer in peers.values():
@@ -176,6 +179,7 @@ def _turns(peers: dict[str, Peer], job: dict[str, Any], seconds: float) -> dict[
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["tilefold"]) < 3:
         for name, peer in able.items():
+            time.sleep(PAUSE)
             times[name].append(float(peer.ask("run")))
     return times
 
@@ -301,6 +305,7 @@ def _gemm_of_onnxruntime(threads: int, x: Any, w: Any, dtype: str) -> list[Job]:
     model = helper.make_model(graph, opset_imports=opset, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
