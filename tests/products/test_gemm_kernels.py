@@ -14,14 +14,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from gemm_cases import CASES, TYPES, Case, arrays, assert_right, operand
+from gemm_cases import CASES, Case, arrays, assert_right, described, operand
 from guarded import SIDES, GuardedMemory
 from numpy.typing import NDArray
 from paths import finding
 
 import tilefold
 from tilefold.backends.cpu.matmul import calls
-from tilefold.problems.matmul import Product
 
 Array = NDArray[Any]
 
@@ -55,18 +54,7 @@ def multiplied(
     dtype = np.dtype(ml_dtypes.bfloat16 if case.out == "bfloat16" else case.out)
     out = memory.allocate("out", int(np.prod(shape)), dtype.name).reshape(stored)
     result = np.swapaxes(out, -1, -2) if "o" in case.turned else out
-    product = Product.of(
-        operands,
-        alpha=1.0,
-        beta=1.0 if case.c else 0.0,
-        transpose_a="a" in case.turned,
-        transpose_b="b" in case.turned,
-        bias_axis=None,
-        activation=case.activation,
-        dtype=case.out,
-        results=lambda a, b: TYPES,
-        biases=lambda kind: TYPES,
-    )
+    product = described(case, operands)
     prepared = calls.prepare(product, operand("out", result, len(product.batch) + 2))
     names = ("a", "b", "out", "c", "bias", "gate")
     at = {**held, "out": out}

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from arm import Arm
 from emulated import MISSING, PACKAGES
-from gemm_cases import CASES, TYPES, Case, arrays, assert_right, operand
+from gemm_cases import CASES, Case, arrays, assert_right, described, operand
 from levels import device
 from numpy.typing import NDArray
 
 from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.matmul import calls
-from tilefold.problems.matmul import Product
 
 Array = NDArray[Any]
 
@@ -31,18 +30,7 @@ def multiplied(case: Case, arm: Arm) -> Array:
     kind: Any = np.uint16 if case.out == "bfloat16" else case.out
     out = np.zeros(stored, kind)
     result = np.swapaxes(out, -1, -2) if "o" in case.turned else out
-    product = Product.of(
-        {name: operand(name, array, axes) for name, array in given.items()},
-        alpha=1.0,
-        beta=1.0 if case.c else 0.0,
-        transpose_a="a" in case.turned,
-        transpose_b="b" in case.turned,
-        bias_axis=None,
-        activation=case.activation,
-        dtype=case.out,
-        results=lambda a, b: TYPES,
-        biases=lambda kind: TYPES,
-    )
+    product = described(case, {name: operand(name, array, axes) for name, array in given.items()})
     shown = result.view("float16") if case.out == "bfloat16" else result
     lies = operand("out", shown, len(product.batch) + 2)
     prepared = calls.prepare(product, lies, device("neon"))

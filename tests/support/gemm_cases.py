@@ -8,7 +8,7 @@ import ml_dtypes  # noqa: F401  # NumPy knows bfloat16 by it
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.problems.matmul import Accepted, Operand
+from tilefold.problems.matmul import Accepted, Operand, Product
 
 Array = NDArray[Any]
 
@@ -120,6 +120,22 @@ def operand(name: str, array: Array, axes: int) -> Operand:
     strides = [step // array.itemsize for step in array.strides]
     made = ACCEPTED.operand(name, array.dtype.name, array.shape, strides, 1)
     return made.padded(axes)
+
+
+def described(case: Case, operands: dict[str, Operand]) -> Product:
+    """The description of a case whose operands lie like these."""
+    return Product.of(
+        operands,
+        alpha=1.0,
+        beta=1.0 if case.c else 0.0,
+        transpose_a="a" in case.turned,
+        transpose_b="b" in case.turned,
+        bias_axis=None,
+        activation=case.activation,
+        dtype=case.out,
+        results=lambda a, b: TYPES,
+        biases=lambda kind: TYPES,
+    )
 
 
 def assert_right(case: Case, given: dict[str, Array], found: Array) -> None:

@@ -68,14 +68,12 @@ def multiply(
     right_stride: int,
     count: Operand,
     start: Callable[[int, int], Value],
-    each: Callable[[Value], None] | None = None,
 ) -> Accumulators:
     """C[i][j] = start(i, j) + the sum over c < count of A[i][c] * B[c][j].
 
     A[i][c] is `left[i][c * left_step]`: `left` holds the address of each row's first element. B[c]
     is the row of vectors at `right[c * right_stride]` in scratch. Steps and strides count elements;
     with pairs, `count` and the strides of B count pairs, and `left_step` counts bfloat16 elements.
-    `each` writes what else is done at step c.
     """
     element = "i16" if shape.pairs else shape.scalar
     places = [
@@ -84,8 +82,6 @@ def multiply(
     ]
     step = body.variable("i64", Value("0", "i64"), "position")
     with body.loop("c", 0, count) as c:
-        if each:
-            each(c)
         vectors = []
         for j in range(shape.vectors):
             address = shape.at(body, right, c, j, right_stride)
