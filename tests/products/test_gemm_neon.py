@@ -54,8 +54,7 @@ def test_products_on_arm(case: Case, tmp_path: Path) -> None:
     with (
         mock.patch.object(calls, "kernel", arm.kernel),
         mock.patch.object(calls, "_workspace", arm.memory),
-        mock.patch.object(calls, "_panels", arm.memory),
-        mock.patch.object(calls, "_parts_of", arm.memory),
+        mock.patch.object(calls, "_taken", lambda _, size: arm.memory(size)),
         mock.patch.object(threads, "run", arm.run),
     ):
         found = multiplied(case, arm)

@@ -69,7 +69,7 @@ class Prepared:
         workers = 1 if self.alone else threads.number()
         panels = None
         if self.packing is not None:
-            panels = _panels(self.packing.size)
+            panels = _taken("panels", self.packing.size)
             b, gate = self.packing.run((b, gate), panels.pointer, workers)
         workers = min(workers, made.items)
         workspace = _workspace(workers * made.workspace_bytes)
@@ -80,7 +80,7 @@ class Prepared:
         parts = None
         if made.chunks > 1:
             counters = 8 * (made.items // made.chunks)
-            parts = _parts_of(made.parts_bytes + counters)
+            parts = _taken("parts", made.parts_bytes + counters)
             finished = parts.pointer + made.parts_bytes
             ctypes.memset(finished, 0, counters)
             words[_GEMM["parts"]], words[_GEMM["finished"]] = parts.pointer, finished
@@ -124,7 +124,10 @@ class Packing:
 
 
 class _Kept(threading.local):
-    """Memory of panels that a thread keeps for its next product: fresh pages cost 3 % of it."""
+    """Memory of panels, and of sums of chunks, that a thread keeps for its next product.
+
+    Fresh pages cost 3 % of it.
+    """
 
     panels = _Memory(0)
     parts = _Memory(0)
@@ -133,19 +136,12 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def _panels(size: int) -> _Memory:
-    """Memory for panels, taken out of its place, as scratch is in `dispatch`."""
+def _taken(name: str, size: int) -> _Memory:
+    """Memory for "panels" or "parts", taken out of its place, as scratch is in `dispatch`."""
     if size > KEPT_BYTES:
         return _Memory(size)
-    held, _kept.panels = _kept.panels, _Memory(0)
-    return held if held.size >= size else _Memory(size)
-
-
-def _parts_of(size: int) -> _Memory:
-    """Memory for the sums of chunks, in the same way."""
-    if size > KEPT_BYTES:
-        return _Memory(size)
-    held, _kept.parts = _kept.parts, _Memory(0)
+    held: _Memory = getattr(_kept, name)
+    setattr(_kept, name, _Memory(0))
     return held if held.size >= size else _Memory(size)
 
 
