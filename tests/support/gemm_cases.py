@@ -35,6 +35,9 @@ class Case(NamedTuple):
 CASES = [
     # several blocks of the contraction, of rows and of columns; tails of all of them
     Case((37, 101, 1200)),
+    # the result itself: in several blocks, and with A and B where they lie
+    Case((187, 181, 1500)),
+    Case((43, 91, 45), "float64", "float64", "float64"),
     Case((131, 67, 45), turned="ab", bias="float32", activation="gelu"),
     Case((29, 70, 33), "float64", "float64", "float64", "a", bias="float64"),
     Case((45, 35, 90), "float16", "float32", "bfloat16", "b", c="float32"),

@@ -2,6 +2,7 @@
 
 ir           LLVM text: values, instructions, loops
 convert      half types to float32 and back
+masked       vectors of which some lanes exist
 storage      how elements lie in memory, and how they are read and written
 microkernel  the one product: a register tile
 softmax      exponentials and logarithms to base 2

@@ -12,6 +12,20 @@ TILES = {"amx": (14, 2), "avx512": (14, 2), "avx2": (6, 2), "sse2": (6, 2), "neo
 """Rows by vectors of register tiles: accumulators, a row of vectors and a broadcast fill the
 registers. (14 x 2 takes 16 loads for 28 multiply-adds.)"""
 
+CLIPPED = ("avx2", "sse2")
+"""Where tiles write the edges of a result themselves: 583 x 111 x 39 takes 0.93 of the time (Zen 3,
+one thread, float32, as all figures here that name Zen 3). Not measured elsewhere."""
+
+_MOST_IN_PLACE = {"avx2": 16, "sse2": 16}
+"""Panels of B of an item at most, for which A is read where it lies: packing it takes longer than
+it saves (Zen 3: 1577 x 38 x 886 takes 0.83 of the time, 150 x 64 x 251 takes 0.87). Not measured
+elsewhere."""
+
+_ALL_ROWS = 0.5
+"""The share of the second cache that all rows of A fill at most to be in each item, where they are
+read in place. An item packs its own part of B then (Zen 3: 150 x 64 x 251 takes 0.86 of the time,
+165 x 434 x 140 takes 0.94)."""
+
 _FEW_SUMS, _CHUNK, _MOST_SPLIT = 2**15, 256, 8
 """Products of at most so many sums, which few cores would share, are split into chunks of at least
 so many terms. They are not tuned."""
@@ -105,13 +119,19 @@ def blocks(
     unit: Unit,
     chunks: int,
 ) -> tuple[int, int]:
-    """Rows and columns of an item: A's block in half of the second cache, items for all cores."""
+    """Rows and columns of an item: A's block in a part of the second cache, items for all cores."""
     l2 = device.l2_bytes or 2**19
     item = unit.step_bytes(product.sums) / unit.depth
+    wanted = ITEMS_PER_CORE * device.cores // chunks
+    panels = parts(product.n, width)
+    all_panels, least = product.matrices * panels, 2 * device.cores
+    few = chunks == 1 and product.m * block_k * item <= _ALL_ROWS * l2
+    if few and all_panels >= least and a_in_place(product, unit, device):
+        most = _MOST_IN_PLACE[device.isa]
+        return up(product.m, rows), min(most, parts(all_panels, wanted)) * width
     block_m = max(1, int(_M_CACHE * l2 / (block_k * item)) // rows) * rows
     block_m = up(parts(product.m, parts(product.m, block_m)), rows)
-    block_n = min(_MOST_PANELS, max(1, -(-product.n // width))) * width
-    wanted = ITEMS_PER_CORE * device.cores // chunks
+    block_n = min(_MOST_PANELS, panels) * width
     while product.matrices * parts(product.m, block_m) * parts(product.n, block_n) < wanted:
         if block_m > 4 * rows:
             block_m = up(parts(block_m, 2), rows)
@@ -120,6 +140,13 @@ def blocks(
         else:
             break
     return max(block_m, rows), block_n
+
+
+def a_in_place(product: Product, unit: Unit, device: Device, panels: int = 1) -> bool:
+    """True if tiles read A where it lies: its terms are neighbours, and few panels of B read it."""
+    near = product.a.axes.strides[-1] == 1 or product.k == 1
+    same = unit == FMA and product.a.dtype == product.sums
+    return near and same and panels <= _MOST_IN_PLACE.get(device.isa, 0)
 
 
 def parts(length: int, block: int) -> int:

@@ -6,12 +6,11 @@ out = activation(alpha sums + bias) alpha other        with a gate
 
 from __future__ import annotations
 
+from tilefold.backends.cpu.kernels import masked
 from tilefold.backends.cpu.kernels.ir import (
     Module,
     Operand,
     Value,
-    alignment,
-    overload,
     vector,
 )
 from tilefold.backends.cpu.kernels.storage import Storage
@@ -92,13 +91,6 @@ class _Finish:
     def _storage(self, dtype: str) -> Storage:
         return reading(dtype, self.spec.finished, self.spec.native_half)
 
-    def _exists(self, left: Value) -> Value:
-        """Which lanes exist."""
-        lanes = self.spec.lanes
-        numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
-        each = Value(f"<{numbers}>", vector(lanes, "i64"))
-        return self.body.compare("slt", each, self.body.splat(left, lanes), "exists")
-
     def _address(self, store: Storage, base: Value, name: str, i: Operand, j: Operand) -> Value:
         body, words = self.body, self.words
         index = body.add(body.mul(i, words[f"{name}_m"]), body.mul(j, words[f"{name}_n"]))
@@ -112,12 +104,7 @@ class _Finish:
         near = body.compare("eq", words[f"{name}_n"], Value("1", "i64"))
         with body.choose(near, "near") as branch:
             type_ = vector(lanes, _stored(store))
-            align = Value(str(alignment(type_)), "i32")
-            bits = body.call(
-                f"llvm.masked.load.{overload(type_)}.p0",
-                type_,
-                [address, align, self._exists(left), body.constant(0, type_)],
-            )
+            bits = masked.load(body, address, type_, masked.first(body, left, lanes))
             bits = body.cast("bitcast", bits, vector(lanes, store.stored))
             body.write(found, store.widen(body, bits))
             branch.otherwise()
@@ -145,11 +132,7 @@ class _Finish:
         near = body.compare("eq", words["out_n"], Value("1", "i64"))
         with body.choose(near, "near") as branch:
             address = self._address(store, self.out, "out", i, j)
-            name = f"llvm.masked.store.{overload(bits.type)}.p0"
-            align = Value(str(alignment(bits.type)), "i32")
-            arguments = [bits, address, align, self._exists(left)]
-            body.module.declare(name, "void", [each.type for each in arguments])
-            body.invoke(name, arguments)
+            masked.store(body, bits, address, masked.first(body, left, lanes))
             branch.otherwise()
             with body.loop("lane", 0, body.minimum(left, lanes)) as lane:
                 far = self._address(store, self.out, "out", i, body.add(j, lane))

@@ -80,13 +80,15 @@ class _Gemm:
         self.a_store = panels.factor(spec.a, spec.unit, spec.sums, spec.native_half)
         self.b_store = panels.factor(spec.b, spec.unit, spec.sums, spec.native_half)
         common = (module, spec.unit)
-        self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, of_a=True)
+        if not spec.a_in_place:
+            self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, of_a=True)
         if not spec.packed:
             self.pack_b = panels.pack_columns(*common, self.b_store, spec.width, spec.lanes)
         self.tiles = {
             vectors: tile(module, spec, vectors) for vectors in range(1, spec.vectors + 1)
         }
-        self.finish = finish(module, spec)
+        if not spec.clipped:
+            self.finish = finish(module, spec)
         self.zeros = module.constant("zeros", bytes(spec.width * self.item_bytes), 64)
         block = Value("%arguments", "ptr")
         with module.function(spec.kernel, [block]) as body:
@@ -153,7 +155,10 @@ class _Gemm:
         if spec.unit.depth > 1:
             steps = body.binary("udiv", body.add(depth, spec.unit.depth - 1), spec.unit.depth)
         self.steps = steps
-        self._pack_a(c, depth)
+        if spec.a_in_place:
+            self.first_term = c
+        else:
+            self._pack_a(c, depth)
         if not spec.packed:
             self._pack_b("b", self.b_panels, c, depth)
             if spec.gate:
@@ -177,7 +182,12 @@ class _Gemm:
             body.invoke(self.pack_a, [self._a_panel(row), source, *strides, exist, depth])
 
     def _a_panel(self, row: Value) -> Value:
+        """Where a tile reads A: the address of its panel, or of its first row."""
         body = self.body
+        if self.spec.a_in_place:
+            index = body.add(self.begins["a"], body.mul(row, self.words["a_m"]))
+            index = body.add(index, self.first_term)
+            return self.a_store.at(body, self.words["a"], index)
         before = body.mul(body.sub(row, self.first_row), body.mul(self.steps, self.step_bytes))
         return body.offset(self.a_panels, "i8", before)
 
@@ -211,6 +221,12 @@ class _Gemm:
     ) -> None:
         body, words, spec = self.body, self.words, self.spec
         rows = body.minimum(body.sub(self.last_row, row), spec.rows, "rows")
+        self.more = {"rows": rows, "columns": columns, "left_stride": words["a_m"]}
+        if spec.clipped:
+            index = body.add(body.mul(row, words["out_m"]), body.add(column, self.begins["out"]))
+            target = body.offset(words["out"], SCALARS[spec.sums], index)
+            self._sum(row, columns, [target], words["out_m"], rights)
+            return
         tile_number = body.binary("udiv", body.sub(row, self.first_row), spec.rows)
         tile_number = body.add(tile_number, body.mul(number, words["tiles_m"]))
         # one tile serves all where the contraction is one block
@@ -300,7 +316,7 @@ class _Gemm:
             done = body.mul(done, body.mul(self.steps, words["ahead"]))
             ahead = body.offset(right, "i8", body.add(ahead, done))
             arguments = [left, right, self.steps, target, stride, start, start_stride]
-            arguments += [ahead, words["ahead"]]
+            arguments += [ahead, words["ahead"], *(self.more[name] for name in spec.more)]
             self._narrowest(columns, 1, arguments)
 
     def _narrowest(self, columns: Value, vectors: int, arguments: list[Value]) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.matmul.blocks import (
+    CLIPPED,
     TILES,
+    a_in_place,
     balanced,
     blocks,
     parts,
@@ -103,6 +105,8 @@ class GemmPlan:
     @property
     def a_bytes(self) -> int:
         """A worker's scratch for panels of A, with room behind the last one."""
+        if self.spec.a_in_place:
+            return 0
         steps = parts(self.block_k, self.spec.unit.depth)
         return whole(self.block_m * steps * self.spec.step_bytes + 64)
 
@@ -272,6 +276,13 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
     block_m, block_n = blocks(product, rows, width, block_k, device, unit, chunks)
     packs = not packed and product.m > block_m
     plain = product.alpha == 1 and not (product.beta or product.bias or product.gate)
+    direct = (
+        plain
+        and chunks == 1
+        and product.activation is None
+        and product.dtype == product.sums
+        and (out.axes.strides[-1] == 1 or product.n == 1)
+    )
     spec = GemmSpec(
         a=product.a.dtype,
         b=product.b.dtype,
@@ -283,16 +294,14 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
         lanes=lanes,
         native_half=device.converts_float16,
         packed=packed or packs,
-        direct=plain
-        and chunks == 1
-        and product.activation is None
-        and product.dtype == product.sums
-        and (out.axes.strides[-1] == 1 or product.n == 1),
+        direct=direct,
         c=product.c.dtype if product.c and product.beta else None,
         bias=product.bias.dtype if product.bias else None,
         activation=product.activation,
         gate=product.gate is not None,
         split=chunks > 1,
+        a_in_place=a_in_place(product, unit, device, block_n // width),
+        clipped=direct and device.isa in CLIPPED,
     )
     sizes = block_m, block_n, block_k
     return GemmPlan(product, out, spec, *sizes, packs, turned, chunks, chunk_k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tilefold.backends.cpu.device import Device
 
@@ -75,6 +75,9 @@ class GemmSpec:
     A register tile has `rows` rows by `vectors` vectors of `lanes` sums. Without `packed` each item
     packs its part of B. `direct`: whole tiles are summed in the result itself. `gate`: there is a
     second B, whose sums multiply the activation. `split`: items have chunks of the contraction.
+    `a_in_place`: A is read where it lies, and its terms are neighbours. `clipped`: tiles
+    write the rows and columns of the result that exist; without it tiles at its edges are
+    `finish`ed.
     """
 
     a: str
@@ -93,7 +96,16 @@ class GemmSpec:
     activation: str | None = None
     gate: bool = False
     split: bool = False
+    a_in_place: bool = field(default=False, repr=False)
+    clipped: bool = field(default=False, repr=False)
     kernel: str = "gemm"
+
+    @property
+    def more(self) -> tuple[str, ...]:
+        """What a tile is given beside what all tiles are given."""
+        rows = ("rows",) if self.a_in_place or self.clipped else ()
+        strides = ("left_stride",) if self.a_in_place else ()
+        return rows + strides + (("columns",) if self.clipped else ())
 
     @property
     def width(self) -> int:

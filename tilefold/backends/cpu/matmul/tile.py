@@ -9,7 +9,14 @@ each side feed four products.
 
 from __future__ import annotations
 
-from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, vector
+from tilefold.backends.cpu.kernels import masked
+from tilefold.backends.cpu.kernels.ir import (
+    Module,
+    Operand,
+    Value,
+    Variable,
+    vector,
+)
 from tilefold.backends.cpu.matmul.panels import SCALARS
 from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, GemmSpec
 
@@ -24,6 +31,9 @@ def tile(module: Module, spec: GemmSpec, vectors: int) -> str:
     the rows of `sums` and of `begin`, what they begin with, in elements. `ahead` is memory that the
     next tiles read: each step asks for a line of it, `ahead step` bytes further, so that lines
     arrive one by one while products are made.
+
+    `spec.more` are further integers: the rows and columns that exist, and the stride of A's rows
+    where these are read in place.
     """
     name = f"tile_{vectors}"
     if not module.defines(name):
@@ -45,6 +55,8 @@ class _Tile:
         self.depth, self.stride, self.begin_stride, self.ahead_step = integers
         parameters = [self.left, self.right, self.depth, self.sums, self.stride]
         parameters += [self.begin, self.begin_stride, self.ahead, self.ahead_step]
+        self.more = {name: Value(f"%{name}", "i64") for name in spec.more}
+        parameters += self.more.values()
         with module.function(name, parameters, internal=True) as body:
             self.body = body
             self.write()
@@ -73,9 +85,9 @@ class _InVectors(_Tile):
 
     def write(self) -> None:
         body, spec = self.body, self.spec
-        size = self.vectors * spec.lanes * ITEM_BYTES[spec.sums]
-        for i in range(spec.rows):  # sums lie 100 ns away if they are in memory
-            self.fetch(self.row(self.begin, i, self.begin_stride), size, write=True)
+        self._fetch_sums()
+        if spec.a_in_place:
+            self.lefts = self._rows_that_exist(self.left, self.more["left_stride"])
         places = [
             [body.variable(self.type, first, "acc") for first in self._first()]
             for _ in range(spec.rows)
@@ -88,13 +100,84 @@ class _InVectors(_Tile):
                 left = self._left(c, i)
                 for j, place in enumerate(line):
                     body.write(place, self._product(left, right[j], body.read(place, "acc")))
-        add = "add" if spec.sums == "int32" else "fadd"
+        if not spec.clipped:
+            self._write_whole(places)
+            return
+        columns = Value(str(self.vectors * spec.lanes), "i64")
+        whole = body.binary(
+            "and",
+            body.compare("eq", self.more["rows"], Value(str(spec.rows), "i64")),
+            body.compare("sge", self.more["columns"], columns),
+        )
+        with body.choose(whole, "whole") as branch:
+            self._write_whole(places)
+            branch.otherwise()
+            self._write_clipped(places)
+
+    def _fetch_sums(self) -> None:
+        """Ask for the sums: they lie 100 ns away if they are in memory.
+
+        A clipped tile asks for the result, which the first block writes without reading it. Its
+        rows begin anywhere in a line, so for their ends too.
+        """
+        body, spec = self.body, self.spec
+        size = self.vectors * spec.lanes * ITEM_BYTES[spec.sums]
+        base, stride = self.begin, self.begin_stride
+        if spec.clipped:
+            base, stride = self.sums, self.stride
+        for i in range(spec.rows):
+            row = self.row(base, i, stride)
+            self.fetch(row, size, write=True)
+            if spec.clipped:
+                self.fetch(body.offset(row, "i8", size - 1), 1, write=True)
+
+    def _write_whole(self, places: list[list[Variable]]) -> None:
+        """Write all sums, with what they begin with."""
         for i, line in enumerate(places):
             source = self.row(self.begin, i, self.begin_stride)
             target = self.row(self.sums, i, self.stride)
             for j, place in enumerate(line):
-                before = body.load(self._at(source, j), self.type, "before")
-                body.store(body.binary(add, before, body.read(place)), self._at(target, j))
+                before = self.body.load(self._at(source, j), self.type, "before")
+                self.body.store(self._sum(before, place), self._at(target, j))
+
+    def _write_clipped(self, places: list[list[Variable]]) -> None:
+        """Write the rows and columns that exist. Rows behind the last one are equal to it.
+
+        All are read before any is written, so the last one may be written several times.
+        """
+        body, last = self.body, self.vectors - 1
+        left = body.sub(self.more["columns"], last * self.spec.lanes)
+        exists = masked.first(body, left, self.spec.lanes)
+        sources = self._rows_that_exist(self.begin, self.begin_stride)
+        totals = []
+        for source, line in zip(sources, places, strict=True):
+            for j, place in enumerate(line):
+                address = self._at(source, j)
+                if j < last:
+                    before = body.load(address, self.type, "before")
+                else:
+                    before = masked.load(body, address, self.type, exists, "before")
+                totals.append(self._sum(before, place))
+        for target in self._rows_that_exist(self.sums, self.stride):
+            for j in range(self.vectors):
+                total, address = totals.pop(0), self._at(target, j)
+                if j < last:
+                    body.store(total, address)
+                else:
+                    masked.store(body, total, address, exists)
+
+    def _rows_that_exist(self, base: Value, stride: Value) -> list[Value]:
+        """The addresses of all rows; those behind the last one are its own."""
+        body, rows = self.body, [base]
+        for i in range(1, self.spec.rows):
+            more = body.compare("sgt", self.more["rows"], Value(str(i), "i64"))
+            following = body.offset(rows[-1], self.scalar, stride)
+            rows.append(body.select(more, following, rows[-1], "row"))
+        return rows
+
+    def _sum(self, before: Value, place: Variable) -> Value:
+        opcode = "add" if self.spec.sums == "int32" else "fadd"
+        return self.body.binary(opcode, before, self.body.read(place))
 
     def _at(self, row: Value, j: int) -> Value:
         return self.body.offset(row, self.scalar, j * self.spec.lanes)
@@ -119,8 +202,12 @@ class _InVectors(_Tile):
 
     def _left(self, c: Value, i: int) -> Value:
         body, spec = self.body, self.spec
-        index = body.add(body.mul(c, spec.rows), i)
-        number = body.load(body.offset(self.left, self._element, index), self._element, "a")
+        if spec.a_in_place:
+            address = body.offset(self.lefts[i], self._element, c)
+        else:
+            index = body.add(body.mul(c, spec.rows), i)
+            address = body.offset(self.left, self._element, index)
+        number = body.load(address, self._element, "a")
         return body.splat(number, spec.lanes, "a")
 
     def _product(self, left: Value, right: Value, total: Value) -> Value:
