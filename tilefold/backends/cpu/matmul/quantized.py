@@ -5,16 +5,18 @@
             for group of inputs:
                 sums = 0
                 for step of inputs:
-                    w = the codes, widened in registers, less their zeros
+                    w = the codes, widened in registers
                     sums += x[rows, inputs] w
-                totals += scales sums
+                totals += scales (sums - zeros (the sum of x[rows, inputs of the group]))
             out <- totals                                       `finish`
 
-Codes lie in the order in which they are read, so few rows cost what reading takes. A scale is
-applied once for a group. Each sum is made by one worker, in order.
+Codes lie in the order in which they are read, so few rows cost what reading takes. Scale and zero
+are applied once for a group. Each sum is made by one worker, in order.
 """
 
 from __future__ import annotations
+
+import itertools
 
 from tilefold.backends.cpu.kernels.ir import Module, Value, Variable, vector
 from tilefold.backends.cpu.matmul import widen
@@ -149,8 +151,7 @@ class FewRows(Quantized):
         body = self.body
         with body.loop("row", start, stop, self.spec.rows) as row:
             self._x = self._rows_of_x(row)
-            for column in self.parts:
-                self._part(column)
+            self._sum()
             exist = body.minimum(body.sub(stop, row), self.spec.rows)
             self.finish_rows(row, exist, self._totals)
 
@@ -161,42 +162,46 @@ class FewRows(Quantized):
         rows = [body.minimum(body.add(row, i), last) for i in range(self.spec.rows)]
         return [body.offset(words["x"], "float", body.mul(own, words["x_m"]), "x") for own in rows]
 
-    def _part(self, column: int) -> None:
-        """The totals of some columns of the panel."""
+    def _sum(self) -> None:
+        """The totals of a tile. Its parts read a group in turn, so that it comes from the cache."""
         body, words, spec = self.body, self.words, self.spec
         zero = body.constant(0.0, self.type)
         rows, vectors = range(spec.rows), range(spec.vectors)
-        totals = [[body.variable(self.type, zero, "total") for _ in vectors] for _ in rows]
+        totals = [
+            [[body.variable(self.type, zero, "total") for _ in vectors] for _ in rows]
+            for _ in self.parts
+        ]
         sets = range(max(1, _CHAINS // (spec.rows * spec.vectors)))
         sums = [
             [[body.variable(self.type, hint="sum") for _ in vectors] for _ in rows] for _ in sets
         ]
-        weights = widen.weights(body, spec, self.table)
+        weights = widen.weights(body, spec, self.table, len(sets))
         with body.loop("group", 0, words["groups"]) as group:
-            for place in (place for each in sums for line in each for place in line):
-                body.write(place, zero)
-            at = self.line_of_scales(group, column)
-            if spec.scales and column == 0:
-                self.ask_for_scales(at)
-            zeros = self.numbers("zeros", at) if spec.scheme == "int4" else []
             first = body.mul(group, words["group_size"], "first")
             stop = body.add(first, words["group_size"])
+            below = [self._sum_of_inputs(x, first, stop) for x in self._x] if self._zeros else []
             whole = stop
             if not spec.whole:
                 whole = body.add(
                     first, body.mul(body.binary("udiv", words["group_size"], self.step), self.step)
                 )
-            with body.loop("c", first, whole, self.step) as c:
-                self._inputs(c, self.step, column, weights, zeros, sums)
-            if not spec.whole:
-                with body.loop("rest", whole, stop) as c:
-                    self._inputs(c, 1, column, weights, zeros, sums)
-            scales = self.numbers("scales", at) if spec.scales else []
-            self._add_group(totals, sums, scales)
-        for i in rows:
-            for j in vectors:
+            for column, totals_of_part in zip(self.parts, totals, strict=True):
+                for place in (place for each in sums for line in each for place in line):
+                    body.write(place, zero)
+                at = self.line_of_scales(group, column)
+                if spec.scales and column == 0:
+                    self.ask_for_scales(at)
+                with body.loop("c", first, whole, self.step) as c:
+                    self._inputs(c, self.step, column, weights, sums)
+                if not spec.whole:
+                    with body.loop("rest", whole, stop) as c:
+                        self._inputs(c, 1, column, weights, sums)
+                self._add_group(totals_of_part, sums, below, at)
+        for column, totals_of_part in zip(self.parts, totals, strict=True):
+            for i, j in itertools.product(rows, vectors):
                 index = i * spec.width + column + j * spec.lanes
-                body.store(body.read(totals[i][j]), body.offset(self._totals, "float", index))
+                total = body.read(totals_of_part[i][j])
+                body.store(total, body.offset(self._totals, "float", index))
 
     def _inputs(
         self,
@@ -204,34 +209,70 @@ class FewRows(Quantized):
         count: int,
         column: int,
         weights: widen.Weights,
-        zeros: list[Value],
         sums: list[list[list[Variable]]],
     ) -> None:
         """Add the products of some inputs to the sums."""
         body, spec = self.body, self.spec
         at = self.codes_at(c, count, column)
-        for number, t in enumerate(widen.order(spec) if count > 1 else (0,)):
+        for number, t in enumerate(widen.order(spec, len(sums)) if count > 1 else (0,)):
             found = weights(at, t)
-            if zeros:
-                found = [body.binary("fsub", w, z) for w, z in zip(found, zeros, strict=True)]
+            own = sums[(t if widen.masked(spec) else number) % len(sums)]
             for i, x in enumerate(self._x):
                 place = body.offset(x, "float", body.add(c, t))
                 a = body.splat(body.load(place, "float", "a"), spec.lanes, "a")
-                for w, total in zip(found, sums[number % len(sums)][i], strict=True):
+                for w, total in zip(found, own[i], strict=True):
                     body.write(total, body.multiply_add(a, w, body.read(total), "sum"))
+
+    @property
+    def _zeros(self) -> bool:
+        """True if zeros are subtracted from sums."""
+        return self.spec.scheme == "int4" or widen.masked(self.spec)
+
+    def _sum_of_inputs(self, x: Value, first: Value, stop: Value) -> Value:
+        """The sum of a row's inputs of a group, in all lanes. Groups of words are whole steps."""
+        body, lanes = self.body, self.step
+        type_ = vector(lanes, "float")
+        total = body.variable(type_, body.constant(0.0, type_), "below")
+        with body.loop("x", first, stop, lanes) as c:
+            more = body.load(body.offset(x, "float", c), type_, align=4)
+            body.write(total, body.binary("fadd", body.read(total), more))
+        found = body.read(total)
+        while lanes > 2:
+            lanes //= 2
+            halves = (range(lanes), range(lanes, 2 * lanes))
+            low, high = (body.shuffle(found, found, half) for half in halves)
+            found = body.binary("fadd", low, high)
+        found = body.binary("fadd", body.lane(found, 0), body.lane(found, 1))
+        return body.splat(found, self.spec.lanes)
 
     def _add_group(
         self,
         totals: list[list[Variable]],
         sums: list[list[list[Variable]]],
-        scales: list[Value],
+        below: list[Value],
+        at: Value,
     ) -> None:
-        body = self.body
+        """Add the sums of a group to the totals: those of all places, less zeros, times scales."""
+        body, spec = self.body, self.spec
+        zeros = []
+        if spec.scheme == "int4":
+            zeros = self.numbers("zeros", at)
+        elif self._zeros:
+            zeros = [body.constant(8.0, self.type)] * spec.vectors
+        scales = self.numbers("scales", at) if spec.scales else []
         for i, line in enumerate(totals):
             for j, total in enumerate(line):
                 found = body.read(sums[0][i][j])
-                for more in sums[1:]:
-                    found = body.binary("fadd", found, body.read(more[i][j]))
+                for place, more in enumerate(sums[1:], 1):
+                    part = body.read(more[i][j])
+                    if widen.masked(spec):
+                        part = body.binary(
+                            "fmul", part, body.constant(widen.NIBBLE**-place, self.type)
+                        )
+                    found = body.binary("fadd", found, part)
+                if zeros:
+                    less = body.binary("fmul", below[i], zeros[j])
+                    found = body.binary("fsub", found, less)
                 if scales:
                     found = body.multiply_add(found, scales[j], body.read(total))
                 body.write(total, found)

@@ -190,11 +190,12 @@ _X, _OUT, _BIAS, _WORKSPACE, _SCALES = map(
 
 def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
     """The kernel of a call."""
+    rows, lanes = _rows_of(sizes.m, device), lanes_of(device, "float32")
     return QuantizedSpec(
         sizes.scheme,
-        _rows_of(sizes.m, device),
-        2,
-        lanes_of(device, "float32"),
+        rows,
+        4 if device.isa == "avx2" and rows <= 2 and sizes.scheme in ("int8", "float8_e4m3") and not sizes.dynamic else 2,
+        lanes,
         sizes.scales,
         sizes.out,
         device.converts_float16,

@@ -27,12 +27,25 @@ WORDS = ("int4", "int4_symmetric", "palette6")
 FACTORS = {"float8_e4m3": 256.0}
 """What a scale is multiplied by, where it is not 1."""
 
+NIBBLE = 16.0
+"""Where codes of 4 bits are taken out of words by masks, those of each place are so much larger."""
+
 Weights = Callable[[Value, int], list[Value]]
 """(address of the first codes of a step, input in the step) -> vectors of the part of a panel."""
 
 
-def order(spec: QuantizedSpec) -> tuple[int, ...]:
-    """The order in which the inputs of a step are made: some are made two at a time."""
+def masked(spec: QuantizedSpec) -> bool:
+    """True if few rows take codes of 4 bits by masks; their zeros are subtracted from sums."""
+    return spec.bits == 4 and not spec.permutes and not spec.shared
+
+
+def order(spec: QuantizedSpec, places: int = 1) -> tuple[int, ...]:
+    """The order in which the inputs of a step are made: some are made two at a time.
+
+    By masks, those of one place follow each other, so that few masks are in registers.
+    """
+    if masked(spec):
+        return tuple(t for place in range(places) for t in range(place, 8, places))
     if spec.scheme == "palette6" and spec.permutes:
         return tuple(first + half for first in (0, 1, 2, 3, 8, 9, 10, 11) for half in (0, 4))
     return tuple(range(STEPS[spec.scheme]))
@@ -66,8 +79,10 @@ def table(body: Body, spec: QuantizedSpec, address: Value) -> list[Value]:
     return found
 
 
-def weights(body: Body, spec: QuantizedSpec, table: list[Value]) -> Weights:
-    """How a body makes weights."""
+def weights(body: Body, spec: QuantizedSpec, table: list[Value], places: int = 1) -> Weights:
+    """How a body makes weights. By masks, input t of a step is 16^(t mod places) times as large."""
+    if masked(spec):
+        return _masked(body, spec, places)
     if spec.scheme == "palette6":
         return (_permuted_palette if spec.permutes else _palette)(body, spec, table)
     if spec.scheme in ("int4", "int4_symmetric"):
@@ -136,6 +151,24 @@ def _int4(body: Body, spec: QuantizedSpec) -> Weights:
         code = body.binary("and", index, 15)
         code = body.sub(code, zero) if zero else code
         return body.cast("sitofp", code, type_, "w")
+
+    return read
+
+
+def _masked(body: Body, spec: QuantizedSpec, places: int) -> Weights:
+    """Codes of 4 bits with what lies around them set to 0. Words are moved for several at once."""
+    words: dict[tuple[str, int], list[Value]] = {}
+
+    def read(at: Value, t: int) -> list[Value]:
+        if (at.text, 0) not in words:
+            words.clear()
+            words[at.text, 0] = _words(body, spec, at, 0)
+        place = t % places
+        moved = at.text, t - place
+        if moved not in words:
+            words[moved] = [_shifted(body, word, -4 * (t - place)) for word in words[at.text, 0]]
+        codes = [body.binary("and", word, 15 << 4 * place) for word in words[moved]]
+        return [body.cast("sitofp", code, vector(spec.lanes, "float"), "w") for code in codes]
 
     return read
 
