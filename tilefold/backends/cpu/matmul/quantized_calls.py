@@ -40,6 +40,9 @@ _SHARED_FROM = 17
 int4 140 GFLOP/s at 16 rows without, 139 at 24 rows with it; palette6 102 and 128.
 """
 
+_PAIRS_SHARED_FROM = 9
+"""The same where rows are rounded, and pairs of them multiplied. It is not tuned."""
+
 _ALONE_BYTES = 2**16
 """Smaller matrices run on one thread: 5 us of reading. It is not tuned."""
 
@@ -142,13 +145,13 @@ class Rounding:
 
     loaded: runtime.Loaded
     tiles: int
-    rows: int
+    tile_bytes: int
     m: int
     k: int
 
     def run(self, x: int, workers: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Tiles of rounded rows, and the scales of the rows."""
-        found = _memory(self.tiles * self.rows * self.k)
+        found = _memory(self.tiles * self.tile_bytes)
         scales = _memory(4 * self.m).view(np.float32)
         block = np.array(
             [0, 0, self.tiles, self.m, self.k, x, pointer(found), pointer(scales)], np.int64
@@ -191,22 +194,35 @@ _X, _OUT, _BIAS, _WORKSPACE, _SCALES = map(
 def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
     """The kernel of a call."""
     rows, lanes = _rows_of(sizes.m, device), lanes_of(device, "float32")
+    vnni = sizes.dynamic and device.has("avx512vnni")
+    pairs = sizes.dynamic and device.isa != "neon" and not vnni
+    shared = sizes.m >= (_PAIRS_SHARED_FROM if pairs else _SHARED_FROM)
     return QuantizedSpec(
         sizes.scheme,
         rows,
-        4 if device.isa == "avx2" and rows <= 2 and sizes.scheme in ("int8", "float8_e4m3") and not sizes.dynamic else 2,
+        _vectors(sizes, rows, device) if not shared else 2,
         lanes,
         sizes.scales,
         sizes.out,
         device.converts_float16,
         device.isa in ("amx", "avx512"),
         sizes.scheme in WORDS or sizes.group_size % STEPS[sizes.scheme] == 0,
-        sizes.m >= _SHARED_FROM,
+        shared,
         sizes.dynamic,
-        sizes.dynamic and device.has("avx512vnni"),
+        vnni,
+        pairs,
         sizes.bias,
         sizes.activation,
     )
+
+
+def _vectors(sizes: Sizes, rows: int, device: Device) -> int:
+    """Vectors of a register tile for few rows: the whole panel where 8 sums are enough for it.
+
+    Codes of 4 bits have sums for several places of a word, so two vectors have 8 (AMD Zen 3).
+    """
+    wide = device.isa == "avx2" and rows <= 2 and sizes.scheme in ("int8", "float8_e4m3")
+    return 4 if wide else 2
 
 
 class Blocks(NamedTuple):
@@ -227,7 +243,8 @@ class Blocks(NamedTuple):
         block_m = -(-sizes.m // (row_blocks * spec.rows)) * spec.rows
         scratch = 4 * spec.width * (DEPTH + block_m) if spec.shared else 0
         if sizes.dynamic:
-            scratch = spec.width * (quantized_integers.DEPTH + 4 * block_m)
+            words = quantized_integers.DEPTHS[spec.per_word] // spec.per_word
+            scratch = 4 * spec.width * (words + block_m)
         panel_bytes = inputs * spec.width * spec.bits // 8
         return cls(-(-sizes.n // spec.width), panel_bytes, inputs, row_blocks, block_m, scratch)
 
@@ -245,8 +262,9 @@ def prepare(sizes: Sizes, matrix: Matrix, device: Device, workers: int) -> Prepa
     groups = sizes.k // sizes.group_size
     rounding = None
     if sizes.dynamic:
-        rounds = kernel(RoundingSpec(spec.rows, spec.lanes), device)
-        rounding = Rounding(rounds, -(-sizes.m // spec.rows), spec.rows, sizes.m, sizes.k)
+        rounds = kernel(RoundingSpec(spec.rows, spec.lanes, spec.per_word), device)
+        tiles, tile_bytes = -(-sizes.m // spec.rows), 4 * spec.rows * sizes.k // spec.per_word
+        rounding = Rounding(rounds, tiles, tile_bytes, sizes.m, sizes.k)
     claim = min(_CLAIM_BYTES // made.panel_bytes, made.items // (4 * workers))
     values = {
         "items": made.items,

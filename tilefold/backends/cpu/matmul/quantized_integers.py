@@ -10,8 +10,9 @@
                        out <- scales of rows, scales of columns, (sums - below)       `finish`
 
 The instruction of AVX512-VNNI multiplies four numbers without a sign by four with one, and adds the
-four products exactly. So x has 128 added, and what this adds is subtracted: every other machine
-computes the same sums.
+four products exactly. So x has 128 added, and what this adds is subtracted. On other x86 a word has
+two numbers of 16 bits, which `pmaddwd` multiplies by two, both with signs: x has nothing added. All
+machines compute the same sums.
 """
 
 from __future__ import annotations
@@ -21,11 +22,8 @@ from tilefold.backends.cpu.matmul.arguments import Arguments
 from tilefold.backends.cpu.matmul.quantized import Quantized
 from tilefold.backends.cpu.matmul.spec import QuantizedSpec, RoundingSpec
 
-DEPTH = 1024
-"""Inputs of a block: a panel's words take 32 KiB. It is not tuned."""
-
-WORD = 4
-"""Inputs of a word."""
+DEPTHS = {4: 1024, 2: 256}
+"""Inputs of a block by those of a word: a panel's words take 32 or 16 KiB. They are not tuned."""
 
 LONGEST = 1 << 16
 """Inputs whose sums fit 32 bits: 2^16 x 255 x 127 < 2^31."""
@@ -39,6 +37,13 @@ ROUNDS = 1.5 * 2**23
 STEP = 16
 """The inputs are a multiple of this."""
 
+_PMADDWD = {
+    4: "llvm.x86.sse2.pmadd.wd",
+    8: "llvm.x86.avx2.pmadd.wd",
+    16: "llvm.x86.avx512.pmaddw.d.512",
+}
+"""The instruction by lanes."""
+
 
 def emit_rounding(spec: RoundingSpec) -> str:
     """The LLVM source of "round_rows"."""
@@ -51,8 +56,10 @@ def emit_rounding(spec: RoundingSpec) -> str:
             body.leave_unless(body.compare("slt", tile, words["items"]), end)
             first = body.mul(tile, spec.rows)
             last = body.minimum(body.add(first, spec.rows), words["m"])
-            size = body.mul(words["k"], spec.rows)  # bytes of a tile
-            target = body.offset(words["words"], "i8", body.mul(tile, size), "target")
+            size = body.mul(words["k"], spec.rows)  # numbers of a tile
+            target = body.offset(
+                words["words"], f"i{32 // spec.per_word}", body.mul(tile, size), "target"
+            )
             with body.loop("row", first, last) as row:
                 x = body.offset(words["x"], "float", body.mul(row, words["k"]), "x")
                 place = body.offset(target, "i32", body.sub(row, first))
@@ -78,16 +85,17 @@ def _round_row(
     scale = body.binary("fdiv", largest, steps, "scale")
     body.store(scale, body.offset(words["x_scales"], "float", row))
     inverse = body.splat(body.binary("fdiv", steps, largest), spec.lanes)
-    shift = body.constant(ROUNDS + 128, type_)
+    per_word = spec.per_word
+    shift = body.constant(ROUNDS + (128 if per_word == 4 else 0), type_)
     with body.loop("c", 0, words["k"], spec.lanes) as c:
         number = body.load(body.offset(x, "float", c), type_)
         code = body.binary("fadd", body.binary("fmul", number, inverse), shift)
         code = body.cast("bitcast", code, integers)
-        small = body.cast("trunc", code, vector(spec.lanes, "i8"))
-        four = body.cast("bitcast", small, vector(spec.lanes // WORD, "i32"))
-        line = body.binary("udiv", c, WORD)
-        for number_of_word in range(spec.lanes // WORD):
-            word = body.lane(four, number_of_word) if four.lanes > 1 else four
+        small = body.cast("trunc", code, vector(spec.lanes, f"i{32 // per_word}"))
+        made = body.cast("bitcast", small, vector(spec.lanes // per_word, "i32"))
+        line = body.binary("udiv", c, per_word)
+        for number_of_word in range(spec.lanes // per_word):
+            word = body.lane(made, number_of_word) if made.lanes > 1 else made
             index = body.mul(body.add(line, number_of_word), spec.rows)
             body.store(word, body.offset(target, "i32", index))
 
@@ -98,9 +106,12 @@ class Integers(Quantized):
     def begin(self) -> None:
         """This worker's scratch: a block of a panel in words, then sums."""
         body, words = self.body, self.words
+        self.per_word = self.spec.per_word
+        self.depth = DEPTHS[self.per_word]
         before = body.mul(words.take("next_worker"), words["workspace_bytes"])
         self.panel_words = body.offset(words["workspace"], "i8", before, "words")
-        self.sums = body.offset(self.panel_words, "i8", DEPTH * self.spec.width, "sums")
+        size = self.depth * self.spec.width * 4 // self.per_word
+        self.sums = body.offset(self.panel_words, "i8", size, "sums")
         self.integers = vector(self.spec.lanes, "i32")
         self.below = [
             [body.variable(self.integers, hint="below") for _ in range(self.spec.vectors)]
@@ -109,30 +120,44 @@ class Integers(Quantized):
 
     def rows(self, start: Value, stop: Value) -> None:
         """All rows of an item."""
+        body, spec = self.body, self.spec
+        if spec.pairs and not spec.shared:
+            with body.loop("row", start, stop, spec.rows) as row:
+                for column in self.parts:
+                    self._few_rows(row, body.sub(row, start), column)
+        else:
+            self._sum_blocks(start, stop)
+        self._scale(start, stop)
+        self.finish_rows(start, body.sub(stop, start), self.sums)
+
+    def _sum_blocks(self, start: Value, stop: Value) -> None:
+        """The sums of all rows of an item, which share the words of a block of the panel."""
         body, words, spec = self.body, self.words, self.spec
         for place in (place for line in self.below for place in line):
             body.write(place, body.constant(0, self.integers))
-        with body.loop("block", 0, words["inputs"], DEPTH) as c:
-            depth = body.minimum(body.sub(words["inputs"], c), DEPTH)
-            steps = body.binary("udiv", depth, WORD, "steps")
+        with body.loop("block", 0, words["inputs"], self.depth) as c:
+            depth = body.minimum(body.sub(words["inputs"], c), self.depth)
+            steps = body.binary("udiv", depth, self.per_word, "steps")
             for column, below in zip(self.parts, self.below, strict=True):
                 self._interleave(c, steps, column, below)
             with body.loop("row", start, stop, spec.rows) as row:
                 for column in self.parts:
                     self._tile(c, steps, row, body.sub(row, start), column)
-        self._scale(start, stop)
-        self.finish_rows(start, body.sub(stop, start), self.sums)
 
     def _interleave(self, c: Value, steps: Value, column: int, below: list[Variable]) -> None:
         """Words of a block of the panel, and 128 times their sums."""
         body, spec = self.body, self.spec
         with body.loop("step", 0, steps) as step:
-            place = body.add(c, body.mul(step, WORD))
-            codes = self.codes_at(place, WORD, column)
-            found = self._whole_lines(codes) if spec.permutes else self._part_lines(codes)
+            place = body.add(c, body.mul(step, self.per_word))
+            codes = self.codes_at(place, self.per_word, column)
+            if spec.pairs:
+                found = self._pairs(codes)
+            else:
+                found = self._whole_lines(codes) if spec.permutes else self._part_lines(codes)
             every = body.constant(-0x7F7F7F80, self.integers)  # 128 in each byte
             for j, word in enumerate(found):
-                body.write(below[j], self._added(body.read(below[j]), every, word))
+                if not spec.pairs:
+                    body.write(below[j], self._added(body.read(below[j]), every, word))
                 index = body.add(body.mul(step, spec.width), column + j * spec.lanes)
                 body.store(word, body.offset(self.panel_words, "i32", index))
 
@@ -144,7 +169,7 @@ class Integers(Quantized):
         )
         found = []
         for j in range(2):
-            picks = [32 * t + 16 * j + lane for lane in range(16) for t in range(WORD)]
+            picks = [32 * t + 16 * j + lane for lane in range(16) for t in range(4)]
             found.append(
                 body.cast("bitcast", body.shuffle(first, second, picks), self.integers, "words")
             )
@@ -159,7 +184,7 @@ class Integers(Quantized):
                 body.load(
                     body.offset(codes, "i8", t * self.spec.width + j * lanes), vector(lanes, "i8")
                 )
-                for t in range(WORD)
+                for t in range(4)
             ]
             mixed = [number for lane in range(lanes) for number in (lane, lanes + lane)]
             halves = [
@@ -175,13 +200,34 @@ class Integers(Quantized):
             )
         return found
 
+    def _pairs(self, codes: Value) -> list[Value]:
+        """Parts of two lines as words of two numbers of 16 bits."""
+        body, lanes = self.body, self.spec.lanes
+        count = self.spec.vectors * lanes
+        one, two = (
+            body.load(body.offset(codes, "i8", t * self.spec.width), vector(count, "i8"))
+            for t in range(2)
+        )
+        mixed = [number for column in range(count) for number in (column, count + column)]
+        found = []
+        for first in range(0, 2 * count, 2 * lanes):
+            bytes_ = body.shuffle(one, two, mixed[first : first + 2 * lanes])
+            wide = body.cast("sext", bytes_, vector(2 * lanes, "i16"))
+            found.append(body.cast("bitcast", wide, self.integers, "words"))
+        return found
+
     def _added(self, total: Value, left: Value, right: Value) -> Value:
-        """total + the four products of bytes of left, without a sign, and of right, with one."""
+        """total + the products of a word: bytes of left have no sign, other numbers have one."""
         body, spec = self.body, self.spec
+        if spec.pairs:
+            halves = vector(2 * spec.lanes, "i16")
+            pairs = [body.cast("bitcast", word, halves) for word in (left, right)]
+            product = body.call(_PMADDWD[spec.lanes], self.integers, pairs)
+            return body.add(total, product, "sum")
         if spec.vnni:
             name = f"llvm.x86.avx512.vpdpbusd.{32 * spec.lanes}"
             return body.call(name, self.integers, [total, left, right], "sum")
-        for t in range(WORD):
+        for t in range(4):
             one = body.binary("and", body.binary("lshr", left, 8 * t), 255)
             two = body.binary("ashr", body.binary("shl", right, 24 - 8 * t), 24)
             total = body.add(total, body.mul(one, two), "sum")
@@ -206,7 +252,7 @@ class Integers(Quantized):
         """Add the products of some rows, whose words lie side by side."""
         body, words, spec = self.body, self.words, self.spec
         before = body.add(body.mul(row, words["inputs"]), body.mul(c, spec.rows))
-        tile = body.offset(words["x"], "i8", before, "x")
+        tile = body.offset(words["x"], f"i{32 // self.per_word}", before, "x")
         places = self._places(number, column)
         is_first = body.compare("eq", c, Value("0", "i64"), "is_first")
         none = body.constant(0, self.integers)
@@ -226,14 +272,42 @@ class Integers(Quantized):
                 body.load(body.offset(line, "i32", j * spec.lanes), self.integers, "w")
                 for j in range(spec.vectors)
             ]
-            for i, places_of_row in enumerate(sums):
-                at = body.offset(tile, "i32", body.add(body.mul(step, spec.rows), i))
-                four = body.splat(body.load(at, "i32", "four"), spec.lanes)
-                for place, w in zip(places_of_row, found, strict=True):
-                    body.write(place, self._added(body.read(place), four, w))
-        for line_of_places, totals in zip(places, sums, strict=True):
-            for place_of_sum, total in zip(line_of_places, totals, strict=True):
-                body.store(body.read(total), place_of_sum)
+            self._multiply(tile, step, found, sums)
+        self._keep(sums, places)
+
+    def _few_rows(self, row: Value, number: Value, column: int) -> None:
+        """The sums of a tile of rows, with words that no other tile reads."""
+        body, words, spec = self.body, self.words, self.spec
+        tile = body.offset(words["x"], "i16", body.mul(row, words["inputs"]), "x")
+        none = body.constant(0, self.integers)
+        sums = [
+            [body.variable(self.integers, none) for _ in range(spec.vectors)]
+            for _ in range(spec.rows)
+        ]
+        with body.loop("c", 0, words["inputs"], 2 * self.per_word) as c:
+            codes = self.codes_at(c, 2 * self.per_word, column)
+            for half in range(2):
+                found = self._pairs(body.offset(codes, "i8", half * self.per_word * spec.width))
+                step = body.add(body.binary("udiv", c, self.per_word), half)
+                self._multiply(tile, step, found, sums)
+        self._keep(sums, self._places(number, column))
+
+    def _multiply(
+        self, tile: Value, step: Value, found: list[Value], sums: list[list[Variable]]
+    ) -> None:
+        """Add the products of a step: words of the rows of a tile, and of some columns."""
+        body, spec = self.body, self.spec
+        for i, sums_of_row in enumerate(sums):
+            at = body.offset(tile, "i32", body.add(body.mul(step, spec.rows), i))
+            word = body.splat(body.load(at, "i32", "word"), spec.lanes)
+            for place, w in zip(sums_of_row, found, strict=True):
+                body.write(place, self._added(body.read(place), word, w))
+
+    def _keep(self, sums: list[list[Variable]], places: list[list[Value]]) -> None:
+        """Store the sums of a tile."""
+        for line, totals in zip(places, sums, strict=True):
+            for place, total in zip(line, totals, strict=True):
+                self.body.store(self.body.read(total), place)
 
     def _scale(self, start: Value, stop: Value) -> None:
         """Sums of integers become the numbers that they stand for."""
@@ -247,7 +321,9 @@ class Integers(Quantized):
                 for j, scale in enumerate(scales):
                     place = body.add(line, column + j * spec.lanes)
                     address = body.offset(self.sums, "i32", place)
-                    total = body.sub(body.load(address, self.integers), body.read(below[j]))
+                    total = body.load(address, self.integers)
+                    if not spec.pairs:
+                        total = body.sub(total, body.read(below[j]))
                     number = body.cast("sitofp", total, self.type)
                     number = body.binary("fmul", number, body.splat(of_row, spec.lanes))
                     body.store(body.binary("fmul", number, scale), address)

@@ -130,10 +130,14 @@ class GemmSpec:
 
 @dataclass(frozen=True)
 class RoundingSpec:
-    """A kernel that rounds rows of float32 to 8 bits, and makes tiles of `rows` rows of them."""
+    """A kernel that rounds rows of float32 to 8 bits, and makes tiles of `rows` rows of them.
+
+    A word of 32 bits has `per_word` of these numbers.
+    """
 
     rows: int
     lanes: int
+    per_word: int
     kernel: str = "round_rows"
 
 
@@ -144,7 +148,8 @@ class QuantizedSpec:
     It makes `rows` rows by `vectors` vectors of `lanes` sums at a time. `scales` is the type of
     scales and zeros, or None. `permutes`: tables are registers (AVX-512). `whole`: each group has
     whole steps of inputs. `shared`: many rows share a widened panel. `integers`: x is rounded to 8
-    bits, and `vnni` says that an instruction multiplies them (AVX512-VNNI).
+    bits. What multiplies them: `vnni`, words of four numbers (AVX512-VNNI); `pairs`, words of two
+    numbers of 16 bits (other x86); or neither.
     """
 
     scheme: str
@@ -159,6 +164,7 @@ class QuantizedSpec:
     shared: bool
     integers: bool = False
     vnni: bool = False
+    pairs: bool = False
     bias: str | None = None
     activation: str | None = None
     c: None = None
@@ -180,6 +186,11 @@ class QuantizedSpec:
     def finished(self) -> str:
         """The type in which sums become results."""
         return self.sums
+
+    @property
+    def per_word(self) -> int:
+        """Rounded numbers of a word of 32 bits."""
+        return 2 if self.pairs else 4
 
     @property
     def item_bytes(self) -> int:
