@@ -171,7 +171,8 @@ class FewRows(Quantized):
             [[body.variable(self.type, zero, "total") for _ in vectors] for _ in rows]
             for _ in self.parts
         ]
-        sets = range(max(1, _CHAINS // (spec.rows * spec.vectors)))
+        chains = 2 if widen.looked_up(spec) else _CHAINS  # looking up takes longer than additions
+        sets = range(max(1, chains // (spec.rows * spec.vectors)))
         sums = [
             [[body.variable(self.type, hint="sum") for _ in vectors] for _ in rows] for _ in sets
         ]

@@ -221,8 +221,11 @@ def _vectors(sizes: Sizes, rows: int, device: Device) -> int:
 
     Codes of 4 bits have sums for several places of a word, so two vectors have 8 (AMD Zen 3).
     """
-    wide = device.isa == "avx2" and rows <= 2 and sizes.scheme in ("int8", "float8_e4m3")
-    return 4 if wide else 2
+    if device.isa != "avx2":
+        return 2
+    if sizes.scheme == "palette6":
+        return 1
+    return 4 if rows <= 2 and sizes.scheme in ("int8", "float8_e4m3") else 2
 
 
 class Blocks(NamedTuple):
