@@ -117,7 +117,7 @@ def _few_rows(made: Plan) -> dict[str, str]:
         "way": f"few rows: B is read once, where it lies; {lie[spec.form]}",
         "unit": f"{_UNITS['fma'].format(sums=spec.sums)}, vectors of {spec.lanes}",
         "rows": f"{spec.rows}, all: they are copied to scratch as {spec.sums}",
-        "columns": f"{spec.width:,} of {made.product.n:,}",
+        "columns": f"{spec.columns:,} of {made.product.n:,}",
         "terms": f"{made.chunk_k:,} of {made.product.k:,}",
         "packed": "nothing",
     }

@@ -2,31 +2,38 @@
 
     for item in (matrix, block of columns, chunk of inputs):        workers take items
         x <- the rows of A, unless the worker has them
-        "wide", columns are neighbours:  for some inputs, for vector of columns: sums += x B
-        "deep", inputs are neighbours:   for some columns, for vector of inputs: sums += x B
+        "wide", columns are neighbours:  for 8 inputs, for some vectors of columns: sums += x B
+        "deep", inputs are neighbours:   for block of inputs, for some columns: sums += x B
         the last chunk of a block that is done:
             sums <- the sums of all chunks, in order
             out <- sums                                             `finish`
 
-So few products are made of each element that memory is what takes time. "wide" walks several long
-rows of B at once, and asks for the next ones ahead; "deep" walks several columns.
+So few products are made of each element that memory is what takes time. More than `tile_rows` rows
+are several register tiles, of which the first one reads B from memory and the others from the first
+cache. x and the sums lie in scratch in the order in which tiles read them: lines that are 4,096
+bytes apart, as those of B often are, share a set of that cache, and a few of them fill it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, Variable, overload, vector
 from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
-from tilefold.backends.cpu.matmul.panels import SCALARS, reading
-from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, FewRowsSpec
+from tilefold.backends.cpu.matmul.panels import SCALARS, pack, reading
+from tilefold.backends.cpu.matmul.spec import FMA, ITEM_BYTES, FewRowsSpec
 
-_PRODUCTS = {64: 24, 32: 10, 16: 10}
-"""Accumulators of the form "deep", by the bytes of a vector."""
+INPUTS = 8
+"""Lines of B that the form "wide" walks at once. (Zen 3, one thread, 4096 x 4096 float32 from
+memory: of what reading takes, one row gives 1.05, 0.77 and 0.51 by 8, 16 and 32 lines, and 16 rows
+0.33, 0.31 and 0.26. A first cache of 8 ways holds 8 lines that are 16 KiB apart.)"""
 
-_ROWS_AT_ONCE = 8
-"""Rows of A that the form "deep" takes at once: B's lines come from the first cache again."""
+_AHEAD = 256
+"""Bytes by which lines of B are asked for before their use. (Zen 3, the same: 1, 4, 8 and 16 rows
+give 1.04, 0.91, 0.66 and 0.38; 1.00, 0.85, 0.57 and 0.34 without; by requests for the same place of
+the next 8 lines 0.83, 0.61, 0.45 and 0.29.)"""
 
 
 def emit(spec: FewRowsSpec) -> str:
@@ -44,6 +51,8 @@ class _FewRows:
         self.item_bytes = ITEM_BYTES[spec.sums]
         self.a_store = reading(spec.a, spec.sums, spec.native_half)
         self.b_store = reading(spec.b, spec.sums, spec.native_half)
+        if spec.form == "wide":
+            self.pack_a = pack(module, FMA, self.a_store, spec.rows, spec.lanes, of_a=True)
         self.finish = finish(module, spec)
         self.block = Value("%arguments", "ptr")
         with module.function(spec.kernel, [self.block]) as body:
@@ -56,7 +65,8 @@ class _FewRows:
         worker = words.take("next_worker")
         at = body.offset(words["workspace"], "i8", body.mul(worker, words["workspace_bytes"]))
         self.x = at
-        self.sums = body.offset(at, "i8", words["a_bytes"])
+        self.near = body.offset(at, "i8", words["a_bytes"])
+        self.sums = body.offset(self.near, "i8", words["b_bytes"])
         self.other = self._second(self.sums)
         held = body.variable("i64", Value("-1", "i64"), "held")
         with body.forever("item") as end:
@@ -76,8 +86,8 @@ class _FewRows:
             with body.when(body.compare("ne", matrix, body.read(held)), "new"):
                 self._take_rows()
                 body.write(held, matrix)
-            first = body.mul(block, self.spec.width, "first")
-            count = body.minimum(body.sub(words["n"], first), self.spec.width, "columns")
+            first = body.mul(block, self.spec.columns, "first")
+            count = body.minimum(body.sub(words["n"], first), self.spec.columns, "columns")
             one = body.compare("eq", words["chunks"], Value("1", "i64"), "one")
             own = body.offset(words["parts"], "i8", body.mul(item, self._part_bytes))
             self.target = body.select(one, self.sums, own)
@@ -97,7 +107,7 @@ class _FewRows:
     @property
     def _size(self) -> int:
         """The number of sums of an item."""
-        return self.spec.rows * self.spec.width
+        return self.spec.rows * self.spec.columns
 
     @property
     def _part_bytes(self) -> int:
@@ -121,41 +131,68 @@ class _FewRows:
             body.store(body.read(total), body.offset(self.sums, self.scalar, at))
 
     def _take_rows(self) -> None:
-        """The rows of A, ready to multiply, one behind the other."""
-        body, words, store = self.body, self.words, self.a_store
-        start = store.at(body, words["a"], self.begins["a"])
-        with body.loop("row", 0, self.spec.rows) as row:
-            line = store.at(body, start, body.mul(row, words["a_m"]))
-            with body.loop("c", 0, words["k"]) as c:
-                number = store.load(body, store.at(body, line, body.mul(c, words["a_k"])))
-                body.store(number, self._x(row, c))
+        """The rows of A, ready to multiply, in the order in which tiles read them."""
+        raise NotImplementedError
 
-    def _x(self, row: Operand, c: Operand) -> Value:
-        body = self.body
-        index = body.add(body.mul(self.words["k"], row), c)
-        return body.offset(self.x, self.scalar, index)
+    @property
+    def _groups(self) -> list[range]:
+        """The rows of each register tile."""
+        rows = self.spec.rows
+        count = -(-rows // self.spec.tile_rows)
+        edges = [rows * number // count for number in range(count + 1)]
+        return [range(*pair) for pair in pairwise(edges)]
 
     def _sum(self, name: str, target: Value, first: Value, count: Value) -> None:
         """The sums of a block of columns."""
         raise NotImplementedError
 
-    def _place(self, base: Value, row: int, column: Operand) -> Value:
-        """The place of a sum in scratch."""
+    def _totals(self, places: list[list[Value]]) -> list[list[Variable]]:
+        """Sums of a tile, out of scratch into registers."""
         body = self.body
-        return body.offset(base, self.scalar, body.add(column, row * self.spec.width))
+        return [
+            [body.variable(self.type, body.load(place, self.type), "acc") for place in line]
+            for line in places
+        ]
+
+    def _keep(self, totals: list[list[Variable]], places: list[list[Value]]) -> None:
+        """Sums of a tile, back into scratch."""
+        body = self.body
+        for line, each in zip(places, totals, strict=True):
+            for place, total in zip(line, each, strict=True):
+                body.store(body.read(total), place)
+
+    def _add(self, totals: list[list[Variable]], left: Iterable[Value], right: list[Value]) -> None:
+        """Add the products of each row by each vector of B."""
+        body = self.body
+        for x, line in zip(left, totals, strict=True):
+            for w, total in zip(right, line, strict=True):
+                body.write(total, body.multiply_add(x, w, body.read(total), "acc"))
+
+    def _fetch(self, address: Value) -> None:
+        """Ask for a line of memory, into the second cache."""
+        body = self.body
+        name, flags = "llvm.prefetch.p0", [Value(number, "i32") for number in ("0", "2", "1")]
+        body.module.declare(name, "void", ["ptr", "i32", "i32", "i32"])
+        body.invoke(name, [address, *flags])
 
     def _finish(self, first: Value, count: Value) -> None:
+        """The results of all sums, which lie in blocks of `width` columns."""
         body, words, spec = self.body, self.words, self.spec
-        pointers = []
-        for name, dtype in (("out", spec.out), ("c", spec.c), ("bias", spec.bias)):
-            if dtype is None:
-                pointers.append(Value("null", "ptr"))
-                continue
-            store = reading(dtype, spec.finished, spec.native_half)
-            index = body.add(body.mul(first, words[f"{name}_n"]), self.begins[name])
-            pointers.append(store.at(body, words[name], index))
-        rows = Value(str(spec.rows), "i64")
-        body.invoke(self.finish, [self.block, self.sums, self.other, rows, count, *pointers])
+        with body.loop("j", 0, count, spec.width) as j:
+            pointers = []
+            for name, dtype in (("out", spec.out), ("c", spec.c), ("bias", spec.bias)):
+                if dtype is None:
+                    pointers.append(Value("null", "ptr"))
+                    continue
+                store = reading(dtype, spec.finished, spec.native_half)
+                index = body.mul(body.add(first, j), words[f"{name}_n"])
+                index = body.add(index, self.begins[name])
+                pointers.append(store.at(body, words[name], index))
+            before = body.mul(j, spec.rows)
+            sums = [body.offset(each, self.scalar, before) for each in (self.sums, self.other)]
+            rows = Value(str(spec.rows), "i64")
+            columns = body.minimum(body.sub(count, j), spec.width)
+            body.invoke(self.finish, [self.block, *sums, rows, columns, *pointers])
 
     def _masked(self, address: Value, exist: Value) -> Value:
         """A vector of B of which so many elements exist; the others are 0."""
@@ -172,128 +209,187 @@ class _FewRows:
 
 
 class _Wide(_FewRows):
-    """Columns are neighbours."""
+    """Columns are neighbours. x[c, row]."""
+
+    def _take_rows(self) -> None:
+        body, words, store = self.body, self.words, self.a_store
+        array = store.at(body, words["a"], self.begins["a"])
+        rows = Value(str(self.spec.rows), "i64")
+        strides = (words["a_m"], words["a_k"])
+        body.invoke(self.pack_a, [self.x, array, *strides, rows, words["k"]])
 
     def _sum(self, name: str, target: Value, first: Value, count: Value) -> None:
-        self.name = name
+        self.name, self.target, self.count = name, target, count
         body, words, spec = self.body, self.words, self.spec
         zero = body.constant(0.0, self.type)
-        with body.loop("row", 0, spec.rows) as row:
-            line = body.offset(target, self.scalar, body.mul(row, spec.width))
-            with body.loop("j", 0, spec.width, spec.lanes) as j:
-                body.store(zero, body.offset(line, self.scalar, j))
+        with body.loop("at", 0, self._size, spec.lanes) as at:
+            body.store(zero, body.offset(target, self.scalar, at))
         start = body.add(self.begins[name], first)
         array = self.b_store.at(body, words[name], start)
-        inputs = 8
-        rest = body.binary("urem", body.sub(self.stop, self.start), inputs)
-        whole = body.sub(self.stop, rest)
-        with body.loop("c", self.start, whole, inputs) as c:
-            self._inputs(array, target, c, inputs, count)
-        with body.loop("c", whole, self.stop) as c:
-            self._inputs(array, target, c, 1, count)
+        with body.loop("c", self.start, self.stop, INPUTS) as c:
+            self.x_lines = body.offset(self.x, self.scalar, body.mul(c, spec.rows))
+            self.lines = self.b_store.at(body, array, body.mul(c, words[f"{name}_k"]))
+            self.depth = body.minimum(body.sub(self.stop, c), INPUTS, "depth")
+            self._inputs()
 
-    def _inputs(self, array: Value, target: Value, c: Value, inputs: int, count: Value) -> None:
+    def _inputs(self) -> None:
         """Add the products of some inputs to the sums of all columns."""
-        body, words, spec, store = self.body, self.words, self.spec, self.b_store
-        step = words[f"{self.name}_k"]
-        lines = [store.at(body, array, body.mul(body.add(c, n), step)) for n in range(inputs)]
-        ahead = body.mul(step, inputs)
-        numbers = [
-            [
-                body.splat(body.load(self._x(row, body.add(c, n)), self.scalar), spec.lanes)
-                for n in range(inputs)
-            ]
-            for row in range(spec.rows)
-        ]
+        body, spec, store = self.body, self.spec, self.b_store
+        tiles = body.sub(self.count, body.binary("urem", self.count, spec.width))
+        whole = body.sub(self.count, body.binary("urem", self.count, spec.lanes))
+        with body.loop("j", 0, tiles, spec.width) as j:
+            sums = body.offset(self.target, self.scalar, body.mul(j, spec.rows))
+            self._tiles(sums, j, spec.vectors, lambda at: store.load(body, at, spec.lanes))
+        rest = body.offset(self.target, self.scalar, body.mul(tiles, spec.rows))
+        with body.loop("j", tiles, whole, spec.lanes) as j:
+            sums = body.offset(rest, self.scalar, body.sub(j, tiles))
+            self._tiles(sums, j, 1, lambda at: store.load(body, at, spec.lanes))
+        with body.when(body.compare("slt", whole, self.count), "last"):
+            left = body.sub(self.count, whole)
+            sums = body.offset(rest, self.scalar, body.sub(whole, tiles))
+            self._tiles(sums, whole, 1, lambda at: self._masked(at, left))
 
-        def columns(j: Value, read: Callable[[Value], Value]) -> None:
-            right = [read(store.at(body, line, j)) for line in lines]
-            for row in range(spec.rows):
-                place = self._place(target, row, j)
-                total = body.load(place, self.type, "total")
-                for number, x in zip(numbers[row], right, strict=True):
-                    total = body.multiply_add(number, x, total, "total")
-                body.store(total, place)
+    def _tiles(self, target: Value, j: Value, vectors: int, read: Callable[[Value], Value]) -> None:
+        """Add the products of some inputs to the sums of some vectors of columns."""
+        body, spec = self.body, self.spec
+        for rows in self._groups:
+            sums = [self._vectors(target, row * spec.width, vectors) for row in rows]
+            totals = self._totals(sums)
+            with body.loop("c", 0, self.depth) as c:
+                near = self._vectors(self.near, body.mul(c, vectors * spec.lanes), vectors)
+                if rows.start:
+                    right = [body.load(place, self.type, "b") for place in near]
+                else:
+                    right = self._line(c, j, vectors, read)
+                    if rows.stop < spec.rows:
+                        for number, place in zip(right, near, strict=True):
+                            body.store(number, place)
+                x = body.offset(self.x_lines, self.scalar, body.mul(c, spec.rows))
+                self._add(totals, (self._splat(x, row) for row in rows), right)
+            self._keep(totals, sums)
 
-        whole = body.sub(count, body.binary("urem", count, spec.lanes))
-        with body.loop("j", 0, whole, spec.lanes) as j:
-            for line in lines:
-                self._fetch(store.at(body, line, body.add(ahead, j)))
-            columns(j, lambda address: store.load(body, address, spec.lanes))
-        with body.when(body.compare("slt", whole, count), "last"):
-            left = body.sub(count, whole)
-            columns(whole, lambda address: self._masked(address, left))
+    def _splat(self, x: Value, row: int) -> Value:
+        body, spec = self.body, self.spec
+        number = body.load(body.offset(x, self.scalar, row), self.scalar, "x")
+        return body.splat(number, spec.lanes)
 
-    def _fetch(self, address: Value) -> None:
-        body = self.body
-        name, flags = "llvm.prefetch.p0", [Value(number, "i32") for number in ("0", "2", "1")]
-        body.module.declare(name, "void", ["ptr", "i32", "i32", "i32"])
-        body.invoke(name, [address, *flags])
+    def _vectors(self, base: Value, first: Operand, vectors: int) -> list[Value]:
+        """The places of neighbouring vectors."""
+        body, spec = self.body, self.spec
+        start = body.offset(base, self.scalar, first)
+        return [body.offset(start, self.scalar, v * spec.lanes) for v in range(vectors)]
+
+    def _line(
+        self, c: Value, j: Value, vectors: int, read: Callable[[Value], Value]
+    ) -> list[Value]:
+        """Vectors of a line of B, of which what follows is asked for."""
+        body, spec, store = self.body, self.spec, self.b_store
+        step = self.words[f"{self.name}_k"]
+        place = store.at(body, self.lines, body.add(body.mul(c, step), j))
+        found = [read(store.at(body, place, v * spec.lanes)) for v in range(vectors)]
+        if vectors == spec.vectors:
+            for before in range(0, vectors * spec.lanes * ITEM_BYTES[spec.b], 64):
+                self._fetch(body.offset(place, "i8", _AHEAD + before))
+        return found
 
 
 class _Deep(_FewRows):
-    """Inputs are neighbours."""
+    """Inputs are neighbours. x[c / lanes, row, c % lanes]; each sum has a vector in scratch."""
+
+    def _take_rows(self) -> None:
+        body, words, spec, store = self.body, self.words, self.spec, self.a_store
+        lanes, k = spec.lanes, words["k"]
+        near = body.compare("eq", words["a_k"], Value("1", "i64"))
+        whole = body.select(near, body.sub(k, body.binary("urem", k, lanes)), Value("0", "i64"))
+        array = store.at(body, words["a"], self.begins["a"])
+        with body.loop("row", 0, spec.rows) as row:
+            line = store.at(body, array, body.mul(row, words["a_m"]))
+            with body.loop("c", 0, whole, lanes) as c:
+                x = store.load(body, store.at(body, line, c), lanes)
+                body.store(x, self._x(row, c))
+            with (
+                body.loop("c", whole, k, lanes) as c,
+                body.loop("lane", 0, body.minimum(body.sub(k, c), lanes)) as lane,
+            ):
+                at = store.at(body, line, body.mul(body.add(c, lane), words["a_k"]))
+                place = body.offset(self._x(row, c), self.scalar, lane)
+                body.store(store.load(body, at), place)
 
     def _sum(self, name: str, target: Value, first: Value, count: Value) -> None:
-        self.name = name
+        self.name, self.count = name, count
         body, words, spec = self.body, self.words, self.spec
-        at_once = min(spec.rows, _ROWS_AT_ONCE)
-        most = _PRODUCTS[spec.lanes * self.item_bytes]
-        columns = max(1, min(4, most // at_once))
         start = body.add(self.begins[name], body.mul(first, words[f"{name}_n"]))
-        array = self.b_store.at(body, words[name], start)
-        whole = body.sub(count, body.binary("urem", count, columns))
-        with body.loop("j", 0, whole, columns) as j:
-            for row in range(0, spec.rows, at_once):
-                self._columns(array, target, j, columns, row, min(at_once, spec.rows - row))
-        with body.loop("j", whole, count) as j:
-            for row in range(0, spec.rows, at_once):
-                self._columns(array, target, j, 1, row, min(at_once, spec.rows - row))
+        self.array = self.b_store.at(body, words[name], start)
+        zero, last = body.constant(0.0, self.type), body.mul(count, spec.rows * spec.lanes)
+        with body.loop("at", 0, last, spec.lanes) as at:
+            body.store(zero, body.offset(self.near, self.scalar, at))
+        whole = body.sub(count, body.binary("urem", count, spec.vectors))
+        with body.loop("block", 0, words["k"], words["block_k"]) as c:
+            end = body.minimum(body.add(c, words["block_k"]), words["k"])
+            with body.loop("j", 0, whole, spec.vectors) as j:
+                self._tiles(c, end, j, spec.vectors)
+            with body.loop("j", whole, count) as j:
+                self._tiles(c, end, j, 1)
+        with body.loop("row", 0, spec.rows) as row, body.loop("j", 0, count) as j:
+            total = body.load(self._held(j, row), self.type, "acc")
+            place = body.add(body.mul(row, spec.width), j)
+            body.store(self._across(total), body.offset(target, self.scalar, place))
 
-    def _columns(
-        self, array: Value, target: Value, j: Value, columns: int, first: int, rows: int
-    ) -> None:
-        """The sums of some rows and columns."""
+    def _held(self, j: Value, row: Operand) -> Value:
+        """The place of the vector of a sum."""
+        body, spec = self.body, self.spec
+        index = body.mul(body.add(body.mul(j, spec.rows), row), spec.lanes)
+        return body.offset(self.near, self.scalar, index)
+
+    def _tiles(self, c: Value, end: Value, j: Value, columns: int) -> None:
+        """Add the products of a block of inputs to the sums of some columns."""
         body, words, spec, store = self.body, self.words, self.spec, self.b_store
-        zero = body.constant(0.0, self.type)
-        totals = [
-            [body.variable(self.type, zero, "acc") for _ in range(columns)] for _ in range(rows)
-        ]
-        lines = [
-            store.at(body, array, body.mul(body.add(j, n), words[f"{self.name}_n"]))
+        step = words[f"{self.name}_n"]
+        lines = [store.at(body, self.array, body.mul(body.add(j, n), step)) for n in range(columns)]
+        # what comes next: the same inputs of more columns, or more inputs of the first columns
+        after, zero = body.add(j, columns), Value("0", "i64")
+        more = body.compare("slt", end, words["k"])
+        last = body.compare("sge", body.add(after, columns), self.count)
+        again = body.binary("and", more, last)
+        after = body.select(again, zero, after)
+        later = body.select(again, words["block_k"], zero)
+        ahead = [
+            store.at(body, self.array, body.add(body.mul(body.add(after, n), step), later))
             for n in range(columns)
         ]
-        rest = body.binary("urem", body.sub(self.stop, self.start), spec.lanes)
-        whole = body.sub(self.stop, rest)
-        with body.loop("c", self.start, whole, spec.lanes) as c:
-            right = [store.load(body, store.at(body, line, c), spec.lanes) for line in lines]
-            left = [body.load(self._x(first + row, c), self.type, "x") for row in range(rows)]
-            self._add(totals, left, right)
-        with body.when(body.compare("slt", whole, self.stop), "last"):
-            exist = body.sub(self.stop, whole)
-            right = [self._masked(store.at(body, line, whole), exist) for line in lines]
-            # behind the rows of A there is room, and what is there is multiplied by 0
-            left = [self._last(first + row, whole, exist) for row in range(rows)]
-            self._add(totals, left, right)
-        for row in range(rows):
-            for column in range(columns):
-                total = self._across(body.read(totals[row][column]))
-                body.store(total, self._place(target, first + row, body.add(j, column)))
+        whole = body.sub(end, body.binary("urem", body.sub(end, c), spec.lanes))
+        groups = self._groups
+        for number, rows in enumerate(groups):
+            places = [[self._held(body.add(j, n), row) for n in range(columns)] for row in rows]
+            totals = self._totals(places)
+            with body.loop("c", c, whole, spec.lanes) as at:
+                right = [store.load(body, store.at(body, line, at), spec.lanes) for line in lines]
+                left = [body.load(self._x(row, at), self.type, "x") for row in rows]
+                self._add(totals, left, right)
+                if columns == spec.vectors:
+                    for line in ahead[number :: len(groups)]:
+                        self._fetch(store.at(body, line, at))
+            with body.when(body.compare("slt", whole, end), "last"):
+                exist = body.sub(end, whole)
+                right = [self._masked(store.at(body, line, whole), exist) for line in lines]
+                left = [self._last(row, whole, exist) for row in rows]
+                self._add(totals, left, right)
+            self._keep(totals, places)
+
+    def _x(self, row: Operand, c: Value) -> Value:
+        """The place of a vector of x."""
+        body, spec = self.body, self.spec
+        before = row * spec.lanes if isinstance(row, int) else body.mul(row, spec.lanes)
+        return body.offset(self.x, self.scalar, body.add(body.mul(c, spec.rows), before))
 
     def _last(self, row: int, c: Value, exist: Value) -> Value:
-        """The last elements of a row of A; what follows them is another row, and becomes 0."""
+        """The last elements of a row of A; nothing was written behind them, and they become 0."""
         body, lanes = self.body, self.spec.lanes
         found = body.load(self._x(row, c), self.type, "x")
         numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
         each = Value(f"<{numbers}>", vector(lanes, "i64"))
         exists = body.compare("slt", each, body.splat(exist, lanes), "exists")
         return body.select(exists, found, body.constant(0.0, self.type))
-
-    def _add(self, totals: list[list[Variable]], left: list[Value], right: list[Value]) -> None:
-        body = self.body
-        for x, line in zip(left, totals, strict=True):
-            for w, total in zip(right, line, strict=True):
-                body.write(total, body.multiply_add(x, w, body.read(total), "acc"))
 
     def _across(self, value: Value) -> Value:
         """The sum of all lanes: halves, then halves of them."""

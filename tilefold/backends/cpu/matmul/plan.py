@@ -18,6 +18,7 @@ from tilefold.backends.cpu.matmul.blocks import (
     up,
     whole,
 )
+from tilefold.backends.cpu.matmul.few_rows import INPUTS
 from tilefold.backends.cpu.matmul.spec import (
     ITEM_BYTES,
     FewRowsSpec,
@@ -34,9 +35,10 @@ FEW_ROWS = 16
 _LEAST_READ = 2**12
 """Smaller B is in a near cache, and packing it takes no time."""
 
-_WIDE_COLUMNS, _DEEP_COLUMNS, _MOST_CHUNKS = 4096, 64, 16
+_WIDE_COLUMNS, _DEEP_COLUMNS, _MOST_CHUNKS = 4096, 96, 16
 """Columns of an item by its form. Long lines are read fastest: of what reading takes, one row and
-4096 x 4096 took the share 0.75 by lines of 512, 0.90 by 2048, 1.00 by 4096 (Xeon with AMX)."""
+4096 x 4096 took the share 0.75 by lines of 512, 0.90 by 2048, 1.00 by 4096 (Xeon with AMX); on
+Zen 3 0.70, 0.98 and 1.07."""
 
 
 @dataclass(frozen=True)
@@ -146,18 +148,19 @@ class FewRowsPlan:
     out: Operand
     spec: FewRowsSpec
     turned: bool
+    block_k: int
     chunks: int
     chunk_k: int
 
     packs = False
     one_block = True
     row_blocks = 1
-    panel_bytes = b_bytes = ahead = 0
+    panel_bytes = ahead = 0
 
     @property
     def column_blocks(self) -> int:
         """Blocks of columns of one matrix."""
-        return parts(self.product.n, self.spec.width)
+        return parts(self.product.n, self.spec.columns)
 
     @computed
     def items(self) -> int:
@@ -177,28 +180,35 @@ class FewRowsPlan:
     @property
     def block_n(self) -> int:
         """Columns of an item."""
-        return self.spec.width
+        return self.spec.columns
 
     @property
-    def block_k(self) -> int:
-        """All terms."""
-        return self.product.k
+    def _vector_bytes(self) -> int:
+        return self.spec.lanes * ITEM_BYTES[self.spec.sums]
 
     @property
     def a_bytes(self) -> int:
-        """A worker's scratch for the rows of A, with room for a vector behind them."""
-        return whole(self.spec.rows * self.product.k * ITEM_BYTES[self.spec.sums] + 64)
+        """A worker's scratch for the rows of A as whole vectors, with room behind them."""
+        vectors = parts(self.product.k, self.spec.lanes)
+        return whole(self.spec.rows * vectors * self._vector_bytes + 64)
+
+    @property
+    def b_bytes(self) -> int:
+        """A worker's scratch for lines of B; of the form "deep", for a vector of each sum."""
+        spec = self.spec
+        vectors = INPUTS * spec.vectors if spec.form == "wide" else spec.rows * spec.columns
+        return whole(vectors * self._vector_bytes)
 
     @property
     def sums_bytes(self) -> int:
         """A worker's scratch for sums, and for those of a gate."""
         seconds = 2 if self.spec.gate else 1
-        return seconds * self.spec.rows * self.spec.width * ITEM_BYTES[self.spec.sums]
+        return seconds * self.spec.rows * self.spec.columns * ITEM_BYTES[self.spec.sums]
 
     @computed
     def workspace_bytes(self) -> int:
         """All scratch of a worker."""
-        return whole(self.a_bytes + self.sums_bytes)
+        return whole(self.a_bytes + self.b_bytes + self.sums_bytes)
 
 
 Plan = GemmPlan | FewRowsPlan
@@ -218,7 +228,8 @@ def plan(product: Product, out: Operand, device: Device, packed: bool = False) -
     if form:
         spec = _few_rows_spec(product, form, device)
         chunks = _chunks(product) if form == "wide" else 1
-        return FewRowsPlan(product, out, spec, turned, chunks, parts(product.k, chunks))
+        sizes = _few_rows_terms(spec, product.k, device), chunks, parts(product.k, chunks)
+        return FewRowsPlan(product, out, spec, turned, *sizes)
     return _plan(product, out, device, packed, turned)
 
 
@@ -242,11 +253,22 @@ def _chunks(product: Product) -> int:
     return max(1, min(_MOST_CHUNKS, product.k // (32 * product.m), size // 2**18))
 
 
+def _few_rows_terms(spec: FewRowsSpec, k: int, device: Device) -> int:
+    """Terms at a time: all, or those whose x is half of the first cache."""
+    if spec.form == "wide":
+        return k
+    half = (device.l1_bytes or 2**15) // 2
+    return max(1, half // (spec.rows * spec.lanes * ITEM_BYTES[spec.sums])) * spec.lanes
+
+
 def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
-    lanes = lanes_of(device, product.sums)
-    width = _DEEP_COLUMNS
-    if form == "wide":
-        width = up(parts(product.n, parts(product.n, _WIDE_COLUMNS)), 4 * lanes)
+    lanes, wide = lanes_of(device, product.sums), form == "wide"
+    tile_rows = parts(product.m, parts(product.m, TILES[device.isa][0]))
+    # registers: the sums, a vector of B for each of them, x; "wide" needs one more while x comes
+    vectors = min(4, (device.vector_registers - 1 - wide) // (tile_rows + 1))
+    most = _WIDE_COLUMNS if wide else _DEEP_COLUMNS
+    block = vectors * lanes if wide else vectors
+    columns = up(parts(product.n, parts(product.n, most)), block)
     return FewRowsSpec(
         a=product.a.dtype,
         b=product.b.dtype,
@@ -254,7 +276,10 @@ def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
         out=product.dtype,
         form=form,
         rows=product.m,
-        width=width,
+        tile_rows=tile_rows,
+        vectors=vectors,
+        columns=columns,
+        width=block if wide else columns,
         lanes=lanes,
         native_half=device.converts_float16,
         c=product.c.dtype if product.c and product.beta else None,

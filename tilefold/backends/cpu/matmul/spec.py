@@ -202,8 +202,9 @@ class QuantizedSpec:
 class FewRowsSpec:
     """A kernel of products with few rows of A, of which B is read where it lies.
 
-    `form` is "wide" where columns of B are neighbours, and "deep" where inputs are. An item has
-    `width` columns.
+    `form` is "wide" where columns of B are neighbours, and "deep" where inputs are. A register tile
+    has at most `tile_rows` rows by `vectors` vectors of columns, or by `vectors` columns. An item
+    has `columns`, whose sums lie in blocks of `width` columns, row by row.
     """
 
     a: str
@@ -212,6 +213,9 @@ class FewRowsSpec:
     out: str
     form: str
     rows: int
+    tile_rows: int
+    vectors: int
+    columns: int
     width: int
     lanes: int
     native_half: bool
