@@ -84,9 +84,9 @@ class _Gemm:
             self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, of_a=True)
         if not spec.packed:
             self.pack_b = panels.pack_columns(*common, self.b_store, spec.width, spec.lanes)
-        self.tiles = {
-            vectors: tile(module, spec, vectors) for vectors in range(1, spec.vectors + 1)
-        }
+        self.heights = [(spec.rows, self._tiles(short=False))]
+        if spec.shortens:
+            self.heights.append((spec.rows - 1, self._tiles(short=True)))
         if not spec.clipped:
             self.finish = finish(module, spec)
         self.zeros = module.constant("zeros", bytes(spec.width * self.item_bytes), 64)
@@ -96,6 +96,11 @@ class _Gemm:
             self.words = Arguments(body, spec, block)
             with amx.configured(body) if spec.unit.tiles else nullcontext():
                 self._write()
+
+    def _tiles(self, *, short: bool) -> dict[int, str]:
+        """The tiles of one height, by their vectors."""
+        spec, widths = self.spec, range(1, self.spec.vectors + 1)
+        return {vectors: tile(self.module, spec, vectors, short=short) for vectors in widths}
 
     def _write(self) -> None:
         body, words = self.body, self.words
@@ -132,6 +137,7 @@ class _Gemm:
         self.last_row = body.minimum(body.add(self.first_row, words["block_m"]), words["m"])
         self.first_column = body.mul(column_block, words["block_n"], "first_column")
         self.last_column = body.minimum(body.add(self.first_column, words["block_n"]), words["n"])
+        self.spans = self._spans()
         begins = body.offset(words["offsets"], "i64", body.mul(matrix, len(OFFSETS)))
         self.begins = {
             name: body.load(body.offset(begins, "i64", number), "i64", f"{name}.begins")
@@ -143,6 +149,21 @@ class _Gemm:
             self._block(c)
         if spec.split:
             self._join_if_last(place)
+
+    def _spans(self) -> list[tuple[Value, Value]]:
+        """From which row of the item to which one tiles have each height.
+
+        So many have a row less that none is idle: 13 rows are 3 + 3 + 3 + 2 + 2.
+        """
+        body, most = self.body, self.spec.rows
+        if not self.spec.shortens:
+            return [(self.first_row, self.last_row)]
+        rows = body.sub(self.last_row, self.first_row)
+        tiles = body.binary("udiv", body.add(rows, most - 1), most)
+        idle = body.sub(body.mul(tiles, most), rows)
+        high = body.sub(tiles, body.minimum(idle, tiles))
+        split = body.add(self.first_row, body.mul(high, most), "split")
+        return [(self.first_row, split), (split, self.last_row)]
 
     def _block(self, c: Value) -> None:
         """One block of the contraction."""
@@ -169,8 +190,10 @@ class _Gemm:
             rights = [self._panel("b", self.b_panels, column, number, c)]
             if spec.gate:
                 rights.append(self._panel("gate", self.gate_panels, column, number, c))
-            with body.loop("row", self.first_row, self.last_row, spec.rows) as row:
-                self._tile(row, column, exist, number, rights)
+            for (height, tiles), (start, stop) in zip(self.heights, self.spans, strict=True):
+                self.height, self.tiles = height, tiles
+                with body.loop("row", start, stop, height) as row:
+                    self._tile(row, column, exist, number, rights)
 
     def _pack_a(self, c: Value, depth: Value) -> None:
         body, words, spec, store = self.body, self.words, self.spec, self.a_store
@@ -220,7 +243,7 @@ class _Gemm:
         self, row: Value, column: Value, columns: Value, number: Value, rights: list[Value]
     ) -> None:
         body, words, spec = self.body, self.words, self.spec
-        rows = body.minimum(body.sub(self.last_row, row), spec.rows, "rows")
+        rows = body.minimum(body.sub(self.last_row, row), self.height, "rows")
         self.more = {"rows": rows, "columns": columns, "left_stride": words["a_m"]}
         if spec.clipped:
             index = body.add(body.mul(row, words["out_m"]), body.add(column, self.begins["out"]))

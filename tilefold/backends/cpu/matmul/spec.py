@@ -101,6 +101,11 @@ class GemmSpec:
     kernel: str = "gemm"
 
     @property
+    def shortens(self) -> bool:
+        """True if the last tiles of an item have a row less, so that few of their rows are idle."""
+        return self.a_in_place and self.clipped and self.rows > 1
+
+    @property
     def more(self) -> tuple[str, ...]:
         """What a tile is given beside what all tiles are given."""
         rows = ("rows",) if self.a_in_place or self.clipped else ()

@@ -24,7 +24,7 @@ TILE_ROWS = 16
 """Rows of a tile register, and words of a row."""
 
 
-def tile(module: Module, spec: GemmSpec, vectors: int) -> str:
+def tile(module: Module, spec: GemmSpec, vectors: int, *, short: bool = False) -> str:
     """The name of `(a, b, depth, sums, stride, begin, begin stride, ahead, ahead step)`.
 
     It makes the sums of the first `vectors` of a panel. `depth` counts steps. Strides are those of
@@ -33,19 +33,20 @@ def tile(module: Module, spec: GemmSpec, vectors: int) -> str:
     arrive one by one while products are made.
 
     `spec.more` are further integers: the rows and columns that exist, and the stride of A's rows
-    where these are read in place.
+    where these are read in place. A `short` tile has a row less.
     """
-    name = f"tile_{vectors}"
+    name = f"short_{vectors}" if short else f"tile_{vectors}"
     if not module.defines(name):
-        (_InTiles if spec.unit.tiles else _InVectors)(module, name, spec, vectors)
+        kind = _InTiles if spec.unit.tiles else _InVectors
+        kind(module, name, spec, vectors, spec.rows - short)
     return name
 
 
 class _Tile:
     """The parameters, and memory that is asked for ahead."""
 
-    def __init__(self, module: Module, name: str, spec: GemmSpec, vectors: int) -> None:
-        self.spec, self.vectors = spec, vectors
+    def __init__(self, module: Module, name: str, spec: GemmSpec, vectors: int, rows: int) -> None:
+        self.spec, self.vectors, self.rows = spec, vectors, rows
         self.scalar = SCALARS[spec.sums]
         self.type = vector(spec.lanes, self.scalar)
         pointers = [Value(f"%{name}", "ptr") for name in ("left", "right", "to", "from", "ahead")]
@@ -90,7 +91,7 @@ class _InVectors(_Tile):
             self.lefts = self._rows_that_exist(self.left, self.more["left_stride"])
         places = [
             [body.variable(self.type, first, "acc") for first in self._first()]
-            for _ in range(spec.rows)
+            for _ in range(self.rows)
         ]
         with body.loop("c", 0, self.depth) as c:
             at = body.offset(self.ahead, "i8", body.mul(c, self.ahead_step))
@@ -104,15 +105,19 @@ class _InVectors(_Tile):
             self._write_whole(places)
             return
         columns = Value(str(self.vectors * spec.lanes), "i64")
-        whole = body.binary(
-            "and",
-            body.compare("eq", self.more["rows"], Value(str(spec.rows), "i64")),
-            body.compare("sge", self.more["columns"], columns),
-        )
+        whole = body.compare("sge", self.more["columns"], columns)
+        if not self.all_exist:
+            rows = body.compare("eq", self.more["rows"], Value(str(self.rows), "i64"))
+            whole = body.binary("and", rows, whole)
         with body.choose(whole, "whole") as branch:
             self._write_whole(places)
             branch.otherwise()
             self._write_clipped(places)
+
+    @property
+    def all_exist(self) -> bool:
+        """True if this tile never has rows that do not exist: a short one has them."""
+        return self.spec.shortens and self.rows == self.spec.rows
 
     def _fetch_sums(self) -> None:
         """Ask for the sums: they lie 100 ns away if they are in memory.
@@ -125,7 +130,7 @@ class _InVectors(_Tile):
         base, stride = self.begin, self.begin_stride
         if spec.clipped:
             base, stride = self.sums, self.stride
-        for i in range(spec.rows):
+        for i in range(self.rows):
             row = self.row(base, i, stride)
             self.fetch(row, size, write=True)
             if spec.clipped:
@@ -169,7 +174,9 @@ class _InVectors(_Tile):
     def _rows_that_exist(self, base: Value, stride: Value) -> list[Value]:
         """The addresses of all rows; those behind the last one are its own."""
         body, rows = self.body, [base]
-        for i in range(1, self.spec.rows):
+        if self.all_exist:
+            return [self.row(base, i, stride) for i in range(self.rows)]
+        for i in range(1, self.rows):
             more = body.compare("sgt", self.more["rows"], Value(str(i), "i64"))
             following = body.offset(rows[-1], self.scalar, stride)
             rows.append(body.select(more, following, rows[-1], "row"))
