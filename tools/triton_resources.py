@@ -70,13 +70,17 @@ PRODUCTS = ("gemm", "gated", "int4", "palette6")
 
 
 class Case(NamedTuple):
-    """A kernel of the table; `precision` is how float32 is multiplied."""
+    """A kernel of the table; `precision` is how float32 is multiplied.
+
+    Without `aligned`, operands lie so that no descriptor can be made of them.
+    """
 
     architecture: str
     operation: str
     dtype: str
     dim: int
     precision: str = "highest"
+    aligned: bool = True
 
 
 Row = dict[str, Any]
@@ -93,6 +97,11 @@ def cases() -> Iterator[Case]:
                 yield Case(name, operation, "bfloat16", dim)
         for operation in ("delta", "merge", "reduce_dq"):
             yield Case(name, operation, "bfloat16", 128)
+        yield Case(name, "backward_dq", "float16", 80)
+        yield Case(name, "decode", "float16", 256)
+        if name != "gfx942":
+            for operation in ("forward", "backward_dkv"):
+                yield Case(name, operation, "float16", 128, aligned=False)
         kinds = [("float32", "highest")]
         if name != "gfx942":
             kinds += [("float32", "high"), ("float32", "medium")]
@@ -101,6 +110,10 @@ def cases() -> Iterator[Case]:
             for operation in ("forward", "backward_dkv"):
                 for dim in (64, 512) if precision == "highest" else (64,):
                     yield Case(name, operation, dtype, dim, precision)
+            if precision == "highest":
+                yield Case(name, "backward_dq", dtype, 64)
+            if precision == "high":
+                yield Case(name, "forward", dtype, 128, precision)
         for operation in PRODUCTS:
             yield Case(name, operation, "float16", 4096)
         for operation in ("int4", "palette6"):
@@ -142,11 +155,11 @@ def product_of(case: Case) -> GemmSpec:
 
 
 def spec_of(case: Case) -> Spec:
-    """The kernel of a case as it runs on aligned operands."""
+    """The kernel of a case as it runs."""
     if case.operation in PRODUCTS:
         return product_of(case)
     launch = launch_of(case)
-    return replace(launch.spec, descriptors=launch.choice.descriptors)
+    return replace(launch.spec, descriptors=launch.choice.descriptors and case.aligned)
 
 
 def identity(spec: Spec) -> tuple[str, str]:
@@ -184,7 +197,7 @@ def stale(kept: list[Row], page: str) -> list[str]:
 
 def compile_all(kept: list[Row]) -> list[Row]:
     """The reports of all cases; a kernel that was compiled is not compiled again."""
-    known = {(*row["case"], row["text"], row["blocks"]): row for row in kept}
+    known = {(*Case(*row["case"]), row["text"], row["blocks"]): row for row in kept}
     every = [(case, spec_of(case)) for case in cases()]
     keys = [(*case, *identity(spec)) for case, spec in every]
     waiting = [pair for pair, key in zip(every, keys, strict=True) if key not in known]
@@ -249,6 +262,7 @@ def cells(row: Row) -> list[str]:
     case, report = Case(*row["case"]), report_of(row)
     kinds = {"highest": "", "high": ", 3 TF32", "medium": ", TF32"}
     dtype = case.dtype + (kinds[case.precision] if case.dtype == "float32" else "")
+    dtype += "" if case.aligned else ", not aligned"
     walks = ("body", "") if case.operation in PRODUCTS else ("whole", "edge")
     spills = [str(report.spills.get(walk, "-")) for walk in walks]
     return [

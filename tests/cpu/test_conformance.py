@@ -23,30 +23,54 @@ QUICK = {
 """A representative part for the quick suite; the kernels of a case take about a second to make."""
 
 
-def trials(every: int) -> list[Any]:
-    """Case and type: the quick cases in one type each, the others in float32, half of them also in
-    float64, and one in `every` in a half type.
+def doubles() -> set[Case]:
+    """The first cases that meet every value of every axis but the rule."""
+    found, met = set(), set()
+    for case in CASES:
+        values = {(axis, getattr(case, axis)) for axis in AXES if axis != "rule"}
+        if not values <= met:
+            met |= values
+            found.add(case)
+    return found
+
+
+def trials(every: int) -> list[tuple[Case, str]]:
+    """Case and type: the quick cases in one type each, the others in float32, a quarter of them
+    also in float64, and one in `every` in a half type.
 
     Half types take turns: their kernels differ in how tiles are read and written, whatever the
     rule. Those of float64 differ from float32 by their lanes and their exponential alone.
     """
-    found = [pytest.param(case, dtype, id=f"{case}-{dtype}") for case, dtype in QUICK.items()]
+    found, in_float64 = [*QUICK.items()], doubles()
     for number, case in enumerate(CASES):
         half = [] if number % every else [HALVES[number // every % 2]]
-        double = ["float64"] if number // 2 % 2 else []
-        for dtype in ("float32", *double, *half):
-            found.append(pytest.param(case, dtype, id=f"{case}-{dtype}", marks=pytest.mark.slow))
+        double = ["float64"] if case in in_float64 else []
+        found += [(case, dtype) for dtype in ("float32", *double, *half)]
     return found
 
 
-def trials_of_forms(every: int) -> list[Any]:
-    """The trials in every form; "parts", which is "fused" and a sum, for the quick and a third."""
-    return [
-        pytest.param(*trial.values, form, id=f"{trial.id}-{form}", marks=trial.marks)
-        for number, trial in enumerate(trials(every))
-        for form in FORMS
-        if form != "parts" or not trial.marks or number % 3 == 0
-    ]
+EVERY = {"split": 2, "fused": 1, "parts": 3}
+"""One in how many cases has a form; "parts" is "fused" and a sum."""
+
+
+def calls() -> list[Any]:
+    """Trials of the public calls, and fewer of every form; those of one case share its definition.
+
+    Where float32 has no "split", float64 has it.
+    """
+    ways = {trial: ["public"] for trial in trials(every=2)}
+    numbers = {case: number for number, case in enumerate(CASES)}
+    for case, dtype in trials(every=5):
+        number = numbers.get(case, 0) + (dtype == "float64")  # the quick ones have all forms
+        forms = [form for form in FORMS if number % EVERY[form] == 0]
+        ways.setdefault((case, dtype), []).extend(forms)
+    found = []
+    for number, ((case, dtype), forms) in enumerate(ways.items()):
+        for form in forms:
+            slow = number >= len(QUICK) or form != "public"
+            marks = [pytest.mark.slow] if slow else []
+            found.append(pytest.param(case, dtype, form, id=f"{case}-{dtype}-{form}", marks=marks))
+    return found
 
 
 SHOWS = pytest.mark.feature(
@@ -66,9 +90,17 @@ def definition(
 
 
 @SHOWS
-@pytest.mark.feature("T10")
-@pytest.mark.parametrize(("case", "dtype"), trials(every=2))
-def test_public_calls(case: Case, dtype: str) -> None:
+@pytest.mark.feature("M04", "T09", "T10")
+@pytest.mark.parametrize(("case", "dtype", "form"), calls())
+def test_every_case(case: Case, dtype: str, form: str) -> None:
+    if form == "public":
+        check_public_calls(case, dtype)
+    else:
+        check_backward(case, dtype, form)
+
+
+def check_public_calls(case: Case, dtype: str) -> None:
+    """Both passes as a user calls them; the inputs stay as they are."""
     operands, want, tolerance = definition(case, dtype)
     problem = case.problem(dtype)
     given = {name: canonical(array, case.layout) for name, array in operands.items()}
@@ -87,11 +119,7 @@ def test_public_calls(case: Case, dtype: str) -> None:
         assert_same(f"{name} after the call", array, before[name])
 
 
-@pytest.mark.slow
-@SHOWS
-@pytest.mark.feature("M04", "T09")
-@pytest.mark.parametrize(("case", "dtype", "form"), trials_of_forms(every=5))
-def test_backward_in_every_form(case: Case, form: str, dtype: str) -> None:
+def check_backward(case: Case, dtype: str, form: str) -> None:
     """Into arrays that lie as oddly as the inputs, with nothing written around them."""
     operands, want, tolerance = definition(case, dtype)
     problem = case.problem(dtype)
@@ -116,6 +144,8 @@ def test_the_table_covers_what_it_says() -> None:
         met = {(getattr(case, left), getattr(case, right)) for case in CASES}
         assert len(met) == len(AXES[left]) * len(AXES[right]), (left, right)
     assert len({str(case) for case in CASES}) == len(CASES)
+    for axis in AXES.keys() - {"rule"}:
+        assert {getattr(case, axis) for case in doubles()} == set(AXES[axis]), axis
 
 
 @st.composite
@@ -146,7 +176,7 @@ def problems(draw: st.DrawFn) -> tuple[Problem, str, str]:
 @SHOWS
 @pytest.mark.slow
 @given(problems())
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=24, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_any_problem(drawn: tuple[Problem, str, str]) -> None:
     problem, layout, memory = drawn
     operands = inputs(problem, layout, memory)

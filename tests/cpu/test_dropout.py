@@ -23,9 +23,12 @@ from tilefold.problems.attention import ITEM_BYTES, Problem
 @pytest.mark.feature("M01", "M04")
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
 def test_results_in_every_form(dtype: str) -> None:
+    """All passes in float32; in another type one pass of each trial."""
+    first = [*ITEM_BYTES].index(dtype)
     for number, trial in enumerate(dropped(dtype)):
         given = numbers(trial)
-        for operation, form in PASSES if number == 0 else PASSES[number : number + 1]:
+        every = dtype == "float32" and number == 0
+        for operation, form in PASSES if every else [PASSES[(first + number) % len(PASSES)]]:
             run(trial, given, operation, form)
 
 

@@ -278,8 +278,7 @@ SEEDS = 4
 
 @pytest.mark.slow
 @pytest.mark.feature("T01", "T09")
-@pytest.mark.parametrize("mask", [full(), causal()], ids=repr)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("dim", "mask"), [(64, causal()), (128, full())])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_errors_are_not_above_those_of_torch(dtype: str, dim: int, mask: Rule) -> None:
     """The same numbers through both; errors against float64.

@@ -103,20 +103,24 @@ def triton_version() -> str:
     return importlib.metadata.version("triton")
 
 
-@pytest.mark.slow
-@pytest.mark.feature("M03", "M07")
-@pytest.mark.parametrize("half", [0, 1])
-@pytest.mark.parametrize("name", NAMES)
-def test_kernels_compile_and_fit(name: str, half: int) -> None:
-    asked = {case: spec_of(case) for case in [*cases(name)][half::2]}
-    device = architecture(name)
+def reports_of(asked: dict[Case, TritonSpec]) -> dict[Case, Compiled]:
+    """The reports of kernels of one architecture: kept, compiled, or for witnesses both."""
     found = {case: kept(case, spec) for case, spec in asked.items()}
     compiled = [case for case in asked if found[case] is None or case[:4] in WITNESSES]
-    tasks = [(asked[case], name) for case in compiled]
+    tasks = [(asked[case], case.architecture) for case in compiled]
     for case, report in zip(compiled, reports(tasks, workers=1), strict=True):
         before = found[case]
         assert before is None or before == replace(report, seconds=before.seconds), case
         found[case] = report
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.feature("M03", "M07")
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_compile_and_fit(name: str) -> None:
+    asked = {case: spec_of(case) for case in cases(name)}
+    device, found = architecture(name), reports_of(asked)
     for case, spec in asked.items():
         report = found[case]
         assert not report.failure, f"{case}: {report.failure}"
@@ -167,10 +171,12 @@ def amd(name: str) -> bool:
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100"])
 def test_kernels_compile_without_descriptors_too(name: str) -> None:
     """Operands may lie so that no descriptor can be made of them."""
-    asked = [Case(name, operation, "float16", 128) for operation in ("forward", "backward_dkv")]
-    specs = [replace(spec_of(case), descriptors=False) for case in asked]
-    for spec, report in zip(specs, reports([(spec, name) for spec in specs]), strict=True):
-        assert report.within(architecture(name)), (spec, report.failure)
+    every = [
+        Case(name, operation, "float16", 128, aligned=False)
+        for operation in ("forward", "backward_dkv")
+    ]
+    for case, report in reports_of({case: spec_of(case) for case in every}).items():
+        assert report.within(architecture(name)), (case, report.failure)
         assert "bulk copies" not in report.instructions and "cp.async" in report.instructions
 
 
@@ -229,13 +235,15 @@ def test_kernels_of_modified_scores_compile_and_fit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gfx90a", "gfx950"])
-def test_other_gpus_of_amd_take_the_blocks_of_an_mi300(name: str) -> None:
-    asked = [Case(name, "forward", "bfloat16", 128), Case(name, "backward_dkv", "float64", 64)]
-    specs = [spec_of(case) for case in asked]
-    for case, report in zip(asked, reports([(spec, name) for spec in specs]), strict=True):
-        assert report.within(architecture(name)), (case, report.failure)
-        check_instructions(case, report, 16 if case.dtype == "float64" else 64, False)
+@pytest.mark.parametrize(
+    "case",
+    [Case("gfx90a", "forward", "bfloat16", 128), Case("gfx950", "backward_dkv", "float64", 64)],
+    ids=lambda case: case.architecture,
+)
+def test_other_gpus_of_amd_take_the_blocks_of_an_mi300(case: Case) -> None:
+    (report,) = reports([(spec_of(case), case.architecture)])
+    assert report.within(architecture(case.architecture)), (case, report.failure)
+    check_instructions(case, report, 16 if case.dtype == "float64" else 64, False)
 
 
 @pytest.mark.slow
