@@ -52,11 +52,11 @@ CASES = [
     Case((35, 66, 203), "int8", "int8", "int32"),
     Case((18, 33, 65), "uint8", "int8", "int32", "ab", c="int32"),
     Case((18, 40, 65), "int8", "int8", "float32", "a", bias="float32", activation="relu"),
-    # few rows: long lines, chunks of the contraction, neighbours along the contraction
+    # few rows: long lines, chunks of the contraction, neighbours along the contraction, two tiles
     Case((1, 333, 700)),
-    Case((5, 130, 515), "float32", "float16", "float16", bias="float16", gate=True),
+    Case((15, 130, 515), "float32", "float16", "float16", bias="float16", gate=True),
     Case((3, 70, 301), turned="b", activation="tanh", bias="float32"),
-    Case((11, 65, 129), "bfloat16", "bfloat16", "float32", "b", c="float32"),
+    Case((16, 65, 701), "bfloat16", "bfloat16", "float32", "b", c="float32"),
     Case((300, 3, 101), turned="a"),
 ]
 

@@ -20,6 +20,7 @@ from tilefold.backends.cpu.matmul.gemm import PANELS_PER_ITEM, emit
 from tilefold.backends.cpu.matmul.plan import (
     GemmPlan,
     Plan,
+    alone,
     pack_spec,
     panel_bytes,
     plan,
@@ -28,9 +29,6 @@ from tilefold.backends.cpu.matmul.spec import FewRowsSpec, GemmSpec, PackSpec
 from tilefold.common.first_use import undisturbed
 from tilefold.common.single_flight import once
 from tilefold.problems.matmul import Axes, Operand, Product
-
-_ALONE_FLOPS = 1e6
-"""Products with fewer operations run on one thread, as in `dispatch`."""
 
 _CLAIM_FLOPS = 5e5
 """A worker takes items of at most so many operations at a time."""
@@ -164,8 +162,7 @@ def prepare(
             offsets[:, OFFSETS.index(name)] = _offsets(operand.axes, product.batch)
     packing = _packing(made, device, offsets) if isinstance(made, GemmPlan) and made.packs else None
     words = _words(made, offsets)
-    flops = 2 * product.matrices * product.m * product.n * product.k
-    return Prepared(made, kernel(spec, device), packing, words, flops < _ALONE_FLOPS, offsets)
+    return Prepared(made, kernel(spec, device), packing, words, alone(product), offsets)
 
 
 @dataclass(frozen=True, eq=False)

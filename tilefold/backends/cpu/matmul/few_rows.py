@@ -19,7 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
-from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, Variable, overload, vector
+from tilefold.backends.cpu.kernels import masked
+from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, Variable, vector
+from tilefold.backends.cpu.kernels.pack import transpose
 from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
 from tilefold.backends.cpu.matmul.panels import SCALARS, pack, reading
@@ -198,13 +200,8 @@ class _FewRows:
         """A vector of B of which so many elements exist; the others are 0."""
         body, store, lanes = self.body, self.b_store, self.spec.lanes
         stored = "i16" if store.stored == "half" else store.stored
-        type_ = vector(lanes, stored)
-        numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
-        each = Value(f"<{numbers}>", vector(lanes, "i64"))
-        exists = body.compare("slt", each, body.splat(exist, lanes), "exists")
-        align = Value(str({"i16": 2, "float": 4, "double": 8}[stored]), "i32")
-        given = [address, align, exists, body.constant(0, type_)]
-        bits = body.call(f"llvm.masked.load.{overload(type_)}.p0", type_, given)
+        exists = masked.first(body, exist, lanes)
+        bits = masked.load(body, address, vector(lanes, stored), exists)
         return store.widen(body, body.cast("bitcast", bits, vector(lanes, store.stored)))
 
 
@@ -330,10 +327,9 @@ class _Deep(_FewRows):
                 self._tiles(c, end, j, spec.vectors)
             with body.loop("j", whole, count) as j:
                 self._tiles(c, end, j, 1)
-        with body.loop("row", 0, spec.rows) as row, body.loop("j", 0, count) as j:
-            total = body.load(self._held(j, row), self.type, "acc")
+        with body.loop("row", 0, spec.rows) as row, body.loop("j", 0, count, spec.lanes) as j:
             place = body.add(body.mul(row, spec.width), j)
-            body.store(self._across(total), body.offset(target, self.scalar, place))
+            body.store(self._across(j, row), body.offset(target, self.scalar, place))
 
     def _held(self, j: Value, row: Operand) -> Value:
         """The place of the vector of a sum."""
@@ -384,19 +380,18 @@ class _Deep(_FewRows):
 
     def _last(self, row: int, c: Value, exist: Value) -> Value:
         """The last elements of a row of A; nothing was written behind them, and they become 0."""
-        body, lanes = self.body, self.spec.lanes
+        body = self.body
         found = body.load(self._x(row, c), self.type, "x")
-        numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
-        each = Value(f"<{numbers}>", vector(lanes, "i64"))
-        exists = body.compare("slt", each, body.splat(exist, lanes), "exists")
+        exists = masked.first(body, exist, self.spec.lanes)
         return body.select(exists, found, body.constant(0.0, self.type))
 
-    def _across(self, value: Value) -> Value:
-        """The sum of all lanes: halves, then halves of them."""
-        body, lanes = self.body, value.lanes
-        while lanes > 2:
-            lanes //= 2
-            low = body.shuffle(value, value, range(lanes))
-            high = body.shuffle(value, value, range(lanes, 2 * lanes))
-            value = body.binary("fadd", low, high, "half")
-        return body.binary("fadd", body.lane(value, 0), body.lane(value, 1), "sum")
+    def _across(self, j: Value, row: Value) -> Value:
+        """The sums of a row and a vector of columns: theirs turned, and added."""
+        body = self.body
+        columns = (self._held(body.add(j, n), row) for n in range(self.spec.lanes))
+        parts = transpose(body, [body.load(place, self.type, "acc") for place in columns])
+        while len(parts) > 1:
+            half = len(parts) // 2
+            pairs = zip(parts[:half], parts[half:], strict=True)
+            parts = [body.binary("fadd", *pair, "sum") for pair in pairs]
+        return parts[0]

@@ -29,11 +29,14 @@ from tilefold.backends.cpu.matmul.spec import (
 from tilefold.common.computed import computed
 from tilefold.problems.matmul import Operand, Product, sums
 
-FEW_ROWS = 16
-"""Products of at most so many rows read B where it lies, if it has more elements than this:"""
+ALONE_FLOPS = 1e6
+"""Products with fewer operations run on one thread, as in `dispatch`. Each matrix is an item, which
+packs its own B. (Zen 3: 33 x 33 x 33 takes 0.72 of the time by four items, 40 x 24 x 56 0.75.)"""
 
-_LEAST_READ = 2**12
-"""Smaller B is in a near cache, and packing it takes no time."""
+FEW_ROWS, _LEAST_READ = 16, 2**10
+"""Products of at most so many rows read B where it lies, if it has more elements than so many for
+each row; to pack a smaller one takes no time. (Zen 3: where it lies, 64 x 64 takes 0.6 of the time
+for 1 row and 1.1 for 8, 128 x 128 0.9 for 8 and 1.1 for 16.)"""
 
 _WIDE_COLUMNS, _DEEP_COLUMNS, _MOST_CHUNKS = 4096, 96, 16
 """Columns of an item by its form. Long lines are read fastest: of what reading takes, one row and
@@ -235,7 +238,11 @@ def plan(product: Product, out: Operand, device: Device, packed: bool = False) -
 
 def _few_rows(product: Product) -> str | None:
     """The form in which a product reads B where it lies; None where it packs B."""
-    if product.m > FEW_ROWS or product.sums == "int32" or product.n * product.k < _LEAST_READ:
+    if (
+        product.m > FEW_ROWS
+        or product.sums == "int32"
+        or product.n * product.k <= _LEAST_READ * product.m
+    ):
         return None
     down, across = product.b.axes.strides[-2:]
     gate = product.gate.axes.strides[-2:] if product.gate else (down, across)
@@ -267,7 +274,7 @@ def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
     # registers: the sums, a vector of B for each of them, x; "wide" needs one more while x comes
     vectors = min(4, (device.vector_registers - 1 - wide) // (tile_rows + 1))
     most = _WIDE_COLUMNS if wide else _DEEP_COLUMNS
-    block = vectors * lanes if wide else vectors
+    block = vectors * lanes if wide else lanes
     columns = up(parts(product.n, parts(product.n, most)), block)
     return FewRowsSpec(
         a=product.a.dtype,
@@ -299,6 +306,8 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
     chunks, chunk_k = split(product, unit)
     block_k = terms(chunk_k, width, device, unit, product.sums)
     block_m, block_n = blocks(product, rows, width, block_k, device, unit, chunks)
+    if alone(product):
+        block_m, block_n = up(product.m, rows), up(product.n, width)
     packs = not packed and product.m > block_m
     plain = product.alpha == 1 and not (product.beta or product.bias or product.gate)
     direct = (
@@ -330,6 +339,11 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
     )
     sizes = block_m, block_n, block_k
     return GemmPlan(product, out, spec, *sizes, packs, turned, chunks, chunk_k)
+
+
+def alone(product: Product) -> bool:
+    """True if one thread makes a product."""
+    return 2 * product.matrices * product.m * product.n * product.k < ALONE_FLOPS
 
 
 def pack_spec(a: str, b: str, device: Device) -> PackSpec:
