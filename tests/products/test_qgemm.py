@@ -197,6 +197,7 @@ def test_rounded_rows_are_summed_as_integers(isa: str, monkeypatch: pytest.Monke
         x[0, :5] = 0, 9, -9, 4.5, 1e-40
         if m > 1:
             x[1] = 0
+            x[2] = 1  # sums of two products beyond 16 bits
         largest = np.maximum(abs(x).max(1, keepdims=True), np.float32(1e-30))
         rounded = np.rint(x * (np.float32(127) / largest)).astype(np.int64)
         codes = np.rint(w.dequantize() / w.scales.reshape(-1)[:n]).astype(np.int64)

@@ -157,11 +157,11 @@ def _qgemm(case: ProductCase, device: Device) -> dict[str, Any]:
     made = quantized_calls.Blocks.of(sizes, spec)
     specs: dict[str, Any] = {spec.kernel: spec}
     if spec.integers:
-        rounding = RoundingSpec(spec.rows, spec.lanes, spec.per_word)
+        rounding = RoundingSpec(spec.rows, spec.lanes, spec.per_word, spec.fours)
         specs[rounding.kernel] = rounding
         way = "rows of A are rounded to 8 bits, and integers are summed"
         unit = "fours of integers of 8 bits (AVX512-VNNI)" if spec.vnni else "integers of 16 bits"
-        depth = integers.DEPTHS[spec.per_word]
+        depth = integers.depth(spec)
     else:
         way = "few rows: codes are widened in registers for each register tile"
         unit, depth = "multiply-adds of float32", sizes.k

@@ -15,5 +15,6 @@ widen        codes of quantised matrices, widened in registers
 quantized    the kernel of products of few rows with them
 quantized_blocks  the kernel for many rows
 quantized_integers  the kernels where rows are rounded to integers
+quantized_fours  the same on AVX2, where rows are split
 quantized_calls  these products, prepared and run
 """

@@ -12,7 +12,7 @@ from tilefold.backends.arrays.numpy import pointer
 from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import double_bits
-from tilefold.backends.cpu.matmul import quantized_integers
+from tilefold.backends.cpu.matmul import quantized_fours, quantized_integers
 from tilefold.backends.cpu.matmul.arguments import QUANTIZED
 from tilefold.backends.cpu.matmul.quantized import AHEAD_BYTES
 from tilefold.backends.cpu.matmul.quantized_blocks import DEPTH, emit
@@ -40,8 +40,10 @@ _SHARED_FROM = 17
 int4 140 GFLOP/s at 16 rows without, 139 at 24 rows with it; palette6 102 and 128.
 """
 
-_PAIRS_SHARED_FROM = 9
-"""The same where rows are rounded, and pairs of them multiplied. It is not tuned."""
+_ROUNDED_SHARED_FROM = 9
+"""The same where rows are rounded, on x86 without AVX512-VNNI: 8 rows took 7 % longer with a shared
+panel (2048 x 2048, AMD Zen 3).
+"""
 
 _ALONE_BYTES = 2**16
 """Smaller matrices run on one thread: 5 us of reading. It is not tuned."""
@@ -131,6 +133,8 @@ def source(spec: QuantizedSpec | RoundingSpec) -> str:
     """The LLVM source of a kernel."""
     if isinstance(spec, RoundingSpec):
         return quantized_integers.emit_rounding(spec)
+    if spec.fours:
+        return quantized_fours.emit(spec)
     return quantized_integers.emit(spec) if spec.integers else emit(spec)
 
 
@@ -146,13 +150,14 @@ class Rounding:
     loaded: runtime.Loaded
     tiles: int
     tile_bytes: int
+    scale_bytes: int
     m: int
     k: int
 
     def run(self, x: int, workers: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Tiles of rounded rows, and the scales of the rows."""
         found = _memory(self.tiles * self.tile_bytes)
-        scales = _memory(4 * self.m).view(np.float32)
+        scales = _memory(self.scale_bytes).view(np.float32)
         block = np.array(
             [0, 0, self.tiles, self.m, self.k, x, pointer(found), pointer(scales)], np.int64
         )
@@ -195,8 +200,9 @@ def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
     """The kernel of a call."""
     rows, lanes = _rows_of(sizes.m, device), lanes_of(device, "float32")
     vnni = sizes.dynamic and device.has("avx512vnni")
-    pairs = sizes.dynamic and device.isa != "neon" and not vnni
-    shared = sizes.m >= (_PAIRS_SHARED_FROM if pairs else _SHARED_FROM)
+    fours = sizes.dynamic and device.isa == "avx2"
+    pairs = sizes.dynamic and device.isa in ("sse2", "avx512", "amx") and not vnni
+    shared = sizes.m >= (_ROUNDED_SHARED_FROM if fours or pairs else _SHARED_FROM)
     return QuantizedSpec(
         sizes.scheme,
         rows,
@@ -211,6 +217,7 @@ def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
         sizes.dynamic,
         vnni,
         pairs,
+        fours,
         sizes.bias,
         sizes.activation,
     )
@@ -246,7 +253,7 @@ class Blocks(NamedTuple):
         block_m = -(-sizes.m // (row_blocks * spec.rows)) * spec.rows
         scratch = 4 * spec.width * (DEPTH + block_m) if spec.shared else 0
         if sizes.dynamic:
-            words = quantized_integers.DEPTHS[spec.per_word] // spec.per_word
+            words = quantized_integers.depth(spec) // spec.per_word
             scratch = 4 * spec.width * (words + block_m)
         panel_bytes = inputs * spec.width * spec.bits // 8
         return cls(-(-sizes.n // spec.width), panel_bytes, inputs, row_blocks, block_m, scratch)
@@ -265,9 +272,10 @@ def prepare(sizes: Sizes, matrix: Matrix, device: Device, workers: int) -> Prepa
     groups = sizes.k // sizes.group_size
     rounding = None
     if sizes.dynamic:
-        rounds = kernel(RoundingSpec(spec.rows, spec.lanes, spec.per_word), device)
+        rounds = kernel(RoundingSpec(spec.rows, spec.lanes, spec.per_word, spec.fours), device)
         tiles, tile_bytes = -(-sizes.m // spec.rows), 4 * spec.rows * sizes.k // spec.per_word
-        rounding = Rounding(rounds, tiles, tile_bytes, sizes.m, sizes.k)
+        of_row = quantized_integers.REST + sizes.k // 2 if spec.fours else 1
+        rounding = Rounding(rounds, tiles, tile_bytes, 4 * sizes.m * of_row, sizes.m, sizes.k)
     claim = min(_CLAIM_BYTES // made.panel_bytes, made.items // (4 * workers))
     values = {
         "items": made.items,

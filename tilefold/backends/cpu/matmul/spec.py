@@ -137,12 +137,13 @@ class GemmSpec:
 class RoundingSpec:
     """A kernel that rounds rows of float32 to 8 bits, and makes tiles of `rows` rows of them.
 
-    A word of 32 bits has `per_word` of these numbers.
+    A word of 32 bits has `per_word` of these numbers. `split`: no two neighbours of four are large.
     """
 
     rows: int
     lanes: int
     per_word: int
+    split: bool
     kernel: str = "round_rows"
 
 
@@ -153,8 +154,8 @@ class QuantizedSpec:
     It makes `rows` rows by `vectors` vectors of `lanes` sums at a time. `scales` is the type of
     scales and zeros, or None. `permutes`: tables are registers (AVX-512). `whole`: each group has
     whole steps of inputs. `shared`: many rows share a widened panel. `integers`: x is rounded to 8
-    bits. What multiplies them: `vnni`, words of four numbers (AVX512-VNNI); `pairs`, words of two
-    numbers of 16 bits (other x86); or neither.
+    bits. What multiplies them: `vnni`, words of four numbers (AVX512-VNNI); `fours`, these where
+    rows are split (AVX2); `pairs`, words of two numbers of 16 bits (other x86); or none of them.
     """
 
     scheme: str
@@ -170,6 +171,7 @@ class QuantizedSpec:
     integers: bool = False
     vnni: bool = False
     pairs: bool = False
+    fours: bool = False
     bias: str | None = None
     activation: str | None = None
     c: None = None
