@@ -26,6 +26,10 @@ _ALL_ROWS = 0.5
 read in place. An item packs its own part of B then (Zen 3: 150 x 64 x 251 takes 0.86 of the time,
 165 x 434 x 140 takes 0.94)."""
 
+_B_CACHE = 0.25
+"""The share of the second cache that an item's part of B fills then, if it has all terms
+(Zen 3: 57 x 679 x 611 takes 0.96 of the time)."""
+
 _FEW_SUMS, _CHUNK, _MOST_SPLIT = 2**15, 256, 8
 """Products of at most so many sums, which few cores would share, are split into chunks of at least
 so many terms. They are not tuned."""
@@ -128,6 +132,8 @@ def blocks(
     few = chunks == 1 and product.m * block_k * item <= _ALL_ROWS * l2
     if few and all_panels >= least and a_in_place(product, unit, device):
         most = _MOST_IN_PLACE[device.isa]
+        if product.k <= block_k:
+            most = min(most, max(2, int(_B_CACHE * l2 / (block_k * width * item))))
         return up(product.m, rows), min(most, parts(all_panels, wanted)) * width
     block_m = max(1, int(_M_CACHE * l2 / (block_k * item)) // rows) * rows
     block_m = up(parts(product.m, parts(product.m, block_m)), rows)

@@ -17,7 +17,8 @@ a panel of B has -128 times the sums of its columns, with which sums begin.
 
 from __future__ import annotations
 
-from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value, vector
+from tilefold.backends.cpu.kernels import masked
+from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value, alignment, vector
 from tilefold.backends.cpu.kernels.pack import transpose
 from tilefold.backends.cpu.kernels.storage import Storage, storage, storage_in
 from tilefold.backends.cpu.matmul.spec import Unit
@@ -147,11 +148,32 @@ class _Elements:
                 with body.loop("c", 0, end, self.deep) as c:
                     self._line(c)
                 body.write(start, end)
+            if self._masks:
+                part = body.compare("ne", self.valid, Value(str(self.width), "i64"))
+                with body.when(body.binary("and", wide, part), "parts"):
+                    self._parts_of_lines()
+                    body.write(start, self.depth)
         with (
             body.loop("c", body.read(start), self.filled, self.deep) as c,
             body.loop("lane", 0, self.width) as lane,
         ):
             self._numbers(c, lane)
+
+    @property
+    def _masks(self) -> bool:
+        """True if lines of B that are not whole are read by masks, which AVX2 has."""
+        own = self.deep == 1 and self.store.stored == self.element
+        return own and not self.of_a and self.lanes * alignment(self.element) == 32
+
+    def _parts_of_lines(self) -> None:
+        """The lanes of all lines that exist, and 0 for others."""
+        body, lanes = self.body, self.lanes
+        firsts = range(0, self.width, lanes)
+        masks = [masked.first(body, body.sub(self.valid, first), lanes) for first in firsts]
+        with body.loop("c", 0, self.depth) as c:
+            for first, exist in zip(firsts, masks, strict=True):
+                numbers = masked.load(body, self._at(first, c), vector(lanes, self.element), exist)
+                body.store(numbers, self._place(c, first))
 
     def write_columns(self) -> None:
         """Lines of all whole panels, then panel by panel what is left."""
