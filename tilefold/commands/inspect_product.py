@@ -166,7 +166,7 @@ def _qgemm(case: ProductCase, device: Device) -> dict[str, Any]:
         way = "few rows: codes are widened in registers for each register tile"
         unit, depth = "multiply-adds of float32", sizes.k
         if spec.shared:
-            depth = min(sizes.k, quantized_blocks.DEPTH)
+            depth = min(sizes.k, quantized_blocks.depth(spec))
             size = terminal.size(4 * depth * spec.width)
             way = f"many rows: they share a panel widened into scratch, {size} for the first cache"
     bits = 8 * case.b_bytes / (case.n * case.k)

@@ -12,10 +12,9 @@ from tilefold.backends.arrays.numpy import pointer
 from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import double_bits
-from tilefold.backends.cpu.matmul import quantized_fours, quantized_integers
+from tilefold.backends.cpu.matmul import quantized_blocks, quantized_fours, quantized_integers
 from tilefold.backends.cpu.matmul.arguments import QUANTIZED
 from tilefold.backends.cpu.matmul.quantized import AHEAD_BYTES
-from tilefold.backends.cpu.matmul.quantized_blocks import DEPTH, emit
 from tilefold.backends.cpu.matmul.spec import QuantizedSpec, RoundingSpec, lanes_of
 from tilefold.backends.cpu.matmul.widen import STEPS, WORDS
 from tilefold.common.first_use import undisturbed
@@ -39,6 +38,9 @@ _SHARED_FROM = 17
 """From so many rows on they share a widened panel. With 2048 x 512, on one thread of a busy Xeon:
 int4 140 GFLOP/s at 16 rows without, 139 at 24 rows with it; palette6 102 and 128.
 """
+
+_PALETTE_SHARED_FROM = 5
+"""The same for palettes on AVX2, where looking up takes longer: 8 rows took 0.7 of the time."""
 
 _ROUNDED_SHARED_FROM = 9
 """The same where rows are rounded, on x86 without AVX512-VNNI: 8 rows took 7 % longer with a shared
@@ -84,7 +86,7 @@ class Matrix(NamedTuple):
 
 def as_they_are(scheme: str, m: int, k: int, dynamic: bool = False) -> bool:
     """True if kernels read contiguous rows of float32 where they lie."""
-    return dynamic or (m < _SHARED_FROM and _inputs(scheme, k) == k)
+    return dynamic or (m < _shared_from(scheme, False, host()) and _inputs(scheme, k) == k)
 
 
 def arranged(scheme: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -93,13 +95,13 @@ def arranged(scheme: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
     Many rows become tiles (tiles, inputs, rows), in which the rows of an input lie side by side.
     """
     (m, k), inputs = x.shape, _inputs(scheme, x.shape[1])
-    if m < _SHARED_FROM:
+    if m < _shared_from(scheme, False, host()):
         if as_they_are(scheme, m, k) and x.flags.c_contiguous and x.flags.aligned:
             return x
         lines = np.zeros((m, inputs), np.float32)
         lines[:, :k] = x
         return lines
-    rows = _rows_of(m, host())
+    rows = _rows_of(m, True, host())
     whole, rest = divmod(m, rows)
     tiles = np.zeros((whole + bool(rest), inputs, rows), np.float32)
     tiles[:whole, :k] = x[: whole * rows].reshape(whole, rows, k).swapaxes(1, 2)
@@ -108,9 +110,16 @@ def arranged(scheme: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
     return tiles
 
 
-def _rows_of(m: int, device: Device) -> int:
+def _shared_from(scheme: str, dynamic: bool, device: Device) -> int:
+    """The fewest rows that share a widened panel."""
+    if dynamic and device.isa != "neon" and not device.has("avx512vnni"):
+        return _ROUNDED_SHARED_FROM
+    return _PALETTE_SHARED_FROM if (scheme, device.isa) == ("palette6", "avx2") else _SHARED_FROM
+
+
+def _rows_of(m: int, shared: bool, device: Device) -> int:
     """Rows of register tiles."""
-    if m >= _SHARED_FROM:  # those that leave the fewest rows of the last tile empty
+    if shared:  # those that leave the fewest rows of the last tile empty
         return min(_MANY[device.isa], key=lambda rows: -(-m // rows) * rows)
     options = _FEW[device.isa]
     tiles = -(-m // options[-1])
@@ -135,7 +144,7 @@ def source(spec: QuantizedSpec | RoundingSpec) -> str:
         return quantized_integers.emit_rounding(spec)
     if spec.fours:
         return quantized_fours.emit(spec)
-    return quantized_integers.emit(spec) if spec.integers else emit(spec)
+    return quantized_integers.emit(spec) if spec.integers else quantized_blocks.emit(spec)
 
 
 def _memory(size: int) -> NDArray[np.uint8]:
@@ -198,11 +207,11 @@ _X, _OUT, _BIAS, _WORKSPACE, _SCALES = map(
 
 def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
     """The kernel of a call."""
-    rows, lanes = _rows_of(sizes.m, device), lanes_of(device, "float32")
+    shared = sizes.m >= _shared_from(sizes.scheme, sizes.dynamic, device)
+    rows, lanes = _rows_of(sizes.m, shared, device), lanes_of(device, "float32")
     vnni = sizes.dynamic and device.has("avx512vnni")
     fours = sizes.dynamic and device.isa == "avx2"
     pairs = sizes.dynamic and device.isa in ("sse2", "avx512", "amx") and not vnni
-    shared = sizes.m >= (_ROUNDED_SHARED_FROM if fours or pairs else _SHARED_FROM)
     return QuantizedSpec(
         sizes.scheme,
         rows,
@@ -251,7 +260,7 @@ class Blocks(NamedTuple):
         inputs = _inputs(sizes.scheme, sizes.k)
         row_blocks = -(-sizes.m // _BLOCK_ROWS)
         block_m = -(-sizes.m // (row_blocks * spec.rows)) * spec.rows
-        scratch = 4 * spec.width * (DEPTH + block_m) if spec.shared else 0
+        scratch = 4 * spec.width * (quantized_blocks.depth(spec) + block_m) if spec.shared else 0
         if sizes.dynamic:
             words = quantized_integers.depth(spec) // spec.per_word
             scratch = 4 * spec.width * (words + block_m)
