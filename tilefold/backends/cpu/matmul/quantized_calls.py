@@ -26,8 +26,9 @@ _FEW = {
     "sse2": (1, 2, 4),
     "neon": (1, 2, 4, 8),
 }
-"""Rows of register tiles of two vectors, for which kernels of few rows are made. Those of 3 rows took
-0.76 of the time of 4 for 6 rows by int4, 0.86 of it for rounded rows (2048 x 2048, AMD Zen 3).
+"""Rows of register tiles of two vectors, for which kernels of few rows are made. 6 rows as twice 3
+took 0.76 of the time that they took as twice 4 by int4, and 0.86 of it where they are rounded
+(2048 x 2048, AMD Zen 3).
 """
 
 _MANY = {
