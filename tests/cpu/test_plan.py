@@ -59,10 +59,8 @@ def test_results_do_not_depend_on_the_blocks(dtype: str) -> None:
     operands |= {name: want[name].astype(dtype) for name in ("o", "lse")}
     tolerance = {"float32": 1e-5, "float64": 1e-12}[dtype]
     tiles = FAMILIES[host().isa].tiles
-    for tile, block_traverse in [
-        *((tile, None) for tile in tiles),
-        *((tiles[0], n) for n in (1, 7, 500)),
-    ]:
+    rows = (1, 7, 500) if dtype == "float32" else ()
+    for tile, block_traverse in [*((tile, None) for tile in tiles), *((tiles[0], n) for n in rows)]:
         options = {"tile": tile, "block_traverse": block_traverse}
         got = forward(sizes, operands, **options)
         for form in FORMS:
