@@ -160,7 +160,10 @@ def _qgemm(case: ProductCase, device: Device) -> dict[str, Any]:
         rounding = RoundingSpec(spec.rows, spec.lanes, spec.per_word, spec.fours)
         specs[rounding.kernel] = rounding
         way = "rows of A are rounded to 8 bits, and integers are summed"
-        unit = "fours of integers of 8 bits (AVX512-VNNI)" if spec.vnni else "integers of 16 bits"
+        unit = "pairs of integers of 16 bits" if spec.pairs else "integers of 32 bits"
+        if spec.vnni or spec.fours:
+            by = "AVX512-VNNI" if spec.vnni else "pmaddubsw, rows are split"
+            unit = f"fours of integers of 8 bits ({by})"
         depth = integers.depth(spec)
     else:
         way = "few rows: codes are widened in registers for each register tile"
