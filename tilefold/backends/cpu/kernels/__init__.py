@@ -2,6 +2,7 @@
 
 ir           LLVM text: values, instructions, loops
 convert      half types to float32 and back
+prefetch     memory that is asked for early
 masked       vectors of which some lanes exist
 storage      how elements lie in memory, and how they are read and written
 microkernel  the one product: a register tile

@@ -17,6 +17,7 @@ from tilefold.backends.cpu.kernels.ir import (
     Variable,
     vector,
 )
+from tilefold.backends.cpu.kernels.prefetch import prefetch
 from tilefold.backends.cpu.matmul.panels import SCALARS
 from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, GemmSpec
 
@@ -73,12 +74,9 @@ class _Tile:
 
     def fetch(self, start: Value, size: int, *, write: bool) -> None:
         """Ask for memory that is used after the loop, or in the next one."""
-        body = self.body
-        near = ("1", "3", "1") if write else ("0", "2", "1")
-        name, flags = "llvm.prefetch.p0", [Value(number, "i32") for number in near]
-        body.module.declare(name, "void", ["ptr", "i32", "i32", "i32"])
         for before in range(0, size, 64):
-            body.invoke(name, [body.offset(start, "i8", before), *flags])
+            address = self.body.offset(start, "i8", before)
+            prefetch(self.body, address, near=3 if write else 2, write=write)
 
 
 class _InVectors(_Tile):
