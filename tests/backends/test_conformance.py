@@ -30,7 +30,7 @@ SHAPES = [(1, 1), (3, 3), (64, 32), (47, 61), (31, 1), (1, 99), (40, 72), (96, 1
 LARGE = [(47, 61), (40, 72), (60, 90)]
 DIMS = [1, 2, 3, 16, 40, 64, 77, 80, 95, 128, 199, 256, 384, 512]
 PAIRS = [("dim", "layout"), ("layout", "memory"), ("dim", "dim_v")]
-WIDE, SMALLER = 256, (21, 35)
+WIDE, SMALLER = 199, (21, 35)
 """From this head dimension on, large shapes are smaller: their blocks have 16 rows or 32."""
 
 TRITON_CASES = [
