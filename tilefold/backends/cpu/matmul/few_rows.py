@@ -22,6 +22,7 @@ from itertools import pairwise
 from tilefold.backends.cpu.kernels import masked
 from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.pack import transpose
+from tilefold.backends.cpu.kernels.prefetch import prefetch
 from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
 from tilefold.backends.cpu.matmul.panels import SCALARS, pack, reading
@@ -29,13 +30,8 @@ from tilefold.backends.cpu.matmul.spec import FMA, ITEM_BYTES, FewRowsSpec
 
 INPUTS = 8
 """Lines of B that the form "wide" walks at once. (Zen 3, one thread, 4096 x 4096 float32 from
-memory: of what reading takes, one row gives 1.05, 0.77 and 0.51 by 8, 16 and 32 lines, and 16 rows
-0.33, 0.31 and 0.26. A first cache of 8 ways holds 8 lines that are 16 KiB apart.)"""
-
-_AHEAD = 256
-"""Bytes by which lines of B are asked for before their use. (Zen 3, the same: 1, 4, 8 and 16 rows
-give 1.04, 0.91, 0.66 and 0.38; 1.00, 0.85, 0.57 and 0.34 without; by requests for the same place of
-the next 8 lines 0.83, 0.61, 0.45 and 0.29.)"""
+memory: of what reading takes, one row gives 1.07, 0.76 and 0.54 by 8, 16 and 32 lines, and 16 rows
+0.32, 0.31 and 0.26. A first cache of 8 ways holds 8 lines that are 16 KiB apart.)"""
 
 
 def emit(spec: FewRowsSpec) -> str:
@@ -170,13 +166,6 @@ class _FewRows:
             for w, total in zip(right, line, strict=True):
                 body.write(total, body.multiply_add(x, w, body.read(total), "acc"))
 
-    def _fetch(self, address: Value) -> None:
-        """Ask for a line of memory, into the second cache."""
-        body = self.body
-        name, flags = "llvm.prefetch.p0", [Value(number, "i32") for number in ("0", "2", "1")]
-        body.module.declare(name, "void", ["ptr", "i32", "i32", "i32"])
-        body.invoke(name, [address, *flags])
-
     def _finish(self, first: Value, count: Value) -> None:
         """The results of all sums, which lie in blocks of `width` columns."""
         body, words, spec = self.body, self.words, self.spec
@@ -279,14 +268,15 @@ class _Wide(_FewRows):
     def _line(
         self, c: Value, j: Value, vectors: int, read: Callable[[Value], Value]
     ) -> list[Value]:
-        """Vectors of a line of B, of which what follows is asked for."""
+        """Vectors of a line of B."""
         body, spec, store = self.body, self.spec, self.b_store
         step = self.words[f"{self.name}_k"]
         place = store.at(body, self.lines, body.add(body.mul(c, step), j))
         found = [read(store.at(body, place, v * spec.lanes)) for v in range(vectors)]
-        if vectors == spec.vectors:
+        if spec.asks and vectors == spec.vectors:
+            ahead = store.at(body, place, body.mul(step, INPUTS))
             for before in range(0, vectors * spec.lanes * ITEM_BYTES[spec.b], 64):
-                self._fetch(body.offset(place, "i8", _AHEAD + before))
+                prefetch(body, body.offset(ahead, "i8", before), near=2)
         return found
 
 
@@ -362,9 +352,9 @@ class _Deep(_FewRows):
                 right = [store.load(body, store.at(body, line, at), spec.lanes) for line in lines]
                 left = [body.load(self._x(row, at), self.type, "x") for row in rows]
                 self._add(totals, left, right)
-                if columns == spec.vectors:
+                if spec.asks and columns == spec.vectors:
                     for line in ahead[number :: len(groups)]:
-                        self._fetch(store.at(body, line, at))
+                        prefetch(body, store.at(body, line, at), near=2)
             with body.when(body.compare("slt", whole, end), "last"):
                 exist = body.sub(end, whole)
                 right = [self._masked(store.at(body, line, whole), exist) for line in lines]

@@ -43,6 +43,12 @@ _WIDE_COLUMNS, _DEEP_COLUMNS, _MOST_CHUNKS = 4096, 96, 16
 4096 x 4096 took the share 0.75 by lines of 512, 0.90 by 2048, 1.00 by 4096 (Xeon with AMX); on
 Zen 3 0.70, 0.98 and 1.07."""
 
+_ASK_WIDE = ("amx", "avx512")
+"""Where the form "wide" asks for lines of B ahead. (Zen 3 follows 8 lines by itself: one row reads
+1.10 of what reading takes, and with requests for the next 8 lines 0.83, for the next 256 bytes of
+each line 1.05. The form "deep" gains by requests for the next columns, 0.65 to 0.88 for four rows,
+but one row has 1.06 with them and 1.12 without.)"""
+
 
 @dataclass(frozen=True)
 class GemmPlan:
@@ -287,6 +293,7 @@ def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
         vectors=vectors,
         columns=columns,
         width=block if wide else columns,
+        asks=device.isa in _ASK_WIDE if wide else product.m > 1,
         lanes=lanes,
         native_half=device.converts_float16,
         c=product.c.dtype if product.c and product.beta else None,

@@ -211,7 +211,8 @@ class FewRowsSpec:
 
     `form` is "wide" where columns of B are neighbours, and "deep" where inputs are. A register tile
     has at most `tile_rows` rows by `vectors` vectors of columns, or by `vectors` columns. An item
-    has `columns`, whose sums lie in blocks of `width` columns, row by row.
+    has `columns`, whose sums lie in blocks of `width` columns, row by row. `asks`: it asks for B
+    before it reads it.
     """
 
     a: str
@@ -224,6 +225,7 @@ class FewRowsSpec:
     vectors: int
     columns: int
     width: int
+    asks: bool
     lanes: int
     native_half: bool
     c: str | None = None
