@@ -53,6 +53,9 @@ def test_few_rows_read_b_where_it_lies(way: list[str], capsys: Any) -> None:
     assert found["problem"]["flops"] == 4 * FEW_ROWS * 512 * 1024
     turned = inspected(capsys, "--operation", "gemm", "--size", "4096x1x64")
     assert turned["plan"]["turned"]
+    small = inspected(capsys, "--operation", "gemm", "--size", f"{FEW_ROWS}x100x100")["plan"]
+    assert (small["form"], small["items"]) == ("panels", 1)
+    assert "pack_b" not in inspected(capsys, "--operation", "gemm", "--size", "40x60x50")["kernels"]
 
 
 def test_the_bound_of_integers_is_reading(capsys: Any) -> None:
