@@ -16,19 +16,19 @@ CLIPPED = ("avx2", "sse2")
 """Where tiles write the edges of a result themselves: 583 x 111 x 39 takes 0.93 of the time (Zen 3,
 one thread, float32, as all figures here that name Zen 3). Not measured elsewhere."""
 
-_MOST_IN_PLACE = {"avx2": 16, "sse2": 16}
+_MOST_IN_PLACE = {"avx2": 32, "sse2": 32}
 """Panels of B of an item at most, for which A is read where it lies: packing it takes longer than
-it saves (Zen 3: 1577 x 38 x 886 takes 0.83 of the time, 150 x 64 x 251 takes 0.87). Not measured
-elsewhere."""
+it saves (Zen 3: 1577 x 38 x 886 takes 0.83 of the time, 150 x 64 x 251 takes 0.87, 512^3 0.99). Not
+measured elsewhere."""
 
 _ALL_ROWS = 0.5
 """The share of the second cache that all rows of A fill at most to be in each item, where they are
 read in place. An item packs its own part of B then (Zen 3: 150 x 64 x 251 takes 0.86 of the time,
 165 x 434 x 140 takes 0.94)."""
 
-_B_CACHE = 0.25
+_B_CACHE, _MOST_OF_ITEM = 0.25, 16
 """The share of the second cache that an item's part of B fills then, if it has all terms
-(Zen 3: 57 x 679 x 611 takes 0.96 of the time)."""
+(Zen 3: 57 x 679 x 611 takes 0.96 of the time), and panels of an item at most."""
 
 _FEW_SUMS, _CHUNK, _MOST_SPLIT = 2**15, 256, 8
 """Products of at most so many sums, which few cores would share, are split into chunks of at least
@@ -131,7 +131,7 @@ def blocks(
     all_panels, least = product.matrices * panels, 2 * device.cores
     few = chunks == 1 and product.m * block_k * item <= _ALL_ROWS * l2
     if few and all_panels >= least and a_in_place(product, unit, device):
-        most = _MOST_IN_PLACE[device.isa]
+        most = _MOST_OF_ITEM
         if product.k <= block_k:
             most = min(most, max(2, int(_B_CACHE * l2 / (block_k * width * item))))
         return up(product.m, rows), min(most, parts(all_panels, wanted)) * width
