@@ -15,7 +15,7 @@ from gemm_cases import CASES, Case, arrays, assert_right, described, operand
 from levels import device
 from numpy.typing import NDArray
 
-from tilefold.backends.cpu import threads
+from tilefold.backends.cpu import records, threads
 from tilefold.backends.cpu.matmul import calls
 
 Array = NDArray[Any]
@@ -34,8 +34,7 @@ def multiplied(case: Case, arm: Arm) -> Array:
     shown = result.view("float16") if case.out == "bfloat16" else result
     lies = operand("out", shown, len(product.batch) + 2)
     prepared = calls.prepare(product, lies, device("neon"))
-    arm.arrays += [*given.values(), out, prepared.offsets]
-    arm.arrays += prepared.packing.starts if prepared.packing else ()
+    arm.arrays += [*given.values(), out, *prepared.kept]
     where = {**given, "out": out}
     order = ("a", "b", "out", "c", "bias", "gate")
     prepared.run(*[where[name].ctypes.data if name in where else 0 for name in order])
@@ -53,8 +52,8 @@ def test_products_on_arm(case: Case, tmp_path: Path) -> None:
     arm = Arm(tmp_path, calls.source)
     with (
         mock.patch.object(calls, "kernel", arm.kernel),
-        mock.patch.object(calls, "_workspace", arm.memory),
-        mock.patch.object(calls, "_taken", lambda _, size: arm.memory(size)),
+        mock.patch.object(records, "_taken", arm.memory),
+        mock.patch.object(records.Recorded, "is_native", False),
         mock.patch.object(threads, "run", arm.run),
     ):
         found = multiplied(case, arm)

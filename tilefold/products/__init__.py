@@ -2,6 +2,7 @@
 
 plans      a call of a product without its arrays: what it means, and its kernel made ready
 packed     matrices that stay, packed once
+repeated   calls that were made before, by the shortest way
 derivatives  gradients and tangents of a product, made of products
 torch      PyTorch tensors: gradients, compilers and transforms
 calls      `tilefold.gemm` and `pack`, and their NumPy arrays

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from tilefold.common.foreign_arrays import type_name
 from tilefold.frontends import registry
 from tilefold.frontends.numpy import as_array
 from tilefold.frontends.standard import given_back
-from tilefold.products import plans
+from tilefold.products import plans, repeated
 from tilefold.products.packed import PackedMatrix, packed
 from tilefold.products.plans import Form, Options, Plan
 
@@ -100,19 +100,22 @@ def gemm(
             overlaps an operand
         NotImplementedError: arrays that no kernel takes
     """
+    asked = alpha, beta, transpose_a, transpose_b, activation, out_dtype, precision
+    again = repeated.REPEATED.get(type(a))
+    if again is not None:
+        found = again(a, b, c, bias, gate, out, asked)
+        if found is not None:
+            return found
     given = {"a": a, "b": b, "c": c, "bias": bias, "gate": gate, "out": out}
     given = {name: array for name, array in given.items() if array is not None}
     dtype = None if out_dtype is None else type_name(out_dtype)
     options = Options.of(alpha, beta, transpose_a, transpose_b, activation, dtype, precision)
-    found = _repeated(given, options)
-    if found is not None:
-        return found
     frontend = _frontend({name: x for name, x in given.items() if type(x) is not PackedMatrix})
     if frontend == "numpy":
-        return multiply(given, options)
+        return _multiply(given, options, repeated.key(a, b, c, bias, gate, out, asked))
     if frontend == "standard":
         return given_back((multiply(given, options),), **given)[0]
-    return _torch().multiply(given, options)
+    return _torch().multiply(given, options, asked)
 
 
 def _frontend(given: Mapping[str, Any]) -> str:
@@ -165,60 +168,34 @@ def pack(w: Any, *, transpose: bool = False) -> PackedMatrix:
     return packed(_form("w", array), arrays.pointer(array), turned)
 
 
-def _repeated(given: Mapping[str, Any], options: Options) -> Array | None:
-    """The product of arrays that lie as those of a call before, by few steps; else None."""
-    seen = _layouts(given)
-    plan = None if seen is None else plans.known(seen[0], options)
-    if seen is None or plan is None:
-        return None
-    _, addresses, bits = seen
-    if bits % 8 and not all(x.flags.aligned for x in _arrays(given)):
-        return None
-    return _run(plan, given, addresses)
-
-
 def multiply(given: Mapping[str, Any], options: Options) -> Array:
     """The product of NumPy arrays, by the names of the arguments."""
+    return _multiply(given, options, None)
+
+
+def _multiply(given: Mapping[str, Any], options: Options, key: Hashable) -> Array:
+    """The same; a call that a key describes is kept under it."""
     if "out" in given:
         _check_written(given["out"])
     held: dict[str, Any] = {}
     for name, x in given.items():
         held[name] = x if type(x) is PackedMatrix else as_array(name, x)
-    seen = _layouts(held)
-    assert seen is not None
     forms = {name: _form(name, x) for name, x in held.items()}
-    return _run(plans.kept(seen[0], options, lambda: forms), held, seen[1])
+    plan = plans.kept(tuple(forms.items()), options, lambda: forms)
+    result = _run(plan, held)
+    if key is not None and all(held[name] is x for name, x in given.items()):
+        repeated.remember(key, plan, result.dtype)
+    return result
 
 
-def _layouts(given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, int], int] | None:
-    """How operands lie, where, and all bits of these addresses; None for other objects."""
-    layouts: list[Any] = []
-    addresses: dict[str, int] = {}
-    bits = 0
-    for name, x in given.items():
-        if type(x) is np.ndarray:
-            layouts.append((name, x.shape, x.strides, x.dtype))
-            at = arrays.pointer(x)
-        elif type(x) is PackedMatrix:
-            layouts.append((name, x.form))
-            at = x.address
-        else:
-            return None
-        addresses[name] = at
-        bits |= at
-    return tuple(layouts), addresses, bits
-
-
-def _run(plan: Plan, held: Mapping[str, Any], addresses: Mapping[str, int]) -> Array:
+def _run(plan: Plan, held: Mapping[str, Any]) -> Array:
     """Run a plan on arrays that it fits."""
+    at = {n: x.address if type(x) is PackedMatrix else arrays.pointer(x) for n, x in held.items()}
     out: Array | None = held.get("out")
     if out is None:
         out = np.empty(plan.shape, _native(plan.dtype, held))
-        plan.run(addresses, arrays.pointer(out))
-        return out
-    if not out.flags.writeable:
-        _check_written(out)
-    plan.run(addresses, addresses["out"])
+        at["out"] = arrays.pointer(out)
+    plan.run(at, at["out"])
     return out
 
 

@@ -16,11 +16,15 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tilefold.backends.cpu import guard as guarded
 from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.guard import Guard
 from tilefold.backends.cpu.matmul import calls as kernels
 from tilefold.backends.cpu.matmul.plan import pack_spec
 from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, PackSpec
+from tilefold.common import generation
 from tilefold.common.check import choice, flag, number
+from tilefold.common.computed import computed
 from tilefold.common.lru import LruCache
 from tilefold.problems.matmul import (
     ACTIVATIONS,
@@ -107,10 +111,14 @@ class Form(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where elements lie, counted in bytes from the address of the first one."""
+    """Where elements lie, counted in bytes from the address of the first one.
+
+    `mask` has the bits that are 0 in an aligned address.
+    """
 
     low: int
     end: int
+    mask: int
     interface: dict[str, Any]
 
     @classmethod
@@ -123,7 +131,7 @@ class Place(NamedTuple):
         if 0 in form.shape or form.packed:  # nothing of the caller's
             low, end = 0, 0
         known = {"shape": form.shape, "strides": tuple(steps), "typestr": f"|V{size}", "version": 3}
-        return cls(low, end, known)
+        return cls(low, end, 0 if form.packed else size - 1, known)
 
     def meets(self, address: int, other: Place, at: int) -> bool:
         """True if this place at an address has a byte of another, or if that is hard to tell."""
@@ -154,18 +162,44 @@ class Plan:
     dtype: str
     places: Mapping[str, Place]
     onto: bool
-    prepared: Any
+    prepared: kernels.Prepared | None
 
     def run(self, addresses: Mapping[str, int], out: int) -> None:
-        """Compute the result at an address, from operands at addresses.
+        """Compute the result at an address, from aligned operands at addresses.
 
-        Raises ValueError if it overlaps an operand.
+        Raises OverlapError if it overlaps an operand.
         """
+        at = [addresses.get(name, 0) for name in GIVEN]
+        if self.start(*at, out):
+            return
         if "out" in self.places:
             check_apart(self.places, self.onto, addresses)
         if self.prepared is not None:
-            at = [addresses[name] if name in self.places else 0 for name in GIVEN]
-            self.prepared.run(at[0], at[1], out, at[2], at[3], at[4])
+            a, b, *others = at
+            self.prepared.run(a, b, out, *others)
+
+    def start(self, *addresses: int) -> bool:
+        """Run on addresses, in the order of `kernels.OPERANDS`; False where `run` must look."""
+        prepared = self.prepared
+        if prepared is None or not prepared.recorded.is_native:
+            return False
+        return self.guard.run(*addresses)
+
+    @computed
+    def guard(self) -> Guard:
+        """What looks at addresses and runs the kernel, if the result has elements."""
+        assert self.prepared is not None
+        every = [self._guarded(name) for name in kernels.OPERANDS]
+        result = kernels.OPERANDS.index("out") if "out" in self.places else -1
+        return Guard.of(self.prepared.recorded, every, result)
+
+    def _guarded(self, name: str) -> guarded.Operand:
+        place = self.places.get(name)
+        if place is None:  # a new result needs no look
+            return guarded.Operand(role=guarded.APART if name == "out" else guarded.ABSENT)
+        same = name == "c" and self.onto
+        role = guarded.SAME_OR_APART if same else guarded.APART
+        return guarded.Operand(place.low, place.end, place.mask, role)
 
 
 def check_apart(places: Mapping[str, Place], onto: bool, addresses: Mapping[str, int]) -> None:
@@ -191,17 +225,12 @@ _kept: LruCache[Plan] = LruCache(most=256, most_bytes=2**24)
 
 def kept(key: Hashable, options: Options, forms: Callable[[], Mapping[str, Form]]) -> Plan:
     """The plan under a key, which says how the arrays lie; made of their forms if there is none."""
-    found = known(key, options)
+    whole = generation.number, options, key
+    found = _kept.get(whole)
     if found is None:
         found = plan(options, forms())
-        size = found.prepared.offsets.nbytes if found.prepared else 0
-        _kept.put((options, key), found, size)
+        _kept.put(whole, found, found.prepared.nbytes if found.prepared else 0)
     return found
-
-
-def known(key: Hashable, options: Options) -> Plan | None:
-    """The plan of an earlier call under a key, or None."""
-    return _kept.get((options, key))
 
 
 class Described(NamedTuple):

@@ -20,6 +20,8 @@ plan      problem and device to kernels, work items and runs
 growth    the plan of one more key, made from the plan before
 dispatch  a plan made ready for arrays, and run
 native    a prepared call as a record that runs without Python
+records   records from Python
+guard     what a call on arrays as they come looks at before its record runs
 scan      masks in memory, read for the keys that queries see
 matmul    products of matrices
 calls     the processor as a machine

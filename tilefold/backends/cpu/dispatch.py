@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tilefold.backends.cpu import growth, threads
 from tilefold.backends.cpu.device import Device
@@ -278,6 +279,12 @@ class _Memory:
         first = ctypes.c_char.from_buffer(self._array)  # type: ignore[arg-type]  # it is one
         start = ctypes.addressof(first)
         self.pointer = -(-start // 64) * 64
+
+    @property
+    def bytes(self) -> NDArray[np.uint8]:
+        """The memory as an array."""
+        start = -self._array.ctypes.data % 64
+        return self._array[start : start + self.size]
 
 
 _NONE = _Memory(0)

@@ -8,7 +8,8 @@ passes it to the threads.
     record  [machine, fixed bytes, bytes of a worker, most workers, steps, address of steps, Python,
              fills, address of fills]
     step    [kernel, items, template, its bytes, places, their number]
-    place   [word, operand, offset]     operand -1: an offset in the memory of the call
+    place   [word, operand, offset]     operand -1: an offset in the memory of the call, which is
+                                        a multiple of 64 but for words of the argument block
     fill    [operand, elements, bytes of one, its bits]     where no query meets a key
     memory  [argument block | buffers of the plan | a workspace for each worker]
 
@@ -19,9 +20,10 @@ own.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,41 +54,66 @@ class NativeCall:
     _kept: tuple[object, ...] = field(repr=False)
 
 
-def native_call(call: Call, operands: int) -> NativeCall:
-    """The record of a prepared call with a number of operands."""
-    places_of_buffers, fixed = {}, _whole(max(len(step.template) for step in call.steps))
-    for number, scratch in enumerate(call.plan.buffers.values()):
-        places_of_buffers[operands + number] = fixed
-        fixed += _whole(scratch.bytes)
-    steps, kept = [], []
-    for step in call.steps:
-        template = np.frombuffer(step.template, np.int64)
-        places = _words(
-            [
-                (place, operand, 0)
-                if operand < operands
-                else (place, -1, places_of_buffers[operand])
-                for place, operand in step.places
-            ]
-        )
-        kept += [template, places]
-        address = step.kernel.loaded.address
-        steps.append(
-            (address, step.items, _at(template), template.nbytes, _at(places), len(places))
-        )
-    table = _words(steps)
-    each = max(step.workspace_bytes for step in call.steps)
-    most = 1 if call.alone else max(step.items for step in call.steps)
+class Step(NamedTuple):
+    """A kernel of a record: its argument block without addresses, and which words take them."""
+
+    kernel: runtime.Loaded
+    items: int
+    template: Words
+    places: Words
+
+
+class Memory:
+    """The memory of a call: the argument block, then what is reserved, then all workspaces."""
+
+    def __init__(self, *blocks: int) -> None:
+        self.bytes = whole(max(blocks))
+
+    def reserve(self, size: int) -> int:
+        """The offset of `size` more bytes."""
+        start = self.bytes
+        self.bytes += whole(size)
+        return start
+
+
+def recorded(steps: Sequence[Step], fixed: int, each: int, most: int) -> NativeCall:
+    """The record of steps, by `most` workers at most.
+
+    Its memory has `fixed` bytes, and behind them `each` for every worker.
+    """
+    rows = [
+        (kernel.address, items, _at(template), template.nbytes, _at(places), len(places))
+        for kernel, items, template, places in steps
+    ]
+    table = words(rows)
     threads.share()
     head = [threads.shared_address(), fixed, each, most, len(steps), _at(table)]
-    record = _words([*head, 0, 0, 0])
-    return NativeCall(_at(record), (call, record, table, *kept))
+    record = words([*head, 0, 0, 0])
+    return NativeCall(_at(record), (record, table, *steps))
+
+
+def native_call(call: Call, operands: int) -> NativeCall:
+    """The record of a prepared call with a number of operands."""
+    memory = Memory(*[len(step.template) for step in call.steps])
+    buffers = [memory.reserve(scratch.bytes) for scratch in call.plan.buffers.values()]
+    steps = []
+    for step in call.steps:
+        places = [(WORKSPACE, -1, memory.bytes)]
+        for place, operand in step.places:
+            own = operand - operands
+            places.append((place, operand, 0) if own < 0 else (place, -1, buffers[own]))
+        template = np.frombuffer(step.template, np.int64)
+        steps.append(Step(step.kernel.loaded, step.items, template, words(places)))
+    each = max(step.workspace_bytes for step in call.steps)
+    most = 1 if call.alone else max(step.items for step in call.steps)
+    found = recorded(steps, memory.bytes, each, most)
+    return NativeCall(found.address, (call, found))
 
 
 def filled_call(fills: Sequence[Fill]) -> NativeCall:
     """The record of a call that runs no kernel: each result is filled with one number."""
-    table = _words(fills)
-    record = _words([0, 0, 0, 0, 0, 0, 0, len(fills), _at(table)])
+    table = words(fills)
+    record = words([0, 0, 0, 0, 0, 0, 0, len(fills), _at(table)])
     return NativeCall(_at(record), (table, record))
 
 
@@ -99,25 +126,34 @@ def filled_by_python(fill: Filler, operands: int) -> NativeCall:
 
     callback = _CALLBACK(filled)
     address = ctypes.cast(callback, ctypes.c_void_p).value or 0
-    record = _words([0, 0, 0, 0, 0, 0, address, 0, 0])
+    record = words([0, 0, 0, 0, 0, 0, address, 0, 0])
     return NativeCall(_at(record), (callback, record))
+
+
+NO_MEMORY = 1
+"""What `runner` returns where no memory is left; else it returns 0."""
 
 
 def runner() -> int:
     """The address of `int32 run(record, addresses)`, which runs a record on operands.
 
-    `addresses` are those of all operands, in order. The result is 0, and 1 where no memory is left.
+    `addresses` are those of all operands, in order.
     """
     return _loaded().address
 
 
 @once(most=1)  # of two that threads make at once, one would be unloaded while it runs
 def _loaded() -> runtime.Loaded:
-    source = _SOURCE.format(workspace=WORKSPACE, kept=KEPT_BYTES, parallel=threads.parallel_call())
+    source = _SOURCE.format(
+        kept=KEPT_BYTES,
+        parallel=threads.parallel_call(),
+        advise=_ADVISE if sys.platform == "linux" else "",
+    )
     return undisturbed(lambda: runtime.kernel(source, "tilefold_run", host()))
 
 
-def _words(values: Sequence[object]) -> Words:
+def words(values: Sequence[object]) -> Words:
+    """Numbers as words of 64 bits."""
     return np.array(values, np.int64)
 
 
@@ -126,15 +162,30 @@ def _at(array: Words) -> int:
     return address
 
 
-def _whole(size: int) -> int:
+def whole(size: int) -> int:
     """The size in whole cache lines."""
     return -(-size // 64) * 64
 
+
+_ADVISE = """\
+  %huge = icmp uge i64 %size, 4194304
+  br i1 %huge, label %advise, label %advised
+advise:
+  %fresh_at = ptrtoint ptr %fresh to i64
+  %page = add i64 %fresh_at, 4095
+  %first_page = and i64 %page, -4096
+  %pages = inttoptr i64 %first_page to ptr
+  %whole_pages = sub i64 %size, 4096
+  %advice = call i32 @madvise(ptr %pages, i64 %whole_pages, i32 14)
+  br label %advised
+advised:"""
+"""Pages of 2 MiB for large memory, as NumPy asks for them too: MADV_HUGEPAGE of Linux."""
 
 _SOURCE = """\
 ; int32 run(record, addresses): see the head of native.py
 declare ptr @malloc(i64)
 declare void @free(ptr)
+declare i32 @madvise(ptr, i64, i32)
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
 define i32 @tilefold_run(ptr %record, ptr %addresses) {{
@@ -236,15 +287,17 @@ allocate:
 no_memory:
   ret i32 1
 note:
+  {advise}
+  br label %made
+made:
   store i64 %size, ptr %fresh
   br label %ready
 ready:
-  %memory = phi ptr [%held_ptr, %measure], [%fresh, %note]
+  %memory = phi ptr [%held_ptr, %measure], [%fresh, %made]
   %start = ptrtoint ptr %memory to i64
   %past = add i64 %start, 71
   %aligned = and i64 %past, -64
   %block = inttoptr i64 %aligned to ptr
-  %workspace = add i64 %aligned, %fixed
   %steps_at = getelementptr i64, ptr %record, i64 4
   %steps = load i64, ptr %steps_at
   %table_at = getelementptr i64, ptr %record, i64 5
@@ -270,8 +323,6 @@ copy:
   %count_at = getelementptr i64, ptr %row, i64 5
   %count = load i64, ptr %count_at
   call void @llvm.memcpy.p0.p0.i64(ptr %block, ptr %template, i64 %length, i1 false)
-  %workspace_at = getelementptr i64, ptr %block, i64 {workspace}
-  store i64 %workspace, ptr %workspace_at
   br label %place
 place:
   %p = phi i64 [0, %copy], [%p_next, %write]

@@ -91,12 +91,21 @@ def share() -> None:
     Such calls see the number of this moment. It is noted when a call is prepared and by
     `set_num_threads`. In a forked child they use one thread.
     """
-    process, team = _process, _current_team()
-    entry, most = team.entry(number())
+    process, team, wanted = _process, _current_team(), number()
+    process.noted = wanted
+    entry, most = team.entry(wanted)
     if process.inherited or not entry:
         entry, most = 0, 1
     process.shared[1] = entry
     process.shared[0] = most
+
+
+def follow() -> bool:
+    """Note the number of this moment, and tell if calls without Python can use so many threads."""
+    wanted = number()
+    if wanted != _process.noted:
+        share()
+    return wanted == 1 or _process.shared[1] != 0
 
 
 def shared_address() -> int:
@@ -181,6 +190,7 @@ class _Process:
         self.lock = threading.RLock()  # a signal handler may call while the team is chosen
         self.team: Team | None = None
         self.shared = _shared
+        self.noted = 0  # the number of threads that `shared` was made for
 
 
 _shared = (ctypes.c_int64 * 3)(1)

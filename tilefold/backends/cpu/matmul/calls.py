@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +10,7 @@ from numpy.typing import NDArray
 
 from tilefold.backends.cpu import runtime, threads
 from tilefold.backends.cpu.device import Device, host
-from tilefold.backends.cpu.dispatch import KEPT_BYTES, _local, _Memory, _workspace
+from tilefold.backends.cpu.dispatch import _Memory
 from tilefold.backends.cpu.kernel import double_bits
 from tilefold.backends.cpu.matmul import few_rows
 from tilefold.backends.cpu.matmul.arguments import GEMM, OFFSETS, PACK
@@ -26,6 +24,8 @@ from tilefold.backends.cpu.matmul.plan import (
     plan,
 )
 from tilefold.backends.cpu.matmul.spec import FewRowsSpec, GemmSpec, PackSpec
+from tilefold.backends.cpu.native import Memory, Step, words
+from tilefold.backends.cpu.records import Recorded
 from tilefold.common.first_use import undisturbed
 from tilefold.common.single_flight import once
 from tilefold.problems.matmul import Axes, Operand, Product
@@ -47,104 +47,30 @@ def source(spec: GemmSpec | PackSpec | FewRowsSpec) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A product prepared for operands of certain strides; only addresses are missing."""
+    """A product prepared for operands of certain strides; only addresses are missing.
+
+    `kept`: arrays that the steps read.
+    """
 
     plan: Plan
-    loaded: runtime.Loaded
-    packing: Packing | None
-    block: NDArray[np.int64]
-    alone: bool
-    offsets: NDArray[np.int64]
+    recorded: Recorded
+    kept: tuple[NDArray[np.int64], ...]
 
     def run(self, a: int, b: int, out: int, c: int = 0, bias: int = 0, gate: int = 0) -> None:
         """Compute the product of operands at these addresses, 0 where there is none.
 
         The caller keeps the operands alive meanwhile.
         """
-        made = self.plan
-        if made.turned:
-            a, b = b, a
-        workers = 1 if self.alone else threads.number()
-        panels = None
-        if self.packing is not None:
-            panels = _taken("panels", self.packing.size)
-            b, gate = self.packing.run((b, gate), panels.pointer, workers)
-        workers = min(workers, made.items)
-        workspace = _workspace(workers * made.workspace_bytes)
-        words = self.block.copy()
-        for name, address in (("a", a), ("b", b), ("out", out), ("c", c), ("bias", bias)):
-            words[_GEMM[name]] = address
-        words[_GEMM["gate"]], words[_GEMM["workspace"]] = gate, workspace.pointer
-        parts = None
-        if made.chunks > 1:
-            counters = 8 * (made.items // made.chunks)
-            parts = _taken("parts", made.parts_bytes + counters)
-            finished = parts.pointer + made.parts_bytes
-            ctypes.memset(finished, 0, counters)
-            words[_GEMM["parts"]], words[_GEMM["finished"]] = parts.pointer, finished
-        threads.run(self.loaded.address, words.ctypes.data, workers)
-        if workspace.size <= KEPT_BYTES:
-            _local.workspace = workspace
-        if panels is not None and panels.size <= KEPT_BYTES:
-            _kept.panels = panels
-        if parts is not None and parts.size <= KEPT_BYTES:
-            _kept.parts = parts
-
-
-@dataclass(frozen=True, eq=False)
-class Packing:
-    """The kernel that packs B, and the gate, before a product: their argument blocks.
-
-    `starts` are where the matrices of each begin.
-    """
-
-    loaded: runtime.Loaded
-    blocks: tuple[NDArray[np.int64], ...]
-    starts: tuple[NDArray[np.int64], ...]
-    sizes: tuple[int, ...]
+        self.recorded.run(a, b, c, bias, gate, out)
 
     @property
-    def size(self) -> int:
-        """Bytes of all panels."""
-        return sum(self.sizes)
-
-    def run(self, arrays: Sequence[int], panels: int, workers: int) -> tuple[int, int]:
-        """Pack B and the gate; return where the panels of each are."""
-        found = []
-        for array, block, size in zip(arrays, self.blocks, self.sizes, strict=False):
-            words = block.copy()
-            words[_PACK["array"]], words[_PACK["panels"]] = array, panels
-            items = int(words[_PACK["items"]])
-            threads.run(self.loaded.address, words.ctypes.data, min(workers, items))
-            found.append(panels)
-            panels += size
-        return found[0], found[-1]
+    def nbytes(self) -> int:
+        """Bytes that grow with the batch."""
+        return sum(array.nbytes for array in self.kept)
 
 
-class _Kept(threading.local):
-    """Memory of panels, and of sums of chunks, that a thread keeps for its next product.
-
-    Fresh pages cost 3 % of it.
-    """
-
-    panels = _Memory(0)
-    parts = _Memory(0)
-
-
-_kept = _Kept()
-
-
-def _taken(name: str, size: int) -> _Memory:
-    """Memory for "panels" or "parts", taken out of its place, as scratch is in `dispatch`."""
-    if size > KEPT_BYTES:
-        return _Memory(size)
-    held: _Memory = getattr(_kept, name)
-    setattr(_kept, name, _Memory(0))
-    return held if held.size >= size else _Memory(size)
-
-
-_GEMM = {name: number for number, name in enumerate(GEMM)}
-_PACK = {name: number for number, name in enumerate(PACK)}
+OPERANDS = ("a", "b", "c", "bias", "gate", "out")
+"""The order of the addresses of a record."""
 
 
 def prepare(
@@ -160,9 +86,32 @@ def prepare(
     for name, operand in each.items():
         if operand is not None:
             offsets[:, OFFSETS.index(name)] = _offsets(operand.axes, product.batch)
-    packing = _packing(made, device, offsets) if isinstance(made, GemmPlan) and made.packs else None
-    words = _words(made, offsets)
-    return Prepared(made, kernel(spec, device), packing, words, alone(product), offsets)
+    counters = made.items // made.chunks if made.chunks > 1 else 0
+    memory = Memory(8 * (len(GEMM) + counters), 8 * len(PACK))
+    where = dict(zip(OPERANDS, range(len(OPERANDS)), strict=True))
+    if made.turned:
+        where["a"], where["b"] = where["b"], where["a"]
+    places = {name: (operand, 0) for name, operand in where.items()}
+    steps, kept = [], [offsets]
+    if isinstance(made, GemmPlan) and made.packs:
+        for name, operand in (("b", product.b), ("gate", product.gate)):
+            if operand is not None:
+                step, panels, starts = _packing(
+                    made, name, operand, places[name], offsets, device, memory
+                )
+                steps.append(step)
+                kept.append(starts)
+                places[name] = (-1, panels)
+    if made.chunks > 1:
+        places["parts"] = (-1, memory.reserve(made.parts_bytes))
+        places["finished"] = (-1, 8 * len(GEMM))
+    places["workspace"] = (-1, memory.bytes)
+    template = np.concatenate((_words(made, offsets), np.zeros(counters, np.int64)))
+    entries = [(GEMM.index(name), *place) for name, place in places.items()]
+    steps.append(Step(kernel(spec, device), made.items, template, words(entries)))
+    by_one = alone(product)
+    recorded = Recorded.of(steps, memory.bytes, made.workspace_bytes, alone=by_one)
+    return Prepared(made, recorded, (*kept,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,27 +137,35 @@ def pack(b: Operand, address: int, a: str, device: Device | None = None) -> Pane
     size = panel_bytes(spec, k) * -(-n // spec.width)
     memory = _Memory(size)
     start = np.zeros(1, np.int64)
-    words = _pack_words(spec, b, start, size)
-    packing = Packing(kernel(spec, device), (words,), (start,), (size,))
-    packing.run((address,), memory.pointer, threads.number())
+    template = _pack_words(spec, b, start, size)
+    places = words([(PACK.index("array"), 0, 0), (PACK.index("panels"), 1, 0)])
+    step = Step(kernel(spec, device), int(template[PACK.index("items")]), template, places)
+    Recorded.of([step], 8 * len(PACK), 0, alone=False).run(address, memory.pointer)
     return Panels(a, b.dtype, (k, n), spec, memory)
 
 
-def _packing(made: GemmPlan, device: Device, offsets: NDArray[np.int64]) -> Packing:
-    """What packs B and the gate; their offsets become those of panels, in bytes."""
-    blocks, all_starts, sizes = [], [], []
-    for name, operand in (("b", made.product.b), ("gate", made.product.gate)):
-        if operand is None:
-            continue
-        column = offsets[:, OFFSETS.index(name)]
-        starts, places = np.unique(column, return_inverse=True)
-        matrix_bytes = made.panels * made.panel_bytes
-        column[:] = places.reshape(-1) * matrix_bytes
-        blocks.append(_pack_words(made.spec.packing, operand, starts, matrix_bytes))
-        all_starts.append(starts)
-        sizes.append(len(starts) * matrix_bytes)
-    loaded = kernel(made.spec.packing, device)
-    return Packing(loaded, tuple(blocks), tuple(all_starts), tuple(sizes))
+def _packing(
+    made: GemmPlan,
+    name: str,
+    operand: Operand,
+    place: tuple[int, int],
+    offsets: NDArray[np.int64],
+    device: Device,
+    memory: Memory,
+) -> tuple[Step, int, NDArray[np.int64]]:
+    """What packs B or the gate, where its panels lie, and where its matrices begin.
+
+    The offsets of the product become those of panels, in bytes.
+    """
+    column = offsets[:, OFFSETS.index(name)]
+    starts, numbers = np.unique(column, return_inverse=True)
+    matrix_bytes = made.panels * made.panel_bytes
+    column[:] = numbers.reshape(-1) * matrix_bytes
+    panels = memory.reserve(len(starts) * matrix_bytes)
+    template = _pack_words(made.spec.packing, operand, starts, matrix_bytes)
+    places = words([(PACK.index("array"), *place), (PACK.index("panels"), -1, panels)])
+    loaded, items = kernel(made.spec.packing, device), int(template[PACK.index("items")])
+    return Step(loaded, items, template, places), panels, starts
 
 
 def _words(made: Plan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
