@@ -115,9 +115,9 @@ def kernels(
 )
 def test_results(number: int, dtype: str) -> None:
     this = trial(number, dtype)
-    alone = replace(host(), cores=1)  # where nothing is split
-    assert kernels(this.problem, alone, "decode") == ["decode"]
-    run(this, numbers(this), "forward", "decode", device=alone)
+    whole = replace(DEFAULT, most_fixed_splits=1)
+    assert kernels(this.problem, host(), "decode", whole) == ["decode"]
+    run(this, numbers(this), "forward", "decode", heuristics=whole)
 
 
 @pytest.mark.slow

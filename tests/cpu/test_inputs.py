@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from compare import UNITS, assert_near, assert_same
 from guarded import SIDES, guarded
+from levels import device
 from numpy.typing import NDArray
 from paths import finding
 from trial import LAYOUTS, Layout
@@ -35,7 +36,7 @@ from tilefold import (
     temperature,
 )
 from tilefold.backends.cpu import dispatch, native
-from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.plan import CpuPlan, plan
 from tilefold.backends.protocols import BACKWARD
 from tilefold.frontends.operation import Operation
@@ -264,7 +265,9 @@ def test_an_array_without_elements_is_read_by_no_pair() -> None:
 # Plans --------------------------------------------------------------------------------------------
 
 
-def planned(trial: Trial, **options: Any) -> tuple[CpuPlan, tuple[Array, ...]]:
+def planned(
+    trial: Trial, device: Device | None = None, **options: Any
+) -> tuple[CpuPlan, tuple[Array, ...]]:
     """The plan of a backward pass with the gradients of all arrays."""
     modified = as_score(trial.score)
     assert modified is not None
@@ -273,7 +276,7 @@ def planned(trial: Trial, **options: Any) -> tuple[CpuPlan, tuple[Array, ...]]:
     shapes = [array.shape for array in (trial.q, trial.k, trial.v)]
     problem = describe(*shapes, str(trial.q.dtype), request)
     numbers = tuple(range(len(arrays)))
-    return plan(problem, host(), "backward", inputs=numbers, **options), arrays
+    return plan(problem, device or host(), "backward", inputs=numbers, **options), arrays
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,7 @@ def planned(trial: Trial, **options: Any) -> tuple[CpuPlan, tuple[Array, ...]]:
 )
 def test_parts_follow_from_shapes_and_are_few(make: Any, parts: dict[str, Any] | None) -> None:
     trial = Trial(Case(make, sizes=(8, 8, 8, 256, 256, D)), "float32")
-    made, _ = planned(trial)
+    made, _ = planned(trial, device("avx512"))  # by its blocks of rows
     found = {name: each.shape for name, each in made.buffers.items() if "input" in name}
     if parts is None:  # as many as there are block rows
         ((name, shape),) = found.items()

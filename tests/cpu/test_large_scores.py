@@ -88,9 +88,10 @@ def dense(
 def assert_as_exact(
     operands: dict[str, Array], sizes: Problem, got: dict[str, Array], times: float = 3
 ) -> None:
-    """Every error is at most so many times that of the dense computation, or one rounding.
+    """Every error is at most so many times that of the dense computation, or 1.25 roundings.
 
-    The dense computation of half types is in float32, and its results are rounded once.
+    The dense computation of half types is in float32, and its results are rounded once. How exact
+    it is depends on the products of NumPy: an error of 1.001 roundings was met beside one of 0.3.
     """
     dtype, computed = sizes.dtype, STATISTICS[sizes.dtype]
     o = got["o"] if dtype in HALVES else None
@@ -100,7 +101,7 @@ def assert_as_exact(
         which = name.partition(" ")[0]
         kind = computed if which == "lse" else dtype
         error = largest_error(low[which].astype(kind), want[which])
-        allowed = max(times * error, UNITS[kind] * largest(want[which]))
+        allowed = max(times * error, 1.25 * UNITS[kind] * largest(want[which]))
         assert_near(f"{name} at scale {sizes.scale}", array, want[which], allowed)
 
 
