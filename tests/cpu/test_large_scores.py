@@ -86,12 +86,12 @@ def dense(
 
 
 def assert_as_exact(
-    operands: dict[str, Array], sizes: Problem, got: dict[str, Array], times: float = 3
+    operands: dict[str, Array], sizes: Problem, got: dict[str, Array], times: float = 4
 ) -> None:
-    """Every error is at most so many times that of the dense computation, or 1.25 roundings.
+    """Every error is at most so many times that of the dense computation, or one rounding.
 
     The dense computation of half types is in float32, and its results are rounded once. How exact
-    it is depends on the products of NumPy: an error of 1.001 roundings was met beside one of 0.3.
+    it is depends on the products of NumPy: 3.003 times was met on a Zen 3, where it is more so.
     """
     dtype, computed = sizes.dtype, STATISTICS[sizes.dtype]
     o = got["o"] if dtype in HALVES else None
@@ -101,7 +101,7 @@ def assert_as_exact(
         which = name.partition(" ")[0]
         kind = computed if which == "lse" else dtype
         error = largest_error(low[which].astype(kind), want[which])
-        allowed = max(times * error, 1.25 * UNITS[kind] * largest(want[which]))
+        allowed = max(times * error, UNITS[kind] * largest(want[which]))
         assert_near(f"{name} at scale {sizes.scale}", array, want[which], allowed)
 
 
@@ -130,7 +130,7 @@ def results(sizes: Problem, operands: dict[str, Array], **options: Any) -> dict[
 def test_large_scores_are_as_exact_as_dense(dtype: str, dim: int, kind: str) -> None:
     """On AMX a score of float16 lacks the product of two low parts: seen are 12 times."""
     operands = draw(kind, dtype, dim)
-    times = 16 if dtype == "float16" and host().isa == "amx" else 3
+    times = 16 if dtype == "float16" and host().isa == "amx" else 4
     for scale in SCALES:
         sizes = problem(operands, scale)
         assert_as_exact(operands, sizes, results(sizes, operands), times)
