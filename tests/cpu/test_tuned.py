@@ -15,12 +15,12 @@ import pytest
 
 import tilefold
 from tilefold import Rule, causal, full, lengths, local
-from tilefold.backends.cpu import choice, plan, tuned
+from tilefold.backends.cpu import plan, tables, tuned
 from tilefold.backends.cpu.choice import Chooser
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.tables import FAMILIES, Blocks, RegisterTile
 from tilefold.backends.cpu.tuned import Key, Processor, Timed, TunedBlocks
-from tilefold.common.tuned_store import TunedFile
+from tilefold.common.tuned_store import TunedFile, is_kept
 from tilefold.measuring import workload
 from tilefold.problems import reference
 from tilefold.problems.attention import Problem
@@ -226,7 +226,7 @@ def test_a_cache_that_cannot_be_looked_into_has_no_winners(monkeypatch: pytest.M
     """As in a container whose user is not the owner of HOME; a long name fails for root, too."""
     monkeypatch.setenv("TILEFOLD_CACHE_DIR", "/" + "long" * 1500)
     monkeypatch.delitem(sys.modules, tuned.__name__)
-    assert not choice._measured()
+    assert not is_kept(tables.TUNED, tuned.__name__)
 
 
 @pytest.mark.parametrize(

@@ -116,18 +116,22 @@ def test_the_fastest_candidate_wins_and_the_others_are_priced(timed: Any) -> Non
     stages = timed(model)
     (found,) = tuning.tune(case(), seconds=1)
     table = Chooser(case().problem, host()).table_blocks("forward")
-    assert found.table == table
+    assert found.measured.table == table
     assert all(stage[0] == str(table) for stage in stages)  # in every round, the first one too
-    best = min((trial.blocks for trial in found.trials), key=model)
+    best = min((trial.blocks for trial in found.measured.trials), key=model)
     assert best.tile.vectors == wide and 56 <= best.block_traverse <= 64
-    assert found.best.blocks == best == found.trials[0].blocks
-    assert found.best.ratio == pytest.approx(model(best) / model(table))
-    kept = found.tuned_blocks("today", {})
-    worst = max((trial.blocks for trial in found.trials), key=model)
+    assert found.measured.best.blocks == best == found.measured.trials[0].blocks
+    assert found.measured.best.ratio == pytest.approx(model(best) / model(table))
+    kept = found.measured.tuned_blocks("1,2,300,16", 1, "today", {})
+    worst = max((trial.blocks for trial in found.measured.trials), key=model)
     assert kept.worst.blocks == worst
     assert kept.worst.seconds / kept.best.seconds == pytest.approx(model(worst) / model(best))
     assert kept.table.seconds / kept.best.seconds == pytest.approx(model(table) / model(best))
-    assert kept.candidates == len(found.trials) == len({str(t.blocks) for t in found.trials})
+    assert (
+        kept.candidates
+        == len(found.measured.trials)
+        == len({str(t.blocks) for t in found.measured.trials})
+    )
 
 
 @pytest.mark.parametrize(("gain", "wins"), [(0.0, False), (0.005, False), (0.02, True)])
@@ -137,7 +141,7 @@ def test_the_table_stays_unless_others_are_clearly_faster(
     table = Chooser(case().problem, host()).table_blocks("forward")
     timed(lambda candidate: 1.0 if candidate == table else 1.0 - gain)
     (found,) = tuning.tune(case(), seconds=1)
-    assert (found.best.blocks != table) == wins
+    assert (found.measured.best.blocks != table) == wins
 
 
 def test_noise_does_not_win() -> None:
@@ -154,13 +158,13 @@ def test_noise_does_not_win() -> None:
         return {name: [1.0] * 5 if blocks(name) == table else once for name in calls}
 
     (found,) = tuning.tune(case(), seconds=1, turns=turns)
-    assert found.trials[0].ratio == 0.5 and found.trials[0].share == 0.6
-    assert found.best.blocks == table
+    assert found.measured.trials[0].ratio == 0.5 and found.measured.trials[0].share == 0.6
+    assert found.measured.best.blocks == table
     assert stages == [tuning.LEAST_ROUNDS] * 2 + [tuning.LEAST_LAST_ROUNDS]
     noisy[3] = 0.5
     stages.clear()
     (found,) = tuning.tune(case(), seconds=1, turns=turns)
-    assert found.best.blocks != table
+    assert found.measured.best.blocks != table
 
 
 def test_only_the_last_stage_decides() -> None:
@@ -174,9 +178,9 @@ def test_only_the_last_stage_decides() -> None:
         return {name: [1.0 if blocks(name) == table else time] * 3 for name in calls}
 
     (found,) = tuning.tune(case(), seconds=1, turns=turns)
-    assert min(trial.ratio for trial in found.trials) == 0.9
-    assert found.best.blocks == table
-    assert {str(trial.blocks) for trial in found.trials if trial.last} == set(stages[-1])
+    assert min(trial.ratio for trial in found.measured.trials) == 0.9
+    assert found.measured.best.blocks == table
+    assert {str(trial.blocks) for trial in found.measured.trials if trial.last} == set(stages[-1])
 
 
 def test_a_clock_that_drifts_changes_nothing() -> None:
@@ -193,7 +197,7 @@ def test_a_clock_that_drifts_changes_nothing() -> None:
         return {name: times[name][:1] if limits.get("most") == 1 else drift for name in times}
 
     (found,) = tuning.tune(case(), seconds=1, turns=turns)
-    assert {trial.ratio for trial in found.trials} == {1.0}
+    assert {trial.ratio for trial in found.measured.trials} == {1.0}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ run              `tilefold run`
 saved            the files of a benchmark
 bench_product    products measured beside peers
 bench            `tilefold bench`
+tune_table       what `tilefold tune` measured, as a table
+tune_product     `tilefold tune --operation gemm`
 tune_gpu         `tilefold tune --device cuda`
 tune             `tilefold tune`
 product_source   a product's source for GPUs, printed

@@ -16,6 +16,7 @@ from tilefold import api
 from tilefold.backends.cpu import threads
 from tilefold.backends.cpu import tuned as winners
 from tilefold.backends.cpu.device import amx, host
+from tilefold.backends.cpu.matmul import tuned as products
 from tilefold.commands import terminal
 from tilefold.common import array_files, disk_cache, settings
 from tilefold.common.check import one_line
@@ -144,6 +145,7 @@ def _test(sizes: tuple[int, ...], mask: str, dtype: str) -> list[Check]:
 
 def _document(checks: list[Check], agreed: list[Agreement]) -> dict[str, Any]:
     device, kept = host(), disk_cache.default()
+    stores: list[Any] = [winners.STORE, products.STORE]
     works = all(check.passed for check in checks)
     reason = next((check.problem or check.case for check in checks if not check.passed), None)
     backends: dict[str, Any] = {"cpu": {"works": works, "reason": reason}}
@@ -171,7 +173,10 @@ def _document(checks: list[Check], agreed: list[Agreement]) -> dict[str, Any]:
             "kernels": kept.count(),
             "problem": kept.problem(),
         },
-        "tuned": {"winners": len(winners.here(device)), "problem": winners.STORE.load().problem},
+        "tuned": {
+            "winners": sum(len(winners.here(device, store)) for store in stores),
+            "problem": "; ".join(filter(None, (store.load().problem for store in stores))) or None,
+        },
         "settings": {
             setting.name: None if setting.get() == setting.default else str(setting.get())
             for setting in settings.ALL

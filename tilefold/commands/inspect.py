@@ -207,12 +207,12 @@ def _choice(made: CpuPlan, launch: Launch) -> dict[str, Any]:
         else f"{device.isa}, {spec.multiplier.unit}",
         "table": str(table),
         "table_measured": f"{row.measured}: {family.measured}" if row.measured else None,
-        "tuned": _tuned(record) if record else None,
+        "tuned": tuned_record(record) if record else None,
         "tune": None if record else _tune_command(made),
     }
 
 
-def _tuned(record: TunedBlocks) -> dict[str, Any]:
+def tuned_record(record: TunedBlocks[Any]) -> dict[str, Any]:
     """The record of tuned blocks, and the relative cost of the table's and of the worst blocks."""
     best = record.best.seconds
     return asdict(record) | {

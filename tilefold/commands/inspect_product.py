@@ -9,10 +9,11 @@ from typing import Any
 
 from tilefold.backends.cpu import peak, runtime, threads
 from tilefold.backends.cpu.device import Device, host
-from tilefold.backends.cpu.matmul import calls, quantized_blocks, quantized_calls
+from tilefold.backends.cpu.matmul import calls, quantized_blocks, quantized_calls, tuned
 from tilefold.backends.cpu.matmul import quantized_integers as integers
-from tilefold.backends.cpu.matmul.plan import FewRowsPlan, Plan
+from tilefold.backends.cpu.matmul.plan import FewRowsPlan, GemmPlan, Plan
 from tilefold.backends.cpu.matmul.spec import RoundingSpec
+from tilefold.backends.cpu.tuned import TunedBlocks
 from tilefold.commands import product_options, product_source, terminal
 from tilefold.measuring.products import ProductCase, rated
 
@@ -93,8 +94,10 @@ def _gemm(case: ProductCase, device: Device) -> dict[str, Any]:
         "scratch_bytes_per_worker": made.workspace_bytes,
     }
     specs: dict[str, Any] = {made.spec.kernel: made.spec}
-    if not isinstance(made, FewRowsPlan) and made.packs:
-        specs["pack_b"] = made.spec.packing
+    record = None
+    if isinstance(made, GemmPlan):
+        record = tuned.find(made.product, made.spec.unit, device)
+        specs |= {"pack_b": made.spec.packing} if made.packs else {}
     facts = _few_rows(made) if few else _panels(made, device)
     work = f"{made.items:,} items: {made.row_blocks:,} x {_many(made.column_blocks, 'block')}"
     if made.chunks > 1:
@@ -103,7 +106,28 @@ def _gemm(case: ProductCase, device: Device) -> dict[str, Any]:
     facts["scratch"] = f"{terminal.size(made.workspace_bytes)} per worker"
     if made.turned:
         facts["turned"] = "the transposed product is computed: rows here are columns of the result"
-    return {"facts": facts, **numbers, "specs": specs}
+    if not few:
+        facts["tuned"] = _tuned(record, case)
+    choice = {"source": "tuned" if record else "table", "tuned": record and asdict(record)}
+    return {"facts": facts, **numbers, "choice": choice, "specs": specs}
+
+
+def _tuned(record: TunedBlocks[Any] | None, case: ProductCase) -> str:
+    """What `tilefold tune` found, or how to ask it."""
+    if record is None:
+        return f"nothing here; to measure: tilefold tune --operation {_options(case)}"
+    best = record.best.seconds
+    slower, worst = (each.seconds / best - 1 for each in (record.table, record.worst))
+    return (
+        f"by tilefold tune, the best of {record.candidates} candidates on {record.date[:10]};"
+        f" the table's row takes {slower:.1%} longer, the worst, {record.worst.blocks}, {worst:.1%}"
+    )
+
+
+def _options(case: ProductCase) -> str:
+    words = [case.operation, "--size", case.size, "--dtype", case.dtype]
+    flags = ("transpose_a", "transpose_b", "gate")
+    return " ".join([*words, *(product_options.shown(x) for x in flags if getattr(case, x))])
 
 
 def _few_rows(made: Plan) -> dict[str, str]:

@@ -15,6 +15,7 @@ USUAL_SIZE = "1024x1024x1024"
 OPTIONS = {
     "size": OPERATIONS,
     "activation": OPERATIONS,
+    "transpose_a": ("gemm",),
     "transpose_b": ("gemm",),
     "gate": ("gemm",),
     "scheme": ("qgemm",),
@@ -29,6 +30,7 @@ def add(parser: argparse.ArgumentParser, **size: Any) -> None:
     group = parser.add_argument_group("products", "--operation gemm, and qgemm, take:")
     text = f"A is M x K, and B is K x N (default {USUAL_SIZE})"
     group.add_argument("--size", metavar=SIZE, help=text, **size)
+    group.add_argument("--transpose-a", action="store_true", help="A lies as K x M")
     group.add_argument("--transpose-b", action="store_true", help="B lies as N x K")
     known = [name for name in ACTIVATIONS if name]
     group.add_argument("--activation", choices=known, help="applied to the result")
@@ -45,12 +47,10 @@ def check(options: argparse.Namespace, operation: str, others: tuple[str, ...]) 
     """
     for name in others:
         if _given(options, name):
-            raise ValueError(
-                f"{_shown(name)} goes with attention, not with --operation {operation}"
-            )
+            raise ValueError(f"{shown(name)} goes with attention, not with --operation {operation}")
     for name, operations in OPTIONS.items():
         if _given(options, name) and operation not in operations:
-            raise ValueError(f"{_shown(name)} goes with --operation {operations[0]}")
+            raise ValueError(f"{shown(name)} goes with --operation {operations[0]}")
     if operation == "qgemm" and options.scheme is None:
         raise ValueError(f"--operation qgemm needs --scheme: {', '.join(SCHEMES)}")
 
@@ -59,7 +59,7 @@ def check_attention(options: argparse.Namespace) -> None:
     """Raises ValueError for options of products beside an operation of attention."""
     for name, operations in OPTIONS.items():
         if _given(options, name):
-            raise ValueError(f"{_shown(name)} goes with --operation {' or '.join(operations)}")
+            raise ValueError(f"{shown(name)} goes with --operation {' or '.join(operations)}")
     if "int8" in options.dtype:
         raise ValueError("--dtype int8 goes with --operation gemm")
 
@@ -95,5 +95,6 @@ def _given(options: argparse.Namespace, name: str) -> bool:
     return bool(value != options.usual(name))
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """An option as it is written."""
     return f"--{name.replace('_', '-')}"

@@ -93,14 +93,15 @@ def _product(case: ProductCase, kind: str) -> tuple[Product, Axes]:
     """The product of contiguous arrays, with a B of a type, and the axes of its result."""
     m, n, k = case.m, case.n, case.k
     b = _operand(kind, *((n, k) if case.transpose_b else (k, n)))
-    operands = {"a": _operand(case.dtype, m, k), "b": b} | ({"gate": b} if case.gate else {})
+    a = _operand(case.dtype, *((k, m) if case.transpose_a else (m, k)))
+    operands = {"a": a, "b": b} | ({"gate": b} if case.gate else {})
     product = described(
         operands,
         None,
         dtype=case.dtype,
         alpha=1.0,
         beta=0.0,
-        transpose_a=False,
+        transpose_a=case.transpose_a,
         transpose_b=case.transpose_b,
         bias_axis=None,
         activation=case.activation,

@@ -10,13 +10,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from tilefold.backends.cpu.matmul.tuned import STORE as PRODUCTS
+from tilefold.backends.cpu.tables import Blocks
 from tilefold.backends.cpu.tuned import STORE
 from tilefold.backends.triton.tuned import STORE as GPU_STORE
-from tilefold.commands import specification, terminal
+from tilefold.commands import product_options, specification, terminal, tune_table
 from tilefold.common.tuned_store import TunedStore
 from tilefold.masks import parse
 from tilefold.measuring import tuning
 from tilefold.measuring.environment import environment
+from tilefold.measuring.products import OPERATIONS as PRODUCT_OPERATIONS
 from tilefold.measuring.tuning import Tuned
 from tilefold.measuring.workload import OPERATIONS, Case
 from tilefold.problems.attention import ITEM_BYTES
@@ -33,13 +36,19 @@ def register(commands: Any) -> None:
         description=__doc__.partition("\n\n")[2],
         epilog=terminal.EXIT_CODES,
     )
-    parser.set_defaults(main=main)
+    parser.set_defaults(main=main, usual=parser.get_default)
     parser.add_argument("--shape", nargs="+", default=["1,8,2048,64"], metavar=specification.SHAPE)
     specification.add_sizes(parser)
     specification.add_precision(parser)
-    parser.add_argument("--dtype", nargs="+", choices=tuple(ITEM_BYTES), default=["float32"])
+    parser.add_argument("--dtype", nargs="+", choices=(*ITEM_BYTES, "int8"), default=["float32"])
     parser.add_argument("--mask", nargs="+", default=["full()"], metavar="RULE")
-    parser.add_argument("--operation", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument(
+        "--operation",
+        nargs="+",
+        choices=(*OPERATIONS, *PRODUCT_OPERATIONS),
+        default=list(OPERATIONS),
+    )
+    product_options.add(parser, nargs="+")
     parser.add_argument("--form", choices=("auto", "fused", "split"), default="auto")
     parser.add_argument(
         "--threads",
@@ -56,23 +65,37 @@ def register(commands: Any) -> None:
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--dry-run", action="store_true", help="measure, but keep nothing")
-    group.add_argument("--forget", action="store_true", help="remove all kept winners, then stop")
+    group.add_argument(
+        "--forget",
+        action="store_true",
+        help="remove all kept winners of the device, or of gemm, then stop",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure candidates, keep the winners and show them; or forget all kept winners."""
+    """Measure candidates, keep the winners and show them; or forget all kept winners.
+
+    With `--operation gemm` these are the winners of products.
+    """
     on_gpu = options.device == "cuda"
     if on_gpu and options.threads is not None:
         raise ValueError("--threads goes with --device cpu")
-    if options.form != "auto" and "backward" not in options.operation:
+    products = _products(options)
+    if options.form != "auto" and not products and "backward" not in options.operation:
         raise ValueError(f"--form {options.form} goes with --operation backward")
+    stores: dict[str, TunedStore[Any, Any]] = {"cuda": GPU_STORE, "cpu": STORE, "gemm": PRODUCTS}
     if options.forget:
-        return _forget(GPU_STORE if on_gpu else STORE, options.json)
+        return _forget(stores["gemm" if products else options.device], options.json)
     if options.seconds is None:
         options.seconds = SECONDS[options.device]
     if not options.seconds > 0:
         raise ValueError(f"--seconds must be more than 0, not {options.seconds}")
+    if products:
+        from tilefold.commands import tune_product
+
+        return tune_product.main(options)
+    product_options.check_attention(options)
     if on_gpu:
         from tilefold.commands import tune_gpu
 
@@ -88,8 +111,22 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         terminal.print_json(document)
     else:
-        _show(document)
+        tune_table.show(document, _title, {"block_traverse": "traversed"})
     return 0
+
+
+def _products(options: argparse.Namespace) -> bool:
+    """True for products of matrices. Raises ValueError for those without blocks to choose."""
+    chosen = [name for name in options.operation if name in PRODUCT_OPERATIONS]
+    if not chosen:
+        return False
+    if len(options.operation) > 1:
+        raise ValueError(f"--operation {chosen[0]} stands alone")
+    if chosen == ["qgemm"]:
+        raise ValueError(
+            "--operation qgemm is not tuned: its blocks follow from the scheme and the sizes"
+        )
+    return True
 
 
 def _forget(kept: TunedStore[Any, Any], as_json: bool) -> int:
@@ -139,7 +176,7 @@ def _document(found: list[Tuned], stored: bool) -> dict[str, Any]:
 
 
 def _describe(tuned: Tuned) -> dict[str, Any]:
-    case, key = tuned.case, tuned.key
+    case, key, measured = tuned.case, tuned.key, tuned.measured
     return {
         "kernel": key.kernel,
         "shape": case.shape,
@@ -148,63 +185,18 @@ def _describe(tuned: Tuned) -> dict[str, Any]:
         "unit": key.unit,
         "mask": str(case.problem.mask),
         "threads": case.threads,
-        "table": str(tuned.table),
-        "winner": str(tuned.best.blocks),
-        "gain": 1 / tuned.best.ratio - 1,
-        "candidates": [
-            {
-                "blocks": str(trial.blocks),
-                "rows": trial.blocks.tile.rows,
-                "vectors": trial.blocks.tile.vectors,
-                "block_traverse": trial.blocks.block_traverse,
-                "seconds": tuned.timed(trial).seconds,
-                "ratio": trial.ratio,
-                "rounds": trial.rounds,
-                "share_faster": trial.share,
-                "last_stage": trial.last,
-            }
-            for trial in tuned.trials
-        ],
+        **tune_table.trials(measured, _sizes),
     }
 
 
-def _show(document: dict[str, Any]) -> None:
-    console = terminal.out()
-    machine = document["machine"]
-    console.print(f"{machine['name']}, {machine['isa']}")
-    for tuned in document["kernels"]:
-        console.print()
-        console.print(_candidates(tuned))
-        console.print(_verdict(tuned))
-    console.print()
-    kept = f"kept in {document['path']}" if document["path"] else "nothing kept (--dry-run)"
-    console.print(kept, soft_wrap=True, markup=False)
+def _sizes(blocks: Blocks) -> dict[str, int]:
+    return {
+        "rows": blocks.tile.rows,
+        "vectors": blocks.tile.vectors,
+        "block_traverse": blocks.block_traverse,
+    }
 
 
-def _candidates(tuned: dict[str, Any]) -> Any:
-    marks = {tuned["table"]: "the table's row", tuned["winner"]: "winner"}
-    if tuned["table"] == tuned["winner"]:
-        marks[tuned["winner"]] = "winner, the table's row"
-    rows = []
-    for trial in tuned["candidates"]:
-        rows.append(
-            [
-                f"{trial['rows']}x{trial['vectors']}",
-                str(trial["block_traverse"]),
-                terminal.seconds(trial["seconds"]),
-                f"{trial['ratio']:.3f}",
-                str(trial["rounds"]),
-                marks.get(trial["blocks"], ""),
-            ]
-        )
+def _title(tuned: dict[str, Any]) -> str:
     kind = specification.kind(tuned["dtype"], tuned["precision"])
-    title = f"{tuned['kernel']} {tuned['shape']} {kind} {tuned['mask']}"
-    columns = ["tile", ">traversed", ">time", ">ratio", ">rounds", ""]
-    count = f"{tuned['threads']} thread{'s' * (tuned['threads'] > 1)}"
-    return terminal.table(f"{title}, {count}", columns, rows)
-
-
-def _verdict(tuned: dict[str, Any]) -> str:
-    if tuned["winner"] == tuned["table"]:
-        return f"the table's row stays: nothing is surely {tuning.LEAST_GAIN:.0%} faster"
-    return f"{tuned['winner']} is {tuned['gain']:.1%} faster than the table's row"
+    return f"{tuned['kernel']} {tuned['shape']} {kind} {tuned['mask']}"

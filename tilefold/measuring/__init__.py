@@ -9,6 +9,7 @@ agreement          the differences between all implementations
 timing             times of implementations, turn by turn in one process
 product_timing     times of products, turn by turn
 tuning             the fastest block sizes of this machine
+product_tuning     the fastest blocks of products on this machine
 metal_selftest     every kernel tested on a Mac
 metal_utilisation  every kernel measured on a Mac
 """

@@ -198,7 +198,8 @@ def arrays(case: ProductCase, seed: int = 0) -> Given:
             return draw.integers(-128, 128, shape, np.int8)
         return draw.standard_normal(shape, np.float32).astype(element_type(dtype))
 
-    a, shape = random((case.m, case.k), case.dtype), (case.m, case.n)
+    lies = (case.k, case.m) if case.transpose_a else (case.m, case.k)
+    a, shape = random(lies, case.dtype), (case.m, case.n)
     if case.operation == "qgemm":
         b = random((case.k, case.n), "float32")
         w = quantize(b, str(case.scheme), group_size=case.group_size)
@@ -218,7 +219,7 @@ def _tilefold(case: ProductCase, x: Given) -> Made:
     if x.w is not None:
         w, dynamic = x.w, case.dynamic
         return lambda: qgemm(x.a, w, dynamic=dynamic, **options), case.bytes
-    options |= {"transpose_b": case.transpose_b, "gate": x.gate}
+    options |= {"transpose_a": case.transpose_a, "transpose_b": case.transpose_b, "gate": x.gate}
     return lambda: gemm(x.a, x.b, **options), case.bytes
 
 
@@ -229,8 +230,9 @@ def _numpy(case: ProductCase, x: Given) -> Made:
         raise NotImplementedError("NumPy has neither activations nor gates of products")
     if case.threads != usable_cores() and (reason := why_not("threadpoolctl")):
         raise NotImplementedError(f"NumPy's threads are set by threadpoolctl, which {reason}")
-    b, out = x.b.T if case.transpose_b else x.b, np.empty_like(x.out)
-    return lambda: np.matmul(x.a, b, out=out), case.bytes
+    a, b = x.a.T if case.transpose_a else x.a, x.b.T if case.transpose_b else x.b
+    out = np.empty_like(x.out)
+    return lambda: np.matmul(a, b, out=out), case.bytes
 
 
 def _torch(case: ProductCase, x: Given) -> Made:
@@ -239,6 +241,7 @@ def _torch(case: ProductCase, x: Given) -> Made:
     torch.set_num_threads(case.threads)
     a, b = tensor(x.a), tensor(x.b)
     gate = None if x.gate is None else tensor(x.gate)
+    a = a.T if case.transpose_a else a
     if case.transpose_b:
         b, gate = b.T, None if gate is None else gate.T
     if case.dtype == "int8":

@@ -29,9 +29,9 @@ DTYPES = ("float32", "float64", "float16", "bfloat16", "int8")
 class ProductCase:
     """A product of A (m, k) and B (k, n), both of `dtype`, and the number of threads.
 
-    `transpose_b`: B lies as (n, k). `gate`: there is a second B. "qgemm" has a quantised B, of a
-    `scheme`, and a `group_size` or None for the usual one; `dynamic` rounds rows of A to 8 bits.
-    Raises ValueError for what does not fit together.
+    `transpose_a`: A lies as (k, m). `transpose_b`: B lies as (n, k). `gate`: there is a second B.
+    "qgemm" has a quantised B, of a `scheme`, and a `group_size` or None for the usual one;
+    `dynamic` rounds rows of A to 8 bits. Raises ValueError for what does not fit together.
     """
 
     operation: str
@@ -40,6 +40,7 @@ class ProductCase:
     k: int
     dtype: str = "float32"
     threads: int = 1
+    transpose_a: bool = False
     transpose_b: bool = False
     activation: str | None = None
     gate: bool = False
@@ -70,7 +71,7 @@ class ProductCase:
         words = [self.operation, self.size, self.dtype]
         words += [self.scheme] if self.scheme else []
         words += [f"groups of {self.group}"] if self.scheme and self.group != self.k else []
-        for name in ("dynamic", "transpose_b", "gate"):
+        for name in ("dynamic", "transpose_a", "transpose_b", "gate"):
             words += [name.replace("_", " ")] if getattr(self, name) else []
         return " ".join([*words, *([self.activation] if self.activation else [])])
 
@@ -80,8 +81,11 @@ class ProductCase:
         m, n, k = self.m, self.n, self.k
         b = Form(self.dtype, (n, k), (k, 1)) if self.transpose_b else None
         b = b or Form(self.dtype, (k, n), (n, 1))
-        forms = {"a": Form(self.dtype, (m, k), (k, 1)), "b": b} | ({"gate": b} if self.gate else {})
-        return described(Options(transpose_b=self.transpose_b, activation=self.activation), forms)
+        a = Form(self.dtype, (k, m), (m, 1)) if self.transpose_a else None
+        forms = {"a": a or Form(self.dtype, (m, k), (k, 1)), "b": b}
+        forms |= {"gate": b} if self.gate else {}
+        turned = {"transpose_a": self.transpose_a, "transpose_b": self.transpose_b}
+        return described(Options(**turned, activation=self.activation), forms)
 
     def plan(self, device: Device) -> Plan:
         """The plan of a gemm."""

@@ -16,8 +16,9 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from tilefold.backends.cpu import dispatch, tuned
 from tilefold.backends.cpu.choice import Chooser
@@ -51,15 +52,18 @@ Turns = Callable[..., dict[str, list[float]]]
 """The type of a function that times calls turn by turn, such as `timing.turn_by_turn`."""
 
 
+B = TypeVar("B")
+
+
 @dataclass(frozen=True)
-class Trial:
+class Trial(Generic[B]):
     """Blocks, and the median of their time divided by the time of the table's blocks.
 
     `rounds` is the number of rounds, and `share` the share of rounds in which they were faster.
     `last` is True if these are the rounds of the last stage.
     """
 
-    blocks: Blocks
+    blocks: B
     ratio: float
     share: float
     rounds: int
@@ -67,39 +71,90 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Measured(Generic[B]):
     """The measurements of one kernel; `trials` are sorted by speed, the last stage first."""
 
-    case: Case
-    key: Key
-    table: Blocks
+    table: B
     table_seconds: float
-    trials: tuple[Trial, ...]
+    trials: tuple[Trial[B], ...]
 
     @property
-    def best(self) -> Trial:
+    def best(self) -> Trial[B]:
         """The fastest trial of the last stage, or the table's if nothing is clearly faster."""
         fastest = self.trials[0]
         if fastest.ratio < 1 - LEAST_GAIN and fastest.share >= LEAST_SHARE:
             return fastest
         return next(trial for trial in self.trials if trial.blocks == self.table)
 
-    def timed(self, trial: Trial) -> Timed:
+    def timed(self, trial: Trial[B]) -> Timed[B]:
         """The blocks of a trial and their time in seconds."""
         return Timed(trial.blocks, trial.ratio * self.table_seconds)
 
-    def tuned_blocks(self, date: str, versions: Mapping[str, str]) -> TunedBlocks:
+    def tuned_blocks(
+        self, shape: str, threads: int, date: str, versions: Mapping[str, str]
+    ) -> TunedBlocks[B]:
         """The record that the planner reads."""
         return TunedBlocks(
             best=self.timed(self.best),
             table=Timed(self.table, self.table_seconds),
             worst=self.timed(max(self.trials, key=lambda trial: trial.ratio)),
             candidates=len(self.trials),
-            shape=self.case.shape,
-            threads=self.case.threads,
+            shape=shape,
+            threads=threads,
             date=date,
             versions=versions,
         )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A kernel of a case, and its measurements."""
+
+    case: Case
+    key: Key
+    measured: Measured[Blocks]
+
+
+class Stages(Generic[B]):
+    """The measurements of candidates beside the table's blocks, stage by stage.
+
+    `call` makes the call of blocks. `turns` times calls.
+    """
+
+    def __init__(
+        self, table: B, call: Callable[[B], Call], threads: int, turns: Turns | None = None
+    ) -> None:
+        self._table, self._call, self._threads = table, call, threads
+        self._turns = turns or turn_by_turn
+        self.trials: dict[B, Trial[B]] = {}
+        self._table_seconds = 0.0
+
+    def run(self, candidates: Iterable[B], seconds: float, last: bool = False) -> None:
+        """Measure candidates beside the table's blocks, in rounds of one turn each."""
+        entered = dict.fromkeys([self._table, *candidates])
+        calls = {str(blocks): self._call(blocks) for blocks in entered}
+        self._turns(calls, seconds=0, least=1, most=1)  # compiles
+        first = self._turns(calls, seconds=0, least=1, most=1)
+        repeats = max(1, round(TURN_SECONDS / min(first[str(self._table)])))
+        turns = {name: _repeated(call, repeats) for name, call in calls.items()}
+        least = LEAST_LAST_ROUNDS if last else LEAST_ROUNDS
+        times = self._turns(turns, seconds=seconds, least=least, clock=clock(self._threads))
+        beside = times[str(self._table)]
+        self._table_seconds = statistics.median(beside) / repeats
+        for blocks in entered:
+            ratios = [mine / own for mine, own in zip(times[str(blocks)], beside, strict=True)]
+            faster = sum(ratio < 1 for ratio in ratios) / len(ratios)
+            median = statistics.median(ratios)
+            self.trials[blocks] = Trial(blocks, median, faster, len(ratios), last)
+
+    def fastest(self) -> list[B]:
+        """All blocks that were measured, the fastest first."""
+        return sorted(self.trials, key=lambda blocks: self.trials[blocks].ratio)
+
+    def measured(self) -> Measured[B]:
+        """All measurements."""
+        trials = sorted(self.trials.values(), key=lambda trial: (not trial.last, trial.ratio))
+        return Measured(self._table, self._table_seconds, tuple(trials))
 
 
 def tune(
@@ -121,7 +176,7 @@ def tune(
     with using_threads(case.threads):
         inputs = arrays(case)
         return [
-            _Race(case, form, kernel, inputs, note, turns or turn_by_turn).run(seconds)
+            _Race(case, form, kernel, inputs, note, turns).run(seconds)
             for kernel in passes(case, form)
         ]
 
@@ -141,38 +196,42 @@ def passes(case: Case, form: str = "auto") -> list[str]:
 def keep(found: Iterable[Tuned]) -> None:
     """Store the tuned blocks for the planner, also of this process. Raises OSError."""
     now, machine = environment(), Processor.of(host())
+    made = now["date"], now["versions"]
     new = {
-        (machine, tuned.key): tuned.tuned_blocks(now["date"], now["versions"]) for tuned in found
+        (machine, one.key): one.measured.tuned_blocks(one.case.shape, one.case.threads, *made)
+        for one in found
     }
     tuned.STORE.keep(new)
 
 
 class _Race:
-    """The measurement of one kernel's candidates, stage by stage."""
+    """The measurement of one kernel's candidates."""
 
     def __init__(
-        self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note, turns: Turns
+        self, case: Case, form: str, kernel: str, inputs: Arrays, note: Note, turns: Turns | None
     ) -> None:
         self._case, self._form, self._kernel, self._note = case, form, kernel, note
-        self._turns = turns
         self._operands = operands(case, inputs)
         self._chooser = Chooser(case.problem, host())
         self._family = self._chooser.family(kernel)
         self._table = self._chooser.table_blocks(kernel)
-        self._trials: dict[Blocks, Trial] = {}
-        self._table_seconds = 0.0
+        self._stages: Stages[Blocks] = Stages(self._table, self._call, case.threads, turns)
 
     def run(self, seconds: float) -> Tuned:
-        share = seconds / STAGES
-        self._stage("tiles", [self._usual(tile) for tile in self._family.candidates()], share)
-        best = dict.fromkeys(blocks.tile for blocks in self._fastest())
+        share, stages = seconds / STAGES, self._stages
+        self._say("tiles")
+        stages.run([self._usual(tile) for tile in self._family.candidates()], share)
+        best = dict.fromkeys(blocks.tile for blocks in stages.fastest())
         heights = self._heights()
         others = [self._cut(tile, rows) for tile in list(best)[:KEPT_TILES] for rows in heights]
-        self._stage("blocks", [blocks for blocks in others if blocks not in self._trials], share)
-        self._stage("the best", self._fastest()[:KEPT_BLOCKS], share, last=True)
-        trials = sorted(self._trials.values(), key=lambda trial: (not trial.last, trial.ratio))
-        key = self._chooser.key(self._kernel)
-        return Tuned(self._case, key, self._table, self._table_seconds, tuple(trials))
+        self._say("blocks")
+        stages.run([blocks for blocks in others if blocks not in stages.trials], share)
+        self._say("the best")
+        stages.run(stages.fastest()[:KEPT_BLOCKS], share, last=True)
+        return Tuned(self._case, self._chooser.key(self._kernel), stages.measured())
+
+    def _say(self, what: str) -> None:
+        self._note(f"{self._kernel} {self._case.shape} {self._case.problem.mask}: {what}")
 
     def _heights(self) -> list[int]:
         """The numbers of traversed rows to try, at most one of which holds the whole axis."""
@@ -187,31 +246,6 @@ class _Race:
 
     def _cut(self, tile: RegisterTile, rows: int) -> Blocks:
         return Blocks(tile, self._family.cut(tile, rows))
-
-    def _fastest(self) -> list[Blocks]:
-        return sorted(self._trials, key=lambda blocks: self._trials[blocks].ratio)
-
-    def _stage(
-        self, what: str, candidates: Sequence[Blocks], seconds: float, last: bool = False
-    ) -> None:
-        """Measure the candidates beside the table's blocks, in rounds of one turn each."""
-        self._note(f"{self._kernel} {self._case.shape} {self._case.problem.mask}: {what}")
-        entered = dict.fromkeys([self._table, *candidates])
-        calls = {str(blocks): self._call(blocks) for blocks in entered}
-        self._turns(calls, seconds=0, least=1, most=1)  # compiles
-        first = self._turns(calls, seconds=0, least=1, most=1)
-        repeats = max(1, round(TURN_SECONDS / min(first[str(self._table)])))
-        turns = {name: _repeated(call, repeats) for name, call in calls.items()}
-        least = LEAST_LAST_ROUNDS if last else LEAST_ROUNDS
-        timer = clock(self._case.threads)
-        times = self._turns(turns, seconds=seconds, least=least, clock=timer)
-        beside = times[str(self._table)]
-        self._table_seconds = statistics.median(beside) / repeats
-        for blocks in entered:
-            ratios = [mine / own for mine, own in zip(times[str(blocks)], beside, strict=True)]
-            faster = sum(ratio < 1 for ratio in ratios) / len(ratios)
-            median = statistics.median(ratios)
-            self._trials[blocks] = Trial(blocks, median, faster, len(ratios), last)
 
     def _call(self, blocks: Blocks) -> Call:
         """A call with these blocks; it compiles when it first runs."""

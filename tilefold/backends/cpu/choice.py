@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -16,9 +14,9 @@ from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.heuristics import DEFAULT, Heuristics
 from tilefold.backends.cpu.spec import FMA, KERNELS, KernelSpec, Multiplier
 from tilefold.backends.cpu.tables import FAMILIES, LONG, Blocks, Family, RegisterTile
-from tilefold.common import disk_cache
 from tilefold.common.computed import computed
 from tilefold.common.first_use import imported
+from tilefold.common.tuned_store import is_kept
 from tilefold.planning.masked import MaskedProblem
 from tilefold.problems.attention import ITEM_BYTES, STATISTICS, Problem
 
@@ -96,7 +94,7 @@ class Chooser:
         if tile is not None:
             return self.usual_blocks(kernel, tile)
         table = table or self.table_blocks(kernel)
-        if not _measured():
+        if not is_kept(tables.TUNED, "tilefold.backends.cpu.tuned"):
             return table
         record = _tuned().find(self.device, self.key(kernel), table)
         blocks: Blocks = record.best.blocks if record else table
@@ -244,17 +242,6 @@ def _tuned() -> ModuleType:
     from tilefold.backends.cpu import tuned
 
     return tuned
-
-
-def _measured() -> bool:
-    """True where blocks were measured on this machine: `tuned` has read the file, or there is one.
-
-    Without a file `tuned` is not imported: a first call counts its 3 milliseconds.
-    """
-    if "tilefold.backends.cpu.tuned" in sys.modules:
-        return True
-    # Path.exists raises where the folder's parents are closed to this user.
-    return os.path.exists(disk_cache.default().directory / tables.TUNED)  # noqa: PTH110
 
 
 def _cost(tile: RegisterTile) -> float:

@@ -8,14 +8,17 @@ blocks of full() if the tables have the same row for both.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tilefold.backends.cpu import tables
 from tilefold.backends.cpu.device import Device
-from tilefold.backends.cpu.tables import Blocks, Family, RegisterTile
+from tilefold.backends.cpu.tables import Blocks, RegisterTile
 from tilefold.common.tuned_store import TunedStore
+
+B = TypeVar("B")
+K = TypeVar("K")
 
 LONGEST_BLOCK = 4096
 """The largest number of traversed rows of a block that is accepted; at most 512 are measured."""
@@ -59,20 +62,20 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Timed:
+class Timed(Generic[B]):
     """Blocks and the median of their measured seconds."""
 
-    blocks: Blocks
+    blocks: B
     seconds: float
 
 
 @dataclass(frozen=True)
-class TunedBlocks:
+class TunedBlocks(Generic[B]):
     """The fastest blocks of one kernel, with the times of the table's and the worst blocks."""
 
-    best: Timed
-    table: Timed
-    worst: Timed
+    best: Timed[B]
+    table: Timed[B]
+    worst: Timed[B]
     candidates: int
     shape: str
     threads: int
@@ -80,7 +83,7 @@ class TunedBlocks:
     versions: Mapping[str, str]
 
 
-def find(device: Device, key: Key, table: Blocks) -> TunedBlocks | None:
+def find(device: Device, key: Key, table: Blocks) -> TunedBlocks[Blocks] | None:
     """The tuned blocks of a key on a machine.
 
     Without them, the tuned blocks of full(), if the table has the same row for both masks.
@@ -93,47 +96,71 @@ def find(device: Device, key: Key, table: Blocks) -> TunedBlocks | None:
     return own or (dense if dense and dense.table.blocks == table else None)
 
 
-def here(device: Device) -> dict[Key, TunedBlocks]:
-    """All tuned blocks of a machine by their keys."""
-    machine, entries = Processor.of(device), STORE.load().entries
+def here(
+    device: Device, store: TunedStore[tuple[Processor, K], TunedBlocks[B]]
+) -> dict[K, TunedBlocks[B]]:
+    """All tuned blocks of a machine in a store by their keys."""
+    machine, entries = Processor.of(device), store.load().entries
     return {key: record for (where, key), record in entries.items() if where == machine}
 
 
-def _entry(where: tuple[Processor, Key], record: TunedBlocks) -> dict[str, Any]:
+def entry_of(where: tuple[Processor, Any], record: TunedBlocks[Any]) -> dict[str, Any]:
+    """The entry of a file for a record; `parsed` is its inverse."""
     machine, key = where
     return {"machine": asdict(machine), "key": asdict(key)} | asdict(record)
 
 
-def _parse(entry: dict[str, Any]) -> tuple[tuple[Processor, Key], TunedBlocks]:
-    """An entry of the file. Raises one of `tuned_store.UNUSABLE`."""
-    machine, key = Processor(**entry["machine"]), Key(**entry["key"])
-    family = tables.family(machine.isa, key.unit)
-    timed = {name: _timed(entry[name], family) for name in ("best", "table", "worst")}
+def parsed(
+    entry: dict[str, Any], key: Callable[..., K], blocks: Callable[[Any, Processor, K], B]
+) -> tuple[tuple[Processor, K], TunedBlocks[B]]:
+    """An entry of a file. `blocks` makes blocks of their values.
+
+    Raises one of `tuned_store.UNUSABLE`.
+    """
+    machine, found = Processor(**entry["machine"]), key(**entry["key"])
     rest = {name: value for name, value in entry.items() if name not in ("machine", "key")}
-    record = TunedBlocks(**rest | timed)
-    for part in (machine, key, record):
-        for field in fields(part):
-            if field.type in ("str", "int"):
-                _check(type(getattr(part, field.name)).__name__ == field.type, field.name)
-    return (machine, key), record
+    for name in ("best", "table", "worst"):
+        seconds = float(rest[name]["seconds"])
+        check(0 < seconds < float("inf"), seconds)
+        rest[name] = Timed(blocks(rest[name]["blocks"], machine, found), seconds)
+    record: TunedBlocks[B] = TunedBlocks(**rest)
+    for part in (machine, found, record):
+        check_types(part)
+    return (machine, found), record
 
 
-def _timed(value: Any, family: Family) -> Timed:
-    tile = RegisterTile(**value["blocks"]["tile"])
-    block, seconds = value["blocks"]["block_traverse"], float(value["seconds"])
-    sizes = (tile.rows, tile.vectors, block)
-    _check(all(type(size) is int and 1 <= size <= LONGEST_BLOCK for size in sizes), sizes)
-    _check(family.allows(tile, block), sizes)
-    _check(0 < seconds < float("inf"), seconds)
-    return Timed(Blocks(tile, block), seconds)
+def check_types(part: Any) -> None:
+    """Raises ValueError unless each text, number and flag of a dataclass is one."""
+    for field in fields(part):
+        if field.type in ("str", "int", "bool"):
+            check(type(getattr(part, field.name)).__name__ == field.type, field.name)
 
 
-def _check(holds: bool, value: object) -> None:
+def check_sizes(sizes: Iterable[Any], most: int) -> None:
+    """Raises ValueError unless all are integers from 1 to `most`."""
+    sizes = tuple(sizes)
+    check(all(type(size) is int and 1 <= size <= most for size in sizes), sizes)
+
+
+def check(holds: bool, value: object) -> None:
+    """Raises ValueError with a value unless something holds for it."""
     if not holds:
         raise ValueError(value)
 
 
-STORE = TunedStore(
-    file=tables.TUNED, form="tilefold winners 1", noun="winners", parse=_parse, entry=_entry
+def _blocks(value: Any, machine: Processor, key: Key) -> Blocks:
+    family = tables.family(machine.isa, key.unit)
+    tile, block = RegisterTile(**value["tile"]), value["block_traverse"]
+    check_sizes((tile.rows, tile.vectors, block), LONGEST_BLOCK)
+    check(family.allows(tile, block), value)
+    return Blocks(tile, block)
+
+
+STORE: TunedStore[tuple[Processor, Key], TunedBlocks[Blocks]] = TunedStore(
+    file=tables.TUNED,
+    form="tilefold winners 1",
+    noun="winners",
+    parse=lambda entry: parsed(entry, Key, _blocks),
+    entry=entry_of,
 )
 """The file of this machine's processors."""

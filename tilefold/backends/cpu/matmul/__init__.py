@@ -9,6 +9,7 @@ finish       results from sums
 gemm         the kernels
 few_rows     the kernel of products with few rows of A
 blocks       units, register tiles and blocks
+tuned        blocks that were measured on this machine
 plan         kernel and blocks of a product, and what is packed before
 calls        products prepared for operands, and run
 widen        codes of quantised matrices, widened in registers

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from tilefold.backends.cpu.device import Device
-from tilefold.backends.cpu.matmul.spec import AMX, AMX8, DOT, FMA, MADD, VNNI, Unit
+from tilefold.backends.cpu.matmul.spec import AMX, AMX8, DOT, FMA, MADD, VNNI, Unit, lanes_of
 from tilefold.problems.matmul import INTEGERS, Product, sums
 
 TILES = {"amx": (14, 2), "avx512": (14, 2), "avx2": (6, 2), "sse2": (6, 2), "neon": (12, 2)}
 """Rows by vectors of register tiles: accumulators, a row of vectors and a broadcast fill the
 registers. (14 x 2 takes 16 loads for 28 multiply-adds.)"""
+
+TUNED = "tuned_products.json"
+"""The file of `tuned`, which is not imported where there is none."""
 
 CLIPPED = ("avx2", "sse2")
 """Where tiles write the edges of a result themselves: 583 x 111 x 39 takes 0.93 of the time (Zen 3,
@@ -51,6 +55,37 @@ _MOST_PANELS = 64
 
 ITEMS_PER_CORE = 4
 """Items that each core gets, where there is work enough."""
+
+
+@dataclass(frozen=True)
+class GemmBlocks:
+    """A register tile of `rows` by `vectors`; rows, columns and terms of a block."""
+
+    rows: int
+    vectors: int
+    block_m: int
+    block_n: int
+    block_k: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.vectors} by {self.block_m}x{self.block_n}x{self.block_k}"
+
+
+def usual(
+    product: Product,
+    unit: Unit,
+    device: Device,
+    tile: tuple[int, int] | None = None,
+    share: float | None = None,
+) -> GemmBlocks:
+    """The blocks by the constants here; another `tile`, or share of `terms`, is to be measured."""
+    most, vectors = tile or TILES[device.isa]
+    rows = (32 if product.m > 16 else 16) if unit.tiles else balanced(product.m, most)
+    width = vectors * lanes_of(device, product.sums)
+    chunks, chunk_k = split(product, unit)
+    block_k = terms(chunk_k, width, device, unit, product.sums, share)
+    block_m, block_n = blocks(product, rows, width, block_k, device, unit, chunks)
+    return GemmBlocks(rows, vectors, block_m, block_n, block_k)
 
 
 def unit_of(a: str, b: str, device: Device) -> Unit:
@@ -100,14 +135,19 @@ def split(product: Product, unit: Unit) -> tuple[int, int]:
     return parts(k, chunk_k), chunk_k
 
 
-def terms(k: int, width: int, device: Device, unit: Unit, sums: str) -> int:
-    """Terms at a time, in equal parts. VNNI takes all: the head of a panel is that of all terms."""
+def terms(
+    k: int, width: int, device: Device, unit: Unit, sums: str, share: float | None = None
+) -> int:
+    """Terms at a time, in equal parts, by a share of the first cache for a panel of B.
+
+    VNNI takes all: the head of a panel is that of all terms.
+    """
     if unit == VNNI:
         return max(k, 1)
     l1 = device.l1_bytes or 2**15
     step = max(16, unit.depth)
     deep = width * unit.step_bytes(sums) / unit.depth
-    share = _K_TILES if unit.tiles else _K_CACHE
+    share = share or (_K_TILES if unit.tiles else _K_CACHE)
     most = max(64, int(share * l1 / deep) // step * step)
     if k <= most:
         return max(k, 1)
@@ -137,7 +177,15 @@ def blocks(
         return up(product.m, rows), min(most, parts(all_panels, wanted)) * width
     block_m = max(1, int(_M_CACHE * l2 / (block_k * item)) // rows) * rows
     block_m = up(parts(product.m, parts(product.m, block_m)), rows)
-    block_n = min(_MOST_PANELS, panels) * width
+    return divided(
+        product, rows, width, max(block_m, rows), min(_MOST_PANELS, panels) * width, wanted
+    )
+
+
+def divided(
+    product: Product, rows: int, width: int, block_m: int, block_n: int, wanted: int
+) -> tuple[int, int]:
+    """Fewer rows and columns of an item, until there are so many items as are wanted."""
     while product.matrices * parts(product.m, block_m) * parts(product.n, block_n) < wanted:
         if block_m > 4 * rows:
             block_m = up(parts(block_m, 2), rows)
@@ -145,7 +193,7 @@ def blocks(
             block_n = up(parts(block_n, 2), width)
         else:
             break
-    return max(block_m, rows), block_n
+    return block_m, block_n
 
 
 def a_in_place(product: Product, unit: Unit, device: Device, panels: int = 1) -> bool:

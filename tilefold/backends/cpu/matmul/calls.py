@@ -14,6 +14,7 @@ from tilefold.backends.cpu.dispatch import _Memory
 from tilefold.backends.cpu.kernel import double_bits
 from tilefold.backends.cpu.matmul import few_rows
 from tilefold.backends.cpu.matmul.arguments import GEMM, OFFSETS, PACK
+from tilefold.backends.cpu.matmul.blocks import GemmBlocks
 from tilefold.backends.cpu.matmul.gemm import PANELS_PER_ITEM, emit
 from tilefold.backends.cpu.matmul.plan import (
     GemmPlan,
@@ -74,11 +75,16 @@ OPERANDS = ("a", "b", "c", "bias", "gate", "out")
 
 
 def prepare(
-    product: Product, out: Operand, device: Device | None = None, *, packed: bool = False
+    product: Product,
+    out: Operand,
+    device: Device | None = None,
+    *,
+    packed: bool = False,
+    blocks: GemmBlocks | None = None,
 ) -> Prepared:
-    """Plan a product whose result lies as `out`, and load its kernels. No axis may be empty."""
+    """Plan a product as `plan` does, and load its kernels. No axis may be empty."""
     device = device or host()
-    made = plan(product, out, device, packed)
+    made = plan(product, out, device, packed, blocks)
     product, out, spec = made.product, made.out, made.spec
     offsets = np.zeros((product.matrices, len(OFFSETS)), np.int64)
     each = {"a": product.a, "b": product.b, "out": out, "c": product.c, "bias": product.bias}

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.matmul.blocks import (
     CLIPPED,
     TILES,
+    TUNED,
+    GemmBlocks,
     a_in_place,
-    balanced,
-    blocks,
     parts,
     split,
-    terms,
     unit_of,
     up,
+    usual,
     whole,
 )
 from tilefold.backends.cpu.matmul.few_rows import INPUTS
@@ -24,9 +25,12 @@ from tilefold.backends.cpu.matmul.spec import (
     FewRowsSpec,
     GemmSpec,
     PackSpec,
+    Unit,
     lanes_of,
 )
 from tilefold.common.computed import computed
+from tilefold.common.first_use import imported
+from tilefold.common.tuned_store import is_kept
 from tilefold.problems.matmul import Operand, Product, sums
 
 ALONE_FLOPS = 1e6
@@ -223,9 +227,16 @@ class FewRowsPlan:
 Plan = GemmPlan | FewRowsPlan
 
 
-def plan(product: Product, out: Operand, device: Device, packed: bool = False) -> Plan:
+def plan(
+    product: Product,
+    out: Operand,
+    device: Device,
+    packed: bool = False,
+    blocks: GemmBlocks | None = None,
+) -> Plan:
     """The plan of a product whose result lies as `out`. `packed`: B comes in panels.
 
+    `blocks` take the place of tuned and of usual ones, where B is packed in the call.
     Raises NotImplementedError for what no kernel computes.
     """
     if product.dtype == "int32" and (product.activation or product.gate):
@@ -239,7 +250,7 @@ def plan(product: Product, out: Operand, device: Device, packed: bool = False) -
         chunks = _chunks(product) if form == "wide" else 1
         sizes = _few_rows_terms(spec, product.k, device), chunks, parts(product.k, chunks)
         return FewRowsPlan(product, out, spec, turned, *sizes)
-    return _plan(product, out, device, packed, turned)
+    return _plan(product, out, device, packed, turned, blocks)
 
 
 def _few_rows(product: Product) -> str | None:
@@ -303,16 +314,24 @@ def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
     )
 
 
-def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: bool) -> GemmPlan:
+def _plan(
+    product: Product,
+    out: Operand,
+    device: Device,
+    packed: bool,
+    turned: bool,
+    blocks: GemmBlocks | None,
+) -> GemmPlan:
     """The plan of a product that multiplies panels."""
     unit = unit_of(product.a.dtype, product.b.dtype, device)
-    most, vectors = TILES[device.isa]
-    rows = (32 if product.m > 16 else 16) if unit.tiles else balanced(product.m, most)
+    if not (blocks or packed):
+        blocks = _tuned_blocks(product, unit, device)
+    blocks = blocks or usual(product, unit, device)
+    rows, vectors, block_k = blocks.rows, blocks.vectors, blocks.block_k
     lanes = lanes_of(device, product.sums)
     width = vectors * lanes
     chunks, chunk_k = split(product, unit)
-    block_k = terms(chunk_k, width, device, unit, product.sums)
-    block_m, block_n = blocks(product, rows, width, block_k, device, unit, chunks)
+    block_m, block_n = blocks.block_m, blocks.block_n
     if alone(product):
         block_m, block_n = up(product.m, rows), up(product.n, width)
     packs = not packed and product.m > block_m
@@ -346,6 +365,21 @@ def _plan(product: Product, out: Operand, device: Device, packed: bool, turned: 
     )
     sizes = block_m, block_n, block_k
     return GemmPlan(product, out, spec, *sizes, packs, turned, chunks, chunk_k)
+
+
+def _tuned_blocks(product: Product, unit: Unit, device: Device) -> GemmBlocks | None:
+    """The blocks that were measured for a product on this machine, if any were."""
+    if not is_kept(TUNED, "tilefold.backends.cpu.matmul.tuned"):
+        return None
+    found: GemmBlocks | None = _tuned().blocks(product, unit, device)
+    return found
+
+
+@imported
+def _tuned() -> ModuleType:
+    from tilefold.backends.cpu.matmul import tuned
+
+    return tuned
 
 
 def alone(product: Product) -> bool:
