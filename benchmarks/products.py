@@ -67,12 +67,15 @@ def main() -> None:
         peers = {name: Peer(name, threads) for name, module in PEERS.items() if find_spec(module)}
         for name in chosen.parts:
             found[name] = parts[name](peers, chosen.seconds)
+            if chosen.save:  # a part takes minutes, and a run may be cut
+                chosen.save.write_text(_text(document), encoding="utf-8")
         for peer in peers.values():
             peer.close()
-    text = json.dumps(document, indent=1) + "\n"
-    sys.stdout.write(text)
-    if chosen.save:
-        chosen.save.write_text(text, encoding="utf-8")
+    sys.stdout.write(_text(document))
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1) + "\n"
 
 
 def rates(threads: int) -> dict[str, float]:

@@ -91,6 +91,21 @@ def test_the_short_way_refuses_what_the_long_way_refuses() -> None:
         tilefold.gemm(masked, b)
 
 
+def test_other_objects_are_never_taken_for_arrays() -> None:
+    class Other(np.ndarray): ...
+
+    a, b = drawn(8, 8), drawn(8, 8)
+    wanted = tilefold.gemm(a, b)
+    for other in (b.view(Other), memoryview(b), torch.from_numpy(b)):
+        for _ in range(2):
+            try:
+                found = tilefold.gemm(a, other)
+            except TypeError as error:
+                assert "b must be" in str(error) or "a must be" in str(error)
+            else:
+                np.testing.assert_array_equal(found, wanted)
+
+
 def test_tensors_take_the_short_way_where_nothing_observes_them() -> None:
     a, b, bias = (torch.from_numpy(drawn(*shape)) for shape in ((9, 8), (8, 7), (7,)))
     for options in ({}, {"bias": bias, "activation": "relu"}, {"out_dtype": torch.bfloat16}):

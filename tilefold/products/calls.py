@@ -183,6 +183,7 @@ def _multiply(given: Mapping[str, Any], options: Options, key: Hashable) -> Arra
     forms = {name: _form(name, x) for name, x in held.items()}
     plan = plans.kept(tuple(forms.items()), options, lambda: forms)
     result = _run(plan, held)
+    # `as_array` returns nothing but plain arrays as they are: a key never has another object.
     if key is not None and all(held[name] is x for name, x in given.items()):
         repeated.remember(key, plan, result.dtype)
     return result
