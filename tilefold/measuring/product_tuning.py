@@ -138,15 +138,14 @@ class _Race:
 
     def call(self, blocks: GemmBlocks, given: Given) -> Call:
         """A call with these blocks; it compiles when it first runs."""
-        others = (given.a, given.b, given.out)
-        addresses = [arrays.pointer(x) for x in others]
+        a, b, out = (arrays.pointer(x) for x in (given.a, given.b, given.out))
         gate = 0 if given.gate is None else arrays.pointer(given.gate)
 
         @functools.cache
         def prepared() -> calls.Prepared:
             return calls.prepare(self._product, self._out, blocks=blocks)
 
-        return lambda: prepared().run(*addresses, gate=gate)
+        return lambda: prepared().run(a, b, out, gate=gate)
 
     def _usual(self, tile: tuple[int, int], share: float | None = None) -> GemmBlocks:
         return self._shared(usual(self._made, self._unit, host(), tile, share))

@@ -84,8 +84,8 @@ class ProductCase:
         a = Form(self.dtype, (k, m), (m, 1)) if self.transpose_a else None
         forms = {"a": a or Form(self.dtype, (m, k), (k, 1)), "b": b}
         forms |= {"gate": b} if self.gate else {}
-        turned = {"transpose_a": self.transpose_a, "transpose_b": self.transpose_b}
-        return described(Options(**turned, activation=self.activation), forms)
+        turned = self.transpose_a, self.transpose_b
+        return described(Options(1.0, 0.0, *turned, self.activation), forms)
 
     def plan(self, device: Device) -> Plan:
         """The plan of a gemm."""

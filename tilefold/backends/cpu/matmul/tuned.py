@@ -67,7 +67,7 @@ def find(product: Product, unit: Unit, device: Device) -> TunedBlocks[GemmBlocks
 def blocks(product: Product, unit: Unit, device: Device) -> GemmBlocks | None:
     """The tuned blocks of a product, divided for all cores of a device; or None."""
     found = find(product, unit, device)
-    return found and shared(found.best.blocks, product, unit, device)
+    return shared(found.best.blocks, product, unit, device) if found else None
 
 
 def shared(blocks: GemmBlocks, product: Product, unit: Unit, device: Device) -> GemmBlocks:
