@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 from unittest import mock
 
@@ -130,11 +132,24 @@ def test_a_team_of_python_threads_runs_the_same_steps() -> None:
         wanted = tilefold.gemm(a, b)
         with mock.patch.object(records.Recorded, "is_native", False):
             np.testing.assert_array_equal(tilefold.gemm(a, b), wanted)
-    if hasattr(os, "fork"):
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if (tilefold.gemm(a, b) == wanted).all() else 1)
-        assert os.waitpid(child, 0)[1] == 0
+
+
+FORKED = """
+import os, numpy as np, tilefold
+draw = np.random.default_rng(0)
+a, b = (draw.standard_normal(shape).astype("f") for shape in ((300, 260), (260, 150)))
+tilefold.set_num_threads(2)
+wanted = tilefold.gemm(a, b)
+child = os.fork()
+if child == 0:
+    os._exit(0 if (tilefold.gemm(a, b) == wanted).all() else 1)
+assert os.waitpid(child, 0)[1] == 0 and (tilefold.gemm(a, b) == wanted).all()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_multiplies_and_so_does_its_parent() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
 def test_the_number_of_threads_is_that_of_the_moment() -> None:
