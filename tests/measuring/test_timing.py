@@ -200,7 +200,7 @@ def test_a_peer_computes_what_we_do_or_says_that_it_cannot(
         rows = timing.measure(case, [name], seconds=0)
         assert [row.name for row in rows] == ["tilefold", name]
         if name == "flex" and host().isa == "avx2" and rows[1].reason:
-            # That of PyTorch 2.13 is wrong there: causal, 40 keys of dim 16, it is 1.8 off its SDPA.
+            # PyTorch 2.13 is wrong there: causal, 40 keys of dim 16, 1.8 off its own SDPA.
             assert "computes something else" in rows[1].reason
         elif reason is None:
             assert rows[1].reason is None
