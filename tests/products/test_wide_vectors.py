@@ -1,0 +1,73 @@
+"""Kernels of products for AVX-512, on any x86 processor: vectors of 512 bits are split."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gemm_cases import CASES, Case, arrays, assert_right, described, operand
+from wider import WIDE, written_out
+
+import tilefold
+from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.matmul import calls, quantized_calls
+from tilefold.backends.cpu.matmul.quantized_calls import Matrix, Sizes
+from tilefold.products.schemes import SCHEMES
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(host().isa == "neon", reason="no x86 here"),
+]
+
+FEW = [
+    CASES[0]._replace(sizes=(m, n, k))
+    for m, n, k in ((1, 131, 257), (3, 1000, 333), (8, 4100, 40), (14, 131, 257), (16, 1000, 333))
+]
+
+
+def multiplied(case: Case) -> None:
+    given = arrays(case)
+    m, n, _ = case.sizes
+    stored = (*case.batch, n, m) if "o" in case.turned else (*case.batch, m, n)
+    out = np.zeros(stored, ml_dtypes.bfloat16 if case.out == "bfloat16" else case.out)
+    result = np.swapaxes(out, -1, -2) if "o" in case.turned else out
+    axes = 2 + len(case.batch)
+    product = described(case, {name: operand(name, x, axes) for name, x in given.items()})
+    prepared = calls.prepare(product, operand("out", result, len(product.batch) + 2), WIDE)
+    at = {name: x.ctypes.data for name, x in {**given, "out": out}.items()}
+    prepared.run(*[at.get(name, 0) for name in ("a", "b", "out", "c", "bias", "gate")])
+    assert_right(case, given, result)
+
+
+@pytest.mark.feature("A01", "M11")
+def test_products() -> None:
+    with mock.patch.object(calls, "source", written_out(calls.source)):
+        for case in [*CASES, *FEW]:
+            multiplied(case)
+
+
+@pytest.mark.feature("A02")
+@pytest.mark.parametrize("scheme", [*SCHEMES, "int8, dynamic"])
+def test_quantised_products(scheme: str) -> None:
+    scheme, _, dynamic = scheme.partition(", ")
+    draw = np.random.default_rng(0)
+    for m, k, n in ((1, 48, 33), (2, 256, 70), (5, 48, 33), (14, 256, 70), (19, 48, 33)):
+        w = tilefold.quantize(draw.standard_normal((k, n)), scheme)
+        x, bias = draw.standard_normal((m, k), np.float32), np.ones(n, np.float32)
+        out = np.zeros((m, n), np.float32)
+        given = {"codes": w.codes, "scales": w.scales, "zeros": w.zeros, "table": w.table}
+        at = {name: 0 if each is None else each.ctypes.data for name, each in given.items()}
+        lines = ("float32", n, 1, "float32", 1, "silu", bool(dynamic))
+        kind = None if w.scales is None else "float32"
+        sizes = Sizes(scheme, m, n, k, w.group_size, kind, *lines)
+        with (
+            mock.patch.object(quantized_calls, "source", written_out(quantized_calls.source)),
+            mock.patch.object(quantized_calls, "host", lambda: WIDE),
+        ):
+            rows = x if dynamic else quantized_calls.arranged(scheme, x)
+            ready = quantized_calls.prepare(sizes, Matrix(**at), WIDE, 1)
+            ready.run(rows.ctypes.data, out.ctypes.data, bias.ctypes.data)
+        want = tilefold.qgemm(x, w, bias=bias, activation="silu", dynamic=bool(dynamic))
+        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
