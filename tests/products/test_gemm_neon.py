@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 from arm import Arm
 from emulated import MISSING, PACKAGES
-from gemm_cases import CASES, Case, arrays, assert_right, described, operand
+from gemm_cases import CASES, Case, arrays, assert_right, laid_out
 from levels import device
 from numpy.typing import NDArray
 
@@ -24,15 +23,7 @@ Array = NDArray[Any]
 def multiplied(case: Case, arm: Arm) -> Array:
     """The product of a case on the other processor."""
     given = arrays(case)
-    axes = 2 + len(case.batch)
-    m, n, _ = case.sizes
-    stored = (*case.batch, n, m) if "o" in case.turned else (*case.batch, m, n)
-    kind: Any = np.uint16 if case.out == "bfloat16" else case.out
-    out = np.zeros(stored, kind)
-    result = np.swapaxes(out, -1, -2) if "o" in case.turned else out
-    product = described(case, {name: operand(name, array, axes) for name, array in given.items()})
-    shown = result.view("float16") if case.out == "bfloat16" else result
-    lies = operand("out", shown, len(product.batch) + 2)
+    product, lies, out, result = laid_out(case, given)
     prepared = calls.prepare(product, lies, device("neon"))
     arm.arrays += [*given.values(), out, *prepared.kept]
     where = {**given, "out": out}
@@ -57,6 +48,4 @@ def test_products_on_arm(case: Case, tmp_path: Path) -> None:
         mock.patch.object(threads, "run", arm.run),
     ):
         found = multiplied(case, arm)
-    if case.out == "bfloat16":
-        found = (found.astype(np.uint32) << 16).view(np.float32)
     assert_right(case, arrays(case), found)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from unittest import mock
 
-import ml_dtypes
 import numpy as np
 import pytest
-from gemm_cases import CASES, Case, arrays, assert_right, described, operand
+from gemm_cases import CASES, Case, arrays, assert_right, laid_out
 from wider import WIDE, written_out
 
 import tilefold
@@ -29,13 +28,8 @@ FEW = [
 
 def multiplied(case: Case) -> None:
     given = arrays(case)
-    m, n, _ = case.sizes
-    stored = (*case.batch, n, m) if "o" in case.turned else (*case.batch, m, n)
-    out = np.zeros(stored, ml_dtypes.bfloat16 if case.out == "bfloat16" else case.out)
-    result = np.swapaxes(out, -1, -2) if "o" in case.turned else out
-    axes = 2 + len(case.batch)
-    product = described(case, {name: operand(name, x, axes) for name, x in given.items()})
-    prepared = calls.prepare(product, operand("out", result, len(product.batch) + 2), WIDE)
+    product, lies, out, result = laid_out(case, given)
+    prepared = calls.prepare(product, lies, WIDE)
     at = {name: x.ctypes.data for name, x in {**given, "out": out}.items()}
     prepared.run(*[at.get(name, 0) for name in ("a", "b", "out", "c", "bias", "gate")])
     assert_right(case, given, result)

@@ -141,6 +141,16 @@ def described(case: Case, operands: dict[str, Operand]) -> Product:
     )
 
 
+def laid_out(case: Case, given: dict[str, Array]) -> tuple[Product, Operand, Array, Array]:
+    """What `prepare` takes for arrays of a case; the memory of the result, and the result in it."""
+    axes, (m, n, _) = 2 + len(case.batch), case.sizes
+    stored = (*case.batch, n, m) if "o" in case.turned else (*case.batch, m, n)
+    out = np.zeros(stored, case.out)
+    result = np.swapaxes(out, -1, -2) if "o" in case.turned else out
+    product = described(case, {name: operand(name, x, axes) for name, x in given.items()})
+    return product, operand("out", result, len(product.batch) + 2), out, result
+
+
 def assert_right(case: Case, given: dict[str, Array], found: Array) -> None:
     """Raise AssertionError unless a result is as exact as its type."""
     want, got = expected(case, given), found.astype(np.float64)
