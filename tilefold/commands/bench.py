@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tilefold.implementations import NAMES
 from tilefold.masks import parse
 from tilefold.masks.position_rules import Rule
 from tilefold.measuring import timing
+from tilefold.measuring.apart import Apart
 from tilefold.measuring.baselines import BASELINES
 from tilefold.measuring.environment import environment
 from tilefold.measuring.product_timing import PEERS
@@ -34,8 +37,9 @@ def register(commands: Any) -> None:
         "bench",
         help="measure tilefold on this machine, beside the peers that are installed",
         description="Measure tilefold and its peers, other libraries that compute attention or"
-        " products of matrices, turn by turn in one process. Options with several values measure"
-        " every combination.",
+        " products of matrices. In attention each is in a process of its own, and they take turns:"
+        " warm, the same call again and again, and cold, after other memory was read. Options with"
+        " several values measure every combination.",
         epilog=terminal.EXIT_CODES,
     )
     parser.set_defaults(main=main, usual=parser.get_default)
@@ -92,16 +96,11 @@ def main(options: argparse.Namespace) -> int:
     device, names = _device(options), _names(options)
     cases = _cases(options, device)
     found: list[list[Row]] = []
-    with terminal.progress() as bar:
+    with terminal.progress() as bar, _measurer(options, device, names) as measure:
         task = bar.add_task("Measuring", total=len(cases))
         for case in cases:
             bar.update(task, description=_label(case))
-            seconds, sweep = options.seconds, options.sweep
-            if device:
-                rows = timing.measure_implementations(case, names, device, seconds=seconds)
-            else:
-                rows = timing.measure(case, names[1:], seconds=seconds, sweep=sweep)
-            found.append(rows)
+            found.append(measure(case, seconds=options.seconds))
             bar.advance(task)
     shares = _shares(found, device)
     document = _document(found, shares, device)
@@ -120,6 +119,20 @@ def main(options: argparse.Namespace) -> int:
         if options.save:
             terminal.out().print(f"written to {options.save}/{name}.json, .csv and .png")
     return 0
+
+
+@contextmanager
+def _measurer(
+    options: argparse.Namespace, device: str | None, names: Sequence[str]
+) -> Iterator[Callable[..., list[Row]]]:
+    """What measures a case: implementations and block sizes here, peers in processes of their own."""
+    if device:
+        yield partial(timing.measure_implementations, names=names, device=device)
+    elif options.sweep:
+        yield partial(timing.measure, names=names[1:], sweep=True)
+    else:
+        with Apart(names) as apart:
+            yield apart.measure
 
 
 def _names(options: argparse.Namespace) -> list[str]:
@@ -221,13 +234,29 @@ def _show(found: list[list[Row]], peers: Sequence[str], shares: Shares) -> None:
             else:
                 line += [terminal.seconds(row.median), f"{row.median / own.median:.2f}"]
         lines.append(line)
+        if own.cold:
+            lines.append(_cold(rows[: 1 + len(peers)]))
     title = f"{host().name}, {host().isa}, {' and '.join(dtypes)}"
     console = terminal.out()
     console.print(terminal.table(title, columns, lines))
     console.print("medians; bound: share of the measured roofline reached; ratio: peer / tilefold")
+    if any(rows[0].cold for rows in found):
+        console.print("cold: other memory was read before each call, and the threads slept")
     if any(shares[rows[0].case, rows[0].name][0] is None for rows in found):
         console.print("-: faster than the bound, so the bound says nothing here")
     _show_reasons(found)
+
+
+def _cold(rows: Sequence[Row]) -> list[str]:
+    """The line of the cold calls of a case."""
+    own = rows[0]
+    line = ["  cold", "", terminal.seconds(own.cold_median), "", ""]
+    for row in rows[1:]:
+        if row.reason:
+            line += ["", ""]
+        else:
+            line += [terminal.seconds(row.cold_median), f"{row.cold_median / own.cold_median:.2f}"]
+    return line
 
 
 def _show_implementations(found: list[list[Row]], device: str) -> None:

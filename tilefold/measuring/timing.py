@@ -44,7 +44,7 @@ class Row:
     """The times of one implementation in one case, or the reason why it has none.
 
     `prepare_seconds` is the time before its first call: transposing arrays, building graphs and
-    masks.
+    masks. `cold` has the times of calls that find nothing in the caches, where `apart` took them.
     """
 
     case: Case
@@ -54,6 +54,7 @@ class Row:
     first_call_seconds: float
     reason: str | None = None
     prepare_seconds: float = 0
+    cold: tuple[float, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -64,6 +65,11 @@ class Row:
     def median(self) -> float:
         """The median time of a call over the rounds, in seconds; NaN without rounds."""
         return statistics.median(self.seconds) if self.seconds else math.nan
+
+    @property
+    def cold_median(self) -> float:
+        """The median time of a cold call, in seconds; NaN where none was timed."""
+        return statistics.median(self.cold) if self.cold else math.nan
 
     @property
     def gflops(self) -> float:
@@ -79,6 +85,7 @@ class Row:
             "best_seconds": min(self.seconds, default=None),
             "prepare_seconds": self.prepare_seconds,
             "first_call_seconds": self.first_call_seconds,
+            **({"cold_median_seconds": self.cold_median} if self.cold else {}),
             "gflops": self.gflops,
             "tilefold_speedup": self.median / own.median if own and not own.reason else None,
         }
@@ -121,9 +128,9 @@ def turn_by_turn(
         for name in names[first:] + names[:first]:
             if pause:
                 time.sleep(pause)
-            start = clock()
+            begin = clock()
             calls[name]()
-            times[name].append(clock() - start)
+            times[name].append(clock() - begin)
     return times
 
 
@@ -148,7 +155,7 @@ def measure(
             name: functools.partial(baselines.BASELINES[name].prepare, case, inputs)
             for name in names
         }
-        started = _start(case, makers, expected)
+        started = start(case, makers, expected)
         calls |= started.calls
         if sweep:
             swept = block_sizes(case, inputs)
@@ -175,13 +182,13 @@ def measure_implementations(
             name: functools.partial(baselines.implementation, name, device, case, inputs)
             for name in names
         }
-        started = _start(case, makers, expected)
+        started = start(case, makers, expected)
         timed = turn_by_turn(started.calls, seconds=seconds) if started.calls else {}
     return _rows(case, names, started, timed)
 
 
 @dataclass
-class _Started:
+class Started:
     """Prepared implementations by name: their calls, or the reasons why there are none."""
 
     calls: dict[str, Call] = field(default_factory=dict)
@@ -190,14 +197,14 @@ class _Started:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def _start(case: Case, makers: Mapping[str, Callable[[], Call]], expected: object) -> _Started:
+def start(case: Case, makers: Mapping[str, Callable[[], Call]], expected: object) -> Started:
     """Prepare each call, run it once, and keep the calls that return what is expected."""
-    started = _Started()
+    started = Started()
     for name, make in makers.items():
-        start = time.perf_counter()
+        begin = time.perf_counter()
         try:
             call = make()
-            started.prepared[name] = time.perf_counter() - start
+            started.prepared[name] = time.perf_counter() - begin
             started.firsts[name], found = first_call(call)
             baselines.check(name, case, expected, found)
         except (RuntimeError, ArithmeticError, MemoryError) as error:
@@ -208,7 +215,7 @@ def _start(case: Case, makers: Mapping[str, Callable[[], Call]], expected: objec
 
 
 def _rows(
-    case: Case, order: Iterable[str], started: _Started, timed: Mapping[str, Sequence[float]]
+    case: Case, order: Iterable[str], started: Started, timed: Mapping[str, Sequence[float]]
 ) -> list[Row]:
     pairs = visible_pairs(case.problem)
     return [
@@ -227,9 +234,9 @@ def _rows(
 
 def first_call(call: Call) -> tuple[float, object]:
     """The time of one call in seconds, and its result."""
-    start = time.perf_counter()
+    begin = time.perf_counter()
     result = call()
-    return time.perf_counter() - start, result
+    return time.perf_counter() - begin, result
 
 
 def block_sizes(case: Case, a: Arrays) -> dict[str, Call]:
