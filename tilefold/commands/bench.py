@@ -125,7 +125,7 @@ def main(options: argparse.Namespace) -> int:
 def _measurer(
     options: argparse.Namespace, device: str | None, names: Sequence[str]
 ) -> Iterator[Callable[..., list[Row]]]:
-    """What measures a case: implementations and block sizes here, peers in processes of their own."""
+    """What measures a case: peers in processes of their own, all else in this one."""
     if device:
         yield partial(timing.measure_implementations, names=names, device=device)
     elif options.sweep:

@@ -1,17 +1,17 @@
 """Implementations of attention timed in processes of their own, warm and cold, by turns.
 
-A team of threads spins for milliseconds after its work, on cores that the next implementation needs.
-Within one process ONNX Runtime's team made tilefold look a tenth slower than it is. So each
-implementation has a process, one of them works at a time, and a turn begins when the threads of the
-others sleep.
+A team of threads spins for milliseconds after its work, on cores that the next implementation
+needs. Within one process ONNX Runtime's team made tilefold look a tenth slower than it is. So each
+implementation has a process, one of them works at a time, and a turn begins when the threads of
+the others sleep.
 
 - *warm*: the call is repeated, so its arrays are in the caches as far as they fit, and its threads
   are awake. This is what a loop over one call shows.
 - *cold*: before each call other memory is read, more than the caches hold, and the threads sleep.
   This is what the first call after other work finds.
 
-The layers of a model lie between the two: q, k and v were just written by a product, and are warm if
-they are small; the keys of a decoding step were written long ago, and are cold.
+The layers of a model lie between the two: q, k and v were just written by a product, and are warm
+if they are small; the keys of a decoding step were written long ago, and are cold.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -57,13 +58,14 @@ class Apart:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(dict.fromkeys(names))
         context = multiprocessing.get_context("spawn")
-        self._ends: dict[str, tuple[Connection, Any]] = {}
+        self.processes: dict[str, BaseProcess] = {}
+        self._pipes: dict[str, Connection] = {}
         for name in self.names:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, name), daemon=True)
             process.start()
             theirs.close()
-            self._ends[name] = ours, process
+            self.processes[name], self._pipes[name] = process, ours
 
     def measure(self, case: Case, *, seconds: float = 2.0) -> list[Row]:
         """A row for each implementation; its turns take about `seconds` together with the others'.
@@ -97,19 +99,19 @@ class Apart:
         ]
 
     def _ask(self, name: str, question: str, *arguments: Any) -> Any:
-        pipe, process = self._ends[name]
         try:
-            pipe.send((question, arguments))
-            return pipe.recv()
+            self._pipes[name].send((question, arguments))
+            return self._pipes[name].recv()
         except (EOFError, OSError) as error:
-            process.join()
-            raise RuntimeError(f"the process of {name} ended with {process.exitcode}") from error
+            self.processes[name].join()
+            ended = self.processes[name].exitcode
+            raise RuntimeError(f"the process of {name} ended with {ended}") from error
 
     def close(self) -> None:
         """End the processes."""
-        for pipe, process in self._ends.values():
+        for name, pipe in self._pipes.items():
             pipe.close()
-            process.join()
+            self.processes[name].join()
 
     def __enter__(self) -> Apart:
         return self
@@ -123,7 +125,7 @@ class Apart:
         self.close()
 
 
-# ------------------------------------------------------------------- in the process of an implementation
+# ----------------------------------------------------------------- in the process of one of them
 
 
 def _serve(pipe: Connection, name: str) -> None:
