@@ -44,16 +44,19 @@ ARCHITECTURES = ("sm_90", "sm_80")
 
 WINDOW = Case((47, 61), 16, "window-and-prefix", "bhnd", "gqa", "padded")
 QUICK = [
-    (Setting("metal", "bfloat16", "apple7"), WINDOW),
     (
         Setting("metal", "float32", "apple9"),
         Case((40, 72), 13, "causal", "bhdn", "mqa", "packed", "narrower"),
     ),
-    (Setting("triton", "bfloat16", "sm_80", ("split",)), WINDOW),
     (
         Setting("triton", "float32", "sm_90", ("fused",)),
         Case((40, 72), 16, "causal", "bhnd", "mqa", "packed", "narrower"),
     ),
+]
+FIRST = [
+    *QUICK,
+    (Setting("metal", "bfloat16", "apple7"), WINDOW),
+    (Setting("triton", "bfloat16", "sm_80", ("split",)), WINDOW),
 ]
 
 
@@ -85,7 +88,7 @@ def trials() -> list[Any]:
             id=f"{setting}-{case}",
             marks=[marks[setting.backend], *([pytest.mark.slow] if number >= len(QUICK) else [])],
         )
-        for number, (setting, case) in enumerate([*QUICK, *slow])
+        for number, (setting, case) in enumerate([*FIRST, *slow])
     ]
 
 

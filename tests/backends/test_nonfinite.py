@@ -237,12 +237,13 @@ def test_rows_that_see_nothing_are_zero_whatever_they_hold(setting: Setting) -> 
         assert not array[:, :, :empty].any(), name
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M01", "T09")
 @pytest.mark.parametrize(
     "setting",
     [
         CPU[0],
-        pytest.param(METAL[0], marks=pytest.mark.slow),
+        METAL[0],
         *(replace(BOTH_FORMS, forms=(form,)) for form in BOTH_FORMS.forms),
     ],
     ids=str,

@@ -162,6 +162,7 @@ def test_the_number_of_threads_may_change_between_calls(monkeypatch: pytest.Monk
     assert seen == [1, 3, 2]
 
 
+@pytest.mark.slow
 def test_another_instruction_set_is_another_call(
     prepared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ def test_the_same_bits_on_any_number_of_threads(mask: str, dtype: str, workers: 
                 assert_same(f"{name} of {operation} {form} on {count} threads", again[name], array)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T08")
 def test_workers_take_several_small_items_at_a_time(
     workers: list[int], monkeypatch: pytest.MonkeyPatch

@@ -63,8 +63,9 @@ def test_gradients_are_those_of_torch(mode: Callable[[], Any], loss: str) -> Non
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T10")
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
 def test_the_gradient_of_arrays_is_that_of_the_reference(dtype: str) -> None:
     """In any strides, in calls with many block rows; where no key is seen it does not matter."""
     rng = np.random.default_rng(0)

@@ -63,6 +63,7 @@ def test_parts_make_the_whole(layout: str, dtype: str) -> None:
             assert_near(name, got, expected, TOLERANCE[dtype] * 10)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T10")
 def test_a_query_that_saw_nothing_in_a_part_has_the_result_of_the_other() -> None:
     q, k, v = inputs()
@@ -112,6 +113,7 @@ def test_half_types(dtype: str) -> None:
     assert_same("lse", lse, want[1])
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T09", "T10")
 def test_gradients_of_the_parts_follow_from_the_merged_result() -> None:
     q, k, v = inputs()

@@ -59,7 +59,13 @@ def arrays(number: int = 4, shape: tuple[int, ...] = SHAPE, dtype: str = "float3
 
 @pytest.mark.feature("A03")
 @pytest.mark.parametrize(
-    "mask", [full(), causal() & local(16), documents([0] * 50 + [1] * 50)], ids=repr
+    "mask",
+    [
+        full(),
+        pytest.param(causal() & local(16), marks=pytest.mark.slow),
+        pytest.param(documents([0] * 50 + [1] * 50), marks=pytest.mark.slow),
+    ],
+    ids=repr,
 )
 def test_a_record_computes_what_a_call_computes(mask: tilefold.Rule) -> None:
     do, q, k, v = arrays()
@@ -251,6 +257,7 @@ print(os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_records_run_in_a_forked_child() -> None:
     done = subprocess.run(
@@ -320,6 +327,7 @@ def test_traced_arrays_of_masks_come_with_the_call(name: str, tracing: type[Trac
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["bnhd", "bhdn"])
 def test_arrays_of_masks_have_no_layout(layout: str, tracing: type[Tracer]) -> None:  # noqa: F811
     axes = LAYOUTS[layout]

@@ -72,6 +72,7 @@ SHORT = SimpleNamespace(
 PLAIN = SimpleNamespace(from_dlpack=lambda array: Plain(np.from_dlpack(array)))
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T01", "T09")
 @pytest.mark.parametrize("kind", [Strict, Short, Plain])
 def test_every_result_is_of_the_kind_of_the_arrays(kind: type[Strict]) -> None:

@@ -258,6 +258,7 @@ def test_a_mask_too_large_for_a_kernel_is_refused_in_one_line() -> None:
     assert seen.shape == (1, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_pieces_of_pieces_do_not_grow_without_end() -> None:
     made = causal()
     for _ in range(40):

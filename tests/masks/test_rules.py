@@ -55,11 +55,15 @@ def golden_rule(case: dict[str, Any]) -> Rule:
 
 
 @pytest.mark.feature("T04", "T05", "T06")
-@pytest.mark.parametrize("case", GOLDEN, ids=golden_id)
-def test_golden_masks(case: dict[str, Any]) -> None:
-    len_q, len_k = (int(np.prod(case[f"shape_{side}"])) for side in "qk")
-    rows = golden_rule(case).to_dense(len_q, len_k).astype(int)
-    assert ["".join(map(str, row)) for row in rows] == case["rows"]
+@pytest.mark.parametrize("sync", ["none_front", "scale_front", "scale_end"])
+@pytest.mark.parametrize("rule", ["causal", "local"])
+def test_golden_masks(rule: str, sync: str) -> None:
+    cases = [case for case in GOLDEN if (case["rule"], case["sync_mode"]) == (rule, sync)]
+    assert len(cases) == {"causal": 9, "local": 108}[rule]
+    for case in cases:
+        len_q, len_k = (int(np.prod(case[f"shape_{side}"])) for side in "qk")
+        rows = golden_rule(case).to_dense(len_q, len_k).astype(int)
+        assert ["".join(map(str, row)) for row in rows] == case["rows"], golden_id(case)
 
 
 def test_all_golden_masks_are_there() -> None:

@@ -69,6 +69,7 @@ def _model(name: str) -> float:
     return vectors + terms / 1e4
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M07")
 def test_later_products_take_the_winner(cache: Path, timed: Any, capsys: Any) -> None:
     """A product that was planned before too; its bits are the same for any number of threads."""
@@ -94,6 +95,7 @@ def test_later_products_take_the_winner(cache: Path, timed: Any, capsys: Any) ->
     assert blocks_of(case()) == usual
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_what_is_measured_computes_the_same(dtype: str) -> None:
     """Every register tile, some with blocks that cut rows, columns and terms."""

@@ -74,6 +74,7 @@ def test_gemm(case: tuple[str, str, str, int, int, int]) -> None:
         assert (before.view("u1") == c.view("u1")).all()
 
 
+@pytest.mark.slow
 @pytest.mark.feature("A01")
 @pytest.mark.parametrize("letter", KINDS)
 def test_gemv(letter: str) -> None:
@@ -102,6 +103,7 @@ def test_ger() -> None:
     assert abs(matrix(a, 3, 4, 5) - want).max() < 1e-15
 
 
+@pytest.mark.slow
 def test_the_result_is_that_of_scipy() -> None:
     scipy = pytest.importorskip("scipy.linalg.blas")
     a, b = normal(6, 4, dtype="float64"), normal(6, 5, dtype="float64")

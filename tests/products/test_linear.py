@@ -26,6 +26,7 @@ def layer(k: int = 64, n: int = 40, bias: bool = True) -> nn.Linear:
     return nn.Linear(k, n, bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_layer_computes_with_its_widened_weight(scheme: str, tmp_path: Path) -> None:
     own = layer()

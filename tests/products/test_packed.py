@@ -81,6 +81,7 @@ def test_bad_input_raises_one_line() -> None:
         tilefold.gemm(a.astype("d"), packed)
 
 
+@pytest.mark.slow
 def test_tensors_and_packed_matrices() -> None:
     torch = pytest.importorskip("torch")
     layer, x = torch.nn.Linear(12, 7), torch.randn(5, 12)

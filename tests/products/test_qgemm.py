@@ -54,11 +54,20 @@ def check(
     assert_near("product", got.astype(np.float64), want, error)
 
 
+QUICK = {(isa, "int8") for isa in ("avx2", "neon")}
+
+
 @pytest.mark.feature("A02", "A14")
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2", "neon"])
+@pytest.mark.parametrize(
+    ("isa", "scheme"),
+    [
+        pytest.param(isa, scheme, marks=[] if (isa, scheme) in QUICK else [pytest.mark.slow])
+        for isa in ("avx512", "avx2", "sse2", "neon")
+        for scheme in SCHEMES
+    ],
+)
 def test_products_of_all_schemes_on_all_levels(
-    scheme: str, isa: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     try:
         monkeypatch.setenv("TILEFOLD_CPU_ISA", isa)
@@ -182,6 +191,7 @@ def test_strides_axes_and_results_given(kind: str) -> None:
     assert tilefold.qgemm(x[:0], w).shape == (0, 3, 5, 33)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("A02")
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "sse2", "neon"])
 def test_rounded_rows_are_summed_as_integers(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

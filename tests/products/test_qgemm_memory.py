@@ -99,5 +99,6 @@ def test_nothing_outside_is_touched(isa: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_pages_do_their_work() -> None:
     assert child("attempt(tilefold.backends.cpu.device.host().isa, True)").returncode == -11

@@ -147,6 +147,7 @@ assert os.waitpid(child, 0)[1] == 0 and (tilefold.gemm(a, b) == wanted).all()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_multiplies_and_so_does_its_parent() -> None:
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)

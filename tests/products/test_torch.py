@@ -116,6 +116,7 @@ def test_gradients_of_batches_and_vectors(shapes: Any) -> None:
         near(mine, other)
 
 
+@pytest.mark.slow
 def test_gradients_have_the_types_of_their_operands() -> None:
     x = plain(6, 8, dtype=torch.bfloat16).requires_grad_()
     w, bias = plain(8, 4).requires_grad_(), plain(4).requires_grad_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from closing import INSTALL, TEST_EXTRA, Closing, Measuring, install, remedy
+from closing import INSTALL, PIECE_SECONDS, TEST_EXTRA, Closing, Measuring, install, piece, remedy
 
 pytest_plugins = ["pytester"]
 
@@ -43,8 +43,8 @@ def inner(pytester: pytest.Pytester) -> pytest.Pytester:
     return pytester
 
 
-def run(inner: pytest.Pytester, seconds: float) -> pytest.RunResult:
-    plugins = [Measuring(), Closing(seconds)]
+def run(inner: pytest.Pytester, seconds: float, piece: float = PIECE_SECONDS) -> pytest.RunResult:
+    plugins = [Measuring(), Closing(seconds, piece=lambda: piece)]
     return inner.runpytest_inprocess("-p", "no:xdist", "-p", "no:cacheprovider", plugins=plugins)
 
 
@@ -72,6 +72,7 @@ def test_a_complete_environment_fails_where_a_package_is_missing(inner: pytest.P
     done.stdout.fnmatch_lines(["1 tests need what the test extra installs"])
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M12")
 def test_quick_tests_that_take_too_long_fail_the_run(inner: pytest.Pytester) -> None:
     """CPU time counts, of tests that are not marked as slow, since other tests run beside them."""
@@ -80,7 +81,23 @@ def test_quick_tests_that_take_too_long_fail_the_run(inner: pytest.Pytester) -> 
     done.stdout.re_match_lines([r"6 quick tests took [0-4]\.\d s of CPU$"])
     done = run(inner, 0.015)
     assert done.ret == pytest.ExitCode.TESTS_FAILED
-    done.stdout.fnmatch_lines(["*and may take 0.015 s: make them faster or mark some as slow"])
+    done.stdout.fnmatch_lines(["*and may take 0.015 s here: make them faster or mark some as slow"])
+
+
+@pytest.mark.slow
+@pytest.mark.feature("M12")
+def test_a_slower_machine_may_take_longer_in_proportion(inner: pytest.Pytester) -> None:
+    assert run(inner, 0.015, 1000 * PIECE_SECONDS).ret == 0
+    done = run(inner, 0.001, 2 * PIECE_SECONDS)
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines(["*and may take 0.002 s here: make them faster*"])
+    done = run(inner, 0.015, PIECE_SECONDS / 1000)  # a faster one has the same limit
+    assert done.ret == pytest.ExitCode.TESTS_FAILED
+    done.stdout.fnmatch_lines(["*and may take 0.015 s here: make them faster*"])
+
+
+def test_the_pace_of_a_machine_is_measured() -> None:
+    assert 0 < piece() < 100 * PIECE_SECONDS
 
 
 @pytest.mark.parametrize(

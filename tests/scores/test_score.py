@@ -61,6 +61,7 @@ def test_equal_scores_have_equal_arrays_and_one_form() -> None:
     assert softcap(2) != softcap(3) and [softcap(2)] != softcap(2)
 
 
+@pytest.mark.slow
 def test_a_module_is_copied_with_its_score() -> None:
     """The copy's score reads the copy's parameter, in copies and in new types of the weights."""
 

@@ -42,6 +42,7 @@ def test_tables_are_in_the_order_of_their_dims() -> None:
             assert all((row.spills is not None) == compiled for row in half)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M06", "M07")
 @settings(deadline=None)
 @given(

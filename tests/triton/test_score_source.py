@@ -59,6 +59,7 @@ def computed(bits: int, dtype: str) -> Array:
     return out.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "dtype"), [(64, "float64"), (32, "float32")])
 def test_score_source_computes_what_the_expression_says(bits: int, dtype: str) -> None:
     within = {"float64": 1e-13, "float32": 3e-5}[dtype]

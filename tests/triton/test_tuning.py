@@ -142,6 +142,7 @@ def test_it_goes_on_where_blocks_do_not_fit(clock: Clock, on: Interpreted) -> No
     assert trials[1].reason == "too large" and not tuned.STORE.path.exists()
 
 
+@pytest.mark.slow
 def test_where_none_fits_nothing_is_kept(clock: Clock, on: Interpreted) -> None:
     clock({SOME[0]: -1.0})
     (trial,) = tilefold.triton.tune(SMALL, "forward", on)

@@ -85,6 +85,7 @@ def test_a_checkpoint_computes_it_again(
     assert passes == ["forward", "forward", "backward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", WAYS)
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "computed again"])
 def test_a_selective_checkpoint_may_keep_results(

@@ -78,6 +78,7 @@ def test_all_implementations_see_what_autocast_casts(impl: str) -> None:
     torch.testing.assert_close(lse, sums, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_backward_pass_alone() -> None:
     given = X, 2 * X, X, X
     with torch.autocast("cpu"):

@@ -59,6 +59,7 @@ def test_first_and_second_derivatives_in_every_mode_are_those_of_differences(nam
     assert torch.autograd.gradgradcheck(function, given, check_fwd_over_rev=True, **fast)
 
 
+@pytest.mark.slow
 def test_rows_that_see_no_key_have_second_derivatives_of_0() -> None:
     q, k, v = leaves()
 
@@ -165,6 +166,7 @@ def _second(function: Any, given: tuple[Tensor, ...], do: Tensor) -> tuple[Tenso
     return second
 
 
+@pytest.mark.slow
 def test_merged_parts_have_second_derivatives() -> None:
     q, k, v = leaves()
 

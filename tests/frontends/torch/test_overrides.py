@@ -144,6 +144,7 @@ def test_every_way_arrives_with_the_results_of_torch(name: str) -> None:
             )
 
 
+@pytest.mark.slow
 def test_the_mask_gets_its_gradient_and_dropout_its_seed() -> None:
     q, k, v = learned(2, 4, LENGTH, 8)
     mask = normal(2, 1, LENGTH, LENGTH, seed=4).requires_grad_()
@@ -163,6 +164,7 @@ def test_the_mask_gets_its_gradient_and_dropout_its_seed() -> None:
     assert stats()["hits"] == before["hits"] + 4 and stats()["misses"] == before["misses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_operators_lie_as_torch_promises(turned: bool, masked: bool) -> None:

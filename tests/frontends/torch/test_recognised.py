@@ -190,6 +190,7 @@ def test_new_intervals_are_planned_when_they_come_again(monkeypatch: pytest.Monk
     assert found(BLOCKS) is None  # the whole call takes less than a look for rules
 
 
+@pytest.mark.slow
 def test_nothing_keeps_a_mask_alive_and_rules_are_few() -> None:
     mask = WINDOW.clone()
     gone = weakref.ref(mask)

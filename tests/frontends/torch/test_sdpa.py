@@ -60,6 +60,7 @@ def test_the_arguments_are_those_of_torch() -> None:
     assert sdpa.__doc__ is not None and all(name in sdpa.__doc__ for name in theirs)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_functions_run() -> None:
     outcome = doctest.testmod(tilefold.torch)
     assert outcome.attempted > 10 and not outcome.failed
@@ -185,6 +186,7 @@ def test_a_query_that_sees_no_key_gets_zeros_as_in_torch() -> None:
         assert slope.isfinite().all() and not slope[:, :, 17].any()
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_generator_of_torch() -> None:
     q, k, v = three(1, 2, 64, 8)
     ones = torch.ones_like(v).requires_grad_()
@@ -224,6 +226,7 @@ def test_in_compiled_functions_transforms_and_autocast() -> None:
         close(o, theirs, o.dtype)
 
 
+@pytest.mark.slow
 def test_derivatives_of_second_order_with_masks() -> None:
     given = [x.double().requires_grad_() for x in three(1, 1, 17, 4)]
     for mask in (normal(17, 17, seed=3) > 0, torch.ones(17, 17).tril() > 0):

@@ -433,6 +433,7 @@ def test_message(case: str) -> None:
         call()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_the_advice_on_nested_tensors_works() -> None:
     given = jagged()

@@ -304,6 +304,7 @@ def test_the_direct_call_is_what_the_operator_is(case: Callable[[Function], Any]
             assert a == b
 
 
+@pytest.mark.slow
 def test_a_plain_call_meets_no_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> None:
         raise AssertionError("the operator was called")
