@@ -2,10 +2,10 @@
 
     python benchmarks/figures.py [--seconds 2] [--save benchmarks/results] [--only decode]
 
-Each row is a floor: how many times as fast as a peer, turn by turn in one process on the same
-random data; a share of the read bandwidth of the same minute; how well threads scale; how long a
-kernel compiles. A row that cannot be measured here says why. `share` is that of the roofline at the
-rates that this machine reached in this run.
+Each row is a floor: how many times as fast as the best peer, by turns in processes of their own on
+the same random data, warm; a share of the read bandwidth of the same minute; how well threads
+scale; how long a kernel compiles. A row that cannot be measured here says why. `share` is that of
+the roofline at the rates that this machine reached in this run, and may have a floor too.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tilefold.common.files import write_atomically
 from tilefold.common.imports import why_not
 from tilefold.masks import parse
 from tilefold.measuring import timing, workload
+from tilefold.measuring.apart import Apart
 from tilefold.measuring.baselines import BASELINES, check, tensor
 from tilefold.measuring.environment import environment
 from tilefold.measuring.roofline_share import RooflineShares
@@ -48,7 +49,9 @@ class Figure:
     """What is asked: `floor` times as fast as the peer, unless `kind` says otherwise.
 
     `kind` is a key of `KINDS`. `threads` is "1" or "all"; `needs` an instruction set without which
-    the floor does not hold, by LLVM's name; `keys` the length of keys where queries are fewer.
+    the floor does not hold, by LLVM's name; `keys` the length of keys where queries are fewer;
+    `heads_kv` the heads of keys where they are fewer. `peer` is a key of `BASELINES`, or "best":
+    the fastest of `RIVALS`. `share_floor` is asked of the share of the roofline.
     """
 
     what: str
@@ -63,6 +66,8 @@ class Figure:
     precision: str = "highest"
     keys: int | None = None
     kind: str = "ratio"
+    heads_kv: int | None = None
+    share_floor: float | None = None
 
     @property
     def case(self) -> Case:
@@ -71,7 +76,7 @@ class Figure:
         problem = Problem(
             batch=batch,
             heads_q=heads,
-            heads_kv=heads,
+            heads_kv=self.heads_kv or heads,
             len_q=length,
             len_k=self.keys or length,
             dim=dim,
@@ -86,7 +91,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """What was found: `value` is compared with the floor. `reason`: why there is no verdict."""
+    """What was found: `value` is compared with the floor. `reason`: why there is no verdict.
+
+    `other` is the peer that was the fastest, and `cold_value` the ratio of cold calls.
+    """
 
     figure: Figure
     value: float | None = None
@@ -96,6 +104,8 @@ class Result:
     binding: str | None = None
     reason: str | None = None
     notes: dict[str, float] = field(default_factory=dict)
+    other: str | None = None
+    cold_value: float | None = None
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Result:
@@ -108,41 +118,103 @@ class Result:
         """`reached`, `not reached`, or `not measured` where there is a reason."""
         if self.reason or self.value is None:
             return "not measured"
-        floor = self.figure.floor
+        floor, least = self.figure.floor, self.figure.share_floor
         kept = self.value <= floor if self.figure.kind == "compile" else self.value >= floor
-        return "reached" if kept else "not reached"
+        full = least is None or self.share is None or self.share >= least
+        return "reached" if kept and full else "not reached"
+
+
+BEST = "best"
+RIVALS = ("torch", "onnxruntime", "openvino")
+"""The peers whose best is "best"."""
 
 
 def figures() -> Iterator[Figure]:
     """All rows, in the order in which they are shown."""
-    both = ("1", "all")
-    for shape, floors in ((D64, (1.35, 1.35)), (D128, (1.2, 1.25))):
-        for number, floor in zip(both, floors, strict=True):
-            yield Figure("forward", floor, shape, number)
-    for shape in (D64, D128, LONG):
-        for number in both:
-            yield Figure("forward", 1.6, shape, number, mask="causal()")
-    for shape in (D64, D128):
-        for number in both:
-            yield Figure('forward, precision="high"', 2.0, shape, number, precision="high")
-    amx = "amx-bf16"
-    for dtype, floors in (("bfloat16", (2.5, 2.0)), ("float16", (3.0, 3.0))):
-        for shape, floor in zip((D64, D128), floors, strict=True):
-            for number in both:
-                yield Figure("forward", floor, shape, number, dtype, needs=amx)
-    for dtype, floors in (("float32", (1.25, 2.0)), ("bfloat16", (2.0, 3.0))):
-        for shape, floor in zip((D64, LONG), floors, strict=True):
-            yield Figure("backward", floor, shape, dtype=dtype, operation="backward")
-    for dtype in ("float32", "bfloat16"):
-        yield Figure("window 256", 1.5, "1,8,16384,64", "all", dtype, WINDOW, peer="flex")
+    yield from _forward()
+    yield from _short()
+    yield from _halves()
+    for dtype, floor, share in (("float32", 4.5, 0.78), ("bfloat16", 10, 0.65)):
+        shape = "1,8,16384,64"
+        yield Figure(
+            "window 256", floor, shape, "all", dtype, WINDOW, peer="flex", share_floor=share
+        )
+    for dtype, floor, share in (("float32", 2.9, 0.92), ("bfloat16", 3.3, 0.86)):
+        for shape in (D64, LONG):
+            row = Figure("backward", floor, shape, "all", dtype, share_floor=share)
+            yield replace(row, operation="backward", peer="torch")
     yield Figure("window 256, both passes", 10, "1,8,4096,64", mask=WINDOW, operation=BOTH)
-    for shape, keys in (("1,8,1,64", 32768), ("1,1,1,64", 131072)):
-        for dtype in ("float32", "bfloat16", "float16"):
-            yield Figure("decode", 0.9, shape, dtype=dtype, keys=keys, kind="reading")
+    yield from _decoding()
     for frontend in ("NumPy", "torch"):
         yield Figure(f"whole call, {frontend}", 1.0, "1,12,64,32", kind=f"call {frontend}")
     yield Figure("1 to 4 threads", 3.6, D64, peer=None, kind="scaling")
     yield Figure("first compile", 0.6, D64, "1", peer=None, kind="compile")
+
+
+def _forward() -> Iterator[Figure]:
+    """Long sequences in float32."""
+    for mask, rows in (
+        ("full()", ((D64, 1.25, 0.92), (D128, 1.2, 0.93))),
+        ("causal()", ((D64, 1.25, 0.88), (D128, 1.2, 0.9), (LONG, 1.25, 0.88))),
+    ):
+        for shape, floor, share in rows:
+            for number in ("1", "all"):
+                yield Figure(
+                    "forward", floor, shape, number, mask=mask, peer=BEST, share_floor=share
+                )
+    grouped = Figure("grouped, forward", 1.2, "1,32,2048,128", mask="causal()", heads_kv=8)
+    yield replace(grouped, share_floor=0.9)
+    for number in ("1", "all"):
+        yield Figure('forward, precision="high"', 2.0, D64, number, precision="high")
+
+
+def _short() -> Iterator[Figure]:
+    """Short sequences in float32, one thread."""
+    for shape, full, causal in (
+        ("1,8,512,64", (1.3, 0.92), (1.3, 0.87)),
+        ("8,12,128,64", (1.5, 0.88), (2.3, 0.7)),
+        ("32,12,64,64", (2.2, 0.75), (2.8, 0.48)),
+    ):
+        for mask, (floor, share) in (("full()", full), ("causal()", causal)):
+            yield Figure("forward", floor, shape, "1", mask=mask, peer=BEST, share_floor=share)
+
+
+def _halves() -> Iterator[Figure]:
+    """bfloat16 and float16; the floors of AMX where there is AMX."""
+    for mask, floor, share in (("full()", 1.45, 0.86), ("causal()", 1.9, 0.8)):
+        yield Figure("forward", floor, D64, "all", "bfloat16", mask, peer=BEST, share_floor=share)
+    yield Figure("forward", 2.1, "8,12,128,64", dtype="bfloat16", peer=BEST, share_floor=0.8)
+    grouped = Figure("grouped, forward", 2.3, "1,32,2048,128", "all", "bfloat16", "causal()")
+    for keys in (None, 4096):
+        shape = "1,32,256,128" if keys else grouped.shape
+        yield replace(grouped, shape=shape, keys=keys, heads_kv=8, share_floor=0.85)
+    amx = "amx-bf16"
+    for dtype, floors in (("bfloat16", (2.5, 2.0)), ("float16", (3.0, 3.0))):
+        for shape, floor in zip((D64, D128), floors, strict=True):
+            for number in ("1", "all"):
+                yield Figure("forward beside torch", floor, shape, number, dtype, needs=amx)
+
+
+def _decoding() -> Iterator[Figure]:
+    """One query each: shares of reading."""
+    halves = ("bfloat16", "float16")
+    for shape, keys, floors in (
+        ("1,8,1,64", 32768, (0.96, 0.92, 0.92)),
+        ("1,1,1,64", 131072, (0.93, 0.88, 0.88)),
+    ):
+        for dtype, floor in zip(("float32", *halves), floors, strict=True):
+            yield Figure("decode", floor, shape, dtype=dtype, keys=keys, kind="reading")
+    for heads, dtype, floor in (
+        (8, "float32", 0.91),
+        (32, "float32", 0.83),
+        (32, "bfloat16", 0.67),
+        (64, "bfloat16", 0.5),
+    ):
+        row = Figure("decode, 8 requests", floor, f"8,{heads},1,128", "all", dtype, kind="reading")
+        yield replace(row, keys=4096, heads_kv=8)
+    for heads, floor in ((8, 0.95), (16, 0.93), (32, 0.84), (64, 0.71)):
+        row = Figure("decode, grouped", floor, f"1,{heads},1,64", "1", keys=32768, kind="reading")
+        yield replace(row, heads_kv=8)
 
 
 def measure(figure: Figure, seconds: float) -> Result:
@@ -159,26 +231,50 @@ def measure(figure: Figure, seconds: float) -> Result:
 
 def _missing(figure: Figure) -> str | None:
     """Why a row cannot be measured at all."""
+    if figure.peer == BEST:
+        return None if _rivals() else "none of its peers is installed"
     return BASELINES[figure.peer].unusable if figure.peer else None
+
+
+@functools.cache
+def _rivals() -> tuple[str, ...]:
+    return tuple(name for name in RIVALS if BASELINES[name].unusable is None)
+
+
+@functools.cache
+def processes() -> Apart:
+    """The processes of tilefold and of all peers that rows name; they end with this one."""
+    return Apart(["tilefold", *_rivals(), *(["flex"] if "torch" in _rivals() else [])])
 
 
 # Kinds -----------------------------------------------------------------------------------------
 
 
 def _ratio(figure: Figure, seconds: float) -> Result:
-    """Against the peer, turn by turn."""
+    """Against the fastest of the peers, each in a process of its own."""
     assert figure.peer
-    own, other = timing.measure(figure.case, [figure.peer], seconds=seconds)
+    names = _rivals() if figure.peer == BEST else (figure.peer,)
+    found = processes().measure(figure.case, seconds=seconds, names=["tilefold", *names])
+    own, able = found[0], [row for row in found[1:] if row.reason is None]
     share, binding = SHARES.of(own.case, own.median, own.pairs)
-    result = Result(figure, None, own.median, None, share, binding, other.reason)
-    if other.reason:
-        return result
-    notes = {
-        "peer_prepare_seconds": other.prepare_seconds,
-        "peer_first_call_seconds": other.first_call_seconds,
+    result = Result(figure, None, own.median, None, share, binding)
+    if not able:
+        return replace(result, reason=found[1].reason)
+    best = min(able, key=lambda row: row.median)
+    notes = {f"{row.name}_seconds": row.median for row in able}
+    notes |= {f"{row.name}_cold_seconds": row.cold_median for row in [own, *able]}
+    notes |= {
+        "peer_prepare_seconds": best.prepare_seconds,
+        "peer_first_call_seconds": best.first_call_seconds,
     }
-    ratio = other.median / own.median
-    return replace(result, value=ratio, other_seconds=other.median, notes=notes)
+    return replace(
+        result,
+        value=best.median / own.median,
+        other_seconds=best.median,
+        other=best.name,
+        cold_value=min(row.cold_median for row in able) / own.cold_median,
+        notes=notes,
+    )
 
 
 def _reading(figure: Figure, seconds: float) -> Result:
@@ -301,6 +397,7 @@ COLUMNS = (
     ">tilefold",
     ">other",
     ">value",
+    ">cold",
     ">floor",
     ">roofline",
     "verdict",
@@ -311,19 +408,32 @@ def cells(result: Result) -> list[str]:
     """A row as text."""
     figure = result.figure
     shape = figure.shape + (f" x {figure.keys}" if figure.keys else "")
+    if figure.heads_kv:
+        shape += f" ({figure.heads_kv})"
     mask = f" {figure.mask}" if figure.mask == "causal()" else ""
     other = "" if result.other_seconds is None else terminal.seconds(result.other_seconds)
+    share = "" if result.share is None else f"{result.share:.0%}"
+    if figure.share_floor is not None and figure.kind == "ratio":
+        share += f" of {100 * figure.share_floor:.0f}"
     return [
         f"{figure.what}{mask}, {figure.dtype}",
         shape,
         figure.threads,
         "" if result.seconds is None else terminal.seconds(result.seconds),
-        f"{other} {figure.peer}" if other and figure.peer else other,
+        f"{other} {result.other or figure.peer}" if other and figure.peer else other,
         "" if result.value is None else _value(figure, result.value),
+        "" if result.cold_value is None else _value(figure, result.cold_value),
         _value(figure, figure.floor),
-        "" if result.share is None else f"{result.share:.0%}",
+        share,
         result.verdict,
     ]
+
+
+def shown(result: Result) -> list[str]:
+    """A row as text for a terminal of 80 columns."""
+    what, shape, number, own, other, value, _, floor, share, verdict = cells(result)
+    mark = {"reached": "*", "not reached": " "}.get(verdict, "-")
+    return [f"{mark} {what} {shape}", number, own, other, f"{value or '-'} of {floor}", share]
 
 
 def _value(figure: Figure, value: float) -> str:
@@ -364,9 +474,11 @@ def main() -> None:
             results.append(measure(figure, options.seconds))
     console = terminal.out()
     title = f"{host().name}, {host().isa}, {host().cores} cores"
-    console.print(terminal.table(title, COLUMNS, (cells(result) for result in results)))
+    columns = ("", ">thr", ">tilefold", ">other", ">value", ">roofline")
+    console.print(terminal.table(title, columns, (shown(result) for result in results)))
     console.print(
-        "value: other / tilefold; decode: share of the bandwidth that reading memory reached"
+        "* reached, - not measured; value: other / tilefold, and its floor; decode: share of the"
+        " bandwidth that reading memory reached; (8): heads of keys"
     )
     for line in reasons(results):
         console.print(terminal.escape(line))

@@ -187,10 +187,10 @@ def floors(document: Document) -> list[str]:
         f"Each row is a figure with a floor, which tilefold should reach. On {machine(document)},"
         f" {when(document)}, {reached} of the {judged} figures that could be judged reach their"
         f" floor; {len(found) - judged} could not be judged. The value is the peer's median time"
-        " divided by tilefold's, over rounds taken turn by turn. For decoding, the value is the"
-        " rate at which keys and values are read, as a share of the rate at which the same number"
-        " of bytes is read in the same rounds. The roofline follows from rates that were measured"
-        " in the same run."
+        " divided by tilefold's, taken turn by turn, and cold the same for cold calls. For"
+        " decoding, the value is the rate at which keys and values are read, as a share of the"
+        " rate at which the same number of bytes is read in the same rounds. The roofline follows"
+        " from rates that were measured in the same run. `(8)` after a shape: heads of keys."
     )
     flex = [result for result in found if result.figure.peer == "flex" and result.notes]
     notes = [f"- {line}" for line in figures.reasons(found)]

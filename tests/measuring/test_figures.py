@@ -22,17 +22,17 @@ TABLE = list(figures.figures())
 
 
 def test_every_row_is_a_case_with_a_kind_and_a_peer() -> None:
-    assert len({*TABLE}) == len(TABLE) == 39
+    assert len({*TABLE}) == len(TABLE) == 57
     for figure in TABLE:
         assert figure.case.threads == (1 if figure.threads == "1" else host().cores)
         assert figure.kind in figures.KINDS
-        assert figure.peer is None or figure.peer in baselines.BASELINES
+        assert figure.peer in (None, figures.BEST, *baselines.BASELINES)
         assert figure.operation in workload.PASSES
         assert figure.floor > 0
 
 
 def test_a_decoding_row_has_one_query_and_many_keys() -> None:
-    (figure, *_) = (each for each in TABLE if each.keys)
+    (figure, *_) = (each for each in TABLE if each.kind == "reading")
     problem = figure.case.problem
     assert (problem.len_q, problem.len_k, problem.heads_q) == (1, 32768, 8)
 
@@ -54,12 +54,27 @@ def test_a_ratio_has_a_floor_and_a_time_a_ceiling(kind: str, value: float, verdi
 
 def test_a_row_whose_peer_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    result = figures.measure(TABLE[0], 0)
+    result = figures.measure(Figure("forward", 1.35, figures.D64), 0)
     assert (result.verdict, result.reason) == ("not measured", "torch is not installed")
-    assert figures.cells(result)[-4:] == ["", "1.35", "", "not measured"]
+    assert figures.cells(result)[-5:] == ["", "", "1.35", "", "not measured"]
     assert figures.reasons([result] * 2) == [
         "not measured: forward, float32: torch is not installed"
     ]
+
+
+def test_the_best_of_no_peers_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_rivals", lambda: ())
+    result = figures.measure(Figure("forward", 1.35, figures.D64, peer=figures.BEST), 0)
+    assert result.reason == "none of its peers is installed"
+
+
+def test_a_share_of_the_roofline_may_have_a_floor_too() -> None:
+    figure = Figure("forward", 1.35, figures.D64, share_floor=0.9)
+    assert Result(figure, 1.4, share=0.9).verdict == "reached"
+    assert Result(figure, 1.4, share=0.89).verdict == "not reached"
+    assert Result(figure, 1.3, share=0.95).verdict == "not reached"
+    assert figures.cells(Result(figure, 1.4, share=0.89))[-2] == "89% of 90"
+    assert figures.shown(Result(figure, 1.4, share=0.9))[0] == "* forward, float32 1,8,2048,64"
 
 
 def small(kind: str, **changes: Any) -> Figure:
@@ -68,7 +83,7 @@ def small(kind: str, **changes: Any) -> Figure:
 
 
 SMALL = [
-    small("ratio"),
+    small("ratio", peer=figures.BEST),
     small("ratio", operation=workload.BOTH, mask="local(9)", dtype="bfloat16"),
     small("reading", shape="1,1,1,64", keys=2048, mask="full()", dtype="float16"),
     small("call NumPy"),
@@ -87,6 +102,8 @@ def test_a_row_has_value_times_and_share(figure: Figure) -> None:
     assert threads.get_num_threads() == before
     assert result.value and result.seconds and result.other_seconds
     assert result.share and result.binding in ("arithmetic", "exponentials", "bytes")
+    if figure.peer == figures.BEST:
+        assert result.other in figures.RIVALS and result.cold_value
     if figure.kind != "reading":
         assert math.isclose(result.value, result.other_seconds / result.seconds)
     if figure.kind == "scaling" and host().cores < 4:
@@ -202,7 +219,7 @@ def test_verdicts_are_counted_over_what_could_be_judged() -> None:
     assert "1 of the 2 figures" in " ".join(text.split())
     assert "1 could not be judged" in " ".join(text.split())
     assert "| forward, bfloat16 | 1,8,2048,64 | all | 500 ms | 1.00 s torch | 2.00 |" in text
-    assert "| 1.50 | 75% | reached |" in text
+    assert "|  | 1.50 | 75% | reached |" in text
     assert "| not measured |" in text
     assert "- not measured: forward, bfloat16: no AMX" in text
 

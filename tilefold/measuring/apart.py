@@ -67,14 +67,17 @@ class Apart:
             theirs.close()
             self.processes[name], self._pipes[name] = process, ours
 
-    def measure(self, case: Case, *, seconds: float = 2.0) -> list[Row]:
-        """A row for each implementation; its turns take about `seconds` together with the others'.
+    def measure(
+        self, case: Case, *, seconds: float = 2.0, names: Sequence[str] | None = None
+    ) -> list[Row]:
+        """A row for each implementation, or for some; all turns together take about `seconds`.
 
         An implementation that cannot do the case, or computes something else, has the reason.
         """
         pairs = visible_pairs(case.problem)
-        prepared = {name: self._ask(name, "prepare", case) for name in self.names}
-        able = [name for name in self.names if prepared[name].reason is None]
+        chosen = self.names if names is None else names
+        prepared = {name: self._ask(name, "prepare", case) for name in chosen}
+        able = [name for name in chosen if prepared[name].reason is None]
         share = seconds / ROUNDS / max(1, len(able)) / 2
         warm: dict[str, list[list[float]]] = {name: [] for name in able}
         cold: dict[str, list[float]] = {name: [] for name in able}
@@ -95,7 +98,7 @@ class Apart:
                 prepared[name].prepare,
                 tuple(cold.get(name, ())),
             )
-            for name in self.names
+            for name in chosen
         ]
 
     def _ask(self, name: str, question: str, *arguments: Any) -> Any:
