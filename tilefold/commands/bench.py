@@ -176,6 +176,7 @@ def _cases(options: argparse.Namespace, device: str | None) -> list[Case]:
     score = specification.score(options)
     every = threads.get_num_threads()
     workers = options.threads or (sorted({1, every}) if device in (None, "cpu") else [every])
+    workers = [threads.checked(number) for number in workers]
     cases = []
     for dtype in options.dtype:
         for number in workers:

@@ -77,12 +77,17 @@ def set_num_threads(n: int) -> None:
         ValueError: n is not an integer from 1 to 1024
     """
     global _requested
+    _requested = checked(n)
+    if _process.shared[1]:
+        share()
+
+
+def checked(n: int) -> int:
+    """A number of threads as an int. Raises ValueError unless it is from 1 to 1024."""
     whole = hasattr(n, "__index__") and not isinstance(n, bool)
     if not whole or not 1 <= n.__index__() <= settings.MAX_THREADS:
         raise ValueError(f"n must be an integer from 1 to {settings.MAX_THREADS}, not {n!r}")
-    _requested = n.__index__()
-    if _process.shared[1]:
-        share()
+    return n.__index__()
 
 
 def share() -> None:
