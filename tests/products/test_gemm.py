@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import tilefold
+from tilefold.problems.matmul import INTEGERS
 from tilefold.products import plans
 
 Array = NDArray[Any]
@@ -30,7 +31,13 @@ TYPES = (
     *(("bfloat16", "bfloat16", "float32"), ("float16", "float32", "bfloat16")),
     *(("float16", "bfloat16", None), ("float64", "float32", None), ("float32", "bfloat16", None)),
     *(("float64", "float64", "float32"), ("int8", "int8", None), ("uint8", "int8", None)),
-    *(("int8", "int8", "float32"),),
+    *(("int8", "int8", "float32"), ("int8", "uint8", None), ("uint8", "uint8", None)),
+    *(("float16", "int8", "float32"), ("bfloat16", "uint8", None), ("float32", "int8", None)),
+    *(
+        ("uint8", "float64", None),
+        ("int8", "bfloat16", "float32"),
+        ("uint8", "float16", "bfloat16"),
+    ),
 )
 """Types of a, b and the result; None is the one that holds both."""
 
@@ -47,16 +54,28 @@ def test_sizes_of_the_sources(sizes: tuple[int, int, int]) -> None:
 def test_types(types: tuple[str, str, str | None]) -> None:
     a, b, kept = types
     got = check(normal(5, 37, dtype=a), normal(37, 19, dtype=b), out_dtype=kept)
-    usual = {2: "float32", 1: a}[len({a, b})] if "float64" not in (a, b) else "float64"
-    assert got.dtype.name == (kept or ("int32" if a.endswith("int8") else usual))
+    floats = {a, b} - {*INTEGERS}
+    usual = "float64" if "float64" in floats else "float32"
+    usual = {0: "int32", 1: next(iter(floats), ""), 2: usual}[len(floats)]
+    assert got.dtype.name == (kept or usual)
+
+
+def test_sums_of_integers_wrap_around() -> None:
+    a = np.full((2, 40_000), 255, "uint8")
+    assert check(a, a, transpose_b=True).min() < 0
 
 
 @pytest.mark.slow
 def test_integers_have_all_options_but_activations() -> None:
-    for a, m, k in (("int8", 5, 37), ("uint8", 70, 130)):
-        left, right = normal(m, k, dtype=a), normal(k, 19, dtype="int8")
+    for a, b, m, k in (
+        ("int8", "int8", 5, 37),
+        ("uint8", "int8", 70, 130),
+        ("uint8", "uint8", 9, 40),
+    ):
+        left, right = normal(m, k, dtype=a), normal(k, 19, dtype=b)
         bias, c = normal(m, 1, dtype="int32"), normal(19, dtype="int32")
         check(left, right, c, alpha=-2, beta=3, bias=bias)
+        check(left, right, c, beta=0.5, bias=bias, out_dtype="float32")
         check(left, right, out=np.empty((19, m), "i4").T)
         check(left, right, bias=normal(19), activation="tanh", alpha=0.01, out_dtype="float32")
 
@@ -141,7 +160,7 @@ def test_any_shapes_strides_types_and_transposes(data: Any) -> None:
         b = b[(0,) * (b.ndim - 2)]
     a, b = (strided(x, draw(st.sampled_from(FORMS))) for x in (a, b))
     options = {"transpose_a": flips[0], "transpose_b": flips[1], "out_dtype": kind[2]}
-    integers = kind[0].endswith("int8") and kind[2] is None
+    integers = {*kind[:2]} <= {*INTEGERS} and kind[2] is None
     alpha, beta = draw(st.sampled_from(((1, 0), (1, 1), (-2, 3))))
     empty = tilefold.gemm(a, b, **options)
     added: dict[str, Any] = {}
@@ -245,8 +264,6 @@ REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((A, B), {"out": np.broadcast_to(A[0, 0], (2, 2)).copy()[:, :0]}, ValueError, "out must be of"),
     ((A, B), {"out": np.ones((2, 2), ">f4")}, ValueError, "out must be aligned, in native"),
     ((A, [[1.0]]), {}, TypeError, "b must be a NumPy array, a torch tensor or an object"),
-    ((I, A.T), {}, NotImplementedError, "there is no kernel for int8 times float32"),
-    ((I, I.view("uint8")), {}, NotImplementedError, "there is no kernel for int8 times uint8"),
     ((I, I), {"alpha": 0.5}, ValueError, "alpha must be a whole number where the result is int32"),
     ((I, I), {"activation": "relu"}, ValueError, "activation must be None where the"),
 ]

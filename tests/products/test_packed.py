@@ -14,6 +14,7 @@ import tilefold
 TYPES = (
     *(("float32", "float32"), ("float64", "float64"), ("float16", "float16")),
     *(("bfloat16", "bfloat16"), ("float16", "float32"), ("int8", "int8")),
+    *(("int8", "uint8"), ("float32", "int8"), ("bfloat16", "uint8")),
 )
 """Types of a and of the packed matrix."""
 
@@ -24,7 +25,7 @@ def test_products_with_a_packed_matrix_are_those_with_the_matrix(types: tuple[st
     """Of any rows, in batches, transposed or not; the matrix may change after it was packed."""
     for turned, (k, n) in ((False, (37, 70)), (True, (130, 9))):
         w = normal(*((n, k) if turned else (k, n)), dtype=types[1])
-        packed = tilefold.pack(w, transpose=turned)
+        packed = tilefold.pack(w, transpose=turned, a_dtype=types[0])
         assert packed.shape == (k, n) and packed.dtype == types[1] and packed.nbytes >= w.nbytes
         kept = w.copy()
         w[...] = 0
@@ -68,6 +69,10 @@ def test_bad_input_raises_one_line() -> None:
             tilefold.pack(wrong)
     with pytest.raises(TypeError, match="w must be one of float32"):
         tilefold.pack(w.astype("i4"))
+    with pytest.raises(ValueError, match="a_dtype must be None, 'float32'"):
+        tilefold.pack(w, a_dtype="int32")
+    with pytest.raises(TypeError, match="a_dtype must be a type or its name"):
+        tilefold.pack(w, a_dtype=object())
     a = normal(3, 4)
     with pytest.raises(ValueError, match="op\\(a\\) is 3 x 3 and op\\(b\\) 4 x 5"):
         tilefold.gemm(a[:, :3], packed)
@@ -77,7 +82,9 @@ def test_bad_input_raises_one_line() -> None:
         tilefold.gemm(a, packed, gate=w)
     with pytest.raises(TypeError, match="gate must be packed as b is"):
         tilefold.gemm(a, w, gate=packed)
-    with pytest.raises(NotImplementedError, match="packed for products with float32, and float64"):
+    with pytest.raises(
+        NotImplementedError, match="b, of float32, is packed for other products than"
+    ):
         tilefold.gemm(a.astype("d"), packed)
 
 

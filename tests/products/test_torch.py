@@ -85,6 +85,25 @@ def test_gradients_through_activations(activation: str | None) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*jit.script")  # torch's own, in its forward mode
 @pytest.mark.slow
+def test_gradients_beside_integers() -> None:
+    """Of the side that is not of integers, whichever it is."""
+    x, bias = normal(2, 3, 4), normal(5)
+    w, gate = (torch.randint(-9, 9, (5, 4), generator=GENERATOR, dtype=torch.int8) for _ in "wg")
+
+    def call(x: Any, bias: Any) -> Any:
+        return gemm(x, w, bias=bias, gate=gate, activation="silu", transpose_b=True)
+
+    assert torch.autograd.gradcheck(call, (x, bias), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, (x, bias))
+    right = normal(3, 2, dtype=torch.float16)
+    y = gemm(w[:, :3].view(torch.uint8), right)
+    assert y.dtype is torch.float16
+    y.sum().backward()
+    near(right.grad, w[:, :3].view(torch.uint8).sum(0)[:, None].expand(3, 2), 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script")  # torch's own, in its forward mode
+@pytest.mark.slow
 @pytest.mark.feature("A12")
 @pytest.mark.parametrize("activation", ["silu", "tanh"])
 def test_gradients_of_a_gated_pair(activation: str) -> None:
@@ -222,6 +241,9 @@ def test_tensors_on_a_gpu_go_to_its_kernels(backend: str, monkeypatch: Any) -> N
     near(out, torch.nn.functional.silu(x[0] @ w) * (x[0] @ w))
     with pytest.raises(ValueError, match="out must not overlap a"):
         gemm(x[0], w, out=x[0, :, :12])
+    with pytest.raises(TypeError, match=r"b must be one of float32.*, got int8") as caught:
+        gemm(x, w.to(torch.int8))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.feature("T15")

@@ -1,4 +1,4 @@
-"""Kernels of products for AVX-512, on any x86 processor: vectors of 512 bits are split."""
+"""Kernels of products for AVX-512 and AMX, on any x86 processor: wide vectors are split."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from unittest import mock
 import numpy as np
 import pytest
 from gemm_cases import CASES, Case, arrays, assert_right, laid_out
-from wider import WIDE, written_out
+from wider import PAIRS, TILES, WIDE, written_out
 
 import tilefold
-from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.matmul import calls, quantized_calls
 from tilefold.backends.cpu.matmul.quantized_calls import Matrix, Sizes
+from tilefold.backends.cpu.matmul.spec import GemmSpec
+from tilefold.measuring.timing import using_threads
 from tilefold.products.schemes import SCHEMES
 
 pytestmark = [
@@ -26,20 +28,34 @@ FEW = [
 ]
 
 
-def multiplied(case: Case) -> None:
+def multiplied(case: Case, device: Device) -> str:
+    """Check the product of a case; what multiplied it."""
     given = arrays(case)
     product, lies, out, result = laid_out(case, given)
-    prepared = calls.prepare(product, lies, WIDE)
+    prepared = calls.prepare(product, lies, device)
     at = {name: x.ctypes.data for name, x in {**given, "out": out}.items()}
     prepared.run(*[at.get(name, 0) for name in ("a", "b", "out", "c", "bias", "gate")])
     assert_right(case, given, result)
+    spec = prepared.plan.spec
+    return spec.unit.name if isinstance(spec, GemmSpec) else spec.form
 
 
 @pytest.mark.feature("A01", "M11")
 def test_products() -> None:
     with mock.patch.object(calls, "source", written_out(calls.source)):
-        for case in [*CASES, *FEW]:
-            multiplied(case)
+        units = {multiplied(case, WIDE) for case in [*CASES, *FEW]}
+    assert units == {"fma", "madd", "wide", "deep"}
+
+
+@pytest.mark.feature("A01", "M11")
+@pytest.mark.parametrize("level", ["pairs", "tiles"])
+def test_products_of_words(level: str) -> None:
+    """Of bfloat16 and integers, by the instructions that take them."""
+    device, wanted = {"pairs": (PAIRS, {"dot", "vnni"}), "tiles": (TILES, {"amx", "amx8"})}[level]
+    cases = [case for case in CASES if {case.a, case.b} <= {"bfloat16", "int8", "uint8"}]
+    with mock.patch.object(calls, "source", written_out(calls.source)), using_threads(1):
+        units = {multiplied(case, device) for case in cases}
+    assert units - {"wide", "deep"} == wanted
 
 
 @pytest.mark.feature("A02")

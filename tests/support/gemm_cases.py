@@ -52,11 +52,19 @@ CASES = [
     Case((35, 66, 203), "int8", "int8", "int32"),
     Case((18, 33, 65), "uint8", "int8", "int32", "ab", c="int32"),
     Case((18, 40, 65), "int8", "int8", "float32", "a", bias="float32", activation="relu"),
+    Case((35, 50, 203), "uint8", "uint8", "int32", "b"),
+    Case((37, 18, 90), "int8", "uint8", "float32", c="int32"),
+    # integers beside floats
+    Case((45, 35, 90), "float32", "int8", "float32", bias="float32", gate=True),
+    Case((33, 50, 77), "uint8", "bfloat16", "bfloat16", "ab"),
+    Case((35, 50, 130), "bfloat16", "int8", "float32", activation="relu"),
     # few rows: long lines, chunks of the contraction, neighbours along the contraction, two tiles
     Case((1, 333, 700)),
     Case((15, 130, 515), "float32", "float16", "float16", bias="float16", gate=True),
     Case((3, 70, 301), turned="b", activation="tanh", bias="float32"),
     Case((16, 65, 701), "bfloat16", "bfloat16", "float32", "b", c="float32"),
+    Case((5, 333, 300), "float16", "int8", "float16", bias="float16"),
+    Case((2, 70, 301), "float64", "uint8", "float64", "b"),
     Case((300, 3, 101), turned="a"),
 ]
 

@@ -75,7 +75,7 @@ def dtype_name(array: Any) -> str:
     return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
-def type_name(dtype: Any) -> str:
+def type_name(dtype: Any, name: str = "out_dtype") -> str:
     """The name of a type of NumPy or torch, which may be its name already.
 
     >>> import numpy as np
@@ -91,4 +91,4 @@ def type_name(dtype: Any) -> str:
     try:
         return str(np.dtype(dtype).name)
     except TypeError:
-        raise TypeError(f"out_dtype must be a type or its name, got {dtype!r}") from None
+        raise TypeError(f"{name} must be a type or its name, got {dtype!r}") from None

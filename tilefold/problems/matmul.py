@@ -306,7 +306,11 @@ def common_type(a: str, b: str) -> str:
     ('float16', 'float32')
     >>> common_type("float32", "float64"), common_type("uint8", "int8")
     ('float64', 'int32')
+    >>> common_type("int8", "float16")
+    'float16'
     """
+    if (a in INTEGERS) != (b in INTEGERS):
+        return b if a in INTEGERS else a
     return a if a == b and a not in INTEGERS else sums(a, b)
 
 

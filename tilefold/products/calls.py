@@ -68,9 +68,8 @@ def gemm(
     Arguments:
         a: (..., m, k), or (..., k, m) with `transpose_a`; or a vector, (k,)
         b: (..., k, n), or (..., n, k) with `transpose_b`; or a vector, (k,); or what `pack` returns
-            float32, float64, float16 or bfloat16 each, or int8 times int8, or uint8 times int8. Any
-            axes of a batch come first, and broadcast as in NumPy. Axes of a vector are not in the
-            result. Lengths may be 0
+            float32, float64, float16, bfloat16, int8 or uint8 each. Any axes of a batch come first,
+            and broadcast as in NumPy. Axes of a vector are not in the result. Lengths may be 0
         c: an array that broadcasts to the result, of the type of the result or of the sums. It is
             read only where beta is not 0, and never written
         alpha, beta: numbers; whole ones where the result is int32
@@ -84,8 +83,8 @@ def gemm(
         out: an array for the result, which is returned. It may be c itself, and shares no memory
             with other operands
         out_dtype: the type of the result, by name or as the framework's own. None is the type of
-            out, or of c, or the one that holds both a and b: float32 for two different halves,
-            int32 for two types of 8 bits
+            out, or of c, or the one that holds both a and b: float32 for two different halves, that
+            of the floats beside integers, int32 for two types of integers
         precision: the least precision of products of float32 arrays, "highest", "high" or "medium";
             on processors all are computed as "highest"
 
@@ -129,7 +128,7 @@ def _frontend(given: Mapping[str, Any]) -> str:
     return found
 
 
-def pack(w: Any, *, transpose: bool = False) -> PackedMatrix:
+def pack(w: Any, *, transpose: bool = False, a_dtype: Any = None) -> PackedMatrix:
     """A matrix in the order in which products read it, for many products with it as `b`.
 
     >>> import numpy as np
@@ -148,24 +147,27 @@ def pack(w: Any, *, transpose: bool = False) -> PackedMatrix:
         w: (k, n), or (n, k) with `transpose`, of a type of `tilefold.gemm`; a NumPy array, or a
             torch tensor on the CPU, whose gradient is not wanted
         transpose: True for the transposed matrix
+        a_dtype: the type of the `a` of these products, by name or as the framework's own; None is
+            that of w. A matrix of integers for an `a` of floats is widened here
 
     Returns:
         packed: for `b` of `tilefold.gemm`, and for `gate` beside a packed `b`, of both frameworks.
-            Later changes of w do not reach it. It is for products with an `a` of the type of w, and
-            of those types that are multiplied in the same way. It carries no gradients
+            Later changes of w do not reach it. It is for products with an `a` of `a_dtype`, and of
+            those types that are multiplied in the same way. It carries no gradients
 
     Raises:
         TypeError: a type that has no products
-        ValueError: other than two axes, or a tensor that wants a gradient
+        ValueError: other than two axes, another `a_dtype`, or a tensor that wants a gradient
         NotImplementedError: a tensor that is not on the CPU
     """
     turned = flag("transpose", transpose)
+    kind = None if a_dtype is None else type_name(a_dtype, "a_dtype")
     frontend = _frontend({"w": w})
     if frontend == "torch":
         form, address = _torch().matrix_of("w", w)
-        return packed(form, address, turned)
+        return packed(form, address, turned, kind)
     array = as_array("w", w)
-    return packed(_form("w", array), arrays.pointer(array), turned)
+    return packed(_form("w", array), arrays.pointer(array), turned, kind)
 
 
 def multiply(given: Mapping[str, Any], options: Options) -> Array:

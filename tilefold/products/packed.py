@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tilefold.backends.cpu.matmul import calls as kernels
-from tilefold.products.plans import Form, factor
+from tilefold.common.check import choice
+from tilefold.products.plans import FACTORS, Form, factor
 
 
 class PackedMatrix:
@@ -37,12 +38,13 @@ class PackedMatrix:
         raise TypeError("a packed matrix is for one machine: keep the matrix, and pack it anew")
 
 
-def packed(form: Form, address: int, transpose: bool) -> PackedMatrix:
-    """A packed copy of a matrix at an address."""
+def packed(form: Form, address: int, transpose: bool, a: str | None = None) -> PackedMatrix:
+    """A packed copy of a matrix at an address, for an `a` of a type; None is its own."""
+    choice("a_dtype", a, (None, *FACTORS))
     if len(form.shape) != 2:
         raise ValueError(f"w must have 2 axes, got shape {form.shape}")
     operand = factor("w", form)
     operand = operand.turned() if transpose else operand
     k, n = operand.axes.lengths[-2:]
-    panels = kernels.pack(operand, address, form.dtype) if k and n else None
+    panels = kernels.pack(operand, address, a or form.dtype) if k and n else None
     return PackedMatrix(form.dtype, (k, n), panels)

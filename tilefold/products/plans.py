@@ -28,6 +28,7 @@ from tilefold.common.computed import computed
 from tilefold.common.lru import LruCache
 from tilefold.problems.matmul import (
     ACTIVATIONS,
+    INTEGERS,
     Accepted,
     Operand,
     Product,
@@ -38,13 +39,14 @@ from tilefold.problems.request import check_precision
 
 FLOATS: Final = ("float32", "float64", "float16", "bfloat16")
 
+FACTORS: Final = (*FLOATS, *INTEGERS)
+"""The types that are multiplied, each with any other."""
+
 GIVEN: Final = ("a", "b", "c", "bias", "gate")
 """The operands of a product, in the order of their addresses."""
 
-_FACTORS: Final = Accepted((*FLOATS, "int8", "uint8"), empty=True, most=64)
+_FACTORS: Final = Accepted(FACTORS, empty=True, most=64)
 _TERMS: Final = Accepted((*FLOATS, "int32"), empty=True, most=64)
-
-_INTEGER_PAIRS: Final = (("int8", "int8"), ("uint8", "int8"))
 
 RESULTS: Final = {
     "int32": ("int32", "float32"),
@@ -292,16 +294,11 @@ def plan(options: Options, forms: Mapping[str, Form]) -> Plan:
     """The plan of a call on the processor from the forms of its arrays: see `described`."""
     product, out, written = described(options, forms)
     pair = product.a.dtype, product.b.dtype
-    if not {*pair} <= {*FLOATS} and pair not in _INTEGER_PAIRS:
-        raise NotImplementedError(
-            f"there is no kernel for {pair[0]} times {pair[1]}: of types of 8 bits there are int8"
-            " times int8 and uint8 times int8; convert the others to float32"
-        )
     panels = _panels(forms, options)
     if panels is not None and panels != pack_spec(*pair, host()):
         raise NotImplementedError(
-            f"b is packed for products with {pair[1]}, and {pair[0]} is multiplied in another way:"
-            " convert a, or pass the matrix itself"
+            f"b, of {pair[1]}, is packed for other products than those with {pair[0]}:"
+            f" pack it with a_dtype={pair[0]!r}, convert a, or pass the matrix itself"
         )
     prepared = None
     if 0 not in out.shape:

@@ -89,10 +89,8 @@ def usual(
 
 
 def unit_of(a: str, b: str, device: Device) -> Unit:
-    """What multiplies these types on a device. Raises NotImplementedError where nothing does."""
-    if b == "uint8" or (a in INTEGERS) != (b in INTEGERS):
-        raise NotImplementedError(f"there is no product of {a} by {b} on processors")
-    if a == b == "bfloat16":
+    """What multiplies these types on a device."""
+    if "bfloat16" in (a, b) and {a, b} <= {"bfloat16", *INTEGERS}:  # which it holds exactly
         tiles = device.isa == "amx" and device.has("amx-bf16")
         return AMX if tiles else DOT if device.has("avx512bf16") else FMA
     if sums(a, b) == "int32":

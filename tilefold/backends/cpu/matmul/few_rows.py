@@ -25,7 +25,7 @@ from tilefold.backends.cpu.kernels.pack import transpose
 from tilefold.backends.cpu.kernels.prefetch import prefetch
 from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
-from tilefold.backends.cpu.matmul.panels import SCALARS, pack, reading
+from tilefold.backends.cpu.matmul.panels import SCALARS, factor, pack, reading
 from tilefold.backends.cpu.matmul.spec import FMA, ITEM_BYTES, FewRowsSpec
 
 INPUTS = 8
@@ -47,8 +47,8 @@ class _FewRows:
         self.scalar = SCALARS[spec.sums]
         self.type = vector(spec.lanes, self.scalar)
         self.item_bytes = ITEM_BYTES[spec.sums]
-        self.a_store = reading(spec.a, spec.sums, spec.native_half)
-        self.b_store = reading(spec.b, spec.sums, spec.native_half)
+        self.a_store = factor(spec.a, FMA, spec.sums, spec.native_half)
+        self.b_store = factor(spec.b, FMA, spec.sums, spec.native_half)
         if spec.form == "wide":
             self.pack_a = pack(module, FMA, self.a_store, spec.rows, spec.lanes, of_a=True)
         self.finish = finish(module, spec)

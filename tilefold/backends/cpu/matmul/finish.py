@@ -16,8 +16,8 @@ from tilefold.backends.cpu.kernels.ir import (
 from tilefold.backends.cpu.kernels.storage import Storage
 from tilefold.backends.cpu.matmul import activation
 from tilefold.backends.cpu.matmul.arguments import Arguments
-from tilefold.backends.cpu.matmul.panels import SCALARS, reading
-from tilefold.backends.cpu.matmul.spec import FewRowsSpec, GemmSpec, QuantizedSpec
+from tilefold.backends.cpu.matmul.panels import SCALARS, factor
+from tilefold.backends.cpu.matmul.spec import FMA, FewRowsSpec, GemmSpec, QuantizedSpec
 
 
 def finish(module: Module, spec: GemmSpec | QuantizedSpec | FewRowsSpec) -> str:
@@ -89,7 +89,7 @@ class _Finish:
         return self.body.binary("add" if self.scalar == "i32" else "fadd", x, y)
 
     def _storage(self, dtype: str) -> Storage:
-        return reading(dtype, self.spec.finished, self.spec.native_half)
+        return factor(dtype, FMA, self.spec.finished, self.spec.native_half)
 
     def _address(self, store: Storage, base: Value, name: str, i: Operand, j: Operand) -> Value:
         body, words = self.body, self.words

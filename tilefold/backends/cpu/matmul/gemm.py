@@ -81,7 +81,8 @@ class _Gemm:
         self.b_store = panels.factor(spec.b, spec.unit, spec.sums, spec.native_half)
         common = (module, spec.unit)
         if not spec.a_in_place:
-            self.pack_a = panels.pack(*common, self.a_store, spec.rows, spec.lanes, of_a=True)
+            sizes = spec.rows, spec.lanes
+            self.pack_a = panels.pack(*common, self.a_store, *sizes, of_a=True, flips=spec.flips)
         if not spec.packed:
             self.pack_b = panels.pack_columns(*common, self.b_store, spec.width, spec.lanes)
         self.heights = [(spec.rows, self._tiles(short=False))]

@@ -11,8 +11,11 @@ step of the contraction takes of all lanes lies side by side, one step after the
 Lanes that do not exist are 0 in B. In A they repeat the last one that exists: nobody reads what
 comes of them, and they take no branch. The end of the contraction is filled with zeros.
 
-VNNI takes the integers of A without a sign. So 128 is added to those that have one, and the head of
-a panel of B has -128 times the sums of its columns, with which sums begin.
+VNNI multiplies an integer without a sign by one with a sign, whichever of them is A's. If A and B
+have one type, A's integers become those of the other one, by 128 more or less. Then the head of a
+panel of B has what sums begin with: 128 times the sum of each column, less or more.
+
+A bfloat16 holds every integer of 8 bits. So beside bfloat16 these are words of bfloat16 too.
 """
 
 from __future__ import annotations
@@ -47,26 +50,36 @@ def reading(dtype: str, sums: str, native_half: bool) -> Storage:
 def factor(dtype: str, unit: Unit, sums: str, native_half: bool) -> Storage:
     """How elements of A or B are read: as bits of words, or in the type of the sums."""
     own = reading(dtype, sums, native_half)
-    if unit.bits or own.scalar == SCALARS[sums]:
+    scalar = SCALARS[sums]
+    if unit.bits or own.scalar == scalar:
         return own
-    opcode = "zext" if dtype == "uint8" else "sext"
+    signless, signed = ("zext", "sext") if scalar == "i32" else ("uitofp", "sitofp")
+    opcode = signless if dtype == "uint8" else signed
 
     def widen(body: Body, bits: Value, hint: str) -> Value:
-        return body.cast(opcode, bits, vector(bits.lanes, "i32"), hint)
+        return body.cast(opcode, bits, vector(bits.lanes, scalar), hint)
 
-    return Storage(dtype, own.stored, "i32", widen)
+    return Storage(dtype, own.stored, scalar, widen)
 
 
-def pack(module: Module, unit: Unit, store: Storage, width: int, lanes: int, of_a: bool) -> str:
+def pack(
+    module: Module,
+    unit: Unit,
+    store: Storage,
+    width: int,
+    lanes: int,
+    of_a: bool,
+    flips: bool = False,
+) -> str:
     """The name of `(panel, array, lane stride, c stride, lanes that exist, depth)`.
 
-    `depth` counts elements.
+    `depth` counts elements. `flips`: integers become those of the other type.
     """
     name = f"pack_{'a' if of_a else 'b'}_{store.dtype}_{width}"
     if not module.defines(name):
         kind = _Words if unit.bits else _Elements
         kind = _Rows if unit.tiles and of_a else kind
-        kind(module, name, unit, store, width, lanes, of_a)
+        kind(module, name, unit, store, width, lanes, of_a, flips)
     return name
 
 
@@ -97,9 +110,11 @@ class _Elements:
         width: int,
         lanes: int,
         of_a: bool,
+        flips: bool = False,
         columns: bool = False,
     ) -> None:
         self.unit, self.store, self.width, self.lanes, self.of_a = unit, store, width, lanes, of_a
+        self.flips = flips
         integers = ("lane_stride", "c_stride", "valid", "depth")
         parameters = [Value("%panel", "ptr"), Value("%array", "ptr")]
         parameters += [Value(f"%{name}", "i64") for name in integers]
@@ -299,20 +314,24 @@ class _Words(_Elements):
     def _bits(self, value: Value) -> Value:
         """Loaded elements as integers of the unit's bits."""
         body, wanted = self.body, vector(value.lanes, f"i{self.unit.bits}")
-        if value.element in ("half", "bfloat"):
-            return body.cast("bitcast", value, wanted)
-        return body.cast("zext" if self.store.dtype == "uint8" else "sext", value, wanted)
+        signless = self.store.dtype == "uint8"
+        if self.unit.of_bfloat16 and value.element == "i8":
+            real = vector(value.lanes, "float")
+            real_bits = body.cast("uitofp" if signless else "sitofp", value, real)
+            real_bits = body.cast("bitcast", real_bits, vector(value.lanes, "i32"))
+            return body.cast("trunc", body.binary("lshr", real_bits, 16), wanted)
+        return body.cast("zext" if signless else "sext", value, wanted)
 
-    def _signless(self, words: Value) -> Value:
-        """Integers of A plus 128, which changes their first bit, where VNNI takes no sign."""
-        if self.unit.name != "vnni" or not self.of_a or self.store.dtype == "uint8":
+    def _flipped(self, words: Value) -> Value:
+        """Integers plus or minus 128, which changes their first bit."""
+        if not self.flips:
             return words
         return self.body.binary("xor", words, self.body.constant(-0x7F7F7F80, words.type))
 
     def _neighbours(self, address: Value) -> Value:
         body, count = self.body, self.lanes * self.deep
         loaded = body.load(address, vector(count, self.store.stored), "x")
-        return self._signless(
+        return self._flipped(
             body.cast("bitcast", self._bits(loaded), vector(self.lanes, "i32"), "words")
         )
 
@@ -342,20 +361,21 @@ class _Words(_Elements):
             part = body.binary("shl", part, number * self.unit.bits) if number else part
             total = part if total is None else body.binary("or", total, part, "word")
         assert total is not None
-        return self._signless(total)
+        return self._flipped(total)
 
     def _head(self) -> None:
-        """-128 times the sum of each column, before the panel."""
+        """What sums have too little by the flipped integers of A, before the panel."""
         body, type_ = self.body, vector(self.lanes, "i32")
-        ones = body.constant(0x01010101, type_)
+        ones, signless = body.constant(0x01010101, type_), self.store.dtype == "uint8"
         for first in range(0, self.width, self.lanes):
             total = body.variable(type_, body.constant(0, type_), "column")
             with body.loop("c", 0, self.filled, self.deep) as c:
                 words = body.load(self._place(c, first), type_)
                 name = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
-                body.write(total, body.call(name, type_, [body.read(total), ones, words]))
+                factors = [words, ones] if signless else [ones, words]
+                body.write(total, body.call(name, type_, [body.read(total), *factors]))
             place = body.offset(self.panel, "i32", first - self.width)
-            body.store(body.mul(body.read(total), -128), place)
+            body.store(body.mul(body.read(total), 128 if signless else -128), place)
 
 
 class _Rows(_Words):
@@ -370,7 +390,8 @@ class _Rows(_Words):
             end = body.sub(self.depth, body.binary("urem", self.depth, step))
             with body.loop("c", 0, end, step) as c, body.loop("lane", 0, self.width) as lane:
                 type_ = vector(step, self.store.stored)
-                body.store(body.load(self._at(self._lane(lane), c), type_), self._row(c, lane, 0))
+                line = body.load(self._at(self._lane(lane), c), type_)
+                body.store(self._bits(line), self._row(c, lane, 0))
             body.write(start, end)
         with (
             body.loop("c", body.read(start), self.filled, step) as c,

@@ -397,8 +397,6 @@ def pack_spec(a: str, b: str, device: Device) -> PackSpec:
 
 def _is_turned(product: Product, out: Operand) -> bool:
     """True if neighbours of the result lie along its rows' axis, so columns become rows."""
-    if product.a.dtype == "uint8":  # kernels of integers take it on the left alone
-        return False
     down, across = out.axes.strides[-2:]
     if product.n <= FEW_ROWS < product.m:
         return _few_rows(_transposed(product)) is not None

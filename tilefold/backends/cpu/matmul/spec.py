@@ -18,7 +18,7 @@ class Unit:
     "fma"   one element in the type of the sums
     "dot"   a word of two numbers of bfloat16 (AVX512-BF16)
     "madd"  a word of two integers of 16 bits (all x86)
-    "vnni"  a word of four integers of 8 bits, of A without a sign (AVX512-VNNI)
+    "vnni"  a word of four integers of 8 bits, of one side without a sign (AVX512-VNNI)
     "amx"   16 words of two numbers of bfloat16, a row of a tile
     "amx8"  16 words of four integers of 8 bits
     """
@@ -31,6 +31,11 @@ class Unit:
     def tiles(self) -> bool:
         """True where tile registers multiply."""
         return self.name.startswith("amx")
+
+    @property
+    def of_bfloat16(self) -> bool:
+        """True where numbers of bfloat16 are multiplied."""
+        return self.name in ("dot", "amx")
 
     @property
     def per_word(self) -> int:
@@ -111,6 +116,11 @@ class GemmSpec:
         rows = ("rows",) if self.a_in_place or self.clipped else ()
         strides = ("left_stride",) if self.a_in_place else ()
         return rows + strides + (("columns",) if self.clipped else ())
+
+    @property
+    def flips(self) -> bool:
+        """True if integers of A become those of the other type: see `panels`."""
+        return self.unit.name == "vnni" and self.a == self.b
 
     @property
     def width(self) -> int:

@@ -194,7 +194,7 @@ class _InVectors(_Tile):
     def _first(self) -> list[Value]:
         """What the sums of a row begin with: 0, or the head of the panel."""
         body, spec = self.body, self.spec
-        if not (spec.unit.head_bytes(spec.width) and spec.a == "int8"):
+        if not spec.flips:
             return [body.constant(0, self.type)] * self.vectors
         head = body.offset(self.right, "i32", -spec.width)
         return [body.load(self._at(head, j), self.type, "head") for j in range(self.vectors)]
@@ -224,7 +224,8 @@ class _InVectors(_Tile):
             return body.multiply_add(left, right, total, "acc")
         if unit == "vnni":
             name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
-            return body.call(name, self.type, [total, left, right], "acc")
+            factors = [left, right] if self.spec.b == "int8" else [right, left]
+            return body.call(name, self.type, [total, *factors], "acc")
         if unit == "dot":
             halves = [
                 body.cast("bitcast", each, vector(2 * lanes, "bfloat")) for each in (left, right)
@@ -271,7 +272,8 @@ class _InTiles(_Tile):
     def _instruction(self) -> str:
         if self.spec.unit.name == "amx":
             return "tdpbf16ps"
-        return "tdpbssd" if self.spec.a == "int8" else "tdpbusd"
+        signs = {"int8": "s", "uint8": "u"}
+        return f"tdpb{signs[self.spec.a]}{signs[self.spec.b]}d"
 
     def _corner(self, base: Value, i: int, j: int, stride: Value) -> Value:
         body = self.body
