@@ -33,7 +33,8 @@ from tilefold.backends.cpu.matmul.spec import ITEM_BYTES
 from tilefold.common.check import number, shown, whole
 from tilefold.frontends import registry
 from tilefold.products import plans
-from tilefold.products.plans import Form, Options
+from tilefold.products.places import Form, OverlapError
+from tilefold.products.plans import Options
 
 __all__ = [
     *("bgemm", "bgemv", "dgemm", "dgemv", "dger", "hgemm", "hgemv", "sgemm", "sgemv", "sger"),
@@ -238,7 +239,7 @@ class _Arguments:
             plan = plans.kept(key, options, lambda: forms)
             plan.run({name: part.address for name, part in given.items()}, out.address)
             out.buffer.changed()
-        except plans.OverlapError as error:
+        except OverlapError as error:
             raise ValueError(f"{self._called(result)} must not overlap an operand") from error
         except NotImplementedError:
             if strict:

@@ -273,9 +273,14 @@ BAD: dict[str, dict[str, Any]] = {
         "dynamic": True,
     },
     "out must not overlap x": {"x": HELD[:3], "out": HELD[2:5, 4:44]},
-    "out is written, so no axis": {
+    "out is written, so no two elements may share a place": {
         "out": np.lib.stride_tricks.as_strided(np.ones(40, np.float32), (3, 40), (0, 4))
     },
+    r"no two elements may share a place .* with strides \(4, 4\)": {
+        "out": np.lib.stride_tricks.as_strided(np.ones(42, np.float32), (3, 40), (4, 4))
+    },
+    "out must be a NumPy array, got MaskedArray": {"out": np.ma.ones((3, 40), np.float32)},
+    "x must be a NumPy array, .* got NoneType": {"x": None},
     "out is written, so it must not": {"out": np.frombuffer(bytes(480), np.float32).reshape(3, 40)},
     "x must be a torch tensor as out is|out must be a torch": {"out": torch.empty(3, 40)},
     "x is on meta": {"x": torch.ones(3, 48, device="meta")},
@@ -290,11 +295,14 @@ def test_bad_input_is_one_line(message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.trace")
 def test_bad_tensors_are_one_line() -> None:
     x = torch.ones(3, 48)
     held = torch.ones(6, 48)
     for given_, message in (
-        ({"out": torch.empty(1, 40).expand(3, 40)}, "no axis of it may be broadcast"),
+        ({"out": torch.empty(1, 40).expand(3, 40)}, "no two elements may share a place"),
+        ({"out": torch.empty(42).as_strided((3, 40), (1, 1))}, "no two elements may share a"),
+        ({"x": None, "bias": torch.ones(40)}, "x must be a torch tensor as bias is, got NoneType"),
         ({"x": held[:3], "out": held[2:5, 4:44]}, "out must not overlap x"),
         ({"x": x.double()}, "x must be one of"),
         ({"bias": torch.ones(1)}, r"bias must be \(40,\)"),
@@ -305,6 +313,81 @@ def test_bad_tensors_are_one_line() -> None:
             tilefold.qgemm(arguments.pop("x"), W, **arguments)
     with pytest.raises(NotImplementedError, match="where a gradient is wanted"):
         tilefold.qgemm(x.requires_grad_(), W, out=torch.empty(3, 40))
+    with pytest.raises(NotImplementedError, match="nothing traces it"):
+        torch.jit.trace(lambda x: tilefold.qgemm(x, W), x.detach())
+
+
+def test_results_may_lie_between_the_rows_that_are_read() -> None:
+    wide = np.ones((3, 96), np.float32)
+    want = tilefold.qgemm(X, W)
+    assert_same("columns", tilefold.qgemm(wide[:, ::2], W, out=wide[:, 1:80:2]), want)
+    tensor = torch.ones(3, 96)
+    version = tensor._version
+    tilefold.qgemm(tensor[:, ::2], W, out=tensor[:, 1:80:2])
+    assert_same("columns of a tensor", tensor[:, 1:80:2].numpy(), want)
+    assert tensor._version > version  # autograd counts what is written
+
+
+def test_tensors_that_are_not_what_their_memory_holds() -> None:
+    """Tensors that negate their memory, and ones whose memory was freed."""
+    draw = torch.Generator().manual_seed(0)
+    x, bias = torch.randn(3, 48, generator=draw), torch.randn(40, generator=draw)
+    want = tilefold.qgemm(-x, W, bias=-bias)
+
+    def negated(tensor: torch.Tensor) -> torch.Tensor:
+        found = torch.complex(tensor, tensor).conj().imag
+        assert found.is_neg()
+        return found
+
+    def freed(*shape: int) -> torch.Tensor:
+        found = torch.ones(2, *shape)[1]  # its address is not 0, but small
+        found.untyped_storage().resize_(0)
+        return found
+
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            for _ in range(2):  # also where all but addresses is known
+                for given_x, given_bias in ((-x, -bias), (negated(x), -bias), (-x, negated(bias))):
+                    got = tilefold.qgemm(given_x, W, bias=given_bias)
+                    assert_same("negated", got.numpy(), want.numpy())
+                for given_x, given_bias in ((freed(3, 48), None), (x, freed(40))):
+                    with pytest.raises(ValueError, match="bytes of memory, and its storage holds"):
+                        tilefold.qgemm(given_x, W, bias=given_bias)
+    out = negated(torch.ones(3, 40))
+    tilefold.qgemm(-x, W, bias=-bias, out=out)
+    assert_same("negated result", out.resolve_neg().numpy(), want.numpy())
+    with pytest.raises(ValueError, match=r"out needs .* bytes of memory"):
+        tilefold.qgemm(x, W, out=freed(3, 40))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script")  # torch's own, in its forward mode
+@pytest.mark.slow
+def test_transforms_of_torch() -> None:
+    draw = torch.Generator().manual_seed(5)
+    w = tilefold.quantize(torch.randn(32, 24, generator=draw), "int8")
+    weights = torch.from_numpy(w.dequantize())
+    x, slope = (torch.randn(4, 3, 32, generator=draw) for _ in range(2))
+    bias = torch.randn(4, 24, generator=draw)
+
+    def mine(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return tilefold.qgemm(x, w, bias=bias, activation="tanh")
+
+    def other(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ weights + bias)
+
+    for make in (
+        lambda f: torch.func.vmap(f)(x, bias),
+        lambda f: torch.func.vmap(f, (None, 0))(x[0, 0], bias),
+        lambda f: torch.func.vmap(f, (1, None))(x, bias[0]),
+        lambda f: torch.func.jvp(f, (x, bias[0]), (slope, bias[1]))[1],
+        lambda f: torch.func.grad(lambda x: f(x, bias[0]).sum())(x),
+        lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x, bias[0]).sum()))(x),
+        lambda f: torch.func.jvp(
+            torch.func.grad(lambda x: f(x, bias[0]).sum()), (x[0],), (slope[0],)
+        )[1],
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(make(mine), make(other), rtol=1e-4, atol=1e-5)
 
 
 def test_examples() -> None:

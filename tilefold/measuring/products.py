@@ -17,7 +17,8 @@ from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, FewRowsSpec, GemmSpec,
 from tilefold.backends.cpu.spec import FMA, Multiplier
 from tilefold.common.check import choice, whole
 from tilefold.planning.roofline import Bounds, Rates
-from tilefold.products.plans import Described, Form, Options, described
+from tilefold.products.places import Form
+from tilefold.products.plans import Described, Options, described
 from tilefold.products.quantized_calls import FLOATS, takes_integers
 from tilefold.products.schemes import group_of, scheme_of
 

@@ -1,5 +1,6 @@
 """Products of matrices as public operations, and matrices of few bits per element.
 
+places     where arrays lie in memory, and what shares a byte with a result
 plans      a call of a product without its arrays: what it means, and its kernel made ready
 packed     matrices that stay, packed once
 repeated   calls that were made before, by the shortest way

@@ -19,7 +19,8 @@ from tilefold.frontends.numpy import as_array
 from tilefold.frontends.standard import given_back
 from tilefold.products import plans, repeated
 from tilefold.products.packed import PackedMatrix, packed
-from tilefold.products.plans import Form, Options, Plan
+from tilefold.products.places import Form
+from tilefold.products.plans import Options, Plan
 
 Array = NDArray[Any]
 

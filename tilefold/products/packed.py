@@ -8,7 +8,8 @@ import numpy as np
 
 from tilefold.backends.cpu.matmul import calls as kernels
 from tilefold.common.check import choice
-from tilefold.products.plans import FACTORS, Form, factor
+from tilefold.products.places import Form
+from tilefold.products.plans import FACTORS, factor
 
 
 class PackedMatrix:

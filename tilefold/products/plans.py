@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from tilefold.backends.cpu import guard as guarded
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.guard import Guard
 from tilefold.backends.cpu.matmul import calls as kernels
 from tilefold.backends.cpu.matmul.plan import pack_spec
-from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, PackSpec
+from tilefold.backends.cpu.matmul.spec import PackSpec
 from tilefold.common import generation
 from tilefold.common.check import choice, flag, number
 from tilefold.common.computed import computed
@@ -36,6 +32,7 @@ from tilefold.problems.matmul import (
     sums,
 )
 from tilefold.problems.request import check_precision
+from tilefold.products.places import Form, Place, check_apart, check_single
 
 FLOATS: Final = ("float32", "float64", "float16", "bfloat16")
 
@@ -54,14 +51,6 @@ RESULTS: Final = {
     "float64": ("float64", "float32"),
 }
 """The types that a result may have, by the type of the sums."""
-
-
-_MOST_WORK: Final = 10**5
-"""Steps of the exact search for a common byte, at most 1 ms; it is made where ranges overlap."""
-
-
-class OverlapError(ValueError):
-    """The result of a call shares memory with one of its operands."""
 
 
 class Options(NamedTuple):
@@ -98,57 +87,6 @@ class Options(NamedTuple):
             transpose_b if type(transpose_b) is bool else flag("transpose_b", transpose_b),
             *(activation, dtype, precision),
         )
-
-
-class Form(NamedTuple):
-    """How an array lies in memory: its type, its shape, and its strides in elements.
-
-    `packed` says how it lies in panels, where it does.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    packed: PackSpec | None = None
-
-
-class Place(NamedTuple):
-    """Where elements lie, counted in bytes from the address of the first one.
-
-    `mask` has the bits that are 0 in an aligned address.
-    """
-
-    low: int
-    end: int
-    mask: int
-    interface: dict[str, Any]
-
-    @classmethod
-    def of(cls, form: Form) -> Place:
-        """The place of an array. Nothing lies anywhere if there are no elements."""
-        size = ITEM_BYTES[form.dtype]
-        steps = [size * step for step in form.strides]
-        ends = [(n - 1) * step for n, step in zip(form.shape, steps, strict=True)]
-        low, end = sum(min(0, x) for x in ends), sum(max(0, x) for x in ends) + size
-        if 0 in form.shape or form.packed:  # nothing of the caller's
-            low, end = 0, 0
-        known = {"shape": form.shape, "strides": tuple(steps), "typestr": f"|V{size}", "version": 3}
-        return cls(low, end, 0 if form.packed else size - 1, known)
-
-    def meets(self, address: int, other: Place, at: int) -> bool:
-        """True if this place at an address has a byte of another, or if that is hard to tell."""
-        if address + self.end <= at + other.low or at + other.end <= address + self.low:
-            return False
-        try:
-            work: Any = _MOST_WORK
-            return np.shares_memory(self._view(address), other._view(at), max_work=work)
-        except np.exceptions.TooHardError:
-            return True
-
-    def _view(self, address: int) -> NDArray[Any]:
-        """An array at an address, which nobody reads."""
-        interface = self.interface | {"data": (address, True)}
-        return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 @dataclass(frozen=True)
@@ -202,17 +140,6 @@ class Plan:
         same = name == "c" and self.onto
         role = guarded.SAME_OR_APART if same else guarded.APART
         return guarded.Operand(place.low, place.end, place.mask, role)
-
-
-def check_apart(places: Mapping[str, Place], onto: bool, addresses: Mapping[str, int]) -> None:
-    """Raises OverlapError if "out" shares memory with another place; `onto`: with c it may."""
-    written, out = places["out"], addresses["out"]
-    for name, place in places.items():
-        if name == "out" or (name == "c" and onto and addresses["c"] == out):
-            continue
-        if written.meets(out, place, addresses[name]):
-            more = ": c is out itself, or lies elsewhere" if name == "c" else ""
-            raise OverlapError(f"out must not overlap {name}{more}")
 
 
 def places(product: Product, forms: Mapping[str, Form]) -> dict[str, Place]:
@@ -281,11 +208,7 @@ def described(options: Options, forms: Mapping[str, Form]) -> Described:
     out = out or Form(dtype, shape, _dense(shape))
     if out.shape != shape:
         raise ValueError(f"out must be of shape {shape}, got {out.shape}")
-    if not _apart(out):
-        raise ValueError(
-            "out is written, so no two elements may share a place in memory, got shape"
-            f" {out.shape} with strides {out.strides}"
-        )
+    check_single(out.shape, out.strides)
     written = _operand("out", out, vector_a, vector_b).padded(len(product.a.axes.lengths))
     return Described(product, out, written)
 
@@ -393,16 +316,3 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(length, 1)
     return tuple(reversed(strides))
-
-
-def _apart(out: Form) -> bool:
-    """True if every element has a place of its own: each axis steps over all shorter steps."""
-    if 0 in out.shape:
-        return True
-    reach = 0
-    for step, length in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True)):
-        if length > 1:
-            if step <= reach:
-                return False
-            reach += step * (length - 1)
-    return True

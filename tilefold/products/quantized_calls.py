@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.ma import MaskedArray
 from numpy.typing import NDArray
 
 from tilefold.backends.arrays.numpy import pointer
@@ -22,6 +23,7 @@ from tilefold.common.foreign_arrays import dtype_name, type_name
 from tilefold.frontends import registry
 from tilefold.frontends.numpy import as_array
 from tilefold.problems.matmul import ACTIVATIONS
+from tilefold.products.places import OverlapError, check_single, overlap
 from tilefold.products.quantized import QuantizedMatrix
 
 Array = NDArray[Any]
@@ -73,7 +75,7 @@ def qgemm(
             own. None is the type of out, or of x
         dynamic: True rounds each row of x to 8 bits, -127 to 127 times a scale of its own, and sums
             integers exactly. w is "int8" without groups, of k a multiple of 16 up to 65536. Where
-            torch wants a gradient, x is not rounded
+            torch wants a gradient, and in transforms of `torch.func`, x is not rounded
 
     Returns:
         The result, (..., n): `out`, or a new array of the framework of x. Sums are made in float32.
@@ -87,11 +89,15 @@ def qgemm(
     """
     if not isinstance(w, QuantizedMatrix):
         raise TypeError(f"w must be made by tilefold.quantize, got {type(w).__name__}")
-    choice("activation", activation, ACTIVATIONS)
+    if activation is not None:
+        choice("activation", activation, ACTIVATIONS)
     if flag("dynamic", dynamic):
         check_dynamic(w)
-    given = {"x": x, "bias": bias, "out": out}
-    given = {name: array for name, array in given.items() if array is not None}
+    given = {"x": x}
+    if bias is not None:
+        given["bias"] = bias
+    if out is not None:
+        given["out"] = out
     frontend = registry.find(**given).__name__.split(".")[2]
     wanted = None if out_dtype is None else type_name(out_dtype)
     if frontend == "torch":
@@ -211,7 +217,7 @@ def _multiply(
 ) -> Array:
     """The product of NumPy arrays."""
     bias = None if bias is None else as_array("bias", bias)
-    if out is not None and not isinstance(out, np.ndarray):
+    if out is not None and (not isinstance(out, np.ndarray) or isinstance(out, MaskedArray)):
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
     shape, dtype = result_type(w, x, bias, out, wanted)
     if out is not None:
@@ -249,8 +255,7 @@ def _check_written(out: Array, read: dict[str, Array | None]) -> None:
     """Raises ValueError unless the result may be written, and lies apart from what is read."""
     if not out.flags.writeable:
         raise ValueError("out is written, so it must not be read-only")
-    if any(step == 0 < length - 1 for step, length in zip(out.strides, out.shape, strict=True)):
-        raise ValueError("out is written, so no axis of it may be broadcast")
+    check_single(out.shape, out.strides, out.itemsize)
     for name, array in read.items():
-        if array is not None and np.may_share_memory(out, array):
-            raise ValueError(f"out must not overlap {name}")
+        if array is not None and overlap(out, array):
+            raise OverlapError(f"out must not overlap {name}")

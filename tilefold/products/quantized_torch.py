@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from tilefold.backends.arrays.numpy import pointer
-from tilefold.backends.arrays.torch import check_place
+from tilefold.backends.arrays.torch import check_held, check_place
 from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import host
 from tilefold.backends.cpu.matmul.quantized_calls import Prepared, arranged, as_they_are
 from tilefold.backends.protocols import Machine
 from tilefold.common.foreign_arrays import dtype_name
-from tilefold.frontends.torch.observed import PLAIN
+from tilefold.frontends.torch.observed import PLAIN, lifted, recorded, traced, unobserved, unwatched
+from tilefold.frontends.torch.tensors import LOWEST
+from tilefold.products.places import Form, Place, check_apart, check_single
 from tilefold.products.quantized import QuantizedMatrix
 from tilefold.products.quantized_calls import Rows, kept, prepared, product, result_type
 from tilefold.products.schemes import PANEL
-from tilefold.products.torch import machine_of
+from tilefold.products.torch import count_change, machine_of
 
 _AT_ONCE = 1 << 21  # weights that are widened at once in a gradient; not tuned
 
@@ -51,29 +53,36 @@ def multiply(
     key = None
     if out is None and type(x) in PLAIN and not torch.is_grad_enabled():
         # all but addresses may be known from a call before, which saves two thirds of 100 us
-        form = None if bias is None else (bias.shape, bias.dtype, bias.device, bias.stride())
-        own = (x.shape, x.dtype, x.device, x.layout, x.is_neg())
-        key = (*own, form, activation, wanted, dynamic, host(), threads.number())
+        form = None
+        if bias is not None:
+            form = bias.shape, bias.dtype, bias.device, bias.stride(), bias.is_neg()
+        own = None if x.is_nested else (x.shape, x.dtype, x.device, x.layout, x.is_neg())
+        key = (own, form, activation, wanted, dynamic, host(), threads.number())
         ready: _Ready | None = kept(w).get(key)
-        if ready is not None:
-            return ready.run(x, bias)
-    for name, tensor in (("x", x), ("bias", bias), ("out", out)):
-        if tensor is not None:
-            check_place(name, tensor, x.device)
+        if ready is not None and unwatched() and (made := ready.run(x, bias)) is not None:
+            return made
+    given = [("x", x), *((name, y) for name, y in (("bias", bias), ("out", out)) if y is not None)]
+    for name, tensor in given:
+        check_place(name, tensor, x.device)
     if x.is_meta:
         raise NotImplementedError("x is on meta, where no kernel runs")
+    if traced():
+        raise NotImplementedError(
+            "qgemm is no operator, so nothing traces it: torch.compile leaves its graph for it, and"
+            " torch.export and torch.jit.trace cannot"
+        )
     shape, dtype = result_type(w, x, bias, out, wanted)
-    recorded = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, bias, out)
-    )
-    if not recorded:
+    if not lifted() and not recorded(*[tensor for _, tensor in given]):
         y = _product(x, w, bias, activation, out, shape, dtype, dynamic)
-        if key is not None and x.device.type == "cpu" and y.numel():
+        if key is not None and x.is_cpu and y.numel() and unobserved(*[y for _, y in given]):
             kept(w)[key] = _Ready.of(x, w, bias, activation, y, dynamic)
         return y
     if out is not None:
-        raise NotImplementedError("out cannot be given where a gradient is wanted: leave it out")
-    y = _Product.apply(x, w)  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            "out cannot be given where a gradient is wanted, or in a transform of torch.func: leave"
+            " it out"
+        )
+    y = _times(x, w)
     if bias is not None:
         y = y + bias.float()
     if activation is not None:
@@ -106,53 +115,81 @@ class _Ready(NamedTuple):
         found = prepared(w, m, lines, activation, Rows(dtype_name(y), 0, n, 1), dynamic)
         return cls(found, w.scheme, as_they_are(w.scheme, m, k, dynamic), y.shape, y.dtype)
 
-    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The product."""
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The product; None where memory was freed."""
+        address, added = x.data_ptr(), 0 if bias is None else bias.data_ptr()
+        if address < LOWEST or (bias is not None and added < LOWEST):
+            return None
         y = torch.empty(self.shape, dtype=self.dtype)
         rows = x.float().contiguous()
-        if self.direct:
-            address = rows.data_ptr()
-        else:
+        if not self.direct:
             lines = arranged(self.scheme, rows.detach().view(-1, x.shape[-1]).numpy())
             address = pointer(lines)
-        self.prepared.run(address, y.data_ptr(), 0 if bias is None else bias.data_ptr())
+        elif rows is not x:
+            address = rows.data_ptr()
+        self.prepared.run(address, y.data_ptr(), added)
         return y
 
 
-class _Product(torch.autograd.Function):
-    """x w in float32, of which x has a gradient."""
+def _times(x: Tensor, w: QuantizedMatrix, turned: bool = False) -> Tensor:
+    """x w in float32, or x wᵀ where it is `turned`; x has a gradient."""
+    kind = _Mapped if lifted() else _Times
+    found: Tensor = kind.apply(x, w, turned)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _computed(x: Tensor, w: QuantizedMatrix, turned: bool) -> Tensor:
+    k, n = w.shape
+    if not turned:
+        return _product(x, w, None, None, None, (*x.shape[:-1], n), "float32")
+    rows = x.detach().float().reshape(-1, n)
+    found = torch.zeros(len(rows), k, device=rows.device)
+    step = max(1, _AT_ONCE // (PANEL * k))
+    for first in range(0, w.panels, step):
+        columns = rows[:, first * PANEL : (first + step) * PANEL]
+        part = torch.from_numpy(w.widened(first, min(first + step, w.panels))).to(found.device)
+        found.addmm_(columns, part[:, : columns.shape[1]].T)
+    return found.reshape(*x.shape[:-1], k)
+
+
+class _Times(torch.autograd.Function):
+    """See `_times`, where only autograd observes a call."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: QuantizedMatrix) -> Tensor:
-        ctx.w, ctx.dtype = w, x.dtype
-        return _product(x, w, None, None, None, (*x.shape[:-1], w.shape[1]), "float32")
+    def forward(ctx: Any, x: Tensor, w: QuantizedMatrix, turned: bool) -> Tensor:
+        ctx.own = x.dtype, w, turned
+        return _computed(x, w, turned)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
-        dx: Tensor = _Gradient.apply(dy, ctx.w)  # type: ignore[no-untyped-call]
-        return dx.to(ctx.dtype), None
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        dtype, w, turned = ctx.own
+        return _times(slope, w, not turned).to(dtype), None, None
 
 
-class _Gradient(torch.autograd.Function):
-    """dy wᵀ in float32, of which dy has a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, w: QuantizedMatrix) -> Tensor:
-        ctx.w, ctx.dtype = w, dy.dtype
-        k, n = w.shape
-        rows = dy.detach().float().reshape(-1, n)
-        dx = torch.zeros(len(rows), k, device=rows.device)
-        step = max(1, _AT_ONCE // (PANEL * k))
-        for first in range(0, w.panels, step):
-            columns = rows[:, first * PANEL : (first + step) * PANEL]
-            part = torch.from_numpy(w.widened(first, min(first + step, w.panels))).to(dx.device)
-            dx.addmm_(columns, part[:, : columns.shape[1]].T)
-        return dx.reshape(*dy.shape[:-1], k)
+class _Mapped(torch.autograd.Function):
+    """The same in transforms of torch.func and in forward mode; torch calls it more slowly."""
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, None]:
-        ddy: Tensor = _Product.apply(ddx, ctx.w)  # type: ignore[no-untyped-call]
-        return ddy.to(ctx.dtype), None
+    def forward(x: Tensor, w: QuantizedMatrix, turned: bool) -> Tensor:
+        return _computed(x, w, turned)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, turned = inputs
+        ctx.own = x.dtype, w, turned
+
+    backward = _Times.backward
+
+    @staticmethod
+    def jvp(ctx: Any, slope: Tensor, *_: None) -> Tensor:
+        _, w, turned = ctx.own
+        return _times(slope, w, turned)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, x: Tensor, w: QuantizedMatrix, turned: bool
+    ) -> tuple[Tensor, int]:
+        return _times(x.movedim(in_dims[0], 0), w, turned), 0
 
 
 def _product(
@@ -172,13 +209,13 @@ def _product(
         if dynamic:
             raise NotImplementedError("dynamic has kernels for the CPU alone: pass dynamic=False")
         return _run_on_gpu(machine, x, w, bias, activation, out, shape, dtype)
-    rows = x.detach().reshape(-1, k).float().numpy()
+    rows = _values("x", x).reshape(-1, k).float().numpy()
     made = None if out is None else _lines(out, n)
     target = torch.empty(len(rows), n, dtype=getattr(torch, dtype)) if made is None else made
     if target.numel():
         lines = None
         if bias is not None:
-            bias = bias.detach()
+            bias = _values("bias", bias)
             lines = Rows(dtype_name(bias), bias.data_ptr(), 0, bias.stride(0))
         target_rows = Rows(dtype, target.data_ptr(), *target.stride())
         product(rows, w, lines, activation, target_rows, dynamic)
@@ -186,7 +223,15 @@ def _product(
         return target.reshape(shape)
     if made is None:
         out.copy_(target.reshape(shape))
+    else:
+        count_change(out)
     return out
+
+
+def _values(name: str, tensor: Tensor) -> Tensor:
+    """A tensor without its gradient, whose memory has its values. Raises ValueError if freed."""
+    check_held(name, tensor)
+    return tensor.detach().resolve_neg()
 
 
 def _run_on_gpu(
@@ -217,27 +262,21 @@ def _run_on_gpu(
 
 
 def _lines(out: Tensor, n: int) -> Tensor | None:
-    """A result as a view (rows, n); None where its strides do not allow one."""
+    """A result as a view (rows, n); None where it lies otherwise, or its memory is negated."""
     try:
-        return out.view(-1, n) if out.numel() else None
+        return out.view(-1, n) if out.numel() and not out.is_neg() else None
     except RuntimeError:
         return None
 
 
 def _check_written(out: Tensor, read: dict[str, Tensor | None]) -> None:
     """Raises ValueError unless the result may be written, and lies apart from what is read."""
-    if any(step == 0 < length - 1 for step, length in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError("out is written, so no axis of it may be broadcast")
-    begin, end = _extent(out)
-    for name, tensor in read.items():
-        if tensor is not None and out.numel() and tensor.numel():
-            low, high = _extent(tensor)
-            if begin < high and low < end:
-                raise ValueError(f"out must not overlap {name}")
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first and the last address of a tensor's elements."""
-    steps = zip(tensor.stride(), tensor.shape, strict=True)
-    length = sum(step * (count - 1) for step, count in steps) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size()
+    check_held("out", out)
+    check_single(out.shape, out.stride())
+    every = {"out": out} | {name: tensor for name, tensor in read.items() if tensor is not None}
+    forms = {
+        name: Form(dtype_name(each), tuple(each.shape), each.stride())
+        for name, each in every.items()
+    }
+    places = {name: Place.of(form) for name, form in forms.items()}
+    check_apart(places, False, {name: tensor.data_ptr() for name, tensor in every.items()})

@@ -20,7 +20,8 @@ from tilefold.frontends.torch.tensors import LOWEST
 from tilefold.products import derivatives, plans
 from tilefold.products.derivatives import Given, named
 from tilefold.products.packed import PackedMatrix
-from tilefold.products.plans import GIVEN, Form, Options, Plan
+from tilefold.products.places import Form, check_apart
+from tilefold.products.plans import GIVEN, Options, Plan
 from tilefold.products.repeated import REPEATED
 
 
@@ -154,7 +155,7 @@ def run(given: Mapping[str, Any], options: Options, asked: Any = None) -> Tensor
             _ways.put(key, _Way(plan, dtype), plan.prepared.nbytes)
         return made
     plan.run(addresses, out.data_ptr())
-    _count_change(out)
+    count_change(out)
     return out
 
 
@@ -167,7 +168,7 @@ def _run_on_gpu(given: Mapping[str, Tensor], options: Options, machine: Machine)
         out = given["a"].new_empty(form.shape, dtype=getattr(torch, form.dtype))
     else:
         addresses = {name: x.data_ptr() for name, x in given.items()}
-        plans.check_apart(plans.places(product, forms), form == forms.get("c"), addresses)
+        check_apart(plans.places(product, forms), form == forms.get("c"), addresses)
     (a, b, c, bias, gate), axes = _matrices(given)
     result = out
     for axis in reversed(axes):
@@ -208,7 +209,7 @@ def _form(name: str, x: Any) -> Form:
     return Form(dtype_of(x), tuple(x.shape), x.stride())
 
 
-def _count_change(out: Tensor) -> None:
+def count_change(out: Tensor) -> None:
     """Tell autograd that a tensor was written."""
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
@@ -224,7 +225,7 @@ def buffer_of(called: str, value: Tensor) -> tuple[str, int, int, bool, Callable
     if not (value.is_contiguous() or value.permute(*range(value.dim())[::-1]).is_contiguous()):
         raise ValueError(f"{called} must be one piece of memory, got strides {value.stride()}")
     check_held(called, value)
-    return dtype_of(value), value.data_ptr(), value.numel(), True, lambda: _count_change(value)
+    return dtype_of(value), value.data_ptr(), value.numel(), True, lambda: count_change(value)
 
 
 def _observed(given: Mapping[str, Tensor], options: Options) -> Tensor:

@@ -28,6 +28,11 @@ def unobserved(*given: Tensor) -> bool:
     return True
 
 
+def unwatched() -> bool:
+    """True if no part of torch observes operations; of tensors nothing is said."""
+    return not (_transformed() or _watched())
+
+
 def recorded(*given: Tensor) -> bool:
     """True if autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
@@ -82,6 +87,11 @@ def _watched() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def traced() -> bool:
+    """True where a graph is made of operations, in which functions of Python leave no trace."""
+    return torch._C._get_tracing_state() is not None or faked()
 
 
 def faked() -> bool:
