@@ -30,6 +30,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # rows know how they are shown
 
 import comparison  # noqa: E402
 import figures  # noqa: E402
+import models  # noqa: E402
 
 Document = dict[str, Any]
 
@@ -59,6 +60,8 @@ def blocks() -> dict[str, str]:
     long = [*matrix(load("cpu")), "", *promises()]
     for document in every("figures"):
         long += ["", f"### Figures, {machine(document)}", "", *floors(document)]
+    for document in every("models"):
+        long += ["", f"### Shapes of models, {machine(document)}", "", *shapes(document)]
     for number, document in enumerate(every("comparison")):
         long += ["", f"### Other implementations, {machine(document)}", "", *others(document)]
         if number == 0:
@@ -202,6 +205,17 @@ def floors(document: Document) -> list[str]:
     ]
     rows = table(figures.COLUMNS, [figures.cells(result) for result in found])
     return [wrapped(text), "", *rows, "", *notes]
+
+
+def shapes(document: Document) -> list[str]:
+    """Attention at the shapes of models."""
+    text = (
+        "Attention alone at the shapes of ten models, float32, on all cores, beside the fastest of"
+        f" PyTorch, ONNX Runtime and OpenVINO ({when(document)}; `benchmarks/models.py`). Warm is a"
+        " loop over one call, cold a call after other memory was read."
+    )
+    rows = [models.cells(row) for row in document["rows"]]
+    return [wrapped(text), "", *table(models.COLUMNS, rows)]
 
 
 def others(document: Document) -> list[str]:
