@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -125,8 +126,9 @@ def sgemv(
 ) -> Any:
     """y = alpha op(A) x + beta y in float32, where A is m x n; y is returned.
 
-    Elements of x lie incx apart, and those of y incy; neither is 0. With a negative number the
-    first element is the last one in memory. Errors are those of `sgemm`.
+    A sum of no terms is 0, so y is then beta y; some libraries leave it as it was. Elements of x
+    lie incx apart, and those of y incy; neither is 0. With a negative number the first element is
+    the last one in memory. Errors are those of `sgemm`.
     """
     return _gemv("sgemv", (trans, m, n, alpha, a, lda, x, incx, beta, y, incy), strict)
 
@@ -187,9 +189,15 @@ class _Arguments:
 
     def step(self, name: str) -> int:
         """An integer that is not 0."""
-        found = self.length(name, -sys.maxsize)
+        value = self.given[name]
+        try:
+            found = 0 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            found = 0
         if found == 0:
-            raise ValueError(f"{self._called(name)} must be an integer that is not 0")
+            kind = ValueError if type(value) is int else TypeError
+            line = f"{self._called(name)} must be an integer that is not 0, got {shown(value)}"
+            raise kind(line)
         return found
 
     def factor(self, name: str) -> float:
@@ -216,12 +224,13 @@ class _Arguments:
         """Columns that begin `leading` elements apart."""
         rows, columns = size
         needed = (columns - 1) * leading + rows if rows and columns else 0
-        return self.buffer(name, needed).part(size, (1, leading))
+        across = leading if needed > rows else 1  # of one column it may be any number
+        return self.buffer(name, needed).part(size, (1, across))
 
     def vector(self, name: str, length: int, step: int) -> _Part:
         """Elements that are `step` apart."""
         needed = (length - 1) * abs(step) + 1 if length else 0
-        return self.buffer(name, needed).part((length,), (step,))
+        return self.buffer(name, needed).part((length,), (step if length > 1 else 1,))
 
     def multiply(
         self, parts: Callable[[], dict[str, _Part]], result: str, strict: bool, options: Options
@@ -286,9 +295,14 @@ def _of_array(called: str, value: Any) -> _Buffer:
         line = f"{called} must be a NumPy array or a torch tensor, got {type(value).__name__}"
         other = registry.find(value=value).__name__.split(".")[2] != "numpy"
         raise NotImplementedError(line) if other else TypeError(line)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{called} must be an array without a mask of its own: pass its data")
     flags = value.flags
-    if not (flags.c_contiguous or flags.f_contiguous) or not flags.aligned:
+    if not (flags.c_contiguous or flags.f_contiguous):
         raise ValueError(f"{called} must be one piece of memory, got strides {value.strides}")
+    if not flags.aligned:
+        size = value.itemsize
+        raise ValueError(f"{called} must lie at a multiple of its {size} bytes in memory")
     if not value.dtype.isnative:
         raise TypeError(f"{called} must be in native byte order, got {value.dtype}")
     name: str = arrays.NAMES.get(value.dtype) or value.dtype.name

@@ -28,7 +28,7 @@ A, B = ones(2, 3), ones(3, 2)
 BOTH: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((ones(2, 3), ones(2, 3)), {}, ValueError, "op(a) is 2 x 3 and op(b) 2 x 3"),
     ((ones(3), B), {}, ValueError, "a must have 2 to 32 axes"),
-    ((ones(2, 2, 3), ones(4, 3, 2)), {}, ValueError, "the batch of b must be (1, 2) or 1"),
+    ((ones(2, 2, 3), ones(4, 3, 2)), {}, ValueError, "the batches of a and b must broadcast"),
     ((A, ones(3, 2, dtype="int8")), {}, TypeError, "b must be one of float32, float"),
     ((A, B), {"dtype": "int8"}, ValueError, "the type of c must be"),
     ((A, B), {"beta": 1.0}, ValueError, "beta is 1.0, so c must be given"),

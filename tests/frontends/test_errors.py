@@ -280,7 +280,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: attention(np.ma.array(Q), Q, Q),
         TypeError,
         "q must be an array without a mask of its own, got MaskedArray; pass its data, and what to"
-        " hide as `mask`",
+        " hide in attention as `mask`",
     ),
     "GPU": (
         lambda: attention(OnGpu(), Q, Q),

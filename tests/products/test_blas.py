@@ -156,6 +156,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"b": [1.0] * 8}, TypeError, "parameter 9 (b) must be a NumPy array or a torch tensor, got l"),
     ({"b": np.ones(16, "f")[::2]}, ValueError, "parameter 9 (b) must be one piece of memory"),
     ({"c": GOOD["a"]}, ValueError, "sgemm: parameter 12 (c) must not overlap an operand"),
+    ({"a": np.frombuffer(bytes(49), "u1")[1:].view("f")}, ValueError, "7 (a) must lie at a mult"),
+    ({"a": np.ma.ones(12, "f")}, TypeError, "7 (a) must be an array without a mask of its own"),
     ({"c": np.frombuffer(bytes(24), "f")}, ValueError, "parameter 12 (c) is written, so it must"),
 ]
 
@@ -167,8 +169,26 @@ def test_bad_arguments_are_named_by_their_numbers(case: Any) -> None:
     with pytest.raises(kind) as caught:
         blas.sgemm(**(GOOD | other))
     assert line in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"sgemv: parameter 8 \(incx\) must be an integer that is"):
-        blas.sgemv("N", 1, 1, 1.0, GOOD["a"], 1, GOOD["b"], 0, 0.0, GOOD["c"], 1)
+
+
+@pytest.mark.feature("T15", "A01")
+def test_steps_are_integers_of_any_size() -> None:
+    def call(incx: Any, n: int = 1, **more: Any) -> Any:
+        given = {"alpha": 1.0, "lda": 1, "y": np.ones(1, "f")} | more
+        x, a, y = np.full(3, 2, "f"), np.full(3, 3, "f"), given["y"]
+        return blas.sgemv("N", 1, n, given["alpha"], a, given["lda"], x, incx, 0.5, y, 1)[0]
+
+    line = r"sgemv: parameter 8 \(incx\) must be an integer that is not 0, got "
+    for step, kind in ((0, ValueError), (0.5, TypeError), (True, TypeError), (None, TypeError)):
+        with pytest.raises(kind, match=line + str(step)):
+            call(step)
+    with pytest.raises(
+        ValueError, match=r"7 \(x\) must have at least 9223372036854775809 elements"
+    ):
+        call(-(2**63), n=2)
+    for step in (2**70, -(2**70), np.int8(-3)):  # steps of one element, or of none
+        assert call(step, lda=2**70) == 6.5 and call(step, n=0) == 0.5
+        assert call(step, n=2, alpha=0.0) == 0.5
 
 
 @pytest.mark.feature("A06")

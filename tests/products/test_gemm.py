@@ -209,6 +209,14 @@ def test_arrays_that_lie_oddly_are_taken() -> None:
     check(a.astype(">f4"), b, bias=normal(6).tolist() and normal(6).astype(">f4"))
 
 
+def test_a_result_of_a_class_of_its_own_is_returned_itself() -> None:
+    class Own(np.ndarray[Any, Any]):
+        pass
+
+    a, out = normal(3, 3), np.zeros((3, 3), "f").view(Own)
+    assert tilefold.gemm(a.view(Own), a, out=out) is out and np.allclose(out, a @ a, atol=1e-5)
+
+
 def test_types_by_name_or_by_class() -> None:
     a = np.ones((2, 2), "e")
     for kind in ("bfloat16", ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16)):
@@ -237,7 +245,17 @@ I = np.ones((3, 3), "int8")  # noqa: E741
 REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((A, A), {}, ValueError, "op(a) is 2 x 3 and op(b) 2 x 3: the inner two must be equal"),
     ((A, B), {"transpose_b": True}, ValueError, "op(a) is 2 x 3 and op(b) 2 x 3"),
-    ((A[None][[0, 0]], B[None][[0, 0, 0]]), {}, ValueError, "the batch of b must be"),
+    (
+        (A[None][[0, 0]], B[None][[0, 0, 0]]),
+        {},
+        ValueError,
+        "a and b must broadcast, got (2,) and (3,)",
+    ),
+    ((A, B), {"bias": np.ones((2, 1, 2), "f")}, ValueError, "the batch of bias must broadcast to"),
+    ((None, B), {}, TypeError, "a must be a NumPy array, a torch tensor or an object with"),
+    ((A, None), {}, TypeError, "b must be a NumPy array, a torch tensor or an object with"),
+    ((A, np.ma.ones((3, 2), "f")), {}, TypeError, "b must be an array without a mask of its own"),
+    ((A, B), {"out": np.ma.ones((2, 2), "f")}, TypeError, "out must be a NumPy array, got Masked"),
     ((A[0, 0], B), {}, ValueError, "a must have 1 to 64 axes, got ()"),
     ((A.astype("F"), B), {}, TypeError, "a must be one of float32, float64, float16"),
     ((A.astype("i4"), B), {}, TypeError, "a must be one of float32, float64, float16"),
@@ -264,7 +282,14 @@ REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((A, B), {"out": np.broadcast_to(A[0, 0], (2, 2)).copy()[:, :0]}, ValueError, "out must be of"),
     ((A, B), {"out": np.ones((2, 2), ">f4")}, ValueError, "out must be aligned, in native"),
     ((A, [[1.0]]), {}, TypeError, "b must be a NumPy array, a torch tensor or an object"),
-    ((I, I), {"alpha": 0.5}, ValueError, "alpha must be a whole number where the result is int32"),
+    (
+        (I, I),
+        {"alpha": 0.5},
+        ValueError,
+        "alpha must be a whole number of 32 bits where the result",
+    ),
+    ((I, I), {"alpha": 2**31}, ValueError, "alpha must be a whole number of 32 bits where the"),
+    ((I, I), {"alpha": np.inf}, ValueError, "alpha must be a whole number of 32 bits where the"),
     ((I, I), {"activation": "relu"}, ValueError, "activation must be None where the"),
 ]
 

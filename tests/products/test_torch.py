@@ -148,6 +148,20 @@ def test_gradients_have_the_types_of_their_operands() -> None:
         near(mine.grad, other.grad, 0.01)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_products_of_integers_have_gradients_of_what_is_added(activation: str | None) -> None:
+    a, b = (torch.tensor(numbers, dtype=torch.int8) for numbers in ([[1, -2, 3]], [[1], [2], [3]]))
+    c, bias = plain(1, 1).requires_grad_(), plain(1).requires_grad_()
+    options: dict[str, Any] = {"alpha": 0.1, "beta": 0.5, "bias": bias, "out_dtype": "float32"}
+    y = gemm(a, b, c, activation=activation, **options)
+    z = 0.1 * (a.double() @ b.double()) + 0.5 * c + bias
+    want = {None: z, "relu": torch.relu(z), "gelu": torch.nn.functional.gelu(z)}[activation]
+    near(y, want)
+    found = (torch.autograd.grad(each.sum() * 0.3, (c, bias)) for each in (y, want))
+    for mine, other in zip(*found, strict=True):
+        near(mine, other)
+
+
 @pytest.mark.slow
 def test_a_compiler_sees_one_operator() -> None:
     def layer(x: Any, w: Any, bias: Any, c: Any) -> Any:

@@ -28,7 +28,7 @@ def viewed(name: str, value: Any) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} must be an array without a mask of its own, got {kind}; pass its data, and"
-            " what to hide as `mask`"
+            " what to hide in attention as `mask`"
         )
     _refuse_traced(name, value)
     try:

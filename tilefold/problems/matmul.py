@@ -199,7 +199,10 @@ class Product:
             raise ValueError(
                 f"op(a) is {m} x {k} and op(b) {inner} x {n}: the inner two must be equal"
             )
-        batch = _common("b", a.axes.batch, b.axes.batch)
+        batch = _common(a.axes.batch, b.axes.batch)
+        if batch is None:
+            one, two = a.shape[:-2], b.shape[:-2]
+            raise ValueError(f"the batches of a and b must broadcast, got {one} and {two}")
         if gate is not None:
             gate = gate.turned() if transpose_b else gate
             if (gate.dtype, gate.axes.lengths) != (b.dtype, b.axes.lengths):
@@ -347,11 +350,14 @@ def check_result(name: str, given: Operand, shape: tuple[int, ...], dtype: str) 
         raise ValueError(f"{name} is written, so no axis of it may be broadcast")
 
 
-def _common(name: str, batch: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    """The common batch of two arrays, where an axis of length 1 broadcasts to any length."""
-    for one, two in zip(batch, other, strict=True):
-        if one != two and 1 not in (one, two):
-            raise ValueError(f"the batch of {name} must be {batch} or 1 along an axis, got {other}")
+def _common(batch: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The common batch of two arrays, where an axis of length 1 broadcasts; None if there is none.
+
+    >>> _common((1, 2), (3, 1)), _common((1, 2), (1, 3))
+    ((3, 2), None)
+    """
+    if any(one != two and 1 not in (one, two) for one, two in zip(batch, other, strict=True)):
+        return None
     return tuple(two if one == 1 else one for one, two in zip(batch, other, strict=True))
 
 
@@ -373,6 +379,6 @@ def _bias(
         lengths, strides = (*lengths[1:-1], 1, lengths[-1]), (*strides[1:-1], 0, strides[-1])
         bias = bias._replace(axes=Axes(lengths, strides))
         bias = bias.turned() if axis == "row" else bias
-    if _common("bias", batch, bias.axes.batch) != batch:
-        raise ValueError(f"the batch of bias must be {batch}, got {bias.axes.batch}")
+    if _common(batch, bias.axes.batch) != batch:
+        raise ValueError(f"the batch of bias must broadcast to {batch}, got {bias.axes.batch}")
     return bias, axis

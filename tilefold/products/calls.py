@@ -106,8 +106,8 @@ def gemm(
         found = again(a, b, c, bias, gate, out, asked)
         if found is not None:
             return found
-    given = {"a": a, "b": b, "c": c, "bias": bias, "gate": gate, "out": out}
-    given = {name: array for name, array in given.items() if array is not None}
+    more = {"c": c, "bias": bias, "gate": gate, "out": out}
+    given = {"a": a, "b": b} | {name: x for name, x in more.items() if x is not None}
     dtype = None if out_dtype is None else type_name(out_dtype)
     options = Options.of(alpha, beta, transpose_a, transpose_b, activation, dtype, precision)
     frontend = _frontend({name: x for name, x in given.items() if type(x) is not PackedMatrix})
@@ -189,7 +189,8 @@ def _multiply(given: Mapping[str, Any], options: Options, key: Hashable) -> Arra
     # `as_array` returns nothing but plain arrays as they are: a key never has another object.
     if key is not None and all(held[name] is x for name, x in given.items()):
         repeated.remember(key, plan, result.dtype)
-    return result
+    written: Array | None = given.get("out")
+    return result if written is None else written
 
 
 def _run(plan: Plan, held: Mapping[str, Any]) -> Array:

@@ -45,9 +45,9 @@ def name_of(kind: torch.dtype) -> str:
 
 
 def sums_of(a: Tensor, b: Tensor) -> torch.dtype:
-    """The type of the sums of a product."""
+    """The type of the sums of a product; of integers float32, as slopes are no integers."""
     kind: torch.dtype = getattr(torch, sums(dtype_of(a), dtype_of(b)))
-    return kind
+    return kind if kind.is_floating_point else torch.float32
 
 
 def anew(options: Options, gate: Tensor | None) -> bool:

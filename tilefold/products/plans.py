@@ -288,9 +288,9 @@ def _check_integers(product: Product) -> None:
             " out_dtype='float32'"
         )
     for name, value in (("alpha", product.alpha), ("beta", product.beta)):
-        if not float(value).is_integer():
+        if not float(value).is_integer() or not -(2**31) <= value < 2**31:
             raise ValueError(
-                f"{name} must be a whole number where the result is int32, got {value};"
+                f"{name} must be a whole number of 32 bits where the result is int32, got {value};"
                 " pass out_dtype='float32'"
             )
 

@@ -321,7 +321,7 @@ MESSAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "sinks with a mask": (
         lambda: attention(Q, Q, Q, sinks=np.ma.masked_array([1.0, 2.0], [True, False])),
         "sinks must be an array without a mask of its own, got MaskedArray; pass its data, and what"
-        " to hide as `mask`",
+        " to hide in attention as `mask`",
     ),
     "sinks of another shape": (
         lambda: attention(Q, Q, Q, sinks=torch.ones(3)),
