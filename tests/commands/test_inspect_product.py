@@ -12,7 +12,7 @@ import tilefold
 from tilefold import cli
 from tilefold.backends.cpu import peak
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.matmul.plan import FEW_ROWS
+from tilefold.backends.cpu.matmul.few_rows_plan import FEW_ROWS
 from tilefold.measuring.products import ProductCase
 from tilefold.planning.roofline import Rates
 

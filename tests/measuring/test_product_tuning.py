@@ -20,7 +20,7 @@ from tilefold.backends.cpu import peak
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.matmul import tuned
 from tilefold.backends.cpu.matmul.blocks import GemmBlocks
-from tilefold.backends.cpu.matmul.plan import FewRowsPlan
+from tilefold.backends.cpu.matmul.few_rows_plan import FewRowsPlan
 from tilefold.measuring import product_timing, product_tuning, tuning
 from tilefold.measuring.products import ProductCase
 from tilefold.measuring.workload import Call

@@ -11,7 +11,8 @@ from tilefold.backends.cpu import peak, runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.matmul import calls, quantized_blocks, quantized_calls, tuned
 from tilefold.backends.cpu.matmul import quantized_integers as integers
-from tilefold.backends.cpu.matmul.plan import FewRowsPlan, GemmPlan, Plan
+from tilefold.backends.cpu.matmul.few_rows_plan import FewRowsPlan
+from tilefold.backends.cpu.matmul.plan import GemmPlan, Plan
 from tilefold.backends.cpu.matmul.spec import RoundingSpec
 from tilefold.backends.cpu.tuned import TunedBlocks
 from tilefold.commands import product_options, product_source, terminal

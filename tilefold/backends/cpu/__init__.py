@@ -11,6 +11,7 @@ kernel    spec to a loaded function
 startable  how many threads the system starts
 teams     threads that run one function together
 threads   the team of this process, and how many threads a call uses
+claims    how many items a worker takes at a time
 tuned     block sizes that were measured on this machine
 splits    how the keys of few queries are split
 choice    a chooser: what multiplies in a kernel, and in which blocks

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.cpu import growth, threads
+from tilefold.backends.cpu import claims, growth, threads
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.kernel import CpuKernel, double_bits, kernel
 from tilefold.backends.cpu.kernels.arguments import WORK, axes, factors
@@ -44,13 +44,6 @@ _ALONE_BYTES = 2**18
 
 KEPT_BYTES = 2**26
 """A thread keeps scratch up to this size for its next call. It is not tuned."""
-
-_CLAIM_FLOPS, _CLAIM_BYTES, _CLAIMS = 5e5, 2**17, 4
-"""A worker takes items of at most so many operations and bytes at a time: 10 us of a core. Each
-worker has this number of claims at least. Claims of one item of 16 x 16 pairs let two cores take
-the lines of each other's caches: 192 such items ran in 113 us on two threads and 128 on one (Xeon
-with AMX, float32, dim 32), and run in 63 us by claims of 16.
-"""
 
 _EXTRA = ("max", "dlse", "dsinks")
 """Operands of which a plan has to know whether they are there."""
@@ -180,12 +173,12 @@ def _is_alone(plan: CpuPlan) -> bool:
 
 
 def _items_per_claim(plan: CpuPlan, launch: Launch) -> int:
-    """How many items a worker takes at a time; results do not depend on it."""
+    """How many items a worker takes at a time."""
     problem, items = plan.problem, max(1, launch.items)
     flops = 2 * problem.pairs * (problem.dim + problem.dim_v) / items
     size = problem.bytes(plan.operation) / items
-    most = min(_CLAIM_FLOPS / (flops or 1), _CLAIM_BYTES / (size or 1))
-    return max(1, min(int(most), items // (_CLAIMS * threads.number())))
+    most = min(claims.FLOPS / (flops or 1), claims.BYTES / (size or 1))
+    return claims.items_per_claim(most, items, threads.number())
 
 
 def _step(plan: CpuPlan, launch: Launch, strides: Mapping[str, Strides]) -> _Step:

@@ -10,7 +10,8 @@ softmax      exponentials and logarithms to base 2
 elementary   exp, log, tanh, sigmoid of modified scores
 arguments    the argument block
 entries      look-ups of a score, for gradients of its arrays
-work         work items from a shared counter, tiles from runs
+claims       what workers take from shared counters
+work         items of a plan, tiles from its runs
 mask         the text fold of a rule and of a modified score
 pack         operands turned into the order of the microkernel
 ahead        a modified score of a tile, with what is made before its rows

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from tilefold.backends.cpu.kernels import ahead, amx, dropout, entries, microkernel, pack, work
+from tilefold.backends.cpu.kernels import (
+    ahead,
+    amx,
+    claims,
+    dropout,
+    entries,
+    microkernel,
+    pack,
+    work,
+)
 from tilefold.backends.cpu.kernels.ahead import TileOf, TileScoreText
 from tilefold.backends.cpu.kernels.arguments import COMPUTED, OF_QUERY, Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
@@ -129,7 +138,7 @@ def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
     argument = Value("%arguments", "ptr")
     with module.function(spec.kernel, [argument]) as body:
         arguments = Arguments(body, spec, argument)
-        scratch = work.scratch_of_worker(body, arguments)
+        scratch = claims.scratch_of_worker(body, arguments)
         tiles = amx.configured(body) if spec.multiplier.unit == "amx" else nullcontext()
         with tiles, work.items(body, arguments) as item:
             write(Block(body, spec, shape, arguments, scratch, item))

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from tilefold.backends.cpu.kernels import amx, microkernel, pairs
+from tilefold.backends.cpu.kernels import amx, masked, microkernel, pairs
 from tilefold.backends.cpu.kernels.backward import KeyGradients, StatisticsOf
 from tilefold.backends.cpu.kernels.block import emit
-from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, overload, vector
+from tilefold.backends.cpu.kernels.ir import Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.multiply import Right, factors_of
 from tilefold.backends.cpu.kernels.reduce import of_owner
 from tilefold.backends.cpu.kernels.tile import Matrix, Tile, padded
@@ -275,9 +275,7 @@ class _AllGradients(KeyGradients):
         tail = self._tail(d, j)
         if tail is None:
             return body.load(place, type_, "dq")
-        name = f"llvm.masked.load.{overload(type_)}.p0"
-        align = Value("4" if self.shape.scalar == "float" else "8", "i32")
-        return body.call(name, type_, [place, align, tail, self.block.splat(0.0)], "dq")
+        return masked.load(body, place, type_, tail, "dq")
 
     def _store_dq(self, total: Value, row: Value, d: Operand, j: int) -> None:
         body = self.body
@@ -286,11 +284,7 @@ class _AllGradients(KeyGradients):
         if tail is None:
             body.store(total, place)
             return
-        name = f"llvm.masked.store.{overload(total.type)}.p0"
-        align = Value("4" if self.shape.scalar == "float" else "8", "i32")
-        arguments = [total, place, align, tail]
-        body.module.declare(name, "void", [argument.type for argument in arguments])
-        body.invoke(name, arguments)
+        masked.store(body, total, place, tail)
 
     def _add_visible_dq(self, tile: Tile) -> None:
         """As `_add_dq`, pair by pair without the forbidden ones, for keys that are not finite."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tilefold.backends.cpu.kernels import convert
-from tilefold.backends.cpu.kernels.ir import Body, Value, alignment, overload, vector
+from tilefold.backends.cpu.kernels import convert, masked
+from tilefold.backends.cpu.kernels.ir import Body, Value, vector
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,7 @@ class Storage:
         stored = "i16" if self.converts else self.stored
         picks = ", ".join(f"i1 {'true' if lane < exist else 'false'}" for lane in range(lanes))
         exists = Value(f"<{picks}>", vector(lanes, "i1"))
-        align = Value(str(alignment(stored)), "i32")
-        type_ = vector(lanes, stored)
-        name = f"llvm.masked.load.{overload(type_)}.p0"
-        return body.call(name, type_, [pointer, align, exists, body.constant(0, type_)], hint)
+        return masked.load(body, pointer, vector(lanes, stored), exists, hint)
 
     def store(self, body: Body, value: Value, pointer: Value) -> None:
         """Write neighbours, rounded to what memory holds."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tilefold.backends.cpu.kernels import claims
 from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Value
 from tilefold.backends.cpu.spec import KernelSpec
@@ -33,33 +34,19 @@ class Item:
     row: Value
 
 
-def scratch_of_worker(body: Body, arguments: Arguments) -> Value:
-    """The address of this worker's own part of the workspace."""
-    worker = _take(body, arguments, "next_worker")
-    return body.offset(
-        arguments["workspace"], "i8", body.mul(worker, arguments["workspace_bytes"]), "scratch"
-    )
-
-
 @contextmanager
 def items(body: Body, arguments: Arguments) -> Iterator[Item]:
     """Until the list is empty: take the next item."""
-    with body.forever("claim") as end:
-        first = _take(body, arguments, "next_item", arguments["items_per_claim"])
-        body.leave_unless(body.compare("slt", first, arguments["items"]), end, "work")
-        last = body.minimum(
-            body.add(first, arguments["items_per_claim"]), arguments["items"], "last"
-        )
-        with body.loop("ticket", first, last) as ticket:
-            length = arguments["order_length"]
-            place = body.binary("urem", ticket, length)
-            picked = body.load(body.offset(arguments["order"], "i64", place), "i64", "picked")
-            item = body.add(body.sub(ticket, place), picked, "item")
-            row = body.binary("urem", item, arguments["item_rows"], "row")
-            pair = body.binary("udiv", item, arguments["item_rows"])
-            h = body.binary("urem", pair, arguments["heads"], "h")
-            b = body.binary("udiv", pair, arguments["heads"], "b")
-            yield Item(b, h, row)
+    with claims.several(body, arguments) as ticket:
+        length = arguments["order_length"]
+        place = body.binary("urem", ticket, length)
+        picked = body.load(body.offset(arguments["order"], "i64", place), "i64", "picked")
+        item = body.add(body.sub(ticket, place), picked, "item")
+        row = body.binary("urem", item, arguments["item_rows"], "row")
+        pair = body.binary("udiv", item, arguments["item_rows"])
+        h = body.binary("urem", pair, arguments["heads"], "h")
+        b = body.binary("udiv", pair, arguments["heads"], "b")
+        yield Item(b, h, row)
 
 
 @contextmanager
@@ -115,8 +102,3 @@ def tiles(
                 tile(start, count, True)
                 branch.otherwise()
                 tile(start, count, False)
-
-
-def _take(body: Body, arguments: Arguments, name: str, many: Value | None = None) -> Value:
-    address, step = arguments.address(name), many or Value("1", "i64")
-    return body.result("ticket", "i64", f"atomicrmw add {address.typed}, {step.typed} monotonic")

@@ -10,6 +10,7 @@ gemm         the kernels
 few_rows     the kernel of products with few rows of A
 blocks       units, register tiles and blocks
 tuned        blocks that were measured on this machine
+few_rows_plan  the same for few rows of A, read where B lies
 plan         kernel and blocks of a product, and what is packed before
 calls        products prepared for operands, and run
 widen        codes of quantised matrices, widened in registers

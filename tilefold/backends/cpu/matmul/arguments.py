@@ -146,9 +146,3 @@ class Arguments:
 
     def __getitem__(self, name: str) -> Value:
         return self._values[name]
-
-    def take(self, name: str, many: Value | None = None) -> Value:
-        """The value of a counter, to which `many` or 1 are added."""
-        step = many or Value("1", "i64")
-        at = self.address(name).typed
-        return self._body.result("ticket", "i64", f"atomicrmw add {at}, {step.typed} monotonic")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.cpu import runtime, threads
+from tilefold.backends.cpu import claims, runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.dispatch import _Memory
 from tilefold.backends.cpu.kernel import double_bits
@@ -30,9 +30,6 @@ from tilefold.backends.cpu.records import Recorded
 from tilefold.common.first_use import undisturbed
 from tilefold.common.single_flight import once
 from tilefold.problems.matmul import Axes, Operand, Product
-
-_CLAIM_FLOPS = 5e5
-"""A worker takes items of at most so many operations at a time."""
 
 
 @once(most=512)
@@ -178,10 +175,11 @@ def _words(made: Plan, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """The argument block of a product without its addresses."""
     product = made.product
     flops = 2 * product.m * product.n * max(1, product.k) / (made.row_blocks * made.column_blocks)
-    claim = min(int(_CLAIM_FLOPS / flops), made.items // (4 * threads.number()))
     values: dict[str, int] = {
         "items": made.items,
-        "items_per_claim": max(1, claim),
+        "items_per_claim": claims.items_per_claim(
+            claims.FLOPS / flops, made.items, threads.number()
+        ),
         "m": product.m,
         "n": product.n,
         "k": product.k,

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
-from tilefold.backends.cpu.kernels import masked
+from tilefold.backends.cpu.kernels import claims, masked
 from tilefold.backends.cpu.kernels.ir import Module, Operand, Value, Variable, vector
 from tilefold.backends.cpu.kernels.pack import transpose
 from tilefold.backends.cpu.kernels.prefetch import prefetch
@@ -60,16 +60,13 @@ class _FewRows:
 
     def _write(self) -> None:
         body, words = self.body, self.words
-        worker = words.take("next_worker")
-        at = body.offset(words["workspace"], "i8", body.mul(worker, words["workspace_bytes"]))
+        at = claims.scratch_of_worker(body, words)
         self.x = at
         self.near = body.offset(at, "i8", words["a_bytes"])
         self.sums = body.offset(self.near, "i8", words["b_bytes"])
         self.other = self._second(self.sums)
         held = body.variable("i64", Value("-1", "i64"), "held")
-        with body.forever("item") as end:
-            item = words.take("next_item")
-            body.leave_unless(body.compare("slt", item, words["items"]), end, "work")
+        with claims.single(body, words) as item:
             chunk = body.binary("urem", item, words["chunks"])
             place = body.binary("udiv", item, words["chunks"])
             block = body.binary("urem", place, words["column_blocks"])

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-from tilefold.backends.cpu.kernels import amx
+from tilefold.backends.cpu.kernels import amx, claims
 from tilefold.backends.cpu.kernels.ir import Module, Value, vector
 from tilefold.backends.cpu.matmul import panels
 from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
@@ -48,9 +48,7 @@ def _pack_b(module: Module, spec: PackSpec) -> None:
     function = panels.pack_columns(module, spec.unit, store, spec.width, spec.lanes)
     with module.function(spec.kernel, [block]) as body:
         words = Arguments(body, spec, block)
-        with body.forever("item") as end:
-            item = words.take("next_item")
-            body.leave_unless(body.compare("slt", item, words["items"]), end)
+        with claims.single(body, words) as item:
             matrix = body.binary("udiv", item, words["groups"])
             group = body.binary("urem", item, words["groups"])
             start = body.load(body.offset(words["offsets"], "i64", matrix), "i64", "begins")
@@ -105,20 +103,15 @@ class _Gemm:
 
     def _write(self) -> None:
         body, words = self.body, self.words
-        worker = words.take("next_worker")
-        at = body.offset(words["workspace"], "i8", body.mul(worker, words["workspace_bytes"]))
+        at = claims.scratch_of_worker(body, words)
         self.a_panels = at
         self.b_panels = body.offset(at, "i8", words["a_bytes"])
         after = body.offset(self.b_panels, "i8", words["b_bytes"])
         self.gate_panels = after
         self.sums = body.offset(after, "i8", words["b_bytes"]) if self.spec.gate else after
         self.other = body.offset(self.sums, "i8", words["sums_bytes"])
-        with body.forever("claim") as end:
-            first = words.take("next_item", words["items_per_claim"])
-            body.leave_unless(body.compare("slt", first, words["items"]), end, "work")
-            last = body.minimum(body.add(first, words["items_per_claim"]), words["items"])
-            with body.loop("item", first, last) as item:
-                self._item(item)
+        with claims.several(body, words) as item:
+            self._item(item)
 
     def _item(self, item: Value) -> None:
         body, words, spec = self.body, self.words, self.spec

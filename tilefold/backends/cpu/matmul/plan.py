@@ -19,10 +19,14 @@ from tilefold.backends.cpu.matmul.blocks import (
     usual,
     whole,
 )
-from tilefold.backends.cpu.matmul.few_rows import INPUTS
+from tilefold.backends.cpu.matmul.few_rows_plan import (
+    FEW_ROWS,
+    FewRowsPlan,
+    few_rows_plan,
+    form_of,
+)
 from tilefold.backends.cpu.matmul.spec import (
     ITEM_BYTES,
-    FewRowsSpec,
     GemmSpec,
     PackSpec,
     Unit,
@@ -36,22 +40,6 @@ from tilefold.problems.matmul import Operand, Product, sums
 ALONE_FLOPS = 1e6
 """Products with fewer operations run on one thread, as in `dispatch`. Each matrix is an item, which
 packs its own B. (Zen 3: 33 x 33 x 33 takes 0.72 of the time by four items, 40 x 24 x 56 0.75.)"""
-
-FEW_ROWS, _LEAST_READ = 16, 2**10
-"""Products of at most so many rows read B where it lies, if it has more elements than so many for
-each row; to pack a smaller one takes no time. (Zen 3: where it lies, 64 x 64 takes 0.6 of the time
-for 1 row and 1.1 for 8, 128 x 128 0.9 for 8 and 1.1 for 16.)"""
-
-_WIDE_COLUMNS, _DEEP_COLUMNS, _MOST_CHUNKS = 4096, 96, 16
-"""Columns of an item by its form. Long lines are read fastest: of what reading takes, one row and
-4096 x 4096 took the share 0.75 by lines of 512, 0.90 by 2048, 1.00 by 4096 (Xeon with AMX); on
-Zen 3 0.70, 0.98 and 1.07."""
-
-_ASK_WIDE = ("amx", "avx512")
-"""Where the form "wide" asks for lines of B ahead. (Zen 3 follows 8 lines by itself: one row reads
-1.10 of what reading takes, and with requests for the next 8 lines 0.83, for the next 256 bytes of
-each line 1.05. The form "deep" gains by requests for the next columns, 0.65 to 0.88 for four rows,
-but one row has 1.06 with them and 1.12 without.)"""
 
 
 @dataclass(frozen=True)
@@ -153,77 +141,6 @@ def panel_bytes(spec: PackSpec, k: int) -> int:
     return parts(k, unit.depth) * width * unit.step_bytes(spec.sums) + unit.head_bytes(width)
 
 
-@dataclass(frozen=True)
-class FewRowsPlan:
-    """The kernel of a product with few rows of A, and what its workers share: see `GemmPlan`."""
-
-    product: Product
-    out: Operand
-    spec: FewRowsSpec
-    turned: bool
-    block_k: int
-    chunks: int
-    chunk_k: int
-
-    packs = False
-    one_block = True
-    row_blocks = 1
-    panel_bytes = ahead = 0
-
-    @property
-    def column_blocks(self) -> int:
-        """Blocks of columns of one matrix."""
-        return parts(self.product.n, self.spec.columns)
-
-    @computed
-    def items(self) -> int:
-        """Work items of all matrices."""
-        return self.product.matrices * self.column_blocks * self.chunks
-
-    @computed
-    def parts_bytes(self) -> int:
-        """Memory of the sums of all chunks."""
-        return whole(self.items * self.sums_bytes) if self.chunks > 1 else 0
-
-    @property
-    def block_m(self) -> int:
-        """All rows."""
-        return self.spec.rows
-
-    @property
-    def block_n(self) -> int:
-        """Columns of an item."""
-        return self.spec.columns
-
-    @property
-    def _vector_bytes(self) -> int:
-        return self.spec.lanes * ITEM_BYTES[self.spec.sums]
-
-    @property
-    def a_bytes(self) -> int:
-        """A worker's scratch for the rows of A as whole vectors, with room behind them."""
-        vectors = parts(self.product.k, self.spec.lanes)
-        return whole(self.spec.rows * vectors * self._vector_bytes + 64)
-
-    @property
-    def b_bytes(self) -> int:
-        """A worker's scratch for lines of B; of the form "deep", for a vector of each sum."""
-        spec = self.spec
-        vectors = INPUTS * spec.vectors if spec.form == "wide" else spec.rows * spec.columns
-        return whole(vectors * self._vector_bytes)
-
-    @property
-    def sums_bytes(self) -> int:
-        """A worker's scratch for sums, and for those of a gate."""
-        seconds = 2 if self.spec.gate else 1
-        return seconds * self.spec.rows * self.spec.columns * ITEM_BYTES[self.spec.sums]
-
-    @computed
-    def workspace_bytes(self) -> int:
-        """All scratch of a worker."""
-        return whole(self.a_bytes + self.b_bytes + self.sums_bytes)
-
-
 Plan = GemmPlan | FewRowsPlan
 
 
@@ -244,74 +161,10 @@ def plan(
     turned = not packed and product.gate is None and _is_turned(product, out)
     if turned:
         product, out = _transposed(product), out.turned()
-    form = None if packed else _few_rows(product)
+    form = None if packed else form_of(product)
     if form:
-        spec = _few_rows_spec(product, form, device)
-        chunks = _chunks(product) if form == "wide" else 1
-        sizes = _few_rows_terms(spec, product.k, device), chunks, parts(product.k, chunks)
-        return FewRowsPlan(product, out, spec, turned, *sizes)
+        return few_rows_plan(product, out, device, form, turned)
     return _plan(product, out, device, packed, turned, blocks)
-
-
-def _few_rows(product: Product) -> str | None:
-    """The form in which a product reads B where it lies; None where it packs B."""
-    if (
-        product.m > FEW_ROWS
-        or product.sums == "int32"
-        or product.n * product.k <= _LEAST_READ * product.m
-    ):
-        return None
-    down, across = product.b.axes.strides[-2:]
-    gate = product.gate.axes.strides[-2:] if product.gate else (down, across)
-    if across == gate[1] == 1:
-        return "wide"
-    return "deep" if down == gate[0] == 1 else None
-
-
-def _chunks(product: Product) -> int:
-    """Parts of the contraction, whatever the cores: what is added later is 1/16 of what is read.
-
-    A chunk reads 256 KiB at least.
-    """
-    size = product.k * product.n * ITEM_BYTES[product.b.dtype]
-    return max(1, min(_MOST_CHUNKS, product.k // (32 * product.m), size // 2**18))
-
-
-def _few_rows_terms(spec: FewRowsSpec, k: int, device: Device) -> int:
-    """Terms at a time: all, or those whose x is half of the first cache."""
-    if spec.form == "wide":
-        return k
-    half = (device.l1_bytes or 2**15) // 2
-    return max(1, half // (spec.rows * spec.lanes * ITEM_BYTES[spec.sums])) * spec.lanes
-
-
-def _few_rows_spec(product: Product, form: str, device: Device) -> FewRowsSpec:
-    lanes, wide = lanes_of(device, product.sums), form == "wide"
-    tile_rows = parts(product.m, parts(product.m, TILES[device.isa][0]))
-    # registers: the sums, a vector of B for each of them, x; "wide" needs one more while x comes
-    vectors = min(4, (device.vector_registers - 1 - wide) // (tile_rows + 1))
-    most = _WIDE_COLUMNS if wide else _DEEP_COLUMNS
-    block = vectors * lanes if wide else lanes
-    columns = up(parts(product.n, parts(product.n, most)), block)
-    return FewRowsSpec(
-        a=product.a.dtype,
-        b=product.b.dtype,
-        sums=product.sums,
-        out=product.dtype,
-        form=form,
-        rows=product.m,
-        tile_rows=tile_rows,
-        vectors=vectors,
-        columns=columns,
-        width=block if wide else columns,
-        asks=device.isa in _ASK_WIDE if wide else product.m > 1,
-        lanes=lanes,
-        native_half=device.converts_float16,
-        c=product.c.dtype if product.c and product.beta else None,
-        bias=product.bias.dtype if product.bias else None,
-        activation=product.activation,
-        gate=product.gate is not None,
-    )
 
 
 def _plan(
@@ -399,7 +252,7 @@ def _is_turned(product: Product, out: Operand) -> bool:
     """True if neighbours of the result lie along its rows' axis, so columns become rows."""
     down, across = out.axes.strides[-2:]
     if product.n <= FEW_ROWS < product.m:
-        return _few_rows(_transposed(product)) is not None
+        return form_of(_transposed(product)) is not None
     return down == 1 and across != 1 and product.m > 1
 
 

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import itertools
 
+from tilefold.backends.cpu.kernels import claims
 from tilefold.backends.cpu.kernels.ir import Module, Value, Variable, vector
+from tilefold.backends.cpu.kernels.prefetch import prefetch
 from tilefold.backends.cpu.matmul import widen
 from tilefold.backends.cpu.matmul.arguments import Arguments
 from tilefold.backends.cpu.matmul.finish import finish
@@ -60,18 +62,14 @@ class Quantized:
 
     def _items(self) -> None:
         body, words = self.body, self.words
-        with body.forever("claim") as end:
-            first = words.take("next_item", words["items_per_claim"])
-            body.leave_unless(body.compare("slt", first, words["items"]), end, "work")
-            last = body.minimum(body.add(first, words["items_per_claim"]), words["items"])
-            with body.loop("item", first, last) as item:
-                self.panel = body.binary("udiv", item, words["row_blocks"], "panel")
-                block = body.binary("urem", item, words["row_blocks"])
-                start = body.mul(block, words["block_m"])
-                before = body.mul(self.panel, words["panel_bytes"])
-                self.codes = body.offset(words["codes"], "i8", before, "codes")
-                stop = body.minimum(body.add(start, words["block_m"]), words["m"])
-                self.rows(start, stop)
+        with claims.several(body, words) as item:
+            self.panel = body.binary("udiv", item, words["row_blocks"], "panel")
+            block = body.binary("urem", item, words["row_blocks"])
+            start = body.mul(block, words["block_m"])
+            before = body.mul(self.panel, words["panel_bytes"])
+            self.codes = body.offset(words["codes"], "i8", before, "codes")
+            stop = body.minimum(body.add(start, words["block_m"]), words["m"])
+            self.rows(start, stop)
 
     def codes_at(self, c: Value, count: int, column: int) -> Value:
         """The address of the codes of inputs from c on, from a column of the panel on."""
@@ -80,7 +78,7 @@ class Quantized:
         at = body.offset(self.codes, "i8", body.mul(c, bytes_of_input), "line")
         if count > 1 and column == 0:
             for ahead in range(0, count * bytes_of_input, 64):
-                self._ask(body.offset(at, "i8", AHEAD_BYTES + ahead))
+                prefetch(body, body.offset(at, "i8", AHEAD_BYTES + ahead))
         return body.offset(at, "i8", column * spec.item_bytes, "at")
 
     def finish_rows(self, row: Value, exist: Value, sums: Value) -> None:
@@ -119,12 +117,6 @@ class Quantized:
             return found
         return [body.binary("fmul", each, body.constant(factor, self.type)) for each in found]
 
-    def _ask(self, address: Value) -> None:
-        """Ask for a line of memory ahead of its use."""
-        name, flags = "llvm.prefetch.p0", [Value(number, "i32") for number in ("0", "3", "1")]
-        self.body.module.declare(name, "void", ["ptr", "i32", "i32", "i32"])
-        self.body.invoke(name, [address, *flags])
-
     def ask_for_scales(self, at: Value) -> None:
         """Ask for scales and zeros of a later group, which may be one of the next panel."""
         body, words, spec = self.body, self.words, self.spec
@@ -134,7 +126,7 @@ class Quantized:
         for name in ("scales", "zeros") if spec.scheme == "int4" else ("scales",):
             base = store.at(body, words[name], later)
             for line in range(0, spec.width * ITEM_BYTES[spec.scales], 64):
-                self._ask(body.offset(base, "i8", line))
+                prefetch(body, body.offset(base, "i8", line))
 
 
 class FewRows(Quantized):

@@ -13,7 +13,7 @@ takes 2 to 4 steps, and its products with 112 rows take 112.
 
 from __future__ import annotations
 
-from tilefold.backends.cpu.kernels import microkernel
+from tilefold.backends.cpu.kernels import claims, microkernel
 from tilefold.backends.cpu.kernels.ir import Module, Value
 from tilefold.backends.cpu.matmul import widen
 from tilefold.backends.cpu.matmul.quantized import FewRows, Quantized
@@ -35,9 +35,7 @@ class ManyRows(Quantized):
     def begin(self) -> None:
         """This worker's scratch: a block of a panel, then sums."""
         body, words = self.body, self.words
-        worker = words.take("next_worker")
-        before = body.mul(worker, words["workspace_bytes"])
-        self.wide = body.offset(words["workspace"], "i8", before, "wide")
+        self.wide = claims.scratch_of_worker(body, words)
         self.sums = body.offset(self.wide, "float", depth(self.spec) * self.spec.width, "sums")
 
     def rows(self, start: Value, stop: Value) -> None:

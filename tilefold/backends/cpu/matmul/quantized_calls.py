@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.arrays.numpy import pointer
-from tilefold.backends.cpu import runtime, threads
+from tilefold.backends.cpu import claims, runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.kernel import double_bits
 from tilefold.backends.cpu.matmul import quantized_blocks, quantized_fours, quantized_integers
@@ -289,10 +289,11 @@ def prepare(sizes: Sizes, matrix: Matrix, device: Device, workers: int) -> Prepa
         tiles, tile_bytes = -(-sizes.m // spec.rows), 4 * spec.rows * sizes.k // spec.per_word
         of_row = quantized_integers.REST + sizes.k // 2 if spec.fours else 1
         rounding = Rounding(rounds, tiles, tile_bytes, 4 * sizes.m * of_row, sizes.m, sizes.k)
-    claim = min(_CLAIM_BYTES // made.panel_bytes, made.items // (4 * workers))
     values = {
         "items": made.items,
-        "items_per_claim": max(1, claim),
+        "items_per_claim": claims.items_per_claim(
+            _CLAIM_BYTES / made.panel_bytes, made.items, workers
+        ),
         "row_blocks": made.row_blocks,
         "block_m": made.block_m,
         "panel_bytes": made.panel_bytes,

@@ -17,6 +17,7 @@ With AVX2 rows are split (`quantized_fours`). All machines compute the same sums
 
 from __future__ import annotations
 
+from tilefold.backends.cpu.kernels import claims
 from tilefold.backends.cpu.kernels.ir import Body, Module, Value, Variable, vector
 from tilefold.backends.cpu.matmul.arguments import Arguments
 from tilefold.backends.cpu.matmul.quantized import Quantized
@@ -63,9 +64,7 @@ def emit_rounding(spec: RoundingSpec) -> str:
     block = Value("%arguments", "ptr")
     with module.function(spec.kernel, [block]) as body:
         words = Arguments(body, spec, block)
-        with body.forever("tile") as end:
-            tile = words.take("next_item")
-            body.leave_unless(body.compare("slt", tile, words["items"]), end)
+        with claims.single(body, words) as tile:
             first = body.mul(tile, spec.rows)
             last = body.minimum(body.add(first, spec.rows), words["m"])
             size = body.mul(words["k"], spec.rows)  # numbers of a tile
@@ -174,8 +173,7 @@ class Integers(Quantized):
         body, words = self.body, self.words
         self.per_word = self.spec.per_word
         self.depth = depth(self.spec)
-        before = body.mul(words.take("next_worker"), words["workspace_bytes"])
-        self.panel_words = body.offset(words["workspace"], "i8", before, "words")
+        self.panel_words = claims.scratch_of_worker(body, words)
         size = self.depth * self.spec.width * 4 // self.per_word
         self.sums = body.offset(self.panel_words, "i8", size, "sums")
         self.integers = vector(self.spec.lanes, "i32")
