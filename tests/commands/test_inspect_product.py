@@ -58,10 +58,10 @@ def test_few_rows_read_b_where_it_lies(way: list[str], capsys: Any) -> None:
     assert "pack_b" not in inspected(capsys, "--operation", "gemm", "--size", "40x60x50")["kernels"]
 
 
-def test_the_bound_of_integers_is_reading(capsys: Any) -> None:
+def test_integers_have_a_bound_of_arithmetic(capsys: Any) -> None:
     found = inspected(capsys, "--operation", "gemm", "--size", "64x64x64", "--dtype", "int8")
-    assert found["bounds"]["arithmetic_seconds"] is None
-    assert found["bounds"]["binding"] == "bytes"
+    assert found["bounds"]["arithmetic_seconds"] == 2 * 64**3 / 1e11
+    assert found["bounds"]["binding"] == "arithmetic"
     assert found["problem"]["bytes"] == 2 * 64 * 64 + 4 * 64 * 64
 
 

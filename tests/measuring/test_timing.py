@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import replace
@@ -11,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from levels import device
 
 from tilefold import alibi, softcap
-from tilefold.backends.cpu import peak, threads
+from tilefold.backends.cpu import peak, runtime, threads
 from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.matmul.blocks import unit_of
 from tilefold.backends.cpu.plan import plan
-from tilefold.backends.cpu.spec import KERNELS
+from tilefold.backends.cpu.spec import FMA, KERNELS, Multiplier
 from tilefold.masks import parse
 from tilefold.masks.evaluate import exact_real
 from tilefold.masks.runs import runs
@@ -348,18 +351,36 @@ def compile_seconds(asked: Problem) -> float:
 
 @pytest.mark.slow
 @pytest.mark.feature("M10")
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int32"])
 def test_rates_are_plausible_and_kept(dtype: str, fresh_cache: Any, monkeypatch: Any) -> None:
-    rates = peak.rates(host(), dtype, 1)
-    assert 1e9 < rates.flops_per_second < 1e12
+    """int32: of what multiplies two matrices of int8."""
+    products = Multiplier(unit_of("int8", "int8", host()).name) if dtype == "int32" else FMA
+    rates = peak.rates(host(), dtype, 1, products)
+    assert 1e9 < rates.flops_per_second < (1e13 if dtype == "int32" else 1e12)
     assert rates.exponentials_per_second < rates.flops_per_second / 10
     assert 1e8 < rates.bytes_per_second < 1e12
     with monkeypatch.context() as patch:
         patch.setattr(peak, "LARGEST_SPREAD", 1e9)  # this machine may do other work now
         patch.setattr(peak, "measure", lambda *_: pytest.fail("measured again"))
-        assert peak.rates(host(), dtype, 1) == rates
-    again = peak.rates(host(), dtype, 1, again=True)
+        assert peak.rates(host(), dtype, 1, products) == rates
+    again = peak.rates(host(), dtype, 1, products, again=True)
     assert again.flops_per_second >= rates.flops_per_second
+
+
+@pytest.mark.parametrize(
+    ("isa", "unit", "instructions"),
+    [("avx512", "vnni", 28), ("amx", "amx8", 4), ("avx2", "fours", 12), ("sse2", "madd", 12)],
+)
+def test_rates_of_integers_are_those_of_their_instructions(
+    isa: str, unit: str, instructions: int
+) -> None:
+    """On processors that need not be here: no product is made once for several sums."""
+    more = {"vnni": ",+avx512vnni", "amx8": ",+amx-int8"}.get(unit, "")
+    here = replace(device(isa), features=device(isa).features + more)
+    write, _ = peak._products(here, "int32", here.vector_bytes // 4, unit)
+    listing = runtime.assembly(peak._source(here, "float32", write), here)
+    names = {"vnni": "vpdpbusd", "amx8": "tdpbssd", "fours": "vpmaddubsw", "madd": "pmaddwd"}
+    assert len(re.findall(rf"\b{names[unit]}\b", listing)) == instructions
 
 
 def test_reading_reads_all_of_an_array_and_changes_nothing() -> None:

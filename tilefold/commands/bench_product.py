@@ -87,10 +87,10 @@ def _cases(options: argparse.Namespace, operation: str) -> list[ProductCase]:
 def _share(machine: RooflineShares, own: ProductRow) -> Share:
     """The share of the roofline that tilefold's row reaches, and the bound that binds."""
     case = own.case
-    dtype, multiplier, integers = rated(case.spec(host()))
+    dtype, multiplier = rated(case.spec(host()))
 
     def least(rates: Any) -> tuple[float, str]:
-        bounds = case.bounds(rates, integers)
+        bounds = case.bounds(rates)
         return bounds.seconds, bounds.binding
 
     return machine.reached((dtype, case.threads, multiplier), least, own.median)
@@ -120,8 +120,6 @@ def _show(found: list[list[ProductRow]], shares: list[Share]) -> None:
     console.print("medians; ratio: each / tilefold; bound: share of the measured roofline reached")
     if any(share is None for share, _ in shares):
         console.print("-: faster than the bound: the operands stay in a cache, or rates were low")
-    if any(rated(rows[0].case.spec(host()))[2] for rows in found):
-        console.print("integers have no measured arithmetic rate: their bound is reading")
     for reason in dict.fromkeys(row.reason for rows in found for row in rows if row.reason):
         console.print(f"cannot: {terminal.escape(reason)}")
 

@@ -24,6 +24,8 @@ ATTENTION = (
 )
 """Options that only attention has."""
 
+_MEASURED = (("flops", "FLOP"), ("bytes", "B"))
+
 _UNITS = {
     "fma": "multiply-adds of {sums}",
     "dot": "pairs of bfloat16 (AVX512-BF16), summed in float32",
@@ -56,9 +58,9 @@ def main(options: argparse.Namespace) -> int:
         text = emit(specs[shown])
         print(text if options.text else runtime.assembly(text, device), end="")
         return 0
-    dtype, multiplier, whole = rated(next(iter(specs.values())))
+    dtype, multiplier = rated(next(iter(specs.values())))
     rates = peak.rates(device, dtype, workers, multiplier)
-    least = case.bounds(rates, whole)
+    least = case.bounds(rates)
     document = {
         "problem": asdict(case) | {"flops": case.flops, "bytes": case.bytes},
         "device": {"name": device.name, "isa": device.isa, "workers": workers},
@@ -66,9 +68,7 @@ def main(options: argparse.Namespace) -> int:
         "rates": asdict(rates),
         "plan": described,
         "kernels": {name: asdict(spec) for name, spec in specs.items()},
-        "bounds": asdict(least)
-        | {"seconds": least.seconds, "binding": least.binding}
-        | ({"arithmetic_seconds": None} if whole else {}),
+        "bounds": asdict(least) | {"seconds": least.seconds, "binding": least.binding},
     }
     if options.json:
         terminal.print_json(document)
@@ -230,9 +230,7 @@ def _show(case: ProductCase, document: dict[str, Any]) -> None:
     work = f"{case.flops / 1e9:,.3g} GFLOP, {terminal.size(case.bytes)} of operands and result"
     facts.add_row("", work)
     facts.add_row("device", f"{device['name']}, {device['isa']}, {device['workers']} threads")
-    measured = [terminal.rate(rates["bytes_per_second"], "B")]
-    if least["arithmetic_seconds"] is not None:
-        measured.insert(0, terminal.rate(rates["flops_per_second"], "FLOP"))
+    measured = [terminal.rate(rates[f"{name}_per_second"], unit) for name, unit in _MEASURED]
     facts.add_row("measured", ", ".join(measured))
     when = f"{rates['measured'].replace('T', ' ')[:16]} UTC"
     facts.add_row("", f"{when}, the median run {rates['spread']:.0%} above the fastest")
@@ -245,10 +243,9 @@ def _show(case: ProductCase, document: dict[str, Any]) -> None:
         facts.add_row(name, terminal.escape(text))
     console.print(facts)
     console.print()
-    arithmetic = least["arithmetic_seconds"]
     row = [
         case.operation,
-        "not measured" if arithmetic is None else terminal.seconds(arithmetic),
+        terminal.seconds(least["arithmetic_seconds"]),
         terminal.seconds(least["bytes_seconds"]),
         f"{terminal.seconds(least['seconds'])} ({least['binding']})",
     ]

@@ -137,22 +137,21 @@ class ProductCase:
         around = self.m * self.k * ITEM_BYTES[self.dtype] + self.m * self.n * ITEM_BYTES[dtype]
         return around + self.b_bytes
 
-    def bounds(self, rates: Rates, integers: bool) -> Bounds:
-        """Seconds that the product takes at least; reading alone tells for `integers`."""
-        arithmetic = 0.0 if integers else self.flops / rates.flops_per_second
+    def bounds(self, rates: Rates) -> Bounds:
+        """Seconds that the product takes at least."""
+        arithmetic = self.flops / rates.flops_per_second
         return Bounds(arithmetic, 0.0, self.bytes / rates.bytes_per_second)
 
 
-def rated(spec: object) -> tuple[str, Multiplier, bool]:
-    """The type and the multiplier whose rates bound a kernel; True for integers, which have none.
-
-    How fast integers are multiplied at most is not measured.
-    """
-    if isinstance(spec, GemmSpec) and spec.unit.name in ("dot", "amx"):
-        return "bfloat16", Multiplier(spec.unit.name), False
-    integers = spec.integers if isinstance(spec, QuantizedSpec) else False
-    sums: str = getattr(spec, "sums", "float32")
-    return ("float32", FMA, True) if integers or sums == "int32" else (sums, FMA, False)
+def rated(spec: object) -> tuple[str, Multiplier]:
+    """The type and the multiplier whose rates bound a kernel."""
+    if isinstance(spec, GemmSpec):
+        dtype = "bfloat16" if spec.unit.of_bfloat16 else spec.sums
+        return dtype, Multiplier(spec.unit.name)
+    if isinstance(spec, QuantizedSpec) and spec.integers:
+        units = {"vnni": spec.vnni, "fours": spec.fours, "madd": spec.pairs}
+        return "int32", Multiplier(next((unit for unit, yes in units.items() if yes), "fma"))
+    return getattr(spec, "sums", "float32"), FMA
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -3,7 +3,7 @@
 Three small kernels, written with the same generator as attention, run on the same threads:
 
     multiply-add:  acc[i] += a * b              on as many independent registers as there are, of
-                                                elements, pairs, or tiles of pairs
+                                                elements, words of 2 or 4 numbers, or tiles of words
     exponential:   x[i] = exp2(x[i] - 1)        the exp2 of `softmax`, several chains at once
     read:          acc[i] += memory[...]        over more memory than the caches hold
 
@@ -33,6 +33,8 @@ from tilefold.backends.cpu.kernels import amx, microkernel
 from tilefold.backends.cpu.kernels.ir import Body, Module, Value, Variable, alignment, vector
 from tilefold.backends.cpu.kernels.softmax import EXP2_COARSE, FORMATS, Rate, exp2_scaled
 from tilefold.backends.cpu.kernels.storage import SCALARS
+from tilefold.backends.cpu.matmul import quantized_fours
+from tilefold.backends.cpu.matmul.tile import add_product
 from tilefold.backends.cpu.spec import FMA, Multiplier
 from tilefold.common import disk_cache
 from tilefold.planning.roofline import Rates
@@ -54,6 +56,10 @@ READ_BYTES = (1 << 26, 1 << 28)  # at least and at most, else four times the las
 KEPT_SECONDS = 3600.0  # a measurement is repeated at the next use after an hour
 LARGEST_SPREAD = 0.25  # and at once where the median run took so much longer than the fastest
 _VERSION = "rates 3"
+_TERMS = {"fma": 1, "dot": 2, "madd": 2, "vnni": 4, "fours": 4, "amx": 32, "amx8": 64}
+"""Products of one sum that are made together, by the unit: see `matmul.spec.Unit`. "fours" are the
+three instructions of `matmul.quantized_fours`."""
+
 _MEASURED = ("flops_per_second", "exponentials_per_second", "bytes_per_second")
 
 
@@ -62,7 +68,8 @@ def rates(
 ) -> Rates:
     """The best rates seen on this machine: a new measurement counts too, with `again` or if due.
 
-    `products` is the multiplier of the kernels (`choice.multiplier`).
+    `products` is the multiplier of the kernels: `choice.multiplier`, or for a `dtype` of "int32"
+    what multiplies integers.
     """
     kept = disk_cache.default()
     question = json.dumps([device.name, device.triple, device.features, dtype, workers, *products])
@@ -87,17 +94,12 @@ def _is_due(known: Rates) -> bool:
 
 def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA) -> Rates:
     """Measure all rates now, which takes about half a second."""
-    computed = STATISTICS[dtype]
+    computed = "float32" if dtype == "int32" else STATISTICS[dtype]
     lanes = device.vector_bytes // ITEM_BYTES[computed]
     steps = STEPS * workers * ITEMS_PER_WORKER
-    registers = device.vector_registers - 4
     items = workers * ITEMS_PER_WORKER
     small = np.full(lanes, 0.5, computed)
-    writer, flops = {
-        "fma": (_multiply_adds(registers), 2 * lanes * registers),
-        "dot": (_pair_products(registers), 4 * lanes * registers),
-        "amx": (_tile_products, 4 * 2 * amx.ROWS**2 * amx.DEPTH),
-    }[products.unit]
+    writer, sums = _products(device, dtype, lanes, products.unit)
     adds, *spreads = _timed(_runner(device, workers, writer, items, small))
     coarse = products.unit != "fma" and products.parts == 1
     exponentials, spread = _timed(_runner(device, workers, _exponentials(coarse), items, small))
@@ -110,7 +112,7 @@ def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA
         device=device.name,
         dtype=dtype,
         workers=workers,
-        flops_per_second=flops * steps / products.terms / adds,
+        flops_per_second=2 * sums * _TERMS[products.unit] * steps / products.terms / adds,
         exponentials_per_second=lanes * steps * CHAINS / exponentials,
         bytes_per_second=(size // READ_ITEM_BYTES) * READ_ITEM_BYTES / reading,
         measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -174,6 +176,17 @@ def _source(device: Device, dtype: str, write: Writer) -> str:
     return module.text()
 
 
+def _products(device: Device, dtype: str, lanes: int, unit: str) -> tuple[Writer, int]:
+    """What measures a unit, and the sums to which a step of it adds."""
+    if tiles := {"amx": "tdpbf16ps", "amx8": "tdpbssd"}.get(unit):
+        return _tile_products(tiles), 4 * amx.ROWS**2
+    registers = device.vector_registers - 4
+    if dtype == "int32":
+        return _integer_products(registers, unit), lanes * registers
+    write = {"fma": _multiply_adds, "dot": _pair_products}[unit]
+    return write(registers), lanes * registers
+
+
 def _multiply_adds(registers: int) -> Writer:
     def write(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
         factor = body.load(data, type_, "a")
@@ -203,10 +216,30 @@ def _pair_products(registers: int) -> Writer:
     return write
 
 
-def _tile_products(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
-    with amx.configured(body):
-        amx.products(body, STEPS)
-    body.store(body.constant(0.0, type_), result)
+def _integer_products(registers: int, unit: str) -> Writer:
+    def write(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
+        words = vector(Value("", type_).lanes, "i32")
+        factor = body.load(data, words, "words")
+        places = [body.variable(words, factor, "acc") for _ in range(registers)]
+        with body.loop("step", 0, STEPS):
+            for place in places:
+                total = body.read(place)  # a factor too: a product that is the same is made once
+                if unit == "fours":
+                    body.write(place, quantized_fours.add_product(body, total, factor, total))
+                else:
+                    body.write(place, add_product(body, unit, total, factor, total))
+        _keep(body, result, places)
+
+    return write
+
+
+def _tile_products(instruction: str) -> Writer:
+    def write(body: Body, data: Value, item: Value, result: Value, type_: str) -> None:
+        with amx.configured(body):
+            amx.products(body, STEPS, instruction)
+        body.store(body.constant(0.0, type_), result)
+
+    return write
 
 
 def _exponentials(coarse: bool) -> Writer:
@@ -239,6 +272,7 @@ def _reads(body: Body, data: Value, item: Value, result: Value, type_: str) -> N
 def _keep(body: Body, result: Value, places: list[Variable]) -> None:
     """Emit a store of the sum of all registers, so that no code before it is dead."""
     total = body.read(places[0])
+    add = "add" if total.element == "i32" else "fadd"
     for place in places[1:]:
-        total = body.binary("fadd", total, body.read(place))
+        total = body.binary(add, total, body.read(place))
     body.store(total, result)

@@ -179,7 +179,8 @@ KERNELS = table(
 class Multiplier(NamedTuple):
     """Multiplier: "fma" single elements, "dot" pairs of bfloat16, "amx" tiles of such pairs.
 
-    With pairs every operand is a sum of `parts` bfloat16 arrays.
+    With pairs every operand is a sum of `parts` bfloat16 arrays. Rates are also measured of what
+    multiplies integers in products: see `matmul.spec.Unit`.
     """
 
     unit: str

@@ -84,13 +84,13 @@ def panel(
             _tile(body, "tilestored64", _number(2 * i + j), corner, row_bytes)
 
 
-def products(body: Body, steps: int) -> None:
+def products(body: Body, steps: int, instruction: str) -> None:
     """So many times four products of zeros, none of which waits for another: a measurement."""
     for tile in range(8):
         _tile(body, "tilezero", _number(tile))
     with body.loop("step", 0, steps):
         for tile in range(4):
-            _tile(body, "tdpbf16ps", _number(tile), _number(4 + tile // 2), _number(6 + tile % 2))
+            _tile(body, instruction, _number(tile), _number(4 + tile // 2), _number(6 + tile % 2))
 
 
 def _sum(

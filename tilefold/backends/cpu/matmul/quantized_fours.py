@@ -15,11 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilefold.backends.cpu.kernels.ir import Module, Value, Variable, vector
+from tilefold.backends.cpu.kernels.ir import Body, Module, Value, Variable, vector
 from tilefold.backends.cpu.matmul.quantized_integers import REST, Integers
 from tilefold.backends.cpu.matmul.spec import QuantizedSpec
 
 _BYTES, _HALVES, _WORDS = vector(32, "i8"), vector(16, "i16"), vector(8, "i32")
+
+
+def add_product(body: Body, left: Value, right: Value, total: Value) -> Value:
+    """total + the products of bytes of left, with a sign, and of right, without one."""
+    one, two = (body.cast("bitcast", word, _BYTES) for word in (right, left))
+    pairs = body.call("llvm.x86.avx2.pmadd.ub.sw", _HALVES, [one, two])
+    ones = body.constant(1, _HALVES)
+    return body.add(total, body.call("llvm.x86.avx2.pmadd.wd", _WORDS, [pairs, ones]), "sum")
 
 
 class Fours(Integers):
@@ -95,12 +103,7 @@ class Fours(Integers):
         return found
 
     def _added(self, total: Value, left: Value, right: Value) -> Value:
-        """total + the products of bytes of left, with a sign, and of right, without one."""
-        body = self.body
-        one, two = (body.cast("bitcast", word, _BYTES) for word in (right, left))
-        pairs = body.call("llvm.x86.avx2.pmadd.ub.sw", _HALVES, [one, two])
-        ones = body.constant(1, _HALVES)
-        return body.add(total, body.call("llvm.x86.avx2.pmadd.wd", _WORDS, [pairs, ones]), "sum")
+        return add_product(self.body, left, right, total)
 
     def _scale(self, start: Value, stop: Value) -> None:
         """Sums of integers, with what rows were split into, become the numbers they stand for."""

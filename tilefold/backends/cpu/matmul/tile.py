@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from tilefold.backends.cpu.kernels import masked
 from tilefold.backends.cpu.kernels.ir import (
+    Body,
     Module,
     Operand,
     Value,
@@ -41,6 +42,28 @@ def tile(module: Module, spec: GemmSpec, vectors: int, *, short: bool = False) -
         kind = _InTiles if spec.unit.tiles else _InVectors
         kind(module, name, spec, vectors, spec.rows - short)
     return name
+
+
+def add_product(body: Body, unit: str, left: Value, right: Value, total: Value) -> Value:
+    """total + left * right, and all products of the words of a lane.
+
+    Integers of words of "vnni" have no sign in left, and one in right.
+    """
+    lanes, type_ = total.lanes, total.type
+    if unit == "fma" and total.element == "i32":
+        return body.add(total, body.mul(left, right))
+    if unit == "fma":
+        return body.multiply_add(left, right, total, "acc")
+    if unit == "vnni":
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+        return body.call(name, type_, [total, left, right], "acc")
+    if unit == "dot":
+        halves = [body.cast("bitcast", each, vector(2 * lanes, "bfloat")) for each in (left, right)]
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
+        return body.call(name, type_, [total, *halves], "acc")
+    halves = [body.cast("bitcast", each, vector(2 * lanes, "i16")) for each in (left, right)]
+    names = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}
+    return body.add(total, body.call(f"llvm.x86.{names[lanes]}", type_, halves))
 
 
 class _Tile:
@@ -216,25 +239,9 @@ class _InVectors(_Tile):
         return body.splat(number, spec.lanes, "a")
 
     def _product(self, left: Value, right: Value, total: Value) -> Value:
-        """total + left * right, and all products of the words of a lane."""
-        body, unit, lanes = self.body, self.spec.unit.name, self.spec.lanes
-        if unit == "fma" and self.spec.sums == "int32":
-            return body.add(total, body.mul(left, right))
-        if unit == "fma":
-            return body.multiply_add(left, right, total, "acc")
-        if unit == "vnni":
-            name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
-            factors = [left, right] if self.spec.b == "int8" else [right, left]
-            return body.call(name, self.type, [total, *factors], "acc")
-        if unit == "dot":
-            halves = [
-                body.cast("bitcast", each, vector(2 * lanes, "bfloat")) for each in (left, right)
-            ]
-            name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
-            return body.call(name, self.type, [total, *halves], "acc")
-        halves = [body.cast("bitcast", each, vector(2 * lanes, "i16")) for each in (left, right)]
-        names = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}
-        return body.add(total, body.call(f"llvm.x86.{names[lanes]}", self.type, halves))
+        if self.spec.unit.name == "vnni" and self.spec.b == "uint8":
+            left, right = right, left
+        return add_product(self.body, self.spec.unit.name, left, right, total)
 
 
 class _InTiles(_Tile):
