@@ -32,9 +32,12 @@ import numpy as np
 import tilefold
 from tilefold.backends.cpu import peak
 from tilefold.backends.cpu.device import host
+from tilefold.measuring import openvino_model
 from tilefold.measuring.environment import environment
 
-PEERS = {"tilefold": "tilefold", "torch": "torch", "numpy": "numpy", "onnxruntime": "onnxruntime"}
+PEERS = ("tilefold", "torch", "numpy", "onnxruntime", "openvino")
+"""Those that are installed are measured."""
+
 SHARE = 768 * 2**20
 """Bytes of all weights of "few" and "quantized"."""
 
@@ -66,7 +69,7 @@ def main() -> None:
     document: dict[str, Any] = environment()
     for threads in dict.fromkeys(chosen.threads):
         document[f"{threads} threads"] = found = {"rates": rates(threads)}
-        peers = {name: Peer(name, threads) for name, module in PEERS.items() if find_spec(module)}
+        peers = {name: Peer(name, threads) for name in PEERS if find_spec(name)}
         for name in chosen.parts:
             found[name] = parts[name](peers, chosen.seconds)
             if chosen.save:  # a part takes minutes, and a run may be cut
@@ -116,7 +119,8 @@ def few(peers: dict[str, Peer], seconds: float) -> dict[str, Any]:
         for turned in (False, True):
             job = {"kind": "gemm", "m": m, "n": 4096, "k": 4096, "dtype": "float32"}
             job |= {"turned": turned, "weights": SHARE // 2**26}
-            kept = {name: peer for name, peer in peers.items() if name != "onnxruntime"}
+            compiled = ("onnxruntime", "openvino")  # a model for each of the weights
+            kept = {name: peer for name, peer in peers.items() if name not in compiled}
             times = _turns(kept, job, seconds)
             row = {name: 2**26 / median / 1e9 for name, median in _medians(times).items()}
             found[f"{m} x 4096 x 4096{', w.T' if turned else ''}"] = _best(row)
@@ -280,7 +284,21 @@ def _gemm(name: str, threads: int, job: dict[str, Any]) -> list[Job]:
         return [lambda w=w: np.matmul(x, w.T if turned else w, out=made) for w in weights]
     if name == "torch":
         return _gemm_of_torch(threads, x, weights, dtype, turned)
+    if name == "openvino":
+        return _gemm_of_openvino(threads, x, weights[0], dtype)
     return _gemm_of_onnxruntime(threads, x, weights[0], dtype)
+
+
+def _gemm_of_openvino(threads: int, x: Any, w: Any, dtype: str) -> list[Job]:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        x, w = x.astype(ml_dtypes.bfloat16), w.astype(ml_dtypes.bfloat16)
+    model = openvino_model.product(x, w, threads)
+    error = np.abs(model()[0].astype(float) - x[0].astype(float) @ w.astype(float)).max()
+    if not error <= 0.02 * math.sqrt(len(w)):  # sums of so many products of normal numbers
+        raise ArithmeticError(f"openvino computes something else: off by {error}")
+    return [model]
 
 
 def _gemm_of_torch(threads: int, x: Any, weights: list[Any], dtype: str, turned: bool) -> list[Job]:

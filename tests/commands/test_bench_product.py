@@ -49,7 +49,8 @@ def test_products_and_peers_agree(dtype: str, capsys: Any) -> None:
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")
     turned = ["--transpose-b"] if dtype == "float64" else []
-    found = rows(capsys, "gemm", "--size", "32x48x40", "--dtype", dtype, *turned)
+    peers = ["--peers", "torch", "numpy"]
+    found = rows(capsys, "gemm", "--size", "32x48x40", "--dtype", dtype, *turned, *peers)
     assert [row["name"] for row in found] == ["tilefold", "torch", "numpy"]
     own, torch, numpy = found
     assert own["median_seconds"] > 0
@@ -60,12 +61,28 @@ def test_products_and_peers_agree(dtype: str, capsys: Any) -> None:
     assert torch["share_of_bound"] is None
 
 
+@pytest.mark.slow
+def test_openvino_computes_in_the_type_or_says_that_it_does_not(capsys: Any) -> None:
+    if reason := product_timing.unusable("openvino"):
+        pytest.skip(reason)
+    peer = ["--size", "32x48x40", "--peers", "openvino", "--transpose-b"]
+    _, plain = rows(capsys, "gemm", *peer)
+    assert plain["reason"] is None and plain["median_seconds"] > 0
+    for dtype in ("float64", "int8"):
+        _, row = rows(capsys, "gemm", *peer, "--dtype", dtype)
+        assert row["reason"] == "OpenVINO multiplies float32, float16 and bfloat16 alone"
+    _, half = rows(capsys, "gemm", *peer, "--dtype", "float16")
+    assert half["reason"] in (None, "OpenVINO computes products of float16 in f32 here")
+    _, relu = rows(capsys, "gemm", *peer, "--activation", "relu")
+    assert "neither activations nor gates" in relu["reason"]
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"])
 def test_torch_composes_activations_and_gates(activation: str, capsys: Any) -> None:
     pytest.importorskip("torch")
     more = ["--gate"] if activation == "silu" else []
     sizes = ["--size", "5x33x40", "--activation", activation, "--transpose-b", *more]
-    _, torch, numpy = rows(capsys, "gemm", *sizes)
+    _, torch, numpy = rows(capsys, "gemm", *sizes, "--peers", "torch", "numpy")
     assert torch["reason"] is None
     assert numpy["reason"] == "NumPy has neither activations nor gates of products"
 
@@ -134,7 +151,10 @@ def test_a_benchmark_is_saved(tmp_path: Path, capsys: Any) -> None:
     [
         ("--operation gemm --size 8x8", "a size is three integers from 1 on"),
         ("--operation gemm forward", "--operation gemm stands alone"),
-        ("--operation gemm --peers float16", "--peers of --operation gemm are torch or numpy"),
+        (
+            "--operation gemm --peers float16",
+            "peers of --operation gemm are torch or numpy or open",
+        ),
         ("--operation gemm --mask causal()", "--mask goes with attention"),
         ("--operation gemm --impl kernel", "--impl goes with attention"),
         ("--operation gemm --sweep", "--sweep goes with attention"),

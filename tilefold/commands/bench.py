@@ -61,8 +61,8 @@ def register(commands: Any) -> None:
         "--peers",
         nargs="*",
         choices=tuple(dict.fromkeys((*BASELINES, *PEERS["gemm"], *PEERS["qgemm"]))),
-        help="other libraries to measure (default: torch, if installed, and for products numpy, and"
-        " weights of float16; --peers alone: none)",
+        help="other libraries to measure (default: torch, if installed, and for products all that"
+        " are, and weights of float16; --peers alone: none)",
     )
     beside.add_argument(
         "--impl",

@@ -3,6 +3,7 @@
 environment        machine, versions and commit of a measurement
 workload           the cases that are timed, and their arrays
 products           products as cases, and their lower bounds
+openvino_model     models of one operator that OpenVINO runs
 baselines          the libraries that are measured beside tilefold
 roofline_share     how near a result comes to the measured roofline
 agreement          the differences between all implementations

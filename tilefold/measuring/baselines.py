@@ -8,8 +8,6 @@ cannot do a case, it raises NotImplementedError, and the table shows the reason 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -189,37 +187,19 @@ def onnxruntime_baseline(case: Case, a: Arrays) -> Call:
 
 def openvino_baseline(case: Case, a: Arrays) -> Call:
     """OpenVINO's `ScaledDotProductAttention`, computed in the type of the case."""
-    import openvino
+    from tilefold.measuring.openvino_model import Model
 
     problem = case.problem
     _only_forward(case, "OpenVINO has no gradients")
-    kind = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}.get(problem.dtype)
-    if kind is None:
+    if problem.dtype not in ("float32", "bfloat16"):
         raise NotImplementedError(f"OpenVINO computes in float32 or bfloat16, not {problem.dtype}")
     if problem.heads_q != problem.heads_kv:
         raise NotImplementedError("ScaledDotProductAttention has no grouped queries")
-    operators = importlib.import_module("openvino.opset13")
-    bits = {"float32": np.float32, "bfloat16": np.uint16}[problem.dtype]
-    feeds = [(x.view(bits), kind) for x in (a.q, a.k, a.v)]
+    arrays: list[Any] = [a.q, a.k, a.v]
     if problem.mask != full() and not _square_causal(case):
-        feeds.append((_dense(case), openvino.Type.boolean))
-    parameters = [operators.parameter(x.shape, type_) for x, type_ in feeds]
-    node = operators.scaled_dot_product_attention(*parameters, causal=_square_causal(case))
-    settings = {
-        "INFERENCE_NUM_THREADS": case.threads,
-        "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": kind,  # without it, float32 may be computed in bfloat16
-    }
-    model = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", settings)
-    request = model.create_infer_request()
-    for number, (x, type_) in enumerate(feeds):
-        request.set_input_tensor(number, openvino.Tensor(x, x.shape, type_))
-
-    def call(_keep_alive: object = feeds) -> object:  # a Tensor does not own the memory it shares
-        request.infer()
-        return request.get_output_tensor(0).data.view(a.q.dtype)
-
-    return call
+        arrays.append(_dense(case))
+    options = {"causal": _square_causal(case)}
+    return Model("scaled_dot_product_attention", arrays, problem.dtype, case.threads, **options)
 
 
 def jax_baseline(case: Case, a: Arrays) -> Call:

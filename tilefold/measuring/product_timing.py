@@ -21,6 +21,7 @@ from tilefold.backends.cpu.device import usable_cores
 from tilefold.common.array_files import element_type
 from tilefold.common.check import one_line
 from tilefold.common.imports import why_not
+from tilefold.measuring import openvino_model
 from tilefold.measuring.baselines import BASELINES, TOLERANCE, results, tensor
 from tilefold.measuring.products import ProductCase
 from tilefold.measuring.timing import PAUSE, first_call, turn_by_turn, using_threads
@@ -29,7 +30,7 @@ from tilefold.products.calls import gemm
 from tilefold.products.quantized import QuantizedMatrix, quantize
 from tilefold.products.quantized_calls import qgemm
 
-PEERS = {"gemm": ("torch", "numpy"), "qgemm": ("float16", "torch")}
+PEERS = {"gemm": ("torch", "numpy", "openvino"), "qgemm": ("float16", "torch")}
 """What is measured beside each product: "float16" is tilefold's gemm with weights of float16."""
 
 TURN_SECONDS = 2e-3
@@ -126,7 +127,7 @@ def measure(
         turns = {
             name: functools.partial(_turn, call, repeats[name]) for name, call in calls.items()
         }
-        own_team = case.threads > 1 and "numpy" in calls
+        own_team = case.threads > 1 and not {"numpy", "openvino"}.isdisjoint(calls)
         timed = turn_by_turn(turns, seconds=seconds, pause=PAUSE if own_team else 0)
     return [
         ProductRow(
@@ -235,6 +236,13 @@ def _numpy(case: ProductCase, x: Given) -> Made:
     return lambda: np.matmul(a, b, out=out), case.bytes
 
 
+def _openvino(case: ProductCase, x: Given) -> Made:
+    if case.activation or case.gate:
+        raise NotImplementedError("the adapter of openvino takes neither activations nor gates")
+    turned = {"transpose_a": case.transpose_a, "transpose_b": case.transpose_b}
+    return openvino_model.product(x.a, x.b, case.threads, **turned), case.bytes
+
+
 def _torch(case: ProductCase, x: Given) -> Made:
     import torch
 
@@ -306,5 +314,5 @@ def _torch_dynamic(case: ProductCase, x: Given) -> Made:
 
 
 _GEMM: dict[str, Callable[[ProductCase, Given], Made]]
-_GEMM = {"tilefold": _tilefold, "numpy": _numpy, "torch": _torch}
+_GEMM = {"tilefold": _tilefold, "numpy": _numpy, "torch": _torch, "openvino": _openvino}
 _QGEMM = {"tilefold": _tilefold, "float16": _float16, "torch": _torch_dynamic}
