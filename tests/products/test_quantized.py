@@ -90,7 +90,7 @@ def test_a_weight_is_off_by_half_a_step_at_most(
     assert q.scales.dtype == scale_dtype
     scales = q.scales.swapaxes(0, 1).reshape(k // q.group_size, -1)[:, :n]
     step = np.repeat(scales.astype(np.float64), q.group_size, axis=0)
-    half = step / 2 if scheme != "float8_e4m3" else np.maximum(abs(w) / 16, step / 1024)
+    half = step / 2 if scheme != "float8_e4m3" else np.maximum(abs(w.astype("d")) / 16, step / 1024)
     assert_near("w", got, w, half * (1 + 1e-5) + 2e-7 * abs(got))
     if scheme != "float8_e4m3":
         assert not got[w == 0].any()
@@ -194,12 +194,41 @@ BAD = {
     "w must be a NumPy array or a torch tensor, got list": {"w": [[1.0]]},
     r"w must have two axes, none of length 0, got \(0, 4\)": {"w": np.zeros((0, 4))},
     r"w must have two axes, none of length 0, got \(4,\)": {"w": np.zeros(4)},
-    "w must have finite weights": {"w": np.full((16, 1), np.nan)},
-    "w must have finite weights within float32": {"w": np.full((16, 1), 1e300)},
+    "w must have weights of at most 3e.38, got nan": {"w": np.full((16, 1), np.nan)},
+    "w must have weights of at most 3e.38, got inf": {"w": np.full((16, 1), 1e300)},
+    "w must have weights of at most 3e.38, got 3.1": {"w": np.full((16, 1), -3.1e38)},
+    "w must be a NumPy array or a torch tensor, got MaskedArray": {"w": np.ma.ones((16, 1))},
     "float16 ends at 65504": {"w": np.full((16, 1), 1e9), "scale_dtype": "float16"},
     "w must be at most 65504": {"w": np.full((16, 1), 1e5), "scheme": "palette6"},
-    "w is on meta": {"w": torch.zeros(2, 2, device="meta")},
+    "table must be 64 numbers, got array.*j": {"scheme": "palette6", "table": np.ones(64) + 1j},
+    "table must be 64 numbers, got .'1', ": {"scheme": "palette6", "table": ["1"] * 64},
+    "table must be 64 numbers, got .None, ": {"scheme": "palette6", "table": [None] * 64},
+    "w is on meta, where it has no elements": {"w": torch.zeros(2, 2, device="meta")},
 }
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if SCHEMES[name].scaled])
+def test_large_and_small_weights(scheme: str) -> None:
+    signs = np.where(weights(48, 3) > 0, 1, -1)
+    large = tilefold.quantize(3e38 * signs, scheme).dequantize("float64")
+    assert_near("large weights", large, 3e38 * signs, 0.6e38 / 2)  # and none is infinite
+    w = weights(48, 3) * np.float32(1e-4)  # float16 holds scales below 2^-14 with fewer bits
+    halves, own = (
+        abs(tilefold.quantize(w, scheme, scale_dtype=kind).dequantize() - w).max()
+        for kind in ("float16", "float32")
+    )
+    assert halves < 1.3 * own
+
+
+def test_tensors_that_are_not_what_their_memory_holds() -> None:
+    w = torch.from_numpy(weights(48, 3))
+    negated = torch.complex(w, w).conj().imag
+    want = tilefold.quantize(-w, "int4").codes
+    np.testing.assert_array_equal(tilefold.quantize(negated, "int4").codes, want)
+    w = w.clone()
+    w.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="w needs 576 bytes of memory, and its storage holds 0"):
+        tilefold.quantize(w, "int4")
 
 
 @pytest.mark.parametrize("message", BAD)

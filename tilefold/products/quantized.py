@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tilefold.common.array_files import element_type
 from tilefold.common.check import choice, flag, shown, whole
-from tilefold.common.foreign_arrays import dtype_name, is_of_torch
+from tilefold.common.foreign_arrays import dtype_name, is_of_torch, type_name
 from tilefold.products import palettes
 from tilefold.products.schemes import (
     E4M3_MOST,
@@ -37,6 +37,9 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 SCALES = ("float32", "float16")
 
 LINE = 64  # bytes
+
+LARGEST = 3e38
+"""The largest weight: half a step more is within float32."""
 
 _AT_ONCE = 1 << 21  # weights that are quantised or widened at once: 8 MiB of float32; not tuned
 
@@ -136,7 +139,7 @@ class QuantizedMatrix:
         groups *= _lines(self.scales[first:last])
         return found
 
-    def dequantize(self, dtype: str = "float32", *, transpose: bool = False) -> Array:
+    def dequantize(self, dtype: Any = "float32", *, transpose: bool = False) -> Array:
         """The weights as a NumPy array (k, n), or (n, k) with `transpose`.
 
         >>> import numpy as np
@@ -146,9 +149,10 @@ class QuantizedMatrix:
         True
 
         Arguments:
-            dtype: "float32", "float64", "float16" or "bfloat16", which needs ml_dtypes
+            dtype: float32, float64, float16, or bfloat16, which needs ml_dtypes; by name, or a type
             transpose: True gives (outputs, inputs), as in torch.nn.Linear
         """
+        dtype = type_name(dtype)
         choice("dtype", dtype, DTYPES)
         k, n = self.shape
         result = np.empty((n, k) if flag("transpose", transpose) else (k, n), element_type(dtype))
@@ -200,7 +204,7 @@ def quantize(
 
     Raises:
         ValueError: an unknown scheme, a group that does not divide, a table without 64 numbers,
-            infinite or NaN weights, or ones that float16 does not hold where it must
+            NaN and weights above 3e38, or ones that float16 does not hold where it must
         TypeError: w is no array of these types
         NotImplementedError: w is on a GPU
     """
@@ -275,7 +279,9 @@ def _scaled(
 
 def _scales(scales: Array, dtype: str) -> Array:
     """Scales as they are kept, float32: rounded upwards, so that all codes stay in their range."""
-    kept: Array = np.maximum(scales, np.float32(np.finfo(dtype).tiny))  # where all weights are 0
+    about = np.finfo(dtype)
+    least = about.tiny if dtype == "float32" else about.smallest_subnormal
+    kept: Array = np.maximum(scales, np.float32(least))  # where all weights are 0
     if dtype == "float32":
         return kept
     if (kept > np.finfo(np.float16).max).any():
@@ -300,19 +306,30 @@ def _lines(panels: Array) -> Array:
 
 def _matrix(w: Any) -> Array:
     """The weights as an array of NumPy, with its own memory where it can."""
-    if not isinstance(w, np.ndarray) and not is_of_torch(w):
+    if isinstance(w, np.ma.MaskedArray) or not (isinstance(w, np.ndarray) or is_of_torch(w)):
         raise TypeError(f"w must be a NumPy array or a torch tensor, got {type(w).__name__}")
     if dtype_name(w) not in DTYPES:
         raise TypeError(f"w must be one of {', '.join(DTYPES)}, got {dtype_name(w)}")
     if is_of_torch(w):
-        if w.device.type != "cpu":
-            raise NotImplementedError(f"w is on {w.device}; the CPU quantises it: pass w.cpu()")
-        w = w.detach()
-        w = (w.float() if dtype_name(w) == "bfloat16" else w).numpy()
+        w = _of_torch(w)
     if w.ndim != 2 or 0 in w.shape:
         raise ValueError(f"w must have two axes, none of length 0, got {w.shape}")
     matrix: Array = w
     return matrix
+
+
+def _of_torch(w: Any) -> Array:
+    """The elements of a tensor as an array of NumPy."""
+    from tilefold.backends.arrays.torch import check_held
+
+    if w.is_meta:
+        raise NotImplementedError("w is on meta, where it has no elements")
+    if not w.is_cpu:
+        raise NotImplementedError(f"w is on {w.device}; the CPU quantises it: pass w.cpu()")
+    check_held("w", w)
+    w = w.detach().resolve_neg()
+    array: Array = (w.float() if dtype_name(w) == "bfloat16" else w).numpy()
+    return array
 
 
 def _step(k: int) -> int:
@@ -321,14 +338,14 @@ def _step(k: int) -> int:
 
 
 def _blocks(matrix: Array) -> Iterator[Array]:
-    """The weights of some panels at a time, float32. Raises ValueError unless they are finite."""
+    """The weights of some panels at a time, float32. Raises ValueError for too large ones."""
     k, n = matrix.shape
     step = _step(k) * PANEL
     for first in range(0, n, step):
         with np.errstate(over="ignore"):
             block = np.ascontiguousarray(matrix[:, first : first + step], np.float32)
-        if not np.isfinite(block).all():
-            raise ValueError("w must have finite weights within float32, got infinite ones or NaN")
+        if not (largest := abs(block).max()) <= LARGEST:
+            raise ValueError(f"w must have weights of at most {LARGEST:g}, got {largest:.3g}")
         yield block
 
 
@@ -342,19 +359,19 @@ def _halves(matrix: Array) -> Iterator[Array]:
 
 def _table(table: Any) -> Array:
     """A table of the caller as float16, without rounding in silence to infinity."""
-    table = table.detach().float().numpy() if is_of_torch(table) else table
     try:
-        numbers = np.asarray(table, np.float32)
-    except (TypeError, ValueError):
-        raise TypeError(f"table must be {ENTRIES} numbers, got {shown(table)}") from None
-    if numbers.shape != (ENTRIES,):
-        raise ValueError(f"table must have {ENTRIES} numbers, got shape {numbers.shape}")
+        given = np.asarray(table.detach().tolist() if is_of_torch(table) else table)
+    except ValueError:  # rows of different lengths
+        given = None
+    if given is None or not (given.dtype.kind in "fiub" or given.dtype.name == "bfloat16"):
+        raise TypeError(f"table must be {ENTRIES} numbers, got {shown(table)}")
     with np.errstate(over="ignore"):
-        halves = numbers.astype(np.float16)
+        halves: Array = given.astype(np.float16)
+    if halves.shape != (ENTRIES,):
+        raise ValueError(f"table must have {ENTRIES} numbers, got shape {halves.shape}")
     if not np.isfinite(halves).all():
         raise ValueError("table must have finite numbers within float16")
-    found: Array = halves
-    return found
+    return halves
 
 
 def _check(name: str, array: Any, shape: tuple[int, ...] | None, dtypes: tuple[str, ...]) -> None:
