@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import tilefold
 import tilefold.torch
@@ -73,8 +74,12 @@ def test_types_of_a_layer_are_those_of_its_input() -> None:
     assert QuantizedLinear.from_linear(layer(bias=False), "int8")(x).shape == (5, 40)
     assert quantized(x[:0]).shape == (0, 40)
     meta = copy.deepcopy(quantized).to("meta")
-    with pytest.raises(NotImplementedError, match="on meta"):
-        meta(x)
+    for given in (x, x.to("meta")):
+        with pytest.raises(NotImplementedError, match="on meta"):
+            meta(given)
+    half = copy.deepcopy(quantized).half()
+    with torch.autocast("cpu", torch.bfloat16):  # a bias of another type is taken too
+        torch.testing.assert_close(half(x).float(), want, rtol=0.02, atol=0.02)
 
 
 def test_gradients_of_a_layer() -> None:
@@ -109,7 +114,7 @@ def test_a_dynamic_layer_rounds_its_input() -> None:
 
 def test_a_state_of_another_scheme_is_refused() -> None:
     state = QuantizedLinear.from_linear(layer(), "int8").state_dict()
-    with pytest.raises(ValueError, match="the state must be of 'float8_e4m3 64', got b'int8 64'"):
+    with pytest.raises(ValueError, match="group size 'float8_e4m3 64', got 'int8 64'"):
         QuantizedLinear(64, 40, scheme="float8_e4m3").load_state_dict(state)
     del state["_extra_state"]
     with pytest.raises(RuntimeError, match="zeros"):
@@ -144,6 +149,49 @@ def test_layers_of_a_model_are_replaced_but_for_some() -> None:
             quantize_(bad, "int8")
     with pytest.raises(TypeError, match="skip must be names"):
         quantize_(model, "int8", skip="head")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # weight_norm has a successor
+def test_weights_that_are_computed_stay_and_hooks_are_kept() -> None:
+    pruned, plain = prune.random_unstructured(layer(), "weight", 0.5), layer(40, 8)
+    model = nn.Sequential(pruned, nn.utils.weight_norm(layer(40, 40)), plain)
+    calls = []
+    plain.register_forward_pre_hook(lambda module, given: calls.append("before"))
+    handle = plain.register_forward_hook(lambda *_, **more: calls.append("after"), with_kwargs=True)
+    assert quantize_(model, "int8") == ("2",)
+    model(torch.randn(3, 64))
+    handle.remove()
+    model(torch.randn(3, 64))
+    assert calls == ["before", "after", "before"]
+
+
+Q = tilefold.quantize(np.eye(16), "int8")
+BAD = {
+    "in_features must be an integer >= 1, got 0": lambda: QuantizedLinear(0, 4),
+    "out_features must be an integer >= 1, got 4.0": lambda: QuantizedLinear(4, 4.0),
+    "scheme must be 'int8', .* got 'x'": lambda: quantize_(nn.Sequential(), "x"),
+    "^0: w is on meta": lambda: quantize_(nn.Sequential(nn.Linear(4, 4, device="meta")), "int8"),
+    "^0: w must have two axes": lambda: quantize_(nn.Sequential(nn.Linear(0, 4)), "int8"),
+    "skip must be names or a function, got 3": lambda: quantize_(nn.Sequential(), "int8", skip=3),
+    "linear must be a torch.nn.Linear, got Conv1d": lambda: QuantizedLinear.from_linear(
+        nn.Conv1d(3, 4, 1), "int8"
+    ),
+    "matrix must be quantised, got ndarray": lambda: QuantizedLinear.from_matrix(np.eye(3)),
+    "bias must be a tensor of floats, got array": lambda: QuantizedLinear.from_matrix(
+        Q, np.ones(16)
+    ),
+    "bias must be a tensor of floats, got tensor": lambda: QuantizedLinear.from_matrix(
+        Q, torch.ones(16, dtype=torch.int64)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_bad_layers_are_one_line(message: str) -> None:
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message) as raised:
+        BAD[message]()
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.slow

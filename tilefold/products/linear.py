@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tilefold.backends.matmul import hold
-from tilefold.common.check import flag, shown
+from tilefold.common.check import flag, shown, whole
 from tilefold.products.quantized import SCALES, QuantizedMatrix, quantize
 from tilefold.products.quantized_calls import check_dynamic
 from tilefold.products.quantized_torch import multiply
@@ -64,8 +64,8 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        zeros = torch.zeros(out_features, dtype=dtype) if bias else None
         self._take(_empty(in_features, out_features, scheme, group_size, scale_dtype), dynamic)
+        zeros = torch.zeros(out_features, dtype=dtype) if bias else None
         self.bias = None if zeros is None else nn.Parameter(zeros)
 
     @classmethod
@@ -82,10 +82,12 @@ class QuantizedLinear(nn.Module):
         """The layer with the weight of another one, quantised, and with its bias itself.
 
         Arguments:
-            linear: a layer of torch
+            linear: a torch.nn.Linear
             scheme, group_size, table, scale_dtype: as in `tilefold.quantize`
             dynamic: as in `tilefold.qgemm`
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         matrix = quantize(
             linear.weight,
             scheme,
@@ -107,6 +109,10 @@ class QuantizedLinear(nn.Module):
             bias: (n,), a parameter or a tensor that becomes one; or None
             dynamic: as in `tilefold.qgemm`
         """
+        if not isinstance(matrix, QuantizedMatrix):
+            raise TypeError(f"matrix must be quantised, got {type(matrix).__name__}")
+        if bias is not None and not (isinstance(bias, Tensor) and bias.is_floating_point()):
+            raise TypeError(f"bias must be a tensor of floats, got {shown(bias)}")
         if bias is not None and tuple(bias.shape) != (matrix.shape[1],):
             raise ValueError(f"bias must be ({matrix.shape[1]},), got {tuple(bias.shape)}")
         layer = cls.__new__(cls)
@@ -177,9 +183,9 @@ class QuantizedLinear(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises ValueError unless a state_dict is of this scheme and group size."""
-        own, found = bytes(self.get_extra_state().tolist()), bytes(state.tolist())
+        own, found = (bytes(x.tolist()).decode() for x in (self.get_extra_state(), state))
         if own != found:
-            raise ValueError(f"the state must be of {own.decode()!r}, got {shown(found)}")
+            raise ValueError(f"the state must be of scheme and group size {own!r}, got {found!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
@@ -197,9 +203,11 @@ class QuantizedLinear(nn.Module):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
+    bias = layer.bias
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return multiply(x, layer.matrix, layer.bias, None, None, None, layer.dynamic)
+        bias = bias if bias is None or bias.dtype == x.dtype else bias.float()
+    return multiply(x, layer.matrix, bias, None, None, None, layer.dynamic)
 
 
 def quantize_(
@@ -219,8 +227,9 @@ def quantize_(
     >>> tilefold.torch.quantize_(model, "int4", skip=["1"])
     ('0',)
 
-    A layer of a class of its own that inherits from torch.nn.Linear stays as it is, and so does one
-    whose weight another module has too, such as an embedding.
+    A layer of a class of its own that inherits from torch.nn.Linear stays as it is. So does one
+    whose weight another module has too, such as an embedding, and one whose weight is computed in
+    each call, as pruning and weight normalisation do. Hooks of calls move to the new layers.
 
     Arguments:
         model: a module of torch, on the processor; not a linear layer itself
@@ -235,6 +244,7 @@ def quantize_(
     Raises:
         ValueError: a layer cannot be quantised so; the message names it, and no layer is replaced
         TypeError: model is no module, or a linear layer itself
+        NotImplementedError: a layer is on a GPU or on meta
     """
     if not isinstance(model, nn.Module) or type(model) is nn.Linear:
         raise TypeError(
@@ -243,6 +253,9 @@ def quantize_(
         )
     if isinstance(skip, str):
         raise TypeError(f"skip must be names or a function, got {skip!r}: pass [{skip!r}]")
+    if not callable(skip) and not isinstance(skip, Collection):
+        raise TypeError(f"skip must be names or a function, got {shown(skip)}")
+    scheme_of(scheme)
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -250,7 +263,7 @@ def quantize_(
     made: dict[int, QuantizedLinear] = {}
     places = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not nn.Linear or len(owners[id(module.weight)]) > 1:
+        if type(module) is not nn.Linear or len(owners.get(id(module.weight), ())) != 1:
             continue
         last = name.rpartition(".")[2]
         if skip(name, module) if callable(skip) else name in skip or last in skip:
@@ -264,18 +277,27 @@ def quantize_(
                     scale_dtype=scale_dtype,
                     dynamic=dynamic,
                 )
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise type(error)(f"{name}: {error}") from None
+            _keep_hooks(made[id(module)], module)
         places.append((name, made[id(module)]))
     for name, layer in places:
         model.set_submodule(name, layer)
     return tuple(name for name, _ in places)
 
 
+def _keep_hooks(new: nn.Module, old: nn.Module) -> None:
+    """The hooks of calls of a layer are those of another; a handle of one removes it from both."""
+    for name, hooks in vars(old).items():
+        if name.startswith(("_forward_", "_backward_", "_is_full_backward_")):
+            new.__dict__[name] = hooks
+
+
 def _empty(
     k: int, n: int, scheme: str, group_size: int | None, scale_dtype: str
 ) -> QuantizedMatrix:
     """A matrix whose weights are all 0."""
+    k, n = whole("in_features", k, 1), whole("out_features", n, 1)
     found = scheme_of(scheme)
     if scale_dtype not in SCALES:
         raise ValueError(f"scale_dtype must be one of {', '.join(SCALES)}, got {scale_dtype!r}")
