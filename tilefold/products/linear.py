@@ -203,7 +203,7 @@ class QuantizedLinear(nn.Module):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    bias = layer.bias
+    bias: Tensor | None = layer.bias
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = bias if bias is None or bias.dtype == x.dtype else bias.float()
