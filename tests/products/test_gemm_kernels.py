@@ -5,16 +5,16 @@ Each level runs in a process of its own, where arrays lie between forbidden page
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from gemm_cases import CASES, Case, arrays, assert_right, described, operand
+from gemm_cases import CASES, Case, arrays, assert_right, laid_out
 from guarded import SIDES, GuardedMemory
 from numpy.typing import NDArray
 from paths import finding
@@ -47,15 +47,12 @@ def multiplied(
     tilefold.set_num_threads(threads)
     memory = GuardedMemory(side, short)
     held = {name: memory.copy(name, array).reshape(array.shape) for name, array in given.items()}
-    operands = {name: operand(name, array, 2 + len(case.batch)) for name, array in held.items()}
-    m, n, _ = case.sizes
-    shape = (*case.batch, m, n)
-    stored = (*case.batch, n, m) if "o" in case.turned else shape
-    dtype = np.dtype(ml_dtypes.bfloat16 if case.out == "bfloat16" else case.out)
-    out = memory.allocate("out", int(np.prod(shape)), dtype.name).reshape(stored)
-    result = np.swapaxes(out, -1, -2) if "o" in case.turned else out
-    product = described(case, operands)
-    prepared = calls.prepare(product, operand("out", result, len(product.batch) + 2))
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Array:
+        return memory.allocate("out", math.prod(shape), dtype).reshape(shape)
+
+    product, lies, out, result = laid_out(case, held, empty)
+    prepared = calls.prepare(product, lies)
     names = ("a", "b", "out", "c", "bias", "gate")
     at = {**held, "out": out}
     prepared.run(*[memory.address(name, at[name]) if name in at else 0 for name in names])

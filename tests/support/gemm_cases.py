@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  # NumPy knows bfloat16 by it
@@ -149,11 +150,13 @@ def described(case: Case, operands: dict[str, Operand]) -> Product:
     )
 
 
-def laid_out(case: Case, given: dict[str, Array]) -> tuple[Product, Operand, Array, Array]:
+def laid_out(
+    case: Case, given: dict[str, Array], empty: Callable[..., Array] = np.zeros
+) -> tuple[Product, Operand, Array, Array]:
     """What `prepare` takes for arrays of a case; the memory of the result, and the result in it."""
     axes, (m, n, _) = 2 + len(case.batch), case.sizes
     stored = (*case.batch, n, m) if "o" in case.turned else (*case.batch, m, n)
-    out = np.zeros(stored, case.out)
+    out = empty(stored, case.out)
     result = np.swapaxes(out, -1, -2) if "o" in case.turned else out
     product = described(case, {name: operand(name, x, axes) for name, x in given.items()})
     return product, operand("out", result, len(product.batch) + 2), out, result
