@@ -6,8 +6,8 @@ The header has the type, the shape and the two ends of each array. An array of t
 called NAME.codes, NAME.scales, NAME.zeros or NAME.table. The metadata say of each matrix its
 scheme, shape and group_size. Arrays begin at multiples of 32 bytes in the file.
 
-The package safetensors reads these files. This module needs no package, and trusts nothing: what a
-header says is compared with the size of the file before anything is read.
+The package safetensors reads these files. This module needs no package, and trusts no header: what
+it says is compared with the size of the file before anything is read.
 Format: https://github.com/huggingface/safetensors.
 """
 
