@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -15,6 +16,9 @@ import tilefold
 from tilefold.backends.cpu import kernel as kernels
 from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.matmul import calls, quantized_calls
+from tilefold.backends.cpu.matmul.plan import pack_spec
+from tilefold.backends.cpu.matmul.spec import GemmSpec, RoundingSpec
 from tilefold.backends.cpu.plan import plan
 from tilefold.backends.cpu.spec import KernelSpec
 from tilefold.common import disk_cache
@@ -211,10 +215,28 @@ def test_other_sources_and_other_devices_have_other_answers(fresh_cache: Path) -
     assert disk_cache.default().count() == 1
 
 
+@pytest.mark.feature("M14", "A01")
+def test_products_are_noted_too(fresh_cache: Path) -> None:
+    packing = pack_spec("float32", "float32", host())
+    rounding = RoundingSpec(2, 4, 2, False)
+    for module, spec in ((calls, packing), (quantized_calls, rounding)):
+        made = module.kernel.__wrapped__(spec, host())
+        with mock.patch.object(module, "source", side_effect=AssertionError("written again")):
+            again = module.kernel.__wrapped__(spec, host())
+        assert made.symbol == again.symbol == spec.kernel and made.address != again.address
+        for each in fields(spec):  # its text may leave some out
+            other = replace(spec, **{each.name: "another"})
+            assert kernels._spelt(other) != kernels._spelt(spec), each.name
+    gemm = GemmSpec(*["float32"] * 4, packing.unit, 4, 2, 8, True, False, True)
+    texts = {kernels._spelt(replace(gemm, **{each.name: "other"})) for each in fields(gemm)}
+    assert len(texts | {kernels._spelt(gemm)}) == 1 + len(fields(gemm))
+
+
 def test_the_checksum_covers_every_module_that_a_generator_imports() -> None:
     code = (
         "import sys\n"
         "from tilefold.backends.cpu.kernels import backward, forward, fused\n"
+        "from tilefold.backends.cpu.matmul import few_rows, gemm, quantized_fours\n"
         "print(*[m.__file__ for n, m in sys.modules.items() if n.startswith('tilefold')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -55,6 +55,26 @@ def test_a_layer_computes_with_its_widened_weight(scheme: str, tmp_path: Path) -
     assert matrix.codes.ctypes.data == quantized.codes.data_ptr()
 
 
+@torch.no_grad()
+def test_a_layer_sees_what_becomes_of_its_buffers() -> None:
+    first, second = (QuantizedLinear.from_linear(layer(bias=False), "int8") for _ in range(2))
+    second.codes.neg_()
+    x = torch.randn(3, 64)
+    wanted = first(x)
+    assert torch.equal(first(x), wanted)  # as a record, which has addresses
+    for assign in (False, True):
+        first.load_state_dict(second.state_dict(), assign=assign)
+        torch.testing.assert_close(first(x), second(x), rtol=0, atol=0)
+    torch.testing.assert_close(first(x), -wanted)
+    moved = QuantizedLinear.from_linear(layer(bias=False), "int8")
+    moved(x)
+    moved.share_memory()
+    moved.scales.mul_(2)
+    torch.testing.assert_close(moved(x), 2 * wanted)
+    moved.codes.data = torch.zeros_like(moved.codes)
+    assert not moved(x).any()
+
+
 def test_types_of_a_layer_are_those_of_its_input() -> None:
     quantized = QuantizedLinear.from_linear(layer(), "int4", group_size=32)
     text = "in_features=64, out_features=40, bias=True, scheme='int4', group_size=32"

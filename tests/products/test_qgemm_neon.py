@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -14,7 +13,7 @@ from emulated import MISSING, PACKAGES
 from levels import device
 
 import tilefold
-from tilefold.backends.cpu import threads
+from tilefold.backends.cpu import records, threads
 from tilefold.backends.cpu.matmul import quantized_calls as kernels
 from tilefold.backends.cpu.matmul.quantized_calls import Matrix, Sizes
 from tilefold.products.schemes import SCHEMES
@@ -31,9 +30,6 @@ def test_products_on_arm(scheme: str, tmp_path: Path) -> None:
     scheme, _, dynamic = scheme.partition(", ")
     draw, arm, on = np.random.default_rng(0), Arm(tmp_path, kernels.source), device("neon")
 
-    def memory(size: int) -> Any:
-        return arm.memory(size).array
-
     for m, k, n in ((2, 48, 33), (19, 32, 40)):
         w = tilefold.quantize(draw.standard_normal((k, n)), scheme)
         x, bias = draw.standard_normal((m, k), np.float32), np.ones(n, np.float32)
@@ -45,12 +41,12 @@ def test_products_on_arm(scheme: str, tmp_path: Path) -> None:
         sizes = Sizes(scheme, m, n, k, w.group_size, kind, *lines)
         with (
             mock.patch.object(kernels, "kernel", arm.kernel),
-            mock.patch.object(kernels, "_memory", memory),
-            mock.patch.object(kernels, "host", lambda: on),
+            mock.patch.object(records, "_taken", arm.memory),
+            mock.patch.object(records.Recorded, "is_native", False),
             mock.patch.object(threads, "run", arm.run),
         ):
-            rows = x if dynamic else kernels.arranged(scheme, x)
             ready = kernels.prepare(sizes, Matrix(**at), on, 1)
+            rows = ready.arranged(x)
             arm.arrays[:] = [
                 rows,
                 out,

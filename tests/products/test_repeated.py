@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -14,8 +18,9 @@ import torch
 
 import tilefold
 from tilefold.backends.cpu import records, threads
+from tilefold.backends.cpu.device import host
 from tilefold.common import generation
-from tilefold.products import calls
+from tilefold.products import calls, quantized_calls, quantized_torch, repeated
 
 rng = np.random.default_rng(0)
 
@@ -139,11 +144,16 @@ import os, numpy as np, tilefold
 draw = np.random.default_rng(0)
 a, b = (draw.standard_normal(shape).astype("f") for shape in ((300, 260), (260, 150)))
 tilefold.set_num_threads(2)
-wanted = tilefold.gemm(a, b)
+w = tilefold.quantize(draw.standard_normal((512, 700)), "int8")
+x = draw.standard_normal((2, 512)).astype("f")
+wanted, rows = tilefold.gemm(a, b), tilefold.qgemm(x, w, dynamic=True)
+def right():
+    same = tilefold.qgemm(x, w, dynamic=True) == rows
+    return (tilefold.gemm(a, b) == wanted).all() and same.all()
 child = os.fork()
 if child == 0:
-    os._exit(0 if (tilefold.gemm(a, b) == wanted).all() else 1)
-assert os.waitpid(child, 0)[1] == 0 and (tilefold.gemm(a, b) == wanted).all()
+    os._exit(0 if right() else 1)
+assert os.waitpid(child, 0)[1] == 0 and right()
 """
 
 
@@ -166,3 +176,122 @@ def test_the_number_of_threads_is_that_of_the_moment() -> None:
         tilefold.set_num_threads(before)
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
+
+
+W = tilefold.quantize(drawn(64, 40), "int8")
+"""Copies have prepared nothing."""
+
+QUANTISED: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((64,), {}),
+    ((3, 64), {"bias": drawn(40), "activation": "silu", "out_dtype": "float16"}),
+    ((2, 64), {"dynamic": True}),
+    ((20, 64), {}),  # arranged in tiles
+]
+
+
+@pytest.mark.feature("A02")
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_both_ways_to_a_quantised_product_are_equal(kind: type) -> None:
+    for shape, options in QUANTISED:
+        w, x = copy.copy(W), drawn(*shape).astype(kind)
+        first = tilefold.qgemm(x, w, **options)
+        with mock.patch.object(quantized_calls, "_multiply", side_effect=AssertionError("long")):
+            again = tilefold.qgemm(x.copy(), w, **options)
+        np.testing.assert_array_equal(first, again)
+        assert first.dtype == again.dtype
+        tensors = {**options}
+        if "bias" in options:
+            tensors["bias"] = torch.from_numpy(options["bias"])
+        found = tilefold.qgemm(torch.from_numpy(x), w, **tensors)
+        with mock.patch.object(quantized_torch, "multiply", side_effect=AssertionError("long")):
+            again = tilefold.qgemm(torch.from_numpy(x), w, **tensors)
+        assert torch.equal(found, again) and again.shape == first.shape
+        np.testing.assert_array_equal(again.numpy(), first)
+
+
+@pytest.mark.feature("A02")
+def test_the_short_way_to_a_quantised_product_looks_at_addresses() -> None:
+    w, memory = copy.copy(W), np.zeros(1024, np.float32)
+    x, apart = memory[:128].reshape(2, 64), memory[128:208].reshape(2, 40)
+    x[:] = drawn(2, 64)
+    wanted = tilefold.qgemm(x, w, out=apart).copy()
+    np.testing.assert_array_equal(tilefold.qgemm(x, w, out=apart), wanted)
+    for start in (0, 1, 127):
+        with pytest.raises(ValueError, match="out must not overlap x"):
+            tilefold.qgemm(x, w, out=memory[start : start + 80].reshape(2, 40))
+    odd = np.zeros(128 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(2, 64)
+    odd[:] = x
+    np.testing.assert_array_equal(tilefold.qgemm(odd, w, out=apart), wanted)
+    halves = np.zeros(1024, np.float16)
+    rows = halves[:128].reshape(2, 64)
+    tilefold.qgemm(rows, w, out=halves[128:208].reshape(2, 40))
+    with pytest.raises(ValueError, match="out must not overlap x"):
+        tilefold.qgemm(rows, w, out=halves[100:180].reshape(2, 40))
+    apart.flags.writeable = False
+    with pytest.raises(ValueError, match="must not be read-only"):
+        tilefold.qgemm(x, w, out=apart)
+    tilefold.qgemm(x, w, dynamic=True)
+    with pytest.raises(TypeError, match="dynamic must be True or False, got 1"):
+        tilefold.qgemm(x, w, dynamic=1)
+    freed = torch.from_numpy(x).clone()
+    tilefold.qgemm(torch.from_numpy(x), w)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="freed"):
+        tilefold.qgemm(freed, w)
+
+
+@pytest.mark.feature("A02")
+def test_what_was_prepared_for_a_matrix_ends_with_it() -> None:
+    w, x = tilefold.quantize(drawn(64, 40), "int8"), drawn(20, 64)
+    wanted = tilefold.qgemm(x, w)
+    tilefold.qgemm(torch.from_numpy(x), w)
+    assert len(w.kept) >= 2
+    for other in (copy.copy(w), copy.deepcopy(w), pickle.loads(pickle.dumps(w))):
+        assert not other.kept
+        np.testing.assert_array_equal(tilefold.qgemm(x, other), wanted)
+    ends = [weakref.ref(each) for each in (w, w.codes)]
+    del w
+    assert [end() for end in ends[:1]] == [None]
+    other.codes[:] = 0  # its own; a copy shares its arrays with the first
+    assert not tilefold.qgemm(x, other).any() and ends[1]() is None
+
+
+@pytest.mark.feature("A02")
+def test_a_level_chosen_later_changes_no_call_that_was_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    w, x = copy.copy(W), drawn(20, 64)
+    wanted = tilefold.qgemm(x, w)
+    monkeypatch.setenv("TILEFOLD_CPU_ISA", "neon" if host().isa == "neon" else "sse2")
+    np.testing.assert_array_equal(tilefold.qgemm(x, w), wanted)
+    np.testing.assert_allclose(tilefold.qgemm(x[:18], w), wanted[:18], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.feature("A02")
+def test_threads_multiply_at_once_by_one_record() -> None:
+    before = threads.get_num_threads()
+    w, rows = tilefold.quantize(drawn(512, 700), "int8"), [drawn(1, 512) for _ in range(4)]
+    tilefold.set_num_threads(2)
+    try:
+        wanted = [tilefold.qgemm(x, w, dynamic=True) for x in rows]
+
+        def check(number: int) -> bool:
+            found = [tilefold.qgemm(rows[number], w, dynamic=True) for _ in range(50)]
+            return all((each == wanted[number]).all() for each in found)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(check, range(4)))
+    finally:
+        tilefold.set_num_threads(before)
+
+
+def test_a_guard_runs_nothing_without_all_its_operands() -> None:
+    a, b, out = drawn(4, 4), drawn(4, 4), np.zeros((4, 4), np.float32)
+    tilefold.gemm(a, b)
+    way = repeated.WAYS.get(repeated.key(a, b, None, None, None, None, ASKED))
+    assert way is not None and not way.guard.run(a, b, out) and not out.any()
+    assert way.guard.run(a, b.ctypes.data, None, None, None, out)  # an address, and arrays
+    np.testing.assert_allclose(out, a @ b, rtol=1e-5)
+
+
+ASKED = (1.0, 0.0, False, False, None, None, "highest")

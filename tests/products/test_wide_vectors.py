@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import numpy as np
 import pytest
 from gemm_cases import CASES, Case, arrays, assert_right, laid_out
@@ -42,7 +40,7 @@ def multiplied(case: Case, device: Device) -> str:
 
 @pytest.mark.feature("A01", "M11")
 def test_products() -> None:
-    with mock.patch.object(calls, "source", written_out(calls.source)):
+    with written_out(calls):
         units = {multiplied(case, WIDE) for case in [*CASES, *FEW]}
     assert units == {"fma", "madd", "wide", "deep"}
 
@@ -54,7 +52,7 @@ def test_products_of_words(level: str) -> None:
     device, wanted = {"pairs": (PAIRS, {"dot", "vnni"}), "tiles": (TILES, {"amx", "amx8"})}[level]
     words = [case for case in CASES if {case.a, case.b} <= {"bfloat16", "int8", "uint8"}]
     cases = {(case.a, case.b, case.out): case for case in reversed(words)}.values()
-    with mock.patch.object(calls, "source", written_out(calls.source)), using_threads(1):
+    with written_out(calls), using_threads(1):
         units = {multiplied(case, device) for case in cases}
     assert units == wanted
 
@@ -73,12 +71,9 @@ def test_quantised_products(scheme: str) -> None:
         lines = ("float32", n, 1, "float32", 1, "silu", bool(dynamic))
         kind = None if w.scales is None else "float32"
         sizes = Sizes(scheme, m, n, k, w.group_size, kind, *lines)
-        with (
-            mock.patch.object(quantized_calls, "source", written_out(quantized_calls.source)),
-            mock.patch.object(quantized_calls, "host", lambda: WIDE),
-        ):
-            rows = x if dynamic else quantized_calls.arranged(scheme, x)
+        with written_out(quantized_calls):
             ready = quantized_calls.prepare(sizes, Matrix(**at), WIDE, 1)
-            ready.run(rows.ctypes.data, out.ctypes.data, bias.ctypes.data)
+        rows = ready.arranged(x)
+        ready.run(rows.ctypes.data, out.ctypes.data, bias.ctypes.data)
         want = tilefold.qgemm(x, w, bias=bias, activation="silu", dynamic=bool(dynamic))
         np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)

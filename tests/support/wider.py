@@ -7,10 +7,13 @@ kernels name: these are written out here, element by element. Tiles are memory, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.device import Device, host
 
 
@@ -40,8 +43,22 @@ TILES = _told("amx", *PAIRS.told, "amx-tile", "amx-bf16", "amx-int8")  # type: i
 """Tiles of both."""
 
 
-def written_out(source: Callable[[Any], str]) -> Callable[[Any], str]:
-    """`source(spec)`, with functions in the place of instructions that are not here."""
+@contextmanager
+def written_out(module: Any) -> Iterator[None]:
+    """Kernels of a module have functions in the place of instructions that are not here.
+
+    No other call finds them by a note, and they find none.
+    """
+    with (
+        mock.patch.object(module, "source", _written_out(module.source)),
+        mock.patch.object(runtime, "recall", return_value=None),
+        mock.patch.object(runtime, "note"),
+    ):
+        yield
+
+
+def _written_out(source: Callable[[Any], str]) -> Callable[[Any], str]:
+    """`source(spec)`, with functions in the place of instructions."""
 
     def write(spec: Any) -> str:
         text = source(spec)

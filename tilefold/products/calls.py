@@ -103,7 +103,7 @@ def gemm(
     asked = alpha, beta, transpose_a, transpose_b, activation, out_dtype, precision
     again = repeated.REPEATED.get(type(a))
     if again is not None:
-        found = again(a, b, c, bias, gate, out, asked)
+        found = again(repeated.WAYS, a, b, c, bias, gate, out, asked)
         if found is not None:
             return found
     more = {"c": c, "bias": bias, "gate": gate, "out": out}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +12,22 @@ from torch import Tensor, nn
 
 from tilefold.backends.matmul import hold
 from tilefold.common.check import flag, shown, whole
+from tilefold.frontends.torch import outside
 from tilefold.products.quantized import SCALES, QuantizedMatrix, quantize
 from tilefold.products.quantized_calls import check_dynamic
 from tilefold.products.quantized_torch import multiply
 from tilefold.products.schemes import group_of, scheme_of
-from tilefold.products.torch import machine_of
+from tilefold.products.torch import again, machine_of
 
 _ARRAYS = ("codes", "scales", "zeros", "table")
+
+
+class _Kept(NamedTuple):
+    """The matrix of a layer, and the tensors of which it is, with their addresses."""
+
+    tensors: tuple[Tensor | None, ...]
+    places: list[int]
+    matrix: QuantizedMatrix
 
 
 class QuantizedLinear(nn.Module):
@@ -132,26 +142,27 @@ class QuantizedLinear(nn.Module):
             if array is not None and array.dtype == np.uint32:
                 array = array.view(np.int32)
             self.register_buffer(name, None if array is None else torch.from_numpy(array))
-        self._kept: tuple[tuple[Tensor | None, ...], QuantizedMatrix] | None = None
+        self._kept: _Kept | None = None
 
     @property
     def matrix(self) -> QuantizedMatrix:
         """The quantised matrix, which shares the memory of the buffers; of a GPU's it is a copy."""
-        tensors = (self.codes, self.scales, self.zeros, self.table)
+        tensors = tuple(map(self._buffers.get, _ARRAYS))
+        places = [x is not None and x.data_ptr() for x in tensors]  # `share_memory` changes them
         kept = self._kept
-        if kept is None or any(one is not two for one, two in zip(kept[0], tensors, strict=True)):
+        if kept is None or kept.places != places or not all(map(is_, kept.tensors, tensors)):
             if self.codes.is_meta:
                 raise NotImplementedError("the layer is on meta, where it has no codes")
             codes = self.codes.cpu().numpy()
             codes = codes.view(np.uint32) if codes.dtype == np.int32 else codes
             more = (None if each is None else each.cpu().numpy() for each in tensors[1:])
             sizes = (self.in_features, self.out_features)
-            kept = tensors, QuantizedMatrix(self.scheme, sizes, self.group_size, codes, *more)
+            matrix = QuantizedMatrix(self.scheme, sizes, self.group_size, codes, *more)
             if (machine := machine_of(self.codes)) is not None:
                 held = zip(_ARRAYS, tensors, strict=True)
-                hold(machine, kept[1], {name: x for name, x in held if x is not None})
-            self._kept = kept
-        return kept[1]
+                hold(machine, matrix, {name: x for name, x in held if x is not None})
+            self._kept = kept = _Kept(tensors, places, matrix)
+        return kept.matrix
 
     @property
     def weight(self) -> Tensor:
@@ -165,8 +176,10 @@ class QuantizedLinear(nn.Module):
         Arguments:
             x: (..., k), float32, float16 or bfloat16
         """
-        y: Tensor = _forward(self, x)
-        return y
+        if torch.compiler.is_compiling():
+            y: Tensor = outside.quantized_linear(self, x)
+            return y
+        return _forward(self, x)
 
     def extra_repr(self) -> str:
         """What a print of the layer shows."""
@@ -201,13 +214,19 @@ class QuantizedLinear(nn.Module):
         return self
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
     bias: Tensor | None = layer.bias
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    matrix, asked = layer.matrix, (layer.dynamic, None, None)
+    if not x.is_meta and torch.is_autocast_enabled(kind := x.device.type):
+        x = x.to(torch.get_autocast_dtype(kind))
         bias = bias if bias is None or bias.dtype == x.dtype else bias.float()
-    return multiply(x, layer.matrix, bias, None, None, None, layer.dynamic)
+    found = again(matrix.kept, x, None, None, bias, None, None, asked)
+    if found is not None:
+        return found
+    return multiply(x, matrix, bias, None, None, None, layer.dynamic, asked)
+
+
+outside.keep("quantized_linear", _forward)
 
 
 def quantize_(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import numpy as np
-
 from tilefold.backends.cpu.matmul import calls as kernels
 from tilefold.common.check import choice
 from tilefold.products.places import Form
@@ -16,16 +14,15 @@ class PackedMatrix:
     """A matrix (k, n) for the right side of products, made by `tilefold.pack`.
 
     It holds a copy in memory of its own, which never changes. Its `form` says how; `address` is
-    that of its panels, and `array` is their bytes.
+    that of its panels.
     """
 
-    __slots__ = ("address", "array", "dtype", "form", "nbytes", "panels", "shape")
+    __slots__ = ("address", "dtype", "form", "nbytes", "panels", "shape")
 
     def __init__(self, dtype: str, shape: tuple[int, int], panels: kernels.Panels | None) -> None:
         self.dtype, self.shape, self.panels = dtype, shape, panels
         self.form = Form(dtype, shape, (shape[1], 1), panels.spec if panels else None)
         self.address = panels.address if panels else 0
-        self.array = panels.memory.bytes if panels else np.empty(0, np.uint8)
         self.nbytes = panels.memory.size if panels else 0
 
     def __repr__(self) -> str:

@@ -14,10 +14,11 @@ from typing import Any, Final, NamedTuple
 
 from tilefold.backends.cpu import guard as guarded
 from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.guard import Guard
+from tilefold.backends.cpu.guard import ABSENT, APART, SAME_OR_APART, Guard
 from tilefold.backends.cpu.matmul import calls as kernels
 from tilefold.backends.cpu.matmul.plan import pack_spec
 from tilefold.backends.cpu.matmul.spec import PackSpec
+from tilefold.backends.cpu.records import Recorded
 from tilefold.common import generation
 from tilefold.common.check import choice, flag, number
 from tilefold.common.computed import computed
@@ -121,7 +122,7 @@ class Plan:
     def start(self, *addresses: int) -> bool:
         """Run on addresses, in the order of `kernels.OPERANDS`; False where `run` must look."""
         prepared = self.prepared
-        if prepared is None or not prepared.recorded.is_native:
+        if prepared is None or not guarded.HERE or not prepared.recorded.is_native:
             return False
         return self.guard.run(*addresses)
 
@@ -129,17 +130,21 @@ class Plan:
     def guard(self) -> Guard:
         """What looks at addresses and runs the kernel, if the result has elements."""
         assert self.prepared is not None
-        every = [self._guarded(name) for name in kernels.OPERANDS]
-        result = kernels.OPERANDS.index("out") if "out" in self.places else -1
-        return Guard.of(self.prepared.recorded, every, result)
+        return guard_of(self.prepared.recorded, self.places, self.onto)
 
-    def _guarded(self, name: str) -> guarded.Operand:
-        place = self.places.get(name)
+
+def guard_of(recorded: Recorded, places: Mapping[str, Place], onto: bool = False) -> Guard:
+    """What looks at the addresses of `kernels.OPERANDS` and runs a record: see `Plan`."""
+    every = []
+    for name in kernels.OPERANDS:
+        place = places.get(name)
         if place is None:  # a new result needs no look
-            return guarded.Operand(role=guarded.APART if name == "out" else guarded.ABSENT)
-        same = name == "c" and self.onto
-        role = guarded.SAME_OR_APART if same else guarded.APART
-        return guarded.Operand(place.low, place.end, place.mask, role)
+            every.append(guarded.Operand(role=APART if name == "out" else ABSENT))
+        else:
+            role = SAME_OR_APART if name == "c" and onto else APART
+            every.append(guarded.Operand(place.low, place.end, place.mask, role))
+    result = kernels.OPERANDS.index("out") if "out" in places else -1
+    return Guard.of(recorded.call, every, result, alone=recorded.alone)
 
 
 def places(product: Product, forms: Mapping[str, Form]) -> dict[str, Place]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from tilefold.common.array_files import element_type
 from tilefold.common.check import choice, flag, shown, whole
+from tilefold.common.computed import computed
 from tilefold.common.foreign_arrays import dtype_name, is_of_torch, type_name
+from tilefold.common.lru import LruCache
 from tilefold.products import palettes
 from tilefold.products.schemes import (
     E4M3_MOST,
@@ -94,6 +96,17 @@ class QuantizedMatrix:
         group = f", group_size={self.group_size}" if self.group_size != k else ""
         size = f"{self.bits_per_weight:.2f} bits per weight"
         return f"QuantizedMatrix({self.scheme!r}, {k} x {n}{group}, {size})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # without `kept`
+
+    @computed
+    def kept(self) -> LruCache[Any]:
+        """What was prepared for products with this matrix, by the forms of calls.
+
+        It holds addresses of the arrays, so it is of this value alone, and ends with it.
+        """
+        return LruCache(most=256, most_bytes=2**24)
 
     @property
     def arrays(self) -> dict[str, Array]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Hashable
 from importlib import import_module
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.ma import MaskedArray
 from numpy.typing import NDArray
 
-from tilefold.backends.arrays.numpy import pointer
+from tilefold.backends.arrays.numpy import pointer, strides
 from tilefold.backends.cpu import threads
 from tilefold.backends.cpu.device import host
+from tilefold.backends.cpu.guard import HERE
 from tilefold.backends.cpu.matmul import quantized_calls as kernels
 from tilefold.backends.cpu.matmul.quantized_calls import Matrix, Sizes
 from tilefold.backends.cpu.matmul.quantized_integers import LONGEST, STEP
@@ -23,8 +25,11 @@ from tilefold.common.foreign_arrays import dtype_name, type_name
 from tilefold.frontends import registry
 from tilefold.frontends.numpy import as_array
 from tilefold.problems.matmul import ACTIVATIONS
-from tilefold.products.places import OverlapError, check_single, overlap
+from tilefold.products.places import Form, OverlapError, Place, check_single, overlap
+from tilefold.products.plans import guard_of
 from tilefold.products.quantized import QuantizedMatrix
+from tilefold.products.repeated import REPEATED, Asked, Way
+from tilefold.products.repeated import key as key_of_arrays
 
 Array = NDArray[Any]
 
@@ -87,6 +92,11 @@ def qgemm(
             matrix that no `dynamic` product takes
         NotImplementedError: arrays that no kernel takes
     """
+    asked = dynamic, activation, out_dtype
+    if (again := REPEATED.get(type(x))) is not None and type(w) is QuantizedMatrix:
+        found = again(w.kept, x, None, None, bias, None, out, asked)
+        if found is not None:
+            return found
     if not isinstance(w, QuantizedMatrix):
         raise TypeError(f"w must be made by tilefold.quantize, got {type(w).__name__}")
     if activation is not None:
@@ -102,14 +112,14 @@ def qgemm(
     wanted = None if out_dtype is None else type_name(out_dtype)
     if frontend == "torch":
         return _module("tilefold.products.quantized_torch").multiply(
-            x, w, bias, activation, out, wanted, dynamic
+            x, w, bias, activation, out, wanted, dynamic, asked
         )
     if frontend != "numpy":
         raise NotImplementedError(
             f"qgemm has kernels for NumPy arrays and torch tensors, got a {frontend} array: pass"
             " numpy.asarray(x)"
         )
-    return _multiply(as_array("x", x), w, bias, activation, out, wanted, dynamic)
+    return _multiply(x, w, bias, activation, out, wanted, dynamic, asked)
 
 
 def check_dynamic(w: QuantizedMatrix) -> None:
@@ -151,22 +161,6 @@ def result_type(
     return shape, dtype
 
 
-Kept = dict[tuple[Any, ...], Any]
-
-_KEPT: WeakKeyDictionary[QuantizedMatrix, Kept] = WeakKeyDictionary()
-
-
-def kept(w: QuantizedMatrix) -> Kept:
-    """What was prepared for a matrix, by the forms of calls."""
-    found = _KEPT.get(w)
-    if found is None or len(found) > _MOST_KEPT:
-        found = _KEPT[w] = {}
-    return found
-
-
-_MOST_KEPT = 256
-
-
 def prepared(
     w: QuantizedMatrix,
     m: int,
@@ -180,15 +174,14 @@ def prepared(
     added: tuple[str | None, int] = (bias.dtype, bias.across) if bias else (None, 0)
     device, workers = host(), threads.number()
     key = (m, *lines, *added, activation, dynamic, device, workers)
-    known = kept(w)
-    found: kernels.Prepared | None = known.get(key)
+    found: kernels.Prepared | None = w.kept.get(key)
     if found is None:
         scales = None if w.scales is None else w.scales.dtype.name
         (k, n), group = w.shape, w.group_size
         sizes = Sizes(w.scheme, m, n, k, group, scales, *lines, *added, activation, dynamic)
         arrays = (w.codes, w.scales, w.zeros, w.table)
         places = Matrix(*[0 if array is None else pointer(array) for array in arrays])
-        found = known[key] = kernels.prepare(sizes, places, device, workers)
+        found = w.kept.put(key, kernels.prepare(sizes, places, device, workers), 0)
     return found
 
 
@@ -199,46 +192,95 @@ def product(
     activation: str | None,
     out: Rows,
     dynamic: bool = False,
-) -> None:
-    """The product of float32 rows (m, k), written to `out`, which lies apart from all others."""
-    rows = np.require(x, requirements=["C", "A"]) if dynamic else kernels.arranged(w.scheme, x)
+) -> kernels.Prepared:
+    """The product of float32 rows (m, k), written to `out`, which lies apart from all others.
+
+    Returns what computed it.
+    """
     ready = prepared(w, len(x), bias, activation, out, dynamic)
+    rows = ready.arranged(x)
     ready.run(pointer(rows), out.address, bias.address if bias else 0)
+    return ready
+
+
+def remember(
+    w: QuantizedMatrix,
+    key: Hashable,
+    ready: kernels.Prepared,
+    shape: tuple[int, ...],
+    dtype: Any,
+    bias: Rows | None,
+    out: Form | None,
+    arrange: Callable[[Any], Any] | None,
+) -> None:
+    """Keep the way to a product under the key of its call, where this interpreter has ways.
+
+    `shape` and `dtype` are those of the result, and `out` says how it lies if the caller gives it.
+    `arrange` makes what kernels read of an x that they do not read where it lies.
+    """
+    if not HERE or (arrange is not None and out is not None):  # x might overlap it
+        return
+    k, n = w.shape
+    forms = {"a": Form("float32", (math.prod(shape) // n, k), (k, 1))}
+    if bias is not None:
+        forms["bias"] = Form(bias.dtype, (n,), (bias.across,))
+    if out is not None:
+        forms["out"] = out
+    guard = guard_of(ready.recorded, {name: Place.of(form) for name, form in forms.items()})
+    w.kept.put(key, Way(guard, ready.recorded, shape, dtype, arrange), 0)
 
 
 def _multiply(
-    x: Array,
+    given: Any,
     w: QuantizedMatrix,
     bias: Any,
     activation: str | None,
     out: Any,
     wanted: str | None,
     dynamic: bool,
+    asked: Asked,
 ) -> Array:
     """The product of NumPy arrays."""
-    bias = None if bias is None else as_array("bias", bias)
+    x = as_array("x", given)
+    lines = None if bias is None else as_array("bias", bias)
     if out is not None and (not isinstance(out, np.ndarray) or isinstance(out, MaskedArray)):
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
-    shape, dtype = result_type(w, x, bias, out, wanted)
+    shape, dtype = result_type(w, x, lines, out, wanted)
     if out is not None:
-        _check_written(out, {"x": x, "bias": bias})
+        _check_written(out, {"x": x, "bias": lines})
     native = x.dtype if dtype == x.dtype.name else element_type(dtype)
     target = _lines(out, shape)
     made = np.empty((x.size // w.shape[0], w.shape[1]), native) if target is None else target
     if made.size:
         size = made.itemsize
         down, across = (step // size for step in made.strides)
-        rows = x.reshape(-1, w.shape[0]).astype(np.float32, copy=False)
-        lines = None
-        if bias is not None:
-            bias = np.ascontiguousarray(bias)
-            lines = Rows(bias.dtype.name, pointer(bias), 0, 1)
-        product(rows, w, lines, activation, Rows(dtype, pointer(made), down, across), dynamic)
+        added = None
+        if lines is not None:
+            lines = np.ascontiguousarray(lines)
+            added = Rows(lines.dtype.name, pointer(lines), 0, 1)
+        written = Rows(dtype, pointer(made), down, across)
+        ready = product(_rows(x, w.shape[0]), w, added, activation, written, dynamic)
+        if x is given and lines is bias and (out is None or target is not None):
+            form = None if out is None else Form(dtype, shape, strides("out", out))
+            reads = ready.reads_rows and x.dtype == np.float32 and x.flags.c_contiguous
+            arrange = None if reads else _arranging(ready)
+            key = key_of_arrays(x, None, None, bias, None, out, asked)
+            remember(w, key, ready, shape, native, added, form, arrange)
     if out is None:
         return made.reshape(shape)
     if target is None:
         out[...] = made.reshape(shape)
     return out
+
+
+def _arranging(ready: kernels.Prepared) -> Callable[[Array], Array]:
+    """What makes rows for kernels of an array."""
+    return lambda x: ready.arranged(_rows(x, ready.k))
+
+
+def _rows(x: Array, k: int) -> Array:
+    """The rows of x, float32."""
+    return x.reshape(-1, k).astype(np.float32, copy=False)
 
 
 def _lines(out: Array | None, shape: tuple[int, ...]) -> Array | None:

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tilefold.backends.arrays.numpy import pointer
 from tilefold.backends.arrays.torch import check_held, check_place
-from tilefold.backends.cpu import threads
-from tilefold.backends.cpu.device import host
-from tilefold.backends.cpu.matmul.quantized_calls import Prepared, arranged, as_they_are
+from tilefold.backends.cpu.matmul.quantized_calls import Prepared
 from tilefold.backends.protocols import Machine
 from tilefold.common.foreign_arrays import dtype_name
-from tilefold.frontends.torch.observed import PLAIN, lifted, recorded, traced, unobserved, unwatched
-from tilefold.frontends.torch.tensors import LOWEST
+from tilefold.frontends.torch.observed import lifted, recorded, traced, unobserved
 from tilefold.products.places import Form, Place, check_apart, check_single
 from tilefold.products.quantized import QuantizedMatrix
-from tilefold.products.quantized_calls import Rows, kept, prepared, product, result_type
+from tilefold.products.quantized_calls import Rows, product, remember, result_type
+from tilefold.products.repeated import Asked, key_of
 from tilefold.products.schemes import PANEL
-from tilefold.products.torch import count_change, machine_of
+from tilefold.products.torch import count_change, lies_of, machine_of
 
 _AT_ONCE = 1 << 21  # weights that are widened at once in a gradient; not tuned
 
@@ -47,20 +44,10 @@ def multiply(
     activation: str | None,
     out: Tensor | None,
     wanted: str | None,
-    dynamic: bool = False,
+    dynamic: bool,
+    asked: Asked,
 ) -> Tensor:
-    """The product of tensors; see `tilefold.qgemm`."""
-    key = None
-    if out is None and type(x) in PLAIN and not torch.is_grad_enabled():
-        # all but addresses may be known from a call before, which saves two thirds of 100 us
-        form = None
-        if bias is not None:
-            form = bias.shape, bias.dtype, bias.device, bias.stride(), bias.is_neg()
-        own = None if x.is_nested else (x.shape, x.dtype, x.device, x.layout, x.is_neg())
-        key = (own, form, activation, wanted, dynamic, host(), threads.number())
-        ready: _Ready | None = kept(w).get(key)
-        if ready is not None and unwatched() and (made := ready.run(x, bias)) is not None:
-            return made
+    """The product of tensors; see `tilefold.qgemm`. `asked` are its options as they came."""
     given = [("x", x), *((name, y) for name, y in (("bias", bias), ("out", out)) if y is not None)]
     for name, tensor in given:
         check_place(name, tensor, x.device)
@@ -73,9 +60,9 @@ def multiply(
         )
     shape, dtype = result_type(w, x, bias, out, wanted)
     if not lifted() and not recorded(*[tensor for _, tensor in given]):
-        y = _product(x, w, bias, activation, out, shape, dtype, dynamic)
-        if key is not None and x.is_cpu and y.numel() and unobserved(*[y for _, y in given]):
-            kept(w)[key] = _Ready.of(x, w, bias, activation, y, dynamic)
+        y, ready = _product(x, w, bias, activation, out, shape, dtype, dynamic)
+        if ready is not None and out is None and unobserved(*[tensor for _, tensor in given]):
+            _remember(x, w, bias, y, ready, asked)
         return y
     if out is not None:
         raise NotImplementedError(
@@ -90,45 +77,22 @@ def multiply(
     return y.to(getattr(torch, dtype))
 
 
-class _Ready(NamedTuple):
-    """A call whose tensors were checked; `direct`: a kernel reads x where it lies."""
+def _remember(
+    x: Tensor, w: QuantizedMatrix, bias: Tensor | None, y: Tensor, ready: Prepared, asked: Asked
+) -> None:
+    """Keep the way to a product on the processor."""
 
-    prepared: Prepared
-    scheme: str
-    direct: bool
-    shape: torch.Size
-    dtype: torch.dtype
+    def arrange(x: Tensor) -> Tensor:
+        rows = x.detach().float()
+        if ready.reads_rows:
+            return rows.contiguous()
+        return torch.from_numpy(ready.arranged(rows.reshape(-1, ready.k).numpy()))
 
-    @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        w: QuantizedMatrix,
-        bias: Tensor | None,
-        activation: str | None,
-        y: Tensor,
-        dynamic: bool,
-    ) -> _Ready:
-        k, n = w.shape
-        m = x.numel() // k
-        lines = None if bias is None else Rows(dtype_name(bias), 0, 0, bias.stride(0))
-        found = prepared(w, m, lines, activation, Rows(dtype_name(y), 0, n, 1), dynamic)
-        return cls(found, w.scheme, as_they_are(w.scheme, m, k, dynamic), y.shape, y.dtype)
-
-    def run(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The product; None where memory was freed."""
-        address, added = x.data_ptr(), 0 if bias is None else bias.data_ptr()
-        if address < LOWEST or (bias is not None and added < LOWEST):
-            return None
-        y = torch.empty(self.shape, dtype=self.dtype)
-        rows = x.float().contiguous()
-        if not self.direct:
-            lines = arranged(self.scheme, rows.detach().view(-1, x.shape[-1]).numpy())
-            address = pointer(lines)
-        elif rows is not x:
-            address = rows.data_ptr()
-        self.prepared.run(address, y.data_ptr(), added)
-        return y
+    reads = ready.reads_rows and x.dtype == torch.float32 and x.is_contiguous()
+    lines = None if bias is None else Rows(dtype_name(bias), 0, 0, bias.stride(0))
+    key = key_of(lies_of((x, None, None, bias, None)), asked)
+    dtype = None if y.dtype == x.dtype else y.dtype
+    remember(w, key, ready, tuple(y.shape), dtype, lines, None, None if reads else arrange)
 
 
 def _times(x: Tensor, w: QuantizedMatrix, turned: bool = False) -> Tensor:
@@ -141,7 +105,7 @@ def _times(x: Tensor, w: QuantizedMatrix, turned: bool = False) -> Tensor:
 def _computed(x: Tensor, w: QuantizedMatrix, turned: bool) -> Tensor:
     k, n = w.shape
     if not turned:
-        return _product(x, w, None, None, None, (*x.shape[:-1], n), "float32")
+        return _product(x, w, None, None, None, (*x.shape[:-1], n), "float32")[0]
     rows = x.detach().float().reshape(-1, n)
     found = torch.zeros(len(rows), k, device=rows.device)
     step = max(1, _AT_ONCE // (PANEL * k))
@@ -201,14 +165,16 @@ def _product(
     shape: tuple[int, ...],
     dtype: str,
     dynamic: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Prepared | None]:
+    """The product, and what computed it if the processor did."""
     k, n = w.shape
     if out is not None:
         _check_written(out, {"x": x, "bias": bias})
     if (machine := machine_of(x)) is not None:
         if dynamic:
             raise NotImplementedError("dynamic has kernels for the CPU alone: pass dynamic=False")
-        return _run_on_gpu(machine, x, w, bias, activation, out, shape, dtype)
+        return _run_on_gpu(machine, x, w, bias, activation, out, shape, dtype), None
+    ready = None
     rows = _values("x", x).reshape(-1, k).float().numpy()
     made = None if out is None else _lines(out, n)
     target = torch.empty(len(rows), n, dtype=getattr(torch, dtype)) if made is None else made
@@ -218,14 +184,14 @@ def _product(
             bias = _values("bias", bias)
             lines = Rows(dtype_name(bias), bias.data_ptr(), 0, bias.stride(0))
         target_rows = Rows(dtype, target.data_ptr(), *target.stride())
-        product(rows, w, lines, activation, target_rows, dynamic)
+        ready = product(rows, w, lines, activation, target_rows, dynamic)
     if out is None:
-        return target.reshape(shape)
+        return target.reshape(shape), ready
     if made is None:
         out.copy_(target.reshape(shape))
     else:
         count_change(out)
-    return out
+    return out, ready
 
 
 def _values(name: str, tensor: Tensor) -> Tensor:

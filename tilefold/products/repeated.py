@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilefold.backends.cpu import guard
+from tilefold.backends.cpu.guard import Guard
 from tilefold.backends.cpu.records import Recorded
 from tilefold.common import generation
 from tilefold.common.lru import LruCache
@@ -26,36 +27,45 @@ Asked = tuple[Any, ...]
 """The options of a call as they came: alpha, beta, the transposes, activation, type, precision."""
 
 REPEATED: Final[dict[type, Callable[..., Any]]] = {}
-"""By the type of a: what takes a, b, c, bias, gate, out and `Asked`, and returns the product of a
-call that was made before, or None."""
+"""By the type of a: what takes ways, a, b, c, bias, gate, out and `Asked`, and returns the product
+of a call that was made before, or None. Quantised matrices have ways of their own, and are no b."""
 
 
 class Way(NamedTuple):
-    """The shortest way to a product of NumPy arrays: what runs it, and its result."""
+    """The shortest way to a product: what runs it, and the shape and the type of its result.
 
+    `arrange` makes what kernels read of an a that they do not read where it lies.
+    """
+
+    guard: Guard
     recorded: Recorded
-    run: Callable[..., bool]
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: Any
+    arrange: Callable[[Any], Any] | None = None
 
 
-_ways: LruCache[Way] = LruCache(most=256, most_bytes=2**24)
+Ways = LruCache[Way]
+
+WAYS: Final[Ways] = LruCache(most=256, most_bytes=2**24)
+"""The ways of `gemm`."""
 
 
-def remember(key: Hashable, plan: Plan, dtype: np.dtype[Any]) -> None:
-    """Keep the way to a product under the `key` of its call."""
-    if plan.prepared is not None:
-        way = Way(plan.prepared.recorded, plan.guard.run_objects, plan.shape, dtype)
-        _ways.put(key, way, plan.prepared.nbytes)
+def remember(key: Hashable, plan: Plan, dtype: Any) -> None:
+    """Keep the way to a product under the key of its call, where this interpreter has ways."""
+    if guard.HERE and (ready := plan.prepared) is not None:
+        WAYS.put(key, Way(plan.guard, ready.recorded, plan.shape, dtype), ready.nbytes)
 
 
 def key(a: Any, b: Any, c: Any, bias: Any, gate: Any, out: Any, asked: Asked) -> Hashable:
-    """How the operands lie, and what was asked for. True is no number."""
-    kinds = type(asked[0]), type(asked[1])
-    if c is bias is gate is out is None:
-        return _lie(a), _lie(b), asked, kinds, generation.number
-    more = _lie(c), _lie(bias), _lie(gate), _lie(out)
-    return _lie(a), _lie(b), asked, kinds, generation.number, more
+    """The key of a call of NumPy arrays: how these lie, and what was asked for."""
+    if c is bias is gate is out is None and type(a) is type(b) is np.ndarray:
+        return key_of((a.shape, a.strides, a.dtype, b.shape, b.strides, b.dtype), asked)
+    return key_of(tuple([_lie(x) for x in (a, b, c, bias, gate, out)]), asked)
+
+
+def key_of(lies: Hashable, asked: Asked) -> Hashable:
+    """The key of operands that lie in some way, and of what was asked for. True is no number."""
+    return lies, asked, type(asked[0]), type(asked[1]), generation.number
 
 
 def _lie(x: Any) -> Hashable:
@@ -66,24 +76,25 @@ def _lie(x: Any) -> Hashable:
     return x.form if kind is PackedMatrix else x is None
 
 
-def _repeated(a: Array, b: Any, c: Any, bias: Any, gate: Any, out: Any, asked: Asked) -> Any:
+def _repeated(
+    ways: Ways, a: Array, b: Any, c: Any, bias: Any, gate: Any, out: Any, asked: Asked
+) -> Array | None:
     try:
-        way = _ways.get(key(a, b, c, bias, gate, out, asked))
+        way = ways.get(key(a, b, c, bias, gate, out, asked))
     except TypeError:  # some argument has no hash
         return None
     if way is None or not way.recorded.is_native:
         return None
+    if way.arrange is not None:
+        a = way.arrange(a)
     if out is None:
         out = np.empty(way.shape, way.dtype)
     elif not out.flags.writeable:
         return None
-    if type(b) is not np.ndarray:
-        b = b.array  # of panels
-    if c is bias is gate is None:
-        return out if way.run(id(a), id(b), 0, 0, 0, id(out)) else None
-    gate = gate.array if type(gate) is PackedMatrix else gate
-    return out if way.run(id(a), id(b), id(c), id(bias), id(gate), id(out)) else None
+    b = b.address if type(b) is PackedMatrix else b
+    gate = gate.address if type(gate) is PackedMatrix else gate
+    return out if way.guard.run(a, b, c, bias, gate, out) else None
 
 
-if guard.OBJECTS:
+if guard.HERE:
     REPEATED[np.ndarray] = _repeated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from torch import Tensor
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.arrays.torch import check_held, check_place, dtype_of
 from tilefold.backends.protocols import Machine
-from tilefold.common import generation
-from tilefold.common.lru import LruCache
 from tilefold.frontends.torch import outside, tensors
 from tilefold.frontends.torch.observed import PLAIN, lifted, recorded, unobserved
 from tilefold.frontends.torch.tensors import LOWEST
@@ -21,11 +19,11 @@ from tilefold.products import derivatives, plans
 from tilefold.products.derivatives import Given, named
 from tilefold.products.packed import PackedMatrix
 from tilefold.products.places import Form, check_apart
-from tilefold.products.plans import GIVEN, Options, Plan
-from tilefold.products.repeated import REPEATED
+from tilefold.products.plans import GIVEN, Options
+from tilefold.products.repeated import REPEATED, Asked, Ways, key_of, remember
 
 
-def multiply(given: Mapping[str, Any], options: Options, asked: Any = None) -> Tensor:
+def multiply(given: Mapping[str, Any], options: Options, asked: Asked | None = None) -> Tensor:
     """The product of tensors, by the names of the arguments; `asked` are these as they came."""
     if type(given["b"]) is PackedMatrix or type(given.get("gate")) is PackedMatrix:
         return _multiply_packed(given, options)
@@ -44,48 +42,41 @@ def multiply(given: Mapping[str, Any], options: Options, asked: Any = None) -> T
     return out.copy_(found)
 
 
-class _Way(NamedTuple):
-    """The shortest way to a product of plain tensors: its plan, and the type of its result."""
-
-    plan: Plan
-    dtype: torch.dtype | None
-
-
-_ways: LruCache[_Way] = LruCache(most=256, most_bytes=2**24)
-
-
-def _repeated(a: Tensor, b: Any, c: Any, bias: Any, gate: Any, out: Any, asked: Any) -> Any:
+def again(
+    ways: Ways, a: Tensor, b: Any, c: Any, bias: Any, gate: Any, out: Any, asked: Asked
+) -> Tensor | None:
     """See `repeated.REPEATED`: where nothing observes plain tensors on the CPU."""
-    if out is not None or not isinstance(b, Tensor):
-        return None
-    if c is bias is gate is None:
-        given = [a, b]
-    else:
-        given = [x for x in (a, b, c, bias, gate) if x is not None]
-    if not a.is_cpu or not unobserved(*given) or recorded(*given):
+    every = (a, b, c, bias, gate)
+    given = [x for x in every if x is not None]
+    if out is not None or not unobserved(*given) or not a.is_cpu or recorded(*given):
         return None
     try:
-        way = _ways.get(_key(given, bias, gate, asked))
+        way = ways.get(key_of(lies_of(every), asked))
     except TypeError:  # some argument has no hash
         return None
-    if way is None:
+    if way is None or not way.recorded.is_native:
         return None
-    addresses = [LOWEST if x is None else x.data_ptr() for x in (a, b, c, bias, gate)]
+    addresses = [LOWEST if x is None else x.data_ptr() for x in every]
     if min(addresses) < LOWEST:  # freed memory
         return None
-    shape, dtype = way.plan.shape, way.dtype
+    if way.arrange is not None:
+        rows = way.arrange(a)
+        addresses[0] = rows.data_ptr()
+    shape, dtype = way.shape, way.dtype
     made = a.new_empty(*shape) if dtype is None and shape else a.new_empty(shape, dtype=dtype)
-    return made if way.plan.start(*addresses, made.data_ptr()) else None
+    return made if way.guard.run(*addresses, made.data_ptr()) else None
 
 
-def _key(given: Sequence[Tensor], bias: Any, gate: Any, asked: Any) -> Hashable:
-    """How tensors lie, which of them these are, and what was asked for. True is no number."""
-    lies = tuple([(x.shape, x.stride(), x.dtype) for x in given])
-    kinds = bias is None, gate is None, type(asked[0]), type(asked[1])
-    return lies, kinds, asked, generation.number
+def lies_of(given: Sequence[Any]) -> Hashable:
+    """How operands lie, as a part of a key; some may be None."""
+    return tuple([x if x is None else _lie(x) for x in given])
 
 
-REPEATED.update(dict.fromkeys(PLAIN, _repeated))
+def _lie(x: Any) -> Hashable:
+    return x.form if type(x) is PackedMatrix else (x.shape, x.stride(), x.dtype)
+
+
+REPEATED.update(dict.fromkeys(PLAIN, again))
 
 
 def _multiply_packed(given: Mapping[str, Any], options: Options) -> Tensor:
@@ -133,26 +124,27 @@ def machine_of(tensor: Tensor) -> Machine | None:
     return None if tensor.is_cpu else tensors.machine_of(tensor)
 
 
-def run(given: Mapping[str, Any], options: Options, asked: Any = None) -> Tensor:
+def run(given: Mapping[str, Any], options: Options, asked: Asked | None = None) -> Tensor:
     """The product of plain tensors, below autograd. `asked` are the options as they came."""
     a = given["a"]
     machine = machine_of(a)
     if machine is not None:
         return _run_on_gpu(given, options, machine)
-    lies = tuple([(name, _layout(x)) for name, x in given.items()])
-    plan = plans.kept(lies, options, lambda: {name: _form(name, x) for name, x in given.items()})
+    out: Tensor | None = given.get("out")
+    lies, written = lies_of([given.get(name) for name in GIVEN]), lies_of([out])
+    plan = plans.kept(
+        (lies, written), options, lambda: {name: _form(name, x) for name, x in given.items()}
+    )
     addresses = {name: _address(x) for name, x in given.items()}
     if 0 in addresses.values():  # no elements, or freed ones
         for name, x in given.items():
             _form(name, x)
-    out: Tensor | None = given.get("out")
     if out is None:
         dtype = arrays.native_dtype(a, plan.dtype)
         (made,) = arrays.empty(a, [(plan.shape, dtype)])
         plan.run(addresses, made.data_ptr())
-        if asked is not None and plan.prepared is not None:
-            key = _key([*given.values()], given.get("bias"), given.get("gate"), asked)
-            _ways.put(key, _Way(plan, dtype), plan.prepared.nbytes)
+        if asked is not None:
+            remember(key_of(lies, asked), plan, dtype)
         return made
     plan.run(addresses, out.data_ptr())
     count_change(out)
@@ -191,11 +183,6 @@ def _run_on_gpu(given: Mapping[str, Tensor], options: Options, machine: Machine)
             **more,
         )
     return out
-
-
-def _layout(x: Any) -> tuple[Any, ...]:
-    """How an operand lies, as a key."""
-    return (x.form,) if type(x) is PackedMatrix else (x.shape, x.stride(), x.dtype)
 
 
 def _address(x: Any) -> int:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tilefold.backends.cpu import runtime
 from tilefold.backends.cpu.device import Device
@@ -35,6 +37,7 @@ _SOURCES = tuple(
         "planning",
         "backends/cpu",
         "backends/cpu/kernels",
+        "backends/cpu/matmul",
     )
 )
 """The folders of all modules that a generator can import."""
@@ -65,14 +68,24 @@ def kernel(spec: KernelSpec, device: Device) -> CpuKernel:
 
 def _loaded(spec: KernelSpec, device: Device) -> tuple[runtime.Loaded, int]:
     """The code of a kernel, and one worker's scratch."""
+    return noted(spec, device, lambda: (emit(spec), workspace_bytes(spec)))
+
+
+def noted(
+    spec: Any, device: Device, write: Callable[[], tuple[str, int]]
+) -> tuple[runtime.Loaded, int]:
+    """The code of the kernel of a spec, a dataclass with its name, and a number that belongs to it.
+
+    `write` returns its source and the number. It is called unless the same files wrote it before.
+    """
     written_by = _loaded_sources()
     question = f"{written_by}\n{_spelt(spec)}"
     found = runtime.recall(question, spec.kernel, device) if written_by else None
     if found is None:
-        source = emit(spec)
-        found = runtime.kernel(source, spec.kernel, device), workspace_bytes(spec)
+        source, number = write()
+        found = runtime.kernel(source, spec.kernel, device), number
         if written_by and written_by == sources():  # otherwise a generator is being edited
-            runtime.note(question, source, device, found[1])
+            runtime.note(question, source, device, number)
     return found
 
 
@@ -96,8 +109,11 @@ def _loaded_sources() -> str:
     return sources()
 
 
-def _spelt(spec: KernelSpec) -> str:
-    """All fields of a spec as text; a mask by its own text, which defines its equality."""
+def _spelt(spec: Any) -> str:
+    """All fields of a spec as text, of which its own text may leave some out.
+
+    A mask is its text, which defines its equality.
+    """
     values = ((field.name, getattr(spec, field.name)) for field in fields(spec))
     return "\n".join(
         f"{name} {value.text if isinstance(value, Skeleton) else repr(value)}"

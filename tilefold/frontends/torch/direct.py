@@ -7,9 +7,7 @@ that a single thread computes as a record, without the interpreter's part in it.
 
 from __future__ import annotations
 
-import ctypes
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor
 from tilefold.backends import calls
 from tilefold.backends.arrays import torch as arrays
 from tilefold.backends.cpu import native
-from tilefold.backends.cpu.dispatch import Call
+from tilefold.backends.cpu.guard import APART, HERE, Guard, Operand
 from tilefold.backends.protocols import BACKWARD, FORWARD, Pass, Placement
 from tilefold.backends.registry import backend
 from tilefold.common import generation
@@ -37,17 +35,22 @@ Lie = tuple[Sequence[int], Sequence[int], torch.dtype]
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """A prepared call: `run` takes the addresses of its operands.
+    """A prepared call.
 
     Without `prepared` no query meets a key. `like`: whether the first result lies as q does. A
-    small call writes lse that nobody asks for into `scratch`; several threads may.
+    small call has a guard, and writes lse that nobody asks for into `scratch`; several threads may.
     """
 
-    run: Callable[..., None]
     results: tuple[Lie, ...]
-    like: bool
-    scratch: Tensor | None
-    prepared: Any
+    like: bool = False
+    prepared: Any = None
+    guard: Guard | None = None
+    scratch: Tensor | None = None
+
+    def run(self, *addresses: int) -> None:
+        """Run the call on the addresses of its operands."""
+        if self.guard is None or not self.guard.run(*addresses):
+            self.prepared.run(*addresses)
 
 
 _ways: LruCache[Way] = LruCache(most=128, most_bytes=2**28)
@@ -83,20 +86,18 @@ def output_masked(q: Tensor, k: Tensor, v: Tensor, asked: Asked) -> Tensor:
 def _small(key: Key, q: Tensor, k: Tensor, v: Tensor, array: Tensor | None = None) -> Tensor | None:
     """o of a call that one thread computes and that was made before; None for another one."""
     way = _ways.get(key)
-    if way is None or way.scratch is None:
+    if way is None or way.guard is None or way.scratch is None:
         return None
     a, b, c = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    if (a | b | c) & 7 or a < LOWEST or b < LOWEST or c < LOWEST:
+    if a < LOWEST or b < LOWEST or c < LOWEST:
         return None
     o = torch.empty_like(q) if way.like else _empty(way.results[0])
     if array is None:
-        way.run(a, b, c, o.data_ptr(), way.scratch.data_ptr())
-        return o
+        return o if way.guard.run(a, b, c, o.data_ptr(), way.scratch.data_ptr()) else None
     d = array.data_ptr()
-    if d % array.itemsize or d < LOWEST:
+    if d < LOWEST:
         return None
-    way.run(a, b, c, d, o.data_ptr(), way.scratch.data_ptr())
-    return o
+    return o if way.guard.run(a, b, c, d, o.data_ptr(), way.scratch.data_ptr()) else None
 
 
 def _empty(lie: Lie) -> Tensor:
@@ -226,7 +227,7 @@ def _way(wanted: Pass, given: Tensors, results: Tensors, request: Request, befor
     problem = calls.described(machine, wanted, request, arrays, given).problem
     lie = tuple([(x.shape, x.stride(), x.dtype) for x in results])
     if problem.empty:
-        return Way(_nothing, lie, False, None, None)
+        return Way(lie)
     every = zip(wanted.operands, (*given, *results), strict=True)
     strides = {name: x.stride() for name, x in every}
     prepared: Any = None
@@ -236,23 +237,9 @@ def _way(wanted: Pass, given: Tensors, results: Tensors, request: Request, befor
         placement = Placement(strides, 0, LAYOUTS[request.layout])
         prepared = backend(machine.backend).prepare(machine, problem, wanted, placement)
     like = given[0].shape == results[0].shape
-    if prepared.alone:
-        return Way(_record(prepared, len(strides)), lie, like, results[1], prepared)
-    return Way(prepared.run, lie, like, None, prepared)
-
-
-def _nothing(*addresses: int) -> None:
-    """Run no kernel."""
-
-
-def _record(call: Call, operands: int) -> Callable[..., None]:
-    """What runs a call of one thread as a record, with the interpreter's lock: for microseconds."""
-    made = native.native_call(call, operands)
-    at, pack = made.address, struct.Struct(f"{operands}q").pack
-    function = ctypes.PYFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_char_p)(native.runner())
-
-    def run(*addresses: int, kept: Any = made) -> None:
-        if function(at, pack(*addresses)):
-            raise MemoryError("there is no memory for the scratch of a call of attention")
-
-    return run
+    if not prepared.alone or not HERE:
+        return Way(lie, like, prepared)
+    # one thread computes it: as a record, with the interpreter's lock, for microseconds
+    operands = [Operand(mask=x.itemsize - 1, role=APART) for x in (*given, *results)]
+    made = native.native_call(prepared, len(operands))
+    return Way(lie, like, prepared, Guard.of(made, operands, -1, alone=True), results[1])

@@ -28,11 +28,6 @@ def unobserved(*given: Tensor) -> bool:
     return True
 
 
-def unwatched() -> bool:
-    """True if no part of torch observes operations; of tensors nothing is said."""
-    return not (_transformed() or _watched())
-
-
 def recorded(*given: Tensor) -> bool:
     """True if autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)

@@ -86,7 +86,7 @@ QUANTIZED = (
     "inputs",  # k, up to whole blocks of codes in words
     "workspace",  # of many rows: each worker's block of a panel, and sums
     "workspace_bytes",
-    "x",  # address of float32: `quantized_calls.arranged`
+    "x",  # address of float32: `quantized_calls.Prepared`
     "x_m",
     "x_scales",  # of rows that were rounded
     "codes",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tilefold.backends.cpu import claims, runtime, threads
 from tilefold.backends.cpu.device import Device, host
 from tilefold.backends.cpu.dispatch import _Memory
-from tilefold.backends.cpu.kernel import double_bits
+from tilefold.backends.cpu.kernel import double_bits, noted
 from tilefold.backends.cpu.matmul import few_rows
 from tilefold.backends.cpu.matmul.arguments import GEMM, OFFSETS, PACK
 from tilefold.backends.cpu.matmul.blocks import GemmBlocks
@@ -35,7 +35,7 @@ from tilefold.problems.matmul import Axes, Operand, Product
 @once(most=512)
 def kernel(spec: GemmSpec | PackSpec | FewRowsSpec, device: Device) -> runtime.Loaded:
     """The kernel of a spec, compiled for the device unless the disk cache has it."""
-    return undisturbed(lambda: runtime.kernel(source(spec), spec.kernel, device))
+    return undisturbed(lambda: noted(spec, device, lambda: (source(spec), 0)))[0]
 
 
 def source(spec: GemmSpec | PackSpec | FewRowsSpec) -> str:

@@ -8,15 +8,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tilefold.backends.arrays.numpy import pointer
-from tilefold.backends.cpu import claims, runtime, threads
-from tilefold.backends.cpu.device import Device, host
-from tilefold.backends.cpu.kernel import double_bits
+from tilefold.backends.cpu import claims, runtime
+from tilefold.backends.cpu.device import Device
+from tilefold.backends.cpu.kernel import double_bits, noted
 from tilefold.backends.cpu.matmul import quantized_blocks, quantized_fours, quantized_integers
-from tilefold.backends.cpu.matmul.arguments import QUANTIZED
+from tilefold.backends.cpu.matmul.arguments import QUANTIZED, ROUNDING
+from tilefold.backends.cpu.matmul.calls import OPERANDS
 from tilefold.backends.cpu.matmul.quantized import AHEAD_BYTES
 from tilefold.backends.cpu.matmul.spec import QuantizedSpec, RoundingSpec, lanes_of
 from tilefold.backends.cpu.matmul.widen import STEPS, WORDS
+from tilefold.backends.cpu.native import Memory, Step, Words, words
+from tilefold.backends.cpu.records import Recorded
 from tilefold.common.first_use import undisturbed
 from tilefold.common.single_flight import once
 
@@ -88,32 +90,6 @@ class Matrix(NamedTuple):
     table: int
 
 
-def as_they_are(scheme: str, m: int, k: int, dynamic: bool = False) -> bool:
-    """True if kernels read contiguous rows of float32 where they lie."""
-    return dynamic or (m < _shared_from(scheme, False, host()) and _inputs(scheme, k) == k)
-
-
-def arranged(scheme: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of float32 as kernels read them: zeros follow k where codes lie in words.
-
-    Many rows become tiles (tiles, inputs, rows), in which the rows of an input lie side by side.
-    """
-    (m, k), inputs = x.shape, _inputs(scheme, x.shape[1])
-    if m < _shared_from(scheme, False, host()):
-        if as_they_are(scheme, m, k) and x.flags.c_contiguous and x.flags.aligned:
-            return x
-        lines = np.zeros((m, inputs), np.float32)
-        lines[:, :k] = x
-        return lines
-    rows = _rows_of(m, True, host())
-    whole, rest = divmod(m, rows)
-    tiles = np.zeros((whole + bool(rest), inputs, rows), np.float32)
-    tiles[:whole, :k] = x[: whole * rows].reshape(whole, rows, k).swapaxes(1, 2)
-    if rest:
-        tiles[whole, :k, :rest] = x[whole * rows :].T
-    return tiles
-
-
 def _shared_from(scheme: str, dynamic: bool, device: Device) -> int:
     """The fewest rows that share a widened panel."""
     if dynamic and device.isa != "neon" and not device.has("avx512vnni"):
@@ -139,7 +115,7 @@ def _inputs(scheme: str, k: int) -> int:
 @once(most=512)
 def kernel(spec: QuantizedSpec | RoundingSpec, device: Device) -> runtime.Loaded:
     """The kernel of a spec, compiled for the device unless the disk cache has it."""
-    return undisturbed(lambda: runtime.kernel(source(spec), spec.kernel, device))
+    return undisturbed(lambda: noted(spec, device, lambda: (source(spec), 0)))[0]
 
 
 def source(spec: QuantizedSpec | RoundingSpec) -> str:
@@ -151,62 +127,47 @@ def source(spec: QuantizedSpec | RoundingSpec) -> str:
     return quantized_integers.emit(spec) if spec.integers else quantized_blocks.emit(spec)
 
 
-def _memory(size: int) -> NDArray[np.uint8]:
-    """Memory of a call, whose bytes are not set."""
-    return np.empty(size, np.uint8)
-
-
-@dataclass(frozen=True, eq=False)
-class Rounding:
-    """Rows of x made ready to be rounded: a kernel, and what it writes."""
-
-    loaded: runtime.Loaded
-    tiles: int
-    tile_bytes: int
-    scale_bytes: int
-    m: int
-    k: int
-
-    def run(self, x: int, workers: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Tiles of rounded rows, and the scales of the rows."""
-        found = _memory(self.tiles * self.tile_bytes)
-        scales = _memory(self.scale_bytes).view(np.float32)
-        block = np.array(
-            [0, 0, self.tiles, self.m, self.k, x, pointer(found), pointer(scales)], np.int64
-        )
-        threads.run(self.loaded.address, pointer(block), min(workers, self.tiles))
-        return found, scales
-
-
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A product prepared for its sizes; only addresses are missing."""
+    """A product prepared for its sizes; only addresses are missing.
 
-    loaded: runtime.Loaded
-    block: NDArray[np.int64]
-    items: int
-    alone: bool
-    scratch_bytes: int
-    rounding: Rounding | None = None
+    Operands are those of `calls.OPERANDS`, of which x is a. Rows of x lie one after another, or in
+    tiles of `tile_rows`; of `inputs` numbers each, of which those after k are 0.
+    """
+
+    recorded: Recorded
+    k: int
+    inputs: int
+    tile_rows: int | None
+
+    @property
+    def reads_rows(self) -> bool:
+        """True if kernels read contiguous rows of float32 where they lie."""
+        return self.tile_rows is None and self.inputs == self.k
+
+    def arranged(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Rows of float32 as kernels read them.
+
+        Many rows become tiles (tiles, inputs, rows), in which the rows of an input lie side by
+        side.
+        """
+        if self.reads_rows:
+            return np.require(x, requirements=["C", "A"])
+        (m, k), rows = x.shape, self.tile_rows
+        if rows is None:
+            lines = np.zeros((m, self.inputs), np.float32)
+            lines[:, :k] = x
+            return lines
+        whole, rest = divmod(m, rows)
+        tiles = np.zeros((whole + bool(rest), self.inputs, rows), np.float32)
+        tiles[:whole, :k] = x[: whole * rows].reshape(whole, rows, k).swapaxes(1, 2)
+        if rest:
+            tiles[whole, :k, :rest] = x[whole * rows :].T
+        return tiles
 
     def run(self, x: int, out: int, bias: int = 0) -> None:
         """Compute the product of rows as `arranged` makes them. All arrays are kept alive."""
-        words = self.block.copy()
-        workers = 1 if self.alone else threads.number()
-        if self.rounding is not None:
-            rounded, scales = self.rounding.run(x, workers)
-            x, words[_SCALES] = pointer(rounded), pointer(scales)
-        words[_X], words[_OUT], words[_BIAS] = x, out, bias
-        workers = min(workers, self.items)
-        if self.scratch_bytes:
-            scratch = _memory(workers * self.scratch_bytes)
-            words[_WORKSPACE] = pointer(scratch)
-        threads.run(self.loaded.address, pointer(words), workers)
-
-
-_X, _OUT, _BIAS, _WORKSPACE, _SCALES = map(
-    QUANTIZED.index, ("x", "out", "bias", "workspace", "x_scales")
-)
+        self.recorded.run(x, 0, 0, bias, 0, out)
 
 
 def spec_of(sizes: Sizes, device: Device) -> QuantizedSpec:
@@ -280,15 +241,45 @@ class Blocks(NamedTuple):
 def prepare(sizes: Sizes, matrix: Matrix, device: Device, workers: int) -> Prepared:
     """Plan a product with a matrix and load its kernel. No axis may be empty."""
     spec = spec_of(sizes, device)
-    loaded = kernel(spec, device)
     made = Blocks.of(sizes, spec)
-    groups = sizes.k // sizes.group_size
-    rounding = None
+    memory = Memory(8 * len(QUANTIZED), 8 * len(ROUNDING))
+    where = {name: (OPERANDS.index(name), 0) for name in ("bias", "out")}
+    where["x"] = OPERANDS.index("a"), 0
+    steps = []
     if sizes.dynamic:
-        rounds = kernel(RoundingSpec(spec.rows, spec.lanes, spec.per_word, spec.fours), device)
-        tiles, tile_bytes = -(-sizes.m // spec.rows), 4 * spec.rows * sizes.k // spec.per_word
-        of_row = quantized_integers.REST + sizes.k // 2 if spec.fours else 1
-        rounding = Rounding(rounds, tiles, tile_bytes, 4 * sizes.m * of_row, sizes.m, sizes.k)
+        step, rounded = _rounding(sizes, spec, where["x"], device, memory)
+        steps.append(step)
+        where |= rounded
+    if made.scratch_bytes:
+        where["workspace"] = -1, memory.bytes
+    places = words([(QUANTIZED.index(name), *place) for name, place in where.items()])
+    template = _words(sizes, matrix, made, workers)
+    steps.append(Step(kernel(spec, device), made.items, template, places))
+    alone = made.panels * made.panel_bytes * sizes.m < _ALONE_BYTES
+    recorded = Recorded.of(steps, memory.bytes, made.scratch_bytes, alone=alone)
+    rows = spec.rows if spec.shared and not sizes.dynamic else None
+    return Prepared(recorded, sizes.k, made.inputs, rows)
+
+
+def _rounding(
+    sizes: Sizes, spec: QuantizedSpec, x: tuple[int, int], device: Device, memory: Memory
+) -> tuple[Step, dict[str, tuple[int, int]]]:
+    """What rounds rows of x, and where its results lie: tiles of rows, and scales of rows."""
+    tiles, tile_bytes = -(-sizes.m // spec.rows), 4 * spec.rows * sizes.k // spec.per_word
+    of_row = quantized_integers.REST + sizes.k // 2 if spec.fours else 1
+    rounded = -1, memory.reserve(tiles * tile_bytes)
+    scales = -1, memory.reserve(4 * sizes.m * of_row)
+    values = {"items": tiles, "m": sizes.m, "k": sizes.k}
+    template = words([values.get(name, 0) for name in ROUNDING])
+    where = {"x": x, "words": rounded, "x_scales": scales}
+    places = words([(ROUNDING.index(name), *place) for name, place in where.items()])
+    loaded = kernel(RoundingSpec(spec.rows, spec.lanes, spec.per_word, spec.fours), device)
+    return Step(loaded, tiles, template, places), {"x": rounded, "x_scales": scales}
+
+
+def _words(sizes: Sizes, matrix: Matrix, made: Blocks, workers: int) -> Words:
+    """The argument block of a product without the addresses of a call."""
+    groups = sizes.k // sizes.group_size
     values = {
         "items": made.items,
         "items_per_claim": claims.items_per_claim(
@@ -308,9 +299,7 @@ def prepare(sizes: Sizes, matrix: Matrix, device: Device, workers: int) -> Prepa
     values |= {name: number for name, number in sizes._asdict().items() if name in _NUMBERS}
     if sizes.group_size == sizes.k:
         values["group_size"] = made.inputs
-    block = np.array([values.get(name, 0) for name in QUANTIZED], np.int64)
-    alone = made.panels * made.panel_bytes * sizes.m < _ALONE_BYTES
-    return Prepared(loaded, block, made.items, alone, made.scratch_bytes, rounding)
+    return words([values.get(name, 0) for name in QUANTIZED])
 
 
 _NUMBERS = ("m", "n", "group_size", "out_m", "out_n", "bias_n")
