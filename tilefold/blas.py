@@ -209,9 +209,10 @@ class _Arguments:
         """The memory of an argument, of at least `needed` elements."""
         called, value = self._called(name), self.given[name]
         tensors = getattr(sys.modules.get("torch"), "Tensor", ())
-        found = (
-            _of_tensor(called, value) if isinstance(value, tensors) else _of_array(called, value)
-        )
+        if isinstance(value, tensors):
+            found = _of_tensor(called, name, value)
+        else:
+            found = _of_array(called, value)
         if found.dtype != self.dtype:
             raise TypeError(f"{called} must be {self.dtype}, got {found.dtype}")
         if found.elements < needed:
@@ -313,10 +314,13 @@ def _nothing() -> None:
     """NumPy counts no changes."""
 
 
-def _of_tensor(called: str, value: Any) -> _Buffer:
+def _of_tensor(called: str, name: str, value: Any) -> _Buffer:
     from tilefold.products.torch import buffer_of
 
-    return _Buffer(*buffer_of(called, value))
+    try:
+        return _Buffer(*buffer_of(name, value))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise type(error)(called + str(error).removeprefix(name)) from None
 
 
 def _gemm(routine: str, given: tuple[Any, ...], strict: bool) -> Any:

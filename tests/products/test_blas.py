@@ -218,5 +218,14 @@ def test_tensors_are_buffers_too() -> None:
     assert blas.bgemv("N", 2, 2, 1.0, half, 2, half, -1, 0.0, y, -1).tolist() == [2.0, 2.0]
     with pytest.raises(TypeError, match=r"sgemv: parameter 5 \(a\) must be float32, got bfloat16"):
         blas.sgemv("N", 2, 2, 1.0, half, 2, half, -1, 0.0, y, -1)
-    with pytest.raises(ValueError, match=r"parameter 12 \(c\) takes no gradients"):
-        blas.sgemm("N", "T", 2, 2, 3, 1.0, a, 2, b, 2, 0.0, c.requires_grad_(), 2)
+
+    refused: list[tuple[Any, type[Exception], str]] = [
+        (a.to_sparse(), TypeError, "must be a strided tensor, .* pass a.to_dense()"),
+        (a.to("meta"), NotImplementedError, "must be a tensor on the CPU, got one on meta"),
+        (torch.complex(a, a).conj().imag, NotImplementedError, "must be a plain tensor, whose mem"),
+        (torch.ones(12)[::2], ValueError, "must be one piece of memory"),
+        (torch.ones(6, requires_grad=True), ValueError, "takes no gradients: pass a.detach()"),
+    ]
+    for tensor, kind, line in refused:
+        with pytest.raises(kind, match=rf"^sgemm: parameter 7 \(a\) {line}"):
+            blas.sgemm("N", "T", 2, 2, 3, 1.0, tensor, 2, b, 2, 0.0, c, 2)

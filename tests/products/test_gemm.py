@@ -290,6 +290,7 @@ REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ),
     ((I, I), {"alpha": 2**31}, ValueError, "alpha must be a whole number of 32 bits where the"),
     ((I, I), {"alpha": np.inf}, ValueError, "alpha must be a whole number of 32 bits where the"),
+    ((I, I), {"gate": I}, ValueError, "gate must be None where the result is int32"),
     ((I, I), {"activation": "relu"}, ValueError, "activation must be None where the"),
 ]
 

@@ -14,6 +14,7 @@ import interpreted  # noqa: E402
 from metal import needs as needs_emulator  # noqa: E402
 from metal_rules import Compiler  # noqa: E402
 
+import tilefold  # noqa: E402
 from tilefold import gemm  # noqa: E402
 from tilefold.backends.metal.runtime import Mps  # noqa: E402
 from tilefold.backends.triton.interpreter import Interpreted  # noqa: E402
@@ -260,6 +261,7 @@ def test_tensors_on_a_gpu_go_to_its_kernels(backend: str, monkeypatch: Any) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.feature("T15")
 def test_bad_tensors_raise_one_line() -> None:
     x, w = plain(3, 4), plain(4, 5)
@@ -278,7 +280,21 @@ def test_bad_tensors_raise_one_line() -> None:
         with pytest.raises(kind) as caught:
             gemm(*arrays, **options)
         assert line in str(caught.value) and "\n" not in str(caught.value)
-    freed = plain(3, 4)
-    freed.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="a needs 48 bytes of memory, and its storage holds 0"):
-        gemm(freed, w.detach())
+    nested = torch.nested.nested_tensor([x, x])
+    for call in (lambda: gemm(nested, w), lambda: gemm(x, w, bias=nested)):
+        with pytest.raises(TypeError, match=r"(a|bias) must be one tensor, got a nested one"):
+            call()
+    with pytest.raises(NotImplementedError, match="w must be a plain tensor, whose memory is read"):
+        torch.func.vmap(tilefold.pack)(plain(2, 3, 4))
+    w = w.detach()
+    for index in range(2):  # a storage's first element has the address 0 then, others small ones
+        freed, out = plain(2, 3, 4)[index], plain(2, 3, 5)[index]
+        for tensor in (freed, out):
+            gemm(plain(3, 4), w, out=plain(3, 5))  # a plan is kept for tensors that lie so
+            tensor.untyped_storage().resize_(0)
+        with pytest.raises(
+            ValueError, match=r"a needs .* bytes of memory, and its storage holds 0"
+        ):
+            gemm(freed, w)
+        with pytest.raises(ValueError, match=r"out needs .* bytes of memory, and its storage"):
+            gemm(plain(3, 4), w, out=out)

@@ -292,6 +292,8 @@ def _check_integers(product: Product) -> None:
             f"activation must be None where the result is int32, got {product.activation!r}; pass"
             " out_dtype='float32'"
         )
+    if product.gate is not None:
+        raise ValueError("gate must be None where the result is int32; pass out_dtype='float32'")
     for name, value in (("alpha", product.alpha), ("beta", product.beta)):
         if not float(value).is_integer() or not -(2**31) <= value < 2**31:
             raise ValueError(

@@ -52,7 +52,7 @@ def again(
         return None
     try:
         way = ways.get(key_of(lies_of(every), asked))
-    except TypeError:  # some argument has no hash
+    except (TypeError, RuntimeError):  # an argument has no hash, or a nested tensor no shape
         return None
     if way is None or not way.recorded.is_native:
         return None
@@ -104,12 +104,20 @@ def matrix_of(name: str, w: Tensor) -> tuple[Form, int]:
     """How a tensor lies that is packed, and where."""
     if recorded(w):
         raise ValueError(f"{name} wants a gradient, which a packed matrix has not: detach it")
-    check_place(name, w, w.device)
-    if machine_of(w) is not None or not unobserved(w):
-        raise NotImplementedError(
-            f"{name} must be a plain tensor on the CPU, got one on {w.device}"
-        )
+    _check_plain(name, w)
     return _form(name, w), w.data_ptr()
+
+
+def _check_plain(name: str, x: Tensor) -> None:
+    """Raises unless the memory of a tensor can be read: on the CPU, where nothing observes it."""
+    check_place(name, x, x.device)
+    if x.is_meta or machine_of(x) is not None:
+        raise NotImplementedError(f"{name} must be a tensor on the CPU, got one on {x.device}")
+    if not unobserved(x):
+        raise NotImplementedError(
+            f"{name} must be a plain tensor, whose memory is read: not within a transform or a"
+            " compiler, of no class of its own, and no negated view"
+        )
 
 
 def _check_places(given: Mapping[str, Tensor]) -> None:
@@ -131,12 +139,16 @@ def run(given: Mapping[str, Any], options: Options, asked: Asked | None = None) 
     if machine is not None:
         return _run_on_gpu(given, options, machine)
     out: Tensor | None = given.get("out")
-    lies, written = lies_of([given.get(name) for name in GIVEN]), lies_of([out])
+    try:
+        lies, written = lies_of([given.get(name) for name in GIVEN]), lies_of([out])
+    except RuntimeError:  # a nested tensor has no shape
+        _check_places(given)
+        raise
     plan = plans.kept(
         (lies, written), options, lambda: {name: _form(name, x) for name, x in given.items()}
     )
     addresses = {name: _address(x) for name, x in given.items()}
-    if 0 in addresses.values():  # no elements, or freed ones
+    if min(addresses.values()) < LOWEST:  # no elements, or freed ones
         for name, x in given.items():
             _form(name, x)
     if out is None:
@@ -202,16 +214,14 @@ def count_change(out: Tensor) -> None:
         torch.autograd.graph.increment_version(out)
 
 
-def buffer_of(called: str, value: Tensor) -> tuple[str, int, int, bool, Callable[[], None]]:
+def buffer_of(name: str, value: Tensor) -> tuple[str, int, int, bool, Callable[[], None]]:
     """Type, address and elements of a tensor in one piece, True, and what counts a change of it."""
-    check_place(called, value, value.device)
-    if machine_of(value) is not None or not unobserved(value):
-        raise NotImplementedError(f"{called} must be a plain tensor on the CPU: {value.device}")
+    _check_plain(name, value)
     if recorded(value):
-        raise ValueError(f"{called} takes no gradients: pass {called}.detach()")
+        raise ValueError(f"{name} takes no gradients: pass {name}.detach()")
     if not (value.is_contiguous() or value.permute(*range(value.dim())[::-1]).is_contiguous()):
-        raise ValueError(f"{called} must be one piece of memory, got strides {value.stride()}")
-    check_held(called, value)
+        raise ValueError(f"{name} must be one piece of memory, got strides {value.stride()}")
+    check_held(name, value)
     return dtype_of(value), value.data_ptr(), value.numel(), True, lambda: count_change(value)
 
 
