@@ -217,7 +217,8 @@ class QuantizedLinear(nn.Module):
 def _forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
     bias: Tensor | None = layer.bias
     matrix, asked = layer.matrix, (layer.dynamic, None, None)
-    if not x.is_meta and torch.is_autocast_enabled(kind := x.device.type):
+    kind = "cpu" if x.is_cpu else x.device.type
+    if not x.is_meta and torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
         bias = bias if bias is None or bias.dtype == x.dtype else bias.float()
     found = again(matrix.kept, x, None, None, bias, None, None, asked)

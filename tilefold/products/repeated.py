@@ -23,6 +23,8 @@ from tilefold.products.plans import Plan
 
 Array = NDArray[Any]
 
+_Array = np.ndarray
+
 Asked = tuple[Any, ...]
 """The options of a call as they came: alpha, beta, the transposes, activation, type, precision."""
 
@@ -58,9 +60,11 @@ def remember(key: Hashable, plan: Plan, dtype: Any) -> None:
 
 def key(a: Any, b: Any, c: Any, bias: Any, gate: Any, out: Any, asked: Asked) -> Hashable:
     """The key of a call of NumPy arrays: how these lie, and what was asked for."""
-    if c is bias is gate is out is None and type(a) is type(b) is np.ndarray:
+    if c is bias is gate is out is None and type(a) is type(b) is _Array:
         return key_of((a.shape, a.strides, a.dtype, b.shape, b.strides, b.dtype), asked)
-    return key_of(tuple([_lie(x) for x in (a, b, c, bias, gate, out)]), asked)
+    every = (a, b, c, bias, gate, out)
+    lies = [(x.shape, x.strides, x.dtype) if type(x) is _Array else _lie(x) for x in every]
+    return key_of(tuple(lies), asked)
 
 
 def key_of(lies: Hashable, asked: Asked) -> Hashable:
@@ -69,11 +73,8 @@ def key_of(lies: Hashable, asked: Asked) -> Hashable:
 
 
 def _lie(x: Any) -> Hashable:
-    """How an operand lies, as a part of a key; other objects than arrays are in no key kept."""
-    kind = type(x)
-    if kind is np.ndarray:
-        return x.shape, x.strides, x.dtype
-    return x.form if kind is PackedMatrix else x is None
+    """The same of what is no array; other objects are in no key kept."""
+    return x.form if type(x) is PackedMatrix else x is None
 
 
 def _repeated(
