@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from tilefold.common.check import choice
-from tilefold.problems.matmul import Axes, Operand, Product, check_result
+from tilefold.problems.matmul import Axes, Operand, Product, check_result, common_type
 
 MOST_AXES = 32
 """Axes that an array may have; NumPy before 2.0 has no more."""
@@ -64,7 +64,10 @@ def described(
     if out is not None and dtype not in (None, out.dtype):
         raise ValueError(f"dtype must be {out.dtype} as out is, got {dtype}")
     kind = dtype if out is None else out.dtype
-    product = Product.of(operands, dtype=kind, results=results, biases=addends, **options)
+    a, b, c = operands["a"].dtype, operands["b"].dtype, operands.get("c")
+    kind = kind or (common_type(a, b) if c is None else c.dtype)
+    choice("the type of c", kind, results(a, b))
+    product = Product.of(operands, dtype=kind, biases=addends(kind), **options)
     c = product.c
     if out is None:
         if c is not None:

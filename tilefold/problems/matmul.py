@@ -12,7 +12,7 @@ are a batch. They broadcast as in NumPy, by strides of 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -170,17 +170,14 @@ class Product:
         transpose_b: bool,
         bias_axis: str | None,
         activation: str | None,
-        dtype: str | None,
-        results: Callable[[str, str], tuple[str, ...]] | None = None,
-        biases: Callable[[str], tuple[str, ...]] | None = None,
+        dtype: str,
+        biases: Sequence[str],
     ) -> Product:
         """The description of a call from its operands: "a", "b", and of "c", "bias", "gate" some.
 
-        `dtype` is the type of the result. None means the type of c; without c, the common type of
-        a and b. `bias_axis`: None finds it in the shape, (n,), (..., 1, n) or (..., m, 1); with a
-        name a bias is (..., n) or (..., m). `results` has the types of results of two types, and
-        `biases` those of c and bias of a type of results. Raises ValueError, or TypeError for types
-        that do not fit together.
+        `dtype` is the type of the result, and `biases` are types that a bias may have. `bias_axis`:
+        None finds it in the shape, (n,), (..., 1, n) or (..., m, 1); with a name a bias is (..., n)
+        or (..., m). Raises ValueError, or TypeError for a type.
         """
         choice("bias_axis", bias_axis, (None, *BIAS_AXES))
         choice("activation", activation, ACTIVATIONS)
@@ -188,8 +185,6 @@ class Product:
         given = {name: each.padded(rank) for name, each in operands.items()}
         a, b, c, bias, gate = (given.get(name) for name in ("a", "b", "c", "bias", "gate"))
         assert a is not None and b is not None
-        kind = dtype or (c.dtype if c is not None else common_type(a.dtype, b.dtype))
-        choice("the type of c", kind, (results or result_types)(a.dtype, b.dtype))
         if beta and c is None:
             raise ValueError(f"beta is {beta}, so c must be given")
         axes = max(len(a.shape), len(b.shape))
@@ -213,14 +208,13 @@ class Product:
             if beta:
                 raise ValueError(f"beta must be 0 with a gate, got {beta}")
         shape = (*batch, m, n)[-axes:] if axes <= len(batch) + 2 else (*batch, m, n)
-        allowed = (biases or (lambda kind: (kind,)))(kind)
         if bias is not None:
-            if bias.dtype not in allowed:
-                known = allowed[0] if len(allowed) == 1 else " or ".join(allowed)
+            if bias.dtype not in biases:
+                known = " or ".join(biases)
                 raise TypeError(f"bias must be {known} as the result is, got {bias.dtype}")
             bias, bias_axis = _bias(bias, bias_axis, batch, m, n)
         return cls(
-            *(a, b, kind, shape, batch, bias, bias_axis if bias else None, activation),
+            *(a, b, dtype, shape, batch, bias, bias_axis if bias else None, activation),
             *(alpha, beta, c, gate),
         )
 
@@ -326,18 +320,6 @@ def sums(a: str, b: str) -> str:
     if a in INTEGERS and b in INTEGERS:
         return "int32"
     return "float64" if "float64" in (a, b) else "float32"
-
-
-def result_types(a: str, b: str) -> tuple[str, ...]:
-    """The types that a product of two types may have: float32 or one of the two.
-
-    The product of float64 arrays is always float64.
-
-    >>> result_types("float16", "float16"), result_types("float64", "float64")
-    (('float32', 'float16'), ('float64',))
-    """
-    least = () if a == "float64" else ("float32",)
-    return tuple(dict.fromkeys((*least, a, b)))
 
 
 def check_result(name: str, given: Operand, shape: tuple[int, ...], dtype: str) -> None:

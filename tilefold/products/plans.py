@@ -201,8 +201,7 @@ def described(options: Options, forms: Mapping[str, Form]) -> Described:
         bias_axis=None,
         activation=options.activation,
         dtype=dtype,
-        results=lambda a, b: RESULTS[sums(a, b)],
-        biases=lambda kind: summed,
+        biases=summed,
     )
     shape = _shape(product, vector_a, vector_b)
     if product.c is not None:
