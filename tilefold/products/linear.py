@@ -15,7 +15,7 @@ from tilefold.common.check import flag, shown, whole
 from tilefold.frontends.torch import outside
 from tilefold.products.quantized import SCALES, QuantizedMatrix, quantize
 from tilefold.products.quantized_calls import check_dynamic
-from tilefold.products.quantized_torch import multiply
+from tilefold.products.quantized_torch import check_untraced, multiply
 from tilefold.products.schemes import group_of, scheme_of
 from tilefold.products.torch import again, machine_of
 
@@ -203,6 +203,11 @@ class QuantizedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
 
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """The copy of a GPU's matrix is made anew."""
+        self._kept = None
+        super()._load_from_state_dict(*args, **options)  # type: ignore[no-untyped-call]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Devices of buffers may change, and their types may not."""
         before = {name: getattr(self, name) for name in _ARRAYS}
@@ -227,7 +232,12 @@ def _forward(layer: QuantizedLinear, x: Tensor) -> Tensor:
     return multiply(x, matrix, bias, None, None, None, layer.dynamic, asked)
 
 
-outside.keep("quantized_linear", _forward)
+def _outside_of_graphs(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    check_untraced()
+    return _forward(layer, x)
+
+
+outside.keep("quantized_linear", _outside_of_graphs)
 
 
 def quantize_(

@@ -53,11 +53,7 @@ def multiply(
         check_place(name, tensor, x.device)
     if x.is_meta:
         raise NotImplementedError("x is on meta, where no kernel runs")
-    if traced():
-        raise NotImplementedError(
-            "qgemm is no operator, so nothing traces it: torch.compile leaves its graph for it, and"
-            " torch.export and torch.jit.trace cannot"
-        )
+    check_untraced()
     shape, dtype = result_type(w, x, bias, out, wanted)
     if not lifted() and not recorded(*[tensor for _, tensor in given]):
         y, ready = _product(x, w, bias, activation, out, shape, dtype, dynamic)
@@ -75,6 +71,15 @@ def multiply(
     if activation is not None:
         y = _ACTIVATIONS[activation](y)
     return y.to(getattr(torch, dtype))
+
+
+def check_untraced() -> None:
+    """Raises NotImplementedError where a graph is made, of which products cannot be a part."""
+    if traced():
+        raise NotImplementedError(
+            "qgemm is no operator, so nothing traces it: torch.compile leaves its graph for it, and"
+            " torch.export and torch.jit.trace cannot"
+        )
 
 
 def _remember(
