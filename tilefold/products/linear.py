@@ -206,7 +206,7 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         """The copy of a GPU's matrix is made anew."""
         self._kept = None
-        super()._load_from_state_dict(*args, **options)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Devices of buffers may change, and their types may not."""
