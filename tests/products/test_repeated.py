@@ -90,6 +90,9 @@ def test_the_short_way_refuses_what_the_long_way_refuses() -> None:
     tilefold.gemm(a, b, alpha=1.0)
     with pytest.raises(TypeError, match="alpha"):
         tilefold.gemm(a, b, alpha=True)
+    tilefold.gemm(a, b, transpose_b=True)
+    with pytest.raises(TypeError, match="transpose_b must be True or False"):
+        tilefold.gemm(a, b, transpose_b=1)
     with pytest.raises(TypeError):
         tilefold.gemm(a, b, out_dtype=[])
     assert tilefold.gemm(a.astype(">f4"), b).dtype == np.float32

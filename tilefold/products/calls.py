@@ -102,7 +102,7 @@ def gemm(
     """
     asked = alpha, beta, transpose_a, transpose_b, activation, out_dtype, precision
     again = repeated.REPEATED.get(type(a))
-    if again is not None:
+    if again is not None and type(transpose_a) is type(transpose_b) is bool:  # 1 is refused
         found = again(repeated.WAYS, a, b, c, bias, gate, out, asked)
         if found is not None:
             return found
