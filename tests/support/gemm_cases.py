@@ -67,6 +67,7 @@ CASES = [
     Case((5, 333, 300), "float16", "int8", "float16", bias="float16"),
     Case((2, 70, 301), "float64", "uint8", "float64", "b"),
     Case((300, 3, 101), turned="a"),
+    Case((9, 1024, 40)),  # lines that share a set of the first cache
 ]
 
 

@@ -2,7 +2,7 @@
 
     for item in (matrix, block of columns, chunk of inputs):        workers take items
         x <- the rows of A, unless the worker has them
-        "wide", columns are neighbours:  for 8 inputs, for some vectors of columns: sums += x B
+        "wide", columns are neighbours:  for a few inputs, for some vectors of columns: sums += x B
         "deep", inputs are neighbours:   for block of inputs, for some columns: sums += x B
         the last chunk of a block that is done:
             sums <- the sums of all chunks, in order
@@ -27,11 +27,6 @@ from tilefold.backends.cpu.matmul.arguments import OFFSETS, Arguments
 from tilefold.backends.cpu.matmul.finish import finish
 from tilefold.backends.cpu.matmul.panels import SCALARS, factor, pack, reading
 from tilefold.backends.cpu.matmul.spec import FMA, ITEM_BYTES, FewRowsSpec
-
-INPUTS = 8
-"""Lines of B that the form "wide" walks at once. (Zen 3, one thread, 4096 x 4096 float32 from
-memory: of what reading takes, one row gives 1.07, 0.76 and 0.54 by 8, 16 and 32 lines, and 16 rows
-0.32, 0.31 and 0.26. A first cache of 8 ways holds 8 lines that are 16 KiB apart.)"""
 
 
 def emit(spec: FewRowsSpec) -> str:
@@ -209,10 +204,10 @@ class _Wide(_FewRows):
             body.store(zero, body.offset(target, self.scalar, at))
         start = body.add(self.begins[name], first)
         array = self.b_store.at(body, words[name], start)
-        with body.loop("c", self.start, self.stop, INPUTS) as c:
+        with body.loop("c", self.start, self.stop, spec.lines) as c:
             self.x_lines = body.offset(self.x, self.scalar, body.mul(c, spec.rows))
             self.lines = self.b_store.at(body, array, body.mul(c, words[f"{name}_k"]))
-            self.depth = body.minimum(body.sub(self.stop, c), INPUTS, "depth")
+            self.depth = body.minimum(body.sub(self.stop, c), spec.lines, "depth")
             self._inputs()
 
     def _inputs(self) -> None:
@@ -271,9 +266,13 @@ class _Wide(_FewRows):
         place = store.at(body, self.lines, body.add(body.mul(c, step), j))
         found = [read(store.at(body, place, v * spec.lanes)) for v in range(vectors)]
         if spec.asks and vectors == spec.vectors:
-            ahead = store.at(body, place, body.mul(step, INPUTS))
+            if spec.ahead:
+                ahead = body.offset(place, "i8", spec.ahead)
+            else:
+                ahead = store.at(body, place, body.mul(step, spec.lines))
             for before in range(0, vectors * spec.lanes * ITEM_BYTES[spec.b], 64):
-                prefetch(body, body.offset(ahead, "i8", before), near=2)
+                near = 3 if spec.ahead else 2
+                prefetch(body, body.offset(ahead, "i8", before), near=near)
         return found
 
 

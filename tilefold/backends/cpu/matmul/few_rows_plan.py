@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from tilefold.backends.cpu.device import Device
 from tilefold.backends.cpu.matmul.blocks import TILES, parts, up, whole
-from tilefold.backends.cpu.matmul.few_rows import INPUTS
 from tilefold.backends.cpu.matmul.spec import ITEM_BYTES, FewRowsSpec, lanes_of
 from tilefold.common.computed import computed
 from tilefold.problems.matmul import Operand, Product
@@ -21,11 +20,31 @@ _WIDE_COLUMNS, _DEEP_COLUMNS, _MOST_CHUNKS = 4096, 96, 16
 4096 x 4096 took the share 0.75 by lines of 512, 0.90 by 2048, 1.00 by 4096 (Xeon with AMX); on
 Zen 3 0.70, 0.98 and 1.07."""
 
-_ASK_WIDE = ("amx", "avx512")
-"""Where the form "wide" asks for lines of B ahead. (Zen 3 follows 8 lines by itself: one row reads
-1.10 of what reading takes, and with requests for the next 8 lines 0.83, for the next 256 bytes of
-each line 1.05. The form "deep" gains by requests for the next columns, 0.65 to 0.88 for four rows,
-but one row has 1.06 with them and 1.12 without.)"""
+_SEVERAL_ROWS = {"avx2": 4}
+"""Rows of a register tile at most where there are several. (Zen 3, B in the first cache: 12 rows
+make 64 % of the multiply-adds that the units can make in tiles of 6 rows, and 84 % in tiles of 4.
+16 rows take 0.95 of the time from memory as "wide", and 0.91 as "deep".) Not measured elsewhere."""
+
+_LINES, _LINES_OF_SET = 8, {"avx2": 7}
+"""Lines of B that the form "wide" walks at once, and where they share a set of the first cache,
+since they are a multiple of 4 KiB apart: 8 of them fill it. (Zen 3, 4096 x 4096 float32 from
+memory: one row reads 1.07, 0.76 and 0.54 of what reading takes by 8, 16 and 32 lines. 8 rows take
+0.96 of the time by 7 lines, 16 rows the same as by 8. Where lines are 4,000 bytes apart, 8 rows
+take 1.03 by 7.)"""
+
+_ROWS_THAT_GAIN = 4
+"""Rows from which on AVX2 gains by fewer lines and by requests. (Zen 3: 2 and 3 rows take 1.01 to
+1.07 of the time with either.)"""
+
+_SET_BYTES = 2**12
+"""Lines so far apart share a set of a first cache of 64 sets."""
+
+_ASK_NEXT, _AHEAD = ("amx", "avx512"), {"avx2": 192}
+"""Where the form "wide" asks for B: for the lines that it walks next, or for bytes in its lines.
+(Zen 3 follows lines by itself, and one row is slower with either. With requests for 192 bytes ahead
+4 to 16 rows take 0.93 to 1.00 of the time, with those for the next lines more than without. The
+form "deep" gains by requests for the next columns, 0.65 to 0.88 for four rows, but one row has 1.06
+of what reading takes with them and 1.12 without.)"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +103,7 @@ class FewRowsPlan:
     def b_bytes(self) -> int:
         """A worker's scratch for lines of B; of the form "deep", for a vector of each sum."""
         spec = self.spec
-        vectors = INPUTS * spec.vectors if spec.form == "wide" else spec.rows * spec.columns
+        vectors = spec.lines * spec.vectors if spec.form == "wide" else spec.rows * spec.columns
         return whole(vectors * self._vector_bytes)
 
     @property
@@ -143,10 +162,14 @@ def _terms(spec: FewRowsSpec, k: int, device: Device) -> int:
 
 def _spec(product: Product, form: str, device: Device) -> FewRowsSpec:
     lanes, wide = lanes_of(device, product.sums), form == "wide"
-    tile_rows = parts(product.m, parts(product.m, TILES[device.isa][0]))
+    tile_rows = TILES[device.isa][0]
+    if product.m > tile_rows:
+        tile_rows = _SEVERAL_ROWS.get(device.isa, tile_rows)
+    tile_rows = parts(product.m, parts(product.m, tile_rows))
     # registers: the sums, a vector of B for each of them, x; "wide" needs one more while x comes
     vectors = min(4, (device.vector_registers - 1 - wide) // (tile_rows + 1))
     most = _WIDE_COLUMNS if wide else _DEEP_COLUMNS
+    ahead = _AHEAD.get(device.isa, 0) if wide and product.m >= _ROWS_THAT_GAIN else 0
     block = vectors * lanes if wide else lanes
     columns = up(parts(product.n, parts(product.n, most)), block)
     return FewRowsSpec(
@@ -160,11 +183,20 @@ def _spec(product: Product, form: str, device: Device) -> FewRowsSpec:
         vectors=vectors,
         columns=columns,
         width=block if wide else columns,
-        asks=device.isa in _ASK_WIDE if wide else product.m > 1,
+        asks=device.isa in _ASK_NEXT or ahead > 0 if wide else product.m > 1,
         lanes=lanes,
         native_half=device.converts_float16,
         c=product.c.dtype if product.c and product.beta else None,
         bias=product.bias.dtype if product.bias else None,
         activation=product.activation,
         gate=product.gate is not None,
+        lines=_lines(product, device) if wide else _LINES,
+        ahead=ahead,
     )
+
+
+def _lines(product: Product, device: Device) -> int:
+    """Lines of B that are walked at once."""
+    apart = product.b.axes.strides[-2] * ITEM_BYTES[product.b.dtype]
+    share = product.m >= _ROWS_THAT_GAIN and apart % _SET_BYTES == 0
+    return _LINES_OF_SET.get(device.isa, _LINES) if share else _LINES
