@@ -16,6 +16,7 @@ tune_gpu         `tilefold tune --device cuda`
 tune             `tilefold tune`
 product_source   a product's source for GPUs, printed
 inspect_product  the plan and the kernels of a product
+inspect_stages   where the time of a call goes
 inspect          `tilefold inspect`
 mask             `tilefold mask`
 metal            `tilefold metal`

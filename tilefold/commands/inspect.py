@@ -8,6 +8,8 @@ The first lines of the source say how to launch it.
 
 Products of matrices are shown in the same way: `tilefold inspect --operation gemm
 --size 1024x1024x1024`, or `--operation qgemm --scheme int4 --group-size 128`.
+
+With `--profile` the operation runs on random arrays, and a table shows where its time goes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from tilefold.backends.cpu.spec import KERNELS
 from tilefold.backends.cpu.tuned import TunedBlocks
 from tilefold.commands import (
     inspect_product,
+    inspect_stages,
     kernel_source,
     product_options,
     specification,
@@ -36,6 +39,8 @@ from tilefold.commands import (
 from tilefold.common import settings
 from tilefold.masks import parse
 from tilefold.measuring.products import OPERATIONS as PRODUCTS
+from tilefold.measuring.stages import profile
+from tilefold.measuring.workload import Case
 from tilefold.planning import roofline
 from tilefold.planning.plan import OPERATIONS
 
@@ -85,6 +90,11 @@ def register(commands: Any) -> None:
     shown.add_argument("--text", action="store_true", help="print the kernel's LLVM source")
     shown.add_argument("--asm", action="store_true", help="print the kernel's assembly")
     shown.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="run the operation, on all threads, with kernels that count the time of their stages",
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -92,6 +102,10 @@ def main(options: argparse.Namespace) -> int:
     for option, backend in (("architecture", "triton"), ("family", "metal")):
         if getattr(options, option) and options.backend != backend:
             raise ValueError(f"--{option} goes with --backend {backend}, not {options.backend}")
+    if options.profile and (
+        options.operation in PRODUCTS or options.backend != "cpu" or options.text or options.asm
+    ):
+        raise ValueError("--profile goes with attention on processors, and with --json")
     if options.operation in PRODUCTS:
         return inspect_product.main(options)
     product_options.check_attention(options)
@@ -108,6 +122,14 @@ def main(options: argparse.Namespace) -> int:
             f" {options.form!r}"
         )
     device = host().lowered(options.isa) if options.isa else host()
+    if options.profile:
+        case = Case(problem, options.operation, threads.get_num_threads())
+        found = profile(case, device, form=options.form)
+        if options.json:
+            terminal.print_json(inspect_stages.document(found, device))
+        else:
+            inspect_stages.show(found, device)
+        return 0
     start = time.perf_counter()
     made = plan.plan(problem, device, options.operation, options.form)
     planned = time.perf_counter() - start

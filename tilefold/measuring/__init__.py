@@ -9,6 +9,7 @@ roofline_share     how near a result comes to the measured roofline
 agreement          the differences between all implementations
 timing             times of implementations, turn by turn in one process
 apart              times of implementations in processes of their own, warm and cold
+stages             where the time of a call goes
 product_timing     times of products, turn by turn
 tuning             the fastest block sizes of this machine
 product_tuning     the fastest blocks of products on this machine

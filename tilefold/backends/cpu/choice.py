@@ -191,6 +191,7 @@ class Chooser:
             dropout=problem.dropout > 0 and KERNELS[kernel].visits,
             more=more,
             sinks=problem.sinks if "sinks" in more else 0,
+            clock=device.clock if "ticks" in more else "",
         )
 
     def _for_length(self, tiles: tuple[RegisterTile, ...], length: int) -> RegisterTile:

@@ -73,6 +73,11 @@ class Device:
     l3_bytes: int = 0
 
     @property
+    def clock(self) -> str:
+        """What kernels read that count the time of their stages: see `kernels.stages`."""
+        return "cntvct_el0" if self.isa == "neon" else "rdtsc"
+
+    @property
     def vector_bytes(self) -> int:
         """The width of a vector register in bytes."""
         return _VECTOR_BYTES[self.isa]

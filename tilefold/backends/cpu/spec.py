@@ -63,7 +63,7 @@ KERNELS = table(
             reads=("q", "k", "v"),
             writes=("o", "lse"),
             optional=("lse_low",),
-            may_take=("max", "sinks"),
+            may_take=("max", "sinks", "ticks"),
             score_tiles=1,
             contractions=ATTEND,
             emitter="forward.forward",
@@ -74,7 +74,7 @@ KERNELS = table(
             reads=("q", "k", "v"),
             writes=("o", "lse"),
             optional=("lse_low",),
-            may_take=("max", "sinks"),
+            may_take=("max", "sinks", "ticks"),
             score_tiles=1,
             contractions=ATTEND,
             emitter="decode.decode",
@@ -86,7 +86,7 @@ KERNELS = table(
             reads=("q", "k", "v"),
             writes=("part", "o", "lse"),
             optional=("lse_low",),
-            may_take=("max", "sinks"),
+            may_take=("max", "sinks", "ticks"),
             score_tiles=1,
             contractions=ATTEND,
             emitter="decode.decode",
@@ -123,6 +123,7 @@ KERNELS = table(
             parallel="q",
             reads=("q", "k", "v", "do", "statistics"),
             writes=("dq",),
+            may_take=("ticks",),
             score_tiles=2,
             contractions=QUERY_GRADIENT,
             emitter="backward.dq",
@@ -132,6 +133,7 @@ KERNELS = table(
             parallel="k",
             reads=("q", "k", "v", "do", "statistics"),
             writes=("dk", "dv"),
+            may_take=("ticks",),
             score_tiles=2,
             contractions=KEY_GRADIENTS,
             emitter="backward.dkv",
@@ -141,6 +143,7 @@ KERNELS = table(
             parallel="k",
             reads=("q", "k", "v", "do", "statistics"),
             writes=("dq_parts", "dk", "dv"),
+            may_take=("ticks",),
             score_tiles=2,
             contractions=ALL_GRADIENTS,
             emitter="fused.fused",
@@ -174,6 +177,12 @@ KERNELS = table(
     )
 )
 """All kernels of processors by name: adding one takes a row here and its emitter."""
+
+
+STAGES = ("claims", "packing", "scores", "edges", "softmax", "slopes", "products", "results")
+"""The stages of a kernel that counts: an item is taken; operands are brought into the kernel's
+order; scores of whole tiles, and of tiles with a mask; weights and their sums; dP and dS; products
+with weights or dS; results are written."""
 
 
 class Multiplier(NamedTuple):
@@ -236,7 +245,8 @@ class KernelSpec:
     `more` names operands beside those of the row, of calls that have them: then the kernel reads
     or writes them, and else its source knows nothing of them. `sinks` is the number of sinks of
     each head, in a kernel that reads them.
-    `entries` and `targets` are of the kernels that sum gradients of the arrays of a score.
+    `entries` and `targets` are of the kernels that sum gradients of the arrays of a score. `clock`
+    is what a kernel reads that counts the ticks of its stages: see `kernels.stages`.
     """
 
     kernel: str
@@ -260,6 +270,7 @@ class KernelSpec:
     sinks: int = 0
     entries: tuple[Entry, ...] = ()
     targets: tuple[Target, ...] = ()
+    clock: str = ""
 
     @property
     def arguments(self) -> tuple[str, ...]:

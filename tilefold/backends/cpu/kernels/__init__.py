@@ -11,6 +11,7 @@ elementary   exp, log, tanh, sigmoid of modified scores
 arguments    the argument block
 entries      look-ups of a score, for gradients of its arrays
 claims       what workers take from shared counters
+stages       ticks of the stages of a kernel that counts
 work         items of a plan, tiles from its runs
 mask         the text fold of a rule and of a modified score
 pack         operands turned into the order of the microkernel

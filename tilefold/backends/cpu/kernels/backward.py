@@ -117,12 +117,14 @@ class _QueryGradient:
 
     def write(self) -> None:
         body, block, spec = self.body, self.block, self.spec
+        body.stage("packing")
         body.comment("Q^T <- power Q^T;  dO^T;  m, r, delta;  dQ^T <- 0")
         self.q_packed = self.products.pack("q", spec.dim, block.scale.power)
         self.do_packed = self.products.pack("do", spec.dim_v)
         self.statistics = Statistics(*(self._statistic(name) for name in Statistics._fields))
         block.zero("dq", spec.dim)
         work.tiles(body, spec, block.arguments, block.b, block.h, block.row, self.tile)
+        body.stage("results")
         block.unpack_gradient("dq", self.dq, spec.dim)
 
     def _statistic(self, name: str) -> list[Value]:
@@ -138,11 +140,14 @@ class _QueryGradient:
         mask = self.block.mask(self.block.h) if masked else None
         modified = self.block.score(self.block.h, tile)
         made = self.products.sides
+        body.stage("packing")
         keys = made(tile, self.keys, "left", spec.dim, rows=True, columns=True)
         values = made(tile, self.values, "left_v", spec.dim_v, rows=True, columns=False)
+        body.stage("edges" if masked else "scores")
         body.comment("S^T <- K Q^T")
         store_scores(self.products, tile, keys.rows, self.q_packed, self.p, mask)
         factors = self.block.factors(tile, self.block.h)
+        body.stage("slopes")
         body.comment("dP^T <- V dO^T;  P^T <- 2^((S^T - m) c + r);  dS^T <- P^T (dP^T - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
@@ -153,6 +158,7 @@ class _QueryGradient:
             )
 
         self.products.scores(tile, values.rows, self.do_packed, spec.dim_v, use)
+        body.stage("products")
         body.comment("dQ^T += K^T dS^T")
         self.products.accumulate_safely(
             masked, tile, self.keys, keys.columns, "ds", self.dq, spec.dim
@@ -172,6 +178,7 @@ class KeyGradients:
     def write(self) -> None:
         """Write the block's dk and dv."""
         body, block, spec = self.body, self.block, self.spec
+        body.stage("packing")
         body.comment("K^T <- power K^T;  V^T;  dK^T <- 0;  dV^T <- 0")
         self.k_packed = self.products.pack("k", spec.dim, block.scale.power)
         self.v_packed = self.products.pack("v", spec.dim_v)
@@ -182,6 +189,7 @@ class KeyGradients:
             h = body.add(body.mul(block.h, group), g, "h_q")
             self.take_head(h)
             work.tiles(body, spec, block.arguments, block.b, h, block.row, self.tile)
+        body.stage("results")
         block.unpack_gradient("dk", self.dk, spec.dim)
         block.unpack("dv", self.dv, spec.dim_v, block.scalar(1.0))
 
@@ -202,11 +210,14 @@ class KeyGradients:
         mask = self.block.mask(self.h_q) if masked else None
         self.modified = self.block.score(self.h_q, tile)
         made = self.products.sides
+        body.stage("packing")
         queries = made(tile, self.queries, "left", spec.dim, rows=True, columns=True)
         do = made(tile, self.do, "left_v", spec.dim_v, rows=True, columns=True)
+        body.stage("edges" if masked else "scores")
         body.comment("S <- Q K^T")
         store_scores(self.products, tile, queries.rows, self.k_packed, self.p, mask)
         self.factors = self.block.factors(tile, self.h_q)
+        body.stage("slopes")
         body.comment("dP <- dO V^T;  P <- 2^((S - m) c + r);  dS <- P (dP - delta)")
 
         def use(row: Value, dp: microkernel.Accumulators) -> None:
@@ -218,6 +229,7 @@ class KeyGradients:
             self.keep(tile, row, dp, of_row, masked)
 
         self.products.scores(tile, do.rows, self.v_packed, spec.dim_v, use)
+        body.stage("products")
         body.comment("dV^T += dO^T P;  dK^T += Q^T dS")
         accumulate = self.products.accumulate_safely
         accumulate(masked, tile, self.do, do.columns, "p", self.dv, spec.dim_v)

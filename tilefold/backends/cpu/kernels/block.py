@@ -17,6 +17,7 @@ from tilefold.backends.cpu.kernels import (
     entries,
     microkernel,
     pack,
+    stages,
     work,
 )
 from tilefold.backends.cpu.kernels.ahead import TileOf, TileScoreText
@@ -138,9 +139,11 @@ def emit(spec: KernelSpec, title: str, write: Callable[[Block], None]) -> str:
     argument = Value("%arguments", "ptr")
     with module.function(spec.kernel, [argument]) as body:
         arguments = Arguments(body, spec, argument)
-        scratch = claims.scratch_of_worker(body, arguments)
+        worker = claims.number_of_worker(body, arguments)
+        scratch = claims.scratch_of_worker(body, arguments, worker)
         tiles = amx.configured(body) if spec.multiplier.unit == "amx" else nullcontext()
-        with tiles, work.items(body, arguments) as item:
+        counted = stages.counted(body, spec, arguments, worker)
+        with tiles, counted, work.items(body, arguments) as item:
             write(Block(body, spec, shape, arguments, scratch, item))
     return module.text()
 

@@ -19,9 +19,14 @@ class Words(Protocol):
         """A word that is no counter."""
 
 
-def scratch_of_worker(body: Body, words: Words) -> Value:
+def number_of_worker(body: Body, words: Words) -> Value:
+    """The number of this worker, from 0."""
+    return _take(body, words, "next_worker")
+
+
+def scratch_of_worker(body: Body, words: Words, worker: Value | None = None) -> Value:
     """The address of this worker's own part of the workspace."""
-    worker = _take(body, words, "next_worker")
+    worker = worker or number_of_worker(body, words)
     before = body.mul(worker, words["workspace_bytes"])
     return body.offset(words["workspace"], "i8", before, "scratch")
 

@@ -95,6 +95,7 @@ class _Decode:
 
     def write(self) -> None:
         body, frame, arguments = self.body, self.frame, self.arguments
+        body.stage("packing")
         body.comment("Q <- power Q;  O <- 0;  m <- -inf;  l <- -0")
         factor = frame.scale.power
         with body.loop("g", 0, self.heads) as g:
@@ -108,6 +109,7 @@ class _Decode:
         work.tiles(
             body, self.spec, arguments, item.b, item.h, item.row, self._tile, whole=self.lanes
         )
+        body.stage("results")
         if self.spec.kernel == "decode":
             with self._rows() as (h, i, row):
                 frame.finish(self._state(h, row), h, i)
@@ -159,6 +161,7 @@ class _Decode:
     def _tile(self, first: Value, count: Value, masked: bool) -> None:
         body, lanes = self.body, self.lanes
         keys, values = self.keys.moved(body, first), self.values.moved(body, first)
+        body.stage("edges" if masked else "scores")
         body.comment("S <- K q, masked where the rule says no")
         with (
             body.loop("c", 0, count, lanes) as c,
@@ -182,9 +185,11 @@ class _Decode:
 
             rows = self._of_head(keys.moved(body, c), h_kv)
             self._near(rows, left, lanes if masked else 1, score_rows)
+        body.stage("softmax")
         with self._rows() as (h, i, row):
             factors = self._factors(h, i, first, count) if self.spec.dropout else None
             self._weigh(self._state(h, row), row, count, masked, factors)
+        body.stage("products")
         body.comment("O <- O + P V")
         with (
             body.loop("c", 0, count, VALUES) as c,

@@ -54,6 +54,7 @@ class _Forward:
 
     def write(self) -> None:
         body, shape, spec, block = self.body, self.shape, self.spec, self.block
+        body.stage("packing")
         body.comment("Q^T <- power Q^T;  O^T <- 0;  m <- -inf;  l <- 0")
         self.q_packed = self.products.pack("q", spec.dim, block.scale.power)
         block.zero("o", spec.dim_v)
@@ -72,7 +73,9 @@ class _Forward:
         body, spec = self.body, self.spec
         tile = Tile(body, self.shape, first, count)
         tops = [body.variable(self.shape.vector, self._lowest, "top") for _ in self.m]
+        body.stage("packing")
         keys = self.products.sides(tile, self.keys, "left", spec.dim, rows=True, columns=False)
+        body.stage("edges" if masked else "scores")
         body.comment("S^T <- K Q^T, and the largest of each lane")
         modified = self.block.score(self.block.h, tile)
         if masked:
@@ -97,13 +100,16 @@ class _Forward:
             every = body.constant(-1, vector(self.shape.lanes, "i1"))
             for place in self.seen:
                 body.write(place, every)
+        body.stage("softmax")
         safe_m, alphas = self._raise_maximum(tops)
         factors = self.block.factors(tile, self.block.h)
         self._weigh(tile, safe_m, alphas, masked, factors)
+        body.stage("packing")
         body.comment("O^T <- alpha O^T + V^T P^T")
         values = self.products.sides(
             tile, self.values, "left", spec.dim_v, rows=False, columns=True
         )
+        body.stage("products")
         self.products.accumulate_safely(
             masked, tile, self.values, values.columns, "p", self.o_total, spec.dim_v, alphas
         )
@@ -212,6 +218,7 @@ class _Forward:
 
     def _finish(self) -> None:
         body, block, spec = self.body, self.block, self.spec
+        body.stage("results")
         body.comment("O <- O / l;  empty rows: 0")
         tops = self._maxima() if "max" in spec.more else []
         one = block.splat(1.0)

@@ -63,6 +63,7 @@ class _AllGradients(KeyGradients):
     def _write_in_turn(self) -> None:
         """The first part of a head is made where its sum is, others in scratch, then added."""
         body, arguments = self.body, self.block.arguments
+        body.stage("results")
         body.comment("dQ <- 0")
         with self._heads() as h:
             self.dq = self.block.matrix("dq_parts", h)
@@ -76,6 +77,7 @@ class _AllGradients(KeyGradients):
             with body.when(self.later, "reset"):
                 self._reset(clean)
             self._write_blocks()
+            body.stage("results")
             body.comment("dQ += its part")
             with (
                 body.when(self.later, "add"),
@@ -126,6 +128,7 @@ class _AllGradients(KeyGradients):
         """dK and dV of the blocks of keys of a part, and their dQ."""
         with self.body.loop("keys", self.first_row, self.last_row) as row:
             self.block.at_row(row)
+            self.body.stage("packing")
             self.k_rows, self.k_finite = self._copy_keys()
             KeyGradients.write(self)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -64,6 +64,10 @@ class Variable:
     type: str
 
 
+def _uncounted(name: str) -> None:
+    """The stages of kernels that do not count leave no trace in the source."""
+
+
 class Body:
     """The body of one function while it is written."""
 
@@ -73,6 +77,8 @@ class Body:
         self._allocas: list[str] = []
         self._depth = 1
         self._names: dict[str, int] = {}
+        self.stage: Callable[[str], None] = _uncounted
+        """Says which stage of the work begins, in a kernel that counts: see `stages`."""
 
     def text(self) -> str:
         """All lines, the allocas of the variables first."""

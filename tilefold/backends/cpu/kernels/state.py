@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilefold.backends.cpu.kernels import claims, dropout, pack, sinks, work
+from tilefold.backends.cpu.kernels import claims, dropout, pack, sinks, stages, work
 from tilefold.backends.cpu.kernels.arguments import Arguments
 from tilefold.backends.cpu.kernels.ir import Body, Module, Operand, Value
 from tilefold.backends.cpu.kernels.microkernel import Shape
@@ -47,8 +47,10 @@ def emit(spec: KernelSpec, title: str, write: Callable[[Frame], None]) -> str:
     argument = Value("%arguments", "ptr")
     with module.function(spec.kernel, [argument]) as body:
         arguments = Arguments(body, spec, argument)
-        scratch = claims.scratch_of_worker(body, arguments)
-        with work.items(body, arguments) as item:
+        worker = claims.number_of_worker(body, arguments)
+        scratch = claims.scratch_of_worker(body, arguments, worker)
+        counted = stages.counted(body, spec, arguments, worker)
+        with counted, work.items(body, arguments) as item:
             write(Frame(body, spec, arguments, scratch, item))
     return module.text()
 

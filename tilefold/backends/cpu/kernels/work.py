@@ -47,6 +47,7 @@ def items(body: Body, arguments: Arguments) -> Iterator[Item]:
         h = body.binary("urem", pair, arguments["heads"], "h")
         b = body.binary("udiv", pair, arguments["heads"], "b")
         yield Item(b, h, row)
+        body.stage("claims")
 
 
 @contextmanager
