@@ -224,6 +224,9 @@ def test_a_compiled_model_leaves_its_graph_for_the_layer() -> None:
     with torch.no_grad():
         got = torch.compile(model, backend="eager")(x)
         torch.testing.assert_close(got, model(x), rtol=0, atol=0)
+    w = model[0].matrix
+    doubled = torch.compile(lambda x: 2 * tilefold.qgemm(x, w, activation="relu"), backend="eager")
+    torch.testing.assert_close(doubled(x), 2 * tilefold.qgemm(x, w, activation="relu"))
     with pytest.raises(NotImplementedError, match="nothing traces it"):
         torch.export.export(model, (x,))
 

@@ -26,13 +26,13 @@ Array = NDArray[Any]
 
 
 @imported
-def _first(name: str) -> None:
+def first(name: str) -> None:
     """Import a file of this folder; `torch.compile`, which traces it, keeps None as a constant."""
     import_module(f"tilefold.products.{name}")
 
 
 def _torch() -> ModuleType:
-    _first("torch")
+    first("torch")
     from tilefold.products import torch
 
     return torch

@@ -21,10 +21,11 @@ from tilefold.backends.cpu.matmul.quantized_integers import LONGEST, STEP
 from tilefold.common.array_files import element_type
 from tilefold.common.check import choice, flag
 from tilefold.common.first_use import imported
-from tilefold.common.foreign_arrays import dtype_name, type_name
+from tilefold.common.foreign_arrays import compiled_by_torch, dtype_name, type_name
 from tilefold.frontends import registry
 from tilefold.frontends.numpy import as_array
 from tilefold.problems.matmul import ACTIVATIONS
+from tilefold.products.calls import first
 from tilefold.products.places import Form, OverlapError, Place, check_single, overlap
 from tilefold.products.plans import guard_of
 from tilefold.products.quantized import QuantizedMatrix
@@ -34,6 +35,7 @@ from tilefold.products.repeated import key as key_of_arrays
 Array = NDArray[Any]
 
 FLOATS = ("float32", "float16", "bfloat16")
+
 
 _module = imported(import_module)
 
@@ -111,9 +113,13 @@ def qgemm(
     frontend = registry.find(**given).__name__.split(".")[2]
     wanted = None if out_dtype is None else type_name(out_dtype)
     if frontend == "torch":
-        return _module("tilefold.products.quantized_torch").multiply(
-            x, w, bias, activation, out, wanted, dynamic, asked
-        )
+        arguments = x, w, bias, activation, out, wanted, dynamic, asked
+        if compiled_by_torch():
+            first("quantized_torch")
+            from tilefold.frontends.torch import outside
+
+            return outside.quantized(*arguments)
+        return _module("tilefold.products.quantized_torch").multiply(*arguments)
     if frontend != "numpy":
         raise NotImplementedError(
             f"qgemm has kernels for NumPy arrays and torch tensors, got a {frontend} array: pass"

@@ -17,6 +17,7 @@ from tilefold.backends.arrays.torch import check_held, check_place
 from tilefold.backends.cpu.matmul.quantized_calls import Prepared
 from tilefold.backends.protocols import Machine
 from tilefold.common.foreign_arrays import dtype_name
+from tilefold.frontends.torch import outside
 from tilefold.frontends.torch.observed import lifted, recorded, traced, unobserved
 from tilefold.products.places import Form, Place, check_apart, check_single
 from tilefold.products.quantized import QuantizedMatrix
@@ -71,6 +72,9 @@ def multiply(
     if activation is not None:
         y = _ACTIVATIONS[activation](y)
     return y.to(getattr(torch, dtype))
+
+
+outside.keep("quantized", multiply)
 
 
 def check_untraced() -> None:
