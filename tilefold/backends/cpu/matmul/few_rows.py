@@ -271,8 +271,7 @@ class _Wide(_FewRows):
             else:
                 ahead = store.at(body, place, body.mul(step, spec.lines))
             for before in range(0, vectors * spec.lanes * ITEM_BYTES[spec.b], 64):
-                near = 3 if spec.ahead else 2
-                prefetch(body, body.offset(ahead, "i8", before), near=near)
+                prefetch(body, body.offset(ahead, "i8", before), near=spec.near)
         return found
 
 
@@ -350,7 +349,7 @@ class _Deep(_FewRows):
                 self._add(totals, left, right)
                 if spec.asks and columns == spec.vectors:
                     for line in ahead[number :: len(groups)]:
-                        prefetch(body, store.at(body, line, at), near=2)
+                        prefetch(body, store.at(body, line, at), near=spec.near)
             with body.when(body.compare("slt", whole, end), "last"):
                 exist = body.sub(end, whole)
                 right = [self._masked(store.at(body, line, whole), exist) for line in lines]

@@ -41,10 +41,12 @@ _SET_BYTES = 2**12
 
 _ASK_NEXT, _AHEAD = ("amx", "avx512"), {"avx2": 192}
 """Where the form "wide" asks for B: for the lines that it walks next, or for bytes in its lines.
+What is asked for comes into the second cache, and with AVX2 into the first one.
 (Zen 3 follows lines by itself, and one row is slower with either. With requests for 192 bytes ahead
 4 to 16 rows take 0.93 to 1.00 of the time, with those for the next lines more than without. The
 form "deep" gains by requests for the next columns, 0.65 to 0.88 for four rows, but one row has 1.06
-of what reading takes with them and 1.12 without.)"""
+of what reading takes with them and 1.12 without. Those into the first cache give 4 to 16 rows 0.87
+to 1.00 of the time of those into the second, and 2 rows 1.06.)"""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _spec(product: Product, form: str, device: Device) -> FewRowsSpec:
     # registers: the sums, a vector of B for each of them, x; "wide" needs one more while x comes
     vectors = min(4, (device.vector_registers - 1 - wide) // (tile_rows + 1))
     most = _WIDE_COLUMNS if wide else _DEEP_COLUMNS
-    ahead = _AHEAD.get(device.isa, 0) if wide and product.m >= _ROWS_THAT_GAIN else 0
+    ahead = _AHEAD.get(device.isa, 0) if product.m >= _ROWS_THAT_GAIN else 0
     block = vectors * lanes if wide else lanes
     columns = up(parts(product.n, parts(product.n, most)), block)
     return FewRowsSpec(
@@ -191,7 +193,8 @@ def _spec(product: Product, form: str, device: Device) -> FewRowsSpec:
         activation=product.activation,
         gate=product.gate is not None,
         lines=_lines(product, device) if wide else _LINES,
-        ahead=ahead,
+        ahead=ahead if wide else 0,
+        near=3 if ahead else 2,
     )
 
 

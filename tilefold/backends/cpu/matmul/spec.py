@@ -222,8 +222,8 @@ class FewRowsSpec:
     `form` is "wide" where columns of B are neighbours, and "deep" where inputs are. A register tile
     has at most `tile_rows` rows by `vectors` vectors of columns, or by `vectors` columns. An item
     has `columns`, whose sums lie in blocks of `width` columns, row by row. `asks`: it asks for B
-    before it reads it. "wide" walks `lines` of B at once, and asks for those that it walks next, or
-    so many bytes `ahead` in the same ones.
+    before it reads it, as `near` as `prefetch` says. "wide" walks `lines` of B at once, and asks
+    for those that it walks next, or so many bytes `ahead` in the same ones.
     """
 
     a: str
@@ -245,6 +245,7 @@ class FewRowsSpec:
     gate: bool = False
     lines: int = field(default=8, repr=False)
     ahead: int = field(default=0, repr=False)
+    near: int = field(default=2, repr=False)
     kernel: str = "few_rows"
 
     @property
