@@ -196,6 +196,8 @@ def test_only_quantised_matrices_are_saved(tmp_path: Path) -> None:
         tilefold.save_quantized(tmp_path / "file", {"w": np.zeros(3)})
     with pytest.raises(TypeError, match="by name, got 1: QuantizedMatrix"):
         tilefold.save_quantized(tmp_path / "file", {1: matrices()["ü"]})
+    with pytest.raises(TypeError, match="by name, got list"):
+        tilefold.save_quantized(tmp_path / "file", [matrices()["ü"]])
     assert not list(tmp_path.iterdir())
 
 

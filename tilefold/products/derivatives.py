@@ -57,7 +57,7 @@ def anew(options: Options, gate: Tensor | None) -> bool:
 
 _aten = torch.ops.aten
 
-_VALUES: dict[str | None, Callable[[Tensor], Tensor]] = {
+VALUES: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -171,7 +171,7 @@ def _again(
     name, last = options.activation, options._replace(activation=None, dtype=name_of(sums_of(a, b)))
     z = multiply(named(a, b, c, bias), last)
     g = None if gate is None else multiply(named(a, gate), last._replace(beta=0.0))
-    y = _VALUES[name](z)
+    y = VALUES[name](z)
     return y if name in OF_RESULT else z, y, g
 
 

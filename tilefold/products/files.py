@@ -58,6 +58,9 @@ def save_quantized(path: str | os.PathLike[str], matrices: Mapping[str, Quantize
         TypeError: a name is no string, or a matrix is not quantised
         OSError: the file cannot be written
     """
+    if not isinstance(matrices, Mapping):
+        kind = type(matrices).__name__
+        raise TypeError(f"matrices must be quantised matrices by name, got {kind}")
     for name, matrix in matrices.items():
         if not isinstance(name, str) or not isinstance(matrix, QuantizedMatrix):
             found = f"{shown(name)}: {type(matrix).__name__}"

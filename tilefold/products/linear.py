@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tilefold.backends.matmul import hold
-from tilefold.common.check import flag, shown, whole
+from tilefold.common.check import choice, flag, shown, whole
 from tilefold.frontends.torch import outside
 from tilefold.products.quantized import SCALES, QuantizedMatrix, quantize
 from tilefold.products.quantized_calls import check_dynamic
@@ -329,8 +329,7 @@ def _empty(
     """A matrix whose weights are all 0."""
     k, n = whole("in_features", k, 1), whole("out_features", n, 1)
     found = scheme_of(scheme)
-    if scale_dtype not in SCALES:
-        raise ValueError(f"scale_dtype must be one of {', '.join(SCALES)}, got {scale_dtype!r}")
+    choice("scale_dtype", scale_dtype, SCALES)
     group = group_of(found, k, group_size)
     shape = found.scales_shape(k, n, group)
     return QuantizedMatrix(

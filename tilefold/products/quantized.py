@@ -170,7 +170,7 @@ class QuantizedMatrix:
         k, n = self.shape
         result = np.empty((n, k) if flag("transpose", transpose) else (k, n), element_type(dtype))
         turned = result.T if transpose else result
-        step = _step(k)
+        step = panels_at_once(k)
         for first in range(0, self.panels, step):
             part = self.widened(first, min(first + step, self.panels))
             columns = slice(first * PANEL, min(n, (first + step) * PANEL))
@@ -257,9 +257,9 @@ def aligned(shape: tuple[int, ...], dtype: str) -> Array:
 def _joined(parts: list[Array]) -> Array:
     """The arrays of panels, one after another."""
     panels = sum(len(part) for part in parts)
-    whole = aligned((panels, *parts[0].shape[1:]), parts[0].dtype.name)
-    np.concatenate(parts, out=whole)
-    return whole
+    joined = aligned((panels, *parts[0].shape[1:]), parts[0].dtype.name)
+    np.concatenate(parts, out=joined)
+    return joined
 
 
 def _scaled(
@@ -345,15 +345,15 @@ def _of_torch(w: Any) -> Array:
     return array
 
 
-def _step(k: int) -> int:
-    """Panels that are treated at once."""
+def panels_at_once(k: int) -> int:
+    """Panels of k inputs that are quantised or widened at once."""
     return max(1, _AT_ONCE // (PANEL * k))
 
 
 def _blocks(matrix: Array) -> Iterator[Array]:
     """The weights of some panels at a time, float32. Raises ValueError for too large ones."""
     k, n = matrix.shape
-    step = _step(k) * PANEL
+    step = panels_at_once(k) * PANEL
     for first in range(0, n, step):
         with np.errstate(over="ignore"):
             block = np.ascontiguousarray(matrix[:, first : first + step], np.float32)

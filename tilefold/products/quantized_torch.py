@@ -6,7 +6,6 @@ gradient. Where a gradient is wanted, bias and activation are torch's own, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -19,23 +18,13 @@ from tilefold.backends.protocols import Machine
 from tilefold.common.foreign_arrays import dtype_name
 from tilefold.frontends.torch import outside
 from tilefold.frontends.torch.observed import lifted, recorded, traced, unobserved
+from tilefold.products.derivatives import VALUES
 from tilefold.products.places import Form, Place, check_apart, check_single
-from tilefold.products.quantized import QuantizedMatrix
+from tilefold.products.quantized import QuantizedMatrix, panels_at_once
 from tilefold.products.quantized_calls import Rows, product, remember, result_type
 from tilefold.products.repeated import Asked, key_of
 from tilefold.products.schemes import PANEL
 from tilefold.products.torch import count_change, lies_of, machine_of
-
-_AT_ONCE = 1 << 21  # weights that are widened at once in a gradient; not tuned
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
 
 
 def multiply(
@@ -69,9 +58,7 @@ def multiply(
     y = _times(x, w)
     if bias is not None:
         y = y + bias.float()
-    if activation is not None:
-        y = _ACTIVATIONS[activation](y)
-    return y.to(getattr(torch, dtype))
+    return VALUES[activation](y).to(getattr(torch, dtype))
 
 
 outside.keep("quantized", multiply)
@@ -117,7 +104,7 @@ def _computed(x: Tensor, w: QuantizedMatrix, turned: bool) -> Tensor:
         return _product(x, w, None, None, None, (*x.shape[:-1], n), "float32")[0]
     rows = x.detach().float().reshape(-1, n)
     found = torch.zeros(len(rows), k, device=rows.device)
-    step = max(1, _AT_ONCE // (PANEL * k))
+    step = panels_at_once(k)
     for first in range(0, w.panels, step):
         columns = rows[:, first * PANEL : (first + step) * PANEL]
         part = torch.from_numpy(w.widened(first, min(first + step, w.panels))).to(found.device)
