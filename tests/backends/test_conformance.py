@@ -1,6 +1,7 @@
 """The kernels of GPUs, as emitted, against the dense definition in float64: the cases of the CPU.
 
-Every rule, layout, memory and head dimension, forward and backward, with the same tolerances.
+Every layout, memory and head dimension, forward and backward, with the same tolerances. Rules
+take turns: each is tested on Metal or on Triton here; `test_mask_source.py` has all on both.
 Lengths are smaller than on the CPU: Metal's emulator runs each lane as a fiber, and Triton's
 interpreter each operation in Python. Types, forms, families and architectures take turns.
 `tests/cpu/test_conformance.py` has the CPU's, in every form and through the public functions.
@@ -14,7 +15,7 @@ from typing import Any
 import metal_cases
 import pytest
 from backends import Setting
-from cases import AXES, Case, cover
+from cases import AXES, RULES, Case, cover
 from compare import HALVES, dense, tolerances
 from conformance import assert_conforms
 from metal import FAMILIES
@@ -30,12 +31,13 @@ SHAPES = [(1, 1), (3, 3), (64, 32), (47, 61), (31, 1), (1, 99), (40, 72), (96, 1
 LARGE = [(47, 61), (40, 72), (60, 90)]
 DIMS = [1, 2, 3, 16, 40, 64, 77, 80, 95, 128, 199, 256, 384, 512]
 PAIRS = [("dim", "layout"), ("layout", "memory"), ("dim", "dim_v")]
+TURNS = [*RULES][1::2]
 WIDE, SMALLER = 199, (21, 35)
 """From this head dimension on, large shapes are smaller: their blocks have 16 rows or 32."""
 
 TRITON_CASES = [
     replace(case, shape=SMALLER) if case.dim >= WIDE and case.shape in LARGE else case
-    for case in cover({**AXES, "shape": SHAPES, "dim": DIMS}, PAIRS, LARGE)
+    for case in cover({**AXES, "shape": SHAPES, "dim": DIMS, "rule": TURNS}, PAIRS, LARGE)
 ]
 
 TYPES = ("float32", "bfloat16", "float16", "float64")

@@ -78,7 +78,7 @@ def loss(problem: Problem, arrays: dict[str, Array]) -> float:
 @pytest.mark.slow
 @pytest.mark.feature("M15")
 @settings(
-    max_examples=20,
+    max_examples=14,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,

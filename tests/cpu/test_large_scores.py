@@ -167,6 +167,7 @@ def test_large_scores_on_every_level(dtype: str, isa: str, monkeypatch: pytest.M
 NEAR_LARGEST = (0.3, 0.5, 0.65, 0.75, 0.95)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T10")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_scores_near_the_largest_number(dtype: str) -> None:
@@ -237,6 +238,7 @@ def equal_keys(score: float, dtype: str, count: int = 4) -> dict[str, Array]:
 LARGE = {"float32": (1e2, 1e4, 1e6, 1e8, 3e37), "float64": (1e4, 1e10, 1e16, 1e300)}
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T10")
 @pytest.mark.parametrize("dtype", LARGE)
 def test_what_lse_lost_to_rounding_makes_gradients_exact(dtype: str) -> None:
@@ -269,6 +271,7 @@ def test_gradients_from_lse_alone_are_as_exact_as_lse(dtype: str) -> None:
                 assert (array <= 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T10")
 @pytest.mark.parametrize("form", ["tiled", "decode"])
 def test_the_optional_statistic_changes_no_other_result(form: str) -> None:

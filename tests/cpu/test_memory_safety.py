@@ -68,7 +68,7 @@ def attempt(trial: Trial, passes: Passes = PASSES, sides: Sequence[str] = SIDES)
 
 
 def attempt_cases(part: int) -> None:
-    """One part of the shared cases, every third one in float64 too, the next in a half type.
+    """One part of the shared cases, every sixth one in float64 too, and another in a half type.
 
     The layouts take turns, and so do NaN where no one may look, the forms "split" and "parts", and
     for the other types the side of the page.
@@ -76,11 +76,11 @@ def attempt_cases(part: int) -> None:
     forward, split, fused, parts = PASSES
     for number, (case, layout) in enumerate(zip(CASES, itertools.cycle(LAYOUTS))):
         if number % PARTS == part:
-            others = (["float64"], [HALVES[number // 3 % 2]], [])[number % 3]
+            others = {0: ["float64"], 3: [HALVES[number // 6 % 2]]}.get(number % 6, [])
             for dtype in ("float32", *others):
                 poisoned = number // 2 % 2 == 0
                 passes = forward, (split, parts)[number % 2], fused
-                sides = SIDES if dtype == "float32" else SIDES[number // 6 % 2 :][:1]
+                sides = SIDES if dtype == "float32" else SIDES[number // 12 % 2 :][:1]
                 attempt(Trial(case.problem(dtype), layout, poisoned=poisoned), passes, sides)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from pathlib import Path
 
@@ -72,7 +71,8 @@ def test_the_tools_are_here_where_they_must_be() -> None:
 @pytest.mark.parametrize(
     ("number", "dtype"),
     [
-        *itertools.product(range(len(TRIALS)), ["float32", "float64"]),
+        *((number, "float32") for number in range(len(TRIALS))),
+        *((number, "float64") for number in range(1, len(TRIALS), 2)),
         *((number, HALVES[number % 2]) for number in range(0, len(TRIALS), 2)),
         (3, "float16"),
         (4, "bfloat16"),

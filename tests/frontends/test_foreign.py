@@ -83,6 +83,7 @@ def test_lost_gradients_and_values_are_refused_by_name(case: str) -> None:
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T01")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_arrays_with_values_are_read(dtype: str) -> None:

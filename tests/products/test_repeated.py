@@ -37,6 +37,7 @@ def twice(*given: Any, **options: Any) -> list[Any]:
         return [first, tilefold.gemm(*given, **options)]
 
 
+@pytest.mark.slow
 @pytest.mark.feature("A01")
 @pytest.mark.parametrize("sizes", [(5, 7, 9), (70, 65, 300), (300, 200, 100)])
 def test_both_ways_are_equal(sizes: tuple[int, int, int]) -> None:

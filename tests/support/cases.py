@@ -314,7 +314,7 @@ def cover(
     draw = random.Random(0)
     wanted: set[frozenset[Setting]] = {
         frozenset([("rule", name), ("shape", large[i % len(large)])])
-        for i, name in enumerate(RULES)
+        for i, name in enumerate(axes["rule"])
     }
     for group in [*((axis,) for axis in axes), *pairs]:
         values = [[(axis, value) for value in axes[axis]] for axis in group]

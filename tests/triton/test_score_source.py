@@ -66,6 +66,7 @@ def test_score_source_computes_what_the_expression_says(bits: int, dtype: str) -
     assert_as_said(computed(bits, dtype), dtype, within)
 
 
+@pytest.mark.slow
 def test_tanh_of_small_and_large_scores_keeps_its_digits() -> None:
     (at,) = [number for number, one in enumerate(EXPRESSIONS) if str(one) == "tanh(s)"]
     found = computed(64, "float64")[at]

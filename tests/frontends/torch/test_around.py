@@ -127,6 +127,7 @@ class Wrapped(Tensor):
         return tree_map(lambda x: cls(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", WAYS)
 def test_a_subclass_that_wraps_a_tensor_sees_one_operator_for_each_pass(
     function: Callable[..., Tensor],
