@@ -149,7 +149,7 @@ def test_every_field_of_a_spec_is_part_of_the_question() -> None:
             other = replace(this, **{field.name: not value})
         else:
             other = replace(
-                this, **{field.name: value * 2 if isinstance(value, str) else value + 1}
+                this, **{field.name: f"{value} more" if isinstance(value, str) else value + 1}
             )
         texts.add(kernels._spelt(other))
     assert len(texts) == 1 + len(fields(KernelSpec))
