@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from closing import Closing, Measuring
+from closing import QUICK_SECONDS, Closing, Measuring
 from features import ROWS
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         config.pluginmanager.register(Measuring())
     else:
-        config.pluginmanager.register(Closing(complete=bool(os.environ.get("CI"))))
+        traced = bool(config.getoption("cov_source", None))  # coverage takes a third longer
+        limit = QUICK_SECONDS * (4 / 3 if traced else 1)
+        config.pluginmanager.register(Closing(limit, complete=bool(os.environ.get("CI"))))
         if not config.getoption("numprocesses", None):
             config.pluginmanager.register(Measuring())
     # NumPy's products on one thread: several test processes with teams of their own take twice as

@@ -255,6 +255,7 @@ def test_what_lse_lost_to_rounding_makes_gradients_exact(dtype: str) -> None:
                 assert_near(f"{name} at {score}", array, want, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("T10")
 @pytest.mark.parametrize("dtype", LARGE)
 def test_gradients_from_lse_alone_are_as_exact_as_lse(dtype: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import models
+import pytest
 import results
 
 from tilefold.measuring.roofline_share import RooflineShares
@@ -19,6 +20,7 @@ def test_each_of_ten_models_is_a_case() -> None:
         assert first.problem.heads_q % first.problem.heads_kv == 0
 
 
+@pytest.mark.slow
 def test_a_row_names_the_best_peer_warm_and_cold() -> None:
     (model, *_) = models.MODELS
     (case, *_) = model.cases()

@@ -156,6 +156,7 @@ class Logging(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", WAYS)
 def test_a_subclass_with_a_torch_function_sees_the_operator(
     function: Callable[..., Tensor],

@@ -156,6 +156,7 @@ def one_element(mask: Tensor) -> None:
     mask.data[50, 20] = 0 if mask.dtype == torch.bool else -torch.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [behind_numpy, behind_data, one_element])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_memory_that_changed_behind_torch_gives_the_new_answer(
