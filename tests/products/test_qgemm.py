@@ -228,13 +228,53 @@ def test_rounded_rows_are_summed_as_integers(isa: str, monkeypatch: pytest.Monke
     assert np.isnan(got[0]).all() and not np.isfinite(got[1]).any() and np.isfinite(got[2:]).all()
 
 
+def largest_terms(x: Array, w: tilefold.QuantizedMatrix) -> Array:
+    """The sums of |x| times the largest code: zeros are subtracted after codes were summed."""
+    assert w.scales is not None
+    scales = np.repeat(w.scales.astype(np.float64), w.group_size, 1).swapaxes(0, 1)
+    most: Array = abs(x.astype(np.float64)) @ (15 * scales.reshape(w.shape[0], -1)[:, : w.shape[1]])
+    return most
+
+
+@pytest.mark.feature("A02")
+@pytest.mark.parametrize("scheme", ["int4", "int4_symmetric"])
+def test_one_row_and_codes_of_4_bits(scheme: str) -> None:
+    """Many columns, which AVX2 sums as integers: whole parts of 32 inputs, shorter ones, all x."""
+    draw, n = np.random.default_rng(11), 1030
+    for k, group in ((256, 128), (96, 48), (288, 144), (37, None)):
+        w = tilefold.quantize(draw.standard_normal((k, n), np.float32), scheme, group_size=group)
+        x = draw.standard_normal((1, k), np.float32)
+        check(tilefold.qgemm(x, w), x, w)
+        x[:, :33] = 0
+        for scale in (1e-42, 2.0**-126, 1e-30, 1e28):
+            rows = x * np.float32(scale)
+            want, most = rows.astype(np.float64) @ w.dequantize("float64"), largest_terms(rows, w)
+            error = (4 + np.sqrt(k)) * UNITS["float32"] * most + 2.0**-140
+            assert_near("product", tilefold.qgemm(rows, w).astype(np.float64), want, error)
+        for number in (np.nan, np.inf, -np.inf):
+            x[0, -1] = number
+            assert not np.isfinite(tilefold.qgemm(x, w)).any()
+
+
+@pytest.mark.feature("A02")
+def test_one_row_beside_a_large_number() -> None:
+    """The error is a part of the large number's term, as where floats are summed."""
+    draw = np.random.default_rng(12)
+    w = tilefold.quantize(draw.standard_normal((256, 1024), np.float32), "int4")
+    x = draw.standard_normal((1, 256), np.float32)
+    x[0, 50] = 1e6
+    want = x.astype(np.float64) @ w.dequantize("float64")
+    error = 20 * UNITS["float32"] * largest_terms(x, w)
+    assert_near("product", tilefold.qgemm(x, w).astype(np.float64), want, error)
+
+
 def test_results_do_not_depend_on_threads() -> None:
     draw = np.random.default_rng(5)
     before = tilefold.get_num_threads()
     try:
-        for scheme in ("int4", "palette6"):
-            w = tilefold.quantize(draw.standard_normal((512, 700)), scheme)
-            x = draw.standard_normal((9, 512), np.float32)
+        for scheme, m, n in (("int4", 9, 700), ("int4", 1, 1030), ("palette6", 9, 700)):
+            w = tilefold.quantize(draw.standard_normal((512, n)), scheme)
+            x = draw.standard_normal((m, 512), np.float32)
             found = []
             for threads in (1, 2, 5):
                 tilefold.set_num_threads(threads)

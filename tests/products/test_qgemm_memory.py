@@ -17,7 +17,7 @@ import tilefold
 from tilefold.products.quantized_calls import Rows, product
 from tilefold.products.schemes import SCHEMES
 
-SIZES = [(1, 48, 33), (3, 37, 32), (10, 64, 65), (20, 37, 33)]
+SIZES = [(1, 48, 33), (1, 40, 1025), (3, 37, 32), (10, 64, 65), (20, 37, 33)]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no mprotect")
 

@@ -18,5 +18,6 @@ quantized    the kernel of products of few rows with them
 quantized_blocks  the kernel for many rows
 quantized_integers  the kernels where rows are rounded to integers
 quantized_fours  the same on AVX2, where rows are split
+quantized_digits  the kernel of one row and codes of 4 bits, by exact sums on AVX2
 quantized_calls  these products, prepared and run
 """

@@ -166,6 +166,7 @@ class QuantizedSpec:
     whole steps of inputs. `shared`: many rows share a widened panel. `integers`: x is rounded to 8
     bits. What multiplies them: `vnni`, words of four numbers (AVX512-VNNI); `fours`, these where
     rows are split (AVX2); `pairs`, words of two numbers of 16 bits (other x86); or none of them.
+    `digits`: a row is split into digits of 8 bits, and sums of integers are exact (AVX2).
     """
 
     scheme: str
@@ -187,6 +188,7 @@ class QuantizedSpec:
     c: None = None
     gate: bool = False
     sums: str = "float32"
+    digits: bool = field(default=False, repr=False)
     kernel: str = "qgemm"
 
     @property
