@@ -210,7 +210,7 @@ def floors(document: Document) -> list[str]:
 def shapes(document: Document) -> list[str]:
     """Attention at the shapes of models."""
     text = (
-        "Attention alone at the shapes of ten models, float32, on all cores, beside the fastest of"
+        "Attention alone at the shapes of real models, float32, on all cores, beside the fastest of"
         f" PyTorch, ONNX Runtime and OpenVINO ({when(document)}; `benchmarks/models.py`). Warm is a"
         " loop over one call, cold a call after other memory was read."
     )
