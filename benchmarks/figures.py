@@ -232,19 +232,20 @@ def measure(figure: Figure, seconds: float) -> Result:
 def _missing(figure: Figure) -> str | None:
     """Why a row cannot be measured at all."""
     if figure.peer == BEST:
-        return None if _rivals() else "none of its peers is installed"
+        return None if rivals() else "none of its peers is installed"
     return BASELINES[figure.peer].unusable if figure.peer else None
 
 
 @functools.cache
-def _rivals() -> tuple[str, ...]:
+def rivals() -> tuple[str, ...]:
+    """Those of `RIVALS` that are installed."""
     return tuple(name for name in RIVALS if BASELINES[name].unusable is None)
 
 
 @functools.cache
 def processes() -> Apart:
     """The processes of tilefold and of all peers that rows name; they end with this one."""
-    return Apart(["tilefold", *_rivals(), *(["flex"] if "torch" in _rivals() else [])])
+    return Apart(["tilefold", *rivals(), *(["flex"] if "torch" in rivals() else [])])
 
 
 # Kinds -----------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def processes() -> Apart:
 def _ratio(figure: Figure, seconds: float) -> Result:
     """Against the fastest of the peers, each in a process of its own."""
     assert figure.peer
-    names = _rivals() if figure.peer == BEST else (figure.peer,)
+    names = rivals() if figure.peer == BEST else (figure.peer,)
     found = processes().measure(figure.case, seconds=seconds, names=["tilefold", *names])
     own, able = found[0], [row for row in found[1:] if row.reason is None]
     share, binding = SHARES.of(own.case, own.median, own.pairs)
@@ -459,6 +460,13 @@ def record(result: Result) -> dict[str, Any]:
     return asdict(result) | {"verdict": result.verdict}
 
 
+def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows, with where and when they were measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(environment() | {"rows": rows}, indent=1) + "\n"
+    write_atomically(path, text.encode())
+
+
 def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -483,10 +491,7 @@ def main() -> None:
     for line in reasons(results):
         console.print(terminal.escape(line))
     if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
-        document = environment() | {"rows": [record(result) for result in results]}
-        text = json.dumps(document, indent=1) + "\n"
-        write_atomically(options.save / "figures.json", text.encode())
+        save(options.save / "figures.json", [record(result) for result in results])
 
 
 if __name__ == "__main__":

@@ -10,25 +10,21 @@ same). Warm is a loop over one call, cold a call after other memory was read.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import figures
+
 from tilefold.backends.cpu.device import host
 from tilefold.commands import terminal
-from tilefold.common.files import write_atomically
 from tilefold.masks import parse
 from tilefold.measuring.apart import Apart
-from tilefold.measuring.baselines import BASELINES
-from tilefold.measuring.environment import environment
 from tilefold.measuring.roofline_share import RooflineShares, percent
 from tilefold.measuring.timing import Row
 from tilefold.measuring.workload import Case
 from tilefold.problems.attention import Problem, default_scale
-
-RIVALS = ("torch", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -123,25 +119,18 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write models.json into this folder")
     parser.add_argument("--only", default="", help="models whose name has this text")
     options = parser.parse_args()
-    rivals = [name for name in RIVALS if BASELINES[name].unusable is None]
     shares, rows = RooflineShares(), []
-    with Apart(["tilefold", *rivals]) as apart, terminal.progress() as bar:
+    with Apart(["tilefold", *figures.rivals()]) as apart, terminal.progress() as bar:
         chosen = [model for model in MODELS if options.only in model.name]
         for model in bar.track(chosen, description="Measuring"):
             for case in model.cases():
                 found = apart.measure(case, seconds=options.seconds)
                 rows.append(record(model, found, shares))
             if options.save:  # some rows take minutes, and a run may be cut
-                _save(options.save, rows)
+                figures.save(options.save / "models.json", rows)
     title = f"{host().name}, {host().isa}, {host().cores} cores, float32"
     terminal.out().print(terminal.table(title, COLUMNS, map(cells, rows)))
     terminal.out().print("ratio: best peer / tilefold, warm; cold: after other memory was read")
-
-
-def _save(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(environment() | {"rows": rows}, indent=1) + "\n"
-    write_atomically(folder / "models.json", text.encode())
 
 
 if __name__ == "__main__":

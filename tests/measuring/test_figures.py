@@ -63,7 +63,7 @@ def test_a_row_whose_peer_is_not_installed_says_so(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_best_of_no_peers_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "_rivals", lambda: ())
+    monkeypatch.setattr(figures, "rivals", lambda: ())
     result = figures.measure(Figure("forward", 1.35, figures.D64, peer=figures.BEST), 0)
     assert result.reason == "none of its peers is installed"
 

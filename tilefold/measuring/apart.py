@@ -209,5 +209,4 @@ def during(seconds: float, timed: Callable[[], float], least: int = 1) -> list[f
 
 def _evictor() -> Call:
     """A call that reads more memory than the caches hold, on every core."""
-    size = min(max(4 * host().l3_bytes, peak.READ_BYTES[0]), peak.READ_BYTES[1])
-    return peak.reader(host(), np.ones(size, np.int8), host().cores)
+    return peak.reader(host(), np.ones(peak.uncached_bytes(host()), np.int8), host().cores)

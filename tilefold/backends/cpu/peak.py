@@ -104,7 +104,7 @@ def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA
     coarse = products.unit != "fma" and products.parts == 1
     exponentials, spread = _timed(_runner(device, workers, _exponentials(coarse), items, small))
     spreads.append(spread)
-    size = min(max(4 * device.l3_bytes, READ_BYTES[0]), READ_BYTES[1])
+    size = uncached_bytes(device)
     data = np.ones(size // ITEM_BYTES[computed], computed)
     reading, spread = _timed(reader(device, data, workers))
     spreads.append(spread)
@@ -118,6 +118,11 @@ def measure(device: Device, dtype: str, workers: int, products: Multiplier = FMA
         measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         spread=max(spreads),
     )
+
+
+def uncached_bytes(device: Device) -> int:
+    """The size of an array of which the caches hold a part at most."""
+    return min(max(4 * device.l3_bytes, READ_BYTES[0]), READ_BYTES[1])
 
 
 def reader(device: Device, data: NDArray[Any], workers: int) -> Run:
